@@ -3,9 +3,10 @@
     .venv/bin/python docs/generate.py
 
 They are between `<!-- generated: NAME -->` and `<!-- end -->`. The sources are pyproject.toml, the recipes in
-conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, docs/judge, and
-the benchmark results that come with dlopt; those of the reference are the code and conf/. Run it after a change of one
-of them; a test compares the pages with their sources. Sphinx generates the pages of single commands and groups.
+conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, docs/judge,
+docs/verify, and the benchmark results that come with dlopt; those of the reference are the code and conf/. Run it after
+a change of one of them; a test compares the pages with their sources. Sphinx generates the pages of single commands and
+groups.
 """
 
 import re
@@ -26,6 +27,7 @@ import judge  # noqa: E402
 import ladder  # noqa: E402
 import lectures  # noqa: E402
 import reference  # noqa: E402
+import verified  # noqa: E402
 
 LECTURES = list(lectures.plan(DOCS))
 PARTS: dict[str, Callable[[], str]] = {
@@ -40,14 +42,14 @@ PARTS: dict[str, Callable[[], str]] = {
     "ladder": lambda: ladder.ladder(DOCS / "ladder/gpt"),
     "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
+    "verified": lambda: verified.matrix(DOCS / "verify"),
     "overview": lambda: lectures.overview(DOCS),
     **{f"lecture_{name}": partial(lectures.topics, DOCS, name) for name in LECTURES},
 }
 PAGES = (
-    *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results")),
-conf/experiment/lecture with their results in docs/gallery, docs/lectures/lectures.yaml, docs/ladder, docs/judge, and
-the benchmark results that come with dlopt; those of the reference are the code and conf/. Run it after a change of one
-of them; a test compares the pages with their sources. Sphinx generates the pages of single commands and groups.
+    *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "verified")),
+    DOCS / "howto" / "judge.md",
+    *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "settings")),
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )
 

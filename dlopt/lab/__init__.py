@@ -9,6 +9,7 @@ ENTRY_POINTS = {
         "diagnose": "dlopt.lab.diagnosis.command:diagnose",
         "scaling": "dlopt.lab.scaling.command:scaling",
         "judge": "dlopt.lab.judge.command:judge",
+        "verify": "dlopt.lab.verify.command:verify",
     },
     "dlopt.renamed": {"bench": "scaling"},
     "dlopt.series": {"comparison": "dlopt.lab.comparison.command:compare"},

@@ -475,6 +475,10 @@ class Adafactor(torch.optim.Adafactor):
         super().add_param_group(param_group)
         refuse_complex("adafactor", self.param_groups[-1]["params"])
 
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        # torch divides by the number of elements
+        return super()._init_group({**group, "params": [p for p in group["params"] if p.numel()]}, *lists)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         fill_defaults(self)

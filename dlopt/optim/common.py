@@ -207,6 +207,11 @@ def move(group: dict[str, Any], params: list[Tensor], updates: Tensors) -> None:
     torch._foreach_add_(params, updates, alpha=-lr)
 
 
+def signs(tensor: Tensor) -> Tensor:
+    """Returns the signs of the entries, NaN where one is not finite: torch's sign of NaN is 0, and hides it."""
+    return tensor.sign().add_(tensor, alpha=0.0)
+
+
 def make_cautious(updates: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
     """Zeroes, in place, the entries of the updates whose sign is not that of the gradient, and scales up the others.
 

@@ -23,6 +23,7 @@ from dlopt.optim.common import (
     is_dense,
     make_cautious,
     refuse_complex,
+    signs,
     without_global_step_hooks,
 )
 from dlopt.optim.hyperball import check_hyperball, move_on_sphere, radius, refuse_with_hyperball
@@ -275,7 +276,7 @@ class Scion(RealOptimizer):
             if p.ndim < 2:
                 p.sub_(average / (average.square().mean().sqrt() + group["eps"]), alpha=lr * group["radius"])
             elif not group["use_muon"]:
-                p.sub_(average.sign(), alpha=lr * group["rest_radius"] * len(p) / p.numel())
+                p.sub_(signs(average), alpha=lr * group["rest_radius"] * len(p) / p.numel())
             else:
                 matrix = as_matrix(average, p).unsqueeze(0)
                 move = orthogonalize(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"])[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlopt.basics.ranges import Fraction, NonNegative, OpenFraction, Positive
-from dlopt.optim.common import ForeachOptimizer, RealOptimizer, buffers, gradients, make_cautious, move
+from dlopt.optim.common import ForeachOptimizer, RealOptimizer, buffers, gradients, make_cautious, move, signs
 from dlopt.optim.traits import DECOUPLED, ELEMENTWISE, OptimizerTraits, is_decoupled
 
 
@@ -132,7 +132,7 @@ class Lion(RealOptimizer):
         beta1, beta2 = group["betas"]
         grads, averages = gradients(params), buffers(self, params, "exp_avg")
         # torch 2.11 has neither function as a foreach function of DTensors
-        updates = [average.lerp(grad, 1 - beta1).sign_() for average, grad in zip(averages, grads, strict=True)]
+        updates = [signs(average.lerp(grad, 1 - beta1)) for average, grad in zip(averages, grads, strict=True)]
         if group["cautious"]:
             make_cautious(updates, grads)
         move(group, params, updates)
@@ -156,7 +156,7 @@ class Signum(RealOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         averages = buffers(self, params, "momentum_buffer")
         torch._foreach_lerp_(averages, gradients(params), 1 - group["momentum"])
-        move(group, params, [average.sign() for average in averages])  # as in Lion
+        move(group, params, [signs(average) for average in averages])  # as in Lion
 
 
 Etas = tuple[OpenFraction, Annotated[float, Gt(1)]]
@@ -195,5 +195,5 @@ class Rprop(RealOptimizer):
             product = previous.mul_(grad)  # > 0: same sign as before; in place, since `previous` is overwritten below
             size.copy_(torch.where(product > 0, size * grow, torch.where(product < 0, size * shrink, size)))
             size.clamp_(min_size, max_size)
-            p.addcmul_(grad.sign(), size, value=-1)
+            p.addcmul_(signs(grad), size, value=-1)
             previous.copy_(grad)

@@ -38,6 +38,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ("dlopt sample pr", ["prompt=", "precision="]),
         ("dlopt report r", ["runs/"]),
         ("dlopt runs --p", ["--paths"]),
+        ("dlopt verify pa", ["paper="]),
         ("dlopt ladder optimizer=adamw optimizer.e", ["optimizer.eps="]),
         ("dlopt judge outputs/train/DATE mar", ["margin="]),
     ],

@@ -50,6 +50,7 @@ NOT_ON_A_CPU = ["check"]
 ELSEWHERE = {
     **dict.fromkeys(("train", "benchmark", "ladder", "judge", "grid"), "every key is read by a training"),
     **dict.fromkeys(("report", "runs", "options", "template", "consolidate", "sweep"), "no keys of a run"),
+    "verify": "only the optimizer's",
     "scaling": "its ranks read the keys, in processes of their own",
 }
 FIELDS = {"data_settings": "data", "grouping": "optimizer", "warmup": "schedule"}  # of an experiment -> key

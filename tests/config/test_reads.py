@@ -22,6 +22,7 @@ from dlopt.lab.comparison import command as comparison
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.scaling import command as scaling
 from dlopt.lab.trajectory import command as trajectory
+from dlopt.lab.verify import command as verify
 from dlopt.python.api import train
 from dlopt.sweeps import sweep as sweeps
 from tests.support.line import SMALL, dlopt, refused, run
@@ -41,6 +42,7 @@ ON_CONFIGS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "scaling device=[cpu]": ((), ("device", "precision", "threads")),
     "scaling simulate=true": ((), ()),
     "trajectory schedule=step": (trajectory._READS, ()),
+    "verify optimizer=sgd": (verify.READS, ()),
     "trajectory function=quadratic": (("optimizer", "schedule", "allow_packages"), ("seed", "steps")),
     "eval init_from=x.pt": (eval._READS_OF_WEIGHTS, ("tta",)),
 }

@@ -15,6 +15,7 @@ from hydra.utils import get_object
 
 from dlopt import optim
 from dlopt.config.choices import Catalogue
+from dlopt.lab.verify.methods import METHODS
 from dlopt.optim import LossClosure
 from dlopt.optim.common import chunks
 from dlopt.optim.traits import optimizer_traits
@@ -33,21 +34,8 @@ OTHER_VALUES = {
 
 
 # Defaults of the authors' code.
-AUTHORS: dict[str, dict[str, Any]] = {
-    "adabelief": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-16, "weight_decay": 0},
-    "adan": {"lr": 1e-3, "betas": [0.98, 0.92, 0.99], "eps": 1e-8, "weight_decay": 0},
-    "ademamix": {"lr": 1e-3, "betas": [0.9, 0.999, 0.9999], "alpha": 2, "eps": 1e-8, "weight_decay": 0},
-    "adopt": {"lr": 1e-3, "betas": [0.9, 0.9999], "eps": 1e-6, "weight_decay": 0},
-    "distributed_shampoo": {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-12, "graft_eps": 1e-8, "weight_decay": 0.01},
-    "kron": {"lr": 3e-4, "momentum": 0.9, "weight_decay": 0, "precond_lr": 0.1, "max_size": 8192},
-    "lion": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0},
-    "mars": {"lr": 3e-3, "betas": [0.95, 0.99], "gamma": 0.025, "eps": 1e-8, "weight_decay": 0},
-    "muon": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0, "eps": 1e-7, "ns_steps": 5}
-    | {"rest_lr": 3e-4, "rest_betas": [0.9, 0.95], "rest_eps": 1e-10},
-    "prodigy": {"lr": 1, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0, "d0": 1e-6, "d_coef": 1},
-    "soap": {"lr": 3e-3, "betas": [0.95, 0.95], "eps": 1e-8, "weight_decay": 0.01, "update_every": 10},
-    "sophia": {"lr": 1e-4, "betas": [0.965, 0.99], "gamma": 0.04, "weight_decay": 0.1},
-}
+KNOWN = {name: METHODS[name.replace("_", "")].authors for name in CHOICES if name.replace("_", "") in METHODS}
+AUTHORS = {name: authors for name, authors in KNOWN.items() if authors}
 
 
 @pytest.mark.parametrize("choice", AUTHORS)

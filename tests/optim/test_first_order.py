@@ -1,6 +1,6 @@
 """Updates against formulas written out in NumPy, against torch, and against other implementations."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,151 +11,34 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
+from dlopt.lab.verify.references import (
+    Formula,
+    adadelta,
+    adagrad,
+    adam,
+    averaging,
+    lamb,
+    lars,
+    lion,
+    nadam,
+    nesterov,
+    radam,
+    rmsprop,
+    rprop,
+    sgd,
+    sgdw,
+)
 from dlopt.optim import LAMB, LARS, SAM, SGDW, AdaBelief, Lion, LossClosure, Muon, Rprop, common
 from dlopt.optim.orthogonalize import orthogonalize
 from tests.support.updates import (
     GRADS,
     SHAPES,
     START,
-    Array,
-    Formula,
-    Gradients,
     parameters,
     path,
     set_gradients,
     written,
 )
-
-
-def sgd(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.3) -> Iterator[Array]:
-    delta: Any = None
-    for g in gs:
-        g = g + wd * w
-        delta = g if delta is None else m * delta + g
-        w = w - lr * delta
-        yield w
-
-
-def nesterov(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9) -> Iterator[Array]:
-    delta: Any = np.zeros_like(w)
-    for g in gs:
-        delta = m * delta + g
-        w = w - lr * (g + m * delta)
-        yield w
-
-
-def averaging(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.0) -> Iterator[Array]:
-    delta: Any = np.zeros_like(w)
-    for g in gs:
-        delta = m * delta + (1 - m) * g
-        w = w - lr * delta - lr * wd * w
-        yield w
-
-
-def sgdw(w: Array, gs: Gradients, alpha: float = 0.01, m: float = 0.9, wd: float = 0.03) -> Iterator[Array]:
-    """Algorithm 1 of Loshchilov & Hutter 2019 with the schedule multiplier 1."""
-    delta: Any = np.zeros_like(w)
-    for g in gs:
-        delta = m * delta + alpha * g
-        w = w - delta - wd * w
-        yield w
-
-
-def rprop(w: Array, gs: Gradients, skip: bool = False) -> Iterator[Array]:
-    size, before = np.full_like(w, 0.1), np.zeros_like(w)
-    for g in gs:
-        size = np.where(g * before > 0, size * 1.2, np.where(g * before < 0, size * 0.5, size)).clip(0.04, 0.13)
-        if skip:
-            g = np.where(g * before < 0, 0.0, g)
-        w, before = w - size * np.sign(g), g
-        yield w
-
-
-def adagrad(w: Array, gs: Gradients) -> Iterator[Array]:
-    total: Any = 0.0
-    for g in gs:
-        total = total + g**2
-        w = w - 0.1 * g / (np.sqrt(total) + 1e-10)
-        yield w
-
-
-def adadelta(w: Array, gs: Gradients) -> Iterator[Array]:
-    squares, deltas = np.zeros_like(w), np.zeros_like(w)
-    for g in gs:
-        squares = 0.9 * squares + 0.1 * g**2
-        delta = np.sqrt(deltas + 1e-6) / np.sqrt(squares + 1e-6) * g  # the average of deltas up to the previous one
-        deltas = 0.9 * deltas + 0.1 * delta**2
-        w = w - delta
-        yield w
-
-
-def rmsprop(w: Array, gs: Gradients) -> Iterator[Array]:
-    squares = np.zeros_like(w)
-    for g in gs:
-        squares = 0.9 * squares + 0.1 * g**2
-        w = w - 0.1 * g / (np.sqrt(squares) + 1e-8)
-        yield w
-
-
-def moments(gs: Gradients, b1: float = 0.9, b2: float = 0.999) -> Iterator[tuple[int, Array, Array, Array]]:
-    m, v = np.zeros_like(gs[0]), np.zeros_like(gs[0])
-    for t, g in enumerate(gs, 1):
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        yield t, g, m, v
-
-
-def adam(w: Array, gs: Gradients, wd: float = 0.0) -> Iterator[Array]:
-    for t, _, m, v in moments(gs):
-        w = w - 0.1 * wd * w - 0.1 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        yield w
-
-
-def nadam(w: Array, gs: Gradients) -> Iterator[Array]:
-    product = 1.0
-    for t, g, m, v in moments(gs):
-        now, after = (0.9 * (1 - 0.5 * 0.96 ** (i * 0.004)) for i in (t, t + 1))
-        product *= now
-        average = (1 - now) * g / (1 - product) + after * m / (1 - product * after)
-        w = w - 0.1 * average / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        yield w
-
-
-def radam(w: Array, gs: Gradients) -> Iterator[Array]:
-    longest = 2 / (1 - 0.999) - 1
-    for t, _, m, v in moments(gs):
-        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)
-        mean = m / (1 - 0.9**t)
-        if length > 5:
-            above, below = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
-            mean = mean * np.sqrt(above / below) * np.sqrt(1 - 0.999**t) / (np.sqrt(v) + 1e-8)
-        w = w - 0.1 * mean
-        yield w
-
-
-def lion(w: Array, gs: Gradients) -> Iterator[Array]:
-    m = np.zeros_like(w)
-    for g in gs:
-        w = w - 0.1 * (np.sign(0.9 * m + 0.1 * g) + 0.3 * w)
-        m = 0.99 * m + 0.01 * g
-        yield w
-
-
-def lamb(w: Array, gs: Gradients) -> Iterator[Array]:
-    for t, _, m, v in moments(gs):
-        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6) + 0.3 * w
-        w = w - 0.1 * np.linalg.norm(w) / np.linalg.norm(u) * u
-        yield w
-
-
-def lars(w: Array, gs: Gradients) -> Iterator[Array]:
-    v = np.zeros_like(w)
-    for g in gs:
-        norm = np.linalg.norm(w)
-        local = 0.02 * norm / (np.linalg.norm(g) + 0.3 * norm) if w.ndim > 1 else 1.0
-        v = 0.9 * v + 0.1 * local * (g + 0.3 * w)
-        w = w - v
-        yield w
-
 
 FORMULAS: dict[str, tuple[str, list[str], Formula]] = {
     "sgd": ("sgd", ["lr=0.1", "weight_decay=0.3"], sgd),

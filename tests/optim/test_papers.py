@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,26 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator, stream
+from dlopt.lab.verify.references import (
+    DECAY,
+    LR,
+    Array,
+    Formula,
+    adabelief,
+    adafactor,
+    adan,
+    ademamix,
+    adopt,
+    c_adamw,
+    c_lion,
+    distributed_shampoo,
+    mars,
+    prodigy,
+    rms,
+    shampoo,
+    signum,
+    soap,
+)
 from dlopt.losses import sampled_cross_entropy
 from dlopt.optim import (
     SOAP,
@@ -32,194 +52,11 @@ from tests.support.updates import (
     GRADS,
     SHAPES,
     START,
-    Array,
-    Formula,
-    Gradients,
     parameters,
     path,
     set_gradients,
     written,
 )
-
-LR, DECAY = 0.1, 0.3
-
-
-def mask(u: Array, g: Array) -> Array:
-    phi = (u * g > 0).astype(float)
-    scaled: Array = phi * phi.size / (phi.sum() + 1)
-    return scaled
-
-
-def c_adamw(w: Array, gs: Gradients) -> Iterator[Array]:
-    m, v = np.zeros_like(w), np.zeros_like(w)
-    for t, g in enumerate(gs, 1):
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        w = w - LR * DECAY * w - LR * mask(u, g) * u
-        yield w
-
-
-def c_lion(w: Array, gs: Gradients) -> Iterator[Array]:
-    m = np.zeros_like(w)
-    for g in gs:
-        u = np.sign(0.9 * m + 0.1 * g)
-        w = w - LR * DECAY * w - LR * mask(u, g) * u
-        m = 0.99 * m + 0.01 * g
-        yield w
-
-
-def signum(w: Array, gs: Gradients) -> Iterator[Array]:
-    m = np.zeros_like(w)
-    for g in gs:
-        m = 0.9 * m + 0.1 * g
-        w = w - LR * (np.sign(m) + DECAY * w)
-        yield w
-
-
-def adopt(w: Array, gs: Gradients) -> Iterator[Array]:
-    m, v = np.zeros_like(w), gs[0] ** 2
-    yield w
-    for t, g in enumerate(gs[1:], 1):
-        m = 0.9 * m + 0.1 * np.clip(g / np.maximum(np.sqrt(v), 1e-6), -(t**0.25), t**0.25)
-        w = w - LR * (m + DECAY * w)
-        v = 0.9999 * v + 0.0001 * g**2
-        yield w
-
-
-def ademamix(w: Array, gs: Gradients, warmup: int = 7) -> Iterator[Array]:
-    m1, m2, v = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
-    log1, log3 = math.log(0.9), math.log(0.9999)
-    for t, g in enumerate(gs, 1):
-        alpha = min(5.0 * t / warmup, 5.0)
-        beta3 = min(math.exp(log1 * log3 / ((1 - t / warmup) * log3 + t / warmup * log1)), 0.9999)
-        m1, m2, v = 0.9 * m1 + 0.1 * g, beta3 * m2 + (1 - beta3) * g, 0.999 * v + 0.001 * g**2
-        update = (m1 / (1 - 0.9**t) + alpha * m2) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        w = w - LR * (update + DECAY * w)
-        yield w
-
-
-def adan(w: Array, gs: Gradients) -> Iterator[Array]:
-    m, v, n, old = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w), gs[0]
-    for t, g in enumerate(gs, 1):
-        m, v = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * (g - old)
-        n = 0.99 * n + 0.01 * (g + 0.92 * (g - old)) ** 2
-        rate = LR / (np.sqrt(n / (1 - 0.99**t)) + 1e-8)
-        w = (w - rate * (m / (1 - 0.98**t) + 0.92 * v / (1 - 0.92**t))) / (1 + DECAY * LR)
-        old = g
-        yield w
-
-
-def adabelief(w: Array, gs: Gradients) -> Iterator[Array]:
-    m, s = np.zeros_like(w), np.zeros_like(w)
-    for t, g in enumerate(gs, 1):
-        m = 0.9 * m + 0.1 * g
-        s = 0.999 * s + 0.001 * (g - m) ** 2 + 1e-16
-        w = w - LR * (m / (1 - 0.9**t) / (np.sqrt(s / (1 - 0.999**t)) + 1e-16) + DECAY * w)
-        yield w
-
-
-def mars(w: Array, gs: Gradients) -> Iterator[Array]:
-    m, v, old = np.zeros_like(w), np.zeros_like(w), gs[0]
-    for t, g in enumerate(gs, 1):
-        c = g + 0.025 * 0.95 / 0.05 * (g - old)
-        c = c / max(1.0, np.linalg.norm(c))
-        m, v, old = 0.95 * m + 0.05 * c, 0.99 * v + 0.01 * c**2, g
-        w = w - LR * (m / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8) + DECAY * w)
-        yield w
-
-
-def rms(x: Array) -> float:
-    return float(np.sqrt(np.mean(x**2)))
-
-
-def adafactor(w: Array, gs: Gradients) -> Iterator[Array]:
-    rows, columns, v = np.zeros(w.shape), np.zeros(w.shape), np.zeros(w.shape)
-    for t, g in enumerate(gs, 1):
-        beta = 1 - t**-0.8
-        alpha = max(0.001, rms(w)) * min(LR, 1 / math.sqrt(t))
-        squares = g**2 + 1e-30
-        if w.ndim > 1:
-            rows = beta * rows + (1 - beta) * squares.sum(-1, keepdims=True)
-            columns = beta * columns + (1 - beta) * squares.sum(-2, keepdims=True)
-            v = rows * columns / rows.sum(-2, keepdims=True)
-        else:
-            v = beta * v + (1 - beta) * squares
-        u = g / np.sqrt(v)
-        w = w - LR * DECAY * w - alpha * u / max(1.0, rms(u))
-        yield w
-
-
-def unfold(x: Array, mode: int) -> Array:
-    return np.moveaxis(x, mode, 0).reshape(x.shape[mode], -1)
-
-
-def times(x: Array, mode: int, matrix: Array) -> Array:
-    product: Array = np.moveaxis(np.tensordot(matrix, x, axes=(1, mode)), 0, mode)
-    return product
-
-
-def inverse_root(h: Array, order: int) -> Array:
-    values, vectors = np.linalg.eigh(h)
-    root: Array = vectors @ np.diag(values ** (-1 / order)) @ vectors.T
-    return root
-
-
-def shampoo(w: Array, gs: Gradients) -> Iterator[Array]:
-    h, m = [1e-4 * np.eye(n) for n in w.shape], np.zeros_like(w)
-    for t, g in enumerate(gs):
-        m = 0.9 * m + 0.1 * g
-        h = [each + unfold(g, mode) @ unfold(g, mode).T for mode, each in enumerate(h)]
-        if t % 3 == 0:
-            roots = [inverse_root(each, 2 * w.ndim) for each in h]
-        step = m
-        for mode, root in enumerate(roots):
-            step = times(step, mode, root)
-        w = w - LR * (step + DECAY * w)
-        yield w
-
-
-def distributed_shampoo(w: Array, gs: Gradients) -> Iterator[Array]:
-    m, v, h = np.zeros_like(w), np.zeros_like(w), [np.zeros((n, n)) for n in w.shape]
-    for t, g in enumerate(gs, 1):
-        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
-        h = [0.99 * each + 0.01 * unfold(g, mode) @ unfold(g, mode).T for mode, each in enumerate(h)]
-        mean = m / (1 - 0.9**t)
-        adam = step = mean / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
-        if t % 3 == 0:
-            roots = [inverse_root(each / (1 - 0.99**t) + 1e-4 * np.eye(len(each)), 2 * w.ndim) for each in h]
-        if t >= 3:
-            step = mean
-            for mode, root in enumerate(roots):
-                step = times(step, mode, root)
-            step = step * np.linalg.norm(adam) / np.linalg.norm(step)
-        w = w - LR * (step + DECAY * w)
-        yield w
-
-
-def soap(w: Array, gs: Gradients) -> Iterator[Array]:
-    modes = range(w.ndim) if w.ndim > 1 else []
-    m, v = np.zeros_like(w), np.zeros_like(w)
-    grams = {i: 0.05 * unfold(gs[0], i) @ unfold(gs[0], i).T for i in modes}
-    q = {i: np.linalg.eigh(grams[i])[1][:, ::-1] for i in modes}
-    yield w
-    for t, g in enumerate(gs[1:], 1):
-        rotated, m = g, 0.95 * m + 0.05 * g
-        average = m
-        for i in modes:
-            rotated, average = times(rotated, i, q[i].T), times(average, i, q[i].T)
-        v = 0.95 * v + 0.05 * rotated**2
-        step = average / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
-        for i in modes:
-            step = times(step, i, q[i])
-        w = w - LR * (step + DECAY * w)
-        for i in modes:
-            grams[i] = 0.95 * grams[i] + 0.05 * unfold(g, i) @ unfold(g, i).T
-            if t % 3 == 0:
-                order = np.argsort(-np.diag(q[i].T @ grams[i] @ q[i]))
-                v = np.take(v, order, axis=i)
-                q[i] = np.linalg.qr((grams[i] @ q[i])[:, order])[0]
-        yield w
-
 
 ALGORITHMS: dict[str, tuple[str, list[str], Formula]] = {
     "C-AdamW": ("adamw", ["cautious=true"], c_adamw),
@@ -254,22 +91,17 @@ def test_prodigy_at_every_update(d_coef: float) -> None:
     """Runs the algorithm over all parameters together; a schedule changes gamma, and similar gradients increase d."""
     params = parameters()
     optimizer = Prodigy([{"params": [p]} for p in params.values()], weight_decay=DECAY, d0=0.01, d_coef=d_coef)
-    x0 = x = np.concatenate([w.reshape(-1) for w in START.values()])
-    m, v, s, r, d = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x), 0.0, 0.01
-    root = math.sqrt(0.999)
-    for number, noise in enumerate(GRADS):
-        gamma, gradient = 1 - number / 20, {name: GRADS[0][name] + 0.1 * each for name, each in noise.items()}
+    x = np.concatenate([w.reshape(-1) for w in START.values()])
+    gradients = [{name: GRADS[0][name] + 0.1 * each for name, each in noise.items()} for noise in GRADS]
+    flat = [np.concatenate([each.reshape(-1) for each in gradient.values()]) for gradient in gradients]
+    rates = [1 - number / 20 for number in range(len(GRADS))]
+    expected = prodigy(x, flat, d_coef=d_coef, rates=rates)
+    for gamma, gradient, (weights, d) in zip(rates, gradients, expected, strict=True):
         for group, (name, p) in zip(optimizer.param_groups, params.items(), strict=True):
             group["lr"], p.grad = gamma, torch.tensor(gradient[name])
         optimizer.step()
-        g = np.concatenate([each.reshape(-1) for each in gradient.values()])
-        r = root * r + (1 - root) * gamma * d**2 * g @ (x0 - x)
-        s = root * s + (1 - root) * gamma * d**2 * g
-        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d**2 * g**2
-        x = x - gamma * d * (m / (np.sqrt(v) + d * 1e-8) + DECAY * x)
-        d = max(d, d_coef * r / np.abs(s).sum())
         ours = torch.cat([p.detach().reshape(-1) for p in params.values()])
-        torch.testing.assert_close(ours, torch.tensor(x), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(ours, torch.tensor(weights), rtol=1e-10, atol=1e-12)
         assert optimizer.param_groups[1]["d"] == pytest.approx(d, rel=1e-10)
     assert d > 0.01
 

@@ -41,6 +41,10 @@ MAKERS: dict[str, Make] = {
 ALL = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
+def _scion_of_the_rest(params: list[Any]) -> torch.optim.Optimizer:
+    return Scion([{"params": params, "use_muon": False}])
+
+
 class Problem:
     """A least-squares fit of a two-layer net."""
 
@@ -108,7 +112,25 @@ def test_nothing_to_train(make: Make) -> None:
     assert all(torch.equal(p, old) for p, old in zip(problem.params, before, strict=True))
 
 
-@pytest.mark.parametrize("make", [Muon, Scion, Shampoo, partial(DistributedShampoo, update_every=1), SOAP, Kron])
+@pytest.mark.parametrize(
+    "make",
+    [partial(optim.Lion, cautious=True), optim.Lion, optim.Signum, optim.Rprop, _scion_of_the_rest],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_signs_hide_no_gradient_that_is_not_finite(make: Make, value: float) -> None:
+    """torch's sign of NaN is 0: the weight would stop moving, and nothing would show it."""
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = make([p])
+    for gradient in (value, 1.0):
+        p.grad = torch.ones(2, 2)
+        p.grad[0, 0] = gradient
+        optimizer.step()
+    assert not p[0, 0].isfinite() and p[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make", [Muon, Scion, Shampoo, partial(DistributedShampoo, update_every=1), SOAP, Kron, optim.Adafactor]
+)
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_empty_matrices_are_left_alone(make: Callable[..., torch.optim.Optimizer], shape: tuple[int, int]) -> None:
     empty, matrix = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(2, 2))

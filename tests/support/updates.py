@@ -1,16 +1,10 @@
 """Weights of three shapes, gradients for them, and optimizers that are compared with update formulas."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Gradients = list[Array]
-Formula = Callable[..., Iterator[Array]]
-"""Initial weights of a tensor, its gradients -> the weights after every update."""
+from dlopt.lab.verify.references import Array, Formula
 
 _DRAW = np.random.default_rng(0)
 SHAPES = {"kernel": (3, 2, 2, 2), "matrix": (4, 3), "vector": (5,)}

@@ -1,0 +1,286 @@
+"""What is checked: each case is a few lines of plain PyTorch, which are also the reproduction of a failure.
+
+A case gets functions whose text precedes it in a reproduction (`dlopt.lab.verify.subject`): `make(params, **keys)`
+builds the optimizer, `fresh(dtype)` returns parameters, the same at each call, `update(o, params, loss)` makes one
+update. It raises AssertionError, with what was found, if the optimizer is wrong.
+"""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Make = Callable[..., torch.optim.Optimizer]
+Update = Callable[..., Any]
+Fresh = Callable[..., Any]
+Loss = Callable[[Any], Any]
+Flag = dict[str, Any]
+
+# -- convex problems
+
+
+def sphere(params: Any) -> Any:
+    return sum((p - 1).square().sum() / 2 for p in params)
+
+
+def ill_conditioned(params: Any) -> Any:
+    return sum((torch.logspace(-2, 0, p.numel()).to(p).view_as(p) * (p - 1) ** 2).sum() / 2 for p in params)
+
+
+def least_squares(params: Any) -> Any:
+    return sum((torch.arange(6 * len(p)).to(p).view(6, -1).cos() @ p - 1).square().mean() / 8 for p in params)
+
+
+def logistic(params: Any) -> Any:
+    return sum(
+        (-torch.arange(6 * len(p)).to(p).view(6, -1).cos() @ p).exp().log1p().mean() + (p**2).mean() for p in params
+    )
+
+
+def pseudo_huber(params: Any) -> Any:
+    return sum((1 + (p - 1) ** 2).sqrt().sum() for p in params)
+
+
+PROBLEMS: tuple[Loss, ...] = (sphere, ill_conditioned, least_squares, logistic, pseudo_huber)
+
+
+def falls(make: Make, update: Update, fresh: Fresh, loss: Loss) -> None:
+    params = fresh()
+    o = make(params)
+    before = float(loss(params))
+    for _ in range(60):
+        update(o, params)
+    getattr(o, "eval", lambda: None)()
+    assert loss(params) < before, f"the loss was {before:.6g} before 60 updates and is {float(loss(params)):.6g}"
+
+
+# -- learning rate
+
+
+def follows_the_schedule(make: Make, update: Update, fresh: Fresh) -> None:
+    moves = []
+    for factor in (1.0, 0.1):
+        params = fresh()
+        o = make(params)
+        s = torch.optim.lr_scheduler.StepLR(o, 12, factor)
+        for _ in range(12):
+            update(o, params)
+            s.step()
+        before = [p.detach().clone() for p in params]
+        update(o, params)
+        moves.append([float(f"{(p - b).norm():.4g}") for p, b in zip(params, before, strict=True)])
+    assert all(b < 0.95 * a or a == 0 for a, b in zip(*moves, strict=True)), (
+        f"moved by {moves[0]}, at a tenth of the rate by {moves[1]}"
+    )
+
+
+def rests_at_rate_zero(make: Make, update: Update, fresh: Fresh) -> None:
+    params = fresh()
+    o = make(params)
+    for group in o.param_groups:
+        group["lr"] = 0.0
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        update(o, params)
+    moves = [float(f"{(p - b).norm():.4g}") for p, b in zip(params, before, strict=True)]
+    assert moves == [0.0] * len(moves), f"moved by {moves} at lr = 0"
+
+
+# -- weight decay
+
+
+def decays_by_group(
+    make: Make, update: Update, fresh: Fresh, loss: Loss, scale: float, place: int, expected: bool
+) -> None:
+    ends = []
+    for decay in (0.0, 10.0):
+        params = fresh()
+        o = make([{"params": params[:1], "weight_decay": decay}, {"params": params[1:], "weight_decay": 0.0}])
+        for _ in range(12):
+            update(o, params, lambda params: scale * loss(params))
+        ends.append(params[place])
+    changed = not torch.allclose(ends[0], ends[1], rtol=1e-9)
+    assert changed == expected, f"only group 0 has a weight decay; it changes group {place}: {changed}"
+
+
+def decays_apart_from_the_gradient(make: Make, update: Update, fresh: Fresh, flag: Flag) -> None:
+    params, seen = fresh(), []
+    o = make(params, weight_decay=0.1, **flag)
+    for _ in range(15):
+        update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
+        seen.append([p.detach().clone() for p in params])
+    for a, b, c in zip(*seen[-3:], strict=True):
+        first, last = 1 - b / a, 1 - c / b
+        assert first.max() > 0, "at zero gradients, the weights do not shrink"
+        assert first.max() - first.min() < 1e-6 * first.mean(), "the weights of a tensor do not shrink by one factor"
+        assert (last - first).abs().max() < 1e-6 * first.mean(), "the factor of the decay changes over time"
+
+
+def decays_as_the_l2_penalty(make: Make, update: Update, fresh: Fresh, loss: Loss, flag: Flag) -> None:
+    params, others = fresh(), fresh()
+    o, q = make(params, weight_decay=0.1, **flag), make(others, weight_decay=0.0, **flag)
+    for _ in range(12):
+        update(o, params)
+        update(q, others, lambda params: loss(params) + 0.05 * sum((p**2).sum() for p in params))
+    gap = max(float((a - b).abs().max()) for a, b in zip(params, others, strict=True))
+    assert gap < 1e-9, f"differs by {gap:.2g} from the loss with 0.05 |w|^2 added"
+
+
+# -- missing gradients
+
+
+def leaves_what_has_no_gradient(make: Make, update: Update, fresh: Fresh, loss: Loss) -> None:
+    params = fresh()
+    o = make(params)
+    before = [p.detach().clone() for p in params]
+    for _ in range(12):
+        update(o, params, lambda params: loss(params[:1]))
+    changed = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
+    assert changed == [True, False], f"only the first parameter has a gradient; changed {changed}"
+    for _ in range(12):
+        update(o, params)
+    assert not torch.equal(params[1], before[1]), "a parameter whose gradient begins later does not move"
+
+
+def takes_no_gradients_at_all(make: Make, update: Update, fresh: Fresh) -> None:
+    params = fresh()
+    o = make(params)
+    before = [p.detach().clone() for p in params]
+    o.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)), "moved without any gradient"
+
+
+# -- resume
+
+
+def resumes_from_its_state_dict(make: Make, update: Update, fresh: Fresh) -> None:
+    params, file = fresh(torch.float32), io.BytesIO()
+    o = make(params)
+    for _ in range(12):
+        update(o, params)
+    torch.save(([p.detach() for p in params], o.state_dict()), file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    others = [torch.nn.Parameter(w) for w in weights]
+    r = make(others)
+    r.load_state_dict(state)
+    for optimizer, its in 3 * [(o, params), (r, others)]:
+        torch.manual_seed(1)
+        update(optimizer, its)
+    gap = max(float((a - b).abs().max()) for a, b in zip(params, others, strict=True))
+    assert gap == 0, f"3 updates after a resume, the weights differ by {gap:.2g}"
+
+
+def resumes_from_a_deepcopy(make: Make, update: Update, fresh: Fresh) -> None:
+    params = fresh(torch.float32)
+    o = make(params)
+    for _ in range(12):
+        update(o, params)
+    others, r = copy.deepcopy((params, o))
+    for optimizer, its in 3 * [(o, params), (r, others)]:
+        torch.manual_seed(1)
+        update(optimizer, its)
+    gap = max(float((a - b).abs().max()) for a, b in zip(params, others, strict=True))
+    assert gap == 0, f"3 updates after a deepcopy, the weights differ by {gap:.2g}"
+
+
+def trains_an_added_group(make: Make, update: Update, fresh: Fresh) -> None:
+    params = fresh()
+    o = make(params[:1])
+    before = params[1].detach().clone()
+    update(o, params[:1])
+    o.add_param_group({"params": params[1:]})
+    for _ in range(12):
+        update(o, params)
+    assert not torch.equal(params[1], before), "a parameter added by add_param_group does not move"
+
+
+def evaluates_without_a_trace(make: Callable[..., Any], update: Update, fresh: Fresh) -> None:
+    ends = []
+    for looks in (False, True):
+        params = fresh()
+        o = make(params)
+        for _ in range(6):
+            update(o, params)
+            if looks:
+                o.eval()
+                o.train()
+        ends.append(params)
+    gap = max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True))
+    assert gap < 1e-9, f"eval() and train() after each update change the weights by {gap:.2g}"
+
+
+# -- implementations
+
+
+def equals_the_loop(make: Make, update: Update, fresh: Fresh, loss: Loss, flag: Flag) -> None:
+    ends = []
+    for keys in (dict.fromkeys(flag, False), flag):
+        params = fresh()
+        o = make(params, **keys)
+        for _ in range(12):
+            update(o, params, lambda params: 1e-6 * loss(params))
+        ends.append(params)
+    gap = max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True))
+    assert gap < 1e-9, f"{flag}: weights differ by {gap:.2g} from those of the loop"
+
+
+# -- precision
+
+
+def stays_within_rounding(
+    make: Make, update: Update, fresh: Fresh, loss: Loss, dtype: torch.dtype, share: float
+) -> None:
+    runs = [(params, make(params)) for params in (fresh(), fresh(dtype))]
+    for params, o in 10 * runs:
+        update(o, params)
+    before, exact, found = (
+        float(loss([p.detach().double() for p in each])) for each in (fresh(), runs[0][0], runs[1][0])
+    )
+    rounding = 10 * torch.finfo(dtype).eps * sum(float(p.abs().sum()) for p in fresh())
+    bound = share * abs(exact - before) + rounding
+    assert abs(found - exact) <= bound, f"{dtype}: loss {found:.6g}, in float64 {exact:.6g}; bound {bound:.2g}"
+
+
+# -- unusual input
+
+
+def leaves_zeros_at_zero_gradients(make: Make, update: Update, fresh: Fresh) -> None:
+    params = [torch.nn.Parameter(torch.zeros_like(p)) for p in fresh()]
+    o = make(params)
+    for _ in range(3):
+        update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
+    assert not any(p.any() for p in params), (
+        f"zero weights with zero gradients become {params[0].flatten()[:2].tolist()}"
+    )
+
+
+def trains_scalars(make: Make, update: Update, fresh: Fresh) -> None:
+    p = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    o = make([p])
+    for _ in range(12):
+        update(o, [p])
+    assert p.isfinite() and p != 0.5, f"a parameter of shape [] is {float(p)} after 12 updates from 0.5"
+
+
+def takes_empty_tensors(make: Make, update: Update, fresh: Fresh) -> None:
+    p, empty = fresh()[0], torch.nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+    o = make([empty, p])
+    before = p.detach().clone()
+    for _ in range(12):
+        update(o, [empty, p])
+    assert p.isfinite().all() and not torch.equal(p, before), "beside an empty parameter the other does not move"
+
+
+def shows_nan(make: Make, update: Update, fresh: Fresh, loss: Loss) -> None:
+    params, seen = fresh(), []
+    o = make(params)
+    with contextlib.suppress(ArithmeticError, RuntimeError, ValueError):
+        for factor in (0.0, float("nan"), *[0.0] * 12):
+            update(o, params, lambda params, f=factor: loss(params) + f * params[0][0, 0])
+            seen.append(params[0].detach().clone())
+    shown = len(seen) < 14 or torch.equal(seen[0], seen[1]) or params[0][0, 0].isnan()
+    assert shown, f"12 updates after its gradient was NaN, a weight is {float(params[0][0, 0]):.4g}"

@@ -1,0 +1,275 @@
+"""The checks of `dlopt verify`: what each means, the cases that it runs, its tolerance, and what came out."""
+
+import inspect
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlopt.lab.verify import cases, reference
+from dlopt.lab.verify.cases import pseudo_huber
+from dlopt.lab.verify.methods import Method, name_in
+from dlopt.lab.verify.outcome import Outcome
+from dlopt.lab.verify.subject import MATRICES, Subject, by_gradients, source
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of cases.py with its further arguments; or, with `skipped`, the reason why it does not apply."""
+
+    function: Callable[..., None] | None = None
+    arguments: Mapping[str, Any] | None = None
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    meaning: str
+    tolerance: str
+    run: Callable[[Subject, Method | None], Outcome]
+
+
+# -- running cases
+
+
+def check_cases(subject: Subject, chosen: list[Case], note: str = "") -> Outcome:
+    """Runs cases until one fails; passes if any has run."""
+    skipped = [case.skipped for case in chosen if case.skipped]
+    ran = False
+    for case in chosen:
+        if case.function is None:
+            continue
+        message = failure(subject, case)
+        if message is None:
+            ran = True
+        elif "not implemented for" in message or "UserError" in message:  # of a type, or said in a sentence
+            skipped.append(message)
+        else:
+            return Outcome("fail", message, reproduction(subject, case))
+    reasons = "; ".join([*([note] if note else []), *dict.fromkeys(skipped)])
+    return Outcome("pass" if ran else "not applicable", reasons)
+
+
+def failure(subject: Subject, case: Case) -> str | None:
+    """Returns what is wrong in a case, None if nothing is."""
+    assert case.function is not None
+    extra = {"loss": pseudo_huber, **(case.arguments or {})}
+    loss = extra["loss"]
+    given = {
+        "make": subject.make,
+        "fresh": subject.fresh,
+        "update": lambda o, params, loss=loss: subject.update(o, params, loss),
+        **extra,
+    }
+    names = inspect.signature(case.function).parameters
+    try:
+        case.function(**{name: given[name] for name in names})
+    except AssertionError as error:
+        return str(error) or "an assertion of the optimizer fails"
+    except Exception as error:
+        return f"{case.function.__name__.replace('_', ' ')}: {message_of(error)}"
+    return None
+
+
+def message_of(error: Exception) -> str:
+    first = re.sub("\x1b\\[[0-9;]*m", "", next(iter(str(error).strip().splitlines()), ""))
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def reproduction(subject: Subject, case: Case) -> str:
+    """Returns at most ten lines of PyTorch that raise what the case has raised."""
+    assert case.function is not None
+    extra = dict(case.arguments or {})
+    lines = subject.text(extra.pop("loss", pseudo_huber))
+    body = source(case.function)
+    if extra:
+        body[0] = "; ".join([*(f"{name} = {value!r}" for name, value in extra.items()), body[0]])
+    return "\n".join([*lines, *body])
+
+
+# -- the checks
+
+
+def descent(subject: Subject, method: Method | None) -> Outcome:
+    return check_cases(subject, [Case(cases.falls, {"loss": each}) for each in cases.PROBLEMS])
+
+
+def schedule(subject: Subject, method: Method | None) -> Outcome:
+    groups = subject.make(subject.fresh()).param_groups
+    if any(group.get("lr") is None for group in groups):
+        return Outcome("not applicable", "its parameter groups have no lr")
+    if method is not None and method.no_schedule:
+        return Outcome("not applicable", method.no_schedule)
+    return check_cases(subject, [Case(cases.follows_the_schedule)])
+
+
+def rate_zero(subject: Subject, method: Method | None) -> Outcome:
+    before = schedule(subject, method)
+    if before.status != "pass":
+        return Outcome("not applicable", before.reason if before.status != "fail" else "a schedule misses parameters")
+    return check_cases(subject, [Case(cases.rests_at_rate_zero)])
+
+
+DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "decouple", "decoupled")
+
+
+def decay(subject: Subject, method: Method | None) -> Outcome:
+    if not subject.takes("weight_decay"):
+        return Outcome("not applicable", "no argument weight_decay")
+    flags = [name for name in DECOUPLED if subject.takes(name)][:1]
+    apart = Case(cases.decays_apart_from_the_gradient, {"flag": dict.fromkeys(flags, True)})
+    penalty = Case(cases.decays_as_the_l2_penalty, {"flag": dict.fromkeys(flags, True)})
+    chosen = []
+    if subject.takes_groups:
+        # Group 1 at zero gradients: in some methods, the decay of a group changes the steps of all.
+        for scale, place in ((1.0, 0), (0.0, 1)):
+            chosen.append(Case(cases.decays_by_group, {"scale": scale, "place": place, "expected": place == 0}))
+    wrong = failure(subject, apart) or ""
+    if "do not shrink" in wrong and "one factor" not in wrong:
+        chosen.append(Case(skipped="at zero gradients nothing moves: decoupled or not is undecided"))
+    elif "over time" in wrong and failure(subject, penalty) is not None:
+        chosen.append(Case(skipped="shrinks a tensor by one factor, which changes over time"))
+    elif flags or (method is not None and method.decay == "decoupled"):
+        chosen.append(apart)
+    elif method is not None and method.decay == "l2":
+        chosen.append(penalty)
+    kinds: dict[str, Callable[..., None]] = {
+        "decoupled": cases.decays_apart_from_the_gradient,
+        "an L2 penalty": cases.decays_as_the_l2_penalty,
+    }
+    held = [kind for kind, case in kinds.items() if failure(subject, Case(case, {"flag": {}})) is None]
+    return check_cases(subject, chosen, " and ".join(held) or "inside the update")
+
+
+def missing(subject: Subject, method: Method | None) -> Outcome:
+    chosen = [Case(cases.leaves_what_has_no_gradient)]
+    if subject.update is by_gradients:
+        chosen.append(Case(cases.takes_no_gradients_at_all))
+    return check_cases(subject, chosen)
+
+
+def resume(subject: Subject, method: Method | None) -> Outcome:
+    chosen = [Case(cases.resumes_from_its_state_dict)]
+    takes = subject.takes_groups and not subject.marks_muon
+    chosen.append(Case(cases.trains_an_added_group) if takes else Case(skipped="takes no plain groups"))
+    optimizer = subject.make(subject.fresh())
+    if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
+        chosen.append(Case(cases.evaluates_without_a_trace))
+    chosen.append(Case(cases.resumes_from_a_deepcopy))
+    return check_cases(subject, chosen)
+
+
+def implementations(subject: Subject, method: Method | None) -> Outcome:
+    flags = [name for name in ("foreach", "fused", "capturable") if subject.takes(name)]
+    if not flags:
+        return Outcome("not applicable", "one implementation")
+    chosen = []
+    for name in flags:
+        try:
+            params = subject.fresh()
+            subject.update(subject.make(params, **{name: True}), params, pseudo_huber)
+        except Exception as error:
+            chosen.append(Case(skipped=f"{name}: {message_of(error)}"))
+        else:
+            chosen.append(Case(cases.equals_the_loop, {"flag": {name: True}}))
+    return check_cases(subject, chosen)
+
+
+def precision(subject: Subject, method: Method | None) -> Outcome:
+    shares = {torch.float32: 0.01, torch.bfloat16: 0.2}
+    return check_cases(
+        subject, [Case(cases.stays_within_rounding, {"dtype": d, "share": share}) for d, share in shares.items()]
+    )
+
+
+def unusual(subject: Subject, method: Method | None) -> Outcome:
+    chosen = [Case(cases.leaves_zeros_at_zero_gradients), Case(cases.takes_empty_tensors), Case(cases.shows_nan)]
+    if subject.shapes == MATRICES:
+        chosen.append(Case(skipped="takes matrices only: no scalars"))
+    else:
+        chosen.insert(1, Case(cases.trains_scalars))
+    return check_cases(subject, chosen)
+
+
+def cost(subject: Subject, method: Method | None) -> Outcome:
+    """Measures the state in float32 and the time of an update."""
+    n = 128 if subject.update is by_gradients else 16  # a Newton method stores a matrix of n^2 x n^2
+    trial = replace(subject, shapes=((n, n), (n, n) if subject.shapes == MATRICES else (n,)))
+    params = trial.fresh(torch.float32)
+    optimizer = trial.make(params)
+    seconds: list[float] = []
+    while len(seconds) < 12 and sum(seconds) < 0.5:
+        start = time.perf_counter()
+        trial.update(optimizer, params, pseudo_huber)
+        seconds.append(time.perf_counter() - start)
+    size = sum(tensor.nbytes for tensor in _tensors(list(optimizer.state.values())))
+    count = sum(p.numel() for p in params)
+    usual = statistics.median(seconds[1:] or seconds) * 1e6
+    reason = f"{size / count:.3g} bytes per parameter; {usual:.0f} us per update of {count:,} parameters"
+    return Outcome("measured", reason)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _tensors(each)
+
+
+def defaults(subject: Subject, method: Method | None) -> Outcome:
+    if method is None or not method.authors:
+        return Outcome("not applicable", "dlopt does not know the authors' defaults")
+    differing = []
+    parameters = inspect.signature(subject.target).parameters
+    for key, theirs in method.authors.items():
+        name = name_in(parameters, key)
+        if name is None:
+            differing.append(f"no {key} (authors: {theirs})")
+            continue
+        ours = parameters[name].default
+        plain = list(ours) if isinstance(ours, tuple) else ours
+        if plain != (list(theirs) if isinstance(theirs, tuple) else theirs):
+            shown = "required" if ours is inspect.Parameter.empty else ours
+            differing.append(f"{name} {shown} (authors: {theirs})")
+    return Outcome("measured", "; ".join(differing) or "those of the authors")
+
+
+CHECKS = (
+    Check("reference", "updates equal the paper's", "1e-6 of the distance moved; 3 % for Muon", reference.compare),
+    Check("descent", "60 updates reduce five convex losses", "none", descent),
+    Check("schedule", "a tenth of the rate shortens the step of every parameter", "5 %", schedule),
+    Check("rate zero", "lr = 0 changes no weight", "none", rate_zero),
+    Check("weight decay", "acts where it is set, decoupled or as the L2 penalty as stated", "1e-6; 1e-9", decay),
+    Check("missing gradients", "parameters without a gradient stay, the others move", "none", missing),
+    Check("resume", "state_dict, deepcopy and add_param_group lose nothing", "none; eval() and train(): 1e-9", resume),
+    Check("implementations", "foreach, fused and capturable equal the loop", "1e-9", implementations),
+    Check(
+        "precision",
+        "float32 and bfloat16 follow float64",
+        "loss: 1 % and 20 % of the decrease, and rounding",
+        precision,
+    ),
+    Check("unusual input", "NaN stays visible; zeros, scalars and empty tensors work", "none", unusual),
+    Check("cost", "state and time of an update", "", cost),
+    Check("defaults", "defaults here and of the authors", "", defaults),
+)
+
+
+def run(check: Check, subject: Subject, method: Method | None) -> Outcome:
+    """Runs a check without the optimizer's warnings. An error of the optimizer is a failure, with its message."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return check.run(subject, method)
+        except Exception as error:
+            return Outcome("fail", message_of(error))

@@ -1,0 +1,158 @@
+"""`dlopt verify`: a certificate of an optimizer, anybody's."""
+
+import platform
+from typing import TYPE_CHECKING, Annotated, Any
+
+from dlopt.commands.shared.command_line import read_line
+from dlopt.extend import DONE, FAILED, Component, Line, UserError, document_only, key_of, suggest
+from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_output
+
+if TYPE_CHECKING:
+    from dlopt.lab.verify.checks import Check
+    from dlopt.lab.verify.outcome import Outcome
+    from dlopt.lab.verify.subject import Subject
+
+READS = ("optimizer", "allow_packages")
+USAGE = """\
+Check that an optimizer is what it says
+
+Usage:
+  dlopt verify optimizer=NAME [optimizer.KEY=VALUE] [paper=NAME] [--json]
+
+Examples:
+  dlopt verify optimizer=mine.MyOptimizer allow_packages=[mine]
+  dlopt verify optimizer=mine.MyMuon allow_packages=[mine] paper=muon
+  dlopt verify optimizer=torch.optim.ASGD
+  dlopt verify optimizer=lion optimizer.cautious=true
+
+Runs twelve checks on small tensors, on a CPU: updates beside the paper's, descent, the learning rate, weight decay,
+missing gradients, resume, fused implementations, precision, NaN and other unusual input, cost, and defaults. A check
+passes, fails, or does not apply; a failure comes with at most ten lines of PyTorch that show it. Exit code 1 if a check
+fails.
+
+  optimizer=NAME :: a choice of the group optimizer, or the dotted name of a class, with allow_packages
+  {_verify}
+  --json :: print a JSON document
+and these keys of `dlopt train`:
+    {READS}
+"""
+_UNREAD = ("groups", "layer_decay", "state_dtype")
+
+
+def verify(arguments: list[str]) -> int:
+    """Verifies an optimizer; returns the exit code: 1 if a check fails. Raises `UserError`."""
+    line = read_line([each for each in arguments if each != "--json"], several="verify one optimizer at a time")
+    keys = [key_of(override) for override in line.overrides]
+    if "optimizer" not in keys:
+        raise UserError("dlopt verify: name the optimizer: optimizer=adamw, or optimizer=mine.MyOptimizer")
+    for override in line.overrides:
+        if key_of(override).removeprefix("optimizer.").split(".")[0] in _UNREAD:
+            raise UserError(f"{override}: `dlopt verify` makes its own parameters; this key is of `dlopt train`")
+    several = "verify one optimizer at a time"
+    if "--json" not in arguments:
+        subject, paper, results = line.call(_verify, "dlopt verify", READS, several=several)
+        _print(subject, results)
+    else:
+        with document_only() as show:
+            subject, paper, results = line.call(_verify, "dlopt verify", READS, several=several)
+            show(document(subject, paper, results))
+    return FAILED if any(outcome.status == "fail" for _, outcome in results) else DONE
+
+
+Results = list[tuple["Check", "Outcome"]]
+
+
+def _verify(
+    line: Line,
+    *,
+    paper: Annotated[
+        str | None, "NAME: compare with the updates of this method (default: by the name of the class)"
+    ] = None,
+) -> tuple["Subject", str | None, Results]:
+    """Runs all checks on the optimizer of the line. Raises `UserError`."""
+    run_config, _ = line.run_config()
+    from dlopt.lab.verify.methods import METHODS, known
+
+    if paper is not None and paper not in METHODS:
+        raise UserError(
+            f"paper={paper}: unknown method; {suggest(paper, METHODS, 'dlopt verify --help', title='known')}"
+        )
+    subject = subject_of(run_config.optimizer)
+    return (
+        subject,
+        paper,
+        certify(subject, METHODS[paper] if paper is not None else known(subject.target, subject.keys)),
+    )
+
+
+def subject_of(component: Component) -> "Subject":
+    """Returns what to verify of an optimizer's component."""
+    from dlopt.lab.verify.subject import Subject
+
+    arguments = dict(component.arguments)
+    bases = {key: value for key, value in arguments.items() if isinstance(value, Component)}
+    if not bases:
+        return Subject(component.target, arguments)
+    [(key, base)] = bases.items()
+    own = {**{each: value for each, value in arguments.items() if each != key}, "lr": None}
+    return Subject(component.target, own, (key, base.target, dict(base.arguments)))
+
+
+def certify(subject: "Subject", method: Any) -> Results:
+    """Runs all checks; an optimizer with which no update succeeds fails the descent, and no other check applies."""
+    from dlopt.lab.verify.checks import CHECKS, message_of, run
+    from dlopt.lab.verify.outcome import Outcome
+    from dlopt.lab.verify.subject import find
+
+    try:
+        subject = find(subject)
+    except Exception as error:
+        none = Outcome("not applicable", "no update succeeds")
+        return [(check, Outcome("fail", message_of(error)) if check.name == "descent" else none) for check in CHECKS]
+    return [(check, run(check, subject, method)) for check in CHECKS]
+
+
+def document(subject: "Subject", paper: str | None, results: Results) -> dict[str, Any]:
+    """Returns the results as plain values, for docs/howto/json.md."""
+    import torch
+
+    from dlopt.lab.verify.subject import literal
+
+    return {
+        "optimizer": f"{subject.target.__module__}.{subject.target.__name__}",
+        "keys": {key: value if _is_plain(value) else literal(value) for key, value in subject.keys.items()},
+        "paper": paper,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "failed": [check.name for check, outcome in results if outcome.status == "fail"],
+        "checks": [
+            {
+                "name": check.name,
+                "meaning": check.meaning,
+                "tolerance": check.tolerance,
+                "status": outcome.status,
+                "reason": outcome.reason,
+                "reproduction": outcome.reproduction or None,
+            }
+            for check, outcome in results
+        ],
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list | tuple)
+
+
+def _print(subject: "Subject", results: Results) -> None:
+    console = standard_output()
+    table = plain_table(left=["check", "result", "meaning"])
+    styles = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
+    for check, outcome in results:
+        said = outcome.reason if outcome.status != "pass" or not check.meaning else check.meaning
+        if outcome.status == "pass" and outcome.reason:
+            said += f" ({outcome.reason})"
+        table.add_row(check.name, outcome.status, said, style=styles.get(outcome.status, ""))
+    console.print(FittedTable(table))
+    for check, outcome in results:
+        if outcome.reproduction:
+            console.print(f"\n{check.name}: run this to see it", style="bold")
+            console.print(outcome.reproduction, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,15 @@
+"""What comes out of a check."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["pass", "fail", "not applicable", "measured"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of a check; `reproduction`: PyTorch that shows a failure."""
+
+    status: Status
+    reason: str = ""
+    reproduction: str = ""

@@ -1,0 +1,381 @@
+"""Updates of the papers, written out in NumPy in float64.
+
+Each takes the initial weights of a tensor and its gradients, and yields the weights after every update.
+
+`dlopt verify` compares anybody's optimizer with them, and dlopt's tests its own. `dlopt.lab.verify.methods` holds the
+sources and the hyperparameters.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Gradients = list[Array]
+Formula = Callable[..., Iterator[Array]]
+
+LR, DECAY = 0.1, 0.3
+
+
+def sgd(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.3) -> Iterator[Array]:
+    delta: Any = None
+    for g in gs:
+        g = g + wd * w
+        delta = g if delta is None else m * delta + g
+        w = w - lr * delta
+        yield w
+
+
+def nesterov(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9) -> Iterator[Array]:
+    delta: Any = np.zeros_like(w)
+    for g in gs:
+        delta = m * delta + g
+        w = w - lr * (g + m * delta)
+        yield w
+
+
+def averaging(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.0) -> Iterator[Array]:
+    delta: Any = np.zeros_like(w)
+    for g in gs:
+        delta = m * delta + (1 - m) * g
+        w = w - lr * delta - lr * wd * w
+        yield w
+
+
+def sgdw(w: Array, gs: Gradients, alpha: float = 0.01, m: float = 0.9, wd: float = 0.03) -> Iterator[Array]:
+    """Algorithm 1 of Loshchilov & Hutter 2019 with the schedule multiplier 1."""
+    delta: Any = np.zeros_like(w)
+    for g in gs:
+        delta = m * delta + alpha * g
+        w = w - delta - wd * w
+        yield w
+
+
+def rprop(w: Array, gs: Gradients, skip: bool = False) -> Iterator[Array]:
+    size, before = np.full_like(w, 0.1), np.zeros_like(w)
+    for g in gs:
+        size = np.where(g * before > 0, size * 1.2, np.where(g * before < 0, size * 0.5, size)).clip(0.04, 0.13)
+        if skip:
+            g = np.where(g * before < 0, 0.0, g)
+        w, before = w - size * np.sign(g), g
+        yield w
+
+
+def adagrad(w: Array, gs: Gradients) -> Iterator[Array]:
+    total: Any = 0.0
+    for g in gs:
+        total = total + g**2
+        w = w - 0.1 * g / (np.sqrt(total) + 1e-10)
+        yield w
+
+
+def adadelta(w: Array, gs: Gradients) -> Iterator[Array]:
+    squares, deltas = np.zeros_like(w), np.zeros_like(w)
+    for g in gs:
+        squares = 0.9 * squares + 0.1 * g**2
+        delta = np.sqrt(deltas + 1e-6) / np.sqrt(squares + 1e-6) * g  # the average of deltas up to the previous one
+        deltas = 0.9 * deltas + 0.1 * delta**2
+        w = w - delta
+        yield w
+
+
+def rmsprop(w: Array, gs: Gradients) -> Iterator[Array]:
+    squares = np.zeros_like(w)
+    for g in gs:
+        squares = 0.9 * squares + 0.1 * g**2
+        w = w - 0.1 * g / (np.sqrt(squares) + 1e-8)
+        yield w
+
+
+def moments(gs: Gradients, b1: float = 0.9, b2: float = 0.999) -> Iterator[tuple[int, Array, Array, Array]]:
+    m, v = np.zeros_like(gs[0]), np.zeros_like(gs[0])
+    for t, g in enumerate(gs, 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        yield t, g, m, v
+
+
+def adam(w: Array, gs: Gradients, wd: float = 0.0) -> Iterator[Array]:
+    for t, _, m, v in moments(gs):
+        w = w - 0.1 * wd * w - 0.1 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        yield w
+
+
+def nadam(w: Array, gs: Gradients) -> Iterator[Array]:
+    product = 1.0
+    for t, g, m, v in moments(gs):
+        now, after = (0.9 * (1 - 0.5 * 0.96 ** (i * 0.004)) for i in (t, t + 1))
+        product *= now
+        average = (1 - now) * g / (1 - product) + after * m / (1 - product * after)
+        w = w - 0.1 * average / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        yield w
+
+
+def radam(w: Array, gs: Gradients) -> Iterator[Array]:
+    longest = 2 / (1 - 0.999) - 1
+    for t, _, m, v in moments(gs):
+        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)
+        mean = m / (1 - 0.9**t)
+        if length > 5:
+            above, below = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
+            mean = mean * np.sqrt(above / below) * np.sqrt(1 - 0.999**t) / (np.sqrt(v) + 1e-8)
+        w = w - 0.1 * mean
+        yield w
+
+
+def lion(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m = np.zeros_like(w)
+    for g in gs:
+        w = w - 0.1 * (np.sign(0.9 * m + 0.1 * g) + wd * w)
+        m = 0.99 * m + 0.01 * g
+        yield w
+
+
+def lamb(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    for t, _, m, v in moments(gs):
+        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6) + wd * w
+        w = w - 0.1 * np.linalg.norm(w) / np.linalg.norm(u) * u
+        yield w
+
+
+def lars(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    v = np.zeros_like(w)
+    for g in gs:
+        norm = np.linalg.norm(w)
+        local = 0.02 * norm / (np.linalg.norm(g) + wd * norm) if w.ndim > 1 else 1.0
+        v = 0.9 * v + 0.1 * local * (g + wd * w)
+        w = w - v
+        yield w
+
+
+def mask(u: Array, g: Array) -> Array:
+    phi = (u * g > 0).astype(float)
+    scaled: Array = phi * phi.size / (phi.sum() + 1)
+    return scaled
+
+
+def c_adamw(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gs, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w = w - LR * wd * w - LR * mask(u, g) * u
+        yield w
+
+
+def c_lion(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m = np.zeros_like(w)
+    for g in gs:
+        u = np.sign(0.9 * m + 0.1 * g)
+        w = w - LR * wd * w - LR * mask(u, g) * u
+        m = 0.99 * m + 0.01 * g
+        yield w
+
+
+def signum(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m = np.zeros_like(w)
+    for g in gs:
+        m = 0.9 * m + 0.1 * g
+        w = w - LR * (np.sign(m) + wd * w)
+        yield w
+
+
+def adopt(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m, v = np.zeros_like(w), gs[0] ** 2
+    yield w
+    for t, g in enumerate(gs[1:], 1):
+        m = 0.9 * m + 0.1 * np.clip(g / np.maximum(np.sqrt(v), 1e-6), -(t**0.25), t**0.25)
+        w = w - LR * (m + wd * w)
+        v = 0.9999 * v + 0.0001 * g**2
+        yield w
+
+
+def ademamix(w: Array, gs: Gradients, wd: float = DECAY, warmup: int = 7) -> Iterator[Array]:
+    m1, m2, v = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
+    log1, log3 = math.log(0.9), math.log(0.9999)
+    for t, g in enumerate(gs, 1):
+        alpha = min(5.0 * t / warmup, 5.0)
+        beta3 = min(math.exp(log1 * log3 / ((1 - t / warmup) * log3 + t / warmup * log1)), 0.9999)
+        m1, m2, v = 0.9 * m1 + 0.1 * g, beta3 * m2 + (1 - beta3) * g, 0.999 * v + 0.001 * g**2
+        update = (m1 / (1 - 0.9**t) + alpha * m2) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w = w - LR * (update + wd * w)
+        yield w
+
+
+def adan(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m, v, n, old = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w), gs[0]
+    for t, g in enumerate(gs, 1):
+        m, v = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * (g - old)
+        n = 0.99 * n + 0.01 * (g + 0.92 * (g - old)) ** 2
+        rate = LR / (np.sqrt(n / (1 - 0.99**t)) + 1e-8)
+        w = (w - rate * (m / (1 - 0.98**t) + 0.92 * v / (1 - 0.92**t))) / (1 + wd * LR)
+        old = g
+        yield w
+
+
+def adabelief(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m, s = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gs, 1):
+        m = 0.9 * m + 0.1 * g
+        s = 0.999 * s + 0.001 * (g - m) ** 2 + 1e-16
+        w = w - LR * (m / (1 - 0.9**t) / (np.sqrt(s / (1 - 0.999**t)) + 1e-16) + wd * w)
+        yield w
+
+
+def mars(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m, v, old = np.zeros_like(w), np.zeros_like(w), gs[0]
+    for t, g in enumerate(gs, 1):
+        c = g + 0.025 * 0.95 / 0.05 * (g - old)
+        c = c / max(1.0, float(np.linalg.norm(c)))
+        m, v, old = 0.95 * m + 0.05 * c, 0.99 * v + 0.01 * c**2, g
+        w = w - LR * (m / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8) + wd * w)
+        yield w
+
+
+def rms(x: Array) -> float:
+    return float(np.sqrt(np.mean(x**2)))
+
+
+def adafactor(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    rows, columns, v = np.zeros(w.shape), np.zeros(w.shape), np.zeros(w.shape)
+    for t, g in enumerate(gs, 1):
+        beta = 1 - t**-0.8
+        alpha = max(0.001, rms(w)) * min(LR, 1 / math.sqrt(t))
+        squares = g**2 + 1e-30
+        if w.ndim > 1:
+            rows = beta * rows + (1 - beta) * squares.sum(-1, keepdims=True)
+            columns = beta * columns + (1 - beta) * squares.sum(-2, keepdims=True)
+            v = rows * columns / rows.sum(-2, keepdims=True)
+        else:
+            v = beta * v + (1 - beta) * squares
+        u = g / np.sqrt(v)
+        w = w - LR * wd * w - alpha * u / max(1.0, rms(u))
+        yield w
+
+
+def unfold(x: Array, mode: int) -> Array:
+    return np.moveaxis(x, mode, 0).reshape(x.shape[mode], -1)
+
+
+def times(x: Array, mode: int, matrix: Array) -> Array:
+    product: Array = np.moveaxis(np.tensordot(matrix, x, axes=(1, mode)), 0, mode)
+    return product
+
+
+def inverse_root(h: Array, order: int) -> Array:
+    values, vectors = np.linalg.eigh(h)
+    root: Array = vectors @ np.diag(values ** (-1 / order)) @ vectors.T
+    return root
+
+
+def shampoo(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    h, m = [1e-4 * np.eye(n) for n in w.shape], np.zeros_like(w)
+    for t, g in enumerate(gs):
+        m = 0.9 * m + 0.1 * g
+        h = [each + unfold(g, mode) @ unfold(g, mode).T for mode, each in enumerate(h)]
+        if t % 3 == 0:
+            roots = [inverse_root(each, 2 * w.ndim) for each in h]
+        step = m
+        for mode, root in enumerate(roots):
+            step = times(step, mode, root)
+        w = w - LR * (step + wd * w)
+        yield w
+
+
+def distributed_shampoo(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    m, v, h = np.zeros_like(w), np.zeros_like(w), [np.zeros((n, n)) for n in w.shape]
+    for t, g in enumerate(gs, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        h = [0.99 * each + 0.01 * unfold(g, mode) @ unfold(g, mode).T for mode, each in enumerate(h)]
+        mean = m / (1 - 0.9**t)
+        adam = step = mean / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+        if t % 3 == 0:
+            roots = [inverse_root(each / (1 - 0.99**t) + 1e-4 * np.eye(len(each)), 2 * w.ndim) for each in h]
+        if t >= 3:
+            step = mean
+            for mode, root in enumerate(roots):
+                step = times(step, mode, root)
+            step = step * np.linalg.norm(adam) / np.linalg.norm(step)
+        w = w - LR * (step + wd * w)
+        yield w
+
+
+def soap(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    modes = range(w.ndim) if w.ndim > 1 else []
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    grams = {i: 0.05 * unfold(gs[0], i) @ unfold(gs[0], i).T for i in modes}
+    q = {i: np.linalg.eigh(grams[i])[1][:, ::-1] for i in modes}
+    yield w
+    for t, g in enumerate(gs[1:], 1):
+        rotated, m = g, 0.95 * m + 0.05 * g
+        average = m
+        for i in modes:
+            rotated, average = times(rotated, i, q[i].T), times(average, i, q[i].T)
+        v = 0.95 * v + 0.05 * rotated**2
+        step = average / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        for i in modes:
+            step = times(step, i, q[i])
+        w = w - LR * (step + wd * w)
+        for i in modes:
+            grams[i] = 0.95 * grams[i] + 0.05 * unfold(g, i) @ unfold(g, i).T
+            if t % 3 == 0:
+                order = np.argsort(-np.diag(q[i].T @ grams[i] @ q[i]))
+                v = np.take(v, order, axis=i)
+                q[i] = np.linalg.qr((grams[i] @ q[i])[:, order])[0]
+        yield w
+
+
+def prodigy(
+    w: Array,
+    gs: Gradients,
+    d: float = 0.01,
+    d_coef: float = 1.0,
+    wd: float = DECAY,
+    rates: Sequence[float] | None = None,
+) -> Iterator[tuple[Array, float]]:
+    """The weights of all parameters together, and d; `rates`: the schedule's gamma at each update."""
+    x, m, v, s, r, root = w, np.zeros_like(w), np.zeros_like(w), np.zeros_like(w), 0.0, math.sqrt(0.999)
+    for g, gamma in zip(gs, rates or [1.0] * len(gs), strict=True):
+        r = root * r + (1 - root) * gamma * d**2 * float(np.vdot(g, w - x))
+        s = root * s + (1 - root) * gamma * d**2 * g
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d**2 * g**2
+        x = x - gamma * d * (m / (np.sqrt(v) + d * 1e-8) + wd * x)
+        d = max(d, d_coef * r / float(np.abs(s).sum()))
+        yield x, d
+
+
+def muon(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    """The Newton-Schulz iteration in float64; implementations have it in bfloat16."""
+    m = np.zeros_like(w)
+    for g in gs:
+        m = 0.95 * m + 0.05 * g
+        x = 0.05 * g + 0.95 * m
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        w = w - LR * wd * w - LR * math.sqrt(max(1.0, w.shape[0] / w.shape[1])) * x
+        yield w
+
+
+def schedule_free_sgd(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    """At the points y, where the gradients are taken."""
+    x = y = z = w
+    for t, g in enumerate(gs, 1):
+        z = z - LR * (g + wd * y)
+        x = x + (z - x) / t
+        y = 0.1 * z + 0.9 * x
+        yield y
+
+
+def schedule_free_adamw(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+    """At the points y, where the gradients are taken."""
+    x = y = z = w
+    v = np.zeros_like(w)
+    for t, g in enumerate(gs, 1):
+        v = 0.999 * v + 0.001 * g**2
+        z = z - LR * (g / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + wd * y)
+        x = x + (z - x) / t
+        y = 0.1 * z + 0.9 * x
+        yield y

@@ -1,0 +1,125 @@
+"""Each check of `dlopt verify` catches the error that it is for, and no other does."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dlopt import optim
+from dlopt.lab.verify import cases, checks
+from dlopt.lab.verify.command import certify
+from dlopt.lab.verify.methods import METHODS, known
+from dlopt.lab.verify.outcome import Outcome
+from dlopt.lab.verify.subject import MATRICES, Subject, by_closure, by_gradients, by_loss_closure, find
+from tests.support import planted
+
+PLANTED: dict[str, tuple[type[torch.optim.Optimizer], str | None]] = {
+    "reference": (planted.LeavesOutTheBiasCorrection, "adamw"),
+    "descent": (planted.Climbs, None),
+    "schedule": (planted.MissesVectors, "adamw"),
+    "rate zero": (planted.Drifts, "adamw"),
+    "weight decay": (planted.CouplesItsDecay, "adamw"),
+    "missing gradients": (planted.DecaysWhatHasNoGradient, "adamw"),
+    "resume": (planted.ForgetsItsStep, None),
+    "implementations": (planted.FusedOffByEps, "adamw"),
+    "precision": (planted.KeepsItsStateInFloat32, "adamw"),
+    "unusual input": (planted.HidesNaN, "adamw"),
+}
+
+
+def outcomes(target: Any, paper: str | None = None, **keys: Any) -> dict[str, Outcome]:
+    method = METHODS[paper] if paper is not None else known(target, keys)
+    return {check.name: outcome for check, outcome in certify(Subject(target, keys), method)}
+
+
+@pytest.mark.parametrize("check", PLANTED)
+def test_a_planted_error_fails_its_check_and_no_other(check: str) -> None:
+    found = outcomes(*PLANTED[check])
+    assert [name for name, outcome in found.items() if outcome.status == "fail"] == [check]
+    assert found[check].reproduction.count("\n") < 10
+    with pytest.raises((AssertionError, RuntimeError)) as error:
+        exec(found[check].reproduction, {})
+    if check != "reference":  # whose message also names the paper
+        assert found[check].reason.endswith(str(error.value).splitlines()[0])
+
+
+def test_every_check_that_can_fail_has_a_planted_error() -> None:
+    assert [check.name for check in checks.CHECKS] == [*PLANTED, "cost", "defaults"]
+
+
+@pytest.mark.parametrize("paper", ["adamw", None])
+def test_the_same_optimizer_without_an_error_passes(paper: str | None) -> None:
+    found = outcomes(planted.AdamW, paper)
+    assert all(outcome.status in ("pass", "measured") for outcome in found.values()), found
+    assert found["defaults"].reason == "lr 0.01 (authors: 0.001)"
+    assert found["weight decay"].reason == "decoupled"
+    assert found["cost"].reason.startswith("8 bytes per parameter")
+
+
+def test_errors_of_the_optimizer_are_failures_with_its_message() -> None:
+    class Raises(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise KeyError("exp_avg")
+
+    found = outcomes(Raises)
+    assert found.pop("descent") == Outcome("fail", "KeyError: 'exp_avg'")
+    assert {outcome.reason for outcome in found.values()} == {"no update succeeds"}
+    found = outcomes(torch.optim.SparseAdam)
+    assert found["descent"].reason.startswith("RuntimeError: SparseAdam does not support dense gradients")
+
+
+class Marked(torch.optim.Muon):
+    """Wants `use_muon` in each group, as Jordan's Muon does."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__([each for each in params if each["use_muon"]], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "update", "only_matrices", "marks"),
+    [
+        (torch.optim.SGD, {"lr": 0.1}, by_gradients, False, False),
+        (torch.optim.LBFGS, {"max_iter": 2}, by_closure, False, False),
+        (optim.NewtonCG, {}, by_loss_closure, False, False),
+        (torch.optim.Muon, {}, by_gradients, True, False),
+        (Marked, {}, by_gradients, False, True),
+    ],
+)
+def test_finds_out_how_to_drive_an_optimizer(
+    target: Any, keys: dict[str, Any], update: Any, only_matrices: bool, marks: bool
+) -> None:
+    found = find(Subject(target, keys))
+    assert found.update is update
+    assert (found.shapes == MATRICES) == only_matrices and found.marks_muon == marks
+
+
+@pytest.mark.parametrize("target", [torch.optim.AdamW, torch.optim.LBFGS, optim.NewtonCG, Marked])
+def test_reproductions_run_and_are_short(target: Any) -> None:
+    """Of every case, also of those that pass: the text is what the check has run."""
+    subject = find(Subject(target, {}))
+    extra: dict[Any, dict[str, Any]] = {
+        cases.falls: {"loss": cases.logistic},
+        cases.decays_apart_from_the_gradient: {"flag": {}},
+        cases.decays_as_the_l2_penalty: {"flag": {}},
+        cases.decays_by_group: {"scale": 0.0, "place": 1, "expected": False},
+        cases.equals_the_loop: {"flag": {"foreach": True}},
+        cases.stays_within_rounding: {"dtype": torch.float32, "share": 0.01},
+    }
+    ran = 0
+    for name, function in vars(cases).items():
+        if getattr(function, "__module__", "") != cases.__name__ or function in cases.PROBLEMS:
+            continue
+        if name == "evaluates_without_a_trace":
+            continue
+        case = checks.Case(function, extra.get(function, {}))
+        expected = checks.failure(subject, case)
+        text = checks.reproduction(subject, case)
+        assert text.count("\n") < 10, text
+        try:
+            exec(text, {})
+        except Exception as error:
+            assert expected is not None and str(error).splitlines()[0][:200] in expected, text
+        else:
+            assert expected is None, text
+        ran += 1
+    assert ran > 15

@@ -1,0 +1,56 @@
+"""`dlopt verify`: input, table, document and exit code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dlopt.basics.errors import UserError
+from dlopt.lab.verify.command import verify
+
+
+def test_prints_a_table_and_reproductions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(["optimizer=torch.optim.ASGD"]) == 1
+    out = capsys.readouterr().out
+    assert "from torch.optim.asgd import ASGD" in out and "rate zero" in out
+    assert verify(["optimizer=adamw", "optimizer.cautious=true"]) == 0
+
+
+def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(["optimizer=sam", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["format"] == 1 and document["paper"] is None and document["failed"] == []
+    assert document["optimizer"] == "dlopt.optim.sam.SAM"
+    assert [check["name"] for check in document["checks"]][:2] == ["reference", "descent"]
+    assert set(document["checks"][0]) == {"name", "meaning", "tolerance", "status", "reason", "reproduction"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "name the optimizer"),
+        ("optimizer=adamw,sgd", "one optimizer at a time"),
+        ("optimizer=adamw paper=muom", "did you mean muon"),
+        ("optimizer=adamw model=mlp", "does not read this key"),
+        ("optimizer=adamw optimizer.groups=[]", "makes its own parameters"),
+        ("optimizer=mine.Optimizer", r"allow_packages=\[mine\]"),
+        ("optimizer=adamw -m", "one optimizer at a time"),
+    ],
+)
+def test_refuses_wrong_input(line: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        verify(line.split())
+
+
+def test_verifies_a_class_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "verified_package.py").write_text(
+        "import torch\n\nclass MyMuon(torch.optim.SGD):\n"
+        "    def step(self, closure=None):\n        print('noise')\n        super().step()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    line = ["optimizer=verified_package.MyMuon", "allow_packages=[verified_package]", "optimizer.lr=0.1", "paper=muon"]
+    assert verify([*line, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["failed"] == ["reference"] and document["keys"] == {"lr": 0.1}
