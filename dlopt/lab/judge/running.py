@@ -141,7 +141,7 @@ def _best(record: Record, metric: str) -> float:
 
 def _curves(record: Record) -> list[list[tuple[str, float]]]:
     """Returns what was computed: the metrics of all epochs, without times."""
-    return [[(k, v) for k, v in line.items() if k.startswith(("train_", "val_"))] for line in record.history]
+    return [[(k, v) for k, v in line.items() if split_of(k) in ("train", "val")] for line in record.history]
 
 
 class _Pairs(ClaimedTrials[Trial]):
