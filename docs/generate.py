@@ -48,8 +48,8 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "verified")),
-    DOCS / "howto" / "judge.md",
     *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "settings")),
+    DOCS / "howto" / "judge.md",
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )
 
