@@ -15,7 +15,7 @@ from dlopt.lab.judge.ledger import Entry
 from dlopt.lab.judge.proposal import Side, refuse_loss
 from dlopt.lab.judge.sequential import Look, looks
 from dlopt.lab.trials import ClaimedTrials, has_ended
-from dlopt.metrics.names import monitored_modes, resolve_monitor
+from dlopt.metrics.names import monitored_modes, resolve_monitor, split_of
 from dlopt.run.environment import code_sha256
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, PlanJob
