@@ -28,7 +28,7 @@ TEXTS = (  # keys whose values are texts, never numbers: often dates
     "name", "note", "tags", "resume", "init_from", "output", "hydra.run.dir", "hydra.sweep.dir", "checkpoint", "images",
     "data.root", "data.file",
 )  # fmt: skip
-_NUMBER = r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d[\d_]*)?|true|false|nan|inf"  # as Hydra reads it
+_NUMBER = r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d[\d_]*)?|nan|inf"  # as Hydra reads it
 _MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
 OUTPUT = "output"  # the folder of a run or sweep, as of the other commands
 SEEDS, SPACE, TRIALS, WAIT = "seeds", "space", "trials", "wait"  # words of a sweep, which are no keys of its jobs

@@ -117,7 +117,7 @@ TYPES = {
     "precision=FP32": ("precision=FP32", "fp32 | tf32"),
     "tracking=tensorbord": ("tracking=tensorbord", "a list"),
     "tracking=[nope]": ("tracking", "tensorboard"),
-    "name=1": ("name=1", "a string"),
+    "name=true": ("name=true", "a string"),
     "resume=false": ("resume=false", "a string | null"),
     "allow_packages=1": ("allow_packages=1", "a list"),
     "on_divergence=nope": ("on_divergence=nope", "stop | skip | rollback"),

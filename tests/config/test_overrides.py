@@ -97,7 +97,6 @@ def test_the_folder_of_a_run_or_a_sweep() -> None:
         ("++name=007", "007"),
         ("output=1e5", "1e5"),
         ("tags=[2024_11, a]", ["2024_11", "a"]),
-        ("name=true", "true"),
         ("name='1_0'", "1_0"),
         ("note=null", None),
         ("epochs=1_0", 10),
