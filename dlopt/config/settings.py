@@ -95,7 +95,7 @@ class Settings:
     scale_lr: Annotated[Literal["none", "linear", "sqrt"], Role.IDENTITY]
     scale_lr_reference: Annotated[Count, Role.IDENTITY]
     decay_norm_and_bias: Annotated[bool, Role.IDENTITY]
-    ema: Annotated[OpenFraction | None, Role.IDENTITY]
+    ema: Annotated[OpenFraction | Literal["tail"] | None, Role.IDENTITY]
     ema_warmup: Annotated[bool, Role.IDENTITY] = False  # in configs that were saved before this key existed
     check: Annotated[Literal["auto", "step"], Role.WATCH]
     on_divergence: Annotated[Literal["stop", "skip", "rollback"], Role.WATCH]

@@ -26,7 +26,7 @@ from dlopt.metrics.regression import RegressionMetrics
 from dlopt.metrics.sums import Measured, MetricSum, Reduce, predicted_classes
 from dlopt.metrics.user import UserMetric, UserMetrics, compute
 from dlopt.models.layers import evaluation_mode
-from dlopt.training.averaging import ExponentialAverage, evaluation_weights
+from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.builders.workload import Workload, evaluation_batches
 from dlopt.training.extra_metrics import ExtraMetrics, extra_metrics
@@ -209,7 +209,7 @@ def reduction(workload: Workload) -> Reduce | None:
 def validation(
     workload: Workload,
     optimizer: torch.optim.Optimizer,
-    average: ExponentialAverage | None,
+    average: WeightAverage | None,
     on_batch: Callable[[int, int], None],
 ) -> Validate | None:
     """Builds the validation of the model, or of its weight `average`; None without a validation set.

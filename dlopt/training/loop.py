@@ -21,7 +21,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
-from dlopt.training.averaging import ExponentialAverage, evaluation_weights
+from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import Validate
@@ -55,7 +55,7 @@ class Trainer:
     train_metrics: MetricSum
     timing: StepTiming | None = None
     throughput: Throughput = ON_CPU
-    average: ExponentialAverage | None = None
+    average: WeightAverage | None = None
     sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
     progress: Progress = field(default_factory=Progress)

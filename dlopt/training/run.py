@@ -21,7 +21,7 @@ from dlopt.data.identity import SPLITS
 from dlopt.metrics.sums import MetricSum, sample_losses
 from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.averaging import ExponentialAverage, evaluation_weights
+from dlopt.training.averaging import ExponentialAverage, TailAverage, WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import check_norm_batches
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
 from dlopt.training.builders.step import build_step, build_update
@@ -214,8 +214,10 @@ def build_trainer(
     optimizer = build_optimizer(workload)
     sampler = loss_aware_sampler(workload, batches)
     schedule = build_schedule(workload, optimizer, length)
-    average = None
-    if settings.ema is not None:
+    average: WeightAverage | None = None
+    if settings.ema == "tail":
+        average = TailAverage(workload.module, length.steps)
+    elif settings.ema is not None:
         average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
     stopping: Stopping = run_config.stopping.build(
         model=workload.module, norm=mode.sharding.norm, monitor_mode=settings.monitor_mode

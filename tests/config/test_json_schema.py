@@ -65,7 +65,7 @@ def test_accepts_interpolations_and_callables_of_ones_own() -> None:
     ("key", "values"),
     {
         "epochs": (1, 0, 2.5, "a", None, True),
-        "ema": (0.9, 0.0, 1.0, 1.5, None, "a"),
+        "ema": (0.9, 0.0, 1.0, 1.5, None, "a", "tail"),
         "precision": ("bf16", "fp12", 16),
         "tracking": ([], ["tensorboard"], ["x"], "tensorboard"),
         "evaluate.every_epochs": (2, 0, None),

@@ -1,10 +1,11 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.training.averaging import ExponentialAverage
+from dlopt.training.averaging import ExponentialAverage, TailAverage, WeightAverage
 
 
 def net() -> nn.Sequential:
@@ -12,7 +13,7 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
 
 
-def averaged(average: ExponentialAverage, model: nn.Module) -> dict[str, Tensor]:
+def averaged(average: WeightAverage, model: nn.Module) -> dict[str, Tensor]:
     with average.swapped_in():
         return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -111,11 +112,37 @@ def test_shared_weights_are_averaged_once() -> None:
     torch.testing.assert_close(averaged(average, model)["1.weight"], start + 0.25, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("warmup", [False, True])
-@pytest.mark.parametrize("cut", [0, 3])
-def test_resumes_bitwise_identically(cut: int, warmup: bool) -> None:
+@pytest.mark.parametrize(("updates", "first"), [(12, 10), (11, 10), (3, 3), (1, 1)])
+def test_tail(updates: int, first: int) -> None:
+    """The mean of the weights after the updates from `first` to the last; before, the weights."""
+    model = net()
+    average = TailAverage(model, updates)
+    seen = []
+    for n in range(1, updates + 1):
+        move(model, n)
+        average.update()
+        seen.append(copy.deepcopy(model.state_dict()))
+        if n <= first:
+            assert torch.equal(averaged(average, model)["0.weight"], seen[-1]["0.weight"])
+    for name, value in averaged(average, model).items():
+        if value.is_floating_point():
+            expected = torch.stack([state[name] for state in seen[first - 1 :]]).mean(0)
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+
+
+AVERAGES: dict[str, Callable[[nn.Module], WeightAverage]] = {
+    "constant": lambda model: ExponentialAverage(model, 0.9),
+    "warmup": lambda model: ExponentialAverage(model, 0.9, warmup=True),
+    "tail": lambda model: TailAverage(model, 8),
+    "tail of all": lambda model: TailAverage(model, 4),
+}
+
+
+@pytest.mark.parametrize("make", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("cut", [0, 3, 4])
+def test_resumes_bitwise_identically(cut: int, make: Callable[[nn.Module], WeightAverage]) -> None:
     model, other = net(), net()
-    average, resumed = (ExponentialAverage(each, 0.9, warmup=warmup) for each in (model, other))
+    average, resumed = make(model), make(other)
     for n in range(1, 6):
         move(model, n)
         average.update()

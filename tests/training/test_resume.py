@@ -256,13 +256,13 @@ def optimizer_lost() -> AbstractContextManager[Any]:
 
 
 def average_lost() -> AbstractContextManager[Any]:
-    return patch.object(loop.ExponentialAverage, "restart", lambda self, updates: None)
+    return patch.object(loop.WeightAverage, "restart", lambda self, updates: None)
 
 
 def average_count_lost() -> AbstractContextManager[Any]:
     """Of the updates on which its warmup depends."""
-    original = loop.ExponentialAverage.restart
-    return patch.object(loop.ExponentialAverage, "restart", lambda self, updates: original(self))
+    original = loop.WeightAverage.restart
+    return patch.object(loop.WeightAverage, "restart", lambda self, updates: original(self))
 
 
 def sums_lost() -> AbstractContextManager[Any]:

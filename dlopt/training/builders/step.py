@@ -12,7 +12,7 @@ from dlopt.optim.traits import optimizer_traits
 from dlopt.schedules import Scheduler
 from dlopt.training import graphed_update, rng
 from dlopt.training.around import surround
-from dlopt.training.averaging import ExponentialAverage
+from dlopt.training.averaging import WeightAverage
 from dlopt.training.builders.optimizer import evaluates_once
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Unclipped
@@ -29,7 +29,7 @@ def build_step(
     schedule: Scheduler,
     *,
     measure: Measure,
-    average: ExponentialAverage | None,
+    average: WeightAverage | None,
     checks: bool,
 ) -> Step:
     """Builds the step. `checks`: false disables the non-finite check. Raises `UserError`."""
@@ -76,7 +76,7 @@ def build_update(
     workload: Workload,
     step: Step,
     *,
-    average: ExponentialAverage | None,
+    average: WeightAverage | None,
     stopping: Stopping,
     skip: Callable[[Diverged], bool] | None,
     observers: Sequence[Observer],
@@ -103,7 +103,7 @@ def build_update(
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     update: Update = step.update
     if reason is None and settings.cuda_graphs is not False:
-        is_captured = average is not None and not average.warmup
+        is_captured = average is not None and average.is_steady
         update = GraphedUpdate(step, Capture(Recorder(), batch_size, settings.log_every_steps is not None, is_captured))
     after_change = getattr(stopping, "after_update", None)
     update = surround(
