@@ -18,8 +18,8 @@ def matrix(folder: Path) -> str:
     numbers = {(name, note["check"]): number for number, note in enumerate(notes, 1) for name in note["optimizers"]}
     parts = [_summary(packages, numbers)]
     for package, entry in packages.items():
-        parts.append(f"### {package} {entry['version']}\n\n{_table(package, entry['optimizers'], numbers)}")
-    parts.append("### Confirmed failures\n\n" + "\n".join(_note(number, note) for number, note in enumerate(notes, 1)))
+        parts.append(f"## {package} {entry['version']}\n\n{_table(package, entry['optimizers'], numbers)}")
+    parts.append("## Confirmed failures\n\n" + "\n".join(_note(number, note) for number, note in enumerate(notes, 1)))
     return "\n\n".join(parts)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from dlopt.basics.locks import locked
 from dlopt.extend import UserError
-from dlopt.lab.judge.sequential import fewest_pairs, rate_of
 from dlopt.tracking.metrics import to_json
 
 LEDGER = "ledger.jsonl"
@@ -76,6 +75,8 @@ class Ledger:
         return entry
 
     def _entry(self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int) -> Entry:
+        from dlopt.lab.judge.sequential import fewest_pairs, rate_of  # imports NumPy, which the help does not need
+
         lines, entries = self._lines(), self.entries()
         if lines and (rate := lines[0].get("error_rate")) != self.rate:
             reason = f"the changes in {self.folder} share {rate}; keep it, or start another ledger with output=DIR"

@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dlopt.extend import Record, RunError, RunFolder, lower_is_better, read_run, short_path
 from dlopt.lab.judge.ledger import Entry
 from dlopt.lab.judge.proposal import Side, refuse_loss
-from dlopt.lab.judge.sequential import Look, looks
 from dlopt.lab.trials import ClaimedTrials, has_ended
 from dlopt.metrics.names import monitored_modes, resolve_monitor, split_of
 from dlopt.run.environment import code_sha256
@@ -21,6 +21,9 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, PlanJob
 from dlopt.sweeps.pool import Pool
 from dlopt.tracking.overview import Overview
+
+if TYPE_CHECKING:
+    from dlopt.lab.judge.sequential import Look  # imports NumPy, which the help does not need
 
 SIDES = ("base", "change")
 _APART = 1000  # seeds between two proposals: each has seeds of its own, which no earlier verdict has led to
@@ -56,7 +59,7 @@ class Judgement:
     ahead: int = 1
     metric: str = ""
     gains: list[float] = field(default_factory=list)
-    looks: list[Look] = field(default_factory=list)
+    looks: "list[Look]" = field(default_factory=list)
     same: int = 0
 
     def pair(self, number: int) -> list[Trial]:
@@ -103,6 +106,8 @@ class Judgement:
             RunError: a run failed otherwise than by diverging.
             UserError: the change alters the loss by which it is judged.
         """
+        from dlopt.lab.judge.sequential import looks
+
         while self.verdict == "undecided" and len(self.gains) < self.seeds:
             folders = [self.run_folder(each) for each in self.pair(len(self.gains))]
             if not all(map(has_ended, folders)):

@@ -191,10 +191,10 @@ def test_runs_of_a_change_import_its_code_first(tmp_path: Path) -> None:
         "        super().__init__()\n        self.a = nn.Linear(64, classes)\n\n"
         "    def forward(self, x):\n        return self.a(x.flatten(1))\n"
     )
-    (tmp_path / "mine.py").write_text(model)
+    (tmp_path / "of_judge.py").write_text(model)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/mine.py").write_text(f"import pathlib\n{model}\npathlib.Path('imported').touch()\n")
-    base = "model=mine.Net allow_packages=[mine] epochs=1 data.subset=100 device=cpu threads=1"
+    (tmp_path / "other/of_judge.py").write_text(f"import pathlib\n{model}\npathlib.Path('imported').touch()\n")
+    base = "model=of_judge.Net allow_packages=[of_judge] epochs=1 data.subset=100 device=cpu threads=1"
     result = dlopt(tmp_path, "judge", base, "code=other")
     assert result.code == 4 and "the change does nothing" in result.out, result.err
     assert (tmp_path / "imported").exists()
