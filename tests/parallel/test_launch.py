@@ -113,7 +113,7 @@ def test_repeated_signals_do_not_kill_a_rank_waiting_for_a_checkpoint(tmp_path: 
     stderr = process.communicate(timeout=300)[1]
     assert process.returncode == 75, stderr
     assert (folder / "checkpoints" / "last.pt").exists()
-    assert "overrides: hydra.run.dir=" in (folder / "train.log").read_text()
+    assert "overrides: output=" in (folder / "train.log").read_text()
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
 
 
