@@ -88,10 +88,10 @@ def test_sweep_under_torchrun(tmp_path: Path) -> None:
     ]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and not (tmp_path / "sweep").exists()
-    assert lines(done), done.stderr
-    assert set(lines(done)) == {
-        "dlopt: -m: cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
-    }
+    reason = "cannot run inside torchrun or srun, because every rank would start the sweep; start it from a shell"
+    assert f"dlopt: -m: {reason}" in done.stderr, done.stderr
+    # torchrun ends the other rank, which may not have come as far.
+    assert {*lines(done)} <= {f"dlopt: -m: {reason}", "dlopt: interrupted by SIGTERM"}, done.stderr
 
 
 @pytest.mark.slow
