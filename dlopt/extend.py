@@ -10,7 +10,6 @@ Files
 Commands
     on_config, on_checkpoint: turn a function into a command; its keyword-only parameters are the command's keys.
     Line: its overrides, parsed and composed. output_folder, writing, refuse_empty: what commands share.
-    document_only: sends to stderr what is printed, and yields the function that prints the document of --json.
     key_of, group_of, value_of, without: take overrides apart. keys_of_train: completes them.
 Configs
     Composer, Plan, plan, RunConfig: from overrides to a checked config. Component: a callable with checked arguments.
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
         refuse_empty,
         writing,
     )
-    from dlopt.commands.shared.document import document_only
     from dlopt.config.compose import Composer
     from dlopt.config.keys import role_of
     from dlopt.config.overrides import group_of, key_of, value_of, without
@@ -71,7 +69,6 @@ if TYPE_CHECKING:
 _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.commands.completion": "keys_of_train",
     "dlopt.commands.shared.command_line": "Line on_checkpoint on_config output_folder refuse_empty writing",
-    "dlopt.commands.shared.document": "document_only",
     "dlopt.config.compose": "Composer",
     "dlopt.config.run_config": "RunConfig",
     "dlopt.config.keys": "role_of",

@@ -79,9 +79,11 @@ def read_base(composer: Composer, word: str) -> Side:
         if folder.config() is not None and not folder.is_finished():
             status = (folder.summary() or {}).get("status", "running" if folder.is_live() else "unfinished")
             raise UserError(f"{word}: the base has not finished ({status}): a change is judged against a whole run")
-        return _side(composer, without(of_run(composer, word), *SEEDS))
+        return _side(composer, _lines_of(composer, word))
     words = _split(word)
-    if len(words) == 1 and "=" not in word and word in composer.choices("experiment"):
+    if "=" not in word:
+        if word not in composer.choices("experiment"):
+            raise UserError(f"{word}: no such folder or recipe; BASE may also be overrides in quotes")
         words = [f"experiment={word}"]
     _refuse_seeds(words)
     return _side(composer, words)
@@ -99,13 +101,20 @@ def read_change(composer: Composer, base: Side, words: Sequence[str]) -> Side:
     if runs:
         if len(typed) > 1:
             raise UserError(f"{' '.join(typed)}: a change is one run, or overrides of the base")
-        lines = without(of_run(composer, runs[0]), *SEEDS)
+        lines = _lines_of(composer, runs[0])
     else:
         _refuse_seeds(overrides)
         lines = _combined(composer, base.lines, overrides)
     change = _side(composer, lines, code[-1].absolute() if code else None)
     _check(base, change)
     return change
+
+
+def _lines_of(composer: Composer, run: str) -> list[str]:
+    """Returns the overrides of a run, without the seeds. Raises `UserError`."""
+    if RunFolder(Path(run).parent if Path(run).is_file() else Path(run)).config() is None:
+        raise UserError(f"{run}: not the folder of a run, which has a readable config.yaml")
+    return without(of_run(composer, run), *SEEDS)
 
 
 def _split(word: str) -> list[str]:

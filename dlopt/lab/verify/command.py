@@ -3,8 +3,9 @@
 import platform
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.commands.shared.command_line import read_line
-from dlopt.extend import DONE, FAILED, Component, Line, UserError, document_only, key_of, suggest
+from dlopt.basics.errors import did_you_mean
+from dlopt.commands.shared.command_line import read_line, with_document
+from dlopt.extend import DONE, FAILED, Component, Line, UserError, key_of
 from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_output
 
 if TYPE_CHECKING:
@@ -41,22 +42,21 @@ _UNREAD = ("groups", "layer_decay", "state_dtype")
 
 def verify(arguments: list[str]) -> int:
     """Verifies an optimizer; returns the exit code: 1 if a check fails. Raises `UserError`."""
-    line = read_line([each for each in arguments if each != "--json"], several="verify one optimizer at a time")
-    keys = [key_of(override) for override in line.overrides]
-    if "optimizer" not in keys:
+    return with_document(arguments, _read)
+
+
+def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
+    several = "verify one optimizer at a time"
+    line = read_line(words, several=several)
+    if "optimizer" not in map(key_of, line.overrides):
         raise UserError("dlopt verify: name the optimizer: optimizer=adamw, or optimizer=mine.MyOptimizer")
     for override in line.overrides:
         if key_of(override).removeprefix("optimizer.").split(".")[0] in _UNREAD:
             raise UserError(f"{override}: `dlopt verify` makes its own parameters; this key is of `dlopt train`")
-    several = "verify one optimizer at a time"
-    if "--json" not in arguments:
-        subject, paper, results = line.call(_verify, "dlopt verify", READS, several=several)
-        _print(subject, results)
-    else:
-        with document_only() as show:
-            subject, paper, results = line.call(_verify, "dlopt verify", READS, several=several)
-            show(document(subject, paper, results))
-    return FAILED if any(outcome.status == "fail" for _, outcome in results) else DONE
+    subject, paper, results = line.call(_verify, "dlopt verify", READS, several=several)
+    _print(subject, results)
+    failed = any(outcome.status == "fail" for _, outcome in results)
+    return FAILED if failed else DONE, document(subject, paper, results)
 
 
 Results = list[tuple["Check", "Outcome"]]
@@ -74,15 +74,10 @@ def _verify(
     from dlopt.lab.verify.methods import METHODS, known
 
     if paper is not None and paper not in METHODS:
-        raise UserError(
-            f"paper={paper}: unknown method; {suggest(paper, METHODS, 'dlopt verify --help', title='known')}"
-        )
+        raise UserError(f"paper={paper}: unknown method; {did_you_mean(paper, [*METHODS])}known: {', '.join(METHODS)}")
     subject = subject_of(run_config.optimizer)
-    return (
-        subject,
-        paper,
-        certify(subject, METHODS[paper] if paper is not None else known(subject.target, subject.keys)),
-    )
+    method = METHODS[paper] if paper is not None else known(subject.target, subject.keys)
+    return subject, paper, certify(subject, method)
 
 
 def subject_of(component: Component) -> "Subject":

@@ -51,6 +51,7 @@ def better(trial: Trial) -> float:
     [
         ([], "BASE and CHANGE missing: "),
         ([BASE], "CHANGE missing: "),
+        ([".", "optimizer.lr=0.2"], ".: not the folder of a run, which has a readable config.yaml"),
         ([BASE, "optimizer.lr=0.1"], "the base and the change are equal: "),
         ([BASE, "device=cpu threads=1 optimizer=sgd"], "the base and the change are equal: "),
         ([BASE, "seed=3"], "seed=3: `dlopt judge` sets the seeds: "),
@@ -66,7 +67,7 @@ def better(trial: Trial) -> float:
         ([BASE, "unfinished", "optimizer.lr=0.2"], "unfinished optimizer.lr=0.2: a change is one run, or overrides"),
         (["unfinished", "optimizer.lr=0.2"], "unfinished: the base has not finished (unfinished): "),
         (["lecture/momentum", "optimizer.lr=0.2"], "experiment=lecture/momentum: a comparison of several runs"),
-        (["nowhere", "optimizer.lr=0.2"], "nowhere: an override is key=value or group=choice"),
+        (["nowhere", "optimizer.lr=0.2"], "nowhere: no such folder or recipe; BASE may also be overrides in quotes"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
