@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from dlopt.results.reading import read as read_run
     from dlopt.results.tables import Section, Table
     from dlopt.tracking.terminal_text import short_path
-    from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
+    from dlopt.training.builders.batches import evaluation_batches, training_batches
+    from dlopt.training.builders.workload import Workload, build_workload
     from dlopt.training.checkpoint.checkpoints import load as load_checkpoint
     from dlopt.training.checkpoint.content import Checkpoint
     from dlopt.training.loop import Trainer
@@ -83,7 +84,8 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.results.reading": "read_run:read",
     "dlopt.results.tables": "Section Table",
     "dlopt.tracking.terminal_text": "short_path",
-    "dlopt.training.builders.workload": "Workload build_workload evaluation_batches training_batches",
+    "dlopt.training.builders.batches": "evaluation_batches training_batches",
+    "dlopt.training.builders.workload": "Workload build_workload",
     "dlopt.training.checkpoint.checkpoints": "load_checkpoint:load",
     "dlopt.training.checkpoint.content": "Checkpoint",
     "dlopt.training.loop": "Trainer",

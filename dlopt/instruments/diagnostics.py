@@ -18,10 +18,11 @@ from dlopt.instruments.curvature import (
     random_vector,
 )
 from dlopt.instruments.layers import LayerProbe, layer_parameters, norms, norms_by_layer
+from dlopt.models.layers import frozen_statistics
 from dlopt.optim.common import flat
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Clip, Norm
-from dlopt.training.step import Observer, Step, frozen_statistics
+from dlopt.training.step import Observer, Step
 
 Kind = Literal["gradients", "activations", "curvature"]
 Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]

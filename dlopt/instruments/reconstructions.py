@@ -10,7 +10,8 @@ from dlopt.basics.files import write_atomically
 from dlopt.losses import reconstructions
 from dlopt.results import drawing
 from dlopt.training.batch_norm import norm_statistics
-from dlopt.training.builders.workload import Workload, evaluation_batches
+from dlopt.training.builders.batches import evaluation_batches
+from dlopt.training.builders.workload import Workload
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Positive, PositiveFraction
@@ -278,3 +278,19 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             model.train(training[model])  # a layer may do more than set its mode, such as splitting merged weights
         for layer, was_training in training.items():
             layer.training = was_training
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Context in which batch norm uses the batch's statistics and does not update its running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+        norm.momentum = 0.0  # instance norm ignores track_running_stats
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.track_running_stats = True
+            norm.momentum = momentum

@@ -12,7 +12,8 @@ from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.metrics.names import Metric
 from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
-from dlopt.results.ranking import Ranking, against_published, recipe_label, time_to_target
+from dlopt.results.published import against_published, recipe_label
+from dlopt.results.ranking import Ranking, time_to_target
 from dlopt.results.reading import tags_of
 from dlopt.results.tables import Table, spreadsheet_cell
 from dlopt.tracking.terminal_text import short_path

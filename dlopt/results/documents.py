@@ -11,7 +11,8 @@ from typing import Any
 from dlopt.metrics.names import column_of
 from dlopt.results.columns import metric_columns, test_columns
 from dlopt.results.leaderboard import Leaderboard, ParetoFront, Row, Statistic
-from dlopt.results.ranking import Configuration, PublishedRow, Ranking, against_published, time_to_target
+from dlopt.results.published import PublishedRow, against_published
+from dlopt.results.ranking import Configuration, Ranking, time_to_target
 from dlopt.results.reading import Damaged, Record, tags_of
 
 

@@ -17,7 +17,8 @@ from dlopt.data.normalization import PooledMoments
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.batch_shards import local_slice
 from dlopt.parallel.shards import local
-from dlopt.training.builders.workload import Workload, evaluation_batches
+from dlopt.training.builders.batches import evaluation_batches
+from dlopt.training.builders.workload import Workload
 
 
 @contextmanager

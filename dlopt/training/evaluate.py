@@ -28,7 +28,8 @@ from dlopt.metrics.user import UserMetric, UserMetrics, compute
 from dlopt.models.layers import evaluation_mode
 from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
-from dlopt.training.builders.workload import Workload, evaluation_batches
+from dlopt.training.builders.batches import evaluation_batches
+from dlopt.training.builders.workload import Workload
 from dlopt.training.extra_metrics import ExtraMetrics, extra_metrics
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 

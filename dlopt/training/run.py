@@ -23,6 +23,7 @@ from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, TailAverage, WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import check_norm_batches
+from dlopt.training.builders.batches import loss_aware_sampler, training_batches
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
 from dlopt.training.builders.step import build_step, build_update
 from dlopt.training.builders.workload import (
@@ -32,9 +33,7 @@ from dlopt.training.builders.workload import (
     checkpoint_writer,
     data_spec,
     load_weights,
-    loss_aware_sampler,
     refuse_other_data,
-    training_batches,
 )
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import Checkpoint, blamed

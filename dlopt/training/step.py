@@ -6,14 +6,13 @@ halved when memory runs out) surrounds these functions: see `around.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
@@ -22,6 +21,7 @@ from dlopt.data.batches import Batch
 from dlopt.losses import sampled_cross_entropy
 from dlopt.metrics.sums import Measure, Measured
 from dlopt.models.known import is_stochastic
+from dlopt.models.layers import frozen_statistics
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
@@ -487,22 +487,6 @@ class _GradientSums:
         for p, total in self._sums.items():
             p.grad = None if total is None else total.to(p.dtype)
             self._sums[p] = None
-
-
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Context in which batch norm uses the batch's statistics and does not update its running statistics."""
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.track_running_stats = False
-        norm.momentum = 0.0  # instance norm ignores track_running_stats
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.track_running_stats = True
-            norm.momentum = momentum
 
 
 def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:

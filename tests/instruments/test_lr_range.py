@@ -21,8 +21,9 @@ from dlopt.instruments.lr_range import (
     write,
 )
 from dlopt.optim import Muon
+from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.optimizer import build_optimizer
-from dlopt.training.builders.workload import build_workload, training_batches
+from dlopt.training.builders.workload import build_workload
 from tests.support.ranks import run_ranks
 from tests.support.runs import SMALL, metrics, result, resume, run_config, same, start
 

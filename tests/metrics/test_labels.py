@@ -16,7 +16,8 @@ from dlopt.data.digits import digit_pairs
 from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, average_precision, label_report
 from dlopt.parallel.ranks import Ranks
 from dlopt.python.model import load
-from dlopt.training.builders.workload import build_workload, training_batches
+from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.workload import build_workload
 from tests.support.equality import compare
 from tests.support.line import dlopt
 from tests.support.modes import SYNC_DDP, SYNC_FSDP

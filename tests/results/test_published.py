@@ -13,7 +13,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.results.columns import published_table, summary_csv
 from dlopt.results.page import page
-from dlopt.results.ranking import against_published, published_error, recipe_label
+from dlopt.results.published import against_published, published_error, recipe_label
 from dlopt.tracking.terminal_text import settings
 from tests.support.folders import make_run, table
 from tests.support.line import dlopt

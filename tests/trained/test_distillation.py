@@ -14,7 +14,8 @@ from dlopt.losses import Distillation
 from dlopt.python import api
 from dlopt.trained.distillation import with_teacher
 from dlopt.trained.restore import restore
-from dlopt.training.builders.workload import build_workload, training_batches
+from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.run import probe_trainer
 from tests.support.equality import compare

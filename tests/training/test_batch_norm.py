@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
 from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches, norm_statistics
-from dlopt.training.builders.workload import build_workload, evaluation_batches, training_batches
+from dlopt.training.builders.batches import evaluation_batches, training_batches
+from dlopt.training.builders.workload import build_workload
 from tests.support.runs import run_config, same, small_workload
 from tests.support.sizes import SMALL, without
 

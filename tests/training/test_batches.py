@@ -1,6 +1,6 @@
 import torch
 
-from dlopt.training.builders.workload import evaluation_batches, training_batches
+from dlopt.training.builders.batches import evaluation_batches, training_batches
 from tests.support.runs import same, small_workload
 
 

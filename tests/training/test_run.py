@@ -29,7 +29,8 @@ from dlopt.data.batches import Batches
 from dlopt.parallel.ranks import Ranks
 from dlopt.run import runner
 from dlopt.training import evaluate
-from dlopt.training.builders.workload import Workload, build_workload, training_batches
+from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.loop import Trainer

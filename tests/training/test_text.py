@@ -15,7 +15,8 @@ from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
 from dlopt.commands.summary import summary as print_summary
 from dlopt.python.api import load
-from dlopt.training.builders.workload import build_workload, training_batches
+from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.workload import build_workload
 from tests.support.choices import names
 from tests.support.requires import requires
 from tests.support.runs import in_fork, metrics, resume, run_config, same, start

@@ -12,7 +12,7 @@ from dlopt.extend import UserError, Workload, evaluation_batches
 from dlopt.instruments.curvature import hessian_product, largest_eigenvalues, losses_along
 from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLagProbe
-from dlopt.training.step import frozen_statistics
+from dlopt.models.layers import frozen_statistics
 
 _SAMPLES = 256  # training samples of a measurement
 _COMPANIES = 8  # batches in which a sample's gradient is measured

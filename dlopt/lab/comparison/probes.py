@@ -22,8 +22,8 @@ from dlopt.extend import (
     training_batches,
 )
 from dlopt.lab.comparison import decay, measures
+from dlopt.models.layers import frozen_statistics
 from dlopt.training.evaluate import evaluate
-from dlopt.training.step import frozen_statistics
 
 Progress = Mapping[str, Any]
 """epoch, step and seconds."""

@@ -11,12 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.extend import UserError
 from dlopt.instruments.curvature import restoring
-from dlopt.models.layers import evaluation_mode
+from dlopt.models.layers import evaluation_mode, frozen_statistics
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.optim.common import flat
 from dlopt.optim.parameters import NORMS
 from dlopt.results import drawing
-from dlopt.training.step import frozen_statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

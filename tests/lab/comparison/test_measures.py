@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from dlopt.basics.errors import UserError
 from dlopt.lab.comparison import measures
+from dlopt.models.layers import frozen_statistics
 from dlopt.training.builders.workload import Workload, build_workload
-from dlopt.training.step import frozen_statistics
 from tests.support.runs import run_config
 
 LINES = ("data.subset=64", "data.val_split=0.0", "data.batch_size=16", "threads=1")

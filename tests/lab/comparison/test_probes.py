@@ -14,7 +14,8 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.data.samples import Samples
 from dlopt.lab.comparison import probes
 from dlopt.lab.comparison.probes import checkpoints, effective_rate, gradient_variance
-from dlopt.training.builders.workload import Workload, build_workload, evaluation_batches, training_batches
+from dlopt.training.builders.batches import evaluation_batches, training_batches
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.content import Checkpoint
 from tests.support.runs import run_config
 

@@ -14,7 +14,8 @@ from dlopt.lab.judge import command
 from dlopt.lab.judge.proposal import read_base, read_change
 from dlopt.lab.judge.running import Judgement, Trial, _with_code
 from dlopt.sweeps.pool import Pool, find_local
-from dlopt.training.builders.workload import build_workload, training_batches
+from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.workload import build_workload
 from tests.support.folders import make_run
 from tests.support.line import dlopt, refused
 

@@ -10,12 +10,12 @@ from torch import nn
 from dlopt.basics.errors import UserError
 from dlopt.instruments.layers import LayerProbe
 from dlopt.instruments.model_summary import kept_for_backward
+from dlopt.models.layers import frozen_statistics
 from dlopt.models.mlp import MLP as MLPModel
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training import graphed_update
 from dlopt.training.builders.recompute import recompute, repeated_blocks
 from dlopt.training.builders.workload import Workload, build_workload
-from dlopt.training.step import frozen_statistics
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.runs import assert_same_run, run_config, start
 from tests.support.sizes import BASE, MLP, RESNET, without

@@ -18,7 +18,8 @@ from dlopt.parallel.mode import Mode
 from dlopt.python.api import load
 from dlopt.training.builders import model_check
 from dlopt.training.builders import workload as build_module
-from dlopt.training.builders.workload import build_workload, training_batches
+from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.run import probe_trainer
 from tests.support.runs import run_config, same, small_workload, start

@@ -1,0 +1,104 @@
+"""Builds the batches of a workload: sampled and augmented for training, plain and complete for evaluation."""
+
+from typing import Any, Literal
+
+from dlopt.augment.pipeline import CentreCrop, crop_when_reading
+from dlopt.basics.errors import UserError
+from dlopt.basics.random import stream
+from dlopt.data.batches import Batches, Delivery
+from dlopt.data.samplers import LossAwareSampler, shifted
+from dlopt.data.samples import Samples
+from dlopt.data.windows import Windows
+from dlopt.training.builders import speed
+from dlopt.training.builders.workload import Workload
+from dlopt.training.rng import AUGMENTATION, ORDER
+
+_MIN_EVALUATION_BATCH = 1024  # on a GPU, where kernel launches limit the speed of smaller batches
+
+
+def training_batches(workload: Workload) -> Batches:
+    """Returns the sampled and augmented training batches of this rank."""
+    run_config, samples, mode = workload.run_config, workload.dataset.train, workload.parallel
+    settings, data = run_config.settings, run_config.data_settings
+    sampler = run_config.sampler.build(
+        targets=samples.targets, samples=samples, batch_size=data.batch_size, seed=stream(settings.order_seed, ORDER)
+    )
+    if isinstance(samples, Windows):
+        if type(sampler).__module__.startswith("dlopt.data.samplers."):
+            raise UserError(
+                f"{run_config.sampler.choice}: the windows of a text have no labels and change in every epoch; "
+                "use sampler=random"
+            )
+        sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))
+    compiled = workload.device.type == "cuda" and not workload.compile_obstacle
+    seed = stream(settings.augmentation_seed, AUGMENTATION)
+    reader, augment = crop_when_reading(workload.augment, samples, seed)
+    recorder = speed.data_recorder(run_config, workload.device)
+    teacher_normalize = None if workload.teacher is None else workload.teacher.normalize
+    batches = Batches(
+        samples,
+        _delivery(workload, compiled=compiled, recorder=recorder, teacher_normalize=teacher_normalize),
+        batch_size=data.batch_size,
+        sampler=sampler,
+        drop_last=data.drop_last,
+        augment=mode.split.augmentation(augment),
+        seed=seed,
+        shard=mode.split.shard,
+        reader=reader,
+    )
+    workload.opened.add(batches)
+    return batches
+
+
+def evaluation_batches(
+    workload: Workload, samples: Samples, *, shared: bool = True, batch_size: int | Literal["full"] | None = None
+) -> Batches:
+    """Returns batches without augmentation; images are centre-cropped if training uses a smaller window.
+
+    `shared`: shard the samples over processes; false: every process has all. `batch_size`: None: that of training.
+    """
+    shape = samples.shape if workload.augment is None else workload.augment.output_shape
+    shard = workload.parallel.split.evaluation_shard if shared else None
+    size = workload.run_config.data_settings.batch_size if batch_size is None else batch_size
+    if shared and workload.device.type == "cuda" and workload.dataset.in_memory and size != "full":
+        size = max(size, _MIN_EVALUATION_BATCH)
+    augment = None if shape == samples.shape else CentreCrop(shape)
+    batches = Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard)
+    workload.opened.add(batches)
+    return batches
+
+
+def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
+    return Delivery(
+        workload.device,
+        in_memory=workload.dataset.in_memory,
+        workers=workload.run_config.data_settings.workers,
+        task=workload.task,
+        normalize=workload.normalize,
+        memory_format=workload.memory_format,
+        dtype=workload.precision.dtype,
+        processes=workload.parallel.ranks.local_processes,
+        **acceleration,
+    )
+
+
+def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler | None:
+    """Returns the sampler of `batches` if it is loss-aware. Raises `UserError` if the mode does not support it."""
+    sampler, run_config, mode = batches.sampler, workload.run_config, workload.parallel
+    if not isinstance(sampler, LossAwareSampler):
+        return None
+    choice = run_config.sampler.choice
+    if not mode.traits.observes_losses:
+        raise UserError(
+            f"{choice}: parallel={mode.name} does not exchange the losses that it needs; "
+            "use parallel=ddp or another sampler"
+        )
+    if run_config.settings.on_divergence == "skip":
+        raise UserError(
+            f"on_divergence=skip: {choice} needs the losses of every update; "
+            "use on_divergence=rollback or another sampler"
+        )
+    # Each rank observes the losses of its own samples only: the sampler merges them before it plans an epoch and before
+    # it is saved, on all ranks together.
+    sampler.maximum = mode.ranks.maximum
+    return sampler
