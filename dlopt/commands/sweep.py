@@ -114,7 +114,7 @@ def _print(folder: Path, status: "SweepStatus") -> None:
     if status.is_lost:
         how = f"dlopt sweep resume {path}" if submission.is_submitted(folder) else "its command with resume=auto"
         print(f"no worker is left; to continue: {how}")
-    elif status.code == DONE and (folder / SPACE).exists():  # not that of `dlopt benchmark`, for example
+    elif status.code == DONE and (folder / SPACE).exists():  # not that of another command
         print(f"next:\n  dlopt report {path}")
 
 

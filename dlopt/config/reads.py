@@ -66,7 +66,7 @@ def refuse_unread(
         advice = folders | dict(hints or {})
         hint = next((text for name, text in advice.items() if is_below(key, [name])), "")
         if not hint and role_of(key) is Role.COMMAND:
-            others = ", `benchmark` and `ladder`" if key == "dry_run" else ""
+            others = " and commands whose --help lists it" if key == "dry_run" else ""
             raise UserError(f"{line}: only available in `dlopt train`{others}")
         raise UserError(f"{line}: {command} does not read this key{f'; {hint}' if hint else ''}")
 

@@ -47,7 +47,7 @@ class SweepEnd:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """A composed sweep, or the series of runs of a recipe, such as a comparison."""
+    """A composed sweep, or the series of runs of a recipe (see the entry point `dlopt.series`)."""
 
     composer: Composer
     config: DictConfig
@@ -60,7 +60,7 @@ class SweepRequest:
     words: list[str]  # of the command line
     is_waiting: bool = True  # of a submitted sweep: wait for its end
     key: str = "hydra.sweep.dir"  # of the folder
-    series: str = ""  # the key of the recipe, such as `comparison`
+    series: str = ""  # the key of the recipe
     later: tuple[str, ...] = ()  # how the names of teachers begin that are earlier jobs
     sized: set[str] = field(default_factory=set)  # models whose size was checked
     found: list[Path] = field(default_factory=list)  # the folder, once `find_folder` has chosen it

@@ -226,7 +226,7 @@ def on_config(
 def _from_run(line: Line, name: str, reads: Sequence[str] | None, command_keys: Sequence[str]) -> Line:
     """Returns the line with what the command reads of a run's config, if its first word is a run: summary RUN.
 
-    A command that finds out itself what it reads (`reads` None) gets the trained model: diagnose RUN.
+    A command that finds out itself what it reads (`reads` None) gets the trained model.
     """
     runs, typed = take_paths(line.overrides)
     if not runs or not os.path.exists(runs[0]):
