@@ -35,6 +35,7 @@ STATUSES = (*ENDED, "pruned", *OPEN, "failed")
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
+_STATE = ("epoch", "step", "lr", "weight_decay")  # of the training, in a line of metrics.jsonl
 _MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
 
 
@@ -203,7 +204,7 @@ def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, 
         chosen = (i for i, epoch in enumerate(history.values("epoch")) if epoch == summary.get("best_epoch"))
         at = next(chosen, None)
         last, best = history[-1], _best_line(history, config) if at is None else history[at]
-        metrics = {k: v for k, v in last.items() if split_of(k) != "val" and k not in ("epoch", "step", "lr")}
+        metrics = {k: v for k, v in last.items() if split_of(k) != "val" and k not in _STATE}
         metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
             metrics |= {k: v for k, v in best.items() if split_of(k) == "val"} | {"best_epoch": best["epoch"]}

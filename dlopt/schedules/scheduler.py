@@ -51,8 +51,13 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._cycles = [cycle_momentum is True or bool(cycle_momentum and _momentum(g)) for g in groups]
         self.cycles_momentum = any(self._cycles) and not averages
         self.decay = decay
-        # (weight decay, peak rate) of each group. A restored optimizer has the decay of its last update.
-        self._decayed = [] if decay is None else [(group["weight_decay"], float(group["lr"])) for group in groups]
+        # (index, weight decay, peak rate) of each group whose decay it sets. A restored optimizer has that of its last
+        # update, from which the schedule must not start again.
+        self._decayed = [
+            (i, group["weight_decay"], float(group["lr"]))
+            for i, group in enumerate(groups)
+            if decay is not None and group.get("normalized", not decay.normalized_only)
+        ]
         self._horizons = [group.get("horizon", 1.0) for group in groups]
         # Rules may give the first group another rate than optimizer.lr, such as the smallest one with layer_decay.
         lr = getattr(optimizer, "base", optimizer).defaults.get("lr")  # SAM has the groups of its base
@@ -102,10 +107,21 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                     group["momentum"] = momentum
 
     def _set_decay(self, decay: WeightDecay, factors: list[float]) -> None:
-        groups = zip(self.optimizer.param_groups, self._decayed, factors, self._horizons, strict=True)
-        for group, (base, peak), factor, horizon in groups:
-            if group.get("normalized", not decay.normalized_only):
-                group["weight_decay"] = base * decay.factor(self.last_epoch / horizon, factor, peak)
+        for i, base, peak in self._decayed:
+            factor = decay.factor(self.last_epoch / self._horizons[i], factors[i], peak)
+            self.optimizer.param_groups[i]["weight_decay"] = base * factor
+
+    def weight_decay(self, update: int) -> float | None:
+        """Returns the weight decay in an update (from 0); None: no schedule sets it.
+
+        That of the group of `rate`, or of the first group that decays. Exact since the latest `update` with metrics.
+        """
+        decayed = [each for each in self._decayed if each[1]]
+        if self.decay is None or not decayed:
+            return None
+        i, base, peak = next((each for each in decayed if each[0] == self._shown), decayed[0])
+        t = update / self._horizons[i]
+        return base * self.decay.factor(t, self.factor(t), peak)
 
     def _factors(self) -> list[float]:
         """Returns the factor of each group, computed once per horizon."""

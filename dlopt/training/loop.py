@@ -113,7 +113,7 @@ class Trainer:
                         # every update, it could not queue the next one meanwhile.
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
-                            self.tracking.step(progress.step, clock.metrics(float(self.step.rate), record.norm))
+                            self.tracking.step(progress.step, clock.metrics(self._rates(), record.norm))
                         # Between updates only: all ranks have counted the same updates when they read the flag, and
                         # a checkpoint never holds half an update.
                         interrupted = bool(stop)
@@ -173,7 +173,7 @@ class Trainer:
             "epoch": epoch if ends_epoch else self._fractional_epoch(),
             "step": progress.step,
             **self.step.cost(),
-            "lr": float(self.step.rate),
+            **self._rates(),
             **self.train_metrics.means("train"),
             **self.sampler_metrics(),
         }
@@ -211,6 +211,11 @@ class Trainer:
             self.save(best=improved)
             clock.stop(training=False)
         return "done"
+
+    def _rates(self) -> dict[str, float]:
+        """Returns what the schedules have set for the latest update: lr, and weight_decay unless decay=constant."""
+        rates, decay = {"lr": float(self.step.rate)}, self.step.schedule.weight_decay(self.progress.step - 1)
+        return rates if decay is None else {**rates, "weight_decay": decay}
 
     def _fractional_epoch(self) -> float:
         """Returns completed epochs, with the fraction of the current one."""

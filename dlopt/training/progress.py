@@ -197,13 +197,13 @@ class Clock:
         trained, self._trained = self._trained, (0, 0.0)
         return self.throughput.metrics(*trained)
 
-    def metrics(self, lr: float, norm: Tensor | None) -> dict[str, float]:
-        """Returns the metrics since the last logging point: lr, train/..., gradient norm, throughput, step timing.
+    def metrics(self, rates: Mapping[str, float], norm: Tensor | None) -> dict[str, float]:
+        """Returns the metrics since the last logging point: rates, train/..., gradient norm, throughput, step timing.
 
-        `norm`: of the gradient of the latest update, if it was computed.
+        `rates`: learning rate and weight decay of the latest update; `norm`: of its gradient, if it was computed.
         """
         since = self.train_metrics.since_last()
-        metrics = {"lr": lr} | {Metric("train", name).tag: value for name, value in since.items()}
+        metrics = {**rates, **{Metric("train", name).tag: value for name, value in since.items()}}
         if norm is not None:
             # The sums above have waited for the device already.
             metrics["grad_norm/global"] = float(norm)

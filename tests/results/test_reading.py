@@ -61,6 +61,16 @@ def test_best_epoch_follows_monitor_and_ignores_non_finite_values(tmp_path: Path
     assert record(path).history[-1] == {"epoch": 3, "step": 30}
 
 
+def test_rates_of_the_last_epoch_are_no_metrics_of_the_run(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    line = {"epoch": 9, "step": 90, "lr": 0.1, "weight_decay": 0.2, "train_loss": 0.3}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    result = record(path)
+    assert result.history[-1] == line
+    assert result.metrics["train_loss"] == 0.3 and not {"lr", "weight_decay"} & result.metrics.keys()
+
+
 def test_ties_of_the_best_epoch_are_broken_by_the_loss_as_in_training(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", accuracies=(0.5, 0.9, 0.9, 0.9), losses=(2.0, 0.4, 0.3, 0.35))
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

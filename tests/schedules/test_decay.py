@@ -144,6 +144,20 @@ def test_the_default_leaves_the_groups_alone_and_horizons_shorten_a_decay() -> N
     assert parts == [[DECAY, 0.1], pytest.approx([DECAY * 3 / 4, 0.1 / 2])]
 
 
+@pytest.mark.parametrize("name", ["independent", "linear", "cosine", "corrected"])
+def test_the_shown_decay_is_that_of_the_group_of_the_shown_rate(name: str) -> None:
+    params = weights()
+    groups = [{"params": params[:1], "weight_decay": 0.0}, {"params": params[1:], "normalized": True, "lr": 2 * LR}]
+    optimizer = SGDW(groups, lr=LR, weight_decay=DECAY)
+    schedule = Scheduler(optimizer, RATE, decay=decay_of(name))
+    for t in range(STEPS):
+        assert schedule.weight_decay(t) == optimizer.param_groups[1]["weight_decay"], "group 0 decays nothing"
+        schedule.step()
+    for other, decay in (([DECAY, DECAY], decay_of("constant")), ([0.0, 0.0], decay_of(name))):
+        optimizer = SGDW([{"params": [p], "weight_decay": d} for p, d in zip(params, other, strict=False)], lr=LR)
+        assert Scheduler(optimizer, RATE, decay=decay).weight_decay(0) is None
+
+
 def test_rollbacks_and_resumes_keep_the_base() -> None:
     """A restored optimizer has the decay of its last update, from which the schedule must not start again."""
     states: list[dict[str, Any]] = []

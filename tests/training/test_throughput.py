@@ -71,7 +71,7 @@ def test_evaluations_and_checkpoints_are_not_training_time(monkeypatch: pytest.M
     clock.stop()  # 1 s of training
     clock.stop(training=False)  # a checkpoint
     metrics.count += 30
-    assert clock.metrics(0.1, None)["throughput/samples_per_second"] == 30  # a second since the checkpoint
+    assert clock.metrics({"lr": 0.1}, None)["throughput/samples_per_second"] == 30  # a second since the checkpoint
     clock.stop()  # 2 s of training
     assert clock.epoch_metrics() == {"samples_per_second": 20}
     metrics.clear()

@@ -148,6 +148,7 @@ def test_resumed_run_is_bitwise_identical(keys: list[str], tmp_path: Path) -> No
     resume(tmp_path / "cut", *lines)
     assert same(result(tmp_path / "cut"), result(tmp_path / "whole"))
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert all(line["weight_decay"] > 0 for line in timeless(tmp_path / "whole"))  # beside lr
 
 
 def test_rounds_bf16_weights_after_the_decay() -> None:
