@@ -131,6 +131,8 @@ def synced(path: Path) -> Iterator[BinaryIO]:
 
 
 def _publish(temporary: Path, path: Path, digest: str) -> None:
+    # The checksum file lists both digests while the file is replaced: after a crash at any line below, that of the file
+    # which is then at `path` is in it.
     old_digests = recorded_digests(path) if path.exists() else []
     write_digests(path, [digest, *(old for old in old_digests if old != digest)])
     os.replace(temporary, path)

@@ -82,7 +82,7 @@ def export(
         with temporary_sibling(target) as temporary:
             write(format, trained, inputs[:2], metadata, temporary)
             difference = verify(format, temporary, trained, inputs)
-            os.replace(temporary, target)
+            os.replace(temporary, target)  # last: a file of that name has been verified
         if trained.tokenizer is not None:
             write_atomically(tokenizer, trained.tokenizer.description.encode())
     print(short_path(target))

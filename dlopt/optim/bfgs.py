@@ -121,6 +121,7 @@ def broyden(inverse: Tensor | None, p: Tensor, q: Tensor, xi: float) -> Tensor |
 
     In place. Skips the update if p^T q is not positive beyond rounding, since B would not remain positive definite.
     """
+    # Read together: each read waits for the device.
     pq, qq, pp = torch.stack([p @ q, q @ q, p @ p]).tolist()
     if not pq > torch.finfo(p.dtype).eps * (pp * qq) ** 0.5:
         return inverse

@@ -47,5 +47,6 @@ class CautiousDecay(Optimizer):
 
 def make_decay_cautious(optimizer: Optimizer) -> None:
     """Makes the weight decay of an optimizer cautious, in place."""
+    # In place: schedule and gradient scaler refer to this optimizer, and its class stays a torch.optim.Optimizer.
     mix_in(CautiousDecay, optimizer)
     optimizer._patch_step_function()  # hooks of a step, which torch adds to each class

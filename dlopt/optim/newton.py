@@ -58,6 +58,7 @@ class _SecondOrder(torch.optim.Optimizer):
         if direction is None:
             return before
         start, gradient = flat(params), gradient.detach()
+        # Read together: each read waits for the device. The line search compares them on the host.
         value, slope = torch.stack([loss.detach().to(gradient.dtype), gradient @ direction]).tolist()
         del grads, loss  # free the graph before the line search builds others
 

@@ -74,6 +74,7 @@ class RowExchange:
     def agree(self, mine: Mapping[int, Any]) -> dict[int, Any]:
         """Returns the entries of all ranks, by index."""
         gathered: list[Any] = [None] * self.size
+        # Pickled: shapes, dtypes and single numbers only, when a state is saved or loaded, never in a step.
         distributed.all_gather_object(gathered, dict(mine), group=self._group)
         return dict(sorted(item for entries in gathered for item in entries.items()))
 
@@ -94,6 +95,7 @@ class RowExchange:
         incoming = outgoing.new_empty(sum(sizes))
         send = [sum(t.nbytes for to, t in out if to == rank) for rank in range(self.size)]
         receive = [sum(sizes[index] for index in order if received[index][0] == rank) for rank in range(self.size)]
+        # One message to each rank for all tensors: an all-to-all per tensor would wait for its latency each time.
         distributed.all_to_all_single(incoming, outgoing, receive, send, group=self._group)
         results: list[Tensor] = [incoming] * len(received)
         for index, part in zip(order, incoming.split([sizes[index] for index in order]), strict=True):

@@ -65,11 +65,12 @@ class GroupRanks(Ranks):
         return self.group.sum(values if self.is_counted else [0.0] * len(values))
 
     def maximum(self, values: Tensor) -> Tensor:
-        largest = values.clone()
+        largest = values.clone()  # the collective writes into it
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         return largest
 
     def gather(self, values: list[T]) -> list[T]:
+        # Pickled, since the values are of any type: for evaluations and error reports, not for updates.
         lists: list[Any] = [None] * self.processes
         distributed.all_gather_object(lists, values)
         return [value for values in lists for value in values]

@@ -122,6 +122,7 @@ def _shard_axes(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
 
 
 def _all_reduce(values: Tensor, axes: Sequence[tuple[Any, int, int]]) -> Tensor:
+    # One mesh dimension after the other: a tensor may be sharded over several, whose ranks then add up all its parts.
     for mesh, axis, _ in axes:
         distributed.all_reduce(values, group=mesh.get_group(axis))
     return values

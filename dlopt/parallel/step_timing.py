@@ -57,6 +57,7 @@ class SyncWaitTimer:
 
     def pop_seconds(self) -> float:
         """Returns the seconds of waiting since the last call."""
+        # Here and not after each update: the host waits at logging points, which wait for the device anyway.
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1e3
@@ -92,6 +93,7 @@ class StepTiming:
             seconds = time.perf_counter() - self._since - self.wait_timer.pop_seconds()
         else:
             seconds = (time.process_time() - self._processor) / torch.get_num_threads()
+        # Each rank has measured itself: the slowest one, for which the others wait, is known to all together only.
         gathered = self.group.all_gather(torch.tensor([seconds / updates], dtype=torch.float64))
         slowest, fastest = float(gathered.max()), float(gathered.min())
         self.restart(step)

@@ -155,6 +155,7 @@ class Queue(JobSource):
         self.overview = Overview(len(self._log.jobs))
 
     def next(self) -> Job | None:
+        # Read and claimed under one lock: no two workers take the same job.
         with self._log.locked():
             number = next(self._log.free(), None)
             if number is None:

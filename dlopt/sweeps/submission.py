@@ -127,6 +127,8 @@ def start_workers(
         return None
     line = worker_command(sweep, submission, launcher)
     job_id = launcher.submit(count, line, (sweep / WORKERS).absolute(), Path(submission.cwd), secrets)
+    # After the submission, which says the id. Workers that a crash leaves out of the log run all the same; only
+    # `dlopt sweep stop` cannot cancel those that still wait, which then read the file STOP.
     log = Log(sweep)
     with log.locked():
         log.append(slurm=job_id)
@@ -162,6 +164,7 @@ def stop_reason(sweep: Path) -> str | None:
 
 def stop(sweep: Path, reason: str) -> None:
     """Makes the workers of a sweep stop with checkpoints, and cancels those that have not started."""
+    # The file first: a worker that starts while the others are cancelled reads it, and takes no job.
     write_atomically(sweep / WORKERS / STOP, reason)
     cancel_waiting(Log(sweep).read().slurm)
 

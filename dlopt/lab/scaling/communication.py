@@ -114,10 +114,10 @@ def measure_all_reduce(
             distributed.all_reduce(values)
         seconds = torch.zeros(_REPEATS, dtype=torch.float64)
         for number in range(_REPEATS):
-            distributed.barrier()
+            distributed.barrier()  # ranks that start apart would measure the wait for each other
             start = clock(device)
             distributed.all_reduce(values)
             seconds[number] = clock(device) - start
         seconds = seconds.to(device)
-        distributed.all_reduce(seconds, distributed.ReduceOp.MAX)
+        distributed.all_reduce(seconds, distributed.ReduceOp.MAX)  # done when the last rank is
         yield Bandwidth(values.nbytes, ranks, statistics.median(seconds.tolist()))

@@ -105,7 +105,7 @@ def _all_reduces(update: Callable[[], object]) -> dict[int, float]:
     ranks = ModelGroup()
 
     def mean_seconds(call: Callable[[], object]) -> float:
-        distributed.barrier()
+        distributed.barrier()  # ranks that start apart would measure the wait for each other
         return seconds_of(call, _ROUNDS) / _ROUNDS
 
     baseline, delays = mean_seconds(update), {}

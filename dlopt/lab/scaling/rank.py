@@ -146,6 +146,7 @@ def _communication(update: Callable[[], int], number: int, device: torch.device,
 
 
 def _barrier(parallel: Mode) -> None:
+    """Starts the measured updates of all ranks together; otherwise the wait for a late one would be in the first."""
     if parallel.ranks.processes > 1:
         distributed.barrier()
 

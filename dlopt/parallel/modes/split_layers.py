@@ -191,6 +191,7 @@ def convert(module: nn.Module, kind: type[nn.Module], **attributes: object) -> N
     """Turns `module` into an instance of a subclass in place; tensors, names and hooks stay."""
     for name, value in attributes.items():
         setattr(module, name, value)
+    # Not replaced by another module: blocks, optimizer groups and hooks go on referring to this one.
     module.__class__ = kind
 
 

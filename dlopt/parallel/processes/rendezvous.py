@@ -194,6 +194,8 @@ def _has_lost_connection() -> bool:
     import torch
     from torch import distributed
 
+    # Gloo raises a bare RuntimeError for a lost rank and for its own mistakes alike. A group that has lost a rank
+    # refuses to send to it. To the others the message, which nobody receives, does no harm: the run ends.
     groups = distributed.distributed_c10d._world.pg_map if distributed.is_initialized() else ()
     for group in list(groups):
         peers = [rank for rank in range(group.size()) if rank != group.rank()]

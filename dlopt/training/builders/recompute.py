@@ -132,12 +132,13 @@ def recompute(model: nn.Module, setting: Recomputation, mode: Mode, *, choice: s
         is_sequence = type(model).forward is nn.Sequential.forward
         if not isinstance(model, nn.Sequential) or not is_sequence or len(_parts(model)) < 2:
             raise UserError(f"{key}: {choice} is not a sequence of layers; use activation_checkpointing=blocks")
-        mix_in(_Chain, model)
+        mix_in(_Chain, model)  # not wrapped, as below
         return
     blocks = repeated_blocks(model)
     if not blocks:
         raise UserError(f"{key}: {choice} has no repeated blocks; use activation_checkpointing=all or none")
     for block in blocks:
+        # Not wrapped in a module, which would rename the weights in checkpoints.
         mix_in(_Block, block)
 
 

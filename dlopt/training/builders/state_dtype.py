@@ -188,6 +188,7 @@ def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
 
 def round_updates(optimizer: Optimizer, seed: int, *, moments: bool = False) -> None:
     """Makes an optimizer update bf16 weights in fp32 and round them, in place. `moments`: keep these in bf16, too."""
+    # In place, around whatever `step` the class has: the optimizers that it serves have no hook between two parameters.
     mix_in(RoundedUpdate, optimizer, rounding_seed=seed, rounds_moments=moments)
     optimizer._patch_step_function()  # hooks of a step, which torch adds to each class
     _convert_state(optimizer)
