@@ -40,7 +40,7 @@ from dlopt.run import runner  # noqa: E402
 from dlopt.training import run  # noqa: E402
 from dlopt.training.checkpoint.checkpoints import Checkpoints  # noqa: E402
 from dlopt.training.loop import Trainer  # noqa: E402
-from dlopt.training.progress import Run  # noqa: E402
+from dlopt.training.progress import TrainingRun  # noqa: E402
 from dlopt.training.step import Step  # noqa: E402
 from tests.support import faults  # noqa: E402
 from tests.support.runs import RICH, result, resume, run_config, same, start, timeless  # noqa: E402
@@ -245,7 +245,7 @@ class Campaign:
 
     def run_for_long(self, folder: Path, announcement: AbstractContextManager[Any]) -> None:
         with announcement:
-            run = Run(run_config(*OVERRIDES, "epochs=5000"), folder, overrides=OVERRIDES)
+            run = TrainingRun(run_config(*OVERRIDES, "epochs=5000"), folder, overrides=OVERRIDES)
             os._exit(runner.exit_code(run, console=False))
 
     def second_interrupt(self) -> FaultResult:
@@ -254,7 +254,9 @@ class Campaign:
 
         def work() -> None:
             with faults.slow_saves(20.0, writing):
-                os._exit(runner.exit_code(Run(run_config(*OVERRIDES), folder, overrides=OVERRIDES), console=False))
+                os._exit(
+                    runner.exit_code(TrainingRun(run_config(*OVERRIDES), folder, overrides=OVERRIDES), console=False)
+                )
 
         child = faults.fork(work)
         os.close(writing)

@@ -96,14 +96,14 @@ class Runs:
         from dlopt.run.record import describe
         from dlopt.run.runner import exit_code
         from dlopt.tracking.metrics import read_metrics
-        from dlopt.training.progress import Run
+        from dlopt.training.progress import TrainingRun
 
         base = BASE if overrides[0][:6] != "model=" else [each for each in BASE if each[:5] != "model"]
         job = plan(self._composer, [*base, *QUIET, *overrides])
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "run"
             describe(folder, job.saved, job.typed, job.choices)
-            exit_code(Run(job.run_config, folder, None, job.choices), console=False, may_diverge=True)
+            exit_code(TrainingRun(job.run_config, folder, None, job.choices), console=False, may_diverge=True)
             history = read_metrics(folder)
         last = history[-1] if history else {}
         computed = ("train_loss", *METRICS)

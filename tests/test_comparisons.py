@@ -18,7 +18,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.data.generated import polynomial
 from dlopt.data.samples import InMemory
 from dlopt.data.splits import prepare
-from dlopt.lab.comparison.claims import Measured, judge
+from dlopt.lab.comparison.claims import MeasuredSide, judge
 from dlopt.lab.comparison.command import comparison_of
 from dlopt.lab.comparison.comparison import Comparison, Results, read
 from dlopt.lab.comparison.sentences import numbers
@@ -109,10 +109,10 @@ def check_shipped(name: str, spec: Comparison) -> None:
         values = [float(value) for value in first["values"]], [float(value) for value in second["values"]]
         bounds = first.get("bounds", ()), second.get("bounds", ())
         edges = first.get("edges", {}), second.get("edges", {})
-        finding = judge(claim, *map(Measured, sides, points, values, bounds, edges))
+        finding = judge(claim, *map(MeasuredSide, sides, points, values, bounds, edges))
         assert (finding.verdict, numbers(finding)) == (entry["verdict"], entry["outcome"])
         if entry["verdict"] == "supported" and claim.relation != "equal":
-            assert judge(claim, *map(Measured, sides, points, values[::-1])).verdict == "contradicted"
+            assert judge(claim, *map(MeasuredSide, sides, points, values[::-1])).verdict == "contradicted"
 
 
 @pytest.mark.parametrize(

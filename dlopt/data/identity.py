@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlopt.data.rows import Rows
+from dlopt.data.rows import RowDataset
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped
 from dlopt.data.windows import Windows
 
@@ -118,7 +118,7 @@ def _content(samples: Samples) -> _Content | None:
             return _of_array(samples.tokens)
         case Files():
             return _of_files(samples)
-        case Wrapped() if isinstance(samples.dataset, Rows):
+        case Wrapped() if isinstance(samples.dataset, RowDataset):
             table = samples.dataset.table
             return _Content(len(table), table.size, table.read)
         case Wrapped():

@@ -29,7 +29,7 @@ Files = str | list[str]
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
 
 
-class Table(Protocol):
+class RowSource(Protocol):
     """The rows of a split. `target` names the labels in messages; `encoded`: whether the inputs are image files.
 
     `size`: of the stored inputs, in bytes.
@@ -73,7 +73,7 @@ class Table(Protocol):
 
 
 def dataset(
-    splits: Sequence[tuple[str, Table | None]],
+    splits: Sequence[tuple[str, RowSource | None]],
     *,
     labels: Labels,
     channels: Channels,
@@ -98,7 +98,7 @@ def dataset(
     size = size_pair(image_size)
     targets = [None if table is None else _targets(table, classes, several) for _, table in splits]
     samples = [
-        None if table is None or target is None else Wrapped(Rows(table, _stored(target), channels), size, key)
+        None if table is None or target is None else Wrapped(RowDataset(table, _stored(target), channels), size, key)
         for (key, table), target in zip(splits, targets, strict=True)
     ]
     assert samples[0] is not None and targets[0] is not None
@@ -126,10 +126,10 @@ def _counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
     return targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=classes)
 
 
-class Rows:
+class RowDataset:
     """Map-style dataset of (input, label) for `Wrapped`; reads one row at a time."""
 
-    def __init__(self, table: Table, targets: torch.Tensor, channels: Channels) -> None:
+    def __init__(self, table: RowSource, targets: torch.Tensor, channels: Channels) -> None:
         self.targets = targets
         self.table, self._channels = table, channels
 
@@ -155,7 +155,7 @@ def numbers(value: Any, where: str, kind: str) -> np.ndarray:
 # -- labels
 
 
-def _labels(table: Table) -> list[Any]:
+def _labels(table: RowSource) -> list[Any]:
     """Returns the labels of all rows. Raises `UserError` if one is missing."""
     values = table.labels()
     if None in values:
@@ -163,7 +163,7 @@ def _labels(table: Table) -> list[Any]:
     return values
 
 
-def _classes(key: str, table: Table, *, several: bool) -> list[Any]:
+def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
     """Returns the sorted labels of the training set; `several`: of lists of labels."""
     found = _labels(table)
     if several:
@@ -201,7 +201,7 @@ def _sorted(labels: set[Any], where: str) -> list[Any]:
     return sorted(labels)
 
 
-def _targets(table: Table, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
+def _targets(table: RowSource, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
     """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float64 [N] or [N, K] values."""
     values = _labels(table)
     if classes is not None:

@@ -26,7 +26,7 @@ from dlopt.results.columns import (
 )
 from dlopt.results.history import columns
 from dlopt.results.leaderboard import ENDED, Record, modes_of, student_t
-from dlopt.results.plots import SPREADS, Scale
+from dlopt.results.plots import SPREADS, AxisScale
 from dlopt.results.ranking import (
     AXES,
     Configuration,
@@ -340,7 +340,7 @@ def _parallel(ranking: Ranking) -> dict[str, Any] | None:
     keys = list(ranking.keys)[:_MOST_AXES]
     values: list[list[Any]] = [[row.values.get(key) for row in rows] for key in keys]
     values.append([row.value.mean for row in rows if row.value is not None])
-    scales = dict(zip([*keys, ranking.by], map(Scale, values), strict=True))
+    scales = dict(zip([*keys, ranking.by], map(AxisScale, values), strict=True))
     axes = [
         {
             "id": name,

@@ -214,9 +214,9 @@ def parallel_coordinates(ranking: Ranking) -> "Figure | None":
     from matplotlib.collections import LineCollection
 
     keys = list(ranking.keys)[:8]
-    scales = [Scale([row.values.get(key) for row in rows]) for key in keys]
+    scales = [AxisScale([row.values.get(key) for row in rows]) for key in keys]
     metrics = [_scale(ranking.by) * row.value.mean for row in rows if row.value is not None]
-    scales.append(Scale(metrics))
+    scales.append(AxisScale(metrics))
     figure, axis = _figure(4.2, max(_WIDTH, 1.8 * len(scales) + 1))
     shades = drawing.shades("#d9d9d9", "#9ecae1", "#08306b")
     lines = [
@@ -241,7 +241,7 @@ def parallel_coordinates(ranking: Ranking) -> "Figure | None":
     return figure
 
 
-class Scale:
+class AxisScale:
     """Maps the values of one axis to 0..1, with ticks: position, label and value."""
 
     def __init__(self, values: Sequence[Any]) -> None:

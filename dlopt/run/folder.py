@@ -17,7 +17,7 @@ from dlopt.parallel.processes.rendezvous import current
 
 if TYPE_CHECKING:
     from dlopt.training.checkpoint.content import Checkpoint
-    from dlopt.training.progress import Run
+    from dlopt.training.progress import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class PlacedRun:
         is_done: resume=auto, and the run has ended.
     """
 
-    run: "Run"
+    run: "TrainingRun"
     folder: RunFolder
     before: FolderSnapshot
     is_new: bool
@@ -53,7 +53,7 @@ class PlacedRun:
 
 def place(plan: Plan) -> PlacedRun:
     """Finds or creates the folder of a checked run. Raises `UserError`."""
-    from dlopt.training.progress import Run
+    from dlopt.training.progress import TrainingRun
 
     config, saved = plan.config, plan.saved
     assert config is not None
@@ -65,7 +65,7 @@ def place(plan: Plan) -> PlacedRun:
     folder, state, run_id = _find_folder(path, is_typed, saved, plan.typed)
     is_auto = saved["resume"] == "auto"
     run_config = replace(plan.run_config, config={"run_id": run_id, **plan.run_config.config})
-    run = Run(run_config, folder.path, state, plan.choices, plan.typed)
+    run = TrainingRun(run_config, folder.path, state, plan.choices, plan.typed)
     is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
     return PlacedRun(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 

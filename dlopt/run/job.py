@@ -36,7 +36,7 @@ def main() -> int:
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import resolve_saved
     from dlopt.training.checkpoint.checkpoints import load, load_of_run
-    from dlopt.training.progress import Run
+    from dlopt.training.progress import TrainingRun
 
     folder = RunFolder(Path(sys.argv[1]))
     try:
@@ -50,7 +50,7 @@ def main() -> int:
         if rendezvous.is_main():  # the other ranks receive the state from rank 0
             checkpoint = sys.argv[2:]
             state = load(Path(checkpoint[0])) if checkpoint else load_of_run(folder, config)
-        run = Run(run_config, folder.path, state, choices)
+        run = TrainingRun(run_config, folder.path, state, choices)
     except (UserError, RunError) as error:
         if rendezvous.is_main():
             print_error(str(error))

@@ -19,14 +19,16 @@ from dlopt.parallel.processes import launch, rendezvous
 from dlopt.run import environment
 
 if TYPE_CHECKING:
-    from dlopt.training.progress import Run
+    from dlopt.training.progress import TrainingRun
 
 
 class NotStartedError(UserError):
     """A run that cannot start, for example because another process has it: its folder stays as it is."""
 
 
-def report(run: "Run", error: Exception | KeyboardInterrupt, *, prints: bool = True, may_diverge: bool = False) -> int:
+def report(
+    run: "TrainingRun", error: Exception | KeyboardInterrupt, *, prints: bool = True, may_diverge: bool = False
+) -> int:
     """Writes to the run's folder why it has ended, prints it in one line, and returns the exit code.
 
     The one rule for shell, job and rank; of several ranks only the first one to fail reports. `may_diverge`: divergence
@@ -86,13 +88,13 @@ def _rank_prefix() -> str:
     return "" if world is None or world.is_main else f"rank {world.rank}: "
 
 
-def is_job_of_sweep(run: "Run") -> bool:
+def is_job_of_sweep(run: "TrainingRun") -> bool:
     """Returns whether a sweep has described the run, which this process, or one rank of it, executes."""
     return run.overrides is None if rendezvous.current() is None else os.environ.get(launch.RECORD) == "1"
 
 
 @contextlib.contextmanager
-def described(run: "Run") -> Iterator[None]:
+def described(run: "TrainingRun") -> Iterator[None]:
     """Writes the files that describe a run; a refused run that was resumed gets its former ones back."""
     is_described_here = run.overrides is not None and rendezvous.is_main()
     names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
@@ -150,7 +152,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
         raise UserError(f"hydra.run.dir={folder}: cannot write to this folder: {error.strerror}") from None
 
 
-def _changed_versions(run: "Run") -> str:
+def _changed_versions(run: "TrainingRun") -> str:
     """Returns the versions that are not those of the run's previous start: "dlopt 0.2.0 (was 0.1.0)"."""
     resume = Path(run.run_config.settings.resume or "")  # another run, or its checkpoint; or auto
     folders = (run.folder, resume, *resume.parents[:2])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from dlopt.training.builders.workload import Workload
-    from dlopt.training.progress import Run
+    from dlopt.training.progress import TrainingRun
 
 CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 """The exit code of a run by the status in its summary."""
@@ -85,7 +85,9 @@ def run_plan(
         raise
 
 
-def execute(run: "Run", *, console: bool = True, prints: bool = True, may_diverge: bool = False) -> dict[str, Any]:
+def execute(
+    run: "TrainingRun", *, console: bool = True, prints: bool = True, may_diverge: bool = False
+) -> dict[str, Any]:
     """Runs in this process, or in the processes that the run needs; returns the summary.
 
     Args:
@@ -106,7 +108,7 @@ def execute(run: "Run", *, console: bool = True, prints: bool = True, may_diverg
         raise ReportedError(code) from error
 
 
-def exit_code(run: "Run", *, console: bool = True, may_diverge: bool = False) -> int:
+def exit_code(run: "TrainingRun", *, console: bool = True, may_diverge: bool = False) -> int:
     """Executes a run as a job, or as one rank of several; returns its exit code. See `execute`."""
     try:
         return CODE_OF[execute(run, console=console, may_diverge=may_diverge)["status"]]
@@ -114,7 +116,7 @@ def exit_code(run: "Run", *, console: bool = True, may_diverge: bool = False) ->
         return error.code
 
 
-def _train(run: "Run", *, console: bool) -> dict[str, Any]:
+def _train(run: "TrainingRun", *, console: bool) -> dict[str, Any]:
     """Describes a run in its folder, and trains. Raises `UserError`, `RunError` and unexpected exceptions."""
     from dlopt.training.builders.precision import torch_defaults
     from dlopt.training.run import train_run
@@ -133,7 +135,7 @@ def _train(run: "Run", *, console: bool) -> dict[str, Any]:
     return summary
 
 
-def _train_in_processes(run: "Run", processes: int, *, console: bool) -> dict[str, Any]:
+def _train_in_processes(run: "TrainingRun", processes: int, *, console: bool) -> dict[str, Any]:
     """Starts one process per rank, which report their errors themselves. Raises `ReportedError` and `RunError`."""
     resume = run.run_config.settings.resume
     checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
@@ -145,7 +147,7 @@ def _train_in_processes(run: "Run", processes: int, *, console: bool) -> dict[st
     return {**summary, "status": "interrupted"} if code == INTERRUPTED else summary
 
 
-def _claim(run: "Run") -> tuple[int, contextlib.AbstractContextManager[object]]:
+def _claim(run: "TrainingRun") -> tuple[int, contextlib.AbstractContextManager[object]]:
     """Returns the number of processes of the run (1: this one) and the lock on its folder."""
     processes = 1
     try:
@@ -175,14 +177,14 @@ def job_environment(config: DictConfig, folder: Path) -> Iterator[None]:
 def follow(store: "Store", overrides: list[str]) -> int:
     """Executes the run that rank 0 sends, as one of its other ranks; returns the exit code."""
     from dlopt.config.parsing import parse
-    from dlopt.training.progress import Run
+    from dlopt.training.progress import TrainingRun
 
     with killed_by_signals():
         message = json.loads(store.get("run"))
     if "exit" in message:
         return int(message["exit"])
     run_config = parse(resolve_saved(message["config"]), message["config"], message["choices"])
-    return exit_code(Run(run_config, Path(message["folder"]), None, message["choices"], overrides))
+    return exit_code(TrainingRun(run_config, Path(message["folder"]), None, message["choices"], overrides))
 
 
 def release(store: "Store", code: int) -> None:
@@ -197,7 +199,7 @@ def _show_finished(folder: RunFolder) -> None:
     ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
 
 
-def tools(run: "Run", *, console: bool) -> dict[str, Any]:
+def tools(run: "TrainingRun", *, console: bool) -> dict[str, Any]:
     """Returns the observers, the range test, the teacher and the picture that the config enables, for `train_run`.
 
     They and the teacher of a distillation are passed in because the trainer does not import what uses trained models.

@@ -27,8 +27,8 @@ _ZERO = 1e-12  # learning-rate factors below are rounding errors of 0
 
 
 @dataclass(frozen=True)
-class Run:
-    """A config and the folder of its run."""
+class TrainingRun:
+    """A config and the folder of its run: what `train_run` trains. (`dlopt.Run` is a run as its folder tells it.)"""
 
     run_config: RunConfig
     folder: Path

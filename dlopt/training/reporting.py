@@ -23,14 +23,14 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.extra_metrics import extra_metric
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Length, Progress, Run, Status
+from dlopt.training.progress import Length, Progress, Status, TrainingRun
 from dlopt.training.step import EpochBatches
 from dlopt.training.stopping import Best
 
 TOKENIZER = "tokenizer.json"  # of a text that is not read byte by byte
 
 
-def open_tracking(run: Run, checkpoint: Checkpoint | None, console: bool) -> Tracking:
+def open_tracking(run: TrainingRun, checkpoint: Checkpoint | None, console: bool) -> Tracking:
     settings = run.run_config.settings
     # Before metrics are removed, because last.pt must never be of a later update than these.
     abandoned = None if checkpoint is None else Checkpoints(run.folder / "checkpoints").set_aside(checkpoint.state)
@@ -46,7 +46,7 @@ def open_tracking(run: Run, checkpoint: Checkpoint | None, console: bool) -> Tra
     return tracking
 
 
-def log_header(run: Run, workload: Workload, length: Length, progress: Progress, tracking: Tracking) -> None:
+def log_header(run: TrainingRun, workload: Workload, length: Length, progress: Progress, tracking: Tracking) -> None:
     """Logs data, model and device."""
     dataset = workload.dataset
     parameters = list(workload.module.parameters())

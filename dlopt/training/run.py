@@ -40,7 +40,15 @@ from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.evaluate import check_crops, check_tta, has_train_accuracy, reduction, test_metrics, validation
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Intervals, Length, Progress, Run, check_horizon, evaluation_interval, run_length
+from dlopt.training.progress import (
+    Intervals,
+    Length,
+    Progress,
+    TrainingRun,
+    check_horizon,
+    evaluation_interval,
+    run_length,
+)
 from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import EpochBatches, Network, Observer
 from dlopt.training.stopping import Best, Stopping
@@ -58,7 +66,7 @@ Returns the paths by description."""
 
 
 def train_run(
-    run: Run,
+    run: TrainingRun,
     interruption: Interruption,
     *,
     console: bool = True,

@@ -51,7 +51,7 @@ from dlopt.training.builders import speed as building
 from dlopt.training.builders.workload import Workload, build_model, build_workload
 from dlopt.training.evaluate import test_metrics
 from dlopt.training.loop import Trainer
-from dlopt.training.progress import Run, endless_batches
+from dlopt.training.progress import TrainingRun, endless_batches
 from dlopt.training.run import probe_trainer, train_run
 from dlopt.training.throughput import nominal_flops
 
@@ -547,7 +547,7 @@ def resnet20(bench: Bench, add: Add) -> None:
     run_config = bench.run_config(*typed)
     run_config = dataclasses.replace(run_config, user_observers=(Component("observers", lambda: Epochs(add), {}),))
     start = bench.wait()
-    summary = train_run(Run(run_config, folder), Interruption(), console=False)
+    summary = train_run(TrainingRun(run_config, folder), Interruption(), console=False)
     add("ResNet-20 recipe: 200 epochs including test", bench.wait() - start, "s", "<= 90")
     add("ResNet-20 recipe: test error", 100 * (1 - summary["test_accuracy"]), "%", "published: 8.75")
 

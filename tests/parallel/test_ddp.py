@@ -12,7 +12,7 @@ from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batch
 from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from tests.support.choices import names
 from tests.support.equality import Cases, compare, metric_values, run_distributed
 from tests.support.modes import DDP, SYNC_DDP, build_mode
@@ -93,7 +93,7 @@ def interrupt_and_resume(folder: str, left_by_one: str, overrides: list[str]) ->
     assert (summary["status"], summary["steps"]) == ("interrupted", 6)  # synchronized with the next loss
     rendezvous.leave()
     state = Checkpoints(Path(left_by_one) / "checkpoints").load_newest() if rank == 0 else None
-    run_job(Run(run_config(*lines), Path(left_by_one), state))
+    run_job(TrainingRun(run_config(*lines), Path(left_by_one), state))
     rendezvous.leave()
 
 

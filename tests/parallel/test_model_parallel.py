@@ -11,7 +11,7 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from tests.support.equality import Cases, compare, run_legs
 from tests.support.modes import COLUMNS, FILTER, MESH, SPATIAL, SYNC
 from tests.support.ranks import run_ranks
@@ -80,7 +80,7 @@ def relay(tmp_path: Path, processes: int, both: list[str], modes: list[list[str]
     run_legs(processes, tmp_path, tmp_path / "relay", both, legs)
     state = Checkpoints(tmp_path / "relay" / "checkpoints").load_newest()
     epochs = f"epochs={len(modes) + 2}"
-    run_job(Run(run_config(*both, epochs), tmp_path / "relay", state))
+    run_job(TrainingRun(run_config(*both, epochs), tmp_path / "relay", state))
     start(tmp_path / "whole", *both, epochs)
     ends = [Checkpoints(tmp_path / name / "checkpoints").load_newest() for name in ("relay", "whole")]
     for one, other in zip(*(_tensors(each) for each in ends), strict=True):
@@ -107,7 +107,7 @@ def refused(cases: list[tuple[list[str], str]]) -> None:
     """Called on all ranks."""
     for overrides, message in cases:
         with pytest.raises(UserError, match=f"^{re.escape(message)}"), tempfile.TemporaryDirectory() as folder:
-            run_job(Run(run_config(*BASE, *overrides), Path(folder)))
+            run_job(TrainingRun(run_config(*BASE, *overrides), Path(folder)))
         rendezvous.leave()
 
 

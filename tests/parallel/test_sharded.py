@@ -16,7 +16,7 @@ from dlopt.basics.errors import UserError
 from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint import sharded
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from tests.support.equality import metric_values, resume_run, run_legs
 from tests.support.line import dlopt, refused
 from tests.support.modes import FILTER, SPATIAL, SYNC_DDP, SYNC_FSDP
@@ -85,7 +85,7 @@ def assert_ended_like(run: Path, whole: Path, case: Sequence[str] = CASE) -> Non
 
 def resume_in_one_process(run: Path, epochs: int, case: Sequence[str] = CASE) -> None:
     state = Checkpoints(run / "checkpoints").load_newest()
-    run_job(Run(run_config(*case, f"epochs={epochs}"), run, state))
+    run_job(TrainingRun(run_config(*case, f"epochs={epochs}"), run, state))
 
 
 def test_shards_resume_in_any_mode(tmp_path: Path) -> None:

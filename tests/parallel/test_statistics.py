@@ -10,7 +10,7 @@ from torch import nn
 from dlopt.parallel.modes.sync_batchnorm import buffer_averaging
 from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, result, run_config, run_job, same, terminate, timeless
 from tests.support.sizes import SMALL, without
@@ -44,7 +44,7 @@ def resume_run(folder: Path, *overrides: str, until: int | None = None) -> None:
     """Called on all ranks: resumes the run in `folder`; only rank 0 receives the stop request."""
     is_main = os.environ["DLOPT_RANK"] == "0"
     state = Checkpoints(folder / "checkpoints").load_newest() if is_main else None
-    run = Run(run_config(*overrides), folder, state)
+    run = TrainingRun(run_config(*overrides), folder, state)
     if until is None:
         run_job(run)
     else:

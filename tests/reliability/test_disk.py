@@ -19,7 +19,7 @@ from dlopt.basics import files
 from dlopt.basics.folders import SPACE
 from dlopt.run import runner
 from dlopt.training.checkpoint.checkpoints import load
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from tests.support.faults import can_mount, private_mounts, read_only, resize, small_disk, writable_again
 from tests.support.line import dlopt
 from tests.support.runs import assert_same_run, execute, in_fork, resume, run_config, same, start
@@ -123,7 +123,7 @@ def test_unwritable_logs_warn_once(reference: Path, tmp_path: Path, capfd: pytes
         (folder / "tensorboard").mkdir()
         read_only(folder / "tensorboard")
         lines = [*LARGE, "tracking=[tensorboard]"]
-        state = runner.exit_code(Run(run_config(*lines), folder, overrides=[*lines]), console=True)
+        state = runner.exit_code(TrainingRun(run_config(*lines), folder, overrides=[*lines]), console=True)
         assert state == 0
         out = capfd.readouterr().out
         for name in ("metrics.jsonl", "train.log", "tfevents"):

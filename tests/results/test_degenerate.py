@@ -11,7 +11,7 @@ import pytest
 
 from dlopt.results.exports import ReportContent, destination, render
 from dlopt.results.page_data import page_data
-from dlopt.results.plots import PLOTS, Scale, plots
+from dlopt.results.plots import PLOTS, AxisScale, plots
 from dlopt.results.ranking import Ranking, default_target, importance
 from tests.support.folders import make_run, table
 
@@ -103,14 +103,14 @@ def test_parallel_coordinates_of_a_tie_show_the_metric(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [None, None], [0.5, None, 0.5], [True, True], ["a", None, 3]])
 def test_scale_without_a_range_maps_every_value(values: list[Any]) -> None:
-    scale = Scale(values)
+    scale = AxisScale(values)
     assert all(0 < scale(value) < 1 for value in values)
     assert {at for at, _, _ in scale.ticks} <= set(map(scale, values))
 
 
 @pytest.mark.parametrize("values", [(5e-324, 1e300), (1e-300, 1e300), (1.0, 1.0 + 2**-52), (-1e300, 1e300), (0, 1)])
 def test_scale_of_any_range_ends_at_0_and_1(values: tuple[float, float]) -> None:
-    scale = Scale(values)
+    scale = AxisScale(values)
     assert [scale(value) for value in values] == [0, 1]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from dlopt.results import drawing
 from dlopt.results.drawing import metric_label
-from dlopt.results.plots import PLOTS, Scale, _apart, plots
+from dlopt.results.plots import PLOTS, AxisScale, _apart, plots
 from dlopt.results.ranking import Ranking
 from tests.support.folders import TARGETS, make_run, table
 
@@ -132,14 +132,14 @@ def test_losses_that_span_decades(losses: list[float], expected: bool) -> None:
 
 def test_scales_of_values() -> None:
     """Logarithmic from a factor of 20 on; up to 8 values are all ticks, unless their labels overlap."""
-    assert Scale([1.0, 20.0]).log and not Scale([1.0, 19.9]).log and not Scale([0.0, 50.0]).log
-    assert Scale([1.0, 20.0])(20.0**0.5) == pytest.approx(0.5) and Scale([0.0, 50.0])(12.5) == 0.25
-    assert [label for _, label, _ in Scale(range(8)).ticks] == [*"76543210"]
-    assert [value for *_, value in Scale(range(9)).ticks] == [8, 6, 4, 2, 0]
-    assert Scale([1.0, 2.0, None])(None) != Scale([1.0, 2.0])(1.0) and math.isnan(Scale([1.0, 2.0])(None))
-    named = Scale(["b", "a", "b", None])
+    assert AxisScale([1.0, 20.0]).log and not AxisScale([1.0, 19.9]).log and not AxisScale([0.0, 50.0]).log
+    assert AxisScale([1.0, 20.0])(20.0**0.5) == pytest.approx(0.5) and AxisScale([0.0, 50.0])(12.5) == 0.25
+    assert [label for _, label, _ in AxisScale(range(8)).ticks] == [*"76543210"]
+    assert [value for *_, value in AxisScale(range(9)).ticks] == [8, 6, 4, 2, 0]
+    assert AxisScale([1.0, 2.0, None])(None) != AxisScale([1.0, 2.0])(1.0) and math.isnan(AxisScale([1.0, 2.0])(None))
+    named = AxisScale(["b", "a", "b", None])
     assert named.positions == {"a": 1 / 6, "b": 0.5, "null": 5 / 6} and named("b") == 0.5
-    equal = Scale([0.5, 0.5])
+    equal = AxisScale([0.5, 0.5])
     assert not equal.is_number and equal.ticks == [(0.5, "0.5", 0.5)]
     positions = [(0.0, "a", 0), (0.04, "b", 0), (0.05, "c", 0), (0.099, "d", 0), (0.1, "e", 0)]
     assert [label for _, label, _ in _apart(positions)] == ["e", "c", "a"]

@@ -11,7 +11,7 @@ import pytest
 from dlopt.config.parsing import parse
 from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from tests.support.ranks import run_ranks
 from tests.support.runs import Composed, composed, metrics, run_config, run_job, start
 
@@ -28,7 +28,7 @@ def run_distributed(processes: int, folder: Path, cases: Cases) -> None:
 def run_all(folder: str, run_configs: dict[str, Composed]) -> None:
     """Runs all experiments; called on all ranks."""
     for name, plain in run_configs.items():
-        summary = run_job(Run(parse(*plain), Path(folder) / name))
+        summary = run_job(TrainingRun(parse(*plain), Path(folder) / name))
         assert summary["status"] in ("finished", "stopped_early")
         rendezvous.leave()
 
@@ -36,7 +36,7 @@ def run_all(folder: str, run_configs: dict[str, Composed]) -> None:
 def resume_run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Called on all ranks: resumes the run in `folder` from the checkpoint that rank 0 loads."""
     state = Checkpoints(folder / "checkpoints").load_newest() if os.environ["DLOPT_RANK"] == "0" else None
-    summary = run_job(Run(run_config(*overrides), folder, state))
+    summary = run_job(TrainingRun(run_config(*overrides), folder, state))
     rendezvous.leave()
     return summary
 

@@ -30,7 +30,7 @@ from dlopt.training.builders.precision import torch_defaults
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from dlopt.training.run import train_run
 from dlopt.training.step import Step, UpdateRecord
 from tests.support.sizes import RICH, RUN, SMALL, STEPS_PER_EPOCH  # noqa: F401  # used by importers
@@ -57,16 +57,16 @@ def composed(*overrides: str) -> Composed:
 
 def start(folder: Path, *overrides: str) -> dict[str, Any]:
     """Starts a new run in `folder`; returns its summary."""
-    return run_job(Run(run_config(*overrides), folder))
+    return run_job(TrainingRun(run_config(*overrides), folder))
 
 
 def resume(folder: Path, *overrides: str) -> dict[str, Any]:
     """Resumes from the newest checkpoint in `folder`, or starts if there is none."""
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return run_job(Run(run_config(*overrides), folder, state))
+    return run_job(TrainingRun(run_config(*overrides), folder, state))
 
 
-def run_job(run: Run) -> dict[str, Any]:
+def run_job(run: TrainingRun) -> dict[str, Any]:
     """Trains as a job does, in this process."""
     with Interruption(run.run_config.settings.max_time) as interruption, torch_defaults():
         return train_run(run, interruption, console=False, **runner.tools(run, console=False))
@@ -151,7 +151,7 @@ def execute(folder: Path, *overrides: str) -> int:
     """Runs a job that starts, or resumes from the newest checkpoint in `folder`; returns its exit code."""
     folder.mkdir(exist_ok=True)
     state = Checkpoints(folder / "checkpoints").load_newest()
-    return runner.exit_code(Run(run_config(*overrides), folder, state, overrides=[*overrides]), console=False)
+    return runner.exit_code(TrainingRun(run_config(*overrides), folder, state, overrides=[*overrides]), console=False)
 
 
 @contextmanager

@@ -469,7 +469,7 @@ def one_rank_diverges(folder: str) -> None:
     import os
 
     from dlopt.parallel.processes import rendezvous
-    from dlopt.training.progress import Run
+    from dlopt.training.progress import TrainingRun
 
     rank = int(os.environ["DLOPT_RANK"])
     replicated = ["parallel=ddp", "parallel.sync_batchnorm=true"]
@@ -497,7 +497,7 @@ def one_rank_diverges(folder: str) -> None:
     with patch.object(Step, "forward_backward", forward_backward), patch.object(Step, "__init__", make):
         for kind, mode in modes.items():
             try:
-                summary = run_job(Run(run_config(*RUN, *mode), Path(folder) / kind))
+                summary = run_job(TrainingRun(run_config(*RUN, *mode), Path(folder) / kind))
                 print(json.dumps([summary["skipped_updates"]]))
             except Diverged as error:
                 print(json.dumps([error.step, error.before_update, str(error)]))

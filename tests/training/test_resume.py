@@ -24,7 +24,7 @@ from dlopt.training import loop as loop
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
-from dlopt.training.progress import Run, run_length
+from dlopt.training.progress import TrainingRun, run_length
 from dlopt.training.step import Step
 from tests.support.choices import names
 from tests.support.faults import flip_bit, no_generator_restored, no_position_restored
@@ -415,7 +415,7 @@ def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> 
     state = checkpoints.load(tmp_path / "checkpoints/step-12.pt")
     state.state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
     with at_update(13, terminate):
-        assert run_job(Run(run_config(*overrides), tmp_path, state))["best_epoch"] is None
+        assert run_job(TrainingRun(run_config(*overrides), tmp_path, state))["best_epoch"] is None
 
 
 @pytest.mark.parametrize("name", ["whole", "new"])
@@ -428,7 +428,7 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
 
     def until() -> None:
         with at_update(6, kill):
-            run_job(Run(run_config(*overrides), tmp_path / name, state))
+            run_job(TrainingRun(run_config(*overrides), tmp_path / name, state))
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
     assert set(resume(tmp_path / name, *overrides)["resumed_from"]) == {4}

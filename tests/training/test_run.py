@@ -35,7 +35,7 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 from dlopt.training.run import train_run
 from tests.support.runs import (
     at_update,
@@ -352,7 +352,7 @@ def test_a_folder_that_is_replaced_during_the_run(tmp_path: Path, capfd: pytest.
     plain = run_config(*SMALL, "epochs=4")
     named = dataclasses.replace(plain, config={"run_id": "own", **plain.config})
     with at_update(6, replace):
-        assert runner.exit_code(Run(named, run, overrides=[]), console=False) == 1
+        assert runner.exit_code(TrainingRun(named, run, overrides=[]), console=False) == 1
     assert re.search("run: during the run, .* was renamed to .*/renamed; resume with", capfd.readouterr().err)
     assert {path.name: path.read_text() for path in run.iterdir()} == other
     assert load(tmp_path / "renamed/checkpoints/last.pt").step == 4
@@ -418,7 +418,9 @@ def test_ends_all_loader_workers(tmp_path: Path) -> None:
 
     before = set(multiprocessing.active_children())
     with Interruption() as interruption:
-        train_run(Run(run_config(*RICH, *WORKERS, "epochs=1"), tmp_path), interruption, console=False, observe=observe)
+        train_run(
+            TrainingRun(run_config(*RICH, *WORKERS, "epochs=1"), tmp_path), interruption, console=False, observe=observe
+        )
     assert len(kept) >= 2 and set(multiprocessing.active_children()) <= before
 
 

@@ -145,7 +145,7 @@ def is_higher_better(metric: str, modes: Modes = NONE) -> bool:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSide:
     """A side with its values, one per seed (infinite: diverged, or the target was not reached).
 
     `point`: where they were measured: axis -> value. `bounds`: what is known about censored values, one per seed
@@ -178,13 +178,13 @@ class Finding:
     """
 
     claim: Claim
-    first: Measured
-    second: Measured
+    first: MeasuredSide
+    second: MeasuredSide
     verdict: Verdict
     interval: Interval | None
 
 
-def judge(claim: Claim, first: Measured, second: Measured) -> Finding:
+def judge(claim: Claim, first: MeasuredSide, second: MeasuredSide) -> Finding:
     """Compares the values of two sides, paired by seed.
 
     Supported: the whole interval is beyond the margin (for `equal`: within, unless all runs diverged). Contradicted:
@@ -207,7 +207,7 @@ def judge(claim: Claim, first: Measured, second: Measured) -> Finding:
     return Finding(claim, first, second, verdict, found)
 
 
-def effects(claim: Claim, first: Measured, second: Measured) -> list[Bounds]:
+def effects(claim: Claim, first: MeasuredSide, second: MeasuredSide) -> list[Bounds]:
     """Returns how far each pair is in the claimed direction, as bounds: a censored value has bounds itself."""
     found = []
     for a, b in zip(first.ranges(), second.ranges(), strict=True):

@@ -13,7 +13,7 @@ from dlopt.lab.comparison.claims import (
     Claim,
     Edge,
     Finding,
-    Measured,
+    MeasuredSide,
     Side,
     Value,
     judge,
@@ -86,7 +86,7 @@ def _points(comparison: Comparison, side: Side) -> list[Point]:
     return [point for point in dict.fromkeys(cells) if all(matches(point[i], value) for i, value in fixed)]
 
 
-def _measured(results: Results, claim: Claim, side: Side) -> Measured:
+def _measured(results: Results, claim: Claim, side: Side) -> MeasuredSide:
     """Measures a side per seed, at the point with the best mean over seeds.
 
     The mean is that of `comparison.choose` or of the measured values themselves. Points at which fewer seeds diverge or
@@ -130,8 +130,8 @@ def _measurement(
     values: Sequence[float],
     bounds: Sequence[float | None],
     edges: Mapping[str, Edge] | None = None,
-) -> Measured:
-    return Measured(
+) -> MeasuredSide:
+    return MeasuredSide(
         side, point, [*values], [*bounds] if any(bound is not None for bound in bounds) else [], edges or {}
     )
 

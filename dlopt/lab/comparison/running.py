@@ -16,7 +16,7 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, PlanJob, result_of
 from dlopt.tracking.overview import Overview
 from dlopt.training.checkpoint.checkpoints import load_of_run
-from dlopt.training.progress import Run
+from dlopt.training.progress import TrainingRun
 
 # In `init_from` and `loss.teacher`: the run of the same seed, of `comparison.before` or of a variant at the same point.
 BEFORE = "before:"
@@ -127,7 +127,7 @@ class Runs(pools.JobSource):
     def _start_here(self, slot: int, folder: Path, environment: Mapping[str, str]) -> pools.Process:
         assert self._newest is not None
         job, plan = self._newest, self._newest.plan
-        run = Run(plan.run_config, folder, load_of_run(job.folder, plan.saved), plan.choices)
+        run = TrainingRun(plan.run_config, folder, load_of_run(job.folder, plan.saved), plan.choices)
         self._code_here = exit_code(run, console=False, may_diverge=True)
         return _Ended(self._code_here)
 

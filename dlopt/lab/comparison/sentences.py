@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dlopt.extend import show
-from dlopt.lab.comparison.claims import Claim, Finding, Measured, effects
+from dlopt.lab.comparison.claims import Claim, Finding, MeasuredSide, effects
 from dlopt.lab.comparison.intervals import RANKED, Bounds, Interval, pseudomedian
 from dlopt.lab.comparison.labels import label
 
@@ -54,7 +54,7 @@ def _kind(claim: Claim, seeds: int) -> str:
     return ", geometric mean" if claim.factor is not None and seeds > 1 else ""
 
 
-def average(claim: Claim, measured: Measured) -> str:
+def average(claim: Claim, measured: MeasuredSide) -> str:
     """Formats the average over the seeds with a value, of logarithms if the margin is a factor, as that of ratios."""
     at_end, lost = False, 0
     known: list[float] = []
@@ -82,7 +82,7 @@ def _exp(value: float) -> float:
     return math.exp(value) if value > -math.inf else 0.0
 
 
-def _missing(measured: Measured) -> str:
+def _missing(measured: MeasuredSide) -> str:
     """Describes a side without values."""
     bounds = [bound for bound in measured.bounds if bound is not None]
     if not bounds:
@@ -92,7 +92,7 @@ def _missing(measured: Measured) -> str:
     return f"not reached within {max(bounds):.3g}"
 
 
-def _where(claim: Claim, measured: Measured) -> str:
+def _where(claim: Claim, measured: MeasuredSide) -> str:
     """Names the variant and its point; a best value at the end of its grid is named as such."""
     side, free = measured.side, claim.measure in ("largest", "span")
     shown_at = [

@@ -32,7 +32,7 @@ SAME = 2
 
 
 @dataclass(frozen=True)
-class Trial:
+class PairedRun:
     side: str
     seed: int
 
@@ -62,16 +62,16 @@ class Judgement:
     looks: "list[Look]" = field(default_factory=list)
     same: int = 0
 
-    def pair(self, number: int) -> list[Trial]:
-        return [Trial(side, _APART * self.entry.number + number) for side in SIDES]
+    def pair(self, number: int) -> list[PairedRun]:
+        return [PairedRun(side, _APART * self.entry.number + number) for side in SIDES]
 
-    def line(self, trial: Trial) -> list[str]:
+    def line(self, trial: PairedRun) -> list[str]:
         return [*self.sides[trial.side].lines, f"seed={trial.seed}"]
 
-    def label(self, trial: Trial) -> str:
+    def label(self, trial: PairedRun) -> str:
         return f"{trial.side}, seed {trial.seed}"
 
-    def run_folder(self, trial: Trial) -> RunFolder:
+    def run_folder(self, trial: PairedRun) -> RunFolder:
         return RunFolder(self.folder / trial.subfolder)
 
     @property
@@ -88,7 +88,7 @@ class Judgement:
         look = self.looks[-1]
         return replace(entry, estimate=look.estimate, low=look.low, high=look.high)
 
-    def waiting(self) -> list[Trial]:
+    def waiting(self) -> list[PairedRun]:
         """Returns the trials of the next pairs; none when the verdict or the budget has ended the judgement."""
         self.collect()
         first = len(self.gains)
@@ -149,7 +149,7 @@ def _curves(record: Record) -> list[list[tuple[str, float]]]:
     return [[(k, v) for k, v in line.items() if split_of(k) in ("train", "val")] for line in record.history]
 
 
-class _Pairs(ClaimedTrials[Trial]):
+class _Pairs(ClaimedTrials[PairedRun]):
     """Supplies the trials of the next pairs, and prints each look."""
 
     request: Judgement

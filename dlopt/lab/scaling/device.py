@@ -21,7 +21,7 @@ BATCH, PIXELS = 32, 32  # of the convolutions' inputs
 
 
 @dataclass(frozen=True)
-class Throughput:
+class DeviceSpeed:
     """One measurement: `flops` in operations per second; `size` is the rows of the matrices, or the channels."""
 
     device: str
@@ -33,7 +33,7 @@ class Throughput:
 
 def throughput(
     device: torch.device, precision: str, *, sizes: Sequence[int], channels: Sequence[int], seconds: float
-) -> list[Throughput]:
+) -> list[DeviceSpeed]:
     """Times square matrix products, and 3x3 convolutions of 32 maps of 32x32 pixels forward and backward.
 
     Each repeats for `seconds`. A multiply-add counts as two operations: 2 n^3 for a product of n x n matrices,
@@ -43,7 +43,7 @@ def throughput(
     for n in sizes:
         a, b = (torch.randn(n, n, device=device).to(DTYPES[precision]) for _ in range(2))
         flops = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device, seconds)  # type: ignore[misc]
-        points.append(Throughput(str(device), precision, "matrix product", n, flops))
+        points.append(DeviceSpeed(str(device), precision, "matrix product", n, flops))
     for c in channels:
         maps = torch.randn(BATCH, c, PIXELS, PIXELS, device=device).to(DTYPES[precision])
         maps = maps.to(memory_format=torch.channels_last).requires_grad_()
@@ -54,7 +54,7 @@ def throughput(
             return torch.autograd.grad(functional.conv2d(maps, kernel, padding=1), (maps, kernel), upstream)
 
         work = 3 * 2 * 9 * c * c * BATCH * PIXELS * PIXELS
-        points.append(Throughput(str(device), precision, "convolution", c, work / _seconds(step, device, seconds)))
+        points.append(DeviceSpeed(str(device), precision, "convolution", c, work / _seconds(step, device, seconds)))
     return points
 
 
@@ -72,7 +72,7 @@ def _seconds(compute: Callable[[], object], device: torch.device, budget: float)
     return min(timed(calls) for _ in range(5)) if calls > 1 else min(timed(1) for _ in range(2))
 
 
-def draw(points: Sequence[Throughput], title: str) -> "Figure":
+def draw(points: Sequence[DeviceSpeed], title: str) -> "Figure":
     """Plots throughput against size: one panel per kind of operation, one line per device and precision."""
     figure = drawing.figure(11, 4.5, title)
     lines = list(dict.fromkeys((p.device, p.precision) for p in points))

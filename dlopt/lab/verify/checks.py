@@ -15,7 +15,7 @@ from torch import Tensor
 from dlopt.lab.verify import cases, reference
 from dlopt.lab.verify.cases import pseudo_huber
 from dlopt.lab.verify.methods import Method, name_in
-from dlopt.lab.verify.outcome import Outcome
+from dlopt.lab.verify.outcome import CheckOutcome
 from dlopt.lab.verify.subject import MATRICES, Subject, by_gradients, source
 
 
@@ -33,13 +33,13 @@ class Check:
     name: str
     meaning: str
     tolerance: str
-    run: Callable[[Subject, Method | None], Outcome]
+    run: Callable[[Subject, Method | None], CheckOutcome]
 
 
 # -- running cases
 
 
-def check_cases(subject: Subject, chosen: list[Case], note: str = "") -> Outcome:
+def check_cases(subject: Subject, chosen: list[Case], note: str = "") -> CheckOutcome:
     """Runs cases until one fails; passes if any has run."""
     skipped = [case.skipped for case in chosen if case.skipped]
     ran = False
@@ -52,9 +52,9 @@ def check_cases(subject: Subject, chosen: list[Case], note: str = "") -> Outcome
         elif "not implemented for" in message or "UserError" in message:  # of a type, or said in a sentence
             skipped.append(message)
         else:
-            return Outcome("fail", message, reproduction(subject, case))
+            return CheckOutcome("fail", message, reproduction(subject, case))
     reasons = "; ".join([*([note] if note else []), *dict.fromkeys(skipped)])
-    return Outcome("pass" if ran else "not applicable", reasons)
+    return CheckOutcome("pass" if ran else "not applicable", reasons)
 
 
 def failure(subject: Subject, case: Case) -> str | None:
@@ -97,32 +97,34 @@ def reproduction(subject: Subject, case: Case) -> str:
 # -- the checks
 
 
-def descent(subject: Subject, method: Method | None) -> Outcome:
+def descent(subject: Subject, method: Method | None) -> CheckOutcome:
     return check_cases(subject, [Case(cases.falls, {"loss": each}) for each in cases.PROBLEMS])
 
 
-def schedule(subject: Subject, method: Method | None) -> Outcome:
+def schedule(subject: Subject, method: Method | None) -> CheckOutcome:
     groups = subject.make(subject.fresh()).param_groups
     if any(group.get("lr") is None for group in groups):
-        return Outcome("not applicable", "its parameter groups have no lr")
+        return CheckOutcome("not applicable", "its parameter groups have no lr")
     if method is not None and method.no_schedule:
-        return Outcome("not applicable", method.no_schedule)
+        return CheckOutcome("not applicable", method.no_schedule)
     return check_cases(subject, [Case(cases.follows_the_schedule)])
 
 
-def rate_zero(subject: Subject, method: Method | None) -> Outcome:
+def rate_zero(subject: Subject, method: Method | None) -> CheckOutcome:
     before = schedule(subject, method)
     if before.status != "pass":
-        return Outcome("not applicable", before.reason if before.status != "fail" else "a schedule misses parameters")
+        return CheckOutcome(
+            "not applicable", before.reason if before.status != "fail" else "a schedule misses parameters"
+        )
     return check_cases(subject, [Case(cases.rests_at_rate_zero)])
 
 
 DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "decouple", "decoupled")
 
 
-def decay(subject: Subject, method: Method | None) -> Outcome:
+def decay(subject: Subject, method: Method | None) -> CheckOutcome:
     if not subject.takes("weight_decay"):
-        return Outcome("not applicable", "no argument weight_decay")
+        return CheckOutcome("not applicable", "no argument weight_decay")
     flags = [name for name in DECOUPLED if subject.takes(name)][:1]
     apart = Case(cases.decays_apart_from_the_gradient, {"flag": dict.fromkeys(flags, True)})
     penalty = Case(cases.decays_as_the_l2_penalty, {"flag": dict.fromkeys(flags, True)})
@@ -148,14 +150,14 @@ def decay(subject: Subject, method: Method | None) -> Outcome:
     return check_cases(subject, chosen, " and ".join(held) or "inside the update")
 
 
-def missing(subject: Subject, method: Method | None) -> Outcome:
+def missing(subject: Subject, method: Method | None) -> CheckOutcome:
     chosen = [Case(cases.leaves_what_has_no_gradient)]
     if subject.update is by_gradients:
         chosen.append(Case(cases.takes_no_gradients_at_all))
     return check_cases(subject, chosen)
 
 
-def resume(subject: Subject, method: Method | None) -> Outcome:
+def resume(subject: Subject, method: Method | None) -> CheckOutcome:
     chosen = [Case(cases.resumes_from_its_state_dict)]
     takes = subject.takes_groups and not subject.marks_muon
     chosen.append(Case(cases.trains_an_added_group) if takes else Case(skipped="takes no plain groups"))
@@ -166,10 +168,10 @@ def resume(subject: Subject, method: Method | None) -> Outcome:
     return check_cases(subject, chosen)
 
 
-def implementations(subject: Subject, method: Method | None) -> Outcome:
+def implementations(subject: Subject, method: Method | None) -> CheckOutcome:
     flags = [name for name in ("foreach", "fused", "capturable") if subject.takes(name)]
     if not flags:
-        return Outcome("not applicable", "one implementation")
+        return CheckOutcome("not applicable", "one implementation")
     chosen = []
     for name in flags:
         try:
@@ -182,14 +184,14 @@ def implementations(subject: Subject, method: Method | None) -> Outcome:
     return check_cases(subject, chosen)
 
 
-def precision(subject: Subject, method: Method | None) -> Outcome:
+def precision(subject: Subject, method: Method | None) -> CheckOutcome:
     shares = {torch.float32: 0.01, torch.bfloat16: 0.2}
     return check_cases(
         subject, [Case(cases.stays_within_rounding, {"dtype": d, "share": share}) for d, share in shares.items()]
     )
 
 
-def unusual(subject: Subject, method: Method | None) -> Outcome:
+def unusual(subject: Subject, method: Method | None) -> CheckOutcome:
     chosen = [Case(cases.leaves_zeros_at_zero_gradients), Case(cases.takes_empty_tensors), Case(cases.shows_nan)]
     if subject.shapes == MATRICES:
         chosen.append(Case(skipped="takes matrices only: no scalars"))
@@ -198,7 +200,7 @@ def unusual(subject: Subject, method: Method | None) -> Outcome:
     return check_cases(subject, chosen)
 
 
-def cost(subject: Subject, method: Method | None) -> Outcome:
+def cost(subject: Subject, method: Method | None) -> CheckOutcome:
     """Measures the state in float32 and the time of an update."""
     n = 128 if subject.update is by_gradients else 16  # a Newton method stores a matrix of n^2 x n^2
     trial = replace(subject, shapes=((n, n), (n, n) if subject.shapes == MATRICES else (n,)))
@@ -213,7 +215,7 @@ def cost(subject: Subject, method: Method | None) -> Outcome:
     count = sum(p.numel() for p in params)
     usual = statistics.median(seconds[1:] or seconds) * 1e6
     reason = f"{size / count:.3g} bytes per parameter; {usual:.0f} us per update of {count:,} parameters"
-    return Outcome("measured", reason)
+    return CheckOutcome("measured", reason)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -226,9 +228,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def defaults(subject: Subject, method: Method | None) -> Outcome:
+def defaults(subject: Subject, method: Method | None) -> CheckOutcome:
     if method is None or not method.authors:
-        return Outcome("not applicable", "dlopt does not know the authors' defaults")
+        return CheckOutcome("not applicable", "dlopt does not know the authors' defaults")
     differing = []
     parameters = inspect.signature(subject.target).parameters
     for key, theirs in method.authors.items():
@@ -241,7 +243,7 @@ def defaults(subject: Subject, method: Method | None) -> Outcome:
         if plain != (list(theirs) if isinstance(theirs, tuple) else theirs):
             shown = "required" if ours is inspect.Parameter.empty else ours
             differing.append(f"{name} {shown} (authors: {theirs})")
-    return Outcome("measured", "; ".join(differing) or "those of the authors")
+    return CheckOutcome("measured", "; ".join(differing) or "those of the authors")
 
 
 CHECKS = (
@@ -265,11 +267,11 @@ CHECKS = (
 )
 
 
-def run(check: Check, subject: Subject, method: Method | None) -> Outcome:
+def run(check: Check, subject: Subject, method: Method | None) -> CheckOutcome:
     """Runs a check without the optimizer's warnings. An error of the optimizer is a failure, with its message."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return check.run(subject, method)
         except Exception as error:
-            return Outcome("fail", message_of(error))
+            return CheckOutcome("fail", message_of(error))

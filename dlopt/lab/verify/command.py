@@ -10,7 +10,7 @@ from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_outp
 
 if TYPE_CHECKING:
     from dlopt.lab.verify.checks import Check
-    from dlopt.lab.verify.outcome import Outcome
+    from dlopt.lab.verify.outcome import CheckOutcome
     from dlopt.lab.verify.subject import Subject
 
 READS = ("optimizer", "allow_packages")
@@ -59,7 +59,7 @@ def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
     return FAILED if failed else DONE, document(subject, paper, results)
 
 
-Results = list[tuple["Check", "Outcome"]]
+Results = list[tuple["Check", "CheckOutcome"]]
 
 
 def _verify(
@@ -96,14 +96,16 @@ def subject_of(component: Component) -> "Subject":
 def certify(subject: "Subject", method: Any) -> Results:
     """Runs all checks; an optimizer with which no update succeeds fails the descent, and no other check applies."""
     from dlopt.lab.verify.checks import CHECKS, message_of, run
-    from dlopt.lab.verify.outcome import Outcome
+    from dlopt.lab.verify.outcome import CheckOutcome
     from dlopt.lab.verify.subject import find
 
     try:
         subject = find(subject)
     except Exception as error:
-        none = Outcome("not applicable", "no update succeeds")
-        return [(check, Outcome("fail", message_of(error)) if check.name == "descent" else none) for check in CHECKS]
+        none = CheckOutcome("not applicable", "no update succeeds")
+        return [
+            (check, CheckOutcome("fail", message_of(error)) if check.name == "descent" else none) for check in CHECKS
+        ]
     return [(check, run(check, subject, method)) for check in CHECKS]
 
 

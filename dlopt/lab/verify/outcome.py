@@ -7,7 +7,7 @@ Status = Literal["pass", "fail", "not applicable", "measured"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """What came out of a check; `reproduction`: PyTorch that shows a failure."""
 
     status: Status

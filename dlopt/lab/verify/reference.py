@@ -8,21 +8,21 @@ import torch
 from torch import nn
 
 from dlopt.lab.verify.methods import Method, arguments_of
-from dlopt.lab.verify.outcome import Outcome
+from dlopt.lab.verify.outcome import CheckOutcome
 from dlopt.lab.verify.subject import Subject, by_gradients, literal
 
 UPDATES = 8
 
 
-def compare(subject: Subject, method: Method | None) -> Outcome:
+def compare(subject: Subject, method: Method | None) -> CheckOutcome:
     """Compares every update of a matrix and of a vector, from the same gradients, in float64."""
     if method is None or method.formula is None:
-        return Outcome("not applicable", "dlopt has no reference; name one by paper=NAME")
+        return CheckOutcome("not applicable", "dlopt has no reference; name one by paper=NAME")
     if subject.update is not by_gradients:
-        return Outcome("not applicable", "evaluates the loss itself")
+        return CheckOutcome("not applicable", "evaluates the loss itself")
     keys, absent = arguments_of(method, subject.takes)
     if absent:
-        return Outcome("not applicable", f"no argument for {', '.join(absent)}")
+        return CheckOutcome("not applicable", f"no argument for {', '.join(absent)}")
     draw = np.random.default_rng(0)
     for shape in ((5, 4), (4, 5)) if method.matrices else ((3, 2), (3,)):
         start, *gradients = draw.normal(size=(UPDATES + 1, *shape)).round(2)
@@ -37,8 +37,8 @@ def compare(subject: Subject, method: Method | None) -> Outcome:
                     f"update {number} of a tensor {list(shape)}: {gap:.2g} from the paper's, {way:.2g} from the start"
                 )
                 text = _text(subject, keys, start, gradients[:number], expected, method.tolerance * way + 1e-12)
-                return Outcome("fail", f"{found}; {method.source}", "\n".join(text))
-    return Outcome("pass", method.source)
+                return CheckOutcome("fail", f"{found}; {method.source}", "\n".join(text))
+    return CheckOutcome("pass", method.source)
 
 
 def _text(

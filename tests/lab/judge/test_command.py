@@ -12,7 +12,7 @@ from dlopt.basics.errors import RunError
 from dlopt.config.compose import Composer
 from dlopt.lab.judge import command
 from dlopt.lab.judge.proposal import read_base, read_change
-from dlopt.lab.judge.running import Judgement, Trial, _with_code
+from dlopt.lab.judge.running import Judgement, PairedRun, _with_code
 from dlopt.sweeps.pool import Pool, find_local
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.workload import build_workload
@@ -20,15 +20,15 @@ from tests.support.folders import make_run
 from tests.support.line import dlopt, refused
 
 BASE = "model=mlp epochs=2 device=cpu"
-Accuracy = Callable[[Trial], float]
+Accuracy = Callable[[PairedRun], float]
 
 
 @pytest.fixture
-def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[Trial]]:
+def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[PairedRun]]:
     """Returns a function that makes runs of these accuracies in place of training; it returns those that were made."""
 
-    def install(accuracy: Accuracy, **more: Any) -> list[Trial]:
-        made: list[Trial] = []
+    def install(accuracy: Accuracy, **more: Any) -> list[PairedRun]:
+        made: list[PairedRun] = []
 
         def run(judgement: Judgement, pool: Pool, plan_job: object) -> None:
             while trials := judgement.waiting():
@@ -43,7 +43,7 @@ def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[Trial]]
     return install
 
 
-def better(trial: Trial) -> float:
+def better(trial: PairedRun) -> float:
     return 0.5 + 0.1 * (trial.side == "change") + 0.01 * (trial.seed % 3 if trial.side == "base" else 0)
 
 
@@ -77,7 +77,7 @@ def test_wrong_input_is_refused_in_one_line(words: list[str], message: str, tmp_
 
 
 def test_a_gain_is_found_and_then_answered_from_the_ledger(
-    trains: Callable[[Accuracy], list[Trial]], tmp_path: Path
+    trains: Callable[[Accuracy], list[PairedRun]], tmp_path: Path
 ) -> None:
     made = trains(better)
     result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "output=out")
@@ -102,7 +102,7 @@ def test_a_gain_is_found_and_then_answered_from_the_ledger(
 
 
 def test_an_undecided_change_continues_with_more_pairs(
-    trains: Callable[[Accuracy], list[Trial]], undrawn: None, tmp_path: Path
+    trains: Callable[[Accuracy], list[PairedRun]], undrawn: None, tmp_path: Path
 ) -> None:
     made = trains(lambda trial: 0.5 + 0.1 * (trial.seed % 2 if trial.side == "base" else 1 - trial.seed % 2))
     for seeds, pairs in ((8, 8), (8, 8), (12, 12)):
@@ -114,7 +114,7 @@ def test_an_undecided_change_continues_with_more_pairs(
     assert late.code == 4 and "over 12 pairs" in late.out and late.out.endswith("to continue, repeat the command\n")
 
 
-def test_a_change_that_does_nothing_ends_early(trains: Callable[[Accuracy], list[Trial]], tmp_path: Path) -> None:
+def test_a_change_that_does_nothing_ends_early(trains: Callable[[Accuracy], list[PairedRun]], tmp_path: Path) -> None:
     made = trains(lambda trial: 0.5 + trial.seed / 10000)
     result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2")
     assert (result.code, len(made)) == (4, 4)
@@ -122,7 +122,7 @@ def test_a_change_that_does_nothing_ends_early(trains: Callable[[Accuracy], list
 
 
 def test_a_change_that_diverges_is_worse_and_one_that_fails_ends_the_command(
-    trains: Callable[..., list[Trial]], tmp_path: Path
+    trains: Callable[..., list[PairedRun]], tmp_path: Path
 ) -> None:
     trains(lambda trial: 0.5, status="failed")
     failed = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2")

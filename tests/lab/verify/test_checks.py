@@ -9,7 +9,7 @@ from dlopt import optim
 from dlopt.lab.verify import cases, checks
 from dlopt.lab.verify.command import certify
 from dlopt.lab.verify.methods import METHODS, known
-from dlopt.lab.verify.outcome import Outcome
+from dlopt.lab.verify.outcome import CheckOutcome
 from dlopt.lab.verify.subject import MATRICES, Subject, by_closure, by_gradients, by_loss_closure, find
 from tests.support import planted
 
@@ -27,7 +27,7 @@ PLANTED: dict[str, tuple[type[torch.optim.Optimizer], str | None]] = {
 }
 
 
-def outcomes(target: Any, paper: str | None = None, **keys: Any) -> dict[str, Outcome]:
+def outcomes(target: Any, paper: str | None = None, **keys: Any) -> dict[str, CheckOutcome]:
     method = METHODS[paper] if paper is not None else known(target, keys)
     return {check.name: outcome for check, outcome in certify(Subject(target, keys), method)}
 
@@ -62,7 +62,7 @@ def test_errors_of_the_optimizer_are_failures_with_its_message() -> None:
             raise KeyError("exp_avg")
 
     found = outcomes(Raises)
-    assert found.pop("descent") == Outcome("fail", "KeyError: 'exp_avg'")
+    assert found.pop("descent") == CheckOutcome("fail", "KeyError: 'exp_avg'")
     assert {outcome.reason for outcome in found.values()} == {"no update succeeds"}
     found = outcomes(torch.optim.SparseAdam)
     assert found["descent"].reason.startswith("RuntimeError: SparseAdam does not support dense gradients")
