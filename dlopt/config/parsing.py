@@ -5,7 +5,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 from dlopt.basics.errors import UserError
-from dlopt.config.early import run_settings
+from dlopt.config.early_checks import run_settings
 from dlopt.config.rules import check_combinations
 from dlopt.config.run_config import GROUPS, RunConfig
 from dlopt.config.schema import Component, check_arguments, component, show, trusted_packages

@@ -9,7 +9,7 @@ The way of an override, `optimizer.lr=0.1`, from the command line to its use:
 3. `compose.Composer` refuses what Hydra accepts but nobody means, and sets the value in the config of the choices.
 4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved.
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
-6. `early.check_early` checks what it can before torch is imported, which takes seconds; then
+6. `early_checks.check_early` checks what it can before torch is imported, which takes seconds; then
    `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
 7. The result, a `RunConfig` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
 
@@ -26,7 +26,7 @@ from omegaconf import DictConfig, open_dict
 
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
-from dlopt.config.early import check_early
+from dlopt.config.early_checks import check_early
 from dlopt.config.overrides import parse_overrides, text_of
 from dlopt.config.resolve import choices_of, job_variables, to_plain
 from dlopt.config.teacher import identify_teacher

@@ -38,7 +38,7 @@ _CONFIGURABLE = (
     "dlopt.training.clipping", "dlopt.training.stopping",
 )  # fmt: skip
 _NOT_CONFIGURABLE = (
-    "dlopt.data.cache", "dlopt.data.verify", "dlopt.optim.parameters", "dlopt.parallel.processes",
+    "dlopt.data.cache", "dlopt.data.unreadable_images", "dlopt.optim.parameters", "dlopt.parallel.processes",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
 # Ranges of third-party arguments, by name: torch's own SGD accepts lr=nan and momentum=1.5.

@@ -22,7 +22,7 @@ from dlopt.data.cache import FileState, cache_file, file_state, load_arrays, sav
 from dlopt.data.checks import LEFT_OUT, ending, label_warnings, left_out_note, natural
 from dlopt.data.images import EXTENSIONS
 from dlopt.data.samples import Dataset, ImageList
-from dlopt.data.verify import ImageKeys, image_files
+from dlopt.data.unreadable_images import ImageKeys, image_files
 
 CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache
 # Nanoseconds. A folder that changed just before the scan may change again within the same tick of its time stamp, so

@@ -14,7 +14,7 @@ from dlopt.basics.errors import UserError
 from dlopt.data.checks import are_measured, label_warnings, natural, rounding_warnings
 from dlopt.data.csv_file import SPLITS, read_columns, read_header
 from dlopt.data.samples import Dataset, ImageList
-from dlopt.data.verify import ImageKeys, image_files
+from dlopt.data.unreadable_images import ImageKeys, image_files
 
 
 def csv(

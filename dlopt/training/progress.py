@@ -28,7 +28,7 @@ _ZERO = 1e-12  # learning-rate factors below are rounding errors of 0
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A config and the folder of its run: what `train_run` trains. (`dlopt.Run` is a run as its folder tells it.)"""
+    """A config and the folder of its run, which `train_run` trains; `dlopt.python.runs.Run` is a run as read."""
 
     run_config: RunConfig
     folder: Path

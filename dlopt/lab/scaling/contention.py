@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from dlopt.extend import RunConfig, RunError, build_workload, probe_trainer
-from dlopt.instruments.ranks import run_rank, run_ranks
+from dlopt.instruments.measuring_ranks import run_rank, run_ranks
 from dlopt.lab.scaling.layers import Layer, timed
 from dlopt.lab.scaling.rank import seconds_of, updates_of
 from dlopt.lab.scaling.simulation import Link

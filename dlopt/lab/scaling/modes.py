@@ -13,7 +13,7 @@ from rich.table import Table
 from dlopt.basics.scratch import scratch
 from dlopt.config.resolve import to_plain
 from dlopt.extend import Composer, RunError, UserError
-from dlopt.instruments.ranks import run_ranks
+from dlopt.instruments.measuring_ranks import run_ranks
 from dlopt.results import drawing
 from dlopt.tracking.terminal_text import plain_table
 

@@ -17,8 +17,8 @@ import torch
 from torch import distributed
 
 from dlopt.extend import RunConfig, Trainer, UserError, build_workload, probe_trainer
+from dlopt.instruments.measuring_ranks import RankOutcome, run_rank
 from dlopt.instruments.profiling import collective_times
-from dlopt.instruments.ranks import RankOutcome, run_rank
 from dlopt.lab.scaling.communication import Traffic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads

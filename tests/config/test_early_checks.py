@@ -9,7 +9,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.choices import config_folder
-from dlopt.config.early import check_early
+from dlopt.config.early_checks import check_early
 from dlopt.config.run_config import GROUPS
 from dlopt.config.schema import parameters_of, resolve_target
 from dlopt.config.settings import GROUPS as NAMES

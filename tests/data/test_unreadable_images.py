@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dlopt.basics.errors import UserError
-from dlopt.data import verify
+from dlopt.data import unreadable_images
 from dlopt.data.folder import image_folder
 from dlopt.data.images import decode
 from dlopt.data.samples import Dataset
@@ -36,8 +36,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         paths.append(path)
         return decode(path, size, channels)
 
-    monkeypatch.setattr(verify, "decode", record)
-    monkeypatch.setattr(verify, "_reason", lambda path: f"{path}: broken")
+    monkeypatch.setattr(unreadable_images, "decode", record)
+    monkeypatch.setattr(unreadable_images, "_reason", lambda path: f"{path}: broken")
     return paths
 
 
@@ -81,16 +81,16 @@ def test_workers_give_the_same_results(root: Path, monkeypatch: pytest.MonkeyPat
     alone = load(root)
     for file in own_cache.iterdir():
         file.unlink()
-    monkeypatch.setattr(verify, "worker_count", lambda *_: 2)
+    monkeypatch.setattr(unreadable_images, "worker_count", lambda *_: 2)
     assert load(root).notes == alone.notes and len(load(root).train) == 11
 
 
 def test_long_checks_report_progress(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(verify, "_PROGRESS", -1.0)  # seconds: at every piece
+    monkeypatch.setattr(unreadable_images, "_PROGRESS", -1.0)  # seconds: at every piece
     load(root)
-    messages = [record.getMessage() for record in caplog.records if record.name == verify.__name__]
+    messages = [record.getMessage() for record in caplog.records if record.name == unreadable_images.__name__]
     assert messages == ["data.on_error=skip: checked 12 of 12 images"]
 
 
