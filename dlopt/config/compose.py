@@ -178,9 +178,9 @@ class Composer:
             _check_reachable(folder, unchecked, self._checked)
         lines = tuple(map(text_of, choices))
         if self.config_dir is None and all(file.is_file() for file in files):  # the mode concerns missing files only
-            config = recall(choices, values, lambda: self._load_or_replace(choices), (self.config_name, *lines))
+            config = recall(values, lambda: self._load_or_replace(choices), (self.config_name, *lines))
         else:
-            config = recall(choices, values, lambda: self._load(choices, mode), (self, mode, *lines))
+            config = recall(values, lambda: self._load(choices, mode), (self, mode, *lines))
         if config is not None:
             config.hydra.overrides.hydra = [text_of(each) for each in overrides if each.is_hydra_override()]
             config.hydra.overrides.task = [text_of(each) for each in overrides if not each.is_hydra_override()]
@@ -191,7 +191,7 @@ class Composer:
         plain = [each for each in choices if each.type is OverrideType.CHANGE and each.package is None]
         typed = {each.key_or_group: str(each.value()) for each in plain if not each.is_hydra_override()}
         if self.config_name == CONFIG_NAME and len(typed) == len(choices) > 0 and has_remembered():
-            config = recall([], [], lambda: self._load([], RunMode.RUN), (CONFIG_NAME,))
+            config = recall([], lambda: self._load([], RunMode.RUN), (CONFIG_NAME,))
             assert config is not None  # it has no search path
             if replace_choices(config, typed, config_folder() / f"{CONFIG_NAME}.yaml"):
                 return config

@@ -29,17 +29,14 @@ _REQUEST = (re.compile(r"override /(\w+)@_global_\.\1"), re.compile(r"override /
 _memory: dict[Hashable, bytes] = {}
 
 
-def recall(
-    choices: Sequence[Override], values: Sequence[Override], load: Callable[[], DictConfig], key: Hashable
-) -> DictConfig | None:
-    """Returns a copy of the config of `choices`, with `values` set in it.
+def recall(values: Sequence[Override], load: Callable[[], DictConfig], key: Hashable) -> DictConfig | None:
+    """Returns a copy of the config that `load` composes, with `values` set in it.
 
     None: only Hydra can compose these overrides, or explain what is wrong with them.
 
     Args:
-        choices: overrides that select files.
-        values: the other overrides, except sweeps, which a job replaces by single values.
-        load: composes the config of `choices`.
+        values: overrides that select no files, except sweeps, which a job replaces by single values.
+        load: composes the config of the other overrides.
         key: of this config among the remembered ones, which all composers share.
     """
     if any(each.package or each.is_delete() or key_of(each) in _BEFORE_VALUES for each in values):

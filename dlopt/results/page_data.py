@@ -90,7 +90,7 @@ def page_data(
         "curves": curves,
         "config": shared,
         "spreads": {**SPREADS, "none": "none"},
-        "quantiles": [round(student_t(0.95, degrees), 6) for degrees in range(1, _most_runs(ranking))],
+        "quantiles": [round(student_t(0.95, degrees), 6) for degrees in range(1, ranking.most_seeds)],
         "spread": default_spread(ranking),
         "repeated": any(len(row.runs) > 1 for row in ranking.rows),
         "sensitivity": _sensitivity(ranking),
@@ -103,10 +103,6 @@ def page_data(
 
 def _title(name: str) -> str:
     return _TITLES.get(name) or in_words(name)
-
-
-def _most_runs(ranking: Ranking) -> int:
-    return max((len(row.distinct) for row in ranking.rows), default=0)
 
 
 # -- the leaderboard

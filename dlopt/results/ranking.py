@@ -88,6 +88,11 @@ class Ranking:
     def ranked(self) -> list[Configuration]:
         return [row for row in self.rows if row.value is not None]
 
+    @property
+    def most_seeds(self) -> int:
+        """The distinct runs of the configuration that has most."""
+        return max((len(row.distinct) for row in self.rows), default=0)
+
     def counts(self) -> dict[str, int]:
         """Returns status -> number of runs, most frequent first."""
         return dict(Counter(record.status for record in self.records).most_common())
@@ -185,8 +190,7 @@ class Band:
 
 def default_spread(ranking: Ranking) -> Spread:
     """Selects the band: the range for few seeds, the confidence interval for many."""
-    seeds = max((len(row.distinct) for row in ranking.rows), default=0)
-    return "confidence" if seeds >= _MANY_SEEDS else "range"
+    return "confidence" if ranking.most_seeds >= _MANY_SEEDS else "range"
 
 
 def band(runs: Sequence[Record], metric: str) -> Band | None:

@@ -148,7 +148,7 @@ def worker_command(sweep: Path, submission: Submission, launcher: Slurm, slots: 
 
 
 @contextlib.contextmanager
-def recorded_code(sweep: Path, submission: Submission) -> Iterator[None]:
+def recorded_code(sweep: Path) -> Iterator[None]:
     """Makes the runs that are described in the block record the code of the submission."""
     with env_override({environments.SUBMITTED: str((sweep / WORKERS).absolute())}):
         yield

@@ -171,7 +171,7 @@ def submit(
             log = Log(sweep)
         _write(sweep, submission, launcher)
         if jobs is not None:
-            with recorded_code(sweep, submission), log.locked():
+            with recorded_code(sweep), log.locked():
                 _queue(log, jobs, again=again)
         (folder / STOP).unlink(missing_ok=True)
     return start_workers(sweep, submission, launcher, workers, secrets)

@@ -42,7 +42,7 @@ def work(sweep: Path, submitted: Submission, options: Options, run_command: Call
         pool = replace(pool, slots=1, start=allocation.start)
     # Once a second, because the folder may be on a network file system; the end of a job is noticed at once.
     pool = replace(pool, poll_seconds=1.0, stop_reason=lambda: submission.stop_reason(sweep) or allocation.reason)
-    with submission.recorded_code(sweep, submitted), _pool_of_commands(pool):
+    with submission.recorded_code(sweep), _pool_of_commands(pool):
         if submitted.command is None:
             return _take_jobs(sweep, submitted, options, pool, allocation)
         os.environ.update(submitted.environment)

@@ -207,7 +207,7 @@ def test_sets_values_as_hydra_does(lines: list[str]) -> None:
         return config
 
     expected = result(hydras_own)
-    found = result(lambda: recall([], values, lambda: pickle.loads(base()), "test_sets_values"))
+    found = result(lambda: recall(values, lambda: pickle.loads(base()), "test_sets_values"))
     for_hydra = any(each.is_delete() or key_of(each) == "hydra.searchpath" for each in values)
     assert found == expected or (found is None and for_hydra)
 
@@ -317,5 +317,5 @@ def test_the_configs_that_were_used_last_are_remembered(monkeypatch: pytest.Monk
         return config
 
     for name in ("a", "b", "a", "c", "a", "b"):
-        assert recall([], [], lambda name=name: load(name), name) is not None  # type: ignore[misc]
+        assert recall([], lambda name=name: load(name), name) is not None  # type: ignore[misc]
     assert loaded == ["a", "b", "c", "b"]
