@@ -30,7 +30,7 @@ from dlopt.basics.interruption import (
     end_with,
     flush_streams,
     leave_closed_terminal,
-    print_error,
+    print_message,
 )
 from dlopt.basics.terminal import TerminalStream
 from dlopt.commands.command_table import COMMANDS, every_command
@@ -70,7 +70,7 @@ def main() -> None:
         command, arguments = find(sys.argv[1:])
         code = command(arguments)
     except (UserError, RunError) as error:
-        print_error(str(error))
+        print_message(str(error))
         code = error.code
     except ReportedError as error:
         code = error.code
@@ -82,10 +82,10 @@ def main() -> None:
         refused = refused_path(error)  # of the command line
         if (message := refused or disk_failure(error)) is None:
             raise
-        print_error(message)
+        print_message(message)
         code = FAILED if refused is None else USER_ERROR
     except KeyboardInterrupt as error:
-        print_error(str(error) or "interrupted")
+        print_message(str(error) or "interrupted")
         code = error.code if isinstance(error, Interrupted) else INTERRUPTED
     end_with(code)
     flush_streams()

@@ -240,9 +240,9 @@ def print_line(text: str) -> None:
     flush_streams()
 
 
-def print_error(message: str) -> None:
-    """Prints an error or a warning of dlopt to stderr: shortened, and without codes that would control a terminal."""
-    from dlopt.basics.formats import printable  # most commands print no error
+def print_message(message: str) -> None:
+    """Prints an error, a warning or a note of dlopt to stderr: shortened, and without codes that would control a terminal."""
+    from dlopt.basics.formats import printable  # most commands print none
     from dlopt.basics.secrets import redact
 
     message = redact(message)  # first: where stderr is a file, it would not find a secret that is cut or replaced below

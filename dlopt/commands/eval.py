@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.interruption import print_error
+from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import Line, on_checkpoint, on_config, saved_run_config, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
@@ -95,7 +95,7 @@ def _evaluate_checkpoints(
         for path, checkpoint in zip(paths, checkpoints, strict=True)
     ]
     mode = join_processes(choose_device(run_configs[0].settings.device), processes)
-    tested = test(paths, restored(paths, checkpoints, run_configs, mode, print_error), average, views, tta)
+    tested = test(paths, restored(paths, checkpoints, run_configs, mode, print_message), average, views, tta)
     if not mode.ranks.is_main:
         return DONE
     names = [str(path) for path in paths]

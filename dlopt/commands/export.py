@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from dlopt._version import __version__
 from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically
-from dlopt.basics.interruption import print_error
+from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
 from dlopt.tracking.terminal_text import short_path
 
@@ -66,7 +66,7 @@ def export(
     tokenizer = target.with_name(f"{target.stem}.tokenizer.json")
     trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
     if trained.warning is not None:
-        print_error(trained.warning)
+        print_message(trained.warning)
     # Unreadable data is an error if the user has set data.root or another key of it.
     inputs, source = samples(trained, needs_data=any(key.startswith("data.") for key in changes))
     inputs = convert(inputs, input)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
 from dlopt.basics.formats import format_count
-from dlopt.basics.interruption import print_error
+from dlopt.basics.interruption import print_message
 from dlopt.basics.ranges import Count, Natural
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
@@ -63,13 +63,13 @@ def _predict(
     trained = restore(path, changes, lambda device: join_processes(device, keys))
     refuse_other_inputs(trained, path)
     if trained.warning is not None and trained.mode.ranks.is_main:
-        print_error(trained.warning)
+        print_message(trained.warning)
     if not trained.mode.ranks.is_main:
         for _ in rows(files, trained, batch_size, max_errors, lambda _: None):  # takes part in gathering each batch
             pass
         return DONE
     for note in notes:
-        print_error(note)
+        print_message(note)
     count = 0
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def _predict(
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(header(trained))
-                for row in rows(files, trained, batch_size, max_errors, print_error):
+                for row in rows(files, trained, batch_size, max_errors, print_message):
                     writer.writerow(row)  # not redacted: paths and classes are data
                     count += 1
             if count == 0:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.interruption import print_error
+from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
 from dlopt.tracking.terminal_text import short_path
@@ -64,7 +64,7 @@ def show_batch(
         for path, picture in pictures.items():
             picture.save(path)
     for problem in problems(dataset.notes):
-        print_error(problem)
+        print_message(problem)
     print(*map(short_path, pictures), sep="\n")
     return DONE
 

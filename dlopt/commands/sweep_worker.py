@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlopt.basics.errors import DONE, INTERRUPTED, ReportedError, RunError, UserError
-from dlopt.basics.interruption import end_on_signals, flush_streams, print_error
+from dlopt.basics.interruption import end_on_signals, flush_streams, print_message
 from dlopt.commands.command_table import every_command
 from dlopt.config.packages import function
 from dlopt.sweeps import slurm, submission
@@ -35,12 +35,12 @@ def main() -> int:
         submitted.check(sweep)
         code = work(sweep, submitted, options, run_command)
     except (UserError, RunError) as error:
-        print_error(str(error))
+        print_message(str(error))
         return error.code
     except ReportedError as error:
         return error.code
     except KeyboardInterrupt as error:  # before the first job
-        print_error(str(error) or "interrupted")
+        print_message(str(error) or "interrupted")
         code = INTERRUPTED
     if code == INTERRUPTED and submission.stop_reason(sweep) is None:
         flush_streams()

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
 from dlopt.basics.folders import RunFolder
-from dlopt.basics.interruption import killed_by_signals, print_error
+from dlopt.basics.interruption import killed_by_signals, print_message
 from dlopt.commands.shared.document import Show, document_only
 from dlopt.commands.shared.processes import prepare_rank
 from dlopt.config.compose import Composer
@@ -205,7 +205,7 @@ def _lead(
         plan = _planned(composer, config, overrides)
         code = DONE if plan is None else _run(plan, show, store)
     except UserError as error:
-        print_error(str(error))
+        print_message(str(error))
         code = USER_ERROR
     except ReportedError as error:
         code = error.code

@@ -102,7 +102,7 @@ def _dataset(
 
 
 class Columns:
-    """Columns of an Arrow table; see `dlopt.data.rows.Table`."""
+    """Columns of an Arrow table; see `dlopt.data.rows.RowSource`."""
 
     def __init__(self, key: str, table: Any, names: Sequence[str], target: str, roots: Sequence[str] = ()) -> None:
         self.target, self._roots = target, roots

@@ -79,7 +79,7 @@ def webdataset(
 
 @dataclass
 class Shards:
-    """Samples of tar files; see `dlopt.data.rows.Table`.
+    """Samples of tar files; see `dlopt.data.rows.RowSource`.
 
     `arrays`: shard (the number in `paths`), offset, size and extension (the number in `inputs`) of each input; the
     key; and the label as JSON.

@@ -159,7 +159,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
     """
     shards = {}
     for number, name in enumerate(sorted(tensors)):
-        if (shard := _own_shard(name, tensors[name], number)) is not None:
+        if (shard := _local_shard(name, tensors[name], number)) is not None:
             shards[name] = shard
     # The largest elements first: each tensor is then aligned to its elements, as readers that map the file require.
     shards = dict(sorted(shards.items(), key=lambda item: -item[1].values.itemsize))
@@ -180,7 +180,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
     return _File(path.name, path.stat().st_size, sha256(path))
 
 
-def _own_shard(name: str, tensor: Any, number: int) -> _Shard | None:
+def _local_shard(name: str, tensor: Any, number: int) -> _Shard | None:
     """Returns the shard that this rank writes; None for an empty one, and for one that the rank of a replica writes.
 
     Replicas take turns with `number`, the position of the tensor among all, equal on all ranks.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.folders import RunFolder
-from dlopt.basics.interruption import flush_streams, print_error
+from dlopt.basics.interruption import flush_streams, print_message
 from dlopt.basics.secrets import RedactedStream, note_environment
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.run.record import record_failure
@@ -53,7 +53,7 @@ def main() -> int:
         run = TrainingRun(run_config, folder.path, state, choices)
     except (UserError, RunError) as error:
         if rendezvous.is_main():
-            print_error(str(error))
+            print_message(str(error))
             record_failure(folder.path, str(error))
         return error.code
     return exit_code(run)

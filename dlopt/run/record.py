@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, ReportedError, RunError, UserError, disk_failure
 from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
 from dlopt.basics.folders import FORMAT, RunFolder, new_run_id, refuse_links
-from dlopt.basics.interruption import print_error, print_line
+from dlopt.basics.interruption import print_line, print_message
 from dlopt.basics.secrets import redact_bytes
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, storable
@@ -38,11 +38,11 @@ def report(
 
     if isinstance(error, KeyboardInterrupt):
         if prints and rendezvous.is_main():
-            print_error(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
+            print_message(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
         return INTERRUPTED
     if isinstance(error, NotStartedError):
         if prints:
-            print_error(str(error))
+            print_message(str(error))
         return error.code
     code, reason = failure(error)
     if not rendezvous.first_to_fail():
@@ -59,7 +59,7 @@ def report(
         reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
         message = f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}"
     if prints and not (may_diverge and diverged):
-        print_error(str(message))
+        print_message(str(message))
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
     if is_own and (code == FAILED or is_job_of_sweep(run)):
         record_failure(run.folder, reason, diverged=diverged)
@@ -103,7 +103,7 @@ def described(run: "TrainingRun") -> Iterator[None]:
     try:
         if run.overrides is not None and is_described_here:
             if run.checkpoint is not None and (changed := _changed_versions(run)):
-                print_error(f"warning: resumes with {changed}; the result may differ from that of one version")
+                print_message(f"warning: resumes with {changed}; the result may differ from that of one version")
             describe(run.folder, run.run_config.config, run.overrides, run.choices)
         elif rendezvous.is_main():
             _record_machine(run.folder)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from omegaconf import OmegaConf
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.interruption import die_on_signals, print_error
+from dlopt.basics.interruption import die_on_signals, print_message
 from dlopt.config.choices import config_folder
 from dlopt.config.overrides import group_of, key_of
 from dlopt.config.saved import typed_values
@@ -98,5 +98,5 @@ def run_rank(run: Callable[[], int]) -> NoReturn:
         if first_to_fail():
             if reason is None:
                 raise
-            print_error(reason)
+            print_message(reason)
     end_process(code)

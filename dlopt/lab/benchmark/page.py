@@ -67,7 +67,7 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
     tuned = tuning.tuning(results)
     agreed = agreement.agreements(results)
     return {
-        "own_facts": {key: value for key, value in results.facts.items() if key not in ("command", "reference")},
+        "user_facts": {key: value for key, value in results.facts.items() if key not in ("command", "reference")},
         "missing": [f"{optimizer} ({', '.join(names)})" for optimizer, names in missing.items() if names],
         "compared": [
             [name, drawing.metric_label(each.metric), formats.number(each.target), str(each.updates)]
