@@ -241,7 +241,7 @@ def print_line(text: str) -> None:
 
 
 def print_message(message: str) -> None:
-    """Prints an error, a warning or a note of dlopt to stderr: shortened, and without codes that would control a terminal."""
+    """Prints an error, a warning or a note to stderr: shortened, and without codes that would control a terminal."""
     from dlopt.basics.formats import printable  # most commands print none
     from dlopt.basics.secrets import redact
 
