@@ -45,7 +45,7 @@ from dlopt.lab.comparison.frozen import FROZEN, claims_hash, is_changed, recipe_
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
-from dlopt.lab.comparison.running import BEFORE, NAMES, TEACHER, Runs, has_ended, references
+from dlopt.lab.comparison.running import BEFORE, NAMES, TEACHER, VariantJobs, has_ended, references
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metrics.names import monitored_modes, split_of
 from dlopt.results import drawing
@@ -120,7 +120,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
             place = shlex.quote(f"hydra.run.dir={short_path(folder)}")
             print(f"for the verdicts, once all have ended: this command with {place} resume=auto")
             return 0
-        runs = Runs(comparison, jobs, request.plan_job)
+        runs = VariantJobs(comparison, jobs, request.plan_job)
         runs.screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
         gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
         try:

@@ -60,7 +60,7 @@ class _Ended:
     kill = stop
 
 
-class Runs(pools.JobSource):
+class VariantJobs(pools.JobSource):
     """Supplies the runs of a comparison in their order, and reads and prints their results.
 
     A diverged run counts; after any other failure no run follows.
