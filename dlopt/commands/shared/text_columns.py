@@ -4,14 +4,12 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 
-_WIDEST = 34  # characters of the left column; a longer cell has a line of its own
 
-
-def two_columns(rows: Iterable[tuple[str, str]], *, indent: int = 2, width: int = 0) -> list[str]:
+def two_columns(rows: Iterable[tuple[str, str]], *, indent: int = 2, limit: int = 34, width: int = 0) -> list[str]:
     """Formats rows; wraps the right column to `width` (default: the terminal's); a long left one has its own line."""
     rows = list(rows)
     width = width or max(shutil.get_terminal_size().columns, 60)
-    column = min(max(len(left) for left, _ in rows), _WIDEST) + 2
+    column = min(max(len(left) for left, _ in rows), limit) + 2
     return [line for left, right in rows for line in wrap_row(" " * indent + left, right, indent + column - 2, width)]
 
 
