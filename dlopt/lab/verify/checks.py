@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.lab.verify import cases, reference
+from dlopt.lab.verify import cases, paper_check
 from dlopt.lab.verify.cases import pseudo_huber
 from dlopt.lab.verify.methods import Method, name_in
 from dlopt.lab.verify.outcome import CheckOutcome
@@ -247,7 +247,7 @@ def defaults(subject: Subject, method: Method | None) -> CheckOutcome:
 
 
 CHECKS = (
-    Check("reference", "updates equal the paper's", "1e-6 of the distance moved; 3 % for Muon", reference.compare),
+    Check("reference", "updates equal the paper's", "1e-6 of the distance moved; 3 % for Muon", paper_check.compare),
     Check("descent", "60 updates reduce five convex losses", "none", descent),
     Check("schedule", "a tenth of the rate shortens the step of every parameter", "5 %", schedule),
     Check("rate zero", "lr = 0 changes no weight", "none", rate_zero),
