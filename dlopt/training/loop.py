@@ -81,10 +81,12 @@ class Trainer:
         """
         steps, log_every = self.length.steps, self.intervals.log_every_steps
         with self._error_handling():
-            needs_checkpoint = self.recovery.policy == "rollback" or bool(self.progress.resumed_from)
-            # Rank 0 looks for the file, because other nodes may not see the folder; then all ranks save together.
-            if needs_checkpoint and not self.mode.ranks.broadcast(self.checkpoints.last.exists()):
-                self.save()  # to roll back to; or, if the run was resumed in a new folder, to resume from
+            if self.recovery.policy == "rollback" or self.progress.resumed_from:
+                # A checkpoint to roll back to; or, if the run was resumed in a new folder, to resume from. Rank 0 looks
+                # for the file, because other nodes may not see the folder; then all ranks save together.
+                has_checkpoint = self.mode.ranks.broadcast(self.checkpoints.last.exists())
+                if not has_checkpoint:
+                    self.save()
             clock = self._clock()
             # position > 0 after the last update: the run was interrupted before it evaluated the last epoch.
             while self.progress.step < steps or self.progress.position > 0:
