@@ -175,7 +175,10 @@ def _record_machine(folder: Path) -> None:
             write_json(path, facts)
 
 
-def record_failure(folder: Path, reason: str, *, diverged: bool = False) -> None:
-    summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason}
+def record_failure(folder: Path, reason: str, *, diverged: bool = False, died: bool = False) -> dict[str, Any]:
+    """Writes the summary of a failed run, and returns it. `died`: its process ended without a word."""
+    flags = {name: True for name, is_set in (("diverged", diverged), ("died", died)) if is_set}
+    summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason, **flags}
     with contextlib.suppress(OSError):
-        write_json(folder / "summary.json", summary | ({"diverged": True} if diverged else {}))
+        write_json(folder / "summary.json", summary)
+    return summary

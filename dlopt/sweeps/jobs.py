@@ -12,7 +12,7 @@ from dlopt.basics.files import write_json
 from dlopt.basics.folders import RunFolder, inside
 from dlopt.config.plan import Plan
 from dlopt.config.resuming import refuse_other_config
-from dlopt.run.record import describe
+from dlopt.run.record import describe, record_failure
 
 OUTPUT = "output.log"  # stdout and stderr of a job
 
@@ -122,18 +122,16 @@ def result_of(folder: RunFolder, code: int) -> JobResult:
         if code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             reason = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        return record_failure(folder, reason, died=True)
+        return failed(folder, reason, died=True)
     status = str(summary.get("status", "failed"))
     return JobResult("pruned" if summary.get("pruned") else status, summary, str(summary.get("reason", "")))
 
 
-def record_failure(folder: RunFolder, reason: str, *, died: bool = False) -> JobResult:
+def failed(folder: RunFolder, reason: str, *, died: bool = False) -> JobResult:
     """Records a failure that the run has not recorded itself. `died`: its process ended without a result."""
-    summary = {"status": "failed", "run_id": folder.run_id(), "reason": reason} | ({"died": True} if died else {})
     with contextlib.suppress(OSError):
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(folder.path / "summary.json", summary)
-    return JobResult("failed", summary, reason)
+    return JobResult("failed", record_failure(folder.path, reason, died=died), reason)
 
 
 def record_pruned(folder: RunFolder, epoch: int) -> JobResult:
@@ -146,4 +144,4 @@ def record_pruned(folder: RunFolder, epoch: int) -> JobResult:
 def record_dead(folder: RunFolder) -> None:
     """Marks a job as failed if its process died without a summary; a later attempt replaces the mark."""
     if folder.has_begun() and folder.summary() is None and not folder.is_live():
-        record_failure(folder, "its process was killed; resume=auto runs it again", died=True)
+        failed(folder, "its process was killed; resume=auto runs it again", died=True)

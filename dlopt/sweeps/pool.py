@@ -33,7 +33,7 @@ from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, block_signal
 from dlopt.basics.ranges import Count
 from dlopt.basics.scratch import own_multiprocessing_folder
 from dlopt.config.schema import check_arguments
-from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, prepare, record_failure, record_pruned, result_of
+from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, failed, prepare, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
 from dlopt.tracking.overview import Overview
 
@@ -210,7 +210,7 @@ class _Workers:
         try:
             done, known = prepare(job), not again
         except UserError as error:
-            done, known = record_failure(job.folder, str(error)), False
+            done, known = failed(job.folder, str(error)), False
         if done is not None:
             self._ended(job, done, known=known)
             return
@@ -220,7 +220,7 @@ class _Workers:
         try:
             process = self._pool.start(slot, job.folder.path, job.checked.environment)
         except OSError as error:
-            self._ended(job, record_failure(job.folder, f"the process could not be started: {error}", died=True))
+            self._ended(job, failed(job.folder, f"the process could not be started: {error}", died=True))
         else:
             self.active[slot] = _Worker(job, process)
 

@@ -361,6 +361,6 @@ def start_job(config: DictConfig) -> str:
     try:
         plan = checked(config, overrides)
     except UserError as error:
-        return sweep_jobs.record_failure(folder, str(error)).status
+        return sweep_jobs.failed(folder, str(error)).status
     job = Job(int(hydra.job.num), folder, plan, " ".join(overrides))
     return pools.run_jobs([job], 1, pools.local(n_jobs=1, stop_on_failure=False))[job.number]
