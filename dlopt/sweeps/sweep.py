@@ -144,9 +144,8 @@ def build_launcher(config: DictConfig, refusal: str | None) -> pools.Pool | Slur
         return pool
     if str(config.hydra.launcher._target_).startswith(OWN):
         settings = cast(dict[str, Any], OmegaConf.to_container(config.hydra.launcher, resolve=True))
-        launcher: Any = get_class(
-            settings.pop("_target_")
-        )  # not `instantiate`, for which Hydra 1.4 wants a list of names
+        # Not `instantiate`, for which Hydra 1.4 wants a list of names.
+        launcher: Any = get_class(settings.pop("_target_"))
         return cast(pools.Pool | Slurm, launcher(**settings).build())
     if refusal is None:
         return None
