@@ -288,7 +288,7 @@ class _Workers:
 # -- launchers
 
 
-def build_launcher(launcher: Callable[..., Launcher], settings: Mapping[str, Any]) -> Launcher:
+def build_checked(launcher: Callable[..., Launcher], settings: Mapping[str, Any]) -> Launcher:
     """Checks the settings of hydra.launcher and builds what runs the jobs. Raises `UserError`."""
     plain = {
         key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in settings.items()

@@ -18,7 +18,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.plan import folder_name
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, labels, record_dead, result_of
-from dlopt.sweeps.pool import Pool, build_launcher, gpus, local
+from dlopt.sweeps.pool import Pool, build_checked, gpus, local
 from dlopt.tracking.overview import Overview
 from tests.sweeps.worker import plan
 
@@ -65,7 +65,7 @@ def test_local_jobs_divide_the_cores(started: Started, tmp_path: Path, monkeypat
 )
 def test_launchers_reject_invalid_settings(launcher: Callable[..., Pool], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
-        build_launcher(launcher, {"stop_on_failure": False, **settings})
+        build_checked(launcher, {"stop_on_failure": False, **settings})
     assert said in str(error.value)
 
 

@@ -40,9 +40,9 @@ class _PoolLauncher(Launcher):
         """Returns the checked `Pool`, or `Slurm`. Raises `UserError`."""
         from hydra.utils import get_object
 
-        from dlopt.sweeps.pool import build_launcher
+        from dlopt.sweeps.pool import build_checked
 
-        return build_launcher(get_object(self.function), self.settings)
+        return build_checked(get_object(self.function), self.settings)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs jobs that a sweeper of another package has chosen; returns their statuses."""
