@@ -218,14 +218,18 @@ def build_trainer(
     run_config, settings, mode = workload.run_config, workload.run_config.settings, workload.parallel
     check_norm_batches(workload, batches)
     check_tta(workload)
-    optimizer = build_optimizer(workload)
     sampler = loss_aware_sampler(workload, batches)
+
+    # 1. What changes the weights, and their average.
+    optimizer = build_optimizer(workload)
     schedule = build_schedule(workload, optimizer, length)
     average: WeightAverage | None = None
     if settings.ema == "tail":
         average = TailAverage(workload.module, length.steps)
     elif settings.ema is not None:
         average = ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
+
+    # 2. What stops, saves and recovers.
     stopping: Stopping = run_config.stopping.build(
         model=workload.module, norm=mode.sharding.norm, monitor_mode=settings.monitor_mode
     )
@@ -245,6 +249,8 @@ def build_trainer(
         load_newest=lambda: mode.ranks.broadcast(checkpoints.load_newest() if mode.ranks.is_main else None),
         log=tracking.message,
     )
+
+    # 3. The update: of the network as the observers wrap it, with the metrics that it adds up.
     network: Network = workload.network
     observed: EpochBatches = batches
     for observer in observers:
@@ -268,6 +274,8 @@ def build_trainer(
         observers=observers,
         batch_size=batches.batch_size,
     )
+
+    # 4. The loop.
     return Trainer(
         step=step,
         run_update=update,

@@ -161,6 +161,7 @@ def build_workload(
         parallel: see `build_mode`; None: one process.
         identified: the splits whose content rank 0 identifies, see `dlopt.data.identity`; (): none.
     """
+    # 1. The machine: device, threads, kernels and precision.
     settings = run_config.settings
     parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
     set_threads(settings.threads, parallel.ranks.local_processes)
@@ -170,6 +171,8 @@ def build_workload(
     # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
+
+    # 2. Data, their augmentation, and what is to be learned from them.
     try:
         source: Dataset = run_config.read_data(saved_tokenizer=saved_tokenizer(run_config, saved))
     except OSError as error:
@@ -181,9 +184,12 @@ def build_workload(
     processes, random_crops = parallel.ranks.local_processes, _crops_at_random(run_config)
     dataset = prepare(source, run_config.data_settings, device=device, processes=processes, random_crops=random_crops)
     augment = _build_augmentation(run_config, dataset)
-    dataset = with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape)
+    window = dataset.train.shape if augment is None else augment.output_shape
+    dataset = with_task(run_config, dataset, window)
     task = dataset.task
-    shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
+    shape = task.input_shape(window)
+
+    # 3. Normalization: with the statistics of the training split, or of the checkpoint.
     normalize: nn.Module = run_config.normalize.build(input_shape=dataset.train.shape).to(precision.data_dtype)
     if saved is None:
         kind = f"{run_config.normalize.target.__qualname__} {run_config.normalize.arguments} {precision.data_dtype}"
@@ -195,6 +201,7 @@ def build_workload(
     if task.vocabulary is None:
         _check_normalization(run_config, normalize, shape)
 
+    # 4. The model, initialized on the CPU; first a check whether it fits into memory.
     runtime = model_arguments(task, shape)
     is_new = saved is None
     freezes = any(rule.freeze for rule in run_config.grouping.groups) or run_config.adapt.target is not no_adapters
@@ -209,6 +216,8 @@ def build_workload(
         )
     if is_new:  # a checkpoint can be used although its model has other outputs
         check_outputs(run_config, module, shape, dataset, device)
+
+    # 5. Its data type and memory format on the device; the loss.
     has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
     channels_last = has_convolutions if settings.channels_last == "auto" else settings.channels_last
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -226,7 +235,9 @@ def build_workload(
         samples = len(dataset.train) if size == "full" else size
         if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
             set_threads(1)
-    # Before the mode shards the model. Not on a CPU, where nothing needs it: the first count imports for a second.
+
+    # 6. What changes how the model computes: compilation, frozen and recomputed layers, the parallel mode. FLOPs are
+    #    counted before the mode shards the model. Not on a CPU, where nothing needs them: the count imports for 1 s.
     flops = speed.training_flops(module, shape) if device.type == "cuda" else None
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
