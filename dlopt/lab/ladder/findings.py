@@ -24,6 +24,7 @@ def findings(results: Results) -> list[Observation]:
         analysis=analysis, **({} if analysis is None else _doubts(analysis)), missing=results.missing,
         rates=[_rate(results, name) for name in ladder.optimizers
                if ladder.optimizers[name].lr is not None or results.searches[name].fit is not None],
+        decays=results.decays, arms=[each for analysis in results.arms.values() for each in _changes(analysis)],
         searches=[_search(results, name) for name in results.searches], searched=len(ladder.searched),
         fewest=FEWEST, held_out=HELD_OUT, far=_FAR, large_error=_LARGE_ERROR,
         names=names, interval=interval, times=times, signed=signed, short=_short,
@@ -55,6 +56,18 @@ def _doubts(analysis: Analysis) -> dict[str, Any]:
         "missed": [name for name, each in analysis.predictions.items() if not each.holds],
         "has_no_constant": analysis.laws.irreducible < _NO_CONSTANT * smallest,
     }
+
+
+def _changes(analysis: Analysis) -> list[dict[str, Any]]:
+    """Returns how the speed-ups over the baseline of an arm change with size."""
+    found = []
+    for name, gain in analysis.gains.items():
+        known = [rung for rung, each in zip(analysis.measured.rungs, gain.interpolated, strict=True)
+                 if not math.isnan(each.value)]  # fmt: skip
+        if not math.isnan(gain.change.value):
+            pair = {"first": known[0], "last": known[-1], "change": gain.change}
+            found.append({"name": name, "base": analysis.measured.baseline, **pair})
+    return found
 
 
 def _rate(results: Results, name: str) -> dict[str, Any]:
