@@ -57,6 +57,7 @@ Examples:
   dlopt ladder optimizer=adamw,muon model=gpt
   dlopt ladder optimizer=adamw,muon model=gpt rungs=3 tokens_per_parameter=5
   dlopt ladder optimizer=adamw,muon model=gpt dry_run=true          # list the runs and estimate their time
+  dlopt ladder optimizer=adamw,muon model=gpt arms=[constant,inverse]  # search weight decay; scale it by 1 / width
   dlopt ladder optimizer=adamw,mine.MyOptimizer model=gpt allow_packages=[mine]
   dlopt ladder optimizer=adamw,muon model=gpt hydra/launcher=slurm  # on a cluster
 
@@ -65,6 +66,10 @@ training data grows with the parameters. Each optimizer's learning rate is searc
 extrapolated to the others. All rungs then train with several seeds, and count with the loss at the end of the schedule.
 The first optimizer is the baseline. Repeat an interrupted command to continue it. Several of these commands with the
 same output share the runs.
+
+With arms=[constant,inverse,zero,hyperball], each optimizer trains with a weight decay that is searched together with its
+rates on the smallest two rungs; with one that falls as 1 / model.width; without; and with matrices of fixed norm. Each
+arm is a contestant, compared with the first optimizer of the same arm, too.
 
   optimizer=a,b :: choices of the group optimizer, or dotted names of classes, with allow_packages
   model=FAMILY :: gpt, vit, resnet, gpt_gpu, or one in --config-dir
