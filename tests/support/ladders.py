@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 from dlopt.lab.ladder.analysis import analyze
-from dlopt.lab.ladder.family import Rules, Rung
 from dlopt.lab.ladder.arms import OVERRIDES
+from dlopt.lab.ladder.family import Rules, Rung
 from dlopt.lab.ladder.ladder import Contestant, Ladder, LadderRequest, Outcome, Search, Trial
 from dlopt.lab.ladder.rates import RateFit
 from dlopt.lab.ladder.results import Results, measured

@@ -67,9 +67,9 @@ extrapolated to the others. All rungs then train with several seeds, and count w
 The first optimizer is the baseline. Repeat an interrupted command to continue it. Several of these commands with the
 same output share the runs.
 
-With arms=[constant,inverse,zero,hyperball], each optimizer trains with a weight decay that is searched together with its
-rates on the smallest two rungs; with one that falls as 1 / model.width; without; and with matrices of fixed norm. Each
-arm is a contestant, compared with the first optimizer of the same arm, too.
+With arms=[constant,inverse,zero,hyperball], each optimizer trains with a weight decay searched together with its rates
+on the smallest two rungs, with one that falls as 1 / model.width, without, and with matrices of fixed norm. Each arm is
+a contestant; the report also compares it with the first optimizer of the same arm.
 
   optimizer=a,b :: choices of the group optimizer, or dotted names of classes, with allow_packages
   model=FAMILY :: gpt, vit, resnet, gpt_gpu, or one in --config-dir

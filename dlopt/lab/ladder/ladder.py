@@ -227,7 +227,7 @@ class Search:
     """The search of an optimizer's learning rate: losses and optimum of each searched rung, and their fit.
 
     Attributes:
-        losses: rung -> learning rate -> loss.
+        losses: rung -> learning rate -> loss; {}: no search, or an arm whose weight decay is not known yet.
         fit: extrapolates the optima to larger rungs; None: the search is not complete, or all runs of a rung failed.
     """
 
@@ -323,7 +323,7 @@ class LadderRequest:
         if contestant.lr is not None:
             return Search({}, {}, RateFit(contestant.lr, 0.0, None))
         if contestant.arm in SEARCHED and self.decay(Trial(optimizer, self.ladder.searched[0], 0)) is None:
-            return Search({rung: {} for rung in self.ladder.searched}, {}, None)
+            return Search({}, {}, None)
         centre = contestant.rates["optimizer.lr"]
         losses: dict[str, dict[float, float]] = {}
         optima: dict[str, Optimum] = {}
@@ -345,17 +345,17 @@ class LadderRequest:
     def waiting(self) -> list[Trial]:
         """Returns the trials without a result that can run now: small rungs first, in them seed by seed."""
         found = []
-        for optimizer, contestant in self.ladder.optimizers.items():
+        for choice in self.ladder.joint:
+            for rung in self.ladder.searched[:RUNGS]:
+                found += self.decays(choice, rung)[1]
+        for optimizer in self.ladder.optimizers:
             search = self.search(optimizer)
             if search.fit is not None:
                 found += self.finals(optimizer)
-            elif contestant.arm in SEARCHED and self.decay(Trial(optimizer, self.ladder.searched[0], 0)) is None:
-                for rung in self.ladder.searched[:RUNGS]:
-                    found += self.decays(contestant.choice or optimizer, rung)[1]
-            elif contestant.lr is None:
-                for rung in self.ladder.searched:
-                    found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
-        return sorted((each for each in dict.fromkeys(found) if self.outcome(each) is None), key=self.place)
+                continue
+            for rung in search.losses:
+                found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
+        return sorted((each for each in found if self.outcome(each) is None), key=self.place)
 
     def place(self, trial: Trial) -> tuple[int, int]:
         """Returns the place of a trial in the order in which they run."""

@@ -62,7 +62,8 @@ def test_the_grid_of_decays_is_that_of_rates_unrefined() -> None:
     assert sorted(losses) == [-4, -2, 0, 2, 4, 6, 8]  # extended beyond the best
     found = decay_search({"r0": losses, "r1": losses}, [8, None])
     assert found.per_width is None and found.constant == pytest.approx(CENTRE * 10 ** (7 / 4), rel=1e-3)
-    assert found.decay("inverse", 8) is None and found.decay("constant", None) == pytest.approx(found.constant, rel=1e-3)
+    assert found.decay("inverse", 8) is None
+    assert found.decay("constant", None) == pytest.approx(found.constant, rel=1e-3)
 
 
 def test_optimizers_of_an_arm_are_compared_with_each_other(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def _ladder(*arguments: str) -> None:
         (("optimizer=sgd", "model=tiny", "data.batch_size=full"), "data.batch_size=full: a ladder needs a number"),
         (("optimizer=adamw", "model=tiny", "arms=[]"), "arms=[]: needs at least one value"),
         (("optimizer=adamw", "model=tiny", "arms=[half]"), "arms=[half]"),
-        (("optimizer=adamw", "model=tiny", "arms=[inverse]"), "arms=inverse: the rungs of model=tiny have no model.width"),
+        (("optimizer=adamw", "model=tiny", "arms=[inverse]"), "arms=inverse: the rungs of model=tiny have no"),
         (("optimizer=lion", "model=tiny", "arms=[zero,hyperball]"), "optimizer.hyperball"),
         (("optimizer=adamw", "model=tiny", "arms=[zero]", "optimizer.lr=0.1"), "optimizer.lr=0.1: the arms set weight"),
         (("report", "conf"), "conf: not the folder of a ladder"),
