@@ -252,7 +252,7 @@ def _ladder(*arguments: str) -> None:
         (("optimizer=prodigy", "model=tiny"), "optimizer=prodigy: has no learning rate to search"),
         (("optimizer=sgd", "model=tiny", "data.batch_size=full"), "data.batch_size=full: a ladder needs a number"),
         (("optimizer=adamw", "model=tiny", "arms=[]"), "arms=[]: needs at least one value"),
-        (("optimizer=adamw", "model=tiny", "arms=[half]"), "arms=[half]"),
+        (("optimizer=adamw", "model=tiny", "arms=[half]"), "each constant | inverse | zero | hyperball"),
         (("optimizer=adamw", "model=tiny", "arms=[inverse]"), "arms=inverse: the rungs of model=tiny have no"),
         (("optimizer=lion", "model=tiny", "arms=[zero,hyperball]"), "optimizer.hyperball"),
         (("optimizer=adamw", "model=tiny", "arms=[zero]", "optimizer.lr=0.1"), "optimizer.lr=0.1: the arms set weight"),
