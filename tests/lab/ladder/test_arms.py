@@ -5,8 +5,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import t
 
+from dlopt.lab.benchmark.scores import Interval
+from dlopt.lab.ladder.analysis import Measured, _interpolated
 from dlopt.lab.ladder.arms import CENTRE, decay_search, missing_decays
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import RESULTS, LadderRequest, Outcome, Trial
@@ -45,7 +49,7 @@ def test_an_arm_waits_for_its_decay_and_the_others_do_not(tmp_path: Path) -> Non
     assert {each.optimizer for each in waiting} == {"adamw", "mine", "adamw.zero", "mine.zero"}
     assert request.expected() == 2 * (2 * 5 * 7 + 2 * 3 * 7 + 2 * 3 * 2)
     search = request.search("adamw.inverse")
-    assert search.fit is None and [*search.losses] == ["r0", "r1", "r2"]
+    assert search.fit is None and not search.losses
     for trial in waiting:
         request._known[trial] = Outcome(math.inf, 1.0, "diverged")
     while waiting := request.waiting():
@@ -67,12 +71,13 @@ def test_the_grid_of_decays_is_that_of_rates_unrefined() -> None:
 
 
 def test_optimizers_of_an_arm_are_compared_with_each_other(tmp_path: Path) -> None:
-    request = LadderRequest(tmp_path, with_arms(("constant", "inverse"), rungs=4))
+    request = LadderRequest(tmp_path, with_arms(("constant", "inverse")))
     simulate(request, scaled=3.2)
     made = collect(request)
     assert [*made.arms] == ["constant", "inverse"]
     gain = made.arms["inverse"].gains["mine.inverse"]
-    assert gain.interpolated[1].value == pytest.approx(2, rel=0.05) and gain.change.value == pytest.approx(1, rel=0.05)
+    known = [gain.interpolated[i].value for i in (0, 1)]
+    assert known == pytest.approx([2, 2], rel=0.05) and gain.change.value == pytest.approx(known[1] / known[0])
     assert made.summed_decay("mine.inverse", "r1") == pytest.approx(0.02 / 2 * 0.1 * 100)
     titles = {table.title: table for table in tables(made)}
     difference = titles["Loss minus that of adamw of the same arm, paired by seed"]
@@ -81,7 +86,30 @@ def test_optimizers_of_an_arm_are_compared_with_each_other(tmp_path: Path) -> No
     texts = [each.text for each in findings(made)]
     assert "adamw: best weight decay 0.2 at r0, 0.1 at r1; arms: 0.141 (constant), 3.2 / width (inverse)." in texts
     [change] = [each for each in texts if each.startswith("Between measured losses, the speed-up of mine.inverse over")]
-    assert "over adamw.inverse at r2 is" in change and change.endswith("whether it changes is open.")
+    assert "over adamw.inverse at r1 is" in change and change.endswith(" times that at r0.")  # no interval: 3 rungs
+    for low, high, verdict in (
+        (0.5, 0.8, "it shrinks"),
+        (0.5, 1.1, "whether it changes is open"),
+        (1.1, 2.0, "it grows"),
+    ):
+        changed = replace(gain, change=Interval(gain.change.value, low, high))
+        analysis = replace(made.arms["inverse"], gains={"mine.inverse": changed})
+        texts = [each.text for each in findings(replace(made, arms={"inverse": analysis}))]
+        assert any(f"times that at r0: {verdict}." in each for each in texts)
+
+
+def test_the_change_of_a_speed_up_is_paired_by_seed() -> None:
+    """The interval of a ratio is that of Student's t over the seeds' logarithms."""
+    compute = [1e12 * 16.0**i for i in range(4)]
+    base = np.log(10) - 0.12 * np.log(compute)
+    speed = np.log([[2.0, 3.0], [2.1, 3.1], [1.5, 2.0], [1.0, 1.2]])
+    losses = {"base": np.exp(np.column_stack([base, base])), "mine": np.exp(base[:, None] - 0.12 * speed)}
+    floor = Interval(0.0, 0.0, 0.0)
+    known, change = _interpolated(Measured("abcd", compute, losses), "mine", floor)
+    ratios = speed[2] - speed[0]  # at d, the baseline does not reach the loss
+    half = t.isf(0.025, 1) * ratios.std(ddof=1) / math.sqrt(2)
+    assert math.isnan(known[3].value) and change.value == pytest.approx(math.exp(ratios.mean()), rel=1e-2)
+    assert (change.low, change.high) == pytest.approx(np.exp([ratios.mean() - half, ratios.mean() + half]), rel=1e-2)
 
 
 def test_a_search_at_its_limit_is_a_warning(tmp_path: Path) -> None:
@@ -93,7 +121,7 @@ def test_a_search_at_its_limit_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_results_alone_continue_the_arms(tmp_path: Path) -> None:
-    request = LadderRequest(tmp_path, with_arms(ARMS))
+    request = LadderRequest(tmp_path, with_arms(("inverse", "zero")))
     simulate(request, scaled=3.2)
     made = collect(request)
     (tmp_path / RESULTS).write_text(to_json(made))
@@ -105,7 +133,7 @@ def test_results_alone_continue_the_arms(tmp_path: Path) -> None:
 
 
 def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    made = results(1.5)
+    made = results(1.5, rungs=3)
     content = json.loads(to_json(made))
     assert "decays" not in content and "arms" not in content
     for each in (*content["ladder"]["optimizers"].values(), *content["runs"]):
