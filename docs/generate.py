@@ -40,6 +40,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "extras": extras.extras,
     "judge": lambda: judge.evidence(DOCS / "judge"),
     "ladder": lambda: ladder.ladder(DOCS / "ladder/gpt"),
+    "ladder_decay": lambda: ladder.ladder(DOCS / "ladder/gpt_decay"),
     "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
     "verified": lambda: verified.matrix(DOCS / "verify"),

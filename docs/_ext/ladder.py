@@ -52,8 +52,10 @@ def results(folder: Path) -> Results:
     searches = {name: request.search(name) for name in found.optimizers}
     finals = {trial: request.outcome(trial) for name in found.optimizers for trial in request.finals(name)}
     outcomes = {trial: each for trial, each in finals.items() if each is not None}
+    decays = {name: request.decay_search(name) for name in found.joint}
     searched = {trial: each for trial, each in request.known().items() if trial.index is not None}
-    plain = Results(found, searches, searched, outcomes, None, saved["facts"])
+    plain = Results(found, searches, searched, outcomes, None, saved["facts"], decays)
+    plain = replace(plain, arms={arm: _analysis(plain, each) for arm, each in saved.get("arms", {}).items()})
     return plain if saved["analysis"] is None else replace(plain, analysis=_analysis(plain, saved["analysis"]))
 
 
@@ -81,6 +83,7 @@ def _gain(saved: dict[str, Any]) -> Gain:
         [*map(_interval, saved["interpolated"])],
         [*map(_interval, saved["difference"])],
         _interval(saved["trend"]),
+        _interval(saved.get("change", dict.fromkeys(("value", "low", "high")))),
     )
 
 

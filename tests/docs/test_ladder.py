@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from dlopt.lab.ladder.findings import findings
-from dlopt.lab.ladder.results import to_json
+from dlopt.lab.ladder.ladder import LadderRequest
+from dlopt.lab.ladder.results import collect, to_json
 from dlopt.lab.ladder.table import tables
-from tests.support.ladders import results
+from tests.support.ladders import results, simulate, with_arms
 from tests.support.pages import ROOT
 
 
@@ -28,3 +29,15 @@ def test_results_read_from_the_file_show_the_same(tmp_path: Path, monkeypatch: p
     assert "| Optimizer | `r0` | `r1` | `r2` | `r3` | `r4` |" in text and text.count("\n| `mine` |") == 7
     assert "`dlopt ladder optimizer=mine model=f`, with processor some processor." in text
     assert math.isnan(ladder._number(None))
+
+
+def test_arms_read_from_the_file_show_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs/_ext"))
+    import ladder
+
+    request = LadderRequest(tmp_path / "runs", with_arms(("inverse", "hyperball")))
+    simulate(request, scaled=3.2)
+    made = collect(request)
+    (tmp_path / "results.json").write_text(to_json(made))
+    read = ladder.results(tmp_path)
+    assert read.decays == made.decays and tables(read) == tables(made) and findings(read) == findings(made)

@@ -27,6 +27,9 @@ HELD_OUT = FEWEST + 1
 _LARGEST = 0.999  # irreducible loss as a fraction of the smallest loss
 
 
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class Measured:
     """The runs of a ladder at the best rates.
@@ -73,12 +76,14 @@ class Gain:
         interpolated: the same between the measured losses of the baseline; NaN: beyond them.
         difference: mean loss minus the baseline's, over common seeds, with a 95 % interval of Student's t.
         trend: exponent with which the speed-up grows with compute; negative: it shrinks.
+        change: the last of `interpolated` over the first, paired by seed.
     """
 
     speed_up: Sequence[Interval]
     interpolated: Sequence[Interval]
     difference: Sequence[Interval]
     trend: Interval
+    change: Interval = UNKNOWN
 
     @property
     def is_distinguishable(self) -> bool:
@@ -180,7 +185,8 @@ def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str, irre
         difference(own, other) for own, other in zip(measured.losses[name], measured.losses[base], strict=True)
     ]
     trend = interval(laws.trend(name, base), np.array([each.trend(name, base) for each in drawn]), tail)
-    return Gain(band(values, replicas, tail), _interpolated(measured, name, irreducible), differences, trend)
+    interpolated, change = _interpolated(measured, name, irreducible)
+    return Gain(band(values, replicas, tail), interpolated, differences, trend, change)
 
 
 def band(values: Sequence[float], replicas: Array, tail: float) -> list[Interval]:
@@ -198,24 +204,28 @@ def band(values: Sequence[float], replicas: Array, tail: float) -> list[Interval
     return [Interval(*each) for each in zip(values, low.tolist(), high.tolist(), strict=True)]
 
 
-def _interpolated(measured: Measured, name: str, irreducible: Interval) -> list[Interval]:
-    """Returns the speed-up at each rung, by linear interpolation of the baseline's log(L - E) over log compute.
+def _interpolated(measured: Measured, name: str, irreducible: Interval) -> tuple[list[Interval], Interval]:
+    """Returns the speed-up at each rung, and the last one over the first.
 
-    A power of the compute is then a line; with E = 0, chords lie above a curve that has a floor, and the speed-up is
-    biased upwards. The interval is the union of those at E and at the ends of its interval, each Student's t of the
-    seeds; there is none without an interval of E.
+    The baseline's log(L - E) is interpolated linearly over log compute. A power of the compute is then a line; with
+    E = 0, chords lie above a curve that has a floor, and the speed-up is biased upwards. The interval is the union of
+    those at E and at the ends of its interval, each Student's t of the seeds; there is none without an interval of E.
     """
     from scipy.stats import t
 
     seeds = min(each.shape[1] for each in (measured.losses[name], measured.losses[measured.baseline]))
     own, base = (measured.losses[each][:, :seeds] for each in (name, measured.baseline))
     ended = np.isfinite(base).all(axis=1)
-    unknown = [Interval(math.nan, math.nan, math.nan)] * len(own)
     if ended.sum() < 2:
-        return unknown
+        return [UNKNOWN] * len(own), UNKNOWN
     x, largest = np.log(measured.compute), _LARGEST * min(np.nanmin(own), np.nanmin(base))
     has_interval = seeds > 1 and not math.isnan(irreducible.low)
     floors = (irreducible.value, irreducible.low, irreducible.high) if has_interval else (irreducible.value,)
+    losses, curve = own.mean(axis=1), base[ended].mean(axis=1)
+    is_reached = (curve.min() <= losses) & (losses <= curve.max())
+    if not is_reached.any():
+        return [UNKNOWN] * len(own), UNKNOWN
+    first, *_, last = [*np.flatnonzero(is_reached)] * 2
     centres, halves = [], []
     for floor in floors:
         # The mean over seeds first, then each seed.
@@ -224,18 +234,18 @@ def _interpolated(measured: Measured, name: str, irreducible: Interval) -> list[
             [_compute_for(loss, x[ended], curve[ended]) for loss in losses] - x
             for losses, curve in zip(tables[0].T, tables[1].T, strict=True)
         ])  # fmt: skip
+        found = np.column_stack([found, found[:, last] - found[:, first]])
         centres.append(found[0])
         if has_interval:
             halves.append(t.isf(0.025, seeds - 1) * found[1:].std(axis=0, ddof=1) / math.sqrt(seeds))
     values = np.exp(np.clip(centres[0], -50, 50))
-    ends = np.full((2, len(own)), np.nan)
+    ends = np.full((2, len(values)), np.nan)
     if has_interval:
         low, high = np.min(np.subtract(centres, halves), axis=0), np.max(np.add(centres, halves), axis=0)
         ends = np.exp(np.clip([low, high], -50, 50))
-    losses, curve = own.mean(axis=1), base[ended].mean(axis=1)
-    is_reached = (curve.min() <= losses) & (losses <= curve.max())
-    rows = zip(values.tolist(), *ends.tolist(), strict=True)
-    return [Interval(*each) if reached else unknown[0] for each, reached in zip(rows, is_reached, strict=True)]
+    *rungs, change = (Interval(*each) for each in zip(values.tolist(), *ends.tolist(), strict=True))
+    known = [each if reached else UNKNOWN for each, reached in zip(rungs, is_reached, strict=True)]
+    return known, change if last > first else UNKNOWN
 
 
 def _compute_for(target: float, x: Array, y: Array) -> float:

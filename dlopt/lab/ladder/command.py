@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +38,10 @@ from dlopt.extend import (
     without,
 )
 from dlopt.lab.benchmark.protocol import has_space, load_space
+from dlopt.lab.ladder.arms import KEYS, OVERRIDES, RUNGS, SEARCHED, Arm
 from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
-from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, read_ladder, update_ladder
+from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, Trial, read_ladder, update_ladder
+from dlopt.lab.ladder.rates import GRID
 from dlopt.lab.trials import READS_OF_HYDRA, launcher, refuse_protocol, take_optimizers
 from dlopt.sweeps.estimate import estimate_job
 from dlopt.sweeps.sweep import refuse_ranks
@@ -54,6 +57,7 @@ Examples:
   dlopt ladder optimizer=adamw,muon model=gpt
   dlopt ladder optimizer=adamw,muon model=gpt rungs=3 tokens_per_parameter=5
   dlopt ladder optimizer=adamw,muon model=gpt dry_run=true          # list the runs and estimate their time
+  dlopt ladder optimizer=adamw,muon model=gpt arms=[constant,inverse]  # search weight decay; scale it by 1 / width
   dlopt ladder optimizer=adamw,mine.MyOptimizer model=gpt allow_packages=[mine]
   dlopt ladder optimizer=adamw,muon model=gpt hydra/launcher=slurm  # on a cluster
 
@@ -62,6 +66,10 @@ training data grows with the parameters. Each optimizer's learning rate is searc
 extrapolated to the others. All rungs then train with several seeds, and count with the loss at the end of the schedule.
 The first optimizer is the baseline. Repeat an interrupted command to continue it. Several of these commands with the
 same output share the runs.
+
+With arms=[constant,inverse,zero,hyperball], each optimizer trains with a weight decay searched together with its rates
+on the smallest two rungs, with one that falls as 1 / model.width, without, and with matrices of fixed norm. Each arm is
+a contestant; the report also compares it with the first optimizer of the same arm.
 
   optimizer=a,b :: choices of the group optimizer, or dotted names of classes, with allow_packages
   model=FAMILY :: gpt, vit, resnet, gpt_gpu, or one in --config-dir
@@ -105,6 +113,9 @@ def _run(
     ] = None,
     search: Annotated[Count, "N: smallest rungs on which learning rates are searched"] = 4,
     seeds: Annotated[Count, "N: runs of each rung at its best rate"] = 3,
+    arms: Annotated[
+        list[Arm] | None, "[constant,inverse,zero,hyperball]: weight decays of each optimizer (default: its default)"
+    ] = None,
     output: Annotated[str | None, "DIR: folder of the runs and results (default: outputs/ladder/FAMILY)"] = None,
     dry_run: Annotated[bool, "BOOL: only list the runs and estimate their time"] = False,
 ) -> int:
@@ -121,7 +132,12 @@ def _run(
     folder = folder.absolute()
     shared = [each for each in overrides if group_of(each) != "optimizer"]
     of_optimizer = [each for each in overrides if group_of(each) == "optimizer"]
-    contestants = {name: _contestant(line, family, name, of_optimizer, shared) for name in names}
+    if arms is not None:
+        _check_arms(arms, of_optimizer, family, chosen)
+    contestants: dict[str, Contestant] = {}
+    for name in names:
+        contestant = _contestant(line, family, name, of_optimizer, shared)
+        contestants |= {name: contestant} if arms is None else _with_arms(name, contestant, arms)
     per_parameter = tokens_per_parameter or family.tokens_per_parameter
     measured = {name: measure(line, family, name, per_parameter, shared) for name in chosen}
     ladder = Ladder(
@@ -131,7 +147,8 @@ def _run(
     request = LadderRequest(folder, ladder, shared)
     for name, contestant in contestants.items():
         lr = contestant.lr or contestant.rates[_PLAIN]
-        line.run_config(ladder.line(name, chosen[0], lr, 0, shared))
+        decay = 0.0 if contestant.arm in SEARCHED else None
+        line.run_config(ladder.line(Trial(name, chosen[0], 0), lr, decay, shared))
     if dry_run:
         return _list(line, request)
     output_folder(str(folder), "ladder")
@@ -154,6 +171,25 @@ def _refuse_sizes(overrides: Sequence[str], family: Family) -> None:
     for override in overrides:
         if key_of(override) in keys or key_of(override) == "scale_lr":
             raise UserError(f"{override}: set by the rungs of model={family.name}; {_ADVICE}")
+
+
+def _check_arms(arms: Sequence[Arm], overrides: Sequence[str], family: Family, rungs: Sequence[str]) -> None:
+    """Raises `UserError` for arms that contradict the overrides of the optimizer or the family."""
+    refuse_empty(arms=arms)
+    for override in overrides:
+        if key_of(override) in (*KEYS, _PLAIN):
+            raise UserError(f"{override}: the arms set weight decays and search the rates; leave it out")
+    if "inverse" in arms and any("model.width" not in map(key_of, family.rungs[rung]) for rung in rungs):
+        raise UserError(f"arms=inverse: the rungs of model={family.name} have no model.width; choose other arms")
+
+
+def _with_arms(name: str, contestant: Contestant, arms: Sequence[Arm]) -> dict[str, Contestant]:
+    """Returns the arms of an optimizer, by name."""
+    others = [each for each in contestant.overrides if key_of(each) not in KEYS]
+    return {
+        f"{name}.{arm}": replace(contestant, overrides=[*others, *OVERRIDES.get(arm, ())], choice=name, arm=arm)
+        for arm in arms
+    }
 
 
 def _contestant(line: Line, family: Family, name: str, overrides: Sequence[str], shared: Sequence[str]) -> Contestant:
@@ -228,16 +264,24 @@ def _list(line: Line, request: LadderRequest) -> int:
     ladder = request.ladder
     print(_sizes(ladder))
     low = high = 0.0
+    joint = ladder.joint
     for optimizer, contestant in ladder.optimizers.items():
+        is_joint = contestant.arm in SEARCHED and contestant.choice in joint
+        joint = [each for each in joint if each != contestant.choice or not is_joint]  # arms share the search
         lr = contestant.lr or contestant.rates[_PLAIN]
         for rung in ladder.rungs:
             searches = 7 if contestant.lr is None and rung in ladder.searched else 0
-            job = plan(line.composer, ladder.line(optimizer, rung, lr, 0, request.shared))
+            decays = 7 * len(GRID) if is_joint and rung in ladder.searched[:RUNGS] else 0
+            trial, decay = Trial(optimizer, rung, 0), 0.0 if contestant.arm in SEARCHED else None
+            job = plan(line.composer, ladder.line(trial, lr, decay, request.shared))
             estimate = estimate_job([job.saved], job.choices)
             total = (0.0, 0.0) if estimate is None else estimate.total
-            count = searches + ladder.seeds
+            count = decays + searches + ladder.seeds
             low, high = low + count * total[0], high + count * total[1]
-            runs = " + ".join([*([f"{searches} to search the rate"] if searches else []), f"{ladder.seeds} seeds"])
+            parts = {decays: "to search the weight decay", searches: "to search the rate"}
+            runs = " + ".join(
+                [*(f"{number} {text}" for number, text in parts.items() if number), f"{ladder.seeds} seeds"]
+            )
             each = "unknown" if estimate is None else f"about {format_range(*total)}"
             print(f"{optimizer}, {rung}: {runs}; {each} a run", flush=True)
     print(f"{request.expected()} runs: about {low / 3600:.2g} to {high / 3600:.2g} hours, one run at a time")

@@ -18,6 +18,7 @@ from dlopt.extend import (
     key_of,
     lower_is_better,
     suggest,
+    value_of,
 )
 
 FOLDER = "ladder"  # in the laboratory and in a --config-dir
@@ -86,6 +87,12 @@ class Rung:
     samples: int
     compute: float
     epochs: float
+
+    @property
+    def width(self) -> float | None:
+        """Of the model; None: the rung does not set `model.width`."""
+        found = [value_of(each) for each in self.overrides if key_of(each) == "model.width"]
+        return float(found[-1]) if found else None
 
 
 def load_family(name: str, composer: Composer) -> Family:

@@ -24,6 +24,7 @@ def findings(results: Results) -> list[Observation]:
         analysis=analysis, **({} if analysis is None else _doubts(analysis)), missing=results.missing,
         rates=[_rate(results, name) for name in ladder.optimizers
                if ladder.optimizers[name].lr is not None or results.searches[name].fit is not None],
+        decays=results.decays, arms=[each for analysis in results.arms.values() for each in _changes(analysis)],
         searches=[_search(results, name) for name in results.searches], searched=len(ladder.searched),
         fewest=FEWEST, held_out=HELD_OUT, far=_FAR, large_error=_LARGE_ERROR,
         names=names, interval=interval, times=times, signed=signed, short=_short,
@@ -57,6 +58,18 @@ def _doubts(analysis: Analysis) -> dict[str, Any]:
     }
 
 
+def _changes(analysis: Analysis) -> list[dict[str, Any]]:
+    """Returns how the speed-ups over the baseline of an arm change with size."""
+    found = []
+    for name, gain in analysis.gains.items():
+        known = [rung for rung, each in zip(analysis.measured.rungs, gain.interpolated, strict=True)
+                 if not math.isnan(each.value)]  # fmt: skip
+        if not math.isnan(gain.change.value):
+            pair = {"first": known[0], "last": known[-1], "change": gain.change}
+            found.append({"name": name, "base": analysis.measured.baseline, **pair})
+    return found
+
+
 def _rate(results: Results, name: str) -> dict[str, Any]:
     contestant = results.ladder.optimizers[name]
     return {
@@ -71,7 +84,8 @@ def _search(results: Results, name: str) -> dict[str, Any]:
     search = results.searches[name]
     has_fit = search.fit is not None
     return {
-        "name": name, "failed": results.failed(name), "is_unfinished": bool(search.losses) and not has_fit,
+        "name": name, "failed": results.failed(name),
+        "is_unfinished": results.ladder.optimizers[name].lr is None and not has_fit,
         "at_end": [rung for rung, best in search.optima.items() if best.at_end and has_fit],
         "lost": [rung for rung, each in search.losses.items() if each and rung not in search.optima and not has_fit],
         "error": (search.fit.error if search.fit is not None else None) or 1.0,

@@ -8,8 +8,9 @@ from typing import Any
 
 from dlopt.basics.locks import locked
 from dlopt.extend import RunFolder, UserError, read_json, write_json
+from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, DecaySearch, decay_search, missing_decays
 from dlopt.lab.ladder.family import Rules, Rung
-from dlopt.lab.ladder.rates import Optimum, RateFit, fit_rates, missing, optimum, rate
+from dlopt.lab.ladder.rates import GRID, Optimum, RateFit, fit_rates, missing, optimum, rate
 from dlopt.lab.trials import UNRECORDED, has_ended
 from dlopt.tracking.metrics import read_metrics
 
@@ -20,17 +21,21 @@ _SAVE_EVERY = 1000  # updates: at most so many are lost when a process is killed
 
 @dataclass(frozen=True)
 class Contestant:
-    """An optimizer of a ladder.
+    """An optimizer of a ladder, or an arm of one.
 
     Attributes:
         rates: key -> centre of the search. All of them move together, in the ratio of their centres.
         lr: the learning rate of all rungs, if the user has fixed it; None: searched.
         overrides: of the optimizer, from the command line.
+        choice: the optimizer of an arm; None: the contestant has its name.
+        arm: how its weight decay follows the width (`arms.py`); None: it keeps its default.
     """
 
     rates: Mapping[str, float]
     lr: float | None
     overrides: Sequence[str]
+    choice: str | None = None
+    arm: str | None = None
 
     def lines(self, lr: float) -> list[str]:
         """Returns the overrides of all rates for a learning rate."""
@@ -42,16 +47,22 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a rung: of the search of the rate with an index (`rates.py`), or with the rung's best rate (None)."""
+    """A run of a rung: of the search of the rate with an index (`rates.py`), or with the rung's best rate (None).
+
+    `decay`: index of the weight decay, in the search that the arms of the optimizer share.
+    """
 
     optimizer: str
     rung: str
     seed: int
     index: int | None = None
+    decay: int | None = None
 
     @property
     def subfolder(self) -> str:
         last = f"seed-{self.seed}" if self.index is None else f"rate{self.index:+d}"
+        if self.decay is not None:
+            last = f"decay{self.decay:+d}-{last}"
         return f"{self.optimizer}/{self.rung}/{last}"
 
 
@@ -87,6 +98,12 @@ class Ladder:
     overrides: Sequence[str]
     commands: Sequence[str] = ()
 
+    @property
+    def joint(self) -> list[str]:
+        """Optimizers whose weight decay and rates are searched together."""
+        found = [each.choice for each in self.optimizers.values() if each.arm in SEARCHED and each.choice]
+        return [*dict.fromkeys(found)]
+
     def merged(self, other: "Ladder", folder: Path) -> "Ladder":
         """Returns the ladder of the trials of both. Raises `UserError` if they contradict each other."""
         keys = ("family", "experiment", "metric", "tokens_per_parameter", "searched", "overrides")
@@ -107,19 +124,31 @@ class Ladder:
             commands=list(dict.fromkeys([*self.commands, *other.commands])),
         )
 
-    def line(self, optimizer: str, rung: str, lr: float, seed: int, shared: Sequence[str]) -> list[str]:
-        """Returns the overrides of a run, evaluated at its end only. `shared`: as typed, with those of the machine."""
-        contestant = self.optimizers[optimizer]
+    def contestant(self, trial: Trial) -> Contestant:
+        """Returns the contestant of a trial; arms that share a search differ in nothing that it sets."""
+        if trial.decay is None:
+            return self.optimizers[trial.optimizer]
+        return next(
+            each for each in self.optimizers.values() if each.choice == trial.optimizer and each.arm in SEARCHED
+        )
+
+    def line(self, trial: Trial, lr: float, decay: float | None, shared: Sequence[str]) -> list[str]:
+        """Returns the overrides of a run, evaluated at its end only.
+
+        `decay`: None keeps the optimizer's; `shared`: as typed, with those of the machine.
+        """
+        contestant, rung = self.contestant(trial), self.rungs[trial.rung]
         return [
             f"experiment={self.experiment}",
-            *self.rungs[rung].overrides,
-            f"optimizer={optimizer}",
+            *rung.overrides,
+            f"optimizer={contestant.choice or trial.optimizer}",
             *contestant.lines(lr),
             *contestant.overrides,
+            *([] if decay is None else [f"optimizer.weight_decay={decay!r}"]),
             *shared,
-            f"steps={self.rungs[rung].updates}",
+            f"steps={rung.updates}",
             f"monitor={self.metric}",
-            f"seed={seed}",
+            f"seed={trial.seed}",
             "evaluate.every_epochs=1000000",
             *UNRECORDED,
             f"checkpoint.every_steps={_SAVE_EVERY}",
@@ -180,7 +209,7 @@ def recorded(folder: Path) -> dict[Trial, Outcome]:
     content = _results(folder)
     try:
         return {
-            Trial(each["optimizer"], each["rung"], each["seed"], each["index"]): Outcome(
+            Trial(each["optimizer"], each["rung"], each["seed"], each["index"], each.get("decay")): Outcome(
                 math.inf if each["loss"] is None else each["loss"], each["seconds"], each["failure"]
             )
             for each in [*content.get("runs", []), *content.get("search_runs", [])]
@@ -198,7 +227,7 @@ class Search:
     """The search of an optimizer's learning rate: losses and optimum of each searched rung, and their fit.
 
     Attributes:
-        losses: rung -> learning rate -> loss.
+        losses: rung -> learning rate -> loss; {}: no search, or an arm whose weight decay is not known yet.
         fit: extrapolates the optima to larger rungs; None: the search is not complete, or all runs of a rung failed.
     """
 
@@ -248,22 +277,53 @@ class LadderRequest:
         """Returns the results of all trials that have been read."""
         return dict(self._known)
 
-    def searches(self, optimizer: str, rung: str) -> dict[int, float]:
+    def searches(self, optimizer: str, rung: str, decay: int | None = None) -> dict[int, float]:
         """Returns the losses of the search of a rung, by index."""
         found: dict[int, float] = {}
         while new := missing(found):
-            outcomes = {index: self.outcome(Trial(optimizer, rung, 0, index)) for index in new}
+            outcomes = {index: self.outcome(Trial(optimizer, rung, 0, index, decay)) for index in new}
             known = {index: outcome.loss for index, outcome in outcomes.items() if outcome is not None}
             found |= known
             if len(known) < len(new):
                 break
         return found
 
+    def decays(self, choice: str, rung: str) -> tuple[dict[int, float], list[Trial]]:
+        """Returns the losses at the best rate of each weight decay, by index, and the trials that can run now."""
+        found: dict[int, float] = {}
+        waiting: list[Trial] = []
+        while not waiting and (new := missing_decays(found)):
+            for decay in new:
+                losses = self.searches(choice, rung, decay)
+                if indices := missing(losses):
+                    waiting += [Trial(choice, rung, 0, index, decay) for index in indices]
+                    continue
+                best = optimum({rate(1.0, index): loss for index, loss in losses.items()})
+                found[decay] = math.inf if best is None else best.loss
+        return found, waiting
+
+    def decay_search(self, choice: str) -> DecaySearch:
+        """Returns the state of the search of an optimizer's weight decay."""
+        rungs = self.ladder.searched[:RUNGS]
+        losses = {rung: self.decays(choice, rung)[0] for rung in rungs}
+        return decay_search(losses, [self.ladder.rungs[rung].width for rung in rungs])
+
+    def decay(self, trial: Trial) -> float | None:
+        """Returns the weight decay that the ladder sets; None: it sets none, or has found none yet."""
+        contestant = self.ladder.contestant(trial)
+        if trial.decay is not None:
+            return rate(CENTRE, trial.decay)
+        if contestant.choice is None or contestant.arm not in SEARCHED:
+            return None
+        return self.decay_search(contestant.choice).decay(contestant.arm, self.ladder.rungs[trial.rung].width)
+
     def search(self, optimizer: str) -> Search:
-        """Returns the state of an optimizer's search."""
+        """Returns the state of an optimizer's search. That of an arm waits for its weight decay."""
         contestant, rungs = self.ladder.optimizers[optimizer], self.ladder.rungs
         if contestant.lr is not None:
             return Search({}, {}, RateFit(contestant.lr, 0.0, None))
+        if contestant.arm in SEARCHED and self.decay(Trial(optimizer, self.ladder.searched[0], 0)) is None:
+            return Search({}, {}, None)
         centre = contestant.rates["optimizer.lr"]
         losses: dict[str, dict[float, float]] = {}
         optima: dict[str, Optimum] = {}
@@ -285,13 +345,16 @@ class LadderRequest:
     def waiting(self) -> list[Trial]:
         """Returns the trials without a result that can run now: small rungs first, in them seed by seed."""
         found = []
-        for optimizer, contestant in self.ladder.optimizers.items():
+        for choice in self.ladder.joint:
+            for rung in self.ladder.searched[:RUNGS]:
+                found += self.decays(choice, rung)[1]
+        for optimizer in self.ladder.optimizers:
             search = self.search(optimizer)
             if search.fit is not None:
                 found += self.finals(optimizer)
-            elif contestant.lr is None:
-                for rung in self.ladder.searched:
-                    found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
+                continue
+            for rung in search.losses:
+                found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
         return sorted((each for each in found if self.outcome(each) is None), key=self.place)
 
     def place(self, trial: Trial) -> tuple[int, int]:
@@ -299,23 +362,25 @@ class LadderRequest:
         return [*self.ladder.rungs].index(trial.rung), trial.seed
 
     def lr(self, trial: Trial) -> float:
-        contestant = self.ladder.optimizers[trial.optimizer]
         if trial.index is not None:
-            return rate(contestant.rates["optimizer.lr"], trial.index)
+            return rate(self.ladder.contestant(trial).rates["optimizer.lr"], trial.index)
         lr = self.search(trial.optimizer).lr(trial.rung, self.ladder.rungs[trial.rung].parameters)
         assert lr is not None  # otherwise the trial does not wait
         return lr
 
     def line(self, trial: Trial) -> list[str]:
-        return self.ladder.line(trial.optimizer, trial.rung, self.lr(trial), trial.seed, self.shared)
+        return self.ladder.line(trial, self.lr(trial), self.decay(trial), self.shared)
 
     def label(self, trial: Trial) -> str:
         purpose = "search" if trial.index is not None else f"seed {trial.seed}"
-        return f"{trial.optimizer}, {trial.rung}, {purpose}: lr={self.lr(trial):g}"
+        decay = self.decay(trial)
+        decays = "" if decay is None else f", weight_decay={decay:g}"
+        return f"{trial.optimizer}, {trial.rung}, {purpose}: lr={self.lr(trial):g}{decays}"
 
     def expected(self) -> int:
         """Returns the number of trials, if no grid has to be extended further."""
         ladder = self.ladder
         searched = sum(each.lr is None for each in ladder.optimizers.values()) * len(ladder.searched)
-        planned = searched * (5 + 2) + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds
+        decays = len(GRID) * len(ladder.joint) * len(ladder.searched[:RUNGS])
+        planned = (searched + decays) * (5 + 2) + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds
         return max(planned, len(self.waiting()) + len(self.known()))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from statistics import median
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.lab.ladder.analysis import Analysis, Measured, analyze
+from dlopt.lab.ladder.arms import SEARCHED, DecaySearch
 from dlopt.lab.ladder.ladder import Ladder, LadderRequest, Outcome, Search, Trial
 from dlopt.run import environment
 
@@ -26,6 +27,8 @@ class Results:
         searched: trials of the searches that have ended.
         outcomes: of the runs at the best rates that have ended.
         analysis: None: too few runs have ended.
+        decays: searches of the weight decay, by optimizer.
+        arms: analyses of the optimizers of each arm, whose first is the baseline; arms with results of two only.
     """
 
     ladder: Ladder
@@ -34,6 +37,8 @@ class Results:
     outcomes: Mapping[Trial, Outcome]
     analysis: Analysis | None
     facts: Mapping[str, Any]
+    decays: Mapping[str, DecaySearch] = field(default_factory=dict)
+    arms: Mapping[str, Analysis] = field(default_factory=dict)
 
     @property
     def missing(self) -> int:
@@ -42,6 +47,18 @@ class Results:
 
     def lr(self, optimizer: str, rung: str) -> float | None:
         return self.searches[optimizer].lr(rung, self.ladder.rungs[rung].parameters)
+
+    def decay(self, optimizer: str, rung: str) -> float | None:
+        """Returns the weight decay of an arm; None: it has none yet, or the norm of matrices is fixed."""
+        contestant = self.ladder.optimizers[optimizer]
+        if contestant.arm in SEARCHED and contestant.choice in self.decays:
+            return self.decays[contestant.choice].decay(contestant.arm, self.ladder.rungs[rung].width)
+        return 0.0 if contestant.arm == "zero" else None
+
+    def summed_decay(self, optimizer: str, rung: str) -> float | None:
+        """Returns half the peak rate * weight decay * updates: the sum over a run with a cosine schedule."""
+        lr, decay = self.lr(optimizer, rung), self.decay(optimizer, rung)
+        return None if lr is None or decay is None else lr / 2 * decay * self.ladder.rungs[rung].updates
 
     def failed(self, optimizer: str) -> int:
         return sum(trial.optimizer == optimizer and bool(each.failure) for trial, each in self.outcomes.items())
@@ -57,7 +74,19 @@ def collect(request: LadderRequest) -> Results:
     known = request.known()
     searched = {trial: each for trial, each in known.items() if trial.index is not None}
     facts = _facts(ladder, sum(each.seconds for each in known.values()))
-    return Results(ladder, searches, searched, outcomes, analyze(measured(ladder, outcomes)), facts)
+    whole, decays = measured(ladder, outcomes), {name: request.decay_search(name) for name in ladder.joint}
+    return Results(ladder, searches, searched, outcomes, analyze(whole), facts, decays, _by_arm(ladder, whole))
+
+
+def _by_arm(ladder: Ladder, whole: Measured) -> dict[str, Analysis]:
+    """Compares the optimizers of each arm."""
+    found = {}
+    for arm in dict.fromkeys(each.arm for each in ladder.optimizers.values()):
+        losses = {name: each for name, each in whole.losses.items() if ladder.optimizers[name].arm == arm}
+        analysis = analyze(replace(whole, losses=losses)) if arm is not None and len(losses) > 1 else None
+        if arm is not None and analysis is not None and analysis.gains:
+            found[arm] = analysis
+    return found
 
 
 def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
@@ -98,6 +127,10 @@ def to_json(results: Results) -> str:
         "search_runs": [{**asdict(trial), **asdict(each)} for trial, each in results.searched.items()],
         "analysis": None if results.analysis is None else _analysis(results.analysis),
     }
+    if results.decays:
+        content["decays"] = {name: _decays(each) for name, each in results.decays.items()}
+    if results.arms:
+        content["arms"] = {arm: _analysis(each) for arm, each in results.arms.items()}
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
 
 
@@ -108,6 +141,14 @@ def _search(search: Search) -> dict[str, Any]:
         "optima": {rung: asdict(each) for rung, each in search.optima.items()},
         "fit": None if search.fit is None else asdict(search.fit),
     }
+
+
+def _decays(search: DecaySearch) -> dict[str, Any]:
+    losses = {rung: {f"{decay:g}": loss for decay, loss in each.items()} for rung, each in search.losses.items()}
+    optima = {
+        rung: {"decay": each.lr, "loss": each.loss, "at_end": each.at_end} for rung, each in search.optima.items()
+    }
+    return {"losses": losses, "optima": optima, "constant": search.constant, "per_width": search.per_width}
 
 
 def _analysis(analysis: Analysis) -> dict[str, Any]:

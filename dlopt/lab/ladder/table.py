@@ -18,7 +18,8 @@ def tables(results: Results) -> list[Table]:
     if results.analysis is not None:
         found += [_losses(results.analysis), *_gains(results.analysis), _laws(results.analysis)]
         found.append(_seconds(results.analysis))
-    return [*found, _rates(results)]
+    found += _arms(results)
+    return [*found, _rates(results), *_decays(results)]
 
 
 def lines(results: Results, width: int = WIDTH) -> list[str]:
@@ -57,6 +58,36 @@ def _gains(analysis: Analysis) -> list[Table]:
         Table(["optimizer", *rungs], interpolated, title=f"{over}, between its measured losses (-: beyond them)"),
         Table(["optimizer", *rungs], loss, title=f"Loss minus that of {printable(base)}, paired by seed"),
     ]
+
+
+def _arms(results: Results) -> list[Table]:
+    """Returns how the optimizers of an arm differ from the first one of the same arm."""
+    interpolated, loss = [], []
+    for analysis in results.arms.values():
+        for name, gain in analysis.gains.items():
+            interpolated.append([_name(name), *map(times, gain.interpolated), times(gain.change)])
+            loss.append([_name(name), *(signed(each, "+.3f") for each in gain.difference)])
+    if not loss:
+        return []
+    base, rungs = printable(next(iter(results.ladder.optimizers.values())).choice or ""), [*results.ladder.rungs]
+    title = f"Speed-up over {base} of the same arm in compute, between its measured losses (-: beyond them)"
+    return [
+        Table(["optimizer", *rungs, "last / first"], interpolated, title=title),
+        Table(["optimizer", *rungs], loss, title=f"Loss minus that of {base} of the same arm, paired by seed"),
+    ]
+
+
+def _decays(results: Results) -> list[Table]:
+    """Returns the weight decays of the arms, and their sums over a run."""
+    rungs, tables = [*results.ladder.rungs], []
+    names = [name for name, each in results.ladder.optimizers.items() if each.arm is not None]
+    for title, value in (
+        ("Weight decay", results.decay),
+        ("Weight decay summed over a run: half the peak rate * weight decay * updates", results.summed_decay),
+    ):
+        rows = [[_name(name), *(number(value(name, rung), ".3g") for rung in rungs)] for name in names]
+        tables.append(Table(["optimizer", *rungs], rows, title=title))
+    return tables if names else []
 
 
 def _seconds(analysis: Analysis) -> Table:

@@ -143,6 +143,24 @@ def test_lists_the_runs_and_estimates_their_time(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_arms_of_weight_decay(place: Path) -> None:
+    line = ("optimizer=adamw", *LINE, "rungs=2", "arms=[constant,zero]")
+    listed = dlopt(place, "ladder", *line, "dry_run=true").out
+    assert "adamw.constant, one: 35 to search the weight decay + 7 to search the rate + 1 seeds;" in listed
+    assert "adamw.constant, two: 1 seeds;" in listed and "adamw.zero, one: 7 to search the rate + 1 seeds;" in listed
+    result = dlopt(place, "ladder", *line)
+    assert result.code == 0, result.err
+    content = json.loads((place / "out/results.json").read_text())
+    for arm, decay in (("constant", content["decays"]["adamw"]["constant"]), ("zero", 0)):
+        config = RunFolder(place / f"out/adamw.{arm}/two/seed-0").config() or {}
+        assert config["optimizer"]["weight_decay"] == pytest.approx(decay, rel=1e-3)
+        assert config["optimizer"]["_target_"] == "dlopt.optim.adamw"
+    searched = RunFolder(place / "out/adamw/one/decay-2-rate+2").config() or {}
+    assert searched["optimizer"]["weight_decay"] == pytest.approx(0.1 / 10**0.5, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> None:
     arguments = ("optimizer=sgd,adamw", *LINE)
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
@@ -233,6 +251,11 @@ def _ladder(*arguments: str) -> None:
         (("optimizer=sgd", "model=tiny", "optimizer.lr=-1"), "optimizer.lr=-1"),
         (("optimizer=prodigy", "model=tiny"), "optimizer=prodigy: has no learning rate to search"),
         (("optimizer=sgd", "model=tiny", "data.batch_size=full"), "data.batch_size=full: a ladder needs a number"),
+        (("optimizer=adamw", "model=tiny", "arms=[]"), "arms=[]: needs at least one value"),
+        (("optimizer=adamw", "model=tiny", "arms=[half]"), "each constant | inverse | zero | hyperball"),
+        (("optimizer=adamw", "model=tiny", "arms=[inverse]"), "arms=inverse: the rungs of model=tiny have no"),
+        (("optimizer=lion", "model=tiny", "arms=[zero,hyperball]"), "optimizer.hyperball"),
+        (("optimizer=adamw", "model=tiny", "arms=[zero]", "optimizer.lr=0.1"), "optimizer.lr=0.1: the arms set weight"),
         (("report", "conf"), "conf: not the folder of a ladder"),
         (("report",), "one folder is needed"),
     ],
