@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 def update_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Merges `manifest` into the folder's and returns the result. Raises `UserError` if they contradict each other."""
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".manifest.lock"):
+    with locked(folder / ".manifest.lock"):  # several processes may share the trials, each adds what it was given
         former = read_manifest(folder)
         merged = manifest if former is None else former.merged(manifest, folder)
         write_json(folder / MANIFEST, asdict(merged), indent=1)

@@ -112,7 +112,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         ),
     )
     jobs = _jobs(comparison, plans, folder)
-    with RunFolder(folder).lock():
+    with RunFolder(folder).lock():  # before the claims are frozen: a second start must not judge by others
         frozen = _freeze(composer, config, folder)
         is_new = list_jobs(folder, [*jobs.values()])
         if is_submitted and not all(map(has_ended, jobs.values())):

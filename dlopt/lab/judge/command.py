@@ -125,7 +125,7 @@ def _judge(
         make(home, "output", exist_ok=True)
         judgement = Judgement(home, dict(zip(SIDES, (base, change), strict=True)), entry, seeds)
         judgement.end = math.inf if minutes is None else start + 60 * minutes
-        with RunFolder(home).lock():
+        with RunFolder(home).lock():  # a second judge of this change would run the same pairs
             try:
                 run(judgement, pool, plan_job)
             except KeyboardInterrupt:
