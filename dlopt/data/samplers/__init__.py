@@ -14,6 +14,10 @@ from dlopt.data.samplers.diverse import Diverse
 from dlopt.data.samplers.hard import HardExamples
 from dlopt.data.windows import Windows
 
+BY_SAMPLE = (ClassBalanced, ClassSorted, ClassInterleaved, Diverse, HardExamples)
+"""Samplers that order samples by their labels, inputs or losses: not the windows of a text, which have no labels and
+change in every epoch."""
+
 
 class Sampler(Protocol):
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ from dlopt.augment.pipeline import CentreCrop, crop_when_reading
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.samplers import LossAwareSampler, shifted
+from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, shifted
 from dlopt.data.samples import Samples
 from dlopt.data.windows import Windows
 from dlopt.training.builders import speed
@@ -24,7 +24,7 @@ def training_batches(workload: Workload) -> Batches:
         targets=samples.targets, samples=samples, batch_size=data.batch_size, seed=stream(settings.order_seed, ORDER)
     )
     if isinstance(samples, Windows):
-        if type(sampler).__module__.startswith("dlopt.data.samplers."):
+        if isinstance(sampler, BY_SAMPLE):
             raise UserError(
                 f"{run_config.sampler.choice}: the windows of a text have no labels and change in every epoch; "
                 "use sampler=random"
