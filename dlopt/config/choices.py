@@ -212,7 +212,13 @@ def _chosen(path: Path) -> dict[str, str | None]:
 
 def _parse(path: Path, package: str = "") -> tuple[list[Key], dict[str, Key]]:
     """Returns the defaults list of a file, and its keys by name, below `package`. Raises `UserError`."""
-    text = _read(path)
+    defaults, keys = _parsed(_read(path), path, package)
+    return [*defaults], {**keys}
+
+
+@functools.lru_cache(maxsize=1000)
+def _parsed(text: str, path: Path, package: str) -> tuple[list[Key], dict[str, Key]]:
+    """As `_parse`, of the text of `path`; a message about an unknown key reads train.yaml for every choice."""
     try:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:

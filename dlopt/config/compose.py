@@ -67,7 +67,7 @@ class Composer:
         finally:
             state.hydra = former
             search.reset(token)
-        self._subgroups = functools.cache(self._loader.list_groups)
+        self._listed = functools.cache(self._list)
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -86,6 +86,11 @@ class Composer:
         """Returns the groups that have a choice, the recipes last."""
         groups = sorted(self.groups(), key=lambda group: group == "experiment")
         return [group for group in groups if choice in self.choices(group)]
+
+    def _list(self, group: str, kind: ObjectType) -> list[str]:
+        """Lists a folder of all sources, as Hydra's loader does, which copies all registered configs for each."""
+        sources = [source for source in self._loader.get_sources() if source.is_group(group)]
+        return sorted({name for source in sources for name in source.list(group, kind)})
 
     def get_group_options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Lists the choices of a group for glob(*): without `custom`, which needs a callable."""
@@ -199,22 +204,22 @@ class Composer:
 
     def _is_choice(self, override: Override) -> bool:
         parent, _, name = override.key_or_group.rpartition("/")
-        is_group = name in self._subgroups(parent)
+        is_group = name in self._listed(parent, ObjectType.GROUP)
         return is_group and not isinstance(override.value(), dict)
 
     def groups(self) -> list[str]:
-        return [name for name in self._subgroups("") if name != "hydra"]
+        return [name for name in self._listed("", ObjectType.GROUP) if name != "hydra"]
 
     def choices(self, group: str) -> list[str]:
         """Returns the names of a group's choices, including those in subfolders (`lecture/capacity`)."""
         names = self._options(group)
-        for folder in self._loader.get_group_options(group, ObjectType.GROUP):
+        for folder in self._listed(group, ObjectType.GROUP):
             names += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
         return names
 
     def _options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Lists the files in the folder of a group without fragments, whose names start with an underscore."""
-        return [name for name in self._loader.get_group_options(group, results_filter) if not name.startswith("_")]
+        return [name for name in self._listed(group, results_filter) if not name.startswith("_")]
 
     def _check_overrides(self, overrides: Iterable[Override], multirun: bool) -> None:
         """Raises `UserError` for overrides that Hydra accepts but that are certainly mistakes."""
@@ -261,9 +266,10 @@ class Composer:
         groups = self.groups()
         # Groups first, as Hydra applies them.
         ordered = sorted(overrides, key=lambda override: override.key_or_group not in groups)
+        choices = [each for each in ordered if each.key_or_group in groups]
         config, count, fault = DictConfig({}), 0, error
         try:
-            for count in range(len(ordered)):
+            for count in range(len(choices) if self._can_compose(choices, multirun) else 0, len(ordered)):
                 config = self._compose(ordered[:count], multirun)
             count = len(ordered)  # all of them fail with `error`
         except _COMPOSITION_ERRORS as earlier:
@@ -274,6 +280,13 @@ class Composer:
         if self.config_name != CONFIG_NAME and "primary config" in str(fault):
             return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
         return first_lines(fault)  # a config file is at fault
+
+    def _can_compose(self, overrides: list[Override], multirun: bool) -> bool:
+        try:
+            self._compose(overrides, multirun)
+        except _COMPOSITION_ERRORS:
+            return False
+        return True
 
     def _explain_override(self, override: Override, config: DictConfig, error: Exception) -> str:
         """Says what is wrong with `override`; `config` is composed without it."""

@@ -14,10 +14,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dlopt.config.choices import config_folder
 from dlopt.config.overrides import key_of
@@ -30,9 +30,9 @@ _memory: dict[Hashable, bytes] = {}
 
 
 def recall(values: Sequence[Override], load: Callable[[], DictConfig], key: Hashable) -> DictConfig | None:
-    """Returns a copy of the config that `load` composes, with `values` set in it.
+    """Returns a copy of the config that `load` composes, with `values` set in it; None: only Hydra can compose it.
 
-    None: only Hydra can compose these overrides, or explain what is wrong with them.
+    Raises Hydra's error for a value that cannot be set.
 
     Args:
         values: overrides that select no files, except sweeps, which a job replaces by single values.
@@ -48,13 +48,8 @@ def recall(values: Sequence[Override], load: Callable[[], DictConfig], key: Hash
     config: DictConfig = pickle.loads(_memory[key])  # ten times faster than OmegaConf's own copy
     if config.hydra.searchpath:  # its folders may have other groups and choices
         return None
-    try:
-        for each in values:
-            _set(config, each)
-    except (OmegaConfBaseException, ConfigCompositionException):
-        return None
-    except ValueError as error:  # a key inside a list, which takes indices: tracking.wandb=true
-        raise ConfigCompositionException(str(error)) from error
+    for each in values:
+        _set(config, each)
     config.hydra.runtime.cwd = os.getcwd()
     return config
 
@@ -151,9 +146,14 @@ def _read(file: Path) -> tuple[list[Any], DictConfig]:
 
 def _set(config: DictConfig, override: Override) -> None:
     """Sets a value in a composed config. Raises an error where Hydra would, except for lists in place of blocks."""
-    key, value = override.key_or_group, override.value()
+    key, value, line = override.key_or_group, override.value(), override.input_line
     is_new = override.is_add() and not isinstance(value, dict | list)
-    if is_new and OmegaConf.select(config, key, throw_on_missing=False) is not None:
-        raise ConfigCompositionException(key)
     is_block = isinstance(value, dict)  # anything else in place of a block is explained where the block is checked
-    OmegaConf.update(config, key, value, merge=is_block, force_add=override.is_add() or override.is_force_add())
+    try:
+        if is_new and OmegaConf.select(config, key, throw_on_missing=False) is not None:
+            raise ConfigCompositionException(f"Could not append to config. An item is already at '{key}'.")
+        OmegaConf.update(config, key, value, merge=is_block, force_add=override.is_add() or override.is_force_add())
+    except (OmegaConfBaseException, ValueError) as error:  # ValueError: a key inside a list: tracking.wandb=true
+        is_unknown = override.type is OverrideType.CHANGE and isinstance(error, ConfigAttributeError | ConfigKeyError)
+        reason = f"Could not override '{key}'.\nTo append to your config use +{line}" if is_unknown else str(error)
+        raise ConfigCompositionException(reason) from error
