@@ -78,13 +78,18 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000)
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Makes the first backward pass, in which autograd starts a thread per device.
 
     After torch.export it counts devices that do not exist; then no test that runs later could fork and train.
     """
+    if session.config.getoption("dist", "no") != "no" and not hasattr(session.config, "workerinput"):
+        return  # the process that starts the workers, which wait for it
     import torch  # after the variables above are set
 
+    from tests.support.remembered import remember_configs
+
+    remember_configs()
     if not torch.accelerator.is_available():
         torch.ones((), requires_grad=True).backward()
 
@@ -123,3 +128,4 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
             file.write(b"not drawn")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)  # for the layout

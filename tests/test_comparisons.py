@@ -58,19 +58,19 @@ def run(tmp_path: Path) -> Run:
     return execute
 
 
-@pytest.mark.parametrize("name", LECTURES)
-def test_header_lists_command_and_number_of_runs(name: str) -> None:
-    text = (FOLDER / f"{name}.yaml").read_text()
-    comparison = yaml.safe_load(text)["comparison"]
-    directive, *header = text.partition("\ndefaults:")[0].splitlines()
-    assert directive == "# @package _global_" and all(line.startswith("#") for line in header)
-    assert f"  dlopt train experiment=lecture/{name}" in "\n".join(header)
-    axes = [len(values) for values in comparison.get("along", {}).values()]
-    variants = len(comparison["variants"]) * prod(axes) + len(comparison.get("before", {}))
-    runs = variants * len(comparison.get("seeds", [0]))
-    assert f"{runs} runs, " in "\n".join(header)
-    assert comparison.get("claims") or name == "parallel_comparison"  # too long for several seeds
-    assert comparison["see"].endswith((".", ")", "?")) and len(comparison["see"]) < 300
+def test_headers_list_command_and_number_of_runs() -> None:
+    for name in LECTURES:
+        text = (FOLDER / f"{name}.yaml").read_text()
+        comparison = yaml.safe_load(text)["comparison"]
+        directive, *header = text.partition("\ndefaults:")[0].splitlines()
+        assert directive == "# @package _global_" and all(line.startswith("#") for line in header), name
+        assert f"  dlopt train experiment=lecture/{name}" in "\n".join(header)
+        axes = [len(values) for values in comparison.get("along", {}).values()]
+        variants = len(comparison["variants"]) * prod(axes) + len(comparison.get("before", {}))
+        runs = variants * len(comparison.get("seeds", [0]))
+        assert f"{runs} runs, " in "\n".join(header), name
+        assert comparison.get("claims") or name == "parallel_comparison"  # too long for several seeds
+        assert comparison["see"].endswith((".", ")", "?")) and len(comparison["see"]) < 300, name
 
 
 @pytest.mark.parametrize("name", LECTURES)

@@ -30,9 +30,9 @@ def faults(content: Any) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator().iter_errors(content)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_accepts_every_shipped_recipe(path: Path) -> None:
-    assert faults(yaml.safe_load(path.read_text())) == []
+def test_accepts_every_shipped_recipe() -> None:
+    for path in FILES:
+        assert faults(yaml.safe_load(path.read_text())) == [], path
 
 
 @pytest.mark.parametrize(

@@ -44,19 +44,19 @@ def check_use(advice: str, choices: dict[str, set[str]], keys: set[str]) -> None
             assert key in keys or key == "output", override
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_key(key: str, choices: dict[str, set[str]], keys: set[str]) -> None:
-    assert key not in keys and key not in choices and not any(each.startswith(f"{key}.") for each in keys)
-    assert for_key(key, "7") == f"use {KEYS[key].replace('{}', '7')}"
-    check_use(KEYS[key], choices, keys)
+def test_keys(choices: dict[str, set[str]], keys: set[str]) -> None:
+    for key, use in KEYS.items():
+        assert key not in keys and key not in choices and not any(each.startswith(f"{key}.") for each in keys), key
+        assert for_key(key, "7") == f"use {use.replace('{}', '7')}"
+        check_use(use, choices, keys)
 
 
-@pytest.mark.parametrize("pattern", CHOICES)
-def test_choice(pattern: str, choices: dict[str, set[str]], keys: set[str]) -> None:
-    group, _, choice = pattern.replace("*", "_b0").partition("=")
-    assert choice not in choices[group]
-    assert for_choice(group, choice) == f"use {CHOICES[pattern].replace('{}', choice)}"
-    check_use(CHOICES[pattern], choices, keys)
+def test_choices(choices: dict[str, set[str]], keys: set[str]) -> None:
+    for pattern, use in CHOICES.items():
+        group, _, choice = pattern.replace("*", "_b0").partition("=")
+        assert choice not in choices[group], pattern
+        assert for_choice(group, choice) == f"use {use.replace('{}', choice)}"
+        check_use(use, choices, keys)
 
 
 def test_no_pattern_hides_a_choice(choices: dict[str, set[str]]) -> None:
