@@ -1,8 +1,10 @@
 """Generates the tables of what `dlopt judge` decided on changes of known size, from docs/judge/evidence.json."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from markup import table
 
 from dlopt.lab.judge.sequential import Look, fewest_pairs, looks, rate_of
+from dlopt.lab.judge.sequential import evidence as evidence_of
 
 METRICS = {"val_loss": "validation loss", "val_accuracy": "validation accuracy"}
 SIZES = ((2, 3), (3, 5), (5, 10), (10, math.inf))
@@ -22,7 +25,13 @@ def evidence(folder: Path) -> str:
 
 
 def last(gains: Sequence[float | str], rate: float) -> Look:
-    return [*looks([*map(float, gains)], rate)][-1]
+    return _last(tuple(map(float, gains)), rate)
+
+
+@functools.cache  # a change is in two rows
+def _last(gains: tuple[float, ...], rate: float) -> Look:
+    undecided = [*takewhile(lambda each: each < math.log(1 / rate), evidence_of(gains))]  # 0 is in their intervals
+    return [*looks(gains, rate, first=min(len(undecided) + 1, len(gains)))][-1]
 
 
 def _nulls(found: dict[str, Any]) -> list[str]:

@@ -103,12 +103,12 @@ class Look:
     verdict: Verdict
 
 
-def looks(differences: Sequence[float], rate: float, margin: float = 0.0) -> Iterator[Look]:
-    """Yields a look after each pair, until one decides. Positive differences are gains.
+def looks(differences: Sequence[float], rate: float, margin: float = 0.0, first: int = 1) -> Iterator[Look]:
+    """Yields a look after each pair from the `first` on, until one decides. Positive differences are gains.
 
     The probability of a wrong verdict is at most `rate`, however many pairs there are and whenever they end.
     """
-    for pairs in range(1, len(differences) + 1):
+    for pairs in range(first, len(differences) + 1):
         low, high = interval(differences[:pairs], rate, margin, -margin)
         verdict: Verdict = "undecided"
         if low > margin:
