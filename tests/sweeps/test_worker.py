@@ -13,6 +13,7 @@ import pytest
 from dlopt.basics.files import read_json
 from dlopt.sweeps.queue import Log, live_workers
 from tests.support.line import dlopt
+from tests.support.processes import run_dlopt
 from tests.support.ranks import ROOT
 from tests.support.slurm import LONG
 from tests.sweeps.fake_slurm import SMALL, SUBMIT
@@ -49,9 +50,8 @@ def test_the_submitted_code_runs(tmp_path: Path) -> None:
     ]
     assert dlopt(tmp_path, *SUBMIT, *SMALL, "epochs=1", "seed=0,1", *own).code == 0
     module.write_text(text.replace("1", "2"))
-    worker = start(tmp_path, "sweep", "work", "sweep")
-    said, _ = worker.communicate(timeout=100)
-    assert worker.returncode == 0 and statuses(tmp_path / "sweep") == ["finished"] * 2, said
+    worker = run_dlopt(tmp_path, "sweep", "work", "sweep", environment={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert worker.returncode == 0 and statuses(tmp_path / "sweep") == ["finished"] * 2, worker
     for number in range(2):
         assert "edition 1\n" in (tmp_path / f"sweep/{number}/output.log").read_text()
         facts = read_json(tmp_path / f"sweep/{number}/environment.json") or {}

@@ -154,7 +154,10 @@ def _refuse(key: str, name: str) -> None:
     raise UserError(f"{key}: name={name}: no store")
 
 
-@pytest.mark.parametrize("line", (["train"], ["train", "-m", "seed=0,1"], ["train", "experiment=lecture/clipping"]))
+@pytest.mark.parametrize(
+    "line",
+    (["train"], ["train", "-m", "seed=0,1"], ["train", "experiment=lecture/clipping", "comparison.quick=true"]),
+)
 def test_a_service_that_cannot_record_is_refused_before_the_run(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -49,6 +50,23 @@ LAST = 4 * STEPS_PER_EPOCH
 def stop_at(step: int, folder: Path, *overrides: str) -> dict[str, Any]:
     with at_update(step, terminate):
         return start(folder, *overrides)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], None]:
+    """Returns a function that fills a folder with a run of RICH that was stopped after some update."""
+
+    @cache
+    def original(step: int) -> Path:
+        folder = tmp_path_factory.mktemp("stopped")
+        assert stop_at(step, folder, *RICH)["status"] == "interrupted"
+        return folder
+
+    return lambda folder, step: copy_run(original(step), folder)
+
+
+def copy_run(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def test_same_config_is_bitwise_reproducible(whole: Path, tmp_path: Path) -> None:
@@ -205,7 +223,7 @@ OPTIMIZERS = {name: [f"optimizer={name}", "data.batch_size=25", "epochs=2", "mod
               for name in names("optimizer")}  # fmt: skip
 SCHEDULES = {name: [f"schedule={name}"] for name in names("schedule")}
 RECIPES = {
-    "residual net": ["model=resnet20", "data.subset=60", "model.norm=batch", "epochs=2"],
+    "residual net": ["model=resnet20", "model.depth=8", "data.subset=60", "model.norm=batch", "epochs=2"],
     "fp64": ["precision=fp64", "accumulate=3", "clip=norm"],
     "bf16": ["precision=bf16", "clip=adaptive", "evaluate.every_epochs=3"],
     "early stopping": ["stopping=early", "stopping.patience=1", "monitor=val_loss", "data.drop_last=true"],
@@ -276,8 +294,10 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("lost", LOSSES, ids=lambda f: f.__name__)
-def test_negative_controls(whole: Path, tmp_path: Path, lost: Callable[[], AbstractContextManager[Any]]) -> None:
-    stop_at(6, tmp_path, *RICH)
+def test_negative_controls(
+    whole: Path, stopped: Callable[[Path, int], None], tmp_path: Path, lost: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    stopped(tmp_path, 6)
     with lost():
         resume(tmp_path, *RICH)
     assert timeless(tmp_path) != timeless(whole)
@@ -312,8 +332,8 @@ def test_restores_global_generators(tmp_path: Path, restored: bool) -> None:
 
 
 @pytest.mark.parametrize("length", ["epochs=6", "steps=24"])
-def test_longer_run_is_refused_if_it_would_train_at_zero(length: str, tmp_path: Path) -> None:
-    start(tmp_path, *RICH)
+def test_longer_run_is_refused_if_it_would_train_at_zero(length: str, whole: Path, tmp_path: Path) -> None:
+    copy_run(whole, tmp_path)
     before = result(tmp_path), timeless(tmp_path), (tmp_path / "train.log").read_text()
     with pytest.raises(UserError) as error:
         resume(tmp_path, *RICH, length)
@@ -323,8 +343,10 @@ def test_longer_run_is_refused_if_it_would_train_at_zero(length: str, tmp_path: 
     assert same(before[0], after[0]) and before[1:] == after[1:]
 
 
-def test_interrupted_run_is_refused_if_it_would_end_at_zero(tmp_path: Path) -> None:
-    stop_at(6, tmp_path, *RICH)
+def test_interrupted_run_is_refused_if_it_would_end_at_zero(
+    stopped: Callable[[Path, int], None], tmp_path: Path
+) -> None:
+    stopped(tmp_path, 6)
     with pytest.raises(UserError, match="epochs=6: the schedule of this run ends at epoch 4"):
         resume(tmp_path, *RICH, "epochs=6")
 
@@ -361,9 +383,9 @@ def test_counts_an_epoch_that_steps_ended_early(epoch: int, position: int, epoch
     assert run_length(settings, STEPS_PER_EPOCH, Checkpoint({"progress": progress})).epochs == epochs
 
 
-def test_longer_run_keeps_its_schedule(tmp_path: Path) -> None:
+def test_longer_run_keeps_its_schedule(whole: Path, tmp_path: Path) -> None:
     """Two more epochs with a schedule over the first four, which stays at its final value (zero)."""
-    start(tmp_path, *RICH)
+    copy_run(whole, tmp_path)
     summary = resume(tmp_path, *RICH, "epochs=6", "schedule_epochs=4")
     assert summary["epochs"] == 6
     rates = [line["lr"] for line in timeless(tmp_path)]
@@ -374,8 +396,8 @@ def test_longer_run_keeps_its_schedule(tmp_path: Path) -> None:
     assert rates[4:] == [0.0, 0.0]
 
 
-def test_longer_run_with_schedule_epochs_has_a_new_schedule(tmp_path: Path) -> None:
-    start(tmp_path, *RICH)
+def test_longer_run_with_schedule_epochs_has_a_new_schedule(whole: Path, tmp_path: Path) -> None:
+    copy_run(whole, tmp_path)
     resume(tmp_path, *RICH, "epochs=6", "schedule_epochs=6")
     assert timeless(tmp_path)[4]["lr"] > 0
 
@@ -401,8 +423,10 @@ def test_second_sigint_exits_at_once(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, whole)
 
 
-def test_damaged_last_checkpoint_does_not_change_the_result(whole: Path, tmp_path: Path) -> None:
-    stop_at(10, tmp_path, *RICH)
+def test_damaged_last_checkpoint_does_not_change_the_result(
+    whole: Path, stopped: Callable[[Path, int], None], tmp_path: Path
+) -> None:
+    stopped(tmp_path, 10)
     flip_bit(tmp_path / "checkpoints/last.pt", random.Random(0))
     assert resume(tmp_path, *RICH)["resumed_from"] == [8]
     assert_same_run(tmp_path, whole)
@@ -436,16 +460,16 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
     assert timeless(tmp_path / name) == ends[0 if name == "whole" else 1 :]
 
 
-def test_never_restarts_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
-    stop_at(10, tmp_path, *RICH)
+def test_never_restarts_if_all_checkpoints_are_damaged(stopped: Callable[[Path, int], None], tmp_path: Path) -> None:
+    stopped(tmp_path, 10)
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         flip_bit(path, random.Random(0))
     with pytest.raises(RunError, match=r"all checkpoints in .* are damaged"):
         resume(tmp_path, *RICH)
 
 
-def test_removes_an_incomplete_metrics_line(whole: Path, tmp_path: Path) -> None:
-    stop_at(10, tmp_path, *RICH)
+def test_removes_an_incomplete_metrics_line(whole: Path, stopped: Callable[[Path, int], None], tmp_path: Path) -> None:
+    stopped(tmp_path, 10)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')
     resume(tmp_path, *RICH)

@@ -463,15 +463,17 @@ def whole_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "extra"),
-    [(signal.SIGTERM, WORKERS), (signal.SIGUSR1, []), (signal.SIGKILL, WORKERS)],
+    ("number", "extra", "stops"),
+    [(signal.SIGTERM, WORKERS, [4, 20]), (signal.SIGUSR1, [], [4]), (signal.SIGKILL, WORKERS, [20])],
     ids=["term", "usr1", "kill"],
 )
-def test_signals_to_a_process_group(tmp_path: Path, whole_long: Path, number: signal.Signals, extra: list[str]) -> None:
-    """Signals the process group at a random time, as a cluster does; then `resume=auto`."""
-    folder, resumed_from = tmp_path / "stopped", []
-    for lines in (4, 20, None):
-        overrides = [*LONG, *extra, *([] if lines == 4 else ["resume=auto"])]
+def test_signals_to_a_process_group(
+    tmp_path: Path, whole_long: Path, number: signal.Signals, extra: list[str], stops: list[int]
+) -> None:
+    """Signals the process group after some epochs, as a cluster does; then `resume=auto`."""
+    folder, resumed_from = tmp_path / "stopped", list[int]()
+    for lines in (*stops, None):
+        overrides = [*LONG, *extra, *(["resume=auto"] if resumed_from else [])]
         process = subprocess.Popen(command(folder, *overrides), start_new_session=True, stdout=subprocess.DEVNULL)
         if lines is not None:
             wait_for(folder / "metrics.jsonl", process, lines)
