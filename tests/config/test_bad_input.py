@@ -259,6 +259,8 @@ SWEEPS = {
     "'normalize=${oc.create:[1]}'": ("normalize=${oc.create:[1]}: unknown choice",),
     "'evalu\nate.tta=none'": ("'evalu\\nate.tta=none'", "not a valid key"),
     "hydra=1": ("hydra=1", "one by one"),
+    "hydra.mode=x": ("hydra.mode=x", "expected one of [RUN, MULTIRUN]"),
+    "hydra.job.num=x": ("hydra.job.num=x", "could not be converted to Integer"),
     "hydra.sweep.subdir={a:1}": ("hydra.sweep.subdir={a:1}",),
     "hydra.job.env_set.A=1": ("hydra.job.env_set.A=1", "+hydra.job.env_set.A=1"),
     "hydra.job.env_copy=[NO_SUCH_VARIABLE]": ("hydra.job.env_copy", "inherit"),

@@ -14,6 +14,7 @@ from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -304,6 +305,17 @@ def test_notices_what_is_registered_with_hydra() -> None:
         ConfigStore.instance().store(group="optimizer", name="registered", node={"lr": value})
         assert [Composer().compose(["optimizer=registered"]).optimizer.lr for _ in range(2)] == [value, value]
     del ConfigStore.instance().repo["optimizer"]["registered.yaml"]
+
+
+def test_lists_groups_and_choices_as_hydra_does(tmp_path: Path) -> None:
+    write(tmp_path / "optimizer/mine.yaml", "lr: 1\n")
+    write(tmp_path / "optimizer/folder/mine.yaml", "lr: 2\n")
+    write(tmp_path / "things/one.yaml", "key: 1\n")
+    composer = Composer(config_dir=str(tmp_path))
+    for group in ("", "optimizer", "optimizer/folder", "things", "hydra", "hydra/launcher", "experiment", "nothing"):
+        for kind in (ObjectType.CONFIG, ObjectType.GROUP):
+            assert composer._listed(group, kind) == composer._loader.get_group_options(group, kind)
+    assert {"mine", "folder/mine"} < set(composer.choices("optimizer")) and "things" in composer.groups()
 
 
 def test_the_configs_that_were_used_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
