@@ -6,9 +6,10 @@ x receptive field), fan_out the number of units that read an input.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from math import sqrt
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -330,11 +331,15 @@ def gpt2(model: nn.Module, generator: torch.Generator, *, std: NonNegative, zero
 
 
 class WidthGrowth(NamedTuple):
-    """Names of the weights that grow with the width of the model, which is now `width`."""
+    """Names of the parameters that grow with the width of the model, which is now `width`.
+
+    Those of neither set have outputs that grow: input weights, embeddings, biases and gains.
+    """
 
     width: int
-    hidden: frozenset[str]  # inputs and outputs grow
-    outputs: frozenset[str]  # only the inputs grow
+    hidden: frozenset[str]  # weights whose inputs and outputs grow
+    outputs: frozenset[str]  # weights of which only the inputs grow
+    dimensions: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # that grow, by name
 
 
 def mup(
@@ -350,9 +355,9 @@ def mup(
 
     With m = width / base_width: N(0, std^2) for input weights and embeddings, N(0, std^2 / m) for hidden weights, whose
     inputs and outputs grow with the width, and N(0, std^2 / m^2) for output weights, of which only the inputs grow. The
-    learning rates of hidden and output weights are divided by m (`dlopt.training.builders.mup`), for Adam and its
-    relatives. Where the features per head grow, divide attention scores by their number (`model.attention_scale=linear`
-    of GPT); without this key (ViT), let the number of heads grow with the width.
+    learning rates follow from the optimizer (`dlopt.training.builders.mup`): Adam's are divided by m for hidden and
+    output weights. Where the features per head grow, divide attention scores by their number
+    (`model.attention_scale=linear` of GPT); without this key (ViT), let the number of heads grow with the width.
 
     Errors: UserError if the output layer shares its weights with the embedding.
     """

@@ -17,4 +17,4 @@ from dlopt.optim.prodigy import Prodigy
 from dlopt.optim.sam import SAM
 from dlopt.optim.sgd import LARS, SGDW, Lion, Rprop, Signum
 from dlopt.optim.sophia import Sophia
-from dlopt.optim.traits import OptimizerTraits
+from dlopt.optim.traits import OptimizerTraits, StepSize

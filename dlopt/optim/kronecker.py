@@ -5,7 +5,7 @@ All see a tensor along each of its modes (dimensions), as a matrix [size of the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,7 +18,14 @@ from dlopt.basics.ranges import Count, Fraction, NonNegative, Positive, Positive
 from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_steps, evaluate, gradients
 from dlopt.optim.hyperball import move_on_sphere, radius
 from dlopt.optim.orthogonalize import QUINTIC, as_matrix, orthogonalize
-from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
+from dlopt.optim.traits import (
+    ELEMENTWISE,
+    OptimizerTraits,
+    Shape,
+    StepSize,
+    entrywise_growth,
+    independent_growth,
+)
 
 _FLAT_UPDATES, _DECAY = 500, 0.001  # of the fraction of updates that also update Kron's preconditioner
 _WHITENING_STEPS = 10  # iterations that orthogonalize an update of SOAP, as in the authors' code
@@ -64,6 +71,12 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors[0], vectors
 
 
+def _shampoo_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
+    """Of U S V^T, the factors leave U V^T; the diagonal of H_i multiplies its norm by about n_i^(1/2k)."""
+    now, before = (math.prod(size for size in each if size > group["max_size"]) for each in (shape, base))
+    return float((now / before) ** (0.5 / max(1, len(shape))))
+
+
 class Shampoo(RealOptimizer):
     """Full-matrix preconditioning of each mode of a tensor (Gupta et al. 2018, algorithm 2), with decoupled
     weight decay.
@@ -76,7 +89,9 @@ class Shampoo(RealOptimizer):
     `update_every` ones.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True)
+    traits: ClassVar[OptimizerTraits] = replace(
+        ELEMENTWISE, scope="tensor", decoupled_decay=True, step_size=StepSize(_shampoo_growth, damping="eps")
+    )
 
     def __init__(
         self,
@@ -140,7 +155,9 @@ class DistributedShampoo(RealOptimizer):
     splits dimensions larger than `max_size` into blocks; here these use the diagonal of H_i.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True)
+    traits: ClassVar[OptimizerTraits] = replace(
+        ELEMENTWISE, scope="tensor", decoupled_decay=True, step_size=StepSize(entrywise_growth)
+    )
 
     def __init__(
         self,
@@ -199,6 +216,18 @@ def _damped_inverse_root(average: Tensor, order: int, eps: float) -> Tensor:
     return (vectors * values.pow(-1 / order)) @ vectors.T
 
 
+def _soap_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
+    """In a basis of earlier gradients, a new one has many small entries, which Adam then brings to one size.
+
+    Qiu et al. 2025 compute the basis from the gradient that they then rotate, which leaves few entries that are not
+    zero: their steps are as long as Shampoo's.
+    """
+    rotated = len(shape) > 1 and max(shape) <= group["max_size"]
+    if rotated or (group["orthogonalize"] and len(shape) > 1 and group.get("use_muon", True)):
+        return independent_growth(group, shape, base)
+    return entrywise_growth(group, shape, base)
+
+
 class SOAP(RealOptimizer):
     """Adam in the eigenbasis of Shampoo's preconditioners (Vyas et al. 2024, algorithm 3), with decoupled weight decay.
 
@@ -219,9 +248,10 @@ class SOAP(RealOptimizer):
 
     @property
     def traits(self) -> OptimizerTraits:
-        return replace(
-            ELEMENTWISE, scope="tensor", rests_at_zero_lr=not self.defaults["hyperball"], decoupled_decay=True
-        )
+        traits = replace(ELEMENTWISE, scope="tensor", decoupled_decay=True, step_size=StepSize(_soap_growth))
+        if self.defaults["hyperball"]:  # a rotated step has no known norm; it sets the norm of weights again
+            traits = replace(traits, rests_at_zero_lr=False, step_size=None)
+        return traits
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Muon and Scion: steps by orthogonalized momenta."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import compress
 from typing import Any, ClassVar, Literal
@@ -28,7 +28,7 @@ from dlopt.optim.common import (
 )
 from dlopt.optim.hyperball import check_hyperball, move_on_sphere, radius, refuse_with_hyperball
 from dlopt.optim.orthogonalize import QUINTIC, Coefficients, as_matrix, normalize_rows, orthogonalize
-from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
+from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits, Shape, StepSize, entrywise_growth
 
 
 class Muon(torch.optim.Optimizer):
@@ -132,6 +132,8 @@ class Muon(torch.optim.Optimizer):
         # Torch's SGD adds the decay to the gradient; normalized weights are not those that the decay has shrunk.
         decoupled = self._rest_class is not torch.optim.SGD and not self._keys["normalize_weights"]
         traits = replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"], decoupled_decay=decoupled)
+        if decoupled and not self._keys["hyperball"]:  # not for SGD, nor relative to the norm of the weights
+            traits = replace(traits, step_size=StepSize(_muon_growth))
         return replace(traits, rests_at_zero_lr=not self._keys["hyperball"])  # which sets the norm again
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -227,11 +229,29 @@ def _selected(group: dict[str, Any], chosen: list[bool]) -> dict[str, Any]:
     return {key: list(compress(group[key], chosen)) for key in keys}
 
 
-def _lr_factor(shape: tuple[int, ...], adjust_lr_fn: str) -> float:
+def _lr_factor(shape: Shape, adjust_lr_fn: str) -> float:
     """Adjusts the learning rate to a matrix's shape: as Jordan does, or so that updates have the RMS of AdamW's (Liu et
     al. 2025, "Muon is scalable for LLM training", section 2.2)."""
     rows, columns = shape
     return math.sqrt(max(1.0, rows / columns)) if adjust_lr_fn == "original" else 0.2 * math.sqrt(max(rows, columns))
+
+
+def _muon_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
+    if not group["use_muon"]:  # AdamW
+        return entrywise_growth(group, shape, base)
+    now, before = (_lr_factor((each[0], math.prod(each[1:])), group["adjust_lr_fn"]) for each in (shape, base))
+    return now / before
+
+
+def _scion_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
+    if len(shape) > 1 and group["use_muon"]:
+        return _scion_scale(shape) / _scion_scale(base)
+    signs = entrywise_growth(group, shape, base)
+    return signs * math.prod(base[1:]) / math.prod(shape[1:])
+
+
+def _scion_scale(shape: Shape) -> float:
+    return math.sqrt(shape[0] / shape[1]) / math.prod(shape[2:])
 
 
 class Scion(RealOptimizer):
@@ -248,7 +268,10 @@ class Scion(RealOptimizer):
     weights on the balls; dlopt's `init` stays as it is.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, scope="tensor")
+    # The radii: with `constrained`, lr also sets the decay.
+    traits: ClassVar[OptimizerTraits] = replace(
+        ELEMENTWISE, scope="tensor", step_size=StepSize(_scion_growth, ("radius", "rest_radius"))
+    )
 
     def __init__(
         self,
@@ -280,5 +303,4 @@ class Scion(RealOptimizer):
             else:
                 matrix = as_matrix(average, p).unsqueeze(0)
                 move = orthogonalize(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"])[0]
-                scale = math.sqrt(len(p) / p.shape[1]) / math.prod(p.shape[2:])
-                as_matrix(p, p).sub_(move.to(p.dtype), alpha=lr * group["radius"] * scale)
+                as_matrix(p, p).sub_(move.to(p.dtype), alpha=lr * group["radius"] * _scion_scale(p.shape))

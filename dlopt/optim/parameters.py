@@ -68,14 +68,15 @@ def parameter_groups(
     *,
     decay_norm_and_bias: bool,
     normalized: Collection[str] = (),
+    factors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups the trainable parameters for an optimizer with these `arguments`; equal settings share a group.
 
     Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
     learning rate of the i-th of n layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018,
     Clark et al. 2020); see `_layers`. `decay_norm_and_bias=False` excludes parameters from decay, for every optimizer;
-    see `_decays`. Groups of the names `normalized` have a key that says so. Frozen parameters do not
-    require gradients. Raises `UserError` for rules without effect.
+    see `_decays`. Groups of the names `normalized` have a key that says so. `factors`, by name and then by key,
+    multiply `arguments`. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())
@@ -106,15 +107,18 @@ def parameter_groups(
         raise UserError("optimizer.groups: all parameters are frozen; exclude some from freeze")
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in trainable.items():
-        kind = rate[name], decay[name], *extra[name].items()
-        group = groups.setdefault(kind, {"params": [], **_scaled(arguments, rate[name], decay[name]), **extra[name]})
+        scales = {"lr": rate[name], "weight_decay": decay[name]}
+        for key, factor in (factors or {}).get(name, {}).items():
+            scales[key] = scales.get(key, 1.0) * factor
+        kind = *scales.items(), *extra[name].items()
+        group = groups.setdefault(kind, {"params": [], **_scaled(arguments, scales), **extra[name]})
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def _scaled(arguments: Mapping[str, Any], rate: float, decay: float) -> dict[str, Any]:
+def _scaled(arguments: Mapping[str, Any], scales: Mapping[str, float]) -> dict[str, Any]:
     scaled: dict[str, Any] = {}
-    for name, factor in (("lr", rate), ("weight_decay", decay)):
+    for name, factor in scales.items():
         if factor == 1.0:
             continue
         if name in arguments:

@@ -1,5 +1,6 @@
 """What training has to know about an optimizer: `OptimizerTraits`."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -8,6 +9,35 @@ import torch
 from torch.torch_version import TorchVersion
 
 from dlopt.basics.errors import UserError
+
+Shape = tuple[float, ...]
+"""Sizes may be fractions: of a base width that the layout of the model does not allow."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How long the step of a tensor is, by its shape: what `init=mup` has to know.
+
+    Attributes:
+        growth: (parameter group, shape, smaller shape) -> how many times longer a step is at the same learning rate:
+            its spectral norm as a matrix [first dimension, everything else], if the rank of gradients does not grow.
+        keys: keys of the group that multiply the step.
+        damping: key of the group that is added to the squared singular values of gradients.
+    """
+
+    growth: Callable[[Mapping[str, Any], Shape, Shape], float]
+    keys: tuple[str, ...] = ("lr",)
+    damping: str | None = None
+
+
+def entrywise_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
+    """Of a matrix of rank one with entries of about 1, as Adam's steps are."""
+    return math.sqrt(math.prod(shape) / math.prod(base))
+
+
+def independent_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
+    """Of a matrix with entries of about 1 that have no common direction: a random, or a scaled orthogonal matrix."""
+    return math.sqrt(max(shape[0] / base[0], math.prod(shape[1:]) / math.prod(base[1:])))
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,7 @@ class OptimizerTraits:
         capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
         decoupled_decay: an update subtracts lr * weight_decay * theta (at least to first order), with the keys of the
             group, and does not depend on weight_decay otherwise.
+        step_size: the length of a step by the shape of its tensor; None: unknown, unless `normalizes_entries`.
     """
 
     scope: Literal["element", "tensor", "model"] = "model"
@@ -46,6 +77,7 @@ class OptimizerTraits:
     separable: bool = False
     capturable: bool = False
     decoupled_decay: bool = False
+    step_size: StepSize | None = None
 
 
 UNKNOWN = OptimizerTraits()

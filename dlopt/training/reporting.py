@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from dlopt.adapt import describe
 from dlopt.basics.files import read_json, write_atomically, write_json
@@ -90,7 +91,7 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
     )
 
 
-def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
+def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) -> list[str]:
     """Returns the values chosen for `auto`, in a line, notes on the data and the parallel mode, and warnings.
 
     `graph_obstacle`: why updates are not replayed from a CUDA graph; None: they are.
@@ -99,7 +100,7 @@ def notes(workload: Workload, graph_obstacle: str | None) -> list[str]:
     chosen = describe_auto(workload.run_config, workload.precision, workload.compile_obstacle, graph_obstacle)
     pretrained = describe_pretrained(workload.run_config, data_spec(workload)["window"])
     growth, init = workload.growth, workload.run_config.init.arguments
-    rates = None if growth is None else describe_rates(growth, init["base_width"])
+    rates = None if growth is None else describe_rates(workload.module, optimizer, growth, init["base_width"])
     size, samples = workload.run_config.data_settings.batch_size, len(dataset.train)
     small = (
         f"warning: data.batch_size={size} exceeds the {samples:,} training samples: every epoch is one update"

@@ -138,7 +138,7 @@ def train_run(
 
         # 5. Say what runs.
         log_header(run, workload, length, trainer.progress, tracking)
-        for line in notes(workload, trainer.graph_obstacle):
+        for line in notes(workload, trainer.step.optimizer, trainer.graph_obstacle):
             tracking.message(line)
         if trainer.progress.step == 0 and is_shown:
             show_first_batch(workload, trainer.batches, tracking)

@@ -1,7 +1,9 @@
 """Builds optimizer and schedule of a config."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,31 +49,19 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         ratio = (count if size == "full" else min(size, count)) / settings.scale_lr_reference
         arguments["lr"] *= math.sqrt(ratio) if settings.scale_lr == "sqrt" else ratio
     growth, grouping = workload.growth, run_config.grouping
-    if growth is not None:
-        grouping = mup.with_rates(
-            grouping,
+    build = partial(_build, workload, base, arguments)
+    optimizer, fused = build()
+    if growth is not None:  # the factors depend on the optimizer, and the groups on the factors
+        factors = mup.width_factors(
+            workload.module,
+            optimizer,
             growth,
             run_config.init.arguments["base_width"],
             arguments,
             independent=run_config.decay.target is independent,
             inverse=run_config.decay_settings.width == "inverse",
         )
-    groups = parameter_groups(
-        workload.module,
-        grouping,
-        arguments,
-        decay_norm_and_bias=settings.decay_norm_and_bias,
-        normalized=_corrected_weights(run_config, workload.module),
-    )
-    if base is None:
-        component = component.partial(**arguments)
-    else:
-        component = component.partial(lr=None, base=base.partial(**arguments))
-    fused = can_fuse(component, [p for group in groups for p in group["params"]])
-    try:
-        optimizer: torch.optim.Optimizer = component.build(params=groups, **({"fused": True} if fused else {}))
-    except ValueError as error:  # third-party optimizers validate their arguments themselves
-        raise UserError(f"{component.choice}: {error}") from None
+        optimizer, fused = build(factors)
     check_optimizer(workload.parallel, optimizer)
     check_decay(run_config, optimizer)
     if needs_whole_tensors(workload.parallel, optimizer):
@@ -82,8 +72,6 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
             )
         step_by_owners(optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
-    if growth is not None:
-        mup.check_optimizer(optimizer)
     if fused:
         match_state_layout(optimizer)
         if isinstance(optimizer, torch.optim.SGD):
@@ -96,6 +84,38 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     elif workload.precision.name == "bf16_pure" and optimizer_traits(optimizer).evaluations == "once":
         round_updates(optimizer, stream(settings.seed, rng.ROUNDING))
     return optimizer
+
+
+def _build(
+    workload: Workload,
+    base: Component | None,
+    arguments: Mapping[str, Any],
+    factors: Mapping[str, Mapping[str, float]] | None = None,
+) -> tuple[torch.optim.Optimizer, bool]:
+    """Builds the optimizer over the model's parameter groups; returns it, and whether it has a fused kernel.
+
+    `base`: of SAM, whose `arguments` are those of its base; `factors`: see `parameter_groups`.
+    """
+    run_config = workload.run_config
+    component = run_config.optimizer
+    groups = parameter_groups(
+        workload.module,
+        run_config.grouping,
+        arguments,
+        decay_norm_and_bias=run_config.settings.decay_norm_and_bias,
+        normalized=_corrected_weights(run_config, workload.module),
+        factors=factors,
+    )
+    if base is None:
+        component = component.partial(**arguments)
+    else:
+        component = component.partial(lr=None, base=base.partial(**arguments))
+    fused = can_fuse(component, [p for group in groups for p in group["params"]])
+    try:
+        optimizer: torch.optim.Optimizer = component.build(params=groups, **({"fused": True} if fused else {}))
+    except ValueError as error:  # third-party optimizers validate their arguments themselves
+        raise UserError(f"{component.choice}: {error}") from None
+    return optimizer, fused
 
 
 # In torch.optim, and dlopt.optim.adamw, which builds torch's.
