@@ -21,7 +21,7 @@ from dlopt.extend import Composer, RunConfig, build_workload, plan, probe_traine
 from dlopt.training.progress import endless_batches
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "mup" / "results.json"
-WIDTHS, UPDATES, LAST, SEEDS = (16, 32, 64, 128), 60, 15, (20, 21)  # the published ones of muon: 10, 11
+WIDTHS, UPDATES, LAST, SEEDS = (16, 32, 64, 128), 60, 15, (20, 21)
 LAYERS = 3
 INITS = {"mup": ("init=mup", "init.base_width=16", "init.std=0.25"), "standard": ("init=kaiming_normal",)}
 OPTIMIZERS = {  # keys, and the exponent n of the first rate to try

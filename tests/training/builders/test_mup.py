@@ -312,9 +312,9 @@ def test_refusals(extra: list[str], message: str) -> None:
 
 
 def test_the_best_rates_at_four_widths() -> None:
-    """Of scripts/width_transfer.py: with muP within a factor of 2; without it, AdamW's and SOAP's move by 4 or more."""
+    """Of scripts/width_transfer.py: with muP within a factor of 2; without it, those of three move by 4."""
     measured = json.loads((ROOT / "docs/mup/results.json").read_text(encoding="utf-8"))
-    assert set(measured) >= {"adamw", "muon", "soap", "shampoo"}
+    assert set(measured) == {"adamw", "muon", "scion", "shampoo", "soap"}
 
     def range_of_exponents(widths: dict[str, dict[str, list[float | None]]]) -> int:
         best = []
@@ -327,4 +327,4 @@ def test_the_best_rates_at_four_widths() -> None:
 
     found = {name: {init: range_of_exponents(widths) for init, widths in of.items()} for name, of in measured.items()}
     assert all(each["mup"] <= 1 for each in found.values()), found
-    assert found["adamw"]["standard"] >= 2 and found["soap"]["standard"] >= 2, found
+    assert all(found[name]["standard"] >= 2 for name in ("adamw", "muon", "soap")), found
