@@ -367,7 +367,7 @@ def _heat_maps(results: Results) -> "Figure":
         axes.set_title("\n".join(_evenly(variant, 36)))
         _enlarge(axes)
     unit = " (%)" if is_accuracy else ""
-    notes = ["brighter is better", "×: diverged"]
+    notes = ["brighter is better", *(["×: diverged"] if np.isnan(shades).any() else [])]
     if chooser is not None:
         notes.append("frame: best" if chooser == name else f"frame: best {label(chooser)}")
     seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
