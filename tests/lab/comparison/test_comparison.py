@@ -213,6 +213,7 @@ def test_nothing_leaves_the_frame(along: dict[str, Any]) -> None:
     results = Results(spec, runs)
     figure = draw(results)
     assert figure.get_size_inches().tolist() == pytest.approx([9.6, 5.4]) and "word" not in figure._suptitle.get_text()
+    assert all(legend._ncols == 2 for legend in figure.legends)  # in smaller type, instead of six rows
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     frame = figure.bbox.padded(1)
