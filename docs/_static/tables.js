@@ -1,9 +1,12 @@
 // Sorts tables with at least five rows by a click on the head of a column: numbers by value, the rest by alphabet.
+// Marks the cells with sentences in tables that scroll on a phone: their columns are wide there (site.css).
 "use strict";
 
 document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("article table.docutils")) {
     const body = table.tBodies[0];
+    for (const cell of table.querySelectorAll("tr:has(td:nth-child(4)) td"))
+      cell.classList.toggle("long", cell.textContent.length > 80);
     if (!table.tHead || !body || body.rows.length < 5) continue;
     [...table.tHead.rows[0].cells].forEach((head, column) => {
       const button = document.createElement("button");

@@ -193,6 +193,8 @@ def test_pages_are_as_wide_as_a_phone(site: Path, browser: Any, name: str) -> No
     narrow(browser)
     browser.get((site / f"{name}.html").as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390  # tables scroll in themselves
+    commands = "return Math.max(0, ...[...document.querySelectorAll('.highlight-bash pre')].map((e) => e.scrollWidth))"
+    assert browser.execute_script(commands) <= 390  # commands break
 
 
 @NEEDS_BROWSER

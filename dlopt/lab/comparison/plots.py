@@ -55,10 +55,18 @@ def draw(results: Results) -> "Figure":
     _enlarge(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
     labels, handles = [*labels, *notes], [*handles, *notes.values()]
-    columns = max(1, min(len(labels), int(_WIDTH / (0.0078 * _TEXT * max(map(len, labels)) + 0.75))))  # as many as fit
-    options: dict[str, Any] = {"frameon": False, "handlelength": 2.5, "fontsize": _TEXT, "columnspacing": 1.5}
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
+    options: dict[str, Any] = {"frameon": False, "handlelength": 2.5, "columnspacing": 1.5, **_legend(labels)}
+    figure.legend(handles, labels, loc="outside lower center", **options)
     return figure
+
+
+def _legend(labels: Sequence[str]) -> dict[str, Any]:
+    """Returns as many columns as fit, in smaller type where the legend would take more than four rows."""
+    for size in (_TEXT, _TEXT - 1, _TEXT - 2):
+        columns = max(1, min(len(labels), int(_WIDTH / (0.0078 * size * max(map(len, labels)) + 0.058 * size))))
+        if len(labels) <= 4 * columns:
+            break
+    return {"ncols": columns, "fontsize": size}
 
 
 def _titled_figure(comparison: Comparison) -> "Figure":
@@ -367,7 +375,7 @@ def _heat_maps(results: Results) -> "Figure":
         axes.set_title("\n".join(_evenly(variant, 36)))
         _enlarge(axes)
     unit = " (%)" if is_accuracy else ""
-    notes = ["brighter is better", "×: diverged"]
+    notes = ["brighter is better", *(["×: diverged"] if np.isnan(shades).any() else [])]
     if chooser is not None:
         notes.append("frame: best" if chooser == name else f"frame: best {label(chooser)}")
     seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""

@@ -213,6 +213,7 @@ def test_nothing_leaves_the_frame(along: dict[str, Any]) -> None:
     results = Results(spec, runs)
     figure = draw(results)
     assert figure.get_size_inches().tolist() == pytest.approx([9.6, 5.4]) and "word" not in figure._suptitle.get_text()
+    assert all(legend._ncols == 2 for legend in figure.legends)  # in smaller type, instead of six rows
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     frame = figure.bbox.padded(1)
@@ -240,6 +241,7 @@ def test_two_keys_plot_heat_maps_with_best_cell_framed() -> None:
     assert frame.get_xy() == (1.5, -0.5)  # 0.1 * 1 + 0.3, since the cell beyond it diverged
     assert maps[0].get_xlabel() == "decay" and maps[0].get_ylabel() == "learning rate"
     assert [text.get_text() for text in maps[0].texts] == ["20.0", "30.0", "40.0", "30.0", "40.0", "×"]
+    assert "×: diverged; frame: best validation loss" in maps[0].get_figure().get_supxlabel()
 
 
 def test_heat_maps_of_errors_of_0_are_brightest_where_the_error_is_lowest() -> None:
@@ -251,7 +253,9 @@ def test_heat_maps_of_errors_of_0_are_brightest_where_the_error_is_lowest() -> N
         )  # type: ignore[index]
         for cell in spec.cells()
     }
-    image = draw(Results(spec, outcomes)).axes[0].images[0]
+    figure = draw(Results(spec, outcomes))
+    assert "diverged" not in figure.get_supxlabel()  # there is no such mark
+    image = figure.axes[0].images[0]
     brightness = image.norm(image.get_array())
     assert not brightness.mask.any() and list(brightness[0]) == pytest.approx([1, 1 / 3, 0])
 

@@ -120,3 +120,9 @@ def test_pictures_along_a_key_are_redrawn_from_the_results() -> None:
         finals = results.finals(row["variant"], "train_loss")[tuple(row["at"].values())]
         assert [None if value != value else value for value in finals] == row["train_loss"]
     assert gallery["saved_results"]("second_order") is None  # it shows curves
+    chosen = gallery["saved_results"]("weight_decay_adam")  # by the validation accuracy, which it does not show
+    best = {
+        variant: [point for point, values in chosen.finals(variant, "val_accuracy").items() if values[0]]
+        for variant in chosen.comparison.variants
+    }
+    assert best == {"Adam, L2 in the loss": [(0.01, 0.01)], "AdamW, decoupled": [(0.01, 1.0)]}
