@@ -7,6 +7,7 @@ from typing import Any
 from dlopt._version import __version__
 from dlopt.lab import report
 from dlopt.lab.ladder.analysis import FEWEST, RESAMPLES
+from dlopt.lab.ladder.arms import RUNGS as DECAY_RUNGS
 from dlopt.lab.ladder.figures import draw
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import RESULTS
@@ -39,4 +40,5 @@ def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
         script=None, results=results, facts=facts, rules=vars(results.ladder.rules), tables=tables(results),
         findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES, fewest=FEWEST,
         grid=len(GRID), fitted=FITTED, spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",
+        decay_rungs=DECAY_RUNGS,
     )  # fmt: skip

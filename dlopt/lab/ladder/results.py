@@ -51,8 +51,9 @@ class Results:
     def decay(self, optimizer: str, rung: str) -> float | None:
         """Returns the weight decay of an arm; None: it has none yet, or the norm of matrices is fixed."""
         contestant = self.ladder.optimizers[optimizer]
-        if contestant.arm in SEARCHED and contestant.choice in self.decays:
-            return self.decays[contestant.choice].decay(contestant.arm, self.ladder.rungs[rung].width)
+        search = self.decays.get(contestant.choice or "")
+        if contestant.arm in SEARCHED and search is not None:
+            return search.decay(contestant.arm, self.ladder.rungs[rung].width)
         return 0.0 if contestant.arm == "zero" else None
 
     def summed_decay(self, optimizer: str, rung: str) -> float | None:
