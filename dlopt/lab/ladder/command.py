@@ -137,7 +137,7 @@ def _run(
     contestants: dict[str, Contestant] = {}
     for name in names:
         contestant = _contestant(line, family, name, of_optimizer, shared)
-        contestants |= {name: contestant} if arms is None else _with_arms(name, contestant, arms)
+        contestants |= {name: contestant} if arms is None else _with_arms(name, contestant, arms, family)
     per_parameter = tokens_per_parameter or family.tokens_per_parameter
     measured = {name: measure(line, family, name, per_parameter, shared) for name in chosen}
     ladder = Ladder(
@@ -183,13 +183,11 @@ def _check_arms(arms: Sequence[Arm], overrides: Sequence[str], family: Family, r
         raise UserError(f"arms=inverse: the rungs of model={family.name} have no model.width; choose other arms")
 
 
-def _with_arms(name: str, contestant: Contestant, arms: Sequence[Arm]) -> dict[str, Contestant]:
+def _with_arms(name: str, contestant: Contestant, arms: Sequence[Arm], family: Family) -> dict[str, Contestant]:
     """Returns the arms of an optimizer, by name."""
     others = [each for each in contestant.overrides if key_of(each) not in KEYS]
-    return {
-        f"{name}.{arm}": replace(contestant, overrides=[*others, *OVERRIDES.get(arm, ())], choice=name, arm=arm)
-        for arm in arms
-    }
+    lines = {arm: [*others, *OVERRIDES.get(arm, ()), *family.arms.get(arm, ())] for arm in arms}
+    return {f"{name}.{arm}": replace(contestant, overrides=lines[arm], choice=name, arm=arm) for arm in arms}
 
 
 def _contestant(line: Line, family: Family, name: str, overrides: Sequence[str], shared: Sequence[str]) -> Contestant:

@@ -20,6 +20,7 @@ from dlopt.extend import (
     suggest,
     value_of,
 )
+from dlopt.lab.ladder.arms import Arm
 
 FOLDER = "ladder"  # in the laboratory and in a --config-dir
 _Text = Annotated[str, MinLen(1)]
@@ -47,6 +48,7 @@ class Family:
         tokens_per_parameter: default.
         rungs: name -> overrides, from small to large.
         optimizers: name -> overrides: hyperparameters that are usual for such models.
+        arms: arm -> overrides: further keys of an arm.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Family:
     rules: Rules
     rungs: Mapping[str, Sequence[str]]
     optimizers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    arms: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class _FamilyFile:
     rules: dict[str, Any]
     rungs: dict[str, list[str]]
     optimizers: dict[str, list[str]] = field(default_factory=dict)
+    arms: dict[Arm, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,18 +120,21 @@ def load_family(name: str, composer: Composer) -> Family:
     if not lower_is_better(content["metric"]):
         raise UserError(f"model={name}: metric={content['metric']} of {path} is not a loss; a ladder needs one")
     known = composer.choices("optimizer")
-    for optimizer, lines in content.get("optimizers", {}).items():
+    for optimizer in content.get("optimizers", {}):
         if "." not in optimizer and optimizer not in known:
             raise UserError(
                 f"model={name}: optimizers.{optimizer}: unknown; {suggest(optimizer, known, 'dlopt options optimizer')}"
             )
-        for line in lines:
-            if group_of(line) != "optimizer" or key_of(line).endswith("lr"):
-                raise UserError(
-                    f"model={name}: optimizers.{optimizer}: {line}: allowed: keys of the optimizer but learning rates, "
-                    "which are searched"
-                )
+    for key in ("optimizers", "arms"):
+        for owner, lines in content.get(key, {}).items():
+            _check_lines(f"model={name}: {key}.{owner}", lines)
     return Family(**{**content, "rules": rules, "name": name})
+
+
+def _check_lines(place: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        if group_of(line) != "optimizer" or key_of(line).endswith("lr"):
+            raise UserError(f"{place}: {line}: allowed: keys of the optimizer but learning rates, which are searched")
 
 
 def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]:

@@ -278,6 +278,8 @@ def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
         ({"optimizers": {"sdg": ["optimizer.momentum=0.5"]}}, "optimizers.sdg: unknown; did you mean sgd?"),
         ({"optimizers": {"sgd": ["optimizer.lr=0.5"]}}, "optimizers.sgd: optimizer.lr=0.5: allowed: keys of the optim"),
         ({"optimizers": {"sgd": ["schedule.warmup_fraction=0.5"]}}, "allowed: keys of the optimizer but learning"),
+        ({"arms": {"zero": ["optimizer.lr=0.5"]}}, "arms.zero: optimizer.lr=0.5: allowed: keys of the optim"),
+        ({"arms": {"half": []}}, "half"),
     ],
 )
 def test_bad_families(changes: dict[str, Any], message: str, place: Path) -> None:
@@ -300,6 +302,8 @@ def test_shipped_families_compose(place: Path) -> None:
     from dlopt.config.compose import Composer
     from dlopt.config.plan import plan
     from dlopt.lab.ladder.family import load_family
+    from dlopt.optim.parameters import parameter_groups
+    from dlopt.training.builders.model_check import model_on_meta
 
     before = entries(place)
     for name in ("gpt", "vit", "resnet", "gpt_gpu"):
@@ -307,4 +311,11 @@ def test_shipped_families_compose(place: Path) -> None:
         sizes = [*family.rungs.values()]
         for overrides in (sizes[0], sizes[-1]):
             plan(Composer(), [f"experiment={family.experiment}", *overrides, "steps=10"])
+        for lines in family.arms.values():
+            config = plan(Composer(), [f"experiment={family.experiment}", *sizes[0], *lines]).run_config
+            module = model_on_meta(config.model, {"input_shape": (8,), "vocabulary": 16})
+            groups = parameter_groups(module, config.grouping, {"hyperball": True}, decay_norm_and_bias=False)
+            rest = {each for group in groups if not group.get("use_muon", True) for each in group["params"]}
+            matrices = {name for name, each in module.named_parameters() if each.ndim > 1 and each not in rest}
+            assert rest and all(name.startswith("block") for name in matrices)
     assert entries(place) == before
