@@ -71,10 +71,11 @@ class DataParallel(GroupMode):
         *,
         accumulate: int,
         sync_batchnorm: bool,
+        name: str = "ddp",
         compression: Compression = "none",
         **options: Any,
     ) -> None:
-        super().__init__(group, device, "ddp", accumulate=accumulate)
+        super().__init__(group, device, name, accumulate=accumulate)
         self.sync_batchnorm = sync_batchnorm
         self.compression = compression
         self.options: Mapping[str, Any] = options  # of DistributedDataParallel
