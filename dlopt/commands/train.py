@@ -2,10 +2,11 @@
 
 import contextlib
 import os
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
@@ -49,6 +50,7 @@ Examples:
 _READS_OF_HYDRA = (*COMPOSITION, "hydra.run", "hydra.job", "hydra.job_logging", "hydra.verbose")
 # How the ranks of torchrun and srun find each other before rank 0 has sent them the run.
 _ADDRESS = ("parallel.master_addr", "parallel.master_port", "parallel.timeout_minutes")
+_HEAD_START = 10.0  # seconds for rank 0 to refuse a command; torchrun and srun then end the other ranks
 _HINTS = dict.fromkeys(("hydra.sweep", "hydra.sweeper", "hydra.launcher"), "add -m")
 
 
@@ -217,13 +219,20 @@ def _lead(
 def _follow(parsed: Namespace, world: World) -> int:
     """Ranks > 0: receive the run from rank 0, which also composes it and reports config errors."""
     if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
-        return USER_ERROR if parsed.multirun else DONE
+        return _refused_by_main() if parsed.multirun else DONE
     try:
         typed = {override.key_or_group: override.value() for override in parse_overrides(parsed.overrides)}
     except UserError:
-        end_process(USER_ERROR)
+        _refused_by_main()
     store = _join_store({key.partition(".")[2]: value for key, value in typed.items() if key in _ADDRESS}, world)
     end_process(follow(store, parsed.overrides))
+
+
+def _refused_by_main() -> NoReturn:
+    """Ends a rank > 0, but after rank 0 has printed why: torchrun ends all ranks as soon as one has ended."""
+    with killed_by_signals():
+        time.sleep(_HEAD_START)
+    end_process(USER_ERROR)
 
 
 def _refuse_address_of_file(config: DictConfig, overrides: list[str]) -> None:
