@@ -125,7 +125,7 @@ def _step_size(optimizer: torch.optim.Optimizer) -> StepSize | None:
         raise UserError(
             f"init=mup: sets learning rates for Adam and its relatives, Muon, SOAP, Shampoo and Scion, not for "
             f"{type(optimizer).__name__} with these keys; use optimizer=adamw, adopt, lion, muon, dmuon, soap, "
-            "shampoo, distributed_shampoo, scion, ..., or another init"
+            "shampoo, distributed_shampoo, scion, ..., without hyperball, or another init"
         )
     return None if traits.normalizes_entries else traits.step_size
 
