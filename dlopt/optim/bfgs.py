@@ -23,6 +23,7 @@ from dlopt.optim.common import (
     refuse_complex,
     refuse_group_rates,
     trainable,
+    without_hooks,
 )
 from dlopt.optim.parameters import real_views
 from dlopt.optim.traits import OptimizerTraits
@@ -263,9 +264,7 @@ class LBFGS(torch.optim.LBFGS):
         closure = needs_closure(self, closure)
         if self.param_groups[0]["lr"] == 0:
             return evaluate(closure)  # torch's line search would divide by the length of its first step
-        # torch wraps the class's step in its hooks when the class is first used; ours has run them.
-        step: Any = torch.optim.LBFGS.step
-        return (step.__wrapped__ if hasattr(step, "hooked") else step)(self, closure)
+        return without_hooks(super().step)(closure)  # they run once, around this step
 
     def _gather_flat_grad(self) -> Tensor:
         # torch's method fails for gradients without a flat view, such as those of channels-last kernels.

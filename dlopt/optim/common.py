@@ -145,8 +145,12 @@ def fill_defaults(optimizer: torch.optim.Optimizer) -> None:
 
 def without_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the bound `step` of an optimizer's class without the hooks in which torch has wrapped it."""
-    hooked: Any = step
-    return hooked.__wrapped__.__get__(hooked.__self__) if hasattr(hooked, "hooked") else step
+    method: Any = step
+    function = method.__func__
+    while hasattr(function, "hooked"):  # torch.compile of torch 2.11 wraps L-BFGS once more, around the hooks
+        function = function.__wrapped__
+    unhooked: Callable[..., Any] = function.__get__(method.__self__)
+    return unhooked
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def check_hyperball(group: dict[str, Any]) -> None:
             "which cannot decay; set optimizer.weight_decay=0, or weight_decay: 0 for them in optimizer.groups"
         )
     for p in matrices:
-        if p.numel() and not p.is_meta and not p.any():
+        # On shards, `any` of torch 2.11 is that of the rank.
+        if p.numel() and not p.is_meta and not p.count_nonzero():
             raise UserError(
                 f"optimizer.hyperball=true: a matrix of shape {list(p.shape)} is initialized to zero, and would stay "
                 "zero; use another init, or rest: true for it in optimizer.groups"

@@ -4,7 +4,7 @@ import copy
 import importlib
 import io
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -246,6 +246,23 @@ def test_hooks_run_once_per_step(make: Make, hooks: list[str]) -> None:
     assert hooks == [f"before {name}", "own before", "own after", f"after {name}"]
     torch.optim.SGD(problem.params).step()
     assert hooks[4:] == ["before SGD", "after SGD"], "all hooks are back"
+
+
+def test_hooks_of_a_base_that_torch_has_wrapped_again_run_once(
+    hooks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.compile of torch 2.11 does, which so keeps the compiler out of L-BFGS."""
+    torch.optim.LBFGS([nn.Parameter(torch.ones(2))])
+    step: Any = torch.optim.LBFGS.step
+
+    @wraps(step)
+    def wrapped(*arguments: Any) -> Any:
+        return step(*arguments)
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", wrapped)
+    problem = Problem()
+    problem.steps(LBFGS(problem.params, max_iter=2), 1)
+    assert hooks == ["before LBFGS", "after LBFGS"]
 
 
 def test_sam_runs_the_hooks_of_its_base_and_keeps_those_of_all_optimizers(hooks: list[str]) -> None:
