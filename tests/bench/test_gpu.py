@@ -86,9 +86,20 @@ def test_skips_what_does_not_fit_and_what_lacks_its_option(
     assert results.benchmarks == {}
 
 
+def test_a_benchmark_that_is_done_corrects_the_estimates(
+    gpu: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first takes no time on a host whose factor was 10: half of it is expected of the second."""
+    results = gpu.Results(tmp_path / "gpu.json", ABOUT, None)
+    benchmarks = [gpu.Benchmark("first", 40, 100, finishes), gpu.Benchmark("second", 100, 0, finishes)]
+    gpu.run(benchmarks, SETTING, results, time.monotonic() + 600, 10.0)
+    output = capfd.readouterr().out
+    assert "first (about 500 of 600 s) ..." in output and "second (about 500 of " in output
+
+
 @pytest.mark.parametrize("changed", [{}, {"device": "NVIDIA H200"}, {"code": "abd"}, {"rehearsal": True}])
 def test_a_second_call_resumes_on_the_same_gpu_with_the_same_code(
-    gpu: ModuleType, tmp_path: Path, changed: dict[str, Any]
+    gpu: ModuleType, tmp_path: Path, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = gpu.Results(tmp_path / "gpu.json", ABOUT, None)
     benchmarks = [gpu.Benchmark(each.__name__, 0, 0, each) for each in (finishes, is_killed)]
@@ -96,6 +107,7 @@ def test_a_second_call_resumes_on_the_same_gpu_with_the_same_code(
     second = gpu.Results(tmp_path / "gpu.json", {**ABOUT, **changed}, json.loads(first.path.read_text()))
     assert second.is_done("finishes") == (not changed) and not second.is_done("is_killed")
     assert second.value("mean") == (None if changed else 2)
+    assert ("earlier results are not used" in capsys.readouterr().out) == bool(changed)
 
 
 FAKE = """
