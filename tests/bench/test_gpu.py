@@ -110,6 +110,28 @@ def test_a_second_call_resumes_on_the_same_gpu_with_the_same_code(
     assert ("earlier results are not used" in capsys.readouterr().out) == bool(changed)
 
 
+IMPORTS = """
+import sys
+sys.path.insert(0, {bench!r})
+import torch
+
+def fails(*_):
+    raise SystemExit("CUDA is used")
+
+torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = fails
+import gpu_benchmarks
+print(gpu_benchmarks.BENCHMARKS[0].name)
+"""
+
+
+def test_imports_use_no_cuda() -> None:
+    """After a call of CUDA's driver in the parent, not one benchmark could use the GPU: they are forked from it."""
+    code = IMPORTS.format(bench=str(ROOT / "scripts/bench"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == "card\n", result.stderr
+
+
 FAKE = """
 import signal, sys, types
 sys.path.insert(0, {bench!r})

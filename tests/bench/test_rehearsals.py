@@ -50,15 +50,8 @@ def test_gpu_benchmarks_rehearse_on_a_cpu(tmp_path: Path) -> None:
     assert {each["state"] for each in measured.values()} == {"done"}
     values = {row["name"]: row["value"] for each in measured.values() for row in each["rows"]}
     names = " ".join(values)
-    labels = (
-        "matrix product",
-        "speed recipe: mean accuracy",
-        "data path",
-        "ResNet-20 recipe: test error",
-        "ViT-S/16",
-        "WRN",
-    )
-    labels = *labels, "throughput from JPEGs", "the loader alone", "log of a run on text: tokens_per_second"
+    labels = ["matrix product", "speed recipe: mean accuracy", "data path", "ResNet-20 recipe: test error", "ViT-S/16"]
+    labels += ["WRN", "throughput from JPEGs", "the loader alone", "log of a run on text: tokens_per_second"]
     split = (f"{name}, split: {part}" for name in ("speed recipe", "speed recipe in bf16_pure") for part in SPLIT)
     for part in (*labels, *split):
         assert part in names
