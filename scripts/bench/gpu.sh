@@ -7,7 +7,8 @@
 #
 # Requires a checkout and a Python with torch and torchvision, but no network. Installs missing packages from wheels in
 # FOLDER (default: .whl, which git ignores). These dependencies of dlopt are often missing: hydra-core, omegaconf (below
-# 2.4), antlr4-python3-runtime, pydantic, pydantic-core, annotated-types, typing-inspection.
+# 2.4), antlr4-python3-runtime, pydantic, pydantic-core, annotated-types, typing-inspection, and newer versions of
+# typing-extensions and rich.
 # CIFAR is the folder of CIFAR-10's Python batches, or a tar archive (or its unpacked folder) of images as
 # train/CLASS/*.jpg and test/CLASS/*.jpg. The peers are a checkout of github.com/karpathy/nanoGPT (its train.py, model.py
 # and configurator.py suffice), and airbench94_muon.py of github.com/KellerJordan/cifar10-airbench. --cache is the folder
