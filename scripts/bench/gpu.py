@@ -75,7 +75,9 @@ class Results:
         return self.benchmarks.get(benchmark, {}).get("state") == "done"
 
     def start(self, benchmark: str) -> None:
-        self.benchmarks[benchmark] = {"state": "partial", "rows": []}
+        # The rows of an earlier call, which ended it at its limit, stay until they are measured again.
+        rows = self.benchmarks.get(benchmark, {}).get("rows", [])
+        self.benchmarks[benchmark] = {"state": "partial", "rows": rows}
 
     def add(self, benchmark: str, name: str, value: Any, unit: str, goal: str = "") -> None:
         row = {"name": name, "value": value, "unit": unit, "goal": goal}

@@ -709,7 +709,7 @@ BENCHMARKS = [
     Benchmark("vit", 20, 12, vit),
     Benchmark("wrn", 25, 20, wrn, ("data",)),
     Benchmark("airbench", 80, 25, airbench, ("airbench", "data")),
-    Benchmark("speed", 35, 30, speed, ("data",)),
+    Benchmark("speed", 50, 30, speed, ("data",)),
     Benchmark("resnet50", 30, 35, resnet50),
     Benchmark("log", 8, 6, log),
     Benchmark("resnet20", 25, 130, resnet20, ("data",)),

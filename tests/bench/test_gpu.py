@@ -108,6 +108,8 @@ def test_a_second_call_resumes_on_the_same_gpu_with_the_same_code(
     assert second.is_done("finishes") == (not changed) and not second.is_done("is_killed")
     assert second.value("mean") == (None if changed else 2)
     assert ("earlier results are not used" in capsys.readouterr().out) == bool(changed)
+    gpu.run([gpu.Benchmark("is_killed", 0, 0, hangs)], SETTING, second, time.monotonic() + 0.3, 1.0)
+    assert second.value("preliminary") == (None if changed else 3)  # until it is measured again
 
 
 IMPORTS = """
