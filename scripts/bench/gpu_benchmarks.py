@@ -584,7 +584,7 @@ IMAGES = ("precision=bf16", "data.val_split=0", "log_every_steps=null", "epochs=
 
 
 def vit(bench: Bench, add: Add) -> None:
-    keys = ["model=vit", "optimizer=adamw", "augmentation=flip"]
+    keys = ["model=vit", "optimizer=adamw", "augmentation=flip", "normalize=fixed"]
     if bench.rehearse:
         dataset = random_images(16, 32, 10)
         image_model(bench, add, dataset, *keys, "model.depth=1", "model.width=12", name="ViT-S/16", size=8)
