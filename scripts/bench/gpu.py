@@ -107,12 +107,16 @@ class Results:
 
     def show(self) -> None:
         print(f"\n{self.about['device']}, torch {self.about['torch']}")
-        for name, benchmark in self.benchmarks.items():
-            for row in benchmark["rows"]:
-                if not isinstance(row["value"], list) and ", split: " not in row["name"]:
-                    print(line(row) + ("" if benchmark["state"] == "done" else f" ({benchmark['state']})"))
-            if not benchmark["rows"]:
-                print(f"{name}: {benchmark['state']}")
+        for benchmark in self.benchmarks:
+            self.show_benchmark(benchmark)
+
+    def show_benchmark(self, benchmark: str) -> None:
+        content = self.benchmarks[benchmark]
+        for row in content["rows"]:
+            if not isinstance(row["value"], list) and ", split: " not in row["name"]:
+                print(line(row) + ("" if content["state"] == "done" else f" ({content['state']})"))
+        if not content["rows"]:
+            print(f"{benchmark}: {content['state']}")
         sys.stdout.flush()
 
 
@@ -158,7 +162,8 @@ def run(benchmarks: Sequence[Benchmark], setting: Any, results: Results, deadlin
                 end(process)
                 results.reload()
             seconds = time.monotonic() - start
-            print(f"({name}: {results.benchmarks[name]['state']}, {seconds:.0f} s)", flush=True)
+            print(f"({name}: {results.benchmarks[name]['state']}, {seconds:.0f} s)")
+            results.show_benchmark(name)  # the last values: not every preliminary one is printed
             if results.is_done(name) and benchmark.host >= _TELLING_SECONDS:
                 # Imports from a cold disk make the first factor too large. One benchmark alone may have found its
                 # functions in the cache, or read the images for all.

@@ -73,6 +73,16 @@ def test_a_benchmark_ends_at_the_limit(gpu: ModuleType, tmp_path: Path) -> None:
     assert results.benchmarks["hangs"]["state"] == "partial"
 
 
+def test_prints_the_last_value_when_a_benchmark_ends(
+    gpu: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its preliminary values are printed every ten seconds only, and the table may never come."""
+    results = gpu.Results(tmp_path / "gpu.json", ABOUT, None)
+    gpu.run([gpu.Benchmark("finishes", 0, 0, finishes)], SETTING, results, time.monotonic() + 100, 1.0)
+    *_, last = capfd.readouterr().out.splitlines()
+    assert last.split() == ["mean", "2", "s", "<=", "1"]
+
+
 def test_skips_what_does_not_fit_and_what_lacks_its_option(
     gpu: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
