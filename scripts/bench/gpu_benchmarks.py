@@ -438,11 +438,11 @@ def speed(bench: Bench, add: Add, name: str = SPEED, keys: Sequence[str] = ()) -
     seconds, accuracies, training_seconds = [], [], []
     with compiled_once():
         for number in range(bench.runs + 1):
-            gc.collect()  # the graphs of the run before are in a reference cycle, with gigabytes
             run_config = bench.run_config(*typed, f"seed={number}", dataset=bench.dataset)
             workload = dataclasses.replace(workload, run_config=run_config)
             init_seconds = initialize(bench, workload, run_config)
             training = unsaved(probe_trainer(workload, bench.folder / f"{name}{number}"))
+            gc.collect()  # the graphs of the run before, with gigabytes, are in a reference cycle
             start = bench.wait()
             training.fit(Interruption())  # not entered: signals end the process
             training_end = bench.wait()
