@@ -5,6 +5,7 @@ normalization layers and, except for gpt2 and mup, embeddings. fan_in is the num
 x receptive field), fan_out the number of units that read an input.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -295,13 +296,15 @@ def whitening(
     height, width = layer.kernel_size
     with torch.no_grad():
         moments = torch.zeros((), dtype=torch.float64, device=inputs.device)
-        count = 0
-        for batch in inputs.split(256):  # patches take height * width times the memory of the images
-            windows = batch.double().unfold(2, height, 1).unfold(3, width, 1)  # [B, C, H', W', height, width]
-            patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-            moments = moments + patches.T @ patches
-            count += len(patches)
-        eigenvalues, eigenvectors = torch.linalg.eigh(moments / count)
+        rows, columns = inputs.shape[2] - height + 1, inputs.shape[3] - width + 1  # of patches in an image
+        offsets = list(itertools.product(range(height), range(width)))
+        # A component of all patches of an image is a shifted image, which is copied row by row, and not patch by patch.
+        # So few images at a time that they stay in a processor's cache.
+        for batch in inputs.split(32):
+            shifted = [batch[:, :, top : top + rows, left : left + columns].double() for top, left in offsets]
+            patches = torch.stack(shifted, 2).flatten(3).flatten(1, 2)  # [B, C * height * width, rows * columns]
+            moments = moments + (patches @ patches.mT).sum(0)
+        eigenvalues, eigenvectors = torch.linalg.eigh(moments / (len(inputs) * rows * columns))
         directions = (eigenvectors / (eigenvalues.clamp(min=0) + epsilon).sqrt()).T.flip(0)
         filters = torch.cat([directions, -directions])[: layer.out_channels].unflatten(1, layer.weight.shape[1:])
         layer.weight[: len(filters)] = filters.to(layer.weight)

@@ -22,9 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from jpegs import generate
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -40,28 +39,6 @@ from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import Reader, Samples, whole_images
-
-REAL = 300  # distinct images
-CLASSES = 100
-
-
-def generate(folder: Path, images: int) -> None:
-    """Writes textured JPEGs with sides of 200 to 700 pixels, about 90 KB each, like photographs."""
-    draw = np.random.default_rng(0)
-    real = [folder / "real" / f"{number}.jpg" for number in range(REAL)]
-    real[0].parent.mkdir()
-    for path in real:
-        height, width = (int(side) for side in draw.integers(200, 700, 2))
-        coarse = Image.fromarray(draw.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
-        noisy = smooth + draw.normal(0, 8, (height, width, 1))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=88)
-    for label in range(CLASSES):
-        (folder / "train" / f"class{label:03d}").mkdir(parents=True)
-    for number in range(images):
-        name = folder / "train" / f"class{number % CLASSES:03d}" / f"{number:07d}.JPEG"
-        os.link(real[number % REAL], name)
-    time.sleep(4)  # the scan of a folder that has just changed is not cached
 
 
 def load(root: Path, size: int) -> tuple[Samples, float]:
@@ -183,6 +160,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
         if arguments.root is None:
             generate(Path(folder), arguments.images)
+            time.sleep(4)  # the scan of a folder that has just changed is not cached
         results = measure(arguments.root or Path(folder), arguments)
     print(json.dumps(results, indent=1))
     if arguments.json:

@@ -6,9 +6,9 @@
 Each benchmark has a process of its own. It writes each result, also preliminary ones, to OUT/gpu.json at once: a
 benchmark that is killed at the time limit leaves what it has measured. A second call skips what an earlier one has
 finished with the same GPU and code, by FILE (default: OUT/gpu.json). A benchmark starts only if its estimate fits the
-time left: seconds of start-up and compilation, times those of imports and a tiny compilation on this host relative to
-the reference host, plus seconds of measurement. FOLDER keeps what torch has compiled. A table is printed last, also
-after SIGTERM.
+time left: seconds of start-up and compilation, times a factor of this host, plus seconds of measurement. The factor
+compares imports and a tiny compilation with those on the reference host, and is corrected by the benchmarks that are
+done. FOLDER keeps what torch has compiled. A table is printed last, also after SIGTERM.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from typing import Any
 from dlopt.basics.files import read_json, write_json
 
 REFERENCE_SECONDS = 13.0  # of imports and a tiny compilation with an H100, estimated from the times of commands there
+_TELLING_SECONDS = 20.0  # of start-up and compilation: a benchmark with more tells the factor of the host
 _SHOW_SECONDS = 10.0  # between two preliminary results
 Add = Callable[..., None]
 """Adds, or replaces, a result of a benchmark: (name, value, unit, goal)."""
@@ -65,6 +66,8 @@ class Results:
     def __init__(self, path: Path, about: dict[str, Any], previous: dict[str, Any] | None) -> None:
         self.path, self.about = path, about
         known = previous if previous is not None and same_setting(previous, about) else {}
+        if previous and not known:
+            print("earlier results are not used: they are of another GPU, torch or code")
         self.benchmarks: dict[str, dict[str, Any]] = known.get("benchmarks", {})
         self._shown: dict[str, float] = {}  # result -> time when it was printed
 
@@ -72,7 +75,9 @@ class Results:
         return self.benchmarks.get(benchmark, {}).get("state") == "done"
 
     def start(self, benchmark: str) -> None:
-        self.benchmarks[benchmark] = {"state": "partial", "rows": []}
+        # The rows of an earlier call, which ended it at its limit, stay until they are measured again.
+        rows = self.benchmarks.get(benchmark, {}).get("rows", [])
+        self.benchmarks[benchmark] = {"state": "partial", "rows": rows}
 
     def add(self, benchmark: str, name: str, value: Any, unit: str, goal: str = "") -> None:
         row = {"name": name, "value": value, "unit": unit, "goal": goal}
@@ -102,12 +107,16 @@ class Results:
 
     def show(self) -> None:
         print(f"\n{self.about['device']}, torch {self.about['torch']}")
-        for name, benchmark in self.benchmarks.items():
-            for row in benchmark["rows"]:
-                if not isinstance(row["value"], list) and ", split: " not in row["name"]:
-                    print(line(row) + ("" if benchmark["state"] == "done" else f" ({benchmark['state']})"))
-            if not benchmark["rows"]:
-                print(f"{name}: {benchmark['state']}")
+        for benchmark in self.benchmarks:
+            self.show_benchmark(benchmark)
+
+    def show_benchmark(self, benchmark: str) -> None:
+        content = self.benchmarks[benchmark]
+        for row in content["rows"]:
+            if not isinstance(row["value"], list) and ", split: " not in row["name"]:
+                print(line(row) + ("" if content["state"] == "done" else f" ({content['state']})"))
+        if not content["rows"]:
+            print(f"{benchmark}: {content['state']}")
         sys.stdout.flush()
 
 
@@ -152,7 +161,13 @@ def run(benchmarks: Sequence[Benchmark], setting: Any, results: Results, deadlin
             finally:
                 end(process)
                 results.reload()
-            print(f"({name}: {results.benchmarks[name]['state']}, {time.monotonic() - start:.0f} s)", flush=True)
+            seconds = time.monotonic() - start
+            print(f"({name}: {results.benchmarks[name]['state']}, {seconds:.0f} s)")
+            results.show_benchmark(name)  # the last values: not every preliminary one is printed
+            if results.is_done(name) and benchmark.host >= _TELLING_SECONDS:
+                # Imports from a cold disk make the first factor too large. One benchmark alone may have found its
+                # functions in the cache, or read the images for all.
+                factor = (factor + max(seconds - benchmark.device, 0.0) / benchmark.host) / 2
 
 
 def measure(benchmark: Benchmark, setting: Any, results: Results, limit: float) -> None:

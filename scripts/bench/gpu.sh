@@ -6,13 +6,15 @@
 #                        [--resume FILE] [--cache FOLDER] [--rehearse] [options of gpu.py]
 #
 # Requires a checkout and a Python with torch and torchvision, but no network. Installs missing packages from wheels in
-# FOLDER (default: .whl, which git ignores). These dependencies of dlopt are often missing:
-# hydra-core omegaconf antlr4-python3-runtime pydantic pydantic-core annotated-types typing-inspection.
+# FOLDER (default: .whl, which git ignores). These dependencies of dlopt are often missing: hydra-core, omegaconf (below
+# 2.4), antlr4-python3-runtime, pydantic, pydantic-core, annotated-types, typing-inspection, and newer versions of
+# typing-extensions and rich.
 # CIFAR is the folder of CIFAR-10's Python batches, or a tar archive (or its unpacked folder) of images as
-# train/CLASS/*.jpg and test/CLASS/*.jpg. The peers are a checkout of github.com/karpathy/nanoGPT, and
-# airbench94_muon.py of github.com/KellerJordan/cifar10-airbench. On another machine, --resume takes the gpu.json of an
-# earlier call, and --cache the folder in which that call has kept what torch compiled. --rehearse is a small run on
-# generated data that also works on a CPU.
+# train/CLASS/*.jpg and test/CLASS/*.jpg. The peers are a checkout of github.com/karpathy/nanoGPT (its train.py, model.py
+# and configurator.py suffice), and airbench94_muon.py of github.com/KellerJordan/cifar10-airbench. --cache is the folder
+# in which a call keeps what torch compiles. For the second call, repeat the line. On another machine, put OUT/gpu.json
+# and the cache where they were; or pass --resume FILE. --rehearse is a small run on generated data that also works on a
+# CPU. What each benchmark measures, and what has to travel: docs/speed.md.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 wheels=$root/.whl

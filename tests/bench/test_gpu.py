@@ -73,6 +73,16 @@ def test_a_benchmark_ends_at_the_limit(gpu: ModuleType, tmp_path: Path) -> None:
     assert results.benchmarks["hangs"]["state"] == "partial"
 
 
+def test_prints_the_last_value_when_a_benchmark_ends(
+    gpu: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its preliminary values are printed every ten seconds only, and the table may never come."""
+    results = gpu.Results(tmp_path / "gpu.json", ABOUT, None)
+    gpu.run([gpu.Benchmark("finishes", 0, 0, finishes)], SETTING, results, time.monotonic() + 100, 1.0)
+    *_, last = capfd.readouterr().out.splitlines()
+    assert last.split() == ["mean", "2", "s", "<=", "1"]
+
+
 def test_skips_what_does_not_fit_and_what_lacks_its_option(
     gpu: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,9 +96,20 @@ def test_skips_what_does_not_fit_and_what_lacks_its_option(
     assert results.benchmarks == {}
 
 
+def test_a_benchmark_that_is_done_corrects_the_estimates(
+    gpu: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first takes no time on a host whose factor was 10: half of it is expected of the second."""
+    results = gpu.Results(tmp_path / "gpu.json", ABOUT, None)
+    benchmarks = [gpu.Benchmark("first", 40, 100, finishes), gpu.Benchmark("second", 100, 0, finishes)]
+    gpu.run(benchmarks, SETTING, results, time.monotonic() + 600, 10.0)
+    output = capfd.readouterr().out
+    assert "first (about 500 of 600 s) ..." in output and "second (about 500 of " in output
+
+
 @pytest.mark.parametrize("changed", [{}, {"device": "NVIDIA H200"}, {"code": "abd"}, {"rehearsal": True}])
 def test_a_second_call_resumes_on_the_same_gpu_with_the_same_code(
-    gpu: ModuleType, tmp_path: Path, changed: dict[str, Any]
+    gpu: ModuleType, tmp_path: Path, changed: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = gpu.Results(tmp_path / "gpu.json", ABOUT, None)
     benchmarks = [gpu.Benchmark(each.__name__, 0, 0, each) for each in (finishes, is_killed)]
@@ -96,6 +117,31 @@ def test_a_second_call_resumes_on_the_same_gpu_with_the_same_code(
     second = gpu.Results(tmp_path / "gpu.json", {**ABOUT, **changed}, json.loads(first.path.read_text()))
     assert second.is_done("finishes") == (not changed) and not second.is_done("is_killed")
     assert second.value("mean") == (None if changed else 2)
+    assert ("earlier results are not used" in capsys.readouterr().out) == bool(changed)
+    gpu.run([gpu.Benchmark("is_killed", 0, 0, hangs)], SETTING, second, time.monotonic() + 0.3, 1.0)
+    assert second.value("preliminary") == (None if changed else 3)  # until it is measured again
+
+
+IMPORTS = """
+import sys
+sys.path.insert(0, {bench!r})
+import torch
+
+def fails(*_):
+    raise SystemExit("CUDA is used")
+
+torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = fails
+import gpu_benchmarks
+print(gpu_benchmarks.BENCHMARKS[0].name)
+"""
+
+
+def test_imports_use_no_cuda() -> None:
+    """After a call of CUDA's driver in the parent, not one benchmark could use the GPU: they are forked from it."""
+    code = IMPORTS.format(bench=str(ROOT / "scripts/bench"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout == "card\n", result.stderr
 
 
 FAKE = """

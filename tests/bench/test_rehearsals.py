@@ -30,6 +30,7 @@ for run in ["warmup", *range(200)]:
     print(f"|  {run!s:>6}  |      1  |     0.9000  |   0.9000  |               |                |")
     print(f"|          |   eval  |     0.9000  |   0.9000  |       0.9400  |        {2 - (run != 'warmup'):.4f}  |")
 """
+PROGRAMS = ("dlopt", "nanoGPT")
 SPLIT = ("set-up", "CUDA graphs captured", "steady updates", "one steady update", "evaluation")
 
 
@@ -43,17 +44,27 @@ def test_gpu_benchmarks_rehearse_on_a_cpu(tmp_path: Path) -> None:
     result = run(*line, folder=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     measured = json.loads((tmp_path / "out/gpu.json").read_text())["benchmarks"]
-    order = ("card", "nanogpt", "gpt2", "airbench", "speed", "resnet20", "vit", "wrn", "pure")
-    assert tuple(measured) == order and {each["state"] for each in measured.values()} == {"done"}
+    order = ["card", "nanogpt", "gpt2", "nanogpt_eager", "gpt2_eager", "vit", "wrn", "airbench", "speed", "resnet50"]
+    order += ["log", "resnet20", "pure"]
+    assert list(measured) == order
+    assert {each["state"] for each in measured.values()} == {"done"}
     values = {row["name"]: row["value"] for each in measured.values() for row in each["rows"]}
     names = " ".join(values)
-    labels = "matrix product", "speed recipe: mean accuracy", "data path", "ResNet-20 recipe: test error", "ViT", "WRN"
+    labels = ["matrix product", "speed recipe: mean accuracy", "data path", "ResNet-20 recipe: test error", "ViT-S/16"]
+    labels += ["WRN", "throughput from JPEGs", "the loader alone", "log of a run on text: tokens_per_second"]
     split = (f"{name}, split: {part}" for name in ("speed recipe", "speed recipe in bf16_pure") for part in SPLIT)
     for part in (*labels, *split):
         assert part in names
     assert values["GPT-2 small, nanoGPT: an update of 4 x 16 tokens"] == pytest.approx(26.5)  # without the first two
     assert values["GPT-2 small, nanoGPT: losses, means of 2 updates"] == pytest.approx([5.95, 5.75, 5.55])
     assert len(values["GPT-2 small, dlopt: losses, means of 2 updates"]) == 3
+    for name in ("GPT-2 small", "GPT-2 small, not compiled"):
+        ours, theirs = (f"{name.replace('small', f'small, {each}')}: an update of 4 x 16 tokens" for each in PROGRAMS)
+        relative = f"{name}: an update of 4 x 16 tokens, relative to nanoGPT"
+        assert values[relative] == pytest.approx(values[ours] / values[theirs])
+    assert values["GPT-2 small: loss of the second half, minus nanoGPT's"] == pytest.approx(
+        sum(values["GPT-2 small, dlopt: losses, means of 2 updates"][1:]) / 2 - (5.75 + 5.55) / 2
+    )
     assert (values["airbench94_muon: mean time"], values["airbench94_muon: runs"]) == (1, 2)
     assert all(value >= 0 for value in values.values() if not isinstance(value, list))
     assert result.stdout.partition("\ncpu, torch ")[2].count("GPT-2 small") > 4

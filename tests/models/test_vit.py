@@ -4,10 +4,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlopt.basics.errors import UserError
 from dlopt.models.layers import Norm
-from dlopt.models.vit import SelfAttention, TransformerBlock
+from dlopt.models.vit import FullAttention, SelfAttention, TransformerBlock
 
 Build = Callable[..., nn.Module]
 
@@ -35,6 +36,28 @@ def test_attention_matches_torch() -> None:
         }
     )
     torch.testing.assert_close(ours(tokens()), theirs(tokens(), tokens(), tokens(), need_weights=False)[0])
+
+
+def test_many_tokens_are_attended_to_by_a_fused_kernel() -> None:
+    """The weights of 197 tokens (224 x 224 pixels) are not stored, and the result and its derivatives are the same."""
+    attend, tokens = FullAttention(), 197
+    q, k, v = (torch.randn(2, 3, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = attend(q, k, v)
+    assert all(shape[-2:] != (tokens, tokens) for shape in kept)
+    expected = attend.weights(q, k) @ v
+    torch.testing.assert_close(output, expected)
+    gradients = (torch.autograd.grad(each.square().sum(), (q, k, v)) for each in (output, expected))
+    torch.testing.assert_close(*gradients)
+    with sdpa_kernel(SDPBackend.MATH):  # as `Step.loss` does for second derivatives
+        (first,) = torch.autograd.grad(attend(q, k, v).square().sum(), q, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), q)[0].any()
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])

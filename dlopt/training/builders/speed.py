@@ -82,6 +82,9 @@ def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
     # where a run was resumed, and on earlier runs in the process. With one graph per shape they depend on the shape.
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
+    # By default, torch 2.11 does not look at the parameters of a module again while it has the same tensors. It would
+    # compute gradients that are not used after a schedule has frozen some (`horizon`), and none after a release.
+    torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     mode = None if isinstance(setting, bool) or setting == "auto" else setting
     replayed: Callable[P, R] = torch.compile(function, mode=mode, dynamic=False)
     if setting not in GRAPH_MODES:

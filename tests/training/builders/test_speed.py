@@ -1,6 +1,6 @@
 """Tests of the values chosen for `auto`, and of the refusals of `true`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,24 @@ def test_compiles_in_the_mode_of_torch(
     monkeypatch.setattr(torch, "compile", compile_)
     result = speed.compiled(nn.Identity(), setting)(torch.zeros(2))
     assert modes == [torch_mode] and torch.equal(result, output) and (result is not output) == copies
+
+
+def test_compiles_again_after_parameters_were_frozen_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a frozen layer costs what a trained one does, and a released one never trains (torch 2.11)."""
+    trained: list[int] = []  # parameters that need a gradient, by compilation
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        trained.append(sum(each.requires_grad for each in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model, inputs = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.ones(5, 3)
+    compiled = speed.compiled(lambda x: model(x).sum(), True)
+    for requires_grad in (False, True, False):
+        model[0].requires_grad_(requires_grad)
+        compiled(inputs)
+        compiled(inputs)
+    assert trained == [2, 4]
 
 
 def test_cuda_graphs_true_is_rejected_on_cpu(tmp_path: Path) -> None:
