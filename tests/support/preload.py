@@ -5,7 +5,6 @@ import os
 import torch.distributed.fsdp  # noqa: F401
 
 import tests.support.equality  # noqa: F401
-from dlopt.config.compose import Composer
 from dlopt.parallel.processes import launch
 from tests.support import processes
 from tests.support.remembered import remember_configs
@@ -13,4 +12,3 @@ from tests.support.remembered import remember_configs
 os.fsync = lambda descriptor: None  # type: ignore[assignment]  # see conftest.py
 launch.start_rank = processes.start_rank
 remember_configs()
-Composer().compose([])  # what a process composes afterwards comes from its memory
