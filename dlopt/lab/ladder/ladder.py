@@ -106,8 +106,9 @@ class Ladder:
 
     def merged(self, other: "Ladder", folder: Path) -> "Ladder":
         """Returns the ladder of the trials of both. Raises `UserError` if they contradict each other."""
-        keys = ("family", "experiment", "metric", "tokens_per_parameter", "searched", "overrides")
+        keys = ("family", "experiment", "metric", "tokens_per_parameter", "overrides")
         different = [key for key in keys if getattr(self, key) != getattr(other, key)]
+        different += [] if self._agrees_on_rates(other, folder) else ["searched"]
         for key in ("rungs", "optimizers"):
             mine, theirs = getattr(self, key), getattr(other, key)
             different += [f"{key}.{name}" for name in sorted(mine.keys() & theirs.keys()) if mine[name] != theirs[name]]
@@ -123,6 +124,15 @@ class Ladder:
             optimizers={**self.optimizers, **other.optimizers},
             commands=list(dict.fromkeys([*self.commands, *other.commands])),
         )
+
+    def _agrees_on_rates(self, other: "Ladder", folder: Path) -> bool:
+        """Whether `other` searches the same rungs, or more before any run has used an extrapolated rate."""
+        former, extrapolated = len(self.searched), self.rungs.keys() - set(self.searched)
+        if list(other.searched[:former]) != list(self.searched):
+            return False
+        used = {trial.rung for trial in recorded(folder) if trial.index is None}
+        used |= {path.parent.name for path in folder.glob("*/*/seed-*")}
+        return len(other.searched) == former or not extrapolated & used
 
     def contestant(self, trial: Trial) -> Contestant:
         """Returns the contestant of a trial; arms that share a search differ in nothing that it sets."""

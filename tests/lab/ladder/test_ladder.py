@@ -1,8 +1,12 @@
 """The trials of a ladder."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from dlopt.lab.ladder.ladder import LadderRequest, Search
+import pytest
+
+from dlopt.basics.errors import UserError
+from dlopt.lab.ladder.ladder import LadderRequest, Search, Trial, update_ladder
 from dlopt.lab.ladder.rates import Optimum, RateFit
 from tests.support.ladders import results
 
@@ -22,3 +26,17 @@ def test_a_searched_rung_has_its_own_learning_rate() -> None:
     search = Search({}, {"r0": Optimum(0.03, 2.0, at_end=False)}, RateFit(1.0, -0.5, None))
     assert (search.lr("r0", 1e4), search.lr("r1", 1e4)) == (0.03, 0.01)
     assert Search({}, {"r0": Optimum(0.03, 2.0, at_end=False)}, None).lr("r0", 1e4) is None  # not complete
+
+
+def test_more_rungs_are_searched_until_a_run_has_an_extrapolated_rate(tmp_path: Path) -> None:
+    ladder = results(1.5).ladder
+    first, second, third = (replace(ladder, searched=[*ladder.rungs][:count]) for count in (1, 2, 3))
+    update_ladder(tmp_path, first)
+    (tmp_path / Trial("adamw", "r0", 0).subfolder).mkdir(parents=True)
+    (tmp_path / Trial("adamw", "r1", 0, index=0).subfolder).mkdir(parents=True)
+    assert update_ladder(tmp_path, second).searched == ["r0", "r1"]
+    (tmp_path / Trial("mine", "r2", 0).subfolder).mkdir(parents=True)
+    for other in (first, third, replace(second, searched=["r1", "r2"])):
+        with pytest.raises(UserError, match=r"runs of another ladder \(different: searched\)"):
+            update_ladder(tmp_path, other)
+    assert update_ladder(tmp_path, second).searched == ["r0", "r1"]
