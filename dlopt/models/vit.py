@@ -11,6 +11,8 @@ from dlopt.basics.ranges import Count, Depth, Fraction, Positive
 from dlopt.models.layers import Norm, NormKeys, hidden_features, image_shape
 from dlopt.models.linear import Linear
 
+_FUSED_TOKENS = 128  # with the 65 of an image of 32 x 32, the fused kernel is hardly faster
+
 
 class PatchEmbedding(nn.Module):
     """[B, C, H, W] -> [B, 1 + patches, width]: class token and one token per patch, plus learned positions."""
@@ -32,9 +34,6 @@ class PatchEmbedding(nn.Module):
         patches = self.project(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), patches], 1)
         return self.dropout(tokens + self.positions)
-
-
-_FUSED_TOKENS = 128  # with the 65 of an image of 32 x 32, the fused kernel is hardly faster
 
 
 class FullAttention(nn.Module):

@@ -251,7 +251,7 @@ def test_hooks_run_once_per_step(make: Make, hooks: list[str]) -> None:
 def test_hooks_of_a_base_that_torch_has_wrapped_again_run_once(
     hooks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torch.compile of torch 2.11 does, which so keeps the compiler out of L-BFGS."""
+    """torch.compile of torch 2.11 wraps it, to keep the compiler out of L-BFGS."""
     torch.optim.LBFGS([nn.Parameter(torch.ones(2))])
     step: Any = torch.optim.LBFGS.step
 

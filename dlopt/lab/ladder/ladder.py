@@ -127,12 +127,16 @@ class Ladder:
 
     def _agrees_on_rates(self, other: "Ladder", folder: Path) -> bool:
         """Whether `other` searches the same rungs, or more before any run has used an extrapolated rate."""
-        former, extrapolated = len(self.searched), self.rungs.keys() - set(self.searched)
+        former = len(self.searched)
         if list(other.searched[:former]) != list(self.searched):
+            return False
+        if len(other.searched) == former:
+            return True
+        if self.joint and former < RUNGS:  # the weight decay of the arms would change
             return False
         used = {trial.rung for trial in recorded(folder) if trial.index is None}
         used |= {path.parent.name for path in folder.glob("*/*/seed-*")}
-        return len(other.searched) == former or not extrapolated & used
+        return used <= set(self.searched)
 
     def contestant(self, trial: Trial) -> Contestant:
         """Returns the contestant of a trial; arms that share a search differ in nothing that it sets."""

@@ -8,7 +8,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.lab.ladder.ladder import LadderRequest, Search, Trial, update_ladder
 from dlopt.lab.ladder.rates import Optimum, RateFit
-from tests.support.ladders import results
+from tests.support.ladders import results, with_arms
 
 
 def test_an_interrupted_ladder_has_a_seed_of_every_optimizer_before_the_next(tmp_path: Path) -> None:
@@ -40,3 +40,14 @@ def test_more_rungs_are_searched_until_a_run_has_an_extrapolated_rate(tmp_path: 
         with pytest.raises(UserError, match=r"runs of another ladder \(different: searched\)"):
             update_ladder(tmp_path, other)
     assert update_ladder(tmp_path, second).searched == ["r0", "r1"]
+
+
+def test_more_rungs_are_not_searched_if_that_changes_the_weight_decay_of_arms(tmp_path: Path) -> None:
+    ladder = with_arms(("inverse",))
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, count in ((one, 1), (two, 2)):
+        folder.mkdir()
+        update_ladder(folder, replace(ladder, searched=[*ladder.rungs][:count]))
+    with pytest.raises(UserError, match=r"\(different: searched\)"):
+        update_ladder(one, replace(ladder, searched=["r0", "r1"]))
+    assert update_ladder(two, ladder).searched == ["r0", "r1", "r2"]
