@@ -41,7 +41,7 @@ from dlopt.lab.benchmark.protocol import has_space, load_space
 from dlopt.lab.ladder.arms import KEYS, OVERRIDES, RUNGS, SEARCHED, Arm
 from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, Trial, read_ladder, update_ladder
-from dlopt.lab.ladder.rates import GRID
+from dlopt.lab.ladder.rates import GRID, expected_runs
 from dlopt.lab.trials import READS_OF_HYDRA, launcher, refuse_protocol, take_optimizers
 from dlopt.sweeps.estimate import estimate_job
 from dlopt.sweeps.sweep import refuse_ranks
@@ -267,9 +267,10 @@ def _list(line: Line, request: LadderRequest) -> int:
         is_joint = contestant.arm in SEARCHED and contestant.choice in joint
         joint = [each for each in joint if each != contestant.choice or not is_joint]  # arms share the search
         lr = contestant.lr or contestant.rates[_PLAIN]
-        for rung in ladder.rungs:
-            searches = 7 if contestant.lr is None and rung in ladder.searched else 0
-            decays = 7 * len(GRID) if is_joint and rung in ladder.searched[:RUNGS] else 0
+        for place, rung in enumerate(ladder.rungs):
+            is_searched = contestant.lr is None and rung in ladder.searched
+            searches = expected_runs(place) if is_searched else 0
+            decays = searches * len(GRID) if is_joint and place < RUNGS else 0
             trial, decay = Trial(optimizer, rung, 0), 0.0 if contestant.arm in SEARCHED else None
             job = plan(line.composer, ladder.line(trial, lr, decay, request.shared))
             estimate = estimate_job([job.saved], job.choices)

@@ -10,7 +10,19 @@ from dlopt.basics.locks import locked
 from dlopt.extend import RunFolder, UserError, read_json, write_json
 from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, DecaySearch, decay_search, missing_decays
 from dlopt.lab.ladder.family import Rules, Rung
-from dlopt.lab.ladder.rates import GRID, Optimum, RateFit, fit_rates, missing, optimum, rate
+from dlopt.lab.ladder.rates import (
+    FITTED,
+    GRID,
+    LIMIT,
+    Optimum,
+    RateFit,
+    expected_runs,
+    fit_rates,
+    grid_around,
+    missing,
+    optimum,
+    rate,
+)
 from dlopt.lab.trials import UNRECORDED, has_ended
 from dlopt.tracking.metrics import read_metrics
 
@@ -243,11 +255,13 @@ class Search:
     Attributes:
         losses: rung -> learning rate -> loss; {}: no search, or an arm whose weight decay is not known yet.
         fit: extrapolates the optima to larger rungs; None: the search is not complete, or all runs of a rung failed.
+        waiting: its trials without a result that can run now.
     """
 
     losses: Mapping[str, Mapping[float, float]]
     optima: Mapping[str, Optimum]
     fit: RateFit | None
+    waiting: Sequence[Trial] = ()
 
     def lr(self, rung: str, parameters: float) -> float | None:
         """Returns the learning rate of a rung: its optimum if it was searched, else that of the fit; None: none yet."""
@@ -291,16 +305,14 @@ class LadderRequest:
         """Returns the results of all trials that have been read."""
         return dict(self._known)
 
-    def searches(self, optimizer: str, rung: str, decay: int | None = None) -> dict[int, float]:
-        """Returns the losses of the search of a rung, by index."""
-        found: dict[int, float] = {}
-        while new := missing(found):
-            outcomes = {index: self.outcome(Trial(optimizer, rung, 0, index, decay)) for index in new}
-            known = {index: outcome.loss for index, outcome in outcomes.items() if outcome is not None}
-            found |= known
-            if len(known) < len(new):
-                break
-        return found
+    def rates(
+        self, optimizer: str, rung: str, decay: int | None = None, grid: Sequence[int] = GRID
+    ) -> tuple[dict[int, float], list[Trial]]:
+        """Returns the losses of the search of a rung, by index, and its trials that can run now."""
+        trials = {index: Trial(optimizer, rung, 0, index, decay) for index in range(-LIMIT, LIMIT + 1)}
+        outcomes = {index: self.outcome(trial) for index, trial in trials.items()}
+        losses = {index: outcome.loss for index, outcome in outcomes.items() if outcome is not None}
+        return losses, [trials[index] for index in missing(losses, grid)]
 
     def decays(self, choice: str, rung: str) -> tuple[dict[int, float], list[Trial]]:
         """Returns the losses at the best rate of each weight decay, by index, and the trials that can run now."""
@@ -308,9 +320,9 @@ class LadderRequest:
         waiting: list[Trial] = []
         while not waiting and (new := missing_decays(found)):
             for decay in new:
-                losses = self.searches(choice, rung, decay)
-                if indices := missing(losses):
-                    waiting += [Trial(choice, rung, 0, index, decay) for index in indices]
+                losses, without_result = self.rates(choice, rung, decay)
+                if without_result:
+                    waiting += without_result
                     continue
                 best = optimum({rate(1.0, index): loss for index, loss in losses.items()})
                 found[decay] = math.inf if best is None else best.loss
@@ -341,17 +353,23 @@ class LadderRequest:
         centre = contestant.rates["optimizer.lr"]
         losses: dict[str, dict[float, float]] = {}
         optima: dict[str, Optimum] = {}
-        is_complete = True
-        for rung in self.ladder.searched:
-            indices = self.searches(optimizer, rung)
+        waiting: list[Trial] = []
+        fit: RateFit | None = None
+        for place, rung in enumerate(self.ladder.searched):
+            grid: Sequence[int] = GRID
+            if place >= FITTED:
+                if fit is None:  # a smaller rung has no optimum yet, or all its runs failed
+                    return Search(losses, optima, None, waiting)
+                grid = grid_around(fit(rungs[rung].parameters), centre)
+            indices, without_result = self.rates(optimizer, rung, grid=grid)
+            waiting += without_result
             losses[rung] = {rate(centre, index): loss for index, loss in sorted(indices.items())}
-            is_complete = is_complete and not missing(indices)
             if indices and (best := optimum(losses[rung])) is not None:
                 optima[rung] = best
-        if not is_complete or len(optima) < len(losses):
-            return Search(losses, optima, None)
-        sizes = [rungs[rung].parameters for rung in optima]
-        return Search(losses, optima, fit_rates(sizes, [each.lr for each in optima.values()]))
+            sizes = [rungs[each].parameters for each in optima]
+            is_known = not waiting and len(optima) == len(losses)
+            fit = fit_rates(sizes, [each.lr for each in optima.values()]) if is_known else None
+        return Search(losses, optima, fit, waiting)
 
     def finals(self, optimizer: str) -> list[Trial]:
         return [Trial(optimizer, rung, seed) for rung in self.ladder.rungs for seed in range(self.ladder.seeds)]
@@ -367,8 +385,7 @@ class LadderRequest:
             if search.fit is not None:
                 found += self.finals(optimizer)
                 continue
-            for rung in search.losses:
-                found += [Trial(optimizer, rung, 0, index) for index in missing(self.searches(optimizer, rung))]
+            found += search.waiting
         return sorted((each for each in found if self.outcome(each) is None), key=self.place)
 
     def place(self, trial: Trial) -> tuple[int, int]:
@@ -394,7 +411,8 @@ class LadderRequest:
     def expected(self) -> int:
         """Returns the number of trials, if no grid has to be extended further."""
         ladder = self.ladder
-        searched = sum(each.lr is None for each in ladder.optimizers.values()) * len(ladder.searched)
-        decays = len(GRID) * len(ladder.joint) * len(ladder.searched[:RUNGS])
-        planned = (searched + decays) * (5 + 2) + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds
+        runs = [expected_runs(place) for place in range(len(ladder.searched))]
+        searches = sum(each.lr is None for each in ladder.optimizers.values()) * sum(runs)
+        decays = len(GRID) * len(ladder.joint) * sum(runs[:RUNGS])
+        planned = searches + decays + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds
         return max(planned, len(self.waiting()) + len(self.known()))

@@ -20,12 +20,14 @@ def rate(centre: float, index: int) -> float:
     return float(f"{centre * SPACING ** (index / 2):.4g}")
 
 
-def missing(losses: Mapping[int, float]) -> list[int]:
+def missing(losses: Mapping[int, float], grid: Sequence[int] = GRID) -> list[int]:
     """Returns the indices to measure next; []: the search is complete.
 
-    `losses`: by index; infinity for a run that failed.
+    Args:
+        losses: by index; infinity for a run that failed.
+        grid: even indices of the first rates.
     """
-    if first := [index for index in GRID if index not in losses]:
+    if first := [index for index in grid if index not in losses]:
         return first
     coarse = sorted(index for index in losses if index % 2 == 0)
     best = min(coarse, key=lambda index: losses[index])
@@ -35,6 +37,11 @@ def missing(losses: Mapping[int, float]) -> list[int]:
         return [best + 2]
     around = [best - 1, best + 1]
     return [index for index in around if coarse[0] < index < coarse[-1] and index not in losses]
+
+
+def expected_runs(place: int) -> int:
+    """Returns the number of runs that search the rung at `place` (from 0), if its grid is not extended."""
+    return (len(GRID) if place < FITTED else _AROUND) + 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,11 @@ def optimum(losses: Mapping[float, float]) -> Optimum | None:
 
 
 FITTED = 3
-"""Number of searched rungs whose optima are extrapolated, the largest: the optima of tiny ones may follow no law."""
+"""Number of searched rungs whose optima are extrapolated, the largest: the optima of tiny ones may follow no law.
+
+The search of a rung above so many others begins around their extrapolation.
+"""
+_AROUND = 3  # first rates of such a search
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,13 @@ def fit_rates(parameters: Sequence[float], optima: Sequence[float]) -> RateFit:
     intercept, slope = _line(points)
     error = math.exp(max(_left_out(points, i) for i in range(len(points)))) if len(points) > 2 else None
     return RateFit(math.exp(intercept), slope, error)
+
+
+def grid_around(lr: float, centre: float) -> tuple[int, ...]:
+    """Returns the first indices of a search whose best rate is expected at `lr`: the nearest and its neighbours."""
+    nearest = 2 * round(math.log(lr / centre, SPACING))
+    middle = max(-LIMIT + 2, min(nearest, LIMIT - 2))
+    return middle - 2, middle, middle + 2
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -1,14 +1,15 @@
 """The trials of a ladder."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.lab.ladder.ladder import LadderRequest, Search, Trial, update_ladder
+from dlopt.lab.ladder.ladder import LadderRequest, Outcome, Search, Trial, update_ladder
 from dlopt.lab.ladder.rates import Optimum, RateFit
-from tests.support.ladders import results, with_arms
+from tests.support.ladders import results, simulate, with_arms
 
 
 def test_an_interrupted_ladder_has_a_seed_of_every_optimizer_before_the_next(tmp_path: Path) -> None:
@@ -51,3 +52,34 @@ def test_more_rungs_are_not_searched_if_that_changes_the_weight_decay_of_arms(tm
     with pytest.raises(UserError, match=r"\(different: searched\)"):
         update_ladder(one, replace(ladder, searched=["r0", "r1"]))
     assert update_ladder(two, ladder).searched == ["r0", "r1", "r2"]
+
+
+def test_the_fourth_rung_is_searched_around_the_extrapolation_of_the_others(tmp_path: Path) -> None:
+    ladder = with_arms(("zero",), rungs=5)
+    ladder = replace(ladder, searched=[*ladder.rungs][:4])
+    request = LadderRequest(tmp_path, ladder)
+    assert {each.rung for each in request.waiting()} == {"r0", "r1", "r2"}
+    done = simulate(request, scaled=1.0)
+    counts = {rung: sum(each.rung == rung and each.optimizer == "mine.zero" for each in done) for rung in ladder.rungs}
+    assert counts == {"r0": 7 + 2, "r1": 7 + 2, "r2": 7 + 2, "r3": 5 + 2, "r4": 2} and request.expected() == len(done)
+    assert request.lr(Trial("mine.zero", "r3", 0)) == pytest.approx(0.02)
+
+
+def test_searched_rates_outside_the_grid_around_the_extrapolation_count(tmp_path: Path) -> None:
+    """Earlier versions, or a fit of other rungs, may have searched them."""
+    ladder = with_arms(("zero",), rungs=4)
+    request = LadderRequest(tmp_path, replace(ladder, searched=[*ladder.rungs]))
+    outside = Trial("mine.zero", "r3", 0, index=8)
+    request._known[outside] = Outcome(math.inf, 1.0, "diverged")
+    simulate(request, scaled=1.0)
+    search = request.search("mine.zero")
+    assert math.isinf(search.losses["r3"][1.0]) and search.optima["r3"].lr == pytest.approx(0.02)
+
+
+def test_no_larger_rung_is_searched_where_all_runs_of_a_smaller_one_failed(tmp_path: Path) -> None:
+    ladder = with_arms(("zero",), rungs=4)
+    request = LadderRequest(tmp_path, replace(ladder, searched=[*ladder.rungs]))
+    while waiting := request.waiting():
+        request._known |= dict.fromkeys(waiting, Outcome(math.inf, 1.0, "diverged"))
+    assert {each.rung for each in request.known()} == {"r0", "r1", "r2"}
+    assert request.search("mine.zero").fit is None

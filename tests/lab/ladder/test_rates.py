@@ -1,20 +1,20 @@
 """The search of learning rates, on losses with a known optimum, and its extrapolation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import linregress
 
-from dlopt.lab.ladder.rates import GRID, LIMIT, SPACING, fit_rates, missing, optimum, rate
+from dlopt.lab.ladder.rates import GRID, LIMIT, SPACING, fit_rates, grid_around, missing, optimum, rate
 
 
-def search(loss: Callable[[float], float], centre: float) -> dict[float, float]:
+def search(loss: Callable[[float], float], centre: float, grid: Sequence[int] = GRID) -> dict[float, float]:
     """Runs the whole search; returns the losses by rate."""
     found: dict[int, float] = {}
-    while new := missing(found):
+    while new := missing(found, grid):
         found |= {index: loss(rate(centre, index)) for index in new}
     return {rate(centre, index): value for index, value in found.items()}
 
@@ -29,6 +29,22 @@ def test_finds_the_minimum_of_a_parabola_also_outside_the_first_grid(best: float
     assert found is not None and not found.at_end
     assert found.lr == pytest.approx(best, rel=1e-6) and found.loss == pytest.approx(2)
     assert len(losses) >= len(GRID) + 2
+
+
+@pytest.mark.parametrize(("expected", "runs"), [(0.02, 5), (0.05, 5), (0.5, 7), (1e-9, 10)])
+def test_a_search_around_an_expected_rate_finds_the_best_in_fewer_runs(expected: float, runs: int) -> None:
+    losses = search(lambda lr: 2 + 0.1 * math.log(lr / 0.03) ** 2, 0.01, grid_around(expected, 0.01))
+    found = optimum(losses)
+    assert found is not None and found.lr == pytest.approx(0.03, rel=1e-6)
+    assert len(losses) == runs
+
+
+@pytest.mark.parametrize("lr", [1e-9, 0.002, 0.01, 0.017, 1e9])
+def test_the_grid_around_a_rate_has_it_in_the_middle(lr: float) -> None:
+    grid = grid_around(lr, 0.01)
+    rates = [rate(0.01, index) for index in grid]
+    nearest = min(range(-LIMIT + 2, LIMIT - 1, 2), key=lambda index: abs(math.log(rate(0.01, index) / lr)))
+    assert grid == (nearest - 2, nearest, nearest + 2) and rates[1] / rates[0] == pytest.approx(SPACING, rel=1e-3)
 
 
 def test_agrees_with_scipy_on_the_parabola_of_the_best_three() -> None:
