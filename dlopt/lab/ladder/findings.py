@@ -86,7 +86,7 @@ def _search(results: Results, name: str) -> dict[str, Any]:
     return {
         "name": name, "failed": results.failed(name),
         "is_unfinished": results.ladder.optimizers[name].lr is None and not has_fit,
-        "at_end": [rung for rung, best in search.optima.items() if best.at_end and has_fit],
-        "lost": [rung for rung, each in search.losses.items() if each and rung not in search.optima and not has_fit],
+        "at_end": [rung for rung, best in search.optima.items() if best.at_end],
+        "lost": [rung for rung, each in search.losses.items() if each and not any(map(math.isfinite, each.values()))],
         "error": (search.fit.error if search.fit is not None else None) or 1.0,
     }  # fmt: skip

@@ -254,6 +254,7 @@ class Search:
 
     Attributes:
         losses: rung -> learning rate -> loss; {}: no search, or an arm whose weight decay is not known yet.
+        optima: of the rungs whose search is complete, but for those where all runs failed.
         fit: extrapolates the optima to larger rungs; None: the search is not complete, or all runs of a rung failed.
         waiting: its trials without a result that can run now.
     """
@@ -265,13 +266,13 @@ class Search:
 
     def lr(self, rung: str, parameters: float) -> float | None:
         """Returns the learning rate of a rung: its optimum if it was searched, else that of the fit; None: none yet."""
-        if self.fit is None:
-            return None
-        return float(f"{self.optima[rung].lr:.4g}") if rung in self.optima else self.fit(parameters)
+        if rung in self.optima:
+            return float(f"{self.optima[rung].lr:.4g}")
+        return None if self.fit is None else self.fit(parameters)
 
 
 class LadderRequest:
-    """The trials of a ladder; each optimizer's rungs wait for the end of its own search.
+    """The trials of a ladder; a rung waits for its learning rate only.
 
     `shared`: overrides of all trials, as typed.
     """
@@ -364,7 +365,7 @@ class LadderRequest:
             indices, without_result = self.rates(optimizer, rung, grid=grid)
             waiting += without_result
             losses[rung] = {rate(centre, index): loss for index, loss in sorted(indices.items())}
-            if indices and (best := optimum(losses[rung])) is not None:
+            if not without_result and (best := optimum(losses[rung])) is not None:
                 optima[rung] = best
             sizes = [rungs[each].parameters for each in optima]
             is_known = not waiting and len(optima) == len(losses)
@@ -382,10 +383,8 @@ class LadderRequest:
                 found += self.decays(choice, rung)[1]
         for optimizer in self.ladder.optimizers:
             search = self.search(optimizer)
-            if search.fit is not None:
-                found += self.finals(optimizer)
-                continue
-            found += search.waiting
+            rates = {name: search.lr(name, rung.parameters) for name, rung in self.ladder.rungs.items()}
+            found += [*search.waiting, *(each for each in self.finals(optimizer) if rates[each.rung] is not None)]
         return sorted((each for each in found if self.outcome(each) is None), key=self.place)
 
     def place(self, trial: Trial) -> tuple[int, int]:

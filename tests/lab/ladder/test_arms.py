@@ -56,7 +56,7 @@ def test_an_arm_waits_for_its_decay_and_the_others_do_not(tmp_path: Path) -> Non
         request._known |= dict.fromkeys(waiting, Outcome(math.inf, 1.0, "diverged"))
     assert request.decay_search("mine").constant is None  # nothing follows where all runs of a rung failed
     texts = [each.text for each in findings(collect(request))]
-    assert "adamw.inverse: no learning rates yet: its search has not ended." in texts
+    assert "adamw.inverse: the search of its learning rates has not ended." in texts
 
 
 def test_the_grid_of_decays_is_that_of_rates_unrefined() -> None:

@@ -63,8 +63,8 @@ def test_learning_rates_and_their_doubts_are_stated() -> None:
         "mine: the best rate of r0 is at the end of the searched range.",
         "mine: learning rates are extrapolated poorly (1.7x); search more rungs.",
         "mine: 1 runs failed or diverged, and count in no fit.",
-        "lost: no learning rates yet: all runs of r0 failed so far.",
-        "new: no learning rates yet: its search has not ended.",
+        "lost: no rate is extrapolated: all runs that search the rate of r0 failed so far.",
+        "new: the search of its learning rates has not ended.",
     ]
 
 

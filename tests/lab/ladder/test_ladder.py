@@ -26,7 +26,8 @@ def test_an_interrupted_ladder_has_a_seed_of_every_optimizer_before_the_next(tmp
 def test_a_searched_rung_has_its_own_learning_rate() -> None:
     search = Search({}, {"r0": Optimum(0.03, 2.0, at_end=False)}, RateFit(1.0, -0.5, None))
     assert (search.lr("r0", 1e4), search.lr("r1", 1e4)) == (0.03, 0.01)
-    assert Search({}, {"r0": Optimum(0.03, 2.0, at_end=False)}, None).lr("r0", 1e4) is None  # not complete
+    unfinished = Search({}, {"r0": Optimum(0.03, 2.0, at_end=False)}, None)
+    assert (unfinished.lr("r0", 1e4), unfinished.lr("r1", 1e4)) == (0.03, None)
 
 
 def test_more_rungs_are_searched_until_a_run_has_an_extrapolated_rate(tmp_path: Path) -> None:
@@ -83,3 +84,13 @@ def test_no_larger_rung_is_searched_where_all_runs_of_a_smaller_one_failed(tmp_p
         request._known |= dict.fromkeys(waiting, Outcome(math.inf, 1.0, "diverged"))
     assert {each.rung for each in request.known()} == {"r0", "r1", "r2"}
     assert request.search("mine.zero").fit is None
+
+
+def test_a_rung_trains_as_soon_as_its_own_search_has_ended(tmp_path: Path) -> None:
+    request = LadderRequest(tmp_path, with_arms(("zero",), rungs=4))
+    while searched := [each for each in request.waiting() if each.rung == "r0" and each.index is not None]:
+        losses = [math.log(request.lr(trial) / 0.02) ** 2 for trial in searched]
+        request._known |= {trial: Outcome(loss, 1.0) for trial, loss in zip(searched, losses, strict=True)}
+    waiting = request.waiting()
+    assert {each.rung for each in waiting if each.index is None} == {"r0"}
+    assert {each.rung for each in waiting if each.index is not None} == {"r1", "r2"}
