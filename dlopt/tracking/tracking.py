@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from dlopt.basics import formats
@@ -122,7 +122,6 @@ class Tracking:
         self._folder = folder
         self._console = ConsoleView() if console else None
         self._step_tags: set[str] = set()  # written by `step`
-        self._best: dict[str, float] = {}  # tag -> value of the best epoch so far
         self._epochs = 0
         self._log: TrainLog | None = None
         self._metrics: MetricsFile | None = None
@@ -219,27 +218,35 @@ class Tracking:
         if self._tensorboard is not None and histograms:
             self._tensorboard.histograms(step, histograms)
 
-    def epoch(self, metrics: Mapping[str, Any], *, best: bool = False) -> None:
-        """Records an evaluated epoch with the keys of metrics.jsonl; `best` marks it as the best so far.
+    def epoch(
+        self,
+        metrics: Mapping[str, Any],
+        *,
+        improved: bool = False,
+        best: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Records an evaluated epoch with the keys of metrics.jsonl.
 
         The sinks receive `train_loss` as `train/loss` and so on, without the tags that `step` writes; TensorBoard also
-        the metrics of the best epoch so far.
+        `best`.
+
+        Args:
+            metrics: of the epoch, by column.
+            improved: whether it is the best epoch so far.
+            best: metrics of the best epoch so far, by column.
         """
         if self._metrics is not None:
             self._metrics.write(metrics)
-        if best:
-            values: dict[str, Any] = {
-                metric.best_tag: metrics.get(metric.column) for metric in (VAL_LOSS, VAL_ACCURACY)
-            }
-            self._best = {tag: float(value) for tag, value in values.items() if _is_number(value)}
+        tags: dict[str, Any] = {metric.best_tag: best.get(metric.column) for metric in (VAL_LOSS, VAL_ACCURACY)}
+        so_far = {tag: float(value) for tag, value in tags.items() if _is_number(value)}
         for sink in self._sinks:
-            more = self._best if sink is self._tensorboard else {}
+            more = so_far if sink is self._tensorboard else {}
             sink.scalars(metrics["step"], _to_tags(metrics, self._step_tags) | more)
             sink.flush()
         if self._log is not None:
-            self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=best))
+            self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=improved))
         if self._console is not None:
-            self._console.epoch(metrics, best)
+            self._console.epoch(metrics, improved)
 
     def rewind(self, epoch: float, step: int) -> None:
         """Removes what was written after `epoch` evaluated epochs and `step` updates: the run has rolled back there."""

@@ -202,7 +202,7 @@ class Trainer:
             if self.validate is not None:
                 improved = self.best.update(metrics)
                 self.step.schedule.update(metrics)
-            self.tracking.epoch(metrics, best=improved)
+            self.tracking.epoch(metrics, improved=improved, best=self.best.metrics)
             self.user_observers.after_evaluation(metrics)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch, and metrics.jsonl has
         # the line of this evaluation. A run that is killed in between removes the line when it resumes, and writes it

@@ -10,7 +10,17 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Natural, NonNegative, Positive
-from dlopt.metrics.names import Mode, base_name, finite, lower_is_better, resolve_monitor, selection_key, split_of
+from dlopt.metrics.names import (
+    VAL_ACCURACY,
+    VAL_LOSS,
+    Mode,
+    base_name,
+    finite,
+    lower_is_better,
+    resolve_monitor,
+    selection_key,
+    split_of,
+)
 from dlopt.parallel.shards import local, plain_norm
 from dlopt.training.clipping import Norm
 
@@ -165,6 +175,11 @@ class Best:
     def metric(self) -> float:
         """The monitored metric as logged, without negation."""
         return self.value if lower_is_better(self.monitor, _modes(self.monitor, self.mode)) else -self.value
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """Loss and accuracy of the best evaluation, by column."""
+        return {VAL_LOSS.column: self.val_loss, VAL_ACCURACY.column: self.val_accuracy}
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -43,7 +43,7 @@ def drive(folder: Path, epochs: int = 3, seconds: float = 0.0) -> None:
                 values = {"train_loss": loss, "train_accuracy": 0.9, "val_loss": loss + 0.1, "val_accuracy": 0.875}
                 line = {"epoch": step // STEPS, "step": step, "lr": 0.1, **values, "seconds": 1.5 * step / STEPS}
                 line |= MACHINE
-                tracking.epoch(line, best=True)
+                tracking.epoch(line, improved=True)
         values = {"best_val_loss": 0.2, "best_val_accuracy": 0.875, "test_loss": 0.3, "test_accuracy": 0.9778}
         tracking.finish(
             {"status": "finished", "epochs": epochs, "steps": step, "best_epoch": epochs, **values, "seconds": 4.2}

@@ -183,8 +183,10 @@ def test_command_survives_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_first_cards_show_the_best_epoch_so_far(tmp_path: Path) -> None:
     with Tracking(tmp_path, sinks=["tensorboard"], console=False) as tracking:
-        for epoch, (accuracy, best) in enumerate([(0.5, True), (0.25, False), (0.75, True)], 1):
-            tracking.epoch({"epoch": epoch, "step": epoch, "val_accuracy": accuracy, "val_loss": accuracy}, best=best)
+        for epoch, (accuracy, best) in enumerate([(0.5, 0.5), (0.25, 0.5), (0.75, 0.75)], 1):
+            so_far = {"val_accuracy": best, "val_loss": 1 - best}
+            tracking.epoch({"epoch": epoch, "step": epoch, "val_accuracy": accuracy, "val_loss": 0.1}, best=so_far)
+        tracking.epoch({"epoch": 4, "step": 4, "val_loss": 0.1}, best={"val_accuracy": None, "val_loss": 0.1})
     lines = read_scalars(tmp_path / "tensorboard")
-    assert [line["best/val_accuracy"] for line in lines] == [0.5, 0.5, 0.75]
+    assert [line.get("best/val_accuracy") for line in lines] == [0.5, 0.5, 0.75, None]
     assert sorted(lines[0])[:2] == ["best/val_accuracy", "best/val_loss"]

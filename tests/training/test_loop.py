@@ -66,6 +66,7 @@ class Tracking:
     advanced: list[int] = field(default_factory=list)
     steps: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    best: list[dict[str, Any]] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
 
     def message(self, text: str) -> None:
@@ -77,8 +78,9 @@ class Tracking:
     def step(self, step: int, values: Mapping[str, float]) -> None:
         self.steps.append((step, dict(values)))
 
-    def epoch(self, metrics: Mapping[str, Any], **_: Any) -> None:
+    def epoch(self, metrics: Mapping[str, Any], *, improved: bool, best: Mapping[str, Any]) -> None:
         self.epochs.append(dict(metrics))
+        self.best.append(dict(best))
 
     def rewind(self, epoch: int, step: int) -> None:
         self.epochs = [line for line in self.epochs if line["epoch"] <= epoch]
@@ -395,6 +397,7 @@ def test_interrupted_after_any_update_and_resumed(at: int, every: int) -> None:
     assert status == "finished"
     assert second.progress.resumed_from == [at]
     assert_equal_ends(second, reference, stop.epochs + tracking.epochs)
+    assert stop.best + tracking.best == reference.tracking.best  # type: ignore[attr-defined]
     assert isinstance(second.batches, Batches)
     assert second.batches.requests[0] == ((at - 1) // 5, (at - 1) % 5 + 1, at)
 
