@@ -75,6 +75,11 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 _ALIGNMENT = 8  # values of bf16 in the 16 bytes that a tensor core loads
 _LARGE = 1024  # dimension of a product, below which its time matters little
 
+_ALIKE: dict[str, Any] = {  # torch 2.11 does not know the FLOPs of attention on a processor
+    "_scaled_dot_product_flash_attention_for_cpu": torch.ops.aten._scaled_dot_product_flash_attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": torch.ops.aten._scaled_dot_product_flash_attention_backward,
+}
+
 # Operations that read or write few rows of their first tensor, which counts as much as the largest other one.
 _SPARSE = {
     "embedding", "gather", "index", "index_select", "nll_loss_forward", "scatter_", "scatter_add_", "index_put_",
@@ -208,7 +213,7 @@ class WorkCounter(TorchDispatchMode):
         if name in _OVERWRITING:
             bytes -= sizes[mutated[0]]
 
-        formula = flop_registry.get(func.overloadpacket)
+        formula = flop_registry.get(func.overloadpacket) or flop_registry.get(_ALIKE.get(name))
         flops = 0.0 if formula is None else formula(*args, **kwargs, out_val=output)
         if named.get("is_causal"):
             flops /= 2  # kernels skip the scores above the diagonal
