@@ -10,6 +10,7 @@ from tests.support.equality import Cases, compare
 from tests.support.modes import FSDP, SYNC_FSDP
 from tests.support.sizes import MLP, RESNET
 
+MUP = ["init=mup", "init.base_width=4"]
 KEPT = "parallel.reshard_after_forward=false"
 
 CASES: Cases = {
@@ -39,13 +40,22 @@ CASES: Cases = {
         [*RESNET, "data.batch_size=35", "accumulate=2", "steps=4"],
         [*SYNC_FSDP, "activation_checkpointing=blocks"],
     ),
-    "muon": ([*MLP, "optimizer=muon", "data.batch_size=35", "accumulate=2", "steps=5"], SYNC_FSDP),
-    "soap, average": (
-        [*MLP, "optimizer=soap", "optimizer.max_size=11", "clip=norm", "ema=0.9", "data.batch_size=32", "epochs=2"],
+    "muon, muP": ([*MLP, *MUP, "optimizer=muon", "data.batch_size=35", "accumulate=2", "steps=5"], SYNC_FSDP),
+    "soap, muP, average": (
+        [
+            *MLP,
+            *MUP,
+            "optimizer=soap",
+            "optimizer.max_size=11",
+            "clip=norm",
+            "ema=0.9",
+            "data.batch_size=32",
+            "epochs=2",
+        ],
         [*SYNC_FSDP, KEPT],
     ),
-    "shampoo": ([*MLP, "model.norm=none", "optimizer=shampoo", "data.batch_size=19", "epochs=2"], FSDP),
-    "scion": ([*MLP, "model.norm=none", "optimizer=scion", "data.batch_size=19", "epochs=2"], FSDP),
+    "shampoo, muP": ([*MLP, *MUP, "model.norm=none", "optimizer=shampoo", "data.batch_size=19", "epochs=2"], FSDP),
+    "scion, muP": ([*MLP, *MUP, "model.norm=none", "optimizer=scion", "data.batch_size=19", "epochs=2"], FSDP),
     "two points": ([*MLP, "optimizer=schedule_free_adamw", "data.batch_size=32", "epochs=2"], [*SYNC_FSDP, KEPT]),
 }
 
