@@ -100,7 +100,7 @@ class CausalSelfAttention(nn.Module):
         self.project = Linear(width, width, bias=bias)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        qkv = self.qkv(tokens).view(*tokens.shape[:2], -1, 3, self.head_width)
+        qkv = self.qkv(tokens).unflatten(2, (-1, 3, self.head_width))
         q, k, v = qkv.transpose(1, 2).unbind(3)  # [B, heads, T, d]
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_width,), eps=_EPS), F.rms_norm(k, (self.head_width,), eps=_EPS)

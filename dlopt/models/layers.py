@@ -73,6 +73,22 @@ class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
     """`GhostBatchNorm1d` for feature maps [B, C, H, W]."""
 
 
+class _InstanceNorm(_NormBase):
+    def forward(self, input: Tensor) -> Tensor:
+        if len(input) > 0:
+            return super().forward(input)
+        # The empty shard of a rank, which torch's instance norm refuses. One channel per group is the same function.
+        return nn.functional.group_norm(input, self.num_features, self.weight, self.bias, self.eps)
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """`nn.InstanceNorm1d` that also accepts an empty batch [0, F, T]."""
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """`nn.InstanceNorm2d` that also accepts an empty batch [0, C, H, W]."""
+
+
 class ChannelsFirst(nn.Module):
     """Applies a normalization of [B, F, T] to tokens [B, T, F]."""
 
@@ -145,7 +161,7 @@ class Norm:
                 groups = 1 if self.kind == "layer" else self.groups_of(channels)
                 return nn.GroupNorm(groups, channels, eps=self.eps, affine=self.affine)
             case "instance":
-                return nn.InstanceNorm2d(channels, eps=self.eps, affine=self.affine)
+                return InstanceNorm2d(channels, eps=self.eps, affine=self.affine)
         return nn.Identity()
 
     def vectors(self, features: int) -> nn.Module:
@@ -168,7 +184,7 @@ class Norm:
             case "layer":
                 return nn.LayerNorm(features, eps=self.eps, elementwise_affine=self.affine)
             case "instance":
-                return ChannelsFirst(nn.InstanceNorm1d(features, eps=self.eps, affine=self.affine))
+                return ChannelsFirst(InstanceNorm1d(features, eps=self.eps, affine=self.affine))
             case "none":
                 return nn.Identity()
         return ChannelsFirst(self.vectors(features))

@@ -54,7 +54,8 @@ def test_every_choice_builds_on_meta_and_maps_a_batch_to_outputs(build: Callable
         if vocabulary is None:
             assert model(torch.empty(2, *shape)).shape == (2, 7)
         else:
-            assert model(torch.zeros(2, 16, dtype=torch.int64)).shape == (2, 16, 7)
+            for samples in (2, 0):  # 0: the shard of a rank that gets none of the last batch
+                assert model(torch.zeros(samples, 16, dtype=torch.int64)).shape == (samples, 16, 7)
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     assert choice in ("timm", "torchvision") or isinstance(model.get_submodule("head"), nn.Linear)
 
@@ -70,6 +71,7 @@ def test_forward_and_backward_with_every_norm(build: Callable[..., nn.Module], n
             model = build(name.partition(",")[0], *overrides, input_shape=shape, classes=3)
         if not is_counted_only:
             check_gradients(model, name, shape)
+            check_an_empty_shard(model, shape)
         norms = [module for module in model.modules() if hasattr(module, "eps")]
         counts.append((len(norms), sum(1 for module in norms for _ in module.parameters(recurse=False))))
         biases = [module.bias is not None for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -86,6 +88,14 @@ def check_gradients(model: nn.Module, name: str, shape: tuple[int, ...]) -> None
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.any() or "mlp" not in name, parameter_name
+
+
+def check_an_empty_shard(model: nn.Module, shape: tuple[int, ...]) -> None:
+    model.zero_grad()
+    output = model(torch.empty(0, *shape))
+    assert output.shape == (0, 3)
+    output.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_the_first_line_of_every_choice_describes_it() -> None:
