@@ -18,13 +18,18 @@ from tests.support.equality import Cases, compare, metric_values, run_distribute
 from tests.support.modes import DDP, SYNC_DDP, build_mode
 from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, metrics, resume, run_config, run_job, start, terminate
-from tests.support.sizes import MLP, RESNET
+from tests.support.sizes import BASE, MLP, RESNET
 
+VIEW_NET = [
+    *BASE, "model=custom", "model._target_=tests.support.user_parts.ViewNet", "allow_packages=[tests]",
+    "data.batch_size=19", "epochs=2",
+]  # fmt: skip
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
     "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=37", "accumulate=3", "epochs=2"], SYNC_DDP),
     "no norm, empty shards": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
+    "custom model that fails for an empty shard": (VIEW_NET, DDP),
     "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], SYNC_DDP),
     "average, clipping": (
         [*MLP, "ema=0.9", "clip=norm", "clip.max_norm=0.1", "data.batch_size=32", "epochs=2"],

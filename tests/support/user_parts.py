@@ -1,4 +1,4 @@
-"""Metrics and observers of a user, good and bad, for tests."""
+"""Metrics, observers and a model of a user, good and bad, for tests."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -87,3 +87,18 @@ class CannotBeBuilt:
         raise OSError("no such device")
 
     def at_end(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class ViewNet(nn.Module):
+    """Reads contiguous maps and batches of at least one sample only, as many networks of users do."""
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.head = nn.Linear(4 * 36, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.norm(self.conv(images)).relu()
+        outputs: Tensor = self.head(maps.view(maps.size(0), -1))
+        return outputs

@@ -17,6 +17,7 @@ from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.machine.memory import available_memory
+from dlopt.models import third_party
 from dlopt.models.layers import copied_state
 
 _VALUE_BYTES = 4  # models are built in fp32
@@ -164,12 +165,12 @@ def check_outputs(
     expected = (*shape, task.outputs) if task.vocabulary else (task.outputs,)
     path = f"model._target_={target.__module__}.{target.__qualname__}"
     try:
-        outputs = _outputs(module, shape, task.vocabulary, "meta")
+        outputs = _outputs(module, shape, task.vocabulary, torch.device("meta"))
     except Exception:  # data-dependent operations, for example, have no meta implementation
         if device.type != "cpu":  # the model may need an accelerator
             return
         try:
-            outputs = _outputs(module, shape, task.vocabulary, "cpu")
+            outputs = _outputs(module, shape, task.vocabulary, torch.device("cpu"))
         except UserError:
             raise
         except Exception as error:
@@ -188,12 +189,71 @@ def check_outputs(
         )
 
 
-def _outputs(module: nn.Module, shape: tuple[int, ...], vocabulary: int | None, device: str) -> Any:
-    """Calls the model with copies of its state, which the call may change, and restores the generator."""
-    with torch.random.fork_rng([]), torch.no_grad(), torch.device(device):
-        size = (_BATCH, *shape)
+def uses_channels_last(run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Returns whether images and convolutions are in the channels-last format; `auto`: if the model has convolutions.
+
+    A custom model may need contiguous maps: `maps.view(len(maps), -1)` is an error in the other format. It is called
+    once to find out, on the device of the run, because the meta device does not have the formats of convolutions.
+    `shape`: of one input. `module` is on the CPU.
+
+    Raises:
+        UserError: channels_last=true, and the model fails.
+    """
+    setting, target = run_config.settings.channels_last, run_config.model.target
+    if setting is False or (setting == "auto" and not has_convolutions(module, shape)):
+        return False
+    if target.__module__.startswith("dlopt.") or any(is_lazy(parameter) for parameter in module.parameters()):
+        return True
+    try:
+        _outputs(module, shape, None, device, torch.channels_last)
+    except Exception as error:
+        if setting == "auto":
+            return False
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"channels_last=true: model._target_={target.__module__}.{target.__qualname__} fails for images in this "
+            f"memory format: {reason}; use channels_last=false"
+        ) from None
+    return True
+
+
+def accepts_an_empty_batch(run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], task: Task) -> bool:
+    """Returns whether the model computes outputs for no sample, by a forward pass on the meta device.
+
+    dlopt's own models do. `batch.view(len(batch), -1)`, for example, is an error. `shape`: of one input.
+    """
+    room = run_config.model.target.__module__
+    if room.startswith("dlopt.") and room != third_party.__name__:
+        return True
+    try:
+        _outputs(module, shape, task.vocabulary, torch.device("meta"), samples=0)
+    except Exception:
+        return False
+    return True
+
+
+def has_convolutions(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Returns whether the model convolves images, whose memory format then matters."""
+    return len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
+
+
+def _outputs(
+    module: nn.Module,
+    shape: tuple[int, ...],
+    vocabulary: int | None,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.preserve_format,
+    samples: int = _BATCH,
+) -> Any:
+    """Calls the model with copies of its state, which the call may change, and restores the generators."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), device:
+        size = (samples, *shape)
         inputs = torch.randn(size) if vocabulary is None else torch.randint(vocabulary, size)
-        return functional_call(module, copied_state(module, device), (inputs,))
+        state = copied_state(module, device)
+        if memory_format != torch.preserve_format:
+            inputs = inputs.to(memory_format=memory_format)
+            state = {name: t.to(memory_format=memory_format) if t.ndim == 4 else t for name, t in state.items()}
+        return functional_call(module, state, (inputs,))
 
 
 def _batch(shape: Sequence[int]) -> str:

@@ -31,12 +31,20 @@ from dlopt.machine.device import choose_device, set_deterministic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
 from dlopt.optim.parameters import freeze
+from dlopt.parallel.empty_shards import accept_empty_batches
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training import rng
 from dlopt.training.builders import speed
-from dlopt.training.builders.model_check import check_memory, check_outputs, check_reads
+from dlopt.training.builders.model_check import (
+    accepts_an_empty_batch,
+    check_memory,
+    check_outputs,
+    check_reads,
+    has_convolutions,
+    uses_channels_last,
+)
 from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.recompute import recompute
@@ -218,11 +226,10 @@ def build_workload(
         check_outputs(run_config, module, shape, dataset, device)
 
     # 5. Its data type and memory format on the device; the loss.
-    has_convolutions = len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
-    channels_last = has_convolutions if settings.channels_last == "auto" else settings.channels_last
+    channels_last = uses_channels_last(run_config, module, shape, device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = precision.place(module)
-    if has_convolutions:
+    if has_convolutions(module, shape):
         module = module.to(memory_format=memory_format)
     loss: nn.Module = run_config.loss.build(
         classes=task.classes,
@@ -240,6 +247,8 @@ def build_workload(
     #    counted before the mode shards the model. Not on a CPU, where nothing needs them: the count imports for 1 s.
     flops = speed.training_flops(module, shape) if device.type == "cuda" else None
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
+    if parallel.ranks.processes > 1 and not accepts_an_empty_batch(run_config, module, shape, task):
+        accept_empty_batches(module)
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
     placed = parallel.place(module, shape)
