@@ -20,16 +20,15 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, metrics, resume, run_config, run_job, start, terminate
 from tests.support.sizes import BASE, MLP, RESNET
 
-VIEW_NET = [
-    *BASE, "model=custom", "model._target_=tests.support.user_parts.ViewNet", "allow_packages=[tests]",
-    "data.batch_size=19", "epochs=2",
-]  # fmt: skip
+CUSTOM = [*BASE, "model=custom", "allow_packages=[tests]", "data.batch_size=19", "epochs=2"]
+OWN = "model._target_=tests.support.user_parts"
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
     "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=37", "accumulate=3", "epochs=2"], SYNC_DDP),
     "no norm, empty shards": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
-    "custom model that fails for an empty shard": (VIEW_NET, DDP),
+    "custom model that fails on an empty shard": ([*CUSTOM, f"{OWN}.ViewNet"], DDP),
+    "custom model with batch norm, empty shards": ([*CUSTOM, f"{OWN}.FlattenNet", "+model.norm=true"], SYNC_DDP),
     "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], SYNC_DDP),
     "average, clipping": (
         [*MLP, "ema=0.9", "clip=norm", "clip.max_norm=0.1", "data.batch_size=32", "epochs=2"],

@@ -1,4 +1,4 @@
-"""Metrics, observers and a model of a user, good and bad, for tests."""
+"""Metrics, observers and models of a user, good and bad, for tests."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -99,6 +99,15 @@ class ViewNet(nn.Module):
         self.head = nn.Linear(4 * 36, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.norm(self.conv(images)).relu()
-        outputs: Tensor = self.head(maps.view(maps.size(0), -1))
+        outputs: Tensor = self.head(self.vectors(self.norm(self.conv(images)).relu()))
         return outputs
+
+    def vectors(self, maps: Tensor) -> Tensor:
+        return maps.view(maps.size(0), -1)
+
+
+class FlattenNet(ViewNet):
+    """Reads maps in both memory formats, and empty batches."""
+
+    def vectors(self, maps: Tensor) -> Tensor:
+        return maps.flatten(1)

@@ -200,8 +200,8 @@ def uses_channels_last(run_config: RunConfig, module: nn.Module, shape: tuple[in
         UserError: channels_last=true, and the model fails.
     """
     setting, target = run_config.settings.channels_last, run_config.model.target
-    if setting is False or (setting == "auto" and not has_convolutions(module, shape)):
-        return False
+    if setting is False or not has_convolutions(module, shape):
+        return setting is True
     if target.__module__.startswith("dlopt.") or any(is_lazy(parameter) for parameter in module.parameters()):
         return True
     try:
@@ -221,9 +221,10 @@ def accepts_an_empty_batch(run_config: RunConfig, module: nn.Module, shape: tupl
     """Returns whether the model computes outputs for no sample, by a forward pass on the meta device.
 
     dlopt's own models do. `batch.view(len(batch), -1)`, for example, is an error. `shape`: of one input.
+    `module` is in fp32.
     """
-    room = run_config.model.target.__module__
-    if room.startswith("dlopt.") and room != third_party.__name__:
+    defined_in = run_config.model.target.__module__
+    if defined_in.startswith("dlopt.") and defined_in != third_party.__name__:
         return True
     try:
         _outputs(module, shape, task.vocabulary, torch.device("meta"), samples=0)

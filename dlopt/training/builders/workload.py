@@ -225,6 +225,9 @@ def build_workload(
     if is_new:  # a checkpoint can be used although its model has other outputs
         check_outputs(run_config, module, shape, dataset, device)
 
+    if parallel.ranks.processes > 1 and not accepts_an_empty_batch(run_config, module, shape, task):
+        accept_empty_batches(module, run_config.data_settings.batch_size)
+
     # 5. Its data type and memory format on the device; the loss.
     channels_last = uses_channels_last(run_config, module, shape, device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -247,8 +250,6 @@ def build_workload(
     #    counted before the mode shards the model. Not on a CPU, where nothing needs them: the count imports for 1 s.
     flops = speed.training_flops(module, shape) if device.type == "cuda" else None
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
-    if parallel.ranks.processes > 1 and not accepts_an_empty_batch(run_config, module, shape, task):
-        accept_empty_batches(module)
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
     placed = parallel.place(module, shape)

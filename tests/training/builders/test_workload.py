@@ -24,7 +24,7 @@ from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.run import probe_trainer
 from tests.support.runs import run_config, same, small_workload, start
 from tests.support.sizes import SMALL, without
-from tests.support.user_parts import ViewNet
+from tests.support.user_parts import FlattenNet, ViewNet
 
 # -- the machine
 
@@ -208,10 +208,8 @@ def test_memory_format(layout: str, model: str) -> None:
 def test_memory_format_of_a_custom_model_is_one_that_it_reads() -> None:
     lines = [*SMALL, "precision=fp64"]
     view = Component("model", ViewNet, {})
-    for model, expected in (
-        (view, torch.contiguous_format),
-        (Component("model", _flattening, {}), torch.channels_last),
-    ):
+    flatten = Component("model", FlattenNet, {})
+    for model, expected in ((view, torch.contiguous_format), (flatten, torch.channels_last)):
         workload = build_workload(replace(run_config(*lines), model=model))
         assert workload.memory_format == expected
         inputs, _ = next(training_batches(workload).epoch(0))
@@ -220,8 +218,11 @@ def test_memory_format_of_a_custom_model_is_one_that_it_reads() -> None:
         build_workload(replace(run_config(*lines, "channels_last=true"), model=view))
 
 
-def _flattening() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+def test_channels_last_changes_nothing_for_a_custom_model_without_convolutions() -> None:
+    model = Component("model", _Tied, {})
+    workload = build_workload(replace(run_config(*SMALL, "channels_last=true"), model=model))
+    inputs, _ = next(training_batches(workload).epoch(0))
+    assert workload.model(inputs).shape == (len(inputs), 10)
 
 
 def test_normalization_is_loaded_from_a_checkpoint() -> None:
