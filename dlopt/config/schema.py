@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from annotated_types import Interval
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
@@ -29,6 +29,8 @@ from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Posi
 from dlopt.config.choices import config_folders, extensions
 from dlopt.config.packages import entries
 from dlopt.config.synonyms import for_key
+
+T = TypeVar("T")
 
 ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # The modules of dlopt that configs may name; the others act on files, processes and the network.
@@ -98,6 +100,14 @@ class Component:
         names = parameters_of(self.target).keys() - self.arguments.keys()
         extra = {name: value for name, value in runtime.items() if name in names}
         return self.target(**extra, **{name: _build(value, runtime) for name, value in self.arguments.items()})
+
+    def build_as(self, kind: type[T], **runtime: Any) -> T:
+        """Like `build`; raises `UserError` if the result is not of this kind."""
+        result = self.build(**runtime)
+        if not isinstance(result, kind):
+            expected = f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+            raise UserError(f"{self.choice}: returns {type(result).__name__}; must return a {expected}")
+        return result
 
     @property
     def choice(self) -> str:
@@ -192,6 +202,8 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     is_internal = is_below(module, ("dlopt",)) and not is_below(module, configurable)
     if is_internal or is_dataset_helper or is_below(module, _NOT_CONFIGURABLE):
         raise UserError(f"{key}={path}: cannot be used in a config")
+    if is_below(module, ("torch.optim.lr_scheduler",)):
+        raise UserError(f"{key}={path}: schedules of torch are not supported; `dlopt options schedule` lists dlopt's")
     return typing.cast(Callable[..., Any], target)
 
 

@@ -1,5 +1,6 @@
 """What training has to know about an optimizer: `OptimizerTraits`."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -80,7 +81,8 @@ class OptimizerTraits:
     step_size: StepSize | None = None
 
 
-UNKNOWN = OptimizerTraits()
+_UNKNOWN = OptimizerTraits()
+_UNKNOWN_WITH_CLOSURE = OptimizerTraits(evaluations="many")
 ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True, separable=True)  # as SGD
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
 DECOUPLED = replace(ADAPTIVE, decoupled_decay=True)  # as AdamW
@@ -103,6 +105,8 @@ _OF_TORCH = {
 def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
     """Returns the traits of an optimizer; those of torch's classes are known, but not of classes derived from them.
 
+    Of a class without traits, it is known that it evaluates the loss itself if its `step` requires a closure.
+
     Raises `UserError` for traits that are not `OptimizerTraits`.
     """
     kind = type(optimizer)
@@ -112,10 +116,17 @@ def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
     if declared is not None:
         raise UserError(f"{kind.__qualname__}.traits={declared!r}: must be a dlopt.optim.OptimizerTraits")
     if kind.__module__.startswith("torch.optim."):
-        traits, groups = _OF_TORCH.get(kind.__name__, UNKNOWN), optimizer.param_groups
+        traits, groups = _OF_TORCH.get(kind.__name__, _UNKNOWN), optimizer.param_groups
         fused = all(group.get("fused") for group in groups)  # torch's fused kernels for CUDA
         return replace(traits, capturable=fused, decoupled_decay=traits.decoupled_decay or is_decoupled(groups))
-    return UNKNOWN
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is closure.empty
+    return _UNKNOWN_WITH_CLOSURE if needs_closure else _UNKNOWN
+
+
+def is_unknown(traits: OptimizerTraits) -> bool:
+    """Whether the class of the optimizer states no traits, and torch does not have it."""
+    return traits is _UNKNOWN or traits is _UNKNOWN_WITH_CLOSURE
 
 
 def is_decoupled(groups: Iterable[Mapping[str, Any]]) -> bool:

@@ -86,7 +86,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         factors = self._factors()
         if self._freezes:
             self._freeze([horizon != 1.0 and f == 0.0 for horizon, f in zip(self._horizons, factors, strict=True)])
-        lrs = [base * factor for base, factor in zip(self._base_floats, factors, strict=True)]
+        # A factor of a user's own may be a number of NumPy, which cannot be read from a checkpoint.
+        lrs = [float(base * factor) for base, factor in zip(self._base_floats, factors, strict=True)]
         self.rate = lrs[self._shown]
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):  # the first test is faster
@@ -100,7 +101,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             for group, cycles, horizon in zip(groups, self._cycles, self._horizons, strict=True):
                 if not cycles:
                     continue
-                momentum = self._component.momentum(self.last_epoch / horizon)
+                momentum = float(self._component.momentum(self.last_epoch / horizon))
                 if "betas" in group:
                     group["betas"] = (momentum, *group["betas"][1:])
                 elif "momentum" in group:
@@ -109,7 +110,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     def _set_decay(self, decay: WeightDecay, factors: list[float]) -> None:
         for i, base, peak in self._decayed:
             factor = decay.factor(self.last_epoch / self._horizons[i], factors[i], peak)
-            self.optimizer.param_groups[i]["weight_decay"] = base * factor
+            self.optimizer.param_groups[i]["weight_decay"] = float(base * factor)
 
     def weight_decay(self, update: int) -> float | None:
         """Returns the weight decay in an update (from 0); None: no schedule sets it.

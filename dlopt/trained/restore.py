@@ -22,6 +22,7 @@ from dlopt.data.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
 from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
+from dlopt.training.builders.model_check import build_module
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.workload import model_arguments
 from dlopt.training.checkpoint.checkpoints import foreign, load
@@ -89,10 +90,10 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     if is_widened := precision.name == "bf16_pure" and has_adapters(checkpoint.model):
         precision = choose_precision("fp32", device)
     with blamed(f"checkpoint={path}"):
-        normalize: nn.Module = run_config.normalize.build(input_shape=checkpoint.sample)
+        normalize = run_config.normalize.build_as(nn.Module, input_shape=checkpoint.sample)
         task = checkpoint.task
-        module: nn.Module = run_config.model.build(**model_arguments(task, checkpoint.window))
-        loss: nn.Module = run_config.loss.build(classes=task.classes, labels=task.labels)
+        module = build_module(run_config.model, model_arguments(task, checkpoint.window))
+        loss = run_config.loss.build_as(nn.Module, classes=task.classes, labels=task.labels)
         # Placed first: loading rounds to the present dtype.
         normalize, module = precision.place_data(normalize), precision.place(module)
         normalize.load_state_dict(checkpoint.normalize)

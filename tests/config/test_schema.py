@@ -158,3 +158,9 @@ class Outer:
 )
 def test_messages_name_the_choice_of_a_callable(key: str, target: str, choice: str) -> None:
     assert Component(key, resolve_target(key, target, ("dlopt", "torch.optim")), {}).choice == choice
+
+
+def test_schedules_of_torch_are_refused_with_those_of_dlopt() -> None:
+    path = "torch.optim.lr_scheduler.StepLR"
+    with pytest.raises(UserError, match=f"^schedule={path}: .*; `dlopt options schedule` lists dlopt's$"):
+        resolve_target("schedule", path, ("torch.optim",))

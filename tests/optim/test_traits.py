@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.optim.traits import UNKNOWN, OptimizerTraits, optimizer_traits
+from dlopt.optim.traits import OptimizerTraits, is_unknown, optimizer_traits
 from tests.support.choices import names
 
 Choose = Callable[..., torch.optim.Optimizer]
@@ -134,13 +134,24 @@ def test_unknown_optimizers_have_the_careful_traits() -> None:
         traits: ClassVar[OptimizerTraits] = OptimizerTraits(scope="tensor")
 
     params = parameters()
-    assert optimizer_traits(Derived(params)) is UNKNOWN
-    assert OptimizerTraits("model", "once", False, False, False, False, False, False, False) == UNKNOWN
+    unknown = optimizer_traits(Derived(params))
+    assert is_unknown(unknown)
+    assert OptimizerTraits("model", "once", False, False, False, False, False, False, False) == unknown
     assert optimizer_traits(Stated(params)).scope == "tensor"
     assert optimizer_traits(torch.optim.Adam(params)).scope == "element"
     assert optimizer_traits(torch.optim.LBFGS(params)).evaluations == "many"
     assert not optimizer_traits(torch.optim.Adam(params)).capturable
     assert optimizer_traits(torch.optim.Adam(params, fused=True)).capturable
+
+
+def test_an_optimizer_whose_step_requires_a_closure_evaluates_the_loss_itself() -> None:
+    class Evaluates(torch.optim.SGD):
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    traits = optimizer_traits(Evaluates(parameters()))
+    assert is_unknown(traits) and traits.evaluations == "many"
+    assert not is_unknown(optimizer_traits(torch.optim.LBFGS(parameters())))
 
 
 def test_refuses_other_values() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import get_method, get_object
@@ -44,6 +45,26 @@ def torch_curve(build_scheduler: Any, steps: int = STEPS) -> list[float]:
 
 def ours_through_scheduler(factor: Factor, steps: int = STEPS) -> list[float]:
     return torch_curve(lambda optimizer: Scheduler(optimizer, factor), steps)
+
+
+def test_numbers_of_numpy_become_those_of_python() -> None:
+    """A checkpoint with NumPy's could not be read again."""
+
+    class Cycles:
+        cycle_momentum = True
+
+        def __call__(self, t: float) -> Any:
+            return np.float64(0.5) ** t
+
+        def momentum(self, t: float) -> Any:
+            return np.float64(0.9)
+
+    optimizer = one_parameter(momentum=0.9)
+    scheduler = Scheduler(optimizer, Cycles())
+    scheduler.step()
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], scheduler.rate) == (0.5, 0.9, 0.5)
+    assert type(group["lr"]) is type(group["momentum"]) is type(scheduler.rate) is float
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -19,6 +19,7 @@ BY_SAMPLE = (ClassBalanced, ClassSorted, ClassInterleaved, Diverse, HardExamples
 change in every epoch."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     def __len__(self) -> int:
         """Returns the number of indices in an epoch."""

@@ -6,7 +6,7 @@ from dlopt.augment.pipeline import CentreCrop, crop_when_reading
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, shifted
+from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, Sampler, shifted
 from dlopt.data.samples import Samples
 from dlopt.data.windows import Windows
 from dlopt.training.builders import speed
@@ -20,8 +20,12 @@ def training_batches(workload: Workload) -> Batches:
     """Returns the sampled and augmented training batches of this rank."""
     run_config, samples, mode = workload.run_config, workload.dataset.train, workload.parallel
     settings, data = run_config.settings, run_config.data_settings
-    sampler = run_config.sampler.build(
-        targets=samples.targets, samples=samples, batch_size=data.batch_size, seed=stream(settings.order_seed, ORDER)
+    sampler = run_config.sampler.build_as(
+        Sampler,  # type: ignore[type-abstract]
+        targets=samples.targets,
+        samples=samples,
+        batch_size=data.batch_size,
+        seed=stream(settings.order_seed, ORDER),
     )
     if isinstance(samples, Windows):
         if isinstance(sampler, BY_SAMPLE):

@@ -1,7 +1,8 @@
 """Checks that a model fits the memory and the data, where possible on the meta device: shapes without values."""
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
-from dlopt.config.schema import Component, show
+from dlopt.config.schema import Component, dotted_name, show
 from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
 from dlopt.data.task import Task
 from dlopt.machine.memory import available_memory
 from dlopt.models import third_party
-from dlopt.models.layers import copied_state
+from dlopt.models.layers import copied_state, evaluation_mode
 
 _VALUE_BYTES = 4  # models are built in fp32
 _BATCH = 2  # some models squeeze a batch of one
@@ -51,11 +52,40 @@ def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bo
     _refuse_large(model, _count_parameters(model, runtime), has_gradients=has_gradients)
 
 
+def build_module(model: Component, arguments: Mapping[str, Any]) -> nn.Module:
+    """Builds the model; gives lazy layers of torch (`LazyLinear`) their sizes by a forward pass with zeros.
+
+    `arguments`: those known at run time, see `model_arguments`. Raises `UserError`.
+    """
+    module = model.build_as(nn.Module, **arguments)
+    if not (lazy := _lazy_names(module)):
+        return module
+    path = f"{model.key}._target_={dotted_name(model.target)}"
+    device = next(module.parameters()).device
+    vocabulary, size = arguments.get("vocabulary"), (_BATCH, *arguments["input_shape"])
+    inputs = torch.zeros(size, device=device, dtype=None if vocabulary is None else torch.int64)
+    try:
+        with evaluation_mode(module), torch.no_grad():
+            module(inputs)
+    except Exception as error:
+        if device.type == "meta":  # the operation may have no meta implementation
+            raise
+        raise UserError(f"{path}: fails for inputs of shape {_batch(size[1:])}: {_first_line(error)}") from None
+    if lazy := _lazy_names(module):
+        raise UserError(f"{path}: the size of {lazy[0]} is not known, because the forward pass does not use this layer")
+    return module
+
+
+def _lazy_names(module: nn.Module) -> list[str]:
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    return [name for name, tensor in tensors if is_lazy(tensor)]
+
+
 def build_on_meta(model: Component, runtime: dict[str, Any]) -> nn.Module:
     """Builds the model on the meta device, without initialization. Draws no random numbers."""
     with torch.device("meta"), _SkipInit(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return model.build(**runtime)
+        return build_module(model, runtime)
 
 
 def model_on_meta(model: Component, arguments: dict[str, Any]) -> nn.Module:
@@ -66,7 +96,7 @@ def model_on_meta(model: Component, arguments: dict[str, Any]) -> nn.Module:
         raise
     except Exception:
         check_memory(model, arguments, has_gradients=False)
-        return _moved_to_meta(model.build(**arguments))
+        return _moved_to_meta(build_module(model, arguments))
 
 
 def _moved_to_meta(module: nn.Module) -> nn.Module:
@@ -154,16 +184,16 @@ def check_outputs(
 ) -> None:
     """Raises `UserError` if a custom or third-party model does not fit the data: the number of outputs or the inputs.
 
-    Does nothing for dlopt's models, for losses from other packages, which may require other outputs, and for lazy
-    models. `shape`: of one input. `module` is on the CPU; `device`: that of the run.
+    Does nothing for dlopt's models, and for losses from other packages, which may require other outputs.
+    `shape`: of one input. `module` is on the CPU; `device`: that of the run.
     """
     target, loss = run_config.model.target, run_config.loss.target
     is_ours = target.__module__.startswith("dlopt.") or not loss.__module__.startswith(("dlopt.", "torch."))
-    if is_ours or any(is_lazy(parameter) for parameter in module.parameters()):
+    if is_ours:
         return
     task = dataset.task
     expected = (*shape, task.outputs) if task.vocabulary else (task.outputs,)
-    path = f"model._target_={target.__module__}.{target.__qualname__}"
+    path = f"model._target_={dotted_name(target)}"
     try:
         outputs = _outputs(module, shape, task.vocabulary, torch.device("meta"))
     except Exception:  # data-dependent operations, for example, have no meta implementation
@@ -174,8 +204,7 @@ def check_outputs(
         except UserError:
             raise
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path}: fails for inputs of shape {_batch(shape)}: {reason}") from None
+            raise UserError(f"{path}: fails for inputs of shape {_batch(shape)}: {_first_line(error)}") from None
     if not isinstance(outputs, Tensor):
         raise UserError(f"{path}: returns {type(outputs).__name__}; must return a tensor {_batch(expected)}")
     fits = outputs.shape == (_BATCH, *expected) or (expected == (1,) and outputs.shape == (_BATCH,))
@@ -202,17 +231,17 @@ def uses_channels_last(run_config: RunConfig, module: nn.Module, shape: tuple[in
     setting, target = run_config.settings.channels_last, run_config.model.target
     if setting is False or not has_convolutions(module, shape):
         return setting is True
-    if target.__module__.startswith("dlopt.") or any(is_lazy(parameter) for parameter in module.parameters()):
+    if target.__module__.startswith("dlopt."):
         return True
     try:
         _outputs(module, shape, None, device, torch.channels_last)
     except Exception as error:
         if setting == "auto":
             return False
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = _first_line(error).rstrip(".")
         raise UserError(
-            f"channels_last=true: model._target_={target.__module__}.{target.__qualname__} fails for images in this "
-            f"memory format: {reason}; use channels_last=false"
+            f"channels_last=true: model._target_={dotted_name(target)} fails for images in this memory format: "
+            f"{reason}; use channels_last=false"
         ) from None
     return True
 
@@ -255,6 +284,10 @@ def _outputs(
             inputs = inputs.to(memory_format=memory_format)
             state = {name: t.to(memory_format=memory_format) if t.ndim == 4 else t for name, t in state.items()}
         return functional_call(module, state, (inputs,))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _batch(shape: Sequence[int]) -> str:

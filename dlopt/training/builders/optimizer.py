@@ -19,7 +19,7 @@ from dlopt.optim import SAM
 from dlopt.optim.cautious_decay import make_decay_cautious
 from dlopt.optim.common import buffers
 from dlopt.optim.parameters import normalized_weights, parameter_groups
-from dlopt.optim.traits import UNKNOWN, optimizer_traits
+from dlopt.optim.traits import is_unknown, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.owners import step_by_owners
 from dlopt.parallel.shards import is_sharded_tensor
@@ -112,7 +112,7 @@ def _build(
         component = component.partial(lr=None, base=base.partial(**arguments))
     fused = can_fuse(component, [p for group in groups for p in group["params"]])
     try:
-        optimizer: torch.optim.Optimizer = component.build(params=groups, **({"fused": True} if fused else {}))
+        optimizer = component.build_as(Optimizer, params=groups, **({"fused": True} if fused else {}))
     except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"{component.choice}: {error}") from None
     return optimizer, fused
@@ -201,7 +201,7 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     missing = {"tensors": traits.scope != "element", "layers": traits.scope == "model"}
     if not missing.get(parallel.sharding.kind):
         return
-    if traits is UNKNOWN:
+    if is_unknown(traits):
         raise UserError(
             f"{name} does not say what its updates depend on, and each rank has a part of the model; {advice}, or, if "
             "each element is updated from its own gradients only, add to the class: "
@@ -231,7 +231,7 @@ def check_decay(run_config: RunConfig, optimizer: torch.optim.Optimizer) -> None
         return
     key, name = "decay.cautious=true" if cautious else run_config.decay.choice, type(optimizer).__name__
     traits = optimizer_traits(optimizer)
-    if traits is UNKNOWN:
+    if is_unknown(traits):
         raise UserError(
             f"{key}: {name} does not say whether its weight decay is decoupled; use decay=constant without "
             "decay.cautious, or, if an update subtracts lr * weight_decay * theta beside a step that does not depend "

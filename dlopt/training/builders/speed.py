@@ -9,7 +9,6 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -110,8 +109,6 @@ def prefers_one_thread(module: nn.Module, shape: tuple[int, ...], samples: int) 
         if isinstance(layer.weight, Tensor) and isinstance(output, Tensor):
             work.append(2 * layer.weight.numel() / len(layer.weight) * output.numel() / _SAMPLES)
 
-    if any(is_lazy(parameter) for parameter in module.parameters()):  # a forward pass would initialize them
-        return False
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | _ConvNd)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
@@ -138,8 +135,6 @@ def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
 
     None: the model does not run on the meta device (a third-party model).
     """
-    if any(is_lazy(parameter) for parameter in module.parameters()):  # a forward pass would initialize them
-        return None
     try:
         with torch.random.fork_rng([]):
             return 3 * forward_flops(module, shape)

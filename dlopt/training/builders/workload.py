@@ -39,6 +39,7 @@ from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.model_check import (
     accepts_an_empty_batch,
+    build_module,
     check_memory,
     check_outputs,
     check_reads,
@@ -198,7 +199,7 @@ def build_workload(
     shape = task.input_shape(window)
 
     # 3. Normalization: with the statistics of the training split, or of the checkpoint.
-    normalize: nn.Module = run_config.normalize.build(input_shape=dataset.train.shape).to(precision.data_dtype)
+    normalize = run_config.normalize.build_as(nn.Module, input_shape=dataset.train.shape).to(precision.data_dtype)
     if saved is None:
         kind = f"{run_config.normalize.target.__qualname__} {run_config.normalize.arguments} {precision.data_dtype}"
         fit(normalize, dataset, count=run_config.data_settings.statistics_samples, kind=kind)
@@ -234,12 +235,7 @@ def build_workload(
     module = precision.place(module)
     if has_convolutions(module, shape):
         module = module.to(memory_format=memory_format)
-    loss: nn.Module = run_config.loss.build(
-        classes=task.classes,
-        class_counts=class_counts(run_config, dataset),
-        labels=task.labels,
-        label_fractions=label_fractions(run_config, dataset),
-    )
+    loss = _build_loss(run_config, dataset)
     if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
         size = run_config.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
@@ -312,6 +308,29 @@ def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -
         what = "a text" if dataset.unlabelled is not None else "vectors"
         raise UserError(f"{run_config.model.choice}: reconstructs images, but the samples are {what}")
     return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
+
+
+def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
+    """Builds the loss. Of another package, its first result that is not a mean over samples raises `UserError`."""
+    component = run_config.loss
+    loss = component.build_as(
+        nn.Module,
+        classes=dataset.task.classes,
+        class_counts=class_counts(run_config, dataset),
+        labels=dataset.task.labels,
+        label_fractions=label_fractions(run_config, dataset),
+    )
+
+    def check(loss: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
+        if not isinstance(value, Tensor) or value.ndim:
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{component.choice}: returns {found}; must return the mean over the samples, one number")
+        if inputs[0].requires_grad and not value.requires_grad:
+            raise UserError(f"{component.choice}: its result has no gradient; do not detach the outputs")
+
+    if not component.target.__module__.startswith("dlopt."):
+        loss.register_forward_hook(check)
+    return loss
 
 
 def class_counts(run_config: RunConfig, dataset: Dataset) -> list[int] | None:
@@ -391,7 +410,7 @@ def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, s
     """Builds and initializes the model on the CPU, for the same initial weights on every device."""
     seed = run_config.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))
-    module: nn.Module = run_config.model.build(**model_arguments(dataset.task, shape))
+    module = build_module(run_config.model, model_arguments(dataset.task, shape))
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
     if run_config.init.takes("inputs"):
         if dataset.task.vocabulary is not None:

@@ -126,6 +126,9 @@ class Checkpoints:
             state = {"format": FORMAT, **state}
             if not self.writes:
                 return
+            found = content.unreadable(state) or content.damage(state, whole=self.shards is None)
+            if found is not None:
+                raise RunError(found)
             # The order makes every crash safe: last.pt exists at all times, and is linked to step-N.pt before it is
             # replaced. A snapshot is written before last.pt, because a run resumed from last.pt would not write it.
             if self.keep > 1 and self._last_step is not None:

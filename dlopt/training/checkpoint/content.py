@@ -1,8 +1,10 @@
 """What a checkpoint holds, by name. Nothing else knows the keys of its file, except `Trainer`, which writes them."""
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Annotated, Any, NotRequired
 
 import torch
@@ -13,7 +15,7 @@ from typing_extensions import TypedDict
 from dlopt.adapt import merged
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
-from dlopt.basics.plain_values import check_plain
+from dlopt.basics.plain_values import check_plain, join
 from dlopt.data.task import Task
 from dlopt.metrics.names import Mode
 
@@ -259,6 +261,28 @@ def damage(state: Mapping[str, Any], *, whole: bool = True) -> str | None:
     if not {"epoch", "position", "step", "best"} <= state["progress"].keys():
         return "progress: epoch, position, step or best is missing"
     return None
+
+
+_READABLE = {
+    NoneType, bool, int, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device,
+}  # fmt: skip
+
+
+def unreadable(value: Any, key: str = "") -> str | None:
+    """Returns which value in the content of a checkpoint `torch.load(weights_only=True)` would refuse; None: none.
+
+    Asked before writing: a part of a user's own may have any state, and what cannot be read again is lost.
+    """
+    if isinstance(value, Tensor) or type(value) in _READABLE:
+        return None
+    if type(value) in (dict, OrderedDict):
+        items = [(join(key, str(name)), item) for name, item in value.items()]
+    elif type(value) in (list, tuple, set):
+        items = [(join(key, str(i)), item) for i, item in enumerate(value)]
+    else:
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        return f"{key} has the type {path}, which cannot be read again; use tensors, and numbers and lists of Python"
+    return next((found for name, item in items if (found := unreadable(item, name))), None)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,11 @@ from dlopt.losses import CrossEntropy
 from dlopt.machine.device import choose_device
 from dlopt.parallel.mode import Mode
 from dlopt.python.api import load
+from dlopt.schedules import Horizon
 from dlopt.training.builders import model_check
 from dlopt.training.builders import workload as build_module
 from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.run import probe_trainer
@@ -181,6 +183,84 @@ def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
     model = Component("model", nn.Conv2d, {"in_channels": 3, "out_channels": 10, "kernel_size": 1})
     with pytest.raises(UserError, match=r"Conv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*3 channels"):
         build_workload(replace(run_config(*SMALL), model=model))
+
+
+class _Lazy(nn.Module):
+    def __init__(self, *, input_shape: tuple[int, ...], classes: int, unused: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.LazyLinear(classes)
+        self.unused = nn.LazyLinear(1) if unused else None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(self.norm(self.conv(images)).flatten(1))
+        return outputs
+
+
+def test_lazy_layers_get_their_sizes_and_seeded_weights() -> None:
+    config = replace(run_config(*SMALL), model=Component("model", _Lazy, {}))
+    first, second = build_workload(config).module, build_workload(config).module
+    assert first.head.weight.shape == (10, 4 * 36) and first.norm.num_batches_tracked == 0
+    assert same(first.state_dict(), second.state_dict())
+    on_meta = model_check.model_on_meta(config.model, {"input_shape": (1, 8, 8), "classes": 10})
+    assert {name: t.shape for name, t in on_meta.state_dict().items()} == {
+        name: t.shape for name, t in first.state_dict().items()
+    }
+
+
+def test_refuses_lazy_layers_whose_sizes_stay_unknown() -> None:
+    unused = Component("model", _Lazy, {"unused": True})
+    with pytest.raises(UserError, match=r"_Lazy: the size of unused.weight is not known"):
+        build_workload(replace(run_config(*SMALL), model=unused))
+    too_small = Component("model", nn.LazyConv2d, {"out_channels": 10, "kernel_size": 9})
+    with pytest.raises(UserError, match=r"LazyConv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*[Kk]ernel size"):
+        build_workload(replace(run_config(*SMALL), model=too_small))
+
+
+def _wrong() -> dict[str, int]:
+    return {}
+
+
+def test_parts_of_a_user_must_be_what_they_are_called() -> None:
+    wrong = Component("model", _wrong, {})
+    with pytest.raises(UserError, match=r"^model=.*_wrong: returns dict; must return a torch Module$"):
+        build_workload(replace(run_config(*SMALL), model=wrong))
+    with pytest.raises(UserError, match=r"^loss=.*_wrong: returns dict; must return a torch Module$"):
+        build_workload(replace(run_config(*SMALL), loss=replace(wrong, key="loss")))
+    with pytest.raises(UserError, match=r"^sampler=.*_wrong: returns dict; must return a dlopt Sampler$"):
+        training_batches(build_workload(replace(run_config(*SMALL), sampler=replace(wrong, key="sampler"))))
+    with pytest.raises(UserError, match=r"^optimizer=.*_wrong: returns dict; must return a torch Optimizer$"):
+        build_optimizer(build_workload(replace(run_config(*SMALL), optimizer=replace(wrong, key="optimizer"))))
+    with pytest.raises(UserError, match=r"^schedule=.*_wrong: returns dict; must return a function from the update to"):
+        replace(run_config(*SMALL), schedule=replace(wrong, key="schedule")).build_schedule(Horizon(0, 1, 1))
+
+
+class _Loss(nn.Module):
+    def __init__(self, *, result: str) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> Any:
+        losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return {"all": losses, "number": 1.0, "detached": losses.detach().mean(), "mean": losses.mean()}[self.result]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("all", r"returns a tensor of shape \[\d+\]; must return the mean"),
+        ("number", "returns float; must return the mean"),
+        ("detached", "its result has no gradient"),
+    ],
+)
+def test_a_custom_loss_is_a_mean_with_a_gradient(result: str, message: str, tmp_path: Path) -> None:
+    def update(result: str) -> None:
+        loss = Component("loss", _Loss, {"result": result})
+        trainer = probe_trainer(build_workload(replace(run_config(*SMALL), loss=loss)), tmp_path)
+        trainer.update(next(trainer.batches.epoch(0)), 0)
+
+    update("mean")
+    with pytest.raises(UserError, match=rf"^loss=.*_Loss: {message}"):
+        update(result)
 
 
 def test_number_of_outputs_follows_the_data() -> None:

@@ -2,16 +2,22 @@
 
 import math
 import re
+from collections import OrderedDict, defaultdict
+from fractions import Fraction
 from functools import reduce
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import dlopt
-from dlopt.basics.errors import UserError
-from dlopt.training.checkpoint.content import Checkpoint, blamed, damage, is_checkpoint
+from dlopt.basics.errors import RunError, UserError
+from dlopt.training.checkpoint.checkpoints import Checkpoints
+from dlopt.training.checkpoint.content import Checkpoint, blamed, damage, is_checkpoint, unreadable
 from tests.support.checkpoints import state
 
 # Keys that only a checkpoint has, and those of a config or a choice, too, of what is named like a checkpoint.
@@ -82,6 +88,42 @@ def test_content_of_wrong_types_is_damage(keys: tuple[str, ...]) -> None:
         inner[keys[-1]] = value
         found = damage(content)
         assert found is not None and found.startswith(str(keys[0])) and len(found) < 200, (value, found)
+
+
+READABLE = [
+    None, True, 1, 10**30, 1.5, 1j, "a", b"a", bytearray(b"a"), (1,), [1], {1}, {"a": 1}, OrderedDict(a=1),
+    torch.Size([1]), torch.float32, torch.device("cpu"), torch.zeros(1), nn.Parameter(torch.zeros(1)),
+]  # fmt: skip
+UNREADABLE = [
+    np.float64(1), np.int64(1), np.zeros(1), defaultdict(int), frozenset({1}), range(1), Path("a"), Fraction(1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [*READABLE, *UNREADABLE], ids=lambda value: type(value).__name__)
+def test_what_cannot_be_read_again_is_known_before_it_is_written(value: Any, tmp_path: Path) -> None:
+    torch.save({"a": {"b": [1, value]}}, tmp_path / "a.pt")
+    found = unreadable({"a": {"b": [1, value]}})
+    if any(value is each for each in READABLE):
+        assert found is None
+        torch.load(tmp_path / "a.pt", weights_only=True)
+        return
+    assert found is not None and found.startswith("a.b.1 has the type ") and type(value).__name__ in found
+    with pytest.raises(UnpicklingError):
+        torch.load(tmp_path / "a.pt", weights_only=True)
+
+
+def test_a_run_ends_at_a_state_that_could_not_be_read_again(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(1), best=True)
+    wrong = {
+        r"optimizer.state.a has the type numpy.float64": {"optimizer": {"state": {"a": np.float64(1)}}},
+        r"model.layer._extra_state: Input should be an instance of Tensor": {"model": {"layer._extra_state": 1}},
+    }
+    for message, part in wrong.items():
+        with pytest.raises(RunError, match=f"last.pt could not be written: {message}"):
+            checkpoints.save({**state(2), **part}, best=True)
+    newest = checkpoints.load_newest()
+    assert newest is not None and newest.step == 1
 
 
 def test_an_error_of_its_parts_names_the_checkpoint() -> None:
