@@ -296,6 +296,8 @@ def check_value(
         hint = f"; quote a text that looks like a number: \"{key}='...'\"" if _has_number_for_text(error) else ""
         if key == "seed":
             hint = "; several seeds, one run each: dlopt train -m seeds=5"
+        if key == "model.weights":  # an enumeration in torchvision
+            hint = "; pretrained weights: model=torchvision model.name=NAME model.pretrained=true"
         raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}") from None
     if _exceeds_int64(checked):
         raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
@@ -399,7 +401,7 @@ def _reason(error: ValidationError) -> str:
     ranked = sorted(details, key=lambda detail: detail["type"] in _TYPE_MISMATCH)
     if ranked[0]["type"] == "missing":
         return "too few values"
-    if ranked[0]["type"] == "literal_error":  # pydantic's message repeats the allowed values
+    if ranked[0]["type"] in ("literal_error", "enum"):  # pydantic's message repeats the allowed values
         return "unknown value"
     message = ranked[0]["msg"]
     return message[0].lower() + message[1:].replace("Input should", "should") if message else "not valid"

@@ -127,6 +127,9 @@ TYPES = {
     "checkpoint.asynchronous=maybe": ("checkpoint.asynchronous=maybe", "true | false"),
     "model.activation=foo": ("model.activation=foo", "tanh"),
     "model.widths=wide": ("model.widths=wide", "a list"),
+    "model=torchvision.models.resnet18 model.weights=DEFAULT": (
+        "model.weights=DEFAULT: unknown value; allowed: ResNet18_Weights | null; pretrained weights: model=torchvision",
+    ),
 }
 RANGES = {
     "optimizer.lr=-1": ("optimizer.lr=-1", "a number > 0"),
