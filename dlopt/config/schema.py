@@ -187,6 +187,11 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     packages = tuple(packages)
     path = present_path(path)
     package = path.split(".")[0]
+    if package == "__main__":
+        raise UserError(
+            f"{key}={path}: other processes, and later ones, cannot import what a script or a notebook defines; "
+            "put it into a module (mine.py), and set allow_packages=[mine]"
+        )
     if not is_below(path, packages):
         hint = f"; to trust another package, set allow_packages=[{package}] on the command line" if package else ""
         raise UserError(f"{key}={path}: only callables of {', '.join(packages)} are allowed{hint}")

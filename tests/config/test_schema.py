@@ -164,3 +164,8 @@ def test_schedules_of_torch_are_refused_with_those_of_dlopt() -> None:
     path = "torch.optim.lr_scheduler.StepLR"
     with pytest.raises(UserError, match=f"^schedule={path}: .*; `dlopt options schedule` lists dlopt's$"):
         resolve_target("schedule", path, ("torch.optim",))
+
+
+def test_a_class_of_a_script_or_notebook_belongs_into_a_module() -> None:
+    with pytest.raises(UserError, match=r"^model=__main__.Net: .*; put it into a module \(mine.py\), and set allow_"):
+        resolve_target("model", "__main__.Net", ("__main__",))
