@@ -22,6 +22,7 @@ def findings(results: Results) -> list[Observation]:
     return observations(
         Path(__file__).with_name("findings.txt"),
         analysis=analysis, **({} if analysis is None else _doubts(analysis)), missing=results.missing,
+        untrained=results.untrained,
         rates=[_rate(results, name) for name in ladder.optimizers
                if ladder.optimizers[name].lr is not None or results.searches[name].fit is not None],
         decays=results.decays, arms=[each for analysis in results.arms.values() for each in _changes(analysis)],

@@ -42,8 +42,18 @@ class Results:
 
     @property
     def missing(self) -> int:
-        """Number of runs at the best rates that have not ended."""
-        return len(self.ladder.optimizers) * len(self.ladder.rungs) * self.ladder.seeds - len(self.outcomes)
+        """Number of runs at the best rates that have not ended, of the optimizers and rungs with some that have."""
+        return len({(trial.optimizer, trial.rung) for trial in self.outcomes}) * self.ladder.seeds - len(self.outcomes)
+
+    @property
+    def untrained(self) -> dict[tuple[str, ...], list[str]]:
+        """Returns optimizers without a run at the best rates -> the rungs at which they have none."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for rung in self.ladder.rungs:
+            trained = {trial.optimizer for trial in self.outcomes if trial.rung == rung}
+            if absent := tuple(name for name in self.ladder.optimizers if name not in trained):
+                found.setdefault(absent, []).append(rung)
+        return found
 
     def lr(self, optimizer: str, rung: str) -> float | None:
         return self.searches[optimizer].lr(rung, self.ladder.rungs[rung].parameters)
