@@ -10,6 +10,7 @@ import pytest
 from dlopt.basics.interruption import Interruption
 from dlopt.parallel.processes import hung
 from dlopt.training.checkpoint.checkpoints import Checkpoints
+from tests.support.checkpoints import state
 
 
 def test_ends_a_rank_that_hangs_after_a_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,5 +38,5 @@ def test_a_checkpoint_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("os.fsync", fsync)
     with Interruption(), hung.end_if_hung(ended.set):
-        Checkpoints(tmp_path, keep=1, writes=True).save({"progress": {"step": 1}}, best=False)
+        Checkpoints(tmp_path, keep=1, writes=True).save(state(1), best=False)
     assert waited == [False]
