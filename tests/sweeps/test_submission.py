@@ -120,12 +120,12 @@ def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, m
     refused = said(dlopt(tmp_path, "sweep", "work", PLACE))
     advice = f"you have not submitted this sweep, whose code would run; if you trust it, add trust={digest[:16]}"
     assert advice in refused
-    assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:8]}"))
-    assert dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:16]}").code == 0 and len(started) == 2
+    assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{digest[:8]}'"))
+    assert dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{digest[:16]}'").code == 0 and len(started) == 2
     content = json.loads((submitted / WORKERS / submission.FILE).read_text())
     content["environment"] = {"LD_PRELOAD": "/tmp/x.so"}
     (submitted / WORKERS / submission.FILE).write_text(json.dumps(content))
-    assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust={digest[:16]}"))
+    assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{digest[:16]}'"))
 
 
 def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
