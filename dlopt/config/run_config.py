@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
 from dlopt.config.settings import Settings as Settings
@@ -79,11 +78,6 @@ class RunConfig:
     def build_schedule(self, horizon: Horizon) -> Factor:
         """Builds the schedule for a run of this length, without its warmup."""
         factor: Factor = self.schedule.build(horizon=horizon, monitor_mode=self.settings.monitor_mode)
-        if not callable(factor):
-            raise UserError(
-                f"{self.schedule.choice}: returns {type(factor).__name__}; must return a function from the update to a "
-                "factor of the learning rate"
-            )
         return factor
 
     def read_data(self, settings: DataSettings | None = None, *, saved_tokenizer: str | None = None) -> Any:

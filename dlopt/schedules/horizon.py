@@ -104,7 +104,15 @@ class WarmedUp:
 
 
 def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_per_epoch: float) -> Factor:
-    """Builds the schedule of a run of `steps` updates. `factory`: a choice with all arguments bound but `horizon`."""
+    """Builds the schedule of a run of `steps` updates. `factory`: a choice with all arguments bound but `horizon`.
+
+    Raises `UserError` if the choice returns no function.
+    """
     length = warmup.length(steps, steps_per_epoch)
     component = factory(horizon=Horizon(length, steps, steps_per_epoch))
+    if not callable(component):
+        raise UserError(
+            f"schedule: returns {type(component).__name__}; must return a function from the update to a factor of the "
+            "learning rate"
+        )
     return WarmedUp(component, length, warmup.warmup_start, warmup.warmup_shape) if length else component

@@ -47,6 +47,11 @@ def ours_through_scheduler(factor: Factor, steps: int = STEPS) -> list[float]:
     return torch_curve(lambda optimizer: Scheduler(optimizer, factor), steps)
 
 
+def test_a_schedule_is_a_function() -> None:
+    with pytest.raises(UserError, match=r"^schedule: returns float; must return a function from the update"):
+        schedules.build(lambda horizon: 0.9, NO_WARMUP, steps=1, steps_per_epoch=1)
+
+
 def test_numbers_of_numpy_become_those_of_python() -> None:
     """A checkpoint with NumPy's could not be read again."""
 

@@ -242,6 +242,8 @@ class _Choice:
 
 
 def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
+    from torch.optim import Optimizer
+
     from dlopt import schedules
     from dlopt.instruments.lr_range import uses_line_search
     from dlopt.lab.trajectory.paths import RATES, best_rate, follow
@@ -251,7 +253,7 @@ def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
 
     def run(optimizer: Component) -> "Trajectory":
         factor = schedules.build(job.schedule.build, job.warmup, steps=settings.steps, steps_per_epoch=1)
-        build = lambda params: optimizer.build(params=params)  # noqa: E731
+        build = lambda params: optimizer.build_as(Optimizer, params=params)  # noqa: E731
         return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
 
     if not job.tunes_lr:

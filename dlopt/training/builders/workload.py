@@ -311,7 +311,7 @@ def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -
 
 
 def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
-    """Builds the loss. Of another package, its first result that is not a mean over samples raises `UserError`."""
+    """Builds the loss. One of another package raises `UserError` when its result is no mean or has no gradient."""
     component = run_config.loss
     loss = component.build_as(
         nn.Module,

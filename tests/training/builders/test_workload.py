@@ -16,7 +16,6 @@ from dlopt.losses import CrossEntropy
 from dlopt.machine.device import choose_device
 from dlopt.parallel.mode import Mode
 from dlopt.python.api import load
-from dlopt.schedules import Horizon
 from dlopt.training.builders import model_check
 from dlopt.training.builders import workload as build_module
 from dlopt.training.builders.batches import training_batches
@@ -230,8 +229,6 @@ def test_parts_of_a_user_must_be_what_they_are_called() -> None:
         training_batches(build_workload(replace(run_config(*SMALL), sampler=replace(wrong, key="sampler"))))
     with pytest.raises(UserError, match=r"^optimizer=.*_wrong: returns dict; must return a torch Optimizer$"):
         build_optimizer(build_workload(replace(run_config(*SMALL), optimizer=replace(wrong, key="optimizer"))))
-    with pytest.raises(UserError, match=r"^schedule=.*_wrong: returns dict; must return a function from the update to"):
-        replace(run_config(*SMALL), schedule=replace(wrong, key="schedule")).build_schedule(Horizon(0, 1, 1))
 
 
 class _Loss(nn.Module):
