@@ -64,7 +64,7 @@ def state(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dic
         **empty,
         "model": module.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "progress": {"step": step, "epoch": 0},
+        "progress": {"step": step, "epoch": 0, "position": 0, "best": {"epoch": None}},
     }
 
 
