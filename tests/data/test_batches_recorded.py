@@ -17,8 +17,9 @@ from dlopt.data.loading import prefetch
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
 from dlopt.data.samples import InMemory
+from tests.support.processes import run
 from tests.support.recorded import SimulatedRecorder
-from tests.support.runs import in_fork, same
+from tests.support.runs import same
 
 CONF = Path(__file__).parents[2] / "conf" / "augmentation"
 CHOICES = sorted(path.stem for path in CONF.glob("[a-z]*.yaml") if path.stem != "none")
@@ -108,15 +109,16 @@ def test_every_augmentation_compiles_without_graph_breaks(choices: list[str]) ->
     Runs in a child process: the compiler starts threads, after which later tests could not fork. Several choices share
     a child, in which the compiler is imported for seconds.
     """
+    done = run(_compile_augmentations, choices)
+    assert done.returncode == 0, done.stderr
+
+
+def _compile_augmentations(choices: list[str]) -> None:
     source = samples(40, 32)
-
-    def check() -> None:
-        for choice in choices:
-            print(choice, file=sys.stderr)  # the last one is at fault
-            torch.compiler.reset()
-            compiled_is_plain(augmentation(choice, source), source, fullgraph=choice not in DRAWING)
-
-    assert in_fork(check) == 0
+    for choice in choices:
+        print(choice, file=sys.stderr)  # the last one is at fault
+        torch.compiler.reset()
+        compiled_is_plain(augmentation(choice, source), source, fullgraph=choice not in DRAWING)
 
 
 def compiled_is_plain(augment: Any, source: InMemory, *, fullgraph: bool) -> None:
@@ -129,13 +131,15 @@ def compiled_is_plain(augment: Any, source: InMemory, *, fullgraph: bool) -> Non
 
 @pytest.mark.slow
 def test_the_compiled_data_path_gives_the_same_pixels() -> None:
-    def check() -> None:
-        augment = pipeline(PadCrop(padding=2), HorizontalFlip(p=0.5))
-        for (x, y), (u, v) in zip(drawn(batches(augment)), drawn(batches(augment, compiled=True)), strict=True):
-            torch.testing.assert_close(u, x)
-            assert torch.equal(v, y)
+    done = run(_compile_data_path)
+    assert done.returncode == 0, done.stderr
 
-    assert in_fork(check) == 0
+
+def _compile_data_path() -> None:
+    augment = pipeline(PadCrop(padding=2), HorizontalFlip(p=0.5))
+    for (x, y), (u, v) in zip(drawn(batches(augment)), drawn(batches(augment, compiled=True)), strict=True):
+        torch.testing.assert_close(u, x)
+        assert torch.equal(v, y)
 
 
 class FakeTransferStream:

@@ -4,6 +4,7 @@ The server imports torch once for all tests of a worker; a new interpreter needs
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -95,10 +96,32 @@ class Done:
 
 def run_dlopt(folder: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> Done:
     """Runs `dlopt ARGUMENTS` in a process of its own; PYTHONPATH is honoured."""
+    return _run_to_end(_dlopt, (arguments,), environment, folder)
+
+
+def run(function: Callable[..., object], *arguments: Any) -> Done:
+    """Runs a function in a process of its own.
+
+    Unlike a fork of the test's process, it has no threads, or locks of threads, that earlier tests have left.
+    """
+    return _run_to_end(_saying_where_it_hangs, (function, *arguments), os.environ, Path.cwd())
+
+
+def _saying_where_it_hangs(function: Callable[..., object], *arguments: Any) -> None:
+    faulthandler.enable(file=2)
+    function(*arguments)
+
+
+def _run_to_end(
+    function: Callable[..., None], arguments: tuple[Any, ...], environment: Mapping[str, str], folder: Path
+) -> Done:
     with tempfile.TemporaryDirectory() as temporary:
         files = {1: Path(temporary) / "stdout", 2: Path(temporary) / "stderr"}
-        process = start(_dlopt, (arguments,), environment, folder, files)
+        process = start(function, arguments, environment, folder, files)
         process.join(300)
+        if process.exitcode is None:
+            os.kill(process.pid or 0, signal.SIGABRT)
+            process.join()
         assert process.exitcode is not None
         return Done(process.exitcode, files[1].read_text(), files[2].read_text())
 

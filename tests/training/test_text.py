@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from dlopt.python.api import load
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.workload import build_workload
 from tests.support.choices import names
+from tests.support.processes import run
 from tests.support.requires import requires
-from tests.support.runs import in_fork, metrics, resume, run_config, same, start
+from tests.support.runs import metrics, resume, run_config, same, start
 from tests.support.sizes import without
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
@@ -120,14 +120,12 @@ def test_optimizers_with_second_derivatives_and_with_matrices(choice: str, lines
 @requires("g++")  # compiles for a CPU
 @pytest.mark.parametrize("optimizer", ["adamw", "sophia"])
 def test_a_compiled_run_equals_an_eager_one(optimizer: str, lines: list[str], tmp_path: Path) -> None:
-    """Also where the optimizer needs second derivatives, which a compiled model has not.
-
-    Runs in a child process: the compiler starts threads, without which it hangs in a fork of the process.
-    """
+    """Also where the optimizer needs second derivatives, which a compiled model has not."""
     typed = [*lines, "model.positions=rotary", f"optimizer={optimizer}", "steps=4", "log_every_steps=1"]
     losses = []
     for compiled in ("false", "true"):
-        assert in_fork(partial(start, tmp_path / compiled, *typed, f"compile={compiled}")) == 0
+        done = run(start, tmp_path / compiled, *typed, f"compile={compiled}")
+        assert done.returncode == 0, done.stderr
         text = (tmp_path / compiled / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["train_loss"] for line in text])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

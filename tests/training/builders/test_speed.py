@@ -23,7 +23,8 @@ from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.line import refused
-from tests.support.runs import at_update, in_fork, result, resume, same, start, terminate
+from tests.support.processes import run
+from tests.support.runs import at_update, result, resume, same, start, terminate
 
 
 def run_config(*overrides: str) -> RunConfig:
@@ -288,15 +289,20 @@ def test_a_compiled_run_does_not_depend_on_the_batches_before(tmp_path: Path) ->
     """Resumed at the last batch of an epoch, which is smaller, and as the second run of a process: bitwise equal."""
     keys = ["model=mlp", "data=digits", "data.subset=300", "compile=true", "epochs=4", "tracking=[]", "threads=1"]
 
-    def interrupted() -> None:
-        with at_update(4, terminate):
-            start(tmp_path / "resumed", *keys)
-
-    def twice() -> None:
-        start(tmp_path / "first", *keys)
-        start(tmp_path / "second", *keys)
-
-    for run in (interrupted, partial(resume, tmp_path / "resumed", *keys), twice):
-        assert in_fork(run) == 0
+    for function in (_interrupt, resume):
+        done = run(function, tmp_path / "resumed", *keys)
+        assert done.returncode == 0, done.stderr
+    done = run(_start_two, [tmp_path / "first", tmp_path / "second"], *keys)
+    assert done.returncode == 0, done.stderr
     first = result(tmp_path / "first")
     assert same(first, result(tmp_path / "second")) and same(first, result(tmp_path / "resumed"))
+
+
+def _interrupt(folder: Path, *keys: str) -> None:
+    with at_update(4, terminate):
+        start(folder, *keys)
+
+
+def _start_two(folders: list[Path], *keys: str) -> None:
+    for folder in folders:
+        start(folder, *keys)
