@@ -106,6 +106,30 @@ def test_peers_rejects_too_few_steps(tmp_path: Path) -> None:
     assert result.returncode == 2 and "--steps 5: must be >= 7" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line",
+    [
+        "augment.py --threads 1 --rounds 1 --batches 1",
+        "checkpoint.py --model mlp --steps 4 --every 2 --rounds 1",
+        "data.py --images 200 --rounds 1 --round-images 20 --memory-images 20 --steps 1 --batch 4 --size 32",
+        "diagnostics.py --rounds 1 --batch 8 --models mlp",
+        "normalization.py --rounds 1 --batch 8 --models mlp",
+        "optimizers.py --sizes 0.001 --rounds 1",
+        "parallel.py --updates 2 --only overlap --folder plots",
+        "startup.py --rounds 1",
+        "step.py --rounds 1 --only overhead,synchronization",
+        "text.py --rounds 1 --steps 2 --threads 1",
+        "workers.py --rounds 1 --jobs 2",
+    ],
+    ids=lambda line: line.partition(".")[0],
+)
+def test_small_runs(line: str, tmp_path: Path) -> None:
+    script, *keys = line.split()
+    result = run(sys.executable, str(BENCH / script), *keys, folder=tmp_path)
+    assert result.returncode == 0 and result.stdout, result.stdout[-1000:] + result.stderr[-2000:]
+
+
 def first_update(at_its_end: str, *words: str, folder: Path, before: str = "pass") -> str:
     """Returns stdout of a process that exits after the first update; `at_its_end` and `before` are lines of Python."""
     spec = importlib.util.spec_from_file_location("startup", BENCH / "startup.py")
