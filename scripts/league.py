@@ -7,6 +7,7 @@ dlopt benchmark optimizer=adabelief,lamb full=true output=FOLDER    trains all t
 Optimizers whose trials have not all ended are left out. With studies=5, the intervals of an optimizer are narrower.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -58,10 +59,10 @@ def _typed(commands: str) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="output of `dlopt benchmark`")
     try:
-        own = read(Path(sys.argv[1]) / "results.json")
+        own = read(parser.parse_args().folder / "results.json")
         shipped = load_reference(own.tier, own.track)
         if shipped is None:
             sys.exit(f"{own.tier}: no results come with dlopt")
