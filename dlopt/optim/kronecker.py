@@ -54,6 +54,15 @@ def gram(tensor: Tensor, mode: int, *, diagonal: bool = False) -> Tensor:
     return unfolded.square().sum(1) if diagonal else unfolded @ unfolded.T
 
 
+def aligned_gradients(params: list[Tensor]) -> list[Tensor]:
+    """Returns the gradients, or copies of views.
+
+    With parallel=ddp they are views of a bucket, at addresses that differ after resuming; and a matrix product rounds
+    by the alignment of its factors.
+    """
+    return [grad.clone() if grad.storage_offset() else grad for grad in gradients(params)]
+
+
 def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Returns eigenvalues (ascending) and eigenvectors, computed at least in float32.
 
@@ -69,6 +78,23 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
             return values.to(matrix.dtype), vectors.to(matrix.dtype)
     vectors = torch.full_like(matrix, torch.nan)
     return vectors[0], vectors
+
+
+def eigenbasis(matrix: Tensor) -> Tensor:
+    """Returns the eigenvectors of a sum of squares, largest eigenvalue first.
+
+    Fewer gradients than rows leave a null space, of which eigh returns a basis that depends on rounding, and with it
+    the updates of Adam in this basis: processes that sum gradients in another order would train another model. In fp64,
+    this returns a basis that depends on the space alone: the QR decomposition of fixed vectors projected on it. In
+    smaller types rounding decides which eigenvalues are zero.
+    """
+    values, vectors = eigenvectors(matrix)
+    if matrix.dtype == torch.float64:
+        size = int((values <= 8 * len(values) * torch.finfo(values.dtype).eps * values.max()).sum())
+        null = vectors[:, :size]
+        draws = torch.randn(len(values), size, generator=generator("cpu", 0)).to(null)
+        vectors = torch.cat([torch.linalg.qr(null @ (null.T @ draws)).Q, vectors[:, size:]], 1)
+    return vectors.flip(1).contiguous()
 
 
 def _shampoo_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
@@ -110,7 +136,7 @@ class Shampoo(RealOptimizer):
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         lr, averages = float(group["lr"]), buffers(self, params, "momentum_buffer")
         counts = count_steps(self, params)
-        for p, grad, average, count in zip(params, gradients(params), averages, counts, strict=True):
+        for p, grad, average, count in zip(params, aligned_gradients(params), averages, counts, strict=True):
             average.lerp_(grad, 1 - group["momentum"])
             roots = self._inverse_roots(group, p, grad, is_due=(count - 1) % group["update_every"] == 0)
             p.mul_(1 - lr * group["weight_decay"])
@@ -178,7 +204,8 @@ class DistributedShampoo(RealOptimizer):
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
         counts = count_steps(self, params)
-        for p, grad, m, v, count in zip(params, gradients(params), averages, squares, counts, strict=True):
+        grads = aligned_gradients(params)
+        for p, grad, m, v, count in zip(params, grads, averages, squares, counts, strict=True):
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             mean = m / (1 - beta1**count)
@@ -276,7 +303,8 @@ class SOAP(RealOptimizer):
         shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         averages, squares = buffers(self, params, "exp_avg"), buffers(self, params, "exp_avg_sq")
         counts = count_steps(self, params)
-        for p, grad, m, v, count in zip(params, gradients(params), averages, squares, counts, strict=True):
+        grads = aligned_gradients(params)
+        for p, grad, m, v, count in zip(params, grads, averages, squares, counts, strict=True):
             state = self.state[p]
             modes = [mode for mode, size in enumerate(p.shape) if p.ndim > 1 and size <= group["max_size"]]
             if count > 1:
@@ -297,7 +325,7 @@ class SOAP(RealOptimizer):
                 state[f"gram{mode}"].lerp_(new, 1 - shampoo_beta)
             if count == 1:
                 for mode in modes:
-                    state[f"basis{mode}"] = eigenvectors(state[f"gram{mode}"])[1].flip(1)  # largest eigenvalue first
+                    state[f"basis{mode}"] = eigenbasis(state[f"gram{mode}"])
             elif (count - 1) % group["update_every"] == 0:
                 self._refresh_bases(p, modes)
 
@@ -329,7 +357,8 @@ class SOAP(RealOptimizer):
             state["exp_avg_sq"].copy_(state["exp_avg_sq"].index_select(mode, order))
             product = product[:, order]
             wide = product if product.dtype == torch.float64 else product.float()
-            state[f"basis{mode}"] = torch.linalg.qr(wide).Q.to(product.dtype)
+            # Contiguous, as after loading shards: products round by the order of a matrix in memory.
+            state[f"basis{mode}"] = torch.linalg.qr(wide).Q.to(product.dtype).contiguous()
 
 
 class Kron(RealOptimizer):

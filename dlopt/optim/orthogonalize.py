@@ -39,6 +39,11 @@ def orthogonalize(matrices: Tensor, coefficients: Coefficients, steps: int, eps:
     triple for each iteration, given the range of singular values that the previous ones leave of [0.001, 1], and
     converges.
     """
+    if matrices.dtype == torch.float64 and len(matrices) > 1:
+        # A product in bfloat16 may round otherwise in a stack of another size, as each process of parallel=fsdp has.
+        # This shows in fp64 only, in which all modes have the same losses.
+        each = (orthogonalize(matrix, coefficients, steps, eps) for matrix in matrices.split(1))
+        return torch.cat(list(each))
     x = matrices.to(torch.bfloat16)
     # The coefficients are chosen for singular values in (0, 1]. The Frobenius norm, which is cheap, bounds the largest
     # one, so that all of them start there.

@@ -64,6 +64,14 @@ def test_iterations_map_the_singular_values(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(found.double(), u @ vh, rtol=0, atol=0.03)  # in bfloat16
 
 
+@pytest.mark.parametrize("shape", [(99, 256, 16), (99, 16, 64)])
+def test_a_matrix_does_not_depend_on_its_stack(shape: tuple[int, ...]) -> None:
+    """In fp64: with parallel=fsdp each process orthogonalizes a part of the stack."""
+    stack = matrices(shape)
+    together = orthogonalize(stack, QUINTIC, 5, 1e-7)
+    assert torch.equal(together, torch.cat([orthogonalize(each, QUINTIC, 5, 1e-7) for each in stack.split(1)]))
+
+
 def test_coefficients_of_each_iteration() -> None:
     first, last = (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)
     assert triples(QUINTIC, 3) == [QUINTIC] * 3

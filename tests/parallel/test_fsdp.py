@@ -46,7 +46,6 @@ CASES: Cases = {
             *MLP,
             *MUP,
             "optimizer=soap",
-            "optimizer.max_size=11",
             "clip=norm",
             "ema=0.9",
             "data.batch_size=32",

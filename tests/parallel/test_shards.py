@@ -49,7 +49,6 @@ if TorchVersion(torch.__version__) < "2.12":
 STEPPED_BY_OWNERS = NEEDS_FULL_TENSORS - {"kron"}
 SPHERE = ["optimizer.hyperball=true", "optimizer.weight_decay=0"]
 OVERRIDES = {
-    "soap": ["optimizer.max_size=4"],  # eigenvectors of equal eigenvalues, here 0, depend on rounding
     "dmuon": [*SPHERE, "optimizer.row_beta=0.9"],
 }
 NEEDS_FULL_MODEL = {"bfgs", "dfp", "lbfgs", "newton", "newton_cg", "newton_undamped", "prodigy", "sam", "sophia"}
