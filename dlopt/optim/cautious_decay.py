@@ -15,7 +15,7 @@ class CautiousDecay(Optimizer):
     theta <- theta - lr * (u + weight_decay * [u * theta >= 0] * theta), entry by entry, with u the update of the
     optimizer without decay (Chen et al. 2025, arXiv 2510.12402, algorithm 1). lr * u is measured: the change of the
     weights in a step without decay. This holds for all optimizers alike, also for one whose own decay has another form
-    to second order (Adan).
+    to second order (Adan). Where an update changes nothing, as SOAP's first one does, all entries decay.
     """
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from dlopt.schedules.horizon import Horizon, half_cosine, progress
 class DecaySettings:
     """The keys that all choices have.
 
-    `cautious`: see `dlopt.optim.cautious_decay`; `width`: see `dlopt.training.builders.mup.with_rates`.
+    `cautious`: see `dlopt.optim.cautious_decay`; `width`: see `dlopt.training.builders.mup.width_factors`.
     """
 
     cautious: bool = False

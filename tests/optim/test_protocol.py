@@ -385,7 +385,7 @@ def test_sam_rescales_every_group_of_muon() -> None:
 
 
 @ALL
-def test_updates_do_not_depend_on_places_in_memory(make: Make) -> None:
+def test_updates_do_not_depend_on_addresses_and_strides(make: Make) -> None:
     """Bitwise: with parallel=ddp gradients are parts of a bucket, and loaded shards of a state are contiguous."""
     draws = torch.Generator().manual_seed(0)
     weights = [torch.randn(*shape, generator=draws) for shape in ((31, 17), (17,), (7, 31))]

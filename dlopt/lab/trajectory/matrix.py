@@ -41,9 +41,10 @@ def draw_components(
     for axes in panels.flat[len(trajectories) :]:
         axes.set_visible(False)
     for axes in panels[:, 0]:
-        axes.set_ylabel("singular value of W")
-    for axes in panels[-1]:
+        axes.set_ylabel("$u_i^T W v_i$")
+    for axes in panels.flat[: len(trajectories)][-columns:]:  # the lowest of each column
         axes.set_xlabel("updates")
+        axes.tick_params(labelbottom=True)
     drawing.clean_axes(*panels.flat)
     drawing.legend_below(figure, panels.flat[0], 3)
     return figure

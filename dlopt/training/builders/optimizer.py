@@ -1,5 +1,6 @@
 """Builds optimizer and schedule of a config."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,6 +33,8 @@ from dlopt.training.builders.state_dtype import keep_state_in_bf16, round_update
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
 from dlopt.training.progress import Length
+
+log = logging.getLogger(__name__)
 
 
 def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
@@ -225,11 +228,19 @@ def _corrected_weights(run_config: RunConfig, model: nn.Module) -> set[str]:
 
 
 def check_decay(run_config: RunConfig, optimizer: torch.optim.Optimizer) -> None:
-    """Raises `UserError` if the config changes a weight decay that is not, or may not be, decoupled."""
-    cautious = run_config.decay_settings.cautious
-    if run_config.decay.target is constant and not cautious:
+    """Raises `UserError` if the config changes a weight decay that is not, or may not be, decoupled.
+
+    Warns of a change of no weight decay.
+    """
+    settings, name, groups = run_config.decay_settings, type(optimizer).__name__, optimizer.param_groups
+    if settings.width != "none" and not any("weight_decay" in group for group in groups):
+        raise UserError(
+            f"decay.width={settings.width}: {name} has no weight decay; use decay.width=none, or another optimizer "
+            "(adamw, muon, soap, ...)"
+        )
+    if run_config.decay.target is constant and not settings.cautious:
         return
-    key, name = "decay.cautious=true" if cautious else run_config.decay.choice, type(optimizer).__name__
+    key = "decay.cautious=true" if settings.cautious else run_config.decay.choice
     traits = optimizer_traits(optimizer)
     if is_unknown(traits):
         raise UserError(
@@ -237,12 +248,14 @@ def check_decay(run_config: RunConfig, optimizer: torch.optim.Optimizer) -> None
             "decay.cautious, or, if an update subtracts lr * weight_decay * theta beside a step that does not depend "
             "on weight_decay, add to the class: traits = dlopt.optim.OptimizerTraits(decoupled_decay=True)"
         )
-    if not traits.decoupled_decay or not all("weight_decay" in group for group in optimizer.param_groups):
+    if not traits.decoupled_decay or not all("weight_decay" in group for group in groups):
         raise UserError(
             f"{key}: needs an optimizer that subtracts lr * weight_decay * theta (decoupled weight decay), which "
             f"{name} with these keys does not; use decay=constant without decay.cautious, or another optimizer "
             "(adamw, lion, sgdw, muon, soap, ...)"
         )
+    if not any(group["weight_decay"] for group in groups):
+        log.warning("%s: has no effect, because the weight decay is 0; set optimizer.weight_decay", key)
 
 
 def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:

@@ -48,11 +48,21 @@ COUPLED = "needs an optimizer that subtracts lr \\* weight_decay \\* theta"
             "^decay=corrected: .* trains none; use decay=const",
         ),
         (["optimizer=adamw", "decay.width=inverse"], "^decay.width=inverse: init=default has no width to refer to"),
+        (
+            ["optimizer=scion", "model=mlp", "init=mup", "decay.width=inverse"],
+            "^decay.width=inverse: Scion has no weight d",
+        ),
     ],
 )
 def test_refusals(keys: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_optimizer(small_workload(*keys))
+
+
+def test_warns_of_a_change_of_no_decay(caplog: pytest.LogCaptureFixture) -> None:
+    for decay, said in (("0.1", []), ("0", ["decay=linear: has no effect, because the weight decay is 0"])):
+        build_optimizer(small_workload("optimizer=adamw", "decay=linear", f"optimizer.weight_decay={decay}"))
+        assert [record.getMessage().partition(";")[0] for record in caplog.records] == said
 
 
 def test_an_unknown_optimizer_must_say_that_its_decay_is_decoupled() -> None:
