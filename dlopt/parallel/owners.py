@@ -1,10 +1,10 @@
 """Steps on whole tensors under fsdp: each tensor has an owner, the rank that updates it and holds its state.
 
-Muon, Scion, SOAP and Shampoo orthogonalize or factor matrices, of which each rank has some rows. Before a step every
-rank sends its rows of weights and gradients to their owners. These step as one process would, and send the rows of the
-new weights back. Of n ranks, each sends and receives 1/n of the weights three times, in two all-to-alls; no state is
-moved. If every rank computed every update, the products of matrices would be repeated n times. (Liu et al. 2025, "Muon
-is scalable for LLM training", algorithm 1, in which the owners gather the momenta.)
+Muon, Scion, SOAP, Shampoo and Kron orthogonalize or factor matrices, of which each rank has some rows. Before a step
+every rank sends its rows of weights and gradients to their owners. These step as one process would, and send the rows
+of the new weights back. Of n ranks, each sends and receives 1/n of the weights three times, in two all-to-alls; no
+state is moved. If every rank computed every update, the products of matrices would be repeated n times. (Liu et al.
+2025, "Muon is scalable for LLM training", algorithm 1, in which the owners gather the momenta.)
 
 In a checkpoint the states are DTensors, sharded as the weights are. It can be resumed in any mode.
 """
@@ -132,10 +132,14 @@ class StepOfOwners(Optimizer):
 
     @contextmanager
     def _instead_of(self, whole: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Context in which whole tensors are the only parameters, with the states of the sharded ones."""
+        """Context in which whole tensors, with the states of the sharded ones, are the only parameters with gradients.
+
+        At their places in the groups, as Kron's noise depends on the place.
+        """
         originals = [group["params"] for group in self.param_groups]
+        absent = torch.empty(0)
         for group in self.param_groups:
-            group["params"] = [whole[p] for p in group["params"] if p in whole]
+            group["params"] = [whole.get(p, absent) for p in group["params"]]
         for p, tensor in whole.items():
             if p in self.state:
                 self.state[tensor] = self.state.pop(p)

@@ -45,8 +45,6 @@ NEEDS_FULL_TENSORS = {
 }
 if TorchVersion(torch.__version__) < "2.12":
     NEEDS_FULL_TENSORS.add("irprop")  # torch's Rprop cannot update shards there
-# Updated by the owners of tensors that are sharded by rows. Kron counts its updates, and draws random numbers.
-STEPPED_BY_OWNERS = NEEDS_FULL_TENSORS - {"kron"}
 SPHERE = ["optimizer.hyperball=true", "optimizer.weight_decay=0"]
 OVERRIDES = {
     "dmuon": [*SPHERE, "optimizer.row_beta=0.9"],
@@ -132,7 +130,7 @@ def check_placement(group: ProcessGroup) -> None:
 def check_updates(choice: str, plain: Composed) -> None:
     """Two updates, a checkpoint loaded into new objects, two more updates."""
     full = net()
-    sharded = shard_model(full, by_rows=choice in STEPPED_BY_OWNERS)
+    sharded = shard_model(full, by_rows=choice in NEEDS_FULL_TENSORS)
     optimizers = optimizer_of(plain, full), of_shards(choice, plain, sharded)
     for step in range(4):
         if step == 2:
@@ -154,7 +152,7 @@ def check_updates(choice: str, plain: Composed) -> None:
 
 def of_shards(choice: str, plain: Composed, sharded: nn.Module) -> torch.optim.Optimizer:
     optimizer = optimizer_of(plain, sharded)
-    if choice in STEPPED_BY_OWNERS:
+    if choice in NEEDS_FULL_TENSORS:
         step_by_owners(optimizer)
     return optimizer
 
@@ -265,7 +263,7 @@ def check_tolerance() -> None:
 
 
 def test_two_processes_match_one(tmp_path: Path) -> None:
-    choices = {*CHOICES} - NEEDS_FULL_TENSORS - NEEDS_FULL_MODEL | STEPPED_BY_OWNERS
+    choices = {*CHOICES} - NEEDS_FULL_MODEL
     plain = {choice: composed(f"optimizer={choice}", *OVERRIDES.get(choice, ())) for choice in sorted(choices)}
     run_ranks("tests.parallel.test_shards:run_all", 2, tmp_path, plain)
 
@@ -282,8 +280,7 @@ def mode(name: str, sharding: Any) -> Mode:
 def test_optimizers_that_need_full_tensors_are_refused(choice: str) -> None:
     model = nn.Linear(2, 2)
     optimizer = optimizer_of(composed(f"optimizer={choice}"), model)
-    refused = {"filter": NEEDS_FULL_TENSORS | NEEDS_FULL_MODEL, "pipeline": NEEDS_FULL_MODEL}
-    refused["fsdp"] = refused["filter"] - STEPPED_BY_OWNERS
+    refused = {"filter": NEEDS_FULL_TENSORS | NEEDS_FULL_MODEL, "pipeline": NEEDS_FULL_MODEL, "fsdp": NEEDS_FULL_MODEL}
     for each in (mode("filter", "tensors"), mode("fsdp", "tensors"), mode("pipeline", "layers")):
         if choice not in refused[each.name]:
             check_optimizer(each, optimizer)

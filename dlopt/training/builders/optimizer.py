@@ -191,8 +191,7 @@ def _same_strides(tensor: Tensor, parameter: Tensor) -> bool:
 
 def needs_whole_tensors(parallel: Mode, optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether an update needs whole tensors, which the mode shards by rows, and which owners can update."""
-    traits = optimizer_traits(optimizer)
-    return parallel.sharding.is_by_rows and traits.scope == "tensor" and traits.separable
+    return parallel.sharding.is_by_rows and optimizer_traits(optimizer).scope == "tensor"
 
 
 def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
