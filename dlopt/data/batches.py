@@ -300,6 +300,7 @@ def _graphed(
         static_indices.copy_(indices)
         static_epoch.fill_(epoch)
         rng.manual_seed(seed)
-        return replayed()
+        # The next replay overwrites its results, and metrics keep the targets of many batches.
+        return tuple(each.clone() for each in replayed())
 
     return replay

@@ -18,6 +18,15 @@ def is_known(layer: nn.Module) -> bool:
     return type(layer).__module__.startswith(_KNOWN)
 
 
+def unknown_part(part: object) -> str | None:
+    """Returns the name of the part of a loss, clipping or augmentation that may have control flow on the host; None:
+    all are torch's or dlopt's."""
+    for each in part.modules() if isinstance(part, nn.Module) else [part]:
+        if not type(each).__module__.startswith(("torch.nn.", "dlopt.")):
+            return str(getattr(each, "__name__", type(each).__name__))
+    return None
+
+
 def is_stochastic(module: nn.Module) -> bool:
     """Returns whether the forward pass may draw random numbers; layers that are not known count as random."""
     return any(_is_random(layer) for layer in module.modules())

@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
     def _suits_onednn(self, input: Tensor) -> bool:
         return (
-            not torch.compiler.is_exporting()  # the program should not need dlopt
+            not _is_exporting()  # the program should not need dlopt
             and input.numel() * len(self.weight) >= _MIN_MULTIPLICATIONS
             and input.device.type == "cpu"
             and input.dtype == self.weight.dtype == torch.float32
@@ -67,8 +67,13 @@ def needs_padding(layer: nn.Linear, input: Tensor) -> bool:
         and outputs >= _WIDE
         and outputs % _ALIGNED != 0
         and type(layer.weight) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_exporting()
+        and not _is_exporting()
     )
+
+
+def _is_exporting() -> bool:
+    # torch 2.11's compiler takes the function `torch.compiler.is_exporting()` for true; it reads the flag correctly.
+    return torch.compiler._is_exporting_flag
 
 
 class _OneDNNLinear(torch.autograd.Function):

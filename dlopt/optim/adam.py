@@ -270,7 +270,8 @@ class NAdam(torch.optim.NAdam):
         for state in self.state.values():
             if "mu_product" in state:
                 wide = torch.get_default_dtype() == torch.float64
-                state["mu_product"] = state["mu_product"].to(torch.float64 if wide else torch.float32)
+                # On the host, where torch starts it and reads it: it loads it to the device of the parameter.
+                state["mu_product"] = state["mu_product"].to("cpu", torch.float64 if wide else torch.float32)
 
 
 class Adan(RealOptimizer):

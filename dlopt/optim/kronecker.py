@@ -485,7 +485,8 @@ def _norm_bound(matrix: Tensor) -> Tensor:
     """Returns a lower bound of the spectral norm of a symmetric matrix, by one power iteration from a row."""
     scale = matrix.abs().max().clamp(min=torch.finfo(matrix.dtype).tiny)
     matrix = matrix / scale
-    start = matrix @ matrix[matrix.square().sum(1).argmax()]
+    longest = matrix.square().sum(1).argmax().view(1)  # as an index tensor, on which a GPU need not wait
+    start = matrix @ matrix.index_select(0, longest)[0]
     return scale * (matrix @ (start / start.norm().clamp(min=torch.finfo(matrix.dtype).tiny))).norm()
 
 

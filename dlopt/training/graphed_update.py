@@ -1,5 +1,6 @@
 """Replays updates from a CUDA graph: the speed of small models on small batches is limited by kernel launches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.optim import Optimizer
 
 from dlopt.data.batches import Batch
 from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
-from dlopt.models.known import is_known
+from dlopt.models.known import is_known, unknown_part
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
@@ -21,6 +22,7 @@ from dlopt.training.step import Step, StepSettings, UpdateRecord
 
 def obstacle(
     module: nn.Module,
+    parts: Sequence[object],
     optimizer: Optimizer,
     schedule: Scheduler,
     mode: Mode,
@@ -33,7 +35,8 @@ def obstacle(
     """Returns why updates cannot be captured; None: they can. `compile`: the key of the run.
 
     A captured update has no control flow that depends on tensor values, does not synchronize with the device, and
-    differs between steps only in tensors and seeds. This is known of torch's and dlopt's layers only.
+    differs between steps only in tensors and seeds. This is known of torch's and dlopt's layers and `parts` only: the
+    loss and the clipping.
     """
     if mode.device.type != "cuda":
         return f"CUDA graphs are not available on {mode.device.type}"
@@ -55,7 +58,8 @@ def obstacle(
         return "the schedule changes the momentum, which is a constant in a graph"
     if schedule.decay is not None and schedule.decay.varies:
         return "the schedule of the weight decay changes it, which is a constant in a graph"
-    return layer_obstacle(module)
+    name = next(filter(None, map(unknown_part, parts)), None)
+    return layer_obstacle(module) if name is None else f"{name} may have control flow on the host"
 
 
 def layer_obstacle(module: nn.Module) -> str | None:

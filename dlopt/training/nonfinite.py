@@ -113,7 +113,9 @@ class NonFiniteCheck:
     def _stack_pending(self) -> None:
         if self._pending:
             steps, rates, losses, flags = zip(*self._pending, strict=True)
-            values = torch.stack([torch.stack([loss.float() for loss in losses]), torch.stack(flags)])
+            # The flags are on the CPU if the parameters are offloaded.
+            of_losses = torch.stack([loss.float() for loss in losses])
+            values = torch.stack([of_losses, torch.stack(flags).to(of_losses.device)])
             self._stacked.append((list(zip(steps, rates, strict=True)), values))
             self._pending = []
 

@@ -232,7 +232,7 @@ class Step:
         self._teacher = network.teacher
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
-        self._generators = _generators(self.parameters) if is_stochastic(network.module) else []
+        self._generators = _generators(mode.device) if is_stochastic(network.module) else []
         self._checks_all = optimizer_traits(optimizer).uses_all_gradients
         self._evaluations = 0  # of the loss, in all updates of the run
 
@@ -489,8 +489,7 @@ class _GradientSums:
             self._sums[p] = None
 
 
-def _generators(parameters: Sequence[Tensor]) -> list[torch.Generator]:
-    """Returns the default generators of the parameters' device and of the CPU."""
-    device = next((p.device for p in parameters if p.is_cuda), None)
-    of_device = [] if device is None else [torch.cuda.default_generators[device.index or 0]]
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """Returns the default generators of the device and of the CPU."""
+    of_device = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
     return [torch.default_generator, *of_device]

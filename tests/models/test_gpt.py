@@ -149,6 +149,24 @@ def test_a_large_head_that_is_not_aligned_is_padded_on_cuda(outputs: int, on_cud
     assert needs_padding(layer, SimpleNamespace(is_cuda=on_cuda)) is pads  # type: ignore[arg-type]
 
 
+def test_a_compiled_head_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is on CUDA, but not in an exported program."""
+    condition = linear.needs_padding
+    as_on_cuda = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(linear, "needs_padding", lambda layer, _: condition(layer, as_on_cuda))  # type: ignore[arg-type]
+    layer, graphs = linear.WideLinear(4, 1025), []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    torch.compile(layer, backend=record)(torch.zeros(2, 4))
+    assert "pad" in graphs[0]
+    for strict in (False, True):
+        exported = torch.export.export(layer, (torch.zeros(2, 4),), strict=strict)
+        assert "pad" not in str(exported.graph)
+
+
 @pytest.mark.parametrize("changed", [{}, {"tied_embeddings": False}])
 def test_a_padded_head_changes_no_number(changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp64, with 13 tokens padded to 64: logits, loss, gradients; the names and shapes of the weights."""

@@ -3,7 +3,7 @@
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -248,12 +248,14 @@ def obstacle_of(
     observed: bool = False,
     compile: bool | str = True,
     decay: WeightDecay | None = None,
+    parts: Sequence[object] = (nn.CrossEntropyLoss(), Unclipped()),
     **settings: Any,
 ) -> str | None:
     model = net() if model is None else model
     optimizer = make(model.parameters())
     return obstacle(
         model,
+        parts,
         optimizer,
         Scheduler(optimizer, lambda t: 1.0, decay=decay),
         mode or Mode(CUDA),
@@ -291,6 +293,10 @@ class Theirs(nn.Linear):
     pass
 
 
+class Annealed(nn.CrossEntropyLoss):
+    """A loss whose weight may be a number of Python, which a graph would repeat."""
+
+
 def of_two_processes() -> Mode:
     mode = Mode(CUDA)
     mode.ranks.processes = 2
@@ -313,6 +319,9 @@ def of_two_processes() -> Mode:
         ({"halve_on_out_of_memory": True}, "halve"),
         ({"model": nn.Sequential(nn.Flatten(), Theirs(4, 2))}, "Theirs"),
         ({"model": nn.LSTM(3, 2)}, "LSTM"),
+        ({"parts": [Annealed()]}, "Annealed may have control flow on the host"),
+        ({"parts": [nn.Sequential(Annealed())]}, "Annealed"),
+        ({"parts": [nn.CrossEntropyLoss(), of_two_processes]}, "of_two_processes"),
     ],
 )
 def test_obstacles(changed: dict[str, Any], reason: str) -> None:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batch
@@ -20,7 +21,7 @@ from dlopt.metrics.sums import Measured, MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
-from dlopt.training.nonfinite import Diverged, Recovery, first_nonfinite_output, is_finite
+from dlopt.training.nonfinite import Diverged, NonFiniteCheck, Recovery, first_nonfinite_output, is_finite
 from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance
 from tests.support.ranks import run_ranks
@@ -88,6 +89,20 @@ def test_check_does_not_change_gradients() -> None:
     evaluate()
     assert model.weight.grad is not None
     assert torch.equal(model.weight.grad.view(torch.int32), entries.expand(3, 6).contiguous().view(torch.int32))
+
+
+def test_losses_and_flags_may_be_on_two_devices() -> None:
+    """With parallel.cpu_offload=true the gradients are on the CPU, the loss is not."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        p = nn.Parameter(torch.empty(3))
+        p.grad = torch.empty(3)
+        check = NonFiniteCheck([p], immediate=False, locate=lambda _: "", norm=nn.utils.get_total_norm)
+        loss = torch.empty((), device="meta")
+        flag = check(loss, 0, 0.1, gradients=True)
+        assert flag is not None and flag.device.type == "cpu"
+        check.defer(loss, 0, 0.1, flag)
+        check._stack_pending()
+        assert check._stacked[0][1].shape == (2, 1)
 
 
 def test_large_finite_gradients_pass() -> None:

@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from dlopt.augment.pipeline import CentreCrop, crop_when_reading
+from dlopt.augment.operation import image_shape, leaves
+from dlopt.augment.pipeline import CentreCrop, Pipeline, crop_when_reading
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batches, Delivery
@@ -37,8 +38,9 @@ def training_batches(workload: Workload) -> Batches:
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
-    recorder = speed.data_recorder(run_config, workload.device)
     teacher_normalize = None if workload.teacher is None else workload.teacher.normalize
+    parts = [*_steps(augment), workload.normalize, *([] if teacher_normalize is None else [teacher_normalize])]
+    recorder = speed.data_recorder(run_config, workload.device, parts)
     batches = Batches(
         samples,
         _delivery(workload, compiled=compiled, recorder=recorder, teacher_normalize=teacher_normalize),
@@ -54,6 +56,13 @@ def training_batches(workload: Workload) -> Batches:
     return batches
 
 
+def _steps(augment: Pipeline | None) -> list[object]:
+    """Returns the operations of an augmentation, at any depth; itself if it is none of dlopt's."""
+    if not isinstance(augment, Pipeline):
+        return [] if augment is None else [augment]
+    return [leaf for each in augment.operations for leaf in (each, *leaves(each, image_shape(augment.output_shape)))]
+
+
 def evaluation_batches(
     workload: Workload, samples: Samples, *, shared: bool = True, batch_size: int | Literal["full"] | None = None
 ) -> Batches:
@@ -64,7 +73,8 @@ def evaluation_batches(
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
     shard = workload.parallel.split.evaluation_shard if shared else None
     size = workload.run_config.data_settings.batch_size if batch_size is None else batch_size
-    if shared and workload.device.type == "cuda" and workload.dataset.in_memory and size != "full":
+    has_small_outputs = workload.dataset.in_memory and workload.task.vocabulary is None  # no logits of each token
+    if shared and workload.device.type == "cuda" and has_small_outputs and size != "full":
         size = max(size, _MIN_EVALUATION_BATCH)
     augment = None if shape == samples.shape else CentreCrop(shape)
     batches = Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
 
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
 from dlopt.machine.cuda_graphs import Recorder
+from dlopt.models.known import unknown_part
 from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
 from dlopt.parallel.mode import Mode
 from dlopt.training.builders.precision import Precision
@@ -142,11 +143,16 @@ def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
         return None
 
 
-def data_recorder(run_config: RunConfig, device: torch.device) -> Recorder | None:
-    """Returns the recorder that captures the data path as a CUDA graph; None: it runs eagerly."""
+def data_recorder(run_config: RunConfig, device: torch.device, parts: Sequence[object]) -> Recorder | None:
+    """Returns the recorder that captures the data path as a CUDA graph; None: it runs eagerly.
+
+    `parts`: what the path calls. A graph would repeat the numbers that one of a user's computes on the host.
+    """
     settings = run_config.settings
     observed = settings.diagnostics or settings.profile  # they hook into single batches
-    return Recorder() if device.type == "cuda" and settings.cuda_graphs is not False and not observed else None
+    if device.type != "cuda" or settings.cuda_graphs is False or observed or any(map(unknown_part, parts)):
+        return None
+    return Recorder()
 
 
 def describe_auto(

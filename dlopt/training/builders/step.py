@@ -89,6 +89,7 @@ def build_update(
     settings, mode = workload.run_config.settings, workload.parallel
     reason = graphed_update.obstacle(
         workload.module,
+        [workload.loss, step.clip],
         step.optimizer,
         step.schedule,
         mode,

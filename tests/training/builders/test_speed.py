@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import PropertyMock, patch
 
 import pytest
 import torch
 from torch import nn
 
+from dlopt.augment import HorizontalFlip, Pipeline, RandomMix
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
@@ -16,8 +18,9 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training.builders import speed
+from dlopt.training.builders.batches import evaluation_batches, training_batches
 from dlopt.training.builders.precision import Precision
-from dlopt.training.builders.workload import build_workload
+from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.graphed_update import GraphedUpdate
 from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
@@ -188,14 +191,48 @@ def test_updates_are_eager_on_cpu(tmp_path: Path) -> None:
     chosen = run_config("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=40")
     trainer = probe_trainer(build_workload(chosen), tmp_path)
     assert type(trainer.step) is Step and trainer.graph_obstacle == "CUDA graphs are not available on cpu"
-    assert speed.data_recorder(chosen, torch.device("cpu")) is None
+    assert speed.data_recorder(chosen, torch.device("cpu"), []) is None
 
 
 @pytest.mark.parametrize(
     ("typed", "recorded"), [((), True), (("cuda_graphs=false",), False), (("profile=true",), False)]
 )
 def test_data_path_is_captured_unless_observed(typed: tuple[str, ...], recorded: bool) -> None:
-    assert (speed.data_recorder(run_config(*typed), torch.device("cuda")) is not None) == recorded
+    assert (speed.data_recorder(run_config(*typed), torch.device("cuda"), []) is not None) == recorded
+
+
+def test_the_data_path_is_not_captured_with_parts_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would repeat the numbers that they compute in Python."""
+
+    class Theirs(HorizontalFlip):
+        pass
+
+    found: list[Sequence[object]] = []
+    monkeypatch.setattr(speed, "data_recorder", lambda *arguments: found.append(arguments[-1]))
+    workload = build_workload(run_config("device=cpu", "model=mlp", "data.subset=40", "augmentation=crop_flip"))
+    training_batches(workload)
+    assert isinstance(workload.augment, Pipeline)
+    workload.augment.operations.append(RandomMix(n=1, operations=[HorizontalFlip(p=0.5), Theirs(p=0.5)]))
+    training_batches(workload)
+    monkeypatch.undo()
+    chosen, cuda = run_config(), torch.device("cuda")
+    assert [speed.data_recorder(chosen, cuda, parts) is not None for parts in found] == [True, False]
+
+
+@pytest.mark.parametrize(("task", "size"), [(None, 1024), ("tokens", 20)])
+def test_evaluation_batches_on_a_gpu(task: str | None, size: int, tmp_path: Path) -> None:
+    """Larger than those of training, but not for texts: their outputs are logits of every token."""
+    (tmp_path / "a.txt").write_text("def f(x): return x\n" * 300)
+    text = ["data=text", f"data.file={tmp_path / 'a.txt'}", "data.sequence_length=8", "model=gpt_nano"]
+    keys = ["model=mlp"] if task is None else text
+    workload = build_workload(run_config(*keys, "device=cpu", "data.batch_size=20"))
+    seen: dict[str, Any] = {}
+    with (
+        patch.object(Workload, "device", PropertyMock(return_value=torch.device("cuda"))),
+        patch("dlopt.training.builders.batches.Batches", lambda *_, **keys: seen.update(keys) or nn.Identity()),
+    ):
+        evaluation_batches(workload, workload.dataset.test)
+    assert seen["batch_size"] == size
 
 
 def test_describes_auto_values() -> None:
