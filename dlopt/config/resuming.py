@@ -74,6 +74,15 @@ def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequenc
     )
 
 
+def shortened(done: RunFolder, config: Mapping[str, Any]) -> str | None:
+    """Returns the length of a run that has finished after more epochs, or updates, than `config` asks for, or None."""
+    summary, key = done.summary() or {}, "epochs" if config["steps"] is None else "steps"
+    length = summary.get(key)
+    if summary.get("status") != "finished" or not isinstance(length, int) or config[key] >= length:
+        return None
+    return format_count(key, length)
+
+
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """Returns the newest unfinished run of this config below `parent` that no process is working on."""
     return newest(parent, lambda run: not (run.is_finished() or run.is_live()) and _has_config(run, config))

@@ -18,6 +18,7 @@ from dlopt.basics.folders import LAUNCHER_LOCK, SHELL_FOLDER, RunFolder
 from dlopt.basics.interruption import Interruption, killed_by_signals, streams_kept
 from dlopt.config.plan import Plan
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
+from dlopt.config.resuming import shortened
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.parallel.processes.hung import end_if_hung
 from dlopt.run.folder import place
@@ -54,7 +55,7 @@ def run_plan(
     run, folder = placed.run, placed.folder
     if placed.is_done:
         if not from_python:
-            _show_finished(folder)
+            _show_finished(folder, shortened(folder, plan.saved))
         return folder, folder.summary() or {}
     if plan.run_config.settings.resume == "auto" and placed.is_new and not from_python:
         print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
@@ -193,10 +194,12 @@ def release(store: "Store", code: int) -> None:
         store.compare_set("run", "", json.dumps({"exit": code}))
 
 
-def _show_finished(folder: RunFolder) -> None:
+def _show_finished(folder: RunFolder, length: str | None) -> None:
+    """Shows the result of a finished run, and its `length` if it is longer than asked for."""
     from dlopt.tracking.console import ConsoleView
 
-    ConsoleView().finish(folder.summary() or {}, [f"this run is already finished: {folder.path}"])
+    after = "" if length is None else f", after {length}"
+    ConsoleView().finish(folder.summary() or {}, [f"this run is already finished{after}: {folder.path}"])
 
 
 def tools(run: "TrainingRun", *, console: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from dlopt.config.overrides import (
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables, task_overrides
-from dlopt.config.resuming import differences, may_change, refuse_other_config
+from dlopt.config.resuming import differences, may_change, refuse_other_config, shortened
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.results.leaderboard import Leaderboard, job_record, leaderboard
 from dlopt.sweeps import jobs as sweep_jobs
@@ -310,6 +310,14 @@ def check_folder(
         has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
         if has_other_length and (newest := Checkpoints(folder.checkpoints).load_newest()) is not None:
             check_lengthened(job.plan.run_config, newest)
+    if all(job.is_done for job in jobs):
+        return
+    for job in jobs:
+        if (length := shortened(job.folder, job.plan.saved)) is not None:
+            raise UserError(
+                f"{key}: job {job.number} has finished after {length}, which is more than the other jobs would train; "
+                "train all jobs as long, or in another folder"
+            )
 
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:

@@ -71,16 +71,20 @@ def check_horizon(
 ) -> str | None:
     """Compares the length of a run resumed from `checkpoint` with its schedule's; returns a line if they differ.
 
-    Raises `UserError` if all updates after the end of the schedule would have learning rate 0, with the command that
-    stretches it if the command line is `typed`. Whoever sets `schedule_epochs` has chosen the horizon.
+    Raises `UserError` if the checkpoint is later than the end, or if all updates after the end of the schedule would
+    have learning rate 0, with the command that stretches it if the command line is `typed`. Whoever sets
+    `schedule_epochs` has chosen the horizon.
     """
     settings, steps, horizon = run_config.settings, length.steps, length.horizon
+    key = f"epochs={settings.epochs}" if settings.steps is None else f"steps={settings.steps}"
+    if steps < checkpoint.step:
+        done = f"{checkpoint.step / length.steps_per_epoch:.6g} epochs" if settings.steps is None else checkpoint.step
+        raise UserError(f"{key}: this run has already done {done}; set a larger number, or train in another folder")
     if settings.schedule_epochs is not None or steps == horizon or steps <= checkpoint.step:
         return None
     factor = schedules.build(
         run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
     )
-    key = f"epochs={settings.epochs}" if settings.steps is None else f"steps={settings.steps}"
     end, schedule_end = (f"{count / length.steps_per_epoch:.6g}" for count in (steps, horizon))
     final = factor(horizon)
     if steps < horizon:

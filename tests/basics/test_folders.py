@@ -130,7 +130,8 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     result = train(tmp_path, IN_RUN, "resume=auto")
     assert "finished" in result.out
     assert f"{json.loads((tmp_path / 'run/summary.json').read_text())['test_accuracy']:.2%}".split("%")[0] in result.out
-    train(tmp_path, IN_RUN, "resume=auto", "epochs=1")
+    shorter = train(tmp_path, IN_RUN, "resume=auto", "epochs=1")
+    assert "this run is already finished, after 2 epochs: " in shorter.out
     assert contents(tmp_path) == before
 
 

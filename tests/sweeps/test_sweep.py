@@ -155,6 +155,14 @@ def test_sweep_that_would_train_at_learning_rate_0_is_refused_before_the_first_j
     assert sweep(tmp_path, "seed=1,2", "epochs=3", "resume=auto", "schedule_epochs=3").code == 0
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_sweep_compares_no_runs_of_different_lengths(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=1,2", "epochs=2").code == 0
+    error = refused(tmp_path, "train", "-m", *TINY, "seed=1,2,3", "resume=auto")
+    assert "hydra.sweep.dir=sweep: job 0 has finished after 2 epochs, which is more than the other jobs would" in error
+    assert sweep(tmp_path, "seed=1,2,3", "epochs=2", "resume=auto").code == 0
+
+
 def test_models_that_exceed_the_memory_are_refused_before_the_first_job(tmp_path: Path) -> None:
     error = refused(tmp_path, "train", "-m", *TINY, "model.widths=[8],[1000000000]")
     assert error.startswith("dlopt: model.widths=[1000000000]: the model's ") and "GiB are available" in error

@@ -361,7 +361,6 @@ def test_interrupted_run_is_refused_if_it_would_end_at_zero(
         ("schedule=constant", "epochs=3", None),
         ("schedule=plateau", "epochs=6", None),
         ("schedule.final=0.1", "epochs=4", None),
-        ("schedule.final=0.1", "epochs=1", None),  # the checkpoint is of a later update
     ],
 )
 def test_log_names_the_end_of_the_schedule_for_another_length(
@@ -372,6 +371,13 @@ def test_log_names_the_end_of_the_schedule_for_another_length(
     notes = [each for each in (tmp_path / "train.log").read_text().splitlines() if "the schedule ends" in each]
     assert len(notes) == (0 if line is None else 1)
     assert line is None or (line in notes[0] and "set schedule_epochs=" in notes[0])
+
+
+def test_refuses_a_length_that_is_done(tmp_path: Path) -> None:
+    stop_at(6, tmp_path, *RICH)
+    for length, done in (("epochs=1", "1.5 epochs"), ("steps=5", "6")):
+        with pytest.raises(UserError, match=rf"^{length}: this run has already done {done}; set a larger number"):
+            resume(tmp_path, *RICH, length)
 
 
 @pytest.mark.parametrize(("epoch", "position", "epochs"), [(1, 2, 3), (2, 0, 4)])
