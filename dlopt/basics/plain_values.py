@@ -15,7 +15,7 @@ _MAX_NODES = 100_000
 _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 100
 _MAX_DIGITS = 100
-_INTEGER = re.compile(r"[-+]?[0-9a-fA-FxX_:]+")  # also hexadecimal, and sexagesimal: 59:59
+_INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_]*(:[0-5]?[0-9])*)")  # of YAML; 59:59 is sexagesimal
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader is 5x faster
 
 

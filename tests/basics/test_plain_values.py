@@ -50,6 +50,18 @@ def test_accepts_few_aliases(tmp_path: Path) -> None:
         check_yaml(tmp_path)
 
 
+def test_long_words_are_no_integers(tmp_path: Path) -> None:
+    """A digest or a run of letters may be a note of a run."""
+    path = tmp_path / "mine.yaml"
+    for word in ("deadbeef" * 16, "a" * 128, "0123456789abcdef" * 8):
+        path.write_text(f"note: {word}\n")
+        check_yaml(path)
+    for integer in ("1" * 101, "-" + "1_0" * 40, "0x" + "f" * 100, "0b" + "10" * 60, "1" + ":59" * 40):
+        path.write_text(f"note: {integer}\n")
+        with pytest.raises(ValueError, match="an integer of more than 100 digits"):
+            check_yaml(path)
+
+
 def test_bomb_in_a_run_folder_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(bomb())
     assert RunFolder(tmp_path).config() is None
