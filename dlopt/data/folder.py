@@ -126,7 +126,8 @@ def reading(key: str) -> Iterator[None]:
 
 def _images(base: bytes, name: bytes, visited: dict[bytes, FileState], left_out: Counter[str]) -> list[bytes]:
     images: list[bytes] = []
-    pending: list[tuple[bytes, tuple[int, ...]]] = [(name, ())]
+    above = (visited[b""][0],) if name and b"" in visited else ()
+    pending: list[tuple[bytes, tuple[int, ...]]] = [(name, above)]
     while pending:
         current, ancestors = pending.pop()
         files, folders = _list_folder(base, current, visited, ancestors, left_out)

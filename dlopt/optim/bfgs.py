@@ -66,9 +66,10 @@ class BFGS(torch.optim.Optimizer):
         max_parameters: Count = 10_000,
     ) -> None:
         super().__init__(params, {"lr": lr, "xi": xi, "c1": c1, "c2": c2, "max_evaluations": max_evaluations})
-        refuse_group_rates("bfgs", lr, self.param_groups)
-        refuse_complex("bfgs", trainable(self))
-        refuse_above("bfgs", trainable(self), max_parameters, "lbfgs")
+        name = "dfp" if xi == 0 else "bfgs"
+        refuse_group_rates(name, lr, self.param_groups)
+        refuse_complex(name, trainable(self))
+        refuse_above(name, trainable(self), max_parameters, "lbfgs")
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:

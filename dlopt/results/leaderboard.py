@@ -15,7 +15,17 @@ from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import is_seed, role_of
 from dlopt.config.overrides import key_of
-from dlopt.metrics.names import NONE, VAL_ACCURACY, VAL_LOSS, Mode, Modes, common_modes, lower_is_better
+from dlopt.metrics.names import (
+    NONE,
+    VAL_ACCURACY,
+    VAL_LOSS,
+    Mode,
+    Modes,
+    best_key,
+    common_modes,
+    lower_is_better,
+    split_of,
+)
 
 Direction = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
@@ -161,17 +171,25 @@ def modes_of(records: Iterable[Record]) -> dict[str, Mode]:
     return common_modes(flatten(record.config) for record in records)
 
 
+def monitored(records: Iterable[Record]) -> str | None:
+    """Returns the validation metric that `monitor` names in all runs; None: they differ, or it is `auto`."""
+    names = {str(flatten(record.config).get("monitor")) for record in records}
+    name = names.pop() if len(names) == 1 else "auto"
+    return name if split_of(name) == "val" else None
+
+
 def leaderboard(
     entries: Sequence[Record], *, metric: str | None = None, direction: Direction | None = None
 ) -> Leaderboard:
     """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last.
 
-    `metric`: by default `best_val_accuracy` if any run has it, else `best_val_loss`. Raises `UserError` if its
-    direction is unknown.
+    `metric`: by default that of `monitored`, else `best_val_accuracy`, if any run has it, else `best_val_loss`. Raises
+    `UserError` if its direction is unknown.
     """
     if metric is None:
-        has_accuracy = any(entry.metric(VAL_ACCURACY.best) is not None for entry in entries)
-        metric = VAL_ACCURACY.best if has_accuracy else VAL_LOSS.best
+        names = [best_key(name) for name in (monitored(entries), VAL_ACCURACY.column) if name is not None]
+        has = (name for name in names if any(entry.metric(name) is not None for entry in entries))
+        metric = next(has, VAL_LOSS.best)
     direction = direction_of(metric, modes_of(entries)) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
@@ -194,7 +212,8 @@ def _grouped(entries: Sequence[Record]) -> list[Row]:
     rows = []
     for runs in groups.values():
         own = [line for line in runs[0].overrides if line not in common and not line.startswith("--")]
-        typed = [line for line in own if distinguishes(key_of(line))]
+        # A recipe is compared by what it sets, and named by its name.
+        typed = [line for line in own if distinguishes(key_of(line)) or key_of(line) in ("experiment", "debug")]
         label = " ".join(typed) or (str(runs[0].path) if len(groups) > 1 else "as configured")
         rows.append(Row(label, typed, runs))
     return rows

@@ -29,6 +29,7 @@ from dlopt.results.leaderboard import (
     is_number,
     leaderboard,
     modes_of,
+    monitored,
     statistic,
     student_t,
 )
@@ -99,7 +100,8 @@ class Ranking:
 
 
 def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Ranking:
-    """Groups and ranks runs by metric `by` (None: val_accuracy, or val_loss if no run has it). Raises `UserError`."""
+    """Groups and ranks runs by metric `by` (None: that of `monitored`, else val_accuracy, or
+    val_loss if no run has it). Raises `UserError`."""
     by = _ranking_metric(records, by)
     # Runs on several devices form one configuration.
     keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]
@@ -120,6 +122,8 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
 def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
     names = dict.fromkeys(name for record in records for name in record.metrics)
     allowed = [name for name in names if name not in _NOT_RANKED and split_of(name) != "test"]
+    if by is None and (own := monitored(records)) in names:
+        return str(own)
     if by is None:
         return "val_accuracy" if "val_accuracy" in names or "val_loss" not in names else "val_loss"
     by = column_of(by)

@@ -129,5 +129,6 @@ def test_small_folders_and_unwritable_caches_are_not_cached(
 def test_follows_links_but_not_loops(folder: Path) -> None:
     (folder / "b/again").symlink_to(folder / "b")
     (folder / "b/other").symlink_to(folder / "a/x")
+    (folder / "b/up").symlink_to(folder)  # the other classes are not images of this one
     found = scan(folder)
     assert found.paths.tolist()[2:] == [b"b/1.PNG", b"b/2.jpg", b"b/other/y.jpg"]

@@ -131,6 +131,22 @@ def test_does_not_rank_by_test_metrics() -> None:
     assert leaderboard(runs).rows[0].label == "optimizer.lr=0.1"
 
 
+def test_ranks_by_the_metric_that_all_runs_monitor() -> None:
+    runs = [entry(0.1, 0, 0.8, best_val_loss=2.0, best_val_f1=0.3), entry(0.2, 0, 0.7, best_val_loss=1.0)]
+    for monitors, metric in ((["val_loss"] * 2, "best_val_loss"), (["val_loss", "auto"], "best_val_accuracy")):
+        each = [replace(run, config={**run.config, "monitor": name}) for run, name in zip(runs, monitors, strict=True)]
+        assert leaderboard(each).metric == metric
+    # A metric that no run has, and one that is not of the validation set.
+    for name in ("val_precision", "train_loss"):
+        each = [replace(run, config={**run.config, "monitor": name}) for run in runs]
+        assert leaderboard(each).metric == "best_val_accuracy"
+
+
+def test_recipes_are_named_by_their_names() -> None:
+    runs = [replace(entry(lr, 0, 0.8), overrides=[f"experiment={name}"]) for lr, name in ((0.1, "a"), (0.2, "b"))]
+    assert {row.label for row in leaderboard(runs).rows} == {"experiment=a", "experiment=b"}
+
+
 def test_minimizes_losses() -> None:
     runs = [entry(0.1, 0, None, best_val_loss=2.0), entry(0.2, 0, None, best_val_loss=1.0)]
     board = leaderboard(runs)

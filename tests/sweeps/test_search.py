@@ -116,6 +116,12 @@ def test_failed_job_is_reported_and_does_not_stop_the_others(tmp_path: Path) -> 
     assert {number: each["status"] for number, each in summaries(tmp_path).items()} == {"0": "finished", "1": "failed"}
 
 
+def test_a_search_does_not_select_on_the_test_set(tmp_path: Path) -> None:
+    result = search(tmp_path, SPACE, "hydra.sweeper.objective=test_accuracy")
+    assert result.code == 2 and "hydra.sweeper.objective=test_accuracy: a search by a test metric would" in result.err
+    assert "set hydra.sweeper.objective=best_val_accuracy" in result.err and not summaries(tmp_path)
+
+
 def test_unknown_objective_needs_a_direction_and_ends_the_search_after_the_first_job(tmp_path: Path) -> None:
     line = (SPACE, "hydra.sweeper.n_trials=3", "hydra.sweeper.objective=best_val_f2")
     result = search(tmp_path, *line)

@@ -307,8 +307,8 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint={path}: cannot be read: {reason(error)}") from None
     if not recorded:
         raise UserError(
-            f"checkpoint={path}: the checksum file {digest_file(path).name} is missing or empty; "
-            f"for weights of another tool: init_from={path} with the model and data"
+            f"checkpoint={path}: the checksum file {digest_file(path).name}, which dlopt writes beside it, is missing "
+            f"or empty: copy it too; for weights of another tool: init_from={path} with the model and data"
         )
     if digest not in recorded:
         raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 differs from the recorded one")
