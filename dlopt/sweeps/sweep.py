@@ -307,6 +307,8 @@ def check_folder(
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
         refuse_other_config(former, saved, str(folder.path), folder.typed())
+        if job.is_done:
+            continue
         has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
         if has_other_length and (newest := Checkpoints(folder.checkpoints).load_newest()) is not None:
             check_lengthened(job.plan.run_config, newest)

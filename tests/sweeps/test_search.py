@@ -142,7 +142,7 @@ def test_unknown_metric_of_the_pruner_is_refused(tmp_path: Path) -> None:
     ("objective", "watch", "direction", "is_pruned"),
     [
         ("best_val_accuracy", "val_loss", "auto", True),  # the pruner's metric improves in the other direction
-        ("test_accuracy", "train_loss", "auto", True),
+        ("best_val_accuracy", "train_loss", "auto", True),
         ("best_val_macro_f1", "val_loss", "maximize", True),
         ("best_val_loss", "auto", "auto", True),
         ("best_val_loss", "val_accuracy", "auto", False),
