@@ -159,7 +159,7 @@ def test_sweep_that_would_train_at_learning_rate_0_is_refused_before_the_first_j
 def test_a_sweep_compares_no_runs_of_different_lengths(tmp_path: Path) -> None:
     assert sweep(tmp_path, "seed=1,2", "epochs=2").code == 0
     error = refused(tmp_path, "train", "-m", *TINY, "seed=1,2,3", "resume=auto")
-    assert "hydra.sweep.dir=sweep: job 0 has finished after 2 epochs, which is more than the other jobs would" in error
+    assert "sweep: job 0 has finished after 2 epochs, which is more than the other jobs would train" in error
     again = sweep(tmp_path, "seed=1,2", "resume=auto")
     assert again.code == 0 and again.out.startswith("this sweep is already finished: ")
     assert sweep(tmp_path, "seed=1,2,3", "epochs=2", "resume=auto").code == 0
