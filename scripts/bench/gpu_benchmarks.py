@@ -244,7 +244,7 @@ class Gpt:
     batch: int = 32
     updates: int = 200
     round: int = 10  # updates between two synchronizations
-    vocabulary: int = 50_304
+    vocabulary: int = 50_257  # dlopt pads the head itself; nanoGPT is given 50,304, as its recipe has it
     tokens: int = 1 << 23
 
     @classmethod
@@ -274,7 +274,7 @@ class Gpt:
         ranks[1::2] = np.where(follows, next_token[ranks[::2]], ranks[1::2])
         ranks.tofile(folder / "train.bin")
         ranks[: 4 * self.context].tofile(folder / "val.bin")
-        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": self.vocabulary}))
+        (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": -(-self.vocabulary // 64) * 64}))
         return folder
 
     def report(self, bench: Bench, add: Add, name: str, seconds: list[float], losses: list[float]) -> None:
