@@ -153,17 +153,25 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
 
 
 def _changed_versions(run: "TrainingRun") -> str:
-    """Returns the versions that are not those of the run's previous start: "dlopt 0.2.0 (was 0.1.0)"."""
+    """Returns the versions and packages that are not those of the run's previous start: "dlopt 0.2.0 (was 0.1.0)"."""
     resume = Path(run.run_config.settings.resume or "")  # another run, or its checkpoint; or auto
     folders = (run.folder, resume, *resume.parents[:2])
     before = next((found for folder in folders if (found := read_json(folder / "environment.json"))), {})
     now = environment.versions()
     names = {"dlopt": "dlopt", "git_commit": "its commit", "torch": "torch"}
-    return ", ".join(
+    changed = [
         f"{shown} {now[name][:16]} (was {str(before[name])[:16]})"
         for name, shown in names.items()
         if before.get(name) and now[name] and before[name] != now[name]
-    )
+    ]
+    former = before.get("allow_packages")
+    former = former if isinstance(former, dict) else {}
+    for name, package in environment.packages(former).items():
+        known = former[name]
+        facts = ("version", "sha256")  # not the folder, which may have moved
+        if package and isinstance(known, dict) and any(package.get(fact) != known.get(fact) for fact in facts):
+            changed.append(f"other code of {name}")
+    return ", ".join(changed)
 
 
 def _record_machine(folder: Path) -> None:

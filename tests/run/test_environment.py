@@ -268,3 +268,8 @@ def test_a_resumed_run_names_changed_versions(tmp_path: Path, monkeypatch: pytes
     assert _changed_versions(run) == f"its commit {'b' * 16} (was {'a' * 16})"
     monkeypatch.setattr(environment, "versions", lambda: before)
     assert _changed_versions(run) == ""
+    # The code of a user's package: its digest, wherever it lies; and one that is gone.
+    for known, said in (({"sha256": "0"}, "other code of tests"), (environment.packages(["tests"])["tests"], "")):
+        facts = {**before, "allow_packages": {"tests": known, "gone": {"version": "1"}}}
+        (tmp_path / "environment.json").write_text(json.dumps(facts))
+        assert _changed_versions(run) == said
