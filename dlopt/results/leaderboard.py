@@ -7,7 +7,7 @@ test metrics would select on the test set.
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -49,6 +49,7 @@ class Record:
             and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
         history: the evaluated epochs.
         overrides: of the command line.
+        origin: what the run was made of, beside its config: the `data` by content, the `code` of the user's packages.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Record:
     overrides: Sequence[str] = ()
     reason: str | None = None
     commit: str | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_ended(self) -> bool:

@@ -23,7 +23,7 @@ from dlopt.basics.secrets import redact
 from dlopt.metrics.names import in_words
 from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
-from dlopt.results.ranking import Ranking, importance
+from dlopt.results.ranking import Ranking, importance, mixtures
 from dlopt.results.tables import Bold, Section
 from dlopt.tracking.terminal_text import short_path
 
@@ -60,7 +60,7 @@ def page(
     return render(
         "report.html", FOLDER,
         title=title, made=made, refresh=refresh, version=__version__,
-        counts=counts_text(ranking),
+        counts="; ".join([counts_text(ranking), *mixtures(ranking)]),
         published=published_table(ranking),
         sections=sections,
         importance=importance(ranking), damaged=ranking.damaged,

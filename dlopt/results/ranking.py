@@ -140,6 +140,24 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
     return by
 
 
+def mixtures(ranking: Ranking) -> list[str]:
+    """Returns a warning for each configuration whose runs had different data, or different code of a package."""
+    names = {"data": "data", "code": "code of allow_packages"}
+    return [
+        f"warning: #{rank}: its runs had different {name}, which their mean does not show"
+        for rank, row in enumerate(ranking.rows, 1)
+        for key, name in names.items()
+        if any(_differs(run.origin.get(key), row.runs[0].origin.get(key)) for run in row.runs)
+    ]
+
+
+def _differs(one: Any, other: Any) -> bool:
+    """Compares the keys that both have: a run may have read more splits than another."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return any(_differs(one[key], other[key]) for key in one.keys() & other.keys())
+    return one is not None and other is not None and one != other
+
+
 def command(run: Record) -> str | None:
     """Returns the shell command that repeats this run; None if unknown."""
     lines = _repeatable(run.overrides)

@@ -123,7 +123,18 @@ def _read(path: Path) -> Record:
     choices, reason, commit = environment.get("choices"), summary.get("reason"), environment.get("git_commit")
     flat, metrics = _flat(config, choices if isinstance(choices, dict) else {}), _metrics(summary, history, config)
     reason, commit = (each if isinstance(each, str) else None for each in (reason, commit))
-    return Record(path, status, flat, metrics, history, overrides, reason, commit)
+    return Record(path, status, flat, metrics, history, overrides, reason, commit, _origin(environment))
+
+
+def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `Record.origin`; without folders, which may have moved."""
+    data, packages = environment.get("data"), environment.get("allow_packages")
+    code = {
+        name: {key: value for key, value in package.items() if key != "folder"}
+        for name, package in (packages.items() if isinstance(packages, dict) else ())
+        if isinstance(package, dict)
+    }
+    return {"data": data.get("identity") if isinstance(data, dict) else None, "code": code}
 
 
 def _json(path: Path) -> Any:

@@ -21,7 +21,7 @@ from dlopt.results.columns import (
     test_columns,
 )
 from dlopt.results.leaderboard import Leaderboard, Statistic
-from dlopt.results.ranking import Ranking
+from dlopt.results.ranking import Ranking, mixtures
 from dlopt.results.reading import short_key
 from dlopt.results.tables import Table
 from dlopt.tracking import terminal_text
@@ -130,6 +130,7 @@ def _notes(report: "ReportContent") -> list[str]:
         lines.append(f"{run.status}: {terminal_text.short_path(run.path)}: {failure_text(run)}")
     if (others := len(ranking.failed) - 5) > 0:
         lines.append(f"... and {format_count('more failed or unfinished runs', others)}")
+    lines += mixtures(ranking)
     lines += [f"skipped: {terminal_text.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
     return [*lines, *(line for section in report.sections for line in section.lines)]
 

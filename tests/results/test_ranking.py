@@ -27,6 +27,7 @@ from dlopt.results.ranking import (
     default_target,
     gather,
     importance,
+    mixtures,
     sensitivities,
     targets,
 )
@@ -65,6 +66,41 @@ def test_ranks_configurations_by_mean_over_seeds(sweep: Path) -> None:
     assert second.difference.low == pytest.approx(-0.1)  # paired: seeds have the same effect on both
     assert result.rows[3].failed == 1 and [run.path.name for run in result.failed] == ["5"]
     assert result.counts() == {"finished": 11, "failed": 1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "warned"),
+    [
+        (
+            {"data": {"identity": {"train": {"content": "a"}}}},
+            {"data": {"identity": {"train": {"content": "b"}}}},
+            "data",
+        ),
+        ({"data": {"identity": {"train": {"content": "a"}}}}, {"data": {"identity": {"test": {"content": "b"}}}}, None),
+        ({"data": {"identity": {"train": {"content": "a"}}}}, {}, None),
+        ({"data": []}, {"allow_packages": "mine"}, None),
+        (
+            {"allow_packages": {"mine": {"folder": "/a", "sha256": "1"}}},
+            {"allow_packages": {"mine": {"folder": "/b", "sha256": "2"}}},
+            "code of allow_packages",
+        ),
+        (
+            {"allow_packages": {"mine": {"folder": "/a", "sha256": "1"}, "gone": None}},
+            {"allow_packages": {"mine": {"folder": "/b", "sha256": "1"}, "gone": None}},
+            None,
+        ),
+    ],
+)
+def test_warns_of_runs_of_different_data_or_code(
+    first: dict[str, Any], second: dict[str, Any], warned: str | None, tmp_path: Path
+) -> None:
+    for seed, facts in enumerate((first, second)):
+        make_run(tmp_path / str(seed), seed=seed)
+        (tmp_path / str(seed) / "environment.json").write_text(json.dumps(facts))
+    expected = (
+        [] if warned is None else [f"warning: #1: its runs had different {warned}, which their mean does not show"]
+    )
+    assert mixtures(table(tmp_path)) == expected
 
 
 def test_groups_rates_of_1_whether_saved_as_integer_or_float(tmp_path: Path) -> None:
