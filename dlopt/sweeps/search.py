@@ -22,7 +22,7 @@ from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of
 from dlopt.config.plan import Plan
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes, split_of
+from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes
 from dlopt.results.leaderboard import Direction, ParetoFront, direction_of, front, is_number, job_record, leaderboard
 from dlopt.results.reading import find
 from dlopt.results.terminal import show_front, show_leaderboard
@@ -192,12 +192,13 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis]) -> StudySpec:
     space = parse_space(axes)
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
-    tested = next((name for name in objectives if split_of(column_of(name)) == "test"), None)
-    if tested is not None:
-        raise UserError(
-            f"hydra.sweeper.objective={tested}: a search by a test metric would select on the test set; "
-            f"set hydra.sweeper.objective={tested.replace('test_', 'best_val_', 1)}"
-        )
+    for name in objectives:
+        metric = Metric.of(column_of(name))
+        if metric is not None and metric.split == "test":
+            raise UserError(
+                f"hydra.sweeper.objective={name}: a search by a test metric would select on the test set; "
+                f"set hydra.sweeper.objective={Metric('val', metric.name).best}"
+            )
     modes = monitored_modes(flatten(OmegaConf.to_container(config, resolve=False)))
     directions = _directions(settings, objectives, modes)
     sampler = component("hydra.sweeper.sampler", sampler_node, ("space", "seed"), ["dlopt.sweeps"])

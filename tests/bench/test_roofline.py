@@ -117,7 +117,7 @@ CUDA = torch.device("cuda")
 
 def obstacle_to_a_graph(module: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
     schedule, precision = Scheduler(optimizer, lambda step: 1.0), Precision("bf16", CUDA)
-    return obstacle(module, optimizer, schedule, Mode(CUDA), StepSettings(check_now=False), precision=precision)
+    return obstacle(module, [], optimizer, schedule, Mode(CUDA), StepSettings(check_now=False), precision=precision)
 
 
 def test_every_model_fits_a_gpu() -> None:
