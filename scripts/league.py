@@ -61,8 +61,9 @@ def _typed(commands: str) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output of `dlopt benchmark`")
+    folder = parser.parse_args().folder
     try:
-        own = read(parser.parse_args().folder / "results.json")
+        own = read(folder / "results.json")
         shipped = load_reference(own.tier, own.track)
         if shipped is None:
             sys.exit(f"{own.tier}: no results come with dlopt")

@@ -100,8 +100,10 @@ class Ranking:
 
 
 def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Ranking:
-    """Groups and ranks runs by metric `by` (None: that of `monitored`, else val_accuracy, or
-    val_loss if no run has it). Raises `UserError`."""
+    """Groups and ranks runs by metric `by`. Raises `UserError`.
+
+    `by`: None: that of `monitored`, else val_accuracy, or val_loss if no run has it.
+    """
     by = _ranking_metric(records, by)
     # Runs on several devices form one configuration.
     keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]

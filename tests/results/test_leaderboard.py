@@ -132,7 +132,7 @@ def test_does_not_rank_by_test_metrics() -> None:
 
 
 def test_ranks_by_the_metric_that_all_runs_monitor() -> None:
-    runs = [entry(0.1, 0, 0.8, best_val_loss=2.0, best_val_f1=0.3), entry(0.2, 0, 0.7, best_val_loss=1.0)]
+    runs = [entry(0.1, 0, 0.8, best_val_loss=2.0), entry(0.2, 0, 0.7, best_val_loss=1.0)]
     for monitors, metric in ((["val_loss"] * 2, "best_val_loss"), (["val_loss", "auto"], "best_val_accuracy")):
         each = [replace(run, config={**run.config, "monitor": name}) for run, name in zip(runs, monitors, strict=True)]
         assert leaderboard(each).metric == metric

@@ -66,7 +66,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         )
         optimizer, fused = build(factors)
     check_optimizer(workload.parallel, optimizer)
-    check_decay(run_config, optimizer)
+    check_decay(workload, optimizer)
     if needs_whole_tensors(workload.parallel, optimizer):
         if grouping.state_dtype is not None:
             raise UserError(
@@ -226,12 +226,13 @@ def _corrected_weights(run_config: RunConfig, model: nn.Module) -> set[str]:
     return names
 
 
-def check_decay(run_config: RunConfig, optimizer: torch.optim.Optimizer) -> None:
+def check_decay(workload: Workload, optimizer: torch.optim.Optimizer) -> None:
     """Raises `UserError` if the config changes a weight decay that is not, or may not be, decoupled.
 
     Warns of a change of no weight decay.
     """
-    settings, name, groups = run_config.decay_settings, type(optimizer).__name__, optimizer.param_groups
+    run_config, groups, name = workload.run_config, optimizer.param_groups, type(optimizer).__name__
+    settings = run_config.decay_settings
     if settings.width != "none" and not any("weight_decay" in group for group in groups):
         raise UserError(
             f"decay.width={settings.width}: {name} has no weight decay; use decay.width=none, or another optimizer "
@@ -253,7 +254,7 @@ def check_decay(run_config: RunConfig, optimizer: torch.optim.Optimizer) -> None
             f"{name} with these keys does not; use decay=constant without decay.cautious, or another optimizer "
             "(adamw, lion, sgdw, muon, soap, ...)"
         )
-    if not any(group["weight_decay"] for group in groups):
+    if workload.parallel.ranks.is_main and not any(group["weight_decay"] for group in groups):
         log.warning("%s: has no effect, because the weight decay is 0; set optimizer.weight_decay", key)
 
 
