@@ -8,7 +8,7 @@ import importlib.util
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,16 @@ def versions() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
+
+
+def changed_versions(before: Mapping[str, Any]) -> list[str]:
+    """Returns what differs from the environment.json `before`, of a former start: "dlopt 0.2.0 (was 0.1.0)"."""
+    now, names = versions(), {"dlopt": "dlopt", "git_commit": "its commit", "torch": "torch"}
+    return [
+        f"{shown} {now[name][:16]} (was {str(before[name])[:16]})"
+        for name, shown in names.items()
+        if before.get(name) and now[name] and before[name] != now[name]
+    ]
 
 
 def repository() -> tuple[dict[str, Any] | None, bytes]:

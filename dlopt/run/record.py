@@ -157,13 +157,7 @@ def _changed_versions(run: "TrainingRun") -> str:
     resume = Path(run.run_config.settings.resume or "")  # another run, or its checkpoint; or auto
     folders = (run.folder, resume, *resume.parents[:2])
     before = next((found for folder in folders if (found := read_json(folder / "environment.json"))), {})
-    now = environment.versions()
-    names = {"dlopt": "dlopt", "git_commit": "its commit", "torch": "torch"}
-    changed = [
-        f"{shown} {now[name][:16]} (was {str(before[name])[:16]})"
-        for name, shown in names.items()
-        if before.get(name) and now[name] and before[name] != now[name]
-    ]
+    changed = environment.changed_versions(before)
     former = before.get("allow_packages")
     former = former if isinstance(former, dict) else {}
     for name, package in environment.packages(former).items():

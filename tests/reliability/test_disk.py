@@ -242,6 +242,20 @@ def test_a_sweep_names_the_file_that_a_full_disk_does_not_take(tmp_path: Path) -
     assert result.code == 1 and result.err == f"dlopt: {tmp_path}/sweep/{SPACE}: No space left on device\n"
 
 
+def test_a_full_disk_takes_nothing_from_the_ledger_of_a_judgement(tmp_path: Path) -> None:
+    words = ("judge", " ".join(TINY), "output=out", "minutes=1e-9")
+    path = tmp_path / "out/ledger.jsonl"
+    with failing("a file", 1, math.inf, errno.ENOSPC):
+        result = dlopt(tmp_path, *words, "optimizer.lr=0.2")
+    assert result.code == 1 and result.err == f"dlopt: {path}: No space left on device\n" and not path.exists()
+    assert dlopt(tmp_path, *words, "optimizer.lr=0.2").code == 4  # undecided
+    before = path.read_bytes()
+    with failing("a file", 1, math.inf, errno.ENOSPC):
+        result = dlopt(tmp_path, *words, "optimizer.lr=0.3")
+    assert result.code == 1 and result.err == f"dlopt: {path}: No space left on device\n"
+    assert path.read_bytes() == before and not stray(tmp_path)
+
+
 @pytest.mark.parametrize(("call", "first"), [("write", 1), ("write", 7), ("link", 1)])
 def test_a_disk_that_recovers_does_not_change_a_run(call: str, first: int, small: Path, tmp_path: Path) -> None:
     with failing(call, first, 2, errno.EIO):

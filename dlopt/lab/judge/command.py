@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,15 +25,18 @@ from dlopt.extend import (
     RunFolder,
     UserError,
     keys_of_train,
+    read_json,
     short_path,
+    show,
     without,
     write_json,
 )
 from dlopt.lab.judge.ledger import Entry, Ledger
 from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change
-from dlopt.lab.judge.running import SAME, SIDES, Judgement, interval_text, number_text, run
+from dlopt.lab.judge.running import SIDES, Judgement, interval_text, number_text, run, trained_on
 from dlopt.lab.trials import READS_OF_HYDRA, build_pool
 from dlopt.results import drawing
+from dlopt.run.environment import changed_versions
 from dlopt.sweeps.pool import Pool
 from dlopt.sweeps.sweep import refuse_ranks
 
@@ -116,16 +119,23 @@ def _judge(
     root = Path("outputs") / "judge" / base.hash if output is None else Path(output)
     refuse_url(str(root), "output")
     ledger = Ledger(root.absolute(), base.lines, error_rate)
-    key = hash_of([base.hash, change.identity, margin])
-    entry = ledger.propose(key, typed, change.identity.get(CODE), margin, seeds)
+    ledger.entries()  # damage is reported before the data are read
+    data = _data_of(base)
+    key, data_hash = hash_of([base.hash, change.identity, margin]), hash_of(trained_on(data))
+    entry = ledger.propose(key, typed, change.identity.get(CODE), margin, seeds, data_hash)
+    for former in ledger.entries()[: entry.number - 1]:
+        if former.key == key:
+            print(f"proposal {former.number} was this change with other data: its verdict and its runs do not count")
     home = ledger.folder / str(entry.number)
-    is_answered = entry.verdict != "undecided" or entry.pairs >= seeds
+    judgement = Judgement(home, dict(zip(SIDES, (base, change), strict=True)), entry, seeds, data=data)
+    _warn_of_conditions(judgement)
+    is_answered = entry.is_final or entry.pairs >= seeds
     if not is_answered:
         print(f"proposal {entry.number} against this base, in {short_path(home)}", flush=True)
         make(home, "output", exist_ok=True)
-        judgement = Judgement(home, dict(zip(SIDES, (base, change), strict=True)), entry, seeds)
         judgement.end = math.inf if minutes is None else start + 60 * minutes
         with RunFolder(home).lock():  # a second judge of this change would run the same pairs
+            judgement.refuse_foreign()
             try:
                 run(judgement, pool, plan_job)
             except KeyboardInterrupt:
@@ -137,12 +147,40 @@ def _judge(
     print(sentence(entry, error_rate))
     if is_answered:
         print(f"from the ledger: proposal {entry.number}, {short_path(home)}")
-    elif entry.verdict == "undecided":
+    elif not entry.is_final:
         more = f" with seeds={2 * seeds}" if entry.pairs >= seeds else ""
         print(f"to continue, repeat the command{more}")
     document = _document(entry, ledger, home)
-    write_json(home / "judge.json", document)
+    if home.is_dir():
+        write_json(home / "judge.json", document)
     return EXIT.get(entry.verdict, UNDECIDED), document
+
+
+def _data_of(base: Side) -> Mapping[str, Any]:
+    """Reads the data and identifies them, as every run does. Raises `UserError`."""
+    from dlopt.training.builders.workload import read_source  # imports torch
+
+    return read_source(base.plan.run_config, None, ("train", "val")).identity or {}
+
+
+def _warn_of_conditions(judgement: Judgement) -> None:
+    """Warns if the runs of an earlier command had other versions, or another device: pairs of both are compared."""
+    folders = map(judgement.run_folder, judgement.pair(max(judgement.entry.pairs - 1, 0)))
+    for folder in folders:
+        before, config = read_json(folder.path / "environment.json"), folder.config()
+        if before is None or config is None:
+            continue
+        saved = judgement.sides["base"].plan.saved
+        changed = changed_versions(before)
+        changed += [
+            f"{key}={show(saved[key])} (was {show(config[key])})"
+            for key in ("device", "threads")
+            if key in config and config[key] != saved[key]
+        ]
+        if changed:
+            words = f"warning: earlier runs of this proposal had other conditions: {', '.join(changed)}"
+            print(f"{words}; output=DIR starts again", file=sys.stderr)
+        return
 
 
 def _draw(judgement: Judgement, entry: Entry) -> None:
@@ -160,7 +198,7 @@ def sentence(entry: Entry, rate: float) -> str:
     """Says what was found, by how much, and with which error rate."""
     pairs = format_count("pairs", entry.pairs) + " of runs"
     if entry.verdict == "same":
-        return f"Undecided: the change does nothing: {SAME} pairs of runs have bitwise equal metrics."
+        return f"Undecided: the change has done nothing so far: {pairs} have bitwise equal metrics."
     if entry.pairs == 0:
         return "Undecided: no pair of runs has ended."
     low, high = ((math.nan if each is None else each) for each in (entry.low, entry.high))

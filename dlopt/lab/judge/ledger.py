@@ -1,19 +1,31 @@
-"""The ledger of a base: every change that was proposed, its error rate, and what became of it."""
+"""The ledger of a base: every change that was proposed, its error rate, and what became of it.
 
-import contextlib
+It is all that keeps the error rate of many proposals. It is therefore replaced as a whole, never started again where it is
+damaged or missing, and checked like a file of a stranger.
+"""
+
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from dlopt.basics.formats import printable
 from dlopt.basics.locks import locked
-from dlopt.extend import UserError
+from dlopt.basics.plain_values import read_regular
+from dlopt.extend import UserError, short_path, write_atomically
 from dlopt.tracking.metrics import to_json
 
 LEDGER = "ledger.jsonl"
 _LOCK = ".ledger.lock"
+_MAX_BYTES = 1 << 26
+_STRICT = {"extra": "forbid", "strict": True}
+
+Verdict = Literal["better", "worse", "equal", "same", "undecided"]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -25,26 +37,50 @@ class Entry:
         key: hash of what the change computes, of its code, and of the margin.
         change: as typed.
         rate: error rate of its verdict; those of all proposals sum to that of the ledger.
-        verdict: better, worse, equal, same (bitwise), or undecided.
+        verdict: better, worse, or equal, which are final; same (bitwise, so far), or undecided.
         gains: of the pairs, positive for the better run.
+        data: hash of the data that its runs read; "": an older dlopt wrote the entry.
     """
 
-    number: int
-    key: str
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    number: Annotated[int, Field(ge=1)]
+    key: Annotated[str, Field(pattern=r"^\w{1,64}$")]
     change: Sequence[str]
-    code_sha256: str | None
-    rate: float
-    margin: float
-    verdict: str = "undecided"
+    code_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    rate: Annotated[float, Field(gt=0, lt=1)]
+    margin: Annotated[_Finite, Field(ge=0)]
+    verdict: Verdict = "undecided"
     metric: str = ""
-    estimate: float | None = None
-    low: float | None = None
-    high: float | None = None
+    estimate: _Finite | None = None
+    low: _Finite | None = None
+    high: _Finite | None = None
     gains: Sequence[float] = ()
+    data: Annotated[str, Field(pattern=r"^\w{0,64}$")] = ""
 
     @property
     def pairs(self) -> int:
         return len(self.gains)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether more pairs would change nothing."""
+        return self.verdict in ("better", "worse", "equal")
+
+    @property
+    def name(self) -> str:
+        """The tag of its runs, without which a run in its folder is another's."""
+        return f"judge-{self.key}"
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The first line."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    base: Sequence[str]
+    error_rate: Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -59,56 +95,170 @@ class Ledger:
     base: Sequence[str]
     rate: float
 
-    def propose(self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int) -> Entry:
-        """Returns the entry of a change, a new one if it was not proposed before.
+    def propose(
+        self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int, data: str = ""
+    ) -> Entry:
+        """Returns the entry of a change, a new one if it was not proposed before, or with other data.
 
-        Raises `UserError`, and leaves no file, if `seeds` pairs cannot decide, or the ledger has another error rate.
+        Raises `UserError`, and leaves no file, if `seeds` pairs cannot decide, or the ledger has another error rate or
+        is damaged.
         """
-        entry = self._entry(key, change, code_sha256, margin, seeds)
+        entry = self._entry(key, change, code_sha256, margin, seeds, data)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / _LOCK):  # another process may have proposed a change in the meantime
-            entry = self._entry(key, change, code_sha256, margin, seeds)
-            if not self._lines():
-                self._append({"base": list(self.base), "error_rate": self.rate})
+            entry = self._entry(key, change, code_sha256, margin, seeds, data)
             if entry.number > len(self.entries()):
-                self.record(entry)
+                self._append(entry)
         return entry
 
-    def _entry(self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int) -> Entry:
+    def _entry(
+        self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int, data: str
+    ) -> Entry:
         from dlopt.lab.judge.sequential import fewest_pairs, rate_of  # imports NumPy, which the help does not need
 
-        lines, entries = self._lines(), self.entries()
-        if lines and (rate := lines[0].get("error_rate")) != self.rate:
+        rate, entries = self._read()
+        if rate is not None and rate != self.rate:
             reason = f"the changes in {self.folder} share {rate}; keep it, or start another ledger with output=DIR"
             raise UserError(f"error_rate={self.rate:g}: {reason}")
         number = len(entries) + 1
-        new = Entry(number, key, list(change), code_sha256, rate_of(number, self.rate), margin)
-        entry = next((each for each in entries if each.key == key), new)
-        if entry.verdict == "undecided" and seeds < (least := fewest_pairs(entry.rate)):
+        new = Entry(number, key, list(change), code_sha256, rate_of(number, self.rate), margin, data=data)
+        entry = next((each for each in entries if (each.key, each.data) == (key, data)), new)
+        if not entry.is_final and seeds < (least := fewest_pairs(entry.rate)):
             reason = f"proposal {entry.number} against this base has the error rate {entry.rate:.2g}"
             raise UserError(f"seeds={seeds}: {reason}, which takes {least} pairs or more: seeds={max(20, 2 * least)}")
+        _check_verdict(entry, self.folder / LEDGER)
         return entry
 
     def record(self, entry: Entry) -> None:
-        # JSON has no infinity: the gain of a pair of which one run diverged.
-        gains = [gain if math.isfinite(gain) else str(gain) for gain in entry.gains]
-        self._append({**asdict(entry), "gains": gains})
+        """Replaces an entry. After a crash, or on a full disk, the ledger is the former one. Raises OSError."""
+        with locked(self.folder / _LOCK):
+            self._append(entry)
 
     def entries(self) -> list[Entry]:
-        """Returns the entries in the order of their numbers."""
-        latest = {line["number"]: Entry(**line) for line in self._lines()[1:]}
-        return [replace(latest[number], gains=tuple(map(float, latest[number].gains))) for number in sorted(latest)]
+        """Returns the entries in the order of their numbers. Raises `UserError` if the ledger is damaged."""
+        return self._read()[1]
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, entry: Entry) -> None:
+        # JSON has no infinity: the gain of a pair of which one run diverged.
+        gains = [gain if math.isfinite(gain) else str(gain) for gain in entry.gains]
+        lines = self._lines() or [to_json({"base": list(self.base), "error_rate": self.rate})]
+        lines.append(to_json({**asdict(entry), "gains": gains}))
+        write_atomically(self.folder / LEDGER, "".join(f"{line}\n" for line in lines))
+
+    def _lines(self) -> list[str]:
+        """Reads the lines, without a last one that a crash of an older dlopt has cut off; [] if there is no ledger."""
         path = self.folder / LEDGER
-        is_cut = path.exists() and not path.read_bytes().endswith(b"\n")  # by a crash
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n" * is_cut + to_json(line) + "\n")
+        try:
+            text = read_regular(path, _MAX_BYTES).decode()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except (ValueError, OSError) as error:
+            reason = "is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise _damage(path, getattr(error, "strerror", None) or reason) from None
+        *lines, last = text.split("\n")
+        if last:
+            try:
+                json.loads(last)
+            except (ValueError, RecursionError):
+                last = ""
+        lines += [last] if last else []
+        if not lines:
+            raise _damage(path, "is empty")
+        return lines
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """Reads the ledger, without a line that a crash has cut off."""
-        path, found = self.folder / LEDGER, []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+    def _read(self) -> tuple[float | None, list[Entry]]:
+        """Returns the error rate and the entries; None and [] if there is no ledger. Raises `UserError`."""
+        path, rate = self.folder / LEDGER, None
+        entries: list[Entry] = []
+        for number, line in enumerate(self._lines(), 1):
+            try:
+                if number == 1:
+                    rate = _parsed(_BASE, line).error_rate
+                else:
+                    assert rate is not None
+                    _add(entries, _parsed(_ENTRY, line), rate)
+            except (ValueError, RecursionError) as error:
+                reason = "is nested too deeply" if isinstance(error, RecursionError) else _reason(error)
+                raise _damage(path, f"line {number}: {reason}") from None
+        numbers = [int(each.name) for each in self.folder.glob("[1-9]*") if each.name.isdecimal() and each.is_dir()]
+        if numbers and max(numbers) > len(entries):
+            what = "is missing" if rate is None else "is incomplete"
+            raise _damage(path, f"{what}: {short_path(self.folder / str(max(numbers)))} has the runs of a proposal")
+        return rate, entries
+
+
+_BASE, _ENTRY = TypeAdapter(_Base), TypeAdapter(Entry)
+
+
+def _damage(path: Path, reason: str) -> UserError:
+    advice = "restore it, for it holds the error rate that all proposals share, or start another with output=DIR"
+    return UserError(f"{short_path(path)}: {printable(reason)}; {advice}")
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+    return "is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)[:200]
+
+
+def _parsed(adapter: TypeAdapter[Any], line: str) -> Any:
+    """Parses and checks a line. Raises ValueError and RecursionError."""
+    values = json.loads(line, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    if not isinstance(values, dict):
+        raise ValueError("is not a JSON object")
+    if isinstance(gains := values.get("gains"), list):
+        if any(isinstance(each, float) and not math.isfinite(each) for each in gains):  # 1e999
+            raise ValueError("gains: a number is out of range")
+        values["gains"] = [float(each) if each in ("inf", "-inf") else each for each in gains]
+    # As JSON: in Python, the strict mode does not take a list for a sequence, or a dict for a dataclass.
+    return adapter.validate_json(json.dumps(values))
+
+
+def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> Mapping[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key}: twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name}: is not JSON")
+
+
+def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
+    """Adds an entry, or replaces that of its number. Raises ValueError if it does not continue the former ones."""
+    from dlopt.lab.judge.sequential import rate_of
+
+    if entry.number > len(entries) + 1:
+        raise ValueError(f"number: {entry.number} follows {len(entries)}")
+    if not math.isclose(entry.rate, rate_of(entry.number, rate), rel_tol=1e-9):
+        raise ValueError(f"rate: {entry.rate:g} is not that of proposal {entry.number} of {rate:g}")
+    if printable(entry.metric) != entry.metric:
+        raise ValueError("metric: is not the name of a metric")
+    former = entries[entry.number - 1] if entry.number <= len(entries) else entry
+    for name in ("key", "data", "margin", "code_sha256"):
+        if getattr(former, name) != getattr(entry, name):
+            raise ValueError(f"{name}: is not that of the former line of proposal {entry.number}")
+    entries[entry.number - 1 :] = [replace(entry, gains=tuple(entry.gains)), *entries[entry.number :]]
+
+
+def _check_verdict(entry: Entry, path: Path) -> None:
+    """Raises `UserError` if the verdict, the estimate or the interval are not those of the gains."""
+    from dlopt.lab.judge.sequential import looks
+
+    for look in looks(entry.gains, entry.rate, entry.margin, max(entry.pairs, 1)):
+        named = {each: getattr(look, each) for each in ("estimate", "low", "high")}
+        saved = {each: getattr(entry, each) for each in named}
+        verdict = "undecided" if entry.verdict == "same" and not any(entry.gains) else entry.verdict
+        if verdict == look.verdict and all(_is_saved(value, saved[name]) for name, value in named.items()):
+            return
+        raise _damage(path, f"proposal {entry.number}: its verdict or its interval are not those of its gains")
+    if entry.verdict != "undecided":
+        raise _damage(path, f"proposal {entry.number}: the verdict {entry.verdict} without gains")
+
+
+def _is_saved(value: float, saved: float | None) -> bool:
+    return not math.isfinite(value) if saved is None else math.isclose(value, saved, rel_tol=1e-6, abs_tol=1e-12)

@@ -53,9 +53,14 @@ class Side:
         """What its runs compute, by dotted key, without their seeds, and the hashes of the code that is not dlopt's."""
         saved = flatten(self.plan.saved)
         own = {key: canonical(value) for key, value in saved.items() if _is_compared(key)}
-        trusted = self.plan.run_config.settings.allow_packages
-        own |= {f"package {name}": (found or {}).get("sha256") for name, found in packages(trusted).items()}
+        own |= {f"package {name}": sha256 for name, sha256 in self.packages.items()}
         return own if self.code is None else {**own, CODE: code_sha256(self.code)}
+
+    @cached_property
+    def packages(self) -> dict[str, str | None]:
+        """The hashes of the packages of `allow_packages`, as the base imports them; None: installed, or not found."""
+        trusted = self.plan.run_config.settings.allow_packages
+        return {name: (found or {}).get("sha256") for name, found in packages(trusted).items()}
 
     @property
     def hash(self) -> str:

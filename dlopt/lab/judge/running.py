@@ -9,11 +9,25 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dlopt.extend import Record, RunError, RunFolder, lower_is_better, read_run, short_path
-from dlopt.lab.judge.ledger import Entry
-from dlopt.lab.judge.proposal import Side, refuse_loss
+from dlopt.basics.plain_values import flatten
+from dlopt.config.resuming import differences
+from dlopt.extend import (
+    Record,
+    Role,
+    RunError,
+    RunFolder,
+    UserError,
+    lower_is_better,
+    read_run,
+    role_of,
+    short_path,
+    show,
+    without,
+)
+from dlopt.lab.judge.ledger import Entry, Verdict
+from dlopt.lab.judge.proposal import SEEDS, Side, refuse_loss
 from dlopt.lab.trials import ClaimedTrials, has_ended
 from dlopt.metrics.names import monitored_modes, resolve_monitor, split_of
 from dlopt.run.environment import code_sha256
@@ -27,8 +41,6 @@ if TYPE_CHECKING:
 
 SIDES = ("base", "change")
 _APART = 1000  # seeds between two proposals: each has seeds of its own, which no earlier verdict has led to
-SAME = 2
-"""Pairs with bitwise equal metrics after which a change is said to do nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class Judgement:
         seeds: pairs after which the change stays undecided.
         end: time (time.monotonic) after which no pair starts.
         ahead: pairs that run at once.
+        data: identity of the data.
+        same: number of pairs with bitwise equal metrics.
     """
 
     folder: Path
@@ -61,12 +75,15 @@ class Judgement:
     gains: list[float] = field(default_factory=list)
     looks: "list[Look]" = field(default_factory=list)
     same: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def pair(self, number: int) -> list[PairedRun]:
         return [PairedRun(side, _APART * self.entry.number + number) for side in SIDES]
 
     def line(self, trial: PairedRun) -> list[str]:
-        return [*self.sides[trial.side].lines, f"seed={trial.seed}"]
+        side = self.sides[trial.side]
+        tags = show([*side.plan.saved["tags"], self.entry.name])
+        return [*without(side.lines, "tags"), f"tags={tags}", f"seed={trial.seed}"]
 
     def label(self, trial: PairedRun) -> str:
         return f"{trial.side}, seed {trial.seed}"
@@ -75,14 +92,17 @@ class Judgement:
         return RunFolder(self.folder / trial.subfolder)
 
     @property
-    def verdict(self) -> str:
-        if self.same >= SAME and not any(self.gains):
-            return "same"
+    def verdict(self) -> Verdict:
         return self.looks[-1].verdict if self.looks else "undecided"
 
     def concluded(self) -> Entry:
-        """Returns the entry with what the runs say."""
-        entry = replace(self.entry, verdict=self.verdict, metric=self.metric, gains=tuple(self.gains))
+        """Returns the entry with what the runs say.
+
+        Bitwise equal pairs are no final verdict: the change may act in a later one.
+        """
+        is_same = self.verdict == "undecided" and 0 < len(self.gains) == self.same
+        verdict: Verdict = "same" if is_same else self.verdict
+        entry = replace(self.entry, verdict=verdict, metric=self.metric, gains=tuple(self.gains))
         if not self.looks:
             return entry
         look = self.looks[-1]
@@ -104,26 +124,64 @@ class Judgement:
 
         Raises:
             RunError: a run failed otherwise than by diverging.
-            UserError: the change alters the loss by which it is judged.
+            UserError: the change alters the loss by which it is judged, or a run is not of this proposal.
         """
         from dlopt.lab.judge.sequential import looks
 
         while self.verdict == "undecided" and len(self.gains) < self.seeds:
-            folders = [self.run_folder(each) for each in self.pair(len(self.gains))]
-            if not all(map(has_ended, folders)):
+            pair = self.pair(len(self.gains))
+            if not all(has_ended(self.run_folder(each)) for each in pair):
                 return
-            base, change = (self._read(folder) for folder in folders)
+            base, change = map(self._read, pair)
             self.gains.append(self._gain(base, change))
             self.same += _curves(base) == _curves(change)
             self.looks = list(looks(self.gains, self.entry.rate, self.entry.margin))
 
-    def _read(self, folder: RunFolder) -> Record:
+    def refuse_foreign(self) -> None:
+        """Raises `UserError` if a run in the folder is not of this proposal: it would count as one, or be resumed."""
+        for number in range(self.seeds):
+            for trial in self.pair(number):
+                if self.run_folder(trial).has_run():
+                    self._refuse_foreign(trial)
+
+    def _refuse_foreign(self, trial: PairedRun) -> None:
+        folder, expected = self.run_folder(trial), self.sides[trial.side].plan.saved
+        config = folder.config()
+        if config is None and not folder.checkpoints.exists():  # it failed before it was described
+            return
+        config = config or {}
+        flat, planned = flatten(config), flatten(expected)
+        derived = {key for key, value in flat.items() if role_of(key) is Role.SEED and value == trial.seed}
+        different = [key for key in differences(config, expected) if key not in derived]
+        different += [key for key in planned if role_of(key) is Role.LENGTH and flat.get(key) != planned[key]]
+        different += [key for key in SEEDS if flat.get(key) != trial.seed]
+        tags = config.get("tags")
+        different += [] if isinstance(tags, list) and self.entry.name in tags else ["tags"]
+        if different:
+            found = f"{different[0]}={show(flat.get(different[0]))}"
+            advice = "remove it, or judge in another folder with output=DIR"
+            raise UserError(f"{short_path(folder.path)}: is not a run of this proposal ({found}); {advice}")
+
+    def _refuse_changed(self, trial: PairedRun, record: Record) -> None:
+        """Raises `RunError` if data or code of a run are not those with which the judgement began."""
+        side, again = self.sides[trial.side], "the same command judges it with what is there now"
+        data, code = record.origin.get("data"), record.origin.get("code") or {}
+        if data is not None and self.data and trained_on(data) != trained_on(self.data):
+            raise RunError(f"{short_path(record.path)}: the data were changed during the judgement; {again}")
+        for name, sha256 in {} if side.code is not None else side.packages.items():
+            if (found := code.get(name, {}).get("sha256", sha256)) != sha256:
+                raise RunError(f"{short_path(record.path)}: {name} was changed during the judgement ({found}); {again}")
+
+    def _read(self, trial: PairedRun) -> Record:
+        self._refuse_foreign(trial)
+        folder = self.run_folder(trial)
         summary = folder.summary() or {}
         if summary.get("status") == "failed" and not summary.get("diverged"):
             raise RunError(f"{short_path(folder.path)}: {summary.get('reason')}; the same command runs it again")
         record = read_run(folder.path)
         if not isinstance(record, Record):
             raise RunError(f"{short_path(folder.path)}: {record.reason}; remove this folder")
+        self._refuse_changed(trial, record)
         return record
 
     def _gain(self, base: Record, change: Record) -> float:
@@ -135,6 +193,11 @@ class Judgement:
                 refuse_loss(self.sides["base"], self.sides["change"], self.metric)
         values = [_best(record, self.metric) for record in (base, change)]
         return 0.0 if values[0] == values[1] else values[1] - values[0]
+
+
+def trained_on(data: Mapping[str, Any]) -> Any:
+    """Returns the part of an identity on which a verdict depends: all but the test set."""
+    return {name: split for name, split in data.items() if name != "test"}
 
 
 def _best(record: Record, metric: str) -> float:

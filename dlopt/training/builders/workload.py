@@ -182,14 +182,7 @@ def build_workload(
     precision = choose_precision(settings.precision, device)
 
     # 2. Data, their augmentation, and what is to be learned from them.
-    try:
-        source: Dataset = run_config.read_data(saved_tokenizer=saved_tokenizer(run_config, saved))
-    except OSError as error:
-        if (message := refused_path(error)) is None:
-            raise
-        raise UserError(f"{run_config.data.choice}: {message}") from None
-    if identified and parallel.ranks.is_main:
-        source = replace(source, identity=identify(source, identified))
+    source = read_source(run_config, saved_tokenizer(run_config, saved), identified if parallel.ranks.is_main else ())
     processes, random_crops = parallel.ranks.local_processes, _crops_at_random(run_config)
     dataset = prepare(source, run_config.data_settings, device=device, processes=processes, random_crops=random_crops)
     augment = _build_augmentation(run_config, dataset)
@@ -354,6 +347,20 @@ def label_fractions(run_config: RunConfig, dataset: Dataset) -> list[float] | No
 def model_arguments(task: Task, shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns the run-time arguments of a model for inputs of `shape`."""
     return {"input_shape": shape, "classes": task.outputs, "vocabulary": task.vocabulary}
+
+
+def read_source(run_config: RunConfig, tokenizer: str | None = None, identified: Sequence[str] = ()) -> Dataset:
+    """Reads the data as they are stored, and identifies them by the content of the splits `identified`; (): not.
+
+    Raises `UserError`.
+    """
+    try:
+        source: Dataset = run_config.read_data(saved_tokenizer=tokenizer)
+    except OSError as error:
+        if (message := refused_path(error)) is None:
+            raise
+        raise UserError(f"{run_config.data.choice}: {message}") from None
+    return replace(source, identity=identify(source, identified)) if identified else source
 
 
 def data_spec(workload: Workload) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """`dlopt judge`: what is refused, what runs, what is printed, and what the ledger answers."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dlopt.basics.errors import RunError
 from dlopt.config.compose import Composer
@@ -34,13 +36,21 @@ def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[PairedR
             while trials := judgement.waiting():
                 made.extend(trials)
                 for trial in trials:
-                    path = judgement.run_folder(trial).path
-                    make_run(path, seed=trial.seed, accuracies=(0.1, accuracy(trial)), **more)
+                    make_pair(judgement, trial, accuracies=(0.1, accuracy(trial)), **more)
 
         monkeypatch.setattr(command, "run", run)
         return made
 
     return install
+
+
+def make_pair(judgement: Judgement, trial: PairedRun, **more: Any) -> Path:
+    """Makes a run as the judgement would train it."""
+    path = make_run(judgement.run_folder(trial).path, **more)
+    seeds = dict.fromkeys(("seed", "init_seed", "order_seed", "augmentation_seed"), trial.seed)
+    saved = {**judgement.sides[trial.side].plan.saved, **seeds, "tags": [judgement.entry.name]}
+    (path / "config.yaml").write_text(yaml.safe_dump(saved))
+    return path
 
 
 def better(trial: PairedRun) -> float:
@@ -114,11 +124,19 @@ def test_an_undecided_change_continues_with_more_pairs(
     assert late.code == 4 and "over 12 pairs" in late.out and late.out.endswith("to continue, repeat the command\n")
 
 
-def test_a_change_that_does_nothing_ends_early(trains: Callable[[Accuracy], list[PairedRun]], tmp_path: Path) -> None:
-    made = trains(lambda trial: 0.5 + trial.seed / 10000)
-    result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2")
-    assert (result.code, len(made)) == (4, 4)
-    assert "Undecided: the change does nothing: 2 pairs of runs have bitwise equal metrics." in result.out
+def test_equal_pairs_do_not_end_a_judgement(
+    trains: Callable[[Accuracy], list[PairedRun]], undrawn: None, tmp_path: Path
+) -> None:
+    """A change that acts in every tenth run: two equal pairs are no evidence of the others."""
+    acts = {1009, 1019, 1020, 1021, 1022, 1023, 1024, 1025}
+    made = trains(lambda trial: 0.5 + 0.1 * (trial.side == "change" and trial.seed in acts))
+    same = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "seeds=9")
+    assert (same.code, len(made)) == (4, 18), same.err
+    assert "Undecided: the change has done nothing so far: 9 pairs of runs have bitwise equal metrics." in same.out
+    assert "to continue, repeat the command with seeds=18" in same.out
+    some = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "seeds=20")
+    assert (some.code, len(made)) == (4, 40), some.err
+    assert "Undecided: a gain of +0 in val_accuracy" in some.out and "over 20 pairs" in some.out
 
 
 def test_a_change_that_diverges_is_worse_and_one_that_fails_ends_the_command(
@@ -132,12 +150,76 @@ def test_a_change_that_diverges_is_worse_and_one_that_fails_ends_the_command(
     judgement = _judgement(tmp_path / "diverged", "optimizer.lr=0.2")
     for number in range(7):
         base, change = judgement.pair(number)
-        make_run(judgement.run_folder(base).path)
-        path = make_run(judgement.run_folder(change).path, status="failed")
+        make_pair(judgement, base)
+        path = make_pair(judgement, change, status="failed")
         (path / "summary.json").write_text(json.dumps({"status": "failed", "diverged": True}))
     judgement.collect()
     assert judgement.verdict == "worse"
     assert judgement.concluded().metric == "val_accuracy"
+
+
+def test_runs_of_another_change_are_refused(
+    trains: Callable[[Accuracy], list[PairedRun]], undrawn: None, tmp_path: Path
+) -> None:
+    made = trains(better)
+    dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "output=other")
+    run = tmp_path / "other/1/change/1003"
+    edits: dict[str, dict[str, Any]] = {
+        "seed=1003": {"lr": 0.3},
+        "optimizer.lr=0.2": {"seed": 1004},
+        "tags=[judge-": {"seed": 1004, "lr": 0.3},
+        "epochs=9": {"seed": 1004, "lr": 0.3, "tags": True, "epochs": 9},
+    }
+    for number, (found, edit) in enumerate(edits.items()):
+        name = f"out{number}"
+        path = tmp_path / name / "1/change/1004"
+        dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.3", f"output={name}", "minutes=1e-9")
+        shutil.copytree(run, path)
+        _edit(path / "config.yaml", **edit)
+        before = len(made)
+        message = refused(tmp_path, "judge", BASE, "optimizer.lr=0.3", f"output={name}")
+        assert f"1/change/1004: is not a run of this proposal ({found}" in message
+        assert "output=DIR" in message and len(made) == before and path.is_dir()
+
+
+def _edit(path: Path, *, lr: float | None = None, tags: bool = False, **more: Any) -> None:
+    """Makes the config of a run more like that of the run with seed 1004 of the change optimizer.lr=0.3."""
+    config = yaml.safe_load(path.read_text()) | more
+    config |= dict.fromkeys(("seed", "init_seed", "order_seed", "augmentation_seed"), config["seed"])
+    config["optimizer"]["lr"] = lr or config["optimizer"]["lr"]
+    ledger = path.parents[3] / "ledger.jsonl"
+    if tags:
+        config["tags"] = ["judge-" + json.loads(ledger.read_text().splitlines()[1])["key"]]
+    path.write_text(yaml.safe_dump(config))
+
+
+def test_a_verdict_does_not_outlive_its_data(
+    trains: Callable[[Accuracy], list[PairedRun]], undrawn: None, tmp_path: Path
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("x,y\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(40)))
+    made = trains(better)
+    words = ("judge", "data=table data.file=t.csv data.target=y model=mlp epochs=2", "optimizer.lr=0.2", "output=out")
+    assert dlopt(tmp_path, *words).code == 0
+    assert "from the ledger: proposal 1" in dlopt(tmp_path, *words).out
+    table.write_text(table.read_text().replace("7,b", "7.5,b"))
+    other = dlopt(tmp_path, *words)
+    assert other.code == 0 and "from the ledger" not in other.out, other.err
+    assert "proposal 1 was this change with other data: its verdict and its runs do not count" in other.out
+    assert [each.seed // 1000 for each in made] == [1] * 14 + [2] * 18
+    table.write_text(table.read_text().replace("7.5,b", "7,b"))
+    assert "from the ledger: proposal 1" in dlopt(tmp_path, *words).out
+
+
+def test_data_that_change_during_a_judgement_end_it(tmp_path: Path) -> None:
+    judgement = _judgement(tmp_path, "optimizer.lr=0.2")
+    judgement.data = {"train": {"content": "one"}, "test": {"content": "x"}}
+    for trial, content in zip(judgement.pair(0), ("one", "two"), strict=True):
+        path = make_pair(judgement, trial) / "environment.json"
+        data = {"identity": {"train": {"content": content}, "test": {"content": content}}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
+    with pytest.raises(RunError, match=r"change/1000: the data were changed during the judgement; the same command "):
+        judgement.collect()
 
 
 def _judgement(folder: Path, *change: str) -> Judgement:
@@ -197,6 +279,6 @@ def test_runs_of_a_change_import_its_code_first(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/of_judge.py").write_text(f"import pathlib\n{model}\npathlib.Path('imported').touch()\n")
     base = "model=of_judge.Net allow_packages=[of_judge] epochs=1 data.subset=100 device=cpu threads=1"
-    result = dlopt(tmp_path, "judge", base, "code=other")
-    assert result.code == 4 and "the change does nothing" in result.out, result.err
+    result = dlopt(tmp_path, "judge", base, "code=other", "seeds=7")
+    assert result.code == 4 and "the change has done nothing so far: 7 pairs" in result.out, result.err
     assert (tmp_path / "imported").exists()
