@@ -1,7 +1,7 @@
 """The ledger of a base: every change that was proposed, its error rate, and what became of it.
 
-It is all that keeps the error rate of many proposals. It is therefore replaced as a whole, never started again where it is
-damaged or missing, and checked like a file of a stranger.
+It is all that keeps the error rate of many proposals. It is therefore replaced as a whole, never started again where it
+is damaged or missing, and checked like a file of a stranger.
 """
 
 import json
