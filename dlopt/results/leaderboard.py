@@ -78,9 +78,16 @@ class Record:
         return tuple((key, value) for key, value in sorted(flatten(self.config).items()) if is_seed(key))
 
 
-def job_record(path: Path, config: Mapping[str, Any], summary: Mapping[str, Any], overrides: Sequence[str]) -> Record:
+def job_record(
+    path: Path,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    overrides: Sequence[str],
+    origin: Mapping[str, Any] | None = None,
+) -> Record:
     """Returns the record of a sweep's job, with the metrics as summary.json names them (`best_val_loss`)."""
-    return Record(path, str(summary.get("status", "unfinished")), config, summary, overrides=overrides)
+    status = str(summary.get("status", "unfinished"))
+    return Record(path, status, config, summary, overrides=overrides, origin=origin or {})
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences with its confidence interval (None for a single pair)."""
+    """Mean of paired differences with its confidence interval (None for a single pair, and for equal differences)."""
 
     mean: float
     low: float | None
@@ -120,14 +127,16 @@ class Row:
     runs: Sequence[Record]
     value: Statistic | None = None  # of the ranking metric; None if no run has it
     difference: Difference | None = None  # to the first row over common seeds; None for the first row
+    data: str = ""  # where other rows differ in their data only: which one it is
 
     def statistic(self, metric: str) -> Statistic | None:
-        """Computes mean, standard deviation and count of a metric over ended runs.
+        """Computes mean, standard deviation and count of a metric over ended runs, of which a seed has one."""
+        return statistic([run.metric(metric) or 0.0 for run in self._counted(metric)])
 
-        Runs with the same seeds and the same value are repetitions, which carry no information about the spread: they
-        count once.
-        """
-        return statistic([value for _, value in dict.fromkeys(self._values(metric))])
+    @property
+    def distinct(self) -> tuple[Record, ...]:
+        """The runs without repetitions: the last one of each seed, one that has ended before one that has not."""
+        return distinct(self.runs)
 
     @property
     def failed(self) -> int:
@@ -135,16 +144,35 @@ class Row:
 
     def count(self, metric: str) -> str:
         """Formats the number of runs: 3, or "2 of 3, 1 failed" if the statistics of `metric` are those of two."""
-        counted, runs = len(self._values(metric)), len(self.runs)
+        counted, runs = len(self._counted(metric)), len(self.runs)
         count = str(runs) if counted == runs else f"{counted} of {runs}"
         return f"{count}, {self.failed} failed" if self.failed else count
 
     def by_seeds(self, metric: str) -> dict[Seeds, float]:
-        return dict(self._values(metric))
+        return {run.seeds: run.metric(metric) or 0.0 for run in self._counted(metric)}
 
-    def _values(self, metric: str) -> list[tuple[Seeds, float]]:
-        """Returns seeds and value of each run whose metric counts."""
-        return [(run.seeds, v) for run in self.runs if run.has_ended and (v := run.metric(metric)) is not None]
+    def _counted(self, metric: str) -> tuple[Record, ...]:
+        """Returns the distinct runs whose metric counts."""
+        return distinct([run for run in self.runs if run.has_ended and run.metric(metric) is not None])
+
+    def repeated(self, metric: str) -> int:
+        """Returns the number of runs whose metric does not count because a later one has the same seeds."""
+        ended = [run for run in self.runs if run.has_ended and run.metric(metric) is not None]
+        return len(ended) - len(distinct(ended))
+
+
+def distinct(runs: Sequence[Record]) -> tuple[Record, ...]:
+    """Returns one run for each seed: a repetition tells nothing of the spread over seeds, whatever its value is.
+
+    The last one that has ended, else the last one. Runs without a seed are distinct.
+    """
+    kept: dict[object, Record] = {}
+    for run in runs:
+        is_known = bool(run.seeds) and all(value is not None for _, value in run.seeds)
+        key: object = run.seeds if is_known else run.path
+        if run.has_ended or key not in kept or not kept[key].has_ended:
+            kept[key] = run
+    return tuple(kept.values())
 
 
 @dataclass(frozen=True)
@@ -204,21 +232,106 @@ def leaderboard(
 
 
 def _grouped(entries: Sequence[Record]) -> list[Row]:
-    """Groups runs by configuration, in order of first appearance."""
-    groups: dict[str, list[Record]] = {}
+    """Groups runs by configuration and data, in order of first appearance."""
+    found: dict[str, list[list[Record]]] = {}
     for entry in entries:
         flat = flatten(entry.config)
         kept = {key: canonical(value) for key, value in flat.items() if distinguishes(key)}
-        groups.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), []).append(entry)
+        same = found.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), [])
+        group = next((group for group in same if _has_same_data(group[0], entry)), None)
+        group.append(entry) if group is not None else same.append([entry])
+    groups = [(group, _data_labels(same)[i]) for same in found.values() for i, group in enumerate(same)]
     common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
     rows = []
-    for runs in groups.values():
+    for runs, data in groups:
         own = [line for line in runs[0].overrides if line not in common and not line.startswith("--")]
         # A recipe is compared by what it sets, and named by its name.
         typed = [line for line in own if distinguishes(key_of(line)) or key_of(line) in ("experiment", "debug")]
-        label = " ".join(typed) or (str(runs[0].path) if len(groups) > 1 else "as configured")
-        rows.append(Row(label, typed, runs))
+        label = " ".join([*typed, *([f"({data})"] if data else [])])
+        label = label or (str(runs[0].path) if len(groups) > 1 else "as configured")
+        rows.append(Row(label, typed, runs, data=data))
     return rows
+
+
+def _has_same_data(one: Record, other: Record) -> bool:
+    """Compares the data by content; by their folder if a run does not tell what it read."""
+    data = one.origin.get("data"), other.origin.get("data")
+    if None in data:
+        return _root(one) == _root(other)
+    return not differs(*data)
+
+
+def _root(run: Record) -> str:
+    return str(flatten(run.config).get("data.root"))
+
+
+def _data_labels(groups: Sequence[Sequence[Record]]) -> list[str]:
+    """Names the data of groups of runs that differ in them only: by folder, or by number; "" for a single group."""
+    if len(groups) == 1:
+        return [""]
+    roots = [f"data.root={_root(group[0])}" for group in groups]
+    return roots if len(set(roots)) == len(roots) else [f"data {number}" for number in range(1, len(roots) + 1)]
+
+
+def differs(one: Any, other: Any) -> bool:
+    """Compares the keys that both have: a run may have read more splits than another."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return any(differs(one[key], other[key]) for key in one.keys() & other.keys())
+    return one is not None and other is not None and one != other
+
+
+def cautions(rows: Sequence[Row], metric: str, direction: Direction) -> list[str]:
+    """Says where rows are not compared like with like: other seeds, repeated runs, other data, the end of a grid."""
+    ranked = [(rank, row) for rank, row in enumerate(rows, 1) if row.value is not None]
+    lines = [
+        f"#{rank}: {count} of {len(row.runs)} runs have the seeds of a later one, which counts"
+        for rank, row in ranked
+        if (count := row.repeated(metric))
+    ]
+    if not ranked:
+        return lines
+    first = ranked[0][1]
+    own = first.by_seeds(metric)
+    others = [rank for rank, row in ranked[1:] if not _have_same_seeds(own, row.by_seeds(metric))]
+    if others:
+        is_one, shown = len(others) == 1, _numbers(others)
+        lines.append(
+            f"warning: {shown} {'has' if is_one else 'have'} other seeds than #1: the means are not comparable, but "
+            f"the difference over common seeds is"
+        )
+    sign = 1.0 if direction == "maximize" else -1.0
+    better = [rank for rank, row in ranked[1:] if row.difference is not None and sign * row.difference.mean > 0]
+    if better:
+        shown = f"{_numbers(better)} {'is' if len(better) == 1 else 'are'}"
+        lines.append(f"warning: {shown} better than #1 over common seeds: #1 is first because of its other seeds")
+    unlike = [rank for rank, row in enumerate(rows, 1) if row.data]
+    if unlike:
+        lines.append(f"warning: {_numbers(unlike)} differ in their data, by which their metrics are not comparable")
+    return [*lines, *_end_of_grid(rows, first)]
+
+
+def _have_same_seeds(a: Mapping[Seeds, float], b: Mapping[Seeds, float]) -> bool:
+    names = set.intersection(*({name for name, _ in seeds} for seeds in (*a, *b)))
+    return _at(names, a).keys() == _at(names, b).keys()
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """Formats "#2, #3 and 5 more"."""
+    shown = ", ".join(f"#{rank}" for rank in ranks[:5])
+    return shown if len(ranks) <= 5 else f"{shown} and {len(ranks) - 5} more"
+
+
+def _end_of_grid(rows: Sequence[Row], first: Row) -> list[str]:
+    """Says that the learning rate of the first row is the smallest or the largest that its optimizer has tried."""
+    key, names = "optimizer.lr", ("optimizer", "optimizer._target_")
+    configs = [flatten(row.runs[0].config) for row in (first, *rows)]
+    own, rate = [configs[0].get(name) for name in names], configs[0].get(key)
+    same = (config.get(key) for config in configs if [config.get(name) for name in names] == own)
+    rates = {float(each) for each in same if is_number(each)}
+    if not is_number(rate) or len(rates) < 2 or min(rates) < rate < max(rates):
+        return []
+    end, beyond = ("smallest", "smaller") if rate == min(rates) else ("largest", "larger")
+    return [f"#1: {key}={rate:g} is the {end} of the grid; a {beyond} one may be better"]
 
 
 def canonical(value: Any) -> Any:
@@ -269,10 +382,17 @@ def paired_difference(a: Mapping[Seeds, float], b: Mapping[Seeds, float]) -> Dif
 
 
 def mean_difference(differences: Sequence[float]) -> Difference | None:
-    """Computes the mean of paired differences with Student's 95 % confidence interval; None for no pairs."""
+    """Computes the mean of paired differences with Student's 95 % confidence interval; None for no pairs.
+
+    One pair has no interval, and neither have equal differences.
+    """
     found = statistic(differences)
-    if found is None or found.std is None:
-        return None if found is None else Difference(found.mean, None, None, 1)
+    if found is None:
+        return None
+    # Equal differences, of accuracies for example, would have an interval without width. They tell nothing of the
+    # spread. Those of equal fractions are equal up to rounding.
+    if found.std is None or max(differences) - min(differences) <= 1e-9 * max(map(abs, differences)):
+        return Difference(found.mean, None, None, found.count)
     half = student_t(0.95, found.count - 1) * found.std / math.sqrt(found.count)
     return Difference(found.mean, found.mean - half, found.mean + half, found.count)
 

@@ -90,7 +90,7 @@ def page_data(
         "curves": curves,
         "config": shared,
         "spreads": {**SPREADS, "none": "none"},
-        "quantiles": [round(student_t(0.95, degrees), 6) for degrees in range(1, ranking.most_seeds)],
+        "quantiles": [round(student_t(0.95, degrees), 6) for degrees in range(1, len(ranking.records))],
         "spread": default_spread(ranking),
         "repeated": any(len(row.runs) > 1 for row in ranking.rows),
         "sensitivity": _sensitivity(ranking),

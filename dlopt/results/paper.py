@@ -9,7 +9,7 @@ from dlopt.results import drawing
 from dlopt.results.columns import difference_text, statistic_text, test_columns
 from dlopt.results.leaderboard import Statistic
 from dlopt.results.plots import key_labels
-from dlopt.results.ranking import Ranking
+from dlopt.results.ranking import Ranking, mixtures
 from dlopt.results.tables import Bold, Table
 
 _NOTE = "mean ± sample standard deviation over seeds"
@@ -33,6 +33,7 @@ def _notes(ranking: Ranking, top: int) -> list[str]:
     notes += [_DIFFERENCE_NOTE] * _is_compared(ranking)
     counts = [row.count(ranking.by) for row in ranking.rows[:top]]
     notes += ["1 of 3 runs: the metrics are those of one"] * any(" of " in count for count in counts)
+    notes += map(printable, mixtures(ranking))
     return notes + [f"the first {top} of {len(ranking.rows)} configurations"] * (len(ranking.rows) > top)
 
 

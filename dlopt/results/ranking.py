@@ -23,8 +23,11 @@ from dlopt.config.overrides import group_of, key_of
 from dlopt.metrics.names import column_of, mode_of, split_of
 from dlopt.results.history import columns
 from dlopt.results.leaderboard import (
+    Direction,
     Row,
     Statistic,
+    cautions,
+    differs,
     direction_of,
     is_number,
     leaderboard,
@@ -36,6 +39,8 @@ from dlopt.results.leaderboard import (
 from dlopt.results.reading import OPEN, Damaged, Record, meant, short_key, varying_keys
 from dlopt.tracking.terminal_text import short_path
 
+DATA = "data read"
+"""A key of `Configuration.values`: names the data of rows that differ in nothing else."""
 _NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
 _LR = "optimizer.lr"
 _MIN_CONFIGURATIONS = 6  # for an estimate of importance
@@ -51,13 +56,9 @@ _NOT_REPEATED = ("hydra", "name", "resume", "dry_run", "allow_packages")
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration(Row):
-    """A row of the leaderboard.
+    """A row of the leaderboard."""
 
-    `distinct`: the runs without repetitions (equal seeds and equal curves), which would narrow intervals.
-    """
-
-    values: Mapping[str, Any]  # of the keys in which configurations differ
-    distinct: tuple[Record, ...]
+    values: Mapping[str, Any]  # of the keys in which configurations differ, and `DATA`
 
     @property
     def command(self) -> str | None:
@@ -111,13 +112,11 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
     board = leaderboard(records, metric=by)
     for row in board.rows:
         values = {key: row.runs[0].config[key] for key in keys if key in row.runs[0].config}
+        values |= {DATA: row.data} if row.data else {}
         label = " ".join(f"{short_key(key, keys)}={brief(value)}" for key, value in values.items())
-        firsts: dict[object, Record] = {}
-        for run in row.runs:
-            firsts.setdefault((run.seeds, columns(run.history, ["epoch", by]).tobytes()), run)
         label = printable(label or short_path(row.runs[0].path))
-        own = {"label": label, "values": values, "distinct": tuple(firsts.values())}
-        rows.append(Configuration(**vars(row) | own))
+        rows.append(Configuration(**vars(row) | {"label": label, "values": values}))
+    keys += [DATA] * any(row.data for row in rows)
     return Ranking(by, board.direction == "minimize", keys, rows, records, damaged)
 
 
@@ -143,21 +142,15 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
 
 
 def mixtures(ranking: Ranking) -> list[str]:
-    """Returns a warning for each configuration whose runs had different data, or different code of a package."""
-    names = {"data": "data", "code": "code of allow_packages"}
-    return [
+    """Warns of rows that are not compared like with like: runs of different code or versions, and `cautions`."""
+    names = {"code": "code of allow_packages", "versions": "versions of dlopt or torch"}
+    direction: Direction = "minimize" if ranking.lower else "maximize"
+    return cautions(ranking.rows, ranking.by, direction) + [
         f"warning: #{rank}: its runs had different {name}, which their mean does not show"
         for rank, row in enumerate(ranking.rows, 1)
         for key, name in names.items()
-        if any(_differs(run.origin.get(key), row.runs[0].origin.get(key)) for run in row.runs)
+        if any(differs(run.origin.get(key), row.runs[0].origin.get(key)) for run in row.runs)
     ]
-
-
-def _differs(one: Any, other: Any) -> bool:
-    """Compares the keys that both have: a run may have read more splits than another."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return any(_differs(one[key], other[key]) for key in one.keys() & other.keys())
-    return one is not None and other is not None and one != other
 
 
 def command(run: Record) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
@@ -126,6 +127,11 @@ def _read(path: Path) -> Record:
     return Record(path, status, flat, metrics, history, overrides, reason, commit, _origin(environment))
 
 
+def origin_of(folder: Path) -> dict[str, Any]:
+    """Returns `Record.origin` of the run in a folder."""
+    return _origin(read_json(folder / "environment.json") or {})
+
+
 def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `Record.origin`; without folders, which may have moved."""
     data, packages = environment.get("data"), environment.get("allow_packages")
@@ -134,7 +140,8 @@ def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
         for name, package in (packages.items() if isinstance(packages, dict) else ())
         if isinstance(package, dict)
     }
-    return {"data": data.get("identity") if isinstance(data, dict) else None, "code": code}
+    versions = {name: environment[name] for name in ("dlopt", "torch") if isinstance(environment.get(name), str)}
+    return {"data": data.get("identity") if isinstance(data, dict) else None, "code": code, "versions": versions}
 
 
 def _json(path: Path) -> Any:

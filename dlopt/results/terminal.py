@@ -20,7 +20,7 @@ from dlopt.results.columns import (
     tags_text,
     test_columns,
 )
-from dlopt.results.leaderboard import Leaderboard, Statistic
+from dlopt.results.leaderboard import Leaderboard, Statistic, cautions
 from dlopt.results.ranking import Ranking, mixtures
 from dlopt.results.reading import short_key
 from dlopt.results.tables import Table
@@ -163,7 +163,9 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
         cells += [statistic_text(board.metric, row.value), row.count(board.metric)]
         cells += [difference_text(board.metric, row.difference)] if is_paired else []
         table.add_row(*cells, "" if tested is None else formats.format_metric(test, tested.mean))
-    _print(FittedTable(table), stream, f"... and {len(rows) - _MAX_ROWS} more\n" if len(rows) > _MAX_ROWS else "")
+    more = [f"... and {len(rows) - _MAX_ROWS} more"] * (len(rows) > _MAX_ROWS)
+    more += map(printable, cautions(board.rows, board.metric, board.direction))
+    _print(FittedTable(table), stream, "".join(f"{line}\n" for line in more))
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:

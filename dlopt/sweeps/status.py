@@ -76,7 +76,9 @@ class SweepStatus:
 
     def board(self) -> Leaderboard:
         summaries = [(record, RunFolder(record.path).summary() or {}) for record in self.records]
-        return leaderboard([job_record(each.path, each.config, summary, each.overrides) for each, summary in summaries])
+        return leaderboard(
+            [job_record(each.path, each.config, summary, each.overrides, each.origin) for each, summary in summaries]
+        )
 
 
 class StatusReader:

@@ -35,6 +35,7 @@ from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import differences, may_change, refuse_other_config, shortened
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.results.leaderboard import Leaderboard, job_record, leaderboard
+from dlopt.results.reading import origin_of
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.axes import is_grid, read_axes
@@ -253,8 +254,13 @@ def submit_jobs(request: SweepRequest, sweep: Path, jobs: Sequence[Job], before:
 
 def _ranked(jobs: Sequence[Job]) -> Leaderboard:
     """Returns the leaderboard of a grid."""
-    rows = [(job.plan, job.folder.summary() or {}) for job in jobs]
-    return leaderboard([job_record(Path(plan.subfolder), plan.saved, summary, plan.lines) for plan, summary in rows])
+    rows = [(job.plan, job.folder) for job in jobs]
+    return leaderboard(
+        [
+            job_record(Path(plan.subfolder), plan.saved, folder.summary() or {}, plan.lines, origin_of(folder.path))
+            for plan, folder in rows
+        ]
+    )
 
 
 def _plans(request: SweepRequest) -> list[Plan]:

@@ -11,14 +11,18 @@ import pytest
 from scipy import stats
 
 from dlopt.results.leaderboard import (
+    Difference,
+    Leaderboard,
     Record,
     Seeds,
     canonical,
+    cautions,
     direction_of,
     front,
     is_number,
     job_record,
     leaderboard,
+    mean_difference,
     paired_difference,
     statistic,
     student_t,
@@ -42,7 +46,7 @@ def test_groups_seeds_of_a_configuration() -> None:
     assert best.value.mean == pytest.approx(0.94)
     assert best.value.std == pytest.approx(stats.tstd([0.92, 0.93, 0.94, 0.95, 0.96]))
     assert second.difference is not None and second.difference.mean == pytest.approx(-0.01)
-    assert second.difference.low == pytest.approx(-0.01)  # seeds have the same effect on both: zero variance
+    assert second.difference.low is None  # seeds have the same effect on both: nothing to estimate a spread from
 
 
 def test_groups_equal_settings_of_different_types() -> None:
@@ -54,9 +58,7 @@ def test_groups_equal_settings_of_different_types() -> None:
     assert sorted(len(row.runs) for row in leaderboard(runs).rows) == [1, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "key", ["compile", "check", "profile", "diagnostics", "recovery.attempts", "data.root", "name", "max_time"]
-)
+@pytest.mark.parametrize("key", ["compile", "check", "profile", "diagnostics", "recovery.attempts", "name", "max_time"])
 def test_keys_of_the_machine_and_of_logging_split_no_row(key: str) -> None:
     def runs(key: str) -> list[Record]:
         found = [entry(lr, seed, 0.9 + lr) for lr in (0.01, 0.02) for seed in range(3)]
@@ -70,8 +72,84 @@ def test_keys_of_the_machine_and_of_logging_split_no_row(key: str) -> None:
 
 def test_repetitions_of_a_run_do_not_shrink_the_spread() -> None:
     runs = [entry(0.1, seed, accuracy) for seed, accuracy in ((0, 0.8), (1, 0.9), (1, 0.9), (1, 0.85))]
-    [row] = leaderboard(runs).rows
-    assert row.value == statistic([0.8, 0.9, 0.85])  # 0.85 with seed 1: not deterministic
+    board = leaderboard(runs)
+    [row] = board.rows
+    assert row.value == statistic([0.8, 0.85])  # the last run of a seed
+    assert row.count(board.metric) == "2 of 4"
+    assert lines(board) == ["#1: 2 of 4 runs have the seeds of a later one, which counts"]
+
+
+def lines(board: Leaderboard) -> list[str]:
+    return cautions(board.rows, board.metric, board.direction)
+
+
+def test_a_seed_that_was_run_twice_counts_once_in_mean_and_difference() -> None:
+    runs = [entry(0.1, 0, 0.8), entry(0.1, 1, 0.9), entry(0.1, 1, 0.7), entry(0.2, 0, 0.6), entry(0.2, 1, 0.65)]
+    first, second = leaderboard(runs).rows
+    assert first.value is not None and second.value is not None and second.difference is not None
+    assert first.value.mean == pytest.approx((0.8 + 0.7) / 2)
+    assert second.difference.mean == pytest.approx(second.value.mean - first.value.mean)
+
+
+def test_rows_with_other_seeds_are_named() -> None:
+    """The second row has the two easy seeds only: it is worse in both of them, and has the larger mean."""
+    runs = [entry(0.1, seed, value) for seed, value in enumerate((0.9, 0.88, 0.5))]
+    runs += [entry(0.2, seed, value) for seed, value in enumerate((0.89, 0.86))]
+    board = leaderboard(runs)
+    assert [row.label for row in board.rows] == ["optimizer.lr=0.2", "optimizer.lr=0.1"]
+    assert board.rows[1].difference is not None and board.rows[1].difference.mean == pytest.approx(0.015)
+    other = "the means are not comparable, but the difference over common seeds is"
+    assert lines(board)[:2] == [
+        f"warning: #2 has other seeds than #1: {other}",
+        "warning: #2 is better than #1 over common seeds: #1 is first because of its other seeds",
+    ]
+    assert lines(leaderboard(runs[:2] + runs[3:])) == [
+        "#1: optimizer.lr=0.1 is the smallest of the grid; a smaller one may be better"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("best", "end"), [(0.1, "smallest of the grid"), (0.3, "largest of the grid")]
+)
+def test_the_best_rate_at_the_end_of_its_grid_is_named(best: float, end: str) -> None:
+    rates = (0.1, 0.2, 0.3)
+    [line] = lines(leaderboard([entry(lr, 0, 0.9 if lr == best else 0.5) for lr in rates]))
+    assert line.startswith(f"#1: optimizer.lr={best} is the {end}")
+    assert not lines(leaderboard([entry(lr, 0, 0.9 if lr == 0.2 else 0.5) for lr in rates]))
+    failed = [entry(lr, 0, None, status="failed") for lr in (0.01, 0.9)]  # tried, and worse
+    assert not lines(leaderboard([*failed, entry(best, 0, 0.9)]))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_two_data_sets_are_never_one_row(known: bool) -> None:
+    def run(root: str, seed: int, content: str) -> Record:
+        made = entry(0.1, seed, 0.9 if content == "a" else 0.5)
+        origin = {"data": {"train": {"content": content}}} if known else {}
+        return replace(made, config={**made.config, "data.root": root}, origin=origin)
+
+    runs = [run("x", 0, "a"), run("y", 0, "b"), run("x", 1, "a")]
+    board = leaderboard(runs)
+    assert [len(row.runs) for row in board.rows] == [2, 1]
+    assert [row.data for row in board.rows] == ["data.root=x", "data.root=y"]
+    assert [row.label.endswith(f"({row.data})") for row in board.rows] == [True, True]
+    assert "warning: #1, #2 differ in their data, by which their metrics are not comparable" in lines(board)
+    if known:
+        moved = leaderboard([run("x", 0, "a"), run("z", 1, "a")])
+        assert [len(row.runs) for row in moved.rows] == [2]  # the same content elsewhere
+        replaced = leaderboard([run("x", 0, "a"), run("x", 1, "b")])
+        assert [row.data for row in replaced.rows] == ["data 1", "data 2"]
+
+
+@pytest.mark.parametrize("count", range(2, 41))
+def test_the_interval_of_a_mean_difference_matches_scipy(count: int) -> None:
+    draw = random.Random(count)
+    values = [draw.gauss(0.3, 1) for _ in range(count)]
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    found = mean_difference(values)
+    assert found is not None and (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    ties = mean_difference([(i + 1) / 144 - i / 144 for i in range(count)])  # one image of 144, rounded differently
+    assert ties is not None and ties.mean == pytest.approx(1 / 144) and (ties.low, ties.high) == (None, None)
+    assert mean_difference([0.0] * count) == Difference(0.0, None, None, count)
 
 
 def test_a_seed_of_one_side_does_not_prevent_pairing() -> None:

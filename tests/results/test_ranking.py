@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import note
@@ -63,7 +64,7 @@ def test_ranks_configurations_by_mean_over_seeds(sweep: Path) -> None:
     assert first.value is not None and (first.value.mean, first.value.count) == (pytest.approx(0.91), 3)
     assert first.value.std == pytest.approx(0.01) and second.difference is not None
     assert second.difference.mean == pytest.approx(-0.1) and second.difference.count == 3
-    assert second.difference.low == pytest.approx(-0.1)  # paired: seeds have the same effect on both
+    assert second.difference.low is None  # paired: seeds have the same effect on both, which leaves no spread
     assert result.rows[3].failed == 1 and [run.path.name for run in result.failed] == ["5"]
     assert result.counts() == {"finished": 11, "failed": 1}
 
@@ -71,11 +72,7 @@ def test_ranks_configurations_by_mean_over_seeds(sweep: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "warned"),
     [
-        (
-            {"data": {"identity": {"train": {"content": "a"}}}},
-            {"data": {"identity": {"train": {"content": "b"}}}},
-            "data",
-        ),
+        ({"torch": "2.11"}, {"torch": "2.12"}, "versions of dlopt or torch"),
         ({"data": {"identity": {"train": {"content": "a"}}}}, {"data": {"identity": {"test": {"content": "b"}}}}, None),
         ({"data": {"identity": {"train": {"content": "a"}}}}, {}, None),
         ({"data": []}, {"allow_packages": "mine"}, None),
@@ -101,6 +98,43 @@ def test_warns_of_runs_of_different_data_or_code(
         [] if warned is None else [f"warning: #1: its runs had different {warned}, which their mean does not show"]
     )
     assert mixtures(table(tmp_path)) == expected
+
+
+def test_runs_of_different_data_are_different_rows_in_every_table(tmp_path: Path) -> None:
+    for i, content in enumerate("aba"):
+        make_run(tmp_path / str(i), seed=i, config={"data.root": content})
+        facts = {"data": {"identity": {"train": {"content": content}}}}
+        (tmp_path / str(i) / "environment.json").write_text(json.dumps(facts))
+    ranking = table(tmp_path)
+    assert [[run.path.name for run in row.runs] for row in ranking.rows] == [["0", "2"], ["1"]]
+    assert ranking.keys == ["data read"]
+    assert [row["data read"] for row in read_csv(ranking)] == ["data.root=a", "data.root=b"]
+    assert "warning: #1, #2 differ in their data, by which their metrics are not comparable" in mixtures(ranking)
+
+
+def test_importance_puts_each_value_in_the_middle_of_its_bin(monkeypatch: pytest.MonkeyPatch) -> None:
+    optuna = pytest.importorskip("optuna")
+    seen: list[Any] = []
+    create = optuna.create_trial
+
+    def spied(**keys: Any) -> Any:
+        seen.append(keys)
+        return create(**keys)
+
+    monkeypatch.setattr(optuna, "create_trial", spied)
+    rates = [0.001 * 10 ** (i / 4) for i in range(12)]
+    assert importance(gather([record_of(0, (0.1 * i,), rate) for i, rate in enumerate(rates)], [])) is not None
+    [distribution] = {each["distributions"]["optimizer.lr"] for each in seen}
+    assert (distribution.low, distribution.high) == (-0.5, 11.5)
+    assert [each["params"]["optimizer.lr"] for each in seen] == list(range(12))
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_the_page_has_a_quantile_for_every_number_of_runs(seeds: tuple[int, ...]) -> None:
+    """Its grouped curves may join the runs of all rows."""
+    runs = [record_of(seed, (0.5 + 0.01 * seed,), 0.1 * (i + 1)) for i in range(20) for seed in seeds]
+    data = page_data(gather(runs, []), target=None, test=False, refresh=None)
+    assert data["quantiles"] == pytest.approx([stats.t.ppf(0.975, n - 1) for n in range(2, len(runs) + 1)], abs=1e-6)
 
 
 def test_groups_rates_of_1_whether_saved_as_integer_or_float(tmp_path: Path) -> None:

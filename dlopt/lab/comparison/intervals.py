@@ -37,7 +37,8 @@ class Interval:
 def interval(differences: Sequence[Bounds]) -> Interval | None:
     """Computes the interval from six pairs on by ranks, otherwise Student's; None for one pair, or if one is NaN.
 
-    With fewer pairs, of which one is infinite or censored, no 95 % interval exists: it is the range over the pairs.
+    With fewer pairs that are equal, or of which one is infinite or censored, no 95 % interval exists: it is the range
+    over the pairs.
     """
     lows, highs = [low for low, _ in differences], [high for _, high in differences]
     if len(differences) < 2 or any(map(math.isnan, (*lows, *highs))):
@@ -45,10 +46,9 @@ def interval(differences: Sequence[Bounds]) -> Interval | None:
     if len(differences) >= RANKED:
         low, high = signed_rank_interval(lows)[0], signed_rank_interval(highs)[1]
         return Interval(pseudomedian(lows, -math.inf), pseudomedian(highs, math.inf), low, high, "signed-rank")
-    if lows != highs or any(map(math.isinf, lows)):
+    found = None if lows != highs or any(map(math.isinf, lows)) else mean_difference(lows)
+    if found is None or found.low is None or found.high is None:
         return Interval(min(lows), max(highs), min(lows), max(highs), "range")
-    found = mean_difference(lows)
-    assert found is not None and found.low is not None and found.high is not None
     return Interval(found.mean, found.mean, found.low, found.high, "t")
 
 

@@ -120,7 +120,7 @@ def _with_interval(finding: Finding, found: Interval) -> str:
         return f"{_scaled(found.least, finding)} in every seed{limited}"
     estimate, low, high = (_scaled(each, finding) for each in (found.least, found.low, found.high))
     if found.method == "range":
-        return f"{low} to {high} in every seed"
+        return f"{low} in every seed" if low == high else f"{low} to {high} in every seed"
     if not math.isclose(found.least, found.most):
         estimate = _bound(">=", found.least, finding)
     if low == high:  # when rounded
