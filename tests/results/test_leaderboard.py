@@ -108,9 +108,7 @@ def test_rows_with_other_seeds_are_named() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("best", "end"), [(0.1, "smallest of the grid"), (0.3, "largest of the grid")]
-)
+@pytest.mark.parametrize(("best", "end"), [(0.1, "smallest of the grid"), (0.3, "largest of the grid")])
 def test_the_best_rate_at_the_end_of_its_grid_is_named(best: float, end: str) -> None:
     rates = (0.1, 0.2, 0.3)
     [line] = lines(leaderboard([entry(lr, 0, 0.9 if lr == best else 0.5) for lr in rates]))
