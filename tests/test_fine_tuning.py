@@ -1,6 +1,7 @@
 """Tests of fine-tuning: loaded and skipped weights, weights of other tools, the warning about small batches."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from dlopt.basics.errors import UserError
 from dlopt.training.batch_norm import small_batch_warnings
-from dlopt.training.builders.workload import load_weights
+from dlopt.training.builders.workload import class_names, load_weights
 from tests.support.runs import small_workload
 
 
@@ -88,3 +89,27 @@ def test_rejects_weights_of_another_model(tmp_path: Path) -> None:
 def test_warns_about_small_norm_batches(overrides: list[str], warned: bool) -> None:
     lines = small_batch_warnings(small_workload(*overrides))
     assert any("model.norm=group" in line and "sync_batchnorm" in line for line in lines) is warned
+
+
+def test_a_last_layer_of_other_classes_is_reported(tmp_path: Path) -> None:
+    """Its outputs are in the order of the classes of the checkpoint."""
+    source, target = small_workload("init_seed=1"), small_workload("init_seed=2")
+    classes = class_names(target)
+    assert classes is not None
+    checkpoint = SimpleNamespace(
+        merged_weights=source.module.state_dict(), classes=tuple(classes[::-1]), data={"classes": classes[::-1]}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dlopt.training.checkpoint.weights.is_checkpoint", lambda _: True)
+        patch.setattr("dlopt.training.checkpoint.weights.load", lambda _: checkpoint)
+        torch.save(source.module.state_dict(), path := tmp_path / "best.pt")
+        *_, line = load_weights(target.module, path, classes=classes)
+        assert (
+            f"warning: the last layer, too, although it was trained with other classes: class 0 is {classes[-1]}"
+            in line
+        )
+        assert len(load_weights(target.module, path, classes=classes[::-1])) == 1
+        with pytest.raises(
+            UserError, match=r"init_from=.*trained with other classes than those of the data: class 0 is"
+        ):
+            load_weights(target.module, path, complete=True, classes=classes)

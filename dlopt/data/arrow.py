@@ -1,5 +1,6 @@
 """Columns of Arrow tables as samples: Parquet files, and the datasets of the package datasets."""
 
+import glob
 import json
 import math
 import os
@@ -15,9 +16,9 @@ import numpy as np
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_bytes, printable
-from dlopt.data.checks import left_out_note
+from dlopt.data.checks import WARNING, left_out_note
 from dlopt.data.images import decode_bytes
-from dlopt.data.parquet import innermost, library, read_parquet
+from dlopt.data.parquet import Parts, innermost, library, read_parquet
 from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
@@ -47,24 +48,29 @@ def parquet(
         input: the column of the inputs; several columns of numbers are one vector.
         target: the column of the labels.
         labels: class: names or integers; several: lists of them; value: numbers for a regression.
-        channels: of images from files: 3 (colour), 1 (grey), None: as in the first image.
+        channels: of images from files: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
 
     Raises:
         UserError: a file or a column is missing, a column has another type, or a value is missing.
     """
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target]))
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
-    tables, others, count, roots = [], Counter[str](), 0, set[str]()
+    tables: list[tuple[str, Any]] = []
+    parts: dict[str, Parts] = {}
+    others, count, roots = Counter[str](), 0, set[str]()
     for key, files in splits.items():
         found = None if files is None else find_files(key, files, ".parquet")
-        tables.append((key, None if found is None else read_parquet(key, found[0], columns, target)))
+        table = None
         if found is not None:
+            table, parts[key] = read_parquet(key, found[0], columns, target)
             others.update(found[1])
             count += len(found[0])
             roots |= {os.path.dirname(os.path.realpath(path)) for path in found[0]}
+        tables.append((key, table))
     source = f"rows of {count:,} file{'s' * (count > 1)}"
     form: dict[str, Any] = {"labels": labels, "channels": channels, "image_size": image_size}
-    return _dataset(tables, input, target, **form, source=source, notes=left_out_note(others), roots=sorted(roots))
+    notes = left_out_note(others)
+    return _dataset(tables, input, target, **form, source=source, notes=notes, roots=sorted(roots), parts=parts)
 
 
 def _dataset(
@@ -73,6 +79,7 @@ def _dataset(
     target: str,
     *,
     roots: Sequence[str] = (),
+    parts: Mapping[str, Parts] | None = None,
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
@@ -81,7 +88,8 @@ def _dataset(
 ) -> Dataset:
     """Builds a dataset from the tables of training, validation and test set, each with the key that set it.
 
-    `roots`: folders below which images outside of the tables may be; (): anywhere.
+    `roots`: folders below which images outside of the tables may be; (): anywhere. `parts`: the files of each table;
+    None: it is one.
     """
     names = [input] if isinstance(input, str) else list(input)
     if not names:
@@ -94,27 +102,79 @@ def _dataset(
                 raise UserError(f"{option}={name}: {key} has no such column; it has {', '.join(table.column_names)}")
         if len(table) == 0:
             raise UserError(f"{key}: has no rows")
-    tables = [(key, None if table is None else Columns(key, table, names, target, roots)) for key, table in splits]
+    files = parts or {}
+    tables = [
+        (key, None if table is None else Columns(key, table, names, target, roots, files.get(key)))
+        for key, table in splits
+    ]
     for _, columns in tables:
         if columns is not None:
-            _refuse_unlabelled(columns)
+            columns.refuse_unlabelled()
+            notes += columns.notes
     return dataset(tables, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
 
 
 class Columns:
     """Columns of an Arrow table; see `dlopt.data.rows.RowSource`."""
 
-    def __init__(self, key: str, table: Any, names: Sequence[str], target: str, roots: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        key: str,
+        table: Any,
+        names: Sequence[str],
+        target: str,
+        roots: Sequence[str] = (),
+        parts: Parts | None = None,
+    ) -> None:
         self.target, self._roots = target, roots
         self.encoded = _is_encoded(table.schema.field(names[0]).type)
         self._key, self.table, self._names = key, table, names
+        parts = [(len(table), table.schema.metadata)] if parts is None else parts
+        self._stored = [(rows, _stored_names(metadata, target)) for rows, metadata in parts]
+        self.names = _joined_names(f"{key}: {target}", [each for _, each in self._stored if each is not None])
 
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        lacking = sum(each is None for _, each in self._stored)
+        if lacking in (0, len(self._stored)):
+            return ()
+        return (
+            f"{WARNING}{self._key}: {lacking} of {len(self._stored)} files have no names of the classes of "
+            f"{self.target}; their numbers are taken for those of the first file with names",
+        )
+
     def labels(self) -> list[Any]:
         values: list[Any] = self.table.column(self.target).to_pylist()
+        start = 0
+        for rows, names in self._stored:
+            stop = start + rows
+            # Files may name the same classes in another order.
+            if names is not None and self.names is not None and names != self.names[: len(names)]:
+                numbers = [self.names.index(name) for name in names]
+                values[start:stop] = [_renumbered(value, numbers) for value in values[start:stop]]
+            start = stop
         return values
+
+    def refuse_unlabelled(self) -> None:
+        """Raises `UserError` for labels of no class: -1, as the package datasets marks missing ones."""
+        if self.names is None:
+            return
+        counts = np.repeat([0 if each is None else len(each) for _, each in self._stored], [n for n, _ in self._stored])
+        wrong = {}
+        for row, (value, count) in enumerate(zip(self.table.column(self.target).to_pylist(), counts, strict=True)):
+            outside = [each for each in _as_list(value) if isinstance(each, int) and not 0 <= each < count]
+            if outside and count:
+                wrong[row] = outside[0], count
+        if wrong:
+            row, (value, count) = next(iter(wrong.items()))
+            meaning = "no label" if value == -1 else f"none of its {count} classes"
+            raise UserError(
+                f"{self.place(row)}: {self.target} is {value}, which means {meaning}; so do {len(wrong)} of "
+                f"{len(self)} rows: remove them, or choose another split"
+            )
 
     @property
     def size(self) -> int:
@@ -145,8 +205,10 @@ class Columns:
     def type(self, row: int) -> str:
         return f"the column {self.target} has the type {self.table.schema.field(self.target).type}"
 
-    def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
-        return _class_names(self.table, self.target, classes)
+    def content(self, row: int) -> bytes | None:
+        name = self._names[0]
+        value = self.table.column(name)[row].as_py()
+        return _file(value, f"{self.place(row)}: {name}", self._roots) if isinstance(value, Mapping) else value
 
     def columns(self) -> Iterator[tuple[str, np.ndarray]] | None:
         if not all(_is_number(self.table.schema.field(name).type) for name in self._names):
@@ -244,7 +306,7 @@ def huggingface(
     """
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target]))
     splits = {"data.split": split, "data.val": val, "data.test": test}
-    load = _Hub(name, configuration, revision, offline)
+    load = _Hub(name, configuration, revision, offline, target)
     tables = [(key, None if part is None else load.table(key, part, columns)) for key, part in splits.items()]
     source = f"rows of {name}"
     return _dataset(tables, input, target, labels=labels, channels=channels, image_size=image_size, source=source)
@@ -258,6 +320,7 @@ class _Hub:
     configuration: str | None
     revision: str | None
     offline: bool
+    target: str
 
     def table(self, key: str, split: str, columns: Sequence[str]) -> Any:
         """Returns the columns of a split, or all of them if one is missing, as an Arrow table. Raises `UserError`."""
@@ -276,6 +339,7 @@ class _Hub:
                 f"data.name={self.name}: the package datasets is not installed; {install('dlopt[hub]')}"
             ) from None
         path = os.path.expanduser(self.name)
+        self._refuse_other_names(path)
         try:
             with _quiet(datasets, offline=self.offline):
                 if any(os.path.isfile(os.path.join(path, each)) for each in ("state.json", "dataset_dict.json")):
@@ -289,6 +353,28 @@ class _Hub:
         except Exception as error:  # the package raises exceptions of many others
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"data.name={self.name}: {key}={split} cannot be loaded: {lines[0]}") from None
+
+    def _refuse_other_names(self, path: str) -> None:
+        """Raises `UserError` if Parquet files of a folder name the classes differently: the package ignores it."""
+        arrow = library(f"data.name={self.name}")
+        from pyarrow import parquet as reader
+
+        first: tuple[str, list[str]] | None = None
+        for file in sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)):
+            try:
+                refuse_special(file)
+                names = _stored_names(reader.read_schema(file).metadata, self.target)
+            except (arrow.ArrowException, OSError):  # reported by the package, if it reads the file
+                continue
+            if names is None:
+                continue
+            first = first or (file, names)
+            if names == first[1]:
+                continue
+            raise UserError(
+                f"data.name={self.name}: {file} and {first[0]} have other names of the classes of {self.target}, or "
+                "another order; use data=parquet with data.file and data.test_file, which reads the names of each file"
+            )
 
     def _saved(self, datasets: Any, path: str, key: str, split: str) -> Any:
         """Returns a split of a folder of `save_to_disk`."""
@@ -344,10 +430,10 @@ def _is_encoded(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _stored_names(table: Any, target: str) -> list[str] | None:
+def _stored_names(metadata: Mapping[bytes, bytes] | None, target: str) -> list[str] | None:
     """Returns the names of the classes that the package datasets stores with a column of labels; None without."""
     try:
-        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         feature = features[target]
         feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list of labels
         return [str(name) for name in feature["names"]]
@@ -355,29 +441,24 @@ def _stored_names(table: Any, target: str) -> list[str] | None:
         return None
 
 
-def _class_names(table: Any, target: str, classes: Sequence[Any]) -> tuple[str, ...]:
-    """Returns the names of the classes: those that the package datasets stores with the table, or the labels."""
-    names = _stored_names(table, target)
-    if names is None or not all(isinstance(label, int) for label in classes):
-        return tuple(map(str, classes))
-    return tuple(names[label] for label in classes)
+def _joined_names(place: str, lists: Sequence[list[str]]) -> list[str] | None:
+    """Returns the names of several files: those of the first, and what others have in addition. Raises `UserError`."""
+    if not lists:
+        return None
+    if all(names == lists[0] for names in lists):
+        return lists[0]
+    for names in lists:
+        if len({*names}) < len(names):
+            raise UserError(f"{place}: the files name the classes differently, and one has a name twice")
+    return list(dict.fromkeys(name for names in lists for name in names))
 
 
-def _refuse_unlabelled(columns: Columns) -> None:
-    """Raises `UserError` for labels of no class: -1, as the package datasets marks missing ones."""
-    names = _stored_names(columns.table, columns.target)
-    if names is None:
-        return
-    labels = [each if isinstance(each, list) else [each] for each in columns.labels()]
-    rows = [
-        row
-        for row, values in enumerate(labels)
-        if any(isinstance(value, int) and not 0 <= value < len(names) for value in values)
-    ]
-    if rows:
-        value = next(each for each in labels[rows[0]] if isinstance(each, int) and not 0 <= each < len(names))
-        meaning = "no label" if value == -1 else f"none of its {len(names)} classes"
-        raise UserError(
-            f"{columns.place(rows[0])}: {columns.target} is {value}, which means {meaning}; so do {len(rows)} of "
-            f"{len(labels)} rows: remove them, or choose another split"
-        )
+def _renumbered(value: Any, numbers: Sequence[int]) -> Any:
+    """Returns a label, or a list of labels, with other numbers; None and texts as they are."""
+    if isinstance(value, list):
+        return [_renumbered(each, numbers) for each in value]
+    return numbers[value] if isinstance(value, int) else value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

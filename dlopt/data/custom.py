@@ -1,5 +1,6 @@
 """User-defined datasets."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
-from dlopt.data.checks import label_warnings
+from dlopt.data.checks import label_warnings, listed
 from dlopt.data.images import size_pair
 from dlopt.data.samples import Dataset, Samples, Wrapped
 
@@ -30,6 +31,11 @@ def custom(
     datasets = {"train": train, "val": val, "test": test}
     splits = {key: Wrapped(data, size, f"data.{key}") for key, data in datasets.items() if data is not None}
     names = _class_names(splits["train"], classes)
+    numbers = {key: _class_numbers(f"data.{key}", data) for key, data in datasets.items() if data is not None}
+    if (own := numbers["train"]) is not None and isinstance(classes, list):
+        _refuse_other_order(classes, own)
+    for key, split in splits.items():
+        _renumber(f"data.{key}", split, numbers[key], own)
     for key, split in splits.items():
         _check_labels(f"data.{key}", split, splits["train"], names)
     warnings = splits["train"].warnings()
@@ -66,6 +72,54 @@ def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, 
                 f"{'has' if wrong < 0 else 'lacks'} {wrong}; set data.classes=N to allow classes without samples"
             )
     return tuple(str(label) for label in range(classes))
+
+
+def _class_numbers(key: str, dataset: Any) -> Mapping[str, int] | None:
+    """Returns the numbers of the classes by name, as datasets of torchvision have them; None for others.
+
+    Looks into a `Subset` and a `ConcatDataset`. Raises `UserError` if the parts of one have different numbers.
+    """
+    if isinstance(parts := getattr(dataset, "datasets", None), list | tuple):
+        found = [_class_numbers(key, part) for part in parts]
+        for each in found[1:]:
+            if each != found[0] and each is not None and found[0] is not None:
+                raise UserError(
+                    f"{key}: its parts number the classes differently: {_shown(found[0])}, and {_shown(each)}"
+                )
+        return found[0] if found else None
+    numbers = getattr(dataset, "class_to_idx", None)
+    if isinstance(numbers, Mapping) and getattr(dataset, "target_transform", None) is None:
+        return numbers if all(isinstance(number, int) for number in numbers.values()) else None
+    part = getattr(dataset, "dataset", None) if numbers is None else None
+    return None if part is None else _class_numbers(key, part)
+
+
+def _shown(numbers: Mapping[str, int]) -> str:
+    return listed([f"{name}={number}" for name, number in numbers.items()])
+
+
+def _refuse_other_order(classes: list[str], numbers: Mapping[str, int]) -> None:
+    """Raises `UserError` if the names of the config are those of the dataset, in another order."""
+    names = sorted(numbers, key=lambda name: numbers[name])
+    if {*classes} == {*names} and classes != names:
+        raise UserError(f"data.classes={classes}: data.train has the classes in another order: {names}")
+
+
+def _renumber(key: str, split: Wrapped, numbers: Mapping[str, int] | None, train: Mapping[str, int] | None) -> None:
+    """Gives the classes of a split the numbers of the classes of the same name in the training set.
+
+    Without a folder of a class, all classes after it have other numbers. Raises `UserError` for names that train lacks.
+    """
+    if numbers is None or train is None or numbers == train or split.targets.is_floating_point():
+        return
+    names = {number: name for name, number in numbers.items()}
+    present = [(label, names[label]) for label in split.targets.unique().tolist() if label in names]
+    if unknown := [name for _, name in present if name not in train]:
+        raise UserError(f"{key}: has classes that data.train lacks: {', '.join(unknown)}")
+    targets = split.targets.clone()
+    for label, name in present:
+        targets[split.targets == label] = train[name]
+    split.targets = targets
 
 
 def _are_flags(targets: Tensor, count: int) -> bool:

@@ -29,6 +29,7 @@ EXTENSIONS = frozenset((
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
 ))  # fmt: skip
 _UNSIGNED_16_BITS = ("PNG", "PPM")  # whose images of 16 bits have the mode I, for which TIFF has I;16
+_GREY = frozenset(("1", "L", "LA", "I", "I;16", "I;16B", "I;16L"))  # modes
 _ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
 Box = tuple[float, float, float, float]
@@ -49,6 +50,19 @@ def decode_bytes(content: bytes, channels: int | None, name: str) -> Tensor:
     """
     with _naming(name):
         return EncodedImage(content).decode(None, channels)
+
+
+def has_colour(content: bytes, name: str) -> bool:
+    """Returns whether a pixel of an image has a colour; decodes only images that are not stored as grey.
+
+    Raises `UserError` that starts with `name`.
+    """
+    with _naming(name):
+        image = EncodedImage(content)
+        if image.mode in _GREY:
+            return False
+        pixels = image.decode(None, 3)
+    return bool((pixels != pixels[:1]).any())
 
 
 def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
@@ -118,7 +132,7 @@ def from_pil(image: "Image", channels: int | None = None) -> Tensor:
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise ValueError(f"{kind} pixels from {low:g} to {high:g}; convert them to 8 or 16 bits")
     if channels is None:
-        channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L") else 3
+        channels = 1 if image.mode in _GREY else 3
     if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255 instead of scaling
         from PIL import Image
 
@@ -160,6 +174,7 @@ class EncodedImage:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         self._image: Image.Image = Image.open(io.BytesIO(content), formats=_formats())
         self._orientation = _orientation(self._image)
+        self.mode = self._image.mode
         width, height = self._image.size
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 

@@ -18,22 +18,29 @@ _LABEL_BYTES = 64  # estimated, of a label in memory beyond those in the table
 _LEFT_FREE = 1 << 30  # bytes of the disk that the cache does not fill
 
 
-def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: str) -> Any:
-    """Returns the columns of all files as one table, in memory or memory-mapped.
+Parts = Sequence[tuple[int, Any]]
+"""The number of rows of each file of a table, and the metadata of its schema."""
+
+
+def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: str) -> tuple[Any, Parts]:
+    """Returns the columns of all files as one table, in memory or memory-mapped, and what each file says of its rows.
 
     Columns that some of the files declare "not null", or store as another kind of strings or numbers, are the same.
     `held`: the column that will be in memory as a whole. Raises `UserError`, also for rows that expand to more than
     memory and disk can hold.
     """
     try:
+        parts: list[tuple[int, Any]] = []
         with half_of_memory() as most:
-            return _read(key, paths, columns, held, most)
+            return _read(key, paths, columns, held, most, parts), parts
     except MemoryError:
         folder = cache_file("parquet").parent
         raise _too_large(key, f"a batch of rows (or the whole table: {folder} may have no space)", most) from None
 
 
-def _read(key: str, paths: Sequence[str], columns: Sequence[str], held: str, most: int) -> Any:
+def _read(
+    key: str, paths: Sequence[str], columns: Sequence[str], held: str, most: int, parts: list[tuple[int, Any]]
+) -> Any:
     arrow = library(key)
     from pyarrow import parquet as reader
 
@@ -46,6 +53,7 @@ def _read(key: str, paths: Sequence[str], columns: Sequence[str], held: str, mos
             available = opened.schema_arrow
             size += _size(opened.metadata)
             rows += opened.metadata.num_rows
+            parts.append((opened.metadata.num_rows, available.metadata))
         for name in columns:
             if available.names.count(name) != 1:
                 how = "two columns" if name in available.names else "no column"
@@ -63,6 +71,10 @@ def _read(key: str, paths: Sequence[str], columns: Sequence[str], held: str, mos
         else:
             return arrow.Table.from_batches(batches, schema)
         del batches
+    # A file of Arrow's has one dictionary for a column, a Parquet file has one for each row group.
+    for index, field in enumerate(schema):
+        if arrow.types.is_dictionary(field.type):
+            schema = schema.set(index, field.with_type(_plain(field.type)))
     if (mapped := _mapped(key, paths, columns, schema, held, most)) is not None:
         return mapped
     return arrow.Table.from_batches(_batches(key, paths, schema, held, most), schema)

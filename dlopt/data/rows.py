@@ -1,5 +1,6 @@
 """Datasets of rows with an input and a label, read one at a time: of Arrow tables and of tar shards."""
 
+import contextlib
 import glob
 import os
 import re
@@ -12,20 +13,23 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import (
+    WARNING,
     are_measured,
     column_warnings,
     ending,
     label_warnings,
     left_out_note,
+    listed,
     natural,
     rounding_warnings,
 )
-from dlopt.data.images import size_pair
+from dlopt.data.images import has_colour, size_pair
 from dlopt.data.samples import Dataset, Wrapped
 
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
 Files = str | list[str]
+_LOOKED_AT = 256  # images of each split, if the first one is grey
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
 
 
@@ -65,7 +69,14 @@ class RowSource(Protocol):
         """Describes the type of the label of a row for messages."""
         ...
 
-    def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]: ...
+    def content(self, row: int) -> bytes | None:
+        """Returns an image file; None if it is missing. Raises `UserError`."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str] | None:
+        """The names of the classes that are stored with the labels, which are numbers in this list; None without."""
+        ...
 
     def columns(self) -> Iterator[tuple[str, np.ndarray]] | None:
         """Yields the names and the first values [n] of the columns that are a feature each; None: another input."""
@@ -92,19 +103,27 @@ def dataset(
     classes = None if labels == "value" else _classes(key, train, several=several)
     if channels is not None and not train.encoded:
         raise UserError(f"data.channels={channels}: only image files are converted; use data.channels=null")
-    first = train.value(0, channels)
-    if isinstance(first, torch.Tensor):
-        channels = 1 if len(first) == 1 else 3
+    first, is_checked = train.value(0, channels), False
+    if channels is None and isinstance(first, torch.Tensor):
+        coloured = _coloured([table for _, table in splits if table is not None]) if len(first) == 1 else None
+        channels = 3 if len(first) > 1 or coloured is not None else 1
+        is_checked = channels == 1
+        if coloured is not None:
+            notes += (f"the first image is grey, others have colour ({coloured}): all are read in colour",)
     size = size_pair(image_size)
-    targets = [None if table is None else _targets(table, classes, several) for _, table in splits]
+    for other, table in splits[1:]:
+        notes += () if table is None else _naming_warnings(key, train, other, table, classes)
+    targets = [None if table is None else _targets(table, train, classes, several) for _, table in splits]
     samples = [
-        None if table is None or target is None else Wrapped(RowDataset(table, _stored(target), channels), size, key)
+        None
+        if table is None or target is None
+        else Wrapped(RowDataset(table, _stored(target), channels, is_checked=is_checked), size, key)
         for (key, table), target in zip(splits, targets, strict=True)
     ]
     assert samples[0] is not None and targets[0] is not None
     shown = None
     if classes is not None:
-        shown = train.class_names(classes)
+        shown = tuple(_shown(label, train) for label in classes)
         counts = torch.stack([_counts(target, len(classes)) for target in targets if target is not None]).sum(0)
         notes += label_warnings(train.target, dict(zip(shown, counts.tolist(), strict=True)))
     else:
@@ -115,6 +134,20 @@ def dataset(
     count = sum(len(table) for _, table in splits if table is not None)
     found = f"{count:,} {source}"
     return Dataset(samples[0], samples[1], samples[2], shown, facts={"rows": count}, notes=notes, source=found)
+
+
+def _coloured(tables: Sequence[RowSource]) -> str | None:
+    """Names an image with colour among evenly spaced ones of each split; None: all are grey, or cannot be read.
+
+    `RowDataset` checks the others when it reads them.
+    """
+    for table in tables:
+        for row in np.unique(np.linspace(0, len(table) - 1, _LOOKED_AT, dtype=np.int64)).tolist():
+            place = table.place(row)
+            with contextlib.suppress(UserError):  # raised where the image is read
+                if (content := table.content(row)) is not None and has_colour(content, place):
+                    return place
+    return None
 
 
 def _stored(targets: torch.Tensor) -> torch.Tensor:
@@ -129,16 +162,32 @@ def _counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
 class RowDataset:
     """Map-style dataset of (input, label) for `Wrapped`; reads one row at a time."""
 
-    def __init__(self, table: RowSource, targets: torch.Tensor, channels: Channels) -> None:
+    def __init__(
+        self, table: RowSource, targets: torch.Tensor, channels: Channels, *, is_checked: bool = False
+    ) -> None:
+        """`is_checked`: an image that has a colour although `channels` is 1 is refused."""
         self.targets = targets
-        self.table, self._channels = table, channels
+        self.table, self._channels, self._is_checked = table, channels, is_checked
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         label = self.targets[index]
-        return self.table.value(index, self._channels), label if label.ndim else label.item()
+        return self._value(index), label if label.ndim else label.item()
+
+    def _value(self, index: int) -> Any:
+        if not self._is_checked:
+            return self.table.value(index, self._channels)
+        image = self.table.value(index, None)
+        if isinstance(image, torch.Tensor) and len(image) > 1:
+            if bool((image != image[:1]).any()):
+                raise UserError(
+                    f"data.channels=null: {self.table.place(index)}: has colour, the images looked at in advance are "
+                    "grey; set data.channels=3, or 1 to read all of them as grey"
+                )
+            return self.table.value(index, self._channels)
+        return image
 
 
 def numbers(value: Any, where: str, kind: str) -> np.ndarray:
@@ -155,12 +204,61 @@ def numbers(value: Any, where: str, kind: str) -> np.ndarray:
 # -- labels
 
 
-def _labels(table: RowSource) -> list[Any]:
-    """Returns the labels of all rows. Raises `UserError` if one is missing."""
+def _labels(table: RowSource, train: RowSource | None = None, classes: Sequence[Any] | None = None) -> list[Any]:
+    """Returns the labels of all rows. Raises `UserError` if one is missing.
+
+    `train`: the training set, of whose labels `classes` are the different ones. Labels of other sets that stand for
+    names are then those of the same names in the training set; of names that it lacks, the names.
+    """
     values = table.labels()
     if None in values:
         raise UserError(f"{table.place(values.index(None))}: {table.target} is missing")
-    return values
+    if train is None or not (same := _same_names(table, train, classes)):
+        return values
+    if not isinstance(values[0], list):
+        return [same.get(value, value) for value in values]
+    return [[same.get(value, value) for value in labels] for labels in values]
+
+
+def _same_names(table: RowSource, train: RowSource, classes: Sequence[Any] | None) -> dict[Any, Any]:
+    """Returns the training set's labels by those of another set that stand for the same name, if they differ."""
+    own, names = table.names, train.names
+    if own == names:
+        return {}
+    if names is None:  # numbers cannot be compared with names, and are left as they are
+        return dict(enumerate(own or ())) if classes and isinstance(classes[0], str) else {}
+    numbers = {name: number for number, name in enumerate(names)}
+    if own is None:
+        return numbers if all(isinstance(label, int) for label in classes or ()) else {}
+    for each in (own, names):
+        if twice := [name for name, count in Counter(each).items() if count > 1]:
+            raise UserError(
+                f"{table.place(0)}: {table.target}: the classes have other names than those of the training set, or "
+                f"another order, and {twice[0]!r} is the name of two"
+            )
+    if classes and isinstance(classes[0], str):
+        return dict(enumerate(own))
+    return {number: numbers.get(name, name) for number, name in enumerate(own)}
+
+
+def _naming_warnings(
+    key: str, train: RowSource, other: str, table: RowSource, classes: Sequence[Any] | None
+) -> tuple[str, ...]:
+    """Returns a warning if only one of two sets of numbered classes has names for them."""
+    if (train.names is None) == (table.names is None) or not all(isinstance(label, int) for label in classes or ()):
+        return ()
+    names = train.names or table.names or ()
+    if [*names] == [str(number) for number in range(len(names))] or isinstance(table.labels()[0], str):
+        return ()
+    has, lacks = (key, other) if table.names is None else (other, key)
+    return (
+        f"{WARNING}{lacks} has no names of the classes of {table.target}; its numbers are taken for those of {has}",
+    )
+
+
+def _shown(label: Any, train: RowSource) -> str:
+    """Returns the name of a class, or its label."""
+    return str(label) if train.names is None or not isinstance(label, int) else train.names[label]
 
 
 def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
@@ -201,23 +299,32 @@ def _sorted(labels: set[Any], where: str) -> list[Any]:
     return sorted(labels)
 
 
-def _targets(table: RowSource, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
+def _targets(table: RowSource, train: RowSource, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
     """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float64 [N] or [N, K] values."""
-    values = _labels(table)
+    values = _labels(table, train, classes)
     if classes is not None:
         numbers = {label: number for number, label in enumerate(classes)}
+        unknown: dict[str, int] = {}  # the first row of each
         for row, labels in enumerate(values):
-            for label in labels or () if several else (labels,):
-                if label not in numbers:
-                    raise UserError(
-                        f"{table.place(row)}: {table.target} is {label!r}, a class that no training row has"
-                    )
+            if several and not isinstance(labels, list):
+                raise UserError(f"data.labels=several: {table.place(row)}: {table.target} must be a list")
+            for label in labels if several else (labels,):
+                if isinstance(label, list | dict) or label not in numbers:
+                    is_number = isinstance(label, int) and train.names is not None and 0 <= label < len(train.names)
+                    unknown.setdefault(repr(_shown(label, train) if is_number else label), row)
+        if unknown:
+            (label, row), *others = unknown.items()
+            more = f"; nor {listed([name for name, _ in others])}" if others else ""
+            raise UserError(f"{table.place(row)}: {table.target} is {label}, a class that no training row has{more}")
         if several:
             targets = torch.zeros(len(values), len(classes))
             for row, labels in zip(targets, values, strict=True):
                 row[[numbers[label] for label in labels]] = 1.0
             return targets
         return torch.tensor([numbers[label] for label in values])
+    for row, value in enumerate(values if table.names is not None else ()):
+        if isinstance(value, str):
+            raise UserError(f"{table.place(row)}: {table.target} is {value!r}, a class that the training set lacks")
     try:
         targets = torch.tensor(values, dtype=torch.float64)
     except (TypeError, ValueError):

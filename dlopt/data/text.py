@@ -286,7 +286,7 @@ def _concatenate(paths: Sequence[Path]) -> tuple[np.ndarray, list[int]]:
 
 def _rows(paths: Sequence[Path], column: str) -> tuple[np.ndarray, list[int]]:
     """Returns the bytes of the documents in a column of Parquet files, in memory, and the end of each."""
-    table = read_parquet("data.file", list(map(str, paths)), [column], column)
+    table, _ = read_parquet("data.file", list(map(str, paths)), [column], column)
     joined, ends = bytearray(), []
     for row, value in enumerate(table.column(column)):
         document = value.as_py()

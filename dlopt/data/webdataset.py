@@ -58,7 +58,7 @@ def webdataset(
         input: the extension of the inputs, an image, npy or json; of several, the first one that a sample has.
         target: the extension of the labels: cls, txt, json or npy. json.NAME is a field of an object in json.
         labels: class: names or integers; several: lists of them; value: numbers for a regression.
-        channels: of images: 3 (colour), 1 (grey), None: as in the first image.
+        channels: of images: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
 
     Raises:
         UserError: a file is missing, damaged or compressed, or a sample lacks a member or has an invalid one.
@@ -106,19 +106,18 @@ class Shards:
         return int(self.arrays["size"].sum())
 
     def read(self, start: int, stop: int) -> bytes:
-        members = (self._content(row) for row in range(start, stop))
+        members = (self.content(row) for row in range(start, stop))
         return b"".join(len(content).to_bytes(8, "little") + content for content in members)
 
     def value(self, row: int, channels: Channels) -> Any:
         name = self._input(row)
-        content, where = self._content(row), f"{self.place(row)}: {name}"
+        content, where = self.content(row), f"{self.place(row)}: {name}"
         if _is_image(name):
             return decode_bytes(content, channels, where)
         array = np.atleast_1d(numbers(_decode(content, name, where), where, "in npy or json"))
         return array if array.dtype == np.uint8 else array.astype(np.float64)  # `Wrapped` rounds them
 
-    def _content(self, row: int) -> bytes:
-        """Reads the input of a sample. Raises `UserError`."""
+    def content(self, row: int) -> bytes:
         where = self.place(row)
         offset, size = int(self.arrays["offset"][row]), int(self.arrays["size"][row])
         try:
@@ -138,8 +137,9 @@ class Shards:
         label = json.loads(self.arrays["label"][row])
         return f"{self.target} of sample {os.fsdecode(self.arrays['key'][row])} is of the type {type(label).__name__}"
 
-    def class_names(self, classes: Sequence[Any]) -> tuple[str, ...]:
-        return tuple(map(str, classes))
+    @property
+    def names(self) -> None:
+        return None
 
     def columns(self) -> None:
         return None

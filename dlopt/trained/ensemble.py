@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dlopt.trained.restore import fitting
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import foreign
 from dlopt.training.checkpoint.content import Checkpoint
+from dlopt.training.checkpoint.weights import other_class
 from dlopt.training.evaluate import (
     Average,
     Outputs,
@@ -142,11 +142,5 @@ def restored(
 
 def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[str] | None) -> None:
     """Raises `UserError` if the model was trained with other classes than those of the data."""
-    if trained is None or classes is None:
-        return
-    for number, (old, new) in enumerate(zip_longest(trained, classes, fillvalue="missing")):
-        if old != new:
-            raise UserError(
-                f"checkpoint={path}: trained with other classes than those of the data: class {number} is {old} in the "
-                f"checkpoint, {new} in the data"
-            )
+    if (other := other_class(trained, classes)) is not None:
+        raise UserError(f"checkpoint={path}: trained with other classes than those of the data: {other}")

@@ -87,17 +87,17 @@ def test_large_tables_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file = write(tmp_path / "a.parquet", pictures(40), [i % 2 for i in range(40)])
     monkeypatch.setattr(reading, "_MAX_READ", 0)
     before = arrow.total_allocated_bytes()
-    table = reading.read_parquet("data.file", [file], ["image", "label"], "label")
+    table, _ = reading.read_parquet("data.file", [file], ["image", "label"], "label")
     deadline = time.monotonic() + 60  # Arrow's threads free what they have read a little later
     while arrow.total_allocated_bytes() - before >= table.nbytes / 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert table.nbytes > 1000 and arrow.total_allocated_bytes() - before < table.nbytes / 4
     monkeypatch.setattr(reading, "_batches", None)  # the second time, the file in the cache is used
-    assert reading.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
+    assert reading.read_parquet("data.file", [file], ["image", "label"], "label")[0].equals(table)
     monkeypatch.undo()
     monkeypatch.setattr(reading, "_MAX_READ", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", file)  # not a folder
-    assert reading.read_parquet("data.file", [file], ["image", "label"], "label").equals(table)
+    assert reading.read_parquet("data.file", [file], ["image", "label"], "label")[0].equals(table)
 
 
 def test_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
@@ -496,3 +496,143 @@ def test_a_table_that_expands_is_mapped(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(reading, "_MAX_READ", 1 << 17)  # more than the size in the file
     monkeypatch.setattr(reading, "_mapped", lambda *arguments: mapped.append(arguments))
     assert len(read(file=path, input="n", target="y").train) == 50_000 and len(mapped) == 1
+
+
+def named(path: Path, names: list[str] | None, labels: list[Any]) -> str:
+    """Writes labels as the package datasets does: as numbers in `names`; the input tells the first letter."""
+    flat = [each for label in labels for each in (label if isinstance(label, list) else [label])]
+    letters = [ord((label if isinstance(label, str) else (label or flat)[0])[0]) for label in labels]
+    order = names or sorted({*flat})
+    numbers = [
+        [order.index(each) for each in label] if isinstance(label, list) else order.index(label) for label in labels
+    ]
+    feature: Any = {"names": names, "_type": "ClassLabel"}
+    if isinstance(labels[0], list):
+        feature = {"feature": feature, "_type": "List"}
+    table = arrow.table({"x": list(map(float, letters)), "label": numbers})
+    if names is not None:
+        content = {"info": {"features": {"x": {"dtype": "float64", "_type": "Value"}, "label": feature}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(content)})
+    writer.write_table(table, path)
+    return str(path)
+
+
+def letters(dataset: Dataset, split: str = "train") -> list[tuple[str, str]]:
+    """Returns the first letters of the classes that inputs and targets tell."""
+    samples = getattr(dataset, split)
+    x, classes = samples.fetch(torch.arange(len(samples))).flatten().tolist(), dataset.classes
+    assert classes is not None
+    return [(chr(int(value)), classes[target][0]) for value, target in zip(x, samples.targets.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("order", [["eel", "dog", "cat"], ["dog", "eel", "cat"], ["ant", "cat", "eel", "dog"]])
+def test_classes_of_other_files_are_those_of_the_same_name(tmp_path: Path, order: list[str]) -> None:
+    words = ["cat", "eel", "dog", "eel", "cat"]
+    train = named(tmp_path / "train.parquet", ["cat", "dog", "eel"], words)
+    other = named(tmp_path / "other.parquet", order, words)
+    x = {"input": "x"}
+    for dataset in (read(file=train, test_file=other, **x), read(file=train, val_file=other, test_file=other, **x)):
+        assert dataset.classes == ("cat", "dog", "eel") and not dataset.notes
+        assert all(a == b for a, b in letters(dataset, "test"))
+    several = read(file=[train, other], test_file=train, **x)
+    assert several.classes == ("cat", "dog", "eel") and all(
+        a == b for a, b in letters(several) + letters(several, "test")
+    )
+    texts = str(tmp_path / "texts.parquet")
+    writer.write_table(arrow.table({"x": [float(ord(word[0])) for word in words], "label": words}), texts)
+    for pair in ({"file": train, "test_file": texts}, {"file": texts, "test_file": other}):
+        assert all(a == b for a, b in letters(read(**pair, **x), "test"))
+    values = read(file=train, test_file=other, labels="value", **x)
+    assert values.test is not None and values.test.targets.tolist() == values.train.targets.tolist()
+
+
+def test_lists_of_labels_are_those_of_the_same_names(tmp_path: Path) -> None:
+    words = [["cat"], ["eel", "cat"], ["dog"]]
+    train = named(tmp_path / "train.parquet", ["cat", "dog", "eel"], words)
+    other = named(tmp_path / "other.parquet", ["eel", "dog", "cat"], words)
+    dataset = read(file=train, test_file=other, input="x", labels="several")
+    assert dataset.test is not None and dataset.test.targets.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
+
+
+def test_names_that_the_training_set_lacks(tmp_path: Path) -> None:
+    train = named(tmp_path / "train.parquet", ["cat", "dog", "eel", "gnu"], ["cat", "eel", "dog"])
+    other = named(tmp_path / "other.parquet", ["eel", "fox", "gnu", "owl"], ["eel", "fox", "gnu", "owl"])
+    with pytest.raises(
+        UserError, match=r"^data\.test_file, row 1: label is 'fox', a class that .* has; nor 'gnu', 'owl'$"
+    ):
+        read(file=train, test_file=other, input="x")
+    with pytest.raises(
+        UserError, match=r"^data\.test_file, row 1: label is 'fox', a class that the training set lacks$"
+    ):
+        read(file=train, test_file=other, input="x", labels="value")
+
+
+def test_numbers_without_names_are_reported(tmp_path: Path) -> None:
+    words = ["cat", "eel", "dog"]
+    train = named(tmp_path / "train.parquet", ["cat", "dog", "eel"], words)
+    bare = named(tmp_path / "bare.parquet", None, words)
+    [note] = read(file=train, test_file=bare, input="x").notes
+    assert note.startswith("warning: data.test_file has no names of the classes of label; its numbers are taken for")
+    [note] = read(file=bare, test_file=train, input="x").notes
+    assert note.startswith("warning: data.file has no names of the classes of label")
+    [note] = read(file=[bare, train], input="x").notes
+    assert note.startswith("warning: data.file: 1 of 2 files have no names of the classes of label")
+    digits = named(tmp_path / "digits.parquet", ["0", "1", "2"], ["0", "2", "1"])
+    assert not read(file=digits, test_file=bare, input="x").notes
+
+
+@pytest.mark.parametrize("most", [0, 1 << 28])
+def test_dictionaries_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(reading, "_MAX_READ", most)
+    files = []
+    for number, words in enumerate((["cat", "eel", "dog"], ["eel", "cat", "dog", "cat"])):
+        files.append(str(tmp_path / f"{number}.parquet"))
+        labels = arrow.array(words).dictionary_encode()
+        writer.write_table(arrow.table({"x": [float(ord(word[0])) for word in words], "label": labels}), files[-1])
+    dataset = read(file=files, test_file=files[1], input="x")
+    assert all(a == b for a, b in letters(dataset) + letters(dataset, "test"))
+
+
+def test_a_folder_whose_files_name_classes_differently(tmp_path: Path) -> None:
+    """The package datasets takes the names of one file for all."""
+    pytest.importorskip("datasets")
+    named(tmp_path / "train.parquet", ["cat", "dog", "eel"], ["cat", "eel", "dog"])
+    named(tmp_path / "test.parquet", ["eel", "dog", "cat"], ["cat", "eel", "dog"])
+    with pytest.raises(UserError, match=r"train\.parquet and .*test\.parquet have other names .* use data=parquet"):
+        hub(name=str(tmp_path), split="train", test="test", input="x")
+
+
+def in_modes(path: Path, modes: list[str], *, seed: int = 0) -> str:
+    """Writes images of the given modes, of random colours; "grey": of mode RGB without a colour."""
+    files = []
+    for mode, pixels in zip(modes, pictures(len(modes), seed), strict=True):
+        image = Image.fromarray(pixels)
+        image = image.convert("L").convert("RGB") if mode == "grey" else image.convert(mode)
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        files.append(buffer.getvalue())
+    writer.write_table(arrow.table({"image": files, "label": [i % 2 for i in range(len(files))]}), path)
+    return str(path)
+
+
+def test_a_first_image_in_grey_does_not_decide(tmp_path: Path) -> None:
+    mixed = in_modes(tmp_path / "mixed.parquet", ["L", "L", "RGB", "P"])
+    grey = in_modes(tmp_path / "grey.parquet", ["L", "grey", "LA", "1"])
+    [note] = read(file=mixed).notes
+    assert note == "the first image is grey, others have colour (data.file, row 2): all are read in colour"
+    assert torch.equal(inputs(read(file=mixed))[2], torch.from_numpy(pictures(4)[2]).permute(2, 0, 1))
+    assert read(file=grey).train.shape == (1, 6, 5) and not read(file=grey).notes
+    assert torch.equal(inputs(read(file=grey)), inputs(read(file=grey, channels=1)))
+    assert read(file=grey, test_file=mixed).train.shape == (3, 6, 5)
+    assert read(file=mixed, channels=1).train.shape == (1, 6, 5)
+
+
+def test_a_colour_that_no_image_looked_at_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlopt.data.rows._LOOKED_AT", 2)
+    file = in_modes(tmp_path / "a.parquet", ["L", "grey", "RGB", "L"])
+    dataset = read(file=file)
+    assert dataset.train.fetch(torch.tensor([0, 1, 3])).shape == (3, 1, 6, 5)
+    with pytest.raises(
+        UserError, match=r"^data\.channels=null: data\.file, row 2: has colour, .*; set data\.channels=3"
+    ):
+        dataset.train.fetch(torch.tensor([2]))

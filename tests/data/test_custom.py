@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from dlopt.basics.errors import UserError
 from dlopt.data.custom import custom
@@ -116,3 +116,30 @@ def test_images_without_a_white_are_refused(mode: str) -> None:
         UserError, match=r"^data\.train \(.*Rows\)\[0\]: .* pixels from 1 to 1; convert them to 8 or 16"
     ):
         load(train=Rows(images, [0]))
+
+
+class Named(Points):
+    """Items that name their classes, as those of torchvision do."""
+
+    def __init__(self, words: list[str], classes: list[str]) -> None:
+        self.class_to_idx = {name: number for number, name in enumerate(classes)}
+        self.words = words
+        super().__init__([self.class_to_idx[word] for word in words])
+
+
+def test_classes_have_the_numbers_of_the_training_set() -> None:
+    """A test folder without a class numbers all later classes differently."""
+    train, words = Named(["ant", "bee", "cat", "dog"], ["ant", "bee", "cat", "dog"]), ["dog", "ant", "cat"]
+    test = Named(words, ["ant", "cat", "dog"])
+    for split in (test, Subset(test, [0, 1, 2]), ConcatDataset([test])):
+        data = load(train=train, val=split, test=split)
+        expected = [train.class_to_idx[word] for word in words]
+        assert data.test.targets.tolist() == data.val.targets.tolist() == expected
+    with pytest.raises(UserError, match=r"^data\.test: has classes that data\.train lacks: eel, fox$"):
+        load(train=train, test=Named(["ant", "eel", "fox"], ["ant", "eel", "fox", "gnu"]))
+    with pytest.raises(
+        UserError, match=r"^data\.train: its parts number the classes differently: ant=0, .*, and ant=0"
+    ):
+        load(train=ConcatDataset([train, test]))
+    with pytest.raises(UserError, match=r"^data\.classes=.*: data\.train has the classes in another order"):
+        load(train=train, classes=["bee", "ant", "cat", "dog"])

@@ -50,7 +50,7 @@ from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.recompute import recompute
 from dlopt.training.checkpoint.content import Checkpoint, blamed
-from dlopt.training.checkpoint.weights import match_weights
+from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.rng import ADAPTERS, SCHEME, WEIGHTS
 from dlopt.training.step import Network, Teacher
 from dlopt.training.throughput import Throughput
@@ -374,12 +374,18 @@ def data_spec(workload: Workload) -> dict[str, Any]:
     tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
     return {
         **tokenizer,
-        "classes": list(dataset.classes) if dataset.classes is not None and dataset.task.has_labels else None,
+        "classes": class_names(workload),
         "task": asdict(dataset.task),
         "sample": list(dataset.train.shape),
         "window": list(workload.shape),
         "identity": dataset.identity,
     }
+
+
+def class_names(workload: Workload) -> list[str] | None:
+    """Returns the names of the labels that the model predicts; None: it predicts numbers, tokens or images."""
+    dataset = workload.dataset
+    return list(dataset.classes) if dataset.classes is not None and dataset.task.has_labels else None
 
 
 def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
@@ -443,19 +449,33 @@ def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...])
     return normalize(inputs).float().cpu()
 
 
-def load_weights(module: nn.Module, path: Path, mode: Mode | None = None, *, complete: bool = False) -> list[str]:
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    mode: Mode | None = None,
+    *,
+    complete: bool = False,
+    classes: Sequence[str] | None = None,
+) -> list[str]:
     """Initializes the model from a checkpoint, or from a file of weights (see `match_weights`). Returns lines to log.
 
     Skips and lists weights whose name or shape differs (the head, for other classes). `mode`: loads on all ranks.
-    Raises `UserError` if no weight matches, or with `complete` if one is missing.
+    `classes`: the names in the data; other ones in a checkpoint, whose outputs are in their order, are reported, or
+    refused with `complete`. Raises `UserError` if no weight matches, or with `complete` if one is missing.
     """
     match = match_weights(path, module)
+    other = other_class(match.classes, classes)
+    if complete and other is not None:
+        raise UserError(f"init_from={path}: trained with other classes than those of the data: {other}")
     if complete and match.missing:
         raise UserError(
             f"init_from={path}: an untrained part cannot be tested; the file lacks, or has with another shape: "
             f"{', '.join(match.missing)}"
         )
     (mode or Mode(torch.device("cpu"))).sharding.load_model(module, match.weights, strict=False)
+    if other is not None and len(match.classes or ()) == len(classes or ()):  # otherwise the last layer does not fit
+        warning = f"  warning: the last layer, too, although it was trained with other classes: {other}"
+        return [*match.lines, warning]
     return match.lines
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Of nested dicts, the names are joined by slashes: "state_dict/model.head.weight". Raises `UserError` if there are no
     tensors. Nothing but tensors and plain values is unpickled.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """Returns the weights, and the names of the classes of a checkpoint; see `read_weights`."""
     try:
         refuse_special(path)
         if path.suffix == ".safetensors":
@@ -55,9 +61,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             ) from None
         raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
     if is_checkpoint(state):
-        return load(path).merged_weights  # again, to verify the checksum and to load shards
+        checkpoint = load(path)  # again, to verify the checksum and to load shards
+        return checkpoint.merged_weights, checkpoint.classes if "classes" in checkpoint.data else None
     if weights := dict(_flattened(state)):
-        return weights
+        return weights, None
     keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, Mapping) else ""
     raise UserError(f"init_from={path}: contains no weights by name (a dict of tensors){keys}")
 
@@ -91,11 +98,15 @@ def _is_raw_beside_average(name: str, state: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Match:
-    """The weights of a file that fit a model, by the model's names, and lines that describe the match."""
+    """The weights of a file that fit a model, by the model's names, and lines that describe the match.
+
+    `classes`: their names in the checkpoint that the file is; None: it is none, or has none.
+    """
 
     weights: dict[str, Tensor]
     missing: list[str]  # parameters and buffers of the model that the file lacks, except batch norm's counters
     lines: list[str]
+    classes: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ def match_weights(path: Path, module: nn.Module) -> Match:
     state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     own = _without_wrappers(without_adapters(state))
     current = {name: state[full] for name, full in own.items()}
-    raw = read_weights(path)
+    raw, classes = _read(path)
     full_names = _without_wrappers(raw)
     named = {name: raw[full] for name, full in full_names.items()}
     is_adapted = has_adapters(named)
@@ -168,7 +179,19 @@ def match_weights(path: Path, module: nn.Module) -> Match:
         lines.append(f"  not used: {', '.join(_grouped([*unused, *(full_names[name] for name in outside)]))}")
     if chosen.origin:
         lines += [f"  {line}" for line in differences(module)]
-    return Match({own[name]: tensor for name, tensor in fitting.items()}, [own[name] for name in missing], lines)
+    return Match(
+        {own[name]: tensor for name, tensor in fitting.items()}, [own[name] for name in missing], lines, classes
+    )
+
+
+def other_class(trained: Sequence[str] | None, classes: Sequence[str] | None) -> str | None:
+    """Names the first class that is another one in the data than in the checkpoint; None: there is none."""
+    if trained is None or classes is None:
+        return None
+    for number, (old, new) in enumerate(zip_longest(trained, classes, fillvalue="missing")):
+        if old != new:
+            return f"class {number} is {old} in the checkpoint, {new} in the data"
+    return None
 
 
 @contextlib.contextmanager
