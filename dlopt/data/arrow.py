@@ -2,7 +2,6 @@
 
 import glob
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.checks import WARNING, left_out_note
 from dlopt.data.images import decode_bytes
 from dlopt.data.parquet import Parts, innermost, library, read_parquet
-from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
+from dlopt.data.rows import LARGEST, Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
 _CHECKED_ROWS = 1 << 20  # of each column of numbers
@@ -271,7 +270,7 @@ def _number(table: Any, name: str, index: int, key: str) -> float:
     if not _is_number(kind):
         raise UserError(f"data.input: the column {name} has the type {kind}; several columns must all be numbers")
     value = table.column(name)[index].as_py()
-    if value is None or not math.isfinite(value):
+    if value is None or not abs(value) <= LARGEST:  # also NaN
         raise UserError(f"{key}, row {index}: {name} is {value}, not a finite number")
     return float(value)
 

@@ -19,7 +19,8 @@ _SHOWN = 3  # names in a line, and lines of a kind
 _FEW = 20  # rows, which a feature may number by chance
 _MANY_CLASSES = 50  # if all of them are numbers, they are likely the values of a regression
 _MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "nil", "?"})
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+_INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+_DECIMALS = re.compile(r"[+-]?[0-9]+\.0*")
 _SEPARATORS = re.compile(r"[\s_\-]+")
 _MAX_ROUNDING = 0.01  # of a column's range
 _SAMPLED = 64  # vectors that are looked at if they are read one at a time
@@ -156,6 +157,20 @@ def natural(name: str) -> tuple[float, str]:
     return (math.inf, name) if math.isnan(value) else (value, name)
 
 
+def without_decimals(labels: Sequence[str], column: str) -> tuple[Sequence[str], tuple[str, ...]]:
+    """Returns labels of which 1.0 is written as 1 if both occur and all are numbers, and a line on it.
+
+    A program that fills a gap in a column of integers writes some of them, or all of a file, with decimals.
+    """
+    found = {label: number(label) for label in set(labels)}
+    whole = {label: label.partition(".")[0] for label in found if _DECIMALS.fullmatch(label)}
+    merged = {label: short for label, short in whole.items() if short in found}
+    if not merged or any(map(math.isnan, found.values())):
+        return labels, ()
+    label, short = min(merged.items())
+    return [merged.get(each, each) for each in labels], (f"{column}: {label} is read as the class {short}",)
+
+
 def are_measured(labels: Iterable[str]) -> bool:
     """Returns whether labels are more than a few numbers with decimals: the values of a regression."""
     values = [number(name) for name in set(labels)]
@@ -194,12 +209,12 @@ def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: boo
 
 
 def _form(name: str) -> str:
-    """Returns what is left of a name without case, separators, invisible characters and the notation of numbers."""
+    """Returns what is left of a name without case, separators, quotes, invisible characters and notation of numbers."""
     value = number(name)
     if not math.isnan(value):
         return repr(value)
     plain = unicodedata.normalize("NFKC", name).translate(_INVISIBLE).casefold()
-    return _SEPARATORS.sub(" ", plain).strip() or name
+    return _SEPARATORS.sub(" ", plain).strip(" \"'") or name
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ import array
 import codecs
 import contextlib
 import csv
+import io
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
+from dlopt.basics.formats import printable
 from dlopt.data.checks import LEFT_OUT, WARNING, number
 from dlopt.data.images import EXTENSIONS
 
@@ -167,7 +169,8 @@ def read_columns(
     lines = array.array("q")
     values = np.empty((_CHUNK, len(numbers)))
     notes: tuple[str, ...] = ()
-    rows = _lines(header.path, header.delimiter, header.encoding)
+    doubts = _Doubts()
+    rows = _lines(header.path, header.delimiter, header.encoding, doubts)
     next(rows, None)
     while chunk := list(itertools.islice(rows, _CHUNK)):
         for line, row in chunk:
@@ -192,7 +195,7 @@ def read_columns(
                 wrong = int(np.flatnonzero(~(np.abs(column) <= _LARGEST))[0])  # also NaN
                 raise _not_a_number(_place(header.path, chunk[wrong][0]), name, fields[wrong], advice)
     values.resize((len(lines), len(numbers)), refcheck=False)
-    return CsvFile(header.path, kept, values, lines, notes)
+    return CsvFile(header.path, kept, values, lines, notes + doubts.notes(header))
 
 
 def _shared(fields: list[str], known: dict[str, str]) -> list[str]:
@@ -204,13 +207,97 @@ def _place(path: Path, line: int) -> str:
     return f"data.file={path}, line {line}"
 
 
-def _lines(path: Path, delimiter: str, encoding: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line number and the fields of each row that is not empty. Raises `UserError`."""
+@dataclass
+class _Doubts:
+    """Rows whose quotes are doubtful: what the reader makes of them may not be what was meant.
+
+    Attributes:
+        broken: fields that have line breaks: how many, the position of the first in its row, and its first line.
+        longest: the most lines that a row has.
+        closed_early: rows in which text follows a closing quote: how many, and the line of the first.
+        is_open: the last row ends within quotes.
+    """
+
+    broken: tuple[int, int, int] = (0, 0, 0)
+    longest: int = 0
+    closed_early: tuple[int, int] = (0, 0)
+    is_open: bool = False
+
+    def add(self, row: Sequence[str], line: int, lines: int) -> None:
+        """Counts a row of several lines."""
+        for position, field in enumerate(row):
+            if "\n" in field.rstrip() or "\r" in field.rstrip():
+                count, first, at = self.broken
+                self.broken = (count + 1, first, at) if count else (1, position, line)
+                self.longest = max(self.longest, lines)
+
+    def add_quotes(self, lines: Sequence[str], delimiter: str, line: int, *, is_open: bool) -> None:
+        """Counts a row that a strict reader refuses, unless only spaces follow its quotes."""
+        self.is_open = self.is_open or is_open
+        text = re.sub(rf'"[ \t]+(?={re.escape(delimiter)}|\r|\n|$)', '"', "".join(lines))
+        try:
+            next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        except csv.Error:
+            count, first = self.closed_early
+            self.closed_early = self.closed_early if is_open else (count + 1, first or line)
+
+    def notes(self, header: Header) -> tuple[str, ...]:
+        """Returns a warning for each kind."""
+        lines = []
+        if (found := self.broken)[0]:
+            count, position, line = found
+            names = dict(zip(header.positions, header.names, strict=True))
+            end = "; the file ends within quotes" if self.is_open else ""
+            fields = "1 field has" if count == 1 else f"{count:,} fields have"
+            lines.append(
+                f"{WARNING}{fields} line breaks, up to {self.longest:,} lines, the first in line {line}, column "
+                f"{printable(names.get(position, str(position + 1)))}: check that its quotes are closed{end}"
+            )
+        elif self.is_open:
+            lines.append(f"{WARNING}the file ends within quotes")
+        count, line = self.closed_early
+        if count:
+            rows = "1 row has" if count == 1 else f"{count:,} rows have"
+            lines.append(
+                f"{WARNING}{rows} text after a closing quote, the first in line {line}; write a quote within quotes "
+                'as ""'
+            )
+        return tuple(lines)
+
+
+def _lines(path: Path, delimiter: str, encoding: str, doubts: _Doubts | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line number and the fields of each row that is not empty. Raises `UserError`.
+
+    `doubts`: counts the rows whose quotes are doubtful.
+    """
+    doubts = _Doubts() if doubts is None else doubts
     with _reading(path), path.open(newline="", encoding=encoding) as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        for row in reader:
-            if row or reader.line_num == 1:
-                yield reader.line_num, [field.strip() for field in row]
+        kept: list[str] = []  # the lines of the current row
+        number = 0  # of the last line that was read
+
+        def lines() -> Iterator[str]:
+            nonlocal number
+            for line in file:
+                number += 1
+                kept.append(line)
+                yield line
+
+        source = lines()
+        strict = csv.reader(source, delimiter=delimiter, strict=True)
+        while True:
+            kept.clear()
+            try:
+                row = next(strict, None)
+            except csv.Error as error:
+                # Read again as the csv module does by default; any other error is raised again.
+                row = next(csv.reader(itertools.chain([*kept], source), delimiter=delimiter))
+                doubts.add_quotes(kept, delimiter, number - len(kept) + 1, is_open="end of data" in str(error))
+            if row is None:
+                return
+            if len(kept) > 1:
+                doubts.add(row, number - len(kept) + 1, len(kept))
+            if row or number == 1:
+                yield number, [field.strip() for field in row]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import are_values, column_warnings, label_warnings, natural, rounding_warnings
+from dlopt.data.checks import are_values, column_warnings, label_warnings, natural, rounding_warnings, without_decimals
 from dlopt.data.csv_file import SPLITS, read_columns, read_header
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
@@ -70,8 +70,8 @@ def table(
             warnings = rounding_warnings([(f"the target {target}", answers)])
     else:
         content = read_columns(header, [target, *split_columns], numbers)
-        answers = content.column(target)
-        warnings = label_warnings(target, Counter(answers))
+        answers, merged = without_decimals(content.column(target), target)
+        warnings = (*merged, *label_warnings(target, Counter(answers)))
         if are_values(answers):
             raise UserError(
                 f"data.labels=class: {target} has {len(set(answers))} different values in {len(answers)} rows; "

@@ -29,6 +29,7 @@ from dlopt.data.samples import Dataset, Wrapped
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
 Files = str | list[str]
+LARGEST = torch.finfo(torch.float32).max
 _LOOKED_AT = 256  # images of each split, if the first one is grey
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
 
@@ -191,12 +192,12 @@ class RowDataset:
 
 
 def numbers(value: Any, where: str, kind: str) -> np.ndarray:
-    """Returns finite numbers as an array. Raises `UserError` that starts with `where` and ends with `kind`."""
+    """Returns numbers, finite in float32, as an array. Raises `UserError` that starts with `where`, ends with `kind`."""
     try:
         array = np.array(value)
     except ValueError:
         array = np.array(value, dtype=object)
-    if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and not (np.abs(array) <= LARGEST).all()):
         raise UserError(f"{where}: must have finite numbers in lists of equal lengths ({kind})")
     return array
 
@@ -207,8 +208,8 @@ def numbers(value: Any, where: str, kind: str) -> np.ndarray:
 def _labels(table: RowSource, train: RowSource | None = None, classes: Sequence[Any] | None = None) -> list[Any]:
     """Returns the labels of all rows. Raises `UserError` if one is missing.
 
-    `train`: the training set, of whose labels `classes` are the different ones. Labels of other sets that stand for
-    names are then those of the same names in the training set; of names that it lacks, the names.
+    `train`: the training set, of whose labels `classes` are the different ones. Labels of other sets that name
+    classes are then those of the same names in the training set; of names that it lacks, the names.
     """
     values = table.labels()
     if None in values:
@@ -221,7 +222,7 @@ def _labels(table: RowSource, train: RowSource | None = None, classes: Sequence[
 
 
 def _same_names(table: RowSource, train: RowSource, classes: Sequence[Any] | None) -> dict[Any, Any]:
-    """Returns the training set's labels by those of another set that stand for the same name, if they differ."""
+    """Returns the training set's labels by those of another set that name the same class, if they differ."""
     own, names = table.names, train.names
     if own == names:
         return {}

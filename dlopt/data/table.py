@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.checks import are_measured, label_warnings, natural, rounding_warnings
+from dlopt.data.checks import are_measured, label_warnings, natural, rounding_warnings, without_decimals
 from dlopt.data.csv_file import SPLITS, read_columns, read_header
 from dlopt.data.samples import Dataset, ImageList
 from dlopt.data.unreadable_images import ImageKeys, image_files
@@ -48,13 +48,16 @@ def csv(
     hint = " (for a table of numbers: data=table)"
     answers: Sequence[str] | Sequence[float]
     warnings: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
     if labels == "value":
         content = read_columns(header, other, {label_column: "data.labels=value needs numbers"}, hint=hint)
         answers = content.numbers[:, 0].tolist()
         warnings = rounding_warnings([(label_column, content.numbers[:, 0])])
     else:
         content = read_columns(header, [*other, label_column], hint=hint)
-        answers = content.column(label_column) if labels == "class" else content.texts[label_column]
+        answers = content.texts[label_column]
+        if labels == "class":
+            answers, merged = without_decimals(content.column(label_column), label_column)
     paths = content.column(path_column)
     parts = content.splits(split_column) or ["train"] * len(paths)
     base = content.path.parent if root is None else Path(os.path.expanduser(root))
@@ -75,7 +78,7 @@ def csv(
                 f"data.labels=class: {label_column} has {len(counts)} different numbers; for a regression, use "
                 "data.labels=value loss=mse"
             )
-        warnings = label_warnings(label_column, counts)
+        warnings = (*merged, *label_warnings(label_column, counts))
         names = {name for _, label in splits["train"] for name in _names(label, separator)}
         if separator is not None and not names:
             raise UserError(f"data.file={file}: no training row has a label in {label_column}")

@@ -636,3 +636,14 @@ def test_a_colour_that_no_image_looked_at_has(tmp_path: Path, monkeypatch: pytes
         UserError, match=r"^data\.channels=null: data\.file, row 2: has colour, .*; set data\.channels=3"
     ):
         dataset.train.fetch(torch.tensor([2]))
+
+
+def test_numbers_beyond_float32_are_named(tmp_path: Path) -> None:
+    table = {"a": [1.0, 1.797e308], "list": [[1.0], [-1e39]], "label": [0, 1]}
+    writer.write_table(arrow.table(table), path := str(tmp_path / "a.parquet"))
+    for column, message in (
+        ("a", r"^data\.file, row 1: a is 1\.797e\+308, not a"),
+        ("list", "row 1: list: must have finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inputs(read(file=path, input=column))

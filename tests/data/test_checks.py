@@ -64,6 +64,8 @@ def test_values_and_classes(labels: list[str], expected: bool) -> None:
         (["a", "a", "b"], "y has 1 class with one sample: b"),
         (["a", "a", *"bcde"], "y has 4 classes with one sample: b, c, d, ..."),
         (["a", "a", *"bcd"], "y has 3 classes with one sample: b, c, d"),
+        (["cat", '"cat"', "cat", '"cat"'], "y has classes that differ in form only: '\"cat\"', 'cat'"),
+        (["ca\0t", "cat"] * 2, "y has classes that differ in form only: 'ca\\x00t', 'cat'"),
         (["new york", "New_York"] * 2, "y has classes that differ in form only: 'New_York', 'new york'"),
         (["caf\u00e9", "cafe\u0301"] * 2, "y has classes that differ in form only: 'cafe\u0301', 'caf\u00e9'"),
         (["NaN", "a"] * 2, "y has the class 'NaN', which usually means a missing value"),

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,63 @@ def test_fields_that_are_no_numbers(tmp_path: Path, field: str, remedy: str) -> 
     file = write(tmp_path, f"x,y\n1,2\n{field},3\n")
     with pytest.raises(UserError, match=r"line 3: x is .*, not a finite number; .*" + remedy):
         read(file, [], ["x"])
+
+
+ROWS = [f"{i},{i % 7}.5,note {i},{'ab'[i % 2]}\n" for i in range(60)]
+
+
+def table_of(changed: dict[int, str]) -> str:
+    return "id,x,note,y\n" + "".join(changed.get(i, row) for i, row in enumerate(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("changed", "notes"),
+    [
+        ({}, ()),
+        ({5: '5,1.5,"a ""word"", and",a\n', 6: '6,1.5,"note" ,"b" \n', 7: '7,1.5,5" pipe,b\n'}, ()),
+        # An open quote, in a column that is ignored and in the labels, up to another quote or the end of the file.
+        (
+            {5: '5,1.5,"note,a\n', 45: '45,1.5,note",b\n'},
+            ("1 field has line breaks, up to 41 lines, the first in line 7, column note",),
+        ),
+        (
+            {5: '5,1.5,note,"a\n', 45: '45,1.5,note,b"\n'},
+            ("1 field has line breaks, up to 41 lines, the first in line 7, column y",),
+        ),
+        (
+            {50: '50,1.5,note,"a\n'},
+            ("1 field has line breaks, up to 10 lines, the first in line 52, column y.*; the file ends within",),
+        ),
+        ({59: '59,1.5,note,"a'}, ("the file ends within quotes",)),
+        (
+            {5: '5,1.5,"one\ntwo",a\n', 6: '6,1.5,"one\r\ntwo\r\n3",a\n'},
+            ("2 fields have line breaks, up to 3 lines, the first in line 7",),
+        ),
+        # A quote that closes early.
+        (
+            {5: '5,1.5,note,"a"b\n', 9: '9,1.5,"no"te,b\n'},
+            ("2 rows have text after a closing quote, the first in line 7;",),
+        ),
+        (
+            {5: '5,1.5,"note,a\n', 45: '45,1.5,"note",b\n'},
+            ("1 field has line breaks, up to 41 lines", "1 row has text after a closing quote, the first in line 7;"),
+        ),
+    ],
+)
+def test_doubtful_quotes_are_reported(tmp_path: Path, changed: dict[int, str], notes: tuple[str, ...]) -> None:
+    text = table_of(changed)
+    content = read(write(tmp_path, text), ["note", "y"], ["x"])
+    expected = [row for row in csv.reader(io.StringIO(text, newline="")) if row][1:]
+    assert content.texts["note"] == [row[2].strip() for row in expected]
+    assert content.texts["y"] == [row[3].strip() for row in expected]
+    assert content.numbers[:, 0].tolist() == [float(row[1]) for row in expected]
+    assert len(content.notes) == len(notes)
+    for note, start in zip(content.notes, notes, strict=True):
+        assert re.match(f"warning: {start}", note), note
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_ends_of_lines(tmp_path: Path, end: str) -> None:
+    text = f"x,y{end}1,a{end}{end}2,b{end}3,c"
+    content = read(write(tmp_path, text), ["y"], ["x"])
+    assert content.texts["y"] == ["a", "b", "c"] and not content.notes and [*content.lines] == [2, 4, 5]

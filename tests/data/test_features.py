@@ -218,3 +218,20 @@ def test_newton_solves_the_linear_regression(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     expected = np.square(with_bias(tested) @ weights - test.targets.double().numpy()).mean()
     assert summary["test_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["0", "1", "2", "0.0", "1.00", "2."], ("0", "1", "2")),
+        (["0.0", "1.0", "0.0", "1.0"], ("0.0", "1.0")),
+        (["0", "1.0", "1", "1.5"], ("0", "1", "1.5")),
+        (["1", "1.0", "v1", "v1.0"], ("1", "1.0", "v1", "v1.0")),
+    ],
+)
+def test_classes_with_and_without_decimals(tmp_path: Path, labels: list[str], classes: tuple[str, ...]) -> None:
+    """One column of integers, of which a program wrote some as 1.0, has as many classes as integers."""
+    dataset = load(tmp_path, "x,y\n" + "".join(f"{i % 5}.5,{label}\n" for i, label in enumerate(labels * 3)))
+    assert dataset.classes == classes
+    merged = [note for note in dataset.notes if "is read as the class" in note]
+    assert len(merged) == (len(set(labels)) > len(classes))
