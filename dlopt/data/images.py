@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,25 @@ Boxes = Callable[[Tensor, Tensor], Tensor]
 def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """Returns `image_size` as (height, width); a single number means a square."""
     return (size, size) if isinstance(size, int) else size
+
+
+class Stored(NamedTuple):
+    """How an image file is stored: its size after EXIF rotation, and what decoding drops."""
+
+    height: int
+    width: int
+    is_grey: bool
+    has_alpha: bool
+    has_16_bits: bool
+
+
+def describe(source: str | bytes, name: str) -> Stored:
+    """Returns how an image is stored; decodes it only to see whether a pixel is transparent.
+
+    Raises `UserError` that starts with `name`.
+    """
+    with _naming(name):
+        return EncodedImage(source).stored(checks_alpha=True)
 
 
 def decode_bytes(content: bytes, channels: int | None, name: str) -> Tensor:
@@ -78,6 +97,14 @@ def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
         return EncodedImage(path).decode(size, channels)
 
 
+def decode_described(path: str, size: tuple[int, int], channels: int) -> tuple[Tensor, Stored]:
+    """Decodes as `decode` does; also returns how the image is stored, as its header says."""
+    with _naming(path):
+        image = EncodedImage(path)
+        stored = image.stored()
+        return image.decode(size, channels), stored
+
+
 def decode_boxes(paths: Sequence[str], boxes: Boxes, size: tuple[int, int], channels: int) -> Iterator[Tensor]:
     """Decodes a box of each image, resized to uint8 [channels, *size] as by Pillow, bilinear with anti-aliasing.
 
@@ -109,7 +136,7 @@ def header_size(path: str) -> tuple[int, int]:
         refuse_special(path)
     with _naming(path), Image.open(path, formats=_formats()) as image:
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if orientation(image) >= 5 else (height, width)
 
 
 @cache
@@ -173,10 +200,23 @@ class EncodedImage:
             refuse_special(source)
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         self._image: Image.Image = Image.open(io.BytesIO(content), formats=_formats())
-        self._orientation = _orientation(self._image)
+        self._orientation = orientation(self._image)
         self.mode = self._image.mode
         width, height = self._image.size
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
+
+    def stored(self, *, checks_alpha: bool = False) -> Stored:
+        """Returns how the image is stored. `checks_alpha`: decodes transparency, which may be nowhere."""
+        image = self._image
+        has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+        # The mode in the file, such as RGB;16B, of which Pillow keeps 8 bits.
+        _, _, _, raw = next(iter(getattr(image, "tile", None) or [(None, None, None, "")]))
+        raw = raw[0] if isinstance(raw, tuple) and raw else raw
+        if has_alpha and checks_alpha:
+            has_alpha = image.convert("RGBA").getchannel("A").getextrema()[0] != 255
+        return Stored(
+            self.height, self.width, self.mode in _GREY, has_alpha, image.mode.startswith("I") or ";16" in str(raw)
+        )
 
     def decode(self, size: tuple[int, int] | None, channels: int | None, box: Box | None = None) -> Tensor:
         """Returns `box` (left, top, right, bottom; None: the largest centred one) as uint8 [channels, *size].
@@ -217,9 +257,10 @@ def _centre_box(width: int, height: int, size: tuple[int, int]) -> Box:
     return left, top, left + box_width, top + box_height
 
 
-def _orientation(image: "Image") -> int:
-    orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
-    return orientation if orientation in range(1, 9) else 1  # damaged EXIF data may contain anything
+def orientation(image: "Image") -> int:
+    """Returns the EXIF orientation of an image, 1 to 8; 1: as it is stored."""
+    found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
+    return found if found in range(1, 9) else 1  # damaged EXIF data may contain anything
 
 
 @contextmanager

@@ -1,12 +1,18 @@
 """The lines on a dataset that its splits and images show, after its reader: see `dlopt.data.checks`."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from dlopt.data.checks import WARNING, listed
-from dlopt.data.samples import Dataset, Samples
+from dlopt.basics.errors import UserError
+from dlopt.basics.formats import format_count
+from dlopt.data.checks import LEFT_OUT, WARNING, listed, sampled
+from dlopt.data.images import Stored, describe
+from dlopt.data.rows import RowDataset
+from dlopt.data.samples import Dataset, Files, Samples, Wrapped
 
 _PICTURES = 16  # images that are looked at
 _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
@@ -15,7 +21,7 @@ _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
 def notes(dataset: Dataset) -> tuple[str, ...]:
     """Returns the lines on a dataset as it was read: what was read, the notes of its reader, and on its splits."""
     read = (f"read: {dataset.source}",) if dataset.source else ()
-    return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset.train))
+    return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset.train), *_losses(dataset))
 
 
 def _split_notes(dataset: Dataset) -> list[str]:
@@ -57,6 +63,43 @@ def _image_warnings(samples: Samples) -> tuple[str, ...]:
         f"{WARNING}the images are nearly {colour}: all pixels of {len(images)} of them are from {low} to {high} "
         "(of 0 to 255); of 16 bits, the upper 8 are kept",
     )
+
+
+def _losses(dataset: Dataset) -> list[str]:
+    """Returns what decoding drops of image files, of which some of each split are looked at."""
+    losses: Counter[str] = Counter()
+    total = 0
+    splits = [samples for samples in (dataset.train, dataset.val, dataset.test) if samples is not None]
+    for samples in splits:
+        for row in sampled(len(samples)).tolist() if len(samples.shape) == 3 else ():
+            with contextlib.suppress(UserError):  # raised where the image is read
+                if (stored := _stored(samples, row)) is None:
+                    continue
+                total += 1
+                losses["the colour"] += samples.shape[0] == 1 and not stored.is_grey
+                losses["the transparency"] += stored.has_alpha
+                losses["the lower 8 of 16 bits"] += stored.has_16_bits
+    found = [
+        f"{LEFT_OUT}{name} of {count:,} of {format_count('images', total)} that were looked at"
+        for name, count in losses.items()
+        if count
+    ]
+    rotated = sum(samples.rotated for samples in splits if isinstance(samples, Wrapped))
+    if rotated:
+        found.append(
+            f"{WARNING}the dataset returns images with an EXIF orientation, which is not applied, but is by `dlopt "
+            "predict`; use PIL.ImageOps.exif_transpose"
+        )
+    return found
+
+
+def _stored(samples: Samples, row: int) -> Stored | None:
+    """Returns how an image file is stored; None: it is no file, or missing. Raises `UserError`."""
+    if isinstance(samples, Files):
+        return describe(path := samples.path(row), path)
+    if isinstance(samples, Wrapped) and isinstance(samples.dataset, RowDataset):
+        return samples.dataset.stored(row)
+    return None
 
 
 def _classes(names: Sequence[str]) -> str:

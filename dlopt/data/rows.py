@@ -23,7 +23,7 @@ from dlopt.data.checks import (
     natural,
     rounding_warnings,
 )
-from dlopt.data.images import has_colour, size_pair
+from dlopt.data.images import Stored, describe, has_colour, size_pair
 from dlopt.data.samples import Dataset, Wrapped
 
 Labels = Literal["class", "several", "value"]
@@ -177,6 +177,11 @@ class RowDataset:
         label = self.targets[index]
         return self._value(index), label if label.ndim else label.item()
 
+    def stored(self, index: int) -> Stored | None:
+        """Returns how an image is stored; None: it is missing, or no file. Raises `UserError`."""
+        content = self.table.content(index) if self.table.encoded else None
+        return None if content is None else describe(content, self.table.place(index))
+
     def _value(self, index: int) -> Any:
         if not self._is_checked:
             return self.table.value(index, self._channels)
@@ -192,7 +197,7 @@ class RowDataset:
 
 
 def numbers(value: Any, where: str, kind: str) -> np.ndarray:
-    """Returns numbers, finite in float32, as an array. Raises `UserError` that starts with `where`, ends with `kind`."""
+    """Returns numbers, finite in float32, as an array. Raises `UserError` that starts with `where`; ends in `kind`."""
     try:
         array = np.array(value)
     except ValueError:

@@ -19,7 +19,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
 from dlopt.data.checks import rounding_warnings, sampled, vector_warnings
-from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, resize
+from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, orientation, resize
 from dlopt.data.resampling import resize_box
 from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
@@ -327,8 +327,9 @@ class Wrapped:
             raise UserError(f"{self._name}: is empty")
         self._indices = torch.arange(len(dataset))
         self.target_warnings: tuple[str, ...] = ()
+        self.rotated = 0  # images of PIL that were read, whose EXIF orientation the dataset has not applied
         first, label = self._item(0)
-        self.shape = tuple(first.shape)
+        self.shape, self._dtype = tuple(first.shape), first.dtype
         self.targets = self._targets(label)
 
     def __len__(self) -> int:
@@ -341,6 +342,11 @@ class Wrapped:
                 raise UserError(
                     f"{self._name}[{index}]: has shape {tuple(item.shape)}, the first item has {self.shape}; "
                     "all inputs must have one shape (data.image_size resizes images)"
+                )
+            if item.dtype != self._dtype:
+                raise UserError(
+                    f"{self._name}[{index}]: has the type {item.dtype}, the first item {self._dtype}; images 0..255 "
+                    "(uint8) and numbers must not be mixed"
                 )
         return torch.stack(inputs) if inputs else self._item(0)[0].new_empty((0, *self.shape))
 
@@ -389,6 +395,7 @@ class Wrapped:
 
     def _input(self, value: Any, index: int) -> Tensor:
         if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
+            self.rotated += orientation(value) > 1
             try:
                 value = from_pil(value)
             except ValueError as error:

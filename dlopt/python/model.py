@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
+from dlopt.data.images import Stored
 from dlopt.machine.device import set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads
-from dlopt.trained.classify import Classified, classify, image_files, predicted_labels, refuse_other_inputs
+from dlopt.trained.classify import Classified, changes, classify, image_files, predicted_labels, refuse_other_inputs
 from dlopt.trained.restore import Trained, restore
 from dlopt.training import rng
 from dlopt.training.builders.precision import Precision
@@ -69,6 +71,11 @@ class Model(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if self._task.vocabulary is None and self._window != self._sample and tuple(inputs.shape[1:]) == self._sample:
             inputs = CentreCrop(self._window).crop(inputs)
+        shape = tuple(inputs.shape[1:])
+        if self._task.vocabulary is None and shape != self._window and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"the inputs have the shape {list(shape)}, those of the training had {list(self._window)}", stacklevel=2
+            )
         outputs: Tensor = self.module(self._task.normalized(inputs, self.normalize, self._dtype))
         return outputs
 
@@ -81,8 +88,8 @@ class Model(nn.Module):
     ) -> list[Prediction]:
         """Classifies image files like `dlopt predict`, in the order of their paths or of the list.
 
-        Scales the images to the size of the training images and takes the centre crop. Skips unreadable files with a
-        warning.
+        Scales the images to the size of the training images and takes the centre crop. Warns of what was done to the
+        images, and of unreadable files, which are skipped.
 
         Args:
             images: a file, a folder (searched recursively), or a list of files.
@@ -104,15 +111,18 @@ class Model(nn.Module):
         if not files:
             raise UserError("predict(images=[]): needs at least one file")
         refuse_other_inputs(self._trained, self._path)
-        predictions, errors = [], 0
+        predictions, errors, stored = [], 0, Counter[Stored]()
         for path, values in classify(files, self._placed(), batch_size):
             if not isinstance(values, str):
                 predictions.append(self._prediction(path, values))
+                stored[values.stored] += 1
                 continue
             errors += 1
             if errors > max_errors:
                 raise RunError(f"max_errors={max_errors}: exceeded by unreadable files")
             warnings.warn(f"skipped: {values}", stacklevel=2)
+        if (changed := changes(stored, self._sample)) is not None:
+            warnings.warn(changed, stacklevel=2)
         return predictions
 
     def _prediction(self, path: str, result: Classified) -> Prediction:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.formats import format_count
 from dlopt.data.checks import left_out_note
 from dlopt.data.folder import images_below, reading
-from dlopt.data.images import decode
+from dlopt.data.images import Stored, decode_described
 from dlopt.losses import label_probabilities, probabilities
 from dlopt.machine.threads import usable_cores
 from dlopt.metrics.labels import THRESHOLD
@@ -52,10 +54,14 @@ def refuse_other_inputs(trained: Trained, path: Path) -> None:
 
 
 class Classified(NamedTuple):
-    """The values that a prediction shows, and the number of the class; -1: none, because an output is NaN."""
+    """The values that a prediction shows, and the number of the class; -1: none, because an output is NaN.
+
+    `stored`: how the image is stored.
+    """
 
     values: list[float]
     best: int
+    stored: Stored
 
 
 def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, Classified | str]]:
@@ -66,9 +72,9 @@ def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterato
     """
     channels, height, width = trained.sample
 
-    def read(path: str) -> Tensor | UserError:
+    def read(path: str) -> tuple[Tensor, Stored] | UserError:
         try:
-            return decode(path, (height, width), channels)
+            return decode_described(path, (height, width), channels)
         except UserError as error:
             return error
 
@@ -85,6 +91,28 @@ def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterato
             yield from trained.mode.ranks.gather(_classify(paths, list(images), trained))
 
 
+def changes(images: Counter[Stored], sample: tuple[int, ...]) -> str | None:
+    """Describes what was done to images for a model of samples [C, H, W]; None: nothing."""
+    channels, *size = sample
+    found = []
+    resized = Counter({each: count for each, count in images.items() if [each.height, each.width] != size})
+    if resized:
+        sizes = sorted({(each.height * each.width, f"{each.height}x{each.width}") for each in resized})
+        several = f" .. {sizes[-1][1]}" if len(sizes) > 1 else ""
+        is_cropped = any(each.height * size[1] != each.width * size[0] for each in resized)
+        crop = " and cropped to the centre" if is_cropped else ""
+        scaled = f"from {sizes[0][1]}{several} to {size[0]}x{size[1]} (height x width)"
+        found.append(f"{resized.total():,} resized{crop}, {scaled}")
+    for text, count in (
+        ("from colour to grey", sum(n for each, n in images.items() if channels == 1 and not each.is_grey)),
+        ("from grey to colour", sum(n for each, n in images.items() if channels == 3 and each.is_grey)),
+        ("without their transparency", sum(n for each, n in images.items() if each.has_alpha)),
+        ("from 16 to 8 bits", sum(n for each, n in images.items() if each.has_16_bits)),
+    ):
+        found += [f"{count:,} {text}"] if count else []
+    return f"of {format_count('images', images.total())}: {'; '.join(found)}" if found else None
+
+
 def predicted_labels(labels: Sequence[str], probabilities: Sequence[float]) -> tuple[str, ...]:
     """Returns the labels that a model of several labels predicts."""
     return tuple(label for label, each in zip(labels, probabilities, strict=True) if each >= THRESHOLD)
@@ -98,15 +126,15 @@ def _values(outputs: Tensor, trained: Trained) -> Tensor:
 
 
 def _classify(
-    paths: Sequence[str], images: Sequence[Tensor | UserError], trained: Trained
+    paths: Sequence[str], images: Sequence[tuple[Tensor, Stored] | UserError], trained: Trained
 ) -> list[tuple[str, Classified | str]]:
     readable = [image for image in images if not isinstance(image, UserError)]
     found: Iterator[Classified] = iter(())
     if readable:
-        outputs = trained.outputs(torch.stack(readable))
+        outputs = trained.outputs(torch.stack([pixels for pixels, _ in readable]))
         # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
         best = predicted_classes(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
-        found = map(Classified, _values(outputs, trained).tolist(), best)
+        found = map(Classified, _values(outputs, trained).tolist(), best, [stored for _, stored in readable])
     return [
         (path, str(image) if isinstance(image, UserError) else next(found))
         for path, image in zip(paths, images, strict=True)
@@ -130,11 +158,13 @@ def rows(
 ) -> Iterator[list[str]]:
     """Yields the cells of each readable file, on every process those of all files.
 
-    Calls `warn` for others, and raises `RunError` for more of them than `max_errors`.
+    Calls `warn` for others, and raises `RunError` for more of them than `max_errors`. Calls it at the end with what was
+    done to the images.
     """
-    errors = 0
+    errors, stored = 0, Counter[Stored]()
     for path, result in classify(files, trained, batch_size):
         if not isinstance(result, str):
+            stored[result.stored] += 1
             cells = [f"{value:.6g}" for value in result.values]
             if any(map(math.isnan, result.values)):
                 warn(f"{path}: the outputs of the model have NaN, which names no class")
@@ -149,3 +179,5 @@ def rows(
         warn(f"skipped: {result}")
         if errors > max_errors:
             raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
+    if (changed := changes(stored, trained.sample)) is not None:
+        warn(changed)

@@ -133,6 +133,12 @@ def restored(
             workload = build_workload(run_config, checkpoint, parallel=mode, identified=("test",))
             _check_classes(path, checkpoint.classes, workload.dataset.classes)
             workload.load(checkpoint)
+        shape = workload.dataset.train.shape
+        if workload.task.vocabulary is None and shape != checkpoint.sample:
+            warn(
+                f"warning: checkpoint={path}: trained on samples of the shape {list(checkpoint.sample)}, those of the "
+                f"data have {list(shape)}"
+            )
         if (found := difference(checkpoint.identity, workload.dataset.identity)) is not None:
             warn(f"warning: checkpoint={path}: the data are not those of its run: {found}")
         if mode.ranks.is_main and (found := foreign(path, checkpoint)) is not None:

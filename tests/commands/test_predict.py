@@ -17,6 +17,7 @@ from tests.support.line import dlopt, entries, refused
 from tests.support.ranks import run_ranks
 
 CHECKPOINT = "run/checkpoints/best.pt"
+RESIZED = "of 20 images: 20 resized and cropped to the centre, from 10x14 to 8x8 (height x width)"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
     shutil.copy(workdir / "images/dark/0.png", workdir / "images/dark/.thumbnails")
     (workdir / "images/dark/up").symlink_to("..")
     result = dlopt(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=images", "batch_size=7")
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (0, f"dlopt: {RESIZED}\n")
     assert result.out == "20 images classified: predictions.csv\n"
     head, rows = table(workdir / "predictions.csv")
     assert head == ["image", "class", "probability", "p(bright, very)", "p(dark)"]
@@ -100,7 +101,7 @@ def test_files_that_are_left_out_are_counted(workdir: Path) -> None:
     shutil.move(workdir / "images/dark/1.png", workdir / "images/dark/1.JFIF")
     result = dlopt(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=images")
     assert (result.code, result.out) == (0, "20 images classified: predictions.csv\n")
-    assert result.err == "dlopt: left out: 2 files (1 *.heic, 1 *.txt)\n"
+    assert result.err == f"dlopt: left out: 2 files (1 *.heic, 1 *.txt)\ndlopt: {RESIZED}\n"
 
 
 def test_single_image_and_other_output(workdir: Path) -> None:
@@ -117,7 +118,8 @@ def test_skips_and_reports_unreadable_files(workdir: Path) -> None:
     line = ["predict", f"checkpoint={CHECKPOINT}", "images=images"]
     result = dlopt(workdir, *line, "max_errors=2")
     assert result.code == 0 and "19 images classified, 2 skipped" in result.out
-    left_out, *skipped = result.err.splitlines()
+    left_out, *skipped, changed = result.err.splitlines()
+    assert changed == f"dlopt: {RESIZED.replace('20', '19')}"
     assert left_out == "dlopt: left out: 1 file (1 *.txt)"
     assert [("images/dark/3.png" in each, "images/text.jpg" in each) for each in skipped] == [
         (True, False),

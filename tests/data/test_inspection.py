@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dlopt.config.schema import parameters_of
+from dlopt.data.images import decode
 from dlopt.data.inspection import notes
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, Files, InMemory, Wrapped
 from tests.support.line import dlopt
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -82,3 +83,53 @@ def test_the_lines_reach_the_run_and_its_evaluation(tmp_path: Path) -> None:
     assert '"test_accuracy": ' in (tmp_path / "run/summary.json").read_text()
     tested = dlopt(tmp_path, "eval", "checkpoint=run")
     assert tested.code == 0 and [each for each in tested.out.splitlines() if each in expected] == expected
+
+
+def saved(path: Path, mode: str, *, bits: int = 8, orientation: int = 1) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels) if mode == "RGBA" else Image.fromarray(pixels[..., :3]).convert(mode)
+    if bits == 16:
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) << 8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+
+
+def test_what_decoding_drops_is_counted(tmp_path: Path) -> None:
+    for number, (mode, bits) in enumerate([("RGB", 8), ("RGBA", 8), ("L", 16), ("L", 8), ("RGB", 8)]):
+        saved(tmp_path / f"{number}.png", mode, bits=bits)
+    Image.new("RGBA", (5, 6), (9, 99, 199, 255)).save(tmp_path / "opaque.png")
+    paths = sorted(map(str, tmp_path.glob("*.png")))
+    for channels, expected in (
+        (1, ["the colour of 4 of 6", "the transparency of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
+        (3, ["the transparency of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
+    ):
+        files = Files(paths, torch.tensor([0, 1, 2] * 2), None, channels)
+        lines = notes(Dataset(files, None, None, ("a", "b", "c")))
+        assert lines[1:] == tuple(f"left out: {each} images that were looked at" for each in expected)
+
+
+class Opened:
+    """Images of PIL as torchvision opens them: without their EXIF orientation."""
+
+    def __init__(self, paths: list[Path], *, rotates: bool) -> None:
+        self.paths, self.rotates = paths, rotates
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = Image.open(self.paths[index])
+        return (ImageOps.exif_transpose(image) if self.rotates else image), index % 2
+
+
+def test_an_orientation_that_only_predict_would_apply(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for path in paths:
+        saved(path, "RGB", orientation=6)
+    for rotates in (False, True):
+        samples = Wrapped(Opened(paths, rotates=rotates), None, "data.train")
+        found = [line for line in notes(Dataset(samples, None, None, ("a", "b"))) if "EXIF" in line]
+        assert len(found) == (not rotates)
+        assert samples.shape == ((3, 5, 6) if rotates else (3, 6, 5))
+        assert (decode(str(paths[0]), None, 3).shape == samples.shape) == rotates

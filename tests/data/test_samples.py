@@ -255,3 +255,13 @@ def test_at_most_64_labels_are_compared_with_the_attribute() -> None:
     for count, reads in ((64, 65), (65, 65), (300, 65), (3, 4)):
         items = Items([(torch.rand(2), label) for label in range(count)], targets=list(range(count)))
         assert Wrapped(items, None, "data.train").targets.tolist() == list(range(count)) and items.reads == reads
+
+
+def test_types_of_items_are_not_mixed() -> None:
+    """Images 0..255 among floating-point images 0..1: torch would convert them to numbers of one type."""
+    items = [(torch.rand(1, 4, 4), 0), ((torch.rand(1, 4, 4) * 255).to(torch.uint8), 1)]
+    samples = Wrapped(items, None, "data.train")
+    with pytest.raises(
+        UserError, match=r"data\.train .*\[1\]: has the type torch\.uint8, the first item torch\.float32"
+    ):
+        samples.fetch(torch.tensor([1]))

@@ -305,6 +305,11 @@ def test_predict_is_that_of_the_command(photos: Path) -> None:
         assert each.values == pytest.approx((float(row["p(bright)"]), float(row["p(dark)"])), abs=1e-5)
     files = [found[7].image, Path(found[0].image)]
     assert model.predict(files) == [found[7], found[0]] and model.predict(files[1]) == [found[0]]
+    with pytest.warns(UserWarning, match=r"^of 1 image: 1 resized and cropped to the centre, from 10x14 to 8x8"):
+        model.predict(files[1])
+    model(torch.zeros(1, 3, 8, 8))
+    with pytest.warns(UserWarning, match=r"the inputs have the shape \[192\], those of the training had \[3, 8, 8\]"):
+        model(torch.zeros(1, 192))
 
 
 def test_predict_skips_unreadable_files(photos: Path) -> None:
