@@ -258,6 +258,17 @@ def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_samples_of_another_shape_are_reported(folder: Path) -> None:
+    """Also with crops and in an ensemble: a fully convolutional model evaluates any size."""
+    for line in (["a"], ["a", "tta=flip"], ["checkpoint=[a,b]"]):
+        result = dlopt(folder, "eval", *line, "data.image_size=16", "output=other")
+        assert result.code == 0
+        assert (
+            "a/checkpoints/best.pt: trained on samples of the shape [1, 8, 8], those of the data have [1, 16, 16]"
+            in (result.err)
+        )
+
+
 def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
     line = ("model=mlp", "model.widths=[16]", "loss=mse", "epochs=1", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
