@@ -107,21 +107,44 @@ def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
 
     Of a class without traits, it is known that it evaluates the loss itself if its `step` requires a closure.
 
-    Raises `UserError` for traits that are not `OptimizerTraits`.
+    Raises `UserError` for traits that are not `OptimizerTraits`, and for a `step` that cannot be called as they say.
     """
     kind = type(optimizer)
     declared: Any = getattr(optimizer, "traits", None)
-    if isinstance(declared, OptimizerTraits):
-        return declared
-    if declared is not None:
+    if declared is not None and not isinstance(declared, OptimizerTraits):
         raise UserError(f"{kind.__qualname__}.traits={declared!r}: must be a dlopt.optim.OptimizerTraits")
-    if kind.__module__.startswith("torch.optim."):
+    if declared is None and kind.__module__.startswith("torch.optim."):
         traits, groups = _OF_TORCH.get(kind.__name__, _UNKNOWN), optimizer.param_groups
         fused = all(group.get("fused") for group in groups)  # torch's fused kernels for CUDA
         return replace(traits, capturable=fused, decoupled_decay=traits.decoupled_decay or is_decoupled(groups))
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    needs_closure = closure is not None and closure.default is closure.empty
-    return _UNKNOWN_WITH_CLOSURE if needs_closure else _UNKNOWN
+    signature = inspect.signature(optimizer.step)
+    ways = {"once": (), "many": (None,)}  # positional arguments of `step`
+    callable_ways = [way for way, arguments in ways.items() if _accepts(signature, arguments)]
+    if declared is None and callable_ways:
+        return _UNKNOWN if callable_ways[0] == "once" else _UNKNOWN_WITH_CLOSURE
+    if declared is None or declared.evaluations not in callable_ways:
+        stated = "" if declared is None else f" with traits that state evaluations={declared.evaluations!r}"
+        raise UserError(
+            f"{kind.__qualname__}.step{signature}{stated}: dlopt calls step() after it has computed the gradients, or "
+            "step(closure) where evaluations='many' or the argument has no default"
+        )
+    return declared
+
+
+def _accepts(signature: inspect.Signature, arguments: tuple[Any, ...]) -> bool:
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def not_evaluated(optimizer: torch.optim.Optimizer) -> UserError:
+    """Returns the error of an update in which `step(closure)` has not called its closure."""
+    return UserError(
+        f"{type(optimizer).__qualname__}.step(closure): did not call its closure, which computes the loss and the "
+        "gradients; call it in every update, or define step(self, closure=None) for gradients that are computed before"
+    )
 
 
 def is_unknown(traits: OptimizerTraits) -> bool:

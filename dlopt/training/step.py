@@ -22,7 +22,7 @@ from dlopt.losses import sampled_cross_entropy
 from dlopt.metrics.sums import Measure, Measured
 from dlopt.models.known import is_stochastic
 from dlopt.models.layers import frozen_statistics
-from dlopt.optim.traits import optimizer_traits
+from dlopt.optim.traits import not_evaluated, optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
@@ -249,6 +249,8 @@ class Step:
         # 2. Compute gradients, and change the weights.
         if not self.settings.evaluates_once:
             self.optimizer.step(self)  # type: ignore[arg-type]  # calls `self()` as often as it needs
+            if self.record is None:
+                raise not_evaluated(self.optimizer)
         else:
             self()  # before the optimizer: `GradScaler.step` accepts no closure; raises `Diverged` with weights intact
             if self.scaler is None:
@@ -262,12 +264,15 @@ class Step:
         self.schedule.step()
 
         # 4. End: synchronize buffers, average the weights, and leave the checks that would wait for the device.
-        assert self.record is not None  # the optimizer has called the closure
+        assert self.record is not None
         self.end(self.record, self.average)
         return self.record
 
     def __call__(self) -> Tensor:
         """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
+        if not torch.is_grad_enabled():  # called by a `step` under `no_grad`
+            with torch.enable_grad():
+                return self()
         current, is_first = self.current, self.record is None
         self._evaluations += 1
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.optim.traits import OptimizerTraits, is_unknown, optimizer_traits
+from tests.support import own_optimizers
 from tests.support.choices import names
 
 Choose = Callable[..., torch.optim.Optimizer]
@@ -160,3 +161,9 @@ def test_refuses_other_values() -> None:
 
     with pytest.raises(UserError, match=r"Wrong.traits=\{'scope': 'element'\}: must be a dlopt.optim.OptimizerTraits"):
         optimizer_traits(Wrong(parameters()))
+
+
+@pytest.mark.parametrize("kind", own_optimizers.UNCALLABLE)
+def test_refuses_a_step_that_cannot_be_called_as_the_traits_say(kind: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{kind.__name__}\.step\(.*: dlopt calls step\(\) after"):
+        optimizer_traits(kind(parameters()))

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt import losses
+from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.task import Task
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim import SAM
+from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
 from dlopt.training.step import Network, Step, StepSettings
+from tests.support import own_optimizers
 from tests.support.runs import same
 from tests.support.steps import CPU, SEED, batch, begin, equal, make_step, net, train, whole
 from tests.support.tasks import CLASSIFICATION
@@ -218,6 +221,34 @@ def test_lbfgs_equals_plain_loop() -> None:
     assert len(calls) > 6, "otherwise L-BFGS evaluated once per update"
     assert sums.means("train")["train_loss"] > 0
     assert sums.count == 30
+
+
+def _step_of(kind: Any) -> Step:
+    model = net(dropout=0.0, norm=False)
+    optimizer = kind(model.parameters(), lr=0.5)
+    return make_step(model, optimizer, evaluates_once=optimizer_traits(optimizer).evaluations == "once")
+
+
+@pytest.mark.parametrize("kind", own_optimizers.ONE_EVALUATION)
+def test_optimizers_of_ones_own_equal_a_plain_loop(kind: Any) -> None:
+    step, reference = _step_of(kind), net(dropout=0.0, norm=False)
+    for number in range(3):
+        inputs, targets = batch(number)
+        step.update(batch(number), number)
+        gradients = torch.autograd.grad(F.cross_entropy(reference(inputs), targets), [*reference.parameters()])
+        with torch.no_grad():
+            for p, gradient in zip(reference.parameters(), gradients, strict=True):
+                p -= 0.5 * gradient
+    for p, q in zip(step.module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("kind", own_optimizers.UNEVALUATED)
+def test_refuses_an_update_without_an_evaluation(kind: Any) -> None:
+    step = _step_of(kind)
+    with pytest.raises(UserError, match=rf"^{kind.__name__}\.step\(closure\): did not call its closure"):
+        for number in range(2):
+            step.update(batch(number), number)
 
 
 def test_lbfgs_with_dropout_and_batch_norm() -> None:

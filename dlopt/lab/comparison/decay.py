@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dlopt.extend import Checkpoint, UserError, Workload, training_batches
 from dlopt.lab.comparison.measures import gradient
+from dlopt.optim.traits import optimizer_traits
 from dlopt.training.builders.optimizer import build_optimizer
 
 _UPDATES = 20
@@ -28,7 +29,8 @@ class Decays(NamedTuple):
 def decays(workload: Workload, checkpoint: Checkpoint) -> Decays:
     """Makes 20 updates with the optimizer of a checkpoint, with its weight decay and without, from the same gradients.
 
-    The gradients are those of training batches at the weights of the checkpoint. Raises `UserError` without decay.
+    The gradients are those of training batches at the weights of the checkpoint. Raises `UserError` without decay, and
+    for optimizers that evaluate the loss themselves.
     """
     workload.module.train()
     batches = islice(iter(training_batches(workload).epoch(checkpoint.epoch)), _UPDATES)
@@ -46,6 +48,11 @@ def _updated(
     parameters = list(workload.module.parameters())
     torch.nn.utils.vector_to_parameters(initial.clone(), parameters)
     optimizer = build_optimizer(workload)
+    if optimizer_traits(optimizer).evaluations == "many":
+        raise UserError(
+            f"comparison.metrics: decay_ratio and decay_correlation need an optimizer of given gradients, and "
+            f"{type(optimizer).__name__} evaluates the loss itself"
+        )
     optimizer.load_state_dict(copy.deepcopy(checkpoint.optimizer))  # which it would update in place
     [group] = optimizer.param_groups
     scale = float(group["lr"]) * group["weight_decay"] * len(rows)

@@ -1,7 +1,7 @@
 """Trajectories of optimizers on functions of two variables, and of a matrix.
 
-Optimizers run through the same `step(closure)` as in training. Trajectories are plotted over the contours of the
-function, with their distance to the minimum, and animated.
+Optimizers are called as in training. Trajectories are plotted over the contours of the function, with their distance to
+the minimum, and animated.
 """
 
 import math
@@ -19,6 +19,7 @@ from dlopt.basics.random import generator
 from dlopt.extend import Component, LossClosure
 from dlopt.lab.trajectory.functions import Function, Window
 from dlopt.optim import SGDW
+from dlopt.optim.traits import not_evaluated, optimizer_traits
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 from dlopt.schedules import Factor, Scheduler
@@ -85,11 +86,14 @@ class Trajectory:
 def follow(function: Function, build: Build, *, steps: int, seed: int, factor: Factor) -> Trajectory:
     """Runs `steps` updates from the function's start in float64; stops early if the optimizer diverges.
 
-    `factor` is the schedule. The noise depends only on the seed and the update, so it is the same for all optimizers.
+    As in training, an optimizer that evaluates the loss once gets gradients, and the others get a closure. `factor` is
+    the schedule. The noise depends only on the seed and the update, so it is the same for all optimizers. Raises
+    `UserError` if the optimizer does not call its closure.
     """
     point = nn.Parameter(torch.tensor(function.start, dtype=torch.float64).view(function.shape))
     optimizer = build([point])
     schedule = Scheduler(optimizer, factor)
+    evaluates_once = optimizer_traits(optimizer).evaluations == "once"
     points, evaluations = [point.detach().flatten().clone()], [0]
     count = 0
     diverged = False
@@ -101,7 +105,14 @@ def follow(function: Function, build: Build, *, steps: int, seed: int, factor: F
             count += 1
             return sampled(point.flatten())  # noqa: B023 - called within this update only
 
-        optimizer.step(LossClosure(optimizer, loss))  # type: ignore[arg-type]
+        closure = LossClosure(optimizer, loss)
+        if evaluates_once:
+            closure()
+            optimizer.step()
+        else:
+            optimizer.step(closure)  # type: ignore[arg-type]
+            if count == evaluations[-1]:
+                raise not_evaluated(optimizer)
         schedule.step()
         with evaluation_weights(optimizer):
             position = point.detach().flatten().clone()

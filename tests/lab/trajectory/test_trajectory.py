@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.optim import SGD, Optimizer
 
+from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component
 from dlopt.lab.trajectory.functions import Quadratic, Rosenbrock, Window
 from dlopt.lab.trajectory.paths import (
@@ -24,6 +25,7 @@ from dlopt.lab.trajectory.paths import (
     table,
 )
 from dlopt.optim import BFGS, LBFGS, SGDW, Newton
+from tests.support import own_optimizers
 
 
 def constant(t: int) -> float:
@@ -58,6 +60,25 @@ def test_gradient_descent_matches_closed_form() -> None:
     assert path.evaluations == list(range(21)) and not path.diverged
     assert path.updates_to_minimum() == 18  # (2/3)^18 < 1e-3
     assert path.reversal_fraction() > 0.3
+
+
+@pytest.mark.parametrize("kind", own_optimizers.ONE_EVALUATION)
+def test_optimizers_of_ones_own_match_the_closed_form(kind: Any) -> None:
+    path = run(lambda params: kind(params, lr=1 / 3))
+    t = torch.arange(21, dtype=torch.float64)
+    expected = torch.stack([-4 * (2 / 3) ** t, 1.5 * (-2 / 3) ** t], 1)
+    assert torch.allclose(path.points, expected, rtol=1e-12, atol=0)
+    assert path.evaluations == list(range(21))
+
+
+def test_counts_the_evaluations_of_ones_own_optimizer() -> None:
+    assert run(own_optimizers.Twice, steps=3).evaluations == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("kind", own_optimizers.UNEVALUATED)
+def test_refuses_an_update_without_an_evaluation(kind: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{kind.__name__}\.step\(closure\): did not call its closure"):
+        run(kind)
 
 
 def test_newton_converges_in_one_step() -> None:
