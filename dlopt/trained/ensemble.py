@@ -28,8 +28,10 @@ from dlopt.training.evaluate import (
     mean_outputs,
     predict_test_set,
     report,
+    tested_metrics,
     unlabelled_report,
 )
+from dlopt.training.extra_metrics import ExtraMetrics
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class _Predictions:
     loss: nn.Module
     task: Task
     user_metrics: Mapping[str, UserMetric]
+    requested: Callable[[], ExtraMetrics] | None
     batches: Sequence[Outputs]
 
     def check_matches(self, first: "_Predictions") -> None:
@@ -94,15 +97,15 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
             return Tested(tested, chosen, None, problems(workload.dataset.notes), workload)
         batches = predict_test_set(workload, views, chosen)
         assert batches is not None  # nothing interrupts it
-        user_metrics = workload.run_config.user_metrics
-        models.append(
-            _Predictions(path, chosen, workload.dataset.classes, workload.loss, workload.task, user_metrics, batches)
-        )
+        kind = (workload.dataset.classes, workload.loss, workload.task)
+        requested = tested_metrics(workload)
+        models.append(_Predictions(path, chosen, *kind, workload.run_config.user_metrics, requested, batches))
         models[-1].check_matches(models[0])
         found += [line for line in problems(workload.dataset.notes) if line not in found]
     first = models[0]
     combined = _combine([model.batches for model in models], first.average)
-    return Tested(report(combined, first.loss, first.task, first.user_metrics), first.average, first.classes, found)
+    tested = report(combined, first.loss, first.task, first.user_metrics, first.requested)
+    return Tested(tested, first.average, first.classes, found)
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:

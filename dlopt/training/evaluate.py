@@ -30,7 +30,7 @@ from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.builders.batches import evaluation_batches
 from dlopt.training.builders.workload import Workload
-from dlopt.training.extra_metrics import ExtraMetrics, extra_metrics
+from dlopt.training.extra_metrics import ExtraMetrics, accumulators, extra_metrics
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
 Accumulator = ExtraMetrics | LabelMetrics | UserMetrics
@@ -130,8 +130,9 @@ def report(
     loss: nn.Module,
     task: Task,
     user_metrics: Mapping[str, UserMetric] = MappingProxyType({}),
+    requested: Callable[[], ExtraMetrics] | None = None,
 ) -> TestReport:
-    """Computes all test metrics of outputs; loss, accuracy and user metrics equal those in a run's summary."""
+    """Computes all test metrics of outputs; those in a run's summary are equal. `requested`: see `extra_metrics`."""
     accumulator = MetricSum(task)
     with torch.inference_mode(), evaluation_mode(loss):
         for outputs, targets in batches:
@@ -159,8 +160,25 @@ def report(
         samples = torch.bincount(targets, minlength=classes).cpu()
     extra.add(outputs, targets)
     means = extra.means(None)
-    metrics |= by_column("test", {name: means[name] for name in names}) | user_values
+    metrics |= by_column("test", {name: means[name] for name in names} | _means(requested, outputs, targets))
+    metrics |= user_values
     return TestReport(metrics, confusion, samples=samples)
+
+
+def _means(build: Callable[[], ExtraMetrics] | None, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    """Returns the requested metrics by name."""
+    if build is None:
+        return {}
+    extra = build()
+    extra.add(outputs, targets)
+    return extra.means(None)
+
+
+def tested_metrics(workload: Workload) -> Callable[[], ExtraMetrics] | None:
+    """Returns `extra_metrics` of the test set: those that the run validates."""
+    dataset = workload.dataset
+    origin = None if dataset.test is None else dataset.test.targets[:1]
+    return accumulators(workload.run_config, dataset.classes, workload.task, workload.loss, origin)
 
 
 def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:
@@ -299,7 +317,8 @@ def test_metrics(
     on_batch: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
 ) -> dict[str, Any] | None:
-    """Returns test_loss, for classes test_accuracy, for labels `LABEL_METRICS`, and what the task derives.
+    """Returns test_loss, for classes test_accuracy, for labels `LABEL_METRICS`, what the task derives, and the metrics
+    that the run requests for its validation.
 
     {} without a test set, None if interrupted, which is checked after each batch.
 
@@ -307,20 +326,21 @@ def test_metrics(
     """
     if workload.dataset.test is None:
         return {}
-    settings = workload.run_config.settings.evaluate
+    settings, extra = workload.run_config.settings.evaluate, tested_metrics(workload)
     if settings.tta != "none":
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload), interruption)
         if outputs is None:
             return None
         user_metrics = workload.run_config.user_metrics
-        metrics = report(outputs, workload.loss, workload.task, user_metrics).metrics
+        metrics = report(outputs, workload.loss, workload.task, user_metrics, extra).metrics
         of_labels = LABEL_METRICS if workload.task.labels is not None else ()
-        names = [Metric("test", name).column for name in ("loss", "accuracy", *of_labels, *user_metrics)]
+        of_run = _means(extra, *(torch.cat(column) for column in zip(*outputs, strict=True)))
+        names = [Metric("test", name).column for name in ("loss", "accuracy", *of_labels, *of_run, *user_metrics)]
         return {name: metrics[name] for name in names if name in metrics}
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)
     observed = _reporting(batches, on_batch) if on_batch else batches.epoch(0)
-    return _evaluate(workload, task, observed, "test", interruption)
+    return _evaluate(workload, task, observed, "test", interruption, [extra()] if extra else ())
 
 
 def check_crops(workload: Workload) -> None:

@@ -1,8 +1,8 @@
 """The further metrics that a run requests, by `evaluate.metrics` or by monitoring one: checked against its task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.config.rules import check_mode
@@ -39,13 +39,37 @@ def extra_metrics(run_config: RunConfig, dataset: Dataset, loss: nn.Module) -> "
 
     Raises `UserError` for a metric that this run cannot compute.
     """
-    classes, task = dataset.classes, dataset.task
+    _check_target(run_config, dataset.task)
+    _check_classes(_monitors(run_config), dataset)
+    origin = None if dataset.val is None else dataset.val.targets[:1]
+    return accumulators(run_config, dataset.classes, dataset.task, loss, origin)
+
+
+def accumulators(
+    run_config: RunConfig, classes: Sequence[str] | None, task: Task, loss: nn.Module, origin: Tensor | None
+) -> "Callable[[], ExtraMetrics] | None":
+    """As `extra_metrics`, for any split: what is validated is tested, too. `origin`: see `RegressionMetrics`."""
+    names = _requested(run_config, task)
+    if not names or task.labels is not None:  # `LabelMetrics` are those of every evaluation
+        return None
+    if classes is None:
+        return lambda: RegressionMetrics(names, task.outputs, origin)
+    return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
+
+
+def _monitors(run_config: RunConfig) -> dict[str, str]:
+    """Returns the monitored metrics by key."""
     monitors = {"monitor": run_config.settings.monitor}
-    user_metrics = [_val(name) for name in run_config.user_metrics]
     for key, component in (("stopping", run_config.stopping), ("schedule", run_config.schedule)):
         if "monitor" in component.arguments:
             monitors[f"{key}.monitor"] = component.arguments["monitor"]
-    _check_target(run_config, task)
+    return monitors
+
+
+def _requested(run_config: RunConfig, task: Task) -> list[str]:
+    """Returns the names of dlopt's own metrics that not every run of the task has. Raises `UserError`."""
+    monitors = _monitors(run_config)
+    user_metrics = [_val(name) for name in run_config.user_metrics]
     if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
         check_mode(_auto(task), run_config.settings.monitor_mode)
     requested: dict[str, str] = {
@@ -70,14 +94,7 @@ def extra_metrics(run_config: RunConfig, dataset: Dataset, loss: nn.Module) -> "
             raise UserError(f"{key}={monitor}: a {task.shown_kind} task allows auto, val_loss{others}")
         requested.setdefault(name, f"{key}={monitor}")
     _check_names(requested, task)
-    _check_classes(monitors, dataset)
-    if not requested or task.labels is not None:  # `LabelMetrics` are those of every evaluation
-        return None
-    names = list(requested)
-    if classes is None:
-        origin = None if dataset.val is None else dataset.val.targets[:1]
-        return lambda: RegressionMetrics(names, task.outputs, origin)
-    return lambda: ClassMetrics(names, classes, lambda outputs: probabilities(outputs, loss))
+    return list(requested)
 
 
 def _check_target(run_config: RunConfig, task: Task) -> None:

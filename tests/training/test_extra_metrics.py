@@ -1,6 +1,7 @@
 """Tests of accumulated validation metrics against scikit-learn, and of monitoring them."""
 
 import copy
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 from sklearn import metrics as reference
 from torch import Tensor, nn
 
@@ -21,8 +23,12 @@ from dlopt.metrics.classes import ClassMetrics, calibration_gaps
 from dlopt.metrics.labels import label_report
 from dlopt.metrics.regression import RegressionMetrics
 from dlopt.metrics.sums import MetricSum
-from dlopt.training.evaluate import report
-from dlopt.training.extra_metrics import _check_names, extra_metrics
+from dlopt.training.builders.workload import build_workload
+from dlopt.training.checkpoint.checkpoints import load
+from dlopt.training.evaluate import predict_test_set, report
+from dlopt.training.extra_metrics import _METRICS_OF, _check_names, extra_metrics
+from dlopt.training.tta import CHOICES
+from tests.support.line import dlopt
 from tests.support.runs import REGRESSION, metrics, run_config, start
 from tests.support.sizes import SMALL
 
@@ -255,3 +261,69 @@ def test_classes_of_models_trained_with_mse_are_those_of_the_outputs() -> None:
     counter.add(outputs, targets)
     accuracy = (outputs.numpy().argmax(1) == targets.numpy()).mean()
     assert counter.means(None)["calibration_error"] == pytest.approx(1 - accuracy) and accuracy > 0.8
+
+
+DATA_OF = {
+    "classification": (*SMALL, "data.subset=200"),
+    "regression": (*SMALL, "data=diabetes", "loss=mse", "data.subset=200"),
+    "multi-label": (*SMALL, "data=digit_pairs", "data.train_size=200", "data.val_size=0"),
+}
+
+
+def independent(kind: str, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """The metrics by scikit-learn, SciPy and their definitions."""
+    if kind == "regression":
+        outputs, targets = outputs.reshape(len(outputs), -1), targets.reshape(len(targets), -1)
+        return {"r2": reference.r2_score(targets, outputs), "mae": float(abs(outputs - targets).mean())}
+    if kind == "multi-label":
+        predicted = outputs > 0
+        return {
+            "mean_average_precision": reference.average_precision_score(targets, special.expit(outputs)),
+            "macro_f1": reference.f1_score(targets, predicted, average="macro"),
+            "micro_f1": reference.f1_score(targets, predicted, average="micro"),
+        }
+    predicted, chances = outputs.argmax(1), special.softmax(outputs, axis=1)
+    of_classes = {k: float((predicted[targets == k] == k).mean()) for k in sorted(set(targets.tolist()))}
+    confidence, error = chances.max(1), 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        error += abs(float((predicted == targets)[inside].sum() - confidence[inside].sum())) / len(targets)
+    return {
+        "top5_accuracy": reference.top_k_accuracy_score(targets, outputs, k=5, labels=range(10)),
+        "macro_f1": reference.f1_score(targets, predicted, average="macro"),
+        "calibration_error": error,
+        "worst_class_accuracy": min(of_classes.values()),
+        **{f"class_accuracy/{k}": value for k, value in of_classes.items()},
+    }
+
+
+@pytest.mark.parametrize("tta", ["none", "flip"])
+@pytest.mark.parametrize("kind", _METRICS_OF)
+def test_every_metric_that_is_validated_is_tested(tmp_path: Path, kind: str, tta: str) -> None:
+    """With an average of the weights, too; and by `dlopt eval`."""
+    if tta != "none" and kind == "regression":
+        pytest.skip("its inputs are not images")
+    names = list(_METRICS_OF[kind])
+    lines = [*DATA_OF[kind], "epochs=2", "ema=0.9", f"evaluate.metrics=[{','.join(names)}]", f"evaluate.tta={tta}"]
+    average = ["average=logits"] if tta != "none" else []
+    lines += [f"evaluate.{each}" for each in average]
+    assert dlopt(tmp_path, "train", *lines, "hydra.run.dir=run").code == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    [*_, line] = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    validated = {key.removeprefix("val_") for key in line if key.startswith("val_")}
+    tested = {key.removeprefix("test_"): value for key, value in summary.items() if key.startswith("test_")}
+    assert {name.partition("/")[0] for name in validated} >= set(names)
+    assert validated <= set(tested)
+    checkpoint = load(tmp_path / "run/checkpoints/best.pt")
+    workload = build_workload(run_config(*lines), checkpoint)
+    workload.load(checkpoint)
+    views = CHOICES[tta]() if tta != "none" else None
+    outputs, targets = (
+        torch.cat(column).numpy() for column in zip(*predict_test_set(workload, views, "logits") or (), strict=True)
+    )
+    for name, value in independent(kind, outputs, targets).items():
+        assert tested[name] == pytest.approx(value, rel=1e-5, abs=2e-5), name
+    assert dlopt(tmp_path, "eval", "checkpoint=run", f"tta={tta}", *average).code == 0
+    found = json.loads((tmp_path / "run/eval.json").read_text())
+    for name in validated:
+        assert found[f"test_{name}"] == pytest.approx(tested[name], rel=1e-6), name
