@@ -11,6 +11,7 @@ import select
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -224,13 +225,23 @@ class KeptStream:
 
 @contextlib.contextmanager
 def streams_kept() -> Iterator[None]:
-    """Within the context, `KeptStream`s replace stdout and stderr."""
+    """Within the context, `KeptStream`s replace stdout and stderr. Outside the main thread it does nothing.
+
+    There the main thread may redirect its output at any time, and would put a `KeptStream` back after the context.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     former = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and cast(TextIO, KeptStream(stream)) for stream in former)
+    kept = [stream and cast(TextIO, KeptStream(stream)) for stream in former]
+    sys.stdout, sys.stderr = kept
     try:
         yield
-    finally:
-        sys.stdout, sys.stderr = former
+    finally:  # not a stream that other code has put there
+        if sys.stdout is kept[0]:
+            sys.stdout = former[0]
+        if sys.stderr is kept[1]:
+            sys.stderr = former[1]
 
 
 def print_line(text: str) -> None:

@@ -5,16 +5,44 @@ import fcntl
 import os
 import struct
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 from weakref import WeakValueDictionary
 
+from dlopt.basics.errors import UserError
 from dlopt.basics.files import is_at
 
 # Files of the locks that are held, by process (a fork copies the dict) and path. The kernel's locks do not exclude a
 # second thread, and opening and closing the file again would release them.
 _held: WeakValueDictionary[tuple[int, str], IO[str]] = WeakValueDictionary()
+
+# (thread, name) of the call that holds the global state, by process: a forked child holds nothing.
+_calls: dict[int, tuple[int, str]] = {}
+
+
+@contextlib.contextmanager
+def global_state_held(call: str, *, may_be_nested: bool = False) -> Iterator[None]:
+    """Holds what belongs to the whole process in the block: random generators, torch's flags, streams and signals.
+
+    `may_be_nested`: within another call of the same thread, whose state the block leaves as it was. Raises `UserError`
+    if another call holds it.
+    """
+    process, own = os.getpid(), (threading.get_ident(), call)
+    holder = _calls.setdefault(process, own)  # atomic
+    if holder is not own:
+        if not (may_be_nested and holder[0] == own[0]):
+            raise UserError(
+                f"{call}: {holder[1]} is running in this process, whose random numbers, torch flags and streams they "
+                "would share; call it afterwards or in another process (dlopt.sweep runs several jobs at once)"
+            )
+        yield
+        return
+    try:
+        yield
+    finally:
+        _calls.pop(process, None)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+"""The variable that `set_deterministic` sets."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,7 +62,7 @@ def set_deterministic(enabled: bool, *, warn_only: bool = False) -> None:
     the compiler there is nothing to set: the compiler's default is off.
     """
     if enabled:  # cuBLAS reproduces its sums with a fixed workspace only, and torch refuses any other
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(WORKSPACE, ":4096:8")
     if enabled or "torch._inductor" in sys.modules:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     else:

@@ -41,8 +41,9 @@ __all__ = [
 def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: object) -> Run:
     """Trains a model like `dlopt train`: `train(["optimizer=adamw", "epochs=5"])`.
 
-    Restores global state afterwards: random generators, thread count and torch flags. On a signal or after `max_time`
-    the run stops early with the status `interrupted`.
+    Restores global state afterwards: random generators, thread count and torch flags. A process runs one `train`,
+    `sweep` or `find_lr` at a time, in whatever thread. On a signal or after `max_time` the run stops early with the
+    status `interrupted`.
 
     Args:
         overrides: the arguments of `dlopt train`.
@@ -50,21 +51,20 @@ def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
         console: print the same progress as the command.
 
     Raises:
-        UserError: wrong configuration or input; no files are left behind.
+        UserError: wrong configuration or input, or another call in this process; no files are left behind.
         RunError: the run failed.
     """
     lines = _checked("train", overrides, keys, "use dlopt.sweep for sweeps, and `dlopt train` for flags")
-    lines = with_folder(lines, multirun=False)
-    config = Composer().compose(lines)
-    if (series := series_of(config)) is not None or config.hydra.mode == RunMode.MULTIRUN:
-        way = "dlopt.sweep" if series is None else f"`dlopt train` for a {series}"
-        raise UserError(f"train(): runs one experiment at a time; use {way}")
-    hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
-    refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
-    plan = checked(config, lines)
     try:
-        with preserve_global_state():
-            folder, _ = run_plan(plan, console=console, from_python=True)
+        with preserve_global_state("train()"):
+            lines = with_folder(lines, multirun=False)
+            config = Composer().compose(lines)
+            if (series := series_of(config)) is not None or config.hydra.mode == RunMode.MULTIRUN:
+                way = "dlopt.sweep" if series is None else f"`dlopt train` for a {series}"
+                raise UserError(f"train(): runs one experiment at a time; use {way}")
+            hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
+            refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
+            folder, _ = run_plan(checked(config, lines), console=console, from_python=True)
     except ReportedError as error:  # of processes that the run has started
         raise (UserError if error.code == USER_ERROR else RunError)(str(error)) from None
     return open_run(folder.path)
@@ -86,10 +86,11 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
         UserError: wrong configuration or input of any job; no files are left behind.
     """
     lines = _checked("sweep", overrides, keys, "-m is implied; use `dlopt train -m` for other flags")
-    composer = Composer()
-    words = inherit(composer, with_folder(parse_arguments(["-m", *lines]).overrides, multirun=True))
     out, err = (sys.stdout, sys.stderr) if console else (io.StringIO(), io.StringIO())
-    with preserve_global_state(), _hidden_main(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with preserve_global_state("sweep()"), _hidden_main(), redirected[0], redirected[1]:
+        composer = Composer()
+        words = inherit(composer, with_folder(parse_arguments(["-m", *lines]).overrides, multirun=True))
         request = sweeps.request(composer, words)
         if request.config.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
@@ -109,7 +110,7 @@ def find_lr(overrides: Sequence[str] = (), **keys: object) -> LearningRates:
         UserError: wrong configuration or input.
     """
     lines = _checked("find_lr", overrides, keys, "use `dlopt find-lr` for flags")
-    with preserve_global_state():
+    with preserve_global_state("find_lr()"):
         return learning_rates(lines)
 
 

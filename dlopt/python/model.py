@@ -1,6 +1,7 @@
 """Trained models from Python: `dlopt.load` returns a module that maps raw images to outputs."""
 
 import contextlib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.locks import global_state_held
 from dlopt.data.images import Stored
-from dlopt.machine.device import set_deterministic
+from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads
 from dlopt.trained.classify import Classified, changes, classify, image_files, predicted_labels, refuse_other_inputs
@@ -149,7 +151,7 @@ def load(run: str | PathLike[str]) -> Model:
     if path.is_dir():
         best = path / "checkpoints" / "best.pt"
         path = best if best.exists() else best.with_name("last.pt")
-    with preserve_global_state():
+    with preserve_global_state("load()", may_be_nested=True):  # as a teacher in a model of the user
         trained = restore(path, {})
     if trained.warning is not None:
         warnings.warn(trained.warning, stacklevel=2)
@@ -157,14 +159,24 @@ def load(run: str | PathLike[str]) -> Model:
 
 
 @contextlib.contextmanager
-def preserve_global_state() -> Iterator[None]:
-    """Restores the random generators of Python, NumPy and torch, and torch's global flags."""
+def preserve_global_state(call: str, *, may_be_nested: bool = False) -> Iterator[None]:
+    """Restores the random generators of Python, NumPy and torch, and torch's global flags.
+
+    `call`, `may_be_nested`, and the `UserError` of two calls at once: see `global_state_held`.
+    """
+    with global_state_held(call, may_be_nested=may_be_nested), _restored():
+        yield
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
     rng_state = rng.state()
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn, grad = torch.backends.cudnn, torch.is_grad_enabled()
     tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    workspace = os.environ.get(WORKSPACE)
     try:
         yield
     finally:
@@ -173,5 +185,7 @@ def preserve_global_state() -> Iterator[None]:
         adapt_waiting(1)  # ends the watch: the caller's threads wait as before
         torch.set_float32_matmul_precision(precision)
         set_deterministic(deterministic, warn_only=warn_only)
+        if workspace is None and not deterministic:
+            os.environ.pop(WORKSPACE, None)
         cudnn.allow_tf32, cudnn.benchmark = tf32, benchmark
         torch.set_grad_enabled(grad)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dlopt.basics.errors import DONE, INTERRUPTED, USER_ERROR, ReportedError, UserError
 from dlopt.basics.folders import LAUNCHER_LOCK, SHELL_FOLDER, RunFolder
 from dlopt.basics.interruption import Interruption, killed_by_signals, streams_kept
+from dlopt.basics.locks import global_state_held
 from dlopt.config.plan import Plan
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.config.resuming import shortened
@@ -99,7 +100,8 @@ def execute(
         ReportedError: the run has failed or was interrupted, and has recorded and printed why.
     """
     try:
-        return _train(run, console=console and not launch.is_quiet())
+        with global_state_held("dlopt train", may_be_nested=True):
+            return _train(run, console=console and not launch.is_quiet())
     except ReportedError:
         raise
     except (Exception, KeyboardInterrupt) as error:

@@ -1,6 +1,8 @@
 """The Python API."""
 
+import contextlib
 import csv
+import io
 import json
 import logging
 import os
@@ -22,6 +24,7 @@ from PIL import Image
 import dlopt
 from dlopt import load, train
 from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.locks import global_state_held
 from dlopt.machine import openmp
 from tests.support.line import dlopt as shell
 from tests.support.runs import SMALL, at_update, same, timeless
@@ -52,6 +55,7 @@ def global_state() -> dict[str, Any]:
         "handlers": list(logging.getLogger().handlers),
         "hydra": GlobalHydra.instance().is_initialized(),
         "arguments": list(sys.argv),
+        "streams": (sys.stdout, sys.stderr),
     }
 
 
@@ -84,23 +88,111 @@ def test_load_warns_if_the_statistics_differ_from_those_of_the_test() -> None:
         load("run")
 
 
-def test_a_second_thread_cannot_use_the_folder() -> None:
-    outcomes = []
+def in_thread(action: Any) -> None:
+    thread = threading.Thread(target=action)
+    thread.start()
+    thread.join()
 
-    def other() -> None:
-        for lines in (["hydra.run.dir=run"], ["hydra.run.dir=run", "resume=auto"]):
-            with pytest.raises(UserError, match="another run is active in this folder") as caught:
-                train([*LINES, *lines])
-            outcomes.append(caught)
 
-    def start_other() -> None:
-        thread = threading.Thread(target=other)
-        thread.start()
+@pytest.mark.parametrize("start", [in_thread, lambda action: action()], ids=["other thread", "nested"])
+def test_refuses_a_second_call_at_once(tmp_path: Path, start: Any) -> None:
+    """It changes neither the numbers of the first nor the streams, and leaves no files."""
+    alone = train([*LINES, "hydra.run.dir=alone"])
+    refused = []
+
+    def call() -> None:
+        for second in (train, dlopt.sweep, dlopt.find_lr):
+            with pytest.raises(UserError, match=r"\(\): train\(\) is running in this process") as caught:
+                second(["model=mlp"])
+            refused.append(caught)
+
+    streams = sys.stdout, sys.stderr
+    with at_update(2, lambda: start(call)):
+        first = train([*LINES, "hydra.run.dir=first"])
+    assert len(refused) == 3 and timeless(first.path) == timeless(alone.path)
+    assert (sys.stdout, sys.stderr) == streams
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "first"]
+
+
+def test_a_model_of_the_user_may_load_another_one() -> None:
+    """As a teacher: in the same thread, whose state `load` restores. Another thread would change it in between."""
+    alone = train([*LINES, "hydra.run.dir=teacher"])
+    with at_update(2, lambda: load("teacher")):
+        first = train([*LINES, "hydra.run.dir=first"])
+    assert timeless(first.path) == timeless(alone.path)
+    refused = []
+
+    def call() -> None:
+        with pytest.raises(UserError, match=r"load\(\): train\(\) is running"):
+            load("teacher")
+        refused.append(True)
+
+    with at_update(2, lambda: in_thread(call)):
+        train([*LINES, "hydra.run.dir=second"])
+    assert refused
+
+
+def test_a_forked_process_may_train() -> None:
+    """As a worker of a data set, or a job of a sweep."""
+    codes = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException), global_state_held("train()"):
+                os._exit(7)
+            os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    with global_state_held("train()"):
+        fork()
+    assert codes == [7]
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("start", [in_thread, lambda action: action()], ids=["thread", "main thread"])
+def test_restores_global_state_however_a_run_ends(start: Any, error: type[BaseException] | None) -> None:
+    ended = []
+
+    def fail() -> None:
+        if error is not None:
+            raise error("stopped here")
+
+    def call() -> None:
+        with at_update(1, fail), contextlib.suppress(ValueError, KeyboardInterrupt, SystemExit, RunError):
+            train([*LINES, "threads=2"])
+        ended.append(True)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        before = global_state()
+        start(call)
+        assert ended and global_state() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_run_in_a_thread_leaves_the_streams_to_the_main_thread() -> None:
+    """Which redirects its output at any time, as IPython and pytest do: no stream of the run outlives it."""
+    redirected = io.StringIO()
+    has_begun, is_redirected = threading.Event(), threading.Event()
+
+    def begin() -> None:
+        has_begun.set()
+        assert is_redirected.wait(60)
+
+    def call() -> None:
+        with at_update(1, begin):
+            train(LINES)
+
+    stream, thread = sys.stdout, threading.Thread(target=call)
+    thread.start()
+    assert has_begun.wait(60)
+    with contextlib.redirect_stdout(redirected):
+        is_redirected.set()
         thread.join()
-
-    with at_update(2, start_other):
-        assert train([*LINES, "hydra.run.dir=run"]).summary["status"] == "finished"
-    assert len(outcomes) == 2
+        assert sys.stdout is redirected
+    assert sys.stdout is stream
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Gradient descent as users write it: the ways in which a class of one's own evaluates the loss."""
+"""Gradient descent as users write it: the ways in which their classes evaluate the loss."""
 
 from typing import Any, ClassVar
 

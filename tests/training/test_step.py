@@ -230,7 +230,7 @@ def _step_of(kind: Any) -> Step:
 
 
 @pytest.mark.parametrize("kind", own_optimizers.ONE_EVALUATION)
-def test_optimizers_of_ones_own_equal_a_plain_loop(kind: Any) -> None:
+def test_optimizers_of_users_equal_a_plain_loop(kind: Any) -> None:
     step, reference = _step_of(kind), net(dropout=0.0, norm=False)
     for number in range(3):
         inputs, targets = batch(number)

@@ -63,7 +63,7 @@ def test_gradient_descent_matches_closed_form() -> None:
 
 
 @pytest.mark.parametrize("kind", own_optimizers.ONE_EVALUATION)
-def test_optimizers_of_ones_own_match_the_closed_form(kind: Any) -> None:
+def test_optimizers_of_users_match_the_closed_form(kind: Any) -> None:
     path = run(lambda params: kind(params, lr=1 / 3))
     t = torch.arange(21, dtype=torch.float64)
     expected = torch.stack([-4 * (2 / 3) ** t, 1.5 * (-2 / 3) ** t], 1)
@@ -71,7 +71,7 @@ def test_optimizers_of_ones_own_match_the_closed_form(kind: Any) -> None:
     assert path.evaluations == list(range(21))
 
 
-def test_counts_the_evaluations_of_ones_own_optimizer() -> None:
+def test_counts_the_evaluations_of_an_optimizer_of_the_user() -> None:
     assert run(own_optimizers.Twice, steps=3).evaluations == [0, 2, 4, 6]
 
 
