@@ -2,14 +2,18 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batch
+from dlopt.parallel.modes.ddp import Compression
 from dlopt.parallel.processes import rendezvous
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import TrainingRun
@@ -20,6 +24,7 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, metrics, resume, run_config, run_job, start, terminate
 from tests.support.sizes import BASE, MLP, RESNET
 
+Array = np.ndarray[Any, Any]
 CUSTOM = [*BASE, "model=custom", "allow_packages=[tests]", "data.batch_size=19", "epochs=2"]
 OWN = "model._target_=tests.support.user_parts"
 CASES: Cases = {
@@ -77,14 +82,82 @@ def test_every_optimizer(tmp_path: Path) -> None:
     run_ranks("tests.parallel.test_ddp:hessian_vector_products", 2, tmp_path / "refused", str(tmp_path / "refused"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compression", ["bf16", "powersgd"])
-def test_compressed_gradients_train(tmp_path: Path, compression: str) -> None:
-    case = [*MLP, "model.dropout=0", "data.batch_size=32", "epochs=8", "precision=fp32"]
-    both = (case, [*SYNC_DDP, f"parallel.compression={compression}", "parallel.static_graph=true"])
-    run_distributed(2, tmp_path, {"run": both})
-    losses = [line["train_loss"] for line in metrics(tmp_path / "run")]
-    assert losses[-1] < 0.7 * losses[0]
+WARM_UP = 10  # updates without compression (powersgd)
+ROWS, FIRST = 5, 2  # samples of an update, and of them on rank 0
+
+
+def bf16(values: Array) -> Array:
+    """Rounds fp32 to the nearest bf16, ties to even: the upper half of its bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32)
+
+
+def fp16(values: Array) -> Array:
+    return values.astype(np.float16).astype(np.float32)
+
+
+def compressed_updates(mode: Any, dtype: torch.dtype, updates: list[tuple[Array, Array]]) -> Iterator[Array]:
+    """Yields the gradient of the mean over (inputs [5, K], derivatives of the outputs [5, M]) for each update."""
+    model = nn.Linear(8, 6, bias=False, dtype=dtype)
+    placed = mode.place(model, (8,)).model
+    for inputs, slopes in updates:
+        model.weight.grad = None
+        parts = [torch.from_numpy(each).to(dtype).tensor_split([FIRST])[mode.ranks.rank] for each in (inputs, slopes)]
+        [part] = mode.split.micro_batches(Batch(*parts, ROWS), 1)
+        with mode.micro_batch(part):
+            (part.weight * (placed(part.inputs) * part.targets).sum(1).mean()).backward()
+        assert model.weight.grad is not None
+        yield model.weight.grad.double().numpy().copy()
+
+
+def exact_shards(inputs: Array, slopes: Array) -> tuple[Array, Array]:
+    """Returns what each of the two ranks contributes to the gradient of the mean over all rows."""
+    first, second = (slopes[rows].T @ inputs[rows] * 2 / ROWS for rows in (slice(FIRST), slice(FIRST, None)))
+    return first, second
+
+
+def compare_compressions() -> None:
+    """Called on both ranks."""
+    draw = np.random.default_rng(0)
+    any_rank = [(draw.normal(size=(ROWS, 8)), draw.normal(size=(ROWS, 6))) for _ in range(WARM_UP)]
+    matrices = [exact_shards(*each) for each in any_rank]
+    for dtype, precise in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        for compression in get_args(Compression):
+            mode = build_mode("ddp", compression=compression)
+            updates = any_rank
+            if compression == "powersgd":
+                row, column = draw.normal(size=(1, 8)), draw.normal(size=(1, 6))
+                rank_one = [(draw.normal(size=(ROWS, 1)) * row, np.ones((ROWS, 1)) * column) for _ in range(3)]
+                updates = [*any_rank, *rank_one, *[any_rank[0]] * 40]
+            found = list(compressed_updates(mode, dtype, updates))
+            for (first, second), gradient in zip(matrices, found, strict=False):
+                mean = (first + second) / 2
+                scale = abs(mean).max()
+                if compression in ("none", "powersgd"):
+                    assert abs(gradient - mean).max() < precise * scale, compression
+                else:
+                    # Each rank rounds its gradient and half of it; their sum is rounded once more.
+                    rounded = {"bf16": bf16, "fp16": fp16}[compression]
+                    halves = [rounded(rounded(each) / 2) for each in (first, second)]
+                    gap, ulp = abs(gradient - rounded(halves[0] + halves[1])), {"bf16": 2**-8, "fp16": 2**-11}
+                    # Products in fp32 may round to the neighbouring value.
+                    assert (gap <= 4 * ulp[compression] * (abs(first) + abs(second))).all(), compression
+                    assert np.median(gap) == 0, compression
+                    assert abs(gradient - mean).max() > 0.1 * ulp[compression] * scale, compression
+            if compression == "powersgd":
+                for each, gradient in zip(rank_one, found[WARM_UP:], strict=False):
+                    mean = sum(exact_shards(*each)) / 2
+                    assert abs(gradient - mean).max() < max(precise, 1e-6) * abs(mean).max(), "of rank one"
+                # Of full rank: an update alone is far from the mean, and what is left out is made up for later.
+                mean, later = sum(matrices[0]) / 2, np.stack(found[WARM_UP + 3 :])
+                assert np.linalg.norm(later[0] - mean) > 0.3 * np.linalg.norm(mean)
+                assert np.linalg.norm(later.mean(0) - mean) < 0.1 * np.linalg.norm(mean)
+            rendezvous.leave()
+
+
+def test_compressed_gradients_equal_the_exact_mean_up_to_their_rounding(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_ddp:compare_compressions", 2, tmp_path)
 
 
 def interrupt_and_resume(folder: str, left_by_one: str, overrides: list[str]) -> None:
