@@ -147,6 +147,7 @@ def test_classes_declare_evaluations(name: str, problem: Callable[..., Any], cho
 
 
 DECOUPLED = ["adamw", "sgdw", "momentum", "lamb", "lion", "muon", "nadam", "radam", "schedule_free_adamw"]
+DECOUPLED += ["schedule_free_sgd"]
 DECOUPLED += ["adabelief", "ademamix", "dmuon", "kron", "mars", "shampoo", "signum"]
 
 
