@@ -82,7 +82,7 @@ def test_every_class_has_a_reference(choose: Callable[..., Any]) -> None:
 
 
 def test_every_choice_has_a_reference(choose: Callable[..., Any]) -> None:
-    """By itself, or by a class that has one."""
+    """Its own, or that of its class."""
     formulas = {choice for choice, _, _ in FORMULAS}
     targets = {name: values("optimizer", name)["_target_"].rpartition(".")[2] for name in names("optimizer")}
     found = {name for name, target in targets.items() if target in REFERENCES}
