@@ -30,6 +30,8 @@ from dlopt.optim.traits import (
 _FLAT_UPDATES, _DECAY = 500, 0.001  # of the fraction of updates that also update Kron's preconditioner
 _WHITENING_STEPS = 10  # iterations that orthogonalize an update of SOAP, as in the authors' code
 _MAX_RMS = 1.1  # of an update of Kron
+_RESOLUTION = 1e-10  # relative to the largest eigenvalue: closer ones in fp64 may differ by rounding alone
+_ROUNDING = 1e-12  # relative to a gradient's norm: smaller coordinates in a rotated basis may be rounding alone
 _BALANCE_EVERY = 100  # updates of the preconditioner between two balancings of its factors
 
 
@@ -83,17 +85,20 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def eigenbasis(matrix: Tensor) -> Tensor:
     """Returns the eigenvectors of a sum of squares, largest eigenvalue first.
 
-    Fewer gradients than rows leave a null space, of which eigh returns a basis that depends on rounding, and with it
-    the updates of Adam in this basis: processes that sum gradients in another order would train another model. In fp64,
-    this returns a basis that depends on the space alone: the QR decomposition of fixed vectors projected on it. In
-    smaller types rounding decides which eigenvalues are zero.
+    Of equal eigenvalues, as the zeros of directions without gradients, eigh returns a basis that depends on rounding,
+    and with it the updates of Adam in this basis: processes that sum gradients in another order would train another
+    model. In fp64, eigenvalues that differ by rounding alone share a basis that depends on their space only: the QR
+    decomposition of fixed vectors projected on it. In smaller types rounding decides which eigenvalues are equal.
     """
     values, vectors = eigenvectors(matrix)
     if matrix.dtype == torch.float64:
-        size = int((values <= 8 * len(values) * torch.finfo(values.dtype).eps * values.max()).sum())
-        null = vectors[:, :size]
-        draws = torch.randn(len(values), size, generator=generator("cpu", 0)).to(null)
-        vectors = torch.cat([torch.linalg.qr(null @ (null.T @ draws)).Q, vectors[:, size:]], 1)
+        starts = ((values.diff() > _RESOLUTION * values.max()).nonzero().flatten() + 1).tolist()
+        spaces = list(vectors.tensor_split(starts, dim=1))
+        draws = torch.randn(len(values), max(space.shape[1] for space in spaces), generator=generator("cpu", 0))
+        for i, space in enumerate(spaces):
+            if (size := space.shape[1]) > 1:
+                spaces[i] = torch.linalg.qr(space @ (space.T @ draws[:, :size].to(space))).Q
+        vectors = torch.cat(spaces, 1)
     return vectors.flip(1).contiguous()
 
 
@@ -163,8 +168,9 @@ def _inverse_root(sums: Tensor, order: int, eps: float) -> Tensor:
     if sums.ndim == 1:
         return sums.pow(-1 / order)
     values, vectors = eigenvectors(sums)
-    # rounding may push the smallest eigenvalues below eps
-    return (vectors * values.clamp(min=eps).pow(-1 / order)) @ vectors.T
+    # Rounding may push the smallest eigenvalues below eps.
+    values = values.clamp(min=eps).masked_fill_(_is_rounding(values - eps), eps)
+    return (vectors * values.pow(-1 / order)) @ vectors.T
 
 
 class DistributedShampoo(RealOptimizer):
@@ -239,8 +245,18 @@ def _damped_inverse_root(average: Tensor, order: int, eps: float) -> Tensor:
     values, vectors = eigenvectors(average)
     # Of directions without gradients, rounding makes some eigenvalues negative. Raised to eps alone, they would be
     # smaller than the positive ones by orders of magnitude, and their roots would amplify noise; so all are shifted.
-    values = values - values.min().clamp(max=0.0) + eps
+    values = (values - values.min().clamp(max=0.0)).masked_fill_(_is_rounding(values), 0.0) + eps
     return (vectors * values.pow(-1 / order)) @ vectors.T
+
+
+def _is_rounding(values: Tensor) -> Tensor:
+    """Returns which eigenvalues [n] of a sum of squares are zeros up to rounding, in fp64.
+
+    Inverse roots amplify what rounding adds to them, which differs between processes.
+    """
+    if values.dtype != torch.float64:
+        return torch.zeros_like(values, dtype=torch.bool)
+    return values <= 8 * len(values) * torch.finfo(values.dtype).eps * values.max()
 
 
 def _soap_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
@@ -255,13 +271,26 @@ def _soap_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> float:
     return entrywise_growth(group, shape, base)
 
 
+def _rotated(tensor: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
+    """Returns the coordinates of the tensor in the bases.
+
+    Along directions without gradients they are sums that rounding keeps from zero, which Adam would divide by their own
+    size. In fp64 they are zero.
+    """
+    rotated = multiply_modes(tensor, bases, transpose=True)
+    if tensor.dtype == torch.float64 and any(basis is not None for basis in bases):
+        rotated.masked_fill_(rotated.abs() <= _ROUNDING * rotated.norm(), 0.0)
+    return rotated
+
+
 class SOAP(RealOptimizer):
     """Adam in the eigenbasis of Shampoo's preconditioners (Vyas et al. 2024, algorithm 3), with decoupled weight decay.
 
     For a matrix: G' = QL^T G QR; V averages G'^2; theta <- theta - lr * QL (QL^T M QR / (sqrt(V) + eps)) QR^T, with
     M, the average of G, and V corrected for their start at zero. L and R average G G^T and G^T G with `shampoo_beta`
     (null: betas[1]). Every `update_every` updates Q <- QR(L Q), one step of the power iteration (algorithm 4), with
-    columns sorted by eigenvalue as in the authors' code.
+    columns sorted by eigenvalue as in the authors' code. Where L has no full rank, QR completes Q by rounding errors; in
+    fp64 Q is then an eigenbasis of L, into which V is rotated, so that all parallel modes train the same model.
 
     The first gradient only initializes L, R and their eigenvectors, as in the authors' code, so that no gradient is
     projected on its own eigenbasis. A kernel [out, in, height, width] has a basis for each of its four modes. Vectors,
@@ -313,9 +342,9 @@ class SOAP(RealOptimizer):
                 t = count - 1  # updates, including this one
                 bases = [state.get(f"basis{mode}") for mode in range(p.ndim)]
                 m.lerp_(grad, 1 - beta1)
-                v.mul_(beta2).add_(multiply_modes(grad, bases, transpose=True).square(), alpha=1 - beta2)
+                v.mul_(beta2).add_(_rotated(grad, bases).square(), alpha=1 - beta2)
                 denominator = v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"])
-                normalized = multiply_modes(m, bases, transpose=True) / denominator
+                normalized = _rotated(m, bases) / denominator
                 p.mul_(1 - lr * group["weight_decay"])
                 self._move(group, p, multiply_modes(normalized, bases), lr, 1 - beta1**t)
             for mode in modes:
@@ -354,11 +383,26 @@ class SOAP(RealOptimizer):
             # the permutation, since its entries belong to columns; it is not rotated by the small remaining change, as
             # in the paper.
             order = (basis * product).sum(0).argsort(descending=True)
-            state["exp_avg_sq"].copy_(state["exp_avg_sq"].index_select(mode, order))
+            squares = state["exp_avg_sq"]
             product = product[:, order]
             wide = product if product.dtype == torch.float64 else product.float()
+            new, triangle = torch.linalg.qr(wide)
+            if product.dtype == torch.float64 and _is_singular(triangle):
+                # QR completes the columns of a singular product by rounding. The eigenvectors do not depend on it;
+                # they may be far from the previous basis, so V is rotated: as independent entries, squares move by
+                # the squares of the rotation.
+                new = eigenbasis(state[f"gram{mode}"])
+                squares.copy_(multiply_modes(squares, [*[None] * mode, (new.T @ basis).square(), *[None] * (squares.ndim - mode - 1)]))
+            else:
+                squares.copy_(squares.index_select(mode, order))
             # Contiguous, as after loading shards: products round by the order of a matrix in memory.
-            state[f"basis{mode}"] = torch.linalg.qr(wide).Q.to(product.dtype).contiguous()
+            state[f"basis{mode}"] = new.to(product.dtype).contiguous()
+
+
+def _is_singular(triangle: Tensor) -> bool:
+    """Returns whether a column of the decomposed matrix depends on those before, up to rounding."""
+    lengths = triangle.diagonal().abs()
+    return bool(lengths.min() <= _RESOLUTION * lengths.max())
 
 
 class Kron(RealOptimizer):

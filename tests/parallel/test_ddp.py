@@ -27,10 +27,12 @@ from tests.support.sizes import BASE, MLP, RESNET
 Array = np.ndarray[Any, Any]
 CUSTOM = [*BASE, "model=custom", "allow_packages=[tests]", "data.batch_size=19", "epochs=2"]
 OWN = "model._target_=tests.support.user_parts"
+WIDE = ["model.norm=none", "model.widths=[100]"]  # more units than samples in a batch
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
     "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=37", "accumulate=3", "epochs=2"], SYNC_DDP),
+    "soap, gradients of low rank": ([*MLP, *WIDE, "optimizer=soap", "data.batch_size=19", "epochs=2"], DDP),
     "no norm, empty shards": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
     "custom model that fails on an empty shard": ([*CUSTOM, f"{OWN}.ViewNet"], DDP),
     "custom model with batch norm, empty shards": ([*CUSTOM, f"{OWN}.FlattenNet", "+model.norm=true"], SYNC_DDP),

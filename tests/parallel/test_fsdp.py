@@ -53,6 +53,10 @@ CASES: Cases = {
         ],
         [*SYNC_FSDP, KEPT],
     ),
+    "soap, gradients of low rank": (
+        [*MLP, "model.norm=none", "model.widths=[100]", "optimizer=soap", "data.batch_size=19", "epochs=2"],
+        FSDP,
+    ),
     "shampoo, muP": ([*MLP, *MUP, "model.norm=none", "optimizer=shampoo", "data.batch_size=19", "epochs=2"], FSDP),
     "scion, muP": ([*MLP, *MUP, "model.norm=none", "optimizer=scion", "data.batch_size=19", "epochs=2"], FSDP),
     "two points": ([*MLP, "optimizer=schedule_free_adamw", "data.batch_size=32", "epochs=2"], [*SYNC_FSDP, KEPT]),
