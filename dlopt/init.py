@@ -290,7 +290,12 @@ def whitening(
     Errors: UserError if the model has no 2-d convolution over all channels of its input, or see `weights`.
     """
     _refuse_computed_weights(model)
-    layer = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    try:
+        with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=()):
+            called = [weight.layer for weight in _in_forward_order(model, inputs[:2])]
+    except Exception as error:
+        raise UserError(f"init=whitening: the model fails on training data: {error}; use another init") from None
+    layer = next((module for module in called if isinstance(module, nn.Conv2d)), None)
     if layer is None or layer.groups != 1 or inputs.dim() != 4 or inputs.shape[1] != layer.in_channels:
         raise UserError("init=whitening: the model does not start with a convolution of the image; use another init")
     height, width = layer.kernel_size
@@ -313,7 +318,7 @@ def whitening(
                 for group in other.weight.chunk(other.groups):
                     nn.init.dirac_(group[: group.shape[1]])
         if head_std is not None:
-            heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            heads = [module for module in called if isinstance(module, nn.Linear)]
             if not heads:
                 raise UserError(f"init.head_std={head_std:g}: the model has no linear layer; set init.head_std=null")
             heads[-1].weight.mul_(head_std / heads[-1].weight.std())

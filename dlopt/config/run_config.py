@@ -43,7 +43,7 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "optimizer": ConfigGroup(("params",), Grouping),
     "schedule": ConfigGroup(("horizon", "monitor_mode"), Warmup),
     "decay": ConfigGroup(("horizon",), DecaySettings, absent="dlopt.schedules.decay.constant"),
-    "clip": ConfigGroup(("model",)),
+    "clip": ConfigGroup(("model", "uses")),
     "stopping": ConfigGroup(("model", "norm", "monitor_mode")),
     "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),
 }

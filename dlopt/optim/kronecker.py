@@ -289,8 +289,8 @@ class SOAP(RealOptimizer):
     For a matrix: G' = QL^T G QR; V averages G'^2; theta <- theta - lr * QL (QL^T M QR / (sqrt(V) + eps)) QR^T, with
     M, the average of G, and V corrected for their start at zero. L and R average G G^T and G^T G with `shampoo_beta`
     (null: betas[1]). Every `update_every` updates Q <- QR(L Q), one step of the power iteration (algorithm 4), with
-    columns sorted by eigenvalue as in the authors' code. Where L has no full rank, QR completes Q by rounding errors; in
-    fp64 Q is then an eigenbasis of L, into which V is rotated, so that all parallel modes train the same model.
+    columns sorted by eigenvalue as in the authors' code. Where L has no full rank, QR completes Q by rounding errors;
+    in fp64 Q is then an eigenbasis of L, into which V is rotated, so that all parallel modes train the same model.
 
     The first gradient only initializes L, R and their eigenvectors, as in the authors' code, so that no gradient is
     projected on its own eigenbasis. A kernel [out, in, height, width] has a basis for each of its four modes. Vectors,
@@ -392,7 +392,9 @@ class SOAP(RealOptimizer):
                 # they may be far from the previous basis, so V is rotated: as independent entries, squares move by
                 # the squares of the rotation.
                 new = eigenbasis(state[f"gram{mode}"])
-                squares.copy_(multiply_modes(squares, [*[None] * mode, (new.T @ basis).square(), *[None] * (squares.ndim - mode - 1)]))
+                factors: list[Tensor | None] = [None] * squares.ndim
+                factors[mode] = (new.T @ basis).square()
+                squares.copy_(multiply_modes(squares, factors))
             else:
                 squares.copy_(squares.index_select(mode, order))
             # Contiguous, as after loading shards: products round by the order of a matrix in memory.

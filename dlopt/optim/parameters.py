@@ -1,6 +1,6 @@
 """Parameter groups: frozen parameters, learning rates and weight decay per group."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -68,17 +68,19 @@ def parameter_groups(
     *,
     decay_norm_and_bias: bool,
     normalized: Collection[str] = (),
+    uses: Sequence[str] | None = None,
     factors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups the trainable parameters for an optimizer with these `arguments`; equal settings share a group.
 
     Rules apply in order: multipliers accumulate, later rules override other settings. `layer_decay` d multiplies the
     learning rate of the i-th of n layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018,
-    Clark et al. 2020); see `_layers`. `decay_norm_and_bias=False` excludes parameters from decay, for every optimizer;
-    see `_decays`. Groups of the names `normalized` have a key that says so. `factors`, by name and then by key,
-    multiply `arguments`. Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
+    Clark et al. 2020); see `_layers`. `uses` is the order in which the model computes (`dlopt.models.order`), None that
+    of registration. `decay_norm_and_bias=False` excludes parameters from decay, for every optimizer; see `_decays`.
+    Groups of the names `normalized` have a key that says so. `factors`, by name and then by key, multiply `arguments`.
+    Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
     """
-    rate, decay = _layer_rates(model, grouping.layer_decay), _decays(model, decay_norm_and_bias)
+    rate, decay = _layer_rates(model, grouping.layer_decay, uses), _decays(model, decay_norm_and_bias)
     names = dict(model.named_parameters())
     # other keys of a parameter's group
     extra: dict[str, dict[str, Any]] = {name: {"normalized": True} if name in normalized else {} for name in names}
@@ -164,20 +166,29 @@ def _no_decay_lists(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return lists
 
 
-def normalized_weights(model: nn.Module) -> set[str]:
-    """Returns the trainable matrices and kernels that a normalization layer follows, in the order of the modules.
+def registration_order(model: nn.Module) -> list[str]:
+    """Returns the paths of modules, each before the names of its parameters, in the order of registration."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [
+        each for path, module in model.named_modules() for each in (path, *map(names.get, module.parameters(False)))
+    ]
 
-    Not embeddings: neither tokens, positions nor class tokens.
+
+def normalized_weights(model: nn.Module, uses: Sequence[str] | None = None) -> set[str]:
+    """Returns the trainable matrices and kernels that a normalization layer follows.
+
+    Not embeddings: neither tokens, positions nor class tokens. `uses`: see `parameter_groups`.
     """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    exempt = {p for module in modules.values() if isinstance(module, _WITHOUT_DECAY) for p in module.parameters(False)}
     found: set[str] = set()
     waiting: list[str] = []  # for a normalization layer
-    for path, module in model.named_modules():
-        if isinstance(module, NORMS):
+    for name in registration_order(model) if uses is None else uses:
+        if isinstance(modules.get(name), NORMS):
             found.update(waiting)
             waiting.clear()
-        elif not isinstance(module, nn.Embedding):
-            own = module.named_parameters(path, recurse=False)
-            waiting += [name for name, p in own if p.requires_grad and p.ndim > 1 and "weight" in name.split(".")[-1]]
+        elif (p := parameters.get(name)) is not None and p.requires_grad and p.ndim > 1 and p not in exempt:
+            waiting += [name] if "weight" in name.rpartition(".")[2] else []
     return found
 
 
@@ -196,23 +207,23 @@ def _is_usually_exempt(model: nn.Module, name: str, parameter: Tensor) -> bool:
     return is_vector and not isinstance(model.get_submodule(path), _MATRICES)
 
 
-def _layer_rates(model: nn.Module, layer_decay: float | None) -> dict[str, float]:
+def _layer_rates(model: nn.Module, layer_decay: float | None, uses: Sequence[str] | None) -> dict[str, float]:
     """Returns multipliers of the learning rate by name."""
     if layer_decay is None:
         return {name: 1.0 for name, _ in model.named_parameters()}
-    layers = _layers(model)
+    layers = _layers(model, uses)
     last = max(layers.values())
     return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
 
 
-def _layers(model: nn.Module) -> dict[str, int]:
+def _layers(model: nn.Module, uses: Sequence[str] | None) -> dict[str, int]:
     """Returns the layer of each parameter, from 0 at the input.
 
     Models with a `group_matcher`, as those of timm, have the layers of timm's `param_groups_layer_decay`, as in BEiT
     and MAE. Otherwise a weight of two or more dimensions starts a layer, with its bias and norm, and a module with
     `is_one_layer` is one layer: patches, positions and class token, a block of a transformer, a recurrent layer.
     """
-    if hasattr(model, "group_matcher") and find_spec("timm") is not None:
+    if has_own_layers(model):
         from timm.models import group_parameters
 
         matcher: Any = model.group_matcher
@@ -220,11 +231,48 @@ def _layers(model: nn.Module) -> dict[str, int]:
         last = max(layers.values(), default=0)
         return {name: layers.get(name, last) for name, _ in model.named_parameters()}
     units = [prefix for prefix, module in model.named_modules() if getattr(module, "is_one_layer", False)]
-    layer, found, unit = -1, dict[str, int](), ""
-    for name, parameter in model.named_parameters():
+    numbers: dict[str, int] = {}  # of the units
+    layer, found = -1, dict.fromkeys((name for name, _ in model.named_parameters()), 0)
+    for name in _ordered(model, uses):
         owner = next((prefix for prefix in units if is_below(name, (prefix,))), "")
-        is_matrix = parameter.ndim > 1 and name.rpartition(".")[2] not in ADAPTERS
-        layer += owner != unit if owner else is_matrix
-        unit = owner
-        found[name] = max(layer, 0)
+        if owner:
+            layer += owner not in numbers
+            found[name] = numbers.setdefault(owner, layer)
+        else:
+            is_matrix = model.get_parameter(name).ndim > 1 and name.rpartition(".")[2] not in ADAPTERS
+            layer += is_matrix
+            found[name] = max(layer, 0)
     return found
+
+
+def has_own_layers(model: nn.Module) -> bool:
+    """Returns whether the model says itself which parameters are one layer, as those of timm do."""
+    return hasattr(model, "group_matcher") and find_spec("timm") is not None
+
+
+def _ordered(model: nn.Module, uses: Sequence[str] | None) -> list[str]:
+    """Returns the names of the parameters in the order of their first use.
+
+    A parameter that no function of torch takes (weights of recurrent layers) is where its module is called. Unused ones
+    and adapters follow the parameter that is registered before them.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if uses is None:
+        return names
+    first: dict[str, int] = {}
+    for number, each in enumerate(uses):
+        first.setdefault(each, number)
+    places, place = dict[str, int](), -1
+    for name in names:
+        path, _, last = name.rpartition(".")
+        if last not in ADAPTERS:
+            place = first.get(name, first.get(path, place))
+        places[name] = place
+    return sorted(names, key=lambda name: places[name])  # stable
+
+
+def unused_parameters(model: nn.Module, uses: Sequence[str]) -> list[str]:
+    """Returns the names of the trainable parameters that are not used, and whose module is not called."""
+    known = set(uses)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    return [name for name in trainable if not {name, name.rpartition(".")[0]} & known]

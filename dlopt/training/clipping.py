@@ -63,14 +63,18 @@ class Adaptive:
     """Scales each unit's gradient to at most `clipping` times its weight norm (AGC; Brock et al. 2021, eq. 3).
 
     A unit is one output of a linear or convolutional layer (one row of the weight); a bias or gain is a single unit, as
-    in the authors' code. The final linear layer is not clipped, as in the paper.
+    in the authors' code. The final linear layer is not clipped, as in the paper: that which computes last, by `uses`
+    (see `dlopt.models.order`), or that which is registered last.
     """
 
-    def __init__(self, model: nn.Module, *, clipping: Positive, eps: NonNegative) -> None:
+    def __init__(
+        self, model: nn.Module, *, clipping: Positive, eps: NonNegative, uses: Sequence[str] | None = None
+    ) -> None:
         self.clipping = clipping
         self.eps = eps
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        self.exempt = set(linears[-1].parameters()) if linears else set()
+        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        called = [path for path in (uses or linears) if path in linears] or [*linears]
+        self.exempt = set(linears[called[-1]].parameters()) if called else set()
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:

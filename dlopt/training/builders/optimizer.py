@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
-from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.losses import sampling_obstacle
 from dlopt.optim import SAM
@@ -106,7 +105,8 @@ def _build(
         run_config.grouping,
         arguments,
         decay_norm_and_bias=run_config.settings.decay_norm_and_bias,
-        normalized=_corrected_weights(run_config, workload.module),
+        normalized=_corrected_weights(workload),
+        uses=workload.uses,
         factors=factors,
     )
     if base is None:
@@ -213,11 +213,12 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     raise UserError(f"{name} needs {needs}, but each rank has a part of them; {advice}")
 
 
-def _corrected_weights(run_config: RunConfig, model: nn.Module) -> set[str]:
+def _corrected_weights(workload: Workload) -> set[str]:
     """Returns the weights whose decay `decay=corrected` corrects. Raises `UserError` if there are none."""
+    run_config = workload.run_config
     if run_config.decay.target is not corrected:
         return set()
-    names = normalized_weights(model)
+    names = normalized_weights(workload.module, workload.uses)
     if not names:
         raise UserError(
             f"{run_config.decay.choice}: corrects the decay of weights before a normalization layer, of which "

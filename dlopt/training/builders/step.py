@@ -66,7 +66,7 @@ def build_step(
         ),
         precision=workload.precision,
         measure=measure,
-        clip=clip.build(model=workload.module),
+        clip=clip.build(model=workload.module, uses=workload.uses),
         synchronize_buffers=workload.placed.after_update,
         average=None if average is None else average.update,
     )
