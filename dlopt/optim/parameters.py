@@ -262,13 +262,13 @@ def _ordered(model: nn.Module, uses: Sequence[str] | None) -> list[str]:
     first: dict[str, int] = {}
     for number, each in enumerate(uses):
         first.setdefault(each, number)
-    places, place = dict[str, int](), -1
+    ranks, latest = dict[str, int](), -1
     for name in names:
         path, _, last = name.rpartition(".")
         if last not in ADAPTERS:
-            place = first.get(name, first.get(path, place))
-        places[name] = place
-    return sorted(names, key=lambda name: places[name])  # stable
+            latest = first.get(name, first.get(path, latest))
+        ranks[name] = latest
+    return sorted(names, key=lambda name: ranks[name])  # stable
 
 
 def unused_parameters(model: nn.Module, uses: Sequence[str]) -> list[str]:
