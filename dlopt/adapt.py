@@ -27,24 +27,26 @@ class LoRALinear(Linear):
     """W x + b + alpha / r * B A x on [..., inputs], with frozen W and b (Hu et al. 2021, equation 3).
 
     A [r, inputs] is normal with variance 1 / inputs. B [outputs, r] is zero, so that the outputs are at first those of
-    `layer`, whose parameters this layer takes over. alpha / r is in float64 (MPS has none: in float32), whatever the
-    dtype of the layer.
+    the layer without an adapter. alpha / r is in float64 (MPS has none: in float32), whatever the dtype of the layer.
     """
 
     lora_scale: Tensor
+    _base: Callable[[nn.Module, Tensor], Tensor]
+    dropout: nn.Module | None
 
-    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
-        self._base = type(layer).forward  # of nn.Linear or Linear, whose products differ by rounding
-        weight = layer.weight
+    @classmethod
+    def adapt(cls, layer: nn.Linear, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
+        """Changes the class of `layer`, in place: its hooks, and references to it outside of modules, remain valid."""
+        base, weight = type(layer).forward, layer.weight
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        layer._base = base  # of nn.Linear or Linear, whose products differ by rounding
         a = torch.randn(rank, layer.in_features, generator=generator) / math.sqrt(layer.in_features)
-        self.lora_a = nn.Parameter(a.to(weight))
-        self.lora_b = nn.Parameter(weight.new_zeros(layer.out_features, rank))
-        self.register_buffer(_SCALE, _exact(torch.tensor(alpha / rank, dtype=torch.float64), weight.device))
+        layer.lora_a = nn.Parameter(a.to(weight))
+        layer.lora_b = nn.Parameter(weight.new_zeros(layer.out_features, rank))
+        layer.register_buffer(_SCALE, _exact(torch.tensor(alpha / rank, dtype=torch.float64), weight.device))
         # None instead of a dropout of zero: a layer without children counts as one layer in diagnostics.
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        layer.dropout = nn.Dropout(dropout) if dropout > 0 else None
 
     def forward(self, input: Tensor) -> Tensor:
         kept = input if self.dropout is None else self.dropout(input)
@@ -80,7 +82,7 @@ def lora(
     targets: list[str],
     train: list[str],
 ) -> None:
-    """Freezes `model` and replaces linear layers by `LoRALinear`: those that match `targets`, except those in `train`.
+    """Freezes `model` and makes linear layers `LoRALinear`: those that match `targets`, except those in `train`.
 
     Parameters that match `train` stay trainable. A pattern matches a layer or parameter and everything within it.
     Leaves out layers whose weight another layer uses as well (tied embeddings), and subclasses of torch's layer, whose
@@ -105,8 +107,21 @@ def lora(
         raise UserError(f"adapt.targets={shown}: no layer to adapt is left; choose layers that are not in adapt.train")
     for name, parameter in parameters.items():
         parameter.requires_grad_(_matches(name, train))
-    for name, layer in chosen.items():
-        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, generator))
+    for layer in chosen.values():
+        LoRALinear.adapt(layer, rank, alpha, dropout, generator)
+    _avoid_fused_kernels(model)
+
+
+def _avoid_fused_kernels(model: nn.Module) -> None:
+    """Makes torch's transformer encoders call their adapted layers in evaluation, too.
+
+    Without gradients their fused kernels read the weights. Sets what torch itself sets where it has no such kernel.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted_layers(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and adapted_layers(module):
+            module.use_nested_tensor = False
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -297,6 +297,21 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_fused_layers() -> Iterator[None]:
+    """Context in which torch's transformer layers call their parts in evaluation mode, too.
+
+    Their fused kernels would only read the weights: hooks for all modules (`register_module_forward_hook`), which torch
+    does not see, would miss the parts.
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Context in which batch norm uses the batch's statistics and does not update its running statistics."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from dlopt.basics.errors import RunError
-from dlopt.models.layers import evaluation_mode
+from dlopt.models.layers import evaluation_mode, without_fused_layers
 from dlopt.optim.parameters import real_views
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
@@ -255,7 +255,7 @@ def first_nonfinite_output(module: nn.Module, forward: Callable[[], object]) -> 
         if layer in names and not nonfinite and not is_finite(tensors):
             nonfinite.append(names[layer])
 
-    with register_module_forward_hook(check):
+    with without_fused_layers(), register_module_forward_hook(check):
         forward()
     return nonfinite[0] if nonfinite else None
 

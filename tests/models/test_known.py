@@ -13,7 +13,9 @@ class _OfUser(nn.Module):
 
 
 def _lora(dropout: float) -> nn.Module:
-    return LoRALinear(nn.Linear(2, 2), rank=1, alpha=1.0, dropout=dropout, generator=torch.Generator())
+    layer = nn.Linear(2, 2)
+    LoRALinear.adapt(layer, rank=1, alpha=1.0, dropout=dropout, generator=torch.Generator())
+    return layer
 
 
 def _global_dropout(p: float) -> nn.Module:

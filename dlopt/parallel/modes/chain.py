@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dlopt.basics.errors import UserError
 from dlopt.machine.device import synchronized_time
-from dlopt.models.layers import evaluation_mode
+from dlopt.models.layers import evaluation_mode, without_fused_layers
 from dlopt.parallel.dropout import GlobalDropout
 
 _REPETITIONS = 3
@@ -98,7 +98,7 @@ def trace(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) 
     The layers run in evaluation mode: batch-norm statistics and random generators stay untouched. Raises `UserError`
     for a layer that does not return a tensor.
     """
-    with torch.no_grad(), context():
+    with torch.no_grad(), without_fused_layers(), context():
         values = inputs
         for layer in chain:
             with evaluation_mode(layer.module), register_module_forward_pre_hook(partial(_record_dropout, layer)):

@@ -41,6 +41,7 @@ from dlopt.parallel.shard_files import ShardWriter
 from dlopt.schedules.decay import corrected
 from dlopt.training import rng
 from dlopt.training.builders import speed
+from dlopt.training.builders.adapter_check import check_adapters
 from dlopt.training.builders.model_check import (
     accepts_an_empty_batch,
     build_module,
@@ -238,6 +239,7 @@ def build_workload(
     module = precision.place(module)
     if has_convolutions(module, shape):
         module = module.to(memory_format=memory_format)
+    check_adapters(run_config, module, precision, shape, task.vocabulary)
     loss = _build_loss(run_config, dataset)
     if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
         size = run_config.data_settings.batch_size

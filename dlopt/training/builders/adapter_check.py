@@ -1,0 +1,151 @@
+"""Checks that a model calls the layers that have adapters: some models only read the weights of their layers."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dlopt.adapt import LoRALinear, adapted_layers
+from dlopt.basics.errors import UserError
+from dlopt.config.run_config import RunConfig
+from dlopt.models.layers import evaluation_mode
+from dlopt.training.builders.precision import Precision
+
+log = logging.getLogger(__name__)
+
+_BATCH = 2  # batch norm needs two
+_PASSES = 20  # in training mode: a model may skip layers at random
+_SHOWN, _PATTERNS = 4, 8  # names in an error message
+
+
+def check_adapters(
+    run_config: RunConfig, module: nn.Module, precision: Precision, shape: tuple[int, ...], vocabulary: int | None
+) -> None:
+    """Raises `UserError` for adapters that the model does not use, or that never train. Restores state and generators.
+
+    Calls the model in training mode, with a backward pass, and in evaluation mode. Warns if that fails. `module` is on
+    the device of the run; `shape`: of one input.
+    """
+    if not adapted_layers(module):
+        return
+    device, size = precision.device, (_BATCH, *shape)
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    call = precision.autocast(partial(functional_call, module, buffers))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if vocabulary is None:
+            inputs = torch.randn(size, device=device, dtype=precision.dtype)
+        else:
+            inputs = torch.randint(vocabulary, size, device=device)
+        try:
+            _check_used(run_config.adapt.choice, module, lambda: call(inputs))
+        except UserError:
+            raise
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            log.warning("%s: no check whether the model uses its adapters, because it fails for %d random samples: %s",
+                        run_config.adapt.choice, _BATCH, reason)  # fmt: skip
+
+
+def _check_used(choice: str, module: nn.Module, call: Callable[[], object]) -> None:
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+    reads = _WeightReads(layers)
+    untrained = set(layers)
+    for _ in range(_PASSES):
+        with reads.recording():
+            outputs = [each for each in tree_leaves(call()) if isinstance(each, Tensor) and each.requires_grad]
+        untrained -= _with_gradient({name: layers[name].lora_b for name in untrained}, outputs)
+        if not untrained - reads.found:
+            break
+    with reads.recording(), evaluation_mode(module), torch.inference_mode():
+        call()
+    if not reads.found and not untrained:
+        return
+    unused = [name for name in layers if name in (reads.found or untrained)]
+    shown = ", ".join(unused[:_SHOWN]) + (f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else "")
+    problem = (
+        f"adapters of {shown} have no effect where the model reads the weight of the layer instead of calling it"
+        if reads.found
+        else f"adapters of {shown} would never train, because they get no gradient"
+    )
+    used = [name for name in layers if name not in reads.found | untrained]
+    raise UserError(f"{choice}: {problem}; {_advice(used, unused)}")
+
+
+def _with_gradient(parameters: Mapping[str, Tensor], outputs: list[Tensor]) -> set[str]:
+    """Returns the names of the parameters of which the outputs are functions, whatever the values."""
+    if not outputs or not parameters:
+        return set()
+    ones = [torch.ones_like(each) for each in outputs]
+    gradients = torch.autograd.grad(outputs, list(parameters.values()), ones, allow_unused=True)
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def _advice(names: list[str], unused: list[str]) -> str:
+    """Returns which layers to adapt instead: `names`, with * for the numbers of blocks."""
+    patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)
+    precise = [each for each in patterns if not any(fnmatchcase(name, each) for name in unused)]
+    if not precise:
+        return "set adapt.targets to other layers"
+    return f"set adapt.targets=[{','.join(precise[:_PATTERNS])}]"
+
+
+class _WeightReads(TorchDispatchMode):
+    """Finds the layers whose weight an operation reads outside of the layer's own forward pass."""
+
+    def __init__(self, layers: Mapping[str, LoRALinear]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._layers = layers
+        self._names = {_storage(layer.weight): name for name, layer in layers.items()}
+        self._is_inside = False
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        # Not by hooks: a layer with hooks may be computed in another way.
+        own = {layer: vars(layer).get("forward") for layer in self._layers.values()}
+        for layer in own:
+            vars(layer)["forward"] = partial(self._call, layer.forward)
+        try:
+            with self:
+                yield
+        finally:
+            for layer, forward in own.items():
+                if forward is None:
+                    del vars(layer)["forward"]
+                else:
+                    vars(layer)["forward"] = forward
+
+    def _call(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        self._is_inside = True
+        try:
+            return forward(*inputs)
+        finally:
+            self._is_inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        reads_values = not name.startswith("new_") and not name.endswith("_like")
+        if not self._is_inside and reads_values:
+            # A view reads no values either; what reads the view is the next operation.
+            for storage in _storages((args, kwargs)) - _storages(result):
+                if storage in self._names:
+                    self.found.add(self._names[storage])
+        return result
+
+
+def _storages(values: object) -> set[int | None]:
+    return {_storage(each) for each in tree_leaves(values) if isinstance(each, Tensor)}
+
+
+def _storage(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
