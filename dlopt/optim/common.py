@@ -249,7 +249,12 @@ def as_groups(params: ParamsT) -> list[dict[str, Any]]:
 
 
 def refuse_group_rates(name: str, lr: float, groups: Iterable[dict[str, Any]]) -> None:
-    """Raises `UserError` for groups with another learning rate: a line search has one step length."""
+    """Raises `UserError` for groups with another learning rate or horizon: a line search has one step length."""
+    groups = list(groups)
+    if len({group.get("horizon", 1.0) for group in groups}) > 1:
+        raise UserError(
+            f"optimizer={name}: uses one step length for all parameters; a group cannot have another horizon"
+        )
     for group in groups:
         if group.get("lr", lr) != lr:
             raise UserError(

@@ -18,9 +18,11 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     """Sets the learning rate of each group to its base times `factor(t)`; update t uses factor(t), t from 0.
 
     A group with `horizon` h, a fraction of the run, uses factor(t / h): its schedule ends after that fraction, and the
-    factor stays at its final value; a momentum that the schedule cycles as well. With `freezes`, its parameters have
-    requires_grad=False while their learning rate is zero, which saves time and changes no result. `frozen` counts these
-    groups.
+    factor stays at its final value; a momentum that the schedule cycles as well. While its learning rate is zero, or
+    always if its base is zero, a group rests: an update changes none of its parameters, even with an optimizer whose
+    steps do not follow the learning rate (Rprop), continue by momentum (LARS), or follow an average (schedule-free).
+    With `freezes`, the parameters of a group with a horizon then have requires_grad=False, which saves time and changes
+    no result. `resting` counts the groups that rest.
 
     With `decay`, also sets the weight decay of each group to its base times the factor of that schedule.
 
@@ -68,11 +70,15 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
                 "optimizer.groups: horizon is a fraction of the schedule, but schedule=plateau has no length"
             )
         self._freezes = freezes
-        self.frozen = 0
+        self._rests = [False] * len(groups)
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameter that rests and its values, in an update
         self.rate = 0.0  # learning rate of the next update, as a float: of the first group without multipliers, if any
         self._base_floats: list[float] = []  # base_lrs as floats; empty: to be read again
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         self.restarts: Sequence[float] = getattr(self._component, "restarts", ())
+        if any(group["lr"] == 0 or group.get("horizon", 1.0) != 1.0 for group in groups):
+            optimizer.register_step_pre_hook(self._keep)
+            optimizer.register_step_post_hook(self._restore)
         super().__init__(optimizer)
         vars(optimizer).pop("step", None)  # torch's wrapper, which serves the order check in every update
 
@@ -84,8 +90,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         if not self._base_floats:
             self._base_floats = [float(lr) for lr in self.base_lrs]
         factors = self._factors()
-        if self._freezes:
-            self._freeze([horizon != 1.0 and f == 0.0 for horizon, f in zip(self._horizons, factors, strict=True)])
+        self._rest(factors)
         # A factor of a user's own may be a number of NumPy, which cannot be read from a checkpoint.
         lrs = [float(base * factor) for base, factor in zip(self._base_floats, factors, strict=True)]
         self.rate = lrs[self._shown]
@@ -129,14 +134,35 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         factors = {horizon: self.factor(self.last_epoch / horizon) for horizon in set(self._horizons)}
         return [factors[horizon] for horizon in self._horizons]
 
-    def _freeze(self, is_frozen: list[bool]) -> None:
-        """Freezes and unfreezes the parameters of each group."""
-        if sum(is_frozen) != self.frozen:
-            self.frozen = sum(is_frozen)
-            for group, frozen in zip(self.optimizer.param_groups, is_frozen, strict=True):
+    @property
+    def resting(self) -> int:
+        return sum(self._rests)
+
+    def _rest(self, factors: list[float]) -> None:
+        """Finds the groups that rest, and freezes and unfreezes the parameters of those with a horizon."""
+        is_over = [horizon != 1.0 and factor == 0.0 for horizon, factor in zip(self._horizons, factors, strict=True)]
+        rests = [over or base == 0.0 for over, base in zip(is_over, self._base_floats, strict=True)]
+        if rests == self._rests:
+            return
+        for group, over, horizon in zip(self.optimizer.param_groups, is_over, self._horizons, strict=True):
+            if self._freezes and horizon != 1.0:
                 for parameter in group["params"]:
-                    parameter.requires_grad_(not frozen)
+                    parameter.requires_grad_(not over)
                     parameter.grad = None
+        self._rests = rests
+
+    @torch.no_grad()
+    def _keep(self, *_: object) -> None:
+        """Copies the values of parameters that rest, before an update. Frozen ones have no gradient."""
+        groups = zip(self.optimizer.param_groups, self._rests, strict=True)
+        resting = [p for group, rests in groups if rests for p in group["params"] if p.requires_grad]
+        self._kept = [(p, p.clone()) for p in resting]
+
+    @torch.no_grad()
+    def _restore(self, *_: object) -> None:
+        for parameter, values in self._kept:
+            parameter.copy_(values)
+        self._kept.clear()
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Passes the metrics of an evaluation to a schedule that uses them; takes effect at the next update."""

@@ -108,7 +108,7 @@ class GraphedUpdate:
         self._static: Batch | None = None  # the graph's inputs and targets
         step.check.immediate = False  # would read a value on the host
         step.check.preallocates = False  # a graph would reuse, or clear, the flags of other updates
-        self._frozen = 0
+        self._resting = step.schedule.resting
         self._rates = [torch.zeros((), device=device) for _ in step.optimizer.param_groups]
         self._use_rate_tensors(step.optimizer)
         step.optimizer.register_state_dict_post_hook(_convert_rates_to_floats)
@@ -120,8 +120,8 @@ class GraphedUpdate:
         if static is None:
             return step.update(batch, number, log_norm=log_norm)
         step.begin(static, number, log_norm=self._capture.log_norm)
-        if step.schedule.frozen != self._frozen:  # the schedule froze parameters: the backward pass has changed
-            self._frozen = step.schedule.frozen
+        if step.schedule.resting != self._resting:  # the schedule froze parameters: the backward pass has changed
+            self._resting = step.schedule.resting
             # One eager update: a compiled model compiles its new backward pass in it. All other kernels are known.
             self._graphed.reset(warmup_runs=1)
         # Seeding on the host would not be in the graph: a replay continues from the seed that is set before it.

@@ -253,7 +253,7 @@ class Step:
                 raise not_evaluated(self.optimizer)
         else:
             self()  # before the optimizer: `GradScaler.step` accepts no closure; raises `Diverged` with weights intact
-            if self.scaler is None:
+            if self.scaler is None or not self._has_gradients():
                 self.optimizer.step()
             else:
                 # Waits for the device, except with a fused optimizer, whose kernel skips an overflow itself.
@@ -288,7 +288,7 @@ class Step:
             self.record = UpdateRecord(loss, micro_batches)
 
         # 3. Unscale before clipping, which needs the gradients in their own unit.
-        if self.scaler is not None:
+        if self.scaler is not None and self._has_gradients():
             self.scaler.unscale_(self.optimizer)
 
         # 4. Check before clipping, which would turn one non-finite entry into many. With a scaler non-finite gradients
@@ -303,6 +303,10 @@ class Step:
         clipped = self.clip(self.parameters, self.mode.sharding.norm)
         self.record.norm = norm if clipped is None else clipped
         return loss
+
+    def _has_gradients(self) -> bool:
+        """Returns whether anything trains: the schedule may have frozen all parameters. The scaler fails on none."""
+        return any(p.grad is not None for p in self.parameters)
 
     def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Measured]]:
         """Adds the gradients of the global batch's mean loss to the parameters.
@@ -339,7 +343,12 @@ class Step:
                 measured.append(kept)
                 # 4. Backward. It frees the activations and, with them, the outputs, which are large for a text: nothing
                 #    here may refer to them.
-                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                if loss.requires_grad:
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                elif not self.schedule.resting:  # else the schedule has frozen all that the loss depends on
+                    raise UserError(
+                        "optimizer.groups: the loss does not depend on any parameter that trains; freeze fewer"
+                    )
                 losses.append(loss.detach())
             if sums is not None and not micro_batch.is_last:
                 sums.take()

@@ -158,14 +158,19 @@ def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
                 if isinstance(value, Tensor) and value.shape == parameter.shape and not _same_strides(value, parameter):
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
+    is_checked = False
+
     def check_gradients(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        first_step.remove()
+        nonlocal is_checked
+        if is_checked:  # not removed instead: torch fails if one of several hooks removes itself
+            return
+        is_checked = True
         for group in optimizer.param_groups:
             if not all(p.grad is None or _same_strides(p.grad, p) for p in group["params"]):
                 group["fused"] = False
 
     optimizer.register_load_state_dict_post_hook(match_layout)
-    first_step = optimizer.register_step_pre_hook(check_gradients)
+    optimizer.register_step_pre_hook(check_gradients)
 
 
 def start_momentum(optimizer: torch.optim.SGD) -> None:
