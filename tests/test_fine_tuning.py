@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from dlopt.basics.errors import UserError
-from dlopt.training.batch_norm import small_batch_warnings
+from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
 from dlopt.training.builders.workload import class_names, load_weights
-from tests.support.runs import small_workload
+from dlopt.training.checkpoint import checkpoints
+from tests.support.runs import resume, small_workload, start
+from tests.support.sizes import SMALL
 
 
 def test_keeps_and_lists_a_head_for_other_classes(tmp_path: Path) -> None:
@@ -113,3 +115,24 @@ def test_a_last_layer_of_other_classes_is_reported(tmp_path: Path) -> None:
             UserError, match=r"init_from=.*trained with other classes than those of the data: class 0 is"
         ):
             load_weights(target.module, path, complete=True, classes=classes)
+
+
+@pytest.mark.parametrize("keys", [[], ["clip=norm"], ["accumulate=4", "ema=0.9"]])
+def test_a_run_goes_on_when_the_schedule_has_frozen_everything(tmp_path: Path, keys: list[str]) -> None:
+    """The parameters stay those of the update after which the last rate is zero, also after a resume."""
+    lines = [*SMALL, "model.norm=none", "schedule=linear", *keys, "checkpoint.every_epochs=1"]
+    rules = "optimizer.groups=[{match: '*', horizon: 0.25}, {match: 'head*', horizon: 0.5}]"
+    start(tmp_path / "run", *lines, rules, "epochs=2", "schedule_epochs=4")
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    before = dict(checkpoints.load(last).model)
+    summary = resume(tmp_path / "run", *lines, rules, "epochs=4", "schedule_epochs=4")
+    after = dict(checkpoints.load(last).model)
+    assert summary["status"] == "finished" and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_states_what_frozen_batch_norms_do() -> None:
+    [line] = frozen_norms_note(
+        small_workload("optimizer.groups=[{match: '*', freeze: true}, {match: 'head*', freeze: false}]").module
+    )
+    assert line.endswith("frozen batch norms: running statistics still follow the training data")
+    assert not frozen_norms_note(small_workload().module)

@@ -181,3 +181,13 @@ def small_batch_warnings(workload: Workload) -> list[str]:
         f"warning: batch norm over {device_batch} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): "
         "use model.norm=group, a larger data.batch_size, or, with several devices, parallel.sync_batchnorm=true"
     ]
+
+
+def frozen_norms_note(module: nn.Module) -> list[str]:
+    """Returns a line if batch norms whose parameters are frozen keep updating their running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine and m.track_running_stats]
+    frozen = sum(not any(p.requires_grad for p in norm.parameters()) for norm in norms)
+    if not frozen:
+        return []
+    layers = "batch norm" if frozen == 1 else "batch norms"
+    return [f"{frozen} frozen {layers}: running statistics still follow the training data"]

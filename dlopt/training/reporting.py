@@ -15,7 +15,7 @@ from dlopt.metrics.labels import LABEL_METRICS
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.batch_norm import small_batch_warnings
+from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
@@ -110,7 +110,8 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
     teacher = None if workload.teacher is None else workload.teacher.note
     lines = (describe(workload.module), chosen, pretrained, rates, teacher, workload.throughput.note, small)
     described = [line for line in lines if line]
-    return [*described, *dataset.notes, *workload.placed.notes, *small_batch_warnings(workload)]
+    norms = [*frozen_norms_note(workload.module), *small_batch_warnings(workload)]
+    return [*described, *dataset.notes, *workload.placed.notes, *norms]
 
 
 def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.config.schema import parameters_of
+from dlopt.optim import LARS, Muon, Rprop
 from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup
 from tests.support.choices import names
 from tests.support.schedules import EPOCH, STEPS, make, values
@@ -455,7 +456,7 @@ def test_group_horizon_shortens_the_schedule() -> None:
         assert second == pytest.approx(0.5 * max(1 - t / 75, 0))
         assert scheduler.get_lr() == pytest.approx([first, second])
         scheduler.step()
-    assert all(p.requires_grad for p in parameters) and scheduler.frozen == 0  # freezing was not requested
+    assert all(p.requires_grad for p in parameters) and scheduler.resting == 1  # freezing was not requested
 
 
 def test_group_horizon_shortens_the_cycle_of_the_momentum() -> None:
@@ -491,10 +492,28 @@ def test_freezes_groups_at_zero_learning_rate() -> None:
         requires_grad.append([p.requires_grad for p in parameters])
         scheduler.step()
     assert requires_grad == [[True, True]] * 10 + [[True, False]] * 10
-    assert scheduler.frozen == 1
+    assert scheduler.resting == 1
     early = {**scheduler.state_dict(), "last_epoch": 3}
     scheduler.load_state_dict(early)  # a rollback
-    assert [p.requires_grad for p in parameters] == [True, True] and scheduler.frozen == 0
+    assert [p.requires_grad for p in parameters] == [True, True] and scheduler.resting == 0
+
+
+@pytest.mark.parametrize("keys", [{"lr": 0.0}, {"horizon": 0.5}])
+def test_a_group_at_a_rate_of_zero_rests_with_any_optimizer(keys: dict[str, float]) -> None:
+    """Rprop's steps do not follow the rate, LARS continues by momentum, and normalized weights keep their norm."""
+    for kind in (torch.optim.Rprop, Rprop, partial(LARS, momentum=0.9), partial(Muon, normalize_weights=True)):
+        parameters = [torch.nn.Parameter(torch.full((2, 3), 0.5 + i)) for i in range(2)]
+        optimizer = kind([{"params": [parameters[0]]}, {"params": [parameters[1]], **keys}], lr=0.1)  # type: ignore[operator]
+        scheduler = Scheduler(optimizer, make("linear", steps=20))
+        before: list[torch.Tensor] = []
+        for number in range(14):
+            if number == (10 if "horizon" in keys else 0):
+                before = [p.detach().clone() for p in parameters]
+            for p in parameters:
+                p.grad = torch.randn(2, 3)
+            optimizer.step()
+            scheduler.step()
+        assert torch.equal(parameters[1], before[1]) and not torch.equal(parameters[0], before[0])
 
 
 def test_rejects_cycles_shorter_than_an_update() -> None:

@@ -153,7 +153,9 @@ def check(model: nn.Module, precision: str = "fp32") -> None:
     check_adapters(run_config("adapt=lora"), placed.place(adapted(model)), placed, (6,), None)
 
 
-EFFECT = r"adapt=lora: adapters of {} have no effect where the model reads the weight of the layer instead of calling it"
+EFFECT = (
+    r"adapt=lora: adapters of {} have no effect where the model reads the weight of the layer instead of calling it"
+)
 UPDATE = r"adapt=lora: adapters of {} would never train, because they get no gradient"
 
 
@@ -195,7 +197,9 @@ def test_names_the_blocks_by_a_pattern() -> None:
     model = nn.Sequential(*(Reads() for _ in range(6)))
     for each in model:
         each.head = nn.Linear(8, 6)  # type: ignore[union-attr]
-    with pytest.raises(UserError, match=r"0.middle, 1.middle, 2.middle, 3.middle and 2 more .*targets=\[\*.first,\*.he"):
+    with pytest.raises(
+        UserError, match=r"0.middle, 1.middle, 2.middle, 3.middle and 2 more .*targets=\[\*.first,\*.he"
+    ):
         check(model)
 
 
