@@ -30,8 +30,10 @@ class LoRALinear(Linear):
     the layer without an adapter. alpha / r is in float64 (MPS has none: in float32), whatever the dtype of the layer.
     """
 
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
     lora_scale: Tensor
-    _base: Callable[[nn.Module, Tensor], Tensor]
+    _base: Callable[..., Tensor]
     dropout: nn.Module | None
 
     @classmethod

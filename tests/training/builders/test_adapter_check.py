@@ -26,7 +26,7 @@ class Net(nn.Module):
         return outputs
 
     def hidden(self, x: Tensor) -> Tensor:
-        return self.middle(x)  # type: ignore[no-any-return]
+        return self.middle(x)
 
 
 class Reads(Net):
@@ -70,18 +70,18 @@ class OwnProjection(Net):
     def __init__(self) -> None:
         super().__init__()
         self.middle = nn.MultiheadAttention(8, 2, batch_first=True)  # type: ignore[assignment]
-        self.middle.out_proj = nn.Linear(8, 8)  # type: ignore[assignment]
+        self.middle.out_proj = nn.Linear(8, 8)
 
     def hidden(self, x: Tensor) -> Tensor:
         tokens = x[:, None]
-        return self.middle(tokens, tokens, tokens)[0][:, 0]  # type: ignore[no-any-return]
+        return self.middle(tokens, tokens, tokens)[0][:, 0]
 
 
 class WithoutGradient(Net):
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.no_grad():
             hidden = self.norm(self.first(inputs))
-        return self.head(self.middle(hidden))  # type: ignore[no-any-return]
+        return self.head(self.middle(hidden))
 
 
 class Unused(Net):
@@ -106,13 +106,13 @@ class SkippedAtRandom(Net):
 
 class CalledTwice(Net):
     def hidden(self, x: Tensor) -> Tensor:
-        return self.middle(self.middle(x))  # type: ignore[no-any-return]
+        return self.middle(self.middle(x))
 
 
 class ReadsNoValues(Net):
     def hidden(self, x: Tensor) -> Tensor:
         weight = self.middle.weight.data
-        return self.middle(x.to(weight.dtype) + weight.new_zeros(8) + torch.zeros_like(weight)[0])  # type: ignore[no-any-return]
+        return self.middle(x.to(weight.dtype) + weight.new_zeros(8) + torch.zeros_like(weight)[0])
 
 
 class Listed(Net):
@@ -124,7 +124,7 @@ class Listed(Net):
         self.middle.register_forward_hook(lambda module, inputs, output: 2 * output)
 
     def hidden(self, x: Tensor) -> Tensor:
-        return self.layers[0](x)  # type: ignore[no-any-return]
+        return self.layers[0](x)
 
 
 class Encoder(Net):
@@ -139,7 +139,7 @@ class Encoder(Net):
     def hidden(self, x: Tensor) -> Tensor:
         tokens = x[:, None].repeat(1, 3, 1) * torch.arange(1, 4)[:, None]
         mask = torch.tensor([[False, False, True]]).expand(len(x), 3) if self.masked else None
-        return self.middle(self.encoder(tokens, src_key_padding_mask=mask)[:, 0])  # type: ignore[no-any-return]
+        return self.middle(self.encoder(tokens, src_key_padding_mask=mask)[:, 0])
 
 
 def adapted(model: nn.Module, **changed: Any) -> nn.Module:
@@ -216,7 +216,7 @@ def test_evaluation_uses_the_adapters_of_torchs_encoder(masked: bool) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             nn.init.normal_(parameter)
-    model.norm.eval()
+    model.norm.eval()  # type: ignore[union-attr, operator]
     inputs = torch.randn(4, 6)
     expected = model(inputs)
     with torch.inference_mode():
