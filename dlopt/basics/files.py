@@ -17,10 +17,11 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from dlopt.basics.plain_values import read_regular
+from dlopt.basics.plain_values import load_json, open_regular, read_regular, without_nan
 from dlopt.basics.secrets import redact, redacted
 
 _ABANDONED = 3600.0  # seconds
+_MAX_LINES = 1 << 30  # bytes of a file whose lines are read as they come
 _in_use = 0
 
 
@@ -61,7 +62,7 @@ def link(source: Path, target: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            with source.open("rb") as read, synced(temporary) as file:
+            with open_regular(source) as read, synced(temporary) as file:
                 shutil.copyfileobj(read, file, 1 << 20)
         digests = recorded_digests(source)
         _publish(temporary, target, digests[0] if len(digests) == 1 else sha256(source))
@@ -87,8 +88,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Replaces the contents of `path` by `value`, redacted, as JSON. Raises OSError."""
-    write_atomically(path, json.dumps(redacted(value), indent=indent) + "\n")
+    """Replaces the contents of `path` by `value`, redacted, as JSON; NaN and Inf become null. Raises OSError."""
+    write_atomically(path, json.dumps(without_nan(redacted(value)), indent=indent, allow_nan=False) + "\n")
 
 
 def write_yaml(path: Path, value: Any) -> None:
@@ -149,10 +150,10 @@ def write_digests(path: Path, digests: list[str]) -> None:
 
 
 def recorded_digests(path: Path) -> list[str]:
-    """Reads the digests in the checksum file of `path`; [] if there is none."""
+    """Reads the digests in the checksum file of `path`; [] if there is none, or another kind of file."""
     try:
-        lines = digest_file(path).read_text().splitlines()
-    except (FileNotFoundError, UnicodeDecodeError):
+        lines = read_regular(digest_file(path)).decode().splitlines()
+    except (FileNotFoundError, ValueError):  # UnicodeDecodeError is a ValueError
         return []
     return [line.split()[0] for line in lines if line.strip()]
 
@@ -162,8 +163,17 @@ def digest_file(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the SHA-256 of a file. Raises OSError, also for one that is not regular."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+
+
+def open_to_append(path: Path) -> int:
+    """Opens a file, created if missing, for appending; returns its descriptor. Raises OSError; waits for no pipe."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 class NewLines:
@@ -173,8 +183,11 @@ class NewLines:
         self._path, self._position = path, 0
 
     def read(self) -> bytes:
-        """Returns the complete lines added since the last call; all, if the file has become shorter. Raises OSError."""
-        with self._path.open("rb") as file:
+        """Returns the complete lines added since the last call; all, if the file has become shorter.
+
+        Raises OSError, and ValueError for a file that is not regular or has more than 1 GB.
+        """
+        with open_regular(self._path, _MAX_LINES) as file:
             if os.fstat(file.fileno()).st_size < self._position:
                 self._position = 0
             file.seek(self._position)
@@ -183,11 +196,11 @@ class NewLines:
         return complete
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON object; None if the file is missing, not regular or large, or contains anything else."""
+def read_json(path: Path, limit: int = 1_000_000) -> dict[str, Any] | None:
+    """Reads a JSON object; None if the file is missing, not regular or over `limit` bytes, or has anything else."""
     try:
-        value = json.loads(read_regular(path))
-    except (OSError, ValueError, RecursionError):
+        value = load_json(path, limit)
+    except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -1,10 +1,12 @@
 """Run folders, one per run: creation, locking, status (finished, unfinished, live), and search."""
 
 import contextlib
+import itertools
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from dlopt.basics.files import read_json
 from dlopt.basics.formats import printable
 from dlopt.basics.interruption import note_files
 from dlopt.basics.locks import hold, is_held, lost
-from dlopt.basics.plain_values import load_yaml, read_regular
+from dlopt.basics.plain_values import load_yaml, read_regular, regular_lines
 
 FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
 LOCK = ".lock"
@@ -83,8 +85,9 @@ class RunFolder:
             return True
         if any(path.name != "best.pt" for path in self.checkpoints.glob("*.pt")):
             return True
-        with contextlib.suppress(OSError):
-            return not resumed and (self.path / "metrics.jsonl").read_bytes().count(b"\n") > 1
+        with contextlib.suppress(OSError, ValueError):
+            lines = regular_lines(self.path / "metrics.jsonl", sys.maxsize)
+            return not resumed and sum(line.endswith(b"\n") for line in itertools.islice(lines, 2)) > 1
         return False
 
     def is_finished(self) -> bool:
@@ -156,12 +159,16 @@ def new_run_id() -> str:
 def refuse_links(folder: Path, key: str) -> None:
     """Raises `UserError` for a link in the folder of a run or a sweep: writing to it would change files elsewhere.
 
-    The folder itself may be a link. Links to devices are harmless, and checkpoint files are replaced.
+    Also for a pipe or a socket, at which writing waits. The folder itself may be a link. Links to devices are harmless,
+    and checkpoint files are replaced.
     """
     names = os.listdir(folder) if folder.is_dir() else []
     for name in (*sorted(names), "checkpoints/shards"):
-        if not (folder / name).is_char_device():
-            inside(folder, name, key)
+        if (folder / name).is_char_device():
+            continue
+        path = inside(folder, name, key)
+        if path.is_fifo() or path.is_socket():
+            raise UserError(f"{key}: {printable(name)} is a pipe or a socket, not a file; remove it")
 
 
 def inside(folder: Path, name: str, key: str) -> Path:

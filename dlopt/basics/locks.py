@@ -47,8 +47,8 @@ def global_state_held(call: str, *, may_be_nested: bool = False) -> Iterator[Non
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock and holds it in the block. A forked child does not inherit it."""
-    with path.open("a+") as file:
+    """Waits for the lock and holds it in the block. A forked child does not inherit it. Raises OSError."""
+    with _open(path, os.O_CREAT) as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
@@ -76,7 +76,7 @@ def hold(path: Path) -> IO[str]:
         OSError: the file is not writable.
     """
     if not _is_held_here(path):
-        file = path.open("a+")
+        file = _open(path, os.O_CREAT)
         if _is_locked(file):
             _held[_key(path)] = file
             return file
@@ -108,7 +108,7 @@ def taken(path: Path) -> Iterator[bool | None]:
         yield False
         return
     try:
-        file = path.open("r+")
+        file = _open(path)
     except OSError:
         yield None
         return
@@ -130,6 +130,15 @@ def is_held(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path, flags: int = 0) -> IO[str]:
+    """Opens a lock file for reading and appending. Raises OSError, and `UserError` for a pipe, a socket or a folder."""
+    is_loop = path.is_symlink() and not path.exists()  # O_CREAT would create the file that it leads to
+    if is_loop or path.is_fifo() or path.is_socket() or path.is_dir():
+        raise UserError(f"{path}: is not a regular file; remove it")
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | flags, 0o666)
+    return open(path, "a+", opener=lambda *_: descriptor)  # with its name, which `lost` compares
 
 
 def _conflicts(descriptor: int) -> bool:

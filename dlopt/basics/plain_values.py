@@ -1,13 +1,22 @@
-"""Nested mappings of plain values, as read from YAML and written to JSON."""
+"""Nested mappings of plain values, as read from YAML and written to JSON, and the readers of small untrusted files.
 
+Folders of runs and sweeps may come from strangers. Whatever is read from them is read here, or by a library after
+`refuse_special`: a FIFO never blocks, a device is never read, and size, depth and kinds of values are limited
+(`tests/packaging/test_reading.py` lists the exceptions).
+"""
+
+import errno
+import io
+import json
 import math
 import os
 import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -15,8 +24,19 @@ _MAX_NODES = 100_000
 _MAX_BYTES = 1_000_000
 _MAX_DEPTH = 100
 _MAX_DIGITS = 100
-_INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_]*(:[0-5]?[0-9])*)")  # of YAML; 59:59 is sexagesimal
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader is 5x faster
+_INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_]*(:[0-5]?[0-9])*(\.[0-9_]*)?)")  # of YAML; 59:59 and
+# 59:59.5 are sexagesimal: the time for converting one is quadratic in its length
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader is 5x faster
+
+
+class _Loader(_SafeLoader):
+    """Reads dates as texts, as OmegaConf does."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in _SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -53,7 +73,7 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_plain(value: Any) -> None:
+def check_plain(value: Any, nodes: int = _MAX_NODES) -> None:
     """Checks a value of a file that is not YAML by the limits for YAML: see `check_yaml`. Raises ValueError."""
     waiting, count = [(value, 0)], 0
     while waiting:
@@ -68,8 +88,8 @@ def check_plain(value: Any) -> None:
         elif not (node is None or isinstance(node, str | int | float)):
             raise ValueError(f"has a value of type {type(node).__name__}")
         count += len(inner)
-        if count > _MAX_NODES:
-            raise ValueError(f"has more than {_MAX_NODES} values")
+        if count > nodes:
+            raise ValueError(f"has more than {nodes} values")
         if depth > _MAX_DEPTH:
             raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
         waiting += [(item, depth + 1) for item in inner]
@@ -77,13 +97,13 @@ def check_plain(value: Any) -> None:
 
 def read_regular(path: Path, limit: int = _MAX_BYTES) -> bytes:
     """Reads a regular file of at most `limit` bytes; never waits for a FIFO or a device. Raises ValueError, OSError."""
-    with _open_regular(path, limit) as file:
-        return file.read(limit)
+    with open_regular(path, limit) as file:
+        return file.read(os.fstat(file.fileno()).st_size)  # what is appended in the meantime is for the next reader
 
 
 def regular_lines(path: Path, limit: int) -> Iterator[bytes]:
     """Opens a file as `read_regular` does, and returns its lines, which are read one by one."""
-    file = _open_regular(path, limit)
+    file = open_regular(path, limit)
 
     def lines() -> Iterator[bytes]:
         with file:
@@ -95,77 +115,164 @@ def regular_lines(path: Path, limit: int) -> Iterator[bytes]:
 
 def regular_tail(path: Path, count: int) -> bytes:
     """Reads the last `count` bytes of a regular file of any size. Raises ValueError, OSError."""
-    with _open_regular(path, sys.maxsize) as file:
+    with open_regular(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - count))
         return file.read(count)
 
 
-def _open_regular(path: Path, limit: int) -> BinaryIO:
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115
-    status = os.fstat(file.fileno())
+def open_regular(path: Path, limit: int = sys.maxsize) -> io.BufferedReader:
+    """Opens a regular file of at most `limit` bytes for reading. Raises ValueError, OSError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link to itself, a socket
+            raise ValueError("is not a regular file") from None
+        raise
+    status = os.fstat(descriptor)
     reason = f"has more than {limit} bytes" if status.st_size > limit else None
     reason = reason if stat.S_ISREG(status.st_mode) else "is not a regular file"
     if reason is not None:
-        file.close()
+        os.close(descriptor)
         raise ValueError(reason)
-    return file
+    return open(descriptor, "rb")
 
 
-def load_yaml(path: Path) -> Any:
-    """Loads a YAML file that `check_yaml` accepts. Raises ValueError and OSError."""
-    text = check_yaml(path).decode("utf-8")
+def load_json(path: Path, limit: int = _MAX_BYTES) -> Any:
+    """Loads a JSON file of at most `limit` bytes that `parse_json` accepts. Raises ValueError and OSError."""
+    return parse_json(read_regular(path, limit))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Parses JSON in UTF-8 as `json.dumps` writes it for finite numbers.
+
+    Raises ValueError for anything else: NaN, Infinity and numbers beyond float64, integers of more than 100 digits, a
+    key that is given twice, deep nesting, lone surrogates other than those of Python's file names.
+    """
+    return _parse(text, _STRICT)
+
+
+def parse_numbers(text: bytes | str) -> Any:
+    """Parses JSON as `parse_json`, in half the time: numbers are not checked, and of equal keys the last counts."""
+    return _parse(text, _FAST)
+
+
+def _parse(text: bytes | str, decoder: json.JSONDecoder) -> Any:
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = decoder.decode(text)
+    except RecursionError:
+        raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep") from None
+    if text.count("[") + text.count("{") > _MAX_DEPTH:
+        check_plain(value, sys.maxsize)
+    if "\\u" in text and _SURROGATE.search(text) is not None:
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"has an integer of more than {_MAX_DIGITS} digits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"has the number {text[:20]}, which is not finite")
+    return value
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        raise ValueError("has a key twice")
+    return mapping
+
+
+_STRICT = json.JSONDecoder(parse_int=_integer, parse_float=_float, parse_constant=_float, object_pairs_hook=_mapping)
+_FAST = json.JSONDecoder()
+
+
+def load_yaml(path: Path, limit: int = _MAX_BYTES, nodes: int = _MAX_NODES) -> Any:
+    """Loads a YAML file that `check_yaml` accepts, of plain values and without a key that is given twice.
+
+    Raises ValueError and OSError.
+    """
+    text = check_yaml(path, limit, nodes).decode("utf-8")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError, ArithmeticError) as error:  # of tags: !!int ''
         raise ValueError(f"is not valid YAML: {' '.join(str(error).split())}") from None
+    check_plain(value, nodes)
+    return value
 
 
-def check_yaml(path: Path) -> bytes:
+def check_yaml(path: Path, limit: int = _MAX_BYTES, nodes: int = _MAX_NODES) -> bytes:
     """Returns the content of a YAML file that is safe to load.
 
     Raises OSError, and ValueError for a file that is not regular, for one that is too large, as it is or with its
     aliases expanded, for deep nesting, on which libyaml's loader crashes, and for integers of more than 100 digits.
     Nested aliases expand exponentially ("billion laughs"): `a: [*b, *b]`, `b: [*c, *c]`.
     """
-    try:
-        content = read_regular(path)
-    except IsADirectoryError:
-        raise ValueError("is not a regular file") from None
-    if expanded_size(content.decode("utf-8", "replace")) > _MAX_NODES:
-        raise ValueError(f"has aliases that expand to more than {_MAX_NODES} values, or is too large")
+    content = read_regular(path, limit)
+    if expanded_size(content.decode("utf-8", "replace"), nodes) > nodes:
+        raise ValueError(f"has aliases that expand to more than {nodes} values, or is too large")
     return content
 
 
-def expanded_size(text: str) -> int:
+def expanded_size(text: str, nodes: int = _MAX_NODES) -> int:
     """Counts the values of a YAML text with all aliases expanded; recursive aliases exceed any limit.
 
-    Stops counting above the limit and at a syntax error, which loading the file reports. Raises ValueError for deep
-    nesting and long integers.
+    Stops counting above `nodes` and at a syntax error, which loading the file reports. Raises ValueError for deep
+    nesting, long integers, and a key that is given twice, of which loading would take the last.
     """
     anchors: dict[str | None, int] = {}
-    open_nodes: list[tuple[str | None, int]] = []  # anchor, and values before this node
+    open_nodes: list[_OpenNode] = []
     total = 0
     try:
-        for event in yaml.parse(text, Loader=_Loader):
+        for event in yaml.parse(text, Loader=_SafeLoader):
             anchor = getattr(event, "anchor", None)
+            if open_nodes and isinstance(event, yaml.NodeEvent):
+                open_nodes[-1].add(event)
             if isinstance(event, yaml.AliasEvent):
                 total += anchors.get(anchor, 0)
             elif isinstance(event, yaml.ScalarEvent):
-                if not event.style and len(event.value) > _MAX_DIGITS and _INTEGER.fullmatch(event.value):
+                is_plain = not event.style or event.tag is not None
+                if is_plain and len(event.value) > _MAX_DIGITS and _INTEGER.fullmatch(event.value):
                     raise ValueError(f"has an integer of more than {_MAX_DIGITS} digits")
                 total += 1
                 anchors[anchor] = 1
             elif isinstance(event, yaml.CollectionStartEvent):
-                open_nodes.append((anchor, total))
-                anchors[anchor] = _MAX_NODES + 1  # used inside of itself: a recursive alias
+                open_nodes.append(
+                    _OpenNode(anchor, total, set() if isinstance(event, yaml.MappingStartEvent) else None)
+                )
+                anchors[anchor] = nodes + 1  # used inside of itself: a recursive alias
                 total += 1
                 if len(open_nodes) > _MAX_DEPTH:
                     raise ValueError(f"is nested more than {_MAX_DEPTH} levels deep")
             elif isinstance(event, yaml.CollectionEndEvent):
-                opened, before = open_nodes.pop()
-                anchors[opened] = total - before
-            if total > _MAX_NODES:
+                closed = open_nodes.pop()
+                anchors[closed.anchor] = total - closed.before
+            if total > nodes:
                 return total
     except yaml.YAMLError:
         return 0
     return total
+
+
+@dataclass
+class _OpenNode:
+    """A list or mapping in whose middle the parser is. `before`: values before it; `keys`: so far; None: a list."""
+
+    anchor: str | None
+    before: int
+    keys: set[str] | None
+    is_at_key: bool = False
+
+    def add(self, event: yaml.NodeEvent) -> None:
+        if self.keys is None:
+            return
+        self.is_at_key = not self.is_at_key
+        if self.is_at_key and isinstance(event, yaml.ScalarEvent) and event.value != "<<":
+            if event.value in self.keys:
+                raise ValueError(f"has the key {event.value[:40]!r} twice")
+            self.keys.add(event.value)

@@ -12,6 +12,7 @@ from dlopt.commands.completion import folders
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.commands.shared.document import print_document
 from dlopt.sweeps import submission
+from dlopt.sweeps.queue import LOG, WORKERS
 from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
@@ -108,6 +109,9 @@ def _print(folder: Path, status: "SweepStatus") -> None:
     for record in status.records:
         if record.status == "failed":
             print(printable(f"  {short_path(record.path)} failed: {' '.join((record.reason or '').split())[:200]}"))
+    if status.damaged_lines:
+        lines = format_count("lines", status.damaged_lines)
+        print(f"warning: {WORKERS}/{LOG}: {lines} cut or damaged, which are ignored")
     if status.stop_reason is not None:
         print(printable(f"stopped: {status.stop_reason}"))
     path = short_path(folder)
@@ -155,7 +159,7 @@ def _wait(folder: Path) -> int:
 
 def _stop(folder: Path) -> int:
     """Stops the workers of a submitted sweep. Raises `UserError`."""
-    submission.read(folder)
+    submission.check_own(folder)
     status = _read(folder)
     submission.stop(folder, "dlopt sweep stop")
     print(

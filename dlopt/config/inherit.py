@@ -4,7 +4,6 @@ The overrides are the run's choices by name and every value that differs from th
 therefore composed, checked and trusted like any other, and no longer needs the old folder.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
-from dlopt.basics.plain_values import flatten
+from dlopt.basics.plain_values import flatten, load_json
 from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
@@ -90,7 +89,7 @@ def _check(saved: Mapping[str, Any], packages: Any, source: str, typed: Mapping[
 def _choices(composer: Composer, folder: RunFolder, groups: Sequence[str], source: str) -> list[str]:
     """Returns the run's choices as overrides, in the order of `groups`."""
     try:
-        saved = json.loads((folder.path / "environment.json").read_text())["choices"]
+        saved = load_json(folder.path / "environment.json")["choices"]
         choices = {group: str(saved[group]) for group in groups if group in saved}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"from={folder.path}: its environment.json, which names the choices, is damaged") from None

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError, install
-from dlopt.basics.files import reason, refuse_special
+from dlopt.basics.files import reason
+from dlopt.basics.plain_values import read_regular
 from dlopt.data.cache import cache_file, exclusive, load_arrays, save_arrays
 from dlopt.data.windows import Windows
 
 SEPARATOR = "\0"  # between documents: one token, one byte
 SMALLEST = 257  # every byte, and the separator
+_MAX_BYTES = 1 << 28  # of a tokenizer.json
 _CHUNK = 1 << 16  # bytes that are tokenized at once; a chunk ends with a line
 _LINE_END = re.compile(rb"(?<=\S)\n(?=\S)")  # more white space around it may belong to one token
 
@@ -111,11 +113,10 @@ def read_tokenizer(file: str) -> Tokenizer:
     """Reads a tokenizer.json. Raises `UserError`."""
     path, source = Path(os.path.expanduser(file)), f"data.tokenizer={file}"
     try:
-        refuse_special(path)
-        return Tokenizer(path.read_text(encoding="utf-8"), source)
+        return Tokenizer(read_regular(path, _MAX_BYTES).decode(), source)
     except FileNotFoundError:
         raise UserError(f"{source}: no such file; bytes, bpe, or the path of a tokenizer.json are allowed") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{source}: cannot be read ({reason(error)})") from None
 
 

@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from markupsafe import Markup
 
 from dlopt._version import __version__
 from dlopt.basics.formats import printable
+from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
 from dlopt.metrics.names import in_words
 from dlopt.results.columns import counts_text, published_table
@@ -134,8 +136,8 @@ def serve(folder: Path, port: int = 0) -> Iterator[str]:
             if "/" in name or "\\" in name or path.suffix not in _TYPES or path.is_symlink():
                 return self.send_error(404)
             try:
-                content = path.read_bytes()
-            except OSError:
+                content = read_regular(path, sys.maxsize)
+            except (OSError, ValueError):
                 return self.send_error(404)
             self.send_response(200)
             headers = {"Content-Type": _TYPES[path.suffix], "Content-Length": str(len(content))} | _HEADERS

@@ -19,13 +19,13 @@ from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
-from dlopt.basics.plain_values import flatten, load_yaml, read_regular, regular_lines
+from dlopt.basics.plain_values import flatten, load_json, load_yaml, parse_numbers, regular_lines
 from dlopt.config.keys import LABELS
 from dlopt.config.resuming import NEWER_GROUPS
 from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
-from dlopt.tracking.metrics import METRICS, SUMMARY, gaps
+from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY, gaps
 from dlopt.tracking.terminal_text import choices_of_groups, short_path
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -37,7 +37,6 @@ _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
 _STATE = ("epoch", "step", "lr", "weight_decay")  # of the training, in a line of metrics.jsonl
-_MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def _read(path: Path) -> Record:
         raise _DamageError("config.yaml is missing")
     if not any((path / name).exists() for name in (*_OWN_FILES, SUMMARY, METRICS)):
         raise _DamageError("has a config.yaml, but no other file of a run; another tool may have written it")
-    environment = _mapping(path / "environment.json", _json) or {}
-    summary = _mapping(path / SUMMARY, _json)
+    environment = _mapping(path / "environment.json", load_json) or {}
+    summary = _mapping(path / SUMMARY, load_json)
     history = History(_lines(path / METRICS))
     overrides = tuple(RunFolder(path).typed())
     status = _status(path, summary)
@@ -144,17 +143,13 @@ def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
     return {"data": data.get("identity") if isinstance(data, dict) else None, "code": code, "versions": versions}
 
 
-def _json(path: Path) -> Any:
-    return json.loads(read_regular(path))
-
-
 def _mapping(path: Path, load: Callable[[Path], Any]) -> dict[str, Any] | None:
     """Reads a file with a mapping; None if the file is missing."""
     try:
         content = load(path)
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (UnicodeError, json.JSONDecodeError):
         raise _DamageError(f"{path.name} is damaged") from None
     except ValueError as error:
         raise _DamageError(f"{path.name} is damaged: {error}") from None
@@ -166,15 +161,15 @@ def _mapping(path: Path, load: Callable[[Path], Any]) -> dict[str, Any] | None:
 def _lines(path: Path) -> Iterator[dict[str, float]]:
     """Yields the evaluated epochs, without an incomplete last line of a running or killed run."""
     try:
-        lines = regular_lines(path, _MAX_METRICS)
+        lines = regular_lines(path, MAX_METRICS)
     except FileNotFoundError:
         return
     except ValueError as error:
         raise _DamageError(f"{path.name} {error}") from None
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
+            entry = parse_numbers(line)
+        except ValueError:
             if not line.endswith(b"\n") and next(lines, None) is None:
                 return
             raise _DamageError(f"{path.name} is damaged in line {number}") from None

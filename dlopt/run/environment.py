@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dlopt._version import ROOT, __version__
-from dlopt.basics.files import read_json
+from dlopt.basics.files import read_json, sha256
+from dlopt.basics.plain_values import read_regular
 
 DIFF = "code.diff"  # in a run folder: the uncommitted changes of the user's repository
 REPOSITORY = "repository.json"  # with DIFF in the folder SUBMITTED: the user's repository when a sweep was submitted
@@ -78,8 +79,8 @@ def repository() -> tuple[dict[str, Any] | None, bytes]:
     `MAX_DIFF_BYTES` is cut there, with a last line that says so.
     """
     if (facts := submitted()) is not None:
-        with contextlib.suppress(OSError):
-            return facts.get("code"), Path(os.environ[SUBMITTED], DIFF).read_bytes()
+        with contextlib.suppress(OSError, ValueError):
+            return facts.get("code"), read_regular(Path(os.environ[SUBMITTED], DIFF), 2 * MAX_DIFF_BYTES)
         return facts.get("code"), b""
     top = git("rev-parse", "--show-toplevel")
     if not top:
@@ -154,7 +155,7 @@ def _sha256(files: Iterable[tuple[Path, Path]]) -> str:
     for folder, path in files:
         with contextlib.suppress(OSError):
             digest.update(f"{path.relative_to(folder).as_posix()}\0".encode("utf-8", "surrogateescape"))
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

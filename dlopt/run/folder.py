@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import FolderSnapshot, RunFolder, make, make_new, new_run_id
+from dlopt.basics.plain_values import read_regular
 from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_longer, refuse_other_config
 from dlopt.parallel.processes.rendezvous import current
+from dlopt.tracking.metrics import MAX_METRICS
 
 if TYPE_CHECKING:
     from dlopt.training.checkpoint.content import Checkpoint
@@ -181,8 +183,8 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
 
     # A crash in between does no harm: with these files only, the folder counts as not begun (`has_begun`), and the next
     # start copies them again.
-    if (source.path / "metrics.jsonl").is_file():
-        write_atomically(target.path / "metrics.jsonl", (source.path / "metrics.jsonl").read_bytes())
+    with contextlib.suppress(FileNotFoundError, ValueError):  # of a stranger: not a regular file
+        write_atomically(target.path / "metrics.jsonl", read_regular(source.path / "metrics.jsonl", MAX_METRICS))
     best = Checkpoints(source.checkpoints).best
     with contextlib.suppress(UserError):
         if best_epoch is not None and load(best).evaluated_epoch == best_epoch:

@@ -5,12 +5,12 @@ sweep and the ranks of a parallel run are started this way, each as a separate p
 others.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 
 from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import flush_streams, print_message
 from dlopt.basics.secrets import RedactedStream, note_environment
@@ -44,7 +44,9 @@ def main() -> int:
         config = folder.config()
         if config is None:
             raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
-        choices = json.loads((folder.path / "environment.json").read_text())["choices"]
+        choices = (read_json(folder.path / "environment.json") or {}).get("choices")
+        if not isinstance(choices, dict):
+            raise UserError(f"{folder.path}: environment.json is missing or damaged")
         run_config = parse(resolve_saved(config), config, choices)
         state = None
         if rendezvous.is_main():  # the other ranks receive the state from rank 0

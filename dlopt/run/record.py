@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, ReportedError, 
 from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
 from dlopt.basics.folders import FORMAT, RunFolder, new_run_id, refuse_links
 from dlopt.basics.interruption import print_line, print_message
+from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact_bytes
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, storable
@@ -99,7 +101,7 @@ def described(run: "TrainingRun") -> Iterator[None]:
     is_described_here = run.overrides is not None and rendezvous.is_main()
     names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
     paths = [run.folder / name for name in names] if is_described_here and run.checkpoint is not None else []
-    former = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    former = {path: read_regular(path, sys.maxsize) if path.is_file() else None for path in paths}
     try:
         if run.overrides is not None and is_described_here:
             if run.checkpoint is not None and (changed := _changed_versions(run)):

@@ -26,7 +26,7 @@ from annotated_types import Ge
 from omegaconf import OmegaConf
 
 from dlopt.basics.errors import FAILED, INTERRUPTED, UserError
-from dlopt.basics.files import NewLines
+from dlopt.basics.files import NewLines, open_to_append
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, block_signals, ignore_hangup, signals_deferred
@@ -457,7 +457,7 @@ def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] 
     ignore_hangup()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked in the server, see `warm_up`
     try:
-        output = os.open(os.path.join(folder, OUTPUT), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        output = open_to_append(Path(folder, OUTPUT))
     except FileNotFoundError:  # the command was interrupted, and has removed its temporary folder
         sys.exit(FAILED)
     for stream in (1, 2):

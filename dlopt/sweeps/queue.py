@@ -7,11 +7,12 @@ soon as the file is opened.
 
 import json
 import os
+import re
 import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import NewLines
 from dlopt.basics.folders import RunFolder, inside
 from dlopt.basics.locks import hold, is_held, locked
+from dlopt.basics.plain_values import parse_json
 from dlopt.sweeps.jobs import DescribedPlan, Job, JobResult
 from dlopt.sweeps.pool import JobSource
+from dlopt.sweeps.slurm import is_job_id
 from dlopt.tracking.overview import Overview
 
 WORKERS = "workers"  # in the folder of a sweep: the locks of its processes, and the files of a submitted one
@@ -68,37 +71,51 @@ class Log:
     Attributes:
         jobs: by number.
         slurm: the ids of the Slurm jobs that were submitted for it.
+        damaged: lines that dlopt has not written, or a full disk has cut; they are ignored.
     """
 
     sweep: Path
     jobs: dict[int, JobState] = field(default_factory=dict)
     slurm: list[str] = field(default_factory=list)
+    damaged: int = 0
 
     def __post_init__(self) -> None:
         self._path = self.sweep / WORKERS / LOG
         self._lines = NewLines(self._path)
 
     def read(self) -> "Log":
-        """Reads the events since the last call."""
-        with suppress(FileNotFoundError):
-            for line in self._lines.read().splitlines():
-                with suppress(ValueError, KeyError, TypeError, AttributeError):  # a line that a full disk has cut
-                    self._apply(json.loads(line))
+        """Reads the events since the last call. Raises `UserError` for a log that cannot be read."""
+        try:
+            lines = self._lines.read().splitlines()
+        except FileNotFoundError:
+            return self
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        for line in lines:
+            try:
+                is_known = self._apply(parse_json(line))
+            except ValueError:
+                is_known = False
+            self.damaged += not is_known
         return self
 
-    def _apply(self, event: Mapping[str, Any]) -> None:
+    def _apply(self, event: Any) -> bool:
+        """Takes an event into account; returns whether it is one that dlopt writes."""
         match event:
-            case {"job": number, "folder": folder, "label": label}:
-                self.jobs[int(number)] = JobState(str(folder), str(label))
-            case {"claimed": number, "worker": worker}:
+            case {"job": int(number), "folder": str(folder), "label": str(label)} if "\0" not in folder:
+                self.jobs[number] = JobState(folder, label)
+            case {"claimed": int(number), "worker": str(worker)} if number in self.jobs and _is_name(worker):
                 job = self.jobs[number]
-                job.status, job.worker, job.starts = RUNNING, str(worker), job.starts + 1
-            case {"returned": number}:
+                job.status, job.worker, job.starts = RUNNING, worker, job.starts + 1
+            case {"returned": int(number)} if number in self.jobs:
                 self.jobs[number].status = QUEUED
-            case {"ended": number, "status": status}:
-                self.jobs[number].status = str(status)
-            case {"slurm": job_id}:
-                self.slurm.append(str(job_id))
+            case {"ended": int(number), "status": str(status)} if number in self.jobs:
+                self.jobs[number].status = status
+            case {"slurm": str(job_id)} if is_job_id(job_id):
+                self.slurm.append(job_id)
+            case _:
+                return False
+        return True
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -135,6 +152,11 @@ class Log:
                     dead[job.worker] = not is_held(self.sweep / WORKERS / f"{job.worker}.lock")
                 if dead[job.worker]:
                     yield number
+
+
+def _is_name(worker: str) -> bool:
+    """Returns whether this may be the name of a worker, which is part of that of its lock."""
+    return re.fullmatch(r"[\w.-]{1,200}", worker) is not None
 
 
 class Queue(JobSource):

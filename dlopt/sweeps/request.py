@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import env_override
 from hydra.types import RunMode
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest, refuse_links
+from dlopt.basics.plain_values import load_yaml
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import Axis
 from dlopt.config.packages import series_of
@@ -29,6 +29,9 @@ from dlopt.tracking.terminal_text import short_path
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
     from dlopt.sweeps.slurm import Slurm
+
+
+_MAX_SPACE_BYTES, _MAX_SPACE_NODES = 1 << 25, 500_000  # of sweep.yaml; 10,000 jobs have 1 MB
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,33 @@ class SweepRequest:
 
 
 def read_space(sweep: Path) -> Any:
-    """Reads sweep.yaml; None if it is missing or unreadable."""
+    """Reads sweep.yaml: a list of overrides per job, or the mapping of a search; None if it is missing.
+
+    Raises `UserError` for a damaged one.
+    """
     try:
-        return yaml.safe_load((sweep / SPACE).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        space = load_yaml(sweep / SPACE, _MAX_SPACE_BYTES, _MAX_SPACE_NODES)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{short_path(sweep)}: {SPACE} is damaged: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if isinstance(space, list):
+        is_valid = all(isinstance(job, list) and all(isinstance(line, str) for line in job) for job in space)
+    else:
+        is_valid = isinstance(space, dict) and isinstance(space.get("facts"), dict)
+        is_valid = is_valid and all(type(space.get(name, 0)) is int for name in ("finished", "total"))
+    if not is_valid:
+        raise UserError(f"{short_path(sweep)}: {SPACE} is damaged: it holds no jobs")
+    return space
+
+
+def find_space(sweep: Path) -> Any:
+    """Reads sweep.yaml; None if it is missing or damaged."""
+    try:
+        return read_space(sweep)
+    except UserError:
         return None
 
 

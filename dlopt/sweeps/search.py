@@ -30,7 +30,7 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
 from dlopt.sweeps.queue import WORKERS, live_workers
-from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
+from dlopt.sweeps.request import SweepEnd, SweepRequest, find_space, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import (
@@ -77,7 +77,7 @@ def search(request: SweepRequest) -> SweepEnd:
     request.check_tracking(jobs)
     before = FolderSnapshot(request.path)
     folder = request.find_folder(
-        lambda candidate: bool(_jobs_left(read_space(candidate.path), facts, spec.total)),
+        lambda candidate: bool(_jobs_left(find_space(candidate.path), facts, spec.total)),
         lambda path, key: _check_folder(path, key, facts, request.config.resume),
     )
     saved = read_space(folder)

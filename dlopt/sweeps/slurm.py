@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from hydra.core.utils import env_override
 
 from dlopt.basics.errors import INTERRUPTED, UserError
+from dlopt.basics.files import open_to_append
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import end_with
 from dlopt.basics.ranges import Count, Natural, Positive
@@ -23,6 +25,7 @@ from dlopt.sweeps.pool import Process
 
 _SIGNAL_SECONDS = 120  # before its time limit a worker is signalled, to write the checkpoint of its job
 _COMMAND_SECONDS = 60.0  # that a Slurm command may take
+_ID_WIDTH = 24  # of a column of squeue
 _REQUEUED_SECONDS = 60.0  # until Slurm kills a process that has requeued its job
 
 
@@ -95,21 +98,46 @@ class Slurm:
         if done is None or done.returncode:
             reason = "does not answer" if done is None else " ".join(done.stderr.split())
             raise UserError(f"hydra/launcher=slurm: sbatch: {reason}")
-        return done.stdout.strip().partition(";")[0]
+        job_id = done.stdout.strip().partition(";")[0]
+        if not is_job_id(job_id):
+            raise UserError(f"hydra/launcher=slurm: sbatch: answers {done.stdout[:200]!r} instead of a job id")
+        return job_id
 
 
-def waiting(job_ids: Sequence[str]) -> int:
-    """Returns how many workers of these Slurm jobs wait for an allocation; 0 where Slurm does not answer."""
-    if not job_ids or shutil.which("squeue") is None:
-        return 0
-    done = _run("squeue", "--noheader", "--array", f"--jobs={','.join(job_ids)}", "--format=%T")
-    return 0 if done is None else done.stdout.split().count("PENDING")
+def is_job_id(text: str) -> bool:
+    """Returns whether this is the id of a job, and no option of a command."""
+    return re.fullmatch(r"[0-9]{1,20}", text) is not None
 
 
-def cancel_waiting(job_ids: Sequence[str]) -> None:
-    """Cancels the workers of these Slurm jobs that have not started."""
-    if job_ids and shutil.which("scancel") is not None:
-        _run("scancel", "--state=PENDING", *job_ids)
+def _waiting(job_ids: Sequence[str], log: Path) -> list[str]:
+    """Returns the ids of the workers' jobs that wait for an allocation, one for each worker.
+
+    The ids come from a file that others may have written: only jobs count whose output goes to the folder `log`. Empty
+    where Slurm does not answer.
+    """
+    ids = [each for each in dict.fromkeys(job_ids) if is_job_id(each)]
+    if not ids or shutil.which("squeue") is None:
+        return []
+    form = f"--Format=ArrayJobID:{_ID_WIDTH},StdOut:{os.pathconf('/', 'PC_PATH_MAX')}"
+    done = _run("squeue", "--noheader", "--array", "--states=PENDING", f"--jobs={','.join(ids)}", form)
+    lines = [] if done is None else done.stdout.splitlines()
+    folder = os.path.realpath(log)
+    return [
+        line[:_ID_WIDTH].strip()
+        for line in lines
+        if os.path.realpath(os.path.dirname(line[_ID_WIDTH:].strip().replace("%%", "%"))) == folder
+    ]
+
+
+def waiting(job_ids: Sequence[str], log: Path) -> int:
+    """Returns how many workers of these Slurm jobs wait for an allocation. `log`: see `Slurm.submit`."""
+    return len(_waiting(job_ids, log))
+
+
+def cancel_waiting(job_ids: Sequence[str], log: Path) -> None:
+    """Cancels the workers of these Slurm jobs that have not started. `log`: see `Slurm.submit`."""
+    if (own := dict.fromkeys(_waiting(job_ids, log))) and shutil.which("scancel") is not None:
+        _run("scancel", "--state=PENDING", "--", *filter(is_job_id, own))
 
 
 def requeue_worker() -> None:
@@ -165,7 +193,7 @@ class _Step:
             variables["SRUN_CPUS_PER_TASK"] = cores  # srun does not inherit it since Slurm 22.05
         # --wait=60: once a rank has ended, kill the others after 60 s.
         command = ["srun", "--wait=60", f"--ntasks={allocation.tasks}", *python_module("dlopt.run.job", str(folder))]
-        with (folder / OUTPUT).open("ab") as output:
+        with os.fdopen(open_to_append(folder / OUTPUT), "ab") as output:
             self._process = subprocess.Popen(
                 command, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )

@@ -12,7 +12,7 @@ from dlopt.basics.interruption import print_line
 from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
 from dlopt.results.reading import Damaged, RunReader
 from dlopt.results.terminal import show_leaderboard
-from dlopt.sweeps.queue import QUEUED, RUNNING, Log, live_workers
+from dlopt.sweeps.queue import QUEUED, RUNNING, WORKERS, Log, live_workers
 from dlopt.sweeps.request import read_space
 from dlopt.sweeps.slurm import waiting
 from dlopt.sweeps.submission import is_submitted, stop_reason
@@ -43,6 +43,7 @@ class SweepStatus:
         total: jobs, also those that are not drawn yet; None: unknown.
         workers: that live; `waiting`: that wait for an allocation of Slurm.
         stop_reason: why the workers are to stop.
+        damaged_lines: of the log, which are ignored.
     """
 
     jobs: Sequence[JobStatus]
@@ -52,6 +53,7 @@ class SweepStatus:
     stop_reason: str | None
     records: Sequence[Record]
     damaged: Sequence[Damaged]
+    damaged_lines: int = 0
 
     @property
     def counts(self) -> Counter[str]:
@@ -99,8 +101,8 @@ class StatusReader:
         jobs, total = self._of_log(workers, records) if log.jobs else (self._of_records(records), _total(space))
         if RunFolder(self._sweep).is_live():
             workers = [*workers, "the command that started it"]
-        waits = waiting(log.slurm)
-        return SweepStatus(jobs, total, workers, waits, stop_reason(self._sweep), records, damaged)
+        waits = waiting(log.slurm, self._sweep / WORKERS)
+        return SweepStatus(jobs, total, workers, waits, stop_reason(self._sweep), records, damaged, log.damaged)
 
     def _of_log(self, workers: Sequence[str], records: Sequence[Record]) -> tuple[list[JobStatus], int]:
         ended = {record.path: record.status for record in records if record.status in ("finished", "stopped_early")}

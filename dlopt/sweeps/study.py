@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import hold, locked, taken
+from dlopt.basics.plain_values import open_regular
 from dlopt.basics.secrets import redact, redacted
 from dlopt.config.resuming import UNUSED, describe, may_change
 from dlopt.results.leaderboard import Direction
@@ -31,6 +32,7 @@ from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space
 
 JOURNAL = "study.journal"
+_MAX_JOURNAL = 1 << 30  # bytes; a job has 1 kB
 STUDY_LOCK = "setup.lock"  # in that folder: for the study and sweep.yaml
 _ORPHAN_SECONDS = 60.0  # after which the owner of a running trial that names no owner counts as dead
 
@@ -90,7 +92,15 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     lock.parent.mkdir(parents=True, exist_ok=True)
     if url is None:
         path = folder / JOURNAL
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, _JournalLock(path))))
+        try:
+            with suppress(FileNotFoundError):
+                open_regular(path, _MAX_JOURNAL).close()
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, _JournalLock(path))))
+        except OSError:
+            raise
+        except Exception as error:  # of Optuna, which expects no file of others
+            why = str(error) if type(error) is ValueError else f"damaged: {type(error).__name__}: {error}"
+            raise UserError(f"hydra.sweep.dir={folder}: {JOURNAL} {why}; use another folder") from None
     try:
         key = f"hydra.sweeper.storage={hide_password(url)}"
     except Exception:  # of SQLAlchemy, or of int() for the port

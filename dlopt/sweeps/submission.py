@@ -24,6 +24,7 @@ from hydra.core.utils import env_override
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.plain_values import read_regular
 from dlopt.config.schema import check_arguments
 from dlopt.parallel.processes.launch import python_module
 from dlopt.run import environment as environments
@@ -111,6 +112,19 @@ def _launcher(sweep: Path) -> Slurm:
         raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
 
 
+def _read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
+    """Reads what this user has submitted. Raises `UserError`, also for a sweep of another user."""
+    submission, launcher = read(sweep), _launcher(sweep)
+    if not {submission.digest, digest_of(asdict(launcher))} <= _trusted():
+        raise UserError(f"{short_path(sweep)}: only the user who has submitted this sweep can {verb} it")
+    return submission, launcher
+
+
+def check_own(sweep: Path) -> None:
+    """Raises `UserError` for a sweep that another user has submitted, which this one cannot stop."""
+    _read_own(sweep, "stop")
+
+
 def is_submitted(sweep: Path) -> bool:
     return (sweep / WORKERS / FILE).is_file()
 
@@ -157,16 +171,18 @@ def recorded_code(sweep: Path) -> Iterator[None]:
 def stop_reason(sweep: Path) -> str | None:
     """Returns why the workers of a sweep are to stop; None if they are not."""
     try:
-        return (sweep / WORKERS / STOP).read_text(errors="replace")[:200]
+        return read_regular(sweep / WORKERS / STOP).decode(errors="replace")[:200]
     except OSError:
         return None
+    except ValueError as error:
+        return f"{WORKERS}/{STOP} {error}"
 
 
 def stop(sweep: Path, reason: str) -> None:
     """Makes the workers of a sweep stop with checkpoints, and cancels those that have not started."""
     # The file first: a worker that starts while the others are cancelled reads it, and takes no job.
     write_atomically(sweep / WORKERS / STOP, reason)
-    cancel_waiting(Log(sweep).read().slurm)
+    cancel_waiting(Log(sweep).read().slurm, sweep / WORKERS)
 
 
 def resume(sweep: Path) -> str | None:
@@ -174,9 +190,7 @@ def resume(sweep: Path) -> str | None:
 
     Raises `UserError`, also for a sweep or settings of sbatch that another user has submitted.
     """
-    submission, launcher = read(sweep), _launcher(sweep)
-    if not {submission.digest, digest_of(asdict(launcher))} <= _trusted():
-        raise UserError(f"{short_path(sweep)}: only the user who has submitted this sweep can resume it")
+    submission, launcher = _read_own(sweep, "resume")
     submission.check(sweep)
     launcher.require()
     log, count = Log(sweep), launcher.slots

@@ -166,7 +166,7 @@ def submit(
             )
         log = Log(sweep).read()
         if not is_same:
-            cancel_waiting(log.slurm)  # they would find a sweep that is not theirs
+            cancel_waiting(log.slurm, sweep / WORKERS)  # they would find a sweep that is not theirs
             write_atomically(folder / "log", b"")
             log = Log(sweep)
         _write(sweep, submission, launcher)

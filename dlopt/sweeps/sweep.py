@@ -41,7 +41,7 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.sweeps.queue import live_workers
-from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
+from dlopt.sweeps.request import SweepEnd, SweepRequest, find_space, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_submitted
 from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
@@ -330,7 +330,7 @@ def check_folder(
 
 def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
     """Returns whether the folder contains the same jobs, some of them unfinished."""
-    space = read_space(sweep.path)
+    space = find_space(sweep.path)
     if not (isinstance(space, list) and len(space) == len(jobs)) or sweep.is_live() or all(job.is_done for job in jobs):
         return False
     for lines, job in zip(space, jobs, strict=True):

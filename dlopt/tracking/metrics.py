@@ -3,17 +3,19 @@
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import RunError
-from dlopt.basics.files import is_at, read_json, write_atomically
-from dlopt.basics.plain_values import without_nan
+from dlopt.basics.files import is_at, open_to_append, read_json, write_atomically
+from dlopt.basics.plain_values import parse_json, read_regular, without_nan
 from dlopt.basics.secrets import redact, redacted
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
 _GAPS = {"gap": ("val_loss", "train_loss"), "accuracy_gap": ("train_accuracy", "val_accuracy")}
 
 
@@ -31,7 +33,7 @@ def parse_metrics(data: bytes) -> list[dict[str, Any]]:
     metrics: list[dict[str, Any]] = []
     for line in data.splitlines():
         try:
-            item = json.loads(line)
+            item = parse_json(line)
         except ValueError:
             break
         if not isinstance(item, dict):
@@ -50,10 +52,13 @@ def gaps(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads `folder`/metrics.jsonl, oldest line first; [] if there is no file. An incomplete last line is ignored."""
+    """Reads `folder`/metrics.jsonl, oldest line first; [] if there is no regular file of at most 256 MiB.
+
+    An incomplete last line is ignored. Raises OSError.
+    """
     try:
-        return parse_metrics((folder / METRICS).read_bytes())
-    except FileNotFoundError:
+        return parse_metrics(read_regular(folder / METRICS, MAX_METRICS))
+    except (FileNotFoundError, ValueError):
         return []
 
 
@@ -100,7 +105,7 @@ class AppendFile:
                 self._close()
             if self._file is None:
                 self._folder = os.stat(self.path.parent)
-                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                self._file = open_to_append(self.path)
             size = os.fstat(self._file).st_size
             written = 0
             try:
@@ -161,15 +166,15 @@ class MetricsFile:
     def _truncate(self, epoch: float, step: int, lines: str) -> None:
         """Also removes an incomplete last line."""
         try:
-            data = self._path.read_bytes() if self._path.exists() else b""
+            data = read_regular(self._path, sys.maxsize) if self._path.exists() else b""
             kept = [
                 line for line in parse_metrics(data) if line.get("epoch", 0) <= epoch and line.get("step", 0) <= step
             ]
             content = "".join(to_json(line) + "\n" for line in kept).encode()
             if content != data:
                 write_atomically(self._path, content)
-        except OSError as error:
-            self._warn(f"{self._path}: {lines} could not be removed ({error.strerror})")
+        except (OSError, ValueError) as error:
+            self._warn(f"{self._path}: {lines} could not be removed ({getattr(error, 'strerror', error)})")
 
     def close(self) -> None:
         self._file.close()

@@ -21,6 +21,7 @@ from hydra.core.utils import env_override
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.folders import RunFolder, new_run_id
+from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
 from dlopt.tracking.terminal_text import waiting
 
@@ -141,7 +142,7 @@ class MLflow:
         self._client = MlflowClient()
         id_file, uri = self._folder / "mlflow.json", redact(_without_credentials(get_tracking_uri()))
         saved = read_json(id_file) or {}
-        if _without_credentials(str(saved.get("tracking_uri"))) == uri:
+        if _without_credentials(str(saved.get("tracking_uri"))) == uri and "run_id" in saved:
             self._run = str(saved["run_id"])
             self._client.update_run(self._run, status="RUNNING")
             return
@@ -239,6 +240,11 @@ def _chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def _read_id(path: Path) -> str:
+    """Reads the name of a run from a file that an earlier start has written. Raises OSError and ValueError."""
+    return read_regular(path, 1000).decode().strip()
+
+
 class Wandb:
     """A run of Weights & Biases, configured by WANDB_API_KEY, WANDB_MODE, ... The project is named after `name`.
 
@@ -261,7 +267,7 @@ class Wandb:
         self._run = wandb.init(
             project=str(hparams["name"]),
             name=self._folder.name,
-            id=id_file.read_text().strip(),
+            id=_read_id(id_file),
             resume="allow",
             dir=str(self._folder),
             config=dict(hparams),
@@ -315,7 +321,7 @@ class Trackio:
             # Trackio resumes runs by their names, and each sweep has a run `0`.
             run_id = RunFolder(self._folder).run_id() or new_run_id()
             write_atomically(name_file, f"{self._folder.name}-{run_id}\n".encode())
-        name = name_file.read_text().strip()
+        name = _read_id(name_file)
         with _silent_trackio():
             # `embed`: in a notebook, Trackio would start a server and show its page.
             self._run = trackio.init(

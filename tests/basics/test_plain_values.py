@@ -1,5 +1,6 @@
 """Hostile YAML: alias bombs, deep nesting, huge integers, files that are not regular."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
-from dlopt.basics.plain_values import check_yaml, expanded_size, load_yaml, read_regular
+from dlopt.basics.plain_values import check_yaml, expanded_size, load_yaml, parse_json, read_regular
 from tests.support.line import refused
 from tests.support.sizes import TINY
 
@@ -94,6 +95,56 @@ def test_reads_no_fifo_and_no_device(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than 3 bytes"):
         read_regular(Path(__file__), 3)
     assert read_json(tmp_path / "fifo") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("a: 1\nb: {c: 1, c: 2}\n", "has the key 'c' twice"),
+        ("a: &x [*x]", "aliases"),
+        ("a: !!int ''", "is not valid YAML"),
+        ("a: !!timestamp x", "is not valid YAML"),
+        ("a: !!set {x}", "type set"),
+        ("a: 1" + ":00" * 1000 + ".5", "integer of more than 100 digits"),
+    ],
+)
+def test_refuses_yaml_that_dlopt_does_not_write(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        load_yaml(path)
+
+
+def test_accepts_dates_and_merge_keys(tmp_path: Path) -> None:
+    """As OmegaConf reads them: a date is a text."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: &a {x: 1, y: 2024-11-26}\nb: {<<: *a, x: 2}\n")
+    assert load_yaml(path)["b"] == {"x": 2, "y": "2024-11-26"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 20_000 + "]" * 20_000, "nested more than 100"),
+        ("[" * 200 + "]" * 200, "nested more than 100"),
+        ('{"a": Infinity}', "not finite"),
+        ('{"a": 1e999}', "not finite"),
+        (f'{{"a": {"9" * 101}}}', "more than 100 digits"),
+        ('{"a": 1, "a": 2}', "has a key twice"),
+        ('{"a": "\\ud800"}', "surrogates not allowed"),
+        (b'{"a": "\xff"}', "utf-8"),
+        ("{", "Expecting"),
+    ],
+)
+def test_refuses_json_that_dlopt_does_not_write(text: str | bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+def test_accepts_what_json_dumps_writes() -> None:
+    """Bytes of a file name that are not UTF-8 are surrogates in Python; many brackets side by side are not deep."""
+    value = {"folder": "a\udcff", "text": "\U0001f600", "number": 1e300, "lists": [[]] * 500}
+    assert parse_json(json.dumps(value)) == value
 
 
 def test_text_and_numbers_of_any_length_below_the_limit_are_accepted(tmp_path: Path) -> None:

@@ -211,11 +211,22 @@ def test_does_not_wait_for_a_fifo(tmp_path: Path, name: str) -> None:
     assert isinstance(result, Record) if name == "overrides.yaml" else isinstance(result, Damaged)
 
 
-def test_ignores_metrics_beyond_the_range_of_floats(tmp_path: Path) -> None:
+def test_metrics_beyond_the_range_of_floats(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
-    summary = json.loads((path / "summary.json").read_text()) | {"seconds": 10**4000}
+    summary = json.loads((path / "summary.json").read_text())
+    for number, reason in {
+        "9" * 4000: "has an integer of more than 100 digits",
+        "1e999": "has the number 1e999, which is not finite",
+        "NaN": "has the number NaN, which is not finite",
+    }.items():
+        (path / "summary.json").write_text(
+            json.dumps({**summary, "seconds": 0}).replace('"seconds": 0', f'"seconds": {number}')
+        )
+        assert read(path) == Damaged(path, f"summary.json is damaged: {reason}")
     (path / "summary.json").write_text(json.dumps(summary))
-    assert "seconds" not in record(path).metrics or record(path).metrics["seconds"] < 1e308
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "step": 40, "val_loss": 1e999, "train_loss": ' + "9" * 4000 + "}\n")
+    assert record(path).history[-1] == {"epoch": 4, "step": 40}
 
 
 def test_finds_runs_in_a_deep_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,11 +73,25 @@ def test_only_a_worker_that_was_not_cancelled_is_requeued(
 
 
 def test_workers_that_wait(write_tool: WriteTool, tmp_path: Path) -> None:
-    write_tool("squeue", "printf 'PENDING\\nRUNNING\\nPENDING\\n'")
+    """Only those of this sweep: the log of its folder, which names them, may be a stranger's."""
+    log = tmp_path / "50% done" / "workers"
+    own, other = f"{tmp_path}/50%% done/workers/%A_%a.log", f"{tmp_path}/else/workers/%A_%a.log"
+    lines = "".join(f"{number:<24}{path}\n" for number, path in ((7, own), (7, own), (8, other), (9, own)))
+    write_tool("squeue", f"echo \"$@\" >{tmp_path}/asked; cat <<'E'\n{lines}E")
     write_tool("scancel", f'echo "$@" >{tmp_path}/cancelled')
-    assert slurm.waiting([]) == 0 and slurm.waiting(["7", "9"]) == 2
-    slurm.cancel_waiting(["7", "9"])
-    assert (tmp_path / "cancelled").read_text() == "--state=PENDING 7 9\n"
+    ids = ["7", "8", "--me", "--state=RUNNING", "9", "7_1", "", "7,10", "\u0667"]
+    assert slurm.waiting([], log) == 0 and not (tmp_path / "asked").exists()
+    assert slurm.waiting(["--me"], log) == 0 and not (tmp_path / "asked").exists()
+    assert slurm.waiting(ids, log) == 3
+    assert "--jobs=7,8,9 " in (tmp_path / "asked").read_text()
+    slurm.cancel_waiting(ids, log)
+    assert (tmp_path / "cancelled").read_text() == "--state=PENDING -- 7 9\n"
+
+
+def test_sbatch_answers_no_id(write_tool: WriteTool, tmp_path: Path) -> None:
+    write_tool("sbatch", "echo --me")
+    with pytest.raises(UserError, match=r"sbatch: answers '--me\\n' instead of a job id"):
+        slurm.Slurm(**SETTINGS).submit(1, ["true"], tmp_path, tmp_path, {})
 
 
 def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -100,12 +100,16 @@ def test_stop_and_resume(cluster: Cluster) -> None:  # noqa: F811
     wait_until(lambda: has_begun(sweep / "0"), sweep)
     cluster.run("scancel", f"{job}_0")
     wait_until(lambda: cluster.states(f"{job}_0") == ["CANCELLED"], sweep)
-    waiting = cluster.run("sbatch", "--parsable", "--begin=now+1hour", "--wrap=true").strip()
+    later = ["sbatch", "--parsable", "--begin=now+1hour", "--array=0-0", "--wrap=true"]
+    waiting = cluster.run(*later, f"--output={sweep}/workers/%A_%a.log").strip()
+    others = cluster.run(*later).strip()  # a stranger has written its id into the log
     with (sweep / "workers/log").open("a") as file:
-        file.write(json.dumps({"slurm": waiting}) + "\n")
+        for job_id in (waiting, others, "--me"):
+            file.write(json.dumps({"slurm": job_id}) + "\n")
     assert dlopt(cluster, "sweep", "stop", "stopped").returncode == 0
     wait_until(lambda: cluster.states(f"{job}_1") in (["COMPLETED"], ["FAILED"]), sweep)
-    assert cluster.states(waiting) == ["CANCELLED"]
+    assert cluster.states(waiting) == ["CANCELLED"] and cluster.states(others) == ["PENDING"]
+    cluster.run("scancel", others)
     status = dlopt(cluster, "sweep", "status", "stopped")
     assert status.returncode == 75 and "to continue: dlopt sweep resume stopped" in status.stdout
     assert summary(sweep / "0")["status"] == "interrupted" and (sweep / "0/checkpoints/last.pt").is_file()

@@ -81,7 +81,9 @@ def test_a_refused_submission(slurm: Path, write_tool: WriteTool, tmp_path: Path
     assert jobs(tmp_path) == {0: "queued", 1: "queued"} and (tmp_path / PLACE / "0/config.yaml").is_file()
 
 
-def test_a_second_submission_shares_the_sweep(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_submission_shares_the_sweep(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tool: WriteTool
+) -> None:
     line = [*SUBMIT, "hydra.launcher.n_jobs=1", "seed=0,1", *SMALL]
     assert dlopt(tmp_path, *line).code == 0
     with alive(tmp_path / PLACE, "other-1"):
@@ -97,8 +99,9 @@ def test_a_second_submission_shares_the_sweep(slurm: Path, tmp_path: Path, monke
         monkeypatch.setattr("dlopt.sweeps.submitting.version", lambda _: "0.0")  # of torch
         assert "workers of this sweep are running with other settings; wait" in said(dlopt(tmp_path, *line))
     assert "this folder contains a sweep; resume it with resume=auto" in said(dlopt(tmp_path, *line))
+    write_tool("squeue", f"printf '%-24s%s\\n' 1 {tmp_path}/{PLACE}/workers/x.log 2 {tmp_path}/{PLACE}/workers/y.log")
     assert dlopt(tmp_path, *line, "resume=auto").code == 0
-    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and "cancelled --state=PENDING 1 2" in slurm.read_text()
+    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and "cancelled --state=PENDING -- 1 2" in slurm.read_text()
     line[line.index("seed=0,1")] = "seed=0,2"
     for words in (line, [*line, "resume=auto"]):
         assert "another sweep was submitted in this folder" in said(dlopt(tmp_path, *words))
@@ -163,7 +166,7 @@ def test_stop_and_resume(submitted: Path, slurm: Path, tmp_path: Path) -> None:
         log.append(ended=1, status="failed")
     result = dlopt(tmp_path, "sweep", "stop", PLACE)
     assert result.code == 0 and submission.stop_reason(submitted) == "dlopt sweep stop"
-    assert "cancelled --state=PENDING 41" in slurm.read_text()
+    assert not slurm.exists()  # squeue knows no job of this id: nothing is cancelled
     settings = submitted / WORKERS / submission.LAUNCHER
     settings.write_text(settings.read_text().replace('"n_jobs": 0', '"n_jobs": 8'))
     assert "only the user who has submitted this sweep" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
@@ -176,6 +179,18 @@ def test_stop_and_resume(submitted: Path, slurm: Path, tmp_path: Path) -> None:
         log.append(ended=0, status="finished")
         log.append(ended=1, status="finished")
     assert "no job is left to run" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
+
+
+def test_stop_of_a_stranger(submitted: Path, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopping a sweep needs what resuming it needs: its user. No line of its log is passed to Slurm."""
+    with (submitted / WORKERS / "log").open("a") as file:
+        file.write('{"slurm": "--me"}\n{"slurm": "--state=RUNNING"}\n{"slurm": 7}\n')
+    assert Log(submitted).read().slurm == [] and Log(submitted).read().damaged == 3
+    shown = dlopt(tmp_path, "sweep", "status", PLACE)
+    assert "warning: workers/log: 3 lines cut or damaged, which are ignored" in shown.out
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
+    assert "only the user who has submitted this sweep can stop it" in said(dlopt(tmp_path, "sweep", "stop", PLACE))
+    assert submission.stop_reason(submitted) is None
 
 
 def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dlopt.basics.plain_values import parse_json, read_regular
 from dlopt.extend import UserError, lower_is_better
 from dlopt.lab.benchmark.protocol import Track
 
 FORMAT = 1
+_MAX_BYTES = 1 << 26  # of a file of results: 20,000 trials have 1 MB
 REFERENCE = Path(__file__).with_name("reference")  # results of `dlopt benchmark ... full=true`, which come with dlopt
 Measure = Literal["updates", "evaluations", "time"]
 MEASURES: tuple[Measure, ...] = ("updates", "evaluations", "time")
@@ -239,10 +241,10 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
-def from_json(text: str, name: str) -> Results:
+def from_json(text: bytes | str, name: str) -> Results:
     """Reads the results written by `to_json`; `name`: the file, for errors. Raises `UserError`."""
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         if content["format"] != FORMAT:
             raise UserError(f"{name}: format {content['format']} is not supported; this dlopt reads {FORMAT}")
         cells = {(each["optimizer"], each["workload"]): _cell(each) for each in content["cells"]}
@@ -285,6 +287,6 @@ def load_reference(tier: str, track: Track = "external_tuning") -> Results | Non
 def read(path: Path) -> Results:
     """Reads a file of results. Raises `UserError`."""
     try:
-        return from_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        return from_json(read_regular(path, _MAX_BYTES), str(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

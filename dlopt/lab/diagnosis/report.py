@@ -1,11 +1,10 @@
 """What `dlopt report` shows of `dlopt diagnose`: its result in the folder of a run, and the command to run it."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.basics.formats import format_metric
-from dlopt.basics.plain_values import read_regular
+from dlopt.basics.plain_values import load_json
 from dlopt.extend import Record, Section, Table, printable, short_path
 from dlopt.lab.diagnosis.command import READS
 from dlopt.results.tables import RunSection
@@ -53,7 +52,7 @@ def _result(record: Record) -> tuple[list[str], Table | None]:
     """Returns the losses, the advice and the verdicts of diagnosis.json; nothing if there is no valid one."""
     for file in (record.path / _FOLDER / "diagnosis.json", record.path / "diagnosis.json"):
         try:
-            snapshots = json.loads(read_regular(file))[0]["snapshots"]
+            snapshots = load_json(file)[0]["snapshots"]
             return _lines(snapshots), _table(snapshots)
         except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError):
             continue

@@ -28,6 +28,7 @@ from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"
 RESULTS = "results.json"
+_MAX_BYTES = 1 << 26  # of ladder.json and results.json: 300 runs have 0.2 MB
 _SAVE_EVERY = 1000  # updates: at most so many are lost when a process is killed
 
 
@@ -188,7 +189,7 @@ def read_ladder(folder: Path) -> Ladder | None:
     """
     path = folder / MANIFEST
     if path.exists():
-        content: dict[str, Any] = read_json(path) or {}
+        content: dict[str, Any] = read_json(path, _MAX_BYTES) or {}
     elif (found := _results(folder).get("ladder")) is not None:
         path, content = folder / RESULTS, found
     else:
@@ -220,7 +221,7 @@ def _results(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     if not path.exists():
         return {}
-    content = read_json(path)
+    content = read_json(path, _MAX_BYTES)
     if not isinstance(content, dict):
         raise _damaged(path)
     return content

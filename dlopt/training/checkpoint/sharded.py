@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.files import reason, sha256
+from dlopt.basics.plain_values import open_regular
 from dlopt.parallel import shard_files
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import is_sharded_tensor
@@ -152,8 +153,7 @@ def load_without_shards(path: Path) -> dict[str, Any]:
     Raises OSError if it cannot be read.
     """
     try:
-        with path.open("rb"):
-            pass
+        open_regular(path).close()
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         return {}
