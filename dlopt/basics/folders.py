@@ -235,13 +235,19 @@ class FolderSnapshot:
                 folder.rmdir()
 
 
-def newest(parent: Path, matches: Callable[[RunFolder], bool]) -> RunFolder | None:
-    """Returns the newest folder in `parent` that matches."""
+def newest(parent: Path, distance: Callable[[RunFolder], int | None]) -> RunFolder | None:
+    """Returns the folder in `parent` of the smallest distance, and of several the newest; None: it does not match."""
     try:
         folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=_age, reverse=True)
     except OSError:
         return None
-    return next((folder for folder in map(RunFolder, folders) if matches(folder)), None)
+    found: dict[int, RunFolder] = {}
+    for folder in map(RunFolder, folders):
+        if (value := distance(folder)) is not None:
+            found.setdefault(value, folder)
+            if value == 0:
+                break
+    return found[min(found)] if found else None
 
 
 def _age(folder: Path) -> tuple[str, int, str, int, str]:

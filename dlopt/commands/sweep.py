@@ -1,5 +1,6 @@
 """`dlopt sweep`: looks at a sweep from its folder, and stops, resumes and joins one that was submitted."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.commands.shared.document import print_document
+from dlopt.config.resuming import in_folder
 from dlopt.sweeps import submission
 from dlopt.sweeps.queue import LOG, WORKERS
 from dlopt.tracking.terminal_text import short_path
@@ -116,7 +118,9 @@ def _print(folder: Path, status: "SweepStatus") -> None:
         print(printable(f"stopped: {status.stop_reason}"))
     path = short_path(folder)
     if status.is_lost:
-        how = f"dlopt sweep resume {path}" if submission.is_submitted(folder) else "its command with resume=auto"
+        how = f"dlopt sweep resume {path}"
+        if not submission.is_submitted(folder):
+            how = f"its command with {shlex.join(in_folder(folder))}"
         print(f"no worker is left; to continue: {how}")
     elif status.code == DONE and (folder / SPACE).exists():  # not that of another command
         print(f"next:\n  dlopt report {path}")

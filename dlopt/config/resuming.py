@@ -1,7 +1,9 @@
 """Decides whether a run can be resumed with a config: which keys must be equal, which may have changed."""
 
+import os
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,17 @@ from typing import Any
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import SPACE, RunFolder, newest
 from dlopt.basics.formats import format_count
-from dlopt.basics.plain_values import flatten
+from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.basics.secrets import redacted
-from dlopt.config.keys import role_of
-from dlopt.config.overrides import without
+from dlopt.config.keys import LABELS, role_of
+from dlopt.config.overrides import OUTPUT, quoted_plain, without
 from dlopt.data.settings import DataSettings
 from dlopt.metrics.names import former_mode
 from dlopt.tracking.metrics import read_metrics
-from dlopt.tracking.terminal_text import short_path
 
 _TEACHER = "loss.teacher_sha256"
+_PATHS = ("data.root", "loss.teacher")  # of those keys that `may_change`
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 
 
@@ -42,13 +44,20 @@ UNUSED: Mapping[str, Any] = {
 }
 
 
+def in_folder(folder: Path) -> list[str]:
+    """Returns the overrides that resume the run or sweep in this folder, and no other of the same config."""
+    path = os.path.abspath(folder)
+    plain = path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else quoted_plain(path)
+    return [f"{OUTPUT}={plain}", "resume=auto"]
+
+
 def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
     """Returns the command that resumes the run. `is_ranks`: torchrun or srun has started its processes."""
-    if (folder.path.parent / SPACE).is_file():
-        return "add resume=auto to the command of the sweep"
+    if ((sweep := folder.path.parent) / SPACE).is_file():
+        return f"add {shlex.join(in_folder(sweep))} to the command of the sweep"
     launcher = "the same launcher, and " if is_ranks else ""
-    words = without(folder.typed(), "resume")
-    return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, 'resume=auto'])}"
+    words = without(folder.typed(), "resume", OUTPUT, "hydra.run.dir")
+    return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, *in_folder(folder.path)])}"
 
 
 def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -59,14 +68,14 @@ def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequenc
     if done.is_done(config):
         return
     key = "epochs" if config["steps"] is None else "steps"
-    words = without(overrides, "resume", "hydra.run.dir")
+    words = without(overrides, "resume", OUTPUT, "hydra.run.dir")
     evaluated = read_metrics(done.path)
     epochs = config["epochs"]
     if key == "steps":  # the last epoch may be incomplete
         epochs = config["steps"] * evaluated[0]["epoch"] / evaluated[0]["step"] if len(evaluated) > 1 else None
     if epochs is not None and config["schedule_epochs"] is None:
         words.append(f"schedule_epochs={epochs:.6g}")
-    command = shlex.join(["dlopt", "train", *words, f"output={short_path(done.path)}", "resume=auto"])
+    command = shlex.join(["dlopt", "train", *words, *in_folder(done.path)])
     length = format_count(key, (done.summary() or {})[key])
     raise UserError(
         f"{key}={config[key]}: the run of this config has finished after {length}; to extend it, type: {command} "
@@ -84,24 +93,39 @@ def shortened(done: RunFolder, config: Mapping[str, Any]) -> str | None:
 
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
-    """Returns the newest unfinished run of this config below `parent` that no process is working on."""
-    return newest(parent, lambda run: not (run.is_finished() or run.is_live()) and _has_config(run, config))
+    """Returns the unfinished run of this config below `parent` that no process is working on; see `distance`."""
+    return newest(parent, lambda run: None if run.is_finished() or run.is_live() else distance(run.config(), config))
 
 
 def newest_finished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """Returns the newest finished run below `parent` that `resume=auto` in its folder would extend to this config."""
-    return newest(parent, lambda run: run.is_finished() and _has_config(run, config))
+    return newest(parent, lambda run: distance(run.config(), config) if run.is_finished() else None)
 
 
-def _has_config(run: RunFolder, config: Mapping[str, Any]) -> bool:
-    saved = run.config()
-    return saved is not None and not differences(saved, config)
+def distance(saved: Mapping[str, Any] | None, current: Mapping[str, Any]) -> int | None:
+    """Returns how far a saved config is from that of a run which may be resumed, None if it is another run's.
+
+    0: equal. What a command resumes is a run of its own length before one of another, and one with its other keys
+    before one with others.
+    """
+    if saved is None or differences(saved, current):
+        return None
+    old, new = flatten(redacted(saved)), flatten(redacted(current))
+    changed = {key for key in old | new if old.get(key) != new.get(key) and role_of(key) is not Role.COMMAND}
+    has_other_length = any(role_of(key) is Role.LENGTH for key in changed)
+    return 4 * has_other_length + 2 * bool(changed - {*LABELS}) + bool(changed & {*LABELS})
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], axes: Collection[str] = ()
+) -> dict[str, tuple[Any, Any]]:
     """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`.
 
     Both are compared redacted: a secret may have become one since the config was saved.
+
+    Args:
+        axes: keys and groups that count whatever their role: a sweep compares jobs that differ in them. But not the
+            tags and the note, which `dlopt runs tag` changes.
     """
     old, new = {**UNUSED, **flatten(redacted(saved))}, {**UNUSED, **flatten(redacted(current))}
     for config in (old, new):  # absent in older configs
@@ -110,13 +134,25 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
-    keys = [key for key in old | new if not may_change(key)]
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+    keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in LABELS)]
+    pairs = {key: (old.get(key), new.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_same_path(key, *pair)}
 
 
-def refuse_other_config(old: Mapping[str, Any], new: Mapping[str, Any], path: str, overrides: list[str]) -> None:
-    """Raises `UserError` if the run at `path`, started with `overrides`, cannot be resumed with the config `new`."""
-    different = differences(old, new)
+def _is_same_path(key: str, old: Any, new: Any) -> bool:
+    """Returns whether two values of a key are one path, relative or absolute."""
+    paths = [os.path.abspath(os.path.expanduser(each)) for each in (old, new) if isinstance(each, str)]
+    return key in _PATHS and len(paths) == 2 and paths[0] == paths[1]
+
+
+def refuse_other_config(
+    old: Mapping[str, Any], new: Mapping[str, Any], path: str, overrides: list[str], axes: Collection[str] = ()
+) -> None:
+    """Raises `UserError` if the run at `path`, started with `overrides`, cannot be resumed with the config `new`.
+
+    `axes`: of the sweep; see `differences`.
+    """
+    different = differences(old, new, axes)
     if not different:
         return
     command = shlex.join(["dlopt", "train", *without(overrides, "resume")])

@@ -68,12 +68,17 @@ class SweepRequest:
     sized: set[str] = field(default_factory=set)  # models whose size was checked
     found: list[Path] = field(default_factory=list)  # the folder, once `find_folder` has chosen it
 
-    def find_folder(self, is_unfinished: Callable[[RunFolder], bool], check: Callable[[Path, str], None]) -> Path:
-        """Returns the folder of the sweep, created if missing. `check(path, key)` refuses an unsuitable one."""
+    def find_folder(self, distance: Callable[[RunFolder], int | None], check: Callable[[Path, str], None]) -> Path:
+        """Returns the folder of the sweep, created if missing.
+
+        Args:
+            distance: of an unfinished sweep that `resume=auto` may continue, see `folders.newest`.
+            check: refuses an unsuitable folder; called with its path and key.
+        """
         if self.is_typed:
             check(self.path, f"{self.key}={self.path}")
             folder = make(self.path, self.key, exist_ok=True)
-        elif self.config.resume == "auto" and (unfinished := newest(self.path.parent, is_unfinished)) is not None:
+        elif self.config.resume == "auto" and (unfinished := newest(self.path.parent, distance)) is not None:
             folder = unfinished.path
             check(folder, "resume=auto")
         else:

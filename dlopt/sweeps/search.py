@@ -77,7 +77,7 @@ def search(request: SweepRequest) -> SweepEnd:
     request.check_tracking(jobs)
     before = FolderSnapshot(request.path)
     folder = request.find_folder(
-        lambda candidate: bool(_jobs_left(find_space(candidate.path), facts, spec.total)),
+        lambda candidate: 0 if _jobs_left(find_space(candidate.path), facts, spec.total) else None,
         lambda path, key: _check_folder(path, key, facts, request.config.resume),
     )
     saved = read_space(folder)

@@ -1,5 +1,6 @@
 """`dlopt train -m`: checks all jobs before the first one starts, and runs each in a separate process."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +27,12 @@ from dlopt.config.overrides import (
     quoted_plain,
     storable,
     text_of,
-    value_of,
     without,
 )
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables, task_overrides
-from dlopt.config.resuming import differences, may_change, refuse_other_config, shortened
+from dlopt.config.resuming import in_folder, refuse_other_config, shortened
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.results.leaderboard import Leaderboard, job_record, leaderboard
 from dlopt.results.reading import origin_of
@@ -40,16 +40,17 @@ from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.jobs import Job, labels, record_dead
+from dlopt.sweeps.matching import distance_of_jobs, distance_of_unfinished, has_jobs, refuse_other_labels, swept_keys
 from dlopt.sweeps.queue import live_workers
-from dlopt.sweeps.request import SweepEnd, SweepRequest, find_space, print_next, read_space
+from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_submitted
 from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
 from dlopt.tracking.terminal_text import short_path, waiting
 
 __all__ = [
-    "build_launcher", "check_folder", "list_jobs", "refuse_different_environments", "refuse_ranks", "request",
-    "request_series", "run", "submit_command", "submit_jobs",
+    "build_launcher", "check_folder", "distance_of_jobs", "list_jobs", "refuse_different_environments", "refuse_ranks",
+    "request", "request_series", "run", "submit_command", "submit_jobs",
 ]  # fmt: skip
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
@@ -193,7 +194,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
     request.check_tracking(plans)
     before = FolderSnapshot(request.path)
     folder = request.find_folder(
-        lambda candidate: bool(plans) and _is_unfinished(candidate, _jobs(candidate.path, plans)),
+        lambda candidate: distance_of_unfinished(candidate, _jobs(candidate.path, plans)),
         lambda path, key: check_folder(
             RunFolder(path),
             key,
@@ -225,7 +226,8 @@ def _grid(request: SweepRequest) -> SweepEnd:
     }
     print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed="failed" in statuses)
     if statuses & {"failed", "interrupted"}:
-        print("resume=auto added to this command runs the failed and interrupted jobs again")
+        words = ["resume=auto"] if request.is_typed else in_folder(folder)
+        print(f"{shlex.join(words)} added to this command runs the failed and interrupted jobs again")
     if not statuses or statuses & {"failed", "running"}:
         return SweepEnd(FAILED, board)
     return SweepEnd(INTERRUPTED if "interrupted" in statuses else DONE, board)
@@ -302,7 +304,9 @@ def check_folder(
     working = live_workers(sweep.path)
     if sweep.is_live() or (working and not joins):
         raise UserError(f"{key}: another {what} is active in this folder")
-    if is_submitted(sweep.path) and not _has_jobs(read_space(sweep.path), jobs):
+    space = read_space(sweep.path)
+    axes = swept_keys(space, jobs)
+    if is_submitted(sweep.path) and not has_jobs(space, jobs, axes):
         raise UserError(f"{key}: another sweep was submitted in this folder; use another one")
     for job in jobs:
         job.folder.refuse_newer(key)
@@ -312,7 +316,8 @@ def check_folder(
             raise UserError(f"{key}: this folder contains {found} with resume=auto")
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
-        refuse_other_config(former, saved, str(folder.path), folder.typed())
+        refuse_other_config(former, saved, str(folder.path), folder.typed(), axes)
+        refuse_other_labels(job, axes)
         if job.is_done:
             continue
         has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
@@ -326,29 +331,6 @@ def check_folder(
                 f"{key}: job {job.number} has finished after {length}, which is more than the other jobs would train; "
                 "train all jobs as long, or in another folder"
             )
-
-
-def _is_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> bool:
-    """Returns whether the folder contains the same jobs, some of them unfinished."""
-    space = find_space(sweep.path)
-    if not (isinstance(space, list) and len(space) == len(jobs)) or sweep.is_live() or all(job.is_done for job in jobs):
-        return False
-    for lines, job in zip(space, jobs, strict=True):
-        old = job.folder.config()
-        if differences(old, job.plan.saved) if old is not None else _values(lines) != _values(job.plan.lines):
-            return False
-    return True
-
-
-def _has_jobs(space: Any, jobs: Sequence[Job]) -> bool:
-    """Returns whether the file of a sweep lists these jobs, up to keys that may change on resume."""
-    return isinstance(space, list) and list(map(_values, space)) == [_values(job.plan.lines) for job in jobs]
-
-
-def _values(lines: Any) -> dict[str, str]:
-    """Returns the overrides by key, as they are stored, without those that may change on resume."""
-    stored = storable(map(str, lines))
-    return {key_of(line): value_of(line) for line in stored if not may_change(key_of(line))}
 
 
 # -- launchers and sweepers of other packages

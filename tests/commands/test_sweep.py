@@ -43,7 +43,8 @@ def test_a_sweep_of_another_shell(runs: list[str | None], code: int, line: str, 
     result = dlopt(tmp_path, "sweep", "status", "s")
     assert (result.code, result.out.splitlines()[0]) == (code, line)
     assert ("failed: disk full" in result.out) == ("failed" in runs)
-    assert ("no worker is left; to continue: its command with resume=auto" in result.out) == (code == 75)
+    how = f"no worker is left; to continue: its command with output={tmp_path / 's'} resume=auto"
+    assert (how in result.out) == (code == 75)
     with hold(tmp_path / "s/.lock"):
         document = json.loads(dlopt(tmp_path, "sweep", "status", "s", "--json").out)
     assert document["exit_code"] == code and document["total"] == 2 and sum(document["counts"].values()) == 2

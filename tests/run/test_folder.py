@@ -38,6 +38,6 @@ def test_the_command_that_extends_a_finished_run(
     with pytest.raises(UserError) as caught:
         refuse_longer(done, config, ["optimizer=adamw", "note='a b'", length, "resume=auto"])
     command = str(caught.value).partition("type: ")[2].partition(" (for")[0]
-    words = ["dlopt", "train", "optimizer=adamw", "note='a b'", length, expected, "output=.", "resume=auto"]
+    words = ["dlopt", "train", "optimizer=adamw", "note='a b'", length, expected, f"output={tmp_path}", "resume=auto"]
     assert shlex.split(command) == words
     refuse_longer(done, {**config, "epochs": 2, "steps": 42}, [])  # not longer

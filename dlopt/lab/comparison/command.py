@@ -20,7 +20,6 @@ from dlopt.basics.plain_values import flatten
 from dlopt.config.flags import parse_arguments
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import choices_of
-from dlopt.config.resuming import differences
 from dlopt.extend import (
     Composer,
     Plan,
@@ -53,6 +52,7 @@ from dlopt.sweeps.jobs import Job, PlanJob
 from dlopt.sweeps.pool import Pool
 from dlopt.sweeps.sweep import (
     check_folder,
+    distance_of_jobs,
     list_jobs,
     refuse_different_environments,
     request_series,
@@ -101,7 +101,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     request.check_tracking(plans.values())
     before = FolderSnapshot(request.path)
     folder = request.find_folder(
-        lambda candidate: _is_unfinished(candidate, _jobs(comparison, plans, candidate.path).values()),
+        lambda candidate: _distance(candidate, [*_jobs(comparison, plans, candidate.path).values()]),
         lambda path, key: check_folder(
             RunFolder(path),
             key,
@@ -305,14 +305,13 @@ def _jobs(comparison: Comparison, plans: Plans, folder: Path) -> dict[VariantRun
     return jobs
 
 
-def _is_unfinished(folder: RunFolder, jobs: Collection[Job]) -> bool:
-    """Returns whether the folder contains some of the runs but no results yet."""
+def _distance(folder: RunFolder, jobs: Sequence[Job]) -> int | None:
+    """Returns how far the folder is from these runs, if it contains some of them but no results yet; else None."""
     if (folder.path / f"{PICTURE}.json").exists() or not any(job.folder.has_run() for job in jobs):
-        return False
+        return None
     if any(each.is_live() for each in (folder, *(job.folder for job in jobs))):
-        return False
-    pairs = [(job.folder.config(), job.plan.saved) for job in jobs]
-    return not any(old is not None and differences(old, new) for old, new in pairs)
+        return None
+    return distance_of_jobs(folder, jobs)
 
 
 def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Which run is resumed, and the command that says so."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlopt.basics.files import write_yaml
+from dlopt.basics.folders import RunFolder
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import single_values, with_folder
+from dlopt.config.plan import plan
+from dlopt.config.resuming import how_to_resume, newest_unfinished
+
+LINE = ("model=mlp", "threads=1", "tracking=[]")
+
+
+def config(*lines: str) -> dict[str, Any]:
+    return dict(plan(Composer(), [*LINE, *lines]).saved)
+
+
+def interrupted(folder: Path, saved: dict[str, Any], *typed: str) -> RunFolder:
+    folder.mkdir(parents=True)
+    write_yaml(folder / "config.yaml", saved)
+    write_yaml(folder / "overrides.yaml", [*LINE, *typed])
+    (folder / "summary.json").write_text(json.dumps({"status": "interrupted"}))
+    return RunFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (["epochs=200"], "01"),  # equal, though the newest one matches too
+        (["epochs=400"], "02"),
+        (["epochs=200", "device=cpu", "data.workers=0"], "01"),  # the same length before the newest
+        (["epochs=400", "check=step"], "03"),
+        (["epochs=300"], "03"),  # none is nearer: the newest
+        (["epochs=200", "tags=[a]"], "01"),
+        (["epochs=200", "seed=1"], None),
+    ],
+)
+def test_an_equal_config_first(typed: list[str], expected: str | None, tmp_path: Path) -> None:
+    for name, lines in {"01": ["epochs=200"], "02": ["epochs=400"], "03": ["epochs=400", "check=step"]}.items():
+        interrupted(tmp_path / f"2026-01-{name}_00-00-00", config(*lines), *lines)
+    found = newest_unfinished(tmp_path, config(*typed))
+    assert (found.path.name[8:10] if found else None) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "a b", "it's", 'a "b"', "a,b", "(x)", "a=b", "[1,2]", "größe", "1e3", "{a:b}"]
+)
+@pytest.mark.parametrize("typed", [[], ["hydra.run.dir=elsewhere"], ["output='a b'", "resume=auto"]])
+def test_the_command_names_the_folder(
+    name: str, typed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It continues this run, from any folder, whatever other runs of this config there are."""
+    run = interrupted(tmp_path / name, {}, "note='a b'", *typed)
+    monkeypatch.chdir("/")
+    words = shlex.split(how_to_resume(run).removeprefix("resume with: "))
+    assert words[:2] == ["dlopt", "train"]
+    values = single_values(Composer().parse(with_folder(words[2:], multirun=False)))
+    assert Path(values["hydra.run.dir"]) == tmp_path / name and values["resume"] == "auto"
+    assert [word for word in words if word.startswith("note")] == ["note='a b'"]
+
+
+def test_the_words_for_a_job_name_its_sweep(tmp_path: Path) -> None:
+    write_yaml(tmp_path / "sweep.yaml", [["seed=1"], ["seed=2"]])
+    assert how_to_resume(interrupted(tmp_path / "1", {})) == (
+        f"add output={tmp_path} resume=auto to the command of the sweep"
+    )

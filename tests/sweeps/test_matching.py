@@ -1,0 +1,154 @@
+"""Which jobs of a sweep count as those in its folder, and which of several sweeps is resumed."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dlopt.sweeps.jobs import Job, prepare
+from tests.support.line import SMALL, Result, dlopt
+
+LINE = ("train", "-m", *SMALL, "epochs=1", "tracking=[]")
+HERE = "hydra.sweep.dir=sweep"
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Jobs end as soon as they are described; returns what is started."""
+    started: list[list[str]] = []
+
+    def run_jobs(jobs: Sequence[Job], total: int, pool: Any) -> dict[int, str]:
+        for job in jobs:
+            if prepare(job) is None:
+                started.append(job.plan.lines)
+                end(job.folder.path, job.plan.saved["epochs"])
+        return {job.number: "finished" for job in jobs}
+
+    monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
+    monkeypatch.setattr("dlopt.sweeps.pool.run_jobs", run_jobs)
+    return started
+
+
+def end(run: Path, epochs: int) -> None:
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "epochs": epochs}))
+
+
+def interrupt(run: Path) -> None:
+    (run / "summary.json").write_text(json.dumps({"status": "interrupted"}))
+
+
+def sweep(folder: Path, *words: str) -> Result:
+    result = dlopt(folder, *LINE, *words)
+    assert "Traceback" not in result.err
+    return result
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "key"),
+    [
+        ("threads=1,2", "threads=3,2", "threads"),
+        ("threads=1,2", "threads=3", "threads"),
+        ("threads=2", "threads=1,2", "threads"),
+        ("device=cpu,auto", "device=auto,cpu", "device"),
+        ("epochs=1,2", "epochs=2,1", "epochs"),
+        ("check=auto,step", "check=step,auto", "check"),
+        ("parallel=ddp,fsdp", "parallel=fsdp,ddp", "parallel._target_"),
+        ("a=zip(log_every_steps=[1,2],name=[a,b])", "a=zip(log_every_steps=[1,2],name=[c,b])", "name"),
+        ("data.memory=auto,true", "data.memory=false,true", "data.memory"),
+        ("data.root=a,b", "data.root=c,b", "data.root"),
+        ("experiment=first,second", "experiment=third,second", "log_every_steps"),
+        ("a=zip(note=[a,b],tags=[x,y])", "a=zip(note=[c,b],tags=[x,y])", "note=c"),
+        ("tags=[a],[b]", "tags=[c],[b]", "tags=[c]"),
+        ("seed=1,2 check=auto,step", "check=auto,step seed=1,2", "check: saved step, now auto"),
+    ],
+)
+def test_an_axis_tells_jobs_apart_whatever_its_role(first: str, then: str, key: str, tmp_path: Path) -> None:
+    """Also a key that may change when a run is resumed: a job of another value does not count as this one."""
+    recipes = tmp_path / "conf/experiment"
+    recipes.mkdir(parents=True)
+    for number, name in enumerate(("first", "second", "third"), 2):
+        (recipes / f"{name}.yaml").write_text(f"# @package _global_\nlog_every_steps: {number}\n")
+    words = [HERE, "--config-dir=conf"]
+    if "data.root" in first:
+        words += ["data=image_folder", "data.subset=null"]
+        for name in "abc":
+            (tmp_path / name).mkdir()
+    assert sweep(tmp_path, *words, *first.split(" ")).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*.*ml")}
+    assert before
+    result = sweep(tmp_path, *words, *then.split(" "), "resume=auto")
+    assert result.code == 2 and f"{key}" in result.err, result
+    assert {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*.*ml")} == before
+    result = sweep(tmp_path, *words, *first.split(" "), "resume=auto")
+    assert result.code == 0 and result.out.startswith("this sweep is already finished")
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("optimizer.lr=1e-3,0.1", "optimizer.lr=0.001,1e-1"),
+        ("threads=1,2", "threads=1,2 device=cpu data.workers=0"),
+        ("seed=1,2 threads=1", "seed=1,2 threads=2"),
+        (
+            "data=image_folder data.subset=null data.root=a,b",
+            "data=image_folder data.subset=null data.root=./a,{here}/b",
+        ),
+        ("a=zip(note=[a,b],seed=[1,2])", "a=zip(note=['a',b],seed=[1,2])"),
+    ],
+)
+def test_the_same_jobs_in_other_words(first: str, then: str, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    assert sweep(tmp_path, HERE, *first.split(" ")).code == 0
+    result = sweep(tmp_path, HERE, *then.format(here=tmp_path).split(" "), "resume=auto")
+    assert result.code == 0 and result.out.startswith("this sweep is already finished"), result
+
+
+def test_a_changed_tag_changes_no_job(tmp_path: Path) -> None:
+    line = (HERE, "tags=[a],[b]")
+    assert sweep(tmp_path, *line).code == 0
+    assert dlopt(tmp_path, "runs", "tag", "sweep/0", "good").code == 0
+    assert sweep(tmp_path, *line, "resume=auto").out.startswith("this sweep is already finished")
+
+
+def test_an_added_value_is_a_new_job(tmp_path: Path, started: list[list[str]]) -> None:
+    assert sweep(tmp_path, HERE, "threads=1,2").code == 0
+    started.clear()
+    assert sweep(tmp_path, HERE, "threads=1,2,3", "resume=auto").code == 0
+    assert [[line for line in job if line.startswith("threads")] for job in started] == [["threads=3"]]
+
+
+def test_resume_auto_continues_the_sweep_of_the_same_length(tmp_path: Path) -> None:
+    """Of two that match, the older one is that of this command; the newest one if there is none."""
+    for epochs in (2, 3):
+        assert sweep(tmp_path, "seed=1,2", f"epochs={epochs}").code == 0
+    older, newer = sorted(tmp_path.glob("outputs/train/*"))
+    for folder in (older, newer):
+        interrupt(folder / "1")
+    assert sweep(tmp_path, "seed=1,2", "epochs=2", "resume=auto").code == 0
+    statuses = [json.loads((each / "1/summary.json").read_text())["status"] for each in (older, newer)]
+    assert statuses == ["finished", "interrupted"]
+    assert yaml.safe_load((newer / "1/config.yaml").read_text())["epochs"] == 3
+
+
+def test_the_printed_words_continue_this_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after an equal one was started."""
+    place = tmp_path / "a 'quoted', (odd) place"
+    place.mkdir()
+    monkeypatch.setattr(
+        "dlopt.sweeps.pool.run_jobs", lambda jobs, *_: dict.fromkeys((0, 1), prepare(jobs[0]) or "failed")
+    )
+    out, _ = (sweep(place, "seed=1,2").out for _ in range(2))
+    [line] = [each for each in out.splitlines() if "added to this command" in each]
+    words = shlex.split(line.partition(" added to")[0])
+    older, _ = sorted(place.glob("outputs/train/*"))
+    seen: list[Path] = []
+    monkeypatch.setattr(
+        "dlopt.sweeps.pool.run_jobs", lambda jobs, *_: seen.extend(job.folder.path for job in jobs) or {}
+    )
+    sweep(tmp_path, "seed=1,2", *words)
+    assert seen == [older / "0", older / "1"]
