@@ -17,10 +17,15 @@ The packages in `PACKAGES` say the same in a dict `ENTRY_POINTS`, so that they w
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from dlopt._version import ROOT
 
 PACKAGES = ("dlopt.lab",)
 
@@ -54,6 +59,25 @@ def function(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return found
+
+
+def leave_working_folder(names: Iterable[str], kept: Path) -> None:
+    """Removes the current folder from sys.path, and folders outside of `kept` that have one of these packages.
+
+    What was edited there since the sweep was submitted must not run, nor what was not copied. An entry of
+    PYTHONPATH or of an editable installation may lead there.
+    """
+    installed = [Path(path).resolve() for path in set(sysconfig.get_paths().values())]
+    packages = {name.partition(".")[0] for name in names} | ({"dlopt"} if ROOT.is_relative_to(kept) else set())
+
+    def is_left(entry: str) -> bool:
+        path = Path(entry).resolve()
+        if {"site-packages", "dist-packages"} & set(path.parts) or any(map(path.is_relative_to, installed)):
+            return False
+        has_package = any((path / name).exists() or (path / f"{name}.py").exists() for name in packages)
+        return not path.is_relative_to(kept.resolve()) and (path.is_relative_to(Path.cwd().resolve()) or has_package)
+
+    sys.path[:] = [entry for entry in sys.path if not is_left(entry)]
 
 
 def series_of(config: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ from dlopt.metrics.names import former_mode
 from dlopt.tracking.metrics import read_metrics
 
 _TEACHER = "loss.teacher_sha256"
-_PATHS = ("data.root", "loss.teacher")  # of those keys that `may_change`
+_NO_AXES = (*LABELS, "loss.teacher")  # `dlopt runs tag` changes a run's; `loss.teacher_sha256` says which one it is
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 
 
@@ -124,8 +124,7 @@ def differences(
     Both are compared redacted: a secret may have become one since the config was saved.
 
     Args:
-        axes: keys and groups that count whatever their role: a sweep compares jobs that differ in them. But not the
-            tags and the note, which `dlopt runs tag` changes.
+        axes: keys and groups that count whatever their role, but for `_NO_AXES`: the jobs of a sweep differ in them.
     """
     old, new = {**UNUSED, **flatten(redacted(saved))}, {**UNUSED, **flatten(redacted(current))}
     for config in (old, new):  # absent in older configs
@@ -134,7 +133,7 @@ def differences(
         new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
-    keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in LABELS)]
+    keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in _NO_AXES)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_same_path(key, *pair)}
 
@@ -142,7 +141,7 @@ def differences(
 def _is_same_path(key: str, old: Any, new: Any) -> bool:
     """Returns whether two values of a key are one path, relative or absolute."""
     paths = [os.path.abspath(os.path.expanduser(each)) for each in (old, new) if isinstance(each, str)]
-    return key in _PATHS and len(paths) == 2 and paths[0] == paths[1]
+    return key == "data.root" and len(paths) == 2 and paths[0] == paths[1]
 
 
 def refuse_other_config(

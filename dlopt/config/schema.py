@@ -17,6 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Interval
@@ -24,10 +25,11 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from pydantic.errors import PydanticUndefinedAnnotation
 
 from dlopt.basics.errors import UserError, suggest
+from dlopt.basics.folders import SUBMITTED
 from dlopt.basics.plain_values import is_below, join
 from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folders, extensions
-from dlopt.config.packages import entries
+from dlopt.config.packages import entries, leave_working_folder
 from dlopt.config.synonyms import for_key
 
 T = TypeVar("T")
@@ -74,12 +76,15 @@ _EMPTY = inspect.Parameter.empty
 def trusted_packages(allowed: Iterable[str] = ()) -> tuple[str, ...]:
     """Returns the packages whose callables a config may name: those of `allow_packages` in addition to dlopt's own.
 
-    Makes `allowed`, if any, importable from the current folder, as with `python -m dlopt`.
+    Makes `allowed`, if any, importable from the current folder, as with `python -m dlopt`. A job of a submitted sweep
+    imports the copy of the code alone.
     """
     allowed = (allowed,) if isinstance(allowed, str) else tuple(allowed)
-    if allowed and not {"", os.getcwd()} & set(sys.path):
+    others = [name for name in extensions() if not is_below(name, ALLOWED_PACKAGES)]
+    if (submitted := os.environ.get(SUBMITTED)) is not None:
+        leave_working_folder((*allowed, *others), Path(submitted))
+    elif allowed and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
-    others = (name for name in extensions() if not is_below(name, ALLOWED_PACKAGES))
     return (*ALLOWED_PACKAGES, *others, *allowed)
 
 

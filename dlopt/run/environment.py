@@ -15,11 +15,11 @@ from typing import Any
 
 from dlopt._version import ROOT, __version__
 from dlopt.basics.files import read_json, sha256
+from dlopt.basics.folders import SUBMITTED
 from dlopt.basics.plain_values import read_regular
 
 DIFF = "code.diff"  # in a run folder: the uncommitted changes of the user's repository
 REPOSITORY = "repository.json"  # with DIFF in the folder SUBMITTED: the user's repository when a sweep was submitted
-SUBMITTED = "DLOPT_SUBMITTED"  # environment variable, while the jobs of a submitted sweep are described
 MAX_DIFF_BYTES = 200_000
 _PACKAGES = (
     "torch", "torchvision", "triton", "numpy", "hydra-core", "omegaconf", "pydantic", "scikit-learn", "pillow",

@@ -1,12 +1,18 @@
 """Copies the code of a submitted sweep beside it, so that what is edited afterwards changes none of its jobs.
 
-Copied are dlopt, where it is a checkout, and the packages of `allow_packages`: with the whole of their Git repository,
-tracked and untracked files that are not ignored. Installed packages belong to the environment, and are not copied.
+Copied are dlopt, where it is a checkout, and the packages of `allow_packages`: with the files that their Git repository
+tracks, and the Python, YAML, JSON and TOML files that it neither tracks nor ignores; outside of a repository, with such
+files of the package and of the modules beside it that were imported. Installed packages belong to the environment, and
+are not copied; neither are files whose names say that they hold secrets, and links that lead elsewhere.
 """
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
+import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,31 +20,53 @@ from pathlib import Path
 from dlopt._version import ROOT
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_bytes
+from dlopt.config.choices import extensions
 from dlopt.run.environment import find_package, git
 
 MAX_BYTES = 100_000_000
 _MAX_FILES = 20_000
 _INSTALLED = {"site-packages", "dist-packages"}
 _IGNORED = shutil.ignore_patterns("__pycache__", ".*")
+_CODE = (".py", ".yaml", ".yml", ".json", ".toml")  # of files that Git does not track
+_SECRET = re.compile(  # a part of a path
+    r"(?i)\.env|\.env\..*|.*\.env|.*\.env\..*|\.envrc|id_(rsa|dsa|ecdsa|ed25519).*|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|gpg|asc)"
+    r"|\.?(secrets?|credentials?|passwords?|passwd)([._-].*)?|.*[._-](secrets?|credentials?|passwords?)(\.[^.]*)?"
+    r"|((.*[._-])?(api[._-]?keys?|tokens?)(\.[^.]*)?|(api[._-]?key|token)s?[._-].*)(?<!\.py)"
+    r"|service[._-]?account.*|\.aws|\.ssh|\.gnupg|\.kube|\.docker|\.netrc|_netrc|\.pgpass|\.pypirc|\.npmrc|\.htpasswd"
+    r"|\.git-credentials|\.s3cfg|\.boto|kubeconfig"
+)
 
 
 @dataclass(frozen=True)
 class CopiedCode:
-    """`folder`: the copy; `paths`: entries of sys.path, relative to it; `sha256`: of the names and contents."""
+    """`folder`: the copy; `paths`: entries of sys.path, relative to it; `sha256`: of the names and contents.
+
+    left_out: files and folders beside the code that were not copied.
+    """
 
     folder: Path
     paths: tuple[str, ...]
     sha256: str
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A folder to copy as `name`. `only`: its entries to copy (empty: all); `entry`: of sys.path, relative to it."""
+    """A folder to copy as `name`.
+
+    Attributes:
+        only: its entries to copy; empty: all.
+        entry: of sys.path, relative to the folder.
+        package: the path of a package in it.
+        is_typed: what `only` names is copied whatever its name: the user has typed it, or it is dlopt.
+    """
 
     folder: Path
     name: str
     only: tuple[str, ...] = ()
     entry: str | None = None
+    package: str | None = None
+    is_typed: bool = False
 
 
 def copy_code(
@@ -52,19 +80,25 @@ def copy_code(
         excluded: folders that are never copied: those of the results.
 
     Raises:
-        UserError: too much to copy, or a file that cannot be copied.
+        UserError: too much to copy, or a file that cannot be copied, or a package without some of its code.
     """
-    more = [_Source(path.parent, name, (path.name,)) for name, path in others.items()]
+    more = [_Source(path.parent, name, (path.name,), is_typed=path.is_file()) for name, path in others.items()]
     sources = [*dict.fromkeys(_sources(packages)), *more]
-    files = {
-        f"{source.name}/{name}": source.folder / name
-        for source in sources
-        for name in _names(source)
-        if not any((source.folder / name).is_relative_to(folder) for folder in excluded)
-    }
+    files: dict[str, Path] = {}
+    left_out: list[str] = []
+    for source in sources:
+        for name, is_code in _names(source).items():
+            path = source.folder / name
+            if any(path.is_relative_to(folder) for folder in excluded):
+                continue
+            if is_code:
+                files[f"{source.name}/{name}"] = path
+            else:
+                left_out.append(str(path))
+        _refuse_incomplete(source, files)
     _check_size(files)
     try:
-        contents = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+        contents = {name: path.read_bytes() for name, path in files.items()}
         digest = _digest(contents)
         folder = target / digest[:12]
         if not folder.exists():
@@ -79,13 +113,24 @@ def copy_code(
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be copied beside the sweep: {error.strerror}") from None
     paths = dict.fromkeys(str(Path(each.name, each.entry)) for each in sources if each.entry is not None)
-    return CopiedCode(folder, tuple(paths), digest)
+    return CopiedCode(folder, tuple(paths), digest, tuple(dict.fromkeys(left_out)))
 
 
 def is_unchanged(folder: Path, sha256: str) -> bool:
-    """Returns whether a copy has the files that were copied, and no others."""
+    """Returns whether a copy has the files that were copied, and no others: no links, pipes or devices."""
+    files: dict[str, bytes] = {}
+    size = 0
     try:
-        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if not path.is_dir()}
+        for parent, subfolders, names in os.walk(folder):  # follows no links
+            for name in (*subfolders, *names):
+                path = Path(parent, name)
+                facts = path.lstat()
+                if stat.S_ISDIR(facts.st_mode):
+                    continue
+                size += facts.st_size
+                if not stat.S_ISREG(facts.st_mode) or size > MAX_BYTES:
+                    return False
+                files[str(path.relative_to(folder))] = path.read_bytes()
     except OSError:
         return False
     return _digest(files) == sha256
@@ -102,17 +147,46 @@ def _digest(contents: Mapping[str, bytes]) -> str:
 def _sources(packages: Iterable[str]) -> Iterator[_Source]:
     """Yields dlopt and the packages, each with the place from which it is imported. Raises `UserError`."""
     if not _INSTALLED & set(ROOT.parts):
-        yield _Source(ROOT.parent, "dlopt", ("dlopt", "conf"), "")
-    for name in dict.fromkeys(each.partition(".")[0] for each in packages):
-        if (place := _place(name)) is None or _INSTALLED & set(place.parts) or place == ROOT:
+        yield _Source(ROOT.parent, "dlopt", ("dlopt", "conf"), "", is_typed=True)
+    names = (each.partition(".")[0] for each in (*packages, *extensions()))
+    for name in dict.fromkeys(names):
+        if name == "dlopt" or (place := _place(name)) is None or _INSTALLED & set(place.parts):
             continue
         entry = place.parent.resolve()
         top = git("-C", str(entry), "rev-parse", "--show-toplevel")
         if top is None:
-            yield _Source(entry, name, (place.name,), "")
+            yield _Source(entry, name, (place.name, *_imported_from(entry, place.name)), "", place.name)
         else:
             folder = Path(os.fsdecode(top.removesuffix(b"\n")))
-            yield _Source(folder, folder.name or name, entry=str(entry.relative_to(folder)))
+            below = entry.relative_to(folder)
+            yield _Source(folder, folder.name or name, entry=str(below), package=str(below / place.name))
+
+
+def _imported_from(entry: Path, package: str) -> list[str]:
+    """Returns the other modules and packages in a folder of sys.path that this process has imported."""
+    found = set()
+    for module in list(sys.modules.values()):
+        with contextlib.suppress(AttributeError, ValueError, OSError, TypeError):
+            file = Path(module.__file__ or os.devnull).resolve()
+            if not _INSTALLED & set(file.parts):
+                found.add(file.relative_to(entry).parts[0])
+    return sorted(found - {package})
+
+
+def _refuse_incomplete(source: _Source, files: Mapping[str, Path]) -> None:
+    """Raises `UserError` for a package with modules that are not copied: its jobs would run without them."""
+    if source.package is None:
+        return
+    place = source.folder / source.package
+    modules = [path for path in sorted(place.rglob("*.py")) if path.is_file()] if place.is_dir() else [place]
+    known = set(files.values())
+    missing = [path for path in modules if path not in known]
+    if missing:
+        count = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"hydra/launcher=slurm: {missing[0]}{count}: not copied with the code, because Git ignores it, its name is "
+            "that of a secret, or it is a link; workers would run without it: add it to Git, or rename it"
+        )
 
 
 def _place(name: str) -> Path | None:
@@ -125,17 +199,42 @@ def _place(name: str) -> Path | None:
     return Path(spec.origin) if spec.has_location and spec.origin else None
 
 
-def _names(source: _Source) -> Iterator[str]:
-    """Yields the files of a source, relative to its folder."""
-    listed = git(
-        "-C", str(source.folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *source.only
-    )
-    for name in _walk(source) if listed is None else sorted({*os.fsdecode(listed).split("\0")} - {""}):
-        if (source.folder / name).is_dir():  # a submodule, or a repository in the repository
-            inner = _Source(source.folder / name, "")
-            yield from (f"{name.rstrip('/')}/{each}" for each in _names(inner))
-        else:
-            yield name
+def _names(source: _Source) -> dict[str, bool]:
+    """Returns the files of a source, relative to its folder: whether each is to be copied."""
+    tracked = _listed(source, "--cached")
+    if tracked is None:
+        return {name: _is_code(source, name, is_tracked=False) for name in _walk(source)}
+    found: dict[str, bool] = {}
+    others = _listed(source, "--others", "--exclude-standard") or []
+    ignored = _listed(source, "--others", "--ignored", "--exclude-standard", "--directory") or []
+    for name in sorted({*tracked, *others}):
+        path = source.folder / name
+        if path.is_dir() and not path.is_symlink():  # a submodule, or a repository in the repository
+            inner = _names(_Source(path, "", is_typed=source.is_typed))
+            found |= {f"{name.rstrip('/')}/{each}": is_code for each, is_code in inner.items()}
+        elif os.path.lexists(path):  # not one that was removed
+            found[name] = _is_code(source, name, is_tracked=name in tracked)
+    unknown = (name for name in ignored if "__pycache__" not in name and name not in found)
+    return found | dict.fromkeys(unknown, False)
+
+
+def _listed(source: _Source, *options: str) -> set[str] | None:
+    """Returns what `git ls-files` lists; None if the folder is in no repository."""
+    listed = git("-C", str(source.folder), "ls-files", "-z", *options, "--", *source.only)
+    return None if listed is None else {*os.fsdecode(listed).split("\0")} - {""}
+
+
+def _is_code(source: _Source, name: str, *, is_tracked: bool) -> bool:
+    """Returns whether a file is to be copied."""
+    path = source.folder / name
+    if not path.is_file() or not path.resolve().is_relative_to(source.folder.resolve()):  # a pipe; a link elsewhere
+        return False
+    if source.is_typed:
+        return True
+    if is_tracked and path.suffix == ".py":  # a module such as secrets.py, which others import
+        return True
+    is_secret = any(_SECRET.fullmatch(part) for part in Path(name).parts)
+    return not is_secret and (is_tracked or path.suffix.lower() in _CODE)
 
 
 def _walk(source: _Source) -> Iterator[str]:
@@ -152,7 +251,7 @@ def _walk(source: _Source) -> Iterator[str]:
 
 def _check_size(files: dict[str, Path]) -> None:
     """Raises `UserError` for more than what a copy of code takes."""
-    sizes = {path: path.stat().st_size for path in files.values() if path.is_file()}
+    sizes = {path: path.stat().st_size for path in files.values()}
     if sum(sizes.values()) > MAX_BYTES or len(sizes) > _MAX_FILES:
         largest = max(sizes, key=sizes.__getitem__)
         raise UserError(

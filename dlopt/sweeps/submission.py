@@ -24,10 +24,10 @@ from hydra.core.utils import env_override
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.folders import SUBMITTED, inside
 from dlopt.basics.plain_values import read_regular
 from dlopt.config.schema import check_arguments
 from dlopt.parallel.processes.launch import python_module
-from dlopt.run import environment as environments
 from dlopt.sweeps.code_copy import is_unchanged
 from dlopt.sweeps.queue import WORKERS, Log
 from dlopt.sweeps.slurm import Slurm, cancel_waiting
@@ -82,7 +82,7 @@ class Submission:
                 )
         if missing := [name for name in self.secrets if name not in os.environ]:
             raise UserError(f"{short_path(sweep)}: its jobs need these environment variables: {', '.join(missing)}")
-        if not is_unchanged(sweep / self.code, self.sha256):
+        if not is_unchanged(inside(sweep, self.code, str(sweep)), self.sha256):
             raise UserError(
                 f"{short_path(sweep)}: the copy of its code has changed since it was submitted ({self.code})"
             )
@@ -154,7 +154,8 @@ def worker_command(sweep: Path, submission: Submission, launcher: Slurm, slots: 
     options = {"slots": slots, "requeue": launcher.requeue, "stop_on_failure": launcher.stop_on_failure}
     arguments = str(sweep.absolute()), submission.digest, json.dumps(options)
     command = python_module("dlopt.commands.sweep_worker", *arguments)
-    paths = [*submission.import_paths(sweep), *filter(None, [os.environ.get("PYTHONPATH")])]
+    shell = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [*submission.import_paths(sweep), *filter(os.path.isabs, shell)]  # not ".": the working folder may change
     program = [command[0], "-P", *(word for word in command[1:] if word != "-P")]
     # No bytecode: the copy of the code stays as it is, which `check` compares.
     variables = ["PYTHONDONTWRITEBYTECODE=1", *([f"PYTHONPATH={os.pathsep.join(paths)}"] if paths else [])]
@@ -164,7 +165,7 @@ def worker_command(sweep: Path, submission: Submission, launcher: Slurm, slots: 
 @contextlib.contextmanager
 def recorded_code(sweep: Path) -> Iterator[None]:
     """Makes the runs that are described in the block record the code of the submission."""
-    with env_override({environments.SUBMITTED: str((sweep / WORKERS).absolute())}):
+    with env_override({SUBMITTED: str((sweep / WORKERS).absolute())}):
         yield
 
 

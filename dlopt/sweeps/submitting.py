@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically, write_json
-from dlopt.basics.formats import format_count
+from dlopt.basics.formats import format_count, printable
 from dlopt.basics.locks import locked
 from dlopt.basics.secrets import is_secret_name, redact
 from dlopt.config.compose import Composer
@@ -41,6 +41,7 @@ from dlopt.sweeps.submission import (
 from dlopt.tracking.terminal_text import short_path
 
 _CODE, _LOCK = ".code", "submit.lock"  # in the folder of the workers; hidden, because it holds no runs
+_NOT_COPIED = "not_copied"  # there, too: the files beside the code that were not copied
 
 
 def submit_grid(request: SweepRequest, launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
@@ -154,6 +155,7 @@ def submit(
     folder.mkdir(exist_ok=True)
     with locked(folder / _LOCK):  # of two submissions at the same time, the second finds the first
         code = copy_code(packages, files or {}, folder / _CODE, [sweep.absolute(), Path("outputs").absolute()])
+        _report_left_out(code, folder / _NOT_COPIED)
         words = None if command is None else [_with_files(word, code, files or {}) for word in command]
         submission = _submission(sweep, code, packages, public, sorted(secrets), launcher.tasks, words)
         former = read(sweep) if is_submitted(sweep) else None
@@ -175,6 +177,20 @@ def submit(
                 _queue(log, jobs, again=again)
         (folder / STOP).unlink(missing_ok=True)
     return start_workers(sweep, submission, launcher, workers, secrets)
+
+
+def _report_left_out(code: CopiedCode, path: Path) -> None:
+    """Prints what belongs to the code but was not copied, and lists it in a file."""
+    write_atomically(path, redact("".join(f"{name}\n" for name in code.left_out)))
+    if code.left_out:
+        first = ", ".join(map(short_path, code.left_out[:3]))
+        more = ", ..." if len(code.left_out) > 3 else ""
+        count = format_count("files or folders", len(code.left_out))
+        print(printable(redact(f"not copied with the code: {count} ({first}{more}), listed in {short_path(path)}")))
+    for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        is_installed = {"site-packages", "dist-packages"} & set(Path(entry).parts)
+        if os.path.isabs(entry) and not is_installed and not Path(entry).is_relative_to(Path.cwd()):
+            print(printable(f"not copied with the code: {entry} of PYTHONPATH; what you edit there changes the jobs"))
 
 
 def _submission(
