@@ -3,6 +3,8 @@
 Secrets are the values of environment variables that the config refers to (`${oc.env:NAME}`, also within
 `${oc.decode:...}`), of those whose name says so (WANDB_API_KEY, HF_TOKEN, DB_PASSWORD), also in hydra.job.env_set, and
 the passwords in URLs. `redact` replaces them by `${oc.env:NAME}`, also where they are quoted, escaped or URL-encoded.
+Variables that are set later count from then on. A password or token in any other URL, as in one that was typed, is
+replaced by `***`.
 
 Short and common values stay, because replacing them would damage other texts: numbers, values of fewer than six
 characters, what occurs in dlopt itself (the names of choices, keys, metrics), and lower-case words, unless the name of
@@ -32,6 +34,15 @@ _MIN_LENGTH = 6
 _TEXTS = (".py", ".yaml", ".json", ".html", ".css", ".js")
 _LONG_WORD = 12  # letters: longer words are no names of dlopt or of a data set
 
+HIDDEN = "***"
+_URL = re.compile(  # what comes before a password, or a token without one, or the value of a parameter; the secret
+    r"""(\w\\?://[^\s/@:'"]*:)(?!\$\{|\*{3}@)[^\s/@'"]+(?=@)|(\w\\?://)(?!\$\{)[^\s/@:'"?#]{20,}(?=@)"""
+    r"""|([?&](?:[\w-]*[_-])?(?:token|api-?key|key|passw(?:or)?d|pwd|secret|signature|sig|credential|auth)\\?=)"""
+    r"""(?!\$\{|\*{3})[^&\s'"#]+""",
+    re.IGNORECASE,
+)
+
+_seen: Mapping[Any, Any] = {}  # the environment whose secrets are noted
 _replacements: dict[str, str] = {}  # secret, in each of its forms -> what is stored
 _pattern: re.Pattern[str] | None = None
 
@@ -62,6 +73,7 @@ def note(value: str, replacement: str, *, is_named: bool = False) -> None:
 
 def forget(texts: Iterable[str]) -> None:
     """Makes `redact` keep texts that are no secrets, although a secret has the same value or a part of it."""
+    _note_changes()
     kept = "\n".join(texts)
     known = [form for form in _replacements if form in kept]
     for form in known:
@@ -87,9 +99,31 @@ def note_environment(names: Iterable[str] = (), variables: Mapping[str, str] = o
             note(password, reference(name), is_named=True)
 
 
+def _note_changes() -> None:
+    """Notes the variables that were set since the last call: by your code, or python-dotenv."""
+    global _seen
+    now = getattr(os.environ, "_data", None) or dict(os.environ)  # the bytes: ten times faster to compare than a copy
+    if now != _seen:
+        changed = [key for key in now if now[key] != _seen.get(key)]
+        _seen = dict(now)
+        names = [os.fsdecode(key) for key in changed]
+        note_environment(variables={name: os.environ[name] for name in names if name in os.environ})
+
+
 def redact(text: str) -> str:
     """Returns the text with the interpolations of secrets in place of the secrets."""
-    return text if _pattern is None else _pattern.sub(lambda match: _replacements[match[0]], text)
+    _note_changes()
+    return _redact(text)
+
+
+def _redact(text: str) -> str:
+    text = text if _pattern is None else _pattern.sub(lambda match: _replacements[match[0]], text)
+    return _URL.sub(lambda match: f"{match[1] or match[2] or match[3]}{HIDDEN}", text) if "//" in text else text
+
+
+def has_hidden(text: str) -> bool:
+    """Returns whether a secret in a URL was replaced in this text."""
+    return "//" in text and HIDDEN in text
 
 
 def redact_bytes(data: bytes) -> bytes:
@@ -99,11 +133,16 @@ def redact_bytes(data: bytes) -> bytes:
 
 def redacted(value: Any) -> Any:
     """Redacts the texts in nested mappings and lists. Writers call it before they quote and wrap texts."""
+    _note_changes()
+    return _redacted(value)
+
+
+def _redacted(value: Any) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _redact(value)
     if isinstance(value, Mapping):
-        return {redacted(key): redacted(item) for key, item in value.items()}
-    return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
+        return {_redacted(key): _redacted(item) for key, item in value.items()}
+    return [_redacted(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class RedactedStream:
@@ -175,4 +214,4 @@ def _forms(value: str) -> set[str]:
     return {*quoted, *escaped, *urls, *pages, *shells, *(json.dumps(each)[1:-1] for each in escaped)}
 
 
-note_environment()
+_note_changes()

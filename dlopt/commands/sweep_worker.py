@@ -13,6 +13,7 @@ from dlopt.basics.errors import DONE, INTERRUPTED, ReportedError, RunError, User
 from dlopt.basics.interruption import end_on_signals, flush_streams, print_message
 from dlopt.commands.command_table import every_command
 from dlopt.config.packages import function
+from dlopt.run.job import redact_output
 from dlopt.sweeps import slurm, submission
 from dlopt.sweeps.worker import Options, work
 
@@ -26,6 +27,7 @@ def run_command(words: Sequence[str]) -> int:
 def main() -> int:
     """Runs the worker given by `sys.argv`; returns its exit code."""
     end_on_signals()
+    redact_output()  # Slurm stores it beside the sweep
     sweep, digest, options = Path(sys.argv[1]), sys.argv[2], Options(**json.loads(sys.argv[3]))
     try:
         submitted = submission.read(sweep)

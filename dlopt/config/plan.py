@@ -28,7 +28,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.early_checks import check_early
 from dlopt.config.overrides import parse_overrides, text_of
-from dlopt.config.resolve import choices_of, job_variables, to_plain
+from dlopt.config.resolve import choices_of, job_variables, refuse_hidden, to_plain
 from dlopt.config.teacher import identify_teacher
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def checked(
     """
     parsed = tuple(parse_overrides(overrides))
     plain, saved = to_plain(config, None if typed is None else [*parsed, *typed])
+    refuse_hidden(plain, "*** is what dlopt stores in place of a password or token")
     for each in (plain, saved):
         identify_teacher(each, later)
     choices = choices_of(config)
@@ -111,6 +112,7 @@ def as_job(plan: Plan, number: int, overrides: "Iterable[str | Override]") -> Pl
     """Returns the plan of job `number` of a sweep, with the overrides of the job alone. Raises `UserError`."""
     config = plan.config
     assert config is not None
+    refuse_hidden(plan.saved, "a job reads its config from a file, which must not hold the password or token")
     with open_dict(config):
         config.hydra.job.num = number
         config.hydra.job.id = str(number)

@@ -15,7 +15,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import flatten, is_below, load_yaml
-from dlopt.basics.secrets import forget, is_secret_name, note, note_environment, redact, references
+from dlopt.basics.secrets import forget, has_hidden, is_secret_name, note, note_environment, redact, references
 from dlopt.config.choices import Catalogue
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, key_of, value_of
@@ -102,6 +102,13 @@ def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> 
     hidden = _environment_values(plain, raw)
     _note_changed(plain, raw)
     return plain, {key: _redact(plain[key], raw[key], hidden, is_resolved=key not in LABELS) for key in raw}
+
+
+def refuse_hidden(config: Mapping[str, Any], reason: str) -> None:
+    """Raises `UserError` for a value whose URL has `***` in place of a password or token."""
+    for key, value in flatten(config).items():
+        if key not in LABELS and any(map(has_hidden, _texts(value))):
+            raise UserError(f"{key}={redact(show(value))}: {reason}; set a variable, and type ${{oc.env:NAME}} for it")
 
 
 def note_secrets(config: DictConfig, raw: Mapping[str, Any]) -> None:
@@ -254,7 +261,7 @@ def _redact(plain: Any, raw: Any, secrets: set[str], *, is_resolved: bool) -> An
         return [_redact(*pair, secrets, is_resolved=is_resolved) for pair in zip(plain, raw, strict=True)]
     is_reference = isinstance(raw, str) and "${" in raw and not _is_number(plain)
     if is_reference and any(secret in str(plain) for secret in secrets):
-        return raw
+        return redact(raw)  # the rest of it may contain another one
     if not isinstance(plain, str):
         return plain
     return redact(_escaped(plain) if is_resolved else plain)

@@ -34,7 +34,7 @@ def main() -> int:
     if rendezvous.RANK in os.environ:
         launch.end_rank_with_parent()
     from dlopt.config.parsing import parse
-    from dlopt.config.resolve import resolve_saved
+    from dlopt.config.resolve import refuse_hidden, resolve_saved
     from dlopt.training.checkpoint.checkpoints import load, load_of_run
     from dlopt.training.progress import TrainingRun
 
@@ -42,6 +42,7 @@ def main() -> int:
     try:
         folder.refuse_newer("dlopt.run.job")
         config = folder.config()
+        refuse_hidden(config or {}, "a process reads its config from a file, which must not hold the password or token")
         if config is None:
             raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
         choices = (read_json(folder.path / "environment.json") or {}).get("choices")

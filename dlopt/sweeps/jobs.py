@@ -10,6 +10,7 @@ from typing import Any
 from dlopt.basics.errors import DONE, INTERRUPTED, UserError
 from dlopt.basics.files import write_json
 from dlopt.basics.folders import RunFolder, inside
+from dlopt.config.overrides import storable
 from dlopt.config.plan import Plan
 from dlopt.config.resuming import refuse_other_config
 from dlopt.run.record import describe, record_failure
@@ -86,7 +87,8 @@ def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: 
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Joins for each job the overrides that not all jobs share."""
+    """Joins for each job the overrides that not all jobs share, as they may be stored."""
+    jobs = [storable(job) for job in jobs]
     common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join(line for line in job if line not in common) or "as configured" for job in jobs]
 

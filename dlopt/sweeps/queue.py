@@ -22,6 +22,7 @@ from dlopt.basics.files import NewLines
 from dlopt.basics.folders import RunFolder, inside
 from dlopt.basics.locks import hold, is_held, locked
 from dlopt.basics.plain_values import parse_json
+from dlopt.basics.secrets import redact
 from dlopt.sweeps.jobs import DescribedPlan, Job, JobResult
 from dlopt.sweeps.pool import JobSource
 from dlopt.sweeps.slurm import is_job_id
@@ -137,7 +138,7 @@ class Log:
     def add(self, jobs: Sequence[Job]) -> None:
         """Queues jobs, also those that have ended before."""
         for job in jobs:
-            self.append(job=job.number, folder=str(job.folder.path.relative_to(self.sweep)), label=job.label)
+            self.append(job=job.number, folder=str(job.folder.path.relative_to(self.sweep)), label=redact(job.label))
 
     def counts(self) -> Counter[str]:
         return Counter(job.status for job in self.jobs.values())

@@ -15,7 +15,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically, write_json
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.locks import locked
-from dlopt.basics.secrets import is_secret_name, redact
+from dlopt.basics.secrets import has_hidden, is_secret_name, redact
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import SPACE, WAIT, key_of, quoted_plain, storable, value_of, without
 from dlopt.config.plan import Plan
@@ -60,6 +60,15 @@ def refuse_different_environments(plans: Sequence[Plan]) -> None:
     """Raises `UserError` for variables that differ between the jobs of a sweep that is to be submitted."""
     if any(plan.environment != plans[0].environment for plan in plans):
         raise UserError("hydra.job.env_set: must be the same for all jobs of a submitted sweep")
+
+
+def refuse_hidden_words(words: Sequence[str]) -> None:
+    """Raises `UserError` for a word that cannot be stored as it was typed: a URL with a password or token."""
+    for word in words:
+        if has_hidden(word):
+            raise UserError(
+                f"{word}: no file may hold the password or token; set a variable, and type ${{oc.env:NAME}}"
+            )
 
 
 def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Plan, total: int, left: int) -> None:
@@ -156,6 +165,7 @@ def submit(
     with locked(folder / _LOCK):  # of two submissions at the same time, the second finds the first
         code = copy_code(packages, files or {}, folder / _CODE, [sweep.absolute(), Path("outputs").absolute()])
         _report_left_out(code, folder / _NOT_COPIED)
+        refuse_hidden_words(command or [])
         words = None if command is None else [_with_files(word, code, files or {}) for word in command]
         submission = _submission(sweep, code, packages, public, sorted(secrets), launcher.tasks, words)
         former = read(sweep) if is_submitted(sweep) else None

@@ -45,7 +45,7 @@ from dlopt.sweeps.queue import live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_submitted
-from dlopt.sweeps.submitting import refuse_different_environments, submit_command, submit_grid
+from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_command, submit_grid
 from dlopt.tracking.terminal_text import short_path, waiting
 
 __all__ = [
@@ -259,7 +259,9 @@ def _ranked(jobs: Sequence[Job]) -> Leaderboard:
     rows = [(job.plan, job.folder) for job in jobs]
     return leaderboard(
         [
-            job_record(Path(plan.subfolder), plan.saved, folder.summary() or {}, plan.lines, origin_of(folder.path))
+            job_record(
+                Path(plan.subfolder), plan.saved, folder.summary() or {}, storable(plan.lines), origin_of(folder.path)
+            )
             for plan, folder in rows
         ]
     )
@@ -340,6 +342,7 @@ def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]
     """Runs a sweep through Hydra's main. `overrides`: with lists spelled out, which Hydra expands in the same order."""
     replaced = ("hydra.sweep.dir", "hydra.sweeper.params")
     hydra = [line for line in storable(map(text_of, request.hydra)) if key_of(line) not in replaced]
+    refuse_hidden_words(hydra)
     own = [f"hydra.sweep.dir={quoted_plain(str(folder))}"]
     if is_grid(request.config):
         own.append("hydra.sweeper.params=null")

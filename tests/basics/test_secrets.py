@@ -118,6 +118,55 @@ def test_variables_that_are_secrets_by_their_name(name: str, value: str, is_hidd
     assert (text not in secrets.redact(f"a {value} b")) == is_hidden
 
 
+@pytest.mark.parametrize(
+    ("url", "stored"),
+    [
+        ("https://me:pa55-Word@host/x", "https://me:***@host/x"),
+        ("postgresql+psycopg://me:12@h:5432/db", "postgresql+psycopg://me:***@h:5432/db"),
+        ("https://:pa55-Word@host", "https://:***@host"),
+        ("https://ghp_0123456789abcdefghij@github.com/a/b.git", "https://***@github.com/a/b.git"),
+        ("https://host/x?token=abc&size=3", "https://host/x?token=***&size=3"),
+        ("https://host/x?size=3&api_key=abc#part", "https://host/x?size=3&api_key=***#part"),
+        (
+            "s3://b/x?X-Amz-Signature=abc&X-Amz-Security-Token=d/e",
+            "s3://b/x?X-Amz-Signature=***&X-Amz-Security-Token=***",
+        ),
+        (r"note=x\ https\://me\:pa55@h/?token\=a", r"note=x\ https\://me\:***@h/?token\=***"),  # Hydra's own quoting
+        ("[https://a:b@c,https://d:e@f]", "[https://a:***@c,https://d:***@f]"),
+        ("https://me@host:80/x?size=3 https://host:80/a@b", None),
+        ("https://me:${oc.env:PASSWORD}@host/?token=${oc.env:TOKEN}", None),
+        ("see a:b@c, x?token=1", None),
+    ],
+)
+def test_passwords_and_tokens_in_urls(url: str, stored: str | None) -> None:
+    """Of any URL: one that was typed has no variable to refer to."""
+    assert secrets.redact(url) == (url if stored is None else stored)
+    assert secrets.redact(secrets.redact(url)) == secrets.redact(url)
+    assert secrets.redacted({"a": [url]}) == {"a": [secrets.redact(url)]}
+
+
+def test_variables_that_are_set_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As python-dotenv does it after the import of dlopt; also a new value of a variable."""
+    assert secrets.redact("first-Value second-Value") == "first-Value second-Value"
+    monkeypatch.setenv("LATER_TOKEN", "first-Value")
+    assert secrets.redact("first-Value second-Value") == "${oc.env:LATER_TOKEN} second-Value"
+    monkeypatch.setitem(os.environ, "LATER_TOKEN", "second-Value")
+    both = "${oc.env:LATER_TOKEN}"
+    assert secrets.redacted(["first-Value second-Value"]) == [f"{both} {both}"]
+    monkeypatch.setenv("NAMES_KEY", "of-my-classes")
+    secrets.forget(["of-my-classes"])
+    assert secrets.redact("of-my-classes") == "of-my-classes"
+
+
+def test_a_url_with_a_secret_is_no_config_of_another_process(tmp_path: Path) -> None:
+    """A job reads its config from a file; and what was stored cannot be typed again."""
+    key = "data=image_folder", "data.root"
+    for words in (("-m", "seed=0,1", key[0], f"{key[1]}=https://a:b@c"), (key[0], f"{key[1]}=https://a:***@c")):
+        result = dlopt(tmp_path, "train", "data.subset=null", *words)
+        assert result.code == 2 and "data.root=https://a:***@c: " in result.err and "oc.env:NAME" in result.err, result
+    assert not list(tmp_path.iterdir())
+
+
 def test_writers_redact(tmp_path: Path) -> None:
     secrets.note(HARD, "${oc.env:X}")
     content = {"a": [f"x {HARD}", (HARD,)], HARD: {"b": 1.5, "c": None, "d": True}}
@@ -190,7 +239,8 @@ def test_no_file_of_a_run_has_a_secret(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PLACE", CANARY)
     monkeypatch.setenv("HARD_SECRET", HARD)
     typed = f"+hydra.job.env_set.WANDB_API_KEY={CANARY}-typed"
-    line = ["train", *TINY[:-1], typed, "note='a ${oc.env:PLACE} b ${oc.env:HARD_SECRET}'", "hydra.run.dir=run"]
+    note = "note='a ${oc.env:PLACE} b ${oc.env:HARD_SECRET} https://me:Url-Word-8@host/?token=Url-Word-9'"
+    line = ["train", *TINY[:-1], typed, note, "hydra.run.dir=run"]
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"cannot log in as {os.environ['WANDB_API_KEY']!r} {CANARY} {HARD!r} {HARD}")
@@ -202,7 +252,7 @@ def test_no_file_of_a_run_has_a_secret(tmp_path: Path, monkeypatch: pytest.Monke
         assert dlopt(tmp_path, *line[:-1], "hydra.run.dir=failed").code == 1
     assert dlopt(tmp_path, "report", ".", "format=[html,csv,latex,markdown,svg]").code == 0
     assert dlopt(tmp_path, "eval", "checkpoint=run", "output=eval").code == 0
-    assert leaks(tmp_path, CANARY, "Zq7") == []
+    assert leaks(tmp_path, CANARY, "Zq7", "Url-Word") == []
     reason = (RunFolder(tmp_path / "failed").summary() or {})["reason"]
     assert reason.startswith("RuntimeError: cannot log in as '${oc.env:WANDB_API_KEY}' ${oc.env:PLACE} ")
     assert "${oc.env:PLACE}" in (tmp_path / "failed/traceback.txt").read_text()

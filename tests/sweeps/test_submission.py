@@ -1,16 +1,21 @@
 """A submitted sweep: what its folder holds, who may run it, and a second submission."""
 
+import io
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dlopt.basics.errors import UserError
+from dlopt.commands import sweep_worker
 from dlopt.sweeps import submission
 from dlopt.sweeps.queue import WORKERS, Log, Queue, alive
 from tests.support.line import Result, dlopt
+from tests.support.requires import requires
 from tests.sweeps.fake_slurm import SMALL, SUBMIT, WriteTool
 
 PLACE = "sweep"
@@ -60,6 +65,63 @@ def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert script[:3] == ["exec", "srun", "--nodes=1"] and script[-2] == stored.digest
     paths = next(word for word in script if word.startswith("PYTHONPATH=")).partition("=")[2].split(":")
     assert (Path(paths[0]) / "dlopt/cli.py").is_file() and Path(paths[0]).is_relative_to(tmp_path / PLACE)
+
+
+@requires("git")
+def test_no_file_of_a_submitted_sweep_has_a_secret(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither labels, nor the code, its diff, and the list of what was not copied."""
+    project = tmp_path / "project"
+    project.mkdir()
+    subprocess.run(["git", "init", "-q", project], check=True)
+    module = f"mine_{tmp_path.name}"
+    (project / f"{module}.py").write_text("import torch\nclass Opt(torch.optim.SGD): pass\n")
+    (project / "settings.yaml").write_text("a: 1\n")
+    subprocess.run(["git", "-C", project, "add", "."], check=True)
+    subprocess.run(
+        ["git", "-C", project, "-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "first"], check=True
+    )
+    monkeypatch.syspath_prepend(project)
+    monkeypatch.setenv("LATER_TOKEN", "Canary-later-1")
+    (project / "settings.yaml").write_text("a: 1\n# Canary-later-1\n")
+    (project / f"{module}.py").write_text((project / f"{module}.py").read_text() + "\n")
+    for name in (".env", "id_rsa", "secrets.toml", "Canary-later-1.txt"):
+        (project / name).write_text("Canary-file-2")
+    axis = "a=zip(note=['Canary-later-1 https://me:Canary-url-3@host','https://h?token=Canary-url-4'],seed=[0,1])"
+    own = ["optimizer=custom", f"optimizer._target_={module}.Opt", "+optimizer.lr=0.1", f"allow_packages=[{module}]"]
+    words = [word if word != f"hydra.sweep.dir={PLACE}" else "hydra.sweep.dir=sweep" for word in SUBMIT]
+    result = dlopt(project, *words, "hydra.launcher.n_jobs=1", axis, *own, *SMALL)
+    assert result.code == 0, result
+    assert "not copied with the code: 4 files" in result.out and "Canary" not in result.out
+    folder = project / PLACE
+    [copy] = (folder / WORKERS / ".code").glob("*/project")
+    assert sorted(path.name for path in copy.iterdir()) == [f"{module}.py", "settings.yaml"]
+    left = (folder / WORKERS / "not_copied").read_text().splitlines()
+    assert [Path(each).name for each in left] == [".env", "${oc.env:LATER_TOKEN}.txt", "id_rsa", "secrets.toml"]
+    for path in folder.rglob("*"):
+        if path.is_file() and path != copy / "settings.yaml":  # code is copied as it is
+            assert b"Canary" not in path.read_bytes(), path
+    assert "LATER_TOKEN" in (folder / WORKERS / "code.diff").read_text()
+    assert [job.label for job in Log(folder).read().jobs.values()] == [
+        r"note=${oc.env:LATER_TOKEN}\ https\://me\:***@host seed=0", r"note=https\://h?token\=*** seed=1",
+    ]  # fmt: skip
+
+
+def test_the_output_of_a_worker_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATER_TOKEN", "Canary-later-1")
+
+    def read(_: Path) -> Any:
+        print("Canary-later-1 https://me:Canary-url-3@host")
+        raise UserError("the end")
+
+    monkeypatch.setattr(submission, "read", read)
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path), "0", '{"slots":1,"requeue":0,"stop_on_failure":false}'])
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sweep_worker, "end_on_signals", lambda: None)
+    assert sweep_worker.main() == 2
+    assert out.getvalue() == "${oc.env:LATER_TOKEN} https://me:***@host\n"
 
 
 def test_a_refused_submission(slurm: Path, write_tool: WriteTool, tmp_path: Path) -> None:
