@@ -95,7 +95,7 @@ def copy_code(
                 files[f"{source.name}/{name}"] = path
             else:
                 left_out.append(str(path))
-        _refuse_incomplete(source, files)
+        _refuse_incomplete(source, files, excluded)
     _check_size(files)
     try:
         contents = {name: path.read_bytes() for name, path in files.items()}
@@ -173,14 +173,22 @@ def _imported_from(entry: Path, package: str) -> list[str]:
     return sorted(found - {package})
 
 
-def _refuse_incomplete(source: _Source, files: Mapping[str, Path]) -> None:
+def _refuse_incomplete(source: _Source, files: Mapping[str, Path], excluded: Sequence[Path]) -> None:
     """Raises `UserError` for a package with modules that are not copied: its jobs would run without them."""
     if source.package is None:
         return
     place = source.folder / source.package
-    modules = [path for path in sorted(place.rglob("*.py")) if path.is_file()] if place.is_dir() else [place]
+    modules = [place]
+    if place.is_dir():
+        modules = []
+        for folder, subfolders, names in os.walk(place):
+            # Only names that can be imported: not those of .ipynb_checkpoints.
+            subfolders[:] = sorted(name for name in subfolders if name.isidentifier() and name != "__pycache__")
+            modules += [
+                Path(folder, name) for name in sorted(names) if name.endswith(".py") and name[:-3].isidentifier()
+            ]
     known = set(files.values())
-    missing = [path for path in modules if path not in known]
+    missing = [path for path in modules if path not in known and not any(map(path.is_relative_to, excluded))]
     if missing:
         count = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
@@ -205,8 +213,8 @@ def _names(source: _Source) -> dict[str, bool]:
     if tracked is None:
         return {name: _is_code(source, name, is_tracked=False) for name in _walk(source)}
     found: dict[str, bool] = {}
-    others = _listed(source, "--others", "--exclude-standard") or []
-    ignored = _listed(source, "--others", "--ignored", "--exclude-standard", "--directory") or []
+    others = _listed(source, "--others", "--exclude-standard") or set()
+    ignored = _listed(source, "--others", "--ignored", "--exclude-standard", "--directory") or set()
     for name in sorted({*tracked, *others}):
         path = source.folder / name
         if path.is_dir() and not path.is_symlink():  # a submodule, or a repository in the repository

@@ -193,7 +193,7 @@ def _report_left_out(code: CopiedCode, path: Path) -> None:
     """Prints what belongs to the code but was not copied, and lists it in a file."""
     write_atomically(path, redact("".join(f"{name}\n" for name in code.left_out)))
     if code.left_out:
-        first = ", ".join(map(short_path, code.left_out[:3]))
+        first = ", ".join(short_path(Path(name)) for name in code.left_out[:3])
         more = ", ..." if len(code.left_out) > 3 else ""
         count = format_count("files or folders", len(code.left_out))
         print(printable(redact(f"not copied with the code: {count} ({first}{more}), listed in {short_path(path)}")))

@@ -103,7 +103,9 @@ def test_modules_beside_one_outside_repositories(tmp_path: Path, monkeypatch: py
 
 
 def test_a_package_that_git_ignores_is_refused(repository: Path, tmp_path: Path) -> None:
-    (repository / ".gitignore").write_text("new.py\n")
+    (repository / ".gitignore").write_text(".ipynb_checkpoints/\nnew.py\n")
+    (repository / "src/mine_copied/.ipynb_checkpoints").mkdir()
+    (repository / "src/mine_copied/.ipynb_checkpoints/new.py").write_text("")
     with pytest.raises(UserError, match=r"/src/mine_copied/new.py: not copied with the code, because Git ignores it"):
         copy_code(["mine_copied"], {}, tmp_path / "code", [])
     (repository / "src/mine_copied/new.py").rename(repository / "src/mine_copied/secrets.py")
