@@ -271,7 +271,7 @@ def _number(table: Any, name: str, index: int, key: str) -> float:
         raise UserError(f"data.input: the column {name} has the type {kind}; several columns must all be numbers")
     value = table.column(name)[index].as_py()
     if value is None or not abs(value) <= LARGEST:  # also NaN
-        raise UserError(f"{key}, row {index}: {name} is {value}, not a finite number")
+        raise UserError(f"{key}, row {index}: {name} is {value}, not a finite number of float32")
     return float(value)
 
 

@@ -23,6 +23,8 @@ _INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _DECIMALS = re.compile(r"[+-]?[0-9]+\.0*")
 _SEPARATORS = re.compile(r"[\s_\-]+")
 _MAX_ROUNDING = 0.01  # of a column's range
+_MAX_LOST = 0.1  # of its distinct values
+_COMPARED = 4096  # values, few enough that ordinary ones are distinct in float32, too
 _SAMPLED = 64  # vectors that are looked at if they are read one at a time
 
 
@@ -115,12 +117,19 @@ def _rounding(name: str, values: np.ndarray) -> list[str]:
     exact = values.astype(np.longdouble)  # holds int64
     extent = float(np.ptp(exact)) if len(exact) else 0.0
     with np.errstate(over="ignore"):  # reported where a sample is read
-        error = float(np.abs(exact.astype(np.float32) - exact).max()) if extent > 0 else 0.0
-    if not error > _MAX_ROUNDING * extent:  # also NaN, which is reported where a sample is read
+        rounded = exact.astype(np.float32)
+        error = float(np.abs(rounded - exact).max()) if extent > 0 else 0.0
+    if not 0 < error < math.inf:  # also NaN, which is reported where a sample is read
         return []
+    # The extent hides small differences where some values are far from the others.
+    some = np.linspace(0, len(exact) - 1, min(len(exact), _COMPARED), dtype=np.int64)
+    is_lost = len(np.unique(rounded[some])) < (1 - _MAX_LOST) * len(np.unique(exact[some]))
+    if not is_lost and error <= _MAX_ROUNDING * extent:
+        return []
+    before, after = len(np.unique(exact)), len(np.unique(rounded))
     return [
-        f"float32 rounds {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; "
-        "subtract a constant from them in the file"
+        f"float32 rounds {name} by up to {error:.3g}, its values differ by up to {extent:.3g}; of {before:,} distinct "
+        f"values {after:,} remain; subtract a constant from them in the file"
     ]
 
 

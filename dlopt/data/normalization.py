@@ -8,8 +8,8 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,56 @@ from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, sav
 from dlopt.data.loading import chunks
 from dlopt.data.samples import Dataset, Files, Samples, white
 
+_MAX_ROUNDING = 1e-4  # of an output, beyond which samples are centred first
 
-class ScaleShift(nn.Module):
-    """x * scale + shift, with one pair per channel of images (C, H, W) or per feature of vectors (F,)."""
+
+class Centring(nn.Module):
+    """A normalization that subtracts `center` from values whose differences its sums would lose.
+
+    In fp32, x * scale + shift of a feature from 16,000,000 to 16,000,009 rounds by 0.2 standard deviations, while
+    x - center is exact. All other values are left as they are: their results stay the same to the last bit.
+
+    `center`: 0 where nothing is subtracted; None, and not part of a checkpoint, if nothing is subtracted at all.
+    """
+
+    center: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", None)
+
+    def centred(self, inputs: Tensor) -> Tensor:
+        return inputs if self.center is None else torch.sub(inputs, self.center)
+
+    def _centre(self, mean: Tensor, factor: Tensor | float, like: Tensor) -> Tensor:
+        """Sets and returns (in float64) the center, for inputs of this mean that are multiplied by `factor`.
+
+        `like`: has the dtype and the device of the normalization.
+        """
+        rounding = torch.finfo(like.dtype).eps * (mean * factor).abs()
+        center = torch.where(rounding > _MAX_ROUNDING, mean, 0.0).to(like.dtype)
+        self.center = center.to(like.device) if bool(center.any()) else None
+        return center.double()
+
+    def _set(self, **constants: Tensor) -> None:
+        """Sets the buffers of these names from float64 values, and `center`."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        saved = {name.removeprefix(prefix): each for name, each in state_dict.items() if name.startswith(prefix)}
+        *_, like = self.buffers()
+        center = saved.pop("center", None)
+        self.center = None if center is None else torch.zeros_like(like)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        shapes = {name: buffer.shape for name, buffer in self.named_buffers()}  # others were reported
+        is_wider = all(each.dtype == torch.float64 != like.dtype for each in saved.values())
+        if center is None and is_wider and shapes == {name: each.shape for name, each in saved.items()}:
+            # A run in fp64 needs no center; its evaluation in another precision and its export in fp32 may need one.
+            self._set(**{name: each.cpu() for name, each in saved.items()})
+
+
+class ScaleShift(Centring):
+    """(x - center) * scale + shift, with one of each per channel of images (C, H, W) or per feature of vectors (F,)."""
 
     scale: Tensor
     shift: Tensor
@@ -37,11 +84,19 @@ class ScaleShift(nn.Module):
         """Computes the statistics on the training samples (none here)."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.mul(inputs, self.scale).add_(self.shift)
+        return torch.mul(self.centred(inputs), self.scale).add_(self.shift)
 
-    def _set(self, scale: Tensor, shift: Tensor) -> None:
-        self.scale.copy_(scale.view_as(self.scale))
-        self.shift.copy_(shift.view_as(self.shift))
+    def _set(self, scale: Tensor, shift: Tensor) -> None:  # type: ignore[override]
+        scale, shift = scale.double().view_as(self.scale), shift.double().view_as(self.shift)
+        center = self._centre(-shift / scale, scale, self.scale)
+        self.scale.copy_(scale)
+        self.shift.copy_(shift + center * scale)
+        if not bool(self.scale.isfinite().all()):
+            number = int((~self.scale.isfinite()).nonzero()[0, 0]) + 1
+            raise UserError(
+                f"normalize: the values of feature {number} differ by too little for {self.scale.dtype}, whose largest "
+                "number is 3e38; multiply them by a constant"
+            )
 
 
 class Nothing(ScaleShift):
@@ -151,8 +206,11 @@ def _check_count(name: str, values: tuple[float, ...], input_shape: tuple[int, .
         )
 
 
-class MeanImage(nn.Module):
-    """scale * (x - mean training image) (Krizhevsky et al. 2012), pixel by pixel in 0..255."""
+class MeanImage(Centring):
+    """scale * (x - mean training image) (Krizhevsky et al. 2012), pixel by pixel in 0..255.
+
+    `mean`: what the center leaves of it.
+    """
 
     mean: Tensor
 
@@ -164,9 +222,12 @@ class MeanImage(nn.Module):
     def fit(self, samples: Samples) -> None:
         """Computes the mean of the training samples."""
         total = torch.zeros(samples.shape, dtype=torch.float64)
-        for chunk in chunks(samples):
+        for chunk in finite_chunks(samples):
             total += chunk.sum(0, dtype=torch.float64)
-        self.mean.copy_(total / len(samples))
+        self._set(total / len(samples))
+
+    def _set(self, mean: Tensor) -> None:  # type: ignore[override]
+        self.mean.copy_(mean - self._centre(mean, self._factor, self.mean))
 
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.shape[1:] != self.mean.shape:
@@ -174,7 +235,7 @@ class MeanImage(nn.Module):
                 f"normalize=mean_image: the mean image is {list(self.mean.shape)}, the images are "
                 f"{list(inputs.shape[1:])}; use an augmentation that keeps the size, or normalize=mean_pixel"
             )
-        return torch.sub(inputs, self.mean).mul_(self._factor)
+        return torch.sub(self.centred(inputs), self.mean).mul_(self._factor)
 
 
 def moments(samples: Samples, *, per_pixel: bool = False) -> tuple[Tensor, Tensor]:
@@ -234,11 +295,27 @@ def _extremes(samples: Samples) -> tuple[Tensor, Tensor]:
 
 def _rows(samples: Samples, per_pixel: bool = False) -> Iterator[Tensor]:
     """Yields chunks of the samples as float64 [M, C]: one row per pixel of an image, or per sample (`per_pixel`)."""
-    for chunk in chunks(samples):
+    for chunk in finite_chunks(samples):
         if per_pixel:
             yield chunk.flatten(1).to(torch.float64, copy=True)
             continue
         yield chunk.to(torch.float64).movedim(1, -1).reshape(-1, samples.shape[0])
+
+
+def finite_chunks(samples: Samples) -> Iterator[Tensor]:
+    """Yields all inputs in chunks. Raises `UserError` for a value that is not finite in float32, which names it."""
+    start = 0
+    for chunk in chunks(samples):
+        # The sum is not finite if a value is not: faster than a look at each, which follows only then.
+        if chunk.is_floating_point() and not bool(chunk.sum(dtype=torch.float64).isfinite()):
+            row, *position = (~chunk.isfinite()).nonzero()[0].tolist()
+            where = f"feature {position[0] + 1}" if len(position) == 1 else f"the value at {position}"
+            raise UserError(
+                f"data: {where} of training sample {start + row + 1} is {chunk[(row, *position)].item()}: it is not a "
+                "finite number, or too large for float32; correct it, or remove the sample"
+            )
+        start += len(chunk)
+        yield chunk
 
 
 _VERSION = "1"
@@ -263,7 +340,7 @@ def fit(normalize: nn.Module, dataset: Dataset, *, count: int | None, kind: str)
     with exclusive(path):
         shapes = {name: tuple(value.shape) for name, value in normalize.state_dict().items()}
         cached = load_arrays(path)
-        if cached is not None and {name: value.shape for name, value in cached.items()} == shapes:
+        if cached is not None and shapes.items() <= {name: value.shape for name, value in cached.items()}.items():
             normalize.load_state_dict({name: torch.from_numpy(value) for name, value in cached.items()})
             return
         normalize.fit(samples)  # type: ignore[operator]

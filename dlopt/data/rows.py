@@ -197,13 +197,13 @@ class RowDataset:
 
 
 def numbers(value: Any, where: str, kind: str) -> np.ndarray:
-    """Returns numbers, finite in float32, as an array. Raises `UserError` that starts with `where`; ends in `kind`."""
+    """Returns numbers that are finite in float32. Raises `UserError` that starts with `where` and ends with `kind`."""
     try:
         array = np.array(value)
     except ValueError:
         array = np.array(value, dtype=object)
     if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and not (np.abs(array) <= LARGEST).all()):
-        raise UserError(f"{where}: must have finite numbers in lists of equal lengths ({kind})")
+        raise UserError(f"{where}: must have finite numbers in lists of equal lengths, of at most 3.4e38 ({kind})")
     return array
 
 

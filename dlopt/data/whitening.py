@@ -7,18 +7,17 @@ Images are scaled to 0..1 and flattened to vectors of C*H*W values; outputs have
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Positive
-from dlopt.data.loading import chunks
-from dlopt.data.normalization import covariance
+from dlopt.data.normalization import Centring, covariance, finite_chunks
 from dlopt.data.samples import Samples
 
 _MAX_FEATURES = 8192  # the covariance takes 0.5 GB and its decomposition minutes
 
 
-class PCA(nn.Module):
+class PCA(Centring):
     """Decorrelates: coordinates along the principal components, by decreasing variance.
 
     The sign of a component, which the decomposition does not determine, makes its largest entry positive.
@@ -46,13 +45,19 @@ class PCA(nn.Module):
         variances, components = variances.flip(0).clamp(min=0), components.flip(1)
         largest = components.gather(0, components.abs().argmax(0, keepdim=True))
         matrix = self._map(variances, components * largest.sign())
-        self.shift.copy_(-(mean @ matrix))
         # forward() receives images in 0..255; the statistics are those of 0..1.
-        is_image = samples.fetch(torch.tensor([0])).dtype == torch.uint8
-        self.matrix.copy_(matrix / 255 if is_image else matrix)
+        white = 255 if samples.fetch(torch.tensor([0])).dtype == torch.uint8 else 1
+        self._set(matrix / white, -(mean @ matrix), mean * white)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.addmm(self.shift, inputs.flatten(1).to(self.matrix.dtype), self.matrix).view(inputs.shape)
+        rows = self.centred(inputs.flatten(1).to(self.matrix.dtype))
+        return torch.addmm(self.shift, rows, self.matrix).view(inputs.shape)
+
+    def _set(self, matrix: Tensor, shift: Tensor, mean: Tensor | None = None) -> None:  # type: ignore[override]
+        mean = -torch.linalg.solve(matrix.T, shift) if mean is None else mean
+        center = self._centre(mean, matrix.norm(dim=1), self.matrix)
+        self.matrix.copy_(matrix)
+        self.shift.copy_(shift + center @ matrix if self.center is not None else shift)
 
     def _map(self, variances: Tensor, components: Tensor) -> Tensor:
         """Returns the matrix [D, D] for centred row vectors, given eigenvalues and eigenvectors (columns)."""
@@ -88,5 +93,6 @@ def mean_and_covariance(samples: Samples, device: torch.device) -> tuple[Tensor,
     """Returns mean [D] and covariance [D, D] (divided by N) of the flattened samples (images in 0..1), in float64."""
     device = device if device.type == "cuda" else torch.device("cpu")  # not every accelerator has float64
     return covariance(
-        chunk.flatten(1).to(device).double() / (255 if chunk.dtype == torch.uint8 else 1) for chunk in chunks(samples)
+        chunk.flatten(1).to(device).double() / (255 if chunk.dtype == torch.uint8 else 1)
+        for chunk in finite_chunks(samples)
     )

@@ -87,4 +87,6 @@ def _are_equal(first: nn.Module, second: nn.Module) -> bool:
     if type(first) is not type(second) or not isinstance(first, ScaleShift):
         return False
     states = first.state_dict(), second.state_dict()
-    return all(torch.equal(states[0][name], states[1][name]) for name in states[0] | states[1])
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )

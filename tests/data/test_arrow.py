@@ -446,6 +446,18 @@ def test_values_of_a_regression_are_finite(tmp_path: Path) -> None:
             read(file=path, input="n", target="y", labels="value")
 
 
+def test_values_beyond_float32_are_named(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    writer.write_table(arrow.table({"x": [1.0, 2.0, 1.797e308], "list": [[0.0], [-4e38], [1.0]], "y": [0, 1, 0]}), path)
+    for name, message in (
+        ("x", r"data\.file, row 2: x is 1\.797e\+308, not a finite number of float32"),
+        ("list", r"data\.file, row 1: list: must have finite numbers in lists of equal lengths, of at most 3\.4e38"),
+    ):
+        samples = read(file=path, input=name, target="y").train
+        with pytest.raises(UserError, match=message):
+            samples.fetch(torch.arange(3))
+
+
 def test_files_that_expand_to_more_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kilobytes: a value that repeats is stored once. The sizes and counts in the file are only claims."""
     monkeypatch.setattr(memory, "available_memory", lambda: 64 << 20)

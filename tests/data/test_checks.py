@@ -108,5 +108,28 @@ def test_the_lines_of_a_kind_are_limited() -> None:
     assert [len(column_warnings([("x", values), ("y", rows / 7)], "")) for values in odd] == [0, 0, 0, 2, 0, 0]
 
 
+def test_columns_of_which_float32_keeps_few_values() -> None:
+    rng = np.random.default_rng(0)
+    seconds = 1.7e9 + rng.integers(0, 1000, 5000)
+    columns = {
+        "time": seconds,
+        "with_gaps": np.where(rng.random(5000) < 0.5, -1.0, seconds),  # the extent alone does not show it
+        "id": rng.permutation(10**12 + np.arange(5000) * 10**3),
+        "nanoseconds": (seconds * 10**9).astype(np.int64),
+        # float32 holds the differences of these:
+        "exact": 16_000_000 + rng.integers(0, 10, 5000),
+        "ordinary": rng.normal(size=5000),
+        "hash": rng.integers(0, 2**62, 5000),
+        "small": 1e-30 * rng.normal(size=5000),
+        "cents": rng.integers(0, 10**6, 5000) / 100,
+        "flags": rng.random(5000) < 0.5,
+    }
+    found = [line for name, values in columns.items() for line in column_warnings([(name, values)], "")]
+    assert [line.split()[4] for line in found] == ["time", "with_gaps", "id", "nanoseconds"]
+    for line, values in zip(found, columns.values(), strict=False):
+        before, after = len(set(values.tolist())), len({float(np.float32(value)) for value in values})
+        assert f"; of {before:,} distinct values {after:,} remain; subtract a constant" in line
+
+
 def test_problems_are_what_was_left_out_or_looks_wrong() -> None:
     assert problems(["read: x", "left out: y", "warning: z", "no test set"]) == ["left out: y", "warning: z"]

@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from torchvision.transforms.v2 import Normalize
 from dlopt.basics.errors import UserError
 from dlopt.data.normalization import Fixed, MeanImage, MeanPixel, Nothing, ScaleShift, Standardize, Unit, moments
 from dlopt.data.samples import Files, InMemory
+from dlopt.data.whitening import PCA, PCAWhiten, ZCAWhiten
 
 
 def samples(inputs: Tensor) -> InMemory:
@@ -27,7 +29,7 @@ def images(count: int = 40, channels: int = 3) -> Tensor:
 
 def fitted(kind: type[ScaleShift], inputs: Tensor, dtype: torch.dtype = torch.float64) -> ScaleShift:
     keys = {"per": "channel"} if kind is Standardize else {}
-    module = kind(**keys, input_shape=tuple(inputs.shape[1:])).to(dtype)  # type: ignore[arg-type]
+    module = kind(**keys, input_shape=tuple(inputs.shape[1:])).to(dtype)
     module.fit(samples(inputs))
     return module
 
@@ -136,6 +138,110 @@ def test_statistics_of_files_equal_those_in_memory(tmp_path: Path, write_images:
     a.fit(files)
     b.fit(samples(files.fetch(torch.arange(9))))
     assert torch.equal(a.scale, b.scale) and torch.equal(a.shift, b.shift)
+
+
+KINDS: dict[str, Callable[[tuple[int, ...]], Any]] = {
+    "standardize": lambda shape: Standardize(per="channel", input_shape=shape),
+    "per_pixel": lambda shape: Standardize(per="pixel", input_shape=shape),
+    "unit": lambda shape: Unit(input_shape=shape),
+    "mean_pixel": lambda shape: MeanPixel(values=None, scale=0.5, input_shape=shape),
+    "fixed_mean": lambda shape: MeanPixel(values=(16_000_004.3, 0.1), scale=0.5, input_shape=shape),
+    "fixed": lambda shape: Fixed(mean=(16_000_004.3, 0.1), std=(3.0, 2.0), input_shape=shape),
+    "mean_image": lambda shape: MeanImage(scale=0.5, input_shape=shape),
+    "pca": lambda shape: PCA(input_shape=shape),
+    "pca_whiten": lambda shape: PCAWhiten(epsilon=1e-3, input_shape=shape),
+    "zca_whiten": lambda shape: ZCAWhiten(epsilon=1e-3, input_shape=shape),
+}
+
+
+def far_from_zero() -> tuple[Tensor, Tensor]:
+    """Returns samples of which one feature is 16,000,000 to 16,000,009, which fp32 holds, and one is ordinary."""
+    rng = np.random.default_rng(0)
+    inputs = np.stack([16_000_000 + rng.integers(0, 10, 500), rng.normal(size=500).astype(np.float32)], 1)
+    return torch.from_numpy(inputs), torch.from_numpy(inputs).float()
+
+
+def reference(name: str, x: Tensor) -> Tensor:
+    """Computes the normalization of [N, 2] in float64."""
+    mean, deviation, low, high = x.mean(0), x.std(0, correction=0), x.amin(0), x.amax(0)
+    match name:
+        case "standardize" | "per_pixel":
+            return (x - mean) / deviation
+        case "unit":
+            return (x - low) / (high - low)
+        case "mean_pixel" | "mean_image":
+            return 0.5 * (x - mean)
+        case "fixed_mean":
+            return 0.5 * (x - torch.tensor([16_000_004.3, 0.1], dtype=torch.float64))
+        case "fixed":
+            return (x - torch.tensor([16_000_004.3, 0.1], dtype=torch.float64)) / torch.tensor([3.0, 2.0])
+    variances, vectors = np.linalg.eigh(np.cov(x.numpy().T, bias=True))
+    variances, vectors = variances[::-1], vectors[:, ::-1]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(2)])
+    scales = {"pca": np.ones(2)}.get(name, 1 / np.sqrt(variances + 1e-3))
+    rotation = vectors.T if name == "zca_whiten" else np.eye(2)
+    return torch.from_numpy((x - mean).numpy() @ (vectors * scales) @ rotation)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_features_far_from_zero_keep_their_differences(name: str) -> None:
+    exact, inputs = far_from_zero()
+    module, double = KINDS[name]((2,)), KINDS[name]((2,)).double()
+    module.fit(samples(inputs))
+    double.fit(samples(inputs))
+    expected = reference(name, exact)
+    assert torch.allclose(module(inputs).double(), expected, atol=2e-6)
+    assert torch.allclose(double(inputs), expected, atol=1e-6), "fp64 needs no center"
+    assert "center" in module.state_dict() and "center" not in double.state_dict()
+
+    # A checkpoint gives equal outputs; that of fp64 keeps its precision in fp32, as in an export.
+    loaded, narrowed = KINDS[name]((2,)), KINDS[name]((2,))
+    loaded.load_state_dict(module.state_dict())
+    narrowed.load_state_dict(double.state_dict())
+    assert torch.equal(loaded(inputs), module(inputs))
+    assert torch.allclose(narrowed(inputs).double(), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["standardize", "per_pixel", "unit", "mean_pixel", "mean_image"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_keep_the_sums_of_older_checkpoints(name: str, dtype: torch.dtype) -> None:
+    inputs = images()
+    inputs[:, 0, 0, 0] = 255
+    module = KINDS[name]((3, 6, 5)).to(dtype)
+    module.fit(samples(inputs))
+    state = module.state_dict()
+    assert state.keys() == ({"mean"} if name == "mean_image" else {"scale", "shift"})
+    with torch.no_grad():
+        sums = (inputs - state["mean"]) * 0.5 if name == "mean_image" else inputs * state["scale"] + state["shift"]
+    assert torch.equal(module(inputs), sums)
+    module.load_state_dict(state)
+    assert torch.equal(module(inputs), sums)
+
+
+def test_a_center_of_another_state_is_removed_and_checked() -> None:
+    _, inputs = far_from_zero()
+    module, plain = fitted(Standardize, inputs, torch.float32), fitted(Standardize, inputs[:, 1:], torch.float32)
+    with pytest.raises(RuntimeError, match="size mismatch for center"):
+        module.load_state_dict(module.state_dict() | {"center": torch.zeros(3)})
+    other = fitted(Standardize, inputs - inputs.mean(0), torch.float32)
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(inputs), other(inputs)) and "center" not in plain.state_dict()
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("fixed")])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_values_that_are_not_finite_are_named(name: str, value: float) -> None:
+    inputs = torch.randn(20, 2)
+    inputs[7, 1], inputs[8, 1] = value, -value
+    with pytest.raises(UserError, match=rf"data: feature 2 of training sample 8 is {value}: it is not a finite number"):
+        KINDS[name]((2,)).fit(samples(inputs))
+
+
+def test_differences_that_fp32_cannot_scale_are_refused() -> None:
+    inputs = torch.randn(20, 2)
+    inputs[:, 1] *= 1e-41
+    with pytest.raises(UserError, match=r"normalize: the values of feature 2 differ by too little for torch.float32"):
+        fitted(Standardize, inputs, torch.float32)
 
 
 def test_mean_pixel_computed_and_fixed() -> None:
