@@ -18,7 +18,7 @@ from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.checks import WARNING, left_out_note
 from dlopt.data.images import decode_bytes
 from dlopt.data.parquet import Parts, innermost, library, read_parquet
-from dlopt.data.rows import LARGEST, Channels, Files, Labels, dataset, find_files, numbers
+from dlopt.data.rows import LARGEST, SLOW_ROWS, Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
 _CHECKED_ROWS = 1 << 20  # of each column of numbers
@@ -187,6 +187,20 @@ class Columns:
         # The format of Arrow's messages does not depend on how the table is divided into chunks and row groups.
         rows = self.table.select(self._names).slice(start, stop - start).replace_schema_metadata(None).combine_chunks()
         return b"".join(bytes(batch.serialize()) for batch in rows.to_batches())
+
+    def rows(self) -> Iterator[bytes] | None:
+        columns = [self.table.column(name) for name in self._names]
+        types = library(self._key).types
+        if any(column.null_count for column in columns):  # reported where the row is read
+            return None
+        if all(_is_number(column.type) for column in columns):
+            matrix = np.stack([column.to_numpy().astype(np.float64) for column in columns], 1)
+            return (row.tobytes() for row in matrix)
+        if not self.encoded or self._are_paths:
+            return (self.read(row, row + 1) for row in range(len(self))) if len(self) <= SLOW_ROWS else None
+        chunks = columns[0].chunks
+        stored = (chunk.field("bytes") if types.is_struct(chunk.type) else chunk for chunk in chunks)
+        return (value.as_py() or b"" for chunk in stored for value in chunk)
 
     @property
     def _are_paths(self) -> bool:

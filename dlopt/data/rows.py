@@ -28,6 +28,7 @@ from dlopt.data.samples import Dataset, Wrapped
 
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
+SLOW_ROWS = 10_000  # that are read one at a time within a second
 Files = str | list[str]
 LARGEST = torch.finfo(torch.float32).max
 _LOOKED_AT = 256  # images of each split, if the first one is grey
@@ -60,6 +61,10 @@ class RowSource(Protocol):
 
     def read(self, start: int, stop: int) -> bytes:
         """Returns the stored inputs of a range of rows: equal bytes for equal inputs. Raises `UserError`."""
+        ...
+
+    def rows(self) -> Iterator[bytes] | None:
+        """Yields the stored input of each row; None if that takes long, or a value is missing."""
         ...
 
     def place(self, row: int) -> str:

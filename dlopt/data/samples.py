@@ -217,7 +217,10 @@ class Files(ImageList):
     `image_size` None: no resizing; all images must have the size of the first.
     `channels`: 1 (grey) or 3 (RGB).
     `paths`: absolute, or relative to `folder`.
+    `digests`: int64 [N, 2], of the content of each file; None: not computed (see `dlopt.data.identity`).
     """
+
+    digests: Tensor | None = None
 
     def __init__(
         self,
@@ -247,6 +250,11 @@ class Files(ImageList):
                 raise self._mismatch(path, (image.shape[1], image.shape[2]))
             row.copy_(image)
         return result
+
+    def select(self, indices: Tensor) -> Self:
+        selected = super().select(indices)
+        selected.digests = None if self.digests is None else self.digests[indices]
+        return selected
 
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
         """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
@@ -313,9 +321,13 @@ class Wrapped:
     Labels are read from the attribute `targets` or `labels` if it matches an item of each class (at most 64 items);
     otherwise every item is read once.
 
+    `digests`: as those of `Files`.
+
     Raises:
         UserError: not a map-style dataset, empty, or an item has another form.
     """
+
+    digests: Tensor | None = None
 
     def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
         self.dataset = dataset
@@ -362,6 +374,7 @@ class Wrapped:
         selected = copy(self)
         selected._indices = self._indices[indices]
         selected.targets = self.targets[indices]
+        selected.digests = None if self.digests is None else self.digests[indices]
         return selected
 
     def warnings(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Prepares a dataset for a run: subset, validation split, image size, and loading into memory."""
 
 import math
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
+from dlopt.data.equal_samples import contents, equal_sample_warnings
 from dlopt.data.images import resize, size_pair
 from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
@@ -28,6 +30,7 @@ def prepare(
     device: torch.device | str = "cpu",
     processes: int = 1,
     random_crops: bool = False,
+    compare: bool = True,
 ) -> Dataset:
     """Applies the settings to `dataset`.
 
@@ -44,6 +47,7 @@ def prepare(
         processes: training processes that share this machine.
         random_crops: training images are cropped at random. Images that `image_size` would cut are then read from their
             files in every epoch, because decoded ones have lost their margins.
+        compare: look for equal samples, see `dlopt.data.equal_samples`.
 
     Raises:
         UserError: the settings do not fit the data, or a sample cannot be read.
@@ -60,6 +64,7 @@ def prepare(
         held_out, kept = split(train, count, settings.split_seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
+    stored = {"train": train, "val": val, "test": test}  # at their size, and without noise
     if settings.label_noise > 0:
         if not is_stratified or dataset.unlabelled is not None:
             raise UserError(
@@ -83,13 +88,30 @@ def prepare(
                 "data.memory=true: keeps the centre of each image only, but the augmentation crops from the whole "
                 "image; use data.memory=auto"
             )
-        return replace(dataset, train=train, val=val, test=test)
-    splits = [samples for samples in (train, val, test) if samples is not None]
-    in_memory = _load_into_memory(splits, settings, torch.device(device), processes)
+        found = _equal_samples(dataset, stored) if compare else ()
+        return replace(dataset, train=train, val=val, test=test, notes=(*dataset.notes, *found))
+    present = [samples for samples in (train, val, test) if samples is not None]
+    in_memory = _load_into_memory(present, settings, torch.device(device), processes)
     if in_memory:
         train = materialize(train, worker_count(settings.workers, train, processes))
         val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
-    return replace(dataset, train=train, val=val, test=test, in_memory=in_memory)
+    loaded = stored | {"train": train, "val": val} if contents(stored["train"]) is None else stored
+    found = _equal_samples(dataset, loaded, stored) if compare else ()
+    return replace(dataset, train=train, val=val, test=test, in_memory=in_memory, notes=(*dataset.notes, *found))
+
+
+def _equal_samples(
+    dataset: Dataset, splits: Mapping[str, Samples | None], labelled: Mapping[str, Samples | None] | None = None
+) -> tuple[str, ...]:
+    """Returns the warnings of equal samples; none of generated data, whose inputs may be few by design.
+
+    `labelled`: the splits with their own labels, if those of `splits` have noise.
+    """
+    if dataset.is_generated:
+        return ()
+    targets = {name: each.targets for name, each in (labelled or splits).items() if each is not None}
+    rows = {name: contents(each) for name, each in splits.items()}
+    return equal_sample_warnings(rows, targets, has_classes=dataset.classes is not None)
 
 
 def evaluation_subset(val: Samples, count: int | None, seed: int) -> Samples:

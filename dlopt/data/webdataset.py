@@ -23,7 +23,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.checks import ending, left_out_note
 from dlopt.data.images import EXTENSIONS, decode_bytes
-from dlopt.data.rows import Channels, Files, Labels, dataset, find_files, numbers
+from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name
@@ -108,6 +108,9 @@ class Shards:
     def read(self, start: int, stop: int) -> bytes:
         members = (self.content(row) for row in range(start, stop))
         return b"".join(len(content).to_bytes(8, "little") + content for content in members)
+
+    def rows(self) -> Iterator[bytes] | None:
+        return map(self._content, range(len(self))) if len(self) <= SLOW_ROWS else None
 
     def value(self, row: int, channels: Channels) -> Any:
         name = self._input(row)

@@ -487,7 +487,7 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
     if isinstance(samples, Files) and data.image_size is not None and min(size) > min(samples.shape[1:]):
         larger = replace(data, image_size=size, memory=False)
         source: Dataset = run_config.read_data(larger)
-        decoded = prepare(source, larger).test
+        decoded = prepare(source, larger, compare=False).test
         assert decoded is not None
         samples, in_memory = decoded, False
     mode, dtype = workload.parallel, workload.precision.data_dtype

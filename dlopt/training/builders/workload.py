@@ -193,7 +193,14 @@ def build_workload(
     # 2. Data, their augmentation, and what is to be learned from them.
     source = read_source(run_config, saved_tokenizer(run_config, saved), identified if parallel.ranks.is_main else ())
     processes, random_crops = parallel.ranks.local_processes, _crops_at_random(run_config)
-    dataset = prepare(source, run_config.data_settings, device=device, processes=processes, random_crops=random_crops)
+    dataset = prepare(
+        source,
+        run_config.data_settings,
+        device=device,
+        processes=processes,
+        random_crops=random_crops,
+        compare=parallel.ranks.is_main,
+    )
     augment = _build_augmentation(run_config, dataset)
     window = dataset.train.shape if augment is None else augment.output_shape
     dataset = with_task(run_config, dataset, window)
