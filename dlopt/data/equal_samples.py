@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dlopt.data.checks import WARNING
-from dlopt.data.samples import Files, InMemory, Samples
+from dlopt.data.samples import Files, InMemory, Samples, Wrapped
 
 _CHUNK_BYTES = 1 << 18  # hashed at once: they stay in the cache
 _SEED = 0  # of the factors of the hash
@@ -15,13 +15,13 @@ _NAMES = {"val": "validation", "test": "test"}
 
 
 def contents(samples: Samples | None) -> Tensor | None:
-    """Returns a row [N, ...] for each sample, equal for equal inputs: the inputs, or the hashes of image files.
+    """Returns a row [N, ...] for each sample, equal for equal inputs: these inputs, or digests of files and rows.
 
     None if neither is known: inputs that are read one at a time are not read for this.
     """
     if isinstance(samples, InMemory):
         return samples.inputs
-    return samples.digests if isinstance(samples, Files) else None
+    return samples.digests if isinstance(samples, Files | Wrapped) else None
 
 
 def equal_sample_warnings(

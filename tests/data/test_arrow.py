@@ -20,9 +20,12 @@ from dlopt.basics.errors import UserError
 from dlopt.data import arrow as module
 from dlopt.data import parquet as reading
 from dlopt.data.arrow import huggingface, parquet
+from dlopt.data.identity import identify
 from dlopt.data.samples import Dataset
+from dlopt.data.splits import prepare
 from dlopt.data.text import text
 from dlopt.machine import memory
+from tests.support.data import data_settings
 from tests.support.runs import resume, same, start
 
 arrow = pytest.importorskip("pyarrow")
@@ -453,9 +456,31 @@ def test_values_beyond_float32_are_named(tmp_path: Path) -> None:
         ("x", r"data\.file, row 2: x is 1\.797e\+308, not a finite number of float32"),
         ("list", r"data\.file, row 1: list: must have finite numbers in lists of equal lengths, of at most 3\.4e38"),
     ):
-        samples = read(file=path, input=name, target="y").train
         with pytest.raises(UserError, match=message):
-            samples.fetch(torch.arange(3))
+            read(file=path, input=name, target="y").train.fetch(torch.arange(3))
+
+
+@pytest.mark.parametrize("input", ["image", "bytes", "list", ["x", "n"], "x"])
+def test_equal_rows_of_two_files(tmp_path: Path, input: Any) -> None:
+    images = [png(picture) for picture in pictures(6)]
+    for name, rows, labels in (("train", [0, 1, 2, 3, 3], "ababa"), ("test", [4, 1, 5, 0], "abab")):
+        columns = {
+            "image": [{"bytes": images[i], "path": None} for i in rows],
+            "bytes": [images[i] for i in rows],
+            "list": [[i / 7, 2.0] for i in rows],
+            "x": [i / 7 for i in rows],
+            "n": [i % 2 == 0 for i in rows],
+            "y": [*labels],
+        }
+        writer.write_table(arrow.table(columns), tmp_path / f"{name}.parquet", row_group_size=2)
+    files = {f"{key}file": str(tmp_path / f"{name}.parquet") for key, name in (("", "train"), ("test_", "test"))}
+    data = read(**files, input=input, target="y")
+    identify(data)
+    found = prepare(data, data_settings(memory=False)).notes
+    assert [note for note in found if "equal" in note] == [
+        "warning: 2 of 4 test samples are equal to training samples, 1 of them to one with another label",
+        "warning: 2 training samples are equal to one with another label",
+    ]
 
 
 def test_files_that_expand_to_more_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
