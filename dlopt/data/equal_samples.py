@@ -104,9 +104,9 @@ def _take(tensors: Sequence[Tensor], indices: np.ndarray) -> Tensor:
     which = np.searchsorted(ends, indices, side="right")
     result = tensors[0].new_empty((len(indices), tensors[0][0].numel()))
     for number, tensor in enumerate(tensors):
-        places = np.flatnonzero(which == number)
-        rows = torch.from_numpy(indices[places] - (ends[number] - len(tensor)))
-        result[torch.from_numpy(places)] = tensor[rows].reshape(len(rows), result.shape[1])
+        slots = np.flatnonzero(which == number)
+        rows = torch.from_numpy(indices[slots] - (ends[number] - len(tensor)))
+        result[torch.from_numpy(slots)] = tensor[rows].reshape(len(rows), result.shape[1])
     return result
 
 
