@@ -473,10 +473,8 @@ def test_equal_rows_of_two_files(tmp_path: Path, input: Any) -> None:
             "y": [*labels],
         }
         writer.write_table(arrow.table(columns), tmp_path / f"{name}.parquet", row_group_size=2)
-    files: dict[str, Any] = {
-        f"{key}file": str(tmp_path / f"{name}.parquet") for key, name in (("", "train"), ("test_", "test"))
-    }
-    data = read(**files, input=input, target="y")
+    train, test = (str(tmp_path / f"{name}.parquet") for name in ("train", "test"))
+    data = read(file=train, test_file=test, input=input, target="y")
     identify(data)
     found = prepare(data, data_settings(memory=False)).notes
     assert [note for note in found if "equal" in note] == [
