@@ -110,7 +110,7 @@ class Shards:
         return b"".join(len(content).to_bytes(8, "little") + content for content in members)
 
     def rows(self) -> Iterator[bytes] | None:
-        return map(self._content, range(len(self))) if len(self) <= SLOW_ROWS else None
+        return map(self.content, range(len(self))) if len(self) <= SLOW_ROWS else None
 
     def value(self, row: int, channels: Channels) -> Any:
         name = self._input(row)

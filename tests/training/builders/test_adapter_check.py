@@ -203,7 +203,7 @@ def test_names_the_blocks_by_a_pattern() -> None:
         check(model)
 
 
-def test_says_when_it_cannot_check(caplog: pytest.LogCaptureFixture) -> None:
+def test_reports_a_check_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     check(nn.Sequential(nn.Linear(5, 2)))
     assert "no check whether the model uses its adapters, because it fails for 2 random samples" in caplog.text
 
