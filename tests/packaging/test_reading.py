@@ -66,7 +66,6 @@ EXCEPTIONS = {
     "lab/benchmark/agreement.py": OWN,
     "lab/benchmark/page.py": OWN,
     "lab/benchmark/reading.py:_values": MEMORY,
-    "lab/judge/ledger.py": "reads the ledger with checks of its own",
     "lab/judge/running.py": WRITES,
     "lab/report.py": OWN,
     "lab/scaling": SCRATCH,
@@ -86,7 +85,7 @@ EXCEPTIONS = {
     "training/checkpoint/checkpoints.py:load": CHECKED,
     "training/checkpoint/sharded.py:copy": CHECKED,
     "training/checkpoint/sharded.py:load_without_shards": CHECKED,
-    "training/checkpoint/weights.py:read_weights": CHECKED,
+    "training/checkpoint/weights.py:_read": CHECKED,
 }
 
 

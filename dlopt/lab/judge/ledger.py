@@ -6,7 +6,7 @@ is damaged or missing, and checked like a file of a stranger.
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from dlopt.basics.formats import printable
 from dlopt.basics.locks import locked
-from dlopt.basics.plain_values import read_regular
+from dlopt.basics.plain_values import parse_json, read_regular
 from dlopt.extend import UserError, short_path, write_atomically
 from dlopt.tracking.metrics import to_json
 
@@ -158,8 +158,8 @@ class Ledger:
         *lines, last = text.split("\n")
         if last:
             try:
-                json.loads(last)
-            except (ValueError, RecursionError):
+                parse_json(last)
+            except ValueError:
                 last = ""
         lines += [last] if last else []
         if not lines:
@@ -177,9 +177,8 @@ class Ledger:
                 else:
                     assert rate is not None
                     _add(entries, _parsed(_ENTRY, line), rate)
-            except (ValueError, RecursionError) as error:
-                reason = "is nested too deeply" if isinstance(error, RecursionError) else _reason(error)
-                raise _damage(path, f"line {number}: {reason}") from None
+            except ValueError as error:
+                raise _damage(path, f"line {number}: {_reason(error)}") from None
         numbers = [int(each.name) for each in self.folder.glob("[1-9]*") if each.name.isdecimal() and each.is_dir()]
         if numbers and max(numbers) > len(entries):
             what = "is missing" if rate is None else "is incomplete"
@@ -203,29 +202,14 @@ def _reason(error: ValueError) -> str:
 
 
 def _parsed(adapter: TypeAdapter[Any], line: str) -> Any:
-    """Parses and checks a line. Raises ValueError and RecursionError."""
-    values = json.loads(line, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    """Parses and checks a line. Raises ValueError."""
+    values = parse_json(line)
     if not isinstance(values, dict):
         raise ValueError("is not a JSON object")
     if isinstance(gains := values.get("gains"), list):
-        if any(isinstance(each, float) and not math.isfinite(each) for each in gains):  # 1e999
-            raise ValueError("gains: a number is out of range")
         values["gains"] = [float(each) if each in ("inf", "-inf") else each for each in gains]
     # As JSON: in Python, the strict mode does not take a list for a sequence, or a dict for a dataclass.
     return adapter.validate_json(json.dumps(values))
-
-
-def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key}: twice")
-        found[key] = value
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name}: is not JSON")
 
 
 def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
