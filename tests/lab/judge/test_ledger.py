@@ -96,7 +96,7 @@ def lines(*values: Any) -> str:
         (lines(HEADER, {**FIRST, "margin": None}), "line 2: margin: "),
         (lines(HEADER, {**FIRST, "gains": ["nan"]}), "line 2: gains.0: "),
         (lines(HEADER, {**FIRST, "gains": [[]]}), "line 2: gains.0: "),
-        (lines(HEADER, json.dumps({**FIRST, "gains": [7]}).replace("7", "1e999")), "line 2: has the number 1e999, which is not finite"),
+        (lines(HEADER, json.dumps({**FIRST, "gains": [7]}).replace("[7]", "[1e999]")), "line 2: has the number 1e999"),
         (lines(HEADER, {**FIRST, "verdict": "good"}), "line 2: verdict: "),
         (lines(HEADER, {**FIRST, "metric": "\x1b[2J"}), "line 2: metric: "),
         (lines(HEADER, {**FIRST, "pairs": 3}), "line 2: pairs: "),
