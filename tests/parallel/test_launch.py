@@ -278,8 +278,8 @@ def test_exit_codes_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kills_ranks_that_do_not_end_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "GRACE", 0.1)
-    deaf = "trap '' TERM; exec sleep 600"
-    codes, killed, interruption = run_processes(shell(f"kill -TERM $PPID; {deaf}", deaf), 2, {})
+    deaf = "trap '' TERM; {} exec sleep 600"
+    codes, killed, interruption = run_processes(shell(deaf.format("kill -TERM $PPID;"), deaf.format("")), 2, {})
     assert killed and set(codes) <= {-signal.SIGKILL, -signal.SIGTERM}
     assert group_code(codes, killed, interruption) == INTERRUPTED
 
