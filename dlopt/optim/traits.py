@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -145,6 +146,20 @@ def not_evaluated(optimizer: torch.optim.Optimizer) -> UserError:
         f"{type(optimizer).__qualname__}.step(closure): did not call its closure, which computes the loss and the "
         "gradients; call it in every update, or define step(self, closure=None) for gradients that are computed before"
     )
+
+
+def refuse_missing_closure(optimizer: torch.optim.Optimizer, error: Exception) -> None:
+    """Raises `UserError` if `step()` failed with `error` because it needs a closure that its signature leaves out.
+
+    The line that failed, or the message, names the closure: `closure()`, `assert closure is not None`.
+    """
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    if not isinstance(error, UserError) and "closure" in f"{frame.line} {error}":
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{type(optimizer).__qualname__}.step(): fails without a closure: {reason}; set traits = "
+            "dlopt.optim.OptimizerTraits(evaluations='many'), or give the argument no default"
+        ) from error
 
 
 def is_unknown(traits: OptimizerTraits) -> bool:

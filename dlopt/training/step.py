@@ -22,7 +22,7 @@ from dlopt.losses import sampled_cross_entropy
 from dlopt.metrics.sums import Measure, Measured
 from dlopt.models.known import is_stochastic
 from dlopt.models.layers import frozen_statistics
-from dlopt.optim.traits import not_evaluated, optimizer_traits
+from dlopt.optim.traits import not_evaluated, optimizer_traits, refuse_missing_closure
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
@@ -253,12 +253,16 @@ class Step:
                 raise not_evaluated(self.optimizer)
         else:
             self()  # before the optimizer: `GradScaler.step` accepts no closure; raises `Diverged` with weights intact
-            if self.scaler is None or not self._has_gradients():
-                self.optimizer.step()
-            else:
-                # Waits for the device, except with a fused optimizer, whose kernel skips an overflow itself.
-                self.scaler.step(self.optimizer)  # skips an overflow, upon which `update` reduces the scale
-                self.scaler.update()
+            try:
+                if self.scaler is None or not self._has_gradients():
+                    self.optimizer.step()
+                else:
+                    # Waits for the device, except with a fused optimizer, whose kernel skips an overflow itself.
+                    self.scaler.step(self.optimizer)  # skips an overflow, upon which `update` reduces the scale
+                    self.scaler.update()
+            except Exception as error:
+                refuse_missing_closure(self.optimizer, error)
+                raise
 
         # 3. Advance the learning rate.
         self.schedule.step()
@@ -270,8 +274,8 @@ class Step:
 
     def __call__(self) -> Tensor:
         """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
-        if not torch.is_grad_enabled():  # called by a `step` under `no_grad`
-            with torch.enable_grad():
+        if not torch.is_grad_enabled():  # called by a `step` under `no_grad` or `inference_mode`
+            with torch.inference_mode(False), torch.enable_grad():
                 return self()
         current, is_first = self.current, self.record is None
         self._evaluations += 1

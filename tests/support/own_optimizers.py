@@ -101,9 +101,17 @@ class Wraps(torch.optim.Optimizer):
         return self.base.step(closure)
 
 
+class InInferenceMode(_Descent):
+    @torch.inference_mode()
+    def step(self, closure: Any) -> None:  # type: ignore[override]
+        closure()
+        self._descend()
+
+
 ONE_EVALUATION = [
     WithoutClosure, IgnoresClosure, TakesAnything, CallsClosure, CallsWithoutGradients, RequiresClosure, RequiresLoss,
     StatesMany, OfTorch, OfDlopt, Wraps,
+    InInferenceMode,
 ]  # fmt: skip
 
 
@@ -131,6 +139,31 @@ class CallsFirstTimeOnly(_Descent):
             closure()
             self.state["called"] = {}
         self._descend()
+
+
+class CallsNone(_Descent):
+    """Its signature says that it needs no closure."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        closure()
+        self._descend()
+
+
+class AssertsClosure(CallsNone):
+    def step(self, closure: Any = None) -> None:
+        assert closure is not None
+        super().step(closure)
+
+
+class RaisesWithoutClosure(CallsNone):
+    def step(self, closure: Any = None) -> None:
+        if closure is None:
+            message = "a closure is required"
+            raise RuntimeError(message)
+        super().step(closure)
+
+
+MISSING_CLOSURE = [CallsNone, AssertsClosure, RaisesWithoutClosure]
 
 
 UNEVALUATED = [NeverCalls, StatesManyButIgnores, CallsFirstTimeOnly]

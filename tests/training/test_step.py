@@ -243,6 +243,13 @@ def test_optimizers_of_users_equal_a_plain_loop(kind: Any) -> None:
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("kind", own_optimizers.MISSING_CLOSURE)
+def test_refuses_a_step_that_fails_without_a_closure(kind: Any) -> None:
+    step = _step_of(kind)
+    with pytest.raises(UserError, match=rf"^{kind.__name__}\.step\(\): fails without a closure.*evaluations='many'"):
+        step.update(batch(0), 0)
+
+
 @pytest.mark.parametrize("kind", own_optimizers.UNEVALUATED)
 def test_refuses_an_update_without_an_evaluation(kind: Any) -> None:
     step = _step_of(kind)

@@ -19,7 +19,7 @@ from dlopt.basics.random import generator
 from dlopt.extend import Component, LossClosure
 from dlopt.lab.trajectory.functions import Function, Window
 from dlopt.optim import SGDW
-from dlopt.optim.traits import not_evaluated, optimizer_traits
+from dlopt.optim.traits import not_evaluated, optimizer_traits, refuse_missing_closure
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
 from dlopt.schedules import Factor, Scheduler
@@ -108,7 +108,11 @@ def follow(function: Function, build: Build, *, steps: int, seed: int, factor: F
         closure = LossClosure(optimizer, loss)
         if evaluates_once:
             closure()
-            optimizer.step()
+            try:
+                optimizer.step()
+            except Exception as error:
+                refuse_missing_closure(optimizer, error)
+                raise
         else:
             optimizer.step(closure)  # type: ignore[arg-type]
             if count == evaluations[-1]:

@@ -75,6 +75,12 @@ def test_counts_the_evaluations_of_an_optimizer_of_the_user() -> None:
     assert run(own_optimizers.Twice, steps=3).evaluations == [0, 2, 4, 6]
 
 
+@pytest.mark.parametrize("kind", own_optimizers.MISSING_CLOSURE)
+def test_refuses_a_step_that_fails_without_a_closure(kind: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{kind.__name__}\.step\(\): fails without a closure.*evaluations='many'"):
+        run(kind)
+
+
 @pytest.mark.parametrize("kind", own_optimizers.UNEVALUATED)
 def test_refuses_an_update_without_an_evaluation(kind: Any) -> None:
     with pytest.raises(UserError, match=rf"^{kind.__name__}\.step\(closure\): did not call its closure"):
