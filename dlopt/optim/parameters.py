@@ -126,7 +126,10 @@ def _scaled(arguments: Mapping[str, Any], scales: Mapping[str, float]) -> dict[s
         if name in arguments:
             scaled[name] = arguments[name] * factor
         elif name == "lr" or factor != 0.0:
-            raise UserError(f"optimizer.groups: this optimizer has no {name} to multiply by {factor:g}")
+            raise UserError(
+                f"optimizer.groups: this optimizer has no {name} to multiply by {factor:g}; if its class has one, set "
+                f"optimizer.{name}"
+            )
     return scaled
 
 

@@ -169,6 +169,14 @@ MISSING_CLOSURE = [CallsNone, AssertsClosure, RaisesWithoutClosure]
 UNEVALUATED = [NeverCalls, StatesManyButIgnores, CallsFirstTimeOnly]
 
 
+class WithoutRate(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self) -> None:  # type: ignore[override]
+        pass
+
+
 class ByKeyword(_Descent):
     def step(self, *, closure: Any) -> None:  # type: ignore[override]
         closure()

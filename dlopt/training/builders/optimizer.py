@@ -118,6 +118,11 @@ def _build(
         optimizer = component.build_as(Optimizer, params=groups, **({"fused": True} if fused else {}))
     except ValueError as error:  # third-party optimizers validate their arguments themselves
         raise UserError(f"{component.choice}: {error}") from None
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise UserError(
+            f"{component.choice}: the parameter groups of {type(optimizer).__qualname__} have no lr, which schedules set; "
+            "pass defaults with lr to torch.optim.Optimizer"
+        )
     return optimizer, fused
 
 

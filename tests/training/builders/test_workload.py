@@ -23,6 +23,7 @@ from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.run import probe_trainer
+from tests.support import own_optimizers
 from tests.support.runs import run_config, same, small_workload, start
 from tests.support.sizes import SMALL, without
 from tests.support.user_parts import FlattenNet, ViewNet
@@ -229,6 +230,9 @@ def test_parts_of_a_user_must_be_what_they_are_called() -> None:
         training_batches(build_workload(replace(run_config(*SMALL), sampler=replace(wrong, key="sampler"))))
     with pytest.raises(UserError, match=r"^optimizer=.*_wrong: returns dict; must return a torch Optimizer$"):
         build_optimizer(build_workload(replace(run_config(*SMALL), optimizer=replace(wrong, key="optimizer"))))
+    rateless = Component("optimizer", own_optimizers.WithoutRate, {})
+    with pytest.raises(UserError, match=r"^optimizer=.*: the parameter groups of WithoutRate have no lr"):
+        build_optimizer(build_workload(replace(run_config(*SMALL), optimizer=rateless)))
 
 
 class _Loss(nn.Module):
