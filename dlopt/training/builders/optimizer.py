@@ -120,8 +120,8 @@ def _build(
         raise UserError(f"{component.choice}: {error}") from None
     if not all("lr" in group for group in optimizer.param_groups):
         raise UserError(
-            f"{component.choice}: the parameter groups of {type(optimizer).__qualname__} have no lr, which schedules set; "
-            "pass defaults with lr to torch.optim.Optimizer"
+            f"{component.choice}: the parameter groups of {type(optimizer).__qualname__} have no lr, which schedules "
+            "set; pass defaults with lr to torch.optim.Optimizer"
         )
     return optimizer, fused
 
