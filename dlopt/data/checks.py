@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 LEFT_OUT, WARNING = "left out: ", "warning: "
+LARGEST = float(np.finfo(np.float32).max)
 _LONGEST = 12  # characters of an ending
 _SHOWN = 3  # names in a line, and lines of a kind
 _FEW = 20  # rows, which a feature may number by chance

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import printable
-from dlopt.data.checks import LEFT_OUT, WARNING, number
+from dlopt.data.checks import LARGEST, LEFT_OUT, WARNING, number
 from dlopt.data.images import EXTENSIONS
 
 SPLITS = ("train", "val", "test")
-_LARGEST = torch.finfo(torch.float32).max
 _INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")  # the name of pandas' index, as it writes it and as it reads it back
 _MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "none", "nil", "?", "-", "."})
 _TRUTH = frozenset({"true", "false", "yes", "no"})
@@ -31,6 +29,8 @@ _GROUPED = re.compile(r"[+-]?\d{1,3}([ \u00a0\u202f,.'’_]\d{3})+([.,]\d+)?")  
 _POINTS, _HUNDREDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+"), re.compile(r"[+-]?[0-9]{1,3}")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _WITH_UNIT = re.compile(r"[^\w\s.,+-]{0,3}\s?[+-]?[0-9][0-9.,]*\s?[^\d\s.,+-]{0,5}")  # $5, 5 %, 12 kg
+_INTEGER = re.compile(r"[+-]?[0-9]{1,39}")
+_EXACT = 2.0**53  # up to which float64 has every integer
 _CHUNK = 1024  # rows that are converted at once
 _SPECTRUM = 8  # columns; a row has as few numbers in order by chance
 _MANY_TEXTS = 10_000
@@ -169,6 +169,7 @@ def read_columns(
     lines = array.array("q")
     values = np.empty((_CHUNK, len(numbers)))
     notes: tuple[str, ...] = ()
+    merged: dict[str, str] = {}  # the warning of each column whose integers float64 merges
     doubts = _Doubts()
     rows = _lines(header.path, header.delimiter, header.encoding, doubts)
     next(rows, None)
@@ -191,11 +192,16 @@ def read_columns(
                 example = next(field for field in fields if "." in field)
                 notes += (f"{WARNING}column {name} may have points between thousands: {example} is read as a decimal",)
             values[start : start + len(chunk), position] = column = _numbers(fields)
-            if not (np.abs(column) <= _LARGEST).all():
-                wrong = int(np.flatnonzero(~(np.abs(column) <= _LARGEST))[0])  # also NaN
+            if not (np.abs(column) <= LARGEST).all():
+                wrong = int(np.flatnonzero(~(np.abs(column) <= LARGEST))[0])  # also NaN
                 raise _not_a_number(_place(header.path, chunk[wrong][0]), name, fields[wrong], advice)
+            if name not in merged and (pair := _merged_integers(fields, column)) is not None:
+                merged[name] = (
+                    f"{WARNING}column {name}: float64 makes {pair[0]} and {pair[1]} equal; subtract a constant from "
+                    "them in the file"
+                )
     values.resize((len(lines), len(numbers)), refcheck=False)
-    return CsvFile(header.path, kept, values, lines, notes + doubts.notes(header))
+    return CsvFile(header.path, kept, values, lines, (*notes, *merged.values(), *doubts.notes(header)))
 
 
 def _shared(fields: list[str], known: dict[str, str]) -> list[str]:
@@ -318,6 +324,17 @@ def _numbers(fields: list[str]) -> np.ndarray:
         with contextlib.suppress(ValueError):
             return np.array(fields, dtype=np.float64)
     return np.array([number(field) for field in fields])
+
+
+def _merged_integers(fields: Sequence[str], column: np.ndarray) -> tuple[int, int] | None:
+    """Returns two different integers of the texts whose numbers in `column` are equal; None: there are none."""
+    if not (np.abs(column) > _EXACT).any():
+        return None
+    first: dict[float, int] = {}
+    for field, value in zip(fields, column.tolist(), strict=True):
+        if _INTEGER.fullmatch(field) and first.setdefault(value, int(field)) != int(field):
+            return first[value], int(field)
+    return None
 
 
 def _are_thousands(fields: Sequence[str]) -> bool:

@@ -54,6 +54,11 @@ def equal_sample_warnings(
     known = np.unique(answers[splits == 0])
     different = np.bincount(known // width, minlength=int(groups.max()) + 1)[groups]  # labels in the training set
     has_other = different > np.isin(answers, known)
+    train_groups = groups[splits == 0]
+    distinct_count = len(train) - len(train_groups) + len(np.unique(train_groups))
+    # Of few distinct samples, as in a table of two binary columns, equal ones are expected.
+    are_few = 2 * distinct_count <= len(train)
+    end = f" (of {len(train):,} training samples, {distinct_count:,} {_are(distinct_count)} distinct)" * are_few
     lines = []
     for number, (name, tensor) in enumerate(compared.items()):
         total, others = (int(each[splits == number].sum()) for each in (different > 0, has_other))
@@ -64,7 +69,7 @@ def equal_sample_warnings(
             lines.append(line + (f", {others:,} of them to one with another label" if others else ""))
     if total := int((different[splits == 0] > 1).sum()):
         lines.append(f"{total:,} training samples are equal to one with another label")
-    return tuple(WARNING + line for line in lines)
+    return tuple(f"{WARNING}{line}{end}" for line in lines)
 
 
 def _are(count: int) -> str:

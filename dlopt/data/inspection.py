@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import LEFT_OUT, WARNING, listed, sampled
 from dlopt.data.images import Stored, describe
 from dlopt.data.rows import RowDataset
-from dlopt.data.samples import Dataset, Files, Samples, Wrapped
+from dlopt.data.samples import Dataset, Files, Samples, Wrapped, white_of
 
 _PICTURES = 16  # images that are looked at
 _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
@@ -21,7 +22,7 @@ _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
 def notes(dataset: Dataset) -> tuple[str, ...]:
     """Returns the lines on a dataset as it was read: what was read, the notes of its reader, and on its splits."""
     read = (f"read: {dataset.source}",) if dataset.source else ()
-    return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset.train), *_losses(dataset))
+    return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset), *_losses(dataset))
 
 
 def _split_notes(dataset: Dataset) -> list[str]:
@@ -46,23 +47,45 @@ def _counts(samples: Samples | None, classes: int) -> np.ndarray:
     return np.zeros(classes, int) if samples is None else torch.bincount(samples.targets, minlength=classes).numpy()
 
 
-def _image_warnings(samples: Samples) -> tuple[str, ...]:
-    """Returns a warning if images are nearly black or white, as those of 12 bits in 16, or masks of 0 and 1."""
-    if len(samples.shape) != 3:
+def _image_warnings(dataset: Dataset) -> tuple[str, ...]:
+    """Returns warnings of images that are nearly black or white, and of a held-out set of another range.
+
+    The former are those of 12 bits in 16, or masks of 0 and 1. In the latter, only one set has been scaled.
+    """
+    images = _pictures(dataset.train)
+    if images is None:
         return ()
+    low, high = images.min().item(), images.max().item()
+    found = []
+    if images.dtype == torch.uint8 and (high < _DARK or low > _BRIGHT):
+        colour = "black" if high < _DARK else "white"
+        found.append(
+            f"{WARNING}the images are nearly {colour}: all pixels of {len(images)} of them are from {low} to {high} "
+            "(of 0 to 255); of 16 bits, the upper 8 are kept"
+        )
+    for name, label in (("val", "validation"), ("test", "test")):
+        samples: Samples | None = getattr(dataset, name)
+        if isinstance(samples, Files):  # which have one range
+            continue
+        with contextlib.suppress(UserError):  # raised where the image is read
+            others = _pictures(samples)
+            if others is not None and white_of(others) != white_of(images):
+                found.append(
+                    f"{WARNING}the {label} images have another range than the training images: "
+                    f"{others.min().item():.3g} to {others.max().item():.3g}, not {low:.3g} to {high:.3g}; scale "
+                    "neither or both"
+                )
+    return tuple(found)
+
+
+def _pictures(samples: Samples | None) -> Tensor | None:
+    """Returns some of the images; None: there are none. Raises `UserError`."""
+    if samples is None or len(samples.shape) != 3 or len(samples) == 0:
+        return None
     chosen = torch.linspace(0, len(samples) - 1, min(_PICTURES, len(samples))).long()
     with torch.random.fork_rng(devices=()):  # transforms of the user may draw numbers, on which the run depends
         images = samples.fetch(chosen)
-    if images.dtype != torch.uint8 or images.numel() == 0:
-        return ()
-    low, high = int(images.min()), int(images.max())
-    if high >= _DARK and low <= _BRIGHT:
-        return ()
-    colour = "black" if high < _DARK else "white"
-    return (
-        f"{WARNING}the images are nearly {colour}: all pixels of {len(images)} of them are from {low} to {high} "
-        "(of 0 to 255); of 16 bits, the upper 8 are kept",
-    )
+    return images if images.numel() else None
 
 
 def _losses(dataset: Dataset) -> list[str]:

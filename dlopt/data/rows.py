@@ -13,6 +13,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import (
+    LARGEST,
     WARNING,
     are_measured,
     column_warnings,
@@ -30,7 +31,6 @@ Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
 SLOW_ROWS = 10_000  # that are read one at a time within a second
 Files = str | list[str]
-LARGEST = torch.finfo(torch.float32).max
 _LOOKED_AT = 256  # images of each split, if the first one is grey
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
 

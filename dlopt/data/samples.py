@@ -135,7 +135,11 @@ def white(samples: Samples) -> float:
     """
     if len(samples.shape) != 3 or isinstance(samples, Files):
         return 255.0
-    images = samples.fetch(torch.linspace(0, len(samples) - 1, min(16, len(samples))).long())
+    return white_of(samples.fetch(torch.linspace(0, len(samples) - 1, min(16, len(samples))).long()))
+
+
+def white_of(images: Tensor) -> float:
+    """Returns `white` of a set of which these are some images."""
     return 255.0 if images.dtype == torch.uint8 or (images.min() >= 0 and images.max() > 1) else 1.0
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def test_points_between_thousands(tmp_path: Path) -> None:
         content = read(write(tmp_path, "x\n" + "\n".join(column.split()) + "\n"), [], ["x"])
         expected = "warning: column x may have points between thousands: 1.234 is read as a decimal"
         assert content.notes == ((expected,) if found else ())
+
+
+def test_integers_that_float64_makes_equal(tmp_path: Path) -> None:
+    for start, step, found in ((2**53 - 40, 1, False), (2**53, 1, True), (2**60, 1, True), (-(2**60), -1, True),
+                               (2**60, 256, False), (2**53, 2, False)):  # fmt: skip
+        integers = [start + step * i for i in range(30)]
+        assert (len({*map(float, integers)}) < 30) == found
+        content = read(write(tmp_path, "x\n" + "\n".join(map(str, integers)) + "\n"), [], ["x"])
+        equal = next(((a, b) for a, b in itertools.pairwise(integers) if float(a) == float(b)), None)
+        lines = () if equal is None else (
+            f"warning: column x: float64 makes {equal[0]} and {equal[1]} equal; subtract a constant from them in the "
+            "file",
+        )  # fmt: skip
+        assert content.notes == lines
+    again = read(write(tmp_path, "x\n" + f"{2**60}\n{2**60}.0\n1152921504606846976e0\n" * 3), [], ["x"])
+    assert again.notes == (), "one number in several forms"
 
 
 def test_an_index_is_left_out(tmp_path: Path) -> None:

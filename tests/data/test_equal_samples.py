@@ -37,7 +37,9 @@ def counted(splits: dict[str, tuple[Tensor, list[Any]]]) -> tuple[str, ...]:
             lines.append(line + f", {others:,} of them to one with another label" * (others > 0))
     if total := sum(len(labels[key]) > 1 for key in keys["train"]):
         lines.append(f"warning: {total:,} training samples are equal to one with another label")
-    return tuple(lines)
+    count, total = len({*keys["train"]}), len(keys["train"])
+    end = f" (of {total:,} training samples, {count:,} {'is' if count == 1 else 'are'} distinct)"
+    return tuple(line + end * (count <= total / 2) for line in lines)
 
 
 def found(splits: dict[str, tuple[Tensor, list[Any]]]) -> tuple[str, ...]:
@@ -61,6 +63,18 @@ def test_counts(dtype: torch.dtype, shape: tuple[int, ...], constant: bool, monk
     lines = counted(splits)
     assert len(lines) == 3 and found(splits) == lines
     assert found({name: splits[name] for name in ("train", "test")}) == lines[1:]
+
+
+@pytest.mark.parametrize(("values", "is_said"), [(1, True), (4, True), (10, True), (60, False)])
+def test_few_distinct_samples_are_counted(values: int, is_said: bool) -> None:
+    rows = torch.arange(60.0).remainder(values)[:, None]
+    splits = {"train": (rows, [0] * 60), "test": (rows[:20], [1] * 20)}
+    lines = found(splits)
+    assert lines == counted(splits)
+    [line] = lines
+    assert line.startswith("warning: 20 of 20 test samples are equal to training samples, 20 of them")
+    assert f"{values} {'is' if values == 1 else 'are'} distinct" in line or not is_said
+    assert ("distinct" in line) == is_said
 
 
 def test_no_line_without_equal_samples() -> None:

@@ -52,6 +52,27 @@ def test_images_that_are_nearly_black_or_white(low: int, high: int, colour: str 
     assert notes(dataset(images / 255, [0, 0, 1, 1, 2, 2], [0, 1, 2])) == ()
 
 
+def test_held_out_images_of_another_range() -> None:
+    bytes_ = torch.arange(6 * 48).remainder(256).to(torch.uint8).view(6, 3, 4, 4)
+    scaled, standardized = bytes_ / 255, bytes_ / 64 - 2
+
+    def lines(train: torch.Tensor, val: torch.Tensor, test: torch.Tensor) -> tuple[str, ...]:
+        labels = torch.tensor([0, 0, 1, 1, 2, 2])
+        return notes(Dataset(*(InMemory(images, labels) for images in (train, val, test)), ("a", "b", "c")))
+
+    for same in (bytes_, scaled, standardized):
+        assert lines(same, same, same) == ()
+    assert lines(bytes_, bytes_.float(), bytes_) == (), "0 to 255 in another type"
+    assert lines(bytes_, bytes_, scaled) == (
+        "warning: the test images have another range than the training images: 0 to 1, not 0 to 255; scale neither or "
+        "both",
+    )
+    val, test = lines(scaled, bytes_, bytes_.float())
+    assert val.startswith("warning: the validation images have another range") and "0 to 255, not 0 to 1;" in val
+    assert test.startswith("warning: the test images have another range")
+    assert len(lines(bytes_, standardized, bytes_)) == 1
+
+
 @pytest.mark.parametrize(
     "name",
     ["digits", "digit_pairs", "shaded_digits", "wine", "breast_cancer", "diabetes", "linear", "recall", "copying"],
