@@ -47,8 +47,12 @@ class ReportedError(Exception):
 
 
 def refused_path(error: OSError) -> str | None:
-    """Returns the message for a path that the system refuses (no access, or too long); None for other errors."""
-    is_refused = error.filename is not None and error.errno in (errno.EACCES, errno.ENAMETOOLONG)
+    """Returns the message for a path that the system refuses; None for other errors.
+
+    Such as one without access, one that is too long, or a folder where a file is expected.
+    """
+    codes = (errno.EACCES, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+    is_refused = error.filename is not None and error.errno in codes
     return f"{error.filename}: {error.strerror}" if is_refused else None
 
 

@@ -83,7 +83,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
                 file.write(data)
             os.replace(temporary, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the temporary one, or none
+        error.filename = str(path)  # not the temporary one, or none
+        del error.filename2  # None would be part of the message: "... -> None"
         raise
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.files import temporary_sibling
 from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
@@ -48,6 +49,8 @@ def show_batch(
     """Saves the plots and prints their paths. Raises `UserError`."""
     target = None if output is None else _target(output)
     run_configs = _run_configs(line)
+    from PIL import Image
+
     from dlopt.data.checks import problems
     from dlopt.instruments.augmentations import draw
     from dlopt.training.builders.workload import read_dataset
@@ -62,7 +65,9 @@ def show_batch(
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         for path, picture in pictures.items():
-            picture.save(path)
+            with temporary_sibling(path) as temporary:
+                picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+                temporary.replace(path)
     for problem in problems(dataset.notes):
         print_message(problem)
     print(*map(short_path, pictures), sep="\n")

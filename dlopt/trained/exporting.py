@@ -99,7 +99,9 @@ def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, 
         with _quiet(), torch.no_grad():
             if format == "torch_export":
                 program = torch.export.export(module, (inputs,), dynamic_shapes=batch)
-                torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
+                file = io.BytesIO()  # torch aborts the process where it cannot write to a path
+                torch.export.save(program, file, extra_files={"metadata.json": json.dumps(dict(metadata))})
+                path.write_bytes(file.getvalue())
             else:
                 _write_onnx(module, inputs, batch, texts, path)
     except OSError:

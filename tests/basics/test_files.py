@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.basics.errors import refused_path
 from dlopt.basics.files import NewLines, write_atomically
 
 
@@ -30,6 +31,13 @@ def test_processes_that_write_one_file(tmp_path: Path, monkeypatch: pytest.Monke
             assert len(text) == 1000 and len(set(text)) == 1
     assert [process.exitcode for process in processes] == [0] * 4
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError) as raised:
+        write_atomically(tmp_path, "text")
+    assert str(raised.value) == f"[Errno 21] Is a directory: '{tmp_path}'"
+    assert refused_path(raised.value) == f"{tmp_path}: Is a directory"
 
 
 def test_what_a_killed_process_has_left_is_removed_later(tmp_path: Path) -> None:

@@ -163,6 +163,23 @@ def test_file_size_limit(reference: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert_same_run(tmp_path, reference)
 
 
+@pytest.mark.parametrize(
+    "words", [["show-batch", "output=out.png"], ["export", "run", "format=torch_export", "output=out.pt2"]], ids=str
+)
+def test_a_file_that_does_not_fit_leaves_the_one_before(words: list[str], small: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(small)
+    path = tmp_path / words[-1].removeprefix("output=")
+    path.write_text("before")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        result = dlopt(tmp_path, *words)
+        assert result.code == 2 and result.err == f"dlopt: {words[-1]}: cannot write: File too large\n", result
+
+    assert in_fork(limited) == 0
+    assert path.read_text() == "before" and not stray(tmp_path)
+
+
 def test_unwritable_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without summary.json the run counts as unfinished; resuming it finishes immediately."""
     from dlopt.tracking import metrics
