@@ -90,7 +90,9 @@ def test_the_newest_folder_is_the_last_one_created_also_if_the_clock_is_set_back
         found = newest(tmp_path, lambda folder: None if folder.path.name == "report" else 0)
         assert found is not None and found.path == made
     assert not list((tmp_path / names[0]).iterdir())  # the name says it
-    assert newest(tmp_path, lambda folder: 0 if folder.path.name in names[:2] else None) == RunFolder(tmp_path / names[1])
+    assert newest(tmp_path, lambda folder: 0 if folder.path.name in names[:2] else None) == RunFolder(
+        tmp_path / names[1]
+    )
     assert newest(tmp_path, lambda folder: int(folder.path.name != names[0])) == RunFolder(tmp_path / names[0])
     made = make_new(tmp_path / "2027-01-01_00-00-00")
     assert not list(made.iterdir())

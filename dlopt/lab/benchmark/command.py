@@ -223,6 +223,8 @@ def _run(
     waiting = request.waiting()
     if dry_run:
         return _list(line, request, waiting)
+    if reading.read_manifest(request.folder) is None:
+        request.refuse_foreign()
     output_folder(str(request.folder), "benchmark")
     manifest = replace(_manifest(chosen.name, request, *counts, command), track=track)
     reading.update_manifest(request.folder, manifest)

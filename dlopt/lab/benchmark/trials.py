@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlopt.config.overrides import parse_axes
+from dlopt.config.overrides import is_hydra, parse_axes, storable
 from dlopt.config.resolve import to_plain
 from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
-from dlopt.extend import Composer, RunFolder, UserError, key_of, value_of
+from dlopt.extend import Composer, RunFolder, UserError, key_of, value_of, without
 from dlopt.lab.benchmark.protocol import (
     SELF_TUNING_LENGTH,
     Track,
@@ -138,6 +138,21 @@ class TrialRequest:
     def waiting(self) -> list[Trial]:
         """Returns the trials without a result."""
         return [trial for trial in self.trials if not has_ended(self.run_folder(trial))]
+
+    def refuse_foreign(self) -> None:
+        """Raises `UserError` if a run in the folder of a trial had other overrides: it would count as the trial."""
+        for trial in self.trials:
+            if not (folder := self.run_folder(trial)).has_run():
+                continue
+            found, expected = (
+                {each for each in without(lines, "allow_packages") if not (each.startswith("-") or is_hydra(each))}
+                for lines in (folder.typed(), storable(self.line(trial)))
+            )
+            if different := sorted(found ^ expected):
+                raise UserError(
+                    f"output={self.folder}: {trial.subfolder} is no trial of this benchmark (different: "
+                    f"{', '.join(different)}); use another folder"
+                )
 
     def run_folder(self, trial: Trial) -> RunFolder:
         return RunFolder(self.folder / trial.subfolder)

@@ -133,6 +133,11 @@ def test_compares_optimizers_continues_and_refuses_another_benchmark(place: Path
     assert all(set(test) == {"test_loss"} for test in cell.tests.values()) and cell.tests
     other = dlopt(place, "benchmark", "optimizer=sgd", *line, "data.batch_size=16")
     assert other.code == 2 and "has trials of another benchmark (different: overrides)" in other.err
+    (place / "out/benchmark.json").unlink()
+    other = dlopt(place, "benchmark", "optimizer=sgd", *line, "data.batch_size=16")
+    assert other.code == 2 and "sgd/line/0-0 is no trial of this benchmark (different: data.batch_size=16)" in other.err
+    again = dlopt(place, "benchmark", "optimizer=sgd", *line)
+    assert again.code == 0 and "4 trials, of which 4 are done" in again.out, again
     assert "not the folder of a benchmark" in refused(place, "benchmark", "report", "conf")
 
 
