@@ -11,7 +11,6 @@ import select
 import signal
 import stat
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
@@ -229,6 +228,8 @@ def streams_kept() -> Iterator[None]:
 
     There the main thread may redirect its output at any time, and would put a `KeptStream` back after the context.
     """
+    import threading  # every command imports this module
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -5,7 +5,7 @@ import fcntl
 import os
 import struct
 import sys
-import threading
+from _thread import get_ident
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -29,7 +29,7 @@ def global_state_held(call: str, *, may_be_nested: bool = False) -> Iterator[Non
     `may_be_nested`: within another call of the same thread, whose state the block leaves as it was. Raises `UserError`
     if another call holds it.
     """
-    process, own = os.getpid(), (threading.get_ident(), call)
+    process, own = os.getpid(), (get_ident(), call)
     holder = _calls.setdefault(process, own)  # atomic
     if holder is not own:
         if not (may_be_nested and holder[0] == own[0]):

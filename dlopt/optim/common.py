@@ -36,7 +36,7 @@ class LossClosure:
 
     def __call__(self) -> Tensor:
         self._optimizer.zero_grad()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             loss = self.loss()
             loss.backward()
         return loss.detach()

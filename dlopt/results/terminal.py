@@ -51,7 +51,9 @@ def show_report(report: "ReportContent", console: Console) -> None:
     for line in _hidden(ranking, dropped):
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     for line in _notes(report):
-        console.print(Text(printable(line)), soft_wrap=True)
+        # Commands are to be copied whole, and so are paths, which "ignore" does not fold.
+        is_whole = not console.is_terminal or line.startswith("best: ")
+        console.print(Text(printable(line)), soft_wrap=is_whole, overflow="ignore")
 
 
 def _unfitting(report: "ReportContent", console: Console) -> list[str]:
@@ -147,7 +149,7 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     rows = [row for row in board.rows if row.value is not None]
     if not rows:
         return
-    is_paired = any(row.difference is not None and row.difference.low is not None for row in rows)
+    is_paired = any(row.difference is not None and row.difference.count > 1 for row in rows)
     ranked = Metric.of(board.metric)
     test = board.metric if ranked is None else Metric("test", ranked.name).column
     metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"

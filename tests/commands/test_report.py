@@ -153,7 +153,7 @@ def test_narrow_terminal_keeps_the_difference_and_names_hidden_columns(paired: P
     lines = plain(shown).splitlines()
     assert code == 0 and all(len(line) <= 80 for line in lines if not line.startswith("best: "))
     assert re.fullmatch(r"# +init_from +lr +runs +val accuracy +vs\. best \[95 % CI\]", lines[0])
-    assert sum(bool(re.match(r"[2-6] .*[+-]\d+\.\d\d \[.*\]$", line)) for line in lines) == 5
+    assert sum(bool(re.match(r"[2-6] .*\d+\.\d\d( \[.*\])?$", line)) for line in lines) == 5
     assert "test accuracy of the best: 75.00 ± 0.00 %" in lines
     assert "hidden: val_loss; index.html has all columns" in lines
     wide = plain(in_terminal(paired, 160, "report", "night", "format=csv")[1])
@@ -305,7 +305,7 @@ def test_leaderboard_shows_test_metric_of_first_row_only() -> None:
     lines = board().splitlines()
     first, second = (next(line for line in lines if f"optimizer.lr={lr}" in line) for lr in (0.1, 0.2))
     assert "80.50 ± 0.71 %" in first and "60.00 %" in first
-    assert "-10.00 [-10.00, -10.00]" in second and "70.50 ± 0.71 %" in second
+    assert second.rstrip().endswith(" -10.00") and "70.50 ± 0.71 %" in second
     assert "70.00 %" not in second
 
 

@@ -23,7 +23,7 @@ def write(path: Path, text: str) -> None:
 SGD = "_target_: torch.optim.SGD\n"
 BROKEN = {
     "a tab": (SGD + "\tlr: 0.1\n", ("mine.yaml", "not valid YAML")),
-    "a duplicate key": (SGD + "lr: 0.1\nlr: 0.2\n", ("mine.yaml", "duplicate key lr")),
+    "a duplicate key": (SGD + "lr: 0.1\nlr: 0.2\n", ("mine.yaml", "the key 'lr' twice")),
     "an open bracket": (SGD + "lr: [0.1\n", ("mine.yaml", "not valid YAML")),
     "a list": ("- 1\n- 2\n", ("optimizer=mine",)),
     "a text": ("hello\n", ("optimizer._target_",)),

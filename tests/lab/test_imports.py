@@ -9,7 +9,7 @@ STILL_IMPORTED = """
 _version basics.errors basics.folders basics.formats basics.locks basics.plain_values basics.random
 basics.scratch commands.shared.command_line commands.shared.processes commands.shared.usage config.choices
 config.run_config config.flags config.keys config.overrides config.parsing config.plan config.reads
-config.resolve config.rules config.saved config.schema data.batches data.digits data.generated
+config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
 data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers instruments.lr_range
 instruments.profiling instruments.measuring_ranks machine.device machine.memory machine.threads metrics.names models.gpt
 models.layers models.locally_connected models.recurrent models.vit optim optim.adam optim.common optim.newton

@@ -131,11 +131,11 @@ def _judge(
     _warn_of_conditions(judgement)
     is_answered = entry.is_final or entry.pairs >= seeds
     if not is_answered:
-        print(f"proposal {entry.number} against this base, in {short_path(home)}", flush=True)
         make(home, "output", exist_ok=True)
         judgement.end = math.inf if minutes is None else start + 60 * minutes
         with RunFolder(home).lock():  # a second judge of this change would run the same pairs
             judgement.refuse_foreign()
+            print(f"proposal {entry.number} against this base, in {short_path(home)}", flush=True)
             try:
                 run(judgement, pool, plan_job)
             except KeyboardInterrupt:

@@ -152,9 +152,9 @@ class Judgement:
         config = config or {}
         flat, planned = flatten(config), flatten(expected)
         derived = {key for key, value in flat.items() if role_of(key) is Role.SEED and value == trial.seed}
-        different = [key for key in differences(config, expected) if key not in derived]
+        different = [key for key in SEEDS if flat.get(key) != trial.seed]
+        different += [key for key in differences(config, expected) if key not in derived]
         different += [key for key in planned if role_of(key) is Role.LENGTH and flat.get(key) != planned[key]]
-        different += [key for key in SEEDS if flat.get(key) != trial.seed]
         tags = config.get("tags")
         different += [] if isinstance(tags, list) and self.entry.name in tags else ["tags"]
         if different:

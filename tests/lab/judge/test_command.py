@@ -167,7 +167,7 @@ def test_runs_of_another_change_are_refused(
     edits: dict[str, dict[str, Any]] = {
         "seed=1003": {"lr": 0.3},
         "optimizer.lr=0.2": {"seed": 1004},
-        "tags=[judge-": {"seed": 1004, "lr": 0.3},
+        'tags=["judge-': {"seed": 1004, "lr": 0.3},
         "epochs=9": {"seed": 1004, "lr": 0.3, "tags": True, "epochs": 9},
     }
     for number, (found, edit) in enumerate(edits.items()):
