@@ -18,7 +18,6 @@ The packages in `PACKAGES` say the same in a dict `ENTRY_POINTS`, so that they w
 import functools
 import importlib
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +66,8 @@ def leave_working_folder(names: Iterable[str], kept: Path) -> None:
     What was edited there since the sweep was submitted must not run, nor what was not copied. An entry of
     PYTHONPATH or of an editable installation may lead there.
     """
+    import sysconfig  # every command imports this module
+
     installed = [Path(path).resolve() for path in set(sysconfig.get_paths().values())]
     packages = {name.partition(".")[0] for name in names} | ({"dlopt"} if ROOT.is_relative_to(kept) else set())
 
