@@ -294,7 +294,8 @@ def whitening(
         with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=()):
             called = [weight.layer for weight in _in_forward_order(model, inputs[:2])]
     except Exception as error:
-        raise UserError(f"init=whitening: the model fails on training data: {error}; use another init") from None
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"init=whitening: the model fails on training data: {reason}; use another init") from None
     layer = next((module for module in called if isinstance(module, nn.Conv2d)), None)
     if layer is None or layer.groups != 1 or inputs.dim() != 4 or inputs.shape[1] != layer.in_channels:
         raise UserError("init=whitening: the model does not start with a convolution of the image; use another init")

@@ -1,6 +1,5 @@
 """Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,17 +30,15 @@ from dlopt.init import WidthGrowth
 from dlopt.machine.device import choose_device, set_deterministic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
-from dlopt.models.layers import example_inputs
-from dlopt.models.order import forward_order
-from dlopt.optim.parameters import freeze, has_own_layers, unused_parameters
+from dlopt.optim.parameters import freeze
 from dlopt.parallel.empty_shards import accept_empty_batches
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
-from dlopt.schedules.decay import corrected
 from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
+from dlopt.training.builders.layer_order import layer_order
 from dlopt.training.builders.model_check import (
     accepts_an_empty_batch,
     build_module,
@@ -56,12 +53,9 @@ from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.recompute import recompute
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
-from dlopt.training.clipping import Adaptive
 from dlopt.training.rng import ADAPTERS, SCHEME, WEIGHTS
 from dlopt.training.step import Network, Teacher
 from dlopt.training.throughput import Throughput
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -235,7 +229,7 @@ def build_workload(
     if is_new:  # a checkpoint can be used although its model has other outputs
         check_outputs(run_config, module, shape, dataset, device)
 
-    uses = _uses(run_config, module, shape, is_main=parallel.ranks.is_main)
+    uses = layer_order(run_config, module, shape, is_main=parallel.ranks.is_main)
 
     if parallel.ranks.processes > 1 and not accepts_an_empty_batch(run_config, module, shape, task):
         accept_empty_batches(module, run_config.data_settings.batch_size)
@@ -277,43 +271,6 @@ def build_workload(
         compile_obstacle=compile_obstacle,
         flops=flops,
     )
-
-
-def _uses(run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], *, is_main: bool) -> list[str] | None:
-    """Returns the order in which the model computes if a key of the config depends on it, by a forward pass of zeros.
-
-    None: the config does not need it, or the model fails without its data or its device; then the order is that of
-    registration. Logs a warning of that, and of parameters that have no place.
-    """
-    grouping, keys = run_config.grouping, []
-    if grouping.layer_decay is not None and not has_own_layers(module):
-        keys.append(f"optimizer.layer_decay={grouping.layer_decay:g}")
-    if run_config.decay.target is corrected:
-        keys.append(run_config.decay.choice)
-    if run_config.clip.target is Adaptive:
-        keys.append(run_config.clip.choice)
-    if not keys:
-        return None
-    try:
-        uses = forward_order(module, example_inputs(module, shape, count=2, device="cpu"))
-    except Exception as error:
-        if is_main:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            log.warning(
-                "%s: the order of the layers is that in which the model registers them, because it fails for zeros on "
-                "the CPU: %s",
-                keys[0],
-                reason,
-            )
-        return None
-    if is_main and grouping.layer_decay is not None and (unused := unused_parameters(module, uses)):
-        log.warning(
-            "%s: the forward pass does not use %s; such a parameter belongs to the layer of the one that the model "
-            "registers before it",
-            keys[0],
-            unused[0] if len(unused) == 1 else f"{unused[0]} and {len(unused) - 1} others",
-        )
-    return uses
 
 
 def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:

@@ -29,17 +29,13 @@ _SHOWN = 8  # names of one kind in a line
 _UNSUPPORTED = re.compile(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:class|global)[: ]+(?:GLOBAL )?(\S+)")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads weights by name: of a checkpoint (the EMA, if any), safetensors, or a file of torch.save.
+def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """Reads weights by name, and the names of the classes of a checkpoint; None: unknown.
 
-    Of nested dicts, the names are joined by slashes: "state_dict/model.head.weight". Raises `UserError` if there are no
-    tensors. Nothing but tensors and plain values is unpickled.
+    The file is a checkpoint (of which the EMA is read, if any), safetensors, or one of torch.save. Of nested dicts, the
+    names are joined by slashes: "state_dict/model.head.weight". Raises `UserError` if there are no tensors. Nothing but
+    tensors and plain values is unpickled.
     """
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Returns the weights, and the names of the classes of a checkpoint; see `read_weights`."""
     try:
         refuse_special(path)
         if path.suffix == ".safetensors":
@@ -142,7 +138,7 @@ def match_weights(path: Path, module: nn.Module) -> Match:
     state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     own = _without_wrappers(without_adapters(state))
     current = {name: state[full] for name, full in own.items()}
-    raw, classes = _read(path)
+    raw, classes = read_weights(path)
     full_names = _without_wrappers(raw)
     named = {name: raw[full] for name, full in full_names.items()}
     is_adapted = has_adapters(named)

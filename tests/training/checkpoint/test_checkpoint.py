@@ -392,15 +392,15 @@ def test_rejects_missing_files_folders_and_noise(tmp_path: Path) -> None:
 
 def test_read_weights(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, 4)
-    assert same(read_weights(checkpoints.last), state(4)["model"])
+    assert same(read_weights(checkpoints.last)[0], state(4)["model"])
     averaged = {**state(5), "ema": {"weight": torch.zeros(300)}}
     checkpoints.save(averaged, best=False)
-    assert same(read_weights(checkpoints.last), averaged["ema"]), "the average where there is one"
+    assert same(read_weights(checkpoints.last)[0], averaged["ema"]), "the average where there is one"
     plain = tmp_path / "weights.pt"
     torch.save({"weight": torch.ones(2)}, plain)
-    assert same(read_weights(plain), {"weight": torch.ones(2)})
+    assert same(read_weights(plain)[0], {"weight": torch.ones(2)})
     torch.save({"epoch": 3, "model": {"net": {"weight": torch.ones(2)}}}, plain)
-    assert same(read_weights(plain), {"model/net/weight": torch.ones(2)}), "nested twice"
+    assert same(read_weights(plain)[0], {"model/net/weight": torch.ones(2)}), "nested twice"
     torch.save({"weight": 3}, plain)
     with pytest.raises(UserError, match="no weights by name"):
         read_weights(plain)
@@ -421,4 +421,4 @@ def test_compressed_entries_are_refused(tmp_path: Path) -> None:
     for reader in (load, read_weights):
         with pytest.raises(UserError, match="has compressed entries"):
             reader(bomb)
-    assert read_weights(tmp_path / "plain.pt").keys() == {"weight"}
+    assert read_weights(tmp_path / "plain.pt")[0].keys() == {"weight"}
