@@ -1,5 +1,6 @@
 """Results on a terminal: the table of a report, the leaderboard and the Pareto front of a sweep."""
 
+import textwrap
 from collections.abc import Collection, Sequence
 from typing import IO, TYPE_CHECKING
 
@@ -50,10 +51,11 @@ def show_report(report: "ReportContent", console: Console) -> None:
         console.print(grid)
     for line in _hidden(ranking, dropped):
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
-    for line in _notes(report):
-        # Commands are to be copied whole, and so are paths, which "ignore" does not fold.
-        is_whole = not console.is_terminal or line.startswith("best: ")
-        console.print(Text(printable(line)), soft_wrap=is_whole, overflow="ignore")
+    for line in map(printable, _notes(report)):
+        if console.is_terminal and not line.startswith("best: "):  # a command is to be copied whole
+            # Rich would break long paths, too.
+            line = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+        console.print(Text(line), soft_wrap=True)
 
 
 def _unfitting(report: "ReportContent", console: Console) -> list[str]:
