@@ -26,7 +26,8 @@ from dlopt.run.environment import find_package, git
 MAX_BYTES = 100_000_000
 _MAX_FILES = 20_000
 _INSTALLED = {"site-packages", "dist-packages"}
-_IGNORED = shutil.ignore_patterns("__pycache__", ".*")
+_CACHE = "__pycache__"
+_IGNORED = shutil.ignore_patterns(_CACHE, ".*")
 _CODE = (".py", ".yaml", ".yml", ".json", ".toml")  # of files that Git does not track
 _SECRET = re.compile(  # a part of a path
     r"(?i)\.env|\.env\..*|.*\.env|.*\.env\..*|\.envrc|id_(rsa|dsa|ecdsa|ed25519).*|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|gpg|asc)"
@@ -183,7 +184,7 @@ def _refuse_incomplete(source: _Source, files: Mapping[str, Path], excluded: Seq
         modules = []
         for folder, subfolders, names in os.walk(place):
             # Only names that can be imported: not those of .ipynb_checkpoints.
-            subfolders[:] = sorted(name for name in subfolders if name.isidentifier() and name != "__pycache__")
+            subfolders[:] = sorted(name for name in subfolders if name.isidentifier() and name != _CACHE)
             modules += [
                 Path(folder, name) for name in sorted(names) if name.endswith(".py") and name[:-3].isidentifier()
             ]
@@ -213,8 +214,11 @@ def _names(source: _Source) -> dict[str, bool]:
     if tracked is None:
         return {name: _is_code(source, name, is_tracked=False) for name in _walk(source)}
     found: dict[str, bool] = {}
-    others = _listed(source, "--others", "--exclude-standard") or set()
-    ignored = _listed(source, "--others", "--ignored", "--exclude-standard", "--directory") or set()
+    others, ignored = (
+        # Python writes its caches anew: nobody misses them, in a repository with or without a .gitignore.
+        {name for name in _listed(source, "--others", *options, "--exclude-standard") or () if _CACHE not in name}
+        for options in ((), ("--ignored", "--directory"))
+    )
     for name in sorted({*tracked, *others}):
         path = source.folder / name
         if path.is_dir() and not path.is_symlink():  # a submodule, or a repository in the repository
@@ -222,7 +226,7 @@ def _names(source: _Source) -> dict[str, bool]:
             found |= {f"{name.rstrip('/')}/{each}": is_code for each, is_code in inner.items()}
         elif os.path.lexists(path):  # not one that was removed
             found[name] = _is_code(source, name, is_tracked=name in tracked)
-    unknown = (name for name in ignored if "__pycache__" not in name and name not in found)
+    unknown = (name for name in ignored if name not in found)
     return found | dict.fromkeys(unknown, False)
 
 
