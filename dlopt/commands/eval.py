@@ -120,7 +120,7 @@ def _evaluate_weights(
     from dlopt.machine.device import choose_device
     from dlopt.models.foreign import advice
     from dlopt.trained.ensemble import test
-    from dlopt.training.builders.workload import build_workload, class_names, load_weights
+    from dlopt.training.builders.workload import build_workload, load_weights
 
     command_overrides = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
     values = {key_of(override): override.value() for override in line.composer.parse(command_overrides)}
@@ -130,7 +130,7 @@ def _evaluate_weights(
     path = Path(run_config.settings.init_from or "")
     mode = join_processes(choose_device(run_config.settings.device), processes)
     workload = build_workload(run_config, parallel=mode)
-    lines = load_weights(workload.module, path, complete=True, classes=class_names(workload))
+    lines = load_weights(workload.module, path, complete=True, classes=workload.class_names)
     tested = test([path], [workload], average, views, tta)
     if tested.report.confusion is not None:
         lines += advice(workload.module, tested.report.metrics["test_accuracy"], len(tested.report.confusion))

@@ -45,13 +45,14 @@ def sample(
 ) -> int:
     """Prints the prompt and its continuations. Raises `UserError`."""
     from dlopt.basics.random import generator
+    from dlopt.tasks.text import NextToken
     from dlopt.trained.continuation import decoded, encode
     from dlopt.trained.restore import restore
 
     if changes.get("precision") in ("bf16", "bf16_pure", "fp16"):
         raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")
     trained = restore(path, changes)
-    if trained.task.vocabulary is None:
+    if not isinstance(trained.task, NextToken):
         raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")
     text = _text(prompt, file)
     tokens = encode(trained, text)

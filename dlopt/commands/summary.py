@@ -9,7 +9,7 @@ from dlopt.config.reads import RECIPE
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
-    from dlopt.data.task import Task
+    from dlopt.tasks.task import Task
 
 _READS = ("model", "data", "augmentation", "precision", *RECIPE)
 USAGE = """\
@@ -46,8 +46,9 @@ def summary(
 ) -> int:
     """Prints the table. Raises `UserError`."""
     run_config, choices = line.run_config()  # before torch is imported: it checks the values of the line
-    from dlopt.data.task import Task
     from dlopt.instruments.model_summary import show_summary, summarize_run
+    from dlopt.tasks.classification import Classification
+    from dlopt.tasks.text import NextToken
 
     if classes is not None and vocabulary is not None:
         raise UserError(f"classes={classes}, vocabulary={vocabulary}: set one of them")
@@ -58,8 +59,8 @@ def summary(
     if input_shape is None or outputs is None:
         shape, task, samples = _sizes(run_config)
     else:
-        shape, task = tuple(input_shape), Task("classification" if vocabulary is None else "next_token", outputs)
-        samples = None
+        shape, samples = tuple(input_shape), None
+        task = Classification(outputs) if vocabulary is None else NextToken(outputs)
     show_summary(choices.get("model", "model"), shape, summarize_run(run_config, shape, task, samples))
     return DONE
 
@@ -71,8 +72,8 @@ def _sizes(run_config: "RunConfig") -> tuple[tuple[int, ...], "Task", int]:
     dataset = read_dataset(run_config)
     shape = dataset.train.shape
     if run_config.augmentation.arguments.get("operations") != []:
-        classes = dataset.task.classes
-        pipeline = run_config.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
+        own = dataset.task.target_arguments
+        pipeline = run_config.augmentation.build(input_shape=shape, train=dataset.train, **own)
         shape = pipeline.output_shape
     task = with_task(run_config, dataset, shape).task
     return task.input_shape(shape), task, len(dataset.train)

@@ -69,7 +69,7 @@ def check_combinations(run_config: RunConfig) -> None:
 
 
 def _check_monitors(run_config: RunConfig) -> None:
-    """Checks the monitored metrics and their directions; with monitor=auto, `extra_metrics` knows which one it is."""
+    """Checks the monitored metrics and their directions; with monitor=auto, the task knows which one it is."""
     settings, user_metrics = run_config.settings, [Metric("val", name).column for name in run_config.user_metrics]
     mode, plateau = settings.monitor_mode, run_config.schedule.arguments
     monitors = {"monitor": settings.monitor}

@@ -4,10 +4,11 @@ Imports no torch: the roles of keys are looked up without it.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.basics.roles import Role
+from dlopt.metrics.declared import REQUESTABLE
 
 GROUPS = (
     "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule", "decay",
@@ -18,12 +19,10 @@ GROUPS = (
 Toggle = bool | Literal["auto"]
 Compile = Toggle | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Recomputation = Literal["none", "blocks", "all"]
-ExtraMetric = Literal[
-    "top5_accuracy", "macro_f1", "calibration_error", "class_accuracy", "r2", "mae", "mean_average_precision",
-    "micro_f1",
-]  # fmt: skip
-
-
+if TYPE_CHECKING:
+    RequestedMetric = str
+else:
+    RequestedMetric = Literal[REQUESTABLE]  # for lists of what a key takes
 Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 
 
@@ -31,7 +30,7 @@ Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 class EvaluateSettings:
     every_epochs: Annotated[Count, Role.PROTOCOL]
     test: Annotated[bool, Role.PROTOCOL]
-    metrics: Annotated[list[ExtraMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.user_parts`
+    metrics: Annotated[list[RequestedMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.user_parts`
     tta: Annotated[Tta, Role.PROTOCOL]
     average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
     # The defaults are for configs that were saved before these keys existed.

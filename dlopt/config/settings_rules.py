@@ -3,17 +3,17 @@
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import Any, get_args
+from typing import Any
 
 from dlopt.basics.errors import UserError, did_you_mean, install
-from dlopt.config.settings import ExtraMetric, Settings
+from dlopt.config.settings import Settings
+from dlopt.metrics.declared import DECLARED
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, Mode
 
 _MAX_NAME = 100
 MONITORS = ("auto", VAL_LOSS.column, VAL_ACCURACY.column)
-_CLASS = "class_accuracy"  # of each class, and of the worst one
-_EXTRA = [Metric("val", f"worst_{name}" if name == _CLASS else name).column for name in get_args(ExtraMetric)]
-_OF_A_CLASS = Metric("val", f"{_CLASS}/").column
+_NAMED = [Metric("val", name).column for name, each in DECLARED.items() if not each.by_class or name in each.also]
+_OF_CLASSES = tuple(Metric("val", f"{each.name}/").column for each in {*DECLARED.values()} if each.by_class)
 _TAG = re.compile(r"\w[\w.+-]*")
 
 
@@ -69,16 +69,16 @@ def _check_tracking(sinks: list[Any]) -> None:
 def check_monitor(key: str, monitor: str, user_metrics: Iterable[str], mode: Mode | None) -> None:
     """Raises `UserError` for an unknown metric, and for one of `user_metrics` without a `mode`."""
     user_metrics = [Metric("val", name).column for name in user_metrics]
-    allowed = (*MONITORS, *_EXTRA, *user_metrics)
+    allowed = (*dict.fromkeys([*MONITORS, *_NAMED]), *user_metrics)
     if monitor in user_metrics and mode is None:
         raise UserError(
             f"{key}={monitor}: whether smaller or larger values of your own metric are better must be set: "
             "monitor_mode=min or monitor_mode=max"
         )
-    if monitor not in allowed and not monitor.startswith(_OF_A_CLASS):
+    if monitor not in allowed and not monitor.startswith(_OF_CLASSES):
         raise UserError(
             f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"
-            f"allowed: {', '.join(allowed)}, {_OF_A_CLASS}NAME"
+            f"allowed: {', '.join([*allowed, *(f'{each}NAME' for each in _OF_CLASSES)])}"
         )
 
 

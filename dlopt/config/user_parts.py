@@ -2,15 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from dlopt.basics.errors import UserError, did_you_mean
 from dlopt.config.schema import Component, component, dotted_name, resolve_target, show
-from dlopt.config.settings import ExtraMetric
+from dlopt.metrics.declared import REQUESTABLE
 from dlopt.metrics.names import EVALUATED
 
-BUILT_IN: tuple[str, ...] = get_args(ExtraMetric)
-_RESERVED = (*BUILT_IN, *EVALUATED)
 METHODS = {"after_update": ("step", "loss", "model"), "after_evaluation": ("metrics",), "at_end": ("summary",)}
 """The methods that an observer may have, with their arguments (`dlopt.training.user_observers.RunObserver`)."""
 
@@ -28,17 +26,17 @@ def user_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, C
     packages = tuple(packages)
     for entry in entries:
         setting, name = f"evaluate.metrics={entry}", entry.rpartition(".")[2]
-        if entry in BUILT_IN:
+        if entry in REQUESTABLE:
             continue
         if "." not in entry:
             raise UserError(
-                f"{setting}: there is no metric of this name; {did_you_mean(entry, BUILT_IN)}allowed: "
-                f"{', '.join(BUILT_IN)}, or a function of your own: mine.metrics.{entry}"
+                f"{setting}: there is no metric of this name; {did_you_mean(entry, REQUESTABLE)}allowed: "
+                f"{', '.join(REQUESTABLE)}, or a function of your own: mine.metrics.{entry}"
             )
         function = resolve_target("evaluate.metrics", entry, packages)
         if inspect.isclass(function) or not _takes_two(function):
             raise UserError(f"{setting}: must be a function of (outputs, targets) that returns a number")
-        if name in _RESERVED:
+        if name in EVALUATED:
             raise UserError(f"{setting}: dlopt has a metric {name}; give the function another name")
         if name in functions:
             raise UserError(f"{setting}: another metric is called {name}, too; give one of the functions another name")

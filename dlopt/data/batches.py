@@ -12,8 +12,8 @@ from dlopt.basics.random import generator, stream
 from dlopt.data.loading import CudaTransferStream, Loader, on_device, prefetch, worker_count
 from dlopt.data.samplers import LossAwareSampler, Sampler, Sequential
 from dlopt.data.samples import Reader, Samples
-from dlopt.data.task import Task
 from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
+from dlopt.tasks.task import Task
 
 
 class Position(TypedDict):
@@ -147,8 +147,9 @@ class Batches:
         self._memory_format = delivery.memory_format if len(samples.shape) == 3 else torch.contiguous_format
         self._dtype = delivery.dtype
         self._task = delivery.task
-        has_labels = self._task is None or self._task.has_labels
-        self._labels = samples.targets.to(device) if has_labels else torch.zeros((), device=device).expand(len(samples))
+        reads_labels = self._task is None or self._task.reads_labels
+        nothing = torch.zeros((), device=device).expand(len(samples))
+        self._labels = samples.targets.to(device) if reads_labels else nothing
         self._inputs: Tensor | None = None
         self._loader: Loader | None = None
         self._reader = reader
@@ -243,16 +244,16 @@ class Batches:
         """
         if self._task is not None:
             inputs, targets = self._task.split(inputs, targets)
-            if self._task.vocabulary is not None:
-                return inputs, targets
         result = self._normalized(inputs, self._normalize), targets
         if self._teacher_normalize is None:
             return result
         return *result, self._normalized(inputs, self._teacher_normalize)
 
     def _normalized(self, inputs: Tensor, normalize: nn.Module | None) -> Tensor:
-        inputs = inputs if normalize is None else normalize(inputs)
-        return inputs.to(dtype=self._dtype, memory_format=self._memory_format)
+        if self._task is None:
+            inputs = inputs if normalize is None else normalize(inputs)
+            return inputs.to(dtype=self._dtype, memory_format=self._memory_format)
+        return self._task.normalized(inputs, normalize, self._dtype, self._memory_format)
 
     def close(self) -> None:
         """Stops the worker processes, if any."""

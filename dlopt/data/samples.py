@@ -21,9 +21,11 @@ from dlopt.basics.ranges import Count, Natural
 from dlopt.data.checks import rounding_warnings, sampled, vector_warnings
 from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, orientation, resize
 from dlopt.data.resampling import resize_box
-from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.data.windows import Windows
+from dlopt.tasks import kinds
+from dlopt.tasks.task import Task
+from dlopt.tasks.text import NextToken
 
 _HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
 _LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute
@@ -83,8 +85,7 @@ class Dataset:
     `is_generated`: the config defines the data.
     `identity`: see `dlopt.data.identity`; None: not computed.
     `tokenizer`: of a text that is not read byte by byte.
-    `unlabelled`: the task of a model that does not predict the labels; None: classification, several labels per sample,
-    or regression.
+    `unlabelled`: the task of data without labels, or the one that a model sets; None: that of the labels.
     """
 
     train: Samples
@@ -102,15 +103,10 @@ class Dataset:
 
     @property
     def task(self) -> Task:
-        """What a model predicts."""
+        """What a model learns from the data."""
         if self.unlabelled is not None:
-            task = self.unlabelled
-        elif self.classes is not None:
-            task = Task("multi-label" if self.has_several_labels else "classification", len(self.classes))
-        else:
-            targets = self.train.targets
-            task = Task("regression", 1 if targets.ndim == 1 else targets.shape[1])
-        return replace(task, white=self._white)
+            return replace(self.unlabelled, white=self._white)
+        return kinds.of_labels(None if self.classes is None else len(self.classes), self.train.targets, self._white)
 
     @property
     def has_several_labels(self) -> bool:
@@ -119,9 +115,10 @@ class Dataset:
 
     def task_on(self, samples: Samples) -> Task:
         """Returns the task with the bytes per token of `samples`, a split: the texts of splits differ."""
-        if self.tokenizer is None or not isinstance(samples, Windows):
-            return self.task
-        return replace(self.task, bytes_per_token=self.tokenizer.bytes_per_token(samples))
+        task = self.task
+        if self.tokenizer is None or not isinstance(samples, Windows) or not isinstance(task, NextToken):
+            return task
+        return replace(task, bytes_per_token=self.tokenizer.bytes_per_token(samples))
 
     @cached_property
     def _white(self) -> float:

@@ -26,9 +26,9 @@ from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import WARNING, ending, left_out_note
 from dlopt.data.parquet import read_parquet
 from dlopt.data.samples import Dataset
-from dlopt.data.task import Task
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer
 from dlopt.data.windows import Windows
+from dlopt.tasks.text import NextToken
 
 SequenceLength = Annotated[int, Interval(ge=1, le=1 << 20)]
 Vocabulary = Annotated[int, Interval(ge=2, le=1 << 16)]  # tokens of two bytes
@@ -163,7 +163,7 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
         array = _memory_map(path, "<u2")
         _check_vocabulary(path, array, vocabulary)
         splits[name] = _windows(array, sequence_length, f"{path}")
-    task = Task("next_token", vocabulary, predictions=sequence_length)
+    task = NextToken(vocabulary, predictions=sequence_length)
     return Dataset(splits["train"], splits["val"], splits.get("test"), None, unlabelled=task)
 
 
@@ -196,9 +196,9 @@ def _dataset(
         )
     )
     if tokenizer is None:
-        task = Task("next_token", BYTES, predictions=length, unit="byte")
+        task = NextToken(BYTES, predictions=length, unit="byte")
         return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts)
-    task = Task("next_token", tokenizer.size, predictions=length, bytes_per_token=tokenizer.bytes_per_token(train))
+    task = NextToken(tokenizer.size, predictions=length, bytes_per_token=tokenizer.bytes_per_token(train))
     notes = (*notes, f"tokenizer: {tokenizer.size:,} tokens, {task.bytes_per_token:.2f} bytes per token")
     return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts, tokenizer=tokenizer)
 

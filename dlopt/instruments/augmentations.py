@@ -37,7 +37,7 @@ def draw(run_configs: Mapping[str, RunConfig], dataset: Dataset, tile: int) -> t
         raise UserError(f"data={run_config.data.target.__name__}: not images but vectors; cannot be plotted")
     seed = settings.augmentation_seed
     pipelines: dict[str, Pipeline] = {
-        label: each.augmentation.build(input_shape=train.shape, classes=dataset.task.classes, train=train)
+        label: each.augmentation.build(input_shape=train.shape, train=train, **dataset.task.target_arguments)
         for label, each in run_configs.items()
     }
     batch = batch_picture(

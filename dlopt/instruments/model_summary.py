@@ -15,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_bytes
 from dlopt.config.run_config import RunConfig
-from dlopt.data.task import Task
+from dlopt.tasks.task import Task
 from dlopt.tracking.terminal_text import plain_table, show_table
 from dlopt.training.builders.model_check import model_on_meta
 from dlopt.training.builders.precision import Precision
-from dlopt.training.builders.workload import model_arguments
 
 _UNKNOWN_BATCH = 2  # data.batch_size=full without data; batch norm does not support a batch of one
 
@@ -107,10 +106,9 @@ def summarize_run(run_config: RunConfig, shape: tuple[int, ...], task: Task, sam
     if batch_size != "full":
         batch = batch_size if samples is None else min(batch_size, samples)
     dtype = Precision(run_config.settings.precision, torch.device("meta")).dtype
-    module = model_on_meta(run_config.model, model_arguments(task, shape)).to(dtype)
-    input_dtype = dtype if task.vocabulary is None else torch.int64
+    module = model_on_meta(run_config.model, task.model_arguments(shape)).to(dtype)
     try:
-        return summarize(module, torch.empty(batch, *shape, device="meta", dtype=input_dtype))
+        return summarize(module, torch.empty(batch, *shape, device="meta", dtype=task.input_dtype(dtype)))
     except ValueError as error:
         raise UserError(f"data.batch_size={batch}: the model does not support this size: {error}") from None
     except (RuntimeError, IndexError) as error:

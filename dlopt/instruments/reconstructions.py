@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.files import write_atomically
-from dlopt.losses import reconstructions
 from dlopt.results import drawing
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.builders.batches import evaluation_batches
@@ -26,7 +25,7 @@ def write(workload: Workload, folder: Path) -> Path | None:
     None where there is nothing to draw: other tasks, vectors, and models whose weights are distributed.
     """
     is_image = len(workload.shape) == 3 and workload.shape[0] in (1, 3)
-    if workload.task.kind != "reconstruction" or not is_image or workload.parallel.ranks.processes > 1:
+    if not workload.task.draws_outputs or not is_image or workload.parallel.ranks.processes > 1:
         return None
     figure = draw(*reconstruct(workload, _COUNT))
     write_atomically(folder / PICTURE, drawing.encoded(figure, "png", dpi=120))
@@ -47,7 +46,7 @@ def reconstruct(workload: Workload, count: int) -> tuple[Tensor, Tensor]:
         workload.module.eval()
         outputs, targets = zip(*((model(inputs), targets) for inputs, targets in batches.epoch(0)), strict=True)
     batches.close()
-    values = reconstructions(torch.cat(outputs).float(), workload.loss)
+    values = workload.task.values(torch.cat(outputs).float(), workload.loss)
     return torch.cat(targets).float().unflatten(1, workload.shape), values.unflatten(1, workload.shape)
 
 

@@ -1,26 +1,27 @@
-"""Metrics of classification as functions of sums: accuracies by class, F1, calibration."""
+"""Metrics of classification: accuracies by class, F1, Matthews' correlation, calibration."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+from dlopt.metrics.declaration import Declaration, Evaluated, Sum, predicted_classes
 
-from dlopt.metrics.sums import Reduce, predicted_classes
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BINS = 15  # confidence bins, as in Guo et al. 2017
+TOP = 5
 
 
-def confusion_matrix(targets: Tensor, predictions: Tensor, classes: int) -> Tensor:
+def confusion_matrix(targets: "Tensor", predictions: "Tensor", classes: int) -> "Tensor":
     """Counts samples by true class (row) and predicted class (column): int64 [classes, classes].
 
     targets, predictions: int64 [N]; samples without a prediction (-1) are left out.
     """
     pairs = (targets * classes + predictions)[predictions >= 0]
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    return pairs.bincount(minlength=classes**2).view(classes, classes)
 
 
-def class_accuracies(confusion: Tensor, samples: Tensor | None = None) -> Tensor:
+def class_accuracies(confusion: "Tensor", samples: "Tensor | None" = None) -> "Tensor":
     """Returns the accuracy (recall) of each class: float64 [K]; nan for a class without samples.
 
     `samples`: of each class, if some have no prediction.
@@ -28,14 +29,14 @@ def class_accuracies(confusion: Tensor, samples: Tensor | None = None) -> Tensor
     return confusion.diagonal().double() / (confusion.sum(1) if samples is None else samples)
 
 
-def f1_scores(confusion: Tensor, samples: Tensor | None = None) -> Tensor:
+def f1_scores(confusion: "Tensor", samples: "Tensor | None" = None) -> "Tensor":
     """Returns 2 TP / (2 TP + FP + FN) of each class: float64 [K]; nan if it neither occurs nor is predicted."""
     return 2 * confusion.diagonal().double() / (confusion.sum(0) + (confusion.sum(1) if samples is None else samples))
 
 
 def calibration_gaps(
-    probabilities: Tensor, targets: Tensor, bins: int = BINS, predictions: Tensor | None = None
-) -> Tensor:
+    probabilities: "Tensor", targets: "Tensor", bins: int = BINS, predictions: "Tensor | None" = None
+) -> "Tensor":
     """Returns correct predictions minus the sum of confidences in each bin: float64 [bins].
 
     probabilities: [N, K]; targets: int64 [N]. `predictions`: int64 [N], of outputs whose probabilities are clamped to
@@ -49,61 +50,92 @@ def calibration_gaps(
     confidence = probabilities.double().amax(1)
     correct = (predictions == targets).double()
     bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
-    return torch.zeros(bins, dtype=torch.float64, device=correct.device).index_add_(0, bin_of, correct - confidence)
+    return correct.new_zeros(bins).index_add_(0, bin_of, correct - confidence)
 
 
-TOP = 5
+# -- what is added up
 
 
-@dataclass
-class ClassMetrics:
-    """Accumulates metrics of a classifier: top5_accuracy, macro_f1, calibration_error and class_accuracy.
+class Counts(NamedTuple):
+    """Samples of each class: float64 [K] each."""
 
-    class_accuracy expands to class_accuracy/NAME of every class that occurs, and worst_class_accuracy.
-    `probabilities` maps outputs [N, K] to class probabilities.
-    """
+    correct: "Tensor"
+    true: "Tensor"
+    predicted: "Tensor"
 
-    names: Sequence[str]
-    classes: Sequence[str]
-    probabilities: Callable[[Tensor], Tensor]
-    _sums: Tensor | None = field(default=None, init=False)
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Adds outputs [N, K] and targets int64 [N]."""
-        count = len(self.classes)
-        predictions = predicted_classes(outputs)
-        is_valid = predictions >= 0
-        columns = [
-            torch.bincount(labels, minlength=count)
-            for labels in (targets[predictions == targets], targets, predictions[is_valid])
-        ]
-        if "top5_accuracy" in self.names:
-            hits = (outputs.topk(TOP, dim=1).indices == targets.unsqueeze(1)).any(1) & is_valid
-            columns.append(hits.sum().view(1))
-        if "calibration_error" in self.names:
-            columns.append(calibration_gaps(self.probabilities(outputs), targets, predictions=predictions))
-        sums = torch.cat([column.to(columns[-1].dtype) for column in columns])
-        self._sums = sums if self._sums is None else self._sums + sums
+def _counts(part: Evaluated) -> "Tensor":
+    classes, targets, predictions = part.outputs.shape[1], part.targets, part.predictions
+    labels = (targets[predictions == targets], targets, predictions[predictions >= 0])
+    import torch
 
-    def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """Returns the metrics of all samples so far, on all ranks, by name; `reduce`: see `MetricSum`."""
-        size = 3 * len(self.classes) + ("top5_accuracy" in self.names)
-        size += BINS if "calibration_error" in self.names else 0
-        # One transfer from the device per evaluation. `reduce` is a collective: a rank without samples calls it, too.
-        local = [0.0] * size if self._sums is None else self._sums.tolist()  # zeros: this rank had no samples
-        sums = torch.tensor(local if reduce is None else list(reduce(local)), dtype=torch.float64)
-        correct, true, predicted, rest = sums.split([*[len(self.classes)] * 3, size - 3 * len(self.classes)])
-        result = {}
-        if "top5_accuracy" in self.names:
-            result["top5_accuracy"] = (rest[0] / true.sum()).item()
-        if "calibration_error" in self.names:
-            result["calibration_error"] = (rest[-BINS:].abs().sum() / true.sum()).item()
-        if "macro_f1" in self.names:
-            result["macro_f1"] = (2 * correct / (true + predicted)).nanmean().item()
-        if "class_accuracy" in self.names:
-            accuracies = {
-                name: c / n for name, c, n in zip(self.classes, correct.tolist(), true.tolist(), strict=True) if n
-            }
-            result |= {f"class_accuracy/{name}": accuracy for name, accuracy in accuracies.items()}
-            result["worst_class_accuracy"] = min(accuracies.values())
-        return result
+    return torch.cat([each.bincount(minlength=classes) for each in labels])
+
+
+def _top_hits(part: Evaluated) -> "Tensor":
+    hits = (part.outputs.topk(TOP, dim=1).indices == part.targets.unsqueeze(1)).any(1)
+    return (hits & (part.predictions >= 0)).sum().view(1)
+
+
+COUNTS = Sum(lambda classes: 3 * classes, _counts)
+TOP_HITS = Sum(lambda _: 1, _top_hits)
+GAPS = Sum(
+    lambda _: BINS,
+    lambda part: calibration_gaps(part.probabilities(part.outputs), part.targets, predictions=part.predictions),
+)
+
+# -- the metrics
+
+
+def _by_class(sums: "Tensor") -> Counts:
+    return Counts(*sums.view(3, -1))
+
+
+def _macro_f1(sums: "Tensor", _: object) -> float:
+    correct, true, predicted = _by_class(sums)
+    return (2 * correct / (true + predicted)).nanmean().item()
+
+
+def _matthews(sums: "Tensor", _: object) -> float:
+    """Gorodkin 2004, equation 8. A sample without a prediction counts as one of a class of its own."""
+    correct, true, predicted = _by_class(sums)
+    samples = true.sum()
+    missing = samples - predicted.sum()
+    covariance = correct.sum() * samples - (true * predicted).sum()
+    spread = (samples**2 - predicted.square().sum() - missing**2) * (samples**2 - true.square().sum())
+    return (covariance / spread.sqrt()).nan_to_num(0.0).item()  # 0 if all targets or all predictions are of one class
+
+
+def _class_accuracy(sums: "Tensor", classes: Sequence[str]) -> dict[str, float]:
+    correct, true, _ = _by_class(sums)
+    found = {name: c / n for name, c, n in zip(classes, correct.tolist(), true.tolist(), strict=True) if n}
+    return {f"class_accuracy/{name}": each for name, each in found.items()} | {
+        "worst_class_accuracy": min(found.values())
+    }
+
+
+METRICS = (
+    Declaration(
+        "accuracy", "max", "%", "correct predictions, as a fraction of the samples", "always", header="{split} acc"
+    ),
+    Declaration(
+        "top5_accuracy", "max", "%", "samples whose class has one of the five largest outputs", "tested",
+        (COUNTS, TOP_HITS), lambda counts, hits, _: (hits[0] / _by_class(counts).true.sum()).item(), outputs=TOP + 1,
+    ),
+    Declaration(
+        "macro_f1", "max", "", "F1 of each class, mean over the classes that occur or are predicted", "tested",
+        (COUNTS,), _macro_f1,
+    ),
+    Declaration(
+        "matthews_correlation", "max", "", "correlation of true and predicted classes, 0 for a constant prediction "
+        "(Matthews 1975; for several classes Gorodkin 2004)", "requested", (COUNTS,), _matthews,
+    ),
+    Declaration(
+        "calibration_error", "min", "", "expected difference of confidence and accuracy, in 15 bins (Guo et al. 2017)",
+        "tested", (COUNTS, GAPS), lambda counts, gaps, _: (gaps.abs().sum() / _by_class(counts).true.sum()).item(),
+    ),
+    Declaration(
+        "class_accuracy", "max", "%", "accuracy of each class (class_accuracy/NAME), and of the worst one", "requested",
+        (COUNTS,), _class_accuracy, by_class=True, also=("worst_class_accuracy",),
+    ),
+)  # fmt: skip

@@ -1,26 +1,26 @@
 """Metrics of samples with several labels each: mean average precision, and F1 at a probability of 0.5."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from dlopt.metrics.declaration import Declaration, Whole
 
-from dlopt.metrics.outputs import KeptOutputs
-from dlopt.parallel.ranks import Ranks
+if TYPE_CHECKING:
+    from torch import Tensor
 
-LABEL_METRICS = ("mean_average_precision", "macro_f1", "micro_f1")
 THRESHOLD = 0.5  # probability from which on a label is predicted
 
 
-def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
+def average_precision(scores: "Tensor", targets: "Tensor") -> "Tensor":
     """Returns sum_n (R_n - R_(n-1)) P_n of each label: float64 [K]; nan for a label that no sample has.
 
     P_n and R_n are precision and recall of the samples whose score is at least the nth largest distinct one, without
     interpolation, as in scikit-learn. scores: [N, K]; targets: [N, K], 0 or 1.
     """
+    import torch
+
     result = torch.full((scores.shape[1],), torch.nan, dtype=torch.float64)
     for label, (column, truth) in enumerate(zip(scores.unbind(1), targets.double().unbind(1), strict=True)):
         if not bool(truth.any()):
@@ -45,19 +45,11 @@ class LabelReport:
         micro_f1: the same over all labels.
     """
 
-    positives: Tensor
-    precision: Tensor
-    f1: Tensor
+    positives: "Tensor"
+    precision: "Tensor"
+    f1: "Tensor"
     micro_f1: float
-    has_nan: bool = False  # in the outputs: then the means are NaN, too
-
-    @property
-    def means(self) -> dict[str, float]:
-        """The metrics by name. The means are over the labels that have a value."""
-        values = (self.precision.nanmean().item(), self.f1.nanmean().item(), self.micro_f1)
-        if self.has_nan:
-            values = (math.nan,) * 3
-        return dict(zip(LABEL_METRICS, values, strict=True))
+    has_nan: bool = False  # in the outputs: then the metrics of all labels are NaN, too
 
     def rows(self, labels: Sequence[str]) -> list[dict[str, Any]]:
         """Returns {class, samples, average_precision, f1} of each label."""
@@ -66,7 +58,7 @@ class LabelReport:
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def label_report(outputs: Tensor, targets: Tensor, probabilities: Callable[[Tensor], Tensor]) -> LabelReport:
+def label_report(outputs: "Tensor", targets: "Tensor", probabilities: "Callable[[Tensor], Tensor]") -> LabelReport:
     """Computes the metrics of outputs [N, K], which rank the samples, and targets [N, K], 0 or 1.
 
     `probabilities` maps outputs to probabilities, of which `THRESHOLD` and larger ones predict a label.
@@ -79,23 +71,29 @@ def label_report(outputs: Tensor, targets: Tensor, probabilities: Callable[[Tens
     micro = 2 * hits.sum() / (predictions.sum() + positives.sum())
     f1 = 2 * hits / (predictions + positives)
     # A NaN has no place in an order, and predicts nothing.
-    precision, f1 = (each.masked_fill(is_nan, torch.nan) for each in (average_precision(outputs, targets), f1))
+    precision, f1 = (each.masked_fill(is_nan, math.nan) for each in (average_precision(outputs, targets), f1))
     return LabelReport(counts[2], precision, f1, micro.item(), bool(is_nan.any()))
 
 
-class LabelMetrics(KeptOutputs):
-    """Keeps outputs and targets of an evaluation in main memory, and computes `LABEL_METRICS` of all of them.
+REPORT = Whole(lambda split: label_report(split.outputs, split.targets, split.probabilities))
 
-    Unlike sums over samples, average precision needs all outputs at once.
-    """
 
-    def __init__(self, probabilities: Callable[[Tensor], Tensor], ranks: Ranks) -> None:
-        super().__init__(ranks)
-        self._probabilities = probabilities
+def _mean(values: "Callable[[LabelReport], float]") -> "Callable[[LabelReport, object], float]":
+    return lambda report, _: math.nan if report.has_nan else values(report)
 
-    def means(self, _: object = None) -> Mapping[str, float]:
-        """Returns the metrics by name, on all ranks, which call this together."""
-        samples = self.gathered()
-        result = {} if samples is None else label_report(*samples, self._probabilities).means
-        # All ranks need the numbers: the best epoch and the stopping rule depend on them.
-        return self._ranks.broadcast(result)
+
+METRICS = (
+    Declaration(
+        "mean_average_precision", "max", "", "average precision of each label (the area under precision over recall, "
+        "without interpolation), mean over the labels that occur", "always", (REPORT,),
+        _mean(lambda report: report.precision.nanmean().item()), header="{split} mAP",
+    ),
+    Declaration(
+        "macro_f1", "max", "", "F1 of each label at the probability 0.5, mean over the labels that occur or are "
+        "predicted", "always", (REPORT,), _mean(lambda report: report.f1.nanmean().item()),
+    ),
+    Declaration(
+        "micro_f1", "max", "", "F1 over all labels at the probability 0.5", "always", (REPORT,),
+        _mean(lambda report: report.micro_f1),
+    ),
+)  # fmt: skip

@@ -12,17 +12,19 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 from dlopt.basics.errors import UserError
+from dlopt.metrics.declaration import Mode as Mode
+from dlopt.metrics.declared import DECLARED
 
-Mode = Literal["min", "max"]
 Modes = Mapping[str, Mode]
 """Directions of users' metrics by their names without the split: brier_score."""
 NONE: Modes = MappingProxyType({})
 
-_ACCURACIES = ("accuracy", "token_accuracy", "top5_accuracy", "class_accuracy", "worst_class_accuracy")
-_HIGHER = (*_ACCURACIES, "macro_f1", "micro_f1", "mean_average_precision", "r2")
-_ERRORS = tuple(name.replace("accuracy", "error") for name in _ACCURACIES)  # of comparisons: 1 - accuracy
-_LOWER = ("loss", *_ERRORS, "calibration_error", "mae", "bits_per_byte", "perplexity")
-EVALUATED = (*_HIGHER, *_LOWER)
+_BETTER: Mapping[str, Mode] = {
+    **{name: each.better for name, each in DECLARED.items()},
+    # Of comparisons: 1 - accuracy.
+    **{name.replace("accuracy", "error"): "min" for name in DECLARED if "accuracy" in name},
+}
+EVALUATED = tuple(_BETTER)
 """Names, without the split, of the metrics that dlopt computes in an evaluation."""
 _MONITORS = ("monitor", "stopping.monitor", "schedule.monitor")
 
@@ -147,10 +149,8 @@ def known_mode(metric: str) -> Mode | None:
     when smaller, except for throughput, utilization and `decay_correlation`.
     """
     name = base_name(metric)
-    if name in _HIGHER:
-        return "max"
-    if name in _LOWER:
-        return "min"
+    if name in _BETTER:
+        return _BETTER[name]
     if name != metric:
         return None
     return "max" if name.endswith("_per_second") or name in ("utilization", "decay_correlation") else "min"

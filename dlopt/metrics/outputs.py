@@ -1,11 +1,27 @@
 """Collects the outputs of an evaluation, for metrics that are no sums over samples."""
 
 from itertools import zip_longest
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dlopt.parallel.ranks import Ranks
+
+class Ranks(Protocol):
+    """The processes of a run, as `dlopt.parallel.ranks.Ranks` has them."""
+
+    @property
+    def processes(self) -> int: ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def is_counted(self) -> bool: ...
+
+    def gather(self, values: list[Any]) -> list[Any]: ...
+
+    def broadcast(self, value: Any) -> Any: ...
 
 
 class KeptOutputs:

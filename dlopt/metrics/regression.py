@@ -1,48 +1,50 @@
-"""Metrics of regression as functions of sums: R2 and the mean absolute error."""
+"""Metrics of regression: R2 and the mean absolute error."""
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from dlopt.metrics.declaration import Declaration, Evaluated, Sum
 
-from dlopt.metrics.sums import Reduce
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def _columns(values: Tensor) -> Tensor:
+def _columns(values: "Tensor") -> "Tensor":
     """Returns outputs or targets [N, K], or [N] for K = 1, as float64 [N, K]."""
     return values.reshape(len(values), -1).double()
 
 
-class RegressionMetrics:
-    """Accumulates r2 (-inf for constant targets) and mae of a regression, averaged over its columns.
+def _sums(part: Evaluated) -> "Tensor":
+    """Returns the number of samples, the sum of absolute residuals, and of each column the sums of squared residuals,
+    of targets and of squared targets."""
+    import torch
 
-    `origin`: one of the targets [1, K], the same on all ranks. The variance is computed from the distances to it:
-    without it, rounding may leave constant targets a variance of either sign.
-    """
+    targets = _columns(part.targets)
+    residual = _columns(part.outputs) - targets
+    if part.origin is not None:  # else rounding may leave constant targets a variance of either sign
+        targets = targets - _columns(part.origin).to(targets.device)
+    count = residual.new_full((1,), len(targets))
+    return torch.cat(
+        [count, residual.abs().sum().view(1), residual.square().sum(0), targets.sum(0), targets.square().sum(0)]
+    )
 
-    def __init__(self, names: Sequence[str], outputs: int, origin: Tensor | None = None) -> None:
-        self.names = names
-        self._outputs = outputs
-        self._origin = torch.zeros(1, outputs, dtype=torch.float64) if origin is None else _columns(origin).cpu()
-        self._sums = torch.zeros(2 + 3 * outputs, dtype=torch.float64)
 
-    def add(self, outputs: Tensor, targets: Tensor) -> None:
-        """Adds outputs and targets, each [N, K] or [N]."""
-        targets = _columns(targets)
-        residual = _columns(outputs) - targets
-        targets = targets - self._origin.to(targets.device)
-        count = residual.new_full((1,), len(outputs))
-        self._sums = self._sums.to(residual.device) + torch.cat(
-            [count, residual.abs().sum().view(1), residual.square().sum(0), targets.sum(0), targets.square().sum(0)]
-        )
+SUMS = Sum(lambda outputs: 2 + 3 * outputs, _sums)
 
-    def means(self, reduce: Reduce | None) -> dict[str, float]:
-        """See `ClassMetrics.means`."""
-        local = self._sums.tolist()
-        count, absolute, *rest = local if reduce is None else reduce(local)
-        residual, total, squares = torch.tensor(rest, dtype=torch.float64).view(3, self._outputs)
-        values = {
-            "r2": (1 - residual / (squares - total.square() / count)).mean().item(),
-            "mae": absolute / (count * self._outputs),
-        }
-        return {name: values[name] for name in self.names}
+
+def _r2(sums: "Tensor", _: object) -> float:
+    residual, total, squares = sums[2:].view(3, -1)
+    return (1 - residual / (squares - total.square() / sums[0])).mean().item()
+
+
+def _mae(sums: "Tensor", _: object) -> float:
+    outputs = (len(sums) - 2) // 3
+    return (sums[1] / (sums[0] * outputs)).item()
+
+
+METRICS = (
+    Declaration(
+        "r2", "max", "", "1 - squared residuals / variance of the targets, mean over the columns; -inf for constant "
+        "targets", "tested", (SUMS,), _r2,
+    ),
+    Declaration("mae", "min", "", "mean absolute error, mean over the columns", "tested", (SUMS,), _mae),
+)  # fmt: skip

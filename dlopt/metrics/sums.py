@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dlopt.data.task import Task
+from dlopt.metrics.declaration import predicted_classes
 from dlopt.metrics.names import Split, by_column
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
@@ -18,6 +18,18 @@ Reduce = Callable[[Sequence[float]], Sequence[float]]
 _MAX_PENDING_STEPS = 128
 _MAX_PENDING_OUTPUTS = 1 << 20  # elements: 4 MiB in fp32
 _MAX_KEPT_OUTPUTS = 1 << 16  # of a micro-batch; an update has many, and those of a text are large
+
+
+class CountsPredictions(Protocol):
+    """What `MetricSum` asks of a task; see `dlopt.tasks.task.Task`."""
+
+    @property
+    def accuracy(self) -> str | None: ...
+
+    @property
+    def predictions(self) -> int: ...
+
+    def loss_metrics(self, loss: float) -> dict[str, float]: ...
 
 
 class Measured(NamedTuple):
@@ -59,12 +71,12 @@ class MetricSum:
         task: defines the metrics, and the number of predictions per sample.
         on_flush: called with the outputs and targets of many steps, in order, at each flush.
         reduce: sums over ranks; None: one process. Each rank adds its own samples of every batch.
-        accuracy: of a classifier; false: only the loss.
+        accuracy: count the correct predictions of a task that has them; false: only the loss.
     """
 
     def __init__(
         self,
-        task: Task,
+        task: CountsPredictions,
         on_flush: Callable[[Tensor, Tensor], None] | None = None,
         reduce: Reduce | None = None,
         *,
@@ -73,8 +85,8 @@ class MetricSum:
         self.task = task
         self.on_flush = on_flush
         self.reduce = reduce
-        self._has_accuracy = accuracy and task.classes is not None
-        self._keeps_outputs = self._has_accuracy or on_flush is not None
+        self._accuracy = task.accuracy if accuracy else None
+        self._keeps_outputs = self._accuracy is not None or on_flush is not None
         self.clear()
 
     def clear(self) -> None:
@@ -144,7 +156,7 @@ class MetricSum:
         kept = [(e.outputs, e.targets) for e in pending if e.outputs is not None and e.targets is not None]
         if kept:
             outputs = _concatenated([outputs for outputs, _ in kept])
-            if self._has_accuracy:
+            if self._accuracy is not None:
                 correct.append(_count_correct(outputs, _concatenated([_labels(targets) for _, targets in kept])))
             if self.on_flush is not None:
                 self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
@@ -165,7 +177,7 @@ class MetricSum:
         """Reports a loss that is NaN or infinite, beside which an accuracy looks like that of a usable model."""
         loss = metrics.get(name)
         if loss is not None and not math.isfinite(loss):
-            wrong = "" if self.task.classes is None else "; those with NaN count as wrong predictions"
+            wrong = "" if self.task.accuracy is None else "; those with NaN count as wrong predictions"
             show(f"warning: {name} is {loss}: the model has outputs that are not finite{wrong}")
 
     def since_last(self) -> dict[str, float]:
@@ -177,8 +189,8 @@ class MetricSum:
 
     def _means(self, loss: float, correct: int, count: int) -> dict[str, float]:
         metrics = {"loss": loss / count if count else math.nan}  # nan: all updates were skipped
-        if self._has_accuracy:
-            metrics[self.task.accuracy] = correct / (count * self.task.predictions) if count else math.nan
+        if self._accuracy is not None:
+            metrics[self._accuracy] = correct / (count * self.task.predictions) if count else math.nan
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,12 +215,6 @@ def _labels(targets: Tensor) -> Tensor:
 
 def _count_correct(outputs: Tensor, labels: Tensor) -> Tensor:
     return (predicted_classes(outputs) == labels).sum()
-
-
-def predicted_classes(outputs: Tensor) -> Tensor:
-    """Returns the class with the largest of the outputs [..., K]: int64 [...]; -1, no class, where one is NaN."""
-    largest, classes = outputs.max(-1)  # NaN where there is one
-    return classes.masked_fill(largest.isnan(), -1)
 
 
 def _concatenated(tensors: list[Tensor]) -> Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from dlopt.basics.errors import RunError
-from dlopt.metrics.outputs import KeptOutputs
+from dlopt.metrics.outputs import KeptOutputs, Ranks
 from dlopt.metrics.sums import Reduce
-from dlopt.parallel.ranks import Ranks
 
 UserMetric = Callable[[Tensor, Tensor], Any]
 """(outputs, targets) of all samples of a split, on the CPU -> a number."""

@@ -107,7 +107,7 @@ class Autoencoder(nn.Sequential):
     Errors: UserError for `norm=instance`, which is undefined for vectors.
     """
 
-    reconstructs: ClassVar = True  # see `dlopt.training.builders.workload.with_task`
+    reconstructs: ClassVar = True  # see `dlopt.tasks.kinds.chosen`
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from dlopt.data.images import Stored
 from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads
-from dlopt.trained.classify import Classified, changes, classify, image_files, predicted_labels, refuse_other_inputs
+from dlopt.trained.classify import Classified, changes, classify, image_files, refuse_other_inputs
 from dlopt.trained.restore import Trained, restore
 from dlopt.training import rng
 from dlopt.training.builders.precision import Precision
@@ -71,10 +71,10 @@ class Model(nn.Module):
         self.eval()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self._task.vocabulary is None and self._window != self._sample and tuple(inputs.shape[1:]) == self._sample:
-            inputs = CentreCrop(self._window).crop(inputs)
         shape = tuple(inputs.shape[1:])
-        if self._task.vocabulary is None and shape != self._window and not torch.compiler.is_compiling():
+        if shape == self._sample and not self._task.accepts(shape, self._window):
+            inputs, shape = CentreCrop(self._window).crop(inputs), self._window
+        if not self._task.accepts(shape, self._window) and not torch.compiler.is_compiling():
             warnings.warn(
                 f"the inputs have the shape {list(shape)}, those of the training had {list(self._window)}", stacklevel=2
             )
@@ -128,12 +128,8 @@ class Model(nn.Module):
         return predictions
 
     def _prediction(self, path: str, result: Classified) -> Prediction:
-        values = result.values
-        if self.classes is None:
-            return Prediction(path, None, tuple(values))
-        if self._task.labels is not None:
-            return Prediction(path, None, tuple(values), predicted_labels(self.classes, values))
-        return Prediction(path, None if result.best < 0 else self.classes[result.best], tuple(values))
+        label, labels = self._task.label(result.best, self.classes), self._task.labels_of(result.values, self.classes)
+        return Prediction(path, label, tuple(result.values), labels)
 
     def _placed(self) -> Trained:
         """Returns what `dlopt predict` uses, on the device to which the caller may have moved the model."""

@@ -16,10 +16,8 @@ from dlopt.basics.formats import format_count
 from dlopt.data.checks import left_out_note
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import Stored, decode_described
-from dlopt.losses import label_probabilities, probabilities
 from dlopt.machine.threads import usable_cores
-from dlopt.metrics.labels import THRESHOLD
-from dlopt.metrics.sums import predicted_classes
+from dlopt.metrics.declaration import predicted_classes
 from dlopt.trained.restore import Trained
 
 
@@ -49,8 +47,7 @@ def refuse_other_inputs(trained: Trained, path: Path) -> None:
             f"checkpoint={path}: its model takes floating-point images in the units of its data; image files have "
             "values 0..255"
         )
-    if trained.task.kind == "reconstruction":
-        raise UserError(f"checkpoint={path}: its model reconstructs images; `dlopt eval checkpoint={path}` draws some")
+    trained.task.check_predicts("checkpoint", path)
 
 
 class Classified(NamedTuple):
@@ -113,18 +110,6 @@ def changes(images: Counter[Stored], sample: tuple[int, ...]) -> str | None:
     return f"of {format_count('images', images.total())}: {'; '.join(found)}" if found else None
 
 
-def predicted_labels(labels: Sequence[str], probabilities: Sequence[float]) -> tuple[str, ...]:
-    """Returns the labels that a model of several labels predicts."""
-    return tuple(label for label, each in zip(labels, probabilities, strict=True) if each >= THRESHOLD)
-
-
-def _values(outputs: Tensor, trained: Trained) -> Tensor:
-    """Returns what a prediction shows: the probabilities of classes or labels; the outputs of a regression."""
-    if trained.task.labels is not None:
-        return label_probabilities(outputs, trained.loss)
-    return outputs if trained.classes is None else probabilities(outputs, trained.loss)
-
-
 def _classify(
     paths: Sequence[str], images: Sequence[tuple[Tensor, Stored] | UserError], trained: Trained
 ) -> list[tuple[str, Classified | str]]:
@@ -134,7 +119,9 @@ def _classify(
         outputs = trained.outputs(torch.stack([pixels for pixels, _ in readable]))
         # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
         best = predicted_classes(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
-        found = map(Classified, _values(outputs, trained).tolist(), best, [stored for _, stored in readable])
+        found = map(
+            Classified, trained.task.values(outputs, trained.loss).tolist(), best, [stored for _, stored in readable]
+        )
     return [
         (path, str(image) if isinstance(image, UserError) else next(found))
         for path, image in zip(paths, images, strict=True)
@@ -146,11 +133,7 @@ def _classify(
 
 def header(trained: Trained) -> list[str]:
     """Returns the titles of the columns of `rows`."""
-    if trained.classes is None:
-        count = trained.task.outputs
-        return ["image", *(["value"] if count == 1 else [f"value_{i}" for i in range(count)])]
-    found = ["labels"] if trained.task.labels is not None else ["class", "probability"]
-    return ["image", *found, *(f"p({name})" for name in trained.classes)]
+    return ["image", *trained.task.columns(trained.classes)]
 
 
 def rows(
@@ -165,15 +148,9 @@ def rows(
     for path, result in classify(files, trained, batch_size):
         if not isinstance(result, str):
             stored[result.stored] += 1
-            cells = [f"{value:.6g}" for value in result.values]
             if any(map(math.isnan, result.values)):
                 warn(f"{path}: the outputs of the model have NaN, which names no class")
-            if trained.classes is not None and trained.task.labels is not None:
-                cells = [";".join(predicted_labels(trained.classes, result.values)), *cells]
-            elif trained.classes is not None:
-                found = ["", "nan"] if result.best < 0 else [trained.classes[result.best], cells[result.best]]
-                cells = [*found, *cells]
-            yield [path, *cells]
+            yield [path, *trained.task.cells(result.values, result.best, trained.classes)]
             continue
         errors += 1
         warn(f"skipped: {result}")

@@ -7,7 +7,13 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.models.generation import generate
+from dlopt.tasks.text import NextToken
 from dlopt.trained.restore import Trained
+
+
+def _task(trained: Trained) -> NextToken:
+    assert isinstance(trained.task, NextToken), "`dlopt sample` refuses other models"
+    return trained.task
 
 
 def encode(trained: Trained, prompt: bytes) -> list[int]:
@@ -15,10 +21,10 @@ def encode(trained: Trained, prompt: bytes) -> list[int]:
     if trained.tokenizer is not None:
         tokens: list[int] = trained.tokenizer.encode(prompt, "the prompt").tolist()
         return tokens
-    if trained.task.unit == "byte":
+    if _task(trained).unit == "byte":
         return list(prompt)
     words = prompt.decode("utf-8", "replace").strip("[] \n").replace(",", " ").split()
-    last = (trained.task.vocabulary or 0) - 1
+    last = trained.task.outputs - 1
     if not words or not all(word.isdecimal() and len(word) < 20 and int(word) <= last for word in words):
         raise UserError(f"prompt: the model reads tokens 0 to {last}; give them as prompt=[464,1266]")
     return list(map(int, words))
@@ -46,7 +52,7 @@ def decoded(
         top_k=top_k,
         generator=generator,
     )
-    if trained.task.unit == "token" and trained.tokenizer is None:
+    if _task(trained).unit == "token" and trained.tokenizer is None:
         yield " ".join(map(str, [*tokens, *stream]))
         return
     # A token may be a part of a character, which may have several bytes.

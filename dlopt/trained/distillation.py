@@ -10,6 +10,7 @@ from dlopt.config.teacher import teacher_file
 from dlopt.data.identity import difference
 from dlopt.data.normalization import ScaleShift
 from dlopt.losses import Distillation
+from dlopt.tasks.text import OTHER_TOKENIZER
 from dlopt.trained.restore import Trained, restore
 from dlopt.training.builders.workload import Workload
 from dlopt.training.step import Teacher
@@ -43,8 +44,7 @@ def with_teacher(workload: Workload) -> Workload:
         # Inputs have the precision of the run.
         module if dtype == workload.precision.dtype else lambda inputs: module(_as(inputs, dtype))
     )
-    is_text = workload.task.vocabulary is not None
-    has_same = is_text or _are_equal(trained.normalize, workload.normalize)
+    has_same = _are_equal(trained.normalize, workload.normalize)
     note = f"teacher: {path}, epoch {trained.epoch}"
     if trained.warning is not None:
         note = f"{note}; {trained.warning}"
@@ -60,20 +60,16 @@ def _as(inputs: Tensor, dtype: torch.dtype) -> Tensor:
 def _mismatch(trained: Trained, workload: Workload) -> str | None:
     """Returns why a model cannot teach that of the run; None: it can."""
     task, dataset = workload.task, workload.dataset
-    own = dataset.classes if task.has_labels else None
-    if trained.task.kind != task.kind:
-        return f"its task is {trained.task.shown_kind}, that of this run is {task.shown_kind}"
-    if trained.task.outputs != task.outputs:
-        return f"has {trained.task.outputs} classes, the data {task.outputs}; use a teacher of the same classes"
+    own = workload.class_names
+    if (mismatch := task.mismatch(trained.task)) is not None:
+        return mismatch
     if trained.classes != own:
         return f"its classes are {_listed(trained.classes)}, those of the data {_listed(own)}"
     if trained.window != workload.shape:
         return f"its inputs have the shape {list(trained.window)}, those of this run {list(workload.shape)}"
     tokenizers = [each and each.digest for each in (trained.tokenizer, dataset.tokenizer)]
-    if tokenizers[0] != tokenizers[1] or trained.task.unit != task.unit:
-        return "reads the tokens of another tokenizer; use data.tokenizer of the teacher"
-    if trained.task.white != task.white:
-        return f"its images have values up to {trained.task.white:g}, those of this run up to {task.white:g}"
+    if tokenizers[0] != tokenizers[1]:
+        return OTHER_TOKENIZER
     return None
 
 

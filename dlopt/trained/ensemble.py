@@ -12,26 +12,24 @@ from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
 from dlopt.data.checks import problems
 from dlopt.data.identity import difference
-from dlopt.data.task import Task
+from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.user import UserMetric
 from dlopt.parallel.mode import Mode
+from dlopt.tasks.report import TestReport
+from dlopt.tasks.task import Average, Task
 from dlopt.trained.restore import fitting
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import foreign
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.checkpoint.weights import other_class
 from dlopt.training.evaluate import (
-    Average,
     Outputs,
-    TestReport,
-    choose_average,
     mean_outputs,
     predict_test_set,
     report,
-    tested_metrics,
-    unlabelled_report,
+    streamed_report,
 )
-from dlopt.training.extra_metrics import ExtraMetrics
+from dlopt.training.requested_metrics import tested_metrics
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class _Predictions:
     loss: nn.Module
     task: Task
     user_metrics: Mapping[str, UserMetric]
-    requested: Callable[[], ExtraMetrics] | None
+    metrics: Sequence[Declaration]
     batches: Sequence[Outputs]
 
     def check_matches(self, first: "_Predictions") -> None:
@@ -91,20 +89,22 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
     models: list[_Predictions] = []
     found: list[str] = []
     for path, workload in zip(paths, workloads, strict=True):
-        chosen = choose_average(average, workload)
-        if not workload.task.has_labels:
-            tested = unlabelled_report(workload, tta=tta, members=len(paths))
+        chosen = workload.task.choose_average(average, workload.loss, "average")
+        if not workload.task.keeps_outputs:
+            tested = streamed_report(workload, tta=tta, members=len(paths))
             return Tested(tested, chosen, None, problems(workload.dataset.notes), workload)
         batches = predict_test_set(workload, views, chosen)
         assert batches is not None  # nothing interrupts it
         kind = (workload.dataset.classes, workload.loss, workload.task)
-        requested = tested_metrics(workload)
-        models.append(_Predictions(path, chosen, *kind, workload.run_config.user_metrics, requested, batches))
+        metrics = workload.task.computed(tested_metrics(workload.run_config, workload.task), tests=True)
+        models.append(_Predictions(path, chosen, *kind, workload.run_config.user_metrics, metrics, batches))
         models[-1].check_matches(models[0])
         found += [line for line in problems(workload.dataset.notes) if line not in found]
     first = models[0]
     combined = _combine([model.batches for model in models], first.average)
-    tested = report(combined, first.loss, first.task, first.user_metrics, first.requested)
+    tested = report(
+        combined, first.loss, first.task, first.metrics, user_metrics=first.user_metrics, names=first.classes or ()
+    )
     return Tested(tested, first.average, first.classes, found)
 
 
@@ -137,7 +137,7 @@ def restored(
             _check_classes(path, checkpoint.classes, workload.dataset.classes)
             workload.load(checkpoint)
         shape = workload.dataset.train.shape
-        if workload.task.vocabulary is None and shape != checkpoint.sample:
+        if not workload.task.accepts(shape, checkpoint.sample):
             warn(
                 f"warning: checkpoint={path}: trained on samples of the shape {list(checkpoint.sample)}, those of the "
                 f"data have {list(shape)}"

@@ -32,7 +32,7 @@ class Deployed(nn.Module):
 
     def __init__(self, trained: Trained) -> None:
         super().__init__()
-        self.normalize = nn.Identity() if trained.task.vocabulary is not None else trained.normalize
+        self.normalize = trained.task.normalization(trained.normalize)
         self.model = trained.module
         self.eval()
 
@@ -58,15 +58,10 @@ def samples(trained: Trained, *, needs_data: bool) -> tuple[Tensor, str]:
         if needs_data:
             raise
         generator = torch.Generator().manual_seed(0)
-        vocabulary = trained.task.vocabulary
-        inputs = torch.randint(vocabulary or 256, (_SAMPLES, *trained.sample), generator=generator)
-        if vocabulary is None:
-            is_bytes = len(trained.sample) == 3 and trained.task.white == 255
-            inputs = inputs.to(torch.uint8) if is_bytes else inputs / 255
+        inputs = trained.task.random_samples((_SAMPLES, *trained.sample), generator)
         source = f"{_SAMPLES} random samples, because the data cannot be read ({error})"
-    if trained.task.vocabulary is not None:
-        return inputs[:, :-1].long().contiguous(), source
-    if trained.window != trained.sample:
+    inputs, _ = trained.task.split(inputs, torch.zeros(len(inputs)))
+    if not trained.task.accepts(tuple(inputs.shape[1:]), trained.window):
         inputs = CentreCrop(trained.window).crop(inputs)
     return inputs.contiguous(), source
 

@@ -17,14 +17,13 @@ from dlopt.config.resolve import resolve_saved
 from dlopt.config.run_config import RunConfig
 from dlopt.config.saved import with_changes
 from dlopt.data.identity import Identity
-from dlopt.data.task import Task
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
 from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
+from dlopt.tasks.task import Task
 from dlopt.training.builders.model_check import build_module
 from dlopt.training.builders.precision import Precision, choose_precision
-from dlopt.training.builders.workload import model_arguments
 from dlopt.training.checkpoint.checkpoints import foreign, load
 from dlopt.training.checkpoint.content import blamed
 
@@ -67,7 +66,7 @@ class Trained:
         Both before normalization. Returns [B, K], of tokens [B, T, K].
         """
         inputs = inputs.to(self.precision.device)
-        if self.task.vocabulary is None and self.window != self.sample:
+        if not self.task.accepts(tuple(inputs.shape[1:]), self.window):
             inputs = CentreCrop(self.window).crop(inputs)
         model: Callable[[Tensor], Tensor] = self.precision.autocast(self.module)
         outputs = model(self.task.normalized(inputs, self.normalize, self.precision.dtype))
@@ -92,8 +91,8 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     with blamed(f"checkpoint={path}"):
         normalize = run_config.normalize.build_as(nn.Module, input_shape=checkpoint.sample)
         task = checkpoint.task
-        module = build_module(run_config.model, model_arguments(task, checkpoint.window))
-        loss = run_config.loss.build_as(nn.Module, classes=task.classes, labels=task.labels)
+        module = build_module(run_config.model, task.model_arguments(checkpoint.window))
+        loss = run_config.loss.build_as(nn.Module, **task.target_arguments)
         # Placed first: loading rounds to the present dtype.
         normalize, module = precision.place_data(normalize), precision.place(module)
         normalize.load_state_dict(checkpoint.normalize)

@@ -3,9 +3,10 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +14,25 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
-from dlopt.basics.plain_values import without_nan
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import evaluation_subset, prepare
-from dlopt.data.task import Task
-from dlopt.losses import MSE, CrossEntropy, label_probabilities, probabilities, processes_in_chunks
-from dlopt.metrics.classes import TOP, ClassMetrics, class_accuracies, confusion_matrix, f1_scores
-from dlopt.metrics.labels import LABEL_METRICS, LabelMetrics, LabelReport, label_report
-from dlopt.metrics.names import Metric, Split, by_column
-from dlopt.metrics.regression import RegressionMetrics
-from dlopt.metrics.sums import Measured, MetricSum, Reduce, predicted_classes
+from dlopt.losses import CrossEntropy, processes_in_chunks
+from dlopt.metrics.accumulators import Accumulator, accumulators
+from dlopt.metrics.declaration import Declaration
+from dlopt.metrics.names import Split, by_column
+from dlopt.metrics.sums import Measured, MetricSum, Reduce
 from dlopt.metrics.user import UserMetric, UserMetrics, compute
 from dlopt.models.layers import evaluation_mode
+from dlopt.parallel.ranks import Ranks
+from dlopt.tasks.report import TestReport
+from dlopt.tasks.task import Average, Task
 from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.builders.batches import evaluation_batches
 from dlopt.training.builders.workload import Workload
-from dlopt.training.extra_metrics import ExtraMetrics, accumulators, extra_metrics
+from dlopt.training.requested_metrics import requested_metrics, tested_metrics
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
-
-Accumulator = ExtraMetrics | LabelMetrics | UserMetrics
 
 
 @torch.inference_mode()
@@ -85,119 +84,54 @@ def evaluate(
     return means
 
 
-Average = Literal["probabilities", "logits"]
 Outputs = tuple[Tensor, Tensor]  # outputs and targets of a batch
-
-
-@dataclass(frozen=True)
-class TestReport:
-    """Test metrics (`test_...`), and the confusion matrix [K, K] with a row per true class (None: other tasks).
-
-    `labels`: the metrics of each label where a sample has several; None: other tasks. `samples`: of each class [K],
-    also those whose outputs have NaN, which count as wrong and are in no cell of the confusion matrix.
-    """
-
-    metrics: dict[str, float]
-    confusion: Tensor | None
-    labels: LabelReport | None = None
-    samples: Tensor | None = None
-
-    @property
-    def unpredicted(self) -> int:
-        """Number of samples whose outputs have NaN."""
-        if self.confusion is None or self.samples is None:
-            return 0
-        return int(self.samples.sum() - self.confusion.sum())
-
-    def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Returns {class, samples, accuracy, f1} of each class; None for a value without samples.
-
-        Of labels: the average precision instead of the accuracy.
-        """
-        if self.labels is not None:
-            return [without_nan(row) for row in self.labels.rows(classes)]
-        if self.confusion is None or self.samples is None:
-            return []
-        confusion, samples = self.confusion, self.samples
-        columns = (samples, class_accuracies(confusion, samples), f1_scores(confusion, samples))
-        names = ("class", "samples", "accuracy", "f1")
-        rows = zip(classes, *(column.tolist() for column in columns), strict=True)
-        return [without_nan(dict(zip(names, row, strict=True))) for row in rows]
 
 
 def report(
     batches: Sequence[Outputs],
     loss: nn.Module,
     task: Task,
+    metrics: Sequence[Declaration],
+    *,
     user_metrics: Mapping[str, UserMetric] = MappingProxyType({}),
-    requested: Callable[[], ExtraMetrics] | None = None,
+    names: Sequence[str] = (),
 ) -> TestReport:
-    """Computes all test metrics of outputs; those in a run's summary are equal. `requested`: see `extra_metrics`."""
+    """Computes loss, accuracy, `metrics` and `user_metrics` of outputs; those in a run's summary are equal.
+
+    `names`: of the classes, if a metric has a value for each.
+    """
     accumulator = MetricSum(task)
     with torch.inference_mode(), evaluation_mode(loss):
         for outputs, targets in batches:
             accumulator.add(accumulator.measure(loss(outputs, targets), outputs, targets))
-    metrics = accumulator.means("test")
-    if not task.has_labels:
-        return TestReport(metrics, None)
+    values = accumulator.means("test")
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
+    part = partial(task.evaluated, loss=loss, origin=targets[:1])
     with torch.inference_mode():
-        user_values = by_column("test", compute(user_metrics, outputs, targets))
-    if task.labels is not None:
-        labels = label_report(outputs, targets, lambda outputs: label_probabilities(outputs, loss))
-        return TestReport(metrics | by_column("test", labels.means) | user_values, None, labels)
-    classes, confusion, samples = task.classes, None, None
-    extra: ExtraMetrics
-    if classes is None:
-        names = ["r2", "mae"]
-        extra = RegressionMetrics(names, task.outputs, targets[:1])
-    else:
-        names = [*(["top5_accuracy"] if classes > TOP else []), "macro_f1", "calibration_error"]
-        extra = ClassMetrics(names, list(map(str, range(classes))), lambda outputs: probabilities(outputs, loss))
-        predictions = predicted_classes(outputs)
-        # On the host, once per test: the report is printed, drawn and written.
-        confusion = confusion_matrix(targets, predictions, classes).cpu()
-        samples = torch.bincount(targets, minlength=classes).cpu()
-    extra.add(outputs, targets)
-    means = extra.means(None)
-    metrics |= by_column("test", {name: means[name] for name in names} | _means(requested, outputs, targets))
-    metrics |= user_values
-    return TestReport(metrics, confusion, samples=samples)
+        for each in accumulators(metrics, part, task.outputs, names, Ranks()):
+            each.add(outputs, targets)
+            values |= by_column("test", each.means(None))
+        values |= by_column("test", compute(user_metrics, outputs, targets))
+        return task.report(values, part(outputs, targets))
 
 
-def _means(build: Callable[[], ExtraMetrics] | None, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Returns the requested metrics by name."""
-    if build is None:
-        return {}
-    extra = build()
-    extra.add(outputs, targets)
-    return extra.means(None)
-
-
-def tested_metrics(workload: Workload) -> Callable[[], ExtraMetrics] | None:
-    """Returns `extra_metrics` of the test set: those that the run validates."""
-    dataset = workload.dataset
-    origin = None if dataset.test is None else dataset.test.targets[:1]
-    return accumulators(workload.run_config, dataset.classes, workload.task, workload.loss, origin)
-
-
-def unlabelled_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:
-    """Returns the test metrics of a model whose targets are its samples; its outputs are large and are not kept.
+def streamed_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:
+    """Returns the test metrics of a model whose outputs are large and are not kept.
 
     Raises `UserError` for test-time augmentation and ensembles, which average predictions of labels.
     """
     _refuse_tta(workload, "tta", tta)
     if members > 1:
-        kind = workload.task.shown_kind
+        kind = workload.task.name
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
         raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
-    return TestReport(test_metrics(workload) or {}, None)
+    return TestReport(test_metrics(workload) or {})
 
 
 def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
-    if tta != "none" and not workload.task.has_labels:
-        kind = workload.task.shown_kind
+    if tta != "none" and not workload.task.keeps_outputs:
+        kind = workload.task.name
         raise UserError(f"{key}={tta}: averages predictions of labels, which a {kind} task has not; use {key}=none")
 
 
@@ -260,7 +194,8 @@ def validation(
             if "monitor" in component.arguments:
                 raise UserError(f"{component.choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
-    extra = extra_metrics(run_config, workload.dataset, workload.loss)
+    requested = requested_metrics(run_config, workload.dataset)
+    origin = samples.targets[:1]
     count, seed = run_config.settings.evaluate.samples, run_config.data_settings.split_seed
     subset = evaluation_subset(samples, count, seed)
     batches, task = evaluation_batches(workload, subset), workload.dataset.task_on(subset)
@@ -268,7 +203,7 @@ def validation(
     def validate(interruption: Interruption) -> dict[str, float] | None:
         with evaluation_weights(optimizer, average):
             observed = _reporting(batches, on_batch)
-            return _evaluate(workload, task, observed, "val", interruption, [extra()] if extra else ())
+            return _evaluate(workload, task, observed, "val", requested, origin, interruption)
 
     return validate
 
@@ -280,23 +215,18 @@ def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterat
         on_batch(done, len(batches))
 
 
-def _whole_metrics(workload: Workload) -> list[LabelMetrics | UserMetrics]:
-    """Returns the accumulators of metrics that are functions of all samples at once."""
-    functions, ranks, loss = workload.run_config.user_metrics, workload.parallel.ranks, workload.loss
-    user_metrics = [UserMetrics(functions, ranks)] if functions else []
-    if workload.task.labels is None:
-        return [*user_metrics]
-    return [LabelMetrics(lambda outputs: label_probabilities(outputs, loss), ranks), *user_metrics]
-
-
 def _evaluate(
     workload: Workload,
     task: Task,
     batches: Iterable[Batch],
     split: Split,
+    requested: Sequence[Declaration],
+    origin: Tensor,
     interruption: Interruption | None = None,
-    extra: Sequence[Accumulator] = (),
 ) -> dict[str, float] | None:
+    functions, ranks = workload.run_config.user_metrics, workload.parallel.ranks
+    names, part = workload.dataset.classes or (), partial(task.evaluated, loss=workload.loss, origin=origin)
+    extra = accumulators(task.computed(requested), part, task.outputs, names, ranks)
     module, model = workload.module, workload.precision.autocast(workload.model)
     with norm_statistics(workload, module, model, interruption):
         return evaluate(
@@ -308,7 +238,7 @@ def _evaluate(
             split=split,
             interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
             reduce=reduction(workload),
-            extra=[*extra, *_whole_metrics(workload)],
+            extra=[*extra, *([UserMetrics(functions, ranks)] if functions else [])],
         )
 
 
@@ -317,8 +247,8 @@ def test_metrics(
     on_batch: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
 ) -> dict[str, Any] | None:
-    """Returns test_loss, for classes test_accuracy, for labels `LABEL_METRICS`, what the task derives, and the metrics
-    that the run requests for its validation.
+    """Returns the loss and the metrics that an evaluation always has, and those that the run requests for its
+    validation, by column (test_loss).
 
     {} without a test set, None if interrupted, which is checked after each batch.
 
@@ -326,21 +256,19 @@ def test_metrics(
     """
     if workload.dataset.test is None:
         return {}
-    settings, extra = workload.run_config.settings.evaluate, tested_metrics(workload)
+    settings, requested = workload.run_config.settings.evaluate, tested_metrics(workload.run_config, workload.task)
     if settings.tta != "none":
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload), interruption)
         if outputs is None:
             return None
-        user_metrics = workload.run_config.user_metrics
-        metrics = report(outputs, workload.loss, workload.task, user_metrics, extra).metrics
-        of_labels = LABEL_METRICS if workload.task.labels is not None else ()
-        of_run = _means(extra, *(torch.cat(column) for column in zip(*outputs, strict=True)))
-        names = [Metric("test", name).column for name in ("loss", "accuracy", *of_labels, *of_run, *user_metrics)]
-        return {name: metrics[name] for name in names if name in metrics}
+        task, functions, names = workload.task, workload.run_config.user_metrics, workload.dataset.classes or ()
+        chosen = task.computed(requested)
+        return report(outputs, workload.loss, task, chosen, user_metrics=functions, names=names).metrics
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)
     observed = _reporting(batches, on_batch) if on_batch else batches.epoch(0)
-    return _evaluate(workload, task, observed, "test", interruption, [extra()] if extra else ())
+    origin = workload.dataset.test.targets[:1]
+    return _evaluate(workload, task, observed, "test", requested, origin, interruption)
 
 
 def check_crops(workload: Workload) -> None:
@@ -354,11 +282,11 @@ def check_crops(workload: Workload) -> None:
 def has_train_accuracy(workload: Workload) -> bool:
     """Decides about evaluate.train_accuracy. Raises `UserError` for targets that are not classes."""
     setting = workload.run_config.settings.evaluate.train_accuracy
-    if setting is True and not workload.classify:
+    if setting is True and workload.task.accuracy is None:
         raise UserError(
             "evaluate.train_accuracy=true: the targets are numbers, not classes; use evaluate.train_accuracy=auto"
         )
-    return workload.task.vocabulary is None if setting == "auto" else setting
+    return workload.task.measures_train_accuracy if setting == "auto" else setting
 
 
 def check_tta(workload: Workload) -> None:
@@ -378,18 +306,9 @@ def check_tta(workload: Workload) -> None:
 
 def _final_average(workload: Workload) -> Average:
     average = workload.run_config.settings.evaluate.average
-    return choose_average(average if workload.classify else None, workload, key="evaluate.average")
-
-
-def choose_average(average: Average | None, workload: Workload, *, key: str = "average") -> Average:
-    """Returns the default for `average` None: probabilities; logits for squared errors, whose outputs are estimates."""
-    if workload.classify and not isinstance(workload.loss, MSE):
-        return average or "probabilities"
-    if average == "probabilities" and workload.task.labels is not None:
-        raise UserError(f"{key}=probabilities: the labels of a sample have no common distribution; use {key}=logits")
-    if average == "probabilities":
-        raise UserError(f"{key}=probabilities: a model trained with a squared error has none; use {key}=logits")
-    return "logits"
+    # The key has a default, which the outputs of some tasks do not allow.
+    chosen = None if workload.task.accuracy is None else average
+    return workload.task.choose_average(chosen, workload.loss, "evaluate.average")
 
 
 def predict_test_set(

@@ -11,7 +11,6 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.overrides import storable
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import dotted_name
-from dlopt.metrics.labels import LABEL_METRICS
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
@@ -22,9 +21,9 @@ from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, data_spec
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
-from dlopt.training.extra_metrics import extra_metric
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Length, Progress, Status, TrainingRun
+from dlopt.training.requested_metrics import monitored_name
 from dlopt.training.step import EpochBatches
 from dlopt.training.stopping import Best
 
@@ -52,7 +51,6 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
     dataset = workload.dataset
     parameters = list(workload.module.parameters())
     tokens = workload.task.predictions  # of a sample; 1 for labels
-    label_metrics = LABEL_METRICS if workload.task.labels is not None else ()
     facts: dict[str, Any] = {
         "overrides": RunFolder(run.folder).typed() if run.overrides is None else storable(run.overrides),
         "parameters": sum(p.numel() for p in parameters),
@@ -64,9 +62,9 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
         "precision": workload.precision.name,
         "parallel": workload.parallel.name,
         "processes": workload.parallel.ranks.processes,
-        "unit": _unit(workload),
-        "inputs": _inputs(workload),
-        "metrics": [Metric("val", name).column for name in (*label_metrics, *workload.run_config.user_metrics)],
+        "unit": workload.task.counted_as(dataset.train.shape),
+        "inputs": workload.task.describe(tuple(data_spec(workload)["window"])),
+        "metrics": [Metric("val", name).column for name in _shown_metrics(workload)],
     }
     samples = workload.run_config.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
@@ -158,25 +156,13 @@ def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
     )
 
 
-def _unit(workload: Workload) -> str:
-    """Returns the unit of the header's counts and of the throughput."""
-    if workload.task.vocabulary is not None:
-        return f"{workload.task.unit}s"
-    return "images" if len(workload.dataset.train.shape) == 3 else "samples"
-
-
-def _inputs(workload: Workload) -> str:
-    """Describes the shape of the inputs and the size of the outputs: 3x32x32, 10 classes."""
-    task, shape = workload.task, "x".join(map(str, data_spec(workload)["window"]))
-    if task.vocabulary is not None:
-        return f"{shape} {task.unit}s at once, vocabulary {task.vocabulary:,}"
-    if task.labels is not None:
-        return f"{shape}, {task.labels:,} labels"
-    return f"{shape}, {task.classes:,} classes" if task.classes is not None else shape
+def _shown_metrics(workload: Workload) -> list[str]:
+    """Returns the names of the metrics, beside loss and accuracy, of every evaluation."""
+    return [*(each.name for each in workload.task.computed(())), *workload.run_config.user_metrics]
 
 
 def summarize(workload: Workload, status: Status, progress: Progress, best: Best, recovery: Recovery) -> dict[str, Any]:
-    """Returns the content of summary.json before the test; accuracies are left out in a regression."""
+    """Returns the content of summary.json before the test; accuracies are left out where the task has none."""
     summary = {
         "status": status,
         **({} if (run_id := workload.run_config.config.get("run_id")) is None else {"run_id": run_id}),
@@ -195,9 +181,9 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
         **recovery.summary(),
     }
-    if extra_metric(best.monitor) is not None and best.epoch is not None:
+    if monitored_name(best.monitor) is not None and best.epoch is not None:
         summary[best_key(best.monitor)] = best.metric
-    if workload.task.kind != "classification":
+    if workload.task.accuracy != VAL_ACCURACY.name:
         summary = {key: value for key, value in summary.items() if not key.endswith("accuracy")}
     derived: dict[str, float] = {}
     if best.val_loss is not None and workload.dataset.val is not None:

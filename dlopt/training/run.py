@@ -31,7 +31,6 @@ from dlopt.training.builders.workload import (
     build_mode,
     build_workload,
     checkpoint_writer,
-    class_names,
     data_spec,
     load_weights,
     refuse_other_data,
@@ -118,7 +117,7 @@ def train_run(
 
         # 3. Load weights, before the trainer is built: its weight average starts at them.
         if checkpoint is None and settings.init_from is not None:
-            for line in load_weights(workload.module, Path(settings.init_from), mode, classes=class_names(workload)):
+            for line in load_weights(workload.module, Path(settings.init_from), mode, classes=workload.class_names):
                 tracking.message(line)
 
         # 4. Build optimizer, schedule, step and loop, and resume.

@@ -81,7 +81,7 @@ def build(workload: str, candidate: str) -> Callable[[], object]:
         return updates_of(trainer, torch.device("cpu"))
     inputs, targets = next(iter(trainer.batches.epoch(0)))
     module = built.module.to(memory_format=torch.contiguous_format).train()
-    reads_text = built.dataset.task.vocabulary is not None
+    reads_text = built.dataset.task.tokens is not None
     optimizer = (torch.optim.AdamW if reads_text else torch.optim.SGD)(module.parameters(), lr=1e-3)
 
     def update() -> None:

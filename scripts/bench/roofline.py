@@ -58,16 +58,18 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.data.task import Task
 from dlopt.metrics.sums import MetricSum
 from dlopt.models import linear
 from dlopt.optim.parameters import freeze
 from dlopt.parallel.mode import Mode
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.task import Task
+from dlopt.tasks.text import NextToken
 from dlopt.training.builders.model_check import build_on_meta
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.step import build_step
-from dlopt.training.builders.workload import Workload, model_arguments
+from dlopt.training.builders.workload import Workload
 from dlopt.training.evaluate import has_train_accuracy
 from dlopt.training.progress import Length
 
@@ -318,7 +320,7 @@ def dlopt_program(run_config: RunConfig, task: Task, shape: tuple[int, ...]) -> 
     `shape`: of the model's input. The update checks for non-finite values as on a GPU.
     """
     parallel, precision = Mode(CPU), Precision(run_config.settings.precision, CPU)
-    module = replace(precision, device=META).place(build_on_meta(run_config.model, model_arguments(task, shape)))
+    module = replace(precision, device=META).place(build_on_meta(run_config.model, task.model_arguments(shape)))
     is_image = len(shape) == 3 and any(isinstance(layer, nn.Conv2d) for layer in module.modules())
     memory_format = torch.channels_last if is_image else torch.contiguous_format
     module = module.to(memory_format=memory_format)
@@ -337,7 +339,7 @@ def dlopt_program(run_config: RunConfig, task: Task, shape: tuple[int, ...]) -> 
             module=module,
             placed=placed,
             model=placed.model,
-            loss=precision.place_data(run_config.loss.build(classes=task.classes, labels=task.labels)),
+            loss=precision.place_data(run_config.loss.build(**task.target_arguments)),
             memory_format=memory_format,
             augment=None,
             compile_obstacle="" if run_config.settings.compile is True else "compile=false",
@@ -348,7 +350,7 @@ def dlopt_program(run_config: RunConfig, task: Task, shape: tuple[int, ...]) -> 
         step = build_step(workload, workload.network, optimizer, schedule, measure=measure, average=None, checks=True)
         step.check.immediate = False  # it is immediate on a CPU, and would read values
         samples = int(run_config.data_settings.batch_size)
-        if task.vocabulary is None:
+        if task.tokens is None:
             inputs = torch.empty(samples, *shape, dtype=precision.dtype).to(memory_format=memory_format)
             targets = torch.empty(samples, dtype=torch.int64)
         else:
@@ -424,8 +426,8 @@ def _imported(file: Path) -> Any:
     return module
 
 
-CIFAR10 = (Task("classification", 10), (3, 32, 32))
-GPT2 = (Task("next_token", 50257, 1024), (1024,))
+CIFAR10 = (Classification(10), (3, 32, 32))
+GPT2 = (NextToken(50257, predictions=1024), (1024,))
 # The configs of the tables in docs/speed.md: overrides, what the model predicts, and the shape of its input.
 SUBJECTS: dict[str, tuple[list[str], tuple[Task, tuple[int, ...]]]] = {
     "gpt2_small": (

@@ -41,12 +41,12 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import InMemory
-from dlopt.data.task import Task
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Horizon, Scheduler, constant
+from dlopt.tasks.classification import Classification
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.optimizer import can_fuse
 from dlopt.training.builders.precision import Precision
@@ -98,7 +98,7 @@ def training(
         folder, sinks=[] if log_every is None else ["tensorboard"], console=False, log_every_steps=log_every
     )
     tracking.begin({}, {}, epochs=1, steps_per_epoch=len(batches), steps=steps)
-    train_metrics = MetricSum(Task("classification", 10))
+    train_metrics = MetricSum(Classification(10))
     step = Step(
         Network(module, module, nn.CrossEntropyLoss()),
         optimizer,

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from dlopt.data.task import Task
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from dlopt.config.run_config import GROUPS
 from dlopt.config.schema import ALLOWED_PACKAGES, Component, component
-from dlopt.data.task import Task
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.model_check import build_on_meta

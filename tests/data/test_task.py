@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from dlopt.data.task import Task
 from torch.nn import functional as F
 
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import Random
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.data.task import Task
 from dlopt.losses import MSE, CrossEntropy
 from dlopt.metrics.sums import MetricSum
 

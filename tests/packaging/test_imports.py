@@ -19,8 +19,8 @@ FLOORS = [
     "run",
     "instruments", "results", "trained",
     "training",
-    "metrics", "parallel", "config", "tracking",
-    "augment", "init", "adapt", "data", "models", "losses", "schedules", "metrics.names", "optim",
+    "parallel", "config", "tracking",
+    "augment", "init", "adapt", "data", "models", "tasks", "losses", "schedules", "metrics", "optim",
     "machine", "basics", "_version",
 ]  # fmt: skip
 

@@ -2,11 +2,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from dlopt.data.task import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt import losses
-from dlopt.data.task import Task
 from dlopt.losses import CrossEntropy
 from dlopt.training.builders.precision import Precision
 from dlopt.training.evaluate import evaluate

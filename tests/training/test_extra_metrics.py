@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dlopt.data.task import Task
+from dlopt.training.extra_metrics import _METRICS_OF, _check_names, extra_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
@@ -17,7 +19,6 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.data.samples import Dataset, InMemory
-from dlopt.data.task import Task
 from dlopt.losses import MSE, probabilities
 from dlopt.metrics.classes import ClassMetrics, calibration_gaps
 from dlopt.metrics.labels import label_report
@@ -26,7 +27,6 @@ from dlopt.metrics.sums import MetricSum
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.evaluate import predict_test_set, report
-from dlopt.training.extra_metrics import _METRICS_OF, _check_names, extra_metrics
 from dlopt.training.tta import CHOICES
 from tests.support.line import dlopt
 from tests.support.runs import REGRESSION, metrics, run_config, start

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dlopt.data.task import Task
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batch
-from dlopt.data.task import Task
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler

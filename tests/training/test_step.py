@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from dlopt.data.task import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt import losses
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
-from dlopt.data.task import Task
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim import SAM
 from dlopt.optim.traits import optimizer_traits

@@ -161,7 +161,7 @@ def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, 
     """Builds a rung on the meta device and returns its size. Raises `UserError` if it does not fit the memory."""
     from dlopt.training.builders.model_check import model_on_meta
     from dlopt.training.builders.speed import forward_flops
-    from dlopt.training.builders.workload import model_arguments, read_dataset
+    from dlopt.training.builders.workload import read_dataset
 
     own = family.rungs[name]
     run_config, _ = line.run_config([f"experiment={family.experiment}", *own, *overrides])
@@ -169,15 +169,14 @@ def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, 
     if not isinstance(batch, int):
         raise UserError(f"data.batch_size={batch}: a ladder needs a number, which its batch-size rule sets")
     dataset = read_dataset(run_config)
-    is_text = dataset.task.vocabulary is not None
     shape = dataset.task.input_shape(dataset.train.shape)
-    module = model_on_meta(run_config.model, model_arguments(dataset.task, shape))
+    module = model_on_meta(run_config.model, dataset.task.model_arguments(shape))
     parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
     _refuse_large(name, parameters, run_config.settings.device)
-    per_window = shape[0] if is_text else 1
+    per_window = dataset.task.predictions
     updates = max(round(tokens_per_parameter * parameters / (batch * per_window)), 1)
     samples = updates * batch * per_window
-    flops = 6 * parameters if is_text else 3 * forward_flops(module, shape)
+    flops = 6 * parameters if dataset.task.tokens is not None else 3 * forward_flops(module, shape)
     return Rung(own, parameters, updates, samples, flops * samples, updates * batch / len(dataset.train))
 
 

@@ -18,6 +18,7 @@ from dlopt.adapt import LoRALinear, adapted_layers
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
 from dlopt.models.layers import evaluation_mode
+from dlopt.tasks.task import Task
 from dlopt.training.builders.precision import Precision
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _SHOWN, _PATTERNS = 4, 8  # names in an error message
 
 
 def check_adapters(
-    run_config: RunConfig, module: nn.Module, precision: Precision, shape: tuple[int, ...], vocabulary: int | None
+    run_config: RunConfig, module: nn.Module, precision: Precision, shape: tuple[int, ...], task: Task
 ) -> None:
     """Raises `UserError` for adapters that the model does not use, or that never train. Restores state and generators.
 
@@ -41,10 +42,8 @@ def check_adapters(
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     call = precision.autocast(partial(functional_call, module, buffers))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if vocabulary is None:
-            inputs = torch.randn(size, device=device, dtype=precision.dtype)
-        else:
-            inputs = torch.randint(vocabulary, size, device=device)
+        with device:
+            inputs = task.random_inputs(size).to(task.input_dtype(precision.dtype))
         try:
             _check_used(run_config.adapt.choice, module, lambda: call(inputs))
         except UserError:

@@ -73,7 +73,7 @@ def evaluation_batches(
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
     shard = workload.parallel.split.evaluation_shard if shared else None
     size = workload.run_config.data_settings.batch_size if batch_size is None else batch_size
-    has_small_outputs = workload.dataset.in_memory and workload.task.vocabulary is None  # no logits of each token
+    has_small_outputs = workload.dataset.in_memory and workload.task.tokens is None  # no logits of each token
     if shared and workload.device.type == "cuda" and has_small_outputs and size != "full":
         size = max(size, _MIN_EVALUATION_BATCH)
     augment = None if shape == samples.shape else CentreCrop(shape)

@@ -14,12 +14,11 @@ from torch.overrides import TorchFunctionMode
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name, show
-from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
-from dlopt.data.task import Task
 from dlopt.machine.memory import available_memory
 from dlopt.models import third_party
 from dlopt.models.layers import copied_state, evaluation_mode
+from dlopt.tasks.task import Task
 
 _VALUE_BYTES = 4  # models are built in fp32
 _BATCH = 2  # some models squeeze a batch of one
@@ -55,7 +54,7 @@ def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bo
 def build_module(model: Component, arguments: Mapping[str, Any]) -> nn.Module:
     """Builds the model; gives lazy layers of torch (`LazyLinear`) their sizes by a forward pass with zeros.
 
-    `arguments`: those known at run time, see `model_arguments`. Raises `UserError`.
+    `arguments`: those known at run time, see `Task.model_arguments`. Raises `UserError`.
     """
     module = model.build_as(nn.Module, **arguments)
     if not (lazy := _lazy_names(module)):
@@ -166,19 +165,6 @@ def _largest_integer(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def check_reads(run_config: RunConfig, module: nn.Module, task: Task) -> None:
-    """Raises `UserError` if one of dlopt's models or components does not fit a text."""
-    if task.vocabulary is None:
-        return
-    model, normalize = run_config.model, run_config.normalize
-    if model.target.__module__.startswith("dlopt.") and getattr(module, "vocabulary", None) is None:
-        raise UserError(f"{model.choice}: does not read text; use model=gpt, lstm or rnn")
-    if normalize.target is not Nothing:
-        raise UserError(f"{normalize.choice}: tokens have no mean; use normalize=none")
-    if run_config.augmentation.arguments.get("operations") != []:
-        raise UserError("augmentation: its operations change images, not text; use augmentation=none")
-
-
 def check_outputs(
     run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], dataset: Dataset, device: torch.device
 ) -> None:
@@ -192,15 +178,15 @@ def check_outputs(
     if is_ours:
         return
     task = dataset.task
-    expected = (*shape, task.outputs) if task.vocabulary else (task.outputs,)
+    expected = task.output_shape(shape)
     path = f"model._target_={dotted_name(target)}"
     try:
-        outputs = _outputs(module, shape, task.vocabulary, torch.device("meta"))
+        outputs = _outputs(module, shape, task, torch.device("meta"))
     except Exception:  # data-dependent operations, for example, have no meta implementation
         if device.type != "cpu":  # the model may need an accelerator
             return
         try:
-            outputs = _outputs(module, shape, task.vocabulary, torch.device("cpu"))
+            outputs = _outputs(module, shape, task, torch.device("cpu"))
         except UserError:
             raise
         except Exception as error:
@@ -209,16 +195,16 @@ def check_outputs(
         raise UserError(f"{path}: returns {type(outputs).__name__}; must return a tensor {_batch(expected)}")
     fits = outputs.shape == (_BATCH, *expected) or (expected == (1,) and outputs.shape == (_BATCH,))
     if not fits:
-        purpose = "values per target" if task.classes is None else "classes" if task.has_labels else "tokens"
-        purpose = purpose if task.labels is None else "labels"
         hint = "set the argument of the model for it, for example +model.num_classes="
         raise UserError(
-            f"{path}: returns {_batch(outputs.shape[1:])} values, but the data has {task.outputs} {purpose}; "
+            f"{path}: returns {_batch(outputs.shape[1:])} values, but the data has {task.outputs} {task.purpose}; "
             f"{hint}{task.outputs}"
         )
 
 
-def uses_channels_last(run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], device: torch.device) -> bool:
+def uses_channels_last(
+    run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], task: Task, device: torch.device
+) -> bool:
     """Returns whether images and convolutions are in the channels-last format; `auto`: if the model has convolutions.
 
     A custom model may need contiguous maps: `maps.view(len(maps), -1)` is an error in the other format. It is called
@@ -234,7 +220,7 @@ def uses_channels_last(run_config: RunConfig, module: nn.Module, shape: tuple[in
     if target.__module__.startswith("dlopt."):
         return True
     try:
-        _outputs(module, shape, None, device, torch.channels_last)
+        _outputs(module, shape, task, device, torch.channels_last)
     except Exception as error:
         if setting == "auto":
             return False
@@ -256,7 +242,7 @@ def accepts_an_empty_batch(run_config: RunConfig, module: nn.Module, shape: tupl
     if defined_in.startswith("dlopt.") and defined_in != third_party.__name__:
         return True
     try:
-        _outputs(module, shape, task.vocabulary, torch.device("meta"), samples=0)
+        _outputs(module, shape, task, torch.device("meta"), samples=0)
     except Exception:
         return False
     return True
@@ -270,15 +256,14 @@ def has_convolutions(module: nn.Module, shape: tuple[int, ...]) -> bool:
 def _outputs(
     module: nn.Module,
     shape: tuple[int, ...],
-    vocabulary: int | None,
+    task: Task,
     device: torch.device,
     memory_format: torch.memory_format = torch.preserve_format,
     samples: int = _BATCH,
 ) -> Any:
     """Calls the model with copies of its state, which the call may change, and restores the generators."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), device:
-        size = (samples, *shape)
-        inputs = torch.randn(size) if vocabulary is None else torch.randint(vocabulary, size)
+        inputs = task.random_inputs((samples, *shape))
         state = copied_state(module, device)
         if memory_format != torch.preserve_format:
             inputs = inputs.to(memory_format=memory_format)

@@ -1,8 +1,7 @@
 """Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.data.batches import Batches
 from dlopt.data.identity import difference, identify
-from dlopt.data.normalization import fit
+from dlopt.data.normalization import Nothing, fit
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
-from dlopt.data.task import Task
 from dlopt.init import WidthGrowth
 from dlopt.machine.device import choose_device, set_deterministic
 from dlopt.machine.memory import keep_freed_memory
@@ -35,6 +33,8 @@ from dlopt.parallel.empty_shards import accept_empty_batches
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
+from dlopt.tasks.kinds import chosen
+from dlopt.tasks.task import Task
 from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
@@ -44,7 +44,6 @@ from dlopt.training.builders.model_check import (
     build_module,
     check_memory,
     check_outputs,
-    check_reads,
     has_convolutions,
     uses_channels_last,
 )
@@ -89,9 +88,9 @@ class Workload:
         return self.dataset.task
 
     @property
-    def classify(self) -> bool:
-        """Whether predictions are classes, and metrics include an accuracy."""
-        return self.task.classes is not None
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of what the model predicts; None: numbers, tokens or images."""
+        return self.task.class_names(self.dataset.classes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,14 +103,13 @@ class Workload:
         init = self.run_config.init
         if not (init.takes("growth") and init.takes("base_width")):
             return None
-        return width_growth(self.run_config.model, model_arguments(self.task, self.shape))
+        return width_growth(self.run_config.model, self.task.model_arguments(self.shape))
 
     @property
     def throughput(self) -> Throughput:
         # The backward pass of frozen layers computes less than `flops` counts.
         flops = self.flops if all(parameter.requires_grad for parameter in self.module.parameters()) else None
-        tokens = None if self.task.vocabulary is None else self.task.predictions
-        return Throughput.on(self.precision, tokens, flops, self.parallel.ranks.processes)
+        return Throughput.on(self.precision, self.task.tokens, flops, self.parallel.ranks.processes)
 
     @property
     def network(self) -> Network:
@@ -195,6 +193,7 @@ def build_workload(
         random_crops=random_crops,
         compare=parallel.ranks.is_main,
     )
+    _check_inputs(run_config, dataset.task)
     augment = _build_augmentation(run_config, dataset)
     window = dataset.train.shape if augment is None else augment.output_shape
     dataset = with_task(run_config, dataset, window)
@@ -210,17 +209,17 @@ def build_workload(
         with blamed("the checkpoint"):
             normalize.load_state_dict(saved.normalize)
     normalize = normalize.to(device)
-    if task.vocabulary is None:
-        _check_normalization(run_config, normalize, shape)
+    _check_normalization(run_config, normalize, shape)
 
     # 4. The model, initialized on the CPU; first a check whether it fits into memory.
-    runtime = model_arguments(task, shape)
+    runtime = task.model_arguments(shape)
     is_new = saved is None
     freezes = any(rule.freeze for rule in run_config.grouping.groups) or run_config.adapt.target is not no_adapters
     has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
     check_memory(run_config.model, runtime, has_gradients=has_gradients)
     module = build_model(run_config, dataset, normalize, shape)
-    check_reads(run_config, module, task)
+    if run_config.model.target.__module__.startswith("dlopt."):
+        task.check_model(run_config.model.choice, module)
     if adapted_layers(module) and not parallel.traits.adapters:
         raise UserError(
             f"{run_config.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
@@ -235,12 +234,12 @@ def build_workload(
         accept_empty_batches(module, run_config.data_settings.batch_size)
 
     # 5. Its data type and memory format on the device; the loss.
-    channels_last = uses_channels_last(run_config, module, shape, device)
+    channels_last = uses_channels_last(run_config, module, shape, task, device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = precision.place(module)
     if has_convolutions(module, shape):
         module = module.to(memory_format=memory_format)
-    check_adapters(run_config, module, precision, shape, task.vocabulary)
+    check_adapters(run_config, module, precision, shape, task)
     loss = _build_loss(run_config, dataset)
     if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
         size = run_config.data_settings.batch_size
@@ -279,6 +278,16 @@ def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -
     return prepare(source, replace(run_config.data_settings, memory=False))
 
 
+def _check_inputs(run_config: RunConfig, task: Task) -> None:
+    """Raises `UserError` for components that do not fit the inputs of the task."""
+    normalize, init = run_config.normalize, run_config.init
+    task.check_inputs(
+        normalize=None if normalize.target is Nothing else normalize.choice,
+        augments=run_config.augmentation.arguments.get("operations") != [],
+        measuring=init.choice if init.takes("inputs") else None,
+    )
+
+
 def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tuple[int, ...]) -> None:
     """Raises `UserError` if the statistics are per pixel and the augmentation changes the image size."""
     try:
@@ -300,33 +309,26 @@ def _build_augmentation(run_config: RunConfig, dataset: Dataset) -> Pipeline | N
     """Returns None for an empty pipeline, which would seed a generator in every step."""
     if run_config.augmentation.arguments.get("operations") == []:
         return None
-    shape, classes = dataset.train.shape, dataset.task.classes
-    return run_config.augmentation.build(input_shape=shape, classes=classes, train=dataset.train)
+    return run_config.augmentation.build(
+        input_shape=dataset.train.shape, train=dataset.train, **dataset.task.target_arguments
+    )
 
 
 def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
-    """Returns the dataset with the task of the model: reconstruction if the model's callable sets `reconstructs`.
+    """Returns the dataset with the task of the run: that which its model or loss sets, else that of the data.
 
-    `shape`: of the augmented samples. Raises `UserError` if these are not images.
+    `shape`: of the augmented samples. Raises `UserError` if the task does not fit them.
     """
-    if not getattr(run_config.model.target, "reconstructs", False):
-        return dataset
-    if dataset.unlabelled is not None or len(shape) != 3:
-        what = "a text" if dataset.unlabelled is not None else "vectors"
-        raise UserError(f"{run_config.model.choice}: reconstructs images, but the samples are {what}")
-    return replace(dataset, unlabelled=Task("reconstruction", math.prod(shape)))
+    own = dataset.task
+    task = chosen(own, shape, *((each.target, each.choice) for each in (run_config.loss, run_config.model)))
+    return dataset if task is own else replace(dataset, unlabelled=task)
 
 
 def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
     """Builds the loss. One of another package raises `UserError` when its result is no mean or has no gradient."""
-    component = run_config.loss
-    loss = component.build_as(
-        nn.Module,
-        classes=dataset.task.classes,
-        class_counts=class_counts(run_config, dataset),
-        labels=dataset.task.labels,
-        label_fractions=label_fractions(run_config, dataset),
-    )
+    component, task = run_config.loss, dataset.task
+    balance = task.balance(component.arguments, dataset.train.targets)
+    loss = component.build_as(nn.Module, **task.target_arguments, **balance)
 
     def check(loss: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim:
@@ -338,29 +340,6 @@ def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
     if not component.target.__module__.startswith("dlopt."):
         loss.register_forward_hook(check)
     return loss
-
-
-def class_counts(run_config: RunConfig, dataset: Dataset) -> list[int] | None:
-    """Returns the training samples per class, if the loss balances the classes. Raises `UserError` without labels."""
-    if run_config.loss.arguments.get("class_weights") != "balanced":
-        return None
-    task = dataset.task
-    if task.classes is None or not task.has_labels:
-        kind = task.shown_kind
-        raise UserError(f"loss.class_weights=balanced: needs labels, which a {kind} task has not; use null")
-    return torch.bincount(dataset.train.targets, minlength=task.classes).tolist()
-
-
-def label_fractions(run_config: RunConfig, dataset: Dataset) -> list[float] | None:
-    """Returns the fraction of the training samples with each label, if the loss balances the labels."""
-    if run_config.loss.arguments.get("pos_weight") != "balanced" or dataset.task.labels is None:
-        return None
-    return dataset.train.targets.double().mean(0).tolist()
-
-
-def model_arguments(task: Task, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns the run-time arguments of a model for inputs of `shape`."""
-    return {"input_shape": shape, "classes": task.outputs, "vocabulary": task.vocabulary}
 
 
 def read_source(run_config: RunConfig, tokenizer: str | None = None, identified: Sequence[str] = ()) -> Dataset:
@@ -380,26 +359,21 @@ def read_source(run_config: RunConfig, tokenizer: str | None = None, identified:
 def data_spec(workload: Workload) -> dict[str, Any]:
     """Returns what a checkpoint needs for using the model without the data.
 
-    `classes`: names of the labels, or None; `task`: the fields of a `Task`; `sample`: shape of a sample; `window`:
+    `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
     shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
     byte by byte, the content of its tokenizer.json; `identity`: of the data, on rank 0.
     """
     dataset = workload.dataset
     tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
+    names = workload.class_names
     return {
         **tokenizer,
-        "classes": class_names(workload),
-        "task": asdict(dataset.task),
+        "classes": None if names is None else list(names),
+        "task": dataset.task.saved,
         "sample": list(dataset.train.shape),
         "window": list(workload.shape),
         "identity": dataset.identity,
     }
-
-
-def class_names(workload: Workload) -> list[str] | None:
-    """Returns the names of the labels that the model predicts; None: it predicts numbers, tokens or images."""
-    dataset = workload.dataset
-    return list(dataset.classes) if dataset.classes is not None and dataset.task.has_labels else None
 
 
 def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
@@ -437,16 +411,12 @@ def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, s
     """Builds and initializes the model on the CPU, for the same initial weights on every device."""
     seed = run_config.settings.init_seed
     rng.seed_all(stream(seed, WEIGHTS))
-    module = build_module(run_config.model, model_arguments(dataset.task, shape))
+    module = build_module(run_config.model, dataset.task.model_arguments(shape))
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
     if run_config.init.takes("inputs"):
-        if dataset.task.vocabulary is not None:
-            raise UserError(
-                f"{run_config.init.choice}: measures images or features, not text; use init=gpt2 or init=default"
-            )
         runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
     if run_config.init.takes("growth"):
-        runtime["growth"] = width_growth(run_config.model, model_arguments(dataset.task, shape))
+        runtime["growth"] = width_growth(run_config.model, dataset.task.model_arguments(shape))
     run_config.init.build(**runtime)
     adapters = {"generator": generator("cpu", seed, ADAPTERS)} if run_config.adapt.takes("generator") else {}
     run_config.adapt.build(model=module, **adapters)

@@ -16,8 +16,9 @@ from dlopt.adapt import merged
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import check_plain, join
-from dlopt.data.task import Task
 from dlopt.metrics.names import Mode
+from dlopt.tasks.kinds import restored
+from dlopt.tasks.task import Task
 
 FORMAT = 1  # a sharded checkpoint also has the key "shards"
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
@@ -154,7 +155,7 @@ class Checkpoint:
 
     @property
     def task(self) -> Task:
-        return Task(**self.data["task"])
+        return restored(self.data["task"])
 
     @property
     def classes(self) -> tuple[str, ...] | None:

@@ -1,0 +1,107 @@
+"""What a metric of an evaluation is: its name and direction, how it is shown, when it is computed, and from what.
+
+Imports no torch: names and directions of metrics are looked up without it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from dlopt.basics.formats import format_number, format_percent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Mode = Literal["min", "max"]
+When = Literal["always", "tested", "requested"]
+"""Computed in every evaluation; on request (`evaluate.metrics`, `monitor`) and by `dlopt eval`; on request."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Samples whose outputs are known: those of a batch, or all of a split.
+
+    Attributes:
+        outputs: [N, K] in fp32 or fp64.
+        targets: as the loss takes them.
+        probabilities: maps outputs to probabilities.
+        origin: a target [1, ...], the same on all ranks: sums of distances to it lose nothing by rounding.
+    """
+
+    outputs: "Tensor"
+    targets: "Tensor"
+    probabilities: "Callable[[Tensor], Tensor]"
+    origin: "Tensor | None" = None
+
+    @cached_property
+    def predictions(self) -> "Tensor":
+        return predicted_classes(self.outputs)
+
+
+def predicted_classes(outputs: "Tensor") -> "Tensor":
+    """Returns the class with the largest of the outputs [..., K]: int64 [...]; -1, no class, where one is NaN."""
+    largest, classes = outputs.max(-1)  # NaN where there is one
+    return classes.masked_fill(largest.isnan(), -1)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Numbers that are added up over samples, batches and ranks.
+
+    `size`: how many, for a model of K outputs; `of`: those of a batch, which has at least one sample.
+    """
+
+    size: Callable[[int], int]
+    of: "Callable[[Evaluated], Tensor]"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is computed from all samples of a split at once, which an evaluation then keeps in main memory."""
+
+    of: Callable[[Evaluated], Any]
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A metric of an evaluation. All that shows, ranks, checks or documents metrics derives from these.
+
+    Attributes:
+        name: without the split.
+        better: direction.
+        unit: "%" of fractions, which are shown in percent; of a loss "nats" or "bits".
+        about: one line for the reference.
+        when: see `When`.
+        needs: from what `value` computes it, all of them `Sum`, or all of them `Whole`; (): `MetricSum` adds it up in
+            every update.
+        value: (*needs, names of the classes) -> the metric; if it is `by_class`, several by name: NAME/CLASS of each
+            class, and those of `also`.
+        also: further names of what `value` returns.
+        outputs: least number of outputs of the model.
+        header: of its column in the table of epochs.
+    """
+
+    name: str
+    better: Mode
+    unit: Literal["%", "nats", "bits", ""]
+    about: str
+    when: When = "requested"
+    needs: Sequence[Sum | Whole] = ()
+    value: Callable[..., float | Mapping[str, float]] | None = None
+    by_class: bool = False
+    also: tuple[str, ...] = ()
+    outputs: int = 1
+    header: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names without a class: class_accuracy, worst_class_accuracy."""
+        return (self.name, *self.also)
+
+    def title(self, split: str) -> str:
+        """Returns the header of its column in the table of epochs: val acc."""
+        return self.header.format(split=split) or f"{split} {self.name}".replace("_", " ")
+
+    def show(self, value: float | None) -> str:
+        return format_percent(value) if self.unit == "%" else format_number(value)

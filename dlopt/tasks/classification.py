@@ -1,0 +1,61 @@
+"""Each sample has one class."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.losses import probabilities
+from dlopt.metrics import classes as class_metrics
+from dlopt.metrics.classes import confusion_matrix
+from dlopt.metrics.declaration import Declaration, Evaluated
+from dlopt.tasks.report import TestReport
+from dlopt.tasks.task import Average, Task, class_average
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Targets: int64 [B]; after mixing, probabilities [B, K]. `outputs`: the number of classes."""
+
+    kind: ClassVar = "classification"
+    purpose: ClassVar = "classes"
+    metrics: ClassVar[Sequence[Declaration]] = class_metrics.METRICS
+    accuracy: ClassVar = "accuracy"
+    monitor: ClassVar = "val_accuracy"
+
+    def describe(self, window: tuple[int, ...]) -> str:
+        return f"{super().describe(window)}, {self.outputs:,} classes"
+
+    @property
+    def target_arguments(self) -> dict[str, int | None]:
+        return {"classes": self.outputs, "labels": None}
+
+    def balance(self, loss: Mapping[str, Any], targets: Tensor) -> dict[str, Any]:
+        if loss.get("class_weights") != "balanced":
+            return {}
+        return {"class_counts": torch.bincount(targets, minlength=self.outputs).tolist()}
+
+    def values(self, outputs: Tensor, loss: nn.Module) -> Tensor:
+        return probabilities(outputs, loss)
+
+    def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
+        # On the host, once per test: the report is printed, drawn and written.
+        confusion = confusion_matrix(part.targets, part.predictions, self.outputs).cpu()
+        return TestReport(metrics, confusion, samples=torch.bincount(part.targets, minlength=self.outputs).cpu())
+
+    def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
+        return class_average(average, loss, key)
+
+    def columns(self, classes: Sequence[str] | None) -> list[str]:
+        return ["class", "probability", *(f"p({name})" for name in classes or ())]
+
+    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str]:
+        cells = super().cells(values, best, classes)
+        # The class of the largest output, as `dlopt eval` counts it: probabilities that are clamped may be equal.
+        name = self.label(best, classes)
+        return [*(["", "nan"] if name is None else [name, cells[best]]), *cells]
+
+    def label(self, best: int, classes: Sequence[str] | None) -> str | None:
+        return None if best < 0 or classes is None else classes[best]

@@ -1,0 +1,44 @@
+"""Finds the task of a run: that of its data, that which its model or loss sets, or that of a checkpoint."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.labels import MultiLabel
+from dlopt.tasks.reconstruction import Reconstruction
+from dlopt.tasks.regression import Regression
+from dlopt.tasks.task import Task
+from dlopt.tasks.text import NextToken
+
+_KINDS: Mapping[str, type[Task]] = {
+    each.kind: each for each in (Classification, MultiLabel, Regression, NextToken, Reconstruction)
+}
+
+
+def of_labels(classes: int | None, targets: Tensor, white: float) -> Task:
+    """Returns the task of data with these targets: see `dlopt.data.samples.Samples`. `classes`: None for numbers."""
+    if classes is None:
+        return Regression(1 if targets.ndim == 1 else targets.shape[1], white)
+    # A float target says of each class whether the sample has it.
+    return MultiLabel(classes, white) if targets.is_floating_point() else Classification(classes, white)
+
+
+def chosen(task: Task, shape: tuple[int, ...], *components: tuple[Callable[..., Any], str]) -> Task:
+    """Returns the task that one of the components (callable, choice) sets, for samples of `shape`; else that of the
+    data.
+
+    A class sets its task by an attribute `task`, which has `instead_of`, or by `reconstructs = True`. Raises
+    `UserError`.
+    """
+    for target, choice in components:
+        kind = Reconstruction if getattr(target, "reconstructs", False) else getattr(target, "task", None)
+        if kind is not None:
+            return kind.instead_of(task, shape, choice)
+    return task
+
+
+def restored(saved: Mapping[str, Any]) -> Task:
+    """Returns the task of a checkpoint, see `Task.saved`."""
+    return _KINDS[saved["kind"]].of_fields(saved)

@@ -1,0 +1,235 @@
+"""What every task says of itself, with the answers that most of them give."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.basics.errors import UserError
+from dlopt.losses import MSE
+from dlopt.metrics.declaration import Declaration, Evaluated
+from dlopt.tasks.report import TestReport
+
+Average = Literal["probabilities", "logits"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Base of the tasks: the inputs are normalized samples, and the targets are the labels of the data.
+
+    Args:
+        outputs: size of a prediction: the number of classes, of labels, of values, or of tokens in the vocabulary.
+        white: value of a white pixel; 1 for floating-point images whose values are not in 0..255.
+
+    Attributes:
+        kind: its name in checkpoints and messages.
+        purpose: what the outputs of the model are, for messages.
+        metrics: of an evaluation, beside the loss.
+        accuracy: name of the fraction of correct predictions, which every update adds up; None: a task without one.
+        monitor: column that `monitor=auto` follows.
+        reads_labels: whether the targets are labels of the data; otherwise they are taken from the samples.
+        keeps_outputs: whether a test may hold the outputs of all samples, and average those of crops and of models.
+        draws_outputs: whether outputs are images, of which a test draws some.
+        predictions: per sample.
+        tokens: of a sample, in which throughput is measured; None: it is measured in samples.
+        measures_train_accuracy: default of `evaluate.train_accuracy`.
+    """
+
+    outputs: int
+    white: float = 255.0
+
+    kind: ClassVar[str]
+    purpose: ClassVar[str]
+    metrics: ClassVar[Sequence[Declaration]] = ()
+    accuracy: ClassVar[str | None] = None
+    monitor: ClassVar[str] = "val_loss"
+    reads_labels: ClassVar[bool] = True
+    keeps_outputs: ClassVar[bool] = True
+    draws_outputs: ClassVar[bool] = False
+    measures_train_accuracy: ClassVar[bool] = True
+
+    @property
+    def predictions(self) -> int:
+        return 1
+
+    @property
+    def tokens(self) -> int | None:
+        return None
+
+    @property
+    def name(self) -> str:
+        """The kind in words."""
+        return self.kind.replace("_", " ")
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The plain values of which `dlopt.tasks.kinds.restored` makes the task."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def of_fields(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the task of `saved`, also as older versions wrote it, with the fields of all tasks."""
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+
+    # -- what the model reads and predicts
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the model's input for samples of `shape`."""
+        return shape
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the outputs for an input of `shape`."""
+        return (self.outputs,)
+
+    def model_arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Returns what a model must be given, for inputs of `shape`."""
+        return {"input_shape": shape, "classes": self.outputs, "vocabulary": None}
+
+    def check_model(self, choice: str, module: nn.Module) -> None:
+        """Raises `UserError` if one of dlopt's models does not read the inputs."""
+
+    def check_inputs(self, *, normalize: str | None, augments: bool, measuring: str | None) -> None:
+        """Raises `UserError` for components that do not fit the inputs.
+
+        `normalize`: the choice, if it changes the inputs; `augments`: whether the augmentation has operations;
+        `measuring`: the choice of an initialization that measures the inputs.
+        """
+
+    def split(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (inputs, targets) of samples [B, *shape], augmented but not normalized, and their labels."""
+        return samples, labels
+
+    def normalized(
+        self,
+        inputs: Tensor,
+        normalize: nn.Module | None,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Tensor:
+        """Returns inputs for the model, normalized, of `dtype`."""
+        inputs = inputs if normalize is None else normalize(inputs)
+        return inputs.to(dtype=dtype, memory_format=memory_format)
+
+    def normalization(self, normalize: nn.Module) -> nn.Module:
+        """Returns what `normalized` applies to inputs, without the conversion."""
+        return normalize
+
+    def accepts(self, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
+        """Returns whether inputs of `shape` are usual for a model that was trained on inputs of the shape `window`."""
+        return shape == window
+
+    def random_inputs(self, size: Sequence[int]) -> Tensor:
+        """Draws inputs of the model [B, *shape] on the default device."""
+        return torch.randn(*size)
+
+    def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the data type of the inputs of a model of `dtype`."""
+        return dtype
+
+    def random_samples(self, size: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Draws samples [B, *shape] as a data set holds them: bytes of images, else numbers in 0..1."""
+        values = torch.randint(256, tuple(size), generator=generator)
+        return values.to(torch.uint8) if len(size) == 4 and self.white == 255 else values / 255
+
+    def counted_as(self, shape: tuple[int, ...]) -> str:
+        """Returns what a header counts, of samples of `shape`."""
+        return "images" if len(shape) == 3 else "samples"
+
+    def describe(self, window: tuple[int, ...]) -> str:
+        """Describes inputs of the shape `window` and the outputs: 3x32x32, 10 classes."""
+        return "x".join(map(str, window))
+
+    # -- the loss of a batch
+
+    @property
+    def target_arguments(self) -> dict[str, int | None]:
+        """What a loss, or an augmentation that mixes targets, must be given."""
+        return {"classes": None, "labels": None}
+
+    def balance(self, loss: Mapping[str, Any], targets: Tensor) -> dict[str, Any]:
+        """Returns what a loss with these arguments needs of the training `targets`. Raises `UserError`."""
+        if loss.get("class_weights") == "balanced":
+            raise UserError(f"loss.class_weights=balanced: needs labels, which a {self.name} task has not; use null")
+        return {}
+
+    # -- evaluations
+
+    def loss_metrics(self, loss: float) -> dict[str, float]:
+        """Returns metrics that are functions of the mean loss, by name."""
+        return {}
+
+    def values(self, outputs: Tensor, loss: nn.Module) -> Tensor:
+        """Returns what outputs [..., K] mean, after training with `loss`: probabilities, or numbers."""
+        return outputs
+
+    def evaluated(self, outputs: Tensor, targets: Tensor, loss: nn.Module, origin: Tensor | None = None) -> Evaluated:
+        return Evaluated(outputs, targets, lambda outputs: self.values(outputs, loss), origin)
+
+    def class_names(self, classes: Sequence[str] | None) -> tuple[str, ...] | None:
+        """Returns the names of what the model predicts, of the `classes` of the data; None: it has no names."""
+        return None if classes is None or not self.reads_labels else tuple(classes)
+
+    def check_metric(self, setting: str, metric: Declaration) -> None:
+        """Raises `UserError` if `metric`, one of its own, is not defined for its outputs."""
+        if self.outputs < metric.outputs:
+            raise UserError(f"{setting}: needs more than {metric.outputs - 1} classes; the data have {self.outputs}")
+
+    def computed(self, requested: Sequence[Declaration], *, tests: bool = False) -> list[Declaration]:
+        """Returns the metrics that an evaluation computes from its outputs; `tests`: one by `dlopt eval`."""
+        when = ("always", "tested") if tests else ("always",)
+        usual = [each for each in self.metrics if each.when in when and each.outputs <= self.outputs]
+        return [each for each in self.metrics if each.needs and (each in usual or each in requested)]
+
+    def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
+        """Returns the report of a test with these metrics, and what else it shows of all samples."""
+        return TestReport(metrics)
+
+    def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
+        """Returns what to average over crops and models: the default for None. Raises `UserError`."""
+        if average == "probabilities":
+            raise UserError(f"{key}=probabilities: a model trained with a squared error has none; use {key}=logits")
+        return "logits"
+
+    # -- predictions of a trained model
+
+    def check_predicts(self, key: str, path: object) -> None:
+        """Raises `UserError` if the outputs of the model at `path` are no predictions to be listed."""
+
+    def columns(self, classes: Sequence[str] | None) -> list[str]:
+        """Returns the titles of the columns of `cells`."""
+        return ["value"] if self.outputs == 1 else [f"value_{number}" for number in range(self.outputs)]
+
+    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str]:
+        """Returns a prediction as texts. `values`: see there; `best`: the largest output, -1 if one is NaN."""
+        return [f"{value:.6g}" for value in values]
+
+    def label(self, best: int, classes: Sequence[str] | None) -> str | None:
+        """Returns the class of a prediction; None: it has none."""
+        return None
+
+    def labels_of(self, values: Sequence[float], classes: Sequence[str] | None) -> tuple[str, ...]:
+        """Returns the labels of a prediction, of which it may have several."""
+        return ()
+
+    # -- other models of the same task
+
+    def mismatch(self, other: "Task") -> str | None:
+        """Says how the model of `other` cannot teach one of this task; None: it can."""
+        if other.kind != self.kind:
+            return f"its task is {other.name}, that of this run is {self.name}"
+        if other.outputs != self.outputs:
+            return f"has {other.outputs} classes, the data {self.outputs}; use a teacher of the same classes"
+        if other.white != self.white:
+            return f"its images have values up to {other.white:g}, those of this run up to {self.white:g}"
+        return None
+
+
+def class_average(average: Average | None, loss: nn.Module, key: str) -> Average:
+    """`choose_average` of tasks whose outputs have probabilities; those of squared errors are estimates."""
+    if not isinstance(loss, MSE):
+        return average or "probabilities"
+    if average == "probabilities":
+        raise UserError(f"{key}=probabilities: a model trained with a squared error has none; use {key}=logits")
+    return "logits"

@@ -1,0 +1,121 @@
+"""The model predicts the next token of a text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.basics.errors import UserError
+from dlopt.losses import probabilities
+from dlopt.metrics import text as text_metrics
+from dlopt.metrics.declaration import Declaration
+from dlopt.metrics.text import bits_per_byte, perplexity
+from dlopt.tasks.task import Average, Task, class_average
+
+OTHER_TOKENIZER = "reads the tokens of another tokenizer; use data.tokenizer of the teacher"
+
+
+@dataclass(frozen=True)
+class NextToken(Task):
+    """Inputs: tokens 0..T-1, int64 [B, T]; targets: tokens 1..T.
+
+    Args:
+        outputs: number of tokens in the vocabulary.
+        predictions: T.
+        unit_name: of a token; bytes are measured in bits.
+        bytes_per_token: mean number of bytes of the predicted tokens; None: unknown.
+    """
+
+    predictions: int = 1
+    unit: Literal["byte", "token"] = "token"
+    bytes_per_token: float | None = None
+
+    kind: ClassVar = "next_token"
+    purpose: ClassVar = "tokens"
+    metrics: ClassVar[Sequence[Declaration]] = text_metrics.METRICS
+    accuracy: ClassVar = "token_accuracy"
+    reads_labels: ClassVar = False
+    keeps_outputs: ClassVar = False
+    measures_train_accuracy: ClassVar = False  # the outputs are too large to be read again
+
+    @property
+    def tokens(self) -> int:
+        return self.predictions
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[0] - 1,)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape, self.outputs)
+
+    def model_arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {**super().model_arguments(shape), "vocabulary": self.outputs}
+
+    def check_model(self, choice: str, module: nn.Module) -> None:
+        if getattr(module, "vocabulary", None) is None:
+            raise UserError(f"{choice}: does not read text; use model=gpt, lstm or rnn")
+
+    def check_inputs(self, *, normalize: str | None, augments: bool, measuring: str | None) -> None:
+        if normalize is not None:
+            raise UserError(f"{normalize}: tokens have no mean; use normalize=none")
+        if augments:
+            raise UserError("augmentation: its operations change images, not text; use augmentation=none")
+        if measuring is not None:
+            raise UserError(f"{measuring}: measures images or features, not text; use init=gpt2 or init=default")
+
+    def split(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = samples.long()
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def normalized(
+        self,
+        inputs: Tensor,
+        normalize: nn.Module | None,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Tensor:
+        return inputs
+
+    def normalization(self, normalize: nn.Module) -> nn.Module:
+        return nn.Identity()
+
+    def accepts(self, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
+        return True  # of any number of tokens
+
+    def random_inputs(self, size: Sequence[int]) -> Tensor:
+        return torch.randint(self.outputs, tuple(size))
+
+    def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.int64
+
+    def random_samples(self, size: Sequence[int], generator: torch.Generator) -> Tensor:
+        return torch.randint(self.outputs, tuple(size), generator=generator)
+
+    def counted_as(self, shape: tuple[int, ...]) -> str:
+        return f"{self.unit}s"
+
+    def describe(self, window: tuple[int, ...]) -> str:
+        return f"{super().describe(window)} {self.unit}s at once, vocabulary {self.outputs:,}"
+
+    @property
+    def target_arguments(self) -> dict[str, int | None]:
+        return {"classes": self.outputs, "labels": None}
+
+    def loss_metrics(self, loss: float) -> dict[str, float]:
+        if self.unit == "byte":
+            return {"bits_per_byte": bits_per_byte(loss, 1)}
+        known = {} if self.bytes_per_token is None else {"bits_per_byte": bits_per_byte(loss, self.bytes_per_token)}
+        return {"perplexity": perplexity(loss), **known}
+
+    def values(self, outputs: Tensor, loss: nn.Module) -> Tensor:
+        return probabilities(outputs, loss)
+
+    def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
+        return class_average(average, loss, key)
+
+    def mismatch(self, other: Task) -> str | None:
+        if isinstance(other, NextToken) and other.unit != self.unit:
+            return OTHER_TOKENIZER
+        return super().mismatch(other)

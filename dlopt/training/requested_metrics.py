@@ -1,0 +1,111 @@
+"""The further metrics that a run requests, by `evaluate.metrics` or by monitoring one: checked against its task."""
+
+from collections.abc import Mapping
+
+from dlopt.basics.errors import UserError
+from dlopt.config.rules import check_mode
+from dlopt.config.run_config import RunConfig
+from dlopt.config.settings_rules import MONITORS
+from dlopt.data.samples import Dataset
+from dlopt.metrics.declaration import Declaration
+from dlopt.metrics.declared import REQUESTABLE, named
+from dlopt.metrics.names import Metric, lower_is_better
+from dlopt.tasks.task import Task
+from dlopt.training.stopping import Target
+
+
+def requested_metrics(run_config: RunConfig, dataset: Dataset) -> list[Declaration]:
+    """Returns the metrics of `evaluate.metrics` and the monitored ones, beside those of every evaluation.
+
+    Raises `UserError` for a metric that this run cannot compute.
+    """
+    _check_target(run_config, dataset.task)
+    _check_classes(_monitors(run_config), dataset)
+    return tested_metrics(run_config, dataset.task)
+
+
+def tested_metrics(run_config: RunConfig, task: Task) -> list[Declaration]:
+    """As `requested_metrics`, without a validation set: what is validated is tested, too."""
+    return named(_requested(run_config, task), task.metrics)
+
+
+def monitored_name(monitor: str) -> str | None:
+    """Returns the name, without the split, of a monitored metric that not every run has; None: every run has it."""
+    if monitor in MONITORS:
+        return None
+    metric = Metric.of(monitor)
+    if metric is None or metric.column != monitor or metric.split != "val":
+        return monitor  # which no run has
+    return metric.base
+
+
+def _monitors(run_config: RunConfig) -> dict[str, str]:
+    """Returns the monitored metrics by key."""
+    monitors = {"monitor": run_config.settings.monitor}
+    for key, component in (("stopping", run_config.stopping), ("schedule", run_config.schedule)):
+        if "monitor" in component.arguments:
+            monitors[f"{key}.monitor"] = component.arguments["monitor"]
+    return monitors
+
+
+def _requested(run_config: RunConfig, task: Task) -> list[str]:
+    """Returns the names of dlopt's own metrics that not every run of the task has. Raises `UserError`."""
+    monitors = _monitors(run_config)
+    user_metrics = [_val(name) for name in run_config.user_metrics]
+    if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
+        check_mode(task.monitor, run_config.settings.monitor_mode)
+    requested: dict[str, str] = {
+        name: f"evaluate.metrics={name}" for name in run_config.settings.evaluate.metrics if name in REQUESTABLE
+    }
+    of_loss = [_val(name) for name in task.loss_metrics(0.0)]
+    always = [] if task.accuracy is None else [_val(task.accuracy)]
+    always += [_val(name) for each in task.computed(()) for name in each.names]
+    logged = ["auto", "val_loss", *of_loss, *user_metrics, *always]
+    for key, monitor in monitors.items():
+        if monitor in logged or (key, monitor) == ("stopping.monitor", "train_loss"):
+            continue
+        name = monitored_name(monitor)
+        if name is None:
+            others = dict.fromkeys([*of_loss, *always, *(_val(each.name) for each in task.metrics if each.needs)])
+            raise UserError(f"{key}={monitor}: a {task.name} task allows {', '.join(['auto', 'val_loss', *others])}")
+        requested.setdefault(name, f"{key}={monitor}")
+    _check_names(requested, task)
+    return list(requested)
+
+
+def _check_target(run_config: RunConfig, task: Task) -> None:
+    """Raises `UserError` for a target above 1 of an accuracy or another metric with this maximum: a percentage."""
+    if run_config.stopping.target is not Target:
+        return
+    target, monitor = run_config.stopping.arguments["value"], run_config.stopping.arguments["monitor"]
+    if monitor == "auto":
+        monitor = task.monitor
+    is_user_metric = monitor in [_val(name) for name in run_config.user_metrics]
+    if target > 1 and not is_user_metric and not lower_is_better(monitor):
+        raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
+
+
+def _val(name: str) -> str:
+    return Metric("val", name).column
+
+
+def _check_names(requested: Mapping[str, str], task: Task) -> None:
+    for name, setting in requested.items():
+        found = [each for each in named([name], task.metrics) if each.needs]
+        if not found:
+            raise UserError(f"{setting}: a {task.name} task has no such metric")
+        task.check_metric(setting, found[0])
+
+
+def _check_classes(monitors: Mapping[str, str], dataset: Dataset) -> None:
+    classes, val = dataset.classes, dataset.val
+    for key, monitor in monitors.items():
+        metric = Metric.of(monitor)
+        name = None if metric is None else metric.class_name
+        if name is None or classes is None:
+            continue
+        if name not in classes:
+            shown = ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else "")
+            raise UserError(f"{key}={monitor}: no class {name}; the classes are {shown}")
+        if val is not None and not (val.targets == classes.index(name)).any():
+            raise UserError(f"{key}={monitor}: the validation set has no sample of this class")
