@@ -4,7 +4,7 @@ Losses divide by the number of samples, never by a sum of class weights: the los
 samples, then add up to the loss of the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -165,7 +165,10 @@ class Distillation(nn.Module):
     (Hinton, Vinyals & Dean 2015, section 2: T^2 keeps the scale of the gradients, whatever T is). Training only:
     evaluation uses the cross-entropy, so that runs can be compared.
 
-    The step passes the teacher's outputs (`dlopt.trained.distillation`).
+    The step passes the teacher's outputs, which `further` computes, of the samples of a micro-batch.
+
+    Attributes:
+        trained: the teacher (`dlopt.trained.distillation.Teacher`), which is no part of the module; None: not loaded.
 
     Args:
         teacher: run folder or checkpoint.
@@ -187,6 +190,11 @@ class Distillation(nn.Module):
         self.teacher, self.teacher_sha256 = teacher, teacher_sha256
         self.temperature, self.weight = temperature, weight
         self.cross_entropy = CrossEntropy(label_smoothing=0.0, class_weights=None, classes=classes)
+        self.trained: Callable[[Any], Tensor] | None = None
+
+    def further(self, batch: Any) -> tuple[Tensor, ...]:
+        """Returns the third argument of `forward` for a micro-batch; nothing without a teacher."""
+        return () if self.trained is None else (self.trained(batch),)
 
     def forward(self, outputs: Tensor, targets: Tensor, teacher_outputs: Tensor | None = None) -> Tensor:
         plain: Tensor = self.cross_entropy(outputs, targets)

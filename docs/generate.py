@@ -36,6 +36,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "commands": reference.commands_table,
     "groups": reference.choices_table,
     "settings": reference.settings,
+    "metrics": reference.metrics,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
     "judge": lambda: judge.evidence(DOCS / "judge"),
@@ -49,7 +50,7 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "verified")),
-    *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "settings")),
+    *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "metrics", "settings")),
     DOCS / "howto" / "judge.md",
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )

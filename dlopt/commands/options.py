@@ -18,6 +18,7 @@ from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.flags import documented_flags
 from dlopt.config.overrides import parts_of
+from dlopt.metrics.declared import REQUESTABLE
 
 USAGE = """\
 List groups, choices, keys and their defaults
@@ -164,7 +165,7 @@ def _found(catalogue: Catalogue, name: str, page: "_Page") -> None:
     for each in found:
         (_, first), names = keys[each][0], [choice for choice, _ in keys[each] if choice]
         more = f" ({names[0]}{f' and {len(names) - 1} more choices' if len(names) > 1 else ''})" if names else ""
-        rows.append((f"  {each}={first.value}", f"{first.comment}{more}".strip()))
+        rows.append((f"  {each}={first.value}", f"{first.comment}{_declared(first)}{more}".strip()))
     page.text(*([] if not page.lines else [""]), f"keys: {name}", bold=True)
     page.rows(rows)
 
@@ -174,6 +175,11 @@ def keys_of_runs(catalogue: Catalogue) -> list[Key]:
     keys = catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
     groups = (*catalogue.groups(), "hydra")
     return [key for key in keys if key.name.split(".")[0] not in groups and "/" not in key.name]
+
+
+def _declared(key: Key) -> str:
+    """Returns the values of a key that code declares, so that its comment does not list them."""
+    return f"; {', '.join(REQUESTABLE)}" if key.name == "evaluate.metrics" else ""
 
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ class Classification(Task):
     """Targets: int64 [B]; after mixing, probabilities [B, K]. `outputs`: the number of classes."""
 
     kind: ClassVar = "classification"
+    title: ClassVar = "Classification"
     purpose: ClassVar = "classes"
     metrics: ClassVar[Sequence[Declaration]] = class_metrics.METRICS
     accuracy: ClassVar = "accuracy"

@@ -12,9 +12,7 @@ from dlopt.tasks.regression import Regression
 from dlopt.tasks.task import Task
 from dlopt.tasks.text import NextToken
 
-_KINDS: Mapping[str, type[Task]] = {
-    each.kind: each for each in (Classification, MultiLabel, Regression, NextToken, Reconstruction)
-}
+KINDS: tuple[type[Task], ...] = (Classification, MultiLabel, Regression, NextToken, Reconstruction)
 
 
 def of_labels(classes: int | None, targets: Tensor, white: float) -> Task:
@@ -29,16 +27,15 @@ def chosen(task: Task, shape: tuple[int, ...], *components: tuple[Callable[..., 
     """Returns the task that one of the components (callable, choice) sets, for samples of `shape`; else that of the
     data.
 
-    A class sets its task by an attribute `task`, which has `instead_of`, or by `reconstructs = True`. Raises
-    `UserError`.
+    A class sets its task by an attribute `task`, a class of tasks, or by `reconstructs = True`. Raises `UserError`.
     """
     for target, choice in components:
         kind = Reconstruction if getattr(target, "reconstructs", False) else getattr(target, "task", None)
-        if kind is not None:
+        if isinstance(kind, type) and issubclass(kind, Task):
             return kind.instead_of(task, shape, choice)
     return task
 
 
 def restored(saved: Mapping[str, Any]) -> Task:
     """Returns the task of a checkpoint, see `Task.saved`."""
-    return _KINDS[saved["kind"]].of_fields(saved)
+    return {each.kind: each for each in KINDS}[saved["kind"]].of_fields(saved)

@@ -20,6 +20,7 @@ class MultiLabel(Task):
     """Targets: float [B, K], whether a sample has each label, 0 or 1. `outputs`: the number of labels."""
 
     kind: ClassVar = "multi-label"
+    title: ClassVar = "Several labels per sample"
     purpose: ClassVar = "labels"
     metrics: ClassVar[Sequence[Declaration]] = label_metrics.METRICS
 

@@ -17,6 +17,7 @@ class Reconstruction(Task):
     """Targets: the samples, float [B, K], before the normalization; 0..255 becomes 0..1. `outputs`: of an image."""
 
     kind: ClassVar = "reconstruction"
+    title: ClassVar = "Reconstruction of images"
     purpose: ClassVar = "values per target"
     reads_labels: ClassVar = False
     keeps_outputs: ClassVar = False
@@ -24,10 +25,6 @@ class Reconstruction(Task):
 
     @classmethod
     def instead_of(cls, task: Task, shape: tuple[int, ...], choice: str) -> "Reconstruction":
-        """Returns the task that the component `choice` sets in place of that of the data, for samples of `shape`.
-
-        Raises `UserError` if these are not images.
-        """
         if task.tokens is not None or len(shape) != 3:
             what = "vectors" if task.tokens is None else "a text"
             raise UserError(f"{choice}: reconstructs images, but the samples are {what}")

@@ -14,5 +14,6 @@ class Regression(Task):
     """Targets: float [B] or [B, K]. `outputs`: the number of values."""
 
     kind: ClassVar = "regression"
+    title: ClassVar = "Regression"
     purpose: ClassVar = "values per target"
     metrics: ClassVar[Sequence[Declaration]] = regression.METRICS

@@ -25,6 +25,7 @@ class Task:
 
     Attributes:
         kind: its name in checkpoints and messages.
+        title: of its section in the reference.
         purpose: what the outputs of the model are, for messages.
         metrics: of an evaluation, beside the loss.
         accuracy: name of the fraction of correct predictions, which every update adds up; None: a task without one.
@@ -41,6 +42,7 @@ class Task:
     white: float = 255.0
 
     kind: ClassVar[str]
+    title: ClassVar[str]
     purpose: ClassVar[str]
     metrics: ClassVar[Sequence[Declaration]] = ()
     accuracy: ClassVar[str | None] = None
@@ -73,6 +75,14 @@ class Task:
         """Returns the task of `saved`, also as older versions wrote it, with the fields of all tasks."""
         return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
+    @classmethod
+    def instead_of(cls, task: "Task", shape: tuple[int, ...], choice: str) -> "Task":
+        """Returns the task that the component `choice` sets in place of that of the data, for samples of `shape`.
+
+        Raises `UserError` if it does not fit.
+        """
+        return cls(task.outputs, task.white)
+
     # -- what the model reads and predicts
 
     def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -90,12 +100,14 @@ class Task:
     def check_model(self, choice: str, module: nn.Module) -> None:
         """Raises `UserError` if one of dlopt's models does not read the inputs."""
 
-    def check_inputs(self, *, normalize: str | None, augments: bool, measuring: str | None) -> None:
+    def check_inputs(self, *, normalize: str | None, augments: bool) -> None:
         """Raises `UserError` for components that do not fit the inputs.
 
-        `normalize`: the choice, if it changes the inputs; `augments`: whether the augmentation has operations;
-        `measuring`: the choice of an initialization that measures the inputs.
+        `normalize`: the choice, if it changes the inputs; `augments`: whether the augmentation has operations.
         """
+
+    def check_measured(self, init: str) -> None:
+        """Raises `UserError` if the choice `init`, which measures the inputs, cannot."""
 
     def split(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (inputs, targets) of samples [B, *shape], augmented but not normalized, and their labels."""

@@ -24,7 +24,7 @@ class NextToken(Task):
     Args:
         outputs: number of tokens in the vocabulary.
         predictions: T.
-        unit_name: of a token; bytes are measured in bits.
+        unit: of a token; bytes are measured in bits.
         bytes_per_token: mean number of bytes of the predicted tokens; None: unknown.
     """
 
@@ -33,6 +33,7 @@ class NextToken(Task):
     bytes_per_token: float | None = None
 
     kind: ClassVar = "next_token"
+    title: ClassVar = "Text"
     purpose: ClassVar = "tokens"
     metrics: ClassVar[Sequence[Declaration]] = text_metrics.METRICS
     accuracy: ClassVar = "token_accuracy"
@@ -57,13 +58,14 @@ class NextToken(Task):
         if getattr(module, "vocabulary", None) is None:
             raise UserError(f"{choice}: does not read text; use model=gpt, lstm or rnn")
 
-    def check_inputs(self, *, normalize: str | None, augments: bool, measuring: str | None) -> None:
+    def check_inputs(self, *, normalize: str | None, augments: bool) -> None:
         if normalize is not None:
             raise UserError(f"{normalize}: tokens have no mean; use normalize=none")
         if augments:
             raise UserError("augmentation: its operations change images, not text; use augmentation=none")
-        if measuring is not None:
-            raise UserError(f"{measuring}: measures images or features, not text; use init=gpt2 or init=default")
+
+    def check_measured(self, init: str) -> None:
+        raise UserError(f"{init}: measures images or features, not text; use init=gpt2 or init=default")
 
     def split(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         tokens = samples.long()
@@ -116,6 +118,5 @@ class NextToken(Task):
         return class_average(average, loss, key)
 
     def mismatch(self, other: Task) -> str | None:
-        if isinstance(other, NextToken) and other.unit != self.unit:
-            return OTHER_TOKENIZER
-        return super().mismatch(other)
+        found = super().mismatch(other)
+        return OTHER_TOKENIZER if found is None and isinstance(other, NextToken) and other.unit != self.unit else found

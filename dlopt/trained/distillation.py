@@ -1,29 +1,46 @@
 """The teacher of a distillation: a trained model, frozen, on the device of the run."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.config.teacher import teacher_file
+from dlopt.data.batches import Batch
 from dlopt.data.identity import difference
 from dlopt.data.normalization import ScaleShift
 from dlopt.losses import Distillation
 from dlopt.tasks.text import OTHER_TOKENIZER
 from dlopt.trained.restore import Trained, restore
 from dlopt.training.builders.workload import Workload
-from dlopt.training.step import Teacher
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model, frozen and in evaluation mode, on the device of the run.
+
+    `normalize`: of its inputs; None: that of the model in training.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    normalize: nn.Module | None
+
+    @torch.no_grad()  # not inference_mode: the loss keeps these outputs for its backward pass
+    def __call__(self, batch: Batch) -> Tensor:
+        """Returns the outputs of the same, augmented samples."""
+        return self.model(batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs)
 
 
 def with_teacher(workload: Workload) -> Workload:
-    """Returns the workload with the teacher that its loss names, for training; itself without one.
+    """Returns the workload, whose loss has the teacher that it names, for training; itself without one.
 
     Every rank loads the whole teacher. Its weights are no part of the model: neither of the optimizer nor of
     checkpoints. Raises `UserError` if it is missing, has changed since the run began, or does not fit the run.
     """
     loss, run_config = workload.loss, workload.run_config
-    if not isinstance(loss, Distillation) or workload.teacher is not None:
+    if not isinstance(loss, Distillation) or loss.trained is not None:
         return workload
     mode, settings = workload.parallel, run_config.settings
     key, (path, _) = f"loss.teacher={loss.teacher}", teacher_file(loss.teacher, loss.teacher_sha256)
@@ -50,7 +67,8 @@ def with_teacher(workload: Workload) -> Workload:
         note = f"{note}; {trained.warning}"
     if (found := difference(trained.identity, workload.dataset.identity)) is not None:
         note = f"{note}; warning: it was trained on other data than this run's: {found}"
-    return replace(workload, teacher=Teacher(model, None if has_same else trained.normalize, note))
+    loss.trained = Teacher(model, None if has_same else trained.normalize)
+    return replace(workload, notes=(*workload.notes, note))
 
 
 def _as(inputs: Tensor, dtype: torch.dtype) -> Tensor:

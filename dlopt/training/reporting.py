@@ -105,8 +105,7 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
         if isinstance(size, int) and size > samples
         else None
     )
-    teacher = None if workload.teacher is None else workload.teacher.note
-    lines = (describe(workload.module), chosen, pretrained, rates, teacher, workload.throughput.note, small)
+    lines = (describe(workload.module), chosen, pretrained, rates, *workload.notes, workload.throughput.note, small)
     described = [line for line in lines if line]
     norms = [*frozen_norms_note(workload.module), *small_batch_warnings(workload)]
     return [*described, *dataset.notes, *workload.placed.notes, *norms]

@@ -8,7 +8,7 @@ from dlopt.config.run_config import RunConfig
 from dlopt.config.settings_rules import MONITORS
 from dlopt.data.samples import Dataset
 from dlopt.metrics.declaration import Declaration
-from dlopt.metrics.declared import REQUESTABLE, named
+from dlopt.metrics.declared import DECLARED, REQUESTABLE, named
 from dlopt.metrics.names import Metric, lower_is_better
 from dlopt.tasks.task import Task
 from dlopt.training.stopping import Target
@@ -36,7 +36,8 @@ def monitored_name(monitor: str) -> str | None:
     metric = Metric.of(monitor)
     if metric is None or metric.column != monitor or metric.split != "val":
         return monitor  # which no run has
-    return metric.base
+    declared = DECLARED.get(metric.base)
+    return metric.base if declared is not None and declared.by_class else metric.name
 
 
 def _monitors(run_config: RunConfig) -> dict[str, str]:

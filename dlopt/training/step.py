@@ -32,28 +32,9 @@ from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
 _NO_CONTEXT = nullcontext()
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A trained model whose outputs a loss compares with those of the model that is trained (distillation).
-
-    Attributes:
-        model: frozen, in evaluation mode, on the device.
-        normalize: of its inputs; None: that of the model that is trained.
-        note: describes it, for the user.
-    """
-
-    model: Callable[[Tensor], Tensor]
-    normalize: nn.Module | None
-    note: str
-
-    @torch.no_grad()  # not inference_mode: the loss keeps these outputs for its backward pass
-    def __call__(self, batch: Batch) -> Tensor:
-        """Returns the outputs of the same, augmented samples."""
-        return self.model(batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs)
-
-
 Forward = Callable[..., tuple[Tensor, Measured]]
-"""(inputs, targets[, outputs of the teacher]) of a micro-batch -> mean loss with its graph, what the metrics need."""
+"""(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
+need."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +43,15 @@ class Network:
 
     Attributes:
         model: calls the module: wrapped by the parallel mode, compiled.
-        loss: (outputs, targets[, outputs of the teacher]) -> mean over the samples.
+        loss: (outputs, targets, *further arguments) -> mean over the samples.
+        further: returns the further arguments for a micro-batch; None: the loss has none.
         compile: compiles model, loss and metrics as one region; None: `model` and `loss` are called as they are.
     """
 
     module: nn.Module
     model: Callable[[Tensor], Tensor]
     loss: Callable[..., Tensor]
-    teacher: Teacher | None = None
+    further: Callable[[Batch], tuple[Tensor, ...]] | None = None
     compile: Callable[[Forward], Forward] | None = None
 
 
@@ -229,7 +211,7 @@ class Step:
         self._forward = _forward(self._model, self._loss, measure)
         if network.compile is not None:
             self._forward = network.compile(self._forward)
-        self._teacher = network.teacher
+        self._further = _nothing if network.further is None else network.further
         self._sampled_loss = precision.autocast(sampled_cross_entropy)
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
         self._generators = _generators(mode.device) if is_stochastic(network.module) else []
@@ -336,9 +318,7 @@ class Step:
                 # 3. Forward. Parts differ in size: each loss is weighted by its samples, because a mean of means would
                 #    weight the samples of small parts more.
                 if micro_batch.targets.shape[0]:
-                    loss, kept = self._forward(
-                        micro_batch.inputs, micro_batch.targets, *self._teacher_outputs(micro_batch)
-                    )
+                    loss, kept = self._forward(*micro_batch, *self._further(micro_batch))
                     if micro_batch.weight != 1.0:
                         loss = loss * micro_batch.weight
                 else:  # the other ranks wait for this one in collectives; its gradients are zero
@@ -366,7 +346,7 @@ class Step:
         with sdpa_kernel(SDPBackend.MATH):
             return self._differentiable(
                 self.current.batch,
-                lambda outputs, part: self._loss(outputs, part.targets, *self._teacher_outputs(part)),
+                lambda outputs, part: self._loss(outputs, part.targets, *self._further(part)),
             )
 
     def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
@@ -435,10 +415,6 @@ class Step:
         for generator in self._generators if self.seeds else ():
             generator.manual_seed(self.current.seed)
 
-    def _teacher_outputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Returns the further argument of the loss, if there is a teacher."""
-        return () if self._teacher is None else (self._teacher(batch),)
-
     def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, and appends what the metrics need of it."""
         loss = self._loss(outputs, targets)
@@ -469,6 +445,10 @@ class Step:
         return locate(self.module, self.current.batch.inputs, self.mode, self.loss, loss_is_finite=loss_is_finite)
 
 
+def _nothing(_: Batch) -> tuple[Tensor, ...]:
+    return ()
+
+
 def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], measure: Measure) -> Forward:
     """Model, loss and metrics as one function, which a compiler sees as a whole.
 
@@ -476,9 +456,9 @@ def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], mea
     outputs are larger than all activations, that takes as long as the model.
     """
 
-    def forward(inputs: Tensor, targets: Tensor, *teacher: Tensor) -> tuple[Tensor, Measured]:
+    def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Measured]:
         outputs = model(inputs)
-        value = loss(outputs, targets, *teacher)
+        value = loss(outputs, targets, *further)
         return value, measure(value.detach(), outputs.detach(), targets)
 
     return forward

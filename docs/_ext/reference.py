@@ -32,8 +32,10 @@ from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.run_config import GROUPS, Settings
 from dlopt.config.schema import annotation_of, describe_type, parameters_of, show
 from dlopt.lab.comparison.comparison import Comparison
+from dlopt.metrics.declared import LOSS
 from dlopt.python import api
 from dlopt.sweeps.search import SearchSettings
+from dlopt.tasks.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUE = Catalogue()
@@ -237,6 +239,22 @@ def settings() -> str:
     for title, own in rows.items():
         lines += [f"## {title[:1].upper()}{title[1:]}", "", table(COLUMNS, own)]
     return "\n".join(lines)
+
+
+_WHEN = {"always": "always", "tested": "on request, `dlopt eval`", "requested": "on request"}
+
+
+def metrics() -> str:
+    """The metrics of each task."""
+    lines = []
+    for task in KINDS:
+        rows = [(code(each.name), _BETTER[each.better], _WHEN[each.when], text(each.about))
+                for each in (LOSS, *task.metrics)]  # fmt: skip
+        lines += [f"## {task.title}", "", table(("Metric", "Better", "Computed", "Meaning"), rows)]
+    return "\n".join(lines)
+
+
+_BETTER = {"min": "lower", "max": "higher"}
 
 
 def _sections(path: Path) -> dict[str, str]:

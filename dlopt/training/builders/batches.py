@@ -38,7 +38,7 @@ def training_batches(workload: Workload) -> Batches:
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
-    teacher_normalize = None if workload.teacher is None else workload.teacher.normalize
+    teacher_normalize = getattr(getattr(workload.loss, "trained", None), "normalize", None)  # of a distillation
     parts = [*_steps(augment), workload.normalize, *([] if teacher_normalize is None else [teacher_normalize])]
     recorder = speed.data_recorder(run_config, workload.device, parts)
     batches = Batches(

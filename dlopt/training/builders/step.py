@@ -98,8 +98,8 @@ def build_update(
         observed=bool(observers or settings.diagnostics or settings.profile),  # only rank 0 has the observers
         compile=False if workload.compile_obstacle else settings.compile,
     )
-    if reason is None and workload.network.teacher is not None:
-        reason = "the static batch of a graph has no inputs of a teacher"
+    if reason is None and workload.network.further is not None:
+        reason = "the static batch of a graph has no further arguments of a loss, such as the outputs of a teacher"
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     update: Update = step.update

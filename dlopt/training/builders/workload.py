@@ -53,7 +53,7 @@ from dlopt.training.builders.recompute import recompute
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.rng import ADAPTERS, SCHEME, WEIGHTS
-from dlopt.training.step import Network, Teacher
+from dlopt.training.step import Network
 from dlopt.training.throughput import Throughput
 
 
@@ -75,7 +75,7 @@ class Workload:
     uses: Sequence[str] | None = None  # order in which the model computes, if the config needs it; None: registration
     compile_obstacle: str = ""  # why the model is not compiled; empty: it is
     flops: float | None = None  # of a training sample; None: unknown, or on a CPU
-    teacher: Teacher | None = None  # of loss=distillation, in training
+    notes: Sequence[str] = ()  # on its parts, beside those of the data
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
     opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
 
@@ -113,7 +113,7 @@ class Workload:
 
     @property
     def network(self) -> Network:
-        network = Network(self.module, self.model, self.loss, self.teacher)
+        network = Network(self.module, self.model, self.loss, getattr(self.loss, "further", None))
         if self.compile_obstacle:
             return network
         compile = partial(speed.compiled, setting=self.run_config.settings.compile)
@@ -193,7 +193,6 @@ def build_workload(
         random_crops=random_crops,
         compare=parallel.ranks.is_main,
     )
-    _check_inputs(run_config, dataset.task)
     augment = _build_augmentation(run_config, dataset)
     window = dataset.train.shape if augment is None else augment.output_shape
     dataset = with_task(run_config, dataset, window)
@@ -209,7 +208,8 @@ def build_workload(
         with blamed("the checkpoint"):
             normalize.load_state_dict(saved.normalize)
     normalize = normalize.to(device)
-    _check_normalization(run_config, normalize, shape)
+    if len(shape) == 3:
+        _check_normalization(run_config, normalize, shape)
 
     # 4. The model, initialized on the CPU; first a check whether it fits into memory.
     runtime = task.model_arguments(shape)
@@ -220,6 +220,10 @@ def build_workload(
     module = build_model(run_config, dataset, normalize, shape)
     if run_config.model.target.__module__.startswith("dlopt."):
         task.check_model(run_config.model.choice, module)
+    task.check_inputs(
+        normalize=None if run_config.normalize.target is Nothing else run_config.normalize.choice,
+        augments=run_config.augmentation.arguments.get("operations") != [],
+    )
     if adapted_layers(module) and not parallel.traits.adapters:
         raise UserError(
             f"{run_config.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
@@ -276,16 +280,6 @@ def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -
     """Returns the dataset of a config with the splits of training; images are decoded on access."""
     source = run_config.read_data(saved_tokenizer=saved_tokenizer)
     return prepare(source, replace(run_config.data_settings, memory=False))
-
-
-def _check_inputs(run_config: RunConfig, task: Task) -> None:
-    """Raises `UserError` for components that do not fit the inputs of the task."""
-    normalize, init = run_config.normalize, run_config.init
-    task.check_inputs(
-        normalize=None if normalize.target is Nothing else normalize.choice,
-        augments=run_config.augmentation.arguments.get("operations") != [],
-        measuring=init.choice if init.takes("inputs") else None,
-    )
 
 
 def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tuple[int, ...]) -> None:
@@ -414,6 +408,7 @@ def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, s
     module = build_module(run_config.model, dataset.task.model_arguments(shape))
     runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
     if run_config.init.takes("inputs"):
+        dataset.task.check_measured(run_config.init.choice)
         runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
     if run_config.init.takes("growth"):
         runtime["growth"] = width_growth(run_config.model, dataset.task.model_arguments(shape))
