@@ -29,12 +29,12 @@ class Accumulator(Protocol):
 class Sums:
     """Accumulates metrics that are functions of sums over samples.
 
-    `outputs`: size of a prediction; `names`: of the classes, if a metric has a value for each.
+    `size`: number of classes or values; `names`: of the classes, if a metric has a value for each.
     """
 
     metrics: Sequence[Declaration]
     part: Part
-    outputs: int
+    size: int
     names: Sequence[str] = ()
     _sums: Tensor | None = field(default=None, init=False)
 
@@ -50,7 +50,7 @@ class Sums:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def means(self, reduce: Reduce | None) -> dict[str, float]:
-        sizes = [need.size(self.outputs) for need in self._needs]
+        sizes = [need.size(self.size) for need in self._needs]
         # One transfer from the device per evaluation. `reduce` is a collective: a rank without samples calls it, too.
         local = [0.0] * sum(sizes) if self._sums is None else self._sums.tolist()  # zeros: this rank had no samples
         sums = torch.tensor(local if reduce is None else list(reduce(local)), dtype=torch.float64)
@@ -76,12 +76,12 @@ class Wholes(KeptOutputs):
 
 
 def accumulators(
-    metrics: Sequence[Declaration], part: Part, outputs: int, names: Sequence[str], ranks: Ranks
+    metrics: Sequence[Declaration], part: Part, size: int, names: Sequence[str], ranks: Ranks
 ) -> list[Accumulator]:
     """Returns what accumulates the metrics; see `Sums` and `Wholes`."""
     of_sums, of_wholes = ([each for each in metrics if each.needs and isinstance(each.needs[0], kind)]
                           for kind in (Sum, Whole))  # fmt: skip
-    found: list[Accumulator] = [Sums(of_sums, part, outputs, names)] if of_sums else []
+    found: list[Accumulator] = [Sums(of_sums, part, size, names)] if of_sums else []
     return [*found, *([Wholes(of_wholes, part, ranks)] if of_wholes else [])]
 
 

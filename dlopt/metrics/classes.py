@@ -65,11 +65,11 @@ class Counts(NamedTuple):
 
 
 def _counts(part: Evaluated) -> "Tensor":
-    classes, targets, predictions = part.outputs.shape[1], part.targets, part.predictions
+    targets, predictions = part.targets, part.predictions
     labels = (targets[predictions == targets], targets, predictions[predictions >= 0])
     import torch
 
-    return torch.cat([each.bincount(minlength=classes) for each in labels])
+    return torch.cat([each.bincount(minlength=part.size) for each in labels])
 
 
 def _top_hits(part: Evaluated) -> "Tensor":
@@ -81,7 +81,7 @@ COUNTS = Sum(lambda classes: 3 * classes, _counts)
 TOP_HITS = Sum(lambda _: 1, _top_hits)
 GAPS = Sum(
     lambda _: BINS,
-    lambda part: calibration_gaps(part.probabilities(part.outputs), part.targets, predictions=part.predictions),
+    lambda part: calibration_gaps(part.probabilities, part.targets, predictions=part.predictions),
 )
 
 # -- the metrics
@@ -120,7 +120,7 @@ METRICS = (
     ),
     Declaration(
         "top5_accuracy", "max", "%", "samples whose class has one of the five largest outputs", "tested",
-        (COUNTS, TOP_HITS), lambda counts, hits, _: (hits[0] / _by_class(counts).true.sum()).item(), outputs=TOP + 1,
+        (COUNTS, TOP_HITS), lambda counts, hits, _: (hits[0] / _by_class(counts).true.sum()).item(), least=TOP + 1,
     ),
     Declaration(
         "macro_f1", "max", "", "F1 of each class, mean over the classes that occur or are predicted", "tested",

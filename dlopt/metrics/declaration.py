@@ -18,27 +18,6 @@ When = Literal["always", "tested", "requested"]
 """Computed in every evaluation; on request (`evaluate.metrics`, `monitor`) and by `dlopt eval`; on request."""
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """Samples whose outputs are known: those of a batch, or all of a split.
-
-    Attributes:
-        outputs: [N, K] in fp32 or fp64.
-        targets: as the loss takes them.
-        probabilities: maps outputs to probabilities.
-        origin: a target [1, ...], the same on all ranks: sums of distances to it lose nothing by rounding.
-    """
-
-    outputs: "Tensor"
-    targets: "Tensor"
-    probabilities: "Callable[[Tensor], Tensor]"
-    origin: "Tensor | None" = None
-
-    @cached_property
-    def predictions(self) -> "Tensor":
-        return predicted_classes(self.outputs)
-
-
 def predicted_classes(outputs: "Tensor") -> "Tensor":
     """Returns the class with the largest of the outputs [..., K]: int64 [...]; -1, no class, where one is NaN."""
     largest, classes = outputs.max(-1)  # NaN where there is one
@@ -46,10 +25,40 @@ def predicted_classes(outputs: "Tensor") -> "Tensor":
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """Samples whose outputs are known: those of a batch, or all of a split.
+
+    Attributes:
+        outputs: [N, ...] in fp32 or fp64.
+        targets: as the loss takes them.
+        size: number of classes, labels or values.
+        values: maps outputs to probabilities [N, size], or values.
+        predicted: maps outputs to the predicted classes.
+        origin: a target [1, ...], the same on all ranks: sums of distances to it lose nothing by rounding.
+    """
+
+    outputs: "Tensor"
+    targets: "Tensor"
+    size: int
+    values: "Callable[[Tensor], Tensor]"
+    predicted: "Callable[[Tensor], Tensor]" = predicted_classes
+    origin: "Tensor | None" = None
+
+    @cached_property
+    def probabilities(self) -> "Tensor":
+        return self.values(self.outputs)
+
+    @cached_property
+    def predictions(self) -> "Tensor":
+        """The predicted class: int64 [N]; -1, none, where an output is NaN."""
+        return self.predicted(self.outputs)
+
+
+@dataclass(frozen=True)
 class Sum:
     """Numbers that are added up over samples, batches and ranks.
 
-    `size`: how many, for a model of K outputs; `of`: those of a batch, which has at least one sample.
+    `size`: how many, of a number of classes or values; `of`: those of a batch, which has at least one sample.
     """
 
     size: Callable[[int], int]
@@ -78,7 +87,7 @@ class Declaration:
         value: (*needs, names of the classes) -> the metric; if it is `by_class`, several by name: NAME/CLASS of each
             class, and those of `also`.
         also: further names of what `value` returns.
-        outputs: least number of outputs of the model.
+        least: number of classes that it needs.
         header: of its column in the table of epochs.
     """
 
@@ -91,7 +100,7 @@ class Declaration:
     value: Callable[..., float | Mapping[str, float]] | None = None
     by_class: bool = False
     also: tuple[str, ...] = ()
-    outputs: int = 1
+    least: int = 1
     header: str = ""
 
     @property

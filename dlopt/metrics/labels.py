@@ -75,7 +75,7 @@ def label_report(outputs: "Tensor", targets: "Tensor", probabilities: "Callable[
     return LabelReport(counts[2], precision, f1, micro.item(), bool(is_nan.any()))
 
 
-REPORT = Whole(lambda split: label_report(split.outputs, split.targets, split.probabilities))
+REPORT = Whole(lambda split: label_report(split.outputs, split.targets, split.values))
 
 
 def _mean(values: "Callable[[LabelReport], float]") -> "Callable[[LabelReport, object], float]":

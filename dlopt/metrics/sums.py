@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dlopt.metrics.declaration import predicted_classes
 from dlopt.metrics.names import Split, by_column
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
@@ -28,6 +27,8 @@ class CountsPredictions(Protocol):
 
     @property
     def predictions(self) -> int: ...
+
+    def predicted(self, outputs: Tensor) -> Tensor: ...
 
     def loss_metrics(self, loss: float) -> dict[str, float]: ...
 
@@ -108,7 +109,7 @@ class MetricSum:
         if not self._keeps_outputs:
             return Measured(loss, targets.shape[0])
         if self.on_flush is None and outputs.numel() > _MAX_KEPT_OUTPUTS:
-            return Measured(loss, targets.shape[0], correct=_count_correct(outputs, _labels(targets)))
+            return Measured(loss, targets.shape[0], correct=self._count_correct(outputs, _labels(targets)))
         return Measured(loss, targets.shape[0], outputs, targets)
 
     def add(self, *measured: Measured) -> None:
@@ -157,12 +158,15 @@ class MetricSum:
         if kept:
             outputs = _concatenated([outputs for outputs, _ in kept])
             if self._accuracy is not None:
-                correct.append(_count_correct(outputs, _concatenated([_labels(targets) for _, targets in kept])))
+                correct.append(self._count_correct(outputs, _concatenated([_labels(targets) for _, targets in kept])))
             if self.on_flush is not None:
                 self.on_flush(outputs, _concatenated([targets for _, targets in kept]))
         number = torch.stack(correct).sum() if correct else losses.new_zeros(())
         values = torch.cat([losses, number.to(losses.dtype).reshape(1)])
         self._flushed.append((values, [each.samples for each in pending]))
+
+    def _count_correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (self.task.predicted(outputs) == labels).sum()
 
     def means(self, split: Split) -> dict[str, float]:
         """Returns by column the loss and, for a classifier, the accuracy (a fraction) over all samples so far.
@@ -211,10 +215,6 @@ class MetricSum:
 def _labels(targets: Tensor) -> Tensor:
     """Returns the labels [B] of targets [B], or [B, K] with probabilities."""
     return targets.argmax(1) if targets.is_floating_point() else targets
-
-
-def _count_correct(outputs: Tensor, labels: Tensor) -> Tensor:
-    return (predicted_classes(outputs) == labels).sum()
 
 
 def _concatenated(tensors: list[Tensor]) -> Tensor:

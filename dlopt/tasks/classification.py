@@ -27,24 +27,24 @@ class Classification(Task):
     monitor: ClassVar = "val_accuracy"
 
     def describe(self, window: tuple[int, ...]) -> str:
-        return f"{super().describe(window)}, {self.outputs:,} classes"
+        return f"{super().describe(window)}, {self.size:,} classes"
 
     @property
     def target_arguments(self) -> dict[str, int | None]:
-        return {"classes": self.outputs, "labels": None}
+        return {"classes": self.size, "labels": None}
 
     def balance(self, loss: Mapping[str, Any], targets: Tensor) -> dict[str, Any]:
         if loss.get("class_weights") != "balanced":
             return {}
-        return {"class_counts": torch.bincount(targets, minlength=self.outputs).tolist()}
+        return {"class_counts": torch.bincount(targets, minlength=self.size).tolist()}
 
     def values(self, outputs: Tensor, loss: nn.Module) -> Tensor:
         return probabilities(outputs, loss)
 
     def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
         # On the host, once per test: the report is printed, drawn and written.
-        confusion = confusion_matrix(part.targets, part.predictions, self.outputs).cpu()
-        return TestReport(metrics, confusion, samples=torch.bincount(part.targets, minlength=self.outputs).cpu())
+        confusion = confusion_matrix(part.targets, part.predictions, self.size).cpu()
+        return TestReport(metrics, confusion, samples=torch.bincount(part.targets, minlength=self.size).cpu())
 
     def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
         return class_average(average, loss, key)

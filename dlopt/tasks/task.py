@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.losses import MSE
-from dlopt.metrics.declaration import Declaration, Evaluated
+from dlopt.metrics.declaration import Declaration, Evaluated, predicted_classes
 from dlopt.tasks.report import TestReport
 
 Average = Literal["probabilities", "logits"]
@@ -59,6 +59,11 @@ class Task:
     @property
     def tokens(self) -> int | None:
         return None
+
+    @property
+    def size(self) -> int:
+        """Number of classes, labels or values: that of `values`."""
+        return self.outputs
 
     @property
     def name(self) -> str:
@@ -176,8 +181,14 @@ class Task:
         """Returns what outputs [..., K] mean, after training with `loss`: probabilities, or numbers."""
         return outputs
 
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """Returns the predicted class of outputs [..., K]: int64 [...]; -1, none, where one is NaN."""
+        return predicted_classes(outputs)
+
     def evaluated(self, outputs: Tensor, targets: Tensor, loss: nn.Module, origin: Tensor | None = None) -> Evaluated:
-        return Evaluated(outputs, targets, lambda outputs: self.values(outputs, loss), origin)
+        return Evaluated(
+            outputs, targets, self.size, lambda outputs: self.values(outputs, loss), self.predicted, origin
+        )
 
     def class_names(self, classes: Sequence[str] | None) -> tuple[str, ...] | None:
         """Returns the names of what the model predicts, of the `classes` of the data; None: it has no names."""
@@ -185,13 +196,13 @@ class Task:
 
     def check_metric(self, setting: str, metric: Declaration) -> None:
         """Raises `UserError` if `metric`, one of its own, is not defined for its outputs."""
-        if self.outputs < metric.outputs:
-            raise UserError(f"{setting}: needs more than {metric.outputs - 1} classes; the data have {self.outputs}")
+        if self.size < metric.least:
+            raise UserError(f"{setting}: needs more than {metric.least - 1} classes; the data have {self.size}")
 
     def computed(self, requested: Sequence[Declaration], *, tests: bool = False) -> list[Declaration]:
         """Returns the metrics that an evaluation computes from its outputs; `tests`: one by `dlopt eval`."""
         when = ("always", "tested") if tests else ("always",)
-        usual = [each for each in self.metrics if each.when in when and each.outputs <= self.outputs]
+        usual = [each for each in self.metrics if each.when in when and each.least <= self.size]
         return [each for each in self.metrics if each.needs and (each in usual or each in requested)]
 
     def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
@@ -211,7 +222,7 @@ class Task:
 
     def columns(self, classes: Sequence[str] | None) -> list[str]:
         """Returns the titles of the columns of `cells`."""
-        return ["value"] if self.outputs == 1 else [f"value_{number}" for number in range(self.outputs)]
+        return ["value"] if self.size == 1 else [f"value_{number}" for number in range(self.size)]
 
     def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str]:
         """Returns a prediction as texts. `values`: see there; `best`: the largest output, -1 if one is NaN."""

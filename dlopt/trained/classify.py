@@ -17,7 +17,6 @@ from dlopt.data.checks import left_out_note
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import Stored, decode_described
 from dlopt.machine.threads import usable_cores
-from dlopt.metrics.declaration import predicted_classes
 from dlopt.trained.restore import Trained
 
 
@@ -118,7 +117,7 @@ def _classify(
     if readable:
         outputs = trained.outputs(torch.stack([pixels for pixels, _ in readable]))
         # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
-        best = predicted_classes(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
+        best = trained.task.predicted(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
         found = map(
             Classified, trained.task.values(outputs, trained.loss).tolist(), best, [stored for _, stored in readable]
         )

@@ -108,7 +108,7 @@ def report(
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     part = partial(task.evaluated, loss=loss, origin=targets[:1])
     with torch.inference_mode():
-        for each in accumulators(metrics, part, task.outputs, names, Ranks()):
+        for each in accumulators(metrics, part, task.size, names, Ranks()):
             each.add(outputs, targets)
             values |= by_column("test", each.means(None))
         values |= by_column("test", compute(user_metrics, outputs, targets))
@@ -226,7 +226,7 @@ def _evaluate(
 ) -> dict[str, float] | None:
     functions, ranks = workload.run_config.user_metrics, workload.parallel.ranks
     names, part = workload.dataset.classes or (), partial(task.evaluated, loss=workload.loss, origin=origin)
-    extra = accumulators(task.computed(requested), part, task.outputs, names, ranks)
+    extra = accumulators(task.computed(requested), part, task.size, names, ranks)
     module, model = workload.module, workload.precision.autocast(workload.model)
     with norm_statistics(workload, module, model, interruption):
         return evaluate(
