@@ -38,7 +38,7 @@ ALLOWED_PACKAGES = ("dlopt", "torch.optim", "torch.nn", "torchvision")
 # The modules of dlopt that configs may name; the others act on files, processes and the network.
 _CONFIGURABLE = (
     "dlopt.adapt", "dlopt.augment", "dlopt.data", "dlopt.init", "dlopt.losses", "dlopt.models", "dlopt.optim",
-    "dlopt.parallel", "dlopt.schedules", "dlopt.sweeps.samplers",
+    "dlopt.parallel", "dlopt.schedules", "dlopt.tasks", "dlopt.sweeps.samplers",
     "dlopt.training.clipping", "dlopt.training.stopping",
 )  # fmt: skip
 _NOT_CONFIGURABLE = (
