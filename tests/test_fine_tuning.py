@@ -10,7 +10,7 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
-from dlopt.training.builders.workload import class_names, load_weights
+from dlopt.training.builders.workload import load_weights
 from dlopt.training.checkpoint import checkpoints
 from tests.support.runs import resume, small_workload, start
 from tests.support.sizes import SMALL
@@ -97,10 +97,10 @@ def test_warns_about_small_norm_batches(overrides: list[str], warned: bool) -> N
 def test_a_last_layer_of_other_classes_is_reported(tmp_path: Path) -> None:
     """Its outputs are in the order of the classes of the checkpoint."""
     source, target = small_workload("init_seed=1"), small_workload("init_seed=2")
-    classes = class_names(target)
+    classes = target.class_names
     assert classes is not None
     checkpoint = SimpleNamespace(
-        merged_weights=source.module.state_dict(), classes=tuple(classes[::-1]), data={"classes": classes[::-1]}
+        merged_weights=source.module.state_dict(), classes=classes[::-1], data={"classes": list(classes[::-1])}
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dlopt.training.checkpoint.weights.is_checkpoint", lambda _: True)

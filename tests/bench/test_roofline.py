@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from dlopt.data.task import Task
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -16,10 +15,11 @@ from dlopt.config.run_config import GROUPS
 from dlopt.config.schema import ALLOWED_PACKAGES, Component, component
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.text import NextToken
 from dlopt.training.builders.model_check import build_on_meta
 from dlopt.training.builders.optimizer import can_fuse
 from dlopt.training.builders.precision import Precision
-from dlopt.training.builders.workload import model_arguments
 from dlopt.training.graphed_update import obstacle
 from dlopt.training.step import StepSettings
 from tests.support.choices import CONF, names, values
@@ -93,8 +93,8 @@ def test_does_no_more_work_than_the_program_that_it_follows(
     assert {key for key in reference if summary[key] > 1.3 * reference[key]} == set(), summary
 
 
-TOKENS = (Task("next_token", 50257, 2), (2,))
-IMAGES = (Task("classification", 10), (3, 32, 32))
+TOKENS = (NextToken(50257, predictions=2), (2,))
+IMAGES = (Classification(10), (3, 32, 32))
 SHAPES = {"polynomial": (1,), "alexnet_224": (3, 224, 224), "two_column_alexnet_224": (3, 224, 224)}
 # Of very deep networks, the shallowest of the same layers.
 DEPTHS = {"resnet110": 8, "resnet1202": 8, "preact_resnet110": 8, "preact_resnet164": 11, "preact_resnet1001": 11}
@@ -126,11 +126,14 @@ def test_every_model_fits_a_gpu() -> None:
     for choice in sorted(set(names("model")) - FOREIGN):
         task, shape = TOKENS if choice.startswith("gpt") else (IMAGES[0], SHAPES.get(choice, IMAGES[1]))
         changed = {"depth": DEPTHS[choice]} if choice in DEPTHS else {}
-        module = build_on_meta(model_of(choice, **changed), model_arguments(task, shape))
+        arguments = task.model_arguments(shape)
+        module = build_on_meta(model_of(choice, **changed), arguments)
         Mode(torch.device("cpu")).place(module, shape)
         assert obstacle_to_a_graph(module, optimizer) is None, choice
         sides = {side for parameter in module.parameters() if parameter.ndim > 1 for side in parameter.shape[:2]}
-        assert not [side for side in sides if side >= 1024 and side % 8 and side != task.vocabulary], choice
+        assert not [
+            side for side in sides if side >= 1024 and side % 8 and side != task.model_arguments(shape)["vocabulary"]
+        ], choice
 
 
 def test_every_optimizer_of_a_recipe_fits_a_graph() -> None:

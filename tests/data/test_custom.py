@@ -8,6 +8,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from dlopt.basics.errors import UserError
 from dlopt.data.custom import custom
+from dlopt.tasks.labels import MultiLabel
 
 
 class Points(Dataset[tuple[torch.Tensor, Any]]):
@@ -45,7 +46,7 @@ def test_zeros_and_ones_with_classes_are_several_labels_per_sample() -> None:
     flags = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     data = load(train=Points(list(map(torch.tensor, flags))), classes=["red", "round"])
     assert data.classes == ("red", "round") and data.has_several_labels
-    assert data.train.targets.tolist() == flags and (data.task.kind, data.task.labels) == ("multi-label", 2)
+    assert data.train.targets.tolist() == flags and data.task == MultiLabel(2)
 
 
 def test_floating_point_labels_mean_regression() -> None:

@@ -1,6 +1,7 @@
 """Tests of metrics against scikit-learn and manual results."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from dlopt.metrics import classes
+from dlopt.metrics.accumulators import Sums
+from dlopt.metrics.declaration import Evaluated
+from dlopt.metrics.declared import named
 
 CLASSES = 7
 
@@ -74,7 +78,8 @@ def test_calibration_error_of_certain_predictions() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_class_that_neither_occurs_nor_is_predicted_is_left_out_of_macro_f1(seed: int) -> None:
     outputs, targets = drawn(seed)
-    accumulated = classes.ClassMetrics(["macro_f1"], [str(k) for k in range(CLASSES)], lambda out: out.softmax(1))
+    part = partial(Evaluated, probabilities=lambda out: out.softmax(1))
+    accumulated = Sums(named(["macro_f1"], classes.METRICS), part, CLASSES)
     for chunk in torch.arange(len(targets)).split(64):
         accumulated.add(outputs[chunk], targets[chunk])
     expected = reference.f1_score(targets, outputs.argmax(1), average="macro")

@@ -1,6 +1,7 @@
 """Tasks of tests that do not load a dataset."""
 
-from dlopt.data.task import Task
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.regression import Regression
 
-CLASSIFICATION = Task("classification", 10)
-REGRESSION = Task("regression", 1)
+CLASSIFICATION = Classification(10)
+REGRESSION = Regression(1)

@@ -10,7 +10,8 @@ from torch import nn
 
 from dlopt.data.images import Stored
 from dlopt.losses import MSE
-from dlopt.metrics.sums import predicted_classes
+from dlopt.metrics.declaration import predicted_classes
+from dlopt.tasks.classification import Classification
 from dlopt.trained.classify import _classify, changes
 from dlopt.trained.restore import Trained
 
@@ -18,7 +19,7 @@ from dlopt.trained.restore import Trained
 def trained(outputs: torch.Tensor, loss: nn.Module) -> Trained:
     names = [str(number) for number in range(outputs.shape[1])]
     fields: dict[str, Any] = {"outputs": lambda _: outputs, "loss": loss, "classes": names}
-    return cast(Trained, SimpleNamespace(task=SimpleNamespace(labels=None), **fields))
+    return cast(Trained, SimpleNamespace(task=Classification(len(names)), **fields))
 
 
 def test_classes_are_those_that_eval_counts() -> None:

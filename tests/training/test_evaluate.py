@@ -2,16 +2,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from dlopt.data.task import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt import losses
 from dlopt.losses import CrossEntropy
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.regression import Regression
 from dlopt.training.builders.precision import Precision
 from dlopt.training.evaluate import evaluate
 
-CLASSES, NUMBERS = Task("classification", 3), Task("regression", 1)
+CLASSES, NUMBERS = Classification(3), Regression(1)
 CROSS_ENTROPY = CrossEntropy(label_smoothing=0.2, class_weights=None, classes=3)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from dlopt.data.task import Task
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from dlopt.data.batches import Batch
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
+from dlopt.tasks.classification import Classification
 from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.builders.precision import Precision
 from dlopt.training.evaluate import evaluate
@@ -149,7 +149,7 @@ def training(
                 model,
                 batches,
                 nn.CrossEntropyLoss(),
-                task=Task("classification", 3),
+                task=Classification(3),
                 split="val",
                 interruption=interruption,
             )

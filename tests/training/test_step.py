@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from dlopt.data.task import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from dlopt.optim import SAM
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
+from dlopt.tasks.text import NextToken
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
 from dlopt.training.step import Network, Step, StepSettings
@@ -479,7 +479,7 @@ def test_model_loss_and_metrics_are_compiled_as_one_region(precision: str, monke
             monkeypatch.setattr(losses._ChunkedCrossEntropy, "apply", None)
         loss = losses.CrossEntropy(label_smoothing=0.1, class_weights=None, classes=13)
         network = Network(model, model, loss, compile=compile)
-        optimizer, sums = torch.optim.SGD(model.parameters(), lr=0.5), MetricSum(Task("next_token", 13, 5))
+        optimizer, sums = torch.optim.SGD(model.parameters(), lr=0.5), MetricSum(NextToken(13, predictions=5))
         step = Step(
             network, optimizer, Scheduler(optimizer, lambda t: 1.0), Mode(CPU), StepSettings(accumulate=2),
             precision=chosen, measure=sums.measure,

@@ -1,19 +1,19 @@
-"""Targets taken from the samples: in batches, losses and metrics."""
+"""Tokens as inputs and targets: in batches, losses and metrics."""
 
 import math
 
 import pytest
 import torch
-from dlopt.data.task import Task
 from torch.nn import functional as F
 
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import Random
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import InMemory
 from dlopt.losses import MSE, CrossEntropy
 from dlopt.metrics.sums import MetricSum
+from dlopt.tasks.text import NextToken
 
-NEXT_TOKEN = Task("next_token", 11, predictions=5, unit="byte")
+NEXT_TOKEN = NextToken(11, predictions=5, unit="byte")
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -26,28 +26,6 @@ def test_batches_split_the_tokens_of_a_text(in_memory: bool) -> None:
     inputs, targets = (torch.cat(column) for column in zip(*batches.epoch(0), strict=True))
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs, windows[order, :-1].long()) and torch.equal(targets, windows[order, 1:].long())
-
-
-def test_targets_of_a_reconstruction_are_augmented_but_not_normalized() -> None:
-    images = torch.randint(256, (5, 1, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-
-    def invert(inputs: torch.Tensor, labels: torch.Tensor, **_: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return 255 - inputs, labels
-
-    delivery = Delivery(torch.device("cpu"), True, 0, Task("reconstruction", 6), normalize=torch.nn.Flatten(0))
-    loop = Batches(InMemory(images, torch.arange(5)), delivery, batch_size=5, augment=invert)
-    ((inputs, targets),) = loop.epoch(0)
-    assert inputs.shape == (30,)  # normalized
-    torch.testing.assert_close(targets, (255 - images).flatten(1) / 255)
-
-
-@pytest.mark.parametrize(("low", "high", "white"), [(0.0, 1.0, 1.0), (-2.0, 2.0, 1.0), (0.0, 200.0, 255.0)])
-def test_floating_point_images_keep_their_unit_in_a_reconstruction(low: float, high: float, white: float) -> None:
-    images = torch.linspace(low, high, 12).view(2, 1, 2, 3)
-    task = Task("reconstruction", 6)
-    task = Dataset(InMemory(images, torch.zeros(2)), None, None, None, unlabelled=task).task
-    assert task.white == white
-    torch.testing.assert_close(task.split(images, torch.zeros(2))[1], images.flatten(1) / white)
 
 
 def test_loss_and_metrics_of_a_text_are_means_over_tokens() -> None:
@@ -76,5 +54,5 @@ def test_loss_and_metrics_of_a_text_are_means_over_tokens() -> None:
 
 
 def test_tokens_have_a_perplexity() -> None:
-    assert Task("next_token", 50257).loss_metrics(2.0) == {"perplexity": pytest.approx(math.exp(2))}
-    assert Task("next_token", 50257).loss_metrics(1e9) == {"perplexity": math.inf}
+    assert NextToken(50257).loss_metrics(2.0) == {"perplexity": pytest.approx(math.exp(2))}
+    assert NextToken(50257).loss_metrics(1e9) == {"perplexity": math.inf}
