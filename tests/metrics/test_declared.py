@@ -1,0 +1,359 @@
+"""Every declared metric against scikit-learn, or against its definition; all of an evaluation, over batches and ranks.
+
+A new metric needs a reference here, and a case that has it.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from threading import Barrier
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+from sklearn import metrics as reference
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dlopt.losses import MSE, BinaryCrossEntropy, CrossEntropy
+from dlopt.metrics import classes, labels, regression, text
+from dlopt.metrics.accumulators import accumulators
+from dlopt.metrics.declaration import Sum, Whole
+from dlopt.metrics.declared import DECLARED, LOSS, REQUESTABLE
+from dlopt.metrics.names import Metric
+from dlopt.parallel.ranks import Ranks
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.labels import MultiLabel
+from dlopt.tasks.regression import Regression
+from dlopt.tasks.task import Task
+from dlopt.tasks.text import NextToken
+from dlopt.training.evaluate import evaluate
+
+T = TypeVar("T")
+ALL = (LOSS, *classes.METRICS, *regression.METRICS, *labels.METRICS, *text.METRICS)
+CLASSES = tuple("abcdefgh")
+SAMPLES = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """Outputs [N, ...] of a model, their targets, and the metrics of the evaluation by their names without a class."""
+
+    task: Task
+    names: set[str]
+    outputs: Tensor
+    targets: Tensor
+    loss: nn.Module
+
+    @property
+    def has_nan(self) -> bool:
+        return bool(self.outputs.isnan().any())
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Outputs [N, K]; a row per token of a text."""
+        return self.outputs.reshape(-1, self.task.outputs).numpy()
+
+    @property
+    def true(self) -> np.ndarray:
+        """Classes [N], labels [N, K] or values [N, K]."""
+        is_of_columns = isinstance(self.task, MultiLabel | Regression)
+        return self.targets.reshape((SAMPLES, -1) if is_of_columns else -1).numpy()
+
+    @property
+    def is_nan(self) -> np.ndarray:
+        return np.isnan(self.rows).any(1)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Classes [N], of which -1 is that of outputs with NaN, or labels [N, K]."""
+        if isinstance(self.task, MultiLabel):
+            return self.rows >= 0  # a probability of a half
+        return np.where(self.is_nan, -1, self.rows.argmax(1))
+
+    @property
+    def chances(self) -> np.ndarray:
+        if isinstance(self.task, MultiLabel):
+            return special.expit(self.rows)
+        return self.rows.clip(0, 1) if isinstance(self.loss, MSE) else special.softmax(self.rows, axis=1)
+
+
+# -- references
+
+
+def loss(case: Case) -> float:
+    if case.has_nan:
+        return math.nan
+    if isinstance(case.task, MultiLabel):
+        pairs = zip(case.true.T, case.chances.T, strict=True)
+        return float(np.mean([reference.log_loss(true, chance, labels=[0, 1]) for true, chance in pairs]))
+    if isinstance(case.task, Regression):
+        return reference.mean_squared_error(case.true, case.rows)
+    if isinstance(case.loss, MSE):
+        return reference.mean_squared_error(np.eye(case.task.outputs)[case.true], case.rows)
+    return reference.log_loss(case.true, case.chances, labels=range(case.task.outputs))
+
+
+def top5_accuracy(case: Case) -> float:
+    wrong = -np.eye(case.task.outputs)[case.true]
+    scores = np.where(case.is_nan[:, None], wrong, case.rows)
+    return reference.top_k_accuracy_score(case.true, scores, k=5, labels=range(case.task.outputs))
+
+
+def f1(average: str) -> Callable[[Case], float]:
+    def score(case: Case) -> float:
+        if isinstance(case.task, MultiLabel) and case.has_nan:
+            return math.nan
+        names = range(case.task.outputs)
+        return reference.f1_score(case.true, case.predicted, average=average, labels=names, zero_division=np.nan)
+
+    return score
+
+
+def calibration_error(case: Case) -> float:
+    if case.has_nan:
+        return math.nan
+    gaps = [0.0] * 15
+    for chances, guess, true in zip(case.chances, case.predicted, case.true, strict=True):
+        confidence = max(chances)
+        inside = [bin for bin in range(15) if bin / 15 < confidence <= (bin + 1) / 15]
+        gaps[inside[0] if inside else 0] += float(guess == true) - confidence
+    return sum(map(abs, gaps)) / len(case.true)
+
+
+def class_accuracy(case: Case) -> dict[str, float]:
+    return {
+        f"class_accuracy/{name}": float((case.predicted[case.true == number] == number).mean())
+        for number, name in enumerate(CLASSES)
+        if (case.true == number).any()
+    }
+
+
+def mean_average_precision(case: Case) -> float:
+    occurs = case.true.any(0)
+    if case.has_nan or not occurs.any():
+        return math.nan
+    return reference.average_precision_score(case.true[:, occurs], case.rows[:, occurs], average="macro")
+
+
+def bits_per_byte(case: Case) -> float:
+    assert isinstance(case.task, NextToken)
+    return loss(case) / math.log(2) / (case.task.bytes_per_token or 1)
+
+
+def of_values(score: Callable[..., float]) -> Callable[[Case], float]:
+    return lambda case: math.nan if case.has_nan else float(score(case.true, case.rows))
+
+
+REFERENCES: dict[str, Callable[[Case], float | dict[str, float]]] = {
+    "loss": loss,
+    "accuracy": lambda case: reference.accuracy_score(case.true, case.predicted),
+    "top5_accuracy": top5_accuracy,
+    "macro_f1": f1("macro"),
+    "matthews_correlation": lambda case: reference.matthews_corrcoef(case.true, case.predicted),
+    "calibration_error": calibration_error,
+    "class_accuracy": class_accuracy,
+    "worst_class_accuracy": lambda case: min(class_accuracy(case).values()),
+    "r2": of_values(partial(reference.r2_score, force_finite=False)),
+    "mae": of_values(reference.mean_absolute_error),
+    "mean_average_precision": mean_average_precision,
+    "micro_f1": f1("micro"),
+    "token_accuracy": lambda case: reference.accuracy_score(case.true, case.predicted),
+    "perplexity": lambda case: math.exp(loss(case)),
+    "bits_per_byte": bits_per_byte,
+}
+
+# -- cases
+
+OF_CLASSES = {
+    "loss", "accuracy", "top5_accuracy", "macro_f1", "matthews_correlation", "calibration_error", "class_accuracy",
+    "worst_class_accuracy",
+}  # fmt: skip
+OF_LABELS = {"loss", "mean_average_precision", "macro_f1", "micro_f1"}
+OF_VALUES = {"loss", "r2", "mae"}
+
+
+def normal(seed: int, *size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_nan(values: Tensor) -> Tensor:
+    """Two samples have outputs that are NaN: one of them all."""
+    values = values.clone()
+    values[7], values[31, ..., -1] = math.nan, math.nan
+    return values
+
+
+def of_classes(outputs: Tensor, occurring: int | None = None, **changed: Any) -> Case:
+    """`occurring`: the number of classes of the targets."""
+    count = outputs.shape[1]
+    targets = torch.randint(occurring or count, (SAMPLES,), generator=torch.Generator().manual_seed(1))
+    cross_entropy = CrossEntropy(label_smoothing=0.1, class_weights=None, classes=count)
+    # The loss of an evaluation is not smoothed.
+    values = {"loss": cross_entropy, "names": OF_CLASSES} | changed
+    return Case(Classification(count), values["names"], outputs + F.one_hot(targets, count), targets, values["loss"])
+
+
+def of_labels(outputs: Tensor, occurring: int) -> Case:
+    """`occurring`: the number of labels that any sample has."""
+    targets = (normal(2, SAMPLES, outputs.shape[1]) > 0.4).double()
+    targets[:, occurring:] = 0
+    cross_entropy = BinaryCrossEntropy(label_smoothing=0.1, pos_weight=None, labels=outputs.shape[1])
+    return Case(MultiLabel(outputs.shape[1]), OF_LABELS, outputs + targets, targets, cross_entropy)
+
+
+def of_numbers(outputs: Tensor, targets: Tensor | None = None) -> Case:
+    count = 1 if outputs.ndim == 1 else outputs.shape[1]
+    targets = normal(3, *outputs.shape) + 5 if targets is None else targets
+    return Case(Regression(count), OF_VALUES, outputs + targets, targets, MSE(classes=None))
+
+
+def of_tokens(task: NextToken, *names: str) -> Case:
+    targets = torch.randint(task.outputs, (SAMPLES, task.predictions), generator=torch.Generator().manual_seed(4))
+    outputs = normal(5, SAMPLES, task.predictions, task.outputs) + 2 * F.one_hot(targets, task.outputs)
+    cross_entropy = CrossEntropy(label_smoothing=0.1, class_weights=None, classes=task.outputs)
+    return Case(task, {"loss", "token_accuracy", *names}, outputs, targets, cross_entropy)
+
+
+def constant(chosen: int) -> Tensor:
+    """Outputs that always predict the class."""
+    return 9.0 * F.one_hot(torch.tensor(chosen), 8) + 0.1 * normal(6, SAMPLES, 8)
+
+
+RANDOM = normal(0, SAMPLES, 8)
+CASES: Mapping[str, Case] = {
+    "classes": of_classes(RANDOM),
+    "a class never occurs": of_classes(RANDOM, 7),
+    "a class neither occurs nor is predicted": of_classes(RANDOM - 99 * F.one_hot(torch.tensor(7), 8), 7),
+    "constant prediction": of_classes(constant(2)),
+    "constant prediction of a class that never occurs": of_classes(constant(7), 7),
+    "all samples are of one class": of_classes(RANDOM, 1),
+    "constant prediction of the only class": of_classes(constant(0), 1),
+    "classes, NaN": of_classes(with_nan(RANDOM), 7),
+    "all outputs are NaN": of_classes(RANDOM * math.nan),
+    "few classes": of_classes(RANDOM[:, :5], names=OF_CLASSES - {"top5_accuracy"}),
+    "classes, MSE": of_classes(RANDOM, 7, loss=MSE(classes=8)),
+    "labels": of_labels(RANDOM, 8),
+    "ties": of_labels(RANDOM.round(), 7),
+    "a label neither occurs nor is predicted": of_labels(RANDOM - 99 * F.one_hot(torch.tensor(7), 8), 7),
+    "no label occurs": of_labels(RANDOM, 0),
+    "no label occurs or is predicted": of_labels(RANDOM - 9, 0),
+    "labels, NaN": of_labels(with_nan(RANDOM), 7),
+    "values": of_numbers(normal(0, SAMPLES)),
+    "a column": of_numbers(normal(0, SAMPLES, 1)),
+    "columns": of_numbers(normal(0, SAMPLES, 3) * torch.tensor([0.1, 1.0, 3.0])),
+    "constant outputs": of_numbers(-normal(3, SAMPLES, 3)),
+    "constant targets": of_numbers(normal(0, SAMPLES), torch.full((SAMPLES,), 0.75, dtype=torch.float64)),
+    "values, NaN": of_numbers(with_nan(normal(0, SAMPLES, 3))),
+    "bytes": of_tokens(NextToken(11, predictions=5, unit="byte"), "bits_per_byte"),
+    "tokens": of_tokens(NextToken(11, predictions=5), "perplexity"),
+    "tokens of known length": of_tokens(NextToken(11, 255.0, 5, "token", 3.7), "perplexity", "bits_per_byte"),
+}
+
+
+class Rank(Ranks):
+    """A rank whose process group is threads."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: Barrier) -> None:
+        self.rank, self.processes, self.is_main = rank, len(slots), rank == 0
+        self._slots, self.barrier = slots, barrier
+
+    def _all(self, value: T) -> list[T]:
+        self._slots[self.rank] = value
+        self.barrier.wait()
+        found = list(self._slots)
+        self.barrier.wait()
+        return found
+
+    def sum(self, values: Any) -> Any:
+        return [sum(each) for each in zip(*self._all(list(values)), strict=True)]
+
+    def gather(self, values: list[T]) -> list[T]:
+        return [each for part in self._all(values) for each in part]
+
+    def broadcast(self, value: T) -> T:
+        return self._all(value)[0]
+
+
+def evaluation(case: Case, size: int, rank: Ranks) -> dict[str, float]:
+    """Evaluates a model that returns its inputs on the rank's samples of batches of `size`, with every metric."""
+    task, function = case.task, copy.deepcopy(case.loss)
+    batches = zip(case.outputs.split(size), case.targets.split(size), strict=True)
+    shards = [[column.tensor_split(rank.processes)[rank.rank] for column in batch] for batch in batches]
+    part = partial(task.evaluated, loss=function, origin=case.targets[:1])
+    requested = [metric for metric in task.metrics if metric.outputs <= task.outputs]
+    extra = accumulators(task.computed(requested), part, task.outputs, CLASSES[: task.outputs], rank)
+    reduce = None if rank.processes == 1 else rank.sum
+    try:
+        found = evaluate(
+            nn.Identity(), nn.Identity(), shards, function, task=task, split="val", reduce=reduce, extra=extra
+        )
+    except Exception:
+        if isinstance(rank, Rank):
+            rank.barrier.abort()  # the others wait for this one
+        raise
+    assert found is not None
+    return {key.removeprefix("val_"): value for key, value in found.items()}
+
+
+def check(case: Case, found: Mapping[str, float]) -> None:
+    assert {name.partition("/")[0] for name in found} == case.names
+    expected: dict[str, float] = {}
+    for name in case.names:
+        value = REFERENCES[name](case)
+        expected |= value if isinstance(value, dict) else {name: float(value)}
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # of scikit-learn: undefined metrics
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [1, 7, SAMPLES])
+def test_equals_its_reference(name: str, size: int) -> None:
+    check(CASES[name], evaluation(CASES[name], size, Ranks()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [1, 25])
+def test_two_ranks_have_the_metrics_of_all_samples(name: str, size: int) -> None:
+    """In batches of one, the second rank has no samples at all."""
+    slots, barrier = [None, None], Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(partial(evaluation, CASES[name], size), (Rank(r, slots, barrier) for r in range(2)))
+    assert repr(first) == repr(second)
+    check(CASES[name], first)
+
+
+def test_every_metric_has_a_reference_and_a_case() -> None:
+    assert set(REFERENCES) == set(DECLARED) == set().union(*(case.names for case in CASES.values()))
+    assert {name for metric in ALL for name in metric.names} == set(DECLARED)
+
+
+def test_the_names_of_several_tasks_mean_the_same() -> None:
+    """Tables show and rank a column without its task."""
+    for metric in ALL:
+        for name in metric.names:
+            assert (metric.better, metric.unit) == (DECLARED[name].better, DECLARED[name].unit), name
+
+
+def test_a_declaration_is_complete() -> None:
+    for metric in ALL:
+        kinds = {type(need) for need in metric.needs}
+        assert kinds in (set(), {Sum}, {Whole}), metric.name
+        assert bool(kinds) == (metric.value is not None) == (metric.name in REQUESTABLE), metric.name
+        assert kinds or metric.when == "always", metric.name  # nothing else could compute it
+        assert metric.by_class or not metric.also, metric.name
+        assert metric.about and not metric.about.endswith("."), metric.name
+        assert Metric.of(f"val_{metric.name}") == Metric("val", metric.name)
+
+
+def test_a_metric_is_shown_in_its_unit() -> None:
+    assert DECLARED["accuracy"].show(0.625) == "62.50 %" and DECLARED["accuracy"].title("val") == "val acc"
+    assert DECLARED["macro_f1"].title("val") == "val macro f1"
+    assert DECLARED["mean_average_precision"].title("val") == "val mAP"
+    assert DECLARED["worst_class_accuracy"] is DECLARED["class_accuracy"]
