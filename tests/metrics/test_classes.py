@@ -78,7 +78,7 @@ def test_calibration_error_of_certain_predictions() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_class_that_neither_occurs_nor_is_predicted_is_left_out_of_macro_f1(seed: int) -> None:
     outputs, targets = drawn(seed)
-    part = partial(Evaluated, probabilities=lambda out: out.softmax(1))
+    part = partial(Evaluated, size=CLASSES, values=lambda out: out.softmax(1))
     accumulated = Sums(named(["macro_f1"], classes.METRICS), part, CLASSES)
     for chunk in torch.arange(len(targets)).split(64):
         accumulated.add(outputs[chunk], targets[chunk])

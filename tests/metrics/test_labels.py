@@ -46,7 +46,7 @@ def drawn(seed: int, count: int = 120, *, ties: bool = False) -> tuple[torch.Ten
 
 def label_means(outputs: torch.Tensor, targets: torch.Tensor, size: int = 999) -> dict[str, float]:
     """The metrics of an evaluation whose batches have `size` samples."""
-    accumulated = Wholes(METRICS, partial(Evaluated, probabilities=torch.sigmoid), Ranks())
+    accumulated = Wholes(METRICS, partial(Evaluated, size=0, values=torch.sigmoid), Ranks())
     for chunk in torch.arange(len(targets)).split(size):
         accumulated.add(outputs[chunk], targets[chunk])
     return dict(accumulated.means())

@@ -278,7 +278,7 @@ def test_what_outputs_mean_depends_on_the_loss() -> None:
         assert torch.equal(TASKS[name].values(outputs, CROSS_ENTROPY), after_entropy), name
         assert torch.equal(TASKS[name].values(outputs, MSE(classes=None)), after_mse), name
         part = TASKS[name].evaluated(outputs, outputs, CROSS_ENTROPY, origin=outputs[:1])
-        assert torch.equal(part.probabilities(outputs), after_entropy) and part.predictions.tolist() == [2], name
+        assert torch.equal(part.probabilities, after_entropy) and part.predictions.tolist() == [2], name
         assert part.origin is not None
 
 

@@ -77,7 +77,6 @@ def test_rejects_unavailable_metrics(tmp_path: Path, name: str) -> None:
         start(tmp_path, *SMALL, *overrides)
 
 
-@pytest.mark.xfail(strict=True, reason="accepted, and then missing in the first evaluation")
 def test_other_metrics_are_not_of_a_class(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"schedule\.monitor=val_macro_f1/3: a classification task has no such metric"):
         start(tmp_path, *SMALL, "schedule=plateau", "schedule.monitor=val_macro_f1/3")
