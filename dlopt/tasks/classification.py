@@ -24,7 +24,6 @@ class Classification(Task):
     purpose: ClassVar = "classes"
     metrics: ClassVar[Sequence[Declaration]] = class_metrics.METRICS
     accuracy: ClassVar = "accuracy"
-    monitor: ClassVar = "val_accuracy"
 
     def describe(self, window: tuple[int, ...]) -> str:
         return f"{super().describe(window)}, {self.size:,} classes"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dlopt.basics.errors import UserError
 from dlopt.losses import MSE
 from dlopt.metrics.declaration import Declaration, Evaluated, predicted_classes
+from dlopt.metrics.names import VAL_ACCURACY, resolve_monitor
 from dlopt.tasks.report import TestReport
 
 Average = Literal["probabilities", "logits"]
@@ -29,7 +30,6 @@ class Task:
         purpose: what the outputs of the model are, for messages.
         metrics: of an evaluation, beside the loss.
         accuracy: name of the fraction of correct predictions, which every update adds up; None: a task without one.
-        monitor: column that `monitor=auto` follows.
         reads_labels: whether the targets are labels of the data; otherwise they are taken from the samples.
         keeps_outputs: whether a test may hold the outputs of all samples, and average those of crops and of models.
         draws_outputs: whether outputs are images, of which a test draws some.
@@ -46,7 +46,6 @@ class Task:
     purpose: ClassVar[str]
     metrics: ClassVar[Sequence[Declaration]] = ()
     accuracy: ClassVar[str | None] = None
-    monitor: ClassVar[str] = "val_loss"
     reads_labels: ClassVar[bool] = True
     keeps_outputs: ClassVar[bool] = True
     draws_outputs: ClassVar[bool] = False
@@ -64,6 +63,11 @@ class Task:
     def size(self) -> int:
         """Number of classes, labels or values: that of `values`."""
         return self.outputs
+
+    @property
+    def monitor(self) -> str:
+        """Column that `monitor=auto` follows."""
+        return resolve_monitor("auto", {VAL_ACCURACY.column: 1.0} if self.accuracy == VAL_ACCURACY.name else {})
 
     @property
     def name(self) -> str:
