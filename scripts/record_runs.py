@@ -26,7 +26,7 @@ from PIL import Image
 from dlopt.basics.errors import RunError, UserError
 from dlopt.config.compose import Composer, config_folder
 from dlopt.config.plan import checked
-from dlopt.metrics.names import THROUGHPUT
+from dlopt.metrics.measures import VARYING
 from dlopt.python.model import preserve_global_state
 from dlopt.run.runner import run_plan
 
@@ -38,7 +38,7 @@ SERIES = ("comparison", "benchmark", "ladder", "judge")
 """Keys that make several runs of one recipe: the run of the recipe itself is recorded."""
 LARGE = ("_224", "resnet50", "resnet101", "resnet1202", "preact_resnet1001", "wrn_28_20", "gpt2_small", "resnet18",
     "resnet34", "alexnet", "vgg11")  # fmt: skip
-MEASURED = ("seconds", "samples_per_second", "tokens_per_second", "eta", *THROUGHPUT)
+MEASURED = ("eta", *VARYING)
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 _LONG_FLOAT = re.compile(r"(?<![\w.])\d+\.\d{5,}(e[+-]?\d+)?(?![\w.])")
-_COUNTS = ("epochs", "steps", "best_epoch", "parameters")
 
 
 def format_number(value: float | None) -> str:
@@ -65,18 +64,18 @@ def format_clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def format_metric(name: str, value: float | None) -> str:
-    """Formats a metric by its name: accuracies in percent, times, counts, learning rates, others as numbers."""
-    if name == "lr":
-        return format_lr(value)
-    if value is not None and name == "seconds":
-        return format_duration(value)
-    if value is not None and name in _COUNTS:
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-    if value is not None and name == "gpu_memory_gib":
-        return f"{value:.1f} GiB"
-    is_fraction = "accuracy" in name or name.endswith(("top1", "top5")) or name == "utilization"
-    return format_percent(value) if is_fraction else format_number(value)
+def format_amount(value: float) -> str:
+    """12; 1,200; 43.33: a count, or the mean of several."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def format_rate(value: float) -> str:
+    """1,234; "-" if it was not measured (NaN)."""
+    return "-" if math.isnan(value) else f"{value:,.0f}"
+
+
+def format_gib(value: float) -> str:
+    return f"{value:.1f} GiB"
 
 
 def format_count(noun: str, count: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeGuard
 from dlopt.basics.errors import UserError
 from dlopt.metrics.declaration import Mode as Mode
 from dlopt.metrics.declared import DECLARED
+from dlopt.metrics.measures import MEASURES
 
 Modes = Mapping[str, Mode]
 """Directions of users' metrics by their names without the split: brier_score."""
@@ -34,8 +35,6 @@ Split = Literal["train", "val", "test", "evaluated_train"]
 """Samples of a metric, and how it is measured: `train` during the updates, the others in evaluation mode."""
 FINAL_TAGS = ("best/", "test/")
 """How the tags of the end of a run begin."""
-THROUGHPUT = ("samples_per_second", "tokens_per_second", "utilization", "gpu_memory_gib")
-"""Columns with measurements of the training on its machine. Like seconds, they differ between equal runs."""
 _BEST = "best_"
 _SPELLED = re.compile(rf"(?:{_BEST})?(?P<split>train|val|test|evaluated_train)_(?P<name>.*)", re.DOTALL)
 
@@ -90,10 +89,10 @@ VAL_LOSS, VAL_ACCURACY = Metric("val", "loss"), Metric("val", "accuracy")
 
 def tag_of(column: str) -> str:
     """Returns the tag of a column in TensorBoard: val/loss, throughput/utilization. Other keys are unchanged."""
-    if column in THROUGHPUT:
-        return f"throughput/{column}"
     metric = Metric.of(column)
-    return metric.tag if metric is not None and metric.column == column else column
+    if metric is not None and metric.column == column:
+        return metric.tag
+    return MEASURES[column].tag if column in MEASURES else column
 
 
 def by_column(split: Split, values: Mapping[str, float]) -> dict[str, float]:
@@ -145,15 +144,15 @@ def base_name(metric: str) -> str:
 def known_mode(metric: str) -> Mode | None:
     """Returns the direction of a metric of dlopt; None: it is a user's metric.
 
-    Every name without a split is dlopt's: costs (seconds, parameters), gaps and what comparisons measure are better
-    when smaller, except for throughput, utilization and `decay_correlation`.
+    Every name without a split is dlopt's: smaller values are better (costs, gaps, what comparisons measure) unless the
+    measure is declared otherwise.
     """
     name = base_name(metric)
     if name in _BETTER:
         return _BETTER[name]
     if name != metric:
         return None
-    return "max" if name.endswith("_per_second") or name in ("utilization", "decay_correlation") else "min"
+    return MEASURES[name].better if name in MEASURES else "min"
 
 
 def mode_of(metric: str, modes: Modes = NONE) -> Mode | None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import read_json
-from dlopt.basics.formats import format_metric, format_value
+from dlopt.basics.formats import format_value
 from dlopt.metrics.names import FINAL_TAGS, split_of
+from dlopt.metrics.shown import format_metric, shown_in
 from dlopt.results import reading
 from dlopt.results.listing import Query
 from dlopt.results.reading import Condition, Damaged, Record
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dlopt.python.model import Model
 
 _PICTURES = (".png", ".svg", ".pdf")
-_SHOWN = ("epochs", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
+_SHOWN = [each.name for each in shown_in("python")]
 
 
 class Run(Record):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from dlopt.basics import formats
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
-from dlopt.metrics.names import Metric
+from dlopt.metrics.names import split_of
+from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
 from dlopt.results.published import against_published, recipe_label
 from dlopt.results.ranking import Ranking, time_to_target
@@ -18,13 +18,11 @@ from dlopt.results.reading import tags_of
 from dlopt.results.tables import Table, spreadsheet_cell
 from dlopt.tracking.terminal_text import short_path
 
-_LABELS = ("mean_average_precision", "macro_f1", "micro_f1")
-FIRST = (
-    "val_accuracy", *(Metric("val", name).column for name in _LABELS), "val_loss", "train_accuracy", "train_loss",
-    "accuracy_gap", "gap",
-)  # fmt: skip
-_COST = ("epochs", "steps", "seconds", "parameters")
-_TEST = ("test_accuracy", *(Metric("test", name).column for name in _LABELS), "test_loss")
+_SHOWN = listed_in("leaderboard")
+_TEST = [name for name in _SHOWN if split_of(name) == "test"]
+_COST = [name for name in _SHOWN if COLUMNS[name].is_cost]
+FIRST = [name for name in _SHOWN if name not in (*_TEST, *_COST)]
+"""Metrics of validation and training, the most important first."""
 
 
 def metric_columns(ranking: Ranking) -> list[str]:
@@ -69,7 +67,7 @@ def difference_text(name: str, difference: Difference | None) -> str:
 
 def _form(name: str, values: Sequence[float]) -> Callable[[float], str]:
     """Returns a format with common decimals: -0.0007 ± 0.0364, not -7.19e-04 ± 0.0364."""
-    form = partial(formats.format_metric, name)
+    form = partial(format_metric, name)
     largest = form(max(map(abs, values)))
     is_decimal = re.fullmatch(r"\d+\.\d+", largest) is not None
     if not is_decimal or all("e" not in form(value) for value in values):

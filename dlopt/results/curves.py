@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.files import read_json, write_atomically
-from dlopt.basics.formats import format_epoch_number, format_metric
+from dlopt.basics.formats import format_epoch_number
 from dlopt.metrics.names import Metric, Split
+from dlopt.metrics.shown import format_metric, is_percent
 from dlopt.results import drawing
 from dlopt.tracking import read_metrics, read_summary
 
@@ -90,5 +91,5 @@ def _mark_best(axes: "Axes", history: Sequence[Mapping[str, Any]], epoch: float 
 
 def _values(history: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Returns a metric of every line; NaN where it is missing. Accuracies in percent, as on the screen."""
-    scale = 100.0 if key.endswith("accuracy") else 1.0
+    scale = 100.0 if is_percent(key) else 1.0
     return [math.nan if line.get(key) is None else scale * line[key] for line in history]

@@ -1,7 +1,7 @@
 """Compares two runs: the keys of their configs that differ, and their metrics."""
 
-from dlopt.basics.formats import format_metric
 from dlopt.basics.formats import format_value as text
+from dlopt.metrics.shown import format_metric
 from dlopt.results.leaderboard import Record
 
 Row = tuple[str, str, str]

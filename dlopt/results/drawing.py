@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.basics.files import write_atomically
-from dlopt.metrics.names import in_words
+from dlopt.metrics.shown import axis_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,8 +63,6 @@ def style(i: int, *, dash: int | None = None, **more: Any) -> dict[str, Any]:
 
 _LABELS = {  # metrics and keys whose names do not explain themselves
     "val_error": "validation error (fraction)",
-    "gap": "gap: validation loss minus training loss",
-    "accuracy_gap": "gap: training accuracy minus validation accuracy",
     "optimizer.lr": "learning rate",
     "optimizer.weight_decay": "weight decay",
     "init.std": "standard deviation of the initial weights",
@@ -77,7 +75,7 @@ _LABELS = {  # metrics and keys whose names do not explain themselves
 
 def metric_label(metric: str) -> str:
     """Returns the axis label of a metric: val_accuracy -> validation accuracy."""
-    return _LABELS.get(metric) or in_words(metric)
+    return _LABELS.get(metric) or axis_label(metric)
 
 
 def literal(text: str) -> str:

@@ -13,13 +13,15 @@ from dlopt.basics import formats
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.config.keys import LABELS
+from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.names import Metric, column_of, mode_of
+from dlopt.metrics.shown import format_metric, listed_in
 from dlopt.results import reading
 from dlopt.results.leaderboard import modes_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
 from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
 
-_METRICS = ("val_accuracy", "val_loss", "epochs", "seconds")  # default columns, the most important first
+_METRICS = listed_in("runs")  # default columns, the most important first
 _MAX_CELL = 24  # characters of a config value in a terminal
 _STYLES = {"finished": "green", "stopped_early": "green", "running": "cyan", "failed": "red"}
 
@@ -145,8 +147,9 @@ def _cell(key: str, record: Record) -> Text:
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
     if value is None or (key == "tags" and not value):
         return Text("-")
-    if (Metric.of(key) is not None or key.startswith("seconds")) and reading.is_number(value):
-        return Text(formats.format_metric(key, value))
+    is_duration = key in MEASURES and MEASURES[key].format is formats.format_duration
+    if (Metric.of(key) is not None or is_duration) and reading.is_number(value):
+        return Text(format_metric(key, value))
     content = printable(",".join(reading.tags_of(record)) if key == "tags" else formats.brief(value))
     half = _MAX_CELL // 2
     return Text(content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}")

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from dlopt.basics.formats import brief, format_metric, printable
+from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import regular_tail
 from dlopt.metrics.names import in_words, mode_of
+from dlopt.metrics.shown import expendable_in, format_metric, is_percent, listed_in, words
 from dlopt.results import drawing
 from dlopt.results.columns import (
     FIRST,
@@ -45,15 +46,12 @@ from dlopt.results.reading import is_number, short_key
 from dlopt.results.tables import Section
 from dlopt.tracking.terminal_text import short_path
 
-# Columns that are hidden, the first ones first, until the table fits the page; the reader may choose others.
-_EXPENDABLE = ("train_loss", "train_accuracy", "gap", "accuracy_gap", "parameters", "epochs", "steps", "seconds")
 _POINTS = 120_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12
 _FINE, _FINER = 50, 4  # configurations, the best ones, whose curves have so many times the points of others
 _LOG, _ALL_LOGS = 4_000, 200_000  # characters of a run's log, and of all of them
 _LONGEST = 300  # characters of a line or a value
 _MOST_AXES = 9  # keys of the parallel coordinates
-_TITLES = {"gap": "validation − training loss", "accuracy_gap": "training − validation accuracy"}
 _TEST = re.compile(r"^test +\S.*|\btest_\w+[ =:]+\S+( %)?")  # metrics in a log
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and the like, in the log of a terminal
 
@@ -80,11 +78,12 @@ def page_data(
         "refresh": refresh,
         "by": ranking.by,
         "lower": ranking.lower,
-        "titles": {name: _title(name) for name in (ranking.by, *curves)},
-        "percent": [name for name in (ranking.by, *curves) if "accuracy" in name],
+        "titles": {name: words(name) for name in (ranking.by, *curves)},
+        "percent": [name for name in (ranking.by, *curves) if is_percent(name)],
         "keys": list(ranking.keys),
         "columns": _columns(ranking, metrics, tests if test else []),
-        "expendable": [name for name in _EXPENDABLE if name in metrics and name != ranking.by],
+        # Hidden, the first ones first, until the table fits the page; the reader may choose others.
+        "expendable": [name for name in expendable_in("leaderboard") if name in metrics and name != ranking.by],
         "ranked": _ranked_by(ranking),
         "rows": rows,
         "curves": curves,
@@ -101,10 +100,6 @@ def page_data(
     }  # fmt: skip
 
 
-def _title(name: str) -> str:
-    return _TITLES.get(name) or in_words(name)
-
-
 # -- the leaderboard
 
 
@@ -117,9 +112,9 @@ def _columns(ranking: Ranking, metrics: Sequence[str], tests: Sequence[str]) -> 
     modes = modes_of(ranking.records)
     for name in (*metrics, *tests):
         higher = not ranking.lower if name == ranking.by else mode_of(name, modes) == "max"
-        columns.append({"id": name, "name": _title(name), "number": True, "higher": higher})
+        columns.append({"id": name, "name": words(name), "number": True, "higher": higher})
         if name == ranking.by and any(row.difference is not None for row in ranking.rows):
-            unit = " (points)" if "accuracy" in name else ""
+            unit = " (points)" if is_percent(name) else ""
             columns.append({"id": "difference", "name": f"difference to #1{unit}", "number": True})
     return columns
 
@@ -139,7 +134,7 @@ def _row(
     difference = row.difference
     shown = difference_text(ranking.by, difference) if difference else "" if rank == 1 else "-"
     cells["difference"] = [None if difference is None else difference.mean, shown]
-    named = dict.fromkeys([ranking.by, "val_loss", "best_epoch", "epochs", "seconds"])
+    named = dict.fromkeys([ranking.by, *listed_in("details")])
     names = [name for name in named if any(name in run.metrics for run in row.runs)]
     if not tests:
         about = "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with "
@@ -154,11 +149,11 @@ def _row(
         "cells": cells,
         "note": ", ".join(f"{count} {status}" for status, count in _not_ended(row).items()),
         "bad": row.failed > 0,
-        "facts": [[_title(name), statistic_text(name, found)]
+        "facts": [[words(name), statistic_text(name, found)]
                   for name, found in statistics.items() if found is not None or name in metrics] + _labels(row),
         "about": about if tests or rank > 1 else "",
         "command": row.command,
-        "heads": [_title(name) for name in names],
+        "heads": [words(name) for name in names],
         "runs": [
             {
                 "id": printable(short_path(run.path)),
@@ -340,7 +335,7 @@ def _parallel(ranking: Ranking) -> dict[str, Any] | None:
     axes = [
         {
             "id": name,
-            "name": _title(name) if name == ranking.by else short_key(name, ranking.keys),
+            "name": words(name) if name == ranking.by else short_key(name, ranking.keys),
             "full": name,
             "ticks": [[at, format_metric(name, value) if name == ranking.by else printable(text)]
                       for at, text, value in scale.ticks],

@@ -5,6 +5,7 @@ selecting a row by it would be model selection on the test set) and the paired d
 """
 
 from dlopt.basics.formats import brief, printable
+from dlopt.metrics.shown import is_percent
 from dlopt.results import drawing
 from dlopt.results.columns import difference_text, statistic_text, test_columns
 from dlopt.results.leaderboard import Statistic
@@ -59,7 +60,7 @@ def _table(ranking: Ranking, *, test: bool, top: int) -> Table:
 
 
 def _unit(metric: str) -> str:
-    return " [%]" if "accuracy" in metric else ""
+    return " [%]" if is_percent(metric) else ""
 
 
 def _statistic(metric: str, statistic: Statistic | None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dlopt.basics.formats import brief
 from dlopt.basics.formats import format_value as text
+from dlopt.metrics.shown import is_percent
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
 from dlopt.results.history import columns
@@ -58,7 +59,7 @@ def _figure(height: float, width: float = _WIDTH) -> tuple["Figure", "Axes"]:
 
 
 def _scale(metric: str) -> float:
-    return 100.0 if "accuracy" in metric else 1.0
+    return 100.0 if is_percent(metric) else 1.0
 
 
 def _label(metric: str) -> str:

@@ -20,6 +20,7 @@ from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import is_below
 from dlopt.config.overrides import group_of, key_of
+from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.names import column_of, mode_of, split_of
 from dlopt.results.history import columns
 from dlopt.results.leaderboard import (
@@ -41,7 +42,7 @@ from dlopt.tracking.terminal_text import short_path
 
 DATA = "data read"
 """A key of `Configuration.values`: names the data of rows that differ in nothing else."""
-_NOT_RANKED = ("epochs", "steps", "best_epoch", "parameters", "processes")
+_NOT_RANKED = [name for name, each in MEASURES.items() if not each.ranks]
 _LR = "optimizer.lr"
 _MIN_CONFIGURATIONS = 6  # for an estimate of importance
 _MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone rarely reaches it

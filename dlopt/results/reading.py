@@ -22,10 +22,11 @@ from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, load_json, load_yaml, parse_numbers, regular_lines
 from dlopt.config.keys import LABELS
 from dlopt.config.resuming import NEWER_GROUPS
+from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
-from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY, gaps
+from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY
 from dlopt.tracking.terminal_text import choices_of_groups, short_path
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -36,7 +37,7 @@ STATUSES = (*ENDED, "pruned", *OPEN, "failed")
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
-_STATE = ("epoch", "step", "lr", "weight_decay")  # of the training, in a line of metrics.jsonl
+_STATE = [name for name, each in MEASURES.items() if each.is_state]
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _lines(path: Path) -> Iterator[dict[str, float]]:
             raise _DamageError(f"{path.name} is damaged in line {number}") from None
         if not isinstance(entry, dict) or not {"epoch", "step"} <= (numbers := _numbers(entry)).keys():
             raise _DamageError(f"{path.name} is damaged in line {number}: no epoch and step")
-        yield numbers | gaps(numbers)
+        yield numbers | derived(numbers)
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -221,7 +222,7 @@ def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, 
         metrics |= {"epochs": last["epoch"], "steps": last["step"]}
         if best is not None:
             metrics |= {k: v for k, v in best.items() if split_of(k) == "val"} | {"best_epoch": best["epoch"]}
-            metrics |= gaps(best)
+            metrics |= derived(best)
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
             column = column_of(key)

@@ -11,6 +11,7 @@ from rich.text import Text
 from dlopt.basics import formats
 from dlopt.basics.formats import brief, format_count, printable
 from dlopt.metrics.names import Metric
+from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, listed_in
 from dlopt.results.columns import (
     counts_text,
     difference_text,
@@ -60,7 +61,7 @@ def show_report(report: "ReportContent", console: Console) -> None:
 
 def _unfitting(report: "ReportContent", console: Console) -> list[str]:
     """Returns the columns to hide; none if the terminal is too narrow for any table, which then becomes a list."""
-    expendable = ["steps", "val_loss", "seconds", *([] if report.test else ["test"])]
+    expendable = [*expendable_in("terminal"), *([] if report.test else ["test"])]
     candidates = [expendable[:count] for count in range(len(expendable) + 1)]
     fitted = [(dropped, FittedTable(_grid(report, dropped))) for dropped in candidates]
     for dropped, grid in fitted:
@@ -98,7 +99,7 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> Grid:
 
 
 def _metrics(ranking: Ranking) -> list[str]:
-    return [name for name in metric_columns(ranking) if name in (ranking.by, "val_loss", "seconds", "steps")]
+    return [name for name in metric_columns(ranking) if name in (ranking.by, *listed_in("terminal"))]
 
 
 def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
@@ -116,9 +117,10 @@ def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
 
 def _statistic(name: str, statistic: Statistic | None) -> str:
     """Formats a statistic in little space: times and counts without their standard deviation."""
-    if statistic is not None and name == "seconds":
-        return formats.format_duration(statistic.mean)
-    return f"{statistic.mean:,.0f}" if statistic is not None and name == "steps" else statistic_text(name, statistic)
+    measure = COLUMNS.get(name)
+    if statistic is None or measure is None or measure.brief is None or "terminal" not in measure.shown:
+        return statistic_text(name, statistic)
+    return measure.brief(statistic.mean)
 
 
 def _notes(report: "ReportContent") -> list[str]:
@@ -166,7 +168,7 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
         cells = [str(rank), formats.round_floats(row.label)]
         cells += [statistic_text(board.metric, row.value), row.count(board.metric)]
         cells += [difference_text(board.metric, row.difference)] if is_paired else []
-        table.add_row(*cells, "" if tested is None else formats.format_metric(test, tested.mean))
+        table.add_row(*cells, "" if tested is None else format_metric(test, tested.mean))
     more = [f"... and {len(rows) - _MAX_ROWS} more"] * (len(rows) > _MAX_ROWS)
     more += map(printable, cautions(board.rows, board.metric, board.direction))
     _print(FittedTable(table), stream, "".join(f"{line}\n" for line in more))
@@ -177,7 +179,7 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
     if not rows:
         return
     heads = ["configuration", *(metric.replace("_", " ") for metric in metrics)]
-    cells = [[formats.round_floats(label), *map(formats.format_metric, metrics, values)] for label, values in rows]
+    cells = [[formats.round_floats(label), *map(format_metric, metrics, values)] for label, values in rows]
     _print(Table(heads, cells, title="Pareto front").grid())
 
 

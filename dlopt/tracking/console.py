@@ -18,11 +18,14 @@ from rich.text import Text
 
 from dlopt.basics import formats
 from dlopt.basics.terminal import without_controls
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, tag_of
+from dlopt.metrics.measures import seconds_left
+from dlopt.metrics.names import split_of, tag_of
+from dlopt.metrics.shown import format_metric, live_name, shown_in
 from dlopt.tracking import terminal_text
 
-_TRAIN, _VAL = (Metric("train", "loss"), Metric("train", "accuracy")), (VAL_LOSS, VAL_ACCURACY)  # of the live display
-_LABELS = {"utilization": "MFU", "gpu_memory_gib": "memory"}
+_SHOWN = [each.name for each in shown_in("live")]
+_VAL = [name for name in _SHOWN if split_of(name) == "val"]
+_TRAIN = [name for name in _SHOWN if name not in _VAL]  # also rates and throughput
 _REDRAW_SECONDS = 0.1
 _REDRAW_FRACTION = 0.01  # of the training time that redrawing may take
 
@@ -111,10 +114,11 @@ class _Display:
         self._recent = None if self._clock_start is None else (perf_counter(), self.step)
 
     def _time_left(self) -> str:
-        if self._clock_start is None or self.step <= self._clock_start[1]:
+        if self._clock_start is None:
             return ""
-        seconds = (perf_counter() - self._clock_start[0]) / (self.step - self._clock_start[1])
-        return f"{formats.format_clock(seconds * max(self.steps - self.step, 0))} left"
+        start, first = self._clock_start
+        seconds = seconds_left(perf_counter() - start, self.step - first, self.steps - self.step)
+        return "" if seconds is None else f"{formats.format_clock(seconds)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         epoch = min((max(self.step, 1) - 1) // self.steps_per_epoch + 1, self.epochs)
@@ -141,9 +145,7 @@ class _Display:
             grid.add_row(name, f"{number}/{of}", bar, text)
         yield grid
         for name, metrics in (("train", self.train), ("val", self.val)):
-            text = "   ".join(
-                f"{_LABELS.get(key, key)} {formats.format_metric(key, value)}" for key, value in metrics.items()
-            )
+            text = "   ".join(f"{live_name(key)} {format_metric(key, value)}" for key, value in metrics.items())
             yield Text.assemble((f"{name:7}", "bold"), text or "-", no_wrap=True, overflow="crop")
 
 
@@ -250,7 +252,12 @@ class ConsoleView(Screen):
         """Shows the header and starts the display; `facts`: see `terminal_text.header_rows`."""
         per_step, unit = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1), facts.get("unit", "samples")
         self._rows = terminal_text.EpochRows(
-            facts["epochs"], unit=unit, seconds=seconds, metrics=facts.get("metrics", ())
+            facts["epochs"],
+            unit=unit,
+            seconds=seconds,
+            step=first_step,
+            steps=facts["steps"],
+            metrics=facts.get("metrics", ()),
         )
         self._print_block(terminal_text.header(config, choices, facts), Text(""))
         if not self.terminal:
@@ -274,8 +281,8 @@ class ConsoleView(Screen):
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Stores metrics by TensorBoard tag for the next redraw."""
         if self._display is not None:
-            names = {metric.tag: metric.name for metric in _TRAIN} | {tag_of(name): name for name in ("lr", *_LABELS)}
-            self._display.train = _renamed(values, names)
+            tags = {name: tag_of(name) for name in _TRAIN}
+            self._display.train = {name: values[tag] for name, tag in tags.items() if tag in values}
 
     def _redraw(self) -> None:
         if self._live is None:
@@ -295,9 +302,8 @@ class ConsoleView(Screen):
         self._print(self._rows.row(metrics, best))
         if (display := self._display) is not None:
             display.step = metrics["step"]
-            train, val = ({metric.column: metric.name for metric in each} for each in (_TRAIN, _VAL))
-            train |= {name: name for name in ("lr", *_LABELS)}
-            display.train, display.val = _renamed(metrics, train), _renamed(metrics, val)
+            train, val = ({name: metrics[name] for name in names if name in metrics} for names in (_TRAIN, _VAL))
+            display.train, display.val = train, val
             self._redraw()
 
     def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
@@ -310,7 +316,3 @@ class ConsoleView(Screen):
     def close(self) -> None:
         self._due = float("inf")
         super().close()
-
-
-def _renamed(values: Mapping[str, float | None], names: Mapping[str, str]) -> dict[str, float | None]:
-    return {name: values[key] for key, name in names.items() if key in values}

@@ -16,7 +16,6 @@ from dlopt.basics.secrets import redact, redacted
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
-_GAPS = {"gap": ("val_loss", "train_loss"), "accuracy_gap": ("train_accuracy", "val_accuracy")}
 
 
 def to_json(value: object, indent: int | None = None) -> str:
@@ -40,15 +39,6 @@ def parse_metrics(data: bytes) -> list[dict[str, Any]]:
             break
         metrics.append(item)
     return metrics
-
-
-def gaps(line: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the generalization gaps of a line of metrics.jsonl; overfitting makes them positive.
-
-    gap: val_loss - train_loss; accuracy_gap: train_accuracy - val_accuracy.
-    """
-    pairs = {name: (line.get(first), line.get(second)) for name, (first, second) in _GAPS.items()}
-    return {name: first - second for name, (first, second) in pairs.items() if first is not None and second is not None}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dlopt.basics import formats
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS
+from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.tracking.console import Screen
 
 _MAX_ROWS = 12  # running jobs on display
@@ -80,7 +81,7 @@ class Overview(Screen):
         texts = [f"job {number} {status.replace('_', ' ')}" + (f": {reason}" if reason else "")]
         value = metrics.get(self._metric or "")
         if self._metric is not None and isinstance(value, int | float):
-            texts.append(f"{self._metric} {formats.format_metric(self._metric, value)}")
+            texts.append(f"{self._metric} {format_metric(self._metric, value)}")
         if running is not None:
             self._durations.append(time.monotonic() - running.since)
             if not reason:
@@ -153,7 +154,7 @@ class Overview(Screen):
         rows = []
         if self._best is not None and self._metric is not None:
             value, number, label = self._best
-            metric = formats.format_metric(self._metric, value)
+            metric = format_metric(self._metric, value)
             rows.append(Text(f"best   {self._metric} {metric}  job {number}: {label}"))
         for number, running in list(self._running.items())[:_MAX_ROWS]:
             texts = [f"job {number}", running.label, *_format_metrics(running.metrics)]  # narrow terminals cut the end
@@ -165,7 +166,7 @@ class Overview(Screen):
 
 def _format_metrics(metrics: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key} {formats.format_metric(key, metrics[key]) if key != 'epoch' else metrics[key]}"
-        for key in ("epoch", "val_accuracy", "val_loss", "train_loss")
+        f"{key} {COLUMNS[key].show_brief(metrics[key])}"
+        for key in listed_in("sweep")
         if isinstance(metrics.get(key), int | float)
     ]

@@ -1,7 +1,6 @@
 """Formats configs, results and tables for terminals of any width."""
 
 import contextlib
-import math
 import os
 import re
 import shlex
@@ -22,16 +21,13 @@ from dlopt.basics.formats import (
     format_count,
     format_duration,
     format_epoch_number,
-    format_lr,
-    format_metric,
-    format_number,
-    format_percent,
     format_value,
 )
 from dlopt.basics.plain_values import flatten
-from dlopt.metrics.names import Metric, Split, final_metrics, mode_of, monitored_modes
+from dlopt.metrics.measures import Row
+from dlopt.metrics.names import final_metrics, mode_of, monitored_modes, split_of
+from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, live_name, shown_in, title
 
-_PER_SECOND = {"samples_per_second": "samples", "tokens_per_second": "tokens"}  # a run has one of them
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
 # Of an optimizer's keys, those that define it. Its other keys are rarely set.
@@ -222,20 +218,16 @@ def _device(facts: Mapping[str, Any]) -> list[str]:
 
 def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
     """Formats an evaluated epoch as one line without a table header, for train.log."""
-    texts = [f"epoch {format_epoch_number(metrics['epoch'])}/{epochs}"]
-    splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
-        if (loss := metrics.get(Metric(split, "loss").column)) is not None:
-            accuracy = metrics.get(Metric(split, "accuracy").column)
-            suffix = "" if accuracy is None else f" accuracy {format_percent(accuracy)}"
-            texts.append(f"{split} loss {format_number(loss)}{suffix}")
-    if metrics.get("lr") is not None:
-        texts.append(f"lr {format_lr(metrics['lr'])}")
-    if metrics.get("seconds") is not None:
-        texts.append(format_duration(metrics["seconds"]))
-    texts += [f"{_rate(metrics[key])} {unit}/s" for key, unit in _PER_SECOND.items() if key in metrics]
-    texts += [f"MFU {format_percent(metrics[key])}" for key in ("utilization",) if key in metrics]
-    return "  ".join(texts + ["best"] * best)
+    texts: dict[str, list[str]] = {"epoch": [f"epoch {format_epoch_number(metrics['epoch'])}/{epochs}"]}
+    for each in shown_in("log"):
+        if (value := metrics.get(each.name)) is None:
+            continue
+        split = split_of(each.name)
+        if split is None:
+            texts[each.name] = [each.show_in_log(value)]
+        else:  # train loss 0.5 accuracy 80.00 %
+            texts.setdefault(split, [split]).append(f"{live_name(each.name)} {each.show(value)}")
+    return "  ".join([" ".join(each) for each in texts.values()] + ["best"] * best)
 
 
 class EpochRows:
@@ -243,70 +235,57 @@ class EpochRows:
 
     Not a table of rich, which would have to know all rows before it prints the first one.
 
-    `seconds`: where the run starts; > 0 if it was resumed. `metrics`: keys of further columns.
+    `seconds`, `step`: where this process starts; > 0 if it resumed the run. `steps`: updates of the whole run.
+    `metrics`: keys of further columns.
     """
 
     def __init__(
-        self, epochs: int, *, unit: str = "samples", seconds: float = 0.0, metrics: Iterable[str] = ()
+        self,
+        epochs: int,
+        *,
+        unit: str = "samples",
+        seconds: float = 0.0,
+        step: int = 0,
+        steps: int = 0,
+        metrics: Iterable[str] = (),
     ) -> None:
-        self._titles = _titles(metrics) | dict.fromkeys(_PER_SECOND, f"{unit}/s")
-        self._epochs = epochs
-        self._last = seconds  # of the last row
+        columns = shown_in("table")
+        end = max(i for i, each in enumerate(columns) if split_of(each.name) is not None) + 1
+        titles = [("epoch", "epoch"), *((each.name, each.title.format(unit=unit)) for each in columns)]
+        # Further metrics follow those of the validation.
+        self._titles = dict([*titles[: end + 1], *((key, title(key)) for key in metrics), *titles[end + 1 :]])
+        self._epochs, self._steps = epochs, steps
+        self._start: Mapping[str, Any] = {"seconds": seconds, "step": step}
+        self._previous: Mapping[str, Any] = self._start
 
     def header(self, first: Mapping[str, Any], width: int | None) -> Text:
         """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None: unlimited)."""
-        derived = {"epoch"} | ({"epoch_seconds"} if "seconds" in first else set())
         fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
-        widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction, **_WIDTHS}
-        titles = {key: title for key, title in self._titles.items() if key in derived | first.keys()}
-        self._widths = {key: max(widths.get(key, 9), len(title)) for key, title in titles.items()}
-        # A narrow terminal drops columns in this order.
-        for expendable in ("step", "epoch_seconds", *_PER_SECOND, "lr", "seconds", "utilization", "train_accuracy"):
+        widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction}
+        widths |= {each.name: each.width for each in shown_in("table")}
+        derived = {each.name for each in shown_in("table") if each.of_row is not None and {*each.needs} <= first.keys()}
+        titles = {key: text for key, text in self._titles.items() if key in {"epoch"} | derived | first.keys()}
+        self._widths = {key: max(widths.get(key, 9), len(text)) for key, text in titles.items()}
+        for expendable in expendable_in("table"):
             if width is not None and sum(self._widths.values()) + len(self._widths) + 2 > width:
                 self._widths.pop(expendable, None)
         return Text(" ".join(titles[key].rjust(width) for key, width in self._widths.items()), "bold", no_wrap=True)
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
         """Formats an evaluated epoch."""
-        seconds = metrics.get("seconds", 0.0)
-        values = {**metrics, "epoch_seconds": seconds - self._last}
-        self._last = seconds
-        cells = [self._cell(key, values.get(key)).rjust(width) for key, width in self._widths.items()]
+        row = Row(metrics, self._previous, self._start, self._steps)
+        self._previous = metrics
+        cells = [self._cell(key, row).rjust(width) for key, width in self._widths.items()]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 
-    def _cell(self, key: str, value: Any) -> str:
+    def _cell(self, key: str, row: Row) -> str:
         if key == "epoch":
-            return f"{format_epoch_number(value)}/{self._epochs}"
-        if key in _PER_SECOND:
-            return _rate(value)
-        if key in ("seconds", "epoch_seconds") and value is not None:
-            return format_duration(value)
-        return str(value) if key == "step" else format_metric(key, value)
+            return f"{format_epoch_number(row.line[key])}/{self._epochs}"
+        if (measure := COLUMNS.get(key)) is None:
+            return format_metric(key, row.line.get(key))
+        return measure.show_brief(row.line.get(key) if measure.of_row is None else measure.of_row(row))
 
 
-def _rate(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:,.0f}"
-
-
-_TITLES = {  # column headers of the epoch table
-    "epoch": "epoch", "step": "step", "train_loss": "train loss", "train_accuracy": "train acc",
-    "val_loss": "val loss", "val_accuracy": "val acc", "val_bits_per_byte": "bits/byte", "val_perplexity": "perplexity",
-    "lr": "lr", "epoch_seconds": "epoch time",
-    "seconds": "total time", **dict.fromkeys(_PER_SECOND, ""), "utilization": "MFU",
-}  # fmt: skip
-
-
-def _titles(metrics: Iterable[str]) -> dict[str, str]:
-    """Returns the titles of all columns: those of further `metrics` follow those of the validation."""
-    titles = list(_TITLES.items())
-    end = list(_TITLES).index("lr")
-    added = [(key, key.replace("mean_average_precision", "mAP").replace("_", " ")) for key in metrics]
-    return dict([*titles[:end], *added, *titles[end:]])
-
-
-_WIDTHS = {  # characters; 9 for the others
-    "step": 8, "lr": 9, "seconds": 7, "epoch_seconds": 7, **dict.fromkeys(_PER_SECOND, 8), "utilization": 7
-}  # fmt: skip
 _STATUS_COLOURS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from dlopt.basics import formats
 from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import redact, redacted
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, tag_of
+from dlopt.metrics.shown import format_metric
 from dlopt.tracking import terminal_text
 from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary
@@ -286,7 +286,7 @@ class Tracking:
         finally:
             if self._log is not None:
                 metrics = ", ".join(
-                    f"{key} {formats.format_metric(key, value)}"
+                    f"{key} {format_metric(key, value)}"
                     for key, value in summary.items()
                     if key in final and isinstance(value, int | float)
                 )

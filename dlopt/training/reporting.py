@@ -11,6 +11,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.overrides import storable
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import dotted_name
+from dlopt.metrics.measures import at_end
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
@@ -173,7 +174,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         "test_loss": None,
         "test_accuracy": None,
         "seconds": progress.seconds,
-        "parameters": sum(p.numel() for p in workload.module.parameters()),
+        **at_end(workload.module),
         "parallel": workload.parallel.name,
         "processes": workload.parallel.ranks.processes,
         "resumed_from": progress.resumed_from,

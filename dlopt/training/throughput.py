@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dlopt.metrics.measures import Training, measured
 from dlopt.training.builders.precision import Precision
 
 # Dense TFLOP/s (without sparsity) by words of the card's name, more specific names first: bf16 and fp16 with fp32
@@ -80,12 +81,8 @@ class Throughput:
     def metrics(self, samples: int, seconds: float) -> dict[str, float]:
         """Returns samples or tokens per second and, on a GPU, utilization and the peak of the allocated memory."""
         rate = samples / max(seconds, 1e-9) if samples else math.nan  # nan: all updates were skipped, or none was due
-        metrics = {"samples_per_second": rate} if self.tokens is None else {"tokens_per_second": rate * self.tokens}
-        if self.flops is not None and self.nominal is not None:
-            metrics["utilization"] = rate * self.flops / (self.processes * self.nominal)
-        if self.gpu is not None:
-            metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.gpu) / 2**30
-        return metrics
+        peak = None if self.gpu is None else torch.cuda.max_memory_allocated(self.gpu)
+        return measured(Training(rate, self.tokens, self.flops, self.nominal, self.processes, peak))
 
 
 ON_CPU = Throughput()

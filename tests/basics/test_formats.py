@@ -39,16 +39,14 @@ def test_round_floats() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("val_accuracy", 0.9, "90.00 %"), ("lr", 0.00123456, "0.001235"), ("seconds", 8.84, "8.8 s"),
-        ("steps", 43.333, "43.33"), ("parameters", 1234567, "1,234,567"), ("val_loss", 0.5, "0.5000"),
-        ("seconds", None, "-"), ("epochs", None, "-"),
-    ],
-)  # fmt: skip
-def test_format_metric(name: str, value: float | None, text: str) -> None:
-    assert formats.format_metric(name, value) == text
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (43.333, "43.33"), (999.6, "999.6"), (1200, "1,200")])
+def test_format_amount(value: float, text: str) -> None:
+    assert formats.format_amount(value) == text
+
+
+def test_formats_of_measurements() -> None:
+    assert (formats.format_rate(1234.5), formats.format_rate(math.nan)) == ("1,234", "-")
+    assert formats.format_gib(2.96) == "3.0 GiB"
 
 
 def test_format_count() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.basics.formats import format_metric
+from dlopt.metrics.shown import format_metric
 from dlopt.results.page import page
 from dlopt.results.ranking import Ranking, band, fastest, gather, targets, time_to_target
 from dlopt.results.reading import RunReader

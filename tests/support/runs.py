@@ -23,7 +23,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch
-from dlopt.metrics.names import THROUGHPUT
+from dlopt.metrics.measures import VARYING
 from dlopt.metrics.sums import Measured
 from dlopt.run import runner
 from dlopt.training.builders.precision import torch_defaults
@@ -119,7 +119,7 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_time(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key not in ("seconds", *THROUGHPUT)}
+    return {key: value for key, value in line.items() if key not in VARYING}
 
 
 def result(folder: Path, name: str = "last.pt") -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dlopt.metrics.names import THROUGHPUT, known_mode, tag_of
+from dlopt.metrics.measures import MEASURES
+from dlopt.metrics.names import known_mode, tag_of
 from dlopt.metrics.sums import MetricSum
 from dlopt.training import progress
 from dlopt.training.builders.precision import Precision
@@ -82,5 +83,7 @@ def test_evaluations_and_checkpoints_are_not_training_time(monkeypatch: pytest.M
 
 
 def test_names_are_one_from_the_file_to_the_report() -> None:
-    assert [tag_of(column) for column in THROUGHPUT] == [f"throughput/{column}" for column in THROUGHPUT]
-    assert [known_mode(column) for column in THROUGHPUT] == ["max", "max", "max", "min"]
+    columns = [name for name, each in MEASURES.items() if each.of_training is not None]
+    assert columns == ["samples_per_second", "tokens_per_second", "utilization", "gpu_memory_gib"]
+    assert [tag_of(column) for column in columns] == [f"throughput/{column}" for column in columns]
+    assert [known_mode(column) for column in columns] == ["max", "max", "max", "min"]

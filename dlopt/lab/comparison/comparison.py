@@ -12,8 +12,9 @@ from dlopt.extend import Seed, show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES
-from dlopt.metrics.names import Modes
-from dlopt.tracking.metrics import gaps, read_metrics, read_summary
+from dlopt.metrics.measures import MEASURES, derived
+from dlopt.metrics.names import Modes, split_of
+from dlopt.tracking.metrics import read_metrics, read_summary
 from dlopt.tracking.terminal_text import align_columns
 
 
@@ -113,8 +114,9 @@ class VariantOutcome:
 
     def may_have(self, name: str) -> bool:
         """Returns whether the run has the metric. True for a run that failed, maybe before it had any."""
-        parts = {"gap": "val_loss", "accuracy_gap": "val_accuracy"}
-        names = {name, parts.get(name, name.replace("_error", "_accuracy"))}
+        needs = MEASURES[name].needs if name in MEASURES else ()
+        validated = {each for each in needs if split_of(each) == "val"}  # of gaps
+        names = {name, *(validated or {name.replace("_error", "_accuracy")})}
         tested = {key for key, value in self.summary.items() if value is not None}
         return self.failed or not self.history or bool(names & {*self.metrics, *self.probes, *tested})
 
@@ -151,7 +153,7 @@ def on_axis(line: Mapping[str, Any], x: str) -> float:
 def _value_in(line: Mapping[str, Any], name: str) -> Any:
     """Returns the metric in a line of metrics.jsonl; `val_error` is 1 - `val_accuracy`."""
     if name in line or not name.endswith("_error"):
-        return line[name] if name in line else gaps(line).get(name)
+        return line[name] if name in line else derived(line).get(name)
     accuracy = line.get(name.replace("_error", "_accuracy"))
     return None if accuracy is None else 1 - accuracy
 

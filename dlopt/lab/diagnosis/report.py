@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dlopt.basics.formats import format_metric
 from dlopt.basics.plain_values import load_json
 from dlopt.extend import Record, Section, Table, printable, short_path
 from dlopt.lab.diagnosis.command import READS
+from dlopt.metrics.shown import format_metric
 from dlopt.results.tables import RunSection
 
 _FOLDER = "diagnosis"  # in the folder of the run
