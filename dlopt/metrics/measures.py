@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.basics.formats import (
     format_amount,
+    format_clock,
     format_duration,
     format_gib,
     format_lr,
@@ -181,6 +182,14 @@ OTHERS = (
         "seconds", "total time", format_duration, is_cost=True, priority=130, brief=format_duration, width=7,
         text="{value}", varies=True,
         shown={"table": 60, "log": KEPT, "leaderboard": 80, "terminal": 30, "runs": KEPT, "details": KEPT},
+    ),
+    Measure(
+        "seconds_left", "left", format_clock, width=7, shown={"table": 5}, needs=("step", "seconds"),
+        # At the speed of this process: a resumed run may be on another machine.
+        of_row=lambda row: seconds_left(
+            row.line["seconds"] - row.start["seconds"], row.line["step"] - row.start["step"],
+            row.steps - row.line["step"],
+        ),
     ),
     # A run has one of these two.
     Measure(

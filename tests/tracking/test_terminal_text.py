@@ -56,16 +56,40 @@ def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regressio
 
 def test_rows_show_the_time_of_their_own_epochs_and_the_throughput() -> None:
     """Also for the first row after a resume."""
-    rows = terminal_text.EpochRows(200, unit="images", seconds=103.4)
+    rows = terminal_text.EpochRows(200, unit="images", seconds=103.4, step=46431, steps=47369)
     metrics = {**METRICS, "samples_per_second": 1234.5, "utilization": 0.417, "gpu_memory_gib": 3.0}
     header = rows.header(metrics, None).plain
     columns = header.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
-    assert columns[-4:] == ["epoch_time", "total_time", "images/s", "MFU"]
-    assert rows.row(metrics, best=True).plain.endswith("20.0 s       2:04    1,234 41.70 % *")
-    later = {**metrics, "epoch": 101, "seconds": 125.4, "samples_per_second": math.nan}
-    assert rows.row(later, best=False).plain.endswith("2.0 s       2:06        - 41.70 %")
+    assert columns[-5:] == ["epoch_time", "total_time", "left", "images/s", "MFU"]
+    assert rows.row(metrics, best=True).plain.endswith("20.0 s       2:04    0:20    1,234 41.70 % *")
+    later = {**metrics, "epoch": 101, "step": 47369, "seconds": 125.4, "samples_per_second": math.nan}
+    assert rows.row(later, best=False).plain.endswith("2.0 s       2:06    0:00        - 41.70 %")
     text = terminal_text.EpochRows(200, unit="tokens")
     assert text.header({**METRICS, "tokens_per_second": 480_000.0}, None).plain.endswith(" tokens/s")
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "left"),
+    [
+        (500, 100.0, "3:20"),  # 100 updates in 20 s by this process; those before took 0.1 s each, on another machine
+        (1500, 300.0, "0:00"),
+        (1600, 320.0, "0:00"),  # of a longer run, resumed with fewer updates
+        (400, 40.0, "-"),  # the evaluation that the process before did not finish
+        (350, 60.0, "-"),  # after a rollback to an update before the resumed one
+    ],
+)
+def test_time_left_is_at_the_speed_of_this_process(step: int, seconds: float, left: str) -> None:
+    rows = terminal_text.EpochRows(200, seconds=80.0, step=400, steps=1500)
+    metrics = {"epoch": 5, "step": step, "seconds": seconds}
+    header, row = rows.header(metrics, None).plain, rows.row(metrics, best=False).plain
+    assert header.endswith("total time    left") and row[-7:].strip() == left
+
+
+def test_a_narrow_terminal_hides_the_time_left_first() -> None:
+    rows = terminal_text.EpochRows(200)
+    width = len(rows.header(METRICS, None).plain) + len(" * ")  # the mark of the best epoch
+    hidden = rows.header(METRICS, width - 1).plain
+    assert rows.header(METRICS, width).plain.endswith("total time    left") and hidden.endswith("epoch time total time")
 
 
 CONFIG = {
