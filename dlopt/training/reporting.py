@@ -184,7 +184,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
     if monitored_name(best.monitor) is not None and best.epoch is not None:
         summary[best_key(best.monitor)] = best.metric
     if workload.task.accuracy != VAL_ACCURACY.name:
-        summary = {key: value for key, value in summary.items() if not key.endswith("accuracy")}
+        summary = {key: value for key, value in summary.items() if key not in (VAL_ACCURACY.best, "test_accuracy")}
     derived: dict[str, float] = {}
     if best.val_loss is not None and workload.dataset.val is not None:
         derived = workload.dataset.task_on(workload.dataset.val).loss_metrics(best.val_loss)

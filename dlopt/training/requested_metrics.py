@@ -37,7 +37,8 @@ def monitored_name(monitor: str) -> str | None:
     if metric is None or metric.column != monitor or metric.split != "val":
         return monitor  # which no run has
     declared = DECLARED.get(metric.base)
-    return metric.base if declared is not None and declared.by_class else metric.name
+    is_of_a_class = declared is not None and declared.by_class and declared.name == metric.base
+    return metric.base if is_of_a_class else metric.name
 
 
 def _monitors(run_config: RunConfig) -> dict[str, str]:

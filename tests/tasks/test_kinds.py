@@ -13,7 +13,7 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.losses import MSE
 from dlopt.metrics.declared import named
 from dlopt.tasks.classification import Classification
-from dlopt.tasks.kinds import of_labels, restored
+from dlopt.tasks.kinds import chosen, of_labels, restored
 from dlopt.tasks.labels import MultiLabel
 from dlopt.tasks.reconstruction import Reconstruction
 from dlopt.tasks.regression import Regression
@@ -413,3 +413,19 @@ def test_a_teacher_of_the_same_task(name: str) -> None:
     assert task.mismatch(restored(task.saved)) is None
     longer = replace(task, predictions=16, bytes_per_token=3.0) if isinstance(task, NextToken) else task
     assert task.mismatch(longer) is None  # the windows, and the texts, may differ
+
+
+# -- that a model or a loss sets
+
+
+class _Ranked(Classification):
+    """A task of somebody's package."""
+
+
+def test_a_class_sets_its_task_by_an_attribute() -> None:
+    own = Classification(10, 1.0)
+    loss, model = type("Loss", (), {"task": _Ranked}), type("Model", (), {"reconstructs": True})
+    other = type("Other", (), {"task": "classification"})  # an attribute of the user's that means something else
+    assert chosen(own, IMAGE, (other, "loss=x"), (nn.Linear, "model=y")) is own
+    assert chosen(own, IMAGE, (loss, "loss=x"), (nn.Linear, "model=y")) == _Ranked(10, 1.0)
+    assert chosen(own, IMAGE, (nn.Linear, "loss=x"), (model, "model=y")) == Reconstruction(3 * 8 * 8, 1.0)

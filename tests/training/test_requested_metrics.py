@@ -77,9 +77,10 @@ def test_rejects_unavailable_metrics(tmp_path: Path, name: str) -> None:
         start(tmp_path, *SMALL, *overrides)
 
 
-def test_other_metrics_are_not_of_a_class(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"schedule\.monitor=val_macro_f1/3: a classification task has no such metric"):
-        start(tmp_path, *SMALL, "schedule=plateau", "schedule.monitor=val_macro_f1/3")
+@pytest.mark.parametrize("metric", ["val_macro_f1/3", "val_worst_class_accuracy/3"])
+def test_other_metrics_are_not_of_a_class(tmp_path: Path, metric: str) -> None:
+    with pytest.raises(UserError, match=f"schedule.monitor={metric}: a classification task has no such metric"):
+        start(tmp_path, *SMALL, "schedule=plateau", f"schedule.monitor={metric}")
 
 
 def test_rejects_a_class_without_validation_samples() -> None:

@@ -168,14 +168,11 @@ def test_recurrent_models_read_text(lines: list[str], tmp_path: Path, model: str
     assert summary["best_val_loss"] < math.log(256)
 
 
-DROPPED = pytest.mark.xfail(strict=True, reason="left out of summary.json, as the accuracy of tasks without one")
-
-
 @pytest.mark.parametrize(
     ("monitor", "best", "extra"),
     [
         ("val_bits_per_byte", min, ()),
-        pytest.param("val_token_accuracy", max, (), marks=DROPPED),
+        ("val_token_accuracy", max, ()),
         ("val_perplexity", min, ("data.tokenizer=bpe", "data.vocabulary=280")),
     ],
 )
