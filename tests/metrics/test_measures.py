@@ -45,7 +45,7 @@ def test_every_column_of_a_run_is_declared(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("measure", COLUMNS.values(), ids=COLUMNS)
 def test_every_measure_has_a_title_and_a_format(measure: Measure) -> None:
-    assert measure.title and COLUMNS[measure.name] is measure
+    assert measure.title and COLUMNS[measure.name] is measure and measure.shown.keys() <= {*get_args(Place)}
     for show in (measure.show, measure.show_brief):
         assert show(None) == "-" and any(map(str.isdigit, show(2)))
     assert str(measure.show_brief(2)) in measure.show_in_log(2)
