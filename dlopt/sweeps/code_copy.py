@@ -215,7 +215,7 @@ def _names(source: _Source) -> dict[str, bool]:
         return {name: _is_code(source, name, is_tracked=False) for name in _walk(source)}
     found: dict[str, bool] = {}
     others, ignored = (
-        # Python writes its caches anew: nobody misses them, in a repository with or without a .gitignore.
+        # Python writes its caches again: nobody misses them, in a repository with or without a .gitignore.
         {name for name in _listed(source, "--others", *options, "--exclude-standard") or () if _CACHE not in name}
         for options in ((), ("--ignored", "--directory"))
     )

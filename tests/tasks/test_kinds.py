@@ -419,7 +419,7 @@ def test_a_teacher_of_the_same_task(name: str) -> None:
 
 
 class _Ranked(Classification):
-    """A task of a package of yours."""
+    """The task of another package."""
 
 
 def test_a_class_sets_its_task_by_an_attribute() -> None:
