@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dlopt.adapt import lora
 from dlopt.basics.errors import UserError
+from dlopt.tasks.classification import Classification
 from dlopt.training.builders.adapter_check import check_adapters
 from dlopt.training.builders.precision import Precision
 from tests.support.runs import run_config
@@ -150,7 +151,7 @@ def adapted(model: nn.Module, **changed: Any) -> nn.Module:
 
 def check(model: nn.Module, precision: str = "fp32") -> None:
     placed = Precision(precision, torch.device("cpu"))
-    check_adapters(run_config("adapt=lora"), placed.place(adapted(model)), placed, (6,), None)
+    check_adapters(run_config("adapt=lora"), placed.place(adapted(model)), placed, (6,), Classification(6))
 
 
 EFFECT = (
