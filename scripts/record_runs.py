@@ -36,7 +36,7 @@ SMALL = ("steps=20", "data.batch_size=8", "data.subset=40", "threads=1", "device
 TOKENS = ("data.sequence_length=32", "evaluate.samples=40")
 SERIES = ("comparison", "benchmark", "ladder", "judge")
 """Keys that make several runs of one recipe: the run of the recipe itself is recorded."""
-LARGE = ("_224", "resnet50", "resnet101", "resnet1202", "preact_resnet1001", "wrn_28_20", "gpt2_small", "resnet18",
+LARGE = ("_224", "resnet50", "resnet101", "gpt2_small", "resnet18",
     "resnet34", "alexnet", "vgg11")  # fmt: skip
 MEASURED = ("eta", *VARYING)
 

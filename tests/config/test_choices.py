@@ -39,17 +39,15 @@ GPT = ("model=gpt_nano", "model.width=8", "model.depth=1", "model.heads=2")
 IMAGES = ("data=image_folder", "data.root=images", "data.val_split=0.5", "data.image_size=32", "data.subset=null")
 
 SLOW = {  # several seconds for one update
-    "model=resnet1202", "model=preact_resnet1001", "model=wrn_28_10", "model=wrn_28_20", "model=wrn_22_8",
-    "model=alexnet_224", "model=two_column_alexnet_224", "model=resnet101", "model=resnet50", "model=resnet34",
+    "model=wrn_28_10", "model=two_column_alexnet_224", "model=resnet101", "model=resnet50", "model=resnet34",
     "model=alexnet", "model=two_column_alexnet", "model=gpt2_small",
-    "model=resnet110", "model=preact_resnet164", "model=preact_resnet110",  # as resnet20, but with more of the same
-    "model=resnet32", "model=resnet44", "model=resnet56", "model=preact_resnet56", "model=plain56",
+    "model=resnet110",  # as resnet20, but with more of the same
+    "model=resnet32", "model=resnet44", "model=resnet56", "model=plain56",
     "model=resnet18", "model=vgg11", "model=vgg11_bn", "model=wrn_16_4", "model=torchvision", "model=timm",
     "data=python_source", "augmentation=imagenet", "init=alexnet",
 }  # fmt: skip
 COMBINED = ("optimizer", "init", "schedule", "normalize", "sampler", "parallel", "clip", "stopping")
 ALONE = {"optimizer=newton", "optimizer=newton_cg", "optimizer=newton_undamped"}  # they refuse to be clipped
-TOO_LARGE = "model=wrn_28_20"  # wrn_28_10 with twice the width: its checkpoints of 1 GB alone take 20 seconds
 OPTIONAL = {"model=timm": "timm", "data=parquet": "pyarrow", "data=huggingface": "datasets"}
 
 
@@ -70,7 +68,6 @@ def line(choice: str) -> tuple[str, ...]:
         "data=python_source": (("data.sequence_length=8",), GPT),
         "model=gpt": (TEXT, GPT[1:]),
         "model=gpt_nano": (TEXT, ()),
-        "model=gpt_mini": (TEXT, ()),
         "model=gpt2_small": (TEXT, ()),
         "init=gpt2": (TEXT, GPT),
         "init=mup": (TEXT, (*GPT, "model.tied_embeddings=false", "optimizer=adamw")),
@@ -85,7 +82,6 @@ def line(choice: str) -> tuple[str, ...]:
         "model=polynomial": (("data=polynomial", "loss=mse", "normalize=none"), ()),
         "model=mlp": (DIGITS, ("model.widths=[4]",)),
         "model=residual_mlp": (DIGITS, ()),
-        "model=alexnet_224": ((*IMAGES[:3], "data.image_size=224"), ()),
         "model=two_column_alexnet_224": ((*IMAGES[:3], "data.image_size=224"), ()),
         "augmentation=imagenet": ((*IMAGES[:3], "data.image_size=256"), ("model=resnet20",)),
         "augmentation=alexnet": ((*IMAGES, "augmentation.operations.0.size=16"), MLP),
@@ -165,8 +161,6 @@ def missing(choice: str) -> str | None:
         return f"{OPTIONAL[choice]} is not installed"
     if choice == "parallel=columns":
         return "one process has no second column; tests/parallel has two"
-    if choice == TOO_LARGE:
-        return "as wrn_28_10, with four times the parameters"
     if choice in ("data=mnist", "data=fashion_mnist", "data=cifar10", "data=cifar100"):
         return "its files have to be downloaded; tests/data reads such files in small"
     return None

@@ -20,9 +20,10 @@ def test_parameter_counts_of_one_and_two_columns(build: Build) -> None:
     two = 96 * (11 * 11 * 3) + 256 * (5 * 5 * 48) + 384 * (3 * 3 * 256) + 384 * (3 * 3 * 192) + 256 * (3 * 3 * 192)
     one = 96 * (11 * 11 * 3) + 256 * (5 * 5 * 96) + 384 * (3 * 3 * 256) + 384 * (3 * 3 * 384) + 256 * (3 * 3 * 384)
     both = 96 + 256 + 384 + 384 + 256 + 6 * 6 * 256 * 4096 + 4096 + 4096**2 + 4096 + 4096 * 1000 + 1000
-    for choice, kernels in (("two_column_alexnet_224", two), ("alexnet_224", one)):
+    large = ("stem=imagenet", "hidden=4096")
+    for choice, keys, kernels in (("two_column_alexnet_224", (), two), ("alexnet", large, one)):
         with torch.device("meta"):
-            model = build(choice, input_shape=(3, 224, 224), classes=1000)
+            model = build(choice, *keys, input_shape=(3, 224, 224), classes=1000)
         assert sum(parameter.numel() for parameter in model.parameters()) == kernels + both
 
 
@@ -78,9 +79,9 @@ def test_local_response_normalization_matches_the_paper(build: Build) -> None:
 def test_rejects_invalid_settings(build: Build) -> None:
     with pytest.raises(UserError, match=r"model\.hidden=33"):
         build("two_column_alexnet", "hidden=33", input_shape=(1, 16, 16), classes=3)
-    build("alexnet_224", "hidden=4", input_shape=(3, 63, 63), classes=3)(images(2, 3, 63, 63))
+    build("alexnet", "stem=imagenet", "hidden=4", input_shape=(3, 63, 63), classes=3)(images(2, 3, 63, 63))
     with pytest.raises(UserError, match=r"model\.stem=imagenet: images of 62x80 are too small"):
-        build("alexnet_224", input_shape=(3, 62, 80), classes=3)
+        build("alexnet", "stem=imagenet", input_shape=(3, 62, 80), classes=3)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

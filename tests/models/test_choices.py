@@ -9,9 +9,9 @@ from tests.support.choices import names
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 CHOICES = names("model")
-SHAPES = {"polynomial": (1,), "alexnet_224": (3, 224, 224), "two_column_alexnet_224": (3, 224, 224)}
+SHAPES = {"polynomial": (1,), "two_column_alexnet_224": (3, 224, 224)}
 
-DEEP = {"resnet1202", "preact_resnet1001", "resnet110", "preact_resnet110", "preact_resnet164", "resnet101"}
+DEEP = {"resnet110", "resnet101"}
 # Small models of all families: other keys of a choice, and the shape of a sample.
 FAMILIES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "mlp": (["widths=[16,12]", "activation=tanh"], (1, 8, 8)),
@@ -22,7 +22,7 @@ FAMILIES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "resnet50": ([], (1, 16, 16)),
     "wrn_16_4": (["depth=10", "widen=1"], (3, 8, 8)),
     "preact_resnet20": (["depth=8"], (3, 8, 8)),
-    "preact_resnet164": (["depth=11"], (3, 8, 8)),
+    "preact_resnet20, bottlenecks": (["depth=11", "block=bottleneck"], (3, 8, 8)),
     "vgg11": ([], (1, 28, 28)),
     "vgg11_bn": ([], (1, 8, 8)),
     "airbench94": (["widths=[4,4,4]"], (3, 32, 32)),

@@ -29,22 +29,25 @@ def images(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("choice", "millions"),
+    ("choice", "keys", "millions"),
     [
-        ("wrn_16_4", 2.7),
-        ("wrn_22_8", 17.2),
-        ("wrn_28_10", 36.5),
-        ("wrn_28_20", 145.8),
-        ("preact_resnet110", 1.7),
-        ("preact_resnet164", 1.7),
-        ("preact_resnet1001", 10.3),
+        ("wrn_16_4", [], 2.7),
+        ("wrn_28_10", ["depth=22", "widen=8"], 17.2),
+        ("wrn_28_10", [], 36.5),
+        ("wrn_28_10", ["widen=20"], 145.8),
+        ("preact_resnet20", ["depth=56"], 0.85),
+        ("preact_resnet20", ["depth=110"], 1.7),
+        ("preact_resnet20", ["depth=164", "block=bottleneck"], 1.7),
+        ("preact_resnet20", ["depth=1001", "block=bottleneck"], 10.3),
     ],
 )
-def test_parameter_counts_match_the_papers(build: Callable[..., nn.Module], choice: str, millions: float) -> None:
+def test_parameter_counts_match_the_papers(
+    build: Callable[..., nn.Module], choice: str, keys: list[str], millions: float
+) -> None:
     """Tables 3 and 4 of the wide ResNet paper; the identity mappings paper prints 10.2 M for the deepest."""
     with torch.device("meta"):
-        model = build(choice, input_shape=(3, 32, 32), classes=10)
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
+        model = build(choice, *keys, input_shape=(3, 32, 32), classes=10)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2 if millions < 1 else 1) == millions
 
 
 def test_depth_of_a_wide_network_counts_its_convolutions() -> None:

@@ -25,7 +25,8 @@ BUDGET = {
     "choices": 235
     + 5
     + 3  # of decay; debug: fast, overfit, profile
-    + 1,  # function=matrix: NorMuon, SOAP-Muon, AdamH, MuonH and SOAP-H are keys, not choices
+    + 1  # function=matrix: NorMuon, SOAP-Muon, AdamH, MuonH and SOAP-H are keys, not choices
+    - 9,  # depths and widths of six models are keys: free for what comes
     "recipes": 118,
     "names of dlopt.extend": 56 + 1,  # Checkpoint replaces the nine keys of its file
 }

@@ -32,7 +32,7 @@ MODELS = {
 LARGE = {
     "wide": ["model=wrn_16_4", "model.depth=10", "model.widen=2", "model.dropout=0.3"],
     "pre-activation": ["model=preact_resnet20", "model.depth=8", "model.norm=instance", "model.dropout=0.3"],
-    "pre-activation bottlenecks": ["model=preact_resnet164", "model.depth=11"],
+    "pre-activation bottlenecks": ["model=preact_resnet20", "model.block=bottleneck", "model.depth=11"],
     "options B": ["model=resnet18"],
     "bottlenecks": ["model=resnet50"],
     "vgg": ["model=vgg11_bn", "model.dropout=0.3"],

@@ -47,7 +47,7 @@ def config(*typed: str) -> dict[str, Any]:
         ("experiment=sgdr_cifar10 schedule.T_0_epochs=10 schedule.T_mult=2 epochs=150", 4.03),
         ("experiment=sgdr_cifar10 schedule.T_0_epochs=200 schedule.T_mult=1", 3.86),
         ("experiment=sgdr_cifar10 schedule.T_0_epochs=7", None),
-        ("experiment=sgdr_cifar100 model=wrn_28_20 schedule.T_0_epochs=1 schedule.T_mult=2 epochs=127", 18.9),
+        ("experiment=sgdr_cifar100 model.widen=20 schedule.T_0_epochs=1 schedule.T_mult=2 epochs=127", 18.9),
         (
             "experiment=sgdr_cifar10 schedule=multistep schedule.gamma=0.2 schedule.milestones_epochs=[60,120,160] "
             "optimizer.lr=0.05",
