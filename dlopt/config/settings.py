@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     RequestedMetric = str
 else:
     RequestedMetric = Literal[REQUESTABLE]  # for lists of what a key takes
+Diagnostic = Literal["gradients", "activations", "curvature"]
 Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 
 
@@ -106,7 +107,7 @@ class Settings:
     evaluate: EvaluateSettings
     checkpoint: CheckpointSettings
     tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb", "trackio"]], Role.WATCH]
-    diagnostics: Annotated[list[Literal["gradients", "activations", "curvature"]], Role.WATCH]
+    diagnostics: Annotated[list[Diagnostic], Role.WATCH]
     diagnostics_every: Annotated[Count, Role.WATCH]
     profile: Annotated[bool, Role.WATCH]
     profile_steps: Annotated[tuple[Natural, Count], Role.WATCH]

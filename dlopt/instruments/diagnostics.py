@@ -3,13 +3,13 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlopt.basics.errors import UserError
+from dlopt.config.settings import Diagnostic
 from dlopt.instruments.curvature import (
     GradientSpread,
     curvature_along,
@@ -24,7 +24,6 @@ from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Clip, Norm
 from dlopt.training.step import Observer, Step
 
-Kind = Literal["gradients", "activations", "curvature"]
 Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]
 """Receives the number of updates, and metrics and histograms by tag."""
 
@@ -35,7 +34,7 @@ CURVATURE_INTERVAL = 10
 _KEPT = 2000  # values of a histogram
 
 
-def check(workload: Workload, kinds: Sequence[Kind]) -> None:
+def check(workload: Workload, kinds: Sequence[Diagnostic]) -> None:
     """Raises `UserError` for diagnostics that the parallel mode or torch.compile does not support."""
     if workload.parallel.sharding.kind != "replicated":
         raise UserError(
@@ -65,7 +64,7 @@ class Diagnostics(Observer):
     Newton, are at other weights, and some differentiate twice.
     """
 
-    def __init__(self, workload: Workload, kinds: Sequence[Kind], every: int, report: Report) -> None:
+    def __init__(self, workload: Workload, kinds: Sequence[Diagnostic], every: int, report: Report) -> None:
         check(workload, kinds)
         self.workload = workload
         self.kinds = kinds
