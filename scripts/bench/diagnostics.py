@@ -18,16 +18,17 @@ import torch
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.instruments.diagnostics import CURVATURE_INTERVAL, Diagnostics, Kind
+from dlopt.config.settings import Diagnostic
+from dlopt.instruments.diagnostics import CURVATURE_INTERVAL, Diagnostics
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.run import probe_trainer
 
-KINDS: tuple[tuple[Kind, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
+KINDS: tuple[tuple[Diagnostic, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
 MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}
 
 
-def measure(typed: list[str], kinds: tuple[Kind, ...], rounds: int) -> tuple[float, float, int]:
+def measure(typed: list[str], kinds: tuple[Diagnostic, ...], rounds: int) -> tuple[float, float, int]:
     """Returns the seconds of a plain and of an observed update, and the updates between observed ones."""
     lines = [*typed, f"diagnostics=[{','.join(kinds)}]"]
     run_config = parse(to_plain(Composer().compose(lines), lines)[0])
