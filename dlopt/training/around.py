@@ -33,7 +33,7 @@ def surround(
     Args:
         update: `step.update`, or its replay from a CUDA graph.
         after_change: called after every update that has changed the weights (stopping rules).
-        skip: decides whether to skip an update with non-finite gradients; None: the error is raised.
+        skip: decides whether to skip an update with non-finite gradients; None to raise the error.
     """
     if step.settings.halve_on_out_of_memory:
         step.run_batch = halving(step)

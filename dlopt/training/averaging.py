@@ -53,7 +53,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        # The values change places, and not the tensors: the optimizer, a compiled model and a CUDA graph hold the
+        # Swaps the values, not the tensors: the optimizer, a compiled model and a CUDA graph hold references to the
         # tensors.
         weights = [value.clone() for value in self._values]
         torch._foreach_copy_(self._values, self._averages)
@@ -78,10 +78,10 @@ class ExponentialAverage(WeightAverage):
 
 
 class TailAverage(WeightAverage):
-    """The mean of the weights after each of the last quarter of `updates`; before these, the weights themselves.
+    """The mean of the weights over the last quarter of `updates`; until then, the current weights.
 
-    Izmailov et al. 2018, "Averaging weights leads to wider optima" (SWA), which start at 75 % of the budget, and
-    average once per epoch. LAWA (Kaddour 2022) averages over a sliding window, for which it keeps copies of weights.
+    Izmailov et al. 2018, "Averaging weights leads to wider optima" (SWA), start at 75 % of the budget and average once
+    per epoch. LAWA (Kaddour 2022) averages over a sliding window, for which it keeps copies of weights.
     """
 
     def __init__(self, model: nn.Module, updates: int) -> None:

@@ -38,8 +38,8 @@ class ByNorm:
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
         total = gradient_norm(parameters, norm)
-        # As torch's clip_grad_norm_ does. Multiplying by 1 costs less than asking whether to multiply, for which the
-        # host would have to wait for the norm.
+        # Always multiplies, like torch's clip_grad_norm_. A branch would make the host wait for the norm, which costs
+        # more than multiplying by 1.
         factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
         if gradients := _local_gradients(parameters):
             torch._foreach_mul_(gradients, factor)
@@ -48,7 +48,7 @@ class ByNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class ByValue:
-    """Clamps every entry to [-max_value, max_value]; of complex ones, the real and the imaginary part."""
+    """Clamps every entry to [-max_value, max_value]; for complex entries, the real and the imaginary part."""
 
     max_value: Positive
 
@@ -63,8 +63,8 @@ class Adaptive:
     """Scales each unit's gradient to at most `clipping` times its weight norm (AGC; Brock et al. 2021, eq. 3).
 
     A unit is one output of a linear or convolutional layer (one row of the weight); a bias or gain is a single unit, as
-    in the authors' code. The final linear layer is not clipped, as in the paper: that which computes last, by `uses`
-    (see `dlopt.models.order`), or that which is registered last.
+    in the authors' code. As in the paper, the final linear layer is not clipped: the last in execution order by `uses`
+    (see `dlopt.models.order`), or the last registered one.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Adaptive:
                 continue
             limit = unit_norm(parameter).clamp_(min=self.eps).mul_(self.clipping)
             norms = unit_norm(parameter.grad)
-            tiny = torch.finfo(norms.dtype).tiny  # against 0 / 0; a larger one would shrink short gradients
+            tiny = torch.finfo(norms.dtype).tiny  # avoids 0 / 0; a larger value would shrink short gradients
             local(parameter.grad).mul_((limit / norms.clamp(min=tiny)).clamp_(max=1.0))
 
 

@@ -63,7 +63,7 @@ def evaluate(
     metrics = MetricSum(task, reduce=reduce)
     with evaluation_mode(module, loss):
         for inputs, targets in batches:
-            outputs = model(inputs)  # even without samples: the forward pass may contain collectives
+            outputs = model(inputs)  # also without samples: the forward pass may contain collectives
             if len(targets):
                 # The loss is never computed in bf16 or fp16. In chunks it promotes each of them.
                 chunked = isinstance(loss, CrossEntropy) and processes_in_chunks(outputs, targets)
@@ -96,7 +96,7 @@ def report(
     user_metrics: Mapping[str, UserMetric] = MappingProxyType({}),
     names: Sequence[str] = (),
 ) -> TestReport:
-    """Computes loss, accuracy, `metrics` and `user_metrics` of outputs; those in a run's summary are equal.
+    """Computes loss, accuracy, `metrics` and `user_metrics` of outputs, equal to those in a run's summary.
 
     `names`: of the classes, if a metric has a value for each.
     """
@@ -116,7 +116,7 @@ def report(
 
 
 def streamed_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:
-    """Returns the test metrics of a model whose outputs are large and are not kept.
+    """Returns the test metrics of a model whose outputs are too large to keep.
 
     Raises `UserError` for test-time augmentation and ensembles, which average predictions of labels.
     """
@@ -247,10 +247,10 @@ def test_metrics(
     on_batch: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
 ) -> dict[str, Any] | None:
-    """Returns the loss and the metrics that an evaluation always has, and those that the run requests for its
-    validation, by column (test_loss).
+    """Returns the loss, the metrics of every evaluation, and the metrics that the run requests for its validation, by
+    column (test_loss).
 
-    {} without a test set, None if interrupted, which is checked after each batch.
+    Returns {} without a test set, and None if interrupted (checked after each batch).
 
     `on_batch(done, total)` is called after each batch, except with test-time augmentation.
     """
@@ -321,7 +321,7 @@ def predict_test_set(
 
     None if interrupted.
 
-    choice: the test-time augmentation whose outputs are averaged; None: as in the final test of `dlopt train`.
+    choice: the test-time augmentation whose outputs are averaged; None for that of the final test of `dlopt train`.
     """
     samples = workload.dataset.test
     if samples is None:
@@ -347,7 +347,7 @@ def _outputs(
     batches: Batches,
     interruption: Interruption | None,
 ) -> list[Outputs] | None:
-    """Returns outputs and targets batch by batch; each process computes those of its samples. None if interrupted."""
+    """Returns outputs and targets batch by batch; each process computes its own samples. None if interrupted."""
     workload.module.eval()
     mode = workload.parallel
     stop = None if interruption is None else mode.ranks.evaluation_stop(interruption)
@@ -359,8 +359,8 @@ def _outputs(
             return None
     if mode.split.evaluation_shard is None:
         return [batch for batch in local_outputs if batch is not None]
-    # Batch by batch, because the ranks hold adjacent slices of each batch, not of the data set: joined per batch, the
-    # outputs are in its order, as `dlopt predict` writes them and an ensemble pairs them.
+    # Batch by batch: the ranks hold adjacent slices of each batch, not of the data set. Joined per batch, the outputs
+    # are in the order of the data set, which `dlopt predict` writes and ensembles rely on.
     ranks = mode.ranks.gather([[batch and tuple(tensor.cpu() for tensor in batch) for batch in local_outputs]])
     gathered = []
     for shards in zip(*ranks, strict=True):

@@ -32,7 +32,7 @@ def obstacle(
     observed: bool = False,
     compile: bool | str = False,
 ) -> str | None:
-    """Returns why updates cannot be captured; None: they can. `compile`: the key of the run.
+    """Returns why updates cannot be captured; None if they can. `compile`: the key of the run.
 
     A captured update has no control flow that depends on tensor values, does not synchronize with the device, and
     differs between steps only in tensors and seeds. This is known of torch's and dlopt's layers and `parts` only: the
@@ -63,7 +63,7 @@ def obstacle(
 
 
 def layer_obstacle(module: nn.Module) -> str | None:
-    """Returns why a graph cannot record the layers of a model; None: it can."""
+    """Returns why a graph cannot record the layers of a model; None if it can."""
     for layer in module.modules():
         if isinstance(layer, Recomputed):
             return "activation checkpointing restores the state of the random generator, which cannot be recorded"

@@ -59,7 +59,7 @@ class Trainer:
     sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
     sampler_metrics: Callable[[], Mapping[str, float]] = dict
     progress: Progress = field(default_factory=Progress)
-    graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None: they are
+    graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None if they are
     user_observers: UserObservers = NO_OBSERVERS
 
     @property

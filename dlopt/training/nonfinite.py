@@ -40,7 +40,7 @@ class NonFiniteCheck:
         immediate: check before each update, which is cheap on a CPU and synchronizes on a GPU; otherwise keep one flag
             per update on the device until `flush`.
         locate: describes the first non-finite tensor, given whether the loss is finite.
-        norm: of gradients that are sharded over ranks, for the same result on all ranks; None: this rank has all.
+        norm: of gradients that are sharded over ranks, for the same result on all ranks; None if this rank has all.
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class Recovery:
     Args:
         attempts: maximum number of rollbacks of a run, or of skipped updates in a row.
         lr_factor: multiplies the learning rate in each rollback.
-        load_newest: loads the newest checkpoint on all ranks; None: there is none.
+        load_newest: loads the newest checkpoint on all ranks; None if there is none.
         log: shows a line to the user.
     """
 

@@ -34,7 +34,7 @@ class TrainingRun:
     folder: Path
     checkpoint: Checkpoint | None = None  # to resume from
     choices: Mapping[str, str] = field(default_factory=dict)  # config group -> choice, for display
-    overrides: Sequence[str] | None = None  # of the command line; None: the folder already describes the run
+    overrides: Sequence[str] | None = None  # of the command line; None if the folder already describes the run
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Clock:
     Args:
         progress: to which training time is added.
         metrics: of the training samples so far.
-        timing: of the updates of all ranks; None: there is one rank.
+        timing: of the updates of all ranks; None if there is one rank.
         throughput: computes throughput and utilization.
     """
 

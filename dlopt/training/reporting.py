@@ -93,7 +93,7 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
 def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) -> list[str]:
     """Returns the values chosen for `auto`, in a line, notes on the data and the parallel mode, and warnings.
 
-    `graph_obstacle`: why updates are not replayed from a CUDA graph; None: they are.
+    `graph_obstacle`: why updates are not replayed from a CUDA graph; None if they are.
     """
     dataset = workload.dataset
     chosen = describe_auto(workload.run_config, workload.precision, workload.compile_obstacle, graph_obstacle)

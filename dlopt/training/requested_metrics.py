@@ -30,7 +30,7 @@ def tested_metrics(run_config: RunConfig, task: Task) -> list[Declaration]:
 
 
 def monitored_name(monitor: str) -> str | None:
-    """Returns the name, without the split, of a monitored metric that not every run has; None: every run has it."""
+    """Returns the name, without the split, of a monitored metric that not every run has; None if every run has it."""
     if monitor in MONITORS:
         return None
     metric = Metric.of(monitor)

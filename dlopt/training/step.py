@@ -43,9 +43,9 @@ class Network:
 
     Attributes:
         model: calls the module: wrapped by the parallel mode, compiled.
-        loss: (outputs, targets, *further arguments) -> mean over the samples.
-        further: returns the further arguments for a micro-batch; None: the loss has none.
-        compile: compiles model, loss and metrics as one region; None: `model` and `loss` are called as they are.
+        loss: (outputs, targets, *additional arguments) -> mean over the samples.
+        further: returns the additional arguments of the loss for a micro-batch; None if there are none.
+        compile: compiles model, loss and metrics as one region; None to call `model` and `loss` separately.
     """
 
     module: nn.Module
@@ -80,9 +80,9 @@ class UpdateRecord:
 
     Attributes:
         loss: mean over the global batch, at the weights before the update; None if the update was skipped.
-        micro_batches: what the metrics need of each micro-batch of this process.
+        micro_batches: the input of the metrics for each micro-batch of this process.
         norm: of the gradient before clipping, if it was computed.
-        flags: (loss, whether a gradient is not finite) of each evaluation whose check is deferred.
+        flags: (loss, whether a gradient is non-finite) for each evaluation with a deferred check.
     """
 
     loss: Tensor | None
@@ -128,7 +128,7 @@ class Observer:
         """
 
     def around(self, step: "Step", inputs: Tensor, targets: Tensor, number: int) -> AbstractContextManager[None] | None:
-        """Returns a context manager for update `number` (from 0) on this batch; None: do not observe this update."""
+        """Returns a context manager for update `number` (from 0) on this batch; None to skip this update."""
         return None
 
 
@@ -155,7 +155,7 @@ class Step:
     Args:
         schedule: stepped after every update.
         mode: splits a batch into micro-batches and reduces their losses and gradients over processes.
-        measure: keeps what the metrics need of a micro-batch.
+        measure: reduces a micro-batch to the input of the metrics.
         clip: clips the reduced gradients.
         synchronize_buffers: makes the buffers equal on all ranks; called after every update.
         average: updates the average of the weights; called after every update.
@@ -273,7 +273,7 @@ class Step:
         if self.record is None:
             self.record = UpdateRecord(loss, micro_batches)
 
-        # 3. Unscale before clipping, which needs the gradients in their own unit.
+        # 3. Unscale before clipping, whose thresholds are for unscaled gradients.
         if self.scaler is not None and self._has_gradients():
             self.scaler.unscale_(self.optimizer)
 
@@ -284,7 +284,7 @@ class Step:
             if flag is not None:
                 self.record.flags.append((loss, flag))
 
-        # 5. Clip; the logged norm is that of before.
+        # 5. Clip. The logged norm is measured before clipping.
         norm = gradient_norm(self.parameters, self.mode.sharding.norm) if current.log_norm else None
         clipped = self.clip(self.parameters, self.mode.sharding.norm)
         self.record.norm = norm if clipped is None else clipped
@@ -297,10 +297,10 @@ class Step:
     def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Measured]]:
         """Adds the gradients of the global batch's mean loss to the parameters.
 
-        Returns that loss, detached and equal on all ranks, and what the metrics need of each micro-batch.
+        Returns that loss, detached and equal on all ranks, and the input of the metrics for each micro-batch.
         """
         measured: list[Measured] = []
-        # 1. A pipeline runs its micro-batches itself, several at a time.
+        # 1. A pipeline schedules its micro-batches itself, several at a time.
         staged = self.mode.run_stages(batch, lambda outputs, targets: self._measured(measured, outputs, targets))
         if staged is not None:
             losses, count = staged
@@ -315,8 +315,8 @@ class Step:
             if sums is not None and micro_batch.is_last:
                 sums.put_back()
             with self.mode.micro_batch(micro_batch):
-                # 3. Forward. Parts differ in size: each loss is weighted by its samples, because a mean of means would
-                #    weight the samples of small parts more.
+                # 3. Forward. Micro-batches differ in size: each loss is weighted by its number of samples, because a
+                #    mean of means would weight the samples of small micro-batches more.
                 if micro_batch.targets.shape[0]:
                     loss, kept = self._forward(*micro_batch, *self._further(micro_batch))
                     if micro_batch.weight != 1.0:
@@ -325,11 +325,11 @@ class Step:
                     loss = self._model(micro_batch.inputs).sum() * 0.0
                     kept = Measured.of_no_samples(loss)
                 measured.append(kept)
-                # 4. Backward. It frees the activations and, with them, the outputs, which are large for a text: nothing
+                # 4. Backward. It frees the activations and, with them, the outputs, which are large for text: nothing
                 #    here may refer to them.
                 if loss.requires_grad:
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-                elif not self.schedule.resting:  # else the schedule has frozen all that the loss depends on
+                elif not self.schedule.resting:  # otherwise the schedule has frozen every parameter of the loss
                     raise UserError(
                         "optimizer.groups: the loss does not depend on any parameter that trains; freeze fewer"
                     )
@@ -377,7 +377,7 @@ class Step:
         check_weights(self.module, self.check.latest, float(self.rate), self.check.norm)
 
     def cost(self) -> dict[str, int]:
-        """Returns the evaluations of the loss so far, for optimizers with several per update; otherwise nothing."""
+        """Returns the number of loss evaluations so far; nothing for optimizers with one evaluation per update."""
         return {} if self.settings.evaluates_once else {"evaluations": self._evaluations}
 
     def state_dict(self) -> dict[str, Any]:
@@ -402,7 +402,7 @@ class Step:
         self.current = CurrentUpdate(batch, number, log_norm, seed)
 
     def end(self, record: UpdateRecord, average: Callable[[], None] | None) -> None:
-        """Hands the deferred checks over; synchronizes buffers before `average`, which includes them."""
+        """Queues the deferred non-finite checks; synchronizes buffers before `average`, which includes them."""
         for loss, flag in record.flags:
             self.check.defer(loss, self.current.number, self.rate, flag)
         if self.synchronize_buffers is not None:
@@ -416,7 +416,7 @@ class Step:
             generator.manual_seed(self.current.seed)
 
     def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean loss of a micro-batch with its graph, and appends what the metrics need of it."""
+        """Returns the mean loss of a micro-batch with its graph, and appends its input for the metrics."""
         loss = self._loss(outputs, targets)
         measured.append(self.measure(loss.detach(), outputs.detach(), targets))
         return loss
@@ -437,7 +437,7 @@ class Step:
             return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _drop_gradients(self) -> None:
-        """As torch's `Optimizer.zero_grad`, without its profiler range: 6 % of a tiny model's update."""
+        """Like torch's `Optimizer.zero_grad`, without its profiler range, which takes 6 % of a tiny model's update."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -452,8 +452,8 @@ def _nothing(_: Batch) -> tuple[Tensor, ...]:
 def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], measure: Measure) -> Forward:
     """Model, loss and metrics as one function, which a compiler sees as a whole.
 
-    Compiled apart from the model, the loss would read and write the outputs once per operation: for a text, whose
-    outputs are larger than all activations, that takes as long as the model.
+    Compiled separately, the loss would read and write the outputs once per operation. With text, whose outputs are
+    larger than all activations, that takes as long as the model.
     """
 
     def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Measured]:
@@ -467,7 +467,7 @@ def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], mea
 class _GradientSums:
     """Sums of the gradients of bf16 weights in fp32.
 
-    Added up in bf16, a gradient would be lost that is below 2^-9 of the sum of those before it.
+    A sum in bf16 would lose every gradient below 2^-9 of the sum so far.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:

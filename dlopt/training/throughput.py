@@ -25,7 +25,7 @@ _OTHER_CARDS = {"MIG", "LAPTOP", "D", "TI"}  # words of slower or faster variant
 
 
 def nominal_flops(card: str, precision: str) -> float | None:
-    """Returns the dense FLOP/s of a GPU in a precision of dlopt, by torch's name of the GPU; None: unknown."""
+    """Returns the dense FLOP/s of a GPU in a precision of dlopt, by torch's name of the GPU; None if unknown."""
     words = set(re.split(r"[^A-Z0-9]+", card.upper()))
     rates = next((rates for name, rates in _CARDS.items() if words.issuperset(name.split())), None)
     if rates is None or words & _OTHER_CARDS:
@@ -45,9 +45,9 @@ class Throughput:
     nominal rate of the GPU. Recomputed activations, a teacher, and further passes of an optimizer do not count.
 
     Args:
-        gpu: whose memory is measured; None: there is none.
-        tokens: of a sample of a text; None: samples are counted.
-        flops: of one training sample; None: there is no utilization.
+        gpu: whose memory is measured; None if there is none.
+        tokens: of a sample of a text; None if samples are counted.
+        flops: of one training sample; None if there is no utilization.
         nominal: FLOP/s of one GPU.
         processes: with one GPU each.
     """
@@ -70,7 +70,7 @@ class Throughput:
 
     @property
     def note(self) -> str | None:
-        """The nominal rate to which the utilization refers; None: there is no utilization."""
+        """The nominal rate to which the utilization refers; None if there is no utilization."""
         if self.nominal is None or self.flops is None:
             return None
         return (

@@ -38,7 +38,7 @@ def training_batches(workload: Workload) -> Batches:
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
-    teacher_normalize = getattr(getattr(workload.loss, "trained", None), "normalize", None)  # of a distillation
+    teacher_normalize = getattr(getattr(workload.loss, "trained", None), "normalize", None)  # for distillation
     parts = [*_steps(augment), workload.normalize, *([] if teacher_normalize is None else [teacher_normalize])]
     recorder = speed.data_recorder(run_config, workload.device, parts)
     batches = Batches(
@@ -57,7 +57,7 @@ def training_batches(workload: Workload) -> Batches:
 
 
 def _steps(augment: Pipeline | None) -> list[object]:
-    """Returns the operations of an augmentation, at any depth; itself if it is none of dlopt's."""
+    """Returns the operations of an augmentation, at any depth; a custom augmentation is returned as it is."""
     if not isinstance(augment, Pipeline):
         return [] if augment is None else [augment]
     return [leaf for each in augment.operations for leaf in (each, *leaves(each, image_shape(augment.output_shape)))]
@@ -68,7 +68,7 @@ def evaluation_batches(
 ) -> Batches:
     """Returns batches without augmentation; images are centre-cropped if training uses a smaller window.
 
-    `shared`: shard the samples over processes; false: every process has all. `batch_size`: None: that of training.
+    `shared`: shard the samples over processes; false: every process has all. `batch_size`: None for that of training.
     """
     shape = samples.shape if workload.augment is None else workload.augment.output_shape
     shard = workload.parallel.split.evaluation_shard if shared else None

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 def layer_order(run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], *, is_main: bool) -> list[str] | None:
     """Returns the order in which the model computes if a key of the config depends on it, by a forward pass of zeros.
 
-    None: the config does not need it, or the model fails without its data or its device; then the order is that of
-    registration. Logs a warning of that, and of parameters that have no place.
+    Returns None if the config does not need the order, or if the model fails without its data or device; then layers
+    are ordered by registration. Logs a warning about the failure, and about parameters outside the order.
     """
     grouping, keys = run_config.grouping, []
     if grouping.layer_decay is not None and not has_own_layers(module):

@@ -151,7 +151,7 @@ def _refuse_large(model: Component, parameters: int, *, has_gradients: bool) -> 
 
 
 def _largest_argument(model: Component) -> str:
-    """Returns KEY=VALUE of the argument with the largest integer, which most likely is the mistake."""
+    """Returns KEY=VALUE for the argument with the largest integer, the most likely mistake."""
     sizes = {name: _largest_integer(value) for name, value in model.arguments.items()}
     name = max(sizes, key=lambda name: sizes[name], default=None)
     if name is None or not sizes[name]:
@@ -171,7 +171,7 @@ def check_outputs(
     """Raises `UserError` if a custom or third-party model does not fit the data: the number of outputs or the inputs.
 
     Does nothing for dlopt's models, and for losses from other packages, which may require other outputs.
-    `shape`: of one input. `module` is on the CPU; `device`: that of the run.
+    `shape`: of one input. `module` is on the CPU; `device` is the run's.
     """
     target, loss = run_config.model.target, run_config.loss.target
     is_ours = target.__module__.startswith("dlopt.") or not loss.__module__.startswith(("dlopt.", "torch."))

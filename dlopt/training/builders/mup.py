@@ -1,6 +1,6 @@
 """muP: which weights grow with the width of a model, and their learning rates (Yang et al. 2022, "Tensor Programs V").
 
-With these rates and `init=mup`, the best learning rate of a narrow model is that of a wide one. They follow from the
+With these rates and `init=mup`, narrow and wide models have the same best learning rate. They follow from the
 spectral condition (Yang, Simon & Bernstein 2023, arXiv 2310.17813): the spectral norm of a step is proportional to
 sqrt(outputs / inputs). For m times the base width, it has to grow by 1 for hidden weights, 1 / sqrt(m) for output
 weights and sqrt(m) for all others. The rate corrects what the step of the optimizer does not (`StepSize`):
@@ -13,8 +13,8 @@ weights and sqrt(m) for all others. The rate corrects what the step of the optim
     Muon                           1           1/sqrt(m)   sqrt(m)     divided by its factor of the shape
     Scion                          1           1           1           its radii for embeddings: m
 
-Qiu et al. 2025 (arXiv 2512.05620) have the same rates, except for SOAP, where they have those of Shampoo: their SOAP
-computes the eigenbasis from the gradient that it then rotates, ours and that of its authors from earlier ones.
+Qiu et al. 2025 (arXiv 2512.05620) use the same rates, except that they give SOAP the rates of Shampoo: their SOAP
+computes the eigenbasis from the gradient that it then rotates. Ours, like the authors', uses earlier gradients.
 """
 
 from collections import Counter
@@ -82,18 +82,18 @@ def width_factors(
     independent: bool = False,
     inverse: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Returns the factors of the optimizer's keys, by name of the parameter and then by key; those of 1 are left out.
+    """Returns the factors of the optimizer's keys, by parameter name and then by key; leaves out factors of 1.
 
     Divides the weight decay by the factor of the rate, so that the decay per update, lr * weight_decay, does not depend
-    on the width (as the authors' package `mup` does). With `inverse` the decay per update of hidden and output weights
-    is 1 / m of that at the base width, which Qiu et al. 2025 find close to the best for compute-optimal training.
+    on the width (as the authors' package `mup` does). With `inverse`, the decay per update of hidden and output weights
+    is divided by m, which Qiu et al. 2025 find close to the best for compute-optimal training.
 
     Args:
         optimizer: of the parameters of `module`, with the keys of the base width, or with these factors already.
         arguments: of the optimizer.
-        independent: the decay of an update is that of `decay=independent`, without the rate.
+        independent: the decay of an update does not contain the learning rate (`decay=independent`).
         inverse: `decay.width=inverse`.
-    Errors: UserError for an optimizer of which the size of a step is not known.
+    Errors: UserError for an optimizer whose step size is not known.
     """
     step, m = _step_size(optimizer), growth.width / base_width
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
@@ -131,7 +131,7 @@ def _step_size(optimizer: torch.optim.Optimizer) -> StepSize | None:
 
 
 def describe_rates(module: nn.Module, optimizer: torch.optim.Optimizer, growth: WidthGrowth, base_width: int) -> str:
-    """Returns a line for the header of a run."""
+    """Returns a line about muP for the header of a run."""
     kinds: dict[tuple[str, float], Counter[str]] = {}
     for name, factors in width_factors(module, optimizer, growth, base_width, {}).items():
         kind = "hidden" if name in growth.hidden else "output" if name in growth.outputs else "other"

@@ -43,7 +43,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     if run_config.auto_lr:
         raise UserError("optimizer.lr=auto: only `dlopt train` runs a range test; set a number")
     arguments, base = dict(component.arguments), None
-    if component.is_a(SAM):  # the groups are those of its base: their multipliers refer to the base's arguments
+    if component.is_a(SAM):  # SAM uses the groups of its base, whose multipliers refer to the base's arguments
         base = arguments["base"]
         arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
@@ -96,7 +96,7 @@ def _build(
 ) -> tuple[torch.optim.Optimizer, bool]:
     """Builds the optimizer over the model's parameter groups; returns it, and whether it has a fused kernel.
 
-    `base`: of SAM, whose `arguments` are those of its base; `factors`: see `parameter_groups`.
+    `base`: the base optimizer of SAM, to which `arguments` belong; `factors`: see `parameter_groups`.
     """
     run_config = workload.run_config
     component = run_config.optimizer
@@ -181,9 +181,9 @@ def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
 def start_momentum(optimizer: torch.optim.SGD) -> None:
     """Starts every momentum of fused SGD at zero, now and after a state is loaded.
 
-    torch starts one at a parameter's first gradient, and its fused kernel fails (2.15: TypeError) if by then another
-    parameter of the group has one, as in models that skip layers at random. From zero the first update is the same
-    without dampening, which torch leaves out of it.
+    torch creates the momentum at a parameter's first gradient. Its fused kernel fails (2.15: TypeError) if another
+    parameter of the group already has one, as in models that skip layers at random. Starting from zero gives the same
+    first update unless there is dampening, which torch does not apply to the first update.
     """
 
     def start(optimizer: torch.optim.Optimizer) -> None:
@@ -200,7 +200,7 @@ def _same_strides(tensor: Tensor, parameter: Tensor) -> bool:
 
 
 def needs_whole_tensors(parallel: Mode, optimizer: torch.optim.Optimizer) -> bool:
-    """Returns whether an update needs whole tensors, which the mode shards by rows, and which owners can update."""
+    """Returns whether an update needs whole tensors, the mode shards them by rows, and owners can update them."""
     return parallel.sharding.is_by_rows and optimizer_traits(optimizer).scope == "tensor"
 
 
@@ -310,7 +310,7 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     factor = schedules.build(
         run_config.build_schedule, run_config.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
     )
-    # Frozen parameters have no gradients, which must not matter to the others: not in norms over all layers.
+    # Frozen parameters have no gradients. That must not affect the others, for example in norms over all layers.
     traits = optimizer_traits(optimizer)
     is_independent = run_config.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
     freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dlopt.basics.errors import UserError
 
 _ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-_TIMED_VALUES = 1 << 18  # inputs of a timed pass; emulated, a ResNet-20 takes a second for so many
+_TIMED_VALUES = 1 << 18  # inputs of a timed pass; a ResNet-20 takes 1 s for these in emulated bf16
 _TIMED_PASSES = 2
 
 
@@ -26,7 +26,7 @@ class Precision:
     bf16_pure computes in bf16 without autocast: weights and gradients are bf16, too. An update is computed in fp32,
     with a state in fp32, and rounded stochastically (`dlopt.training.builders.state_dtype`). Batch and instance norm
     keep fp32 parameters and statistics (running averages move by less than bf16 resolves), and losses and metrics are
-    computed from fp32 outputs. There is no such value for fp16: the gradients of a mean loss underflow, and torch's
+    computed from fp32 outputs. There is no fp16_pure: the gradients of a mean loss underflow, and torch's
     GradScaler accepts no fp16 gradients.
     """
 
@@ -109,7 +109,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # oneDNN's limit of the instruction set, which torch's functions do not regard.
+    # oneDNN's limit of the instruction set, which torch's functions ignore.
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return (
         device.type == "cpu"
@@ -128,7 +128,7 @@ def bf16_slowdown(
     *,
     name: str = "bf16",
 ) -> float:
-    """Returns the processor time of a pass in bf16 divided by that in fp32; other processes hardly change it.
+    """Returns the ratio of processor times of a pass in bf16 and in fp32; other processes hardly change it.
 
     `name`: bf16 or bf16_pure.
 

@@ -35,8 +35,8 @@ def is_recomputing() -> bool:
 class _Recomputing:
     """Context of a recomputation: the buffers and norm modes of the forward pass, which are put back afterwards.
 
-    Batch norm would otherwise count a batch twice. An optimizer that differentiates twice recomputes twice; it may also
-    run the backward pass when the mode of the norms has changed.
+    Batch norm would otherwise count a batch twice. An optimizer that differentiates twice recomputes twice, and may run
+    the backward pass after the mode of the norms has changed.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
@@ -93,7 +93,7 @@ class _Block(Recomputed):
 class _Chain(Recomputed, nn.Sequential):
     """A sequence of n layers in ceil(sqrt(n)) segments (section 4.1), of which the last one is not recomputed.
 
-    Its recomputation would follow its forward pass at once.
+    The last segment's recomputation would directly follow its forward pass, and save nothing.
     """
 
     def forward(self, inputs: Any) -> Any:
@@ -132,7 +132,7 @@ def recompute(model: nn.Module, setting: Recomputation, mode: Mode, *, choice: s
         is_sequence = type(model).forward is nn.Sequential.forward
         if not isinstance(model, nn.Sequential) or not is_sequence or len(_parts(model)) < 2:
             raise UserError(f"{key}: {choice} is not a sequence of layers; use activation_checkpointing=blocks")
-        mix_in(_Chain, model)  # not wrapped, as below
+        mix_in(_Chain, model)  # not wrapped, for the reason below
         return
     blocks = repeated_blocks(model)
     if not blocks:
@@ -145,7 +145,7 @@ def recompute(model: nn.Module, setting: Recomputation, mode: Mode, *, choice: s
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """Returns the blocks of a model: the members of its attribute `blocks`, else its repeated modules.
 
-    Repeated modules are the outermost ones that have layers, are no containers, and whose class occurs at least twice.
+    Repeated modules are the outermost modules with layers that are no containers and whose class occurs at least twice.
     """
     members = getattr(model, "blocks", None)
     if isinstance(members, nn.ModuleList | nn.Sequential):
@@ -167,7 +167,7 @@ def _has_layers(module: nn.Module) -> bool:
 
 
 def _parts(model: Iterable[nn.Module]) -> list[nn.Module]:
-    """Returns the layers of a sequence, in their order; those of nested plain sequences, too."""
+    """Returns the layers of a sequence in order, including the layers of nested plain sequences."""
     return [part for child in model for part in (_parts(child) if type(child) is nn.Sequential else [child])]
 
 

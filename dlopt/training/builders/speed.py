@@ -23,17 +23,17 @@ from dlopt.training.builders.precision import Precision
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: some 100 microseconds of one core
+_WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: about 100 microseconds of one core
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves
 _SAMPLES = 2  # some models squeeze a batch of one
-_SHAPES = 64  # of batches, for each of which torch compiles a graph before it gives up and runs the model eagerly
+_SHAPES = 64  # batch shapes that torch compiles a graph for, before it gives up and runs the model eagerly
 _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
 
 
 def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None, samples: int) -> str:
-    """Returns why the model is not compiled; empty: it is.
+    """Returns why the model is not compiled; empty if it is.
 
-    `flops`: of a training sample, for compile=auto on a GPU; None: unknown. `samples`: number of samples in an epoch.
+    `flops`: of a training sample, for compile=auto on a GPU; None if unknown. `samples`: number of samples in an epoch.
     Raises `UserError` for a requested compilation that the parallel mode or the device does not support.
     """
     settings = run_config.settings
@@ -77,13 +77,13 @@ def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
 
     Discards what was compiled before in this process.
     """
-    # By default, torch compiles the first shape as it is, and all shapes from the second one on in one graph of
-    # variable size. The kernels of a batch, and with them the last bits, would depend on the batches before it: on
-    # where a run was resumed, and on earlier runs in the process. With one graph per shape they depend on the shape.
+    # By default, torch compiles the first shape statically, and from the second shape on one graph of variable size.
+    # The kernels of a batch, and so the last bits, would depend on earlier batches: on where a run was resumed, and on
+    # earlier runs in the process. With one graph per shape they depend on the shape only.
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
-    # By default, torch 2.11 does not look at the parameters of a module again while it has the same tensors. It would
-    # compute gradients that are not used after a schedule has frozen some (`horizon`), and none after a release.
+    # By default, torch 2.11 does not check the parameters of a module again while it has the same tensors. It would
+    # compute unused gradients after a schedule has frozen parameters (`horizon`), and none after it unfreezes them.
     torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     mode = None if isinstance(setting, bool) or setting == "auto" else setting
     replayed: Callable[P, R] = torch.compile(function, mode=mode, dynamic=False)
@@ -132,9 +132,9 @@ def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
 
 
 def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
-    """Returns the FLOPs of one training sample; the backward pass takes twice those of the forward pass.
+    """Returns the FLOPs of one training sample, counting the backward pass as two forward passes.
 
-    None: the model does not run on the meta device (a third-party model).
+    None if the model does not run on the meta device (a third-party model).
     """
     try:
         with torch.random.fork_rng([]):
@@ -144,12 +144,13 @@ def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
 
 
 def data_recorder(run_config: RunConfig, device: torch.device, parts: Sequence[object]) -> Recorder | None:
-    """Returns the recorder that captures the data path as a CUDA graph; None: it runs eagerly.
+    """Returns the recorder that captures the data path as a CUDA graph; None if it runs eagerly.
 
-    `parts`: what the path calls. A graph would repeat the numbers that one of a user's computes on the host.
+    `parts`: the components that the path calls. A graph would repeat the numbers that a user's component computes on
+the host.
     """
     settings = run_config.settings
-    observed = settings.diagnostics or settings.profile  # they hook into single batches
+    observed = settings.diagnostics or settings.profile  # these hook into single batches
     if device.type != "cuda" or settings.cuda_graphs is False or observed or any(map(unknown_part, parts)):
         return None
     return Recorder()

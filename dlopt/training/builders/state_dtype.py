@@ -4,8 +4,8 @@ bf16 has 8 significant bits, and rounding to nearest loses changes below half a 
 a value. A weight would not move by smaller updates. With beta2 = 0.999, the second moment v changes by
 0.001 * (g^2 - v): after the gradients have grown or shrunk, it would stop far from their square.
 
-The arithmetic of an update is therefore that of fp32: an update widens some weights, with their gradients and state,
-runs the optimizer on them, and rounds the new values. A value is rounded up with a probability equal to the discarded
+An update is therefore computed in fp32: it widens some weights, with their gradients and state, runs the optimizer on
+them, and rounds the new values. A value is rounded up with a probability equal to the discarded
 fraction, and down otherwise (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"). Its expectation is
 exact, and an average with decay beta forgets the errors as it forgets gradients.
 
@@ -88,7 +88,7 @@ class RoundedUpdate(Optimizer):
         return chunks
 
     def _update_rounded(self, chunks: list[_Chunk], members: list[list[Tensor]]) -> None:
-        """Updates the `members` of each group, of which the chunks have gradients."""
+        """Updates the parameters `members` of each group; the `chunks` hold their parameters with gradients."""
         update = without_hooks(super().step)  # they run once, around this step, and see all groups
         low = [[p for p in chunk.params if p.dtype == torch.bfloat16] for chunk in chunks]
         buffers = [_widened(params) for params in low]
@@ -112,7 +112,7 @@ class RoundedUpdate(Optimizer):
 
     @contextmanager
     def _state_of(self, wide: dict[Tensor, nn.Parameter]) -> Iterator[None]:
-        """Context in which the state of parameters belongs to their copies."""
+        """Context in which the optimizer's state is keyed by the copies of the parameters."""
         for p, copy in wide.items():
             if p in self.state:
                 self.state[copy] = self.state[p]
@@ -188,21 +188,21 @@ def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
 
 def round_updates(optimizer: Optimizer, seed: int, *, moments: bool = False) -> None:
     """Makes an optimizer update bf16 weights in fp32 and round them, in place. `moments`: keep these in bf16, too."""
-    # In place, around whatever `step` the class has: the optimizers that it serves have no hook between two parameters.
+    # In place, around the `step` of any class: optimizers have no hook between two parameters.
     mix_in(RoundedUpdate, optimizer, rounding_seed=seed, rounds_moments=moments)
-    optimizer._patch_step_function()  # hooks of a step, which torch adds to each class
+    optimizer._patch_step_function()  # torch adds the hooks of a step to each class
     _convert_state(optimizer)
     optimizer.register_load_state_dict_post_hook(_convert_state)
     optimizer.register_state_dict_post_hook(_convert_counts)
 
 
 def _convert_state(optimizer: Optimizer) -> None:
-    """Converts moments to bf16, if they are kept in it, and the other state of bf16 weights to fp32."""
+    """Converts moments to bf16 if they are kept in bf16, and the other state of bf16 weights to fp32."""
     assert isinstance(optimizer, RoundedUpdate)
     for p, values in optimizer.state.items():
         moments = {name for name, _ in _moments(optimizer, p)} if optimizer.rounds_moments else set()
         for name, value in values.items():
-            if name in moments:  # a loaded one does not change, since its values are those of bf16 numbers
+            if name in moments:  # exact for a loaded moment, whose values are bf16 numbers
                 values[name] = value.to(torch.bfloat16)
             elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:
                 values[name] = value.float()
@@ -215,7 +215,7 @@ def _convert_counts(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def _moments(optimizer: Optimizer, p: Tensor) -> list[tuple[str, Tensor]]:
-    """Returns the state tensors with an entry per entry of the parameter, by name; scalars may be counts."""
+    """Returns the state tensors of the parameter's shape, by name; leaves out scalars, which may be counts."""
     values = sorted(optimizer.state.get(p, {}).items())
     return [(k, v) for k, v in values if isinstance(v, Tensor) and v.ndim and v.shape == p.shape]
 
@@ -283,7 +283,7 @@ def _write_back(params: list[Tensor], copies: list[nn.Parameter], values: Tensor
 
 
 def random_bits(indices: Tensor, seed: int | Tensor) -> Tensor:
-    """Hashes int32 indices, with a seed of any size, or of 32 bits, to 32 random bits."""
+    """Hashes int32 indices and a seed (of any size, or 32 bits) to 32 random bits."""
     return hashed(indices ^ (seed if isinstance(seed, Tensor) else (seed & 0xFFFFFFFF) - (1 << 31)))
 
 

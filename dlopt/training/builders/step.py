@@ -82,9 +82,9 @@ def build_update(
     observers: Sequence[Observer],
     batch_size: int,
 ) -> tuple[Update, str | None]:
-    """Builds the update of a step: replayed from a CUDA graph, or eager, with what the run needs around it.
+    """Builds the update of a step: replayed from a CUDA graph, or eager, surrounded by what the run needs.
 
-    Also returns why it is not replayed from a CUDA graph (None: it is). Raises `UserError`.
+    Also returns why it is not replayed from a CUDA graph (None if it is). Raises `UserError`.
     """
     settings, mode = workload.run_config.settings, workload.parallel
     reason = graphed_update.obstacle(

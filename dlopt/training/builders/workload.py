@@ -72,10 +72,10 @@ class Workload:
     loss: nn.Module
     memory_format: torch.memory_format
     augment: Pipeline | None
-    uses: Sequence[str] | None = None  # order in which the model computes, if the config needs it; None: registration
-    compile_obstacle: str = ""  # why the model is not compiled; empty: it is
-    flops: float | None = None  # of a training sample; None: unknown, or on a CPU
-    notes: Sequence[str] = ()  # on its parts, beside those of the data
+    uses: Sequence[str] | None = None  # execution order of the layers, if the config needs it; None: registration
+    compile_obstacle: str = ""  # why the model is not compiled; empty if it is
+    flops: float | None = None  # of a training sample; None if unknown, or on a CPU
+    notes: Sequence[str] = ()  # about its parts; the data's notes are separate
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
     opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
 
@@ -89,7 +89,7 @@ class Workload:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of what the model predicts; None: numbers, tokens or images."""
+        """Names of the predicted classes or values; None for numbers, tokens or images."""
         return self.task.class_names(self.dataset.classes)
 
     @property
@@ -128,7 +128,7 @@ class Workload:
             batches.close()
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Loads the weights that the run of a checkpoint has evaluated. All ranks call this with the same one."""
+        """Loads the evaluated weights of a checkpoint. All ranks call this with the same checkpoint."""
         self.parallel.sharding.load_model(self.module, checkpoint.evaluated_weights)  # the module has the adapters
 
     def with_lr(self, lr: float) -> "Workload":
@@ -167,9 +167,9 @@ def build_workload(
     """Loads the data and builds normalization, model and loss.
 
     Args:
-        saved: a checkpoint with the normalization and the tokenizer; None: they are computed on the training split.
-        parallel: see `build_mode`; None: one process.
-        identified: the splits whose content rank 0 identifies, see `dlopt.data.identity`; (): none.
+        saved: a checkpoint with the normalization and the tokenizer; None to compute them on the training split.
+        parallel: see `build_mode`; None for one process.
+        identified: the splits whose content rank 0 identifies, see `dlopt.data.identity`; empty for none.
     """
     # 1. The machine: device, threads, kernels and precision.
     settings = run_config.settings
@@ -182,7 +182,7 @@ def build_workload(
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     precision = choose_precision(settings.precision, device)
 
-    # 2. Data, their augmentation, and what is to be learned from them.
+    # 2. Data, augmentation, and the task.
     source = read_source(run_config, saved_tokenizer(run_config, saved), identified if parallel.ranks.is_main else ())
     processes, random_crops = parallel.ranks.local_processes, _crops_at_random(run_config)
     dataset = prepare(
@@ -251,8 +251,8 @@ def build_workload(
         if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
             set_threads(1)
 
-    # 6. What changes how the model computes: compilation, frozen and recomputed layers, the parallel mode. FLOPs are
-    #    counted before the mode shards the model. Not on a CPU, where nothing needs them: the count imports for 1 s.
+    # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the model,
+    #    and not on a CPU, where nothing needs them: counting takes 1 s of imports.
     flops = speed.training_flops(module, shape) if device.type == "cuda" else None
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
@@ -309,7 +309,7 @@ def _build_augmentation(run_config: RunConfig, dataset: Dataset) -> Pipeline | N
 
 
 def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
-    """Returns the dataset with the task of the run: that which its model or loss sets, else that of the data.
+    """Returns the dataset with the task of the run: the task that the model or the loss sets, else the data's.
 
     `shape`: of the augmented samples. Raises `UserError` if the task does not fit them.
     """
@@ -319,7 +319,7 @@ def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -
 
 
 def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
-    """Builds the loss. One of another package raises `UserError` when its result is no mean or has no gradient."""
+    """Builds the loss. A loss of another package raises `UserError` if its result is no mean or has no gradient."""
     component, task = run_config.loss, dataset.task
     balance = task.balance(component.arguments, dataset.train.targets)
     loss = component.build_as(nn.Module, **task.target_arguments, **balance)
@@ -337,7 +337,7 @@ def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
 
 
 def read_source(run_config: RunConfig, tokenizer: str | None = None, identified: Sequence[str] = ()) -> Dataset:
-    """Reads the data as they are stored, and identifies them by the content of the splits `identified`; (): not.
+    """Reads the data as they are stored, and identifies them by the content of the splits `identified`, if any.
 
     Raises `UserError`.
     """
@@ -351,7 +351,7 @@ def read_source(run_config: RunConfig, tokenizer: str | None = None, identified:
 
 
 def data_spec(workload: Workload) -> dict[str, Any]:
-    """Returns what a checkpoint needs for using the model without the data.
+    """Returns the facts about the data that a checkpoint stores, so that its model can be used without the data.
 
     `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
     shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
@@ -371,9 +371,9 @@ def data_spec(workload: Workload) -> dict[str, Any]:
 
 
 def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
-    """Raises `UserError` on all ranks if the data are not those of the checkpoint's run.
+    """Raises `UserError` on all ranks if the data differ from those of the checkpoint's run.
 
-    Equal configs do not exclude it: files may have changed, and `data.root` may name another folder.
+    Data may differ under equal configs: files may have changed, and `data.root` may name another folder.
     """
     saved, current = checkpoint.data, data_spec(workload)
     for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
@@ -382,7 +382,7 @@ def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
                 f"resume: the run was trained on other data, with {what} {saved[name]}, now {current[name]}; see "
                 "data.root"
             )
-    # Only rank 0 identifies the data; what it finds must end all ranks.
+    # Only rank 0 identifies the data; a difference must end all ranks.
     found = workload.parallel.ranks.broadcast(difference(checkpoint.identity, current["identity"]))
     if found is not None:
         raise UserError(
@@ -439,8 +439,8 @@ def load_weights(
     """Initializes the model from a checkpoint, or from a file of weights (see `match_weights`). Returns lines to log.
 
     Skips and lists weights whose name or shape differs (the head, for other classes). `mode`: loads on all ranks.
-    `classes`: the names in the data; other ones in a checkpoint, whose outputs are in their order, are reported, or
-    refused with `complete`. Raises `UserError` if no weight matches, or with `complete` if one is missing.
+    `classes`: the names in the data. The outputs are in the order of the classes, so other names in a checkpoint are
+    reported, or refused with `complete`. Raises `UserError` if no weight matches, or with `complete` if one is missing.
     """
     match = match_weights(path, module)
     other = other_class(match.classes, classes)
@@ -462,7 +462,7 @@ _MIN_SHARDED_PARAMETERS = 100_000_000  # one process quickly gathers and writes 
 
 
 def checkpoint_writer(workload: Workload) -> ShardWriter | None:
-    """Returns the writer of sharded checkpoints; None: rank 0 writes a single file. Raises `UserError`."""
+    """Returns the writer of sharded checkpoints; None if rank 0 writes a single file. Raises `UserError`."""
     sharded, mode = workload.run_config.settings.checkpoint.sharded, workload.parallel
     writer = workload.placed.writer
     if writer is None:

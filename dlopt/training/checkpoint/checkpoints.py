@@ -1,7 +1,7 @@
 """Checkpoints, written atomically: temporary file, fsync, rename, fsync of the folder. A second file has the SHA-256.
 
-`last.pt` is the newest checkpoint, `step-N.pt` are earlier ones, `best.pt` is that of the best evaluation.
-`abandoned-N-NAME.pt` are those of updates that a run abandoned by resuming from an earlier one.
+`last.pt` is the newest checkpoint, `step-N.pt` are earlier ones, `best.pt` has the best evaluation.
+`abandoned-N-NAME.pt` are checkpoints that a run abandoned by resuming from an earlier one.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class Checkpoints:
         self.keep = keep
         self.last = folder / "last.pt"
         self.best = folder / "best.pt"
-        self._last_step: int | None = None  # of last.pt; None: missing or damaged
+        self._last_step: int | None = None  # of last.pt; None if missing or damaged
         self._folder_cleaned = False
         self._thread: Thread | None = None
         self._error: Exception | None = None
@@ -82,7 +82,7 @@ class Checkpoints:
             self.shards.join()
         elif not self.writes:
             return
-        # One save at a time: of two, the last to end would win, which may be the older. Raises the error of the former.
+        # One save at a time: of two, the older could end last and win. Raises the error of the previous save.
         self.wait()
         if not self.asynchronous:
             self._save(state, best, snapshot)
@@ -141,8 +141,8 @@ class Checkpoints:
             # After last.pt: a run that is killed in between resumes from last.pt and writes best.pt (`restore_best`).
             if best:
                 link(self.last, self.best)
-            # Removed last, first the files and then the shards to which none refers any more: a crash in between leaves
-            # too many files, which the next save removes.
+            # Removal comes last: first the files, then the shards to which no file refers. A crash in between leaves
+            # extra files, which the next save removes.
             earlier = self._earlier_checkpoints()
             for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
                 remove(path)
@@ -178,12 +178,12 @@ class Checkpoints:
     def set_aside(self, state: Mapping[str, Any]) -> str | None:
         """Makes `state` last.pt, and renames the checkpoints after it to abandoned-N-NAME.pt; returns abandoned-N.
 
-        Call before a run resumes: after an earlier checkpoint in its own folder, it would otherwise load checkpoints of
-        a course that it has left, or count them among the newest. Returns None if there are none.
+        Call before a run resumes. A run that resumes from an earlier checkpoint in its own folder could otherwise load
+        abandoned checkpoints, or count them among the newest. Returns None if there are none.
         """
         step = Checkpoint(state).step
         later = [p for p in self.folder.glob("*.pt") if _OWN_NAMES.fullmatch(p.stem) and _step(p) > step]
-        # A damaged last.pt, or a snapshot that a killed run wrote before its last.pt, belongs to the same course.
+        # Also renames a damaged last.pt, and a snapshot that a killed run wrote before its last.pt.
         if not any(path in (self.last, *self._earlier_checkpoints()) and is_intact(path) for path in later):
             return None
         prefixes = (f"abandoned-{i}" for i in count(1))
@@ -199,9 +199,9 @@ class Checkpoints:
         return prefix
 
     def has_best(self, epoch: float, run_id: str | None) -> bool:
-        """Returns whether best.pt is of this epoch and this run: a run may resume from a checkpoint before its best.
+        """Returns whether best.pt has this epoch and this run: a run may resume from a checkpoint before its best.
 
-        `run_id`: None: unknown, as in checkpoints of an older dlopt.
+        `run_id`: None if unknown (checkpoints of an older dlopt).
         """
         self.wait()
         state = sharded.load_without_shards(self.best)
@@ -273,7 +273,7 @@ def removable(folder: Path) -> list[Path]:
 
 
 def freed_bytes(path: Path) -> int:
-    """Returns the bytes that removing a checkpoint frees: none of a file that has another hard link; its shards."""
+    """Returns the bytes that removing a checkpoint and its shards frees: 0 for a file with another hard link."""
     return (path.stat().st_size if path.stat().st_nlink == 1 else 0) + sharded.size(path)
 
 
@@ -295,7 +295,7 @@ def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
 
 @disk_in_use()
 def load(path: Path) -> Checkpoint:
-    """Loads a checkpoint to the CPU, without unpickling code. Raises `UserError` that says what is wrong with it."""
+    """Loads a checkpoint to the CPU, without unpickling code. Raises `UserError` that describes any damage."""
     if path.is_dir():
         raise UserError(f"checkpoint={path}: is a folder; set a file, such as {path}/checkpoints/last.pt")
     if not path.is_file():
@@ -355,7 +355,7 @@ def _checked(path: Path, state: dict[str, Any]) -> Checkpoint:
 def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:
     """Loads the newest intact checkpoint of a run; None if there is no file.
 
-    Raises `UserError` if it is of another run, or of another config than `config`; `RunError` if all are damaged.
+    Raises `UserError` if its run or its config (`config`) differs; `RunError` if all are damaged.
     """
     checkpoint = Checkpoints(folder.checkpoints).load_newest()
     if checkpoint is None:
@@ -368,7 +368,7 @@ def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | No
 
 
 def foreign(path: Path, checkpoint: Checkpoint) -> str | None:
-    """Describes that the checkpoint file `path` is of another run than its folder; None: it is not, or is older."""
+    """Describes a checkpoint file `path` that is not of its folder's run; None if it is, or has no run id."""
     expected, found = RunFolder(path.absolute().parent.parent).run_id(), checkpoint.run_id
     if expected is None or found is None or expected == found:
         return None

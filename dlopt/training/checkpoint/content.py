@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by name. Nothing else knows the keys of its file, except `Trainer`, which writes them."""
+"""The content of a checkpoint, by name. Only this module and `Trainer`, which writes the file, know its keys."""
 
 import contextlib
 from collections import OrderedDict
@@ -26,9 +26,9 @@ KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "c
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint. Has the defaults for what an older dlopt did not write.
+    """A checkpoint. Has defaults for entries that an older dlopt did not write.
 
-    `state`: the content of its file, which `Trainer.state_dict` makes.
+    `state`: the content of its file, as returned by `Trainer.state_dict`.
     """
 
     state: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Checkpoint:
 
     @property
     def run_id(self) -> str | None:
-        """None: written by an older dlopt."""
+        """None if written by an older dlopt."""
         return self.config.get("run_id")
 
     def with_run_id(self, run_id: str | None) -> dict[str, Any]:
@@ -58,14 +58,14 @@ class Checkpoint:
 
     @property
     def evaluated_weights(self) -> dict[str, Tensor]:
-        """The weights that the run has evaluated: the average, if there is one. For a model with its adapters."""
+        """The weights that the run evaluated (the average, if there is one), for a model with adapters."""
         return self.state["ema"] or self.model
 
     @property
     def merged_weights(self) -> dict[str, Tensor]:
-        """The evaluated weights with adapters merged into their layers. For a model without adapters.
+        """The evaluated weights with adapters merged into their layers, for a model without adapters.
 
-        Merged weights are at least float32, also if those of the checkpoint are bf16.
+        Merged weights are at least float32, even if the checkpoint's are bf16.
         """
         return merged(self.evaluated_weights)
 
@@ -132,7 +132,7 @@ class Checkpoint:
 
     @property
     def best_epoch(self) -> float | None:
-        """The epoch of the best evaluation; None: there was none."""
+        """The epoch of the best evaluation; None if there was none."""
         best: float | None = self._progress["best"]["epoch"]
         return best
 
@@ -140,12 +140,12 @@ class Checkpoint:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """What `data_spec` (builders/workload.py) says of the data; an older dlopt did not say all of it."""
+        """The result of `data_spec` (builders/workload.py); an older dlopt did not write all of its entries."""
         return self._progress.get("data", {})
 
     @property
     def identity(self) -> Mapping[str, Any] | None:
-        """The identity of the data, see `dlopt.data.identity`; None: not known."""
+        """The identity of the data, see `dlopt.data.identity`; None if not known."""
         return self.data.get("identity")
 
     @property
@@ -159,7 +159,7 @@ class Checkpoint:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the labels; None: the task has none."""
+        """Names of the labels; None if the task has none."""
         classes = self.data["classes"]
         return None if classes is None else tuple(classes)
 
@@ -175,7 +175,7 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> str | None:
-        """The content of tokenizer.json; None: no text, or a text that is read byte by byte."""
+        """The content of tokenizer.json; None without text, and for text that is read byte by byte."""
         return self.data.get("tokenizer")
 
 
@@ -195,7 +195,7 @@ _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Float = Annotated[float, Field(strict=True)]
 _Tensors = dict[StrictStr, Annotated[Tensor, AfterValidator(_dense)]]
 _Shape = list[Annotated[StrictInt, Field(ge=1, le=2**31)]]
-_State = dict[Any, Any]  # that its owner checks when it loads it
+_State = dict[Any, Any]  # checked by its owner on loading
 
 
 class _Data(TypedDict, total=False):
@@ -248,10 +248,10 @@ _outline, _whole = TypeAdapter(_Outline), TypeAdapter(_Whole)
 
 
 def damage(state: Mapping[str, Any], *, whole: bool = True) -> str | None:
-    """Returns what is wrong with the types in the content of a checkpoint file; None: nothing.
+    """Returns the first type error in the content of a checkpoint file; None if there is none.
 
-    A right checksum says only that nothing has changed since the file was written, not by whom. `whole`: false: only
-    the progress and the config, as before the shards are loaded.
+    A matching checksum shows that the file has not changed, not who wrote it. With `whole` false, checks only the
+    progress and the config, as needed before the shards are loaded.
     """
     try:
         (_whole if whole else _outline).validate_python(dict(state))
@@ -270,9 +270,9 @@ _READABLE = {
 
 
 def unreadable(value: Any, key: str = "") -> str | None:
-    """Returns which value in the content of a checkpoint `torch.load(weights_only=True)` would refuse; None: none.
+    """Returns which value in the content of a checkpoint `torch.load(weights_only=True)` would refuse, or None.
 
-    Asked before writing: a part of a user's own may have any state, and what cannot be read again is lost.
+    Call before writing: a user's component may have any state, and a value that cannot be read again is lost.
     """
     if isinstance(value, Tensor) or type(value) in _READABLE:
         return None

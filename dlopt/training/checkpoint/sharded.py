@@ -1,7 +1,7 @@
 """Sharded checkpoints: sharded tensors are in the folder `shards/NAME`, everything else is in the checkpoint file.
 
-The file lists the shard files and their SHA-256. It is written last: a save that is killed before leaves only shards to
-which no file refers. Links to a checkpoint file share its shards.
+The file lists the shard files and their SHA-256. It is written last: a save that is killed earlier leaves only
+unreferenced shards. Links to a checkpoint file share its shards.
 """
 
 import errno
@@ -56,13 +56,13 @@ def is_sharded(state: Mapping[str, Any]) -> bool:
 
 
 def is_pickled(state: Mapping[str, Any]) -> bool:
-    """Returns whether the shards are in the format of torch.distributed.checkpoint, of an earlier dlopt: pickles."""
+    """Returns whether the shards are pickles of torch.distributed.checkpoint, the format of an earlier dlopt."""
     files = state[KEY].get("files") if isinstance(state.get(KEY), dict) else None
     return isinstance(files, dict) and ".metadata" in files
 
 
 def find_damage(path: Path, state: Mapping[str, Any]) -> str | None:
-    """Returns what is wrong with the shards of the checkpoint file `path` with content `state`; None if intact."""
+    """Describes the damage to the shards of the checkpoint file `path` with content `state`; None if intact."""
     if not is_sharded(state):
         return None
     folder = _folder(path, state)
@@ -88,7 +88,7 @@ def find_damage(path: Path, state: Mapping[str, Any]) -> str | None:
 
 
 def load_shards(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Loads the shards of the checkpoint file `path`, in which `find_damage` finds none, into its `state`.
+    """Loads the shards of the intact checkpoint file `path` (see `find_damage`) into its `state`.
 
     May raise any exception.
     """
@@ -113,7 +113,7 @@ def copy(path: Path, folder: Path) -> None:
     if shards is not None:
         target = folder / FOLDER / shards.name
         target.mkdir(parents=True, exist_ok=True)
-        for name in state[KEY]["files"]:  # and nothing else that is in the folder
+        for name in state[KEY]["files"]:  # no other files of the folder
             shutil.copy(shards / name, target / name)
 
 

@@ -14,7 +14,7 @@ _ROUNDING = 4  # units in the last place by which two copies of a shared tensor 
 
 @dataclass(frozen=True)
 class _Span:
-    """The elements of a memory that a name of the model denotes: a view with `size`, `stride` and `offset`."""
+    """The elements of a storage that a name of the model denotes: a view with `size`, `stride` and `offset`."""
 
     name: str
     memory: tuple[str, int]
@@ -48,7 +48,7 @@ def shared_spans(tensors: Mapping[str, Tensor]) -> list[list[_Span]]:
             memories.setdefault(span.memory, []).append(span)
     groups: list[list[_Span]] = []
     for spans in memories.values():
-        # Names that use disjoint parts of one memory, as the weights of a recurrent layer on a GPU, share nothing.
+        # Names with disjoint parts of one storage, such as the weights of a recurrent layer on a GPU, are not shared.
         end = -1
         for span in sorted(spans, key=lambda each: each.offset):
             if span.offset >= end:
@@ -63,12 +63,12 @@ def complete_shared(
 ) -> dict[str, Tensor]:
     """Returns `weights`, by the names of `tensors`, with every name of a shared tensor that they determine.
 
-    Loading them in any order then gives the same model. Copies that are equal up to rounding count as equal; the one of
-    the finest dtype is returned.
+    Loading them in any order then gives the same model. Copies that are equal up to rounding count as equal; returns
+    the copy with the finest dtype.
 
     Args:
         tensors: of the model.
-        others: further names that the file has, with tensors that do not fit.
+        others: names in the file whose tensors do not fit.
 
     Raises `UserError` if two names of a shared tensor have different tensors.
     """

@@ -1,4 +1,4 @@
-"""Reads the weights for `init_from`: of checkpoints, and of files as other tools save them."""
+"""Reads the weights for `init_from`, from checkpoints and from files of other tools."""
 
 import argparse
 import contextlib
@@ -30,11 +30,11 @@ _UNSUPPORTED = re.compile(r"GLOBAL (\S+) was not an allowed global|Unsupported (
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Reads weights by name, and the names of the classes of a checkpoint; None: unknown.
+    """Reads weights by name, and the names of the classes of a checkpoint; None if unknown.
 
-    The file is a checkpoint (of which the EMA is read, if any), safetensors, or one of torch.save. Of nested dicts, the
-    names are joined by slashes: "state_dict/model.head.weight". Raises `UserError` if there are no tensors. Nothing but
-    tensors and plain values is unpickled.
+    The file is a checkpoint (reads the EMA, if any), a safetensors file, or a file of torch.save. Joins the names of
+    nested dicts by slashes: "state_dict/model.head.weight". Unpickles only tensors and plain values. Raises `UserError`
+    if there are no tensors.
     """
     try:
         refuse_special(path)
@@ -66,7 +66,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]
 
 
 def _flattened(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors in nested dicts, in their order. Of a dict that occurs several times, yields the first."""
+    """Yields the tensors in nested dicts, in their order. Yields a dict that occurs several times only once."""
     seen: set[int] = set()
     pending: list[tuple[str, Any]] = [("", state)]
     while pending:
@@ -83,9 +83,9 @@ def _flattened(state: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_raw_beside_average(name: str, state: Mapping[str, Any]) -> bool:
-    """Returns whether `name` has the last weights in a file whose `state_dict` is their average.
+    """Returns whether `name` holds the last weights in a file whose `state_dict` holds their average.
 
-    Lightning's `WeightAveraging` and MMEngine's `EMAHook`, which exchanges the two, save such files.
+    Lightning's `WeightAveraging` and MMEngine's `EMAHook` (which swaps the two) save such files.
     """
     meta = state.get("meta")
     is_mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
@@ -96,7 +96,7 @@ def _is_raw_beside_average(name: str, state: Mapping[str, Any]) -> bool:
 class Match:
     """The weights of a file that fit a model, by the model's names, and lines that describe the match.
 
-    `classes`: their names in the checkpoint that the file is; None: it is none, or has none.
+    `classes`: names of the classes in the checkpoint; None if the file is no checkpoint, or has no names.
     """
 
     weights: dict[str, Tensor]
@@ -111,7 +111,7 @@ class _Set:
 
     prefix: str  # without wrappers
     weights: dict[str, Tensor]
-    origin: str  # of translated names; empty: they are the model's
+    origin: str  # of translated names; empty for the model's own names
     fits: int  # learned tensors of the model with this name and shape
     prefixes: tuple[str, ...] = ()  # of all sets that fit equally
 
@@ -181,7 +181,7 @@ def match_weights(path: Path, module: nn.Module) -> Match:
 
 
 def other_class(trained: Sequence[str] | None, classes: Sequence[str] | None) -> str | None:
-    """Names the first class that is another one in the data than in the checkpoint; None: there is none."""
+    """Names the first class that differs between the data and the checkpoint; None if there is none."""
     if trained is None or classes is None:
         return None
     for number, (old, new) in enumerate(zip_longest(trained, classes, fillvalue="missing")):
@@ -215,7 +215,7 @@ def _fits(tensor: Tensor, like: Tensor | None) -> bool:
 def _choose(named: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> tuple[_Set, list[str]]:
     """Returns the set of weights that fits the model best, and a note if it is one of several that fit equally.
 
-    Raises `UserError` if there are several with different values, none or more than one of which is averaged.
+    Prefers averaged weights. Raises `UserError` if the remaining sets have different values.
     """
     sets = list(_sets(named, current))
     most = max(each.fits for each in sets)
@@ -235,7 +235,7 @@ def _choose(named: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> tuple
 
 
 def _sets(named: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> Iterator[_Set]:
-    """Yields the tensors under each prefix of names that has enough of them to be this model."""
+    """Yields the tensors under each prefix that has enough tensors to be this model."""
     learned = {name: tensor for name, tensor in current.items() if _is_learned(tensor)}
     counts = Counter(prefix for name in named for prefix in _prefixes(name))
     for prefix in ["", *(prefix for prefix, count in counts.items() if 2 * count >= len(learned))]:
@@ -272,7 +272,7 @@ def _flattened_map(weight: Tensor, shape: torch.Size | None) -> Tensor:
 
 
 def _refuse_other_kinds(fitting: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
-    """Raises `UserError` for tensors that are not values of the model: quantized, sparse, complex ones."""
+    """Raises `UserError` for quantized, sparse and complex tensors."""
 
     def kind(tensor: Tensor) -> tuple[bool, bool, torch.layout]:
         return tensor.is_floating_point(), tensor.is_complex(), tensor.layout
@@ -292,18 +292,18 @@ def _refuse_another_model(
     outside: Mapping[str, Tensor],
     prefix: str,
 ) -> None:
-    """Raises `UserError` if the weights are of another model than `current`, so that only a part of it would be loaded.
+    """Raises `UserError` if the weights belong to another model than `current`, of which only a part would be loaded.
 
-    Allowed are: tensors of another shape, unless they are most of those between the first and the last layer; a first
-    or last layer that is missing; and further tensors, unless they are of a layer that the model has, or of a further
-    layer of its kind.
+    Allows tensors of another shape, unless these are the majority between the first and the last layer; a missing
+    first or last layer; and additional tensors, unless they belong to a layer that the model has, or to another layer
+    of the same kind.
 
     Args:
         fitting: weights by the model's names.
         saved: all weights of the model in the file.
-        unused: those with other names.
+        unused: weights with other names.
         outside: all other tensors of the file.
-        prefix: of the model's names in the file.
+        prefix: prefix of the model's names in the file.
     """
     layers = {name.rpartition(".")[0] for name in fitting}
     ends = _ends(list(current))
@@ -348,7 +348,7 @@ def _is_learned(tensor: Tensor) -> bool:
 
 
 def _ends(names: Sequence[str]) -> set[str]:
-    """Returns the names in the first and in the last of the outermost modules that are not the only ones."""
+    """Returns the names in the first and in the last module, at the outermost level with several modules."""
     parts = [name.split(".") for name in names]
     depth = 0
     while all(len(each) > depth + 1 and each[depth] == parts[0][depth] for each in parts):
@@ -358,7 +358,7 @@ def _ends(names: Sequence[str]) -> set[str]:
 
 
 def _naming(chosen: _Set, full_names: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
-    """Returns notes about the dict of the weights in the file, and about what was removed from their names."""
+    """Returns notes about the dict in the file that holds the weights, and about prefixes removed from their names."""
     inside = [full for name, full in full_names.items() if name.startswith(chosen.prefix)]
     containers = {full.rpartition("/")[0] for full in inside}
     if len(containers) > 1:
@@ -389,7 +389,7 @@ def _rounding(fitting: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> l
 
 
 def _sized(names: Iterable[str], saved: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names, those of tensors in `saved` with their shapes."""
+    """Returns the names, with the shapes of the tensors in `saved`."""
     sizes = {name: "x".join(map(str, tensor.shape)) or "one number" for name, tensor in saved.items()}
     return [f"{name} ({sizes[name]} in the file)" if name in sizes else name for name in names]
 
@@ -400,7 +400,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
-    """Returns the names; those of a large module or dict as one."""
+    """Returns the names; abbreviates a large module or dict to one name."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.split("[./]", name)[0], []).append(name)
