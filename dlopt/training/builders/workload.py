@@ -251,8 +251,8 @@ def build_workload(
         if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
             set_threads(1)
 
-    # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the model,
-    #    and not on a CPU, where nothing needs them: counting takes 1 s of imports.
+    # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the
+    #    model, and not on a CPU, where nothing needs them: counting takes 1 s of imports.
     flops = speed.training_flops(module, shape) if device.type == "cuda" else None
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
