@@ -30,7 +30,7 @@ _COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
 
 
 def version_base() -> dict[str, str]:
-    """Returns the arguments that select the behaviour of Hydra 1.3: those of 1.4 are the same, and it warns of any."""
+    """Returns the arguments that select the behaviour of Hydra 1.3. Hydra 1.4 behaves the same, and warns of them."""
     import hydra
 
     return {"version_base": "1.3"} if hydra.__version__ < "1.4" else {}
@@ -204,7 +204,7 @@ def _read(path: Path) -> str:
 
 
 def _chosen(path: Path) -> dict[str, str | None]:
-    """Maps each group in the defaults list of a primary config to its choice (None: none)."""
+    """Maps each group in the defaults list of a primary config to its choice, or None."""
     chosen = [each for each in _parse(path)[0] if each.value and not each.name.startswith(_OVERRIDE)]
     names = [each.name.removeprefix("optional ").split("@")[0].strip("/") for each in chosen]
     return {name: None if each.value == "null" else each.value for name, each in zip(names, chosen, strict=True)}

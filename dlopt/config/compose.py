@@ -60,7 +60,7 @@ class Composer:
         register_plugins()
         token = search.set(None if config_dir is None else Path(config_dir))
         state = GlobalHydra.instance()
-        former, state.hydra = state.hydra, None  # a notebook may use Hydra as well
+        former, state.hydra = state.hydra, None  # a notebook may also use Hydra
         try:
             initialize_config_dir(str(config_folder()), job_name=CONFIG_NAME, **version_base())
             self._loader = state.config_loader()
@@ -107,7 +107,7 @@ class Composer:
     def _with_callables(self, overrides: Iterable[str | Override]) -> list[Override]:
         """Parses overrides, with `optimizer=mine.optim.X` as the choice `custom` with this callable.
 
-        The signature of the callable says which keys the group has: none needs a plus sign.
+        The signature of the callable defines the keys of the group, so no key needs a plus sign.
         """
         parsed, blocks = [], tuple[str, ...]()
         for override in self.parse(overrides):
@@ -169,7 +169,7 @@ class Composer:
         return self._loader.load_configuration(self.config_name, list(map(text_of, overrides)), mode, from_shell=False)
 
     def _recall(self, overrides: list[Override], mode: RunMode) -> DictConfig | None:
-        """Returns the config from memory; None: only Hydra can compose it, or explain what is wrong."""
+        """Returns the config from memory; None if only Hydra can compose it, or explain what is wrong."""
         set_now = [each for each in overrides if not each.is_sweep_override()]
         choices = [each for each in set_now if self._is_choice(each)]
         values = [each for each in set_now if not self._is_choice(each)]
@@ -254,7 +254,7 @@ class Composer:
     def _suggest(self, group: str, choice: str = "") -> str:
         names = self.choices(group)
         if group.startswith("hydra/"):
-            names = [name for name in names if "/" not in name]  # hydra/sweeper/sampler is a group of its own
+            names = [name for name in names if "/" not in name]  # hydra/sweeper/sampler is a separate group
         if inside := [name for name in names if choice and name.startswith(f"{choice}/")]:
             example = f"{group}={inside[0]}"
             return f"a folder of choices, such as {example}; `dlopt options '{group}={choice}/*'` lists them"
@@ -289,7 +289,7 @@ class Composer:
         return True
 
     def _explain_override(self, override: Override, config: DictConfig, error: Exception) -> str:
-        """Says what is wrong with `override`; `config` is composed without it."""
+        """Describes the error in `override`; `config` is composed without it."""
         line, key, value = text_of(override), override.key_or_group, override.value()
         typed = value_of(override)
         choices = self.choices(key) if key in self.groups() or key.startswith("hydra/") else []

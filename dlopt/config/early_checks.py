@@ -18,7 +18,7 @@ from dlopt.metrics.names import former_mode
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-# Keys that all choices of a group have, in addition to those of their callables.
+# Keys of all choices of a group, in addition to the arguments of their callables.
 _COMMON = {
     "data": "dlopt.data.settings.DataSettings",
     "schedule": "dlopt.schedules.Warmup",

@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
 
 def _parser() -> ArgumentParser:
-    """Returns a parser of the flags of Hydra 1.3, which has no public one. The help lists those with a text."""
+    """Returns a parser of the flags of Hydra 1.3, which has no public parser. The help lists the flags with a text."""
     parser = ArgumentParser(prog="dlopt", add_help=False)
     add = parser.add_argument
     add("overrides", nargs="*")

@@ -1,4 +1,4 @@
-"""`from=RUN`: turns the config of an earlier run into overrides and adds those of the command line.
+"""`from=RUN`: turns the config of an earlier run into overrides and adds the overrides of the command line.
 
 The overrides are the run's choices by name and every value that differs from those choices' defaults. The new run is
 therefore composed, checked and trusted like any other, and no longer needs the old folder.

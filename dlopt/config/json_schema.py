@@ -37,7 +37,7 @@ def schema(config_dir: str | None = None) -> dict[str, Any]:
     properties |= _fields(Settings, comments, "", definitions)
     for name, group in GROUPS.items():
         properties[name] = _block(catalogue, name, group, definitions)
-    # Hydra checks its own block, and `dlopt train` that of a series, whose keys refer to the others.
+    # Hydra checks its own block. `dlopt train` checks the block of a series, whose keys refer to other keys.
     properties |= {"hydra": {"type": "object"}} | {key: {"type": ["object", "null"]} for key in entries("dlopt.series")}
     return {
         "$schema": DRAFT,
@@ -62,7 +62,7 @@ def _defaults(catalogue: Catalogue) -> dict[str, Any]:
 
 
 def _fields(schema: type, comments: Mapping[str, str], prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:
-    """Describes the fields of a dataclass; `comments`: by dotted key, of which `prefix` is the first part."""
+    """Describes the fields of a dataclass; `comments`: by dotted key that begins with `prefix`."""
     found = {}
     for name, hint in typing.get_type_hints(schema, include_extras=True).items():
         key = f"{prefix}{name}"

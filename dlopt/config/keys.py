@@ -44,7 +44,7 @@ ROLES: Mapping[str, Role] = {
     **_declared(Settings),
     **_declared(DataSettings, "data"),
     "data.root": Role.PLACE,  # an argument of the data sets that are read from a folder
-    "loss.teacher": Role.PLACE,  # loss.teacher_sha256 says which one it is
+    "loss.teacher": Role.PLACE,  # loss.teacher_sha256 identifies the teacher
     "data.offline": Role.PLACE,  # where data=huggingface looks for the data
 }
 """Roles by dotted key; a key without an entry has the role of its parent. Those of packages: see `role_of`."""

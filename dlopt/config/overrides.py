@@ -67,7 +67,7 @@ def is_typed(key: str, overrides: "Iterable[str | Override]") -> bool:
 
 
 def without(overrides: Iterable[str], *keys: str) -> list[str]:
-    """Returns the overrides except those of the keys."""
+    """Returns the overrides of all other keys."""
     return [override for override in overrides if key_of(override) not in keys]
 
 
@@ -113,9 +113,9 @@ def is_hydra(override: "str | Override") -> bool:
 
 
 def parse_overrides(overrides: "Iterable[str | Override]", choices: Any = None) -> "list[Override]":
-    """Parses overrides; keeps those that are parsed. Raises `UserError`.
+    """Parses overrides; keeps overrides that are already parsed. Raises `UserError`.
 
-    `choices`: lists those of a group for glob(*), as Hydra's config loader.
+    `choices`: lists the choices of a group for glob(*), like Hydra's config loader.
     """
     from hydra.errors import HydraException
 
@@ -209,7 +209,7 @@ class Axis:
     """A key of a sweep with its values, or the keys of zip(...), which take theirs together.
 
     Attributes:
-        name: that of zip(...), or the key as typed; with the condition, if there is one.
+        name: the name in zip(...), or the key as typed; with the condition, if there is one.
         overrides: the override of each key; all have the same number of values.
         when: the override of the jobs that have this axis, `optimizer=sgd`; "": all jobs have it.
     """
@@ -338,7 +338,7 @@ def _zipped(word: str, choices: Any) -> Axis:
 
 
 def keys_of(word: str) -> list[str]:
-    """Returns the keys that a word of a sweep sets: those in zip(...), `seed` for seeds=N."""
+    """Returns the keys that a word of a sweep sets: the keys in zip(...), or `seed` for seeds=N."""
     if not _is_zip(word):
         return ["seed" if key_of(word) == SEEDS else key_of(word)]
     return [key_of(item.strip()) for item in _items(value_of(word).strip()[len("zip(") : -1])]
@@ -411,7 +411,7 @@ def explain_grammar(line: str, following: str) -> str:
 
 
 def _misspelled(key: str, value: str) -> str | None:
-    """Returns the advice for a line that nobody means as a text: two overrides in one word, two equals signs, (a,b)."""
+    """Returns the advice for a text that is almost certainly a mistake: two overrides in one word, two `=`, (a,b)."""
     if value.startswith("="):
         return f"one equals sign: {key}={value.lstrip('= ')}"
     if re.fullmatch(r"\([^()]*,[^()]*\)", value):

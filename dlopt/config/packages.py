@@ -1,6 +1,6 @@
 """What packages add to dlopt: commands, choices, keys of recipes, sections of the report. Imports nothing heavy.
 
-An installed package says so by entry points, in its pyproject.toml:
+An installed package declares its additions by entry points, in its pyproject.toml:
 
 | group                | name = value                                                                               |
 |----------------------|--------------------------------------------------------------------------------------------|
@@ -12,7 +12,7 @@ An installed package says so by entry points, in its pyproject.toml:
 | `dlopt.reports`      | any name = function(records) -> `Section` of `dlopt report`, or None                       |
 | `dlopt.configurable` | any name = a module below dlopt whose callables configs may name                           |
 
-The packages in `PACKAGES` say the same in a dict `ENTRY_POINTS`, so that they work in a source tree.
+The packages in `PACKAGES` declare them in a dict `ENTRY_POINTS`, so that they work in a source tree.
 """
 
 import functools
@@ -31,13 +31,13 @@ PACKAGES = ("dlopt.lab",)
 
 @functools.cache
 def shipped() -> list[ModuleType]:
-    """Imports the packages that come with dlopt, each of which may be left out of a copy."""
+    """Imports the packages that come with dlopt; a copy of dlopt may lack any of them."""
     return [importlib.import_module(name) for name in PACKAGES if find_spec(name) is not None]
 
 
 @functools.cache
 def entries(group: str) -> Mapping[str, str]:
-    """Returns the entry points of a group, `MODULE:FUNCTION` by name; those of `PACKAGES` come first and win."""
+    """Returns the entry points of a group, `MODULE:FUNCTION` by name; `PACKAGES` take precedence."""
     found: dict[str, str] = {}
     for package in shipped():
         found |= package.ENTRY_POINTS.get(group, {})
@@ -82,5 +82,5 @@ def leave_working_folder(names: Iterable[str], kept: Path) -> None:
 
 
 def series_of(config: Mapping[str, Any]) -> str | None:
-    """Returns the key by which a recipe makes a series of runs out of its config; None: it is one run."""
+    """Returns the key by which a recipe makes a series of runs out of its config; None if it is one run."""
     return next((key for key in entries("dlopt.series") if config.get(key) is not None), None)

@@ -1,12 +1,13 @@
 """A run as one value: composed and checked once, then run in this process, or described in the folder of a job.
 
-The way of an override, `optimizer.lr=0.1`, from the command line to its use:
+The path of an override, `optimizer.lr=0.1`, from the command line to its use:
 
 1. `flags.parse_arguments` separates Hydra's flags; `inherit` replaces `from=RUN` by the overrides of that run.
 2. `overrides.parse_overrides` turns the text into Hydra's `Override`, which is passed on until it is saved. No other
    module takes the text apart. The words of a sweep become axes (`overrides.parse_axes`), which `dlopt.sweeps.axes`
    completes from files; they are the overrides of its jobs.
-3. `compose.Composer` refuses what Hydra accepts but nobody means, and sets the value in the config of the choices.
+3. `compose.Composer` rejects overrides that Hydra accepts but that are almost certainly mistakes, and sets the value in
+   the config of the choices.
 4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved.
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
 6. `early_checks.check_early` checks what it can before torch is imported, which takes seconds; then
@@ -14,7 +15,7 @@ The way of an override, `optimizer.lr=0.1`, from the command line to its use:
 7. The result, a `RunConfig` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
 
 A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.run.record.describe` has
-saved in the run's folder, because it must run what was checked. Nothing is composed again.
+saved in the run's folder. It is not composed again: the job must run exactly the config that was checked.
 """
 
 import re
@@ -93,8 +94,8 @@ def checked(
 
     Args:
         overrides: of the run.
-        typed: further ones of the command line; None: it has been checked.
-        later: how the name of a teacher begins that is not trained yet.
+        typed: the other overrides of the command line; None if it was already checked.
+        later: path prefixes of teachers that this sweep trains first.
     """
     parsed = tuple(parse_overrides(overrides))
     plain, saved = to_plain(config, None if typed is None else [*parsed, *typed])

@@ -47,7 +47,7 @@ def refuse_unread(
     command_keys: Sequence[str] = (),
     hints: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises `UserError` for a typed key of `dlopt train` that is not among or below those that a command reads.
+    """Raises `UserError` for a typed key of `dlopt train` that is not among or below the keys that a command reads.
 
     Passes unknown keys on: composing explains them.
 
@@ -84,7 +84,7 @@ def refuse_unread_hydra(
 
 
 def refuse_untested(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:
-    """Raises `UserError` for typed keys of the final test in a run without one. `config`: of the run."""
+    """Raises `UserError` for typed keys of the final test in a run without a final test. `config`: of the run."""
     for line in overrides:
         if key_of(line) in ("evaluate.tta", "evaluate.average") and config["evaluate"]["test"] is False:
             name = key_of(line).partition(".")[2]

@@ -24,13 +24,13 @@ from dlopt.config.overrides import key_of
 
 _MOST = 200  # remembered configs, of some 30 kB each
 _BEFORE_VALUES = ("hydra.searchpath", "hydra.job.env_copy")  # Hydra reads these keys while it composes
-_NAME = (re.compile(r"\w+"), re.compile(r"[\w/]+"))  # of a fragment: in the folder of its group; of a recipe: anywhere
+_NAME = (re.compile(r"\w+"), re.compile(r"[\w/]+"))  # of a fragment (in its group's folder), of a recipe (anywhere)
 _REQUEST = (re.compile(r"override /(\w+)@_global_\.\1"), re.compile(r"override /(\w+)"))  # in a choice; in a recipe
 _memory: dict[Hashable, bytes] = {}
 
 
 def recall(values: Sequence[Override], load: Callable[[], DictConfig], key: Hashable) -> DictConfig | None:
-    """Returns a copy of the config that `load` composes, with `values` set in it; None: only Hydra can compose it.
+    """Returns a copy of the config that `load` composes, with `values` set in it; None if only Hydra can compose it.
 
     Raises Hydra's error for a value that cannot be set.
 
@@ -63,7 +63,7 @@ def replace_choices(config: DictConfig, typed: Mapping[str, str], primary: Path)
     """Puts the choices of a command line into the default config; returns whether this is all that they change.
 
     Args:
-        typed: the choice of each group; that of `experiment` is a recipe, which changes groups and keys.
+        typed: the choice of each group; the choice of `experiment` is a recipe, which changes groups and keys.
         primary: the file with the defaults list, `train.yaml`, which has the groups' folders beside it.
     """
     defaults, keys = _read(primary)
@@ -71,7 +71,7 @@ def replace_choices(config: DictConfig, typed: Mapping[str, str], primary: Path)
     chosen = config.hydra.runtime.choices
     requested: dict[str, str] = {}
     contents: dict[str, list[DictConfig]] = {}
-    for group in reversed(groups):  # Hydra's order: a choice may request those of the groups above it
+    for group in reversed(groups):  # Hydra's order: a choice may request choices of the groups above it
         name = typed.get(group, requested.pop(group, groups[group]))
         if name is None:  # no recipe
             continue
@@ -103,12 +103,12 @@ class _Parts(NamedTuple):
 
 @functools.cache
 def _parts(file: Path, folder: Path, is_recipe: bool) -> _Parts | None:
-    """Returns the parts of a choice or of a fragment that it includes; None: only Hydra can compose it.
+    """Returns the parts that a choice or fragment includes; None if only Hydra can compose it.
 
     Args:
         file: of the choice or fragment.
-        folder: that of its group or its own, in which the fragments lie that it names.
-        is_recipe: whether it changes all groups, or its own one alone.
+        folder: the folder of its group, or its own, which contains the fragments that it names.
+        is_recipe: whether it changes all groups, or only its own.
     """
     text = file.read_text(encoding="utf-8") if file.is_file() else "@package"
     if (text.count("@package"), text.startswith("# @package _global_\n")) != (is_recipe, is_recipe):
@@ -137,7 +137,7 @@ def _parts(file: Path, folder: Path, is_recipe: bool) -> _Parts | None:
 
 @functools.cache
 def _read(file: Path) -> tuple[list[Any], DictConfig]:
-    """Returns the defaults list of a file, at whose end the file comes if the list does not say where, and the rest."""
+    """Returns the defaults list of a file, with `_self_` (last by default), and the rest of its content."""
     content = OmegaConf.load(file)
     assert isinstance(content, DictConfig)
     defaults = list(content.pop("defaults", None) or [])

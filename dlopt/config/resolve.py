@@ -70,7 +70,7 @@ def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> 
 
     The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Numbers
     (`${oc.decode:${oc.env:SLURM_ARRAY_TASK_ID}}`) are no secrets. Raises `UserError` for `???`, for broken
-    interpolations, and for `allow_packages` set by a file instead of `overrides`, the command line (None: already
+    interpolations, and for `allow_packages` set by a file instead of `overrides`, the command line (None if already
     checked).
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
@@ -180,7 +180,7 @@ def _set_by_recipe(config: DictConfig) -> dict[str, Any]:
 def _former_keys(config: DictConfig) -> list[tuple[str, str]]:
     """Returns (group, key) of each key that belongs to a callable that `model._target_` replaces.
 
-    The new callable inherits nothing but the keys that all choices of the group have, and those that the command line
+    The new callable inherits only the keys that all choices of the group have, and the keys that the command line
     and the recipe set with it. None in a saved config, which has no such keys.
     """
     typed = {*map(key_of, task_overrides(config)), *_set_by_recipe(config)} if "hydra" in config else set()
@@ -261,7 +261,7 @@ def _redact(plain: Any, raw: Any, secrets: set[str], *, is_resolved: bool) -> An
         return [_redact(*pair, secrets, is_resolved=is_resolved) for pair in zip(plain, raw, strict=True)]
     is_reference = isinstance(raw, str) and "${" in raw and not _is_number(plain)
     if is_reference and any(secret in str(plain) for secret in secrets):
-        return redact(raw)  # the rest of it may contain another one
+        return redact(raw)  # the rest of the text may contain another secret
     if not isinstance(plain, str):
         return plain
     return redact(_escaped(plain) if is_resolved else plain)

@@ -26,7 +26,7 @@ _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 
 
 def may_change(key: str) -> bool:
-    """Returns whether a run can be resumed with another value of this key, which does not decide what it computes."""
+    """Returns whether a resumed run may have another value of this key, by the key's role."""
     return role_of(key) in _FREE
 
 
@@ -34,9 +34,9 @@ NEWER_GROUPS: Mapping[str, Mapping[str, Any]] = {
     "adapt": {"_target_": "dlopt.adapt.none"},
     "decay": {"_target_": "dlopt.schedules.decay.constant", "cautious": False, "width": "none"},
 }
-"""What configs mean that were saved before these groups existed."""
+"""The meaning of configs that were saved before these groups existed."""
 
-# Keys that a config may lack: those that mean nothing for its data set (older configs have them), and newer ones.
+# Keys that a config may lack: keys without meaning for its data set (older configs have them), and newer keys.
 UNUSED: Mapping[str, Any] = {
     **{f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING},
     **flatten(NEWER_GROUPS),
@@ -103,10 +103,10 @@ def newest_finished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None
 
 
 def distance(saved: Mapping[str, Any] | None, current: Mapping[str, Any]) -> int | None:
-    """Returns how far a saved config is from that of a run which may be resumed, None if it is another run's.
+    """Returns the distance of a saved config from that of a run to resume; None if it is the config of another run.
 
-    0: equal. What a command resumes is a run of its own length before one of another, and one with its other keys
-    before one with others.
+    0 if equal. A command prefers to resume a run of the same length, then a run with the same other keys, then a run
+    with the same labels.
     """
     if saved is None or differences(saved, current):
         return None
@@ -119,7 +119,7 @@ def distance(saved: Mapping[str, Any] | None, current: Mapping[str, Any]) -> int
 def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], axes: Collection[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Returns by dotted key the (saved, current) values that differ, without those of keys that `may_change`.
+    """Returns the (saved, current) values that differ, by dotted key, except for keys that `may_change`.
 
     Both are compared redacted: a secret may have become one since the config was saved.
 

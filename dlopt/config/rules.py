@@ -22,7 +22,7 @@ PROCESSES_PER_CORE = 16  # training processes per core, each of which imports to
 
 
 def check_combinations(run_config: RunConfig) -> None:
-    """Checks what is known before data are read, after `check_settings`. Raises `UserError`."""
+    """Checks the config as far as possible before data are read, after `check_settings`. Raises `UserError`."""
     settings = run_config.settings
     _check_monitors(run_config)
     if run_config.auto_lr and settings.scale_lr != "none":
@@ -114,7 +114,7 @@ def check_mode(monitor: str, mode: Mode | None) -> None:
 
 
 def _learning_rate(optimizer: Component) -> Any:
-    """Returns the argument lr, of SAM that of its base optimizer; None if there is none."""
+    """Returns the argument lr (for SAM, of its base optimizer); None if there is none."""
     base = optimizer.arguments.get("base")
     lr = optimizer.arguments.get("lr")
     return _learning_rate(base) if lr is None and isinstance(base, Component) else lr

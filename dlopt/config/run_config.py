@@ -19,7 +19,7 @@ class ConfigGroup:
 
     `runtime`: arguments known only at run time. `common`: dataclass of keys that every choice has; a callable whose
     signature names such a key receives its value. `absent`: callable in the place of a group that did not exist yet
-    when a config was saved; None: the group is required.
+    when a config was saved; None if the group is required.
     """
 
     runtime: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class RunConfig:
     def read_data(self, settings: DataSettings | None = None, *, saved_tokenizer: str | None = None) -> Any:
         """Returns the `Dataset`, before the settings of all datasets are applied. Raises `UserError`.
 
-        `settings`: None: those of the config. `saved_tokenizer`: of a checkpoint; None: that of the config.
+        `settings`: None for the config's. `saved_tokenizer`: of a checkpoint; None for the config's.
         """
         keys = vars(self.data_settings if settings is None else settings)
         dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer)

@@ -29,7 +29,7 @@ def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def refuse_flags(arguments: Sequence[str]) -> None:
-    """Raises `UserError` for a flag: those of other commands, and `--tta flip` for tta=flip."""
+    """Raises `UserError` for a flag: flags of other commands, and `--tta flip` for tta=flip."""
     for argument in arguments:
         if (flag := parts_of(argument)[0]) in flags():
             raise UserError(unavailable(flag))
@@ -48,7 +48,7 @@ def take_paths(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def take_checkpoints(values: dict[str, Any], command: str, several: bool) -> list[Path]:
-    """Removes `checkpoint` from `values` and returns its file, or with `several` those of a list or glob pattern.
+    """Removes `checkpoint` from `values` and returns its file, or with `several` the files of a list or glob pattern.
 
     Raises `UserError` if there is none.
     """

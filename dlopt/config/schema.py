@@ -74,7 +74,7 @@ _EMPTY = inspect.Parameter.empty
 
 
 def trusted_packages(allowed: Iterable[str] = ()) -> tuple[str, ...]:
-    """Returns the packages whose callables a config may name: those of `allow_packages` in addition to dlopt's own.
+    """Returns the packages whose callables a config may name: dlopt's own and `allow_packages`.
 
     Makes `allowed`, if any, importable from the current folder, as with `python -m dlopt`. A job of a submitted sweep
     imports the copy of the code alone.
@@ -90,9 +90,9 @@ def trusted_packages(allowed: Iterable[str] = ()) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A callable with its checked arguments; `build` calls it with those that are known only at run time.
+    """A callable with its checked arguments; `build` calls it, adding the arguments that are known only at run time.
 
-    `name`: of the choice, for messages; "" where it is not known, as in a checkpoint.
+    `name`: of the choice, for messages; "" if not known, as in a checkpoint.
     """
 
     key: str
@@ -101,7 +101,7 @@ class Component:
     name: str = ""
 
     def build(self, **runtime: Any) -> Any:
-        """Calls the target with its arguments and with those of `runtime` that its signature names."""
+        """Calls the target with its arguments and with the entries of `runtime` that its signature names."""
         names = parameters_of(self.target).keys() - self.arguments.keys()
         extra = {name: value for name, value in runtime.items() if name in names}
         return self.target(**extra, **{name: _build(value, runtime) for name, value in self.arguments.items()})
@@ -116,7 +116,7 @@ class Component:
 
     @property
     def choice(self) -> str:
-        """KEY=CHOICE, for messages. A callable that is nobody's choice, or of several, is named itself."""
+        """KEY=CHOICE, for messages; the callable's name if it belongs to no choice or to several."""
         return f"{self.key}={self.name or choice_of(self.key, dotted_name(self.target))}"
 
     def takes(self, name: str) -> bool:
@@ -137,7 +137,7 @@ def dotted_name(target: Callable[..., Any]) -> str:
 def choice_of(group: str, path: str) -> str:
     """Returns the one choice of dlopt with the callable at a dotted path; the path itself if there is none, or many.
 
-    A class has other paths than that of its module: torch.optim.SGD is torch.optim.sgd.SGD.
+    A class may have several paths: torch.optim.SGD is torch.optim.sgd.SGD.
     """
     (package, *_), name = path.split("."), path.rpartition(".")[2]
     pattern = re.compile(rf"^_target_: {re.escape(package)}\.(.*\.)?{re.escape(name)}$", re.MULTILINE)
@@ -333,7 +333,7 @@ def _is_component(value: Any) -> bool:
 
 
 def _may_be_component(annotation: Any) -> bool:
-    """Returns whether a value of the type, or an item of it, may be an object that a component builds."""
+    """Returns whether a value of the type, or one of its items, may be an object that a component builds."""
     if typing.get_origin(annotation) is typing.Literal:
         return False
     inner = [each for each in typing.get_args(annotation) if isinstance(each, type) or typing.get_origin(each)]
@@ -375,7 +375,7 @@ def _unpack(parameter: inspect.Parameter) -> list[inspect.Parameter]:
 
 
 def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
-    """Returns what checks values of a type; None: nothing does."""
+    """Returns the validator of a type; None if there is none."""
     if id(annotation) not in _adapters:  # by identity: annotations need not be hashable
         _adapters[id(annotation)] = annotation, _build_adapter(annotation)
     return _adapters[id(annotation)][1]
@@ -391,7 +391,7 @@ def _build_adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return TypeAdapter(annotation, config=_STRICT)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
         return None
-    except PydanticUserError:  # a type with a config of its own
+    except PydanticUserError:  # a type with its own config
         return TypeAdapter(annotation)
 
 
@@ -403,9 +403,9 @@ def show(value: Any) -> str:
 
 
 def _reason(error: ValidationError) -> str:
-    """Returns the most useful of pydantic's messages, of which it gives one per member of a union.
+    """Returns the most useful of pydantic's messages: pydantic gives one per member of a union.
 
-    A violated range says more than "this is not null".
+    A violated range is more useful than "this is not null".
     """
     details = error.errors(include_url=False, include_input=False, include_context=False)
     ranked = sorted(details, key=lambda detail: detail["type"] in _TYPE_MISMATCH)

@@ -18,7 +18,7 @@ _TAG = re.compile(r"\w[\w.+-]*")
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises `UserError` for values that exclude each other, and for those that no type describes."""
+    """Raises `UserError` for values that exclude each other, and for invalid values that no type rejects."""
     check_tags(settings.tags)
     _check_name(settings.name)
     for key, path in (("resume", settings.resume), ("init_from", settings.init_from)):

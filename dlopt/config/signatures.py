@@ -24,7 +24,7 @@ _NAMES: Mapping[str, Any] = {**vars(builtins), **_TYPING, **vars(annotated_types
 def annotations_of(path: str) -> Mapping[str, Any]:
     """Returns the annotations of the arguments of a function or class of dlopt at a dotted path, as known here.
 
-    The arguments of a class are those of its `__init__`, or else its annotated fields and the arguments of its bases.
+    A class has the arguments of its `__init__`, or else its annotated fields and the arguments of its bases.
     """
     module, _, name = path.rpartition(".")
     return _read(module)[1].get(name, {})
@@ -56,7 +56,7 @@ def _arguments(
         init = next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
         if init is not None:
             return _arguments(init, types, callables)
-        parents = [ast.unparse(base) for base in reversed(node.bases)]  # whose arguments are also those of the node
+        parents = [ast.unparse(base) for base in reversed(node.bases)]  # the node inherits their arguments
         written = {ast.unparse(each.target): each.annotation for each in node.body if isinstance(each, ast.AnnAssign)}
     else:
         parents, arguments = [], (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
@@ -69,7 +69,7 @@ def _arguments(
 
 
 def _evaluated(written: Mapping[str, ast.expr], types: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values of expressions by name, without those that have a name that is not known here."""
+    """Returns the values of expressions by name, without expressions that contain an unknown name."""
     found = {}
     for name, expression in written.items():
         with contextlib.suppress(NameError, TypeError, AttributeError):
