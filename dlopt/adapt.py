@@ -26,7 +26,7 @@ _SHOWN = 4  # names in an error message
 class LoRALinear(Linear):
     """W x + b + alpha / r * B A x on [..., inputs], with frozen W and b (Hu et al. 2021, equation 3).
 
-    A [r, inputs] is normal with variance 1 / inputs. B [outputs, r] is zero, so that the outputs are at first those of
+    A [r, inputs] is normal with variance 1 / inputs. B [outputs, r] is zero, so that the initial outputs equal those of
     the layer without an adapter. alpha / r is in float64 (MPS has none: in float32), whatever the dtype of the layer.
     """
 
@@ -71,7 +71,7 @@ def _exact(scale: Tensor, device: torch.device) -> Tensor:
 
 
 def none(*, model: nn.Module) -> None:
-    """Changes nothing."""
+    """Adds no adapters."""
 
 
 def lora(

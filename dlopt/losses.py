@@ -23,9 +23,9 @@ class CrossEntropy(nn.Module):
     only: evaluation uses the plain loss, so that runs can be compared.
 
     `class_weights`: one per class, or balanced (see `balanced_weights`). `class_counts`: training samples per class;
-    None: the data are not loaded, so the loss is used for evaluation.
+    None if the data are not loaded, so the loss is used for evaluation.
 
-    Many outputs, as those of a text with a large vocabulary, are processed in chunks: see `processes_in_chunks`.
+    Large outputs (text with a large vocabulary) are processed in chunks: see `processes_in_chunks`.
     """
 
     weight: Tensor | None
@@ -98,14 +98,14 @@ def processes_in_chunks(outputs: Tensor, targets: Tensor) -> bool:
     It then has no tensor in fp32 of the size of bf16 or fp16 outputs [N, K], and keeps no log probabilities for the
     backward pass: only the outputs and their log sum of exponentials [N].
     """
-    if torch.compiler.is_compiling():  # the compiler fuses the plain loss, and has no such tensors either
+    if torch.compiler.is_compiling():  # the compiler fuses the plain loss without these tensors
         return False
     is_large = outputs.numel() > _MAX_CHUNK and not targets.is_floating_point()
     return is_large and not torch._C._are_functorch_transforms_active()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The loss of `CrossEntropy` for labels, of outputs [N, K]. The second derivative is that of the plain loss."""
+    """`CrossEntropy` for labels and outputs [N, K]. For second derivatives, the backward pass uses the plain loss."""
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, targets: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
@@ -168,11 +168,11 @@ class Distillation(nn.Module):
     The step passes the teacher's outputs, which `further` computes, of the samples of a micro-batch.
 
     Attributes:
-        trained: the teacher (`dlopt.trained.distillation.Teacher`), which is no part of the module; None: not loaded.
+        trained: the teacher (`dlopt.trained.distillation.Teacher`), not a submodule; None if not loaded.
 
     Args:
         teacher: run folder or checkpoint.
-        teacher_sha256: of the checkpoint, set when a run is composed, so that a resumed run detects another one.
+        teacher_sha256: of the checkpoint, set when a run is composed, so that a resumed run detects another teacher.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class BinaryCrossEntropy(nn.Module):
     evaluation uses the plain loss, so that runs can be compared.
 
     `pos_weight`: one per label, or balanced: the number of training samples without the label, divided by the number
-    with it. `label_fractions`: of the training samples; None: the data are not loaded, so the loss is used for
+    with it. `label_fractions`: of the training samples; None if the data are not loaded, so the loss is used for
     evaluation.
     """
 
@@ -332,7 +332,7 @@ def sampled_cross_entropy(outputs: Tensor, noise: Tensor) -> Tensor:
 
 
 def sampling_obstacle(loss: nn.Module) -> str | None:
-    """Returns why `sampled_cross_entropy` does not have the curvature of `loss`; None: it has.
+    """Returns why `sampled_cross_entropy` does not have the curvature of `loss`; None if it has.
 
     Label smoothing and mixed labels change the target distribution only, on which the Gauss-Newton matrix of a softmax
     does not depend.
@@ -360,7 +360,7 @@ def probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
 
 
 def label_probabilities(outputs: Tensor, loss: nn.Module) -> Tensor:
-    """Returns the probability of each label [N, K], of which a sample may have several: the sigmoid of the outputs.
+    """Returns the probability of each label [N, K], the sigmoid of the outputs; a sample may have several labels.
 
     After training with MSE: see `probabilities`.
     """

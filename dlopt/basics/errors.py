@@ -49,7 +49,7 @@ class ReportedError(Exception):
 def refused_path(error: OSError) -> str | None:
     """Returns the message for a path that the system refuses; None for other errors.
 
-    Such as one without access, one that is too long, or a folder where a file is expected.
+    Examples: no access, a path that is too long, a folder where a file is expected.
     """
     codes = (errno.EACCES, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
     is_refused = error.filename is not None and error.errno in codes

@@ -102,7 +102,7 @@ def write_yaml(path: Path, value: Any) -> None:
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Yields a path in the same folder to write and rename to `path`; removes it afterwards if it still exists.
 
-    Every writer has a path of its own: two processes may write the same file at once, and the later rename wins.
+    Every writer has its own temporary path: two processes may write the same file at once, and the later rename wins.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
     _remove_abandoned(path)
@@ -123,18 +123,18 @@ def _remove_abandoned(path: Path) -> None:
 
 @contextlib.contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file, whose contents are on disk at the end of the block."""
+    """Opens a new file; its contents are on disk at the end of the block."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    with path.open("xb") as file:  # never through a link of that name
+    with path.open("xb") as file:  # fails for an existing link, so never writes through it
         yield file
         file.flush()
         os.fsync(file.fileno())
 
 
 def _publish(temporary: Path, path: Path, digest: str) -> None:
-    # The checksum file lists both digests while the file is replaced: after a crash at any line below, that of the file
-    # which is then at `path` is in it.
+    # The checksum file lists both digests while the file is replaced: after a crash at any line below, it contains the
+    # digest of whichever file is at `path`.
     old_digests = recorded_digests(path) if path.exists() else []
     write_digests(path, [digest, *(old for old in old_digests if old != digest)])
     os.replace(temporary, path)
@@ -164,7 +164,7 @@ def digest_file(path: Path) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file. Raises OSError, also for one that is not regular."""
+    """Returns the SHA-256 of a regular file. Raises OSError."""
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -48,7 +48,7 @@ class RunFolder:
     def run_id(self) -> str | None:
         """Returns the id that ties the config, the checkpoints and the summary of a run; None: an older dlopt wrote it.
 
-        A run that is resumed in its folder keeps it; one that is resumed from a checkpoint in another folder gets a new
+        A run that is resumed in its folder keeps its id; a run resumed from a checkpoint in another folder gets a new
         one.
         """
         found = (self.config() or {}).get("run_id")
@@ -126,7 +126,7 @@ class RunFolder:
     def refuse_moved(self) -> None:
         """Raises `RunError` if the folder of a run of this process was removed or renamed, or lost its lock file.
 
-        What the run writes would be lost, or be mixed with the files of the next run in a folder of that name.
+        Otherwise the run's output would be lost, or mixed with the files of the next run in a folder of the same name.
         """
         if (place := lost(self.path / LOCK)) is not None:
             folder = Path(place).parent
@@ -173,7 +173,7 @@ def refuse_links(folder: Path, key: str) -> None:
 
 
 def inside(folder: Path, name: str, key: str) -> Path:
-    """Returns the path of an entry of `folder`, or of one below it. Raises `UserError` if a link leads to it."""
+    """Returns the path of an entry in or below `folder`. Raises `UserError` if the path contains a link."""
     path = folder
     for part in Path(name).parts:
         path /= part
@@ -237,7 +237,7 @@ class FolderSnapshot:
 
 
 def newest(parent: Path, distance: Callable[[RunFolder], int | None]) -> RunFolder | None:
-    """Returns the folder in `parent` of the smallest distance, and of several the newest; None: it does not match."""
+    """Returns the folder in `parent` with the smallest distance (of several, the newest); None without a match."""
     try:
         folders = sorted((p for p in parent.iterdir() if p.is_dir()), key=_age, reverse=True)
     except OSError:
@@ -261,7 +261,7 @@ def _age(folder: Path) -> tuple[str, int, str, int, str]:
 
 
 def _in_order(folder: Path) -> Path:
-    """Notes in a new folder which one it follows, if the clock was set back and its name says otherwise."""
+    """Notes in a new folder which folder it follows, if the clock was set back and the names have the wrong order."""
     with contextlib.suppress(OSError):  # the order matters less than the run
         others = [each for each in folder.parent.iterdir() if each != folder and _DATED.match(each.name)]
         latest = max(map(_age, others), default=None)

@@ -143,7 +143,7 @@ def block_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Lets a signal wait until the end of the block; a second one does not. Outside the main thread it does nothing.
+    """Defers a signal until the end of the block; a second one is not deferred. Does nothing outside the main thread.
 
     Blocking them would not suffice: another thread receives the signal then, and Python runs the handler in the main
     thread at once.
@@ -174,7 +174,7 @@ def signals_deferred() -> Iterator[None]:
 
 
 def leave_closed_terminal() -> bool:
-    """Redirects stdout and stderr to /dev/null if nobody can read them any more; returns whether that was one of them.
+    """Redirects stdout and stderr to /dev/null if their reader is gone; returns whether one of them was redirected.
 
     Writing to a closed terminal or pipe raises an error, which would prevent the checkpoint and change the exit code.
     """
@@ -192,7 +192,7 @@ def leave_closed_terminal() -> bool:
 
 
 class KeptStream:
-    """stdout or stderr, which drops what nobody can read: a terminal is closed some time before its signal arrives.
+    """stdout or stderr that drops output without a reader: a terminal closes some time before its signal arrives.
 
     Otherwise a `print` of the user's code would end the run with an error, without a checkpoint.
     """
@@ -258,13 +258,13 @@ def print_message(message: str) -> None:
     from dlopt.basics.secrets import redact
 
     message = redact(message)  # first: where stderr is a file, it would not find a secret that is cut or replaced below
-    if len(message) > _MAX_ERROR:  # its end says what to do
+    if len(message) > _MAX_ERROR:  # the end of a message says what to do
         message = f"{message[: _MAX_ERROR // 2]} [...] {message[-_MAX_ERROR // 2 :]}"
     print_line("\n".join(map(printable, f"dlopt: {message}".split("\n"))))
 
 
 def flush_streams() -> None:
-    """Flushes stdout and stderr; drops what nobody can read, for which the interpreter would exit with code 120."""
+    """Flushes stdout and stderr; drops output without a reader, for which the interpreter would exit with code 120."""
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
@@ -325,7 +325,7 @@ def _message(number: int) -> str:
 
 
 def _exit_code(number: int) -> int:
-    """Returns 130 for Ctrl-C before the command wrote a file; 75 otherwise, upon which schedulers start it again."""
+    """Returns 130 for Ctrl-C before the command wrote a file; otherwise 75, which makes schedulers restart it."""
     return 128 + number if number == signal.SIGINT and not _has_files else INTERRUPTED
 
 

@@ -18,13 +18,13 @@ from dlopt.basics.files import is_at
 # second thread, and opening and closing the file again would release them.
 _held: WeakValueDictionary[tuple[int, str], IO[str]] = WeakValueDictionary()
 
-# (thread, name) of the call that holds the global state, by process: a forked child holds nothing.
+# Process -> (thread, name) of the call that holds the global state: a forked child does not hold it.
 _calls: dict[int, tuple[int, str]] = {}
 
 
 @contextlib.contextmanager
 def global_state_held(call: str, *, may_be_nested: bool = False) -> Iterator[None]:
-    """Holds what belongs to the whole process in the block: random generators, torch's flags, streams and signals.
+    """Holds the process-wide state in the block: random generators, torch's flags, streams and signals.
 
     `may_be_nested`: within another call of the same thread, whose state the block leaves as it was. Raises `UserError`
     if another call holds it.
@@ -87,7 +87,7 @@ def hold(path: Path) -> IO[str]:
 def lost(path: Path) -> str | None:
     """Returns where the file of a lock of this process is now, if no longer at `path`; "" if it was removed.
 
-    None: it is still there, or this process does not hold the lock.
+    None if it is still there, or this process does not hold the lock.
     """
     for (process, _), file in list(_held.items()):
         if process != os.getpid() or file.name != str(path) or file.closed:

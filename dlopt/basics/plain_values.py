@@ -74,7 +74,7 @@ def without_nan(value: Any) -> Any:
 
 
 def check_plain(value: Any, nodes: int = _MAX_NODES) -> None:
-    """Checks a value of a file that is not YAML by the limits for YAML: see `check_yaml`. Raises ValueError."""
+    """Applies the limits of `check_yaml` to a value from a file of another format. Raises ValueError."""
     waiting, count = [(value, 0)], 0
     while waiting:
         node, depth = waiting.pop()
@@ -98,7 +98,7 @@ def check_plain(value: Any, nodes: int = _MAX_NODES) -> None:
 def read_regular(path: Path, limit: int = _MAX_BYTES) -> bytes:
     """Reads a regular file of at most `limit` bytes; never waits for a FIFO or a device. Raises ValueError, OSError."""
     with open_regular(path, limit) as file:
-        return file.read(os.fstat(file.fileno()).st_size)  # what is appended in the meantime is for the next reader
+        return file.read(os.fstat(file.fileno()).st_size)  # leaves data that is appended meanwhile to the next read
 
 
 def regular_lines(path: Path, limit: int) -> Iterator[bytes]:
@@ -261,7 +261,7 @@ def expanded_size(text: str, nodes: int = _MAX_NODES) -> int:
 
 @dataclass
 class _OpenNode:
-    """A list or mapping in whose middle the parser is. `before`: values before it; `keys`: so far; None: a list."""
+    """A list or mapping that is being parsed. `before`: values before it; `keys`: so far; None for a list."""
 
     anchor: str | None
     before: int

@@ -38,7 +38,7 @@ def own_multiprocessing_folder() -> None:
         _owner = os.getpid()
         folder, descriptor = _create()
         current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
-        # Not `scratch`: a forked process drops its copy of the finalizer, and with it a context, which would end.
+        # Not `scratch`: a forked process drops its copy of the finalizer, which would end a context held by it.
         Finalize(None, _end, (folder, descriptor), exitpriority=-100)  # the last one, as multiprocessing's own
 
 
@@ -58,8 +58,8 @@ def _create() -> tuple[Path, int]:
         with contextlib.suppress(FileNotFoundError):  # another process has taken it for abandoned, and removed it
             descriptor = os.open(folder, os.O_RDONLY)
             try:
-                with contextlib.suppress(OSError):  # a file system without locks, where nothing is removed
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for one that is removing it
+                with contextlib.suppress(OSError):  # on a file system without locks, nothing is removed
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for a process that is removing it
                 if os.path.samestat(os.stat(folder), os.fstat(descriptor)):
                     return folder, descriptor
             except BaseException:

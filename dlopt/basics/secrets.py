@@ -42,13 +42,13 @@ _URL = re.compile(  # what comes before a password, or a token without one, or t
     re.IGNORECASE,
 )
 
-_seen: Mapping[Any, Any] = {}  # the environment whose secrets are noted
-_replacements: dict[str, str] = {}  # secret, in each of its forms -> what is stored
+_seen: Mapping[Any, Any] = {}  # the environment whose secrets are registered
+_replacements: dict[str, str] = {}  # secret, in each of its forms -> stored text
 _pattern: re.Pattern[str] | None = None
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether the name of an environment variable says that its value is a secret."""
+    """Returns whether the name of an environment variable marks its value as a secret."""
     return name not in _PUBLIC and _NAME.search(name) is not None
 
 
@@ -63,7 +63,7 @@ def reference(name: str) -> str:
 
 
 def note(value: str, replacement: str, *, is_named: bool = False) -> None:
-    """Makes `redact` replace a secret. `is_named`: its name says that it is one."""
+    """Makes `redact` replace a secret. `is_named`: the name of the variable marks it as a secret."""
     forms = {form for each in _parts(value) if not _is_common(each, is_named) for form in _forms(each)}
     new = {form: replacement for form in forms if form not in _replacements and form not in replacement}
     if new:
@@ -72,7 +72,7 @@ def note(value: str, replacement: str, *, is_named: bool = False) -> None:
 
 
 def forget(texts: Iterable[str]) -> None:
-    """Makes `redact` keep texts that are no secrets, although a secret has the same value or a part of it."""
+    """Makes `redact` keep texts that are no secrets, although they equal a secret or a part of one."""
     _note_changes()
     kept = "\n".join(texts)
     known = [form for form in _replacements if form in kept]
@@ -89,7 +89,7 @@ def _compile() -> None:
 
 
 def note_environment(names: Iterable[str] = (), variables: Mapping[str, str] = os.environ) -> None:
-    """Notes the values of the variables `names`, and of those whose name, or whose URL, says that they are secrets."""
+    """Registers the variables `names` as secrets, and all variables with a secret's name or a secret in a URL."""
     names = set(names)
     for name, value in variables.items():
         is_path = os.path.isabs(value) and os.path.exists(value)  # SSH_AUTH_SOCK, HF_TOKEN_PATH
@@ -146,7 +146,7 @@ def _redacted(value: Any) -> Any:
 
 
 class RedactedStream:
-    """A text stream that redacts what is written to it; for output that is stored."""
+    """A text stream that redacts its input; for stored output."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

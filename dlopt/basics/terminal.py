@@ -15,7 +15,7 @@ def without_controls(text: str) -> str:
 
 
 class TerminalStream:
-    """stdout at a terminal: replaces control characters, but not colours, in what is printed.
+    """stdout at a terminal: replaces control characters, but not colours.
 
     `unfiltered` is for what moves the cursor, and has replaced them itself.
     """

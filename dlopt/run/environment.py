@@ -76,7 +76,7 @@ def repository() -> tuple[dict[str, Any] | None, bytes]:
 
     Returns None without a repository (or without git), and b"" without changes. Untracked files, submodules and what
     filters such as Git LFS would change do not count: files are compared as they are. A diff of more than
-    `MAX_DIFF_BYTES` is cut there, with a last line that says so.
+    `MAX_DIFF_BYTES` is truncated, as its last line states.
     """
     if (facts := submitted()) is not None:
         with contextlib.suppress(OSError, ValueError):
@@ -99,7 +99,7 @@ def repository() -> tuple[dict[str, Any] | None, bytes]:
 
 
 def submitted() -> dict[str, Any] | None:
-    """Returns what was known of the code when the sweep of this job was submitted; None for other runs."""
+    """Returns the record of the code from when the sweep of this job was submitted; None for other runs."""
     folder = os.environ.get(SUBMITTED)
     return None if folder is None else read_json(Path(folder, REPOSITORY))
 
@@ -113,13 +113,13 @@ def code_of_submission() -> dict[str, str]:
 def packages(names: Iterable[str]) -> dict[str, dict[str, str] | None]:
     """Identifies the code of importable packages, by name.
 
-    Installed ones by `version`, others by `folder` and the `sha256` of their Python files; None: not found.
+    Installed ones by `version`, others by `folder` and the `sha256` of their Python files; None if not found.
     """
     return {name: _identify(name) for name in dict.fromkeys(each.split(".")[0] for each in names)}
 
 
 def find_package(name: str) -> ModuleSpec | None:
-    """Returns the spec of a package or module without importing it; None: not found."""
+    """Returns the spec of a package or module without importing it; None if not found."""
     try:
         return importlib.util.find_spec(name)
     except (ImportError, ValueError):

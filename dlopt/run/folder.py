@@ -1,4 +1,4 @@
-"""The folder of a run: a new one, or that of the run to resume with its newest checkpoint."""
+"""The folder of a run: a new folder, or the folder of the run to resume, with its newest checkpoint."""
 
 import contextlib
 from collections.abc import Mapping
@@ -133,7 +133,7 @@ def _run_id(folder: RunFolder, state: "Checkpoint | None" = None) -> str:
 
 
 def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> "Checkpoint | None":
-    """Returns the newest checkpoint of a run for resume=auto; None: it has none, or is done.
+    """Returns the newest checkpoint of a run for resume=auto; None if the run has none, or is done.
 
     Raises `UserError` if it is the run of another config.
     """
@@ -176,7 +176,7 @@ def _load(resume: str) -> "Checkpoint":
 def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None, run_id: str) -> None:
     """Copies the metrics and the best model of a run that is resumed in another folder.
 
-    Tracking removes the metrics after the checkpoint. The best model is copied only if it is that of the checkpoint,
+    Tracking removes the metrics after the checkpoint. The best model is copied only if it belongs to the checkpoint,
     not one of a later epoch.
     """
     from dlopt.training.checkpoint.checkpoints import Checkpoints, load

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class NotStartedError(UserError):
-    """A run that cannot start, for example because another process has it: its folder stays as it is."""
+    """A run that cannot start, for example because another process is running it: its folder stays unchanged."""
 
 
 def report(
@@ -33,7 +33,7 @@ def report(
 ) -> int:
     """Writes to the run's folder why it has ended, prints it in one line, and returns the exit code.
 
-    The one rule for shell, job and rank; of several ranks only the first one to fail reports. `may_diverge`: divergence
+    The same rule for shell, job and rank; of several ranks, only the first to fail reports. `may_diverge`: divergence
     is a result of the run like any other, and only recorded.
     """
     from dlopt.training.nonfinite import Diverged
@@ -51,7 +51,7 @@ def report(
         return code
     diverged, frames = isinstance(error, Diverged), None
     ids = {RunFolder(run.folder).run_id(), run.run_config.config.get("run_id")}
-    is_own = None in ids or len(ids) == 1  # not that of another run, in place of this run's, which was renamed
+    is_own = None in ids or len(ids) == 1  # the folder may now be another run's, if this run's was renamed
     message = reason
     if reason is None:
         frames = traceback.format_exc()
@@ -91,7 +91,7 @@ def _rank_prefix() -> str:
 
 
 def is_job_of_sweep(run: "TrainingRun") -> bool:
-    """Returns whether a sweep has described the run, which this process, or one rank of it, executes."""
+    """Returns whether a sweep described the run that this process (or one of several ranks) executes."""
     return run.overrides is None if rendezvous.current() is None else os.environ.get(launch.RECORD) == "1"
 
 
@@ -155,7 +155,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
 
 
 def _changed_versions(run: "TrainingRun") -> str:
-    """Returns the versions and packages that are not those of the run's previous start: "dlopt 0.2.0 (was 0.1.0)"."""
+    """Returns the versions and packages that differ from the run's previous start: "dlopt 0.2.0 (was 0.1.0)"."""
     resume = Path(run.run_config.settings.resume or "")  # another run, or its checkpoint; or auto
     folders = (run.folder, resume, *resume.parents[:2])
     before = next((found for folder in folders if (found := read_json(folder / "environment.json"))), {})

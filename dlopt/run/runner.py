@@ -51,7 +51,7 @@ def run_plan(
         UserError: the run cannot start; a new folder is removed again.
         ReportedError: the run has failed, and has reported why.
     """
-    # 1. Find the folder: a new one, or that of the run to resume, with its newest checkpoint.
+    # 1. Find the folder: a new one, or the folder of the run to resume, with its newest checkpoint.
     placed = place(plan)
     run, folder = placed.run, placed.folder
     if placed.is_done:
@@ -64,7 +64,7 @@ def run_plan(
 
     has_started = False
     try:
-        # 2. Prepare what the run needs of this process, and of the services that record it.
+        # 2. Prepare this process and the tracking services.
         assert plan.config is not None
         with contextlib.nullcontext() if from_python else job_environment(plan.config, folder.path):
             if run.checkpoint is None:  # a resumed run warns instead
@@ -146,7 +146,7 @@ def _train_in_processes(run: "TrainingRun", processes: int, *, console: bool) ->
     summary = RunFolder(run.folder).summary() or {}
     if code not in (DONE, INTERRUPTED):
         raise ReportedError(code, summary.get("reason", f"{run.folder}: the run failed; its processes report why"))
-    # Stopped by a signal before it wrote anything, or in an attempt of which an earlier summary knows nothing.
+    # Stopped by a signal before it wrote anything, or in an attempt after the one that wrote the summary.
     return {**summary, "status": "interrupted"} if code == INTERRUPTED else summary
 
 
