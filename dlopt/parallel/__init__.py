@@ -1,1 +1,1 @@
-"""Parallelism: one file per mode; nothing else in the project calls torch.distributed."""
+"""Parallelism: one file per mode. Only this package calls torch.distributed."""

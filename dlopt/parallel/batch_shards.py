@@ -41,8 +41,8 @@ def local_slice(start: int, stop: int, rank: int, ranks: int) -> slice:
     """
     count = stop - start
 
-    # Mixup and CutMix mix neighbours of the shuffled batch, 2i with 2i + 1. A pair on two ranks would need the images
-    # of the other one, so odd bounds are moved down by one. With one sample per rank there is no way to keep pairs.
+    # Mixup and CutMix mix neighbours of the shuffled batch, 2i with 2i + 1. The ranks of a split pair would need each
+    # other's images, so odd bounds are moved down by one. With one sample per rank there is no way to keep pairs.
     def bound(index: int) -> int:
         if index == ranks:
             return stop
@@ -55,8 +55,8 @@ def local_slice(start: int, stop: int, rank: int, ranks: int) -> slice:
 def local_slices(total: int, accumulate: int, rank: int, ranks: int) -> list[slice]:
     """Returns a rank's slice of each micro-batch, in positions of the global batch.
 
-    The ranks take the slices of every second micro-batch in reverse order. The rank of a micro-batch's last samples
-    then has the first ones of the next, and with them both samples of a pair that an odd bound separates.
+    The ranks take the slices of every second micro-batch in reverse order. The rank with the last samples of a
+    micro-batch then also has the first samples of the next, and so both samples of a pair that an odd bound separates.
     """
     return [
         local_slice(start, stop, ranks - 1 - rank if number % 2 else rank, ranks)
@@ -65,7 +65,7 @@ def local_slices(total: int, accumulate: int, rank: int, ranks: int) -> list[sli
 
 
 def joined(slices: Sequence[slice]) -> list[slice]:
-    """Returns the slices without empty ones; adjacent ones become one."""
+    """Drops empty slices and merges adjacent ones."""
     runs: list[slice] = []
     for each in slices:
         if runs and runs[-1].stop == each.start:
@@ -102,7 +102,7 @@ class ShardedAugment:
 
     def __call__(self, inputs: Tensor, targets: Tensor, **position: Unpack[Position]) -> tuple[Tensor, Tensor]:
         # One generator per global batch, not one per sample: drawing for all samples takes 7 microseconds, a hash for
-        # each sample 34. The price is that every rank draws for all of them, which are a few numbers per image. The
+        # each sample 34. The price is that every rank draws for all samples, a few numbers per image. The
         # augmentation draws for all `total` samples and uses the draws of `shard`. Each slice starts from the same
         # seed, so that every sample gets the draws that it has in a single process.
         def augmented(inputs: Tensor, targets: Tensor, shard: slice, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class ShardedAugment:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a batch is split into micro-batches and over ranks, of which this process is one.
+    """Splits a batch into micro-batches and over ranks; this process is one of the ranks.
 
     `scale`: multiplies the weights of micro-batches, for a mode that averages gradients over ranks instead of summing.
     """
@@ -141,14 +141,14 @@ class BatchSplit:
 
     @property
     def shard(self) -> BatchShard | None:
-        """This rank's samples of a training batch; None: all of them."""
+        """This rank's samples of a training batch; None for all."""
         if self.ranks == 1:
             return None
         return lambda total: local_index(total, self.accumulate, self.rank, self.ranks)
 
     @property
     def evaluation_shard(self) -> BatchShard | None:
-        """This rank's samples of an evaluation batch; None: all of them."""
+        """This rank's samples of an evaluation batch; None for all."""
         return None if self.ranks == 1 else lambda total: local_slice(0, total, self.rank, self.ranks)
 
     def augmentation(self, augment: Augment | None) -> Augment | None:

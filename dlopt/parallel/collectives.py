@@ -67,9 +67,9 @@ class ModelGroup:
         `reduce_grad`: the ranks use the result differently, as if `copy` followed; backward is one reduce-scatter.
         """
 
-        # Where every rank continues with the same computation, all have the same gradient of the gathered tensor, and
-        # each needs its slice of it only: a sum would count it once per rank. Where they differ, it is the sum that is
-        # needed.
+        # If every rank continues with the same computation, all have the same gradient of the gathered tensor, and
+        # each needs only its slice: a sum would count the gradient once per rank. If the ranks continue differently,
+        # backward needs the sum.
         def backward(gradient: Tensor) -> Tensor:
             return reduce_scatter(gradient, dim, self) if reduce_grad else self._equal_shard(gradient, dim)
 

@@ -24,7 +24,7 @@ class CurrentShard:
     """Which samples the model is processing, for every dropout in it: a model's forward takes only the inputs."""
 
     def __init__(self) -> None:
-        self.shard: MicroBatchShard | None = None  # None: the samples are not sharded
+        self.shard: MicroBatchShard | None = None  # None if the samples are not sharded
 
     @contextmanager
     def of(self, micro_batch: Batch) -> Iterator[None]:
@@ -40,18 +40,18 @@ class CurrentShard:
 
 
 class GlobalDropout(_DropoutNd):
-    """A dropout of torch with other random numbers: those of a sample depend on its position in the global batch.
+    """torch's dropout with random numbers that depend on the sample's position in the global batch.
 
-    A generator is a stream, in which the mask of a sample depends on how many numbers were drawn before: to drop what a
-    single process drops, a rank would have to draw for the samples of all others. So a call draws one key of 32 bits
-    per sample of the global batch and one per two features, and the hash of their sum decides. This costs as many
-    operations as the rank has activations, and as many random numbers as the global batch has samples. All ranks draw
-    equally many, whatever their shards: generators that start equal stay equal.
+    In a generator's stream, the mask of a sample depends on the number of earlier draws: to reproduce the masks of a
+    single process, a rank would have to draw for the samples of all ranks. Instead, a call draws one 32-bit key per
+    sample of the global batch and one per two features; the hash of their sum decides. The cost is one operation per
+    local activation and one random number per sample of the global batch. All ranks draw equally many numbers, whatever
+    their shards: generators that start equal stay equal.
 
     The leading dimension of the input must be the sample. The probability is rounded to a multiple of 2^-16.
 
     Attributes:
-        mask_dims: leading dimensions of the input along which the mask varies; None: all.
+        mask_dims: leading dimensions of the input along which the mask varies; None for all.
         is_alpha: keeps mean and variance of SELU units (Klambauer et al. 2017, equation 12).
     """
 
@@ -77,7 +77,7 @@ class GlobalDropout(_DropoutNd):
         return round(self.p * _LEVELS)
 
     def _mask(self, inputs: Tensor) -> Tensor:
-        """Returns which activations to drop, in a shape that broadcasts to that of the inputs."""
+        """Returns which activations to drop, in a shape that broadcasts to the inputs."""
         spec = None if self.feature_spec is None else self.feature_spec(inputs)
         shape = self._mask_shape(inputs.shape, spec)
         shard = self.current.shard or MicroBatchShard(len(inputs), slice(0, len(inputs)))

@@ -11,8 +11,8 @@ from dlopt.basics.errors import UserError
 class _OneSample:
     """Hooks around a forward pass, which replace an empty batch by one sample of zeros, and drop its outputs.
 
-    The graph of the outputs stays, so that the backward pass reaches all parameters, with gradients of zero, and all
-    collectives.
+    Keeps the graph of the outputs, so that the backward pass reaches all collectives, and all parameters with zero
+    gradients.
     """
 
     def __init__(self, batch_size: int | Literal["full"]) -> None:

@@ -6,9 +6,9 @@ A mode has three parts, each of which can be read alone:
     sharding  norms and states of a model, by how it is sharded (`shards.py`)
     split     this process's samples of a batch, micro-batch by micro-batch (`batch_shards.py`)
 
-What is its own: `place` brings a model onto the processes, `micro_batch` surrounds the forward and backward of one
-micro-batch, and `reduce` sums what the processes have computed. To write a mode, subclass `GroupMode` and name the
-function that builds it in a YAML file under `conf/parallel/`, as `ddp.py` does.
+Each mode also defines three methods: `place` puts a model on the processes, `micro_batch` surrounds the forward and
+backward of one micro-batch, and `reduce` sums the results of the processes. To write a mode, subclass `GroupMode` and
+name the function that builds it in a YAML file under `conf/parallel/`, as `ddp.py` does.
 """
 
 from collections.abc import Callable
@@ -43,9 +43,9 @@ class ModeTraits:
         compiles: the model can be compiled as a whole.
         observes_losses: every rank computes the losses of its own samples, as loss-aware samplers need.
         batch_norm_shards: shards of a batch that batch norm normalizes separately.
-        micro_batches: into which the mode itself splits a batch.
+        micro_batches: number of micro-batches into which the mode itself splits a batch.
         recomputes: a part of the model can run again in the backward pass (activation checkpointing).
-        adapters: linear layers may have further parameters (adapt=lora).
+        adapters: linear layers may have additional parameters (adapt=lora).
     """
 
     compiles: bool = True
@@ -62,10 +62,10 @@ class Placed:
 
     Attributes:
         model: calls it.
-        after_update: synchronizes its buffers across ranks; None: there is nothing to synchronize.
+        after_update: synchronizes its buffers across ranks; None if there is nothing to synchronize.
         notes: lines for the user about the placement.
-        timing: of the updates of all ranks; None: there is one rank.
-        writer: with which every rank saves its shards; None: the main rank saves everything.
+        timing: of the updates of all ranks; None if there is one rank.
+        writer: saves the shards of every rank; None if the main rank saves everything.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -103,15 +103,15 @@ class Mode:
     def run_stages(self, batch: Batch, loss: MicroLoss) -> tuple[list[Tensor], int] | None:
         """Runs forward and backward of a batch whose micro-batches are in several processes at a time (pipeline).
 
-        Returns the weighted losses of the micro-batches that ended on this rank, and the number of all. None: the step
-        runs one micro-batch after the other.
+        Returns the weighted losses of the micro-batches that ended on this rank, and the number of all micro-batches.
+        Returns None if the step runs the micro-batches one after the other.
         """
         return None
 
     def reduce(self, loss: Tensor) -> Tensor:
-        """Makes the gradients in the parameters those of the global batch's mean loss; returns that loss, detached.
+        """Reduces the gradients to those of the global batch's mean loss, in place; returns that loss, detached.
 
-        `loss`: the sum of this rank's weighted losses. The result is equal on all ranks, which branch on it.
+        `loss`: the sum of this rank's weighted losses. The result is equal on all ranks, so they can branch on it.
         """
         return loss
 
@@ -119,7 +119,7 @@ class Mode:
 class GroupMode(Mode):
     """Base of all distributed modes: this process is one rank of a process group.
 
-    Batches are split over `data_degree` ranks, of which this is `data_rank`: by default over all.
+    Batches are split over `data_degree` ranks (by default all); this rank is number `data_rank`.
     """
 
     ranks: GroupRanks
@@ -149,7 +149,7 @@ class GroupMode(Mode):
 def join_mode(
     name: str, device: torch.device, build: Callable[[ProcessGroup, torch.device], Mode], keys: ProcessKeys
 ) -> Mode:
-    """Joins the process group (see `join`) and builds its mode; in a single process, returns that of one process."""
+    """Joins the process group (see `join`) and builds its mode; in a single process, returns `Mode`."""
     joined = join(name, device, **keys)
     return Mode(device, name) if joined is None else build(*joined)
 
@@ -157,8 +157,8 @@ def join_mode(
 def check_precision(mode: str, precision: str) -> None:
     """Raises `UserError` for precisions that a mode with a sharded model does not support.
 
-    fp16: every rank has its own loss scaler, which sees the overflows of its shards only. bf16_pure: shards of fp32
-    norm layers and bf16 weights do not share a buffer.
+    fp16: the loss scaler of each rank detects overflows in its own shards only. bf16_pure: shards of fp32 norm layers
+    and bf16 weights do not share a buffer.
     """
     if precision == "fp16":
         raise UserError(

@@ -1,9 +1,9 @@
 """Steps on whole tensors under fsdp: each tensor has an owner, the rank that updates it and holds its state.
 
-Muon, Scion, SOAP, Shampoo and Kron orthogonalize or factor matrices, of which each rank has some rows. Before a step
-every rank sends its rows of weights and gradients to their owners. These step as one process would, and send the rows
-of the new weights back. Of n ranks, each sends and receives 1/n of the weights three times, in two all-to-alls; no
-state is moved. If every rank computed every update, the products of matrices would be repeated n times. (Liu et al.
+Muon, Scion, SOAP, Shampoo and Kron orthogonalize or factor whole matrices, but each rank has only some rows. Before a
+step every rank sends its rows of weights and gradients to the owners. The owners update as a single process would, and
+send the rows of the new weights back. Each of n ranks sends and receives 1/n of the weights three times, in two
+all-to-alls; the state stays. If every rank computed every update, the matrix products would run n times. (Liu et al.
 2025, "Muon is scalable for LLM training", algorithm 1, in which the owners gather the momenta.)
 
 In a checkpoint the states are DTensors, sharded as the weights are. It can be resumed in any mode.
@@ -26,14 +26,14 @@ from dlopt.parallel.shards import full_tensor, local
 
 @dataclass(frozen=True)
 class Whole:
-    """A tensor of which every rank has some rows. `owner`: the rank that has all of them in between."""
+    """A tensor that is sharded by rows. `owner`: the rank that has all rows during a step."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     owner: int
 
     def rows(self, rank: int, ranks: int) -> slice:
-        """Returns the rows of a rank: those of torch.chunk, as in a DTensor that is sharded along dimension 0."""
+        """Returns the rows of a rank, split as by torch.chunk, like a DTensor that is sharded along dimension 0."""
         size = -(-self.shape[0] // ranks)
         return slice(min(rank * size, self.shape[0]), min((rank + 1) * size, self.shape[0]))
 
@@ -74,7 +74,7 @@ class RowExchange:
     def agree(self, mine: Mapping[int, Any]) -> dict[int, Any]:
         """Returns the entries of all ranks, by index."""
         gathered: list[Any] = [None] * self.size
-        # Pickled: shapes, dtypes and single numbers only, when a state is saved or loaded, never in a step.
+        # Pickled: only shapes, dtypes and single numbers, and only when a state is saved or loaded, never in a step.
         distributed.all_gather_object(gathered, dict(mine), group=self._group)
         return dict(sorted(item for entries in gathered for item in entries.items()))
 
@@ -132,9 +132,9 @@ class StepOfOwners(Optimizer):
 
     @contextmanager
     def _instead_of(self, whole: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Context in which whole tensors, with the states of the sharded ones, are the only parameters with gradients.
+        """Context in which only whole tensors have gradients; they use the states of the sharded parameters.
 
-        At their places in the groups, as Kron's noise depends on the place.
+        They take the sharded parameters' places in the groups, because Kron's noise depends on the place.
         """
         originals = [group["params"] for group in self.param_groups]
         absent = torch.empty(0)
@@ -160,7 +160,7 @@ def step_by_owners(optimizer: Optimizer) -> None:
     rows = RowExchange(mesh.get_group(mesh.ndim - 1), local(params[0]).device)  # replicas of fsdp repeat the updates
     sizes = [p.numel() for p in params]
     mix_in(StepOfOwners, optimizer, rows=rows, owner_of=dict(zip(params, _divide(sizes, rows.size), strict=True)))
-    optimizer._patch_step_function()  # hooks of a step, which torch adds to each class
+    optimizer._patch_step_function()  # torch adds the hooks of a step to each class
     optimizer.register_state_dict_post_hook(_shard_states)
     optimizer.register_load_state_dict_post_hook(_take_states)
 
@@ -175,7 +175,7 @@ def _divide(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def _shard_states(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Completes the states of a saved optimizer with those of the other owners, as DTensors."""
+    """Completes the states of a saved optimizer with the states of the other owners, as DTensors."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(optimizer, StepOfOwners)

@@ -23,7 +23,7 @@ class Ranks:
     processes = 1
     local_processes = 1  # on this machine; they share its cores
     is_main = True  # writes files and prints
-    is_counted = True  # whether sums over ranks include this one; false: another rank has the same values
+    is_counted = True  # whether sums over ranks include this rank; false if another rank has the same values
 
     def sum(self, values: Sequence[float]) -> Sequence[float]:
         """Returns the elementwise sums over ranks. Values that the ranks of a model group share count once."""
@@ -77,7 +77,7 @@ class GroupRanks(Ranks):
 
     def broadcast(self, value: T) -> T:
         box = [value]
-        # Over gloo, because the object is in main memory: a checkpoint does not have to fit on the GPU as well.
+        # Over gloo, because the object is in main memory: a checkpoint need not also fit on the GPU.
         distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
@@ -103,7 +103,7 @@ class StopFlag:
     """A synchronized stop flag: true on all ranks after the same update, once any rank has received a stop request.
 
     All ranks must leave the loop at the same update, or the remaining ones would hang in a collective. `flag` is summed
-    over ranks together with the loss, so it costs no collective of its own, and `take` receives the sum. On a GPU the
+    over ranks together with the loss, so it needs no extra collective, and `take` receives the sum. On a GPU the
     sum is copied asynchronously and read `_LAG` updates later, so the host never waits for the device.
     """
 
@@ -133,7 +133,7 @@ class StopFlag:
         event = torch.cuda.Event()
         event.record()
         self._pending.append((on_host, event))
-        # All ranks read the flag of the same update, because all have taken equally many: they stop together.
+        # All ranks have taken equally many flags, so they read the flag of the same update and stop together.
         if len(self._pending) > _LAG:
             on_host, event = self._pending.popleft()
             event.synchronize()

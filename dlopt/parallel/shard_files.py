@@ -1,7 +1,7 @@
 """Sharded checkpoint files: all ranks write their shards to one folder, and a single process can read it.
 
-`rank-N.safetensors` has the shards of rank N. Its header also has their offsets in the full tensors, where
-torch.distributed.checkpoint has them: torch's `HuggingFaceStorageReader` reads these folders, too.
+`rank-N.safetensors` has the shards of rank N. Its header also has their offsets in the full tensors, in the format of
+torch.distributed.checkpoint: torch's `HuggingFaceStorageReader` also reads these folders.
 """
 
 import json
@@ -42,7 +42,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 class ShardWriter:
     """Writes shards on all ranks together.
 
-    It uses a process group of its own: with asynchronous checkpoints a thread writes while training communicates, and
+    Uses a separate process group: with asynchronous checkpoints, a thread writes while training communicates, and
     collectives of two threads on one group could pair up in the wrong order. `minutes`: timeout of its collectives.
     """
 
@@ -181,7 +181,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
 
 
 def _local_shard(name: str, tensor: Any, number: int) -> _Shard | None:
-    """Returns the shard that this rank writes; None for an empty one, and for one that the rank of a replica writes.
+    """Returns the shard that this rank writes; None for an empty shard, and for a shard that a replica's rank writes.
 
     Replicas take turns with `number`, the position of the tensor among all, equal on all ranks.
     """
@@ -225,8 +225,8 @@ class _StoredShard:
 def read(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
     """Reads the full tensors to the CPU, in one process. Raises any error as it is.
 
-    `files`: names of regular files in the folder. They may be a stranger's: safetensors checks that the tensors of a
-    file are exactly its bytes, and `_merge` that the shards are exactly a tensor, before memory is allocated.
+    `files`: names of regular files in the folder, which need not be trusted: before memory is allocated, safetensors
+    checks that the tensors of a file cover exactly its bytes, and `_merge` that the shards form exactly one tensor.
     """
     from safetensors import safe_open
 
@@ -238,7 +238,7 @@ def read(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
                 positions = json.loads((content.metadata() or {}).get(_POSITIONS, "{}"))
                 for name in content.keys():  # noqa: SIM118 (not a mapping)
                     shards.setdefault(name, []).append(_describe(content, name, positions))
-            except Exception as error:  # safetensors' do not name the file
+            except Exception as error:  # the errors of safetensors do not name the file
                 raise ValueError(f"{file}: {reason(error)}") from error
         return {name: _merge(name, parts) for name, parts in shards.items()}
 
@@ -269,7 +269,7 @@ def _merge(name: str, shards: list[_StoredShard]) -> Tensor:
         raise ValueError(f"the shards of {name!r} differ in their data types or full shapes")
     dtype, size, is_complex = kind
     adds_up = math.prod(size) == sum(shard.elements for shard in shards)
-    if adds_up:  # as many elements; none of them twice, hence none missing?
+    if adds_up:  # the number of elements is right: if none occurs twice, none is missing
         is_covered = torch.zeros(size, dtype=torch.bool)
         for shard in shards:
             is_covered[shard.region] = True

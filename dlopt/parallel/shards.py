@@ -38,7 +38,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     placement = tensor.placements[0]
     if not isinstance(placement, _StridedShard):
         return tensor.full_tensor()
-    # torch 2.11 gathers no strided shards. As a tensor with a dimension for the blocks, this one has an ordinary shard.
+    # torch 2.11 does not gather strided shards. With an extra dimension for the blocks, the shard is an ordinary one.
     dim, blocks = placement.dim, placement.split_factor
     shape = (*tensor.shape[:dim], blocks, tensor.shape[dim] // blocks, *tensor.shape[dim + 1 :])
     shard = tensor.to_local().unflatten(dim, (blocks, -1)).contiguous()
@@ -77,7 +77,7 @@ def _shard_like(value: Any, like: Tensor | None) -> Any:
 
 
 def plain_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the 2-norm of plain tensors as one vector, of bf16 ones in fp32: bf16 has three digits."""
+    """Returns the 2-norm of plain tensors as one vector; in fp32 for bf16 tensors, because bf16 has three digits."""
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
         return torch.linalg.vector_norm(torch.stack(norms))
@@ -105,8 +105,8 @@ def unit_norm(tensor: Tensor) -> Tensor:
         return total_norm([tensor])
     dtype = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
     norms = torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=dtype)
-    # A rank has whole rows, unless the tensor is sharded within its rows, too: then their squares are summed over the
-    # ranks that have the other parts.
+    # A rank has whole rows, unless the tensor is also sharded within its rows: then the squares are summed over the
+    # ranks that share a row.
     within_rows = tuple(axis for axis in _shard_axes(tensor) if axis[2] != 0)
     return _all_reduce(norms.square(), within_rows).sqrt() if within_rows else norms
 
@@ -122,7 +122,7 @@ def _shard_axes(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
 
 
 def _all_reduce(values: Tensor, axes: Sequence[tuple[Any, int, int]]) -> Tensor:
-    # One mesh dimension after the other: a tensor may be sharded over several, whose ranks then add up all its parts.
+    # Sums over one mesh dimension after the other: a tensor may be sharded over several.
     for mesh, axis, _ in axes:
         distributed.all_reduce(values, group=mesh.get_group(axis))
     return values
@@ -142,7 +142,7 @@ def _merge(state: Any, other: Any) -> Any:
 
 
 class Sharding:
-    """Norms and states of a model by how it is sharded; this one: every process holds all of it (single, ddp)."""
+    """Norms and states of a model. Here every process holds the full model (single, ddp); subclasses shard it."""
 
     kind: Literal["replicated", "tensors", "layers"] = "replicated"
     is_by_rows = False  # all tensors are sharded along dimension 0, by the last dimension of their mesh
@@ -185,7 +185,7 @@ class TensorShards(Sharding):
         return tree_map_only(Tensor, full_tensor, state)
 
     def load_model(self, model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        # Meta tensors are loaded as themselves, so names and strictness are those of the full model.
+        # Includes the meta tensors, unchanged, so that names and strictness are the full model's.
         current = model.state_dict()
         shards = {name: _shard_like(value, current.get(name)) for name, value in state.items()}
         model.load_state_dict(shards, strict=strict)

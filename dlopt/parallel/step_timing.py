@@ -26,9 +26,9 @@ class SyncWaitTimer:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def attach(self, model: nn.Module) -> None:
-        # DDP returns from backward when all gradients are averaged. The moment when this rank has nothing left to
-        # compute is not visible from outside, only from the hook of the gradient that comes last. The first parameter
-        # belongs to the layer that forward uses first, so backward computes its gradient last.
+        # DDP returns from backward when all gradients are averaged. Only the hook of the last gradient shows when this
+        # rank has finished its own computation. The first parameter belongs to the first layer in forward, so backward
+        # computes its gradient last.
         first = next((p for p in model.parameters() if p.requires_grad), None)
         if first is not None:
             first.register_post_accumulate_grad_hook(self._mark_ready)
@@ -93,7 +93,7 @@ class StepTiming:
             seconds = time.perf_counter() - self._since - self.wait_timer.pop_seconds()
         else:
             seconds = (time.process_time() - self._processor) / torch.get_num_threads()
-        # Each rank has measured itself: the slowest one, for which the others wait, is known to all together only.
+        # Each rank has measured itself; the slowest rank, for which the others wait, follows from all measurements.
         gathered = self.group.all_gather(torch.tensor([seconds / updates], dtype=torch.float64))
         slowest, fastest = float(gathered.max()), float(gathered.min())
         self.restart(step)

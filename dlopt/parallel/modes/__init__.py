@@ -1,1 +1,1 @@
-"""The parallel modes, one file each, and what several of them share."""
+"""The parallel modes, one file each, and their shared code."""

@@ -78,7 +78,7 @@ def flatten(model: nn.Module, stages: int) -> list[ChainLayer]:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether calling the module means calling its children in order, and nothing else."""
+    """Whether the module only calls its children in order."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 

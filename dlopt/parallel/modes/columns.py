@@ -42,11 +42,11 @@ class OneColumnAlexNet(TwoColumnAlexNet):
         column = self.columns[self.model_group.rank]
         maps = images
         if torch.is_grad_enabled() and not all(p.requires_grad for p in column.parameters()):
-            # The backward of each exchange needs all ranks, also those that would stop at frozen layers.
+            # The backward of each exchange needs all ranks, including ranks whose backward would stop at frozen layers.
             maps = images.detach().requires_grad_()
         for segment in column.children():
             maps = self.model_group.gather(segment(maps), reduce_grad=True)
-        # The other rank's outputs are empty, but in the graph: its backward, too, must reach the exchanges.
+        # The other rank's outputs are empty, but part of the graph: its backward must also reach the exchanges.
         outputs = self.head(maps) if self.model_group.rank == 0 else maps[:, :0]
         return broadcast_from_first(outputs, (len(images), self.head.out_features), self.model_group)
 

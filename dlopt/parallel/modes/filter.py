@@ -52,7 +52,7 @@ _WEIGHTED = (nn.Conv2d, nn.Linear, Linear, LocallyConnected2d)
 class Splitter:
     """Splits a model in place, layer by layer, following the layout of the features from layer to layer.
 
-    Names of parameters and buffers stay; `shard_specs` has the sharded ones by name. `dropouts`: feature specs of the
+    Parameters and buffers keep their names; `shard_specs` has the sharded ones. `dropouts`: feature specs of the
     dropouts with sharded inputs (`dlopt.parallel.dropout`). Raises `UserError` naming a layer that cannot be split.
     """
 
@@ -116,7 +116,7 @@ class Splitter:
         self.split_inputs(f"{name}.down", mlp.down, "sharded")
 
     def split_sequence(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
-        """Splits modules called in sequence. Takes the layout of the first input; returns that of the last output."""
+        """Splits modules called in sequence. Takes the first input's layout; returns the last output's layout."""
         for name, module in modules:
             layout = self._split_module(name, module, layout)
         return layout
@@ -161,7 +161,7 @@ class Splitter:
         what = "units" if isinstance(layer, nn.Linear) else "filters"
         for tensor, dim in zip(("weight", "bias"), dims, strict=True):
             self._shard(name, layer, tensor, dim, outputs, what)
-        # Every filter reads all features: the filters of each rank have a gradient of their own for them, and backward
+        # Every filter reads all features: each rank's filters contribute to the gradient of the features, and backward
         # sums these gradients over the ranks.
         if layout == "sharded":
             transform_input(layer, lambda shard: self.model_group.gather(shard, reduce_grad=True))

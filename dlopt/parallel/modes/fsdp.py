@@ -71,7 +71,7 @@ class FullySharded(DataParallel):
             synchronize(model, self.device)
         convert_dropout(model, self.dropout)
         # Order matters: batch norms are replaced while they are plain modules; sharding comes last, since
-        # it replaces the parameters, and hooks every unit that it has seen.
+        # it replaces the parameters and hooks every unit.
         model.to(memory_format=torch.contiguous_format)  # FSDP2 requires it; layers follow the format of their inputs
         self._shard(model)
         if not self.keys["sync_every_micro_batch"]:
@@ -127,7 +127,7 @@ class FullySharded(DataParallel):
 def fsdp_units(model: nn.Module, min_parameters: int) -> list[nn.Module]:
     """Returns the blocks to gather one at a time: members of containers with at least `min_parameters` parameters.
 
-    Smaller blocks, and those that share parameters with another block, are gathered with the root.
+    Smaller blocks, and blocks that share parameters with another block, are gathered with the root.
     """
     candidates: list[nn.Module] = []
 

@@ -39,7 +39,7 @@ SplitFunction = Callable[[nn.Module, tuple[int, ...], ModelGroup], ShardingPlan]
 
 
 class ModelParallel(GroupMode):
-    """`data_degree` model groups, each of which holds one model that `split` has split in place."""
+    """`data_degree` model groups. Each holds one model, split in place by `split`."""
 
     def __init__(
         self,

@@ -140,8 +140,8 @@ class PipelineMode(GroupMode):
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 times = chains.time_layers(chain, inputs, self._forward_context)
-        # Measured times differ from rank to rank, and with them the balanced partition: two stages might then hold the
-        # same layer, or none of them.
+        # Measured times, and so the balanced partition, differ from rank to rank: two stages might then hold the same
+        # layer, or no stage might hold it.
         times = self.ranks.broadcast(times)
         named = self.first_layers
         starts = chains.balance(times, stages) if named is None else chains.named_starts(named, chain, stages)
@@ -173,12 +173,12 @@ class PipelineMode(GroupMode):
     # -- one update
 
     def run_stages(self, batch: Batch, loss: MicroLoss) -> tuple[list[Tensor], int]:
-        # Only the last rank has the outputs, and with them losses and metrics; the others contribute zeros to the sums.
+        # Only the last rank has outputs, losses and metrics; the other ranks contribute zeros to the sums.
         bounds = micro_batch_bounds(batch.total, self.traits.micro_batches)
         losses: list[Tensor] = []
-        # torch's schedule knows the micro-batches of a stage only, and drives forward and backward of different ones at
-        # a time. So it, and not the step, owns the loop over them; the step hands it the loss. A schedule requires
-        # micro-batches of one size. There are at most two sizes, and the larger ones come first.
+        # torch's schedule interleaves forward and backward of different micro-batches of a stage. So the schedule, not
+        # the step, owns the loop over micro-batches; the step passes the loss. A schedule requires micro-batches of one
+        # size. There are at most two sizes, and the larger micro-batches come first.
         for size in sorted({stop - start for start, stop in bounds}, reverse=True):
             same = [(start, stop) for start, stop in bounds if stop - start == size]
             samples = slice(same[0][0], same[-1][1])
@@ -267,7 +267,7 @@ class StageSplit(BatchSplit):
 def as_message(values: Tensor) -> Tensor:
     """Returns contiguous values with the strides of a new tensor, as `PipelineStage` in torch 2.11 requires.
 
-    `contiguous` keeps a tensor with any strides along dimensions of size 1, as channels-last ones have.
+    `contiguous` returns tensors with any strides along dimensions of size 1 unchanged, such as channels-last tensors.
     """
     return values.flatten().view(values.shape)
 

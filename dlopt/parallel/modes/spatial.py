@@ -49,7 +49,7 @@ def local_strip(height: int, model_group: ModelGroup) -> RowRange:
 class RowWindows:
     """Which input rows each rank needs for its output rows, in a layer that slides windows over feature maps.
 
-    `kernel`, `stride`, `padding` and `dilation` are the layer's along the rows, `height` is that of its input.
+    `kernel`, `stride`, `padding` and `dilation` are the layer's along the rows; `height` is the height of its input.
     """
 
     height: int
@@ -81,7 +81,7 @@ class RowWindows:
     def with_halo(self, maps: Tensor, padding: float) -> Tensor:
         """Returns the rows that this rank's windows read: its strip and the halo, with `padding` beyond the maps."""
         input_rows = self.input_rows()
-        # All ranks compute the ranges of all ranks: each knows what to send without asking.
+        # All ranks compute the ranges of all ranks, so no messages are needed to agree on them.
         needed = [(max(start, 0), max(min(stop, self.height), 0)) for start, stop in input_rows]
         first, last = input_rows[self.model_group.rank]
         start, stop = needed[self.model_group.rank]
@@ -305,7 +305,7 @@ class SpatialSplitter:
         return ShardSpec(1, positions[:, start:stop].reshape(-1), positions.numel(), split_factor=channels)
 
     def _split_after_flatten(self, name: str, module: nn.Module) -> Layout:
-        # The first layer is split by its inputs: it reads the strip as it is, and only its outputs are exchanged.
+        # The first layer is split by its inputs: it reads the unchanged strip, and only its outputs are exchanged.
         spec = self._flattened_spec
         assert spec is not None
         if isinstance(module, nn.Linear):
@@ -320,7 +320,7 @@ class SpatialSplitter:
         return "flattened"
 
     def _split_windowed(self, name: str, layer: nn.Module, *, replicated_input: bool) -> None:
-        """Converts a layer that slides windows over full maps to one that reads a strip with its halo."""
+        """Converts a layer that slides windows over full maps: it then reads a strip with its halo."""
         if isinstance(layer, LocallyConnected2d):
             windows = self._row_windows(layer, layer.kernel, layer.stride, layer.padding, 1, replicated_input)
             self._shard_positions(name, layer, *windows.output_rows[self.model_group.rank])

@@ -19,7 +19,7 @@ def distribute(model: nn.Module, mesh: Any, shard_specs: Mapping[str, ShardSpec]
 
     Outside forward the module holds DTensors: optimizer, clipping and checkpoints see full shapes. Hooks swap in the
     local shards for each forward, because layers and blocks here compute on plain tensors and choose their collectives
-    themselves; DTensor's dispatcher would insert its own.
+    themselves; DTensor's dispatcher would insert other collectives.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -191,7 +191,7 @@ def convert(module: nn.Module, kind: type[nn.Module], **attributes: object) -> N
     """Turns `module` into an instance of a subclass in place; tensors, names and hooks stay."""
     for name, value in attributes.items():
         setattr(module, name, value)
-    # Not replaced by another module: blocks, optimizer groups and hooks go on referring to this one.
+    # Not replaced by another module: blocks, optimizer groups and hooks keep their references to this one.
     module.__class__ = kind
 
 

@@ -20,8 +20,8 @@ class SyncBatchNorm(_BatchNorm):
     """`BatchNorm1d/2d/3d` over the global batch; exact for unequal and empty shards.
 
     Inputs [b, C, ...], with b local samples. All ranks call forward and backward together in training. State and
-    evaluation are those of torch's batch norm. Gradients with respect to the input are those of the global batch; those
-    with respect to weight and bias are this rank's terms of the sum, as for any other layer. `group`: None: all ranks.
+    evaluation are as in torch's batch norm. The gradient of the input accounts for the global batch; the gradients of
+    weight and bias are this rank's terms of the sum, as for any other layer. `group`: None for all ranks.
     """
 
     def __init__(self, norm: _BatchNorm, group: distributed.ProcessGroup | None = None) -> None:
@@ -111,7 +111,7 @@ class _Normalize(torch.autograd.Function):
         channels, axes = inputs.shape[1], [0, *range(2, inputs.ndim)]
         shape = (1, channels, *(1 for _ in axes[1:]))
         gradient = gradient.to(mean.dtype)
-        # Computed again from the inputs, which are kept anyway, instead of saving another tensor of their size.
+        # Recomputed from the inputs, which are kept anyway: saves another tensor of their size.
         normalized = (inputs.to(mean.dtype) - mean.view(shape)) * scale.view(shape)
         bias_grad, weight_grad = gradient.sum(axes), (gradient * normalized).sum(axes)
         # The input gradient needs both sums over the global batch; weight and bias gradients stay local terms.
@@ -129,7 +129,7 @@ class _Normalize(torch.autograd.Function):
 def synchronize(module: nn.Module, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
     """Replaces the batch norms in `module` by synchronized ones: torch's on a GPU, `SyncBatchNorm` elsewhere.
 
-    `group`: None: all ranks. Raises `UserError` for norms over other batches than the device's (ghost batch norm).
+    `group`: None for all ranks. Raises `UserError` for ghost batch norm, which does not normalize the device's batch.
     """
     for name, norm in module.named_modules():
         if isinstance(norm, _BatchNorm) and type(norm) not in (*_PLAIN, SyncBatchNorm, nn.SyncBatchNorm):

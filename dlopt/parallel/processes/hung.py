@@ -28,8 +28,8 @@ def end_if_hung(end: Callable[[], None] | None = None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Python runs signal handlers between two bytecodes of the main thread, and a collective in C++ never returns to
-    # them. But the interpreter writes the number of a signal into this socket at once, whatever the thread does.
+    # Python runs signal handlers between two bytecodes of the main thread, and a hung C++ collective never returns to
+    # Python. But the interpreter writes the number of a signal into this socket at once, whatever the thread does.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

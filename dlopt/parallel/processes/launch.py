@@ -40,7 +40,7 @@ def python_module(module: str, *arguments: str) -> list[str]:
     """Returns the command that runs a module of dlopt in a new process.
 
     -P keeps the working directory off sys.path, where a `random.py` would shadow Python's own; `allow_packages` appends
-    the directory again (`config/parsing.py`). Without -P where dlopt itself is imported from the working directory.
+    the directory again (`config/parsing.py`). Omits -P if dlopt itself is imported from the working directory.
     """
     in_checkout = ROOT.parent == Path.cwd()
     return [sys.executable, *([] if in_checkout else ["-P"]), "-m", module, *arguments]
@@ -54,7 +54,7 @@ def is_quiet() -> bool:
 def run_group(folder: Path, processes: int, checkpoint: str | None, *, record: bool, console: bool) -> int:
     """Runs FOLDER/config.yaml in `processes` processes and returns one exit code for all.
 
-    `checkpoint`: to resume from; None: the folder's newest, if any. `record`: whether to record config errors in the
+    `checkpoint`: to resume from; None for the folder's newest, if any. `record`: whether to record config errors in the
     folder. `console`: whether rank 0 shows progress. Raises `RunError` as `group_code`.
     """
     command = python_module("dlopt.run.job", str(folder), *([checkpoint] if checkpoint else []))
@@ -106,7 +106,7 @@ def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> "subpr
 
 
 def _wait(children: "list[subprocess.Popen[bytes]]", interruption: Interruption) -> set[int]:
-    """Waits until all ranks have ended; returns those that had to be killed.
+    """Waits until all ranks have ended; returns the ranks that had to be killed.
 
     Forwards a stop signal once, after which the ranks get `GRACE` seconds. After a failure the other ranks get
     `_FAILED_GRACE` seconds: they usually notice it in a collective, but may also hang in one.

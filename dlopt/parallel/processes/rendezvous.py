@@ -171,13 +171,13 @@ def _is_port_in_use(port: int) -> bool:
 
 # Which rank caused a failure?
 #
-# The type of the exception is not enough: gloo raises a bare RuntimeError for a lost peer, for a timeout and for errors
-# of its own (in torch 2.15 only NCCL and TCPStore raise DistError), and DDP passes it on from backward. The connections
-# are: gloo closes a group's connections when a peer is lost or a collective times out, and from then on a send fails
+# The type of the exception does not tell: gloo raises a bare RuntimeError for a lost peer, for a timeout and for own
+# errors (in torch 2.15 only NCCL and TCPStore raise DistError), and DDP passes it on from backward. The connections do
+# tell: gloo closes a group's connections when a peer is lost or a collective times out, and from then on a send fails
 # immediately. An error of this process leaves them open.
 #
 # Roll call: every rank whose collective failed because of a peer sets a key in the store. After `_ROLL_CALL` seconds,
-# the ranks without a key are those that ended or do not respond.
+# the ranks without a key have ended or do not respond.
 
 _ROLL_CALL = 3.0  # seconds for all waiting ranks to notice the failure
 _PROBE_TAG = 1 << 20  # no rank receives with this tag
@@ -194,8 +194,8 @@ def _has_lost_connection() -> bool:
     import torch
     from torch import distributed
 
-    # Gloo raises a bare RuntimeError for a lost rank and for its own mistakes alike. A group that has lost a rank
-    # refuses to send to it. To the others the message, which nobody receives, does no harm: the run ends.
+    # Gloo raises a bare RuntimeError both for a lost rank and for its own errors. Sending to a lost rank fails. A
+    # message to a live rank is never received, which is harmless: the run ends.
     groups = distributed.distributed_c10d._world.pg_map if distributed.is_initialized() else ()
     for group in list(groups):
         peers = [rank for rank in range(group.size()) if rank != group.rank()]
@@ -208,7 +208,7 @@ def _has_lost_connection() -> bool:
 
 
 def missing_ranks(error: Exception) -> list[int]:
-    """Returns the ranks whose end or silence made a collective fail. All surviving ranks call this together."""
+    """Returns the ranks that made a collective fail: they ended or did not respond. All surviving ranks call this."""
     world = current()
     if world is None or not caused_by_peer(error):
         return []
