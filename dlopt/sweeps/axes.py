@@ -1,4 +1,4 @@
-"""The axes of a sweep: from its words and the files that they name, in the order in which the jobs are counted.
+"""The axes of a sweep: from its words and the files that they name, in the order that numbers the jobs.
 
 A space gives each optimizer, or each value of another key, its own axes: `space=FILE` names a YAML file,
 
@@ -37,7 +37,7 @@ from dlopt.config.packages import entries, function
 from dlopt.config.resolve import choices_of
 from dlopt.config.schema import show
 
-_TRIALS = 10  # of each optimizer
+_TRIALS = 10  # per optimizer
 
 
 def is_grid(config: DictConfig) -> bool:
@@ -47,7 +47,7 @@ def is_grid(config: DictConfig) -> bool:
 def read_axes(composer: Composer, words: Sequence[str]) -> tuple[DictConfig, list[Axis], list[Axis]]:
     """Composes the base config of a sweep; returns it, the typed axes, and all. An axis may have a single value.
 
-    All: with those in the config file (hydra.sweeper.params), which the typed ones replace, and those of the space.
+    All axes: also those of the config file (hydra.sweeper.params), which typed axes replace, and those of the space.
     Raises `UserError`.
     """
     typed = parse_axes(without(words, SPACE, TRIALS), composer)
@@ -76,7 +76,7 @@ def _with_space(
 ) -> list[Axis]:
     """Adds the axes of a space, each after the axis that decides its condition. Raises `UserError`.
 
-    The axes of the space yield to those in `kept`, and replace others.
+    Axes in `kept` take precedence over the space, which replaces all other axes.
     """
     chosen = choices_of(config)
     has_section = has_drawn = False
@@ -111,7 +111,7 @@ def _with_space(
 
 
 def _check_condition(composer: Composer, space: str, when: str, axes: Sequence[Axis]) -> None:
-    """Raises `UserError` for a condition that no sweep can meet, or that is not decided by the words of this one."""
+    """Raises `UserError` for a condition that no job can meet, or whose group a swept recipe sets."""
     group, choice = parts_of(when)
     is_typed = any(key_of(when) in axis.keys for axis in axes)
     if group not in composer.groups():
@@ -161,7 +161,7 @@ def _sections(
 
 
 def _of_section(composer: Composer, space: str, when: str, words: Sequence[str], taken: set[str]) -> list[Axis]:
-    """Returns the axes of a section but those with a key that is `taken`. Raises `UserError`."""
+    """Returns the axes of a section, except for keys that are `taken`. Raises `UserError`."""
     kept = [word for word in words if not set(keys_of(word)) <= taken]
     try:
         own = parse_axes(kept, composer)
@@ -174,7 +174,7 @@ def _of_section(composer: Composer, space: str, when: str, words: Sequence[str],
 
 
 def _drawn(composer: Composer, axes: Sequence[Axis], space: str, trials: str | None) -> list[Axis]:
-    """Returns one axis of quasi-random points instead of those with ranges, like the trials of a benchmark."""
+    """Replaces all axes with ranges by one axis of quasi-random points, like the trials of a benchmark."""
     count = _TRIALS if trials is None else value_of(trials)
     if not str(count).isdecimal() or not 0 < int(count) <= 10_000:
         raise UserError(f"{trials}: must be the number of jobs of each optimizer, from 1 to 10000")

@@ -1,9 +1,9 @@
-"""Copies the code of a submitted sweep beside it, so that what is edited afterwards changes none of its jobs.
+"""Copies the code of a submitted sweep beside it, so that later edits do not change its jobs.
 
-Copied are dlopt, where it is a checkout, and the packages of `allow_packages`: with the files that their Git repository
-tracks, and the Python, YAML, JSON and TOML files that it neither tracks nor ignores; outside of a repository, with such
-files of the package and of the modules beside it that were imported. Installed packages belong to the environment, and
-are not copied; neither are files whose names say that they hold secrets, and links that lead elsewhere.
+Copies dlopt, if it is a checkout, and the packages of `allow_packages`. In a Git repository: the tracked files, and the
+Python, YAML, JSON and TOML files that are neither tracked nor ignored. Outside of a repository: such files of the
+package and of the imported modules beside it. Does not copy installed packages, which belong to the environment, files
+with names of secrets, and links to other places.
 """
 
 import contextlib
@@ -56,10 +56,10 @@ class _Source:
     """A folder to copy as `name`.
 
     Attributes:
-        only: its entries to copy; empty: all.
-        entry: of sys.path, relative to the folder.
+        only: its entries to copy; empty for all.
+        entry: the entry of sys.path, relative to the folder.
         package: the path of a package in it.
-        is_typed: what `only` names is copied whatever its name: the user has typed it, or it is dlopt.
+        is_typed: the entries of `only` are copied whatever their names: the user typed them, or they are dlopt.
     """
 
     folder: Path
@@ -77,8 +77,8 @@ def copy_code(
 
     Args:
         packages: dotted names, as in `allow_packages`.
-        others: further files and folders; each goes into a folder of this name.
-        excluded: folders that are never copied: those of the results.
+        others: additional files and folders; each goes into a folder of this name.
+        excluded: folders that are never copied: the results.
 
     Raises:
         UserError: too much to copy, or a file that cannot be copied, or a package without some of its code.
@@ -146,7 +146,7 @@ def _digest(contents: Mapping[str, bytes]) -> str:
 
 
 def _sources(packages: Iterable[str]) -> Iterator[_Source]:
-    """Yields dlopt and the packages, each with the place from which it is imported. Raises `UserError`."""
+    """Yields dlopt and the packages, each with the path from which it is imported. Raises `UserError`."""
     if not _INSTALLED & set(ROOT.parts):
         yield _Source(ROOT.parent, "dlopt", ("dlopt", "conf"), "", is_typed=True)
     names = (each.partition(".")[0] for each in (*packages, *extensions()))
@@ -183,7 +183,7 @@ def _refuse_incomplete(source: _Source, files: Mapping[str, Path], excluded: Seq
     if place.is_dir():
         modules = []
         for folder, subfolders, names in os.walk(place):
-            # Only names that can be imported: not those of .ipynb_checkpoints.
+            # Only importable names: skips .ipynb_checkpoints.
             subfolders[:] = sorted(name for name in subfolders if name.isidentifier() and name != _CACHE)
             modules += [
                 Path(folder, name) for name in sorted(names) if name.endswith(".py") and name[:-3].isidentifier()
@@ -215,7 +215,7 @@ def _names(source: _Source) -> dict[str, bool]:
         return {name: _is_code(source, name, is_tracked=False) for name in _walk(source)}
     found: dict[str, bool] = {}
     others, ignored = (
-        # Python writes its caches again: nobody misses them, in a repository with or without a .gitignore.
+        # Python recreates its caches, so they are not reported as missing, with or without a .gitignore.
         {name for name in _listed(source, "--others", *options, "--exclude-standard") or () if _CACHE not in name}
         for options in ((), ("--ignored", "--directory"))
     )
@@ -224,7 +224,7 @@ def _names(source: _Source) -> dict[str, bool]:
         if path.is_dir() and not path.is_symlink():  # a submodule, or a repository in the repository
             inner = _names(_Source(path, "", is_typed=source.is_typed))
             found |= {f"{name.rstrip('/')}/{each}": is_code for each, is_code in inner.items()}
-        elif os.path.lexists(path):  # not one that was removed
+        elif os.path.lexists(path):  # tracked files may have been removed
             found[name] = _is_code(source, name, is_tracked=name in tracked)
     unknown = (name for name in ignored if name not in found)
     return found | dict.fromkeys(unknown, False)
@@ -262,7 +262,7 @@ def _walk(source: _Source) -> Iterator[str]:
 
 
 def _check_size(files: dict[str, Path]) -> None:
-    """Raises `UserError` for more than what a copy of code takes."""
+    """Raises `UserError` for code above the size limits of a copy."""
     sizes = {path: path.stat().st_size for path in files.values()}
     if sum(sizes.values()) > MAX_BYTES or len(sizes) > _MAX_FILES:
         largest = max(sizes, key=sizes.__getitem__)

@@ -2,7 +2,7 @@
 
 An estimate is a range: from the fastest epoch of a short run to its mean and a margin, because other processes slow
 updates down, processors are faster in the first seconds, and a run ends with a test and a plot. The first update, which
-loads and compiles what the others use, takes up to some seconds and counts once.
+loads and compiles code for all updates, takes up to some seconds and counts once.
 """
 
 import math
@@ -27,19 +27,19 @@ from dlopt.sweeps.jobs import result_of
 from dlopt.tracking.metrics import read_metrics
 
 _JOBS_PER_PROBE = 4  # so that the probes take less time than the jobs
-_PROBES = 3  # at most
-_PROBE_MINUTES = 0.05  # training time of each, at most
-_PROBE_SHARE = 0.1  # of the estimated training time, after which a probe that has trained two epochs ends
-_MARGIN = 1.5  # by which the mean update of a probe may underestimate that of the job: measured 0.7 to 1.35
+_PROBES = 3  # maximum
+_PROBE_MINUTES = 0.05  # maximum training time of a probe
+_PROBE_SHARE = 0.1  # fraction of the estimated training time after which a probe with two epochs ends
+_MARGIN = 1.5  # factor by which a probe may underestimate the mean update of the job: measured 0.7 to 1.35
 _PROBE_TIMEOUT = 120.0  # seconds, start-up included
-_BUSY = 0.75  # processes per core that wait or run, above which an estimate names them
+_BUSY = 0.75  # processes per core (waiting or running) above which an estimate mentions the load
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a job: of its training, from `low` to `high`, and of the start of its process and the data.
+    """Seconds of a job: training takes `low` to `high`, starting the process and loading the data `start_up`.
 
-    `once`: before the first of several jobs, in addition.
+    `once`: additional seconds before the first of several jobs.
     """
 
     low: float
@@ -55,11 +55,11 @@ class Estimate:
 def per_update(
     metrics: Sequence[Mapping[str, Any]], seconds: float, steps: int, start: tuple[int, float] = (0, 0.0)
 ) -> tuple[float, float]:
-    """Returns the seconds per update, validation included: of the fastest whole epoch, and on average.
+    """Returns the seconds per update including validation: in the fastest whole epoch, and on average.
 
     Args:
         metrics: lines of metrics.jsonl, with `step` and `seconds` since the start.
-        seconds: of all `steps` updates, those of an incomplete last epoch included.
+        seconds: of all `steps` updates, including an incomplete last epoch.
         start: updates that do not count, and their seconds.
     """
     ends = [start, *((line["step"], line["seconds"]) for line in metrics)]
@@ -73,9 +73,9 @@ def per_update(
 
 
 def first_updates(times: Sequence[tuple[int, float]], seconds: float, steps: int) -> tuple[int, float]:
-    """Returns how many updates a run has needed to be warm, and their seconds; (0, 0) if no update follows.
+    """Returns the number of warm-up updates of a run, and their seconds; (0, 0) if no update follows.
 
-    The seconds after the last logged update, of a final validation, are among them: they, too, count once.
+    The seconds include the time after the last logged update (a final validation), which also counts once.
 
     Args:
         times: of the logged updates, by any clock.
@@ -129,7 +129,7 @@ def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str
 
 
 def _may_change_time(key: str) -> bool:
-    # `name` has the role of where a run executes, of which most keys change the time.
+    # `name` has the role PLACE like keys that change the time, but does not change it.
     return role_of(key) not in (Role.SEED, Role.COMMAND) and key not in ("name", *LABELS)
 
 
@@ -186,7 +186,7 @@ def print_estimate(
     *,
     in_process: bool = False,
 ) -> None:
-    """Prints how long the jobs will take. `in_process`: all run in the process of the command, which starts once."""
+    """Prints how long the jobs will take. `in_process`: all jobs run in the process of the command."""
     busy = _load()
     estimate = estimate_job(configs, choices)
     if estimate is not None and in_process:
@@ -195,7 +195,7 @@ def print_estimate(
 
 
 def _load() -> str:
-    """Says that other programs use this machine, which an estimate then includes; "" if its cores are free."""
+    """Notes that an estimate includes the load of other programs on this machine; "" if its cores are free."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     others = os.getloadavg()[0]  # of the last minute
     if others < _BUSY * cores:

@@ -20,7 +20,7 @@ OUTPUT = "output.log"  # stdout and stderr of a job
 
 @dataclass(frozen=True)
 class DescribedPlan:
-    """The plan of a job whose folder describes it: a process that did not compose it runs it."""
+    """The plan of a job that its folder describes, for a process that did not compose it."""
 
     saved: Mapping[str, Any]
     environment: Mapping[str, str]
@@ -31,7 +31,7 @@ class Job:
     """A job of a sweep.
 
     Attributes:
-        composed: the plan, or why there is none.
+        composed: the plan, or the error of composing it.
         label: the overrides that vary between jobs.
     """
 
@@ -87,7 +87,7 @@ def build_job(plan_job: PlanJob, sweep: Path, overrides: Sequence[str], number: 
 
 
 def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Joins for each job the overrides that not all jobs share, as they may be stored."""
+    """Joins the overrides of each job that not all jobs share, in the form to store (without secrets)."""
     jobs = [storable(job) for job in jobs]
     common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join(line for line in job if line not in common) or "as configured" for job in jobs]
@@ -103,7 +103,7 @@ def prepare(job: Job) -> JobResult | None:
         refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.typed())
         if job.is_done:
             return result_of(folder, DONE)
-        # Before the job starts: if its process dies without a summary, the former one would count as its result.
+        # Before the job starts: if its process dies without a summary, the previous summary would count as its result.
         with contextlib.suppress(OSError):
             (folder.path / "summary.json").unlink(missing_ok=True)  # of the previous attempt
     if not isinstance(plan, DescribedPlan):

@@ -1,7 +1,7 @@
-"""Compares the jobs of a grid with those in the folder of a sweep: resume=auto counts and continues the same ones only.
+"""Compares the jobs of a grid with the jobs in a sweep's folder: resume=auto continues only equal jobs.
 
-A key that decides nothing about a run, such as the folder of its data, may change when a run is resumed. As the axis of
-a sweep it tells the jobs apart: a data set that has moved is the same one, but those of two jobs are two.
+A key that does not affect the results, such as the folder of the data, may change when a run is resumed. As an axis of
+a sweep, it distinguishes the jobs: a data set may have moved between two attempts, but two jobs have two data sets.
 """
 
 from collections import Counter, defaultdict
@@ -26,7 +26,7 @@ _RECIPES = ("experiment", "debug")
 def swept_keys(space: Any, jobs: Sequence[Job]) -> set[str]:
     """Returns the keys and groups in which jobs differ, or differed in `space`, the content of the sweep's file.
 
-    A recipe, or a group of the user's, changes keys of other names: with one, all keys count that differ.
+    A recipe, or a user's group, changes keys with other names: if there is one, all keys that differ count.
     """
     former = [lines for lines in space if isinstance(lines, list)] if isinstance(space, list) else []
     axes: set[str] = set()
@@ -59,7 +59,7 @@ def _has(axis: str, job: Job) -> bool:
 
 
 def distance_of_jobs(sweep: RunFolder, jobs: Sequence[Job]) -> int | None:
-    """Returns how far the started jobs in the folder of a sweep are from these; see `resuming.distance`."""
+    """Returns the distance of the started jobs in a sweep's folder from these jobs; see `resuming.distance`."""
     axes = swept_keys(find_space(sweep.path), jobs)
     pairs = [(config, job.plan.saved) for job in jobs if (config := job.folder.config()) is not None]
     if any(differences(old, new, axes) for old, new in pairs):
@@ -68,7 +68,7 @@ def distance_of_jobs(sweep: RunFolder, jobs: Sequence[Job]) -> int | None:
 
 
 def distance_of_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> int | None:
-    """Returns how far the sweep in a folder is from these jobs; None if it has others, or all have ended."""
+    """Returns the distance of the sweep in a folder from these jobs; None if it has other jobs, or all have ended."""
     space = find_space(sweep.path)
     if not jobs or not isinstance(space, list) or len(space) != len(jobs):
         return None
@@ -80,7 +80,7 @@ def distance_of_unfinished(sweep: RunFolder, jobs: Sequence[Job]) -> int | None:
 
 
 def has_jobs(space: Any, jobs: Sequence[Job], axes: Collection[str]) -> bool:
-    """Returns whether the file of a sweep lists these jobs, up to keys that may change on resume and are no axes."""
+    """Returns whether the file of a sweep lists these jobs. Ignores keys that may change, except axes."""
     if not isinstance(space, list) or len(space) != len(jobs):
         return False
     return all(_has_values(lines, job, axes) for lines, job in zip(space, jobs, strict=True))
@@ -89,7 +89,7 @@ def has_jobs(space: Any, jobs: Sequence[Job], axes: Collection[str]) -> bool:
 def refuse_other_labels(job: Job, axes: Collection[str]) -> None:
     """Raises `UserError` for a job that was started with another swept tag or note.
 
-    Its overrides say so, because `dlopt runs tag` changes its config.
+    Compares the overrides, because `dlopt runs tag` changes the config.
     """
     for key in {*axes} & {*LABELS}:
         before, now = (
@@ -100,16 +100,16 @@ def refuse_other_labels(job: Job, axes: Collection[str]) -> None:
 
 
 def _has_values(lines: Any, job: Job, axes: Collection[str], own: Sequence[str] | None = None) -> bool:
-    """Returns whether stored overrides are those of a job, or its `own`, up to keys that may change and are no axes."""
+    """Returns whether stored overrides equal a job's (or its `own`). Ignores keys that may change, except axes."""
     old, new = _values(lines, axes), _values(job.plan.lines if own is None else own, axes)
     try:
         return old.keys() == new.keys() and all(old[key] == new[key] or is_equal(old[key], new[key]) for key in old)
-    except (HydraException, UserError):  # the file is a stranger's, or damaged
+    except (HydraException, UserError):  # the file was not written by dlopt, or is damaged
         return False
 
 
 def _values(lines: Any, axes: Collection[str]) -> dict[str, str]:
-    """Returns the overrides by key, as they are stored, without those that may change on resume."""
+    """Returns the overrides by key, as they are stored, without keys that may change on resume."""
     stored = storable(map(str, lines)) if isinstance(lines, list) else []
     pairs = [(key_of(line), line) for line in stored]
     return {key: line for key, line in pairs if is_below(key, axes) or not may_change(key)}

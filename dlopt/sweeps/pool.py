@@ -1,8 +1,8 @@
 """The worker pool of a sweep: one process per job, one job per slot; a failed job does not affect the others.
 
 Local jobs are forked from a server process (`multiprocessing`'s forkserver) that has already imported their modules:
-imports take three of a short job's four seconds. The server starts no thread and touches no GPU, so a forked job is
-equivalent to a fresh process: bitwise identical results, and killing it affects no other job.
+imports take 3 s of a short job's 4 s. The server starts no thread and uses no GPU, so a forked job is equivalent to a
+fresh process: bitwise identical results, and killing it affects no other job.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ class Process(Protocol):
         """Returns its exit code or "returned"; None while it runs."""
 
     def stop(self) -> None:
-        """Requests that it writes a checkpoint and ends."""
+        """Requests a checkpoint and the end of the process."""
 
     def kill(self) -> None:
-        """Ends it immediately."""
+        """Kills the process."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Pool:
     start: Callable[[int, Path, Mapping[str, str]], Process]
     find: Callable[[Path], Process | None]  # the job that a killed sweep left running in a folder
     stop_on_failure: bool = False  # a failed job stops the sweep
-    stop_reason: Callable[[], str | None] = lambda: None  # why the sweep is to stop; None: it is not
+    stop_reason: Callable[[], str | None] = lambda: None  # why the sweep must stop; None to continue
     poll_seconds: float = 0.2
 
 
@@ -98,7 +98,7 @@ class JobSource:
 
 
 def run(source: JobSource, pool: Pool, overview: Overview) -> str | None:
-    """Runs the jobs of `source`; returns why it has stopped before their end, None otherwise.
+    """Runs the jobs of `source`; returns why it stopped early, or None.
 
     On a signal, stops the running ones with checkpoints, then raises KeyboardInterrupt.
     """
@@ -145,7 +145,7 @@ class _Worker:
     def __init__(self, job: Job, process: Process, *, is_adopted: bool = False) -> None:
         self.job, self.process, self.is_adopted = job, process, is_adopted
         self.pruned_at: int | None = None
-        self._lines = NewLines(job.folder.path / METRICS)  # a resumed job removes those after its checkpoint
+        self._lines = NewLines(job.folder.path / METRICS)  # a resumed job removes the lines after its checkpoint
 
     def new_metrics(self) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError):
@@ -160,7 +160,7 @@ class _Workers:
         self._failed: int | None = None  # a job
 
     def stop_reason(self) -> str | None:
-        """Returns why the sweep is to stop; None if it is not."""
+        """Returns why the sweep must stop; None to continue."""
         if self._pool.stop_on_failure and self._failed is not None:
             return f"job {self._failed} failed"
         return self._pool.stop_reason()
@@ -206,7 +206,7 @@ class _Workers:
             self._start(slot, job)
 
     def _start(self, slot: int, job: Job, *, again: bool = False) -> None:
-        """Starts a job, unless it is done or cannot run. `again`: a process had it, which may have finished it."""
+        """Starts a job, unless it is done or cannot run. `again`: another process ran it and may have finished it."""
         try:
             done, known = prepare(job), not again
         except UserError as error:
@@ -253,7 +253,7 @@ class _Workers:
     def stop(self, reason: str) -> None:
         """Stops all jobs with a checkpoint and waits for them; a second Ctrl-C ends the wait.
 
-        Kills those that still run after `GRACE` seconds: in C code, they may hang without noticing a signal.
+        Kills jobs that still run after `GRACE` seconds: they may hang in C code, where signals are not handled.
         """
         jobs = format_count("jobs", len(self.active))
         what = f"stopping {jobs}" if self.active else "stopped"
@@ -276,7 +276,7 @@ class _Workers:
             self.wait()
 
     def _kill_hung(self) -> None:
-        """Kills the running jobs, and no longer waits for those of an earlier sweep."""
+        """Kills the running jobs, and stops waiting for jobs of an earlier sweep."""
         jobs = format_count("jobs", len(self.active))
         self._overview.message(f"killed {jobs} that still ran {GRACE:g} s after the signal")
         for slot, worker in list(self.active.items()):
@@ -289,7 +289,7 @@ class _Workers:
 
 
 def build_checked(launcher: Callable[..., Launcher], settings: Mapping[str, Any]) -> Launcher:
-    """Checks the settings of hydra.launcher and builds what runs the jobs. Raises `UserError`."""
+    """Checks the settings of hydra.launcher and builds the pool or `Slurm`. Raises `UserError`."""
     plain = {
         key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in settings.items()
     }
@@ -354,9 +354,9 @@ class _Adopted:
 class Forked:
     """A job that the server has forked; only the server, its parent, knows the exit code.
 
-    If the server is killed (out of memory), `process` reports 255 at once and sends no more signals, but the job goes
-    on. Therefore its end and its signals go through a file descriptor of the process (Linux), which also cannot mean
-    another process that gets the same number.
+    If the server is killed (out of memory), `process` reports 255 at once and sends no more signals, but the job keeps
+    running. Waiting and signals therefore use a file descriptor of the job's process (Linux), which never refers to
+    another process with the same number.
     """
 
     def __init__(self, process: BaseProcess) -> None:
@@ -411,19 +411,19 @@ def _has_died(server: int) -> bool:
 
 
 def spawn(folder: Path, environment: Mapping[str, str], cores: set[int] | None) -> Forked:
-    """Starts the job in `folder` on these cores (None: all), with `environment` added to this process's environment."""
+    """Starts the job in `folder` on these cores (None for all), adding `environment` to this process's environment."""
     arguments = (str(folder), os.getcwd(), {**os.environ, **environment}, cores)
     process = warm_up().Process(target=_run, args=arguments, daemon=False)
-    with signals_deferred():  # one in between would leave a process without its arguments, which fails with a traceback
+    with signals_deferred():  # else a process without arguments could remain, which fails with a traceback
         process.start()
         return Forked(process)
 
 
 def warm_up() -> ForkServerContext:
-    """Starts the server, unless it runs; a call before the first `spawn` saves the time that its imports take.
+    """Starts the server, unless it runs. A call before the first `spawn` hides the time of its imports.
 
-    The server inherits the blocked signals. They reach all processes of a terminal or a Slurm step, and would end it
-    with a traceback. It exits when the sweep does.
+    The server inherits the blocked signals, which reach all processes of a terminal or a Slurm step and would end the
+    server with a traceback. The server exits when the sweep does.
     """
     context: ForkServerContext = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -492,5 +492,5 @@ def _stop_with_sweep() -> None:
     assert sweep is not None
     sweep.join()
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)  # if this process ends before, the thread does, too
+    time.sleep(GRACE)  # the thread ends with the process
     os.kill(os.getpid(), signal.SIGKILL)

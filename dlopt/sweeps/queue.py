@@ -1,7 +1,7 @@
-"""The jobs of a submitted sweep as its workers share them: which are queued, running, ended, and who runs them.
+"""The job queue that the workers of a submitted sweep share: the status of every job, and the worker that runs it.
 
-FOLDER/workers/log holds one JSON line per event, appended under a lock. A worker holds a lock of its own while it
-lives, which the kernel releases: the jobs of a killed worker are free again. A network file system shows new lines as
+FOLDER/workers/log holds one JSON line per event, appended under a lock. A live worker also holds its own lock. The
+kernel releases the lock of a killed worker, whose jobs are then free again. A network file system shows new lines as
 soon as the file is opened.
 """
 
@@ -34,13 +34,13 @@ QUEUED, RUNNING = "queued", "running"
 
 
 def name_worker() -> str:
-    """Returns a name for this process, unique among those that work on one sweep."""
+    """Returns a name for this process that is unique among the processes of a sweep."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 @contextmanager
 def alive(sweep: Path, worker: str) -> Iterator[None]:
-    """Holds the lock by which others see that this worker lives."""
+    """Holds the lock that shows other processes that this worker is alive."""
     path = sweep / WORKERS / f"{worker}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with hold(path):
@@ -56,7 +56,7 @@ def live_workers(sweep: Path) -> list[str]:
 
 @dataclass
 class JobState:
-    """A job in the log. `status`: `queued`, `running`, or the status of its summary; `worker`: that has it."""
+    """A job in the log. `status`: `queued`, `running`, or the status of its summary; `worker`: its worker."""
 
     folder: str
     label: str
@@ -72,7 +72,7 @@ class Log:
     Attributes:
         jobs: by number.
         slurm: the ids of the Slurm jobs that were submitted for it.
-        damaged: lines that dlopt has not written, or a full disk has cut; they are ignored.
+        damaged: ignored lines: not written by dlopt, or truncated by a full disk.
     """
 
     sweep: Path
@@ -101,7 +101,7 @@ class Log:
         return self
 
     def _apply(self, event: Any) -> bool:
-        """Takes an event into account; returns whether it is one that dlopt writes."""
+        """Processes an event; returns whether it is an event of dlopt."""
         match event:
             case {"job": int(number), "folder": str(folder), "label": str(label)} if "\0" not in folder:
                 self.jobs[number] = JobState(folder, label)
@@ -136,7 +136,7 @@ class Log:
         self.read()
 
     def add(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs, also those that have ended before."""
+        """Queues jobs, including jobs that have ended before."""
         for job in jobs:
             self.append(job=job.number, folder=str(job.folder.path.relative_to(self.sweep)), label=redact(job.label))
 
@@ -144,7 +144,7 @@ class Log:
         return Counter(job.status for job in self.jobs.values())
 
     def free(self) -> Iterator[int]:
-        """Yields the jobs that a worker may take: queued ones, and then those of workers that no longer live."""
+        """Yields the jobs that a worker may take: queued jobs, then jobs of dead workers."""
         yield from (number for number, job in self.jobs.items() if job.status == QUEUED)
         dead: dict[str, bool] = {}
         for number, job in self.jobs.items():
@@ -156,7 +156,7 @@ class Log:
 
 
 def _is_name(worker: str) -> bool:
-    """Returns whether this may be the name of a worker, which is part of that of its lock."""
+    """Returns whether this may be the name of a worker (a part of its lock's file name)."""
     return re.fullmatch(r"[\w.-]{1,200}", worker) is not None
 
 
@@ -164,8 +164,8 @@ class Queue(JobSource):
     """Claims the jobs of a submitted grid one at a time, and records their ends.
 
     Args:
-        environment: further variables of the jobs.
-        packages: what the configs of the jobs may name in `allow_packages`.
+        environment: additional variables of the jobs.
+        packages: packages that the configs of the jobs may name in `allow_packages`.
         restarts: how often a job that was interrupted with its worker is started again.
     """
 
@@ -220,5 +220,5 @@ class Queue(JobSource):
                 self._log.append(ended=job.number, status=result.status)
 
     def has_jobs_left(self) -> bool:
-        """Returns whether some job is queued, or was running in a worker that no longer lives."""
+        """Returns whether a job is queued, or was running in a dead worker."""
         return next(self._log.read().free(), None) is not None

@@ -36,16 +36,16 @@ _MAX_SPACE_BYTES, _MAX_SPACE_NODES = 1 << 25, 500_000  # of sweep.yaml; 10,000 j
 
 @dataclass(frozen=True)
 class SweepEnd:
-    """How a sweep has ended: its exit code, and the leaderboard or the Pareto front of its jobs, as printed.
+    """The end of a sweep: its exit code, and the leaderboard or the Pareto front of its jobs, as printed.
 
-    Neither of them for a sweep that was interrupted, and for a search that had been finished before: the study, which
-    ranks its jobs, is not opened then.
+    Has neither after an interruption, nor for a search that was already finished: dlopt then does not open the study,
+    which ranks the jobs.
     """
 
     code: int
     board: Leaderboard | None = None
     front: ParetoFront | None = None
-    is_submitted: bool = False  # its jobs go on without this process
+    is_submitted: bool = False  # its jobs run without this process
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class SweepRequest:
     composer: Composer
     config: DictConfig
     overrides: list[Override]  # of the command line
-    hydra: list[Override]  # those of Hydra's config, which every job is composed with
-    axes: list[Axis]  # those of the jobs, also with a single value; none for a series
+    hydra: list[Override]  # overrides of Hydra's config, with which every job is composed
+    axes: list[Axis]  # of the jobs, including axes with a single value; none for a series
     path: Path  # the value of `key`
     is_typed: bool  # on the command line
-    launcher: "pools.Pool | Slurm | None"  # None for that of another package
+    launcher: "pools.Pool | Slurm | None"  # None for another package's launcher
     words: list[str]  # of the command line
     is_waiting: bool = True  # of a submitted sweep: wait for its end
     key: str = "hydra.sweep.dir"  # of the folder
     series: str = ""  # the key of the recipe
-    later: tuple[str, ...] = ()  # how the names of teachers begin that are earlier jobs
+    later: tuple[str, ...] = ()  # path prefixes of teachers that earlier jobs train
     sized: set[str] = field(default_factory=set)  # models whose size was checked
     found: list[Path] = field(default_factory=list)  # the folder, once `find_folder` has chosen it
 

@@ -70,8 +70,8 @@ class _CmaEs(BaseSampler):
     """The sampler of one job, which recomputes the state of CMA-ES from the completed jobs.
 
     Draws what Optuna's `CmaEsSampler` draws, up to rounding, if the jobs run one after another. Optuna keeps the state
-    in the study as a pickle, which can execute code: whoever can write to a shared study could run programs on the
-    machines of the others. Generations are formed in the order in which the jobs end: all processes compute one state.
+    in the study as a pickle, which can execute code: anyone with write access to a shared study could run programs on
+    the machines of others. Generations follow the order in which the jobs end, so all processes compute one state.
     """
 
     _GENERATION = "cma:generation"  # attribute of a trial, as Optuna names it: the generation that drew its values
@@ -107,7 +107,7 @@ class _CmaEs(BaseSampler):
         unit, size = _SearchSpaceTransform(search_space, transform_0_1=True), len(search_space)
         draws = np.random.RandomState(self._seed)
         if max(by_generation, default=0) <= 0:
-            draws.randint(1, 2**31 - 2)  # as Optuna, which draws a seed for an optimizer that it does not restore
+            draws.randint(1, 2**31 - 2)  # as in Optuna, which draws a seed for an optimizer that it does not restore
         optimizer = cmaes.CMA(
             mean=np.full(size, 0.5),
             sigma=max(self._sigma or 1 / 6, 1e-10),

@@ -46,7 +46,7 @@ from dlopt.sweeps.submitting import submit_search
 from dlopt.tracking.overview import Overview
 from dlopt.tracking.terminal_text import short_path, waiting
 
-_RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes, once no other job is left
+_RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes when no other job is left
 _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
@@ -143,7 +143,7 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
 
 
 def _jobs_left(saved: Any, facts: Mapping[str, Any], total: int) -> int | None:
-    """Returns how many jobs of the search are not done. `saved`: content of sweep.yaml; None: of another search."""
+    """Returns how many jobs of the search are not done. `saved`: content of sweep.yaml; None for another search."""
     former = saved.get("facts") if isinstance(saved, dict) else None
     is_same = isinstance(former, dict) and not describe_differences(former, facts)
     return max(total - saved.get("finished", 0), 0) if is_same else None
@@ -256,7 +256,7 @@ def _directions(settings: SearchSettings, objectives: Sequence[str], modes: Mode
                 f"hydra.sweeper.objective={key}: not a metric of dlopt; for a metric of your own, say which values are "
                 "better: hydra.sweeper.direction=minimize (or maximize)"
             )
-        is_metric = base_name(key) != key  # of an evaluation: a search may maximize the steps of a run
+        is_metric = base_name(key) != key  # a metric of an evaluation: a search may maximize the steps of a run
         if is_metric and mode is not None and direction not in ("auto", f"{mode}imize"):
             better = "smaller" if mode == "min" else "larger"
             raise UserError(
@@ -299,7 +299,7 @@ def probes(space: Space) -> list[list[str]]:
 
 
 def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what must be equal for all processes that share the study.
+    """Returns the values that must be equal in all processes that share the study.
 
     `saved`: the config of any one job; keys that are searched or that may differ between machines are left out.
     """
@@ -327,7 +327,7 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> N
 
 
 class Search(JobSource):
-    """Claims the study's jobs and records their results. `build` (overrides, number, label) composes a job."""
+    """Claims jobs of the study and records their results. `build` (overrides, number, label) composes a job."""
 
     def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
         self._spec, self._study, self._build = spec, study, build
@@ -382,7 +382,7 @@ class Search(JobSource):
             self._record(claim, job.folder, result.metrics)
 
     def _record(self, claim: ClaimedJob, run: RunFolder, metrics: Mapping[str, Any]) -> None:
-        """Records the objectives. Raises `RunError` if no job of this search can have the metrics that it compares."""
+        """Records the objectives. Raises `RunError` if no job of this search can have the metrics of its objectives."""
         missing = [key for key in self._spec.objectives if not is_number(metrics.get(key))]
         if not missing:
             scores = [float(metrics[key]) for key in self._spec.objectives]

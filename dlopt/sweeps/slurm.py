@@ -23,8 +23,8 @@ from dlopt.parallel.processes.launch import RECORD, python_module
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Process
 
-_SIGNAL_SECONDS = 120  # before its time limit a worker is signalled, to write the checkpoint of its job
-_COMMAND_SECONDS = 60.0  # that a Slurm command may take
+_SIGNAL_SECONDS = 120  # before its time limit, a worker gets a signal to write the checkpoint of its job
+_COMMAND_SECONDS = 60.0  # maximum for a Slurm command
 _ID_WIDTH = 24  # of a column of squeue
 _REQUEUED_SECONDS = 60.0  # until Slurm kills a process that has requeued its job
 
@@ -89,7 +89,7 @@ class Slurm:
         }
         flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()
                  if value is not None and value is not False]  # fmt: skip
-        # In a step: Slurm signals no batch script on preemption. Jobs with several processes have steps of their own.
+        # In a step: Slurm signals no batch script on preemption. Jobs with several processes have their own steps.
         # srun does not inherit --cpus-per-task since Slurm 22.05.
         step = [] if self.tasks > 1 else ["srun", "--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cpus_per_task}"]
         script = f"#!/bin/sh\nexec {shlex.join([*step, *command])}\n"
@@ -105,15 +105,15 @@ class Slurm:
 
 
 def is_job_id(text: str) -> bool:
-    """Returns whether this is the id of a job, and no option of a command."""
+    """Returns whether this is the id of a job, not an option of a command."""
     return re.fullmatch(r"[0-9]{1,20}", text) is not None
 
 
 def _waiting(job_ids: Sequence[str], log: Path) -> list[str]:
     """Returns the ids of the workers' jobs that wait for an allocation, one for each worker.
 
-    The ids come from a file that others may have written: only jobs count whose output goes to the folder `log`. Empty
-    where Slurm does not answer.
+    The ids come from a file that others may have written: counts only jobs with output in the folder `log`. Empty if
+    Slurm does not answer.
     """
     ids = [each for each in dict.fromkeys(job_ids) if is_job_id(each)]
     if not ids or shutil.which("squeue") is None:
@@ -187,7 +187,7 @@ class _Step:
 
     def __init__(self, allocation: Allocation, folder: Path, environment: Mapping[str, str]) -> None:
         self._allocation, self._folder, self._is_stopped = allocation, folder, False
-        # Rank 0 records a config error: nobody reads its output.
+        # Rank 0 records a config error, because its output is not read.
         variables = {**os.environ, **environment, RECORD: "1"}
         if cores := variables.get("SLURM_CPUS_PER_TASK"):
             variables["SRUN_CPUS_PER_TASK"] = cores  # srun does not inherit it since Slurm 22.05
@@ -200,10 +200,10 @@ class _Step:
 
     def poll(self) -> int | None:
         code = self._process.poll()
-        has_limit = (RunFolder(self._folder).config() or {}).get("max_time") is not None  # of its own
+        has_limit = (RunFolder(self._folder).config() or {}).get("max_time") is not None  # the job has its own limit
         if code == INTERRUPTED and not self._is_stopped and not has_limit:
             self._allocation.reason = "Slurm has signalled the job"
-            return None  # until the worker stops, upon which another one resumes the job
+            return None  # until the worker stops and another worker resumes the job
         return code if code is None or code <= 128 else 128 - code  # srun's code for a signal
 
     def stop(self) -> None:

@@ -21,9 +21,9 @@ class Space:
     """The axes of a search, by name.
 
     Attributes:
-        searched: distributions; choices are strings as on the command line, of zip(...) those of all keys.
+        searched: distributions; choices are strings as on the command line, with all keys for zip(...).
         fixed: overrides of every job.
-        axes: those that are searched or have a condition, each after the one that decides.
+        axes: axes that are searched or have a condition, each after the axis that decides its condition.
     """
 
     searched: Mapping[str, BaseDistribution]
@@ -40,7 +40,7 @@ class Space:
         return self.axes[name].applies(self.overrides(values))
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
-        """Returns the overrides of a job; ignores values of axes that it does not have."""
+        """Returns the overrides of a job; ignores values of axes that the job does not have."""
         lines = list(self.fixed)
         for name, axis in self.axes.items():
             if axis.applies(lines) and (name in values or name not in self.searched):
@@ -51,7 +51,7 @@ class Space:
         axis = self.axes[name]
         if axis.is_zip or name not in self.searched:
             rows = axis.rows()
-            # A value that another process has written into the study, and that is none of the rows, is no key either.
+            # A value that another process has written into the study may be none of the rows, and then is no key.
             return rows[0] if len(rows) == 1 else next((row for row in rows if _joined(row) == value), (str(value),))
         return (f"{axis.overrides[0].get_key_element()}={value}",)
 

@@ -1,4 +1,4 @@
-"""How far a sweep is, from its folder alone: the jobs and their statuses, the workers, what is still to come."""
+"""The progress of a sweep, read from its folder: the jobs and their statuses, the workers, the remaining jobs."""
 
 import time
 from collections import Counter
@@ -20,12 +20,12 @@ from dlopt.tracking.overview import Overview
 from dlopt.tracking.terminal_text import short_path
 
 _POLL_SECONDS = 2.0
-_LOST_SECONDS = 20.0  # without workers, after which a sweep will not go on
+_LOST_SECONDS = 20.0  # time without workers after which a sweep counts as dead
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """`status`: one of a run's, `queued`, or `running`; `worker`: that has it, if known."""
+    """`status`: the status of a run, `queued`, or `running`; `worker`: its worker, if known."""
 
     number: int
     folder: Path
@@ -39,11 +39,11 @@ class SweepStatus:
     """The state of a sweep.
 
     Attributes:
-        jobs: that have a folder, or wait in the queue.
-        total: jobs, also those that are not drawn yet; None: unknown.
-        workers: that live; `waiting`: that wait for an allocation of Slurm.
-        stop_reason: why the workers are to stop.
-        damaged_lines: of the log, which are ignored.
+        jobs: jobs that have a folder, or wait in the queue.
+        total: number of jobs, including jobs that are not drawn yet; None if unknown.
+        workers: live workers; `waiting`: workers that wait for an allocation of Slurm.
+        stop_reason: why the workers must stop.
+        damaged_lines: ignored lines of the log.
     """
 
     jobs: Sequence[JobStatus]
@@ -73,7 +73,7 @@ class SweepStatus:
 
     @property
     def is_lost(self) -> bool:
-        """Returns whether jobs are left, but nobody to run them."""
+        """Returns whether jobs are left, but no workers."""
         return self.code == INTERRUPTED and not self.workers and not self.waiting
 
     def board(self) -> Leaderboard:
@@ -84,7 +84,7 @@ class SweepStatus:
 
 
 class StatusReader:
-    """Reads the state of a sweep again and again; only what has changed since."""
+    """Reads the state of a sweep repeatedly; each time only the changes."""
 
     def __init__(self, sweep: Path) -> None:
         """Raises `UserError` for a folder without a sweep."""
@@ -134,10 +134,9 @@ def _total(space: object) -> int | None:
 
 
 def wait(sweep: Path) -> SweepStatus:
-    """Shows the progress of a sweep that others run, and then its leaderboard; returns how it has ended.
+    """Shows the progress of a sweep of other processes, and then its leaderboard; returns its end.
 
-    It ends with the last job, or when nobody is left to run the others. Raises `UserError` and, on Ctrl-C,
-    KeyboardInterrupt.
+    Waits for the last job, or until no workers are left. Raises `UserError` and, on Ctrl-C, KeyboardInterrupt.
     """
     try:
         status = _follow(sweep)
@@ -150,7 +149,7 @@ def wait(sweep: Path) -> SweepStatus:
 
 
 def _follow(sweep: Path) -> SweepStatus:
-    """Shows the progress of a sweep until it ends, or until nobody is left to run it."""
+    """Shows the progress of a sweep until it ends or no workers are left."""
     reader = StatusReader(sweep)
     status = reader.read()
     overview = Overview(status.total or len(status.jobs))

@@ -41,16 +41,16 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 @dataclass(frozen=True)
 class StudySpec:
-    """What a search computes and how it chooses its jobs."""
+    """Objectives of a search, and how it chooses its jobs."""
 
     space: Space
     objectives: Sequence[str]
     directions: Sequence[Direction]
-    pruning_metric: str | None  # of metrics.jsonl; None: no pruning
+    pruning_metric: str | None  # of metrics.jsonl; None for no pruning
     sampler: Sampler
     pruner: BasePruner
     total: int
-    storage: str | None  # URL of a database; None: a journal in the sweep's folder
+    storage: str | None  # URL of a database; None for a journal in the sweep's folder
     name: str
     negate_pruning_metric: bool = False  # it improves in the opposite direction of the objective
 
@@ -98,7 +98,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
             return JournalStorage(JournalFileBackend(str(path), lock_obj=cast(Any, _JournalLock(path))))
         except OSError:
             raise
-        except Exception as error:  # of Optuna, which expects no file of others
+        except Exception as error:  # Optuna expects only its own files
             why = str(error) if type(error) is ValueError else f"damaged: {type(error).__name__}: {error}"
             raise UserError(f"hydra.sweep.dir={folder}: {JOURNAL} {why}; use another folder") from None
     try:
@@ -144,7 +144,7 @@ class Study:
         self._workers = folder / WORKERS
         self.worker = name_worker()
         self._claimed: set[int] = set()
-        # The operating system releases this lock when the process dies: so others can tell that its trials are free.
+        # The operating system releases this lock when the process dies, which shows others that its trials are free.
         self._alive_lock = hold(self._workers / f"{self.worker}.lock")
         # One process at a time: two that create the study together would both set its facts and add all of its trials.
         with locked(self._workers / STUDY_LOCK):
@@ -165,7 +165,7 @@ class Study:
                     "use the same one, or another hydra.sweep.dir or hydra.sweeper.study_name"
                 )
             # The total may have grown, or a process may have been killed here before it had added all trials. Machines
-            # without this folder may add trials at the same time: those beyond the total are ignored.
+            # without this folder may add trials at the same time: trials beyond the total are ignored.
             for _ in range(self.total - len(self._trials())):
                 self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
 
@@ -178,7 +178,7 @@ class Study:
         return [trial for trial in trials if trial.number < self.total]
 
     def claim(self) -> ClaimedJob | None:
-        """Claims the next job: one of a dead process, else a new one. Returns None if there is none."""
+        """Claims the next job: a job of a dead process, else a new job. Returns None if there is none."""
         for trial in self._trials(TrialState.RUNNING):
             if trial.number not in self._claimed and self._take_over(trial):
                 return self._draw_values(trial, is_takeover=True)
@@ -214,8 +214,8 @@ class Study:
         """Returns the lock file that the trial's owner holds while it lives."""
         worker = trial.user_attrs.get("worker")
         if worker is None:
-            # The owner died before `_record_owner`, or has not got there yet. A file that does not exist cannot be
-            # locked, so a recent trial is left alone; orphans.lock lets one process take an old one over.
+            # The owner died before `_record_owner`, or has not reached it. A file that does not exist cannot be
+            # locked, so recent trials are left alone; orphans.lock lets one process take over an old trial.
             started = trial.datetime_start
             is_recent = started is None or (datetime.now() - started).total_seconds() < _ORPHAN_SECONDS
             orphans = self._workers / "orphans.lock"
@@ -233,8 +233,8 @@ class Study:
             if not self.space.has(key, values):
                 continue
             if key in frozen.params and key not in trial.relative_params and not distribution.single():
-                # A dead process has drawn this value, but perhaps not those of later keys. Draw it again and discard
-                # it, so that the sampler's random stream is where it was and the later values are the same.
+                # A dead process has drawn this value, but perhaps not the values of later keys. Draw it again and
+                # discard it: this advances the sampler's random stream, so that later values are the same.
                 self._study.sampler.sample_independent(self._study, frozen, key, distribution)
             values[key] = trial._suggest(key, distribution)
         return ClaimedJob(frozen.number, values, trial, is_takeover)
@@ -250,7 +250,7 @@ class Study:
         self, claim: ClaimedJob, state: TrialState, objectives: Sequence[float] | None = None, **attributes: str
     ) -> None:
         """Records the end of a job: the objectives of a complete one, and attributes of its trial."""
-        # The attributes first: Optuna refuses those of a finished trial, and other processes then read its `run`.
+        # The attributes first: Optuna refuses attributes of a finished trial, and other processes then read its `run`.
         for name, value in attributes.items():
             text = value if name == "run" else redact(value)  # `run` is a folder that others read
             self._storage.set_trial_user_attr(claim.trial._trial_id, name, text)
@@ -276,8 +276,7 @@ def is_fact(key: str) -> bool:
 def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Lists the facts that differ as `key: saved a, now b`; '' if there are none.
 
-    Ignores the saved keys that are no facts: those of another version of dlopt may have been. Compares what is stored:
-    without secrets.
+    Ignores saved keys that are no facts in this version of dlopt. Compares the stored form, without secrets.
     """
     saved, current = redacted(saved), redacted(current)
     pairs: dict[str, tuple[Any, Any]] = {}

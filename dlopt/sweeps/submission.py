@@ -1,11 +1,11 @@
-"""A sweep that runs without the shell that started it: what its folder holds for the workers, and how they start.
+"""A sweep that runs independently of its shell: the files for its workers, and how they start.
 
 FOLDER/workers/ holds `submission.json` (this module), `launcher.json` (the settings of hydra/launcher), `log` (the jobs
-of a grid, see `queue`), `.code/` (see `code_copy`), `repository.json` and `code.diff` (what the runs record of the
-user's repository), `stop` (why the workers are to stop), and the workers' locks and outputs.
+of a grid, see `queue`), `.code/` (see `code_copy`), `repository.json` and `code.diff` (the state of the user's
+repository, which the runs record), `stop` (why the workers must stop), and the workers' locks and outputs.
 
-A stranger's folder runs nothing: a worker takes only a submission that its user has submitted, or whose SHA-256 the
-user has typed. It covers the code, the packages that jobs may import, and their environment.
+An untrusted folder runs nothing: a worker accepts only a submission of its own user, or one whose SHA-256 the user has
+typed. The hash covers the code, the packages that jobs may import, and their environment.
 """
 
 import contextlib
@@ -38,17 +38,17 @@ FILE, LAUNCHER, STOP = "submission.json", "launcher.json", "stop"  # in the fold
 
 @dataclass(frozen=True)
 class Submission:
-    """What a worker needs.
+    """Everything a worker needs.
 
     Attributes:
         dlopt, torch: versions.
         cwd: the folder in which the sweep was submitted, where the jobs run.
-        code: the folder of the copied code, relative to that of the sweep; `paths`: entries of sys.path in it.
+        code: the folder of the copied code, relative to the sweep's folder; `paths`: entries of sys.path in it.
         sha256: of the copied code.
-        packages: that the configs of jobs may name in `allow_packages`.
-        environment: further variables of the jobs; `secrets`: those which no file holds.
+        packages: packages that the configs of jobs may name in `allow_packages`.
+        environment: additional variables of the jobs; `secrets`: variables that no file may hold.
         tasks: processes of a job, which srun starts.
-        command: of dlopt that every worker runs; None: it takes the jobs in the log.
+        command: the dlopt command of every worker; None for workers that take the jobs in the log.
     """
 
     dlopt: str
@@ -72,7 +72,7 @@ class Submission:
         return [os.path.abspath(sweep / self.code / path) for path in self.paths]
 
     def check(self, sweep: Path) -> None:
-        """Raises `UserError` if a worker in this environment would run something else."""
+        """Raises `UserError` if this environment differs from the submission's."""
         here = {"dlopt": self.dlopt if self.paths else __version__, "torch": version("torch")}
         for name, submitted in {"dlopt": self.dlopt, "torch": self.torch}.items():
             if here[name] != submitted:
@@ -113,7 +113,7 @@ def _launcher(sweep: Path) -> Slurm:
 
 
 def _read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
-    """Reads what this user has submitted. Raises `UserError`, also for a sweep of another user."""
+    """Reads a submission of this user. Raises `UserError`, also for a sweep of another user."""
     submission, launcher = read(sweep), _launcher(sweep)
     if not {submission.digest, digest_of(asdict(launcher))} <= _trusted():
         raise UserError(f"{short_path(sweep)}: only the user who has submitted this sweep can {verb} it")
@@ -121,7 +121,7 @@ def _read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
 
 
 def check_own(sweep: Path) -> None:
-    """Raises `UserError` for a sweep that another user has submitted, which this one cannot stop."""
+    """Raises `UserError` for a sweep of another user, which this user cannot stop."""
     _read_own(sweep, "stop")
 
 
@@ -141,8 +141,8 @@ def start_workers(
         return None
     line = worker_command(sweep, submission, launcher)
     job_id = launcher.submit(count, line, (sweep / WORKERS).absolute(), Path(submission.cwd), secrets)
-    # After the submission, which says the id. Workers that a crash leaves out of the log run all the same; only
-    # `dlopt sweep stop` cannot cancel those that still wait, which then read the file STOP.
+    # After the submission, which returns the id. A crash may leave workers out of the log. They still run, but
+    # `dlopt sweep stop` cannot cancel them while they wait: they read the file STOP when they start.
     log = Log(sweep)
     with log.locked():
         log.append(slurm=job_id)
@@ -157,20 +157,20 @@ def worker_command(sweep: Path, submission: Submission, launcher: Slurm, slots: 
     shell = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [*submission.import_paths(sweep), *filter(os.path.isabs, shell)]  # not ".": the working folder may change
     program = [command[0], "-P", *(word for word in command[1:] if word != "-P")]
-    # No bytecode: the copy of the code stays as it is, which `check` compares.
+    # No bytecode: `check` compares the copy of the code, which must not change.
     variables = ["PYTHONDONTWRITEBYTECODE=1", *([f"PYTHONPATH={os.pathsep.join(paths)}"] if paths else [])]
     return ["/usr/bin/env", *variables, *program]
 
 
 @contextlib.contextmanager
 def recorded_code(sweep: Path) -> Iterator[None]:
-    """Makes the runs that are described in the block record the code of the submission."""
+    """Makes runs that are described in the block record the code of the submission."""
     with env_override({SUBMITTED: str((sweep / WORKERS).absolute())}):
         yield
 
 
 def stop_reason(sweep: Path) -> str | None:
-    """Returns why the workers of a sweep are to stop; None if they are not."""
+    """Returns why the workers of a sweep must stop; None to continue."""
     try:
         return read_regular(sweep / WORKERS / STOP).decode(errors="replace")[:200]
     except OSError:
@@ -180,7 +180,7 @@ def stop_reason(sweep: Path) -> str | None:
 
 
 def stop(sweep: Path, reason: str) -> None:
-    """Makes the workers of a sweep stop with checkpoints, and cancels those that have not started."""
+    """Makes the workers of a sweep stop with checkpoints, and cancels workers that have not started."""
     # The file first: a worker that starts while the others are cancelled reads it, and takes no job.
     write_atomically(sweep / WORKERS / STOP, reason)
     cancel_waiting(Log(sweep).read().slurm, sweep / WORKERS)
@@ -229,7 +229,7 @@ def become_worker(sweep: Path, typed: str | None, slots: int) -> None:
 
 
 def _state() -> Path:
-    """Returns the file with the digests of what this user has submitted."""
+    """Returns the file with the digests of this user's submissions."""
     home = os.path.expanduser("~/.local/state")
     return Path(os.environ.get("XDG_STATE_HOME") or (home if os.path.isabs(home) else os.devnull), "dlopt", "submitted")
 

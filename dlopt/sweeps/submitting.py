@@ -1,4 +1,4 @@
-"""Submits a sweep: writes what its workers need into its folder, and has Slurm start them."""
+"""Submits a sweep: writes the files of its workers into its folder, and makes Slurm start the workers."""
 
 import json
 import os
@@ -57,13 +57,13 @@ def submit_grid(request: SweepRequest, launcher: Slurm, folder: Path, jobs: Sequ
 
 
 def refuse_different_environments(plans: Sequence[Plan]) -> None:
-    """Raises `UserError` for variables that differ between the jobs of a sweep that is to be submitted."""
+    """Raises `UserError` for environment variables that differ between the jobs of a sweep to submit."""
     if any(plan.environment != plans[0].environment for plan in plans):
         raise UserError("hydra.job.env_set: must be the same for all jobs of a submitted sweep")
 
 
 def refuse_hidden_words(words: Sequence[str]) -> None:
-    """Raises `UserError` for a word that cannot be stored as it was typed: a URL with a password or token."""
+    """Raises `UserError` for a word that cannot be stored as typed: a URL with a password or token."""
     for word in words:
         if has_hidden(word):
             raise UserError(
@@ -72,7 +72,7 @@ def refuse_hidden_words(words: Sequence[str]) -> None:
 
 
 def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Plan, total: int, left: int) -> None:
-    """Submits a search, whose workers draw the jobs, `left` of `total`. `plan`: of one. Raises `UserError`."""
+    """Submits a search, whose workers draw the jobs (`left` of `total`). `plan`: of one job. Raises `UserError`."""
     files, flags = _config_files(request.composer)
     words = without(request.words, WAIT, "resume", "hydra.sweep.dir")
     for index, word in enumerate(words):
@@ -97,7 +97,7 @@ def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Pl
 def submit_command(
     launcher: Slurm, words: Sequence[str], composer: Composer, folder: Path, config: DictConfig, jobs: int
 ) -> None:
-    """Submits workers that run a command of dlopt, which shares its jobs among processes. Raises `UserError`.
+    """Submits workers that run a command of dlopt that shares its jobs among processes. Raises `UserError`.
 
     `config`: of one of its jobs.
     """
@@ -146,15 +146,15 @@ def submit(
     workers: int,
     again: bool = False,
 ) -> str | None:
-    """Writes what workers need into the folder of a sweep, and submits workers; returns their Slurm job id.
+    """Writes the files of the workers into the folder of a sweep, and submits workers; returns their Slurm job id.
 
     Args:
-        jobs: of a grid, which are described in their folders; None: every worker runs `command` of dlopt.
-        files: what `command` reads, to be copied by name: `{name}` in a word becomes the path of the copy.
+        jobs: the jobs of a grid, described in their folders; None if every worker runs `command` of dlopt.
+        files: files that `command` reads, by name: `{name}` in a word becomes the path of the copy.
         packages: of `allow_packages`.
-        environment: further variables of the jobs.
-        workers: how many have something to do.
-        again: queue all jobs that are not done, as they are now, but for those that are running.
+        environment: additional variables of the jobs.
+        workers: the number of workers with something to do.
+        again: queue all jobs that are neither done nor running, as they are now.
 
     Raises:
         UserError: workers of this sweep are running other code, the code is too large, or sbatch refuses.
@@ -178,7 +178,7 @@ def submit(
             )
         log = Log(sweep).read()
         if not is_same:
-            cancel_waiting(log.slurm, sweep / WORKERS)  # they would find a sweep that is not theirs
+            cancel_waiting(log.slurm, sweep / WORKERS)  # they would find another sweep
             write_atomically(folder / "log", b"")
             log = Log(sweep)
         _write(sweep, submission, launcher)
@@ -190,7 +190,7 @@ def submit(
 
 
 def _report_left_out(code: CopiedCode, path: Path) -> None:
-    """Prints what belongs to the code but was not copied, and lists it in a file."""
+    """Prints files of the code that were not copied, and lists them in a file."""
     write_atomically(path, redact("".join(f"{name}\n" for name in code.left_out)))
     if code.left_out:
         first = ", ".join(short_path(Path(name)) for name in code.left_out[:3])
@@ -228,7 +228,7 @@ def _submission(
 
 
 def _split(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Splits variables into those that files may hold and secrets."""
+    """Splits variables into secrets and variables that files may hold."""
     secrets = {name: value for name, value in environment.items() if is_secret_name(name) or redact(value) != value}
     return {name: value for name, value in environment.items() if name not in secrets}, secrets
 
@@ -252,7 +252,7 @@ def _write(sweep: Path, submission: Submission, launcher: Slurm) -> None:
 
 
 def _queue(log: Log, jobs: Sequence[Job], *, again: bool) -> None:
-    """Describes the jobs that are to run in their folders, and queues them."""
+    """Describes the remaining jobs in their folders, and queues them."""
     free = {*log.free()}
     for job in jobs:
         known = log.jobs.get(job.number)

@@ -54,7 +54,7 @@ __all__ = [
 ]  # fmt: skip
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
-# Sweepers and launchers of other packages run their jobs through Hydra, which reads all of it but the run's folder.
+# Sweepers and launchers of other packages run their jobs through Hydra, which reads all of these but the run's folder.
 _READS_OF_HYDRA = (
     *COMPOSITION, "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.job", "hydra.job_logging",
     "hydra.hydra_logging", "hydra.verbose", "hydra.callbacks", "hydra.env", "hydra.output_subdir",
@@ -87,7 +87,7 @@ def request(composer: Composer, words: Sequence[str]) -> SweepRequest:
 
 
 def _is_waiting(words: Sequence[str], launcher: pools.Pool | Slurm | None) -> bool:
-    """Returns whether the command ends with the sweep: always, but for a submitted one. Raises `UserError`."""
+    """Returns whether the command waits for the end of the sweep; by default not if submitted. Raises `UserError`."""
     typed = [word for word in words if key_of(word) == WAIT]
     if not typed:
         return not isinstance(launcher, Slurm)
@@ -146,7 +146,7 @@ def build_launcher(config: DictConfig, refusal: str | None) -> pools.Pool | Slur
         return pool
     if str(config.hydra.launcher._target_).startswith(OWN):
         settings = cast(dict[str, Any], OmegaConf.to_container(config.hydra.launcher, resolve=True))
-        # Not `instantiate`, for which Hydra 1.4 wants a list of names.
+        # Not `instantiate`, for which Hydra 1.4 requires a list of names.
         launcher: Any = get_class(settings.pop("_target_"))
         return cast(pools.Pool | Slurm, launcher(**settings).build())
     if refusal is None:
@@ -218,8 +218,8 @@ def _grid(request: SweepRequest) -> SweepEnd:
         ended = _run_jobs(request, folder, jobs)
     board = _ranked(jobs)
     show_leaderboard(board)
-    # The jobs of other packages are judged by what they have left. One of ours that a signal ended before its first
-    # update has left nothing.
+    # The status of another package's job follows from its files. A job of ours that a signal ended before its first
+    # update has left no files.
     runs = [job.folder for job in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
     statuses = set(ended.values()) or {
         (run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs
@@ -243,7 +243,7 @@ def list_jobs(sweep: Path, jobs: Sequence[Job]) -> bool:
 def submit_jobs(request: SweepRequest, sweep: Path, jobs: Sequence[Job], before: FolderSnapshot | None) -> None:
     """Submits the listed jobs. Raises `UserError`, and then leaves no new folder.
 
-    before: of a new folder, what it contained; None for one that held the sweep.
+    before: the previous content of a new folder; None for a folder that held the sweep.
     """
     assert isinstance(request.launcher, Slurm)
     try:
@@ -298,7 +298,7 @@ def check_folder(
 ) -> None:
     """Raises `UserError` for a folder that another sweep uses, or whose runs cannot be resumed as these jobs.
 
-    `joins`: workers that run this sweep already are no reason.
+    `joins`: accept a folder with live workers of this sweep.
     """
     from dlopt.training.checkpoint.checkpoints import Checkpoints  # imports torch
     from dlopt.training.progress import check_lengthened
@@ -353,7 +353,7 @@ def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]
 
 
 def start_job(config: DictConfig) -> str:
-    """Runs one job that Hydra has composed; returns its status."""
+    """Runs a job that Hydra has composed; returns its status."""
     hydra = HydraConfig.get()
     with open_dict(config):
         config.hydra = hydra  # Hydra takes it out of the config of a task

@@ -29,7 +29,7 @@ class Options:
 
 
 def work(sweep: Path, submitted: Submission, options: Options, run_command: Callable[[Sequence[str]], int]) -> int:
-    """Runs jobs of the sweep until none is left; returns the exit code: 75 if the worker was stopped before.
+    """Runs jobs of the sweep until none is left; returns the exit code: 75 if the worker was stopped early.
 
     `run_command`: runs a command of dlopt, and returns its exit code. Raises `UserError`, `RunError`.
     """
@@ -53,7 +53,7 @@ def work(sweep: Path, submitted: Submission, options: Options, run_command: Call
 
 
 def _take_jobs(sweep: Path, submitted: Submission, options: Options, pool: Pool, allocation: slurm.Allocation) -> int:
-    """Takes the jobs of a grid; returns 75 if some are left."""
+    """Runs jobs of a grid; returns 75 if some are left."""
     worker = queue.name_worker()
     if submitted.tasks == 1:
         pools.warm_up()
