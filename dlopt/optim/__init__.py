@@ -1,6 +1,6 @@
 """Optimizers that torch does not have. Each is a standard `torch.optim.Optimizer`, driven by `step(closure)`.
 
-The attribute `traits` of a class tells training what it has to know (`OptimizerTraits`).
+Training reads the properties of a class from its attribute `traits` (`OptimizerTraits`).
 
 They are not taken from pytorch-optimizer, whose classes deviate from the papers in tests/optim/test_papers.py (ADOPT,
 MARS, Shampoo, SOAP, Prodigy, Kron), or count updates per group instead of per parameter (Adan, AdaBelief, AdEMAMix).

@@ -112,7 +112,7 @@ class CautiousAdamW(_OwnAdamW):
     paper's; the authors' present code has d / nnz.
     """
 
-    # Its number of kept entries is that of the whole tensor.
+    # The number of kept entries is counted over the whole tensor.
     traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rounds_state=True)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -162,7 +162,7 @@ def _gradient_changes(
     changes = torch._foreach_sub(grads, previous)
     for change, old, grad, count in zip(changes, previous, grads, counts, strict=True):
         if count == 1:
-            change.zero_()  # against a previous gradient of zero, the change would be the whole gradient
+            change.zero_()  # otherwise it would be the whole gradient
         old.copy_(grad)  # one by one: FSDP's tensors have no foreach copy
     return list(changes)
 
@@ -172,8 +172,8 @@ class AdaBelief(RealOptimizer):
     algorithm 2), with decoupled weight decay.
 
     s <- beta2 * s + (1 - beta2) * (g - m)^2 + eps; theta <- theta - lr * m^ / (sqrt(s^) + eps). As in the algorithm,
-    eps is added twice; the first one accumulates to eps / (1 - beta2) in s. The default is that of the authors' code.
-    With 1e-8, which they use for image classification, sqrt(s) is at least 0.003, often more than the gradients.
+    eps is added twice; the first one accumulates to eps / (1 - beta2) in s. The default is from the authors' code.
+    With their 1e-8 for image classification, sqrt(s) is at least 0.003, often more than the gradients.
     """
 
     traits: ClassVar[OptimizerTraits] = DECOUPLED
@@ -270,7 +270,7 @@ class NAdam(torch.optim.NAdam):
         for state in self.state.values():
             if "mu_product" in state:
                 wide = torch.get_default_dtype() == torch.float64
-                # On the host, where torch starts it and reads it: it loads it to the device of the parameter.
+                # Back to the host, where torch creates and reads it: torch loads it to the device of the parameter.
                 state["mu_product"] = state["mu_product"].to("cpu", torch.float64 if wide else torch.float32)
 
 
@@ -414,7 +414,7 @@ class MARS(RealOptimizer):
     """AdamW on gradients with reduced variance (MARS-AdamW, Yuan et al. 2024, algorithm 2).
 
     c = g + gamma * beta1 / (1 - beta1) * (g - g_previous), scaled down to norm 1 where it is longer, replaces the
-    gradient in AdamW. This is the approximate version: g_previous is the gradient of the previous batch, not that of
+    gradient in AdamW. This is the approximate version: g_previous is the gradient of the previous batch, not of
     the previous weights on this batch. The norm is taken per tensor, as in the authors' code. In contrast to it, MARS
     also updates kernels and vectors, as in the algorithm, and the first gradient counts as unchanged.
     """

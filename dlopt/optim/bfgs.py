@@ -119,7 +119,7 @@ class BFGS(torch.optim.Optimizer):
 
 
 def broyden(inverse: Tensor | None, p: Tensor, q: Tensor, xi: float) -> Tensor | None:
-    """Updates the inverse Hessian [n, n] (None: the identity) for a step p [n] that changed the gradient by q [n].
+    """Updates the inverse Hessian [n, n] (None for the identity) for a step p [n] that changed the gradient by q [n].
 
     In place. Skips the update if p^T q is not positive beyond rounding, since B would not remain positive definite.
     """

@@ -136,7 +136,7 @@ class RealOptimizer(ForeachOptimizer):
 
 
 def fill_defaults(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the groups of a loaded state the defaults of keys that the version that saved it did not have."""
+    """Adds defaults to the groups of a loaded state for keys that were introduced after it was saved."""
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults.items():
             if key != "differentiable":  # torch adds it to the defaults when it loads a state, but not to the groups
@@ -217,7 +217,7 @@ def signs(tensor: Tensor) -> Tensor:
 
 
 def make_cautious(updates: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
-    """Zeroes, in place, the entries of the updates whose sign is not that of the gradient, and scales up the others.
+    """Zeroes, in place, update entries whose sign differs from the gradient's, and scales up the others.
 
     Cautious optimizers (Liang et al. 2024, algorithm 1): u <- u * mask * d / (nnz + 1) for each tensor of d entries, of
     which the mask u * g > 0 keeps nnz. The authors' present code scales by d / nnz, at most 1000, instead.
@@ -228,7 +228,7 @@ def make_cautious(updates: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
 
 
 def refuse_complex(name: str, params: Iterable[Tensor]) -> None:
-    """Raises `UserError` for complex parameters, of which an optimizer would square or compare the values."""
+    """Raises `UserError` for complex parameters: the optimizer squares or compares values."""
     if any(p.is_complex() for p in params):
         raise UserError(f"optimizer={name}: complex parameters are not supported; use adamw or sgd")
 
@@ -290,7 +290,7 @@ def assign(params: list[Tensor], vector: Tensor) -> None:
 
 
 def refuse_above(name: str, params: list[Tensor], limit: int, alternative: str) -> None:
-    """Raises `UserError` if the model has more than `limit` parameters, n^2 of which make up a dense Hessian."""
+    """Raises `UserError` if the model has more than `limit` parameters: a dense Hessian has n^2 entries."""
     n = sum(p.numel() for p in params)
     if n > limit:
         size = n * n * params[0].element_size() / 2**30

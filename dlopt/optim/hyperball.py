@@ -43,7 +43,7 @@ def check_hyperball(group: dict[str, Any]) -> None:
             "which cannot decay; set optimizer.weight_decay=0, or weight_decay: 0 for them in optimizer.groups"
         )
     for p in matrices:
-        # On shards, `any` of torch 2.11 is that of the rank.
+        # On shards, `any` of torch 2.11 covers this rank only.
         if p.numel() and not p.is_meta and not p.count_nonzero():
             raise UserError(
                 f"optimizer.hyperball=true: a matrix of shape {list(p.shape)} is initialized to zero, and would stay "

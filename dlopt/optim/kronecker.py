@@ -51,7 +51,7 @@ def multiply_modes(tensor: Tensor, factors: Sequence[Tensor | None], *, transpos
 
 
 def gram(tensor: Tensor, mode: int, *, diagonal: bool = False) -> Tensor:
-    """Returns X X^T [n, n] of the tensor unfolded along a mode of size n, or the diagonal [n] of it."""
+    """Returns X X^T [n, n] of the tensor unfolded along a mode of size n, or its diagonal [n]."""
     unfolded = tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)
     return unfolded.square().sum(1) if diagonal else unfolded @ unfolded.T
 
@@ -70,7 +70,7 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     NaN if the products of a large gradient have overflowed: the check of the weights then reports the update.
     """
-    # In float32 LAPACK may raise or return NaN for many equal eigenvalues, as those of tokens without gradients are.
+    # In float32 LAPACK may raise or return NaN for many equal eigenvalues, for example of tokens without gradients.
     for dtype in (torch.promote_types(matrix.dtype, torch.float32), torch.float64):
         try:
             values, vectors = torch.linalg.eigh(matrix.to(dtype))
@@ -180,7 +180,7 @@ class DistributedShampoo(RealOptimizer):
     m, v and H_i average G, G^2 and X_i X_i^T, corrected for their start at zero, where X_i is the gradient unfolded
     along mode i of k. With A = m / (sqrt(v) + graft_eps), the update of Adam, and
     U = m x_1 (H_1 + eps * I)^(-1/2k) ... x_k (H_k + eps * I)^(-1/2k):
-    theta <- theta - lr * (|A| / |U| * U + weight_decay * theta). So good learning rates are those of AdamW.
+    theta <- theta - lr * (|A| / |U| * U + weight_decay * theta). So AdamW's learning rates work well.
 
     The roots are computed at update `update_every` and then every `update_every` ones; the updates before are A.
     The authors' torch-shampoo also distributes the roots over processes, joins the small dimensions of a kernel, and
@@ -337,7 +337,7 @@ class SOAP(RealOptimizer):
             state = self.state[p]
             modes = [mode for mode, size in enumerate(p.shape) if p.ndim > 1 and size <= group["max_size"]]
             if count > 1:
-                # Adam's second moment is that of rotated gradients, so it has to rotate with the basis; its first
+                # Adam's second moment averages rotated gradients, so it has to rotate with the basis; its first
                 # moment stays in the coordinates of the parameters, and is rotated again in each update, exactly.
                 t = count - 1  # updates, including this one
                 bases = [state.get(f"basis{mode}") for mode in range(p.ndim)]
@@ -359,7 +359,7 @@ class SOAP(RealOptimizer):
                 self._refresh_bases(p, modes)
 
     def _move(self, group: dict[str, Any], p: Tensor, update: Tensor, lr: float, correction: float) -> None:
-        """Moves p by the update, of which `correction` is the bias of the average of gradients."""
+        """Moves p by the update; `correction` is the bias correction of the averaged gradients."""
         weight = p
         if p.ndim > 1 and group.get("use_muon", True):
             if group["orthogonalize"]:
@@ -402,7 +402,7 @@ class SOAP(RealOptimizer):
 
 
 def _is_singular(triangle: Tensor) -> bool:
-    """Returns whether a column of the decomposed matrix depends on those before, up to rounding."""
+    """Returns whether a column of the decomposed matrix depends on earlier columns, up to rounding."""
     lengths = triangle.diagonal().abs()
     return bool(lengths.min() <= _RESOLUTION * lengths.max())
 

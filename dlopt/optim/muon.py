@@ -114,7 +114,7 @@ class Muon(torch.optim.Optimizer):
         return muon_groups, rest_groups
 
     def _add_to_rest(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Adds groups to the optimizer of the other parameters; returns them with its defaults, as it holds them."""
+        """Adds groups to the optimizer of the other parameters; returns these groups, with its defaults."""
         if not groups:
             return []
         # torch's fused kernels go wrong on parameters with gaps in memory (2.15: neighbours are overwritten).
@@ -129,7 +129,7 @@ class Muon(torch.optim.Optimizer):
 
     @property
     def traits(self) -> OptimizerTraits:
-        # Torch's SGD adds the decay to the gradient; normalized weights are not those that the decay has shrunk.
+        # torch's SGD adds the decay to the gradient, and `normalize_weights` rescales the weights after the decay.
         decoupled = self._rest_class is not torch.optim.SGD and not self._keys["normalize_weights"]
         traits = replace(ELEMENTWISE, scope="tensor", capturable=not self._keys["cautious"], decoupled_decay=decoupled)
         if decoupled and not self._keys["hyperball"]:  # not for SGD, nor relative to the norm of the weights

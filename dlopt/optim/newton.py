@@ -71,7 +71,7 @@ class _SecondOrder(torch.optim.Optimizer):
         return before
 
     def _direction(self, group: dict[str, Any], params: list[Tensor], gradient: Tensor) -> Tensor | None:
-        """Returns the direction [n] for the gradient [n], whose graph it may differentiate; None: take no step."""
+        """Returns the direction [n] for the gradient [n], whose graph it may differentiate; None to take no step."""
         raise NotImplementedError
 
     def _step_length(
@@ -124,7 +124,7 @@ class Newton(_SecondOrder):
         gradient = gradient.detach()
         # A negative curvature of the loss would turn the Newton direction uphill. Eigenvalues would say how much to add
         # to the diagonal, at many times the cost of a Cholesky factorization, which fails exactly if the matrix is not
-        # positive definite. So the shift doubles until it succeeds: a few factorizations, of which the last one is used
+        # positive definite. So the shift doubles until it succeeds: a few factorizations, the last of which is used
         # to solve.
         diagonal, increase = hessian.diagonal(), 1e-3 * (float(hessian.norm()) or 1.0)  # 1: of a linear loss
         if not math.isfinite(increase):

@@ -26,7 +26,7 @@ _OPTIMAL: list[Triple] = [
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 ]
 POLAR_EXPRESS: list[Triple] = [*((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _OPTIMAL)]
-POLAR_EXPRESS.append((1.875, -1.25, 0.375))  # Newton-Schulz: what the optimal ones converge to
+POLAR_EXPRESS.append((1.875, -1.25, 0.375))  # Newton-Schulz: the limit of the optimal coefficients
 
 
 def orthogonalize(matrices: Tensor, coefficients: Coefficients, steps: int, eps: float) -> Tensor:

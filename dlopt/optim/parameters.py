@@ -77,7 +77,7 @@ def parameter_groups(
     learning rate of the i-th of n layers, counted from the input, by d^(n-1-i) (layer-wise decay; Howard & Ruder 2018,
     Clark et al. 2020); see `_layers`. `uses` is the order in which the model computes (`dlopt.models.order`), None that
     of registration. `decay_norm_and_bias=False` excludes parameters from decay, for every optimizer; see `_decays`.
-    Groups of the names `normalized` have a key that says so. `factors`, by name and then by key, multiply `arguments`.
+    Groups of the names `normalized` are marked by a key. `factors`, by name and then by key, multiply `arguments`.
     Frozen parameters do not require gradients. Raises `UserError` for rules without effect.
     """
     rate, decay = _layer_rates(model, grouping.layer_decay, uses), _decays(model, decay_norm_and_bias)
@@ -160,7 +160,7 @@ def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
 
 
 def _no_decay_lists(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Returns the lists of `no_weight_decay` by the prefix of their modules; that of a module holds for all of it."""
+    """Returns the lists of `no_weight_decay` by module prefix; a list applies to the module and its submodules."""
     lists: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
         listed, prefix = getattr(module, "no_weight_decay", None), f"{path}." if path else ""
@@ -222,7 +222,7 @@ def _layer_rates(model: nn.Module, layer_decay: float | None, uses: Sequence[str
 def _layers(model: nn.Module, uses: Sequence[str] | None) -> dict[str, int]:
     """Returns the layer of each parameter, from 0 at the input.
 
-    Models with a `group_matcher`, as those of timm, have the layers of timm's `param_groups_layer_decay`, as in BEiT
+    Models with a `group_matcher`, such as timm's, have the layers of timm's `param_groups_layer_decay`, as in BEiT
     and MAE. Otherwise a weight of two or more dimensions starts a layer, with its bias and norm, and a module with
     `is_one_layer` is one layer: patches, positions and class token, a block of a transformer, a recurrent layer.
     """
@@ -249,7 +249,7 @@ def _layers(model: nn.Module, uses: Sequence[str] | None) -> dict[str, int]:
 
 
 def has_own_layers(model: nn.Module) -> bool:
-    """Returns whether the model says itself which parameters are one layer, as those of timm do."""
+    """Returns whether the model itself groups its parameters by layer, as timm's models do."""
     return hasattr(model, "group_matcher") and find_spec("timm") is not None
 
 

@@ -16,8 +16,8 @@ class SAM(torch.optim.Optimizer):
     maximum of the loss within a radius rho around w, with e = rho * g / |g|.
 
     `adaptive` is ASAM (Kwon et al. 2021): e = rho * w^2 g / | |w| g |, which is invariant to rescaling of the weights.
-    The closure is called twice, at w and at w + e; the loss at w is returned. Groups and state are those of the base.
-    `rho` and `adaptive` may differ between groups; the norm is that of all groups together.
+    Calls the closure twice, at w and at w + e; returns the loss at w. Shares groups and state with the base.
+    `rho` and `adaptive` may differ between groups; the norm is taken over all groups.
 
     `lr` replaces the learning rate of the base; groups with another one keep their ratio to it.
     """

@@ -19,7 +19,7 @@ class SGDW(ForeachOptimizer):
     delta <- momentum * delta + (1 - momentum) * gradient, from delta = 0;
     theta <- theta - lr * delta - lr * weight_decay * theta.
 
-    momentum = 0 is plain SGD. Steps are (1 - momentum) times those of torch's heavy ball with the same lr.
+    momentum = 0 is plain SGD. Steps are (1 - momentum) times the steps of torch's heavy ball with the same lr.
 
     The paper's algorithm 1 has the learning rate inside the momentum, with the schedule's factor eta:
     m <- momentum * m + eta * alpha * gradient; theta <- theta - m - eta * lambda * theta.
@@ -91,7 +91,7 @@ class LARS(ForeachOptimizer):
             weights, norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(grads))
             denominators = torch.add(norms, weights, alpha=coupled).clamp_min_(1e-30)  # zero only if the update is zero
             scaled = (weights / denominators).mul_(lr * group["trust_coefficient"])
-            # A tensor of zeros has no scale of its own: a rate of zero would keep it at zero for ever.
+            # A tensor of zeros has no scale: a rate of zero would keep it at zero forever.
             rates = list(torch.where(weights > 0, scaled, lr).unbind())
             torch._foreach_addcmul_(velocities, grads, rates)
             if coupled:

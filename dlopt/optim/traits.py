@@ -46,8 +46,8 @@ def independent_growth(group: Mapping[str, Any], shape: Shape, base: Shape) -> f
 class OptimizerTraits:
     """The traits of an optimizer: the attribute or property `traits` of its class.
 
-    An optimizer without traits, and a trait that is not named, has the default, which is the careful value: it may cost
-    speed, or a mode of parallelism, but never a wrong result.
+    Each missing trait has the default, the conservative value: it may cost speed or exclude a mode of parallelism, but
+    never gives a wrong result.
 
     Attributes:
         scope: what the update of an element depends on: the gradients of this element alone ("element"), of its tensor
@@ -55,7 +55,7 @@ class OptimizerTraits:
         evaluations: of the loss in an update: "once", or "many", by `step(closure)`.
         uses_all_gradients: with many evaluations: all their gradients enter the update, so none may be non-finite (a
             line search may reject one).
-        ignores_clipping: the gradient of the update is that of `closure.loss()`, not the clipped one of the closure.
+        ignores_clipping: the update uses the gradient of `closure.loss()`, not the clipped gradient of the closure.
         samples_labels: `step` calls `closure.sampled_loss`.
         rests_at_zero_lr: at a learning rate of zero an update changes no weight.
         normalizes_entries: the update is invariant to per-coordinate rescaling of the gradient, as for Adam.
@@ -65,7 +65,7 @@ class OptimizerTraits:
         capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
         decoupled_decay: an update subtracts lr * weight_decay * theta (at least to first order), with the keys of the
             group, and does not depend on weight_decay otherwise.
-        step_size: the length of a step by the shape of its tensor; None: unknown, unless `normalizes_entries`.
+        step_size: the length of a step by the shape of its tensor; None if unknown, unless `normalizes_entries`.
     """
 
     scope: Literal["element", "tensor", "model"] = "model"
@@ -88,12 +88,12 @@ ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True, separable=
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
 DECOUPLED = replace(ADAPTIVE, decoupled_decay=True)  # as AdamW
 
-# Torch's Rprop assigns to chosen elements, which torch 2.11 cannot do with those of a shard.
+# torch's Rprop assigns to selected elements, which torch 2.11 does not support for shards.
 _RPROP_SCOPE: Literal["element", "tensor"] = "element" if TorchVersion(torch.__version__) >= "2.12" else "tensor"
 _OF_TORCH = {
     "ASGD": ELEMENTWISE, "SparseAdam": ELEMENTWISE, "Adadelta": ELEMENTWISE,
     "Adagrad": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
-    "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # whose first five updates are those of gradient descent
+    "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # its first five updates are gradient descent
     "SGD": replace(ELEMENTWISE, rounds_state=True),
     "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(DECOUPLED, rounds_state=True),
     "Rprop": OptimizerTraits(scope=_RPROP_SCOPE, separable=True),  # its step sizes start at lr, and do not follow it
@@ -104,11 +104,11 @@ _OF_TORCH = {
 
 
 def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
-    """Returns the traits of an optimizer; those of torch's classes are known, but not of classes derived from them.
+    """Returns the traits of an optimizer; known for torch's own classes, but not for their subclasses.
 
     Of a class without traits, it is known that it evaluates the loss itself if its `step` requires a closure.
 
-    Raises `UserError` for traits that are not `OptimizerTraits`, and for a `step` that cannot be called as they say.
+    Raises `UserError` for traits that are not `OptimizerTraits`, and for a `step` whose signature contradicts them.
     """
     kind = type(optimizer)
     declared: Any = getattr(optimizer, "traits", None)
