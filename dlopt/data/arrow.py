@@ -88,7 +88,7 @@ def _dataset(
     """Builds a dataset from the tables of training, validation and test set, each with the key that set it.
 
     `roots`: folders below which images outside of the tables may be; (): anywhere. `parts`: the files of each table;
-    None: it is one.
+    None if it is one.
     """
     names = [input] if isinstance(input, str) else list(input)
     if not names:
@@ -414,7 +414,7 @@ class _Hub:
 
 @contextmanager
 def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
-    """Hides the progress bars of the package datasets, which run into those of dlopt; `offline`: no network."""
+    """Hides the progress bars of the package datasets, which interfere with dlopt's; `offline`: no network."""
     config, hidden = datasets.config, datasets.utils.are_progress_bars_disabled()
     before = config.HF_HUB_OFFLINE
     datasets.disable_progress_bars()
@@ -455,7 +455,7 @@ def _stored_names(metadata: Mapping[bytes, bytes] | None, target: str) -> list[s
 
 
 def _joined_names(place: str, lists: Sequence[list[str]]) -> list[str] | None:
-    """Returns the names of several files: those of the first, and what others have in addition. Raises `UserError`."""
+    """Returns the names in several files: those of the first, then new names in others. Raises `UserError`."""
     if not lists:
         return None
     if all(names == lists[0] for names in lists):

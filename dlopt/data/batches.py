@@ -41,9 +41,9 @@ class Batch:
         inputs: [B, ...], on the device.
         targets: [B, ...], on the device.
         total: samples of the batch on all processes.
-        shard: the positions of this process's samples among them; None: all of them, or several slices.
+        shard: the positions of this process's samples among them; None for all of them, or for several slices.
         weight: of its mean loss in the loss of the update.
-        teacher_inputs: `inputs` in the normalization of a teacher; None: it is the same, or there is no teacher.
+        teacher_inputs: `inputs` in the normalization of a teacher; None if it is the same, or there is no teacher.
         is_last: whether it is the last micro-batch of its update.
     """
 
@@ -73,13 +73,13 @@ class Delivery:
         in_memory: keep all samples on the device (`Dataset.in_memory`); samples still in files are decoded first.
         workers: processes that read files; 0: none.
         task: splits samples into inputs and targets; None: inputs and labels.
-        normalize: module on the device; None: only convert to `dtype`.
-        teacher_normalize: of a teacher, for `Batch.teacher_inputs`; None: there are none.
+        normalize: module on the device; None to only convert to `dtype`.
+        teacher_normalize: of a teacher, for `Batch.teacher_inputs`; None if there are none.
         memory_format: of image batches.
         dtype: of the inputs.
         compiled: compile indexing, augmentation and normalization as one function. Needs samples in memory and an
             augmentation with separate `plan` and `render` steps.
-        recorder: records CUDA graphs; None: no graphs. With a graph every full batch reuses the memory of the previous
+        recorder: records CUDA graphs; None for none. With a graph every full batch reuses the memory of the previous
             one. Needs samples in memory and a single rank.
         processes: ranks on this machine, which share its cores (workers=auto).
     """
@@ -105,11 +105,11 @@ class Batches:
 
     Args:
         batch_size: samples in a global batch; `full`: all of them.
-        sampler: order of the samples in each epoch; None: dataset order, each once (for evaluation).
+        sampler: order of the samples in each epoch; None for dataset order, each once (for evaluation).
         drop_last: skip a last batch that is smaller than the others.
-        augment: see `Augment`; None: no augmentation.
+        augment: see `Augment`; None for no augmentation.
         seed: of the augmentation's random numbers.
-        shard: maps the size of a global batch to this rank's positions in it; None: the whole batch.
+        shard: maps the size of a global batch to this rank's positions in it; None for the whole batch.
         reader: reads the inputs in place of `samples`, in worker processes, for requests [B, 3] of index, update and
             position in the global batch.
 
@@ -208,7 +208,7 @@ class Batches:
         shard: slice | Tensor,
         epoch: int | Tensor,
     ) -> tuple[Tensor, ...]:
-        """Builds the batch of the samples `indices`; `inputs` None: take them from memory."""
+        """Builds the batch of the samples `indices`; takes the inputs from memory if `inputs` is None."""
         if self._compiled_render is not None:
             assert self._inputs is not None
             steps: Any = None

@@ -1,6 +1,6 @@
 """What the user should know about data that were read: the same checks, in the same words, for every reader.
 
-The lines are shown in the header of a run: what was read, what was left out, and warnings. They never change the data.
+The header of a run shows the lines: data read, data left out, and warnings. The checks never change the data.
 """
 
 import collections
@@ -29,7 +29,7 @@ _COMPARED = 4096  # values, few enough that ordinary ones are distinct in float3
 _SAMPLED = 64  # vectors that are looked at if they are read one at a time
 
 
-# -- what was read and left out
+# -- data read and left out
 
 
 def ending(name: str) -> str:
@@ -43,7 +43,7 @@ def ending(name: str) -> str:
 
 
 def left_out_note(counts: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns a line on what was left out, given how many files there are by ending or reason; none without."""
+    """Returns a line about files left out, given their numbers by ending or reason; none without such files."""
     if not counts:
         return ()
     named = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
@@ -60,7 +60,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def problems(lines: Iterable[str]) -> list[str]:
-    """Returns the lines on what was left out or looks wrong, which commands show that do not train."""
+    """Returns the lines about data that were left out or look wrong, for commands that do not train."""
     return [line for line in lines if line.startswith((LEFT_OUT, WARNING))]
 
 
@@ -80,7 +80,7 @@ def number(text: str) -> float:
 def count_rows(values: np.ndarray) -> bool:
     """Returns whether numbers [N] number the rows: integers that are an index of a table or a time, not a feature.
 
-    They are consecutive in any order, or strictly monotone. Not those that start again: hours and months do, too.
+    Such numbers are consecutive in any order, or strictly monotone. Ignores numbers that restart (hours, months).
     """
     if len(values) < _FEW or not (values == np.round(values)).all():
         return False
@@ -91,10 +91,10 @@ def count_rows(values: np.ndarray) -> bool:
 
 
 def column_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str) -> tuple[str, ...]:
-    """Returns a warning for each feature that counts the rows, or of which float32 keeps little.
+    """Returns a warning for each feature that counts the rows, or loses most of its precision in float32.
 
     Args:
-        columns: names and values [N] of the features, of which one is held at a time. A single one may count the rows:
+        columns: names and values [N] of the features, one in memory at a time. A single feature may count the rows:
             in a table of x and y, x may well be sorted.
         remedy: how to leave out a column; may have {name}.
     """
@@ -110,7 +110,7 @@ def column_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str) -> t
 
 
 def rounding_warnings(columns: Iterable[tuple[str, np.ndarray]]) -> tuple[str, ...]:
-    """Returns a warning for each column of which float32 keeps little, such as times in seconds since 1970."""
+    """Returns a warning for each column that loses most of its precision in float32, such as seconds since 1970."""
     return _capped([line for name, values in columns for line in _rounding(name, values)])
 
 
@@ -140,7 +140,7 @@ def sampled(count: int) -> np.ndarray:
 
 
 def vector_warnings(vectors: np.ndarray, rows: np.ndarray) -> tuple[str, ...]:
-    """Returns the warnings of features of which only some rows were read: float64 [n, F] of the rows int64 [n]."""
+    """Returns the warnings for features, given some of their rows: float64 [n, F] for the rows int64 [n]."""
     names = [f"feature {i + 1}" for i in range(vectors.shape[1])]
     counting = []
     if len(rows) >= _FEW and len(names) > 1:
@@ -162,13 +162,13 @@ def _capped(lines: Sequence[str]) -> tuple[str, ...]:
 
 
 def natural(name: str) -> tuple[float, str]:
-    """Sorts numbers by value, before names, of which nan is one: as a number it has no place in an order."""
+    """Sorts numbers by value, before names. nan counts as a name, because it is not comparable to numbers."""
     value = number(name)
     return (math.inf, name) if math.isnan(value) else (value, name)
 
 
 def without_decimals(labels: Sequence[str], column: str) -> tuple[Sequence[str], tuple[str, ...]]:
-    """Returns labels of which 1.0 is written as 1 if both occur and all are numbers, and a line on it.
+    """Returns the labels, with 1.0 written as 1 if both occur and all are numbers, and a line about it.
 
     A program that fills a gap in a column of integers writes some of them, or all of a file, with decimals.
     """
@@ -219,7 +219,7 @@ def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: boo
 
 
 def _form(name: str) -> str:
-    """Returns what is left of a name without case, separators, quotes, invisible characters and notation of numbers."""
+    """Normalizes a name: drops case, separators, quotes, invisible characters and the notation of numbers."""
     value = number(name)
     if not math.isnan(value):
         return repr(value)

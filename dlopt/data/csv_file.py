@@ -22,7 +22,7 @@ from dlopt.data.checks import LARGEST, LEFT_OUT, WARNING, number
 from dlopt.data.images import EXTENSIONS
 
 SPLITS = ("train", "val", "test")
-_INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")  # the name of pandas' index, as it writes it and as it reads it back
+_INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")  # the name of pandas' index, as written and as read back
 _MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "none", "nil", "?", "-", "."})
 _TRUTH = frozenset({"true", "false", "yes", "no"})
 _GROUPED = re.compile(r"[+-]?\d{1,3}([ \u00a0\u202f,.'’_]\d{3})+([.,]\d+)?")  # 1,234,567
@@ -205,7 +205,7 @@ def read_columns(
 
 
 def _shared(fields: list[str], known: dict[str, str]) -> list[str]:
-    """Returns the texts, each of which is in memory once: labels repeat. Not of a column of many, such as paths."""
+    """Returns the texts with one object per value, because labels repeat; not for many values, such as paths."""
     return fields if len(known) > _MANY_TEXTS else [known.setdefault(field, field) for field in fields]
 
 
@@ -215,7 +215,7 @@ def _place(path: Path, line: int) -> str:
 
 @dataclass
 class _Doubts:
-    """Rows whose quotes are doubtful: what the reader makes of them may not be what was meant.
+    """Rows with doubtful quotes, which the reader may split differently than intended.
 
     Attributes:
         broken: fields that have line breaks: how many, the position of the first in its row, and its first line.
@@ -327,7 +327,7 @@ def _numbers(fields: list[str]) -> np.ndarray:
 
 
 def _merged_integers(fields: Sequence[str], column: np.ndarray) -> tuple[int, int] | None:
-    """Returns two different integers of the texts whose numbers in `column` are equal; None: there are none."""
+    """Returns two different integers of the texts whose numbers in `column` are equal; None if there are none."""
     if not (np.abs(column) > _EXACT).any():
         return None
     first: dict[float, int] = {}

@@ -19,7 +19,7 @@ def custom(
     """Wraps map-style `torch.utils.data.Dataset` objects; see `Wrapped` for the items they may return.
 
     Args:
-        classes: number or names of the classes; None: inferred from the training labels. Floating-point labels mean
+        classes: number or names of the classes; None to infer them from the training labels. Floating-point labels mean
             regression and need None; or, with K classes, several labels per sample: float [K], 0 or 1.
 
     Raises:
@@ -99,7 +99,7 @@ def _shown(numbers: Mapping[str, int]) -> str:
 
 
 def _refuse_other_order(classes: list[str], numbers: Mapping[str, int]) -> None:
-    """Raises `UserError` if the names of the config are those of the dataset, in another order."""
+    """Raises `UserError` if config and dataset have the same names in different orders."""
     names = sorted(numbers, key=lambda name: numbers[name])
     if {*classes} == {*names} and classes != names:
         raise UserError(f"data.classes={classes}: data.train has the classes in another order: {names}")

@@ -37,7 +37,7 @@ def digits() -> Dataset:
 
 
 def digit_pairs(*, train_size: Count, val_size: Natural, test_size: Natural) -> Dataset:
-    """Pairs digits [1, 8, 16], side by side: float32 [N, 10] says which of the ten digits occur, one or two of them.
+    """Pairs of digits [1, 8, 16], side by side; float32 [N, 10] is 1 for the one or two digits that occur.
 
     The pairs of a split are drawn at random, always the same, from digits of its own: the test set of `digits`, and
     for validation a stratified fifth of the others. A size of 0 omits a split; the size of one does not change the

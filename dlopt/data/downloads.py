@@ -99,7 +99,7 @@ def _load_idx_split(key: str, images_path: Path, labels_path: Path, classes: int
 
 
 def _idx_files(folder: Path) -> list[Path]:
-    """Returns those of the four files that exist, plain or gzipped, in the order of `_IDX_STEMS`."""
+    """Returns the existing ones of the four files, plain or gzipped, in the order of `_IDX_STEMS`."""
     pairs = [(folder / stem, folder / f"{stem}.gz") for stem in _IDX_STEMS]
     found = (next((path for path in pair if path.is_file()), None) for pair in pairs)
     return [path for path in found if path is not None]

@@ -37,7 +37,7 @@ def table(
 
     Args:
         delimiter: one character, or a backslash and a t for a tab.
-        target: column to predict; None: the last one.
+        target: column to predict; None for the last one.
         ignore: columns that are not features.
         labels: class names, or numbers for regression.
         standardize_target: see `_dataset`.

@@ -1,4 +1,4 @@
-"""Images in class folders, also in those of the unpacked ILSVRC 2012 archives (ImageNet).
+"""Images in class folders, including the unpacked ILSVRC 2012 archives (ImageNet).
 
 Listings of large folders are cached. A cached listing is valid while all its folders are unchanged: adding, removing
 or renaming a file changes the times of its folder.
@@ -255,7 +255,7 @@ def data_folder(root: str, layout: str) -> Path:
     """Returns the folder `root` after checking that it has a folder train."""
     base = Path(os.path.expanduser(root))
     if not base.is_dir():
-        # A saved config may be read elsewhere (`dlopt eval`): say where a relative path was looked for.
+        # A saved config may be read elsewhere (`dlopt eval`), so the message shows how a relative path was resolved.
         where = "" if base.is_absolute() else f" in {Path.cwd()}"
         problem = "not a folder" if base.exists() else f"missing{where}"
         raise UserError(f"data.root={root}: is {problem}; images are expected as {layout}")

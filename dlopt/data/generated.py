@@ -89,7 +89,7 @@ def copying(*, length: Count, symbols: Count, noise: NonNegative, **keys: Unpack
 
 
 def recall(*, length: Count, symbols: Count, **keys: Unpack[SplitKeys]) -> Dataset:
-    """Generates sequences of random symbols, one of which is marked; the label is the marked symbol.
+    """Generates sequences of random symbols with one marked symbol, which is the label.
 
     The mark is in the first quarter. The network must store a symbol when it sees the mark, and must not overwrite it
     with the symbols that follow, as in the adding problem (Hochreiter & Schmidhuber 1997, section 5.4), but with

@@ -40,7 +40,7 @@ Identity = Mapping[str, Any]
 def identify(dataset: Dataset, contents: Sequence[str] = SPLITS) -> Identity:
     """Identifies a dataset as read, before a subset or a validation set is taken from it.
 
-    Keeps the digests of files and rows that are read as a whole, of which `dlopt.data.equal_samples` finds equal ones.
+    Keeps the digests of files and rows that are read as a whole, for `dlopt.data.equal_samples`.
 
     Hashes contents of up to 1 GiB (and 131,072 files) as a whole, larger ones at 128 evenly spaced places of 1 MiB. Of
     a dataset of the user: 16 evenly spaced items, if they are the same when they are read twice. Generated data have no
@@ -60,7 +60,7 @@ def identify(dataset: Dataset, contents: Sequence[str] = SPLITS) -> Identity:
 
 
 def difference(saved: Identity | None, current: Identity | None) -> str | None:
-    """Describes the first difference between two identities; None: there is none, or one of them is unknown."""
+    """Describes the first difference between two identities; None if there is none, or one of them is unknown."""
     if saved is None or current is None or saved.get("scheme") != current.get("scheme"):
         return None
     for split in SPLITS:
@@ -92,7 +92,7 @@ def _identify(samples: Samples, *, has_hashes: bool, has_content: bool) -> dict[
 
 @dataclass(frozen=True)
 class _Content:
-    """`count` inputs of `size` bytes in all; `read(start, stop)` returns those of a range."""
+    """`count` inputs of `size` bytes in total; `read(start, stop)` returns a range of them."""
 
     count: int
     size: int

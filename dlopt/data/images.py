@@ -63,7 +63,7 @@ def describe(source: str | bytes, name: str) -> Stored:
 
 
 def decode_bytes(content: bytes, channels: int | None, name: str) -> Tensor:
-    """Decodes the content of an image file as `decode` does, unchanged in size; `channels` None: those of the file.
+    """Decodes the content of an image file like `decode`, without resizing; `channels` None for the file's own.
 
     Raises `UserError` that starts with `name`.
     """
@@ -98,7 +98,7 @@ def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
 
 
 def decode_described(path: str, size: tuple[int, int], channels: int) -> tuple[Tensor, Stored]:
-    """Decodes as `decode` does; also returns how the image is stored, as its header says."""
+    """Like `decode`; also returns how the image is stored, according to its header."""
     with _naming(path):
         image = EncodedImage(path)
         stored = image.stored()
@@ -209,7 +209,7 @@ class EncodedImage:
         """Returns how the image is stored. `checks_alpha`: decodes transparency, which may be nowhere."""
         image = self._image
         has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-        # The mode in the file, such as RGB;16B, of which Pillow keeps 8 bits.
+        # The mode in the file, such as RGB;16B, which Pillow reduces to 8 bits.
         _, _, _, raw = next(iter(getattr(image, "tile", None) or [(None, None, None, "")]))
         raw = raw[0] if isinstance(raw, tuple) and raw else raw
         if has_alpha and checks_alpha:
@@ -221,7 +221,7 @@ class EncodedImage:
     def decode(self, size: tuple[int, int] | None, channels: int | None, box: Box | None = None) -> Tensor:
         """Returns `box` (left, top, right, bottom; None: the largest centred one) as uint8 [channels, *size].
 
-        `size` None: the whole image, unchanged. Call once.
+        `size` None for the whole image, unchanged. Call once.
         """
         from PIL import Image, ImageOps
 

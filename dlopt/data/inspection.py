@@ -20,7 +20,7 @@ _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
 
 
 def notes(dataset: Dataset) -> tuple[str, ...]:
-    """Returns the lines on a dataset as it was read: what was read, the notes of its reader, and on its splits."""
+    """Returns the lines about a dataset: its source, the notes of its reader, and notes on its splits."""
     read = (f"read: {dataset.source}",) if dataset.source else ()
     return (*read, *dataset.notes, *_split_notes(dataset), *_image_warnings(dataset), *_losses(dataset))
 
@@ -50,7 +50,7 @@ def _counts(samples: Samples | None, classes: int) -> np.ndarray:
 def _image_warnings(dataset: Dataset) -> tuple[str, ...]:
     """Returns warnings of images that are nearly black or white, and of a held-out set of another range.
 
-    The former are those of 12 bits in 16, or masks of 0 and 1. In the latter, only one set has been scaled.
+    The former are 12-bit values in 16 bits, or masks of 0 and 1. In the latter, only one set has been scaled.
     """
     images = _pictures(dataset.train)
     if images is None:
@@ -79,7 +79,7 @@ def _image_warnings(dataset: Dataset) -> tuple[str, ...]:
 
 
 def _pictures(samples: Samples | None) -> Tensor | None:
-    """Returns some of the images; None: there are none. Raises `UserError`."""
+    """Returns some of the images; None if there are none. Raises `UserError`."""
     if samples is None or len(samples.shape) != 3 or len(samples) == 0:
         return None
     chosen = torch.linspace(0, len(samples) - 1, min(_PICTURES, len(samples))).long()
@@ -89,7 +89,7 @@ def _pictures(samples: Samples | None) -> Tensor | None:
 
 
 def _losses(dataset: Dataset) -> list[str]:
-    """Returns what decoding drops of image files, of which some of each split are looked at."""
+    """Returns what decoding loses, for some image files of each split."""
     losses: Counter[str] = Counter()
     total = 0
     splits = [samples for samples in (dataset.train, dataset.val, dataset.test) if samples is not None]
@@ -117,7 +117,7 @@ def _losses(dataset: Dataset) -> list[str]:
 
 
 def _stored(samples: Samples, row: int) -> Stored | None:
-    """Returns how an image file is stored; None: it is no file, or missing. Raises `UserError`."""
+    """Returns how an image file is stored; None if it is no file, or missing. Raises `UserError`."""
     if isinstance(samples, Files):
         return describe(path := samples.path(row), path)
     if isinstance(samples, Wrapped) and isinstance(samples.dataset, RowDataset):

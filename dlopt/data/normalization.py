@@ -148,7 +148,7 @@ class Standardize(ScaleShift):
 class MeanPixel(ScaleShift):
     """scale * (x - mean), with one mean per channel or feature.
 
-    `values`: fixed means, in the units of the data (images: 0..255); None: those of the training samples.
+    `values`: fixed means, in the units of the data (images: 0..255); None for the means of the training samples.
     """
 
     def __init__(self, *, values: tuple[float, ...] | None, scale: Positive, input_shape: tuple[int, ...]) -> None:

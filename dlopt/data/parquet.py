@@ -14,7 +14,7 @@ from dlopt.machine.memory import half_of_memory
 
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
 _BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 26  # that are converted at once
-_LABEL_BYTES = 64  # estimated, of a label in memory beyond those in the table
+_LABEL_BYTES = 64  # estimated memory per label, in addition to the table
 _LEFT_FREE = 1 << 30  # bytes of the disk that the cache does not fill
 
 
@@ -23,7 +23,7 @@ Parts = Sequence[tuple[int, Any]]
 
 
 def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: str) -> tuple[Any, Parts]:
-    """Returns the columns of all files as one table, in memory or memory-mapped, and what each file says of its rows.
+    """Returns the columns of all files as one table, in memory or memory-mapped, and the row metadata of each file.
 
     Columns that some of the files declare "not null", or store as another kind of strings or numbers, are the same.
     `held`: the column that will be in memory as a whole. Raises `UserError`, also for rows that expand to more than
@@ -62,7 +62,7 @@ def _read(
         schema = chosen if schema is None else _joined(key, schema, chosen, path, paths[0])
     if rows * _LABEL_BYTES > most:
         raise _too_large(key, f"the column {held} with {rows:,} rows", most)
-    if size <= _MAX_READ:  # as the file says, which counts a value that repeats once
+    if size <= _MAX_READ:  # the file's own size, which counts a repeated value once
         batches, decoded = [], 0
         for batch in _batches(key, paths, schema, held, most):
             batches.append(batch)

@@ -85,7 +85,7 @@ class RowSource(Protocol):
         ...
 
     def columns(self) -> Iterator[tuple[str, np.ndarray]] | None:
-        """Yields the names and the first values [n] of the columns that are a feature each; None: another input."""
+        """Yields name and first values [n] of every column that is one feature; None for other inputs."""
         ...
 
 
@@ -143,7 +143,7 @@ def dataset(
 
 
 def _coloured(tables: Sequence[RowSource]) -> str | None:
-    """Names an image with colour among evenly spaced ones of each split; None: all are grey, or cannot be read.
+    """Names an image with colour among evenly spaced ones of each split; None if all are grey, or cannot be read.
 
     `RowDataset` checks the others when it reads them.
     """
@@ -183,7 +183,7 @@ class RowDataset:
         return self._value(index), label if label.ndim else label.item()
 
     def stored(self, index: int) -> Stored | None:
-        """Returns how an image is stored; None: it is missing, or no file. Raises `UserError`."""
+        """Returns how an image is stored; None if it is missing, or no file. Raises `UserError`."""
         content = self.table.content(index) if self.table.encoded else None
         return None if content is None else describe(content, self.table.place(index))
 
@@ -219,7 +219,7 @@ def _labels(table: RowSource, train: RowSource | None = None, classes: Sequence[
     """Returns the labels of all rows. Raises `UserError` if one is missing.
 
     `train`: the training set, of whose labels `classes` are the different ones. Labels of other sets that name
-    classes are then those of the same names in the training set; of names that it lacks, the names.
+    classes are then those of the same names in the training set; names that it lacks stay names.
     """
     values = table.labels()
     if None in values:
@@ -232,11 +232,11 @@ def _labels(table: RowSource, train: RowSource | None = None, classes: Sequence[
 
 
 def _same_names(table: RowSource, train: RowSource, classes: Sequence[Any] | None) -> dict[Any, Any]:
-    """Returns the training set's labels by those of another set that name the same class, if they differ."""
+    """Maps the labels of another set to the training set's labels of the same class, if they differ."""
     own, names = table.names, train.names
     if own == names:
         return {}
-    if names is None:  # numbers cannot be compared with names, and are left as they are
+    if names is None:  # numbers cannot be compared with names, and stay unchanged
         return dict(enumerate(own or ())) if classes and isinstance(classes[0], str) else {}
     numbers = {name: number for number, name in enumerate(names)}
     if own is None:
@@ -302,7 +302,7 @@ def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
 
 
 def _sorted(labels: set[Any], where: str) -> list[Any]:
-    """Returns integers, or texts, of which numbers are sorted by value. Raises `UserError` for a mixture."""
+    """Returns integers, or texts (numbers sorted by value). Raises `UserError` for a mixture."""
     if all(isinstance(label, str) for label in labels):
         return sorted(labels, key=natural)
     if text := next((label for label in labels if isinstance(label, str)), None):

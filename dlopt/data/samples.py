@@ -83,9 +83,9 @@ class Dataset:
     `notes`: lines to show the user, on what was left out and what looks wrong; see `dlopt.data.checks`.
     `facts`: describe the data, for environment.json.
     `is_generated`: the config defines the data.
-    `identity`: see `dlopt.data.identity`; None: not computed.
+    `identity`: see `dlopt.data.identity`; None if not computed.
     `tokenizer`: of a text that is not read byte by byte.
-    `unlabelled`: the task of data without labels, or the one that a model sets; None: that of the labels.
+    `unlabelled`: the task of data without labels, or the task that a model sets; None for the task of the labels.
     """
 
     train: Samples
@@ -136,12 +136,12 @@ def white(samples: Samples) -> float:
 
 
 def white_of(images: Tensor) -> float:
-    """Returns `white` of a set of which these are some images."""
+    """Returns `white` for a set that contains these images."""
     return 255.0 if images.dtype == torch.uint8 or (images.min() >= 0 and images.max() > 1) else 1.0
 
 
 class SplitKeys(TypedDict):
-    """Config keys of every generated dataset: the sizes of its splits, of which 0 omits one, and the seed."""
+    """Config keys of every generated dataset: the sizes of its splits (0 omits a split), and the seed."""
 
     train_size: Count
     val_size: Natural
@@ -218,7 +218,7 @@ class Files(ImageList):
     `image_size` None: no resizing; all images must have the size of the first.
     `channels`: 1 (grey) or 3 (RGB).
     `paths`: absolute, or relative to `folder`.
-    `digests`: int64 [N, 2], of the content of each file; None: not computed (see `dlopt.data.identity`).
+    `digests`: int64 [N, 2], of the content of each file; None if not computed (see `dlopt.data.identity`).
     """
 
     digests: Tensor | None = None
@@ -322,7 +322,7 @@ class Wrapped:
     Labels are read from the attribute `targets` or `labels` if it matches an item of each class (at most 64 items);
     otherwise every item is read once.
 
-    `digests`: as those of `Files`.
+    `digests`: as in `Files`.
 
     Raises:
         UserError: not a map-style dataset, empty, or an item has another form.

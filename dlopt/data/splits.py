@@ -105,7 +105,7 @@ def _equal_samples(
 ) -> tuple[str, ...]:
     """Returns the warnings of equal samples; none of generated data, whose inputs may be few by design.
 
-    `labelled`: the splits with their own labels, if those of `splits` have noise.
+    `labelled`: the splits with clean labels, if the labels of `splits` have noise.
     """
     if dataset.is_generated:
         return ()
@@ -115,7 +115,7 @@ def _equal_samples(
 
 
 def evaluation_subset(val: Samples, count: int | None, seed: int) -> Samples:
-    """Returns `count` of the validation samples, with their class proportions; None: all. The order is that of `val`.
+    """Returns `count` of the validation samples, with their class proportions (None for all), in the order of `val`.
 
     A function of `seed` (`data.split_seed`) and of the samples only: all ranks and modes draw the same. Raises
     `UserError`.

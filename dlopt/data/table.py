@@ -32,8 +32,8 @@ def csv(
     """Loads images whose paths and labels are listed in a CSV file with a header line.
 
     Args:
-        root: folder of relative paths; None: the CSV file's folder.
-        split_column: column with train, val or test; None: all rows are for training.
+        root: folder of relative paths; None for the CSV file's folder.
+        split_column: column with train, val or test; None if all rows are for training.
         labels: class names, several of them per image, or numbers for regression.
         label_separator: between several labels; an empty field has none.
 
@@ -100,7 +100,7 @@ def csv(
 
 
 def _names(label: str, separator: str | None) -> list[str]:
-    """Returns the labels in a field; `separator` None: it is one label."""
+    """Returns the labels in a field; `separator` None if it is one label."""
     return [label] if separator is None else [name.strip() for name in label.split(separator) if name.strip()]
 
 

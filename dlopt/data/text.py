@@ -58,16 +58,16 @@ def text(
 ) -> Dataset:
     """Reads files as bytes, tokens 0..255, or as the tokens of a byte-level tokenizer; a zero byte between documents.
 
-    Every file is a document, in the order of `file`; those of a folder are sorted. Test and validation set are the last
+    Every file is a document, in the order of `file`; files of a folder are sorted. Test and validation set are the last
     parts of the text, cut between documents if these are small enough, else at the end of a line. The splits do not
     depend on the tokenizer.
 
     Args:
         file: files, or folders of files.
         pattern: names of the files in folders, at any depth.
-        column: the column of Parquet files with a document in each row; None: the files are texts.
+        column: the column of Parquet files with a document in each row; None if the files are texts.
         tokenizer: bytes; bpe: byte-pair encoding, trained on the training set; or the path of a tokenizer.json.
-        vocabulary: number of tokens of bpe; None: 4096.
+        vocabulary: number of tokens of bpe; None for 4096.
         test_split: fraction of the bytes; `val_split` likewise.
         saved_tokenizer: the tokenizer.json of a checkpoint, which replaces `tokenizer`.
 
@@ -186,7 +186,7 @@ def _dataset(
 ) -> Dataset:
     """Returns the tokens before, between and after `cuts` as training, validation and test set.
 
-    `tokenizer`: of the tokens; None: they are bytes.
+    `tokenizer`: of the tokens; None if they are bytes.
     """
     train = _windows(tokens[: cuts[0]], length, "the training text")
     val, test = (
@@ -215,7 +215,7 @@ def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
 
 
 def _files(entry: str, pattern: str, others: Counter[str]) -> list[Path]:
-    """Returns a file, or those of a folder whose names match the pattern; counts `others` by ending or reason."""
+    """Returns a file, or the files of a folder that match the pattern; counts `others` by ending or reason."""
     path = Path(os.path.expanduser(entry))
     if path.is_file():
         return [path]
@@ -384,5 +384,5 @@ def _character(tokens: np.ndarray, position: int) -> int:
 
 
 def _facts(tokens: np.ndarray, paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns what environment.json says about the text, beside its identity."""
+    """Returns the facts about the text for environment.json, in addition to its identity."""
     return {"files": len(paths), "bytes": len(tokens)}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Windows:
-    """Windows of `length` + 1 tokens, of which the first `length` are inputs and the last `length` are targets.
+    """Windows of `length` + 1 tokens: the first `length` are inputs, the last `length` are targets.
 
     Window i starts at token i * stride. By default stride = `length`: neighbours share one token, and every token but
     the first is a target once; up to `length` - 1 tokens at the end are left out. The windows are never copied: they
@@ -22,7 +22,7 @@ class Windows:
         self.tokens = tokens
         self.length = length
         self._stride = length if stride is None else stride
-        self._selected: Tensor | None = None  # window numbers; None: all
+        self._selected: Tensor | None = None  # window numbers; None for all
         self._count = max((len(tokens) - length - 1) // self._stride + 1, 0)
 
     @property

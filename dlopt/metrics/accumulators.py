@@ -1,4 +1,4 @@
-"""Adds up what the metrics of an evaluation need, over its batches and over all ranks."""
+"""Accumulates the inputs of an evaluation's metrics over its batches and over all ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -53,7 +53,7 @@ def calibration_gaps(
     return correct.new_zeros(bins).index_add_(0, bin_of, correct - confidence)
 
 
-# -- what is added up
+# -- accumulated sums
 
 
 class Counts(NamedTuple):
@@ -97,7 +97,7 @@ def _macro_f1(sums: "Tensor", _: object) -> float:
 
 
 def _matthews(sums: "Tensor", _: object) -> float:
-    """Gorodkin 2004, equation 8. A sample without a prediction counts as one of a class of its own."""
+    """Gorodkin 2004, equation 8. Samples without a prediction count as predictions of an extra class."""
     correct, true, predicted = _by_class(sums)
     samples = true.sum()
     missing = samples - predicted.sum()

@@ -26,7 +26,7 @@ def predicted_classes(outputs: "Tensor") -> "Tensor":
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Samples whose outputs are known: those of a batch, or all of a split.
+    """Samples with known outputs: of a batch, or of a whole split.
 
     Attributes:
         outputs: [N, ...] in fp32 or fp64.

@@ -53,15 +53,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Training:
-    """Training between two evaluations or logging points, of which the throughput is computed.
+    """Training between two evaluations or logging points, for the throughput.
 
     Attributes:
         rate: samples per second, of all processes.
-        tokens: of a sample of a text; None: samples are counted.
-        flops: of a training sample; None: unknown.
-        nominal: FLOP/s of the GPU of each process; None: unknown.
+        tokens: of a sample of a text; None if samples are counted.
+        flops: of a training sample; None if unknown.
+        nominal: FLOP/s of the GPU of each process; None if unknown.
         processes: with one GPU each.
-        gpu_bytes: peak of the allocated GPU memory; None: there is no GPU.
+        gpu_bytes: peak of the allocated GPU memory; None if there is no GPU.
     """
 
     rate: float
@@ -78,7 +78,7 @@ class Measure:
 
     Attributes:
         name: the key in metrics.jsonl and summary.json.
-        title: in the table of epochs, the live display and train.log; "{unit}" is that of the samples.
+        title: in the table of epochs, the live display and train.log; "{unit}" is the unit of the samples.
         format: of a value.
         better: direction.
         shown: the places. Where space is limited, with the order in which columns are hidden: the smallest number
@@ -96,8 +96,8 @@ class Measure:
         varies: whether it differs between runs that compute the same.
         needs: the columns of a line from which `of_line` or `of_row` computes it.
         of_line: computes it from the values of `needs`.
-        of_row: computes it when a row of the table of epochs is printed; None: unknown.
-        of_training: computes it of each interval of the training; None: it has no such column.
+        of_row: computes it when a row of the table of epochs is printed; None if unknown.
+        of_training: computes it of each interval of the training; None if it has no such column.
         at_end: computes it of the model when the run ends, for summary.json.
     """
 
@@ -249,7 +249,7 @@ def measured(training: Training) -> dict[str, float]:
 
 
 def at_end(model: "nn.Module") -> dict[str, float]:
-    """Returns what is measured when a run ends, for summary.json: parameters."""
+    """Returns the measures at the end of a run, for summary.json: parameters."""
     return {each.name: each.at_end(model) for each in OTHERS if each.at_end is not None}
 
 

@@ -1,7 +1,7 @@
-"""How a metric is spelled, and which of its values, and which evaluation of a run, are better. Nothing else says it.
+"""Names of metrics (columns, tags, keys), their direction, and the order of evaluations. No other module defines them.
 
-dlopt knows the direction of its own metrics. That of a user's metric (`evaluate.metrics`) is never guessed from its
-name: the run that monitors it sets `monitor_mode`, and its saved config keeps it.
+dlopt knows the direction of its own metrics. It never guesses the direction of a user's metric (`evaluate.metrics`)
+from the name: the run that monitors the metric sets `monitor_mode`, and its saved config keeps it.
 """
 
 import math
@@ -34,7 +34,7 @@ _MONITORS = ("monitor", "stopping.monitor", "schedule.monitor")
 Split = Literal["train", "val", "test", "evaluated_train"]
 """Samples of a metric, and how it is measured: `train` during the updates, the others in evaluation mode."""
 FINAL_TAGS = ("best/", "test/")
-"""How the tags of the end of a run begin."""
+"""Prefixes of the tags that are written at the end of a run."""
 _BEST = "best_"
 _SPELLED = re.compile(rf"(?:{_BEST})?(?P<split>train|val|test|evaluated_train)_(?P<name>.*)", re.DOTALL)
 
@@ -48,7 +48,7 @@ class Metric:
 
     @classmethod
     def of(cls, key: str) -> "Metric | None":
-        """Parses a `column` or a key `best`; None: it has no split (seconds, gap, best_epoch)."""
+        """Parses a `column` or a key `best`; None if it has no split (seconds, gap, best_epoch)."""
         match = _SPELLED.fullmatch(key)
         return None if match is None else cls(match["split"], match["name"])  # type: ignore[arg-type]
 
@@ -79,7 +79,7 @@ class Metric:
 
     @property
     def class_name(self) -> str | None:
-        """The class: 8 of class_accuracy/8; None: the metric is of all classes."""
+        """The class: 8 of class_accuracy/8; None if the metric is of all classes."""
         _, has_class, name = self.name.partition("/")
         return name if has_class else None
 
@@ -111,7 +111,7 @@ def column_of(key: str) -> str:
 
 
 def split_of(column: str) -> Split | None:
-    """Returns the split of a column; None: it has none (seconds), or is a key `best_...` of summary.json."""
+    """Returns the split of a column; None if it has none (seconds), or is a key `best_...` of summary.json."""
     metric = Metric.of(column)
     return metric.split if metric is not None and metric.column == column else None
 
@@ -142,7 +142,7 @@ def base_name(metric: str) -> str:
 
 
 def known_mode(metric: str) -> Mode | None:
-    """Returns the direction of a metric of dlopt; None: it is a user's metric.
+    """Returns the direction of a metric of dlopt; None if it is a user's metric.
 
     Every name without a split is dlopt's: smaller values are better (costs, gaps, what comparisons measure) unless the
     measure is declared otherwise.
@@ -156,7 +156,7 @@ def known_mode(metric: str) -> Mode | None:
 
 
 def mode_of(metric: str, modes: Modes = NONE) -> Mode | None:
-    """Returns the direction of a metric; None: it is a user's metric that `modes` does not name."""
+    """Returns the direction of a metric; None if it is a user's metric that `modes` does not name."""
     return known_mode(metric) or modes.get(base_name(metric))
 
 

@@ -42,7 +42,7 @@ class KeptOutputs:
         gathered = self._ranks.gather([self._batches])
         if not self._ranks.is_main:
             return None
-        # Batch by batch: the ranks hold adjacent slices of each batch, of which the last may leave some without.
+        # Batch by batch: the ranks hold adjacent slices of each batch; some ranks may have none of the last batch.
         shards = [shard for batch in zip_longest(*gathered) for shard in batch if shard is not None]
         outputs, targets = (torch.cat(column) for column in zip(*shards, strict=True))
         return outputs, targets

@@ -1,4 +1,4 @@
-"""What is shown of a run, where and how: columns, titles and formats, also of metrics that nobody declares."""
+"""Display of a run's metrics: columns, titles and formats, including undeclared metrics."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,7 @@ _EVALUATED = (
                python=KEPT),
     _evaluated("val", "bits_per_byte", table=KEPT),
     _evaluated("val", "perplexity", table=KEPT),
-    # The table of epochs has those of labels and of the user by the run that computes them: see `EpochRows`.
+    # The run adds the metrics of labels and of the user to the table of epochs: see `EpochRows`.
     _evaluated("val", "mean_average_precision", 20, leaderboard=KEPT),
     _evaluated("val", "macro_f1", 30, leaderboard=KEPT),
     _evaluated("val", "micro_f1", 40, leaderboard=KEPT),
@@ -65,9 +65,9 @@ def _declaration(name: str) -> Declaration | None:
 
 
 def is_percent(name: str) -> bool:
-    """Returns whether plots show the metric in percent, and differences of it in points.
+    """Returns whether plots show the metric in percent, and its differences in percentage points.
 
-    If it is not declared as a metric of an evaluation, its name decides: that of an accuracy, or of its gap.
+    If it is not declared as a metric of an evaluation, its name decides: an accuracy, or the gap of an accuracy.
     """
     declared = _declaration(name)
     return "accuracy" in name if declared is None else declared.unit == "%"
@@ -76,7 +76,7 @@ def is_percent(name: str) -> bool:
 def format_metric(name: str, value: float | None) -> str:
     """Formats a metric by its name: accuracies in percent, times, counts, learning rates, others as numbers.
 
-    Of metrics that nobody declares, an accuracy and a name that ends in top1 or top5 is a fraction.
+    Undeclared metrics are fractions if they are named as an accuracy, or if their name ends in top1 or top5.
     """
     if (shown := MEASURES.get(name) or _declaration(name)) is not None:
         return shown.show(value)

@@ -16,7 +16,7 @@ Reduce = Callable[[Sequence[float]], Sequence[float]]
 # Bounds on the tensors that wait for a flush. Larger ones save little, and evict a small model from the cache.
 _MAX_PENDING_STEPS = 128
 _MAX_PENDING_OUTPUTS = 1 << 20  # elements: 4 MiB in fp32
-_MAX_KEPT_OUTPUTS = 1 << 16  # of a micro-batch; an update has many, and those of a text are large
+_MAX_KEPT_OUTPUTS = 1 << 16  # per micro-batch; an update has many micro-batches, and outputs for text are large
 
 
 class CountsPredictions(Protocol):
@@ -38,13 +38,13 @@ class Measured(NamedTuple):
 
     loss: Tensor  # mean over the samples
     samples: int
-    outputs: Tensor | None = None  # None: not needed, or `correct` is known
+    outputs: Tensor | None = None  # None if not needed, or `correct` is known
     targets: Tensor | None = None
     correct: Tensor | None = None  # number of correct predictions
 
     @staticmethod
     def of_no_samples(loss: Tensor) -> "Measured":
-        """A micro-batch of which this rank has no samples: all ranks must reduce the same number of entries."""
+        """A micro-batch without samples on this rank: all ranks must reduce the same number of entries."""
         return Measured(torch.zeros_like(loss.detach()), 0)
 
     def clone(self) -> "Measured":
@@ -71,7 +71,7 @@ class MetricSum:
     Args:
         task: defines the metrics, and the number of predictions per sample.
         on_flush: called with the outputs and targets of many steps, in order, at each flush.
-        reduce: sums over ranks; None: one process. Each rank adds its own samples of every batch.
+        reduce: sums over ranks; None for one process. Each rank adds its own samples of every batch.
         accuracy: count the correct predictions of a task that has them; false: only the loss.
     """
 
@@ -101,8 +101,8 @@ class MetricSum:
         self._reported = (0.0, 0, 0)
 
     def measure(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Measured:
-        """Returns what has to be added of a batch: mean loss (scalar), outputs [B, K], targets [B] (or [B, K]:
-        probabilities).
+        """Returns the batch's contribution, for `add`. Takes the mean loss (scalar), outputs [B, K], and targets [B]
+        (or [B, K]: probabilities).
 
         With several predictions per sample: outputs [B, T, K], targets [B, T]. Adds nothing.
         """
@@ -113,7 +113,7 @@ class MetricSum:
         return Measured(loss, targets.shape[0], outputs, targets)
 
     def add(self, *measured: Measured) -> None:
-        """Adds what `measure` has returned: of a batch, or of each micro-batch of an update."""
+        """Adds the results of `measure` for a batch, or for each micro-batch of an update."""
         pending = self._pending
         if not pending:
             kept = sum(each.outputs.numel() for each in measured if each.outputs is not None)
@@ -136,7 +136,7 @@ class MetricSum:
             correct += round(next(numbers))
             count += sum(counts)
         if self.reduce is not None:
-            # Step by step, since ranks have different numbers of samples in a step; all have the same number of steps.
+            # Step by step: ranks have the same number of steps, but different numbers of samples in a step.
             *losses, all_correct, all_count = self.reduce([*losses, correct, count])
             correct, count = round(all_correct), round(all_count)
         # A float64 sum in the order of the updates, whatever the interval of logging and checkpoints.
@@ -178,7 +178,7 @@ class MetricSum:
         return by_column(split, means | self.task.loss_metrics(means["loss"]))
 
     def warn_if_not_finite(self, metrics: Mapping[str, Any], name: str, show: Callable[[str], None]) -> None:
-        """Reports a loss that is NaN or infinite, beside which an accuracy looks like that of a usable model."""
+        """Reports a NaN or infinite loss, because the accuracy beside it may look like a usable model's."""
         loss = metrics.get(name)
         if loss is not None and not math.isfinite(loss):
             wrong = "" if self.task.accuracy is None else "; those with NaN count as wrong predictions"

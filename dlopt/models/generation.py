@@ -28,7 +28,7 @@ def generate(
 
     Args:
         temperature: divides the logits; 0: the most probable token.
-        top_k: sample from the k most probable tokens; None: from all.
+        top_k: sample from the k most probable tokens; None for all.
         generator: on the CPU, so that all devices draw the same numbers.
         cache: keep the keys and values of a GPT; false: recompute them for each token.
     """

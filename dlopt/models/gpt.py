@@ -182,7 +182,7 @@ class GPT(nn.Sequential):
 
     Args:
         input_shape: (T,): the largest number of tokens.
-        vocabulary: V; None: the data is not a text.
+        vocabulary: V; None if the data is not a text.
         tied_embeddings: the last layer uses the weights of the token embedding (Press & Wolf 2017).
         attention_scale: 1/sqrt(d) or, for muP, 1/d (Yang et al. 2021, definition 4.1), with d features per head.
 

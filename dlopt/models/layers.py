@@ -191,7 +191,7 @@ class Norm:
 
 
 def activation(name: Activation) -> nn.Module:
-    """Builds the elementwise activation of that name. Never in place, so that hooks see the unchanged input."""
+    """Builds an elementwise activation by name. Never in place, so that hooks see the unchanged input."""
     return ACTIVATIONS[name]()
 
 
@@ -233,7 +233,7 @@ def hidden_features(width: int, expansion: float) -> int:
 
 
 def example_inputs(model: nn.Module, shape: tuple[int, ...], *, count: int, device: torch.device | str) -> Tensor:
-    """Returns zeros [count, *shape] of the type that the model reads: tokens (int64), or that of its weights."""
+    """Returns zeros [count, *shape] of the model's input type: tokens (int64), or the dtype of its weights."""
     reads_tokens = getattr(model, "vocabulary", None) is not None
     dtype = torch.int64 if reads_tokens else next(model.parameters()).dtype
     return torch.zeros(count, *shape, device=device, dtype=dtype)
@@ -283,7 +283,7 @@ def zero_branch(norm: nn.Module, layer: nn.Module) -> None:
 
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Context in which all layers are in evaluation mode; afterwards each layer has its own mode again."""
+    """Context in which all layers are in evaluation mode; restores the mode of each layer afterwards."""
     training = {layer: layer.training for model in models for layer in model.modules()}
     for model in models:
         model.eval()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dlopt.machine.device import prefers_onednn
 
 _PREFERS_ONEDNN = prefers_onednn()
-_WIDE = 1024  # outputs, from which on padding them costs less than it saves
+_WIDE = 1024  # number of outputs above which padding saves more than it costs
 _ALIGNED = 8  # outputs in 16 bytes of bf16
 _PADDED = 64  # multiple to which outputs are padded: a tile of the matrix product
 _MIN_MULTIPLICATIONS = 1 << 22  # of a product; below, the conversion of its operands takes longer than oneDNN saves
@@ -45,7 +45,7 @@ class WideLinear(Linear):
 
     Tensor cores read 16 bytes at a time: with the 50,257 tokens of GPT-2, the product in bf16, and the two of its
     backward pass, run at a fraction of their rate. On CUDA the weight is padded with zeros for the product, and the
-    outputs of the padding are cut off. Parameters, gradients and outputs are those of the layer without it.
+    outputs of the padding are cut off. Parameters, gradients and outputs are the same as without padding.
     """
 
     def forward(self, input: Tensor) -> Tensor:

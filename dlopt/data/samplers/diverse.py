@@ -67,7 +67,7 @@ class Diverse:
         return torch.cat([batches.flatten(), last[torch.randperm(rest, generator=rng)]])
 
     def metrics(self) -> dict[str, float]:
-        """Returns batch_variation: input variance within batches, relative to that of the training set.
+        """Returns batch_variation: input variance within batches, relative to the training set.
 
         Sample-weighted mean over the batches of the latest epoch; 1 in expectation for a random order.
         """

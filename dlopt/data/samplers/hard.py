@@ -93,7 +93,7 @@ class HardExamples:
         self._served.append((step, indices))
 
     def observe(self, losses: Tensor) -> None:
-        """Keeps each sample's latest loss; of several in one batch the largest. Non-finite losses are ignored."""
+        """Keeps each sample's latest loss (the largest of several in one batch). Ignores non-finite losses."""
         if not len(losses):
             return
         samples, steps = self._next_served(len(losses))
@@ -124,7 +124,7 @@ class HardExamples:
         return torch.cat(samples).numpy(), np.concatenate(steps)
 
     def _merge(self) -> None:
-        """Gives all ranks the latest loss of every sample: that of the largest update, then the largest."""
+        """Gives all ranks the latest loss of every sample: from the latest update, and the largest of several."""
         updates = self.maximum(self._updates)
         self._losses = self.maximum(torch.where(self._updates == updates, self._losses, -torch.inf))
         self._updates = updates
