@@ -44,7 +44,7 @@ def tags_text(row: Row) -> str:
 
 
 def statistic_text(name: str, statistic: Statistic | None) -> str:
-    """Formats 90.00 ± 1.00 %; the unit stands once."""
+    """Formats 90.00 ± 1.00 %; the unit appears once."""
     if statistic is None:
         return "-"
     shown = statistic.show(_form(name, [statistic.mean, statistic.std or 0.0]))

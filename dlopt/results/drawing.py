@@ -79,7 +79,7 @@ def metric_label(metric: str) -> str:
 
 
 def literal(text: str) -> str:
-    """Returns a text that matplotlib shows as it is: without mathtext, and not hidden from legends."""
+    """Escapes a text for matplotlib: no mathtext, and not hidden from legends."""
     return "\u200b" * text.startswith("_") + text.replace("$", r"\$")
 
 

@@ -49,7 +49,7 @@ class Record:
             and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
         history: the evaluated epochs.
         overrides: of the command line.
-        origin: what the run was made of, beside its config: the `data` by content, the `code` of the user's packages.
+        origin: inputs of the run beside its config: the `data` by content, the `code` of the user's packages.
     """
 
     path: Path
@@ -130,7 +130,7 @@ class Row:
     data: str = ""  # where other rows differ in their data only: which one it is
 
     def statistic(self, metric: str) -> Statistic | None:
-        """Computes mean, standard deviation and count of a metric over ended runs, of which a seed has one."""
+        """Computes mean, standard deviation and count of a metric over ended runs, one per seed."""
         return statistic([run.metric(metric) or 0.0 for run in self._counted(metric)])
 
     @property
@@ -143,7 +143,7 @@ class Row:
         return sum(run.status == "failed" for run in self.runs)
 
     def count(self, metric: str) -> str:
-        """Formats the number of runs: 3, or "2 of 3, 1 failed" if the statistics of `metric` are those of two."""
+        """Formats the number of runs: 3, or "2 of 3, 1 failed" if the statistics of `metric` cover two."""
         counted, runs = len(self._counted(metric)), len(self.runs)
         count = str(runs) if counted == runs else f"{counted} of {runs}"
         return f"{count}, {self.failed} failed" if self.failed else count
@@ -156,7 +156,7 @@ class Row:
         return distinct([run for run in self.runs if run.has_ended and run.metric(metric) is not None])
 
     def repeated(self, metric: str) -> int:
-        """Returns the number of runs whose metric does not count because a later one has the same seeds."""
+        """Returns the number of runs that do not count because a later run has the same seeds."""
         ended = [run for run in self.runs if run.has_ended and run.metric(metric) is not None]
         return len(ended) - len(distinct(ended))
 
@@ -192,7 +192,7 @@ class ParetoFront:
 
 
 def direction_of(metric: str, modes: Modes = NONE) -> Direction:
-    """Returns the direction of the metric; `modes`: those of users' metrics. Raises `UserError` if it is unknown."""
+    """Returns the direction of the metric; `modes`: those of users' metrics. Raises `UserError` if unknown."""
     return "minimize" if lower_is_better(metric, modes) else "maximize"
 
 
@@ -202,7 +202,7 @@ def modes_of(records: Iterable[Record]) -> dict[str, Mode]:
 
 
 def monitored(records: Iterable[Record]) -> str | None:
-    """Returns the validation metric that `monitor` names in all runs; None: they differ, or it is `auto`."""
+    """Returns the validation metric that `monitor` names in all runs; None if they differ, or it is `auto`."""
     names = {str(flatten(record.config).get("monitor")) for record in records}
     name = names.pop() if len(names) == 1 else "auto"
     return name if split_of(name) == "val" else None
@@ -211,9 +211,9 @@ def monitored(records: Iterable[Record]) -> str | None:
 def leaderboard(
     entries: Sequence[Record], *, metric: str | None = None, direction: Direction | None = None
 ) -> Leaderboard:
-    """Ranks configurations by the mean of `metric` over seeds, best first, those without a value last.
+    """Ranks configurations by the mean of `metric` over seeds: best first, configurations without a value last.
 
-    `metric`: by default that of `monitored`, else `best_val_accuracy`, if any run has it, else `best_val_loss`. Raises
+    `metric`: by default that of `monitored`, else `best_val_accuracy` if any run has it, else `best_val_loss`. Raises
     `UserError` if its direction is unknown.
     """
     if metric is None:
@@ -245,7 +245,7 @@ def _grouped(entries: Sequence[Record]) -> list[Row]:
     rows = []
     for runs, data in groups:
         own = [line for line in runs[0].overrides if line not in common and not line.startswith("--")]
-        # A recipe is compared by what it sets, and named by its name.
+        # A recipe is compared by the keys that it sets, and shown by its name.
         typed = [line for line in own if distinguishes(key_of(line)) or key_of(line) in ("experiment", "debug")]
         label = " ".join([*typed, *([f"({data})"] if data else [])])
         label = label or (str(runs[0].path) if len(groups) > 1 else "as configured")
@@ -254,7 +254,7 @@ def _grouped(entries: Sequence[Record]) -> list[Row]:
 
 
 def _has_same_data(one: Record, other: Record) -> bool:
-    """Compares the data by content; by their folder if a run does not tell what it read."""
+    """Compares the data by content, or by folder if a run did not record the content."""
     data = one.origin.get("data"), other.origin.get("data")
     if None in data:
         return _root(one) == _root(other)

@@ -1,4 +1,4 @@
-"""Computes what the page of a report shows. Its script draws these numbers and texts; it averages and smooths curves.
+"""Computes the content of a report page. Its script draws these numbers and texts, and averages and smooths curves.
 
 Shows test metrics only for the first row unless `test` is true, because comparing them would select on the test set.
 """
@@ -48,7 +48,7 @@ from dlopt.tracking.terminal_text import short_path
 
 _POINTS = 120_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12
-_FINE, _FINER = 50, 4  # configurations, the best ones, whose curves have so many times the points of others
+_FINE, _FINER = 50, 4  # the best configurations, and how many times more points their curves have
 _LOG, _ALL_LOGS = 4_000, 200_000  # characters of a run's log, and of all of them
 _LONGEST = 300  # characters of a line or a value
 _MOST_AXES = 9  # keys of the parallel coordinates
@@ -209,7 +209,7 @@ def _log(run: Record, share: int, *, is_test_shown: bool) -> list[str]:
 
 
 def _sections(run: Record, sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """Returns what packages say of a run."""
+    """Returns the notes of packages about a run."""
     found = []
     for section in sections:
         if (own := section.runs.get(run.path)) is None:
@@ -258,7 +258,7 @@ def _failure(run: Record, label: str) -> list[str | None]:
 
 
 def _curve_names(ranking: Ranking) -> list[str]:
-    """Returns the metrics logged per epoch, those of `FIRST` first."""
+    """Returns the metrics logged per epoch, the metrics in `FIRST` first."""
     lines = [record.history[i] for i in (0, -1) for record in ranking.records if record.history]
     names = dict.fromkeys(name for line in lines for name in line)
     ordered = dict.fromkeys([*(name for name in FIRST if name in names), *names])
@@ -296,7 +296,7 @@ def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
 
 
 def _rounded(values: np.ndarray, digits: int) -> list[float]:
-    """Returns numbers of so many digits; integers without a decimal point."""
+    """Rounds numbers to a number of digits; integers have no decimal point."""
     rounded = [float(f"{value:.{digits}g}") for value in values.tolist()]
     return [int(value) if value.is_integer() and abs(value) < 1e9 else value for value in rounded]
 
@@ -324,7 +324,7 @@ def _sensitivity(ranking: Ranking) -> dict[str, Any]:
 
 
 def _parallel(ranking: Ranking) -> dict[str, Any] | None:
-    """Returns the axes with their ticks, and the positions of each row on them (None: it has no value)."""
+    """Returns the axes with their ticks, and the positions of each row on them (None if it has no value)."""
     rows = ranking.ranked
     if len(ranking.keys) < 2 or len(rows) < 2:
         return None
@@ -348,7 +348,7 @@ def _parallel(ranking: Ranking) -> dict[str, Any] | None:
 
 
 def _times(ranking: Ranking, target: float) -> list[dict[str, Any]]:
-    """Returns for each target the configurations in their order: those that reach it first."""
+    """Returns for each target the order of the configurations, beginning with those that reach it."""
     rank = {id(row): i for i, row in enumerate(ranking.rows)}
     results = []
     for goal in dict.fromkeys([target, *targets(ranking)]):

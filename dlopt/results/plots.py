@@ -1,6 +1,6 @@
 """Plots of the report, one figure each; a plot without data is None.
 
-Accuracies are in percent. A configuration has the colour of its rank, and an optimizer that of its best configuration.
+Accuracies are in percent. A configuration has the colour of its rank, an optimizer that of its best configuration.
 """
 
 import math
@@ -46,7 +46,7 @@ _WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
 
 def plots(ranking: Ranking, target: float | None, names: Iterable[str] | None = None) -> dict[str, "Figure"]:
-    """Returns the plots with data: all, or those of `names`."""
+    """Returns the plots with data: all, or those in `names`."""
     figures = {name: PLOTS[name](ranking, target) for name in (PLOTS if names is None else names)}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -201,7 +201,7 @@ def lr_sensitivity(ranking: Ranking) -> "Figure | None":
 
 
 def _optimizer_styles(results: Sequence[Sensitivity]) -> list[int]:
-    """Returns the style of each optimizer: that of its best configuration, or a free one if curves do not show it."""
+    """Returns the style of each optimizer: its best configuration's, or an unused style if curves do not show it."""
     best = [min(row for _, _, row in result.points) for result in results]
     free = iter(range(SHOWN, SHOWN + len(results)))
     return [row if row < SHOWN else next(free) for row in best]
@@ -251,7 +251,7 @@ class AxisScale:
         if not self.is_number:
             named = {text(value): value for value in values}
             self.positions = {name: (i + 0.5) / len(named) for i, name in enumerate(sorted(named))}
-            # The value stays a number where all are equal: the page formats that of the metric.
+            # The value stays a number if all values are equal: the page formats it like the metric.
             self.ticks = _apart([(at, brief(named[name]), named[name]) for name, at in self.positions.items()])
             return
         self.low, self.high = min(known), max(known)

@@ -75,7 +75,7 @@ def against_published(ranking: Ranking) -> list[PublishedRow]:
 
 
 def recipe_label(published: PublishedRow, ranking: Ranking) -> str:
-    """Returns the recipe's name with the keys in which it differs from other rows of that name."""
+    """Returns the recipe's name with the keys in which it differs from other rows with the same name."""
     name = str(published.row.runs[0].config.get("name", published.row.label))
     same_name = [row for row in ranking.rows if row.runs[0].config.get("name") == name]
     if len(same_name) == 1:

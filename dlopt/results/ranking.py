@@ -104,7 +104,7 @@ class Ranking:
 def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Ranking:
     """Groups and ranks runs by metric `by`. Raises `UserError`.
 
-    `by`: None: that of `monitored`, else val_accuracy, or val_loss if no run has it.
+    `by`: None for the metric of `monitored`, else val_accuracy, or val_loss if no run has it.
     """
     by = _ranking_metric(records, by)
     # Runs on several devices form one configuration.
@@ -256,7 +256,7 @@ def _thinned(curve: np.ndarray) -> np.ndarray:
 
 
 def _at(epochs: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """Interpolates the columns of a curve, of which the first is its epochs; NaN outside of it."""
+    """Interpolates the columns of a curve (the first column is the epochs); NaN outside of it."""
     if np.array_equal(epochs, curve[:, 0]):
         return curve
     return np.stack([np.interp(epochs, curve[:, 0], column, left=np.nan, right=np.nan) for column in curve.T], 1)
@@ -416,9 +416,9 @@ def _sensitivity(
 
 @dataclass(frozen=True)
 class Reached:
-    """First updates and seconds at which runs of a configuration reach the target; statistics over those that do.
+    """First updates and seconds at which runs of a configuration reach the target; statistics over the runs that do.
 
-    Counts the runs that have ended, also those that failed: the others may still reach the target.
+    Counts all ended runs, including failed ones; running ones may still reach the target.
     """
 
     count: int
@@ -428,7 +428,7 @@ class Reached:
 
 
 def time_to_target(row: Configuration, by: str, target: float, lower: bool | None = None) -> Reached:
-    """`lower`: whether smaller values are better; None: as dlopt's metric says."""
+    """`lower`: whether smaller values are better; None for the direction of dlopt's metric."""
     lower = direction_of(by) == "minimize" if lower is None else lower
     sign = 1 if lower else -1
     runs = [run for run in row.distinct if run.status not in OPEN]
@@ -441,7 +441,7 @@ def time_to_target(row: Configuration, by: str, target: float, lower: bool | Non
 def fastest(ranking: Ranking, target: float) -> list[tuple[Configuration, Reached]]:
     """Returns the configurations that reach the target, by the fraction of runs that do, then by mean updates.
 
-    The mean over a few lucky runs of a configuration is not comparable with that of one whose runs all reach it.
+    The mean over a few lucky runs of one configuration is not comparable with the mean over all runs of another.
     """
     results = [(row, time_to_target(row, ranking.by, target, ranking.lower)) for row in ranking.ranked]
     reached = [(-each.count / each.runs, each.steps.mean, i) for i, (_, each) in enumerate(results) if each.steps]

@@ -36,7 +36,7 @@ STATUSES = (*ENDED, "pruned", *OPEN, "failed")
 
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
-_RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb has a config.yaml of its own
+_RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb writes its own config.yaml
 _STATE = [name for name, each in MEASURES.items() if each.is_state]
 
 
@@ -49,7 +49,7 @@ class Damaged:
 
 
 class RunReader:
-    """Reads runs below folders; caches those that have not changed since the last read."""
+    """Reads runs below folders; caches runs that have not changed since the last read."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, Record | Damaged]] = {}
@@ -231,7 +231,7 @@ def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, 
 
 
 def _best_line(history: History, config: Mapping[str, Any]) -> Mapping[str, float] | None:
-    """Returns the epoch of the best model, as training selects it. For runs without a summary. `config`: of the run."""
+    """Returns the epoch of the best model, as training selects it, for runs without a summary. `config`: of the run."""
     logged = history.latest()
     monitor, modes = resolve_monitor(str(config.get("monitor", "auto")), logged), monitored_modes(flatten(config))
     if mode_of(monitor, modes) is None:

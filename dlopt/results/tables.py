@@ -104,7 +104,7 @@ def _escaped(text: str) -> str:
 
 
 def _number(cell: str) -> str:
-    """Converts 0.83 ± 0.02 or 0.83 [0.71, 0.90] to LaTeX's mathematics; what has no sign is text."""
+    """Converts 0.83 ± 0.02 or 0.83 [0.71, 0.90] to LaTeX's math mode; values without a sign stay text."""
     if cell == "-":
         return "--"
     if _MATHEMATICS.search(cell) is None:

@@ -103,7 +103,7 @@ def _metrics(ranking: Ranking) -> list[str]:
 
 
 def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
-    """Names what the printed table leaves out, and gives the test metric of the best row if its column is hidden."""
+    """Names the parts missing from the printed table, and gives the best row's test metric if its column is hidden."""
     lines = []
     if "test" in dropped and ranking.rows:
         values = [(name, ranking.rows[0].statistic(name)) for name in test_columns(ranking)[:1]]

@@ -1,1 +1,1 @@
-"""What is learned: one file per task, which says what the model reads and predicts, its loss, metrics and test."""
+"""Tasks: one file each, which defines inputs and predictions of the model, loss, metrics and test."""

@@ -1,4 +1,4 @@
-"""Finds the task of a run: that of its data, that which its model or loss sets, or that of a checkpoint."""
+"""Finds the task of a run: from its data, from its model or loss, or from a checkpoint."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,12 +19,12 @@ def of_labels(classes: int | None, targets: Tensor, white: float) -> Task:
     """Returns the task of data with these targets: see `dlopt.data.samples.Samples`. `classes`: None for numbers."""
     if classes is None:
         return Regression(1 if targets.ndim == 1 else targets.shape[1], white)
-    # A float target says of each class whether the sample has it.
+    # A float target marks each class that the sample has.
     return MultiLabel(classes, white) if targets.is_floating_point() else Classification(classes, white)
 
 
 def chosen(task: Task, shape: tuple[int, ...], *components: tuple[Callable[..., Any], str]) -> Task:
-    """Returns the task that one of the components (callable, choice) sets, for samples of `shape`; else that of the
+    """Returns the task that one of the components (callable, choice) sets, for samples of `shape`; else the task of the
     data.
 
     A class sets its task by an attribute `task`, a class of tasks, or by `reconstructs = True`. Raises `UserError`.

@@ -1,4 +1,4 @@
-"""What a test reports: metrics, and what is listed and drawn of classes or labels."""
+"""The report of a test: metrics, and tables and drawings of classes or labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class TestReport:
     """Test metrics (`test_...`).
 
     Attributes:
-        confusion: [K, K] with a row per true class; None: of other tasks.
-        labels: the metrics of each label where a sample has several; None: of other tasks.
+        confusion: [K, K] with a row per true class; None for other tasks.
+        labels: the metrics of each label if a sample has several labels; None for other tasks.
         samples: of each class [K], also those whose outputs have NaN, which count as wrong and are in no cell of the
             confusion matrix.
     """

@@ -1,4 +1,4 @@
-"""What every task says of itself, with the answers that most of them give."""
+"""The interface of all tasks, with defaults that suit most of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,14 +27,14 @@ class Task:
     Attributes:
         kind: its name in checkpoints and messages.
         title: of its section in the reference.
-        purpose: what the outputs of the model are, for messages.
+        purpose: meaning of the model's outputs, for messages.
         metrics: of an evaluation, beside the loss.
-        accuracy: name of the fraction of correct predictions, which every update adds up; None: a task without one.
+        accuracy: name of the fraction of correct predictions, which every update adds up; None for tasks without it.
         reads_labels: whether the targets are labels of the data; otherwise they are taken from the samples.
-        keeps_outputs: whether a test may hold the outputs of all samples, and average those of crops and of models.
-        draws_outputs: whether outputs are images, of which a test draws some.
+        keeps_outputs: whether a test may hold the outputs of all samples, and average outputs of crops and models.
+        draws_outputs: whether outputs are images; a test then draws some of them.
         predictions: per sample.
-        tokens: of a sample, in which throughput is measured; None: it is measured in samples.
+        tokens: of a sample, in which throughput is measured; None if it is measured in samples.
         measures_train_accuracy: default of `evaluate.train_accuracy`.
     """
 
@@ -76,7 +76,7 @@ class Task:
 
     @property
     def saved(self) -> dict[str, Any]:
-        """The plain values of which `dlopt.tasks.kinds.restored` makes the task."""
+        """The plain values from which `dlopt.tasks.kinds.restored` rebuilds the task."""
         return {"kind": self.kind, **asdict(self)}
 
     @classmethod
@@ -86,13 +86,13 @@ class Task:
 
     @classmethod
     def instead_of(cls, task: "Task", shape: tuple[int, ...], choice: str) -> "Task":
-        """Returns the task that the component `choice` sets in place of that of the data, for samples of `shape`.
+        """Returns the task that the component `choice` sets in place of the data's, for samples of `shape`.
 
         Raises `UserError` if it does not fit.
         """
         return cls(task.outputs, task.white)
 
-    # -- what the model reads and predicts
+    # -- inputs and predictions of the model
 
     def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the model's input for samples of `shape`."""
@@ -195,7 +195,7 @@ class Task:
         )
 
     def class_names(self, classes: Sequence[str] | None) -> tuple[str, ...] | None:
-        """Returns the names of what the model predicts, of the `classes` of the data; None: it has no names."""
+        """Returns the names of the predictions, given the `classes` of the data; None if they have no names."""
         return None if classes is None or not self.reads_labels else tuple(classes)
 
     def check_metric(self, setting: str, metric: Declaration) -> None:
@@ -233,17 +233,17 @@ class Task:
         return [f"{value:.6g}" for value in values]
 
     def label(self, best: int, classes: Sequence[str] | None) -> str | None:
-        """Returns the class of a prediction; None: it has none."""
+        """Returns the class of a prediction; None if it has none."""
         return None
 
     def labels_of(self, values: Sequence[float], classes: Sequence[str] | None) -> tuple[str, ...]:
-        """Returns the labels of a prediction, of which it may have several."""
+        """Returns the labels of a prediction; there may be several."""
         return ()
 
     # -- other models of the same task
 
     def mismatch(self, other: "Task") -> str | None:
-        """Says how the model of `other` cannot teach one of this task; None: it can."""
+        """Says how the model of `other` cannot teach one of this task; None if it can."""
         if other.kind != self.kind:
             return f"its task is {other.name}, that of this run is {self.name}"
         if other.outputs != self.outputs:
@@ -254,7 +254,7 @@ class Task:
 
 
 def class_average(average: Average | None, loss: nn.Module, key: str) -> Average:
-    """`choose_average` of tasks whose outputs have probabilities; those of squared errors are estimates."""
+    """`choose_average` of tasks with probabilities; with squared errors, they are estimates."""
     if not isinstance(loss, MSE):
         return average or "probabilities"
     if average == "probabilities":

@@ -25,7 +25,7 @@ class NextToken(Task):
         outputs: number of tokens in the vocabulary.
         predictions: T.
         unit: of a token; bytes are measured in bits.
-        bytes_per_token: mean number of bytes of the predicted tokens; None: unknown.
+        bytes_per_token: mean number of bytes of the predicted tokens; None if unknown.
     """
 
     predictions: int = 1

@@ -150,7 +150,7 @@ class _Display:
 
 
 class _WithoutControls(RenderHook):
-    """Replaces control characters in all that a console prints, but not those of rich itself."""
+    """Replaces control characters in everything that a console prints, except rich's own."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Cleaned(each) for each in renderables]
@@ -235,7 +235,7 @@ class ConsoleView(Screen):
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         super().__init__(stream)
-        self._width = shutil.get_terminal_size().columns if self._output.isatty() else None  # None: not a terminal
+        self._width = shutil.get_terminal_size().columns if self._output.isatty() else None  # None if not a terminal
         self._display: _Display | None = None
         self._rows = terminal_text.EpochRows(0)
         self._rows_width: int | None = -1  # for which the table's header was printed; -1: for none

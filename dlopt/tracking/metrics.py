@@ -134,7 +134,7 @@ class MetricsFile:
     """Appends lines to `folder`/metrics.jsonl and flushes each.
 
     `resume_from`: (evaluated epochs, updates) of the checkpoint from which the run resumes; later lines are removed.
-    None: a new run, which starts with an empty file.
+    None for a new run, which starts with an empty file.
     """
 
     def __init__(self, folder: Path, resume_from: tuple[float, int] | None, warn: Callable[[str], None]) -> None:

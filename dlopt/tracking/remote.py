@@ -42,7 +42,7 @@ Scalars = tuple[int, float, Mapping[str, float]]
 
 
 class Service(Protocol):
-    """A tracking service. Calls may block and may raise any exception; `status` is that of summary.json."""
+    """A tracking service. Calls may block and may raise any exception; `status`: as in summary.json."""
 
     def begin(self, hparams: HParams) -> None: ...
     def send(self, scalars: list[Scalars]) -> None: ...
@@ -214,7 +214,7 @@ def _connect(uri: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the part of an error of MLflow, SQLAlchemy or requests that says what is wrong, as one short line."""
+    """Returns the cause in an error of MLflow, SQLAlchemy or requests, as one short line."""
     if type(error).__name__.startswith("Unsupported"):  # ModelRegistryStoreURIException, whose text is about models
         return "not a kind of store that MLflow knows"
     text = " ".join(str(error).partition("\n")[0].partition("(Background on")[0].split())
@@ -274,7 +274,7 @@ class Wandb:
             # W&B's own `git diff` starts programs that a repository configures (`environment.repository` does not).
             settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
-        # W&B drops what is logged for a step before its last one, such as epochs repeated after a rollback or a resume.
+        # W&B drops values of steps before its last one, such as epochs repeated after a rollback or a resume.
         # Its own steps therefore only count the calls, and charts are drawn against the number of updates.
         self._run.define_metric(_UPDATE)
         self._run.define_metric("*", step_metric=_UPDATE)

@@ -203,7 +203,7 @@ class TensorBoard:
         self.flush()
 
     def end(self, status: str) -> None:
-        """Closes the HParams session; `status` is that of summary.json."""
+        """Closes the HParams session; `status`: as in summary.json."""
         info = SessionEndInfo(status=_STATUS.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=time.time())
         self._hparams("_hparams_/session_end_info", HParamsPluginData(version=0, session_end_info=info))
 

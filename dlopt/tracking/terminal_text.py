@@ -30,9 +30,9 @@ from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, live_name
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
-# Of an optimizer's keys, those that define it. Its other keys are rarely set.
+# The keys that define an optimizer; its other keys are rarely set.
 _DEFINING = ("lr", "momentum", "nesterov", "betas", "amsgrad", "cautious", "hyperball", "weight_decay")
-_AVERAGING = "dlopt.optim.SGDW"  # its momentum is an average, with steps 1 - momentum times those of torch's SGD
+_AVERAGING = "dlopt.optim.SGDW"  # its momentum is an average: its steps are torch's SGD steps times 1 - momentum
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
 
 
@@ -89,7 +89,7 @@ def header_rows(
 ) -> dict[str, list[str]]:
     """Summarizes a run: overrides, data, model, optimizer and schedule, length and device, folder.
 
-    `facts`: what the config does not contain: `overrides` (of the command line), `parameters`, `trainable`, `train`,
+    `facts`: facts beside the config: `overrides` (of the command line), `parameters`, `trainable`, `train`,
     `val`, `test` (samples), `all_val` (if `val` is a subset), `unit` (of their counts), `inputs` (3x32x32, 10 classes),
     `epochs`, `steps_per_epoch`, `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
     """
@@ -200,7 +200,7 @@ def _length(facts: Mapping[str, Any]) -> str | None:
 
 
 def _is_overruled(values: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
-    """Returns whether `epochs` was typed in vain."""
+    """Returns whether the typed `epochs` is overridden by `steps`."""
     typed = any(re.match(r"\+*epochs=", str(each)) for each in facts.get("overrides", ()))
     return typed and values.get("steps") is not None
 
@@ -233,10 +233,10 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
 class EpochRows:
     """The epoch table, printed row by row. The best epoch so far is marked with `*`.
 
-    Not a table of rich, which would have to know all rows before it prints the first one.
+    Does not use a table of rich, which needs all rows before it prints the first one.
 
-    `seconds`, `step`: where this process starts; > 0 if it resumed the run. `steps`: updates of the whole run.
-    `metrics`: keys of further columns.
+    `seconds`, `step`: training time and updates before this process started (0 unless resumed). `steps`: updates of the
+    whole run. `metrics`: keys of additional columns.
     """
 
     def __init__(
@@ -252,14 +252,14 @@ class EpochRows:
         columns = shown_in("table")
         end = max(i for i, each in enumerate(columns) if split_of(each.name) is not None) + 1
         titles = [("epoch", "epoch"), *((each.name, each.title.format(unit=unit)) for each in columns)]
-        # Further metrics follow those of the validation.
+        # Additional metrics follow the validation metrics.
         self._titles = dict([*titles[: end + 1], *((key, title(key)) for key in metrics), *titles[end + 1 :]])
         self._epochs, self._steps = epochs, steps
         self._start: Mapping[str, Any] = {"seconds": seconds, "step": step}
         self._previous: Mapping[str, Any] = self._start
 
     def header(self, first: Mapping[str, Any], width: int | None) -> Text:
-        """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None: unlimited)."""
+        """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None for no limit)."""
         fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
         widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction}
         widths |= {each.name: each.width for each in shown_in("table")}

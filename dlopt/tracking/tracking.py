@@ -98,9 +98,9 @@ class TrainLog:
 class Tracking:
     """Shows a run on the console, writes metrics.jsonl, summary.json and train.log into `folder`, and feeds `sinks`.
 
-    `folder` None: no files; see `silent`. `sinks`: a subset of `SINKS`.
+    `folder` None for no files; see `silent`. `sinks`: a subset of `SINKS`.
     `log_every_steps` None disables `step`. `resume_from`: (evaluated epochs, updates) of the checkpoint from which the
-    run resumes; what was written after it is removed.
+    run resumes; later entries are removed.
 
     Errors of the disk or the terminal never raise, except that `finish` raises if it cannot write summary.json. As a
     context manager it closes itself and writes the traceback of an exception to train.log.
@@ -249,7 +249,7 @@ class Tracking:
             self._console.epoch(metrics, improved)
 
     def rewind(self, epoch: float, step: int) -> None:
-        """Removes what was written after `epoch` evaluated epochs and `step` updates: the run has rolled back there."""
+        """Removes the entries after `epoch` evaluated epochs and `step` updates, to which the run has rolled back."""
         if self._metrics is not None:
             self._metrics.rewind(epoch, step)
         if self._tensorboard is not None:

@@ -88,7 +88,7 @@ def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterato
 
 
 def changes(images: Counter[Stored], sample: tuple[int, ...]) -> str | None:
-    """Describes what was done to images for a model of samples [C, H, W]; None: nothing."""
+    """Describes the conversion of images for a model of samples [C, H, W]; None if there was none."""
     channels, *size = sample
     found = []
     resized = Counter({each: count for each, count in images.items() if [each.height, each.width] != size})
@@ -138,7 +138,7 @@ def header(trained: Trained) -> list[str]:
 def rows(
     files: Sequence[str], trained: Trained, batch_size: int, max_errors: int, warn: Callable[[str], None]
 ) -> Iterator[list[str]]:
-    """Yields the cells of each readable file, on every process those of all files.
+    """Yields the cells of each readable file; every process yields all files.
 
     Calls `warn` for others, and raises `RunError` for more of them than `max_errors`. Calls it at the end with what was
     done to the images.

@@ -21,7 +21,7 @@ from dlopt.training.builders.workload import Workload
 class Teacher:
     """A trained model, frozen and in evaluation mode, on the device of the run.
 
-    `normalize`: of its inputs; None: that of the model in training.
+    `normalize`: of its inputs; None for that of the model in training.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ def with_teacher(workload: Workload) -> Workload:
     changes = {
         "device": settings.device,
         "precision": settings.precision,
-        "threads": torch.get_num_threads(),  # restoring a model sets them; these are those of the run
+        "threads": torch.get_num_threads(),  # restoring a model changes the number of threads; this is the run's
         "allow_packages": list(settings.allow_packages),
     }
     try:
@@ -76,7 +76,7 @@ def _as(inputs: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _mismatch(trained: Trained, workload: Workload) -> str | None:
-    """Returns why a model cannot teach that of the run; None: it can."""
+    """Returns why a model cannot teach the model of the run; None if it can."""
     task, dataset = workload.task, workload.dataset
     own = workload.class_names
     if (mismatch := task.mismatch(trained.task)) is not None:

@@ -36,8 +36,8 @@ from dlopt.training.requested_metrics import tested_metrics
 class Tested:
     """The result of a checkpoint, an ensemble, or a file of weights.
 
-    `average`: what was averaged over crops and models. `problems`: what was left out of the data, or looks wrong.
-    `workload`: of a task without labels, whose outputs, which are large, are not kept.
+    `average`: the quantity averaged over crops and models. `problems`: data that were left out, or look wrong.
+    `workload`: of a task without labels, whose outputs are too large to keep.
     """
 
     report: TestReport
@@ -84,7 +84,7 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
     Args:
         paths: of the models, for messages.
         workloads: built one by one, because an ensemble may not fit into memory.
-        views: test-time augmentation, the choice `tta`; None: none.
+        views: test-time augmentation, the choice `tta`; None for none.
     """
     models: list[_Predictions] = []
     found: list[str] = []
@@ -109,7 +109,7 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:
-    """Averages the outputs of models on the same samples; returns those of a single model unchanged."""
+    """Averages the outputs of models on the same samples; returns the outputs of a single model unchanged."""
     if len(models) == 1:
         return models[0]
     weight = 1 / len(models)
@@ -128,7 +128,7 @@ def restored(
 ) -> Iterator[Workload]:
     """Builds the models of checkpoints one by one: an ensemble may not fit into memory. Raises `UserError`.
 
-    `warn`: is called on rank 0 if the data, or the folder of a checkpoint, are not those of its run.
+    `warn`: called on rank 0 if the data, or the folder of a checkpoint, belong to another run.
     """
     for path, checkpoint, run_config in zip(paths, checkpoints, run_configs, strict=True):
         with fitting(path):
@@ -150,6 +150,6 @@ def restored(
 
 
 def _check_classes(path: Path, trained: Sequence[str] | None, classes: Sequence[str] | None) -> None:
-    """Raises `UserError` if the model was trained with other classes than those of the data."""
+    """Raises `UserError` if the model was trained with other classes than the data's."""
     if (other := other_class(trained, classes)) is not None:
         raise UserError(f"checkpoint={path}: trained with other classes than those of the data: {other}")

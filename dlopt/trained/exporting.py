@@ -67,7 +67,7 @@ def samples(trained: Trained, *, needs_data: bool) -> tuple[Tensor, str]:
 
 
 def convert(inputs: Tensor, dtype: str | None) -> Tensor:
-    """Converts samples to the type of the exported model's input; None: that of the data set. Raises `UserError`."""
+    """Converts samples to the type of the exported model's input; None for the data set's. Raises `UserError`."""
     if dtype is not None and inputs.dtype == torch.int64:
         raise UserError(f"input={dtype}: the model reads tokens (int64); leave it out")
     if dtype == "uint8" and inputs.dtype != torch.uint8:
