@@ -1,4 +1,4 @@
-"""Random crops. Those that are resized to one size are taken from whole image files while these are read."""
+"""Random crops. Crops that are resized to one size are taken from the full-size image while its file is read."""
 
 import math
 from abc import abstractmethod

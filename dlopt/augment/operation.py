@@ -189,13 +189,13 @@ class Operation(ABC):
 
     @abstractmethod
     def plan(self, draws: Draws, shape: Shape) -> list[DrawnStep]:
-        """Draws the parameters for the whole batch; `shape` is that of the operation's input images."""
+        """Draws the parameters for the whole batch; `shape`: of the operation's input images."""
 
     def output_shape(self, shape: Shape) -> Shape:
         return shape
 
     def choices(self, shape: Shape) -> "list[Operation]":
-        """Returns the operations from which this one chooses; itself if it does not choose."""
+        """Returns the operations from which this operation chooses; itself if it does not choose."""
         return [self]
 
 

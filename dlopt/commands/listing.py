@@ -19,7 +19,7 @@ _TITLE = re.compile(r'"""(\w+): ')  # docstring of a room of dlopt: """Laborator
 def sections(commands: Mapping[str, str], columns: int | None = None) -> str:
     """Returns a paragraph per room: its title, and a line per command. `commands`: name -> module:function.
 
-    `columns`: the width of the terminal, at which lines are wrapped; None: unlimited.
+    `columns`: the width of the terminal, at which lines are wrapped; None for no limit.
     """
     rooms: dict[str, list[str]] = {}
     for name, path in commands.items():

@@ -139,7 +139,7 @@ def complete(_: Sequence[str]) -> list[str]:
 
 
 def _groups(catalogue: Catalogue) -> dict[str, str | None]:
-    """Maps the groups of a run to their default choices, those that people look for first."""
+    """Maps the groups of a run to their default choices, most frequently used groups first."""
     groups = catalogue.groups()
     return {group: groups[group] for group in (*_FIRST, *(each for each in groups if each not in _FIRST))}
 
@@ -183,13 +183,13 @@ def _declared(key: Key) -> str:
 
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
-    """Maps each group, also those of sweeps and of single commands, to its default choice."""
+    """Maps each group, including groups of sweeps and of single commands, to its default choice."""
     of_commands = {name: choice for each in catalogue.groups_of_commands().values() for name, choice in each.items()}
     return {**catalogue.groups(), **of_commands, **SWEEPS}
 
 
 def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:
-    """Lists the choices of a group, without those of its subgroups (hydra/sweeper/sampler)."""
+    """Lists the choices of a group, without its subgroups (hydra/sweeper/sampler)."""
     return [choice for choice in catalogue.choices(group) if group not in SWEEPS or "/" not in choice.name]
 
 

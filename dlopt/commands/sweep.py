@@ -122,7 +122,7 @@ def _print(folder: Path, status: "SweepStatus") -> None:
         if not submission.is_submitted(folder):
             how = f"its command with {shlex.join(in_folder(folder))}"
         print(f"no worker is left; to continue: {how}")
-    elif status.code == DONE and (folder / SPACE).exists():  # not that of another command
+    elif status.code == DONE and (folder / SPACE).exists():  # not the folder of another command
         print(f"next:\n  dlopt report {path}")
 
 

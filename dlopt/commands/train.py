@@ -102,7 +102,7 @@ def _train(parsed: Namespace, show: Show | None) -> int:
 
 
 def _run(plan: Plan, show: Show | None, store: "Store | None" = None) -> int:
-    """Runs a plan, and shows its document, also that of a run that fails. Raises `UserError`, `ReportedError`."""
+    """Runs a plan, and shows its document, also for a run that fails. Raises `UserError`, `ReportedError`."""
     try:
         folder, summary = run_plan(plan, store=store)
     except ReportedError as error:
@@ -148,7 +148,7 @@ def _of_sweep(folder: Path, end: "SweepEnd") -> dict[str, Any]:
 
 
 def _refuse_document(show: Show | None, config: DictConfig) -> None:
-    """Raises `UserError` for --json with what is neither a run nor a sweep."""
+    """Raises `UserError` for --json without a run or a sweep."""
     series = series_of(config)
     if show is not None and (config.dry_run or series is not None):
         what = "dry_run=true" if series is None else f"a {series}"
@@ -163,7 +163,7 @@ def help_page(arguments: list[str]) -> str:
 
 
 def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) -> Plan | None:
-    """Checks a composed config; None: only its time is estimated, and printed. Raises `UserError`."""
+    """Checks a composed config; None if its time is only estimated, and printed. Raises `UserError`."""
     refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."):
         plan = checked(config, overrides, flags=composer.flags)
@@ -198,7 +198,7 @@ def _lead(
 ) -> int:
     """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks.
 
-    `typed`: the command line, of which `overrides` are made.
+    `typed`: the command line from which `overrides` are made.
     """
     store = _join_store(config.parallel, world)
     code = FAILED

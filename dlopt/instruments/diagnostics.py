@@ -60,7 +60,7 @@ class Diagnostics(Observer):
     rank 0 reports the averaged gradients and its own activations. Lanczos starts from the previous eigenvector, except
     for the first measurement of a run or a resumed run.
 
-    Activations and gradients are those of the update's first evaluation of the loss. The later ones, of L-BFGS, SAM or
+    Records activations and gradients in the update's first evaluation of the loss. The later ones, of L-BFGS, SAM or
     Newton, are at other weights, and some differentiate twice.
     """
 
@@ -72,7 +72,7 @@ class Diagnostics(Observer):
         self.report = report
         self._layers = layer_parameters(workload.module)
         self._vector: Tensor | None = None
-        self._norms: dict[str, float] | None = None  # None: not recorded in this update, {}: not yet
+        self._norms: dict[str, float] | None = None  # None if this update records no norms; {} until they are recorded
         self._hooks = contextlib.ExitStack()  # of the probe, until the first evaluation has ended
 
     def attach(self, step: Step) -> None:

@@ -66,7 +66,7 @@ def check(keys: RangeTest) -> None:
 
 
 def uses_line_search(optimizer: Component) -> str | None:
-    """Returns the key that enables the line search of an optimizer; None: it has no line search."""
+    """Returns the key that enables the line search of an optimizer; None if it has no line search."""
     keys = ("max_evaluations", "max_backtracks", "line_search_fn")
     return next((key for key in keys if optimizer.arguments.get(key) is not None), None)
 
@@ -96,7 +96,7 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     """Loads the weights of `init_from`, if set, trains with growing rates, and restores the model bitwise.
 
     Learning rates that do not depend on optimizer.lr, such as optimizer.rest_lr, stay constant. `folder` is a
-    placeholder for the run folder and is not written. All ranks must call this; losses are those of the global batch,
+    placeholder for the run folder and is not written. All ranks must call this; losses are over the global batch,
     so all ranks return the same result.
     """
     check(keys)

@@ -202,7 +202,7 @@ class TimedBatches:
 
 
 def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float, float]:
-    """Returns the seconds with a collective in flight, and those of them in which this rank computed nothing.
+    """Returns the seconds with a collective in flight, and the part in which this rank computed nothing.
 
     `events`: from a torch profiler. Counts kernels on a GPU, and torch's operators and gloo's transfers on a CPU.
     """
@@ -241,7 +241,7 @@ def _costliest(profiler: profile, device: torch.device, updates: int) -> list[Pr
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Returns the bytes of the tensors in an optimizer's state, also of those in lists (the history of L-BFGS)."""
+    """Returns the bytes of the tensors in an optimizer's state, including lists (the history of L-BFGS)."""
     return tensor_bytes(list(optimizer.state.values()))
 
 

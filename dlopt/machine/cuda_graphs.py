@@ -45,7 +45,7 @@ class Recorder:
     def capture(self, function: Callable[[], T], generators: Sequence[torch.Generator]) -> tuple[Callable[[], None], T]:
         """Captures `function` without executing its kernels; returns (replay, results that each replay overwrites).
 
-        `generators`: those that `function` draws from in addition to the device's default generator.
+        `generators`: generators that `function` uses in addition to the device's default generator.
         """
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()

@@ -42,7 +42,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
 def prefers_onednn() -> bool:
     """Returns whether oneDNN multiplies fp32 matrices faster than MKL, which torch uses, on this processor.
 
-    On AMD's processors MKL uses 256-bit instructions, oneDNN those of 512 bits. These double the speed from Zen 5
+    On AMD's processors MKL uses 256-bit instructions, oneDNN 512-bit ones. The latter double the speed from Zen 5
     (family 26) on; Zen 4 splits them in halves.
     """
     try:

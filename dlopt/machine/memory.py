@@ -13,7 +13,7 @@ _UNKNOWN_MEMORY = 4 << 30  # bytes assumed where the system does not report them
 
 
 def installed_memory() -> int | None:
-    """Returns the bytes of main memory of this machine; None: unknown on this system."""
+    """Returns the bytes of main memory of this machine; None if unknown on this system."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -27,7 +27,7 @@ _WAITING = 0.1  # seconds that the threads wait for a core, per second, above wh
 _FREE = 0.04  # below which the cores are free
 _OTHERS = 0.2  # cores in use by other processes, below which the threads of this process can only wait for each other
 _PATIENCE = 4  # periods in a row with free cores, because every change costs a team of threads
-_REPORTED = 20  # periods with shared cores after which the log says so: some seconds change little
+_REPORTED = 20  # periods with shared cores before a log message: a few seconds change little
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def adapt_waiting(threads: int) -> None:
 
 
 def libgomp() -> list[ctypes.CDLL]:
-    """Returns the loaded copies of libgomp: PyTorch's, and perhaps those of other packages."""
+    """Returns the loaded copies of libgomp: PyTorch's, and perhaps other packages' copies."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -74,7 +74,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
 def sweep(overrides: Sequence[str] = (), *, console: bool = False, **keys: object) -> Runs:
     """Runs a sweep like `dlopt train -m` and returns its runs: `sweep(["optimizer=sgd,adamw", "seed=range(0,3)"])`.
 
-    Every job is a process of its own. A failed one does not affect the others, and is in the table with the status
+    Every job is a separate process. A failed job does not affect the others, and is in the table with the status
     `failed`. With `resume=auto`, runs the jobs that are missing.
 
     Args:
@@ -117,7 +117,7 @@ def find_lr(overrides: Sequence[str] = (), **keys: object) -> LearningRates:
 def _checked(function: str, overrides: Sequence[str], keys: Mapping[str, object], hint: str) -> list[str]:
     """Returns the overrides as Hydra parses them. Raises `UserError` for anything else than a list of them.
 
-    `keys`: what was passed by keyword, as in `train(optimizer="adamw")`.
+    `keys`: the keyword arguments, as in `train(optimizer="adamw")`.
     """
     if keys:
         wrong = ", ".join(f"{key}={value!r}" for key, value in keys.items())

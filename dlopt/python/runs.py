@@ -48,12 +48,12 @@ class Run(Record):
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Those of `dlopt train tags=[...]` or `dlopt runs tag`."""
+        """The tags set by `dlopt train tags=[...]` or `dlopt runs tag`."""
         return reading.tags_of(self)
 
     @property
     def note(self) -> str | None:
-        """That of `dlopt train note=...` or `dlopt runs tag`."""
+        """The note set by `dlopt train note=...` or `dlopt runs tag`."""
         return None if (note := self.config.get("note")) is None else str(note)
 
     @property

@@ -2,7 +2,7 @@
 
 Such an optimizer subtracts lr_t * weight_decay * theta in update t, where lr_t = lr * s_t is the learning rate: the
 peak rate of the parameter's group times the schedule's factor. A choice is a factory that takes the `Horizon` of the
-run and returns the factor c_t of weight_decay (None: weight_decay stays as it is). An update then subtracts, per
+run and returns the factor c_t of weight_decay (None: weight_decay is unchanged). An update then subtracts, per
 weight_decay * theta:
 
     constant     lr * s_t         the decay follows the rate (torch's AdamW)
@@ -54,7 +54,7 @@ def independent(*, horizon: Horizon) -> WeightDecay | None:
     """theta <- theta - s_t * weight_decay * theta: as in Loshchilov & Hutter 2019, algorithm 2, with eta_t = s_t.
 
     The decay follows the schedule, but not the peak rate, and is the "independent weight decay" of Wortsman et al. 2023
-    (arXiv 2309.14322). So good values are smaller by the peak rate than those of torch's AdamW: 1e-4.
+    (arXiv 2309.14322). So good values are those of torch's AdamW times the peak rate: 1e-4.
     """
     return WeightDecay(lambda t, factor, peak: 1.0 / peak if peak else 0.0, varies=False)  # a rule may set lr: 0
 

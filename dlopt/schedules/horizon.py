@@ -30,7 +30,7 @@ def one_unit(key: str, epochs: object, steps: object) -> None:
 
 
 def whole(length: float) -> float:
-    """Returns the length, or the whole number that it misses by rounding only: 0.07 * 100 is 7.000000000000001."""
+    """Returns the length, rounded if it is an integer up to floating-point error: 0.07 * 100 is 7.000000000000001."""
     nearest = round(length) if math.isfinite(length) else length
     return nearest if abs(length - nearest) <= 1e-12 * abs(length) else length
 

@@ -24,7 +24,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     With `freezes`, the parameters of a group with a horizon then have requires_grad=False, which saves time and changes
     no result. `resting` counts the groups that rest.
 
-    With `decay`, also sets the weight decay of each group to its base times the factor of that schedule.
+    With `decay`, also sets the weight decay of each group to its base times the factor of `decay`.
 
     A standard LRScheduler: call `step()` after every update. For speed it omits torch's order checks and its copy of
     all values. Learning rates that are tensors are changed in place, as CUDA graphs require.
@@ -53,8 +53,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._cycles = [cycle_momentum is True or bool(cycle_momentum and _momentum(g)) for g in groups]
         self.cycles_momentum = any(self._cycles) and not averages
         self.decay = decay
-        # (index, weight decay, peak rate) of each group whose decay it sets. A restored optimizer has that of its last
-        # update, from which the schedule must not start again.
+        # (index, weight decay, peak rate) of each group whose decay it sets. Kept here: a restored optimizer has the
+        # decay of its last update, not the base.
         self._decayed = [
             (i, group["weight_decay"], float(group["lr"]))
             for i, group in enumerate(groups)
@@ -73,7 +73,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._rests = [False] * len(groups)
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameter that rests and its values, in an update
         self.rate = 0.0  # learning rate of the next update, as a float: of the first group without multipliers, if any
-        self._base_floats: list[float] = []  # base_lrs as floats; empty: to be read again
+        self._base_floats: list[float] = []  # base_lrs as floats; empty if they must be read again
         self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
         self.restarts: Sequence[float] = getattr(self._component, "restarts", ())
         if any(group["lr"] == 0 or group.get("horizon", 1.0) != 1.0 for group in groups):
@@ -118,9 +118,9 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             self.optimizer.param_groups[i]["weight_decay"] = float(base * factor)
 
     def weight_decay(self, update: int) -> float | None:
-        """Returns the weight decay in an update (from 0); None: no schedule sets it.
+        """Returns the weight decay in an update (from 0); None if no schedule sets it.
 
-        That of the group of `rate`, or of the first group that decays. Exact since the latest `update` with metrics.
+        Belongs to the group of `rate`, or to the first group that decays. Exact since the latest `update` with metrics.
         """
         decayed = [each for each in self._decayed if each[1]]
         if self.decay is None or not decayed:
@@ -139,7 +139,7 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         return sum(self._rests)
 
     def _rest(self, factors: list[float]) -> None:
-        """Finds the groups that rest, and freezes and unfreezes the parameters of those with a horizon."""
+        """Finds the resting groups, and freezes or unfreezes the parameters of groups with a horizon."""
         is_over = [horizon != 1.0 and factor == 0.0 for horizon, factor in zip(self._horizons, factors, strict=True)]
         rests = [over or base == 0.0 for over, base in zip(is_over, self._base_floats, strict=True)]
         if rests == self._rests:
@@ -222,7 +222,7 @@ class Plateau:
         monitor_mode: Mode | None = None,
     ) -> None:
         self.monitor = monitor
-        # The first evaluation refuses an unknown metric, with those that the run has.
+        # The first evaluation refuses an unknown metric and lists the known ones.
         self._mode = (known_mode(monitor) or monitor_mode) if mode == "auto" else mode
         self._reduction, self._patience, self._cooldown, self._min_factor = factor, patience, cooldown, min_factor
         self._threshold, self._relative = threshold, threshold_mode == "rel"

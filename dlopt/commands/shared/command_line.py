@@ -103,7 +103,7 @@ class Line:
         """Calls `function(line, **command_keys)`.
 
         Args:
-            reads, hints: see `refuse_unread`; None: `function` refuses the keys that it does not read.
+            reads, hints: see `refuse_unread`; None if `function` refuses the keys that it does not read.
             several: error message for several values of a key; "": allowed.
         """
         command_values, rest = self.take(function)
@@ -140,7 +140,7 @@ class Line:
         return [text_of(axis.overrides[0]) for axis in self.axes() if not axis.is_swept]
 
     def axes(self) -> list[Axis]:
-        """Returns the keys of the line with their values, also those with a single one."""
+        """Returns the keys of the line with their values, including keys with a single value."""
         return parse_axes(self.overrides, self.composer)
 
     def combinations(self) -> list[list[str]]:
@@ -207,7 +207,7 @@ def on_config(
 
     Args:
         name: name of the command.
-        reads, hints: see `refuse_unread`; None: `function` refuses the keys that it does not read.
+        reads, hints: see `refuse_unread`; None if `function` refuses the keys that it does not read.
         several: error message for -m and, with `one`, for several values of a key.
     """
 
@@ -224,7 +224,7 @@ def on_config(
 
 
 def _from_run(line: Line, name: str, reads: Sequence[str] | None, command_keys: Sequence[str]) -> Line:
-    """Returns the line with what the command reads of a run's config, if its first word is a run: summary RUN.
+    """Returns the line with the keys that the command reads of a run's config, if its first word is a run: summary RUN.
 
     A command that finds out itself what it reads (`reads` None) gets the trained model.
     """
@@ -278,7 +278,7 @@ def on_checkpoint(
 ) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(path, changes, **command_keys)` into a command on a checkpoint and the config saved in it.
 
-    The command has the key `checkpoint` in addition to those of the function.
+    The command has the key `checkpoint` in addition to the keys of the function.
 
     Args:
         name: name of the command.
@@ -335,7 +335,7 @@ def check_command_keys(target: Callable[..., Any], values: Mapping[str, Any]) ->
 def take_command_keys(
     function: Callable[..., Any], arguments: Sequence[str], name: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Splits the arguments of a command into its own keys and flags, checked, and the others. Raises `UserError`."""
+    """Splits the arguments of a command into its own keys and flags (checked) and the others. Raises `UserError`."""
     keys = command_keys(function)
     flags = {key.line: key.name for key in keys if key.is_flag}
     names = [key.name for key in keys if not key.is_flag]

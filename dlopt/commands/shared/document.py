@@ -27,7 +27,7 @@ def print_document(content: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def document_only() -> Iterator[Show]:
-    """Sends to stderr what the block, and every process that it starts, prints on stdout.
+    """Redirects stdout of the block, and of every process that it starts, to stderr.
 
     Yields the function that ends this and prints a document on stdout.
     """
@@ -39,7 +39,7 @@ def document_only() -> Iterator[Show]:
             stack.close()
             try:
                 print_document(content)
-            except BrokenPipeError:  # nobody reads it: the exit code is that of the command all the same
+            except BrokenPipeError:  # the reader is gone: the exit code is still the command's
                 leave_closed_terminal()
 
         yield show

@@ -14,7 +14,7 @@ def two_columns(rows: Iterable[tuple[str, str]], *, indent: int = 2, limit: int 
 
 
 def wrap_row(left: str, right: str, column: int, width: int | None) -> list[str]:
-    """Formats two columns in lines of `width` characters (None: unlimited); a long left one has a line of its own."""
+    """Formats two columns in lines of `width` characters (None for no limit); a long left one has a line of its own."""
     indent = " " * (column + 2)
     if width is None:
         return [f"{left:{column}}  {right}".rstrip()]

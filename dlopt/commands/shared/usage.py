@@ -78,7 +78,7 @@ def typed_words(module: ModuleType) -> Iterator[str]:
 
 
 def _named(module: ModuleType) -> list[Any]:
-    """Returns what the tables of the help name: functions, dataclasses and sequences of keys."""
+    """Returns the sources of the help's tables: functions, dataclasses and sequences of keys."""
     return [getattr(module, name) for name in re.findall(r"^ *\{(\w+)\}$", module.USAGE, re.MULTILINE)]
 
 

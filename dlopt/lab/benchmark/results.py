@@ -39,8 +39,8 @@ class TrialRecord:
         values: drawn hyperparameters by key.
         updates: to the target; infinity: not reached.
         evaluations: of the loss, to the target: more than updates for optimizers that evaluate it several times each.
-        best: best value of the metric; None: the trial failed before its first validation.
-        last: value at its end; None: the trial diverged or failed.
+        best: best value of the metric; None if the trial failed before its first validation.
+        last: value at its end; None if the trial diverged or failed.
         first: value of the first validation.
         failure: why the trial failed; "": it did not.
     """

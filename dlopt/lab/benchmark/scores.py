@@ -52,9 +52,9 @@ class Standing:
         reached: workloads with a finite median over studies.
         sensitivity: fraction of all trials that reach their target.
         failed: fraction of the trials that failed (diverged, for example).
-        cost: geometric mean over workloads of the time of an update relative to SGD's; None: not measured on all
+        cost: geometric mean over workloads of the time of an update relative to SGD's; None if not measured on all
             workloads that count.
-        state: mean memory of the state relative to the parameters; None: not measured.
+        state: mean memory of the state relative to the parameters; None if not measured.
     """
 
     optimizer: str
@@ -269,7 +269,7 @@ def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tup
 
 
 def ranks(times: Times, workload: str) -> dict[str, float | None]:
-    """Returns the ranks on a workload, ties with their mean rank; None: the target was not reached."""
+    """Returns the ranks on a workload, ties with their mean rank; None if the target was not reached."""
     from scipy.stats import rankdata
 
     values = [row[workload] for row in times.values()]

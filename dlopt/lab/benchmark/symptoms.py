@@ -188,7 +188,7 @@ def range_rows(results: Results, optimizers: Sequence[str]) -> list[list[str]]:
 
 
 def search_range(space: str) -> tuple[float, float, bool] | None:
-    """Returns (low, high, whether it is logarithmic) of a range in Hydra's notation; None: it is none."""
+    """Returns (low, high, whether it is logarithmic) of a range in Hydra's notation; None if it is none."""
     try:
         [override] = parse_overrides([f"key={space}"])
     except (UserError, ValueError):

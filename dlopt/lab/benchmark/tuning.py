@@ -50,11 +50,11 @@ class Tuning:
 
     Attributes:
         budgets: numbers of trials of the league.
-        scores: optimizer -> expected score for each budget; None: it has fewer trials. The score of a trial is 1 for
+        scores: optimizer -> expected score for each budget; None if it has fewer trials. The score of a trial is 1 for
             the fastest trial of all on the workload, and falls with the ratio of their updates to the target, to 0 at
             MAX_RATIO and for one that misses it; of several trials, the best counts. Mean over the workloads.
         open: for each budget, the optimizers that are not distinguishable from the first one, corrected for the number
-            of comparisons; None: there is no comparison.
+            of comparisons; None if there is no comparison.
         metrics: (optimizer, workload) -> expected best metric of 1, 2, ... trials. Only of trials that trained to the
             end: the metric of others is that at their target.
         lower_is_better: of the metric of each workload.

@@ -278,7 +278,7 @@ def _plans(comparison: Comparison, overrides: list[str], plan_job: PlanJob) -> P
 
 
 def _pool(launcher: object, name: str, plans: Collection[Plan]) -> Pool | None:
-    """Returns the pool of the launcher that was typed; None: the runs share this process, or are submitted.
+    """Returns the pool of the launcher that was typed; None if the runs share this process, or are submitted.
 
     Raises `UserError` if runs read earlier ones that the processes of this launcher do not find.
     """

@@ -109,7 +109,7 @@ def read_claims(folder: Path) -> list[ClaimResult]:
 
 
 def section(records: Iterable[Record]) -> Section | None:
-    """Returns what `dlopt report` shows of the comparisons to which runs belong; None: they have no claims."""
+    """Returns what `dlopt report` shows of the comparisons to which runs belong; None if they have no claims."""
     folders = dict.fromkeys(record.path.parent for record in records)
     claims = [claim for folder in folders for claim in read_claims(folder)]
     rows = [[each.claim, each.mark, each.outcome, short_path(each.folder)] for each in claims]

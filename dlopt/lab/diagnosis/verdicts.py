@@ -37,7 +37,7 @@ class Facts:
     """Context used to suppress redundant advice."""
 
     init: str  # the choice
-    norm: str | None  # model.norm; None: the model has no such key
+    norm: str | None  # model.norm; None if the model has no such key
     activation: str | None  # of most layers
     has_skips: bool
     is_recurrent: bool

@@ -39,7 +39,7 @@ class DecaySearch:
     Attributes:
         losses: rung -> weight decay -> loss at its best rate.
         optima: by rung; their `lr` is a weight decay.
-        constant: geometric mean of the best decays; None: the search is not complete, or all runs of a rung failed.
+        constant: geometric mean of the best decays; None if the search is not complete, or all runs of a rung failed.
         per_width: geometric mean of decay * width; None: also without a width.
     """
 

@@ -94,7 +94,7 @@ class Rung:
 
     @property
     def width(self) -> float | None:
-        """Of the model; None: the rung does not set `model.width`."""
+        """Of the model; None if the rung does not set `model.width`."""
         found = [value_of(each) for each in self.overrides if key_of(each) == "model.width"]
         return float(found[-1]) if found else None
 

@@ -40,8 +40,8 @@ class Contestant:
         rates: key -> centre of the search. All of them move together, in the ratio of their centres.
         lr: the learning rate of all rungs, if the user has fixed it; None: searched.
         overrides: of the optimizer, from the command line.
-        choice: the optimizer of an arm; None: the contestant has its name.
-        arm: how its weight decay follows the width (`arms.py`); None: it keeps its default.
+        choice: the optimizer of an arm; None if the contestant has its name.
+        arm: how its weight decay follows the width (`arms.py`); None if it keeps its default.
     """
 
     rates: Mapping[str, float]
@@ -183,7 +183,7 @@ class Ladder:
 
 
 def read_ladder(folder: Path) -> Ladder | None:
-    """Reads the manifest of a folder, or else that of its results; None: it has neither.
+    """Reads the manifest of a folder, or else that of its results; None if it has neither.
 
     Raises `UserError` for a damaged one.
     """
@@ -256,7 +256,7 @@ class Search:
     Attributes:
         losses: rung -> learning rate -> loss; {}: no search, or an arm whose weight decay is not known yet.
         optima: of the rungs whose search is complete, but for those where all runs failed.
-        fit: extrapolates the optima to larger rungs; None: the search is not complete, or all runs of a rung failed.
+        fit: extrapolates the optima to larger rungs; None if the search is not complete, or all runs of a rung failed.
         waiting: its trials without a result that can run now.
     """
 
@@ -337,7 +337,7 @@ class LadderRequest:
         return decay_search(losses, [self.ladder.rungs[rung].width for rung in rungs])
 
     def decay(self, trial: Trial) -> float | None:
-        """Returns the weight decay that the ladder sets; None: it sets none, or has found none yet."""
+        """Returns the weight decay that the ladder sets; None if it sets none, or has found none yet."""
         contestant = self.ladder.contestant(trial)
         if trial.decay is not None:
             return rate(CENTRE, trial.decay)

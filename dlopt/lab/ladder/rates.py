@@ -57,7 +57,7 @@ def optimum(losses: Mapping[float, float]) -> Optimum | None:
     """Returns the vertex of the parabola through the best three losses in the logarithm of the learning rate.
 
     The three are the best rate and its neighbours. Where a neighbour is missing or diverged, the best rate itself is
-    returned; None: every run failed. `losses`: by learning rate.
+    returned; None if every run failed. `losses`: by learning rate.
     """
     rates = sorted(losses)
     best = min(rates, key=lambda lr: losses[lr])

@@ -26,7 +26,7 @@ class Results:
         searches: by optimizer.
         searched: trials of the searches that have ended.
         outcomes: of the runs at the best rates that have ended.
-        analysis: None: too few runs have ended.
+        analysis: None if too few runs have ended.
         decays: searches of the weight decay, by optimizer.
         arms: analyses of the optimizers of each arm, whose first is the baseline; arms with results of two only.
     """
@@ -59,7 +59,7 @@ class Results:
         return self.searches[optimizer].lr(rung, self.ladder.rungs[rung].parameters)
 
     def decay(self, optimizer: str, rung: str) -> float | None:
-        """Returns the weight decay of an arm; None: it has none yet, or the norm of matrices is fixed."""
+        """Returns the weight decay of an arm; None if it has none yet, or the norm of matrices is fixed."""
         contestant = self.ladder.optimizers[optimizer]
         search = self.decays.get(contestant.choice or "")
         if contestant.arm in SEARCHED and search is not None:

@@ -73,7 +73,7 @@ def draw_landscape(
 
 
 def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "tuple[Plane, int] | None":
-    """Returns the plane of the checkpoints in the folder of `path`, and the last one's epoch; None: they are too few.
+    """Returns the plane of the checkpoints in the folder of `path`, and the last one's epoch; None if they are too few.
 
     The path is that of the weights, also if their average is evaluated.
     """

@@ -16,7 +16,7 @@ class Method:
     """A published method.
 
     Attributes:
-        formula: its updates without weight decay, at `lr` 0.1 and `keys`; None: only its defaults are known.
+        formula: its updates without weight decay, at `lr` 0.1 and `keys`; None if only its defaults are known.
         keys: the hyperparameters of `formula`; those of other names are found by `SYNONYMS`.
         decay: how weight decay acts; None: in a way of its own.
         authors: the defaults of the paper or of the authors' code.
@@ -166,7 +166,7 @@ def known(target: Callable[..., Any], keys: Mapping[str, Any]) -> Method | None:
 
 
 def name_in(names: Container[str], key: str) -> str | None:
-    """Returns the name of a hyperparameter among those of a class; None: it has none."""
+    """Returns the name of a hyperparameter among those of a class; None if it has none."""
     return next((name for name in (key, *SYNONYMS.get(key, ())) if name in names), None)
 
 
