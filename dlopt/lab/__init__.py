@@ -1,4 +1,4 @@
-"""Laboratory: what it adds to dlopt, by the protocol of any package (`dlopt.config.packages`)."""
+"""Laboratory: its additions to dlopt, by the protocol of any package (`dlopt.config.packages`)."""
 
 ENTRY_POINTS = {
     "dlopt": {"lab": "dlopt.lab"},

@@ -1,6 +1,6 @@
 """What `dlopt benchmark` and `dlopt ladder` share: optimizers of a command line, fixed keys, claimed trials.
 
-A trial is a job in a folder of its own below the output folder. Several processes share the trials: each claims one by
+A trial is a job in its own folder below the output folder. Several processes share the trials: each claims one by
 a lock, which the kernel releases when the process dies.
 """
 
@@ -24,7 +24,7 @@ from dlopt.tracking.overview import Overview
 
 READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
 # Part of the protocol in addition to the keys of a role: workloads and families name the first two groups, and every
-# trial runs to its end and writes what the results need and nothing else.
+# trial runs to its end and writes only the data for the results.
 _FIXED = ("schedule", "stopping", "checkpoint", "tracking", "log_every_steps", "max_time")
 UNRECORDED = (
     "evaluate.test=false", "tracking=[]", "log_every_steps=null", "checkpoint.every_epochs=null",
@@ -55,7 +55,7 @@ def is_fixed(override: str) -> bool:
     key = key_of(override)
     role = role_of(key)
     if role is Role.SEED:
-        return "." not in key  # an optimizer may have a seed of its own
+        return "." not in key  # an optimizer may have its own seed
     if role is Role.COMMAND:
         return key != "allow_packages"  # an optimizer of the user's needs it
     return role in (Role.LENGTH, Role.PROTOCOL) or group_of(key) in _FIXED
@@ -112,7 +112,7 @@ def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, DictConfig
 
 
 class Subfolder(Protocol):
-    """A trial: hashable, with a folder of its own."""
+    """A trial: hashable, with its own folder."""
 
     @property
     def subfolder(self) -> str: ...

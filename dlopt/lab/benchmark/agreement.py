@@ -50,7 +50,7 @@ class Agreement:
     """Rank correlation with a league.
 
     Attributes:
-        kind: of the workloads that decide the own ranking.
+        kind: kind of the workloads that decide dlopt's ranking.
         optimizers: that both have, in the order of the league.
         tau: Kendall's tau-b with its bootstrap interval over studies and workloads; [-1, 1] with fewer than `FEWEST`
             optimizers.
@@ -168,7 +168,7 @@ def _scores(table: Array) -> Array:
 
 
 def _redrawn(replicas: Array) -> Array:
-    """Draws workloads with replacement, each with studies of its own; [resamples, optimizers, workloads]."""
+    """Draws workloads with replacement, each with its own studies; [resamples, optimizers, workloads]."""
     count, _, workloads = replicas.shape
     if not count:
         return replicas
@@ -190,7 +190,7 @@ def worst_workloads(results: Results, league: League) -> dict[str, float]:
     return {name: tau for name, tau in taus.items() if tau == lowest <= 0}
 
 
-# -- the table and what it means; agreement.txt has the sentences
+# -- the table and its interpretation; agreement.txt has the sentences
 
 HEADS = ["League", "Workloads", "Verdict", "Optimizers", "Tau", "95 % interval", "By chance"]
 
@@ -209,7 +209,7 @@ def _tau(value: Interval) -> str:
 
 
 def texts(results: Results, found: Sequence[Agreement], part: Literal["findings", "note", "sources"]) -> list[str]:
-    """Returns what the correlations mean, how to read the table, or the sources of the leagues."""
+    """Returns the meaning of the correlations, how to read the table, or the sources of the leagues."""
     workloads = {each.kind: len(each.workloads) for each in found}
     leagues = {each.league.name: each.league for each in found}
     return sentences(

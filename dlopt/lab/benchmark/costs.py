@@ -46,7 +46,7 @@ def measure(baseline: RunConfig, run_config: RunConfig, scratch: Path) -> Update
 
 
 def state_memory(trainer: Trainer) -> float:
-    """Returns the bytes of the optimizer's state over those of the parameters."""
+    """Returns the bytes of the optimizer's state relative to the parameters."""
     return state_bytes(trainer.step.optimizer) / sum(p.nbytes for p in trainer.module.parameters())
 
 

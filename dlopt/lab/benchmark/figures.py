@@ -41,7 +41,7 @@ def draw(results: Results, summary: Summary) -> dict[str, "Figure"]:
 
 
 def label(name: str) -> str:
-    """Returns a short name that matplotlib shows as it is."""
+    """Returns a short name, escaped for matplotlib."""
     return drawing.literal(formats.abbreviated(name, _NAME))
 
 
@@ -73,7 +73,7 @@ def _add_legend(figure: "Figure", panels: "Sequence[Axes]", results: Results, su
 def profiles(results: Results, summary: Summary) -> "Figure":
     """Draws the performance profiles, a panel per optimizer: the higher and the more to the left, the better.
 
-    The panel has the profile of each measure in the optimizer's colour, and those of the others, in updates, in grey.
+    The panel has the profile of each measure in the optimizer's colour; the others' profiles, in updates, are grey.
     """
     names = coloured(results, summary)
     across = min(_PROFILES_ACROSS, len(summary.order))
@@ -158,7 +158,7 @@ def scores(results: Results, summary: Summary) -> "Figure":
 
 
 def differences(results: Results, summary: Summary) -> "Figure | None":
-    """Draws the score in updates of the optimizer of the row minus that of the column."""
+    """Draws the difference of scores in updates: the row's optimizer minus the column's."""
     order = summary.order
     if len(order) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Gathers what a benchmark shows, and what is wrong with it; findings.txt has the sentences."""
+"""Gathers the findings of a benchmark, and its flaws; findings.txt has the sentences."""
 
 import math
 from collections.abc import Iterator

@@ -47,7 +47,7 @@ def percent(fraction: float) -> str:
 
 
 def standing(of: Standing, workloads: int) -> list[str]:
-    """Formats what the score does not show: reached targets, successful trials, cost and state."""
+    """Formats facts beside the score: reached targets, successful trials, cost and state."""
     reached = [f"{of.reached}/{workloads}", percent(of.sensitivity)]
     return [*reached, number(of.cost, ".2f"), number(of.state, ".1f")]
 

@@ -41,7 +41,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Renders the page; `pictures`: `source` and `width` by the figure's name, those without data are missing."""
+    """Renders the page; `pictures`: `source` and `width` by the figure's name; figures without data are missing."""
     folder = Path(__file__).parent
     tables = {} if summary is None else _tables(results, summary)
     return render(

@@ -44,7 +44,7 @@ class Tier:
     workloads: Mapping[str, WorkloadSpec]
 
     def select(self, names: Sequence[str] | None) -> "Tier":
-        """Returns the tier with the named workloads (None: all). Raises `UserError` for an unknown name."""
+        """Returns the tier with the named workloads (None for all). Raises `UserError` for an unknown name."""
         for name in names or ():
             if name not in self.workloads:
                 raise UserError(f"workloads={name}: unknown; {_suggest(name, self.workloads, 'workloads')}")
@@ -76,7 +76,7 @@ class _TierFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _WorkloadFile:
-    """`variants`: overrides of the experiment, of which one list is drawn; none: the experiment itself."""
+    """`variants`: lists of overrides, one of which is drawn; without them, the experiment itself."""
 
     experiment: str
     metric: str
@@ -114,7 +114,7 @@ def _suggest(name: str, names: Iterable[str], title: str) -> str:
 def load_space(optimizer: str, config_dir: str | None) -> list[str]:
     """Returns the overrides of an optimizer's search space, some with a range in Hydra's notation.
 
-    Without a file of its own, an optimizer gets that of `_default`. Raises `UserError`.
+    An optimizer without its own file gets that of `_default`. Raises `UserError`.
     """
     path = _find("space", optimizer, config_dir) or _find("space", "_default", config_dir)
     assert path is not None
@@ -131,7 +131,7 @@ def _overrides(path: Path) -> list[str]:
 
 
 def load_fixed(optimizer: str, config_dir: str | None) -> list[str]:
-    """Returns the overrides of an optimizer in self-tuning; without a file of its own: none. Raises `UserError`."""
+    """Returns the overrides of an optimizer in self-tuning; none without its own file. Raises `UserError`."""
     path = _find("space", f"{optimizer}_self_tuning", config_dir)
     return [] if path is None else _overrides(path)
 

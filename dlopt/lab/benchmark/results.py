@@ -38,7 +38,7 @@ class TrialRecord:
     Attributes:
         values: drawn hyperparameters by key.
         updates: to the target; infinity: not reached.
-        evaluations: of the loss, to the target: more than updates for optimizers that evaluate it several times each.
+        evaluations: of the loss until the target; more than updates for optimizers with several evaluations per update.
         best: best value of the metric; None if the trial failed before its first validation.
         last: value at its end; None if the trial diverged or failed.
         first: value of the first validation.
@@ -73,7 +73,7 @@ class UpdateCost:
 
     Attributes:
         time: time of an update relative to SGD's: median of the pairs, `low` and `high` their quartiles.
-        state: memory of the optimizer's state relative to that of the parameters.
+        state: memory of the optimizer's state relative to the parameters.
     """
 
     time: float

@@ -1,7 +1,7 @@
 """Scores of a benchmark: performance profiles and their integral (Dolan & More 2002; Dahl et al. 2023, AlgoPerf).
 
 The time of an optimizer on a workload is the median over its studies of the time of the study's fastest trial. The
-performance ratio is this time over that of the fastest optimizer; a ratio above `MAX_RATIO` counts as not reached. The
+performance ratio is this time over the fastest optimizer's; a ratio above `MAX_RATIO` counts as not reached. The
 profile at tau is the fraction of workloads with a ratio of at most tau, and the score is the normalized integral of the
 profile over tau in [1, MAX_RATIO]: 1 for the fastest optimizer on all workloads, 0 for one that reaches no target.
 """
@@ -46,7 +46,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Standing:
-    """Summary of an optimizer: its score with interval, and what the score does not show.
+    """Summary of an optimizer: its score with interval, and facts beside the score.
 
     Attributes:
         reached: workloads with a finite median over studies.
@@ -128,7 +128,7 @@ def _array(times: Times) -> Array:
 
 def _ratios(times: Array) -> Array:
     """Returns the ratios to the fastest of the optimizers; `times`: [..., optimizers, workloads]."""
-    with np.errstate(invalid="ignore"):  # NaN where nobody reached the target
+    with np.errstate(invalid="ignore"):  # NaN where no optimizer reached the target
         table = times / times.min(axis=-2, keepdims=True)
     return np.where(table <= MAX_RATIO, table, np.inf)
 
@@ -178,7 +178,7 @@ def bootstrap(results: Results, measure: Measure, *, resamples: int = RESAMPLES)
 
 
 def interval(value: float, replicas: Array, tail: float = _TAIL) -> Interval:
-    """Returns `value` with the percentiles of its replicas, without those that are NaN; `tail`: below and above it."""
+    """Returns `value` with the percentiles of its non-NaN replicas; `tail`: fraction below and above."""
     finite = replicas[~np.isnan(replicas)]
     if not finite.size:
         return Interval(value, math.nan, math.nan)
@@ -201,7 +201,7 @@ def small_sample_factor(units: int, draws: int) -> float:
 def symmetric_interval(value: float, replicas: Array, factor: float) -> Interval:
     """Returns `value` plus and minus the 95 % quantile of the replicas' distance from it times `factor`, within 0 to 1.
 
-    Symmetric intervals cover also where the replicas are biased, as those of scores are (Hall, On symmetric bootstrap
+    Symmetric intervals also cover if the replicas are biased, as replicas of scores are (Hall, On symmetric bootstrap
     confidence intervals, Journal of the Royal Statistical Society B 50, 1988).
     """
     if not replicas.size:
@@ -262,7 +262,7 @@ def _cost(results: Results, optimizer: str) -> tuple[float | None, float | None]
 
 
 def comparisons(results: Results, measure: Measure, replicas: Array) -> dict[tuple[str, str], Interval]:
-    """Returns the score of the first minus that of the second of each pair, with intervals that hold for all pairs."""
+    """Returns the difference of scores of each pair (first minus second), with simultaneous intervals for all pairs."""
     own, half = scores(times(results, measure)), margin(profile_scores(replicas), _factor(results))
     pairs = {pair: own[pair[0]] - own[pair[1]] for pair in permutations(results.optimizers, 2)}
     return {pair: Interval(value, value - half, value + half) for pair, value in pairs.items()}

@@ -49,7 +49,7 @@ class Candidate:
 def candidate(composer: Composer, name: str, overrides: Sequence[str], track: Track = "external_tuning") -> Candidate:
     """Returns an optimizer given by a choice of the group or by the dotted name of a class. Raises `UserError`.
 
-    `overrides`: those of all trials. The default space is reduced to the keys that the optimizer has.
+    `overrides`: of all trials. The default space is reduced to the keys that the optimizer has.
     """
     chosen = [f"optimizer={name}"]
     if track == "self_tuning":
@@ -58,7 +58,7 @@ def candidate(composer: Composer, name: str, overrides: Sequence[str], track: Tr
 
 
 def space_of(composer: Composer, name: str, overrides: Sequence[str]) -> list[str]:
-    """Returns the search space of an optimizer as overrides; of the default one, the keys that the optimizer has."""
+    """Returns the search space of an optimizer as overrides; the default space is reduced to the optimizer's keys."""
     lines = load_space(name, composer.config_dir)
     if has_space(name, composer.config_dir):
         return lines
@@ -101,7 +101,7 @@ class TrialRequest:
     """The trials of a benchmark and how each is composed.
 
     `full`: train to the end, instead of stopping at the target. `overrides`: of all trials, from the command line.
-    `lengths`: workload -> override of its length, if it is not that of the experiment.
+    `lengths`: workload -> override of its length, if it differs from the experiment's.
     """
 
     folder: Path

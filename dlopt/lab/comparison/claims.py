@@ -39,7 +39,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim: `metric` of each side in `first` is lower than, higher than, or equal to that of `second`.
+    """A claim: `metric` of each side in `first` is lower than, higher than, or equal to `second`'s.
 
     Args:
         text: the claim in words.
@@ -148,7 +148,7 @@ def is_higher_better(metric: str, modes: Modes = NONE) -> bool:
 class MeasuredSide:
     """A side with its values, one per seed (infinite: diverged, or the target was not reached).
 
-    `point`: where they were measured: axis -> value. `bounds`: what is known about censored values, one per seed
+    `point`: where they were measured: axis -> value. `bounds`: bounds of censored values, one per seed
     (empty: none is censored): a run of 300 updates that misses the target needs at least 300, and a usable rate at the
     end of the grid is at least the largest one; a side with no usable rate has less than the smallest one.
     `edges`: the axes whose best value is the smallest or largest of the grid, so that a better one may be beyond it.
@@ -161,7 +161,7 @@ class MeasuredSide:
     edges: Mapping[str, Edge] = field(default_factory=dict)
 
     def ranges(self) -> list[Bounds]:
-        """Returns what is known about each value: the smallest and the largest that it may have."""
+        """Returns the bounds of each value: the smallest and the largest possible value."""
         return [
             (value, value) if bound is None else (0.0, bound) if value == 0 else (bound, math.inf)
             for value, bound in zip(self.values, self.bounds or [None] * len(self.values), strict=True)
@@ -219,7 +219,7 @@ def effects(claim: Claim, first: MeasuredSide, second: MeasuredSide) -> list[Bou
 def effect_of(claim: Claim, a: float, b: float) -> float:
     """Returns how far a pair is in the claimed direction; 0 if both diverged."""
     a, b = (b, a) if claim.relation == "lower" else (a, b)
-    if claim.factor is not None:  # a diverged run has the accuracy -inf: the ratio to it is that to 0
+    if claim.factor is not None:  # a diverged run has the accuracy -inf, which counts as 0 in a ratio
         a, b = (0.0 if value == -math.inf else value for value in (a, b))
     if a == b:
         return 0.0

@@ -112,7 +112,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
         ),
     )
     jobs = _jobs(comparison, plans, folder)
-    with RunFolder(folder).lock():  # before the claims are frozen: a second start must not judge by others
+    with RunFolder(folder).lock():  # before the claims are frozen: a second start must not judge by other claims
         frozen = _freeze(composer, config, folder)
         is_new = list_jobs(folder, [*jobs.values()])
         if is_submitted and not all(map(has_ended, jobs.values())):
@@ -188,7 +188,7 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     along = {key: values for key, values in comparison.along.items() if key not in overridden}
     if along == comparison.along:
         check_published(comparison)
-    else:  # the published values are those of all points
+    else:  # the published values include all points
         comparison = replace(comparison, published={})
     return replace(comparison, along=along, seeds=[overridden["seed"]] if "seed" in overridden else comparison.seeds)
 
@@ -317,7 +317,7 @@ def _distance(folder: RunFolder, jobs: Sequence[Job]) -> int | None:
 def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Writes claims.json before the first run: the recipe and the hash of its claims, and returns its contents.
 
-    With `changed_after_results`, if these claims are not those before the first run.
+    With `changed_after_results`, if the claims have changed since the first run.
     """
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)

@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def all_metrics(self) -> list[str]:
-        """The plotted metrics, and those that only claims and the choice of the best point need."""
+        """The plotted metrics, and additional metrics for claims and the choice of the best point."""
         chosen = [] if self.choose is None else [self.choose]
         return [*dict.fromkeys([*self.metrics, *(claim.metric for claim in self.claims), *chosen])]
 
@@ -57,7 +57,7 @@ class Comparison:
         return self.x.split("_and_")
 
     def cells(self) -> Iterator["VariantRun"]:
-        """Yields all runs: those that variants start from, then variant by variant."""
+        """Yields all runs: first the runs that variants start from, then variant by variant."""
         for name, seed in product(self.before, self.seeds):
             yield VariantRun(name, (), seed)
         for variant, point, seed in product(self.variants, product(*self.along.values()), self.seeds):

@@ -29,7 +29,7 @@ class Decays(NamedTuple):
 def decays(workload: Workload, checkpoint: Checkpoint) -> Decays:
     """Makes 20 updates with the optimizer of a checkpoint, with its weight decay and without, from the same gradients.
 
-    The gradients are those of training batches at the weights of the checkpoint. Raises `UserError` without decay, and
+    The gradients are of training batches at the weights of the checkpoint. Raises `UserError` without decay, and
     for optimizers that evaluate the loss themselves.
     """
     workload.module.train()
@@ -70,7 +70,7 @@ def _updated(
 
 
 def ratio(of: Decays) -> float:
-    """Returns the decay of the quarter of the weights with the smallest gradients, relative to that of the largest.
+    """Returns the decay of the quarter of the weights with the smallest gradients, relative to the largest quarter.
 
     The decay of a set of weights is the slope of `moved` over the weights, by least squares through the origin.
     """

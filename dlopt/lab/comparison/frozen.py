@@ -1,7 +1,7 @@
 """Reads claims with their verdicts, and detects claims that were changed after their results.
 
-A comparison writes claims.json before its first run: the recipe, and a hash of what its claims say. comparison.json has
-the same entries. If the hash of the recipe differs now, the verdicts are those of other claims, margins or grids.
+A comparison writes claims.json before its first run: the recipe, and a hash of its claims. comparison.json has
+the same entries. If the hash of the recipe now differs, the verdicts belong to other claims, margins or grids.
 """
 
 import hashlib

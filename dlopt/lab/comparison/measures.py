@@ -156,7 +156,7 @@ def activation_std(workload: Workload) -> float:
 def _closure(workload: Workload) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
     """Returns the loss of 256 training samples in one batch, as a function of the trained parameters, and these.
 
-    In training mode: its derivatives include those of the statistics of batch norm.
+    In training mode: the derivatives include the statistics of batch norm.
     """
     inputs, targets = spread_samples(workload)
     workload.module.train()

@@ -234,7 +234,7 @@ def _shifted(axes: "Axes", transform: Any, points: float) -> Any:
 
 
 def _plot_shifted(axes: "Axes", points: float, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
-    """Plots a curve shifted to the right; the limits are those of its values."""
+    """Plots a curve shifted to the right; the limits fit its values."""
     axes.plot(x, y, transform=_shifted(axes, axes.transData, points), **options)
     axes.update_datalim([*zip(x, y, strict=True)])  # curves with another transform do not count
 

@@ -83,7 +83,7 @@ class VariantJobs(pools.JobSource):
     def run(self, pool: pools.Pool | None) -> int:
         """Runs all; returns the exit code. Raises `UserError`, and `RunError` for a run that failed in another process.
 
-        pool: None: in this process, because starting another one takes as long as half a small run.
+        pool: None to run in this process, because starting another one takes as long as half a small run.
         """
         here = pools.Pool(1, self._start_here, pools.find_local, poll_seconds=0)
         try:

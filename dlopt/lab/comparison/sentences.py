@@ -55,7 +55,7 @@ def _kind(claim: Claim, seeds: int) -> str:
 
 
 def average(claim: Claim, measured: MeasuredSide) -> str:
-    """Formats the average over the seeds with a value, of logarithms if the margin is a factor, as that of ratios."""
+    """Formats the average over the seeds with a value; like ratios, a geometric mean if the margin is a factor."""
     at_end, lost = False, 0
     known: list[float] = []
     for value, (_, most) in zip(measured.values, measured.ranges(), strict=True):
@@ -163,7 +163,7 @@ def _scaled(effect: float, finding: Finding) -> str:
     if abs(effect) > math.log(_LARGEST_RATIO) + 1e-9:
         return f"> {_LARGEST_RATIO:.0f}x" if effect > 0 else f"< {1 / _LARGEST_RATIO:g}x"
     ratio = math.exp(effect)
-    # Below 2, the two digits are those of the change: 1.09x to 1.13x, not 1.1x to 1.1x.
+    # Below 2, two digits of the change: 1.09x to 1.13x, not 1.1x to 1.1x.
     if 0.1 <= ratio < 9.95:
         return f"{ratio:.2f}x" if ratio < 1.995 else f"{ratio:.1f}x"
     return f"{float(f'{ratio:.2g}'):g}x"

@@ -195,7 +195,7 @@ def _draw(judgement: Judgement, entry: Entry) -> None:
 
 
 def sentence(entry: Entry, rate: float) -> str:
-    """Says what was found, by how much, and with which error rate."""
+    """Describes the verdict, the gain and the error rate."""
     pairs = format_count("pairs", entry.pairs) + " of runs"
     if entry.verdict == "same":
         return f"Undecided: the change has done nothing so far: {pairs} have bitwise equal metrics."

@@ -1,4 +1,4 @@
-"""The ledger of a base: every change that was proposed, its error rate, and what became of it.
+"""The ledger of a base: every proposed change, its error rate, and its outcome.
 
 It is all that keeps the error rate of many proposals. It is therefore replaced as a whole, never started again where it
 is damaged or missing, and checked like a file of a stranger.
@@ -34,9 +34,9 @@ class Entry:
 
     Attributes:
         number: 1, 2, ... in the order in which the changes were proposed; names the folder of its runs.
-        key: hash of what the change computes, of its code, and of the margin.
+        key: hash of the config that the change computes, of its code, and of the margin.
         change: as typed.
-        rate: error rate of its verdict; those of all proposals sum to that of the ledger.
+        rate: error rate of its verdict; the rates of all proposals sum to the ledger's.
         verdict: better, worse, or equal, which are final; same (bitwise, so far), or undecided.
         gains: of the pairs, positive for the better run.
         data: hash of the data that its runs read; "": an older dlopt wrote the entry.
@@ -213,7 +213,7 @@ def _parsed(adapter: TypeAdapter[Any], line: str) -> Any:
 
 
 def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
-    """Adds an entry, or replaces that of its number. Raises ValueError if it does not continue the former ones."""
+    """Adds an entry, or replaces the entry with its number. Raises ValueError if it does not continue the ledger."""
     from dlopt.lab.judge.sequential import rate_of
 
     if entry.number > len(entries) + 1:
@@ -230,7 +230,7 @@ def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
 
 
 def _check_verdict(entry: Entry, path: Path) -> None:
-    """Raises `UserError` if the verdict, the estimate or the interval are not those of the gains."""
+    """Raises `UserError` if the verdict, the estimate or the interval do not follow from the gains."""
     from dlopt.lab.judge.sequential import looks
 
     for look in looks(entry.gains, entry.rate, entry.margin, max(entry.pairs, 1)):

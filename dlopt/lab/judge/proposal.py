@@ -134,7 +134,7 @@ def _refuse_seeds(words: Sequence[str]) -> None:
 
 
 def _combined(composer: Composer, lines: Sequence[str], change: Sequence[str]) -> list[str]:
-    """Returns the overrides of the base with the change, of which a choice replaces its whole group."""
+    """Returns the overrides of the base with the change; a choice in the change replaces its whole group."""
     keys, groups = {key_of(each) for each in change}, set(composer.groups())
     chosen = tuple(f"{key}." for key in keys & groups)
     return [*(each for each in lines if key_of(each) not in keys and not key_of(each).startswith(chosen)), *change]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from dlopt.lab.judge.sequential import Look  # imports NumPy, which the help does not need
 
 SIDES = ("base", "change")
-_APART = 1000  # seeds between two proposals: each has seeds of its own, which no earlier verdict has led to
+_APART = 1000  # seeds between two proposals: each has its own seeds, independent of earlier verdicts
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PairedRun:
 
 @dataclass
 class Judgement:
-    """The runs of a proposal in its folder, and what they say so far. A request of `ClaimedTrials`.
+    """The runs of a proposal in its folder, and their results so far. A request of `ClaimedTrials`.
 
     Attributes:
         seeds: pairs after which the change stays undecided.
@@ -96,7 +96,7 @@ class Judgement:
         return self.looks[-1].verdict if self.looks else "undecided"
 
     def concluded(self) -> Entry:
-        """Returns the entry with what the runs say.
+        """Returns the entry with the results of the runs.
 
         Bitwise equal pairs are no final verdict: the change may act in a later one.
         """
@@ -163,7 +163,7 @@ class Judgement:
             raise UserError(f"{short_path(folder.path)}: is not a run of this proposal ({found}); {advice}")
 
     def _refuse_changed(self, trial: PairedRun, record: Record) -> None:
-        """Raises `RunError` if data or code of a run are not those with which the judgement began."""
+        """Raises `RunError` if data or code of a run have changed since the judgement began."""
         side, again = self.sides[trial.side], "the same command judges it with what is there now"
         data, code = record.origin.get("data"), record.origin.get("code") or {}
         if data is not None and self.data and trained_on(data) != trained_on(self.data):
@@ -208,7 +208,7 @@ def _best(record: Record, metric: str) -> float:
 
 
 def _curves(record: Record) -> list[list[tuple[str, float]]]:
-    """Returns what was computed: the metrics of all epochs, without times."""
+    """Returns the computed values: the metrics of all epochs, without times."""
     return [[(k, v) for k, v in line.items() if split_of(k) in ("train", "val")] for line in record.history]
 
 

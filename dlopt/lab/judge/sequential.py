@@ -88,7 +88,7 @@ def _edge(differences: Sequence[float], rate: float, rejected: float, kept: floa
 
 @dataclass(frozen=True)
 class Look:
-    """What the first `pairs` differences say.
+    """The result of the first `pairs` differences.
 
     Attributes:
         estimate: the pseudomedian of the differences.

@@ -71,7 +71,7 @@ class Gain:
     """An optimizer compared with the baseline, by rung.
 
     Attributes:
-        speed_up: compute that the baseline needs for the same loss, over that of the optimizer, by the laws. The
+        speed_up: compute of the baseline for the same loss, over the optimizer's compute, by the laws. The
             intervals hold at all rungs together.
         interpolated: the same between the measured losses of the baseline; NaN: beyond them.
         difference: mean loss minus the baseline's, over common seeds, with a 95 % interval of Student's t.
@@ -152,7 +152,7 @@ def _tail(measured: Measured) -> float:
 
 
 def _fits(measured: Measured, resamples: int) -> tuple[Laws, list[Laws]]:
-    """Returns the laws of all runs, and those of each resample; none with fewer than `FEWEST` rungs."""
+    """Returns the laws of all runs, and of each resample; none with fewer than `FEWEST` rungs."""
     seeds, rungs = _seeds(measured), np.arange(len(measured.rungs))
     laws = fit_laws(_points(measured, np.repeat(rungs, seeds), np.tile(np.arange(seeds), len(rungs))))
     rng, drawn, count = np.random.default_rng(0), [], max(seeds - 1, 1)
@@ -192,7 +192,7 @@ def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str, irre
 def band(values: Sequence[float], replicas: Array, tail: float) -> list[Interval]:
     """Returns percentile intervals that contain all values of a replica together, in all but 2 `tail` of the replicas.
 
-    `replicas`: [draws, values]. The intervals are those of Besag et al., Bayesian computation and stochastic systems,
+    `replicas`: [draws, values]. The intervals are from Besag et al., Bayesian computation and stochastic systems,
     Statistical Science 10, 1995, section 6.3: the ranks of a replica are compared with their most extreme one.
     """
     known = replicas[np.isfinite(replicas).all(axis=1)] if replicas.size else replicas

@@ -23,9 +23,9 @@ RUNGS = 2
 
 
 def missing_decays(losses: Mapping[int, float]) -> list[int]:
-    """Returns the indices of the decays to measure next; []: the search is complete.
+    """Returns the indices of the decays to measure next; [] if the search is complete.
 
-    The grid and its extension are those of the rates. Nothing is refined: the loss is flat around the best decay.
+    Uses the grid of the rates and its extension. Does not refine: the loss is flat around the best decay.
 
     `losses`: at the best rate of each decay, by index; infinity where all rates failed.
     """
@@ -40,7 +40,7 @@ class DecaySearch:
         losses: rung -> weight decay -> loss at its best rate.
         optima: by rung; their `lr` is a weight decay.
         constant: geometric mean of the best decays; None if the search is not complete, or all runs of a rung failed.
-        per_width: geometric mean of decay * width; None: also without a width.
+        per_width: geometric mean of decay * width; None also without a width.
     """
 
     losses: Mapping[str, Mapping[float, float]]
@@ -49,7 +49,7 @@ class DecaySearch:
     per_width: float | None = None
 
     def decay(self, arm: str, width: float | None) -> float | None:
-        """Returns the decay of a rung of that width; None: none yet."""
+        """Returns the decay of a rung of that width; None if not known yet."""
         value = self.constant if arm == "constant" else self.per_width
         if value is None:
             return None

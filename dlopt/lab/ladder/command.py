@@ -1,4 +1,4 @@
-"""`dlopt ladder`: trains models of several sizes with several optimizers and compares the compute to equal losses."""
+"""`dlopt ladder`: trains models of several sizes with several optimizers; compares their compute at equal loss."""
 
 import math
 import shlex

@@ -81,7 +81,7 @@ def _rate(results: Results, name: str) -> dict[str, Any]:
 
 
 def _search(results: Results, name: str) -> dict[str, Any]:
-    """Returns what is missing of a search, and why its learning rates may be wrong."""
+    """Returns the missing parts of a search, and why its learning rates may be wrong."""
     search = results.searches[name]
     has_fit = search.fit is not None
     return {

@@ -1,4 +1,4 @@
-"""A ladder: what its folder compares, its trials, and which of them can run now."""
+"""A ladder: the arms and rungs that its folder compares, its trials, and which trials can run now."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ class Contestant:
 
     Attributes:
         rates: key -> centre of the search. All of them move together, in the ratio of their centres.
-        lr: the learning rate of all rungs, if the user has fixed it; None: searched.
+        lr: the learning rate of all rungs, if the user has fixed it; None to search it.
         overrides: of the optimizer, from the command line.
         choice: the optimizer of an arm; None if the contestant has its name.
         arm: how its weight decay follows the width (`arms.py`); None if it keeps its default.
@@ -60,7 +60,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a rung: of the search of the rate with an index (`rates.py`), or with the rung's best rate (None).
+    """A run of a rung: in the search, with the rate of an index (`rates.py`); or with the rung's best rate (None).
 
     `decay`: index of the weight decay, in the search that the arms of the optimizer share.
     """
@@ -81,7 +81,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a trial. `loss`: at the end of training; infinity: failed. `seconds`: of the training."""
+    """The result of a trial. `loss`: at the end of training; infinity if failed. `seconds`: of the training."""
 
     loss: float
     seconds: float
@@ -162,7 +162,7 @@ class Ladder:
     def line(self, trial: Trial, lr: float, decay: float | None, shared: Sequence[str]) -> list[str]:
         """Returns the overrides of a run, evaluated at its end only.
 
-        `decay`: None keeps the optimizer's; `shared`: as typed, with those of the machine.
+        `decay`: None keeps the optimizer's; `shared`: as typed, with the machine's overrides.
         """
         contestant, rung = self.contestant(trial), self.rungs[trial.rung]
         return [
@@ -217,7 +217,7 @@ def update_ladder(folder: Path, ladder: Ladder) -> Ladder:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    """Reads results.json; {}: the folder has none. Raises `UserError` for a damaged one."""
+    """Reads results.json; {} if the folder has none. Raises `UserError` if it is damaged."""
     path = folder / RESULTS
     if not path.exists():
         return {}
@@ -254,8 +254,8 @@ class Search:
     """The search of an optimizer's learning rate: losses and optimum of each searched rung, and their fit.
 
     Attributes:
-        losses: rung -> learning rate -> loss; {}: no search, or an arm whose weight decay is not known yet.
-        optima: of the rungs whose search is complete, but for those where all runs failed.
+        losses: rung -> learning rate -> loss; {} without a search, and for an arm whose weight decay is not known yet.
+        optima: of the rungs whose search is complete, except rungs where all runs failed.
         fit: extrapolates the optima to larger rungs; None if the search is not complete, or all runs of a rung failed.
         waiting: its trials without a result that can run now.
     """
@@ -266,7 +266,7 @@ class Search:
     waiting: Sequence[Trial] = ()
 
     def lr(self, rung: str, parameters: float) -> float | None:
-        """Returns the learning rate of a rung: its optimum if it was searched, else that of the fit; None: none yet."""
+        """Returns the learning rate of a rung: its optimum if searched, else the fit's; None if not known yet."""
         if rung in self.optima:
             return float(f"{self.optima[rung].lr:.4g}")
         return None if self.fit is None else self.fit(parameters)

@@ -57,7 +57,7 @@ class Laws:
 
 
 def fit_laws(points: Points, *, start: Laws | None = None) -> Laws:
-    """Fits the laws. `start`: of a fit to similar points, from which to start instead of several places.
+    """Fits the laws. `start`: parameters of a fit to similar points, to start from these only.
 
     Raises:
         ValueError: an optimizer has points at fewer than two values of compute.

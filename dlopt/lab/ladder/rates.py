@@ -21,7 +21,7 @@ def rate(centre: float, index: int) -> float:
 
 
 def missing(losses: Mapping[int, float], grid: Sequence[int] = GRID) -> list[int]:
-    """Returns the indices to measure next; []: the search is complete.
+    """Returns the indices to measure next; [] if the search is complete.
 
     Args:
         losses: by index; infinity for a run that failed.

@@ -1,4 +1,4 @@
-"""Results of a ladder: what the folder holds, its analysis, and the JSON file."""
+"""Results of a ladder: the content of the folder, its analysis, and the JSON file."""
 
 import json
 import math

@@ -41,6 +41,6 @@ def _nothing(_: Path) -> bool:
 
 
 def run(request: LadderRequest, plan_job: PlanJob, pool: Pool) -> None:
-    """Runs all trials, and waits for those of other processes. On a signal, raises KeyboardInterrupt."""
+    """Runs all trials, and waits for other processes' trials. On a signal, raises KeyboardInterrupt."""
     source = _Ladder(request, plan_job)
     pools.run(source, pool, source.overview)

@@ -81,7 +81,7 @@ def simulate_cluster(
 
 
 def _table(title: str, estimates: Sequence["ModeEstimate"], updates: float) -> Table:
-    """Builds the table of a model; `updates`: those of the whole training on one device."""
+    """Builds the table of a model; `updates`: of the whole training on one device."""
     columns = ["devices", "ms/step", "compute", "efficiency", "GB/device", "days"]
     table = plain_table(title, left=["mode"], right=columns)
     for row in estimates:

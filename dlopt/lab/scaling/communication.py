@@ -1,6 +1,6 @@
 """Measures communication between ranks: bytes at torch's dispatcher, and the bandwidth of an all-reduce.
 
-Bytes cover all collectives: those of DDP and FSDP as well as those of dlopt's own layers.
+Bytes cover all collectives, of DDP, FSDP and dlopt's own layers.
 """
 
 import statistics
@@ -23,7 +23,7 @@ _REPEATS = 20
 class Traffic(TorchDispatchMode):
     """Context manager that counts the collectives that this rank joins and the bytes that it sends for them.
 
-    Bytes are those of bandwidth-optimal algorithms: rings and direct exchange (Thakur, Rabenseifner & Gropp 2005,
+    Bytes are for bandwidth-optimal algorithms: rings and direct exchange (Thakur, Rabenseifner & Gropp 2005,
     section 4). For n bytes on p ranks, each rank sends 2 (p - 1) / p n in an all-reduce, (p - 1) / p n in an all-gather
     or reduce-scatter, and n in a point-to-point message.
     """
@@ -103,7 +103,7 @@ def measure_all_reduce(
     for size in sizes:
         try:
             values = torch.full((max(size // 4, 1),), float(distributed.get_rank() + 1), device=device)
-        except RuntimeError as error:  # on a CPU, torch has no type of its own for too little memory
+        except RuntimeError as error:  # on a CPU, torch has no separate type for out of memory
             reason = str(error).partition("\n")[0]
             raise RunError(f"allreduce: {size / 2**20:g} MiB cannot be allocated ({reason})") from None
         distributed.all_reduce(values)

@@ -84,7 +84,7 @@ def pipelined(forward: Sequence[float], backward: Sequence[float], micro_batches
 
 
 def overlapped(ready: Sequence[float], durations: Sequence[float]) -> float:
-    """Returns the end of the last of several sequential transfers that each start no sooner than they are ready."""
+    """Returns the end of the last of several sequential transfers; none starts before its data is ready."""
     end = 0.0
     for start, duration in zip(ready, durations, strict=True):
         end = max(end, start) + duration
@@ -109,7 +109,7 @@ def _moment_of_maximum(count: int, power: int) -> float:
 
 
 def slowed(devices: int, variation: float, barriers: int = 1, group: int | None = None) -> float:
-    """Straggler slowdown of `devices` in groups of `group` devices (None: one group).
+    """Straggler slowdown of `devices` in groups of `group` devices (None for one group).
 
     The devices of a group wait for its slowest one `barriers` times per update, the groups for the slowest group once.
     The time of an update varies by `variation` (standard deviation over mean), independently between devices and

@@ -133,7 +133,7 @@ def draw(plane: Plane, values: Tensor, *, title: str, subtitle: str) -> "Figure"
     filled = axes.contourf(x, y, heights, levels=levels, cmap="viridis_r", norm="log")
     axes.contour(x, y, heights, levels=levels, colors="white", linewidths=0.4)
     ticks = levels[::4].tolist()
-    # As many digits as it takes to tell the ticks apart: the losses of a small window differ little.
+    # Enough digits to distinguish the ticks: the losses of a small window differ little.
     digits = next((n for n in range(3, 12) if len({f"{tick:.{n}g}" for tick in ticks}) == len(ticks)), 3)
     bar = figure.colorbar(filled, ax=axes, label="training loss", format=f"%.{digits}g")
     bar.set_ticks(ticks)

@@ -75,7 +75,7 @@ def draw_landscape(
 def _path_plane(workload: "Workload", path: Path, *, is_required: bool) -> "tuple[Plane, int] | None":
     """Returns the plane of the checkpoints in the folder of `path`, and the last one's epoch; None if they are too few.
 
-    The path is that of the weights, also if their average is evaluated.
+    The path follows the weights, even if their average is evaluated.
     """
     from dlopt.lab.comparison.probes import checkpoints
     from dlopt.lab.trajectory.landscape import trajectory_plane

@@ -16,7 +16,7 @@ _COLUMNS = 3
 def draw_components(
     function: MatrixQuadratic, trajectories: Mapping[str, Trajectory], *, title: str, subtitle: str = ""
 ) -> "Figure":
-    """Plots u_i^T W v_i of each path, coloured by curvature, and the norm of what has left the singular vectors."""
+    """Plots u_i^T W v_i of each path, coloured by curvature, and the norm of the rest outside the singular vectors."""
     import matplotlib
 
     columns = min(_COLUMNS, len(trajectories))

@@ -1,6 +1,6 @@
 """The stopping rule of plain gradient descent on a path: updates and distance at its end, against the tolerance.
 
-The rule is that of `dlopt train stopping=tolerance`: a run ends after more than `ITERATIONS` updates in a row that move
+The rule of `dlopt train stopping=tolerance`: a run ends after more than `ITERATIONS` updates in a row that move
 the parameters by less than the tolerance. On a quadratic, its end has a closed form.
 """
 

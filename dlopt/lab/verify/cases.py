@@ -1,8 +1,8 @@
-"""What is checked: each case is a few lines of plain PyTorch, which are also the reproduction of a failure.
+"""The cases: each is a few lines of plain PyTorch, which also reproduce a failure.
 
 A case gets functions whose text precedes it in a reproduction (`dlopt.lab.verify.subject`): `make(params, **keys)`
 builds the optimizer, `fresh(dtype)` returns parameters, the same at each call, `update(o, params, loss)` makes one
-update. It raises AssertionError, with what was found, if the optimizer is wrong.
+update. It raises AssertionError, with the observed values, if the optimizer is wrong.
 """
 
 import contextlib

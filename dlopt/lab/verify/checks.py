@@ -21,7 +21,7 @@ from dlopt.lab.verify.subject import MATRICES, Subject, by_gradients, source
 
 @dataclass(frozen=True)
 class Case:
-    """A function of cases.py with its further arguments; or, with `skipped`, the reason why it does not apply."""
+    """A function of cases.py with its other arguments; or, with `skipped`, the reason why it does not apply."""
 
     function: Callable[..., None] | None = None
     arguments: Mapping[str, Any] | None = None
@@ -58,7 +58,7 @@ def check_cases(subject: Subject, chosen: list[Case], note: str = "") -> CheckOu
 
 
 def failure(subject: Subject, case: Case) -> str | None:
-    """Returns what is wrong in a case, None if nothing is."""
+    """Returns the failure of a case, None if it passes."""
     assert case.function is not None
     extra = {"loss": pseudo_huber, **(case.arguments or {})}
     loss = extra["loss"]
@@ -84,7 +84,7 @@ def message_of(error: Exception) -> str:
 
 
 def reproduction(subject: Subject, case: Case) -> str:
-    """Returns at most ten lines of PyTorch that raise what the case has raised."""
+    """Returns at most ten lines of PyTorch that reproduce the error of the case."""
     assert case.function is not None
     extra = dict(case.arguments or {})
     lines = subject.text(extra.pop("loss", pseudo_huber))

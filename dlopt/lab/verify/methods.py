@@ -17,8 +17,8 @@ class Method:
 
     Attributes:
         formula: its updates without weight decay, at `lr` 0.1 and `keys`; None if only its defaults are known.
-        keys: the hyperparameters of `formula`; those of other names are found by `SYNONYMS`.
-        decay: how weight decay acts; None: in a way of its own.
+        keys: the hyperparameters of `formula`; other names are found by `SYNONYMS`.
+        decay: how weight decay acts; None for a special way.
         authors: the defaults of the paper or of the authors' code.
         matrices: the formula is for matrices only.
         no_schedule: why the learning rate does not scale the steps.
@@ -166,7 +166,7 @@ def known(target: Callable[..., Any], keys: Mapping[str, Any]) -> Method | None:
 
 
 def name_in(names: Container[str], key: str) -> str | None:
-    """Returns the name of a hyperparameter among those of a class; None if it has none."""
+    """Returns the name of a hyperparameter in a class; None if the class does not have it."""
     return next((name for name in (key, *SYNONYMS.get(key, ())) if name in names), None)
 
 
@@ -174,7 +174,7 @@ _OPTIONAL = ("nesterov", "ns_steps", "etas", "lr_decay", "graft_eps", "momentum_
 
 
 def arguments_of(method: Method, takes: Callable[[str], bool]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the arguments with which a class has the formula's hyperparameters, and those that it cannot have."""
+    """Returns the arguments that give a class the formula's hyperparameters, and the hyperparameters that it lacks."""
     found, absent = {}, []
     for key, value in {"lr": 0.1, **method.keys, "weight_decay": 0.0}.items():
         name = next((each for each in (key, *SYNONYMS.get(key, ())) if takes(each)), None)

@@ -1,4 +1,4 @@
-"""The updates of an optimizer beside those of its paper."""
+"""Compares the updates of an optimizer with its paper's."""
 
 from collections.abc import Mapping
 from typing import Any

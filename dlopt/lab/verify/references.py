@@ -2,7 +2,7 @@
 
 Each takes the initial weights of a tensor and its gradients, and yields the weights after every update.
 
-`dlopt verify` compares anybody's optimizer with them, and dlopt's tests its own. `dlopt.lab.verify.methods` holds the
+`dlopt verify` compares any optimizer with them, and dlopt's tests its own. `dlopt.lab.verify.methods` holds the
 sources and the hyperparameters.
 """
 

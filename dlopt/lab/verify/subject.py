@@ -78,13 +78,13 @@ class Subject:
         return key in parameters or (self.base is not None and key in inspect.signature(self.base[1]).parameters)
 
     def default(self, key: str) -> Any:
-        """Returns the value of an argument: that of `keys`, or the default; None where there is none."""
+        """Returns the value of an argument: from `keys`, or the default; None if there is none."""
         parameter = inspect.signature(self.target).parameters.get(key)
         default = None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
         return self.keys.get(key, default)
 
     def make(self, params: Any, **keys: Any) -> torch.optim.Optimizer:
-        """Builds the optimizer for tensors or groups; `keys` replace those of the subject."""
+        """Builds the optimizer for tensors or groups; `keys` replace the subject's keys."""
         if self.marks_muon:
             groups = [each if isinstance(each, dict) else {"params": [each]} for each in params]
             params = [{"use_muon": each["params"][0].ndim > 1, **each} for each in groups]
