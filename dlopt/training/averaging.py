@@ -94,7 +94,7 @@ class TailAverage(WeightAverage):
 
 @contextmanager
 def evaluation_weights(optimizer: torch.optim.Optimizer, average: WeightAverage | None = None) -> Iterator[None]:
-    """Context in which the model holds the weights to evaluate: the average, or those of a schedule-free optimizer."""
+    """Context in which the model holds the weights to evaluate: the average, or a schedule-free optimizer's weights."""
     if average is not None:
         with average.swapped_in():
             yield

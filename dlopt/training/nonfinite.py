@@ -73,7 +73,7 @@ class NonFiniteCheck:
         self.latest = step + 1
         if gradients:
             self.flag_nonfinite(self._flag)
-        # Reads both on the host, before the optimizer runs: the weights are still those that explain the value.
+        # Reads both on the host, before the optimizer runs: the current weights still explain the value.
         value = loss.item()
         if not math.isfinite(value) or (gradients and self._flag.item()):
             self._flag.zero_()
@@ -208,7 +208,7 @@ def locate(
 
 
 def _locate_on_ranks(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str:
-    """Describes the first non-finite tensor of all ranks, each of which has its own samples or shards.
+    """Describes the first non-finite tensor over all ranks; each rank has its own samples or shards.
 
     Rank after rank would name the wrong place: a NaN in one shard of a layer spreads to all shards of others.
     """

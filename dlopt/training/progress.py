@@ -178,9 +178,9 @@ class Clock:
             self.timing.restart(self.progress.step)
 
     def stop(self, *, training: bool = True) -> None:
-        """Adds the time since the last call to that of the run, and starts a new logging interval.
+        """Adds the time since the last call to the run's training time, and starts a new logging interval.
 
-        `training`: whether it was spent on updates; false: on an evaluation or a checkpoint.
+        `training`: whether the time was spent on updates; false for an evaluation or a checkpoint.
         """
         # For the count from which `_restart` measures the throughput. Waits for the device, and is a collective with
         # several ranks: the clock stops at evaluations and saves only, on all ranks after the same update.

@@ -113,7 +113,7 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
 
 
 def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:
-    """Describes the images for which pretrained weights were trained, and how those of this run differ.
+    """Describes the images for which pretrained weights were trained, and how this run's images differ.
 
     `shape`: of the model's input. Empty without pretrained weights.
     """

@@ -1,4 +1,4 @@
-"""The further metrics that a run requests, by `evaluate.metrics` or by monitoring one: checked against its task."""
+"""The additional metrics that a run requests, by `evaluate.metrics` or by monitoring: checked against its task."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ from dlopt.training.stopping import Target
 
 
 def requested_metrics(run_config: RunConfig, dataset: Dataset) -> list[Declaration]:
-    """Returns the metrics of `evaluate.metrics` and the monitored ones, beside those of every evaluation.
+    """Returns the metrics of `evaluate.metrics` and the monitored metrics that not every evaluation has.
 
     Raises `UserError` for a metric that this run cannot compute.
     """

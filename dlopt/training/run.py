@@ -109,7 +109,7 @@ def train_run(
         contextlib.closing(workload),
         open_tracking(run, checkpoint, console) if is_shown else Tracking.silent() as tracking,
     ):
-        # 2. Find the learning rate (optimizer.lr=auto); a resumed run keeps that of its range test.
+        # 2. Find the learning rate (optimizer.lr=auto); a resumed run keeps its learning rate.
         found_lr = None if checkpoint is None else checkpoint.found_lr
         if workload.run_config.auto_lr and find_lr is not None:
             found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr

@@ -10,7 +10,7 @@ from dlopt.metrics.measures import Training, measured
 from dlopt.training.builders.precision import Precision
 
 # Dense TFLOP/s (without sparsity) by words of the card's name, more specific names first: bf16 and fp16 with fp32
-# accumulation, TF32, fp32 without tensor cores. None: a card without bf16 and TF32, whose first number is that of fp16.
+# accumulation, TF32, fp32 without tensor cores. None for cards without bf16 and TF32; their first number is for fp16.
 # From NVIDIA's data sheets of each card; GeForce and RTX from the white papers of Ampere (GA102), Ada and Blackwell.
 _CARDS: dict[str, tuple[float, float | None, float]] = {
     "GB200": (2500, 1250, 80), "B200": (2250, 1125, 75), "GH200": (989.4, 494.7, 66.9),
@@ -41,8 +41,8 @@ class Throughput:
     """How samples and seconds of training become metrics.
 
     Utilization is the model FLOPs utilization (MFU) of each GPU: the FLOPs of the model's matrix products and
-    convolutions, with twice those of the forward pass for the backward pass, divided by the time of training and by the
-    nominal rate of the GPU. Recomputed activations, a teacher, and further passes of an optimizer do not count.
+    convolutions (the backward pass counts as two forward passes), divided by the time of training and by the nominal
+    rate of the GPU. Recomputed activations, a teacher, and additional passes of an optimizer do not count.
 
     Args:
         gpu: whose memory is measured; None if there is none.
@@ -61,7 +61,7 @@ class Throughput:
 
     @classmethod
     def on(cls, precision: Precision, tokens: int | None, flops: float | None, processes: int) -> "Throughput":
-        """Returns the one of a run in `precision` on its device, whose nominal rate it looks up."""
+        """Builds it for a run in `precision`; looks up the nominal rate of its device."""
         if precision.device.type != "cuda":
             return cls(tokens=tokens)
         card = torch.cuda.get_device_name(precision.device)

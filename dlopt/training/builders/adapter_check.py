@@ -80,7 +80,7 @@ def _check_used(choice: str, module: nn.Module, call: Callable[[], object]) -> N
 
 
 def _with_gradient(parameters: Mapping[str, Tensor], outputs: list[Tensor]) -> set[str]:
-    """Returns the names of the parameters of which the outputs are functions, whatever the values."""
+    """Returns the names of the parameters on which the outputs depend, whatever the values."""
     if not outputs or not parameters:
         return set()
     ones = [torch.ones_like(each) for each in outputs]

@@ -36,7 +36,7 @@ _WIDTH_KEYS = {"width": 1, "widths": 1, "widen": 16, "hidden": 1}  # features or
 
 
 def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
-    """Compares the shapes of the model's weights with those of a model of twice the width.
+    """Compares the shapes of the model's weights with a model of twice the width.
 
     `runtime`: the arguments of `model.build`. Raises `UserError` for a model without a key for its width, and for one
     that divides its outputs by the width, as table 3 does with the output weights.

@@ -91,7 +91,7 @@ class _Block(Recomputed):
 
 
 class _Chain(Recomputed, nn.Sequential):
-    """A sequence of n layers in ceil(sqrt(n)) segments (section 4.1), of which the last one is not recomputed.
+    """A sequence of n layers in ceil(sqrt(n)) segments (section 4.1). Does not recompute the last segment.
 
     The last segment's recomputation would directly follow its forward pass, and save nothing.
     """

@@ -146,7 +146,7 @@ def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
 def data_recorder(run_config: RunConfig, device: torch.device, parts: Sequence[object]) -> Recorder | None:
     """Returns the recorder that captures the data path as a CUDA graph; None if it runs eagerly.
 
-        `parts`: the components that the path calls. A graph would repeat the numbers that a user's component computes on
+    `parts`: the components that the path calls. A graph would repeat the numbers that a user's component computes on
     the host.
     """
     settings = run_config.settings

@@ -292,7 +292,7 @@ def _refuse_another_model(
     outside: Mapping[str, Tensor],
     prefix: str,
 ) -> None:
-    """Raises `UserError` if the weights belong to another model than `current`, of which only a part would be loaded.
+    """Raises `UserError` if the weights belong to another model than `current` and only a part would be loaded.
 
     Allows tensors of another shape, unless these are the majority between the first and the last layer; a missing
     first or last layer; and additional tensors, unless they belong to a layer that the model has, or to another layer
