@@ -46,7 +46,7 @@ class RunFolder:
         return config if isinstance(config, dict) else None
 
     def run_id(self) -> str | None:
-        """Returns the id that ties the config, the checkpoints and the summary of a run; None: an older dlopt wrote it.
+        """Returns the id that ties the config, the checkpoints and the summary of a run; None for an older dlopt.
 
         A run that is resumed in its folder keeps its id; a run resumed from a checkpoint in another folder gets a new
         one.

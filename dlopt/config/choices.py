@@ -110,7 +110,7 @@ class Catalogue:
         self._primary = config_folder() / f"{CONFIG_NAME}.yaml"
 
     def groups(self) -> dict[str, str | None]:
-        """Maps each group to its default choice (None: no choice), in the order of train.yaml's defaults list."""
+        """Maps each group to its default choice (or None), in the order of train.yaml's defaults list."""
         return _chosen(self._primary)
 
     def groups_of_commands(self) -> dict[str, dict[str, str | None]]:

@@ -121,7 +121,7 @@ class Composer:
         return [_forced(each) if all(of) else each for each, *of in zip(parsed, is_new, changes, strict=True)]
 
     def _callable_key(self, override: Override) -> str | None:
-        """Returns the key that takes the callable which an override names in place of a choice; None: it names none."""
+        """Returns the key for the callable that an override names in place of a choice; None if it names none."""
         group, value = override.key_or_group, override.value()
         is_name = isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value)
         is_plain = override.type is OverrideType.CHANGE and override.package is None

@@ -45,7 +45,7 @@ class PCA(Centring):
         variances, components = variances.flip(0).clamp(min=0), components.flip(1)
         largest = components.gather(0, components.abs().argmax(0, keepdim=True))
         matrix = self._map(variances, components * largest.sign())
-        # forward() receives images in 0..255; the statistics are those of 0..1.
+        # forward() receives images in 0..255; the statistics refer to 0..1.
         white = 255 if samples.fetch(torch.tensor([0])).dtype == torch.uint8 else 1
         self._set(matrix / white, -(mean @ matrix), mean * white)
 

@@ -14,5 +14,5 @@ REQUESTABLE: tuple[str, ...] = tuple(dict.fromkeys(each.name for each in _ALL if
 
 
 def named(names: Iterable[str], metrics: Iterable[Declaration]) -> list[Declaration]:
-    """Returns those of `metrics` that have one of the names."""
+    """Returns the `metrics` with one of the names."""
     return [each for each in metrics if not {*each.names}.isdisjoint(names)]

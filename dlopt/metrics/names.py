@@ -182,7 +182,7 @@ def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
 
 
 def selection_key(metrics: Mapping[str, Any], monitor: str, modes: Modes = NONE) -> tuple[float, float]:
-    """Returns a sort key of evaluations: the best one is the first of those with the smallest key.
+    """Returns a sort key of evaluations: the best evaluation is the first with the smallest key.
 
     The key is the monitored metric as a loss (accuracies and the like are negated), then val_loss: small validation
     sets have many equal accuracies, between which the loss decides. Missing and non-finite values are infinite. Raises

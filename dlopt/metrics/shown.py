@@ -35,7 +35,7 @@ _EVALUATED = (
     _evaluated("test", "micro_f1", 40, leaderboard=KEPT),
 )  # fmt: skip
 COLUMNS: Mapping[str, Measure] = {each.name: each for each in (*PROGRESS, *_EVALUATED, *OTHERS)}
-"""All columns that are shown somewhere, and those that only files have."""
+"""All columns, including columns that are only in files."""
 
 # -- where
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 Triple = tuple[float, float, float]
 Coefficients = Triple | Annotated[list[Triple], MinLen(1)] | Literal["polar_express"]
-"""Of all iterations; of each iteration, of which the last ones repeat the last triple; or `POLAR_EXPRESS`."""
+"""One triple for all iterations; a triple for each iteration, the last one repeated; or `POLAR_EXPRESS`."""
 
 QUINTIC: Triple = (3.4445, -4.775, 2.0315)  # of Jordan et al. 2024
 

@@ -42,7 +42,7 @@ class Prodigy(RealOptimizer):
         safeguard_warmup: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "d0": d0, "d_coef": d_coef}
-        # d and r are in the groups, which a checkpoint holds; those of the first group count
+        # d and r are in the groups, which a checkpoint holds; the values of the first group count
         super().__init__(params, {**defaults, "safeguard_warmup": safeguard_warmup, "d": d0, "r": 0.0})
 
     @torch.no_grad()

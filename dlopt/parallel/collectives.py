@@ -43,7 +43,7 @@ class ShardSpec:
 
 
 class ModelGroup:
-    """The ranks that hold one model together, as a process group (None: all processes of the run)."""
+    """The ranks that hold one model together, as a process group (None for all processes of the run)."""
 
     def __init__(self, process_group: distributed.ProcessGroup | None = None) -> None:
         self.process_group = process_group

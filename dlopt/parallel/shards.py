@@ -171,7 +171,7 @@ class Sharding:
 
 
 class TensorShards(Sharding):
-    """Parameters are DTensors of which each process holds a shard (fsdp, filter, spatial, hybrid)."""
+    """Parameters are DTensors; each process holds a shard (fsdp, filter, spatial, hybrid)."""
 
     kind: Literal["replicated", "tensors", "layers"] = "tensors"
 

@@ -104,7 +104,7 @@ def published_table(ranking: Ranking, top: int | None = None) -> Table:
 def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
     """Renders a CSV line per configuration, with means and sample standard deviations over seeds."""
     metrics, tests = metric_columns(ranking), test_columns(ranking)
-    # The epochs of the config and those that were run are two columns.
+    # The configured and the completed epochs are two columns.
     header = ["rank", *(f"config.{key}" if key in metrics else key for key in ranking.keys), "runs", "ended", "failed"]
     header += [f"{name}{end}" for name in (*metrics, *tests) for end in ("", "_std")]
     header += ["difference", "difference_low", "difference_high", "pairs"]

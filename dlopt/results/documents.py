@@ -17,7 +17,7 @@ from dlopt.results.reading import Damaged, Record, tags_of
 
 
 def run_entry(record: Record, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    """Describes a run with its config. `keys`: of the config and the metrics to show (None: all)."""
+    """Describes a run with its config. `keys`: of the config and the metrics to show (None for all)."""
     entry = {**job_entry(record), "commit": record.commit, "config": record.config}
     if keys is not None:
         names = {name for key in keys for name in (key, column_of(key))}

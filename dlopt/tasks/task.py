@@ -61,7 +61,7 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Number of classes, labels or values: that of `values`."""
+        """Number of classes, labels or values, as in `values`."""
         return self.outputs
 
     @property

@@ -16,7 +16,7 @@ from dlopt.config.choices import extensions, search
 
 
 class Folders(SearchPathPlugin):
-    """Adds the config folders of installed packages, and that of --config-dir, to the search path."""
+    """Adds the config folders of installed packages, and --config-dir, to the search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for package, folder in extensions().items():
