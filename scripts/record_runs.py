@@ -63,8 +63,8 @@ def main() -> int:
             found = json.loads(json.dumps(record(lines, root)))
             if not arguments.compare:
                 recorded[name] = found
-                lines = (f" {json.dumps(case)}: {json.dumps(values)}" for case, values in recorded.items())
-                arguments.file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+                entries = (f" {json.dumps(case)}: {json.dumps(values)}" for case, values in recorded.items())
+                arguments.file.write_text("{\n" + ",\n".join(entries) + "\n}\n")
                 print(name, found.get("refused", f"{len(found)} numbers"), flush=True)
             elif found != recorded.get(name):
                 differing += 1
