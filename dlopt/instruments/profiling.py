@@ -21,7 +21,7 @@ from dlopt.basics.formats import format_bytes
 from dlopt.data.batches import Batch
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.machine.device import synchronized_time
-from dlopt.metrics.sums import Measured
+from dlopt.metrics.sums import Kept
 from dlopt.training.builders.workload import Workload
 from dlopt.training.step import EpochBatches, ForwardBackward, Network, Observer, Step
 
@@ -76,7 +76,7 @@ class Profiling(Observer):
         return replace(network, model=model, loss=loss, compile=None), TimedBatches(batches, self)
 
     def attach(self, step: Step) -> None:
-        step.run_batch = self._measured(step.run_batch)
+        step.run_batch = self._kept(step.run_batch)
 
     def around(
         self, step: Step, inputs: Tensor, targets: Tensor, number: int
@@ -85,10 +85,10 @@ class Profiling(Observer):
             return self._measuring_memory(step, inputs, targets)
         return self._timing(number) if self.first < number < self.last and self._profiler is not None else None
 
-    def _measured(self, run_batch: ForwardBackward) -> ForwardBackward:
+    def _kept(self, run_batch: ForwardBackward) -> ForwardBackward:
         """Times forward and backward, and measures its peak memory in the first update."""
 
-        def measured(batch: Batch) -> tuple[Tensor, list[Measured]]:
+        def measured(batch: Batch) -> tuple[Tensor, list[Kept]]:
             if self._measures_peaks:
                 torch.cuda.reset_peak_memory_stats(self.workload.device)
             with self.timer("forward and backward"):

@@ -33,7 +33,7 @@ class CountsPredictions(Protocol):
     def loss_metrics(self, loss: float) -> dict[str, float]: ...
 
 
-class Measured(NamedTuple):
+class Kept(NamedTuple):
     """What the metrics need of a micro-batch, on the device."""
 
     loss: Tensor  # mean over the samples
@@ -43,16 +43,16 @@ class Measured(NamedTuple):
     correct: Tensor | None = None  # number of correct predictions
 
     @staticmethod
-    def of_no_samples(loss: Tensor) -> "Measured":
+    def of_no_samples(loss: Tensor) -> "Kept":
         """A micro-batch without samples on this rank: all ranks must reduce the same number of entries."""
-        return Measured(torch.zeros_like(loss.detach()), 0)
+        return Kept(torch.zeros_like(loss.detach()), 0)
 
-    def clone(self) -> "Measured":
+    def clone(self) -> "Kept":
         outputs, targets, correct = (None if part is None else part.clone() for part in self[2:])
-        return Measured(self.loss.clone(), self.samples, outputs, targets, correct)
+        return Kept(self.loss.clone(), self.samples, outputs, targets, correct)
 
 
-Measure = Callable[[Tensor, Tensor, Tensor], Measured]
+Keep = Callable[[Tensor, Tensor, Tensor], Kept]
 """(mean loss, outputs, targets) of a micro-batch, detached -> what the metrics need of it."""
 
 
@@ -95,30 +95,30 @@ class MetricSum:
         self.loss = 0.0
         self.correct = 0
         self.count = 0
-        self._pending: list[Measured] = []
+        self._pending: list[Kept] = []
         self._max_pending = 0
         self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
         self._reported = (0.0, 0, 0)
 
-    def measure(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Measured:
+    def keep(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Kept:
         """Returns the batch's contribution, for `add`. Takes the mean loss (scalar), outputs [B, K], and targets [B]
         (or [B, K]: probabilities).
 
         With several predictions per sample: outputs [B, T, K], targets [B, T]. Adds nothing.
         """
         if not self._keeps_outputs:
-            return Measured(loss, targets.shape[0])
+            return Kept(loss, targets.shape[0])
         if self.on_flush is None and outputs.numel() > _MAX_KEPT_OUTPUTS:
-            return Measured(loss, targets.shape[0], correct=self._count_correct(outputs, _labels(targets)))
-        return Measured(loss, targets.shape[0], outputs, targets)
+            return Kept(loss, targets.shape[0], correct=self._count_correct(outputs, _labels(targets)))
+        return Kept(loss, targets.shape[0], outputs, targets)
 
-    def add(self, *measured: Measured) -> None:
-        """Adds the results of `measure` for a batch, or for each micro-batch of an update."""
+    def add(self, *parts: Kept) -> None:
+        """Adds the results of `keep` for a batch, or for each micro-batch of an update."""
         pending = self._pending
         if not pending:
-            kept = sum(each.outputs.numel() for each in measured if each.outputs is not None)
+            kept = sum(each.outputs.numel() for each in parts if each.outputs is not None)
             self._max_pending = max(min(_MAX_PENDING_STEPS, _MAX_PENDING_OUTPUTS // max(kept, 1)), 1)
-        pending += measured
+        pending += parts
         if len(pending) >= self._max_pending:
             self._flush()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
-from dlopt.metrics.sums import Measured
+from dlopt.metrics.sums import Kept
 from dlopt.parallel.shards import local
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import ForwardBackward, Observer, Step, Update, UpdateRecord
@@ -87,7 +87,7 @@ def halving(step: Step) -> ForwardBackward:
     """Repeats forward and backward with twice as many micro-batches while the device runs out of memory."""
     run_batch, buffers = step.run_batch, SavedBuffers(step.module)
 
-    def halved(batch: Batch) -> tuple[Tensor, list[Measured]]:
+    def halved(batch: Batch) -> tuple[Tensor, list[Kept]]:
         while True:
             buffers.save()
             try:

@@ -21,7 +21,7 @@ from dlopt.losses import CrossEntropy, processes_in_chunks
 from dlopt.metrics.accumulators import Accumulator, accumulators
 from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.names import Split, by_column
-from dlopt.metrics.sums import Measured, MetricSum, Reduce
+from dlopt.metrics.sums import Kept, MetricSum, Reduce
 from dlopt.metrics.user import UserMetric, UserMetrics, compute
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.ranks import Ranks
@@ -69,11 +69,11 @@ def evaluate(
                 chunked = isinstance(loss, CrossEntropy) and processes_in_chunks(outputs, targets)
                 if extra or not chunked:
                     outputs = _promoted(outputs)
-                metrics.add(metrics.measure(loss(outputs, targets), outputs, targets))
+                metrics.add(metrics.keep(loss(outputs, targets), outputs, targets))
                 for each in extra:
                     each.add(outputs, targets)
             else:
-                metrics.add(Measured.of_no_samples(outputs.sum()))
+                metrics.add(Kept.of_no_samples(outputs.sum()))
             # With several ranks a collective (`evaluation_stop`), once per batch: all ranks have equally many batches.
             if interruption:
                 return None
@@ -103,7 +103,7 @@ def report(
     accumulator = MetricSum(task)
     with torch.inference_mode(), evaluation_mode(loss):
         for outputs, targets in batches:
-            accumulator.add(accumulator.measure(loss(outputs, targets), outputs, targets))
+            accumulator.add(accumulator.keep(loss(outputs, targets), outputs, targets))
     values = accumulator.means("test")
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     part = partial(task.evaluated, loss=loss, origin=targets[:1])

@@ -262,9 +262,7 @@ def build_trainer(
             sampler.observe(sample_losses(workload.loss, outputs, targets))
 
     train_metrics = MetricSum(workload.task, update_sampler, reduction(workload), accuracy=has_train_accuracy(workload))
-    step = build_step(
-        workload, network, optimizer, schedule, measure=train_metrics.measure, average=average, checks=checks
-    )
+    step = build_step(workload, network, optimizer, schedule, keep=train_metrics.keep, average=average, checks=checks)
     update, graph_obstacle = build_update(
         workload,
         step,

@@ -19,7 +19,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
 from dlopt.losses import sampled_cross_entropy
-from dlopt.metrics.sums import Measure, Measured
+from dlopt.metrics.sums import Keep, Kept
 from dlopt.models.known import is_stochastic
 from dlopt.models.layers import frozen_statistics
 from dlopt.optim.traits import not_evaluated, optimizer_traits, refuse_missing_closure
@@ -32,7 +32,7 @@ from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
 _NO_CONTEXT = nullcontext()
 
 
-Forward = Callable[..., tuple[Tensor, Measured]]
+Forward = Callable[..., tuple[Tensor, Kept]]
 """(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
 need."""
 
@@ -86,7 +86,7 @@ class UpdateRecord:
     """
 
     loss: Tensor | None
-    micro_batches: list[Measured]
+    micro_batches: list[Kept]
     norm: Tensor | None = None
     flags: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -104,7 +104,7 @@ class EpochBatches(Protocol):
         ...
 
 
-ForwardBackward = Callable[[Batch], tuple[Tensor, list[Measured]]]
+ForwardBackward = Callable[[Batch], tuple[Tensor, list[Kept]]]
 """See `Step.forward_backward`."""
 
 
@@ -155,7 +155,7 @@ class Step:
     Args:
         schedule: stepped after every update.
         mode: splits a batch into micro-batches and reduces their losses and gradients over processes.
-        measure: reduces a micro-batch to the input of the metrics.
+        keep: reduces a micro-batch to the input of the metrics.
         clip: clips the reduced gradients.
         synchronize_buffers: makes the buffers equal on all ranks; called after every update.
         average: updates the average of the weights; called after every update.
@@ -176,7 +176,7 @@ class Step:
         settings: StepSettings,
         *,
         precision: Precision,
-        measure: Measure,
+        keep: Keep,
         clip: Clip | None = None,
         synchronize_buffers: Callable[[], None] | None = None,
         average: Callable[[], None] | None = None,
@@ -186,7 +186,7 @@ class Step:
         self.schedule = schedule
         self.mode = mode
         self.settings = settings
-        self.measure = measure
+        self.keep = keep
         self.clip: Clip = Unclipped() if clip is None else clip
         self.synchronize_buffers = synchronize_buffers
         self.average = average
@@ -208,7 +208,7 @@ class Step:
         self._model = precision.autocast(network.model)
         self._eager_model = precision.autocast(network.module)
         self._loss = precision.autocast(network.loss)
-        self._forward = _forward(self._model, self._loss, measure)
+        self._forward = _forward(self._model, self._loss, keep)
         if network.compile is not None:
             self._forward = network.compile(self._forward)
         self._further = _nothing if network.further is None else network.further
@@ -294,18 +294,18 @@ class Step:
         """Returns whether anything trains: the schedule may have frozen all parameters. The scaler fails on none."""
         return any(p.grad is not None for p in self.parameters)
 
-    def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Measured]]:
+    def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
         """Adds the gradients of the global batch's mean loss to the parameters.
 
         Returns that loss, detached and equal on all ranks, and the input of the metrics for each micro-batch.
         """
-        measured: list[Measured] = []
+        parts: list[Kept] = []
         # 1. A pipeline schedules its micro-batches itself, several at a time.
-        staged = self.mode.run_stages(batch, lambda outputs, targets: self._measured(measured, outputs, targets))
+        staged = self.mode.run_stages(batch, lambda outputs, targets: self._kept(parts, outputs, targets))
         if staged is not None:
             losses, count = staged
-            measured += [Measured.of_no_samples(losses[0])] * (count - len(measured))
-            return self.mode.reduce(torch.stack(losses).sum()), measured
+            parts += [Kept.of_no_samples(losses[0])] * (count - len(parts))
+            return self.mode.reduce(torch.stack(losses).sum()), parts
 
         # 2. All others run one after the other, and add up their gradients.
         losses = []
@@ -323,8 +323,8 @@ class Step:
                         loss = loss * micro_batch.weight
                 else:  # the other ranks wait for this one in collectives; its gradients are zero
                     loss = self._model(micro_batch.inputs).sum() * 0.0
-                    kept = Measured.of_no_samples(loss)
-                measured.append(kept)
+                    kept = Kept.of_no_samples(loss)
+                parts.append(kept)
                 # 4. Backward. It frees the activations and, with them, the outputs, which are large for text: nothing
                 #    here may refer to them.
                 if loss.requires_grad:
@@ -338,7 +338,7 @@ class Step:
                 sums.take()
 
         # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
-        return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), measured
+        return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
 
     def loss(self) -> Tensor:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
@@ -415,10 +415,10 @@ class Step:
         for generator in self._generators if self.seeds else ():
             generator.manual_seed(self.current.seed)
 
-    def _measured(self, measured: list[Measured], outputs: Tensor, targets: Tensor) -> Tensor:
+    def _kept(self, parts: list[Kept], outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, and appends its input for the metrics."""
         loss = self._loss(outputs, targets)
-        measured.append(self.measure(loss.detach(), outputs.detach(), targets))
+        parts.append(self.keep(loss.detach(), outputs.detach(), targets))
         return loss
 
     def _differentiable(self, batch: Batch, loss: Callable[[Tensor, Batch], Tensor]) -> Tensor:
@@ -449,17 +449,17 @@ def _nothing(_: Batch) -> tuple[Tensor, ...]:
     return ()
 
 
-def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], measure: Measure) -> Forward:
+def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], keep: Keep) -> Forward:
     """Model, loss and metrics as one function, which a compiler sees as a whole.
 
     Compiled separately, the loss would read and write the outputs once per operation. With text, whose outputs are
     larger than all activations, that takes as long as the model.
     """
 
-    def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Measured]:
+    def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Kept]:
         outputs = model(inputs)
         value = loss(outputs, targets, *further)
-        return value, measure(value.detach(), outputs.detach(), targets)
+        return value, keep(value.detach(), outputs.detach(), targets)
 
     return forward
 

@@ -18,7 +18,7 @@ with their own model and optimizer. KEY=VALUE changes the config, also to compil
   no fast kernels;
 - lower ms: the larger of the time of the FLOPs and that of the parameters; no program is faster;
 - fused ms, upper ms: the sum over the operations of the larger of the time of their FLOPs and of their traffic (fused
-  or not). Measured times of unfused programs are longer still: kernels do not reach the nominal rates (default: H100
+  or not). Kept times of unfused programs are longer still: kernels do not reach the nominal rates (default: H100
   SXM), and short ones are limited by their launch.
 
 Not counted: the batch (read, augmented, normalized), logging, and the sums of the metrics over many updates. The
@@ -346,8 +346,8 @@ def dlopt_program(run_config: RunConfig, task: Task, shape: tuple[int, ...]) -> 
         )
         optimizer = build_optimizer(workload)
         schedule = build_schedule(workload, optimizer, Length(1000, 1, 1000, 1000))
-        measure = MetricSum(task, accuracy=has_train_accuracy(workload)).measure
-        step = build_step(workload, workload.network, optimizer, schedule, measure=measure, average=None, checks=True)
+        keep = MetricSum(task, accuracy=has_train_accuracy(workload)).keep
+        step = build_step(workload, workload.network, optimizer, schedule, keep=keep, average=None, checks=True)
         step.check.immediate = False  # it is immediate on a CPU, and would read values
         samples = int(run_config.data_settings.batch_size)
         if task.tokens is None:

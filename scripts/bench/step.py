@@ -106,7 +106,7 @@ def training(
         Mode(CPU),
         StepSettings(check_now=check_now),
         precision=Precision(precision, CPU),
-        measure=train_metrics.measure,
+        keep=train_metrics.keep,
     )
     return Trainer(
         step=step,

@@ -42,7 +42,7 @@ def plain_loop(parts: list[Batch]) -> dict[str, float]:
 def test_equals_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
     sums = MetricSum(CLASSIFICATION)
     for part in batches(sizes, seed, mixed):
-        sums.add(sums.measure(*part))
+        sums.add(sums.keep(*part))
     assert sums.means("train") == plain_loop(batches(sizes, seed, mixed))
     assert sums.count == sum(sizes)
 
@@ -51,8 +51,8 @@ def test_equals_plain_loop(sizes: list[int], seed: int, mixed: bool) -> None:
 def test_does_not_depend_on_the_times_of_syncs(sizes: list[int], settled: set[int], reported: set[int]) -> None:
     reference, sums = MetricSum(CLASSIFICATION), MetricSum(CLASSIFICATION)
     for number, part in enumerate(batches(sizes)):
-        reference.add(reference.measure(*part))
-        sums.add(sums.measure(*part))
+        reference.add(reference.keep(*part))
+        sums.add(sums.keep(*part))
         if number in settled:
             sums.sync()
         if number in reported:
@@ -66,12 +66,12 @@ def test_resumes_bitwise_identically(sizes: list[int], cut: int) -> None:
     parts = batches(sizes)
     first, second = MetricSum(CLASSIFICATION), MetricSum(CLASSIFICATION)
     for part in parts[:cut]:
-        first.add(first.measure(*part))
+        first.add(first.keep(*part))
     state = first.state_dict()
     assert all(type(value) in (int, float) for value in state.values())
     second.load_state_dict(state)
     for part in parts[cut:]:
-        second.add(second.measure(*part))
+        second.add(second.keep(*part))
     assert second.means("train") == plain_loop(parts)
 
 
@@ -79,7 +79,7 @@ def test_bounds_pending_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlopt.metrics.sums._MAX_PENDING_OUTPUTS", 40)
     sums, held = MetricSum(CLASSIFICATION), []
     for part in batches([5] * 20):
-        sums.add(sums.measure(*part))
+        sums.add(sums.keep(*part))
         held.append(sum(each.outputs.numel() for each in sums._pending if each.outputs is not None))
     assert 0 < max(held) <= 40
     assert sums.means("train") == plain_loop(batches([5] * 20))
@@ -89,7 +89,7 @@ def test_large_outputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text has the whole vocabulary as outputs of each token, and an update many micro-batches."""
     monkeypatch.setattr("dlopt.metrics.sums._MAX_KEPT_OUTPUTS", 20)
     sums = MetricSum(CLASSIFICATION)
-    measured = [sums.measure(*part) for part in batches([5, 6, 7])]
+    measured = [sums.keep(*part) for part in batches([5, 6, 7])]
     assert [each.outputs is None for each in measured] == [False, True, True]
     sums.add(*measured)
     assert sums.means("train") == plain_loop(batches([5, 6, 7]))
@@ -99,10 +99,10 @@ def test_since_last_covers_each_sample_once() -> None:
     sums = MetricSum(CLASSIFICATION)
     parts = batches([3, 4, 5, 2])
     for part in parts[:2]:
-        sums.add(sums.measure(*part))
+        sums.add(sums.keep(*part))
     assert sums.since_last()["accuracy"] == plain_loop(parts[:2])["train_accuracy"]
     for part in parts[2:]:
-        sums.add(sums.measure(*part))
+        sums.add(sums.keep(*part))
     metrics_since = sums.since_last()
     assert metrics_since["accuracy"] == plain_loop(parts[2:])["train_accuracy"]
     assert metrics_since["loss"] == pytest.approx(plain_loop(parts[2:])["train_loss"], rel=1e-12)
@@ -110,30 +110,30 @@ def test_since_last_covers_each_sample_once() -> None:
 
 def test_a_report_after_a_resume_covers_the_whole_interval() -> None:
     first, second, parts = MetricSum(CLASSIFICATION), MetricSum(CLASSIFICATION), batches([3, 4, 5, 2])
-    first.add(first.measure(*parts[0]))
+    first.add(first.keep(*parts[0]))
     first.since_last()
-    first.add(first.measure(*parts[1]))
+    first.add(first.keep(*parts[1]))
     second.load_state_dict(first.state_dict())
     old = MetricSum(CLASSIFICATION)
     old.load_state_dict({key: first.state_dict()[key] for key in ("loss", "right", "count")})
     for sums in (second, old):
         for part in parts[2:]:
-            sums.add(sums.measure(*part))
+            sums.add(sums.keep(*part))
     reports = [sums.since_last()["loss"] for sums in (second, old)]
     assert reports == [pytest.approx(plain_loop(parts[start:])["train_loss"], rel=1e-12) for start in (1, 2)]
 
 
 def test_regression_has_no_accuracy() -> None:
     sums = MetricSum(REGRESSION)
-    sums.add(sums.measure(torch.tensor(2.0), torch.zeros(3, 1), torch.zeros(3)))
-    sums.add(sums.measure(torch.tensor(4.0), torch.zeros(1, 1), torch.zeros(1)))
+    sums.add(sums.keep(torch.tensor(2.0), torch.zeros(3, 1), torch.zeros(3)))
+    sums.add(sums.keep(torch.tensor(4.0), torch.zeros(1, 1), torch.zeros(1)))
     assert sums.means("val") == {"val_loss": 2.5}
 
 
 def test_without_accuracy_no_outputs_are_read() -> None:
     sums = MetricSum(CLASSIFICATION, accuracy=False)
     for part in batches([3, 4]):
-        measured = sums.measure(*part)
+        measured = sums.keep(*part)
         assert measured.outputs is measured.correct is None
         sums.add(measured)
     assert sums.means("train") == {"train_loss": plain_loop(batches([3, 4]))["train_loss"]}
@@ -150,5 +150,5 @@ def test_low_precision_losses_add_up_in_float64(dtype: Any) -> None:
     sums = MetricSum(REGRESSION)
     value = torch.tensor(1.0078125, dtype=dtype)  # exact in both
     for _ in range(3000):
-        sums.add(sums.measure(value, torch.zeros(1, 1), torch.zeros(1)))
+        sums.add(sums.keep(value, torch.zeros(1, 1), torch.zeros(1)))
     assert sums.means("train")["train_loss"] == 1.0078125

@@ -24,7 +24,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch
 from dlopt.metrics.measures import VARYING
-from dlopt.metrics.sums import Measured
+from dlopt.metrics.sums import Kept
 from dlopt.run import runner
 from dlopt.training.builders.precision import torch_defaults
 from dlopt.training.builders.workload import Workload, build_workload
@@ -159,7 +159,7 @@ def explosions(bad: Callable[[int, float], bool], on: str = "loss") -> Iterator[
     """Makes the loss (or one gradient) NaN in updates (from 1) with learning rates for which `bad` is true."""
     original = Step.forward_backward
 
-    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
+    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Kept]]:
         value, measured = original(self, batch)
         if bad(self.current.number + 1, self.optimizer.param_groups[0]["lr"]):
             if on == "loss":

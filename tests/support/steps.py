@@ -59,7 +59,7 @@ def make_step(
         Mode(CPU),
         StepSettings(**{"seed": SEED, **settings}),
         precision=precision or Precision("fp32", CPU),
-        measure=MetricSum(CLASSIFICATION).measure,
+        keep=MetricSum(CLASSIFICATION).keep,
         clip=clip,
         average=average,
     )

@@ -41,7 +41,7 @@ def test_loss_and_metrics_of_a_text_are_means_over_tokens() -> None:
             flat = outputs.flatten(0, 1), targets.flatten()
             torch.testing.assert_close(value, F.cross_entropy(*flat, label_smoothing=0.1 * training))
     for outputs, targets in batches:
-        sums.add(sums.measure(loss(outputs, targets), outputs, targets))
+        sums.add(sums.keep(loss(outputs, targets), outputs, targets))
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     nats = F.cross_entropy(outputs.flatten(0, 1).double(), targets.flatten()).item()
     correct = (outputs.argmax(2) == targets).double().mean().item()

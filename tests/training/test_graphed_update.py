@@ -87,7 +87,7 @@ class Run:
         self.sums, self.rates = MetricSum(CLASSIFICATION), []
         self.record: UpdateRecord | None = None
         keys: Any = {
-            "precision": Precision("fp32", CPU), "measure": self.sums.measure, "clip": clip or ByNorm(max_norm=1.0),
+            "precision": Precision("fp32", CPU), "keep": self.sums.keep, "clip": clip or ByNorm(max_norm=1.0),
             "average": self.average.update,
         }  # fmt: skip
         self.step = Step(*arguments, **keys)

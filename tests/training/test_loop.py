@@ -136,7 +136,7 @@ def training(
         Mode(cpu),
         StepSettings(check_now=check_now),
         precision=Precision("fp32", cpu),
-        measure=MetricSum(CLASSIFICATION).measure,
+        keep=MetricSum(CLASSIFICATION).keep,
         average=None if average is None else average.update,
     )
     inputs, targets = samples()

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batch
-from dlopt.metrics.sums import Measured, MetricSum
+from dlopt.metrics.sums import Kept, MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
@@ -496,7 +496,7 @@ def one_rank_diverges(folder: str) -> None:
     def is_time(step: Step, on: str) -> bool:
         return rank == 1 and step.current.number + 1 == 6 and on == kind
 
-    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Measured]]:
+    def forward_backward(self: Step, batch: Batch) -> tuple[Tensor, list[Kept]]:
         if is_time(self, "inputs"):
             batch.inputs[0] = NAN
         return original(self, batch)

@@ -482,7 +482,7 @@ def test_model_loss_and_metrics_are_compiled_as_one_region(precision: str, monke
         optimizer, sums = torch.optim.SGD(model.parameters(), lr=0.5), MetricSum(NextToken(13, predictions=5))
         step = Step(
             network, optimizer, Scheduler(optimizer, lambda t: 1.0), Mode(CPU), StepSettings(accumulate=2),
-            precision=chosen, measure=sums.measure,
+            precision=chosen, keep=sums.keep,
         )  # fmt: skip
         tokens = torch.randint(13, (6, 6), generator=torch.Generator().manual_seed(1))
         train(step, whole(tokens[:, :-1], tokens[:, 1:]), 0, sums)

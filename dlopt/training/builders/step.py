@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.machine.cuda_graphs import Recorder
-from dlopt.metrics.sums import Measure
+from dlopt.metrics.sums import Keep
 from dlopt.optim.traits import optimizer_traits
 from dlopt.schedules import Scheduler
 from dlopt.training import graphed_update, rng
@@ -28,7 +28,7 @@ def build_step(
     optimizer: Optimizer,
     schedule: Scheduler,
     *,
-    measure: Measure,
+    keep: Keep,
     average: WeightAverage | None,
     checks: bool,
 ) -> Step:
@@ -65,7 +65,7 @@ def build_step(
             halve_on_out_of_memory=halves,
         ),
         precision=workload.precision,
-        measure=measure,
+        keep=keep,
         clip=clip.build(model=workload.module, uses=workload.uses),
         synchronize_buffers=workload.placed.after_update,
         average=None if average is None else average.update,
