@@ -32,7 +32,7 @@ from dlopt.basics.interruption import (
     leave_closed_terminal,
     print_message,
 )
-from dlopt.basics.terminal import TerminalStream
+from dlopt.basics.terminal_controls import TerminalStream
 from dlopt.commands.command_table import COMMANDS, every_command
 from dlopt.config.packages import entries
 

@@ -53,7 +53,7 @@ def test_a_study_sweeps_with_and_without_multirun_flag(
 
     def record(batch: Any, pool: object, overview: object) -> None:
         while (job := batch.next()) is not None:
-            seen.append(" ".join(line for line in job.plan.lines if not line.startswith("experiment=")))
+            seen.append(" ".join(line for line in job.plan.texts if not line.startswith("experiment=")))
             job.folder.path.mkdir(parents=True, exist_ok=True)
             (job.folder.path / "summary.json").write_text('{"status": "finished"}')
             batch.ended(job, jobs.JobResult("finished", {}))

@@ -6,7 +6,7 @@ from dlopt.basics.errors import DONE, UserError
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, writing
 from dlopt.config.compose import Composer
 from dlopt.config.reads import RECIPE, UPDATE
-from dlopt.instruments.range_test import RangeTest
+from dlopt.instruments.lr_range_keys import RangeTest
 from dlopt.tracking.console import Screen
 from dlopt.tracking.terminal_text import short_path
 

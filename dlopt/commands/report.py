@@ -23,9 +23,9 @@ from dlopt.config.packages import entries, function
 from dlopt.results import documents, reading
 from dlopt.results.exports import Destination, Format, ReportContent, destination, write
 from dlopt.results.page import serve
+from dlopt.results.printing import show_report
 from dlopt.results.ranking import default_target, gather
 from dlopt.results.reading import Condition, Damaged, Record, RunReader
-from dlopt.results.terminal import show_report
 from dlopt.tracking import terminal_text
 
 USAGE = """\

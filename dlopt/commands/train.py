@@ -170,7 +170,7 @@ def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) 
     if plan.run_config.settings.dry_run:
         from dlopt.sweeps.estimate import print_estimate
 
-        refuse_untested(plan.saved, plan.lines)
+        refuse_untested(plan.saved, plan.texts)
         print_estimate([plan.saved], plan.choices, jobs=1)
         return None
     return plan

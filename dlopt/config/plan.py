@@ -67,14 +67,14 @@ class Plan:
         return self.run_config.config
 
     @property
-    def lines(self) -> list[str]:
-        """The overrides as typed."""
+    def texts(self) -> list[str]:
+        """The overrides as text."""
         return [text_of(override) for override in self.overrides]
 
     @property
     def typed(self) -> list[str]:
         """The words that compose this run again, for overrides.yaml."""
-        return [*self.flags, *self.lines]
+        return [*self.flags, *self.texts]
 
 
 def plan(composer: Composer, overrides: "Iterable[str | Override]") -> Plan:

@@ -21,8 +21,8 @@ from dlopt.basics.errors import USER_ERROR, RunError, UserError
 from dlopt.basics.scratch import scratch
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
+from dlopt.instruments.lr_range_keys import RangeTest
 from dlopt.instruments.measuring_ranks import RankOutcome, run_rank, run_ranks
-from dlopt.instruments.range_test import RangeTest
 from dlopt.parallel.processes import rendezvous
 from dlopt.parallel.processes.launch import count_processes
 from dlopt.results import drawing

@@ -59,8 +59,8 @@ def place(plan: Plan) -> PlacedRun:
 
     config, saved = plan.config, plan.saved
     assert config is not None
-    refuse_untested(saved, plan.lines)
-    path, is_typed = typed_folder(config, "hydra.run.dir", plan.lines)
+    refuse_untested(saved, plan.texts)
+    path, is_typed = typed_folder(config, "hydra.run.dir", plan.texts)
     if saved["dry_run"]:
         raise UserError("dry_run=true: only available in `dlopt train`")
     before = FolderSnapshot(path)

@@ -30,7 +30,7 @@ def swept_keys(space: Any, jobs: Sequence[Job]) -> set[str]:
     """
     former = [lines for lines in space if isinstance(lines, list)] if isinstance(space, list) else []
     axes: set[str] = set()
-    for sweep in (former, [job.plan.lines for job in jobs]):
+    for sweep in (former, [job.plan.texts for job in jobs]):
         values: dict[str, Counter[str]] = defaultdict(Counter)
         for line in storable(str(line) for lines in sweep for line in lines):
             values[key_of(line)][value_of(line)] += 1
@@ -93,7 +93,7 @@ def refuse_other_labels(job: Job, axes: Collection[str]) -> None:
     """
     for key in {*axes} & {*LABELS}:
         before, now = (
-            [each for each in lines if key_of(each) == key] for lines in (job.folder.typed(), job.plan.lines)
+            [each for each in lines if key_of(each) == key] for lines in (job.folder.typed(), job.plan.texts)
         )
         if not _has_values(before, job, {key}, now):
             raise UserError(f"resume: {job.folder.path} was started with {' '.join(before)}, now {' '.join(now)}")
@@ -101,7 +101,7 @@ def refuse_other_labels(job: Job, axes: Collection[str]) -> None:
 
 def _has_values(lines: Any, job: Job, axes: Collection[str], own: Sequence[str] | None = None) -> bool:
     """Returns whether stored overrides equal a job's (or its `own`). Ignores keys that may change, except axes."""
-    old, new = _values(lines, axes), _values(job.plan.lines if own is None else own, axes)
+    old, new = _values(lines, axes), _values(job.plan.texts if own is None else own, axes)
     try:
         return old.keys() == new.keys() and all(old[key] == new[key] or is_equal(old[key], new[key]) for key in old)
     except (HydraException, UserError):  # the file was not written by dlopt, or is damaged

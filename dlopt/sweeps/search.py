@@ -24,8 +24,8 @@ from dlopt.config.plan import Plan
 from dlopt.config.schema import check_arguments, component, show
 from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes
 from dlopt.results.leaderboard import Direction, ParetoFront, direction_of, front, is_number, job_record, leaderboard
+from dlopt.results.printing import show_front, show_leaderboard
 from dlopt.results.reading import find
-from dlopt.results.terminal import show_front, show_leaderboard
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource

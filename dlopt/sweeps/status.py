@@ -10,8 +10,8 @@ from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.basics.folders import SPACE, RunFolder
 from dlopt.basics.interruption import print_line
 from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
+from dlopt.results.printing import show_leaderboard
 from dlopt.results.reading import Damaged, RunReader
-from dlopt.results.terminal import show_leaderboard
 from dlopt.sweeps.queue import QUEUED, RUNNING, WORKERS, Log, live_workers
 from dlopt.sweeps.request import read_space
 from dlopt.sweeps.slurm import waiting

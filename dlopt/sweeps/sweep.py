@@ -160,7 +160,7 @@ def build_launcher(config: DictConfig, refusal: str | None) -> pools.Pool | Slur
 
 def _jobs(sweep: Path, plans: Sequence[Plan]) -> list[Job]:
     """Returns the jobs of a grid in the folder `sweep`."""
-    named = enumerate(zip(plans, labels([plan.lines for plan in plans]), strict=True))
+    named = enumerate(zip(plans, labels([plan.texts for plan in plans]), strict=True))
     return [Job(number, RunFolder(sweep / plan.subfolder), plan, label) for number, (plan, label) in named]
 
 
@@ -182,11 +182,11 @@ def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[
 
 
 def _grid(request: SweepRequest) -> SweepEnd:
-    from dlopt.results.terminal import show_leaderboard
+    from dlopt.results.printing import show_leaderboard
 
     plans = _plans(request)
     if request.config.dry_run:
-        for number, label in enumerate(labels([plan.lines for plan in plans])):
+        for number, label in enumerate(labels([plan.texts for plan in plans])):
             print(f"job {number}: {label}")
         return request.estimate(plans, len(plans))
     if isinstance(request.launcher, Slurm):
@@ -236,7 +236,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
 def list_jobs(sweep: Path, jobs: Sequence[Job]) -> bool:
     """Writes the overrides of the jobs into the folder of a sweep; returns whether it held no sweep before."""
     is_new = not (sweep / SPACE).exists()
-    write_yaml(sweep / SPACE, [storable(job.plan.lines) for job in jobs])
+    write_yaml(sweep / SPACE, [storable(job.plan.texts) for job in jobs])
     return is_new
 
 
@@ -260,7 +260,7 @@ def _ranked(jobs: Sequence[Job]) -> Leaderboard:
     return leaderboard(
         [
             job_record(
-                Path(plan.subfolder), plan.saved, folder.summary() or {}, storable(plan.lines), origin_of(folder.path)
+                Path(plan.subfolder), plan.saved, folder.summary() or {}, storable(plan.texts), origin_of(folder.path)
             )
             for plan, folder in rows
         ]

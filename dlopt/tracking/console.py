@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
-from dlopt.basics.terminal import without_controls
+from dlopt.basics.terminal_controls import without_controls
 from dlopt.metrics.measures import seconds_left
 from dlopt.metrics.names import split_of, tag_of
 from dlopt.metrics.shown import format_metric, live_name, shown_in

@@ -20,8 +20,8 @@ from dlopt.commands.report import _Options, _update
 from dlopt.results.exports import destination
 from dlopt.results.leaderboard import Record, job_record, leaderboard
 from dlopt.results.page import serve
+from dlopt.results.printing import show_front, show_leaderboard
 from dlopt.results.reading import RunReader
-from dlopt.results.terminal import show_front, show_leaderboard
 from tests.support.folders import make_run
 from tests.support.line import dlopt, refused
 from tests.support.terminal import in_terminal, plain

@@ -17,7 +17,7 @@ from dlopt.config.overrides import key_of
 from dlopt.config.packages import entries
 from dlopt.config.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.config.resolve import to_plain
-from dlopt.lab import trials
+from dlopt.lab import claimed_trials
 from dlopt.lab.comparison import command as comparison
 from dlopt.lab.diagnosis import command as diagnose
 from dlopt.lab.scaling import command as scaling
@@ -60,9 +60,9 @@ OF_RUNS: Mapping[str, Sequence[str]] = {
     "train": train_command._READS_OF_HYDRA,
     "train -m seed=0,1": sweeps._READS_OF_HYDRA,
     "train experiment=lecture/capacity": comparison._READS_OF_HYDRA,
-    "benchmark optimizer=sgd": trials.READS_OF_HYDRA,
-    "ladder optimizer=sgd model=gpt": trials.READS_OF_HYDRA,
-    "judge model=mlp optimizer.lr=0.2": trials.READS_OF_HYDRA,
+    "benchmark optimizer=sgd": claimed_trials.READS_OF_HYDRA,
+    "ladder optimizer=sgd model=gpt": claimed_trials.READS_OF_HYDRA,
+    "judge model=mlp optimizer.lr=0.2": claimed_trials.READS_OF_HYDRA,
 }
 OTHERS = {"train", "benchmark", "ladder", "judge", "grid"}  # the tests below; grid prints what train reads
 OF_RESULTS = {"report", "runs", "sweep"}  # any key may select runs

@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dlopt.results import confusion, curves, plots, ranking, terminal
+from dlopt.results import confusion, curves, plots, printing, ranking
 from dlopt.results import page as page_module
 from dlopt.results import page_data as page_data_module
 from dlopt.results.columns import summary_csv
@@ -165,7 +165,7 @@ def printed(table: Ranking, width: int | None, *, test: bool = False, top: int =
     """Returns the report on a terminal of a width, or in a file."""
     stream = io.StringIO()
     console = Console(file=stream, width=width or 80, force_terminal=width is not None, color_system=style)
-    terminal.show_report(content(table, test=test, top=top), console)
+    printing.show_report(content(table, test=test, top=top), console)
     return stream.getvalue().replace("\x1b", "~").splitlines()
 
 
@@ -181,9 +181,9 @@ def test_texts(table: Ranking, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for by in ("val_accuracy", "val_loss"):
         board = leaderboard(table.records, metric=by)
         stream = io.StringIO()
-        terminal.show_leaderboard(board, stream=stream)
+        printing.show_leaderboard(board, stream=stream)
         found += stream.getvalue().splitlines()
-    terminal.show_front([("lr=0.123456789", [0.5, 30.0]), ("b", [0.4, 20.0])], ["val_accuracy", "seconds"])
+    printing.show_front([("lr=0.123456789", [0.5, 30.0]), ("b", [0.4, 20.0])], ["val_accuracy", "seconds"])
     found += capsys.readouterr().out.splitlines()
     check_recorded(FOLDER / "texts.txt", found)
 
@@ -245,9 +245,9 @@ def test_many_values_are_thinned_and_many_keys_and_rows_are_cut(
             )
             for i in range(count)
         ]
-        terminal.show_leaderboard(leaderboard(many, metric="val_accuracy"))
+        printing.show_leaderboard(leaderboard(many, metric="val_accuracy"))
         found += capsys.readouterr().out.splitlines()[-2:]
-    terminal.show_leaderboard(leaderboard([]))
-    terminal.show_front([], ["val_loss"])
+    printing.show_leaderboard(leaderboard([]))
+    printing.show_front([], ["val_loss"])
     assert capsys.readouterr().out == ""
     check_recorded(FOLDER / "many.txt", found)

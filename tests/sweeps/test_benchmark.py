@@ -16,7 +16,7 @@ from dlopt.config.resolve import to_plain
 from dlopt.lab.benchmark.protocol import Track, WorkloadSpec, load_space, load_tier, trials_of
 from dlopt.lab.benchmark.results import load_reference
 from dlopt.lab.benchmark.trials import Candidate, TrialRequest, candidate
-from dlopt.lab.trials import claim
+from dlopt.lab.claimed_trials import claim
 
 
 class WithoutKeys(torch.optim.Optimizer):

@@ -24,7 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def run_jobs(jobs: Sequence[Job], total: int, pool: Any) -> dict[int, str]:
         for job in jobs:
             if prepare(job) is None:
-                started.append(job.plan.lines)
+                started.append(job.plan.texts)
                 end(job.folder.path, job.plan.saved["epochs"])
         return {job.number: "finished" for job in jobs}
 

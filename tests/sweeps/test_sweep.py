@@ -212,7 +212,7 @@ def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, mo
     launched: list[list[str]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
     monkeypatch.setattr(
-        "dlopt.sweeps.pool.run_jobs", lambda jobs, total, pool: launched.extend(job.plan.lines for job in jobs) or {}
+        "dlopt.sweeps.pool.run_jobs", lambda jobs, total, pool: launched.extend(job.plan.texts for job in jobs) or {}
     )
     line = ["seed=shuffle(range(0,6))", "optimizer.lr=shuffle(0.1,0.2)"]
     sweep(tmp_path, *line)
@@ -298,7 +298,7 @@ def test_a_launcher_of_another_package_starts_the_checked_jobs(tmp_path: Path, m
 
     def record(jobs: Any, total: int, pool: object) -> dict[int, str]:
         [job] = jobs
-        started.append((job.number, job.plan.lines, str(job.folder.path)))
+        started.append((job.number, job.plan.texts, str(job.folder.path)))
         return {job.number: "finished"}
 
     monkeypatch.setattr("dlopt.sweeps.pool.run_jobs", record)

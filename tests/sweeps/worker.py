@@ -71,7 +71,7 @@ def prepare(job: Job) -> jobs.JobResult | None:
     if job.folder.is_finished():
         return jobs.result_of(job.folder, DONE)
     job.folder.path.mkdir(exist_ok=True)
-    (job.folder.path / "overrides.json").write_text(json.dumps(job.plan.lines))
+    (job.folder.path / "overrides.json").write_text(json.dumps(job.plan.texts))
     return None
 
 

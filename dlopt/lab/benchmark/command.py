@@ -57,7 +57,7 @@ from dlopt.lab.benchmark.protocol import (
 )
 from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
-from dlopt.lab.trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
+from dlopt.lab.claimed_trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
 from dlopt.results.leaderboard import distinguishes
 from dlopt.run import environment
 from dlopt.sweeps.estimate import Estimate, estimate_job

@@ -23,7 +23,7 @@ from dlopt.extend import (
 )
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
-from dlopt.lab.trials import has_ended
+from dlopt.lab.claimed_trials import has_ended
 from dlopt.results.reading import Damaged
 
 MANIFEST = "benchmark.json"

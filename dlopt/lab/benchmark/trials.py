@@ -18,7 +18,7 @@ from dlopt.lab.benchmark.protocol import (
     load_fixed,
     load_space,
 )
-from dlopt.lab.trials import UNRECORDED, ClaimedTrials, has_ended
+from dlopt.lab.claimed_trials import UNRECORDED, ClaimedTrials, has_ended
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import PlanJob
 from dlopt.sweeps.pool import Pool

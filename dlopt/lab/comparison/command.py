@@ -96,7 +96,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     pool = _pool(request.launcher, str(config.hydra.runtime.choices["hydra/launcher"]), [*plans.values()])
     if config.dry_run is True:
         for number, plan in enumerate(plans.values()):
-            print(f"job {number}: {' '.join(without(plan.lines, 'dry_run'))}")
+            print(f"job {number}: {' '.join(without(plan.texts, 'dry_run'))}")
         return request.estimate([*plans.values()], len(plans), in_process=pool is None and not is_submitted).code
     request.check_tracking(plans.values())
     before = FolderSnapshot(request.path)

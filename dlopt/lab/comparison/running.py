@@ -120,7 +120,7 @@ class VariantJobs(pools.JobSource):
         folders = {key: self._jobs[run].folder.path for key, run in named.items()}
         paths = {key: folder if key == TEACHER else checkpoint_file(folder) for key, folder in folders.items()}
         lines = [f"{key}={quoted_plain(str(path))}" for key, path in paths.items()]
-        run_config = self._plan_job([*job.plan.lines, *lines], job.number).run_config
+        run_config = self._plan_job([*job.plan.texts, *lines], job.number).run_config
         run_config = replace(run_config, config={**run_config.config, START: job.plan.saved[START]})
         return replace(job, composed=replace(job.plan, run_config=run_config))
 

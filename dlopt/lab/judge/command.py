@@ -31,10 +31,10 @@ from dlopt.extend import (
     without,
     write_json,
 )
+from dlopt.lab.claimed_trials import READS_OF_HYDRA, build_pool
 from dlopt.lab.judge.ledger import Entry, Ledger
 from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change
 from dlopt.lab.judge.running import SIDES, Judgement, interval_text, number_text, run, trained_on
-from dlopt.lab.trials import READS_OF_HYDRA, build_pool
 from dlopt.results import drawing
 from dlopt.run.environment import changed_versions
 from dlopt.sweeps.pool import Pool

@@ -25,7 +25,7 @@ from dlopt.extend import (
     value_of,
     without,
 )
-from dlopt.lab.trials import UNRECORDED
+from dlopt.lab.claimed_trials import UNRECORDED
 from dlopt.results.leaderboard import canonical, distinguishes
 from dlopt.run.environment import code_sha256, packages
 

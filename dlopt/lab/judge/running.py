@@ -26,9 +26,9 @@ from dlopt.extend import (
     show,
     without,
 )
+from dlopt.lab.claimed_trials import ClaimedTrials, has_ended
 from dlopt.lab.judge.ledger import Entry, Verdict
 from dlopt.lab.judge.proposal import SEEDS, Side, refuse_loss
-from dlopt.lab.trials import ClaimedTrials, has_ended
 from dlopt.metrics.names import monitored_modes, resolve_monitor, split_of
 from dlopt.run.environment import code_sha256
 from dlopt.sweeps import pool as pools

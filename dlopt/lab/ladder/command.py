@@ -38,11 +38,11 @@ from dlopt.extend import (
     without,
 )
 from dlopt.lab.benchmark.protocol import has_space, load_space
+from dlopt.lab.claimed_trials import READS_OF_HYDRA, launcher, refuse_protocol, take_optimizers
 from dlopt.lab.ladder.arms import KEYS, OVERRIDES, RUNGS, SEARCHED, Arm
 from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, Trial, read_ladder, update_ladder
 from dlopt.lab.ladder.rates import GRID, expected_runs
-from dlopt.lab.trials import READS_OF_HYDRA, launcher, refuse_protocol, take_optimizers
 from dlopt.sweeps.estimate import estimate_job
 from dlopt.sweeps.sweep import refuse_ranks
 

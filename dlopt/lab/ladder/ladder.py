@@ -8,6 +8,7 @@ from typing import Any
 
 from dlopt.basics.locks import locked
 from dlopt.extend import RunFolder, UserError, read_json, write_json
+from dlopt.lab.claimed_trials import UNRECORDED, has_ended
 from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, DecaySearch, decay_search, missing_decays
 from dlopt.lab.ladder.family import Rules, Rung
 from dlopt.lab.ladder.rates import (
@@ -23,7 +24,6 @@ from dlopt.lab.ladder.rates import (
     optimum,
     rate,
 )
-from dlopt.lab.trials import UNRECORDED, has_ended
 from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from dlopt.lab.claimed_trials import ClaimedTrials
 from dlopt.lab.ladder.ladder import LadderRequest, Trial
-from dlopt.lab.trials import ClaimedTrials
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, PlanJob
 from dlopt.sweeps.pool import Pool

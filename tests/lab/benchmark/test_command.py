@@ -21,7 +21,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.lab.benchmark.command import _reference, compare
 from dlopt.lab.benchmark.results import Results, TrialRecord, read
-from dlopt.lab.trials import has_ended, refuse_protocol
+from dlopt.lab.claimed_trials import has_ended, refuse_protocol
 from dlopt.sweeps.jobs import result_of
 from tests.support.line import dlopt, refused
 from tests.support.processes import start

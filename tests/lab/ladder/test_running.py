@@ -16,7 +16,7 @@ def test_small_rungs_come_first_also_those_that_have_waited_for_a_search(
     def label(plan_job: Any, folder: Any, overrides: Any, number: int, label: str) -> str:
         return label
 
-    monkeypatch.setattr("dlopt.lab.trials.build_job", label)
+    monkeypatch.setattr("dlopt.lab.claimed_trials.build_job", label)
     request = LadderRequest(tmp_path, results(1.5).ladder)
     known = [*request.waiting()]
     possible = [each for each in known if each.optimizer == "adamw"]

@@ -8,7 +8,7 @@ import pytest
 from rich.table import Table
 
 from dlopt import cli
-from dlopt.basics.terminal import TerminalStream
+from dlopt.basics.terminal_controls import TerminalStream
 from dlopt.tracking.console import Screen, open_console
 
 EVIL = "cat\x1b]0;title\x07\x1b[2J\x9b2J\r\u202egod"
