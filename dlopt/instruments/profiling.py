@@ -76,7 +76,7 @@ class Profiling(Observer):
         return replace(network, model=model, loss=loss, compile=None), TimedBatches(batches, self)
 
     def attach(self, step: Step) -> None:
-        step.run_batch = self._kept(step.run_batch)
+        step.run_batch = self._measured(step.run_batch)
 
     def around(
         self, step: Step, inputs: Tensor, targets: Tensor, number: int
@@ -85,7 +85,7 @@ class Profiling(Observer):
             return self._measuring_memory(step, inputs, targets)
         return self._timing(number) if self.first < number < self.last and self._profiler is not None else None
 
-    def _kept(self, run_batch: ForwardBackward) -> ForwardBackward:
+    def _measured(self, run_batch: ForwardBackward) -> ForwardBackward:
         """Times forward and backward, and measures its peak memory in the first update."""
 
         def measured(batch: Batch) -> tuple[Tensor, list[Kept]]:
