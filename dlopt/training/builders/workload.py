@@ -174,78 +174,36 @@ def build_workload(
     # 1. The machine: device, threads, kernels and precision.
     settings = run_config.settings
     parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
-    set_threads(settings.threads, parallel.ranks.local_processes)
-    keep_freed_memory()
-    set_deterministic(settings.deterministic)
-    device = parallel.device
-    # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
-    torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
-    precision = choose_precision(settings.precision, device)
+    precision = _prepare_machine(run_config, parallel)
 
     # 2. Data, augmentation, and the task.
-    source = read_source(run_config, saved_tokenizer(run_config, saved), identified if parallel.ranks.is_main else ())
-    processes, random_crops = parallel.ranks.local_processes, _crops_at_random(run_config)
-    dataset = prepare(
-        source,
-        run_config.data_settings,
-        device=device,
-        processes=processes,
-        random_crops=random_crops,
-        compare=parallel.ranks.is_main,
-    )
-    augment = _build_augmentation(run_config, dataset)
-    window = dataset.train.shape if augment is None else augment.output_shape
-    dataset = with_task(run_config, dataset, window)
+    dataset, augment = _prepare_data(run_config, saved, parallel, identified)
     task = dataset.task
-    shape = task.input_shape(window)
+    shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
 
     # 3. Normalization: with the statistics of the training split, or of the checkpoint.
-    normalize = run_config.normalize.build_as(nn.Module, input_shape=dataset.train.shape).to(precision.data_dtype)
-    if saved is None:
-        kind = f"{run_config.normalize.target.__qualname__} {run_config.normalize.arguments} {precision.data_dtype}"
-        fit(normalize, dataset, count=run_config.data_settings.statistics_samples, kind=kind)
-    else:
-        with blamed("the checkpoint"):
-            normalize.load_state_dict(saved.normalize)
-    normalize = normalize.to(device)
-    if len(shape) == 3:
-        _check_normalization(run_config, normalize, shape)
+    normalize = _build_normalization(run_config, dataset, shape, precision, saved)
 
     # 4. The model, initialized on the CPU; first a check whether it fits into memory.
-    runtime = task.model_arguments(shape)
     is_new = saved is None
     freezes = any(rule.freeze for rule in run_config.grouping.groups) or run_config.adapt.target is not no_adapters
-    has_gradients = is_new and device.type == "cpu" and parallel.ranks.processes == 1 and not freezes
-    check_memory(run_config.model, runtime, has_gradients=has_gradients)
+    is_alone = precision.device.type == "cpu" and parallel.ranks.processes == 1
+    check_memory(run_config.model, task.model_arguments(shape), has_gradients=is_new and is_alone and not freezes)
     module = build_model(run_config, dataset, normalize, shape)
-    if run_config.model.target.__module__.startswith("dlopt."):
-        task.check_model(run_config.model.choice, module)
-    task.check_inputs(
-        normalize=None if run_config.normalize.target is Nothing else run_config.normalize.choice,
-        augments=run_config.augmentation.arguments.get("operations") != [],
-    )
-    if adapted_layers(module) and not parallel.traits.adapters:
-        raise UserError(
-            f"{run_config.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
-            "themselves; use parallel=single, ddp or fsdp"
-        )
-    if is_new:  # a checkpoint can be used although its model has other outputs
-        check_outputs(run_config, module, shape, dataset, device)
-
+    _check_model(run_config, module, dataset, shape, parallel, is_new=is_new)
     uses = layer_order(run_config, module, shape, is_main=parallel.ranks.is_main)
-
     if parallel.ranks.processes > 1 and not accepts_an_empty_batch(run_config, module, shape, task):
         accept_empty_batches(module, run_config.data_settings.batch_size)
 
     # 5. Its data type and memory format on the device; the loss.
-    channels_last = uses_channels_last(run_config, module, shape, task, device)
+    channels_last = uses_channels_last(run_config, module, shape, task, precision.device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     module = precision.place(module)
     if has_convolutions(module, shape):
         module = module.to(memory_format=memory_format)
     check_adapters(run_config, module, precision, shape, task)
     loss = _build_loss(run_config, dataset)
-    if settings.threads == "auto" and device.type == "cpu" and parallel.ranks.processes == 1:
+    if settings.threads == "auto" and is_alone:
         size = run_config.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
         if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
@@ -253,7 +211,7 @@ def build_workload(
 
     # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the
     #    model, and not on a CPU, where nothing needs them: counting takes 1 s of imports.
-    flops = speed.training_flops(module, shape) if device.type == "cuda" else None
+    flops = speed.training_flops(module, shape) if precision.device.type == "cuda" else None
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
@@ -274,6 +232,77 @@ def build_workload(
         compile_obstacle=compile_obstacle,
         flops=flops,
     )
+
+
+def _prepare_machine(run_config: RunConfig, parallel: Mode) -> Precision:
+    """Sets threads, memory and kernels of this process; returns the precision on its device."""
+    settings, device = run_config.settings, parallel.device
+    set_threads(settings.threads, parallel.ranks.local_processes)
+    keep_freed_memory()
+    set_deterministic(settings.deterministic)
+    # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
+    return choose_precision(settings.precision, device)
+
+
+def _prepare_data(
+    run_config: RunConfig, saved: Checkpoint | None, parallel: Mode, identified: Sequence[str]
+) -> tuple[Dataset, Pipeline | None]:
+    """Returns the dataset with its splits and its task, and the augmentation. `identified`: see `build_workload`."""
+    ranks = parallel.ranks
+    dataset = prepare(
+        read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else ()),
+        run_config.data_settings,
+        device=parallel.device,
+        processes=ranks.local_processes,
+        random_crops=_crops_at_random(run_config),
+        compare=ranks.is_main,
+    )
+    augment = _build_augmentation(run_config, dataset)
+    return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
+
+
+def _build_normalization(
+    run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...], precision: Precision, saved: Checkpoint | None
+) -> nn.Module:
+    """Builds the normalization on the device, with the statistics of the training split, or of a checkpoint."""
+    normalize = run_config.normalize.build_as(nn.Module, input_shape=dataset.train.shape).to(precision.data_dtype)
+    if saved is None:
+        kind = f"{run_config.normalize.target.__qualname__} {run_config.normalize.arguments} {precision.data_dtype}"
+        fit(normalize, dataset, count=run_config.data_settings.statistics_samples, kind=kind)
+    else:
+        with blamed("the checkpoint"):
+            normalize.load_state_dict(saved.normalize)
+    normalize = normalize.to(precision.device)
+    if len(shape) == 3:
+        _check_normalization(run_config, normalize, shape)
+    return normalize
+
+
+def _check_model(
+    run_config: RunConfig,
+    module: nn.Module,
+    dataset: Dataset,
+    shape: tuple[int, ...],
+    parallel: Mode,
+    *,
+    is_new: bool,
+) -> None:
+    """Raises `UserError` if the model on the CPU does not fit the task, its inputs or the mode."""
+    task = dataset.task
+    if run_config.model.target.__module__.startswith("dlopt."):
+        task.check_model(run_config.model.choice, module)
+    task.check_inputs(
+        normalize=None if run_config.normalize.target is Nothing else run_config.normalize.choice,
+        augments=run_config.augmentation.arguments.get("operations") != [],
+    )
+    if adapted_layers(module) and not parallel.traits.adapters:
+        raise UserError(
+            f"{run_config.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
+            "themselves; use parallel=single, ddp or fsdp"
+        )
+    if is_new:  # a checkpoint can be used although its model has other outputs
+        check_outputs(run_config, module, shape, dataset, parallel.device)
 
 
 def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:
