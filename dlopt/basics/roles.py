@@ -12,4 +12,4 @@ class Role(Enum):
     LENGTH = "how long the run trains: may change when it is resumed"
     PLACE = "where the run executes, reads and writes"
     WATCH = "what is checked, recorded and kept during the run, when it pauses, and how errors are handled"
-    COMMAND = "what one command line does: belongs to no run"
+    COMMAND = "what one command line does: not part of a run's config"

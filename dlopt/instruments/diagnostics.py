@@ -72,7 +72,8 @@ class Diagnostics(Observer):
         self.report = report
         self._layers = layer_parameters(workload.module)
         self._vector: Tensor | None = None
-        self._norms: dict[str, float] | None = None  # None if this update records no norms; {} until they are recorded
+        self._is_recording = False  # whether the first clipping of this update has to record the norms
+        self._norms: dict[str, float] = {}
         self._hooks = contextlib.ExitStack()  # of the probe, until the first evaluation has ended
 
     def attach(self, step: Step) -> None:
@@ -88,10 +89,11 @@ class Diagnostics(Observer):
 
         def recorded(parameters: Sequence[nn.Parameter], norm: Norm) -> Tensor | None:
             self._hooks.close()
-            if self._norms == {}:
+            if self._is_recording:
                 gradients = [[p.grad for p in each if p.grad is not None] for each in self._layers.values()]
                 values = norms(gradients).tolist()
                 self._norms = {f"gradients/norm/{name}": v for name, v in zip(self._layers, values, strict=True)}
+                self._is_recording = False
             return clip(parameters, norm)
 
         return recorded
@@ -113,12 +115,12 @@ class Diagnostics(Observer):
         with self._hooks:
             if with_activations or with_gradients:
                 self._hooks.enter_context(probe.recording())
-            self._norms = {} if with_gradients else None
+            self._is_recording = with_gradients
             try:
                 yield
             finally:
-                gradient_norms, self._norms = self._norms, None
-        metrics |= gradient_norms or {}
+                gradient_norms, self._norms, self._is_recording = self._norms, {}, False
+        metrics |= gradient_norms
         steps = {p: p.detach() - start for p, start in before.items()}
         for layer in probe.layers:
             if with_activations:
