@@ -68,7 +68,7 @@ def test_a_dotted_name_is_a_choice() -> None:
     }
     composer = Composer()
     run = plan(composer, ["loss=torch.nn.NLLLoss"])
-    assert run.choices["loss"] == "torch.nn.NLLLoss" and run.lines == ["loss=torch.nn.NLLLoss"]
+    assert run.choices["loss"] == "torch.nn.NLLLoss" and run.texts == ["loss=torch.nn.NLLLoss"]
     for lines, message in (
         (["optimizer=mine.X"], r"to trust another package, set allow_packages=\[mine\]"),
         (
