@@ -4,8 +4,8 @@ Losses divide by the number of samples, never by a sum of class weights: the los
 samples, then add up to the loss of the batch.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return result, None, None, None
 
 
+class TrainedTeacher(Protocol):
+    """Maps a micro-batch to the outputs of a trained model. `normalize`: of its inputs; None for that of the run."""
+
+    @property
+    def normalize(self) -> nn.Module | None: ...
+
+    def __call__(self, batch: Any) -> Tensor: ...
+
+
 class Distillation(nn.Module):
     """(1 - w) CE(o, y) + w T^2 KL(softmax(t / T) || softmax(o / T)), mean over predictions.
 
@@ -190,7 +199,7 @@ class Distillation(nn.Module):
         self.teacher, self.teacher_sha256 = teacher, teacher_sha256
         self.temperature, self.weight = temperature, weight
         self.cross_entropy = CrossEntropy(label_smoothing=0.0, class_weights=None, classes=classes)
-        self.trained: Callable[[Any], Tensor] | None = None
+        self.trained: TrainedTeacher | None = None
 
     def further(self, batch: Any) -> tuple[Tensor, ...]:
         """Returns the third argument of `forward` for a micro-batch; nothing without a teacher."""

@@ -179,7 +179,7 @@ def keys_of_runs(catalogue: Catalogue) -> list[Key]:
 
 def _declared(key: Key) -> str:
     """Returns the values of a key that code declares, so that its comment does not list them."""
-    return f"; {', '.join(REQUESTABLE)}" if key.name == "evaluate.metrics" else ""
+    return f"; metrics: {', '.join(REQUESTABLE)}" if key.name == "evaluate.metrics" else ""
 
 
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:

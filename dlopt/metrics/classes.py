@@ -65,10 +65,10 @@ class Counts(NamedTuple):
 
 
 def _counts(part: Evaluated) -> "Tensor":
-    targets, predictions = part.targets, part.predictions
-    labels = (targets[predictions == targets], targets, predictions[predictions >= 0])
     import torch
 
+    targets, predictions = part.targets, part.predictions
+    labels = (targets[predictions == targets], targets, predictions[predictions >= 0])
     return torch.cat([each.bincount(minlength=part.size) for each in labels])
 
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dlopt.losses import probabilities
+from dlopt.losses import MSE, probabilities
 from dlopt.metrics import classes as class_metrics
 from dlopt.metrics.classes import confusion_matrix
 from dlopt.metrics.declaration import Declaration, Evaluated
 from dlopt.tasks.report import TestReport
-from dlopt.tasks.task import Average, Task, class_average
+from dlopt.tasks.task import Average, Task
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Classification(Task):
         return TestReport(metrics, confusion, samples=torch.bincount(part.targets, minlength=self.size).cpu())
 
     def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
-        return class_average(average, loss, key)
+        # After a squared error outputs are estimates of probabilities, not logits of them.
+        return super().choose_average(average, loss, key) if isinstance(loss, MSE) else average or "probabilities"
 
     def columns(self, classes: Sequence[str] | None) -> list[str]:
         return ["class", "probability", *(f"p({name})" for name in classes or ())]

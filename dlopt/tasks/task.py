@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.losses import MSE
 from dlopt.metrics.declaration import Declaration, Evaluated, predicted_classes
 from dlopt.metrics.names import VAL_ACCURACY, resolve_monitor
 from dlopt.tasks.report import TestReport
@@ -251,12 +250,3 @@ class Task:
         if other.white != self.white:
             return f"its images have values up to {other.white:g}, those of this run up to {self.white:g}"
         return None
-
-
-def class_average(average: Average | None, loss: nn.Module, key: str) -> Average:
-    """`choose_average` of tasks with probabilities; with squared errors, they are estimates."""
-    if not isinstance(loss, MSE):
-        return average or "probabilities"
-    if average == "probabilities":
-        raise UserError(f"{key}=probabilities: a model trained with a squared error has none; use {key}=logits")
-    return "logits"

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.losses import probabilities
+from dlopt.losses import MSE, probabilities
 from dlopt.metrics import text as text_metrics
 from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.text import bits_per_byte, perplexity
-from dlopt.tasks.task import Average, Task, class_average
+from dlopt.tasks.task import Average, Task
 
 OTHER_TOKENIZER = "reads the tokens of another tokenizer; use data.tokenizer of the teacher"
 
@@ -115,7 +115,8 @@ class NextToken(Task):
         return probabilities(outputs, loss)
 
     def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
-        return class_average(average, loss, key)
+        # After a squared error outputs are estimates of probabilities, not logits of them.
+        return super().choose_average(average, loss, key) if isinstance(loss, MSE) else average or "probabilities"
 
     def mismatch(self, other: Task) -> str | None:
         found = super().mismatch(other)

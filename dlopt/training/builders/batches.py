@@ -10,6 +10,7 @@ from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, Sampler, shifted
 from dlopt.data.samples import Samples
 from dlopt.data.windows import Windows
+from dlopt.losses import Distillation
 from dlopt.training.builders import speed
 from dlopt.training.builders.workload import Workload
 from dlopt.training.rng import AUGMENTATION, ORDER
@@ -38,7 +39,8 @@ def training_batches(workload: Workload) -> Batches:
     compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
-    teacher_normalize = getattr(getattr(workload.loss, "trained", None), "normalize", None)  # for distillation
+    teacher = workload.loss.trained if isinstance(workload.loss, Distillation) else None
+    teacher_normalize = None if teacher is None else teacher.normalize
     parts = [*_steps(augment), workload.normalize, *([] if teacher_normalize is None else [teacher_normalize])]
     recorder = speed.data_recorder(run_config, workload.device, parts)
     batches = Batches(

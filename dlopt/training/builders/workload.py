@@ -25,6 +25,7 @@ from dlopt.data.normalization import Nothing, fit
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import prepare
 from dlopt.init import WidthGrowth
+from dlopt.losses import Distillation
 from dlopt.machine.device import choose_device, set_deterministic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
@@ -113,7 +114,8 @@ class Workload:
 
     @property
     def network(self) -> Network:
-        network = Network(self.module, self.model, self.loss, getattr(self.loss, "further", None))
+        further = self.loss.further if isinstance(self.loss, Distillation) else None
+        network = Network(self.module, self.model, self.loss, further)
         if self.compile_obstacle:
             return network
         compile = partial(speed.compiled, setting=self.run_config.settings.compile)
