@@ -354,3 +354,17 @@ def test_balanced_class_weights_count_the_training_split(tmp_path: Path) -> None
 def test_balanced_class_weights_need_labels() -> None:
     with pytest.raises(UserError, match=r"^loss.class_weights=balanced: needs labels, which a next token task has not"):
         build_workload(run_config("data=python_source", "model=gpt_nano", "loss.class_weights=balanced", "device=cpu"))
+
+
+class _OwnLoss(nn.CrossEntropyLoss):
+    """A loss of the user, with attributes that dlopt's own loss has for a teacher."""
+
+    further, trained, task = 3, True, "classification"
+
+
+def test_attributes_of_a_users_loss_mean_nothing_to_a_run(tmp_path: Path) -> None:
+    checked = replace(run_config(*SMALL), loss=Component("loss", _OwnLoss, {}))
+    trainer = probe_trainer(build_workload(checked), tmp_path)
+    batch = next(iter(trainer.batches.epoch(0)))
+    loss = trainer.update(batch, 0).loss
+    assert loss is not None and math.isfinite(loss)
