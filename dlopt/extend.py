@@ -60,11 +60,11 @@ if TYPE_CHECKING:
     from dlopt.results.tables import Section, Table
     from dlopt.tracking.terminal_text import short_path
     from dlopt.training.builders.batches import evaluation_batches, training_batches
+    from dlopt.training.builders.trainer import probe_trainer
     from dlopt.training.builders.workload import Workload, build_workload
     from dlopt.training.checkpoint.checkpoints import load as load_checkpoint
     from dlopt.training.checkpoint.content import Checkpoint
     from dlopt.training.loop import Trainer
-    from dlopt.training.run import probe_trainer
     from dlopt.training.user_observers import RunObserver
 
 _MODULES = {  # imported on first use, because most of them import torch
@@ -89,7 +89,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.training.checkpoint.checkpoints": "load_checkpoint:load",
     "dlopt.training.checkpoint.content": "Checkpoint",
     "dlopt.training.loop": "Trainer",
-    "dlopt.training.run": "probe_trainer",
+    "dlopt.training.builders.trainer": "probe_trainer",
     "dlopt.training.user_observers": "RunObserver",
 }
 _LATER = {

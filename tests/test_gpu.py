@@ -21,11 +21,11 @@ from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes.launch import count_processes
 from dlopt.parallel.processes.rendezvous import World
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.graphed_update import GraphedUpdate
 from dlopt.training.loop import Trainer
 from dlopt.training.nonfinite import NonFiniteCheck
-from dlopt.training.run import probe_trainer
 from tests.support.recorded import SimulatedRecorder
 from tests.support.runs import SMALL, at_update, metrics, result, resume, run_config, same, start, terminate
 
@@ -139,8 +139,8 @@ def test_replayed_updates_are_bitwise_identical(tmp_path: Path, device: str, opt
     eager = trained(tmp_path, device, *keys, "cuda_graphs=false", updates=9)
     with graphs(device):
         replayed = trained(tmp_path, device, *keys, updates=9)
-    assert isinstance(replayed.run_update, GraphedUpdate) and not isinstance(eager.run_update, GraphedUpdate)
-    assert replayed.run_update._graphed._replay is not None
+    assert isinstance(replayed.update, GraphedUpdate) and not isinstance(eager.update, GraphedUpdate)
+    assert replayed.update._graphed._replay is not None
     states = [trainer.module.state_dict() for trainer in (eager, replayed)]
     assert same(*states)
 
@@ -171,7 +171,7 @@ def test_the_data_path_is_recorded(
 def test_dropout_draws_beside_a_recorded_data_path(tmp_path: Path, device: str) -> None:
     with graphs(device):
         trainer = trained(tmp_path, device, "augmentation=crop_flip", "model.dropout=0.3", "check=step", updates=9)
-    assert not isinstance(trainer.run_update, GraphedUpdate) or device == "cpu"  # the simulation has no obstacles
+    assert not isinstance(trainer.update, GraphedUpdate) or device == "cpu"  # the simulation has no obstacles
 
 
 @pytest.mark.gpu

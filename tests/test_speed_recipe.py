@@ -9,8 +9,8 @@ import torch
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
-from dlopt.training.run import probe_trainer
 from tests.support.line import dlopt
 
 SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "precision=fp32", "compile=false")

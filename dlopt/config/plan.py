@@ -12,7 +12,13 @@ The path of an override, `optimizer.lr=0.1`, from the command line to its use:
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
 6. `early_checks.check_early` checks what it can before torch is imported, which takes seconds; then
    `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
-7. The result, a `RunConfig` of components, is part of the `Plan`; `Component.build` passes the value to its callable.
+7. The result, a `RunConfig` of components, is part of the `Plan`.
+
+How `_target_` becomes a call: `conf/optimizer/sgdw.yaml` has `_target_: dlopt.optim.SGDW` and values for its arguments.
+Step 6 imports the class (`schema.resolve_target`), checks the values against its signature (`schema.check_arguments`),
+and keeps both as a `schema.Component`. When the run is built, `builders.optimizer.build_optimizer` calls
+`run_config.optimizer.build(params=...)`, and `Component.build` calls the class with the checked values and with what is
+known only then, the parameters. All other groups are built the same way.
 
 A job of a sweep, or a rank of a parallel run, enters at step 5 with the config that `dlopt.run.record.describe` has
 saved in the run's folder. It is not composed again: the job must run exactly the config that was checked.

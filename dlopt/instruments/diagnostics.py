@@ -76,15 +76,7 @@ class Diagnostics(Observer):
         self._norms: dict[str, float] = {}
         self._hooks = contextlib.ExitStack()  # of the probe, until the first evaluation has ended
 
-    def attach(self, step: Step) -> None:
-        step.clip = self._recorded(step.clip)
-
-    def around(
-        self, step: Step, inputs: Tensor, targets: Tensor, number: int
-    ) -> contextlib.AbstractContextManager[None] | None:
-        return None if number % self.every else self._recording(step, inputs, targets, number)
-
-    def _recorded(self, clip: Clip) -> Clip:
+    def around_clip(self, clip: Clip) -> Clip:
         """Ends the recording before the first clipping of an update; records gradient norms."""
 
         def recorded(parameters: Sequence[nn.Parameter], norm: Norm) -> Tensor | None:
@@ -97,6 +89,11 @@ class Diagnostics(Observer):
             return clip(parameters, norm)
 
         return recorded
+
+    def around_update(
+        self, step: Step, inputs: Tensor, targets: Tensor, number: int
+    ) -> contextlib.AbstractContextManager[None] | None:
+        return None if number % self.every else self._recording(step, inputs, targets, number)
 
     @contextlib.contextmanager
     def _recording(self, step: Step, inputs: Tensor, targets: Tensor, number: int) -> Iterator[None]:

@@ -30,9 +30,9 @@ from dlopt.results.drawing import COLOURS
 from dlopt.tracking.tracking import Tracking
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_mode, build_workload, load_weights
 from dlopt.training.progress import endless_batches
-from dlopt.training.run import probe_trainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -75,30 +75,27 @@ class Profiling(Observer):
         model, loss = self._timed("forward", self.workload.model), self._timed("forward", network.loss)
         return replace(network, model=model, loss=loss, compile=None), TimedBatches(batches, self)
 
-    def attach(self, step: Step) -> None:
-        step.run_batch = self._measured(step.run_batch)
-
-    def around(
-        self, step: Step, inputs: Tensor, targets: Tensor, number: int
-    ) -> contextlib.AbstractContextManager[None] | None:
-        if number == self.first:
-            return self._measuring_memory(step, inputs, targets)
-        return self._timing(number) if self.first < number < self.last and self._profiler is not None else None
-
-    def _measured(self, run_batch: ForwardBackward) -> ForwardBackward:
+    def around_forward_backward(self, forward_backward: ForwardBackward) -> ForwardBackward:
         """Times forward and backward, and measures its peak memory in the first update."""
 
         def measured(batch: Batch) -> tuple[Tensor, list[Kept]]:
             if self._measures_peaks:
                 torch.cuda.reset_peak_memory_stats(self.workload.device)
             with self.timer("forward and backward"):
-                results = run_batch(batch)
+                results = forward_backward(batch)
             if self._measures_peaks:
                 self.result.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
                 torch.cuda.reset_peak_memory_stats(self.workload.device)
             return results
 
         return measured
+
+    def around_update(
+        self, step: Step, inputs: Tensor, targets: Tensor, number: int
+    ) -> contextlib.AbstractContextManager[None] | None:
+        if number == self.first:
+            return self._measuring_memory(step, inputs, targets)
+        return self._timing(number) if self.first < number < self.last and self._profiler is not None else None
 
     # -- time
 

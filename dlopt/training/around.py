@@ -1,23 +1,12 @@
-"""Functions around an update, for the runs that need them.
+"""Functions around an update, for the runs that need them: `surround` puts them around `Step.update`."""
 
-`surround` puts them around `Step.update`. Two calls within an update can be surrounded, too: `Step.run_batch`
-(forward and backward) and `Step.clip`.
-"""
-
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-import torch
-from torch import Tensor, nn
-
 from dlopt.data.batches import Batch
-from dlopt.metrics.sums import Kept
-from dlopt.parallel.shards import local
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import ForwardBackward, Observer, Step, Update, UpdateRecord
-
-log = logging.getLogger(__name__)
+from dlopt.training.saved_buffers import SavedBuffers
+from dlopt.training.step import Observer, Step, Update, UpdateRecord
 
 
 def surround(
@@ -35,10 +24,6 @@ def surround(
         after_change: called after every update that has changed the weights (stopping rules).
         skip: decides whether to skip an update with non-finite gradients; None to raise the error.
     """
-    if step.settings.halve_on_out_of_memory:
-        step.run_batch = halving(step)
-    for observer in observers:
-        observer.attach(step)
     if after_change is not None:
         update = reporting_changes(update, step, after_change)
     if skip is not None:
@@ -83,36 +68,11 @@ def skipping(update: Update, step: Step, skip: Callable[[Diverged], bool]) -> Up
     return skipped
 
 
-def halving(step: Step) -> ForwardBackward:
-    """Repeats forward and backward with twice as many micro-batches while the device runs out of memory."""
-    run_batch, buffers = step.run_batch, SavedBuffers(step.module)
-
-    def halved(batch: Batch) -> tuple[Tensor, list[Kept]]:
-        while True:
-            buffers.save()
-            try:
-                return run_batch(batch)
-            except torch.OutOfMemoryError:
-                if step.accumulate >= len(batch.targets):
-                    raise
-            # Outside the except clause, in which the exception's traceback would keep the activations alive.
-            step.zero_grad()
-            buffers.restore()
-            step.seed()
-            if batch.targets.is_cuda:
-                torch.cuda.empty_cache()
-            step.accumulate *= 2
-            update, size = step.current.number + 1, -(-len(batch.targets) // step.accumulate)
-            log.warning("out of memory at update %d: continuing with micro-batches of %d samples", update, size)
-
-    return halved
-
-
 def observed(update: Update, step: Step, observers: Sequence[Observer]) -> Update:
     """Runs `update` within the contexts of the observers."""
 
     def watched(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
-        contexts = [observer.around(step, batch.inputs, batch.targets, number) for observer in observers]
+        contexts = [observer.around_update(step, batch.inputs, batch.targets, number) for observer in observers]
         with ExitStack() as stack:
             for context in contexts:
                 if context is not None:
@@ -120,19 +80,3 @@ def observed(update: Update, step: Step, observers: Sequence[Observer]) -> Updat
             return update(batch, number, log_norm=log_norm)
 
     return watched
-
-
-class SavedBuffers:
-    """A copy of the buffers of a model (batch-norm statistics), to undo a forward pass."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._buffers = [local(buffer) for buffer in module.buffers() if not buffer.is_meta]
-        self._saved = [buffer.clone() for buffer in self._buffers]
-
-    def save(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._saved, self._buffers)
-
-    def restore(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved)

@@ -46,7 +46,8 @@ def obstacle(
         return f"compile={compile} records graphs of its own; compile=max-autotune-no-cudagraphs does not"
     if observed:
         return "diagnostics and profile use hooks, which a replay does not run"
-    if not settings.evaluates_once or not optimizer_traits(optimizer).capturable:
+    traits = optimizer_traits(optimizer)
+    if traits.evaluations == "many" or not traits.capturable:
         return f"{type(optimizer).__name__} has control flow on the host"
     if precision.name == "fp16":
         return "precision=fp16 adapts its loss scale on the host"
@@ -134,15 +135,13 @@ class GraphedUpdate:
         return record
 
     def _captured_update(self) -> UpdateRecord:
-        """Runs the update on the static batch: the closure of an eager update, and the optimizer."""
+        """Evaluates the loss of the static batch and changes the weights, as an eager update does."""
         step = self.step
-        step.record = None  # the next evaluation is the first one of an update
-        step()
+        record = step.evaluate()
         step.optimizer.step()
         if self._capture.averages and step.average is not None:
             step.average()
-        assert step.record is not None
-        return step.record
+        return record
 
     def _copied(self, batch: Batch) -> Batch | None:
         """Copies a batch into the static tensors; returns None if its shape or dtype differs from theirs."""

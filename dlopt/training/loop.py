@@ -1,6 +1,6 @@
 """The training loop (`Trainer.fit`) and the content of a checkpoint (`Trainer.state_dict`).
 
-`run.py` builds a trainer; `Step.update` (`step.py`) is one update.
+`builders/trainer.py` builds a trainer; `Step.update` (`step.py`) is one update.
 """
 
 import contextlib
@@ -14,11 +14,10 @@ from torch import nn
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
-from dlopt.data.batches import Batch
+from dlopt.data.samplers import LossAwareSampler, Sampler
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.step_timing import StepTiming
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import WeightAverage, evaluation_weights
@@ -27,9 +26,8 @@ from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import Validate
 from dlopt.training.nonfinite import Diverged, Recovery
 from dlopt.training.progress import Clock, Intervals, Length, Progress, Status
-from dlopt.training.step import EpochBatches, Step, Update, UpdateRecord
+from dlopt.training.step import EpochBatches, Step, Update
 from dlopt.training.stopping import Best, Stopping
-from dlopt.training.throughput import ON_CPU, Throughput
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
 
 log = logging.getLogger(__name__)
@@ -39,28 +37,31 @@ log = logging.getLogger(__name__)
 class Trainer:
     """A run in progress. `fit` is the training loop; `state_dict` is the content of a checkpoint."""
 
+    # The updates
     step: Step
-    run_update: Update  # `step.update`, with what surrounds it
+    update: Update  # `step.update`, with what the run needs around it: see `around.py`
     batches: EpochBatches
+    length: Length
+    # What follows from evaluations and non-finite values
+    intervals: Intervals
     validate: Validate | None
+    best: Best
+    stopping: Stopping
+    recovery: Recovery
+    # What is measured, and where it goes
+    train_metrics: MetricSum
     tracking: Tracking
     checkpoints: Checkpoints
-    stopping: Stopping
-    best: Best
-    recovery: Recovery
-    length: Length
-    intervals: Intervals
+    # What belongs to a checkpoint only
     normalize: nn.Module
     config: Mapping[str, Any]
-    train_metrics: MetricSum
-    timing: StepTiming | None = None
-    throughput: Throughput = ON_CPU
     average: WeightAverage | None = None
-    sampler: Any = None  # a loss-aware sampler, whose state belongs to the checkpoint
-    sampler_metrics: Callable[[], Mapping[str, float]] = dict
+    sampler: Sampler | None = None  # of `batches`, which may have metrics, and a state if it is loss-aware
+
     progress: Progress = field(default_factory=Progress)
-    graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None if they are
+    clock: Callable[[Progress, MetricSum], Clock] = Clock  # starts a clock, now
     user_observers: UserObservers = NO_OBSERVERS
+    graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None if they are
 
     @property
     def module(self) -> nn.Module:
@@ -87,7 +88,7 @@ class Trainer:
                 has_checkpoint = self.mode.ranks.broadcast(self.checkpoints.last.exists())
                 if not has_checkpoint:
                     self.save()
-            clock = self._clock()
+            clock = self.clock(self.progress, self.train_metrics)
             # position > 0 after the last update: the run was interrupted before it evaluated the last epoch.
             while self.progress.step < steps or self.progress.position > 0:
                 self.module.train()
@@ -146,20 +147,11 @@ class Trainer:
                         return "interrupted"
                 except Diverged as error:
                     self._roll_back(error)
-                    clock = self._clock()
+                    clock = self.clock(self.progress, self.train_metrics)
                     continue
                 if self.stopping.should_stop and progress.step < steps:
                     return "stopped_early"
             return "finished"
-
-    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
-        """Runs one update and adds its metrics. See `Step.update`."""
-        record = self.run_update(batch, number, log_norm=log_norm)
-        self.train_metrics.add(*record.micro_batches)
-        return record
-
-    def _clock(self) -> Clock:
-        return Clock(self.progress, self.train_metrics, self.timing, self.throughput)
 
     def _evaluate(self, clock: Clock, stop: Interruption, *, ends_epoch: bool) -> Literal["done", "interrupted"]:
         """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
@@ -177,7 +169,7 @@ class Trainer:
             **self.step.cost(),
             **self._rates(),
             **self.train_metrics.means("train"),
-            **self.sampler_metrics(),
+            **getattr(self.sampler, "metrics", dict)(),
         }
         clock.stop()
         throughput = clock.epoch_metrics()
@@ -297,7 +289,7 @@ class Trainer:
                 **vars(self.progress),
                 **self.step.state_dict(),
                 "sums": train_metrics,
-                "sampler": None if self.sampler is None else self.sampler.state_dict(),
+                "sampler": self.sampler.state_dict() if isinstance(self.sampler, LossAwareSampler) else None,
                 "stopping": self.stopping.state_dict(),
                 "best": self.best.state_dict(),
                 "recovery": self.recovery.state_dict(),
@@ -334,7 +326,7 @@ class Trainer:
         self.step.load_state_dict({key: progress.pop(key) for key in step_keys})
         self.train_metrics.load_state_dict(progress.pop("sums"))
         sampler = progress.pop("sampler")
-        if self.sampler is not None and sampler is not None:
+        if isinstance(self.sampler, LossAwareSampler) and sampler is not None:
             self.sampler.load_state_dict(sampler)
         self.stopping.load_state_dict(progress.pop("stopping"))
         self.best.load_state_dict(progress.pop("best"))

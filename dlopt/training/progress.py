@@ -19,7 +19,7 @@ from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.step_timing import StepTiming
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.step import EpochBatches
-from dlopt.training.throughput import Throughput
+from dlopt.training.throughput import ON_CPU, Throughput
 
 Status = Literal["finished", "stopped_early", "interrupted"]
 
@@ -161,7 +161,11 @@ class Clock:
     """
 
     def __init__(
-        self, progress: Progress, metrics: MetricSum, timing: StepTiming | None, throughput: Throughput
+        self,
+        progress: Progress,
+        metrics: MetricSum,
+        timing: StepTiming | None = None,
+        throughput: Throughput = ON_CPU,
     ) -> None:
         self.progress = progress
         self.train_metrics = metrics

@@ -1,36 +1,35 @@
-"""One training step, in three functions: `Step.update`, its closure `Step.__call__`, and `Step.forward_backward`.
+"""One update, from a batch to new weights: `Step.update` calls `evaluate`, which calls `forward_backward`.
 
-All optimizers (gradient descent, L-BFGS, SAM, Newton with a line search) share one code path: the step itself is the
-closure of `optimizer.step(closure)`. What only some runs need (observers, skipped updates, micro-batches that are
-halved when memory runs out) surrounds these functions: see `around.py`.
+An optimizer that evaluates the loss several times per update (L-BFGS, SAM, Newton) calls `evaluate` itself, through the
+closure in `closure.py`. A small model on a GPU replays its updates from a CUDA graph (`graphed_update.py`). What only
+some runs need around a whole update (observers, skipped updates) is in `around.py`.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
-from dlopt.losses import sampled_cross_entropy
-from dlopt.metrics.sums import Keep, Kept
+from dlopt.metrics.sums import Keep, Kept, MetricSum
 from dlopt.models.known import is_stochastic
 from dlopt.models.layers import frozen_statistics
-from dlopt.optim.traits import not_evaluated, optimizer_traits, refuse_missing_closure
+from dlopt.optim.traits import refuse_missing_closure
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
 from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
+from dlopt.training.saved_buffers import SavedBuffers
 
-_NO_CONTEXT = nullcontext()
-
+log = logging.getLogger(__name__)
 
 Forward = Callable[..., tuple[Tensor, Kept]]
 """(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
@@ -62,14 +61,12 @@ class StepSettings:
     Attributes:
         accumulate: micro-batches per update.
         seed: of the model's random numbers (dropout).
-        evaluates_once: whether the optimizer evaluates the loss once per update.
         check_now: check for non-finite values before each update: cheap on a CPU, a synchronization on a GPU.
         halve_on_out_of_memory: when a batch does not fit, use twice as many micro-batches from then on.
     """
 
     accumulate: int = 1
     seed: int = 0
-    evaluates_once: bool = True
     check_now: bool = True
     halve_on_out_of_memory: bool = False
 
@@ -115,26 +112,31 @@ class Update(Protocol):
 
 
 class Observer:
-    """Base of diagnostics and profiler: observes updates and must not change their results."""
+    """Base of diagnostics and profiler: observes updates and must not change their results.
+
+    The first three functions are called once, before the first update, and return what they get, possibly wrapped.
+    """
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
-        """Returns the network and the training batches, possibly wrapped, before the step is built."""
         return network, batches
 
-    def attach(self, step: "Step") -> None:
-        """Puts functions around `step.run_batch` and `step.clip`.
+    def around_forward_backward(self, forward_backward: ForwardBackward) -> ForwardBackward:
+        return forward_backward
 
-        When `clip` is called, the gradients are reduced and unscaled; after it, the optimizer may overwrite them.
-        """
+    def around_clip(self, clip: Clip) -> Clip:
+        """When `clip` is called, the gradients are reduced and unscaled; after it, the optimizer may overwrite them."""
+        return clip
 
-    def around(self, step: "Step", inputs: Tensor, targets: Tensor, number: int) -> AbstractContextManager[None] | None:
+    def around_update(
+        self, step: "Step", inputs: Tensor, targets: Tensor, number: int
+    ) -> AbstractContextManager[None] | None:
         """Returns a context manager for update `number` (from 0) on this batch; None to skip this update."""
         return None
 
 
 @dataclass(frozen=True)
 class CurrentUpdate:
-    """The arguments of the current update, which the closure repeats: an optimizer calls it without arguments.
+    """What all evaluations of the loss in an update share.
 
     Attributes:
         seed: of the random numbers of the model's layers.
@@ -147,24 +149,20 @@ class CurrentUpdate:
 
 
 class Step:
-    """`step.update(...)` runs one update; `step()` is the closure that the optimizer evaluates.
-
-    An optimizer may evaluate the closure many times per update, and must see the same function each time. Therefore
-    every evaluation of an update uses the same random numbers, and only the first one updates batch-norm statistics.
+    """Runs the updates of an optimizer that evaluates the loss once per update; for others see `ClosureStep`.
 
     Args:
         schedule: stepped after every update.
         mode: splits a batch into micro-batches and reduces their losses and gradients over processes.
-        keep: reduces a micro-batch to the input of the metrics.
+        metrics: of the training samples, to which every update adds.
         clip: clips the reduced gradients.
         synchronize_buffers: makes the buffers equal on all ranks; called after every update.
         average: updates the average of the weights; called after every update.
+        observers: put functions around forward and backward, and around clipping.
 
     Attributes:
-        run_batch: calls `forward_backward`; may be replaced by a function around it.
         seeds: whether evaluations seed the random numbers of the model's layers.
         rate: learning rate of the latest update.
-        record: of the latest update; None until its first evaluation has ended.
     """
 
     def __init__(
@@ -176,27 +174,27 @@ class Step:
         settings: StepSettings,
         *,
         precision: Precision,
-        keep: Keep,
+        metrics: MetricSum,
         clip: Clip | None = None,
         synchronize_buffers: Callable[[], None] | None = None,
         average: Callable[[], None] | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.module = network.module
         self.optimizer = optimizer
         self.schedule = schedule
         self.mode = mode
         self.settings = settings
-        self.keep = keep
+        self.metrics = metrics
         self.clip: Clip = Unclipped() if clip is None else clip
         self.synchronize_buffers = synchronize_buffers
         self.average = average
-        self.run_batch: ForwardBackward = self.forward_backward
         self.seeds = True
+        self.precision = precision
         self.scaler = precision.scaler()
         self.accumulate = settings.accumulate
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self.rate = schedule.rate
-        self.record: UpdateRecord | None = None
         self.check = NonFiniteCheck(
             self.parameters,
             immediate=settings.check_now,
@@ -206,17 +204,20 @@ class Step:
         has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
         self.zero_grad: Callable[[], None] = optimizer.zero_grad if has_own_zero_grad else self._drop_gradients
         self._model = precision.autocast(network.model)
-        self._eager_model = precision.autocast(network.module)
-        self._loss = precision.autocast(network.loss)
-        self._forward = _forward(self._model, self._loss, keep)
+        self.eager_model = precision.autocast(network.module)
+        self.network_loss = precision.autocast(network.loss)
+        self._forward = _forward(self._model, self.network_loss, metrics.keep)
         if network.compile is not None:
             self._forward = network.compile(self._forward)
-        self._further = _nothing if network.further is None else network.further
-        self._sampled_loss = precision.autocast(sampled_cross_entropy)
+        self.further = _nothing if network.further is None else network.further
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
         self._generators = _generators(mode.device) if is_stochastic(network.module) else []
-        self._checks_all = optimizer_traits(optimizer).uses_all_gradients
-        self._evaluations = 0  # of the loss, in all updates of the run
+        self._run_batch: ForwardBackward = self.forward_backward
+        if settings.halve_on_out_of_memory:
+            self._run_batch = self._halving_forward_backward
+        for observer in observers:
+            self._run_batch = observer.around_forward_backward(self._run_batch)
+            self.clip = observer.around_clip(self.clip)
 
     # -- the update
 
@@ -225,53 +226,50 @@ class Step:
 
         `log_norm`: compute the norm of the gradient before clipping. Raises `Diverged`.
         """
-        # 1. Begin: keep what all evaluations of this update share.
+        # 1. Begin: keep what the evaluation of the loss needs.
         self.begin(batch, number, log_norm=log_norm)
 
-        # 2. Compute gradients, and change the weights.
-        if not self.settings.evaluates_once:
-            self.optimizer.step(self)  # type: ignore[arg-type]  # calls `self()` as often as it needs
-            if self.record is None:
-                raise not_evaluated(self.optimizer)
-        else:
-            self()  # before the optimizer: `GradScaler.step` accepts no closure; raises `Diverged` with weights intact
-            try:
-                if self.scaler is None or not self._has_gradients():
-                    self.optimizer.step()
-                else:
-                    # Waits for the device, except with a fused optimizer, whose kernel skips an overflow itself.
-                    self.scaler.step(self.optimizer)  # skips an overflow, upon which `update` reduces the scale
-                    self.scaler.update()
-            except Exception as error:
-                refuse_missing_closure(self.optimizer, error)
-                raise
+        # 2. Compute the loss and its clipped gradients. Raises `Diverged` with the weights intact.
+        record = self.evaluate()
 
-        # 3. Advance the learning rate.
+        # 3. Change the weights.
+        try:
+            if self.scaler is None or not self._has_gradients():
+                self.optimizer.step()
+            else:
+                # Waits for the device, except with a fused optimizer, whose kernel skips an overflow itself.
+                self.scaler.step(self.optimizer)  # skips an overflow, upon which `update` reduces the scale
+                self.scaler.update()
+        except Exception as error:
+            refuse_missing_closure(self.optimizer, error)
+            raise
+
+        # 4. Advance the learning rate.
         self.schedule.step()
 
-        # 4. End: synchronize buffers, average the weights, and leave the checks that would wait for the device.
-        assert self.record is not None
-        self.end(self.record, self.average)
-        return self.record
+        # 5. End: add the metrics, synchronize buffers, average the weights, and leave the checks that would wait for
+        #    the device.
+        self.end(record, self.average)
+        return record
 
-    def __call__(self) -> Tensor:
-        """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
-        if not torch.is_grad_enabled():  # called by a `step` under `no_grad` or `inference_mode`
-            with torch.inference_mode(False), torch.enable_grad():
-                return self()
-        current, is_first = self.current, self.record is None
-        self._evaluations += 1
+    def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
+        """Starts an update."""
+        self.rate = self.schedule.rate
+        seed = stream(self.settings.seed, number) if self._generators else 0
+        self.current = CurrentUpdate(batch, number, log_norm, seed)
 
-        # 1. Start from no gradients, and from the random numbers of this update. In every evaluation: a line search
-        #    compares losses of different weights, which must not differ by their dropout masks.
+    def evaluate(self, *, checks: bool = True) -> UpdateRecord:
+        """Computes the mean loss of the batch and its clipped gradients, which are left in the parameters.
+
+        `checks`: raise `Diverged`, now or later, if the loss or a gradient is not finite.
+        """
+        # 1. Start from no gradients, and from the random numbers of this update.
         self.zero_grad()
         self.seed()
 
-        # 2. Forward and backward. Only the first evaluation counts the batch in the statistics of batch norm.
-        with _NO_CONTEXT if is_first else frozen_statistics(self.module):
-            loss, micro_batches = self.run_batch(current.batch)
-        if self.record is None:
-            self.record = UpdateRecord(loss, micro_batches)
+        # 2. Forward and backward.
+        loss, micro_batches = self._run_batch(self.current.batch)
+        record = UpdateRecord(loss, micro_batches)
 
         # 3. Unscale before clipping, whose thresholds are for unscaled gradients.
         if self.scaler is not None and self._has_gradients():
@@ -279,16 +277,26 @@ class Step:
 
         # 4. Check before clipping, which would turn one non-finite entry into many. With a scaler non-finite gradients
         #    are normal.
-        if is_first or self._checks_all:
-            flag = self.check(loss, current.number, self.rate, gradients=self.scaler is None)
+        if checks:
+            flag = self.check(loss, self.current.number, self.rate, gradients=self.scaler is None)
             if flag is not None:
-                self.record.flags.append((loss, flag))
+                record.flags.append((loss, flag))
 
         # 5. Clip. The logged norm is measured before clipping.
-        norm = gradient_norm(self.parameters, self.mode.sharding.norm) if current.log_norm else None
+        norm = gradient_norm(self.parameters, self.mode.sharding.norm) if self.current.log_norm else None
         clipped = self.clip(self.parameters, self.mode.sharding.norm)
-        self.record.norm = norm if clipped is None else clipped
-        return loss
+        record.norm = norm if clipped is None else clipped
+        return record
+
+    def end(self, record: UpdateRecord, average: Callable[[], None] | None) -> None:
+        """Adds the metrics, queues the deferred checks, and synchronizes buffers before `average`, which has them."""
+        self.metrics.add(*record.micro_batches)
+        for loss, flag in record.flags:
+            self.check.defer(loss, self.current.number, self.rate, flag)
+        if self.synchronize_buffers is not None:
+            self.synchronize_buffers()
+        if average is not None:
+            average()
 
     def _has_gradients(self) -> bool:
         """Returns whether anything trains: the schedule may have frozen all parameters. The scaler fails on none."""
@@ -318,7 +326,7 @@ class Step:
                 # 3. Forward. Micro-batches differ in size: each loss is weighted by its number of samples, because a
                 #    mean of means would weight the samples of small micro-batches more.
                 if micro_batch.targets.shape[0]:
-                    loss, kept = self._forward(*micro_batch, *self._further(micro_batch))
+                    loss, kept = self._forward(*micro_batch, *self.further(micro_batch))
                     if micro_batch.weight != 1.0:
                         loss = loss * micro_batch.weight
                 else:  # the other ranks wait for this one in collectives; its gradients are zero
@@ -340,30 +348,24 @@ class Step:
         # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
         return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
 
-    def loss(self) -> Tensor:
-        """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
-        # Fused attention kernels have no second derivatives.
-        with sdpa_kernel(SDPBackend.MATH):
-            return self._differentiable(
-                self.current.batch,
-                lambda outputs, part: self._loss(outputs, part.targets, *self._further(part)),
-            )
-
-    def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
-        """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
-        and the number of predictions.
-
-        Each prediction has its own random number, so that the draw does not depend on the micro-batches.
-        """
-        batch = self.current.batch
-        inputs, targets = batch
-        shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
-        draw = torch.Generator(targets.device).manual_seed(seed)
-        noise = torch.rand(shape, generator=draw, device=targets.device)
-        drawn = Batch(inputs, noise, batch.total)
-        return self._differentiable(
-            drawn, lambda outputs, part: self._sampled_loss(outputs, part.targets)
-        ), noise.numel()
+    def _halving_forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
+        """Repeats forward and backward with twice as many micro-batches while the device runs out of memory."""
+        buffers = SavedBuffers(self.module)
+        while True:
+            try:
+                return self.forward_backward(batch)
+            except torch.OutOfMemoryError:
+                if self.accumulate >= len(batch.targets):
+                    raise
+            # Outside the except clause, in which the exception's traceback would keep the activations alive.
+            self.zero_grad()
+            buffers.restore()
+            self.seed()
+            if batch.targets.is_cuda:
+                torch.cuda.empty_cache()
+            self.accumulate *= 2
+            update, size = self.current.number + 1, -(-len(batch.targets) // self.accumulate)
+            log.warning("out of memory at update %d: continuing with micro-batches of %d samples", update, size)
 
     # -- checks and state
 
@@ -378,7 +380,7 @@ class Step:
 
     def cost(self) -> dict[str, int]:
         """Returns the number of loss evaluations so far; nothing for optimizers with one evaluation per update."""
-        return {} if self.settings.evaluates_once else {"evaluations": self._evaluations}
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         scaler = None if self.scaler is None else self.scaler.state_dict()
@@ -386,29 +388,12 @@ class Step:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.rate = state["lr"]
-        self._evaluations = state.get("evaluations", 0)
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         if self.settings.halve_on_out_of_memory:
             self.accumulate = max(self.accumulate, state["accumulate"])  # do not run out of memory again
 
-    # -- parts of an update
-
-    def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
-        """Starts an update, whose evaluations `self()` makes."""
-        self.record = None  # the next evaluation is the first one of an update
-        self.rate = self.schedule.rate
-        seed = stream(self.settings.seed, number) if self._generators else 0
-        self.current = CurrentUpdate(batch, number, log_norm, seed)
-
-    def end(self, record: UpdateRecord, average: Callable[[], None] | None) -> None:
-        """Queues the deferred non-finite checks; synchronizes buffers before `average`, which includes them."""
-        for loss, flag in record.flags:
-            self.check.defer(loss, self.current.number, self.rate, flag)
-        if self.synchronize_buffers is not None:
-            self.synchronize_buffers()
-        if average is not None:
-            average()
+    # -- parts of an evaluation
 
     def seed(self) -> None:
         """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
@@ -417,24 +402,9 @@ class Step:
 
     def _kept(self, parts: list[Kept], outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, and appends its input for the metrics."""
-        loss = self._loss(outputs, targets)
-        parts.append(self.keep(loss.detach(), outputs.detach(), targets))
+        loss = self.network_loss(outputs, targets)
+        parts.append(self.metrics.keep(loss.detach(), outputs.detach(), targets))
         return loss
-
-    def _differentiable(self, batch: Batch, loss: Callable[[Tensor, Batch], Tensor]) -> Tensor:
-        """Returns the mean of `loss` over the batch with its graph, repeating the random numbers of the update."""
-        if self.mode.ranks.processes > 1:
-            raise UserError(
-                f"parallel={self.mode.name}: {type(self.optimizer).__name__} needs Hessian-vector products, which are "
-                "not averaged over ranks; use parallel=single or another optimizer"
-            )
-        self._evaluations += 1
-        self.seed()
-        with torch.enable_grad(), frozen_statistics(self.module):
-            # The uncompiled model: torch.compile has no second derivatives.
-            parts = self.mode.split.micro_batches(batch, self.accumulate)
-            losses = [part.weight * loss(self._eager_model(part.inputs), part) for part in parts]
-            return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _drop_gradients(self) -> None:
         """Like torch's `Optimizer.zero_grad`, without its profiler range, which takes 6 % of a tiny model's update."""
@@ -442,7 +412,15 @@ class Step:
             parameter.grad = None
 
     def _locate(self, loss_is_finite: bool) -> str:
-        return locate(self.module, self.current.batch.inputs, self.mode, self.loss, loss_is_finite=loss_is_finite)
+        inputs = self.current.batch.inputs
+        return locate(self.module, inputs, self.mode, self._repeat_forward, loss_is_finite=loss_is_finite)
+
+    def _repeat_forward(self) -> None:
+        """Repeats the forward passes of the update, uncompiled: hooks do not run in a compiled model."""
+        self.seed()
+        with torch.no_grad(), frozen_statistics(self.module):
+            for micro_batch in self.mode.split.micro_batches(self.current.batch, self.accumulate):
+                self.eager_model(micro_batch.inputs)
 
 
 def _nothing(_: Batch) -> tuple[Tensor, ...]:

@@ -37,8 +37,8 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.lab.scaling.rank import updates_of
 from dlopt.machine import threads
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
-from dlopt.training.run import probe_trainer
 
 WORKLOADS = {
     "default": [],

@@ -21,8 +21,8 @@ from dlopt.config.resolve import to_plain
 from dlopt.config.settings import Diagnostic
 from dlopt.instruments.diagnostics import CURVATURE_INTERVAL, Diagnostics
 from dlopt.tracking.tracking import Tracking
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
-from dlopt.training.run import probe_trainer
 
 KINDS: tuple[tuple[Diagnostic, ...], ...] = (("activations",), ("gradients", "activations"), ("curvature",))
 MODELS = {"resnet20": ["model=resnet20", "data.image_size=32"], "mlp": ["model=mlp"]}

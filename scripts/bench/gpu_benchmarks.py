@@ -53,11 +53,12 @@ from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.optim.parameters import freeze
 from dlopt.training.builders import speed as building
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_model, build_workload
 from dlopt.training.evaluate import test_metrics
 from dlopt.training.loop import Trainer
 from dlopt.training.progress import TrainingRun, endless_batches
-from dlopt.training.run import probe_trainer, train_run
+from dlopt.training.run import train_run
 from dlopt.training.throughput import nominal_flops
 
 
@@ -493,7 +494,7 @@ def split(bench: Bench, add: Add, name: str, workload: Workload) -> None:
         training.save()
         checkpoint = bench.wait() - start
         unsaved(training)
-        update = training.run_update
+        update = training.update
 
         def timed_update(*arguments: Any, **keys: Any) -> Any:
             start, captured = bench.wait(), sum(captures)
@@ -501,7 +502,7 @@ def split(bench: Bench, add: Add, name: str, workload: Workload) -> None:
             updates.append(bench.wait() - start - (sum(captures) - captured))
             return record
 
-        training.run_update = timed_update
+        training.update = timed_update
         start = bench.wait()
         training.fit(Interruption())  # not entered: signals end the script
         total = bench.wait() - start

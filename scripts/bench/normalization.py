@@ -18,8 +18,8 @@ import torch
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
-from dlopt.training.run import probe_trainer
 
 NORMS = ("none", "batch", "layer", "group")
 MODELS = {

@@ -188,8 +188,8 @@ def dlopt(job: Job) -> Callable[[], None]:
     from dlopt.config.schema import Component
     from dlopt.data.samples import Dataset as Samples
     from dlopt.data.samples import InMemory
+    from dlopt.training.builders.trainer import probe_trainer
     from dlopt.training.builders.workload import build_workload
-    from dlopt.training.run import probe_trainer
 
     typed = [
         "model=resnet20", "augmentation=crop_flip", f"precision={job.precision}", f"data.batch_size={job.batch}",

@@ -346,8 +346,8 @@ def dlopt_program(run_config: RunConfig, task: Task, shape: tuple[int, ...]) -> 
         )
         optimizer = build_optimizer(workload)
         schedule = build_schedule(workload, optimizer, Length(1000, 1, 1000, 1000))
-        keep = MetricSum(task, accuracy=has_train_accuracy(workload)).keep
-        step = build_step(workload, workload.network, optimizer, schedule, keep=keep, average=None, checks=True)
+        metrics = MetricSum(task, accuracy=has_train_accuracy(workload))
+        step = build_step(workload, workload.network, optimizer, schedule, metrics=metrics, average=None, checks=True)
         step.check.immediate = False  # it is immediate on a CPU, and would read values
         samples = int(run_config.data_settings.batch_size)
         if task.tokens is None:

@@ -106,11 +106,11 @@ def training(
         Mode(CPU),
         StepSettings(check_now=check_now),
         precision=Precision(precision, CPU),
-        keep=train_metrics.keep,
+        metrics=train_metrics,
     )
     return Trainer(
         step=step,
-        run_update=step.update,
+        update=step.update,
         batches=batches,
         validate=None,
         tracking=tracking,

@@ -44,8 +44,8 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.data.text import python_source
 from dlopt.machine.threads import set_threads
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
-from dlopt.training.run import probe_trainer
 
 BATCH, CONTEXT, WIDTH, DEPTH, HEADS = 12, 64, 128, 4, 4
 WARM_UP = 10  # updates

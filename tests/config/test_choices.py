@@ -17,8 +17,8 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import GROUPS
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
-from dlopt.training.run import probe_trainer
 from tests.support import choices
 from tests.support.comparisons import SHIPPED
 from tests.support.line import dlopt, only

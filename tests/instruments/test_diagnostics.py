@@ -12,8 +12,8 @@ from dlopt.basics.errors import UserError
 from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
-from dlopt.training.run import probe_trainer
 from tests.support.runs import RICH, SMALL, result, resume, run_config, same, start
 
 DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
@@ -104,7 +104,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
 
 def test_no_observers_by_default(tmp_path: Path) -> None:
     trainer = probe_trainer(build_workload(run_config(*SMALL)), tmp_path)
-    assert trainer.run_update == trainer.step.update
+    assert trainer.update == trainer.step.update
 
 
 def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) -> None:

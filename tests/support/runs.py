@@ -75,15 +75,14 @@ def run_job(run: TrainingRun) -> dict[str, Any]:
 @contextmanager
 def at_update(number: int, action: Callable[[], object]) -> Iterator[None]:
     """Calls `action` after update `number` (from 1) of the run."""
-    original = Step.update
+    original = Step.end
 
-    def update(self: Step, batch: Batch, count: int, **keys: Any) -> UpdateRecord:
-        record = original(self, batch, count, **keys)
-        if count + 1 == number:
+    def end(self: Step, record: UpdateRecord, average: Callable[[], None] | None) -> None:
+        original(self, record, average)
+        if self.current.number + 1 == number:
             action()
-        return record
 
-    with patch.object(Step, "update", update):
+    with patch.object(Step, "end", end):
         yield
 
 

@@ -13,6 +13,7 @@ from dlopt.schedules import Scheduler
 from dlopt.training.around import surround
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip
+from dlopt.training.closure import ClosureStep
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
 from tests.support.tasks import CLASSIFICATION
@@ -49,21 +50,29 @@ def make_step(
     average: Callable[[], None] | None = None,
     after_change: Callable[[], None] | None = None,
     skip: Callable[[Diverged], bool] | None = None,
+    evaluates_once: bool = True,
     **settings: Any,
 ) -> Step:
     """Returns a step whose `update` has around it what the arguments enable."""
-    step = Step(
+    step = (Step if evaluates_once else ClosureStep)(
         Network(model, model, loss or nn.CrossEntropyLoss()),
         optimizer,
         Scheduler(optimizer, factor),
         Mode(CPU),
         StepSettings(**{"seed": SEED, **settings}),
         precision=precision or Precision("fp32", CPU),
-        keep=MetricSum(CLASSIFICATION).keep,
+        metrics=MetricSum(CLASSIFICATION),
         clip=clip,
         average=average,
     )
     step.update = surround(step, step.update, after_change=after_change, skip=skip)  # type: ignore[method-assign]
+    return step
+
+
+def make_closure(model: nn.Module, optimizer: torch.optim.Optimizer, **keys: Any) -> ClosureStep:
+    """Returns a step whose evaluations a test calls itself."""
+    step = make_step(model, optimizer, evaluates_once=False, **keys)
+    assert isinstance(step, ClosureStep)
     return step
 
 

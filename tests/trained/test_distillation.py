@@ -15,9 +15,9 @@ from dlopt.python import api
 from dlopt.trained.distillation import with_teacher
 from dlopt.trained.restore import restore
 from dlopt.training.builders.batches import training_batches
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint import checkpoints
-from dlopt.training.run import probe_trainer
 from tests.support.equality import compare
 from tests.support.line import dlopt, refused
 from tests.support.modes import SYNC_DDP, SYNC_FSDP
@@ -89,7 +89,7 @@ def test_the_first_update_has_the_gradient_of_the_formula(teacher: Path, tmp_pat
     trainer = probe_trainer(with_teacher(build_workload(run_config(*line))), tmp_path)
     batch = next(iter(trainer.batches.epoch(0)))
     trainer.step.begin(batch, 0, log_norm=False)
-    value = trainer.step()
+    value = trainer.step.evaluate().loss
     raw = build_workload(run_config(*line, "normalize=none"))
     images, _ = next(iter(training_batches(raw).epoch(0)))
     trained = restore(teacher / "checkpoints/best.pt", {"precision": "fp64"})

@@ -16,7 +16,7 @@ from dlopt.data.batches import Batch
 from dlopt.machine.cuda_graphs import GraphedFunction
 from dlopt.metrics.sums import MetricSum
 from dlopt.models.airbench import AirBench
-from dlopt.optim import Muon
+from dlopt.optim import SAM, Muon
 from dlopt.optim.cautious_decay import make_decay_cautious
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Horizon, Scheduler
@@ -87,7 +87,7 @@ class Run:
         self.sums, self.rates = MetricSum(CLASSIFICATION), []
         self.record: UpdateRecord | None = None
         keys: Any = {
-            "precision": Precision("fp32", CPU), "keep": self.sums.keep, "clip": clip or ByNorm(max_norm=1.0),
+            "precision": Precision("fp32", CPU), "metrics": self.sums, "clip": clip or ByNorm(max_norm=1.0),
             "average": self.average.update,
         }  # fmt: skip
         self.step = Step(*arguments, **keys)
@@ -98,7 +98,6 @@ class Run:
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:
             self.record = self.update(batch(step, sizes(step)), step, log_norm=True)
-            self.sums.add(*self.record.micro_batches)
             self.rates.append(float(self.step.rate))
         return self
 
@@ -311,7 +310,7 @@ def of_two_processes() -> Mode:
         ({"observed": True}, "diagnostics"),
         ({"make": lambda p: torch.optim.SGD(p, lr=0.1, fused=False)}, "SGD has control flow on the host"),
         ({"make": lambda p: torch.optim.LBFGS(p)}, "LBFGS"),
-        ({"evaluates_once": False}, "SGD"),
+        ({"make": lambda p: SAM(base=torch.optim.SGD(p, lr=0.1))}, "SAM"),
         ({"precision": "fp16"}, "fp16"),
         ({"compile": "max-autotune"}, "compile=max-autotune records graphs of its own"),
         ({"check_now": True}, "check=step"),

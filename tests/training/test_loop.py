@@ -129,6 +129,7 @@ def training(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     average = None if ema is None else ExponentialAverage(model, ema)
     cpu = torch.device("cpu")
+    train_metrics = MetricSum(CLASSIFICATION)
     step = Step(
         Network(model, model, loss or nn.CrossEntropyLoss()),
         optimizer,
@@ -136,7 +137,7 @@ def training(
         Mode(cpu),
         StepSettings(check_now=check_now),
         precision=Precision("fp32", cpu),
-        keep=MetricSum(CLASSIFICATION).keep,
+        metrics=train_metrics,
         average=None if average is None else average.update,
     )
     inputs, targets = samples()
@@ -167,14 +168,14 @@ def training(
     }
     return Trainer(
         step=step,
-        run_update=step.update,
+        update=step.update,
         length=Length(steps, 1, steps_per_epoch, steps),
         intervals=Intervals(**intervals),
         average=average,
         normalize=nn.Identity(),
         config={"name": "try"},
         progress=Progress(horizon=15),
-        train_metrics=MetricSum(CLASSIFICATION),
+        train_metrics=train_metrics,
         **arguments | changed,
     )
 

@@ -39,7 +39,7 @@ from tests.support.runs import (
     timeless,
 )
 from tests.support.sizes import RUN, SMALL
-from tests.support.steps import CPU, batch, begin, equal, make_step, net, train, whole
+from tests.support.steps import CPU, batch, begin, equal, make_closure, make_step, net, train, whole
 from tests.support.tasks import CLASSIFICATION
 
 NAN, INF = float("nan"), float("inf")
@@ -82,7 +82,7 @@ def test_one_nonfinite_gradient_entry_raises_before_the_update(name: str, bad: f
 def test_check_does_not_change_gradients() -> None:
     """Bitwise, including denormal and negative zero entries."""
     model = nn.Linear(6, 3)
-    evaluate = make_step(model, sgd(model))
+    evaluate = make_closure(model, sgd(model))
     entries = torch.tensor([1e-42, -0.0, 1e38, -1e-30, 3.0, -7.5])
     model.weight.register_hook(lambda gradient: entries.expand(3, 6).clone())
     begin(evaluate, batch(0), 0)

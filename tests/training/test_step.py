@@ -28,7 +28,7 @@ from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
 from dlopt.training.step import Network, Step, StepSettings
 from tests.support import own_optimizers
 from tests.support.runs import same
-from tests.support.steps import CPU, SEED, batch, begin, equal, make_step, net, train, whole
+from tests.support.steps import CPU, SEED, batch, begin, equal, make_closure, make_step, net, train, whole
 from tests.support.tasks import CLASSIFICATION
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -48,7 +48,7 @@ def test_updates_equal_plain_loop(name: str, accumulate: int) -> None:
         return 1 / (1 + t)
 
     update, sums = (
-        make_step(model, make(model.parameters()), accumulate=accumulate, factor=factor),
+        make_closure(model, make(model.parameters()), accumulate=accumulate, factor=factor),
         MetricSum(CLASSIFICATION),
     )
     for step in range(5):
@@ -84,7 +84,7 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(accumulate: int, si
     inputs, targets = batch(1, size, torch.float64)
     loss = F.cross_entropy(model(inputs), targets)
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    evaluate = make_step(model, optimizer, accumulate=accumulate)
+    evaluate = make_closure(model, optimizer, accumulate=accumulate)
     begin(evaluate, whole(inputs, targets), 0)
     torch.testing.assert_close(evaluate(), loss.detach(), rtol=1e-13, atol=0)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -100,7 +100,7 @@ def test_gradients_of_bf16_weights_are_added_up_in_fp32() -> None:
     """Added up in bf16, 1,024 gradients of 1 / 1024 are 1 / 4."""
     model = nn.Linear(1, 3, bias=False).bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    evaluate = make_step(model, optimizer, accumulate=1024, loss=Mean(), precision=Precision("bf16_pure", CPU))
+    evaluate = make_closure(model, optimizer, accumulate=1024, loss=Mean(), precision=Precision("bf16_pure", CPU))
     begin(evaluate, whole(torch.ones(1024, 1).bfloat16(), torch.zeros(1024, dtype=torch.int64)), 0)
     evaluate()
     assert model.weight.grad is not None and model.weight.grad.dtype == torch.bfloat16
@@ -121,7 +121,7 @@ def test_gradient_norms_of_bf16_weights_are_fp32(clip: ByNorm | None) -> None:
 
 def test_fewer_samples_than_micro_batches() -> None:
     model = net(dropout=0.0, norm=False)
-    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
+    evaluate = make_closure(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=8)
     inputs, targets = batch(1, 3)
     begin(evaluate, whole(inputs, targets), 0)
     torch.testing.assert_close(evaluate(), F.cross_entropy(model(inputs), targets).detach())
@@ -142,7 +142,7 @@ class Kept(nn.Module):
 def test_evaluations_of_an_update_share_random_numbers() -> None:
     record = Kept()
     model = nn.Sequential(nn.Dropout(0.5), record, nn.Linear(6, 3))
-    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    evaluate = make_closure(model, torch.optim.SGD(model.parameters(), lr=1.0))
     inputs, targets = torch.ones(50, 6), torch.zeros(50, dtype=torch.int64)
     for step in (0, 1):
         begin(evaluate, whole(inputs, targets), step)
@@ -163,7 +163,7 @@ def test_only_the_first_evaluation_updates_statistics(norm: str) -> None:
     if norm == "instance":
         layer = nn.InstanceNorm1d(6, momentum=0.25, track_running_stats=True)
     model = nn.Sequential(nn.Unflatten(1, (6, 4)), layer, nn.Flatten(), nn.Linear(24, 3))
-    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    evaluate = make_closure(model, torch.optim.SGD(model.parameters(), lr=1.0))
     draws = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(5, 24, generator=draws) + 2, torch.zeros(5, dtype=torch.int64)
     expected = copy.deepcopy(layer)
@@ -180,7 +180,7 @@ def test_only_the_first_evaluation_updates_statistics(norm: str) -> None:
 
 def test_metrics_count_the_first_evaluation_only() -> None:
     model = net()
-    evaluate, sums = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0)), MetricSum(CLASSIFICATION)
+    evaluate, sums = make_closure(model, torch.optim.SGD(model.parameters(), lr=1.0)), MetricSum(CLASSIFICATION)
     begin(evaluate, batch(0), 0)
     evaluate.loss()
     first = evaluate()
@@ -262,7 +262,7 @@ def test_lbfgs_with_dropout_and_batch_norm() -> None:
     """The line search sees a deterministic function, with one dropout mask: the loss decreases."""
     model = net(dropout=0.5)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=10, line_search_fn="strong_wolfe")
-    evaluate = make_step(model, optimizer, evaluates_once=False)
+    evaluate = make_closure(model, optimizer)
     inputs, targets = batch(0, 30)
     evaluate.update(whole(inputs, targets), 0)
     after = evaluate.loss().item()
@@ -277,7 +277,7 @@ def test_loss_is_twice_differentiable() -> None:
     """A Hessian-vector product through closure.loss() equals the one of a hand-written loss."""
     model = net(dropout=0.4, norm=False).double()
     parameters = list(model.parameters())
-    evaluate = make_step(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
+    evaluate = make_closure(model, torch.optim.SGD(parameters, lr=1.0), accumulate=3)
     inputs, targets = batch(0, dtype=torch.float64)
     begin(evaluate, whole(inputs, targets), 4)
     direction = [torch.randn_like(p) for p in parameters]
@@ -305,7 +305,7 @@ def test_labels_drawn_from_the_predictions_do_not_depend_on_the_micro_batches() 
     drawn = []
     for accumulate, labels in ((1, targets), (3, targets), (4, mixed)):
         model = net(dropout=0.0, norm=False).double()
-        step = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=accumulate)
+        step = make_closure(model, torch.optim.SGD(model.parameters(), lr=1.0), accumulate=accumulate)
         begin(step, whole(inputs, labels), 0)
         step()
         before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -320,8 +320,8 @@ def test_labels_drawn_from_the_predictions_do_not_depend_on_the_micro_batches() 
 
 def test_reports_the_gradient_norm_before_clipping() -> None:
     model = net(dropout=0.0)
-    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-3))
-    unclipped = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    evaluate = make_closure(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=ByValue(max_value=1e-3))
+    unclipped = make_closure(model, torch.optim.SGD(model.parameters(), lr=1.0))
     norms = []
     for each in (unclipped, evaluate):
         begin(each, batch(0), 0, log_norm=True)
@@ -384,7 +384,7 @@ def test_bfloat16_autocast_keeps_weights_and_loss_in_float32() -> None:
     record = Kept()
     model.append(record)
     precision = Precision("bf16", torch.device("cpu"))
-    evaluate = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision)
+    evaluate = make_closure(model, torch.optim.SGD(model.parameters(), lr=0.1), precision=precision)
     sums = MetricSum(CLASSIFICATION)
     train(evaluate, batch(0), 0, sums)
     assert record.seen[0].dtype == torch.bfloat16
@@ -443,7 +443,7 @@ def test_gradients_are_unscaled_before_they_are_clipped() -> None:
 def test_sampled_loss_counts_every_token() -> None:
     """Sophia-G scales its estimate by the number of predictions (Liu et al. 2024, algorithm 2)."""
     model = nn.Sequential(nn.Embedding(7, 7))
-    update = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    update = make_closure(model, torch.optim.SGD(model.parameters(), lr=0.1))
     begin(update, whole(torch.randint(7, (4, 5)), torch.randint(7, (4, 5))))
     assert update.sampled_loss(0)[1] == 20
 
@@ -482,7 +482,7 @@ def test_model_loss_and_metrics_are_compiled_as_one_region(precision: str, monke
         optimizer, sums = torch.optim.SGD(model.parameters(), lr=0.5), MetricSum(NextToken(13, predictions=5))
         step = Step(
             network, optimizer, Scheduler(optimizer, lambda t: 1.0), Mode(CPU), StepSettings(accumulate=2),
-            precision=chosen, keep=sums.keep,
+            precision=chosen, metrics=sums,
         )  # fmt: skip
         tokens = torch.randint(13, (6, 6), generator=torch.Generator().manual_seed(1))
         train(step, whole(tokens[:, :-1], tokens[:, 1:]), 0, sums)

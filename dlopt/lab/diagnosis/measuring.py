@@ -38,9 +38,9 @@ from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag
 from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.builders.workload import load_weights
-from dlopt.training.clipping import Norm, gradient_norm
+from dlopt.training.clipping import Clip, Norm, gradient_norm
 from dlopt.training.progress import endless_batches
-from dlopt.training.step import Observer, Step
+from dlopt.training.step import Observer
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
 """Fractions of an update at which the loss is evaluated: from half an update back to 2.5 updates ahead."""
@@ -82,8 +82,9 @@ class ClippedNorm(Observer):
     def __init__(self) -> None:
         self.norm = math.nan
 
-    def attach(self, step: Step) -> None:
-        self._clip, step.clip = step.clip, self
+    def around_clip(self, clip: Clip) -> Clip:
+        self._clip = clip
+        return self
 
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm) -> Tensor | None:
         total = self._clip(parameters, norm)

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.machine.cuda_graphs import Recorder
-from dlopt.metrics.sums import Keep
+from dlopt.metrics.sums import MetricSum
 from dlopt.optim.traits import optimizer_traits
 from dlopt.schedules import Scheduler
 from dlopt.training import graphed_update, rng
@@ -16,6 +16,7 @@ from dlopt.training.averaging import WeightAverage
 from dlopt.training.builders.optimizer import evaluates_once
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Unclipped
+from dlopt.training.closure import ClosureStep
 from dlopt.training.graphed_update import Capture, GraphedUpdate
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Network, Observer, Step, StepSettings, Update
@@ -28,9 +29,10 @@ def build_step(
     optimizer: Optimizer,
     schedule: Scheduler,
     *,
-    keep: Keep,
+    metrics: MetricSum,
     average: WeightAverage | None,
     checks: bool,
+    observers: Sequence[Observer] = (),
 ) -> Step:
     """Builds the step. `checks`: false disables the non-finite check. Raises `UserError`."""
     settings, mode, device = workload.run_config.settings, workload.parallel, workload.device
@@ -52,7 +54,8 @@ def build_step(
             "set accumulate instead"
         )
     check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
-    return Step(
+    kind = Step if evaluates_once(workload, optimizer) else ClosureStep
+    return kind(
         network,
         optimizer,
         schedule,
@@ -60,15 +63,15 @@ def build_step(
         StepSettings(
             accumulate=settings.accumulate,
             seed=stream(settings.augmentation_seed, rng.DROPOUT),
-            evaluates_once=evaluates_once(workload, optimizer),
             check_now=checks and check_now,
             halve_on_out_of_memory=halves,
         ),
         precision=workload.precision,
-        keep=keep,
+        metrics=metrics,
         clip=clip.build(model=workload.module, uses=workload.uses),
         synchronize_buffers=workload.placed.after_update,
         average=None if average is None else average.update,
+        observers=observers,
     )
 
 
@@ -107,7 +110,4 @@ def build_update(
         is_captured = average is not None and average.is_steady
         update = GraphedUpdate(step, Capture(Recorder(), batch_size, settings.log_every_steps is not None, is_captured))
     after_change = getattr(stopping, "after_update", None)
-    update = surround(
-        step, update, after_change=after_change, skip=skip, observers=observers if mode.ranks.is_main else ()
-    )
-    return update, reason
+    return surround(step, update, after_change=after_change, skip=skip, observers=observers), reason

@@ -18,9 +18,9 @@ from dlopt.optim import SOAP, DistributedShampoo, Muon, Scion, Shampoo
 from dlopt.optim.parameters import Grouping, Rule, parameter_groups
 from dlopt.training.builders.mup import describe_rates, width_factors, width_growth
 from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.progress import endless_batches
-from dlopt.training.run import probe_trainer
 from tests.support.pages import ROOT
 from tests.support.runs import run_config, start
 

@@ -20,10 +20,10 @@ from dlopt.training.builders.optimizer import (
     evaluates_once,
 )
 from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import Length
-from dlopt.training.run import probe_trainer
 from tests.support.runs import resume, run_config, small_workload, start
 from tests.support.sizes import SMALL, without
 

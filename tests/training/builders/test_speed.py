@@ -20,9 +20,9 @@ from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training.builders import speed
 from dlopt.training.builders.batches import evaluation_batches, training_batches
 from dlopt.training.builders.precision import Precision
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.graphed_update import GraphedUpdate
-from dlopt.training.run import probe_trainer
 from dlopt.training.step import Step
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.line import refused
@@ -262,15 +262,15 @@ def test_captured_updates_equal_eager_ones_on_gpu(tmp_path: Path, optimizer: str
     for graphs in ("false", "true"):
         workload = build_workload(run_config(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
         trainer = probe_trainer(workload, tmp_path)
-        assert isinstance(trainer.run_update, GraphedUpdate) == (graphs == "true")
+        assert isinstance(trainer.update, GraphedUpdate) == (graphs == "true")
         step = 0
         for epoch in range(2):
             for batch in trainer.batches.epoch(epoch, 0, step):
                 trainer.update(batch, step)
                 step += 1
         trainer.step.check_updates()
-        if isinstance(trainer.run_update, GraphedUpdate):
-            assert trainer.run_update._graphed._replay is not None
+        if isinstance(trainer.update, GraphedUpdate):
+            assert trainer.update._graphed._replay is not None
         weights.append(workload.module.state_dict())
     assert same(*weights)
 

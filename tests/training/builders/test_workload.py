@@ -20,9 +20,9 @@ from dlopt.training.builders import model_check
 from dlopt.training.builders import workload as build_module
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.optimizer import build_optimizer
+from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.content import Checkpoint
-from dlopt.training.run import probe_trainer
 from tests.support import own_optimizers
 from tests.support.runs import run_config, same, small_workload, start
 from tests.support.sizes import SMALL, without

@@ -1,0 +1,119 @@
+"""The closure of optimizers that evaluate the loss several times per update: L-BFGS, SAM, Newton with a line search.
+
+The step itself is the closure of `optimizer.step(closure)`. An optimizer may evaluate it many times per update, and
+must see the same function each time: a line search compares losses of different weights, which must not differ by their
+dropout masks. Therefore every evaluation of an update uses the same random numbers, and only the first one updates
+batch-norm statistics.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dlopt.basics.errors import UserError
+from dlopt.data.batches import Batch
+from dlopt.losses import sampled_cross_entropy
+from dlopt.models.layers import frozen_statistics
+from dlopt.optim.traits import not_evaluated, optimizer_traits
+from dlopt.training.step import Step, UpdateRecord
+
+
+class ClosureStep(Step):
+    """A step that the optimizer evaluates: `step()` returns the loss and leaves clipped gradients in the parameters.
+
+    `step.loss()` and `step.sampled_loss(seed)` return losses with their graph, for Hessian-vector products.
+
+    Attributes:
+        record: of the current update; None until its first evaluation has ended.
+        evaluations: of the loss, in all updates of the run.
+    """
+
+    record: UpdateRecord | None = None
+    evaluations: int = 0
+
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
+        """See `Step.update`."""
+        # 1. Begin: keep what all evaluations of this update share.
+        self.begin(batch, number, log_norm=log_norm)
+
+        # 2. Change the weights. The optimizer calls `self()` as often as it needs.
+        self.optimizer.step(self)  # type: ignore[arg-type]
+        if self.record is None:
+            raise not_evaluated(self.optimizer)
+
+        # 3. Advance the learning rate, and end, as all updates do.
+        self.schedule.step()
+        self.end(self.record, self.average)
+        return self.record
+
+    def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
+        super().begin(batch, number, log_norm=log_norm)
+        self.record = None  # the next evaluation is the first one of an update
+
+    def __call__(self) -> Tensor:
+        """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
+        if not torch.is_grad_enabled():  # called by a `step` under `no_grad` or `inference_mode`
+            with torch.inference_mode(False), torch.enable_grad():
+                return self()
+        self.evaluations += 1
+        if self.record is None:
+            evaluated = self.record = self.evaluate()
+        else:  # the batch has counted in the metrics and in the statistics of batch norm
+            with frozen_statistics(self.module):
+                evaluated = self.evaluate(checks=optimizer_traits(self.optimizer).uses_all_gradients)
+            self.record.norm = evaluated.norm
+            self.record.flags += evaluated.flags
+        assert evaluated.loss is not None
+        return evaluated.loss
+
+    def loss(self) -> Tensor:
+        """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
+
+        def loss_of(outputs: Tensor, part: Batch) -> Tensor:
+            return self.network_loss(outputs, part.targets, *self.further(part))
+
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivatives
+            return self._differentiable(self.current.batch, loss_of)
+
+    def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
+        """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
+        and the number of predictions.
+
+        Each prediction has its own random number, so that the draw does not depend on the micro-batches.
+        """
+        batch = self.current.batch
+        inputs, targets = batch
+        shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
+        draw = torch.Generator(targets.device).manual_seed(seed)
+        noise = torch.rand(shape, generator=draw, device=targets.device)
+        sampled = self.precision.autocast(sampled_cross_entropy)
+
+        def loss_of(outputs: Tensor, part: Batch) -> Tensor:
+            return sampled(outputs, part.targets)
+
+        return self._differentiable(Batch(inputs, noise, batch.total), loss_of), noise.numel()
+
+    def cost(self) -> dict[str, int]:
+        return {"evaluations": self.evaluations}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.evaluations = state["evaluations"]
+
+    def _differentiable(self, batch: Batch, loss_of: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+        """Returns the mean of `loss_of` over the batch with its graph, repeating the random numbers of the update."""
+        if self.mode.ranks.processes > 1:
+            raise UserError(
+                f"parallel={self.mode.name}: {type(self.optimizer).__name__} needs Hessian-vector products, which are "
+                "not averaged over ranks; use parallel=single or another optimizer"
+            )
+        self.evaluations += 1
+        self.seed()
+        with torch.enable_grad(), frozen_statistics(self.module):
+            # The uncompiled model: torch.compile has no second derivatives.
+            parts = self.mode.split.micro_batches(batch, self.accumulate)
+            losses = [part.weight * loss_of(self.eager_model(part.inputs), part) for part in parts]
+            return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
