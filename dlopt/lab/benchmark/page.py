@@ -30,50 +30,53 @@ _HEADS: Mapping[Measure, str] = {
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Writes index.html, table.tex and figures/NAME.png and .pdf; returns their paths. Raises OSError."""
-    summary = summarize(results) if results.optimizers else None
-    figures = {} if summary is None else draw(results, summary)
+    """Writes index.html, table.tex and figures/NAME.png and .pdf; returns their paths. Raises OSError.
+
+    Without results there is only index.html.
+    """
+    if not results.optimizers:
+        return report.write(folder, {"index.html": page(results, None, {})}, {}, ())
+    summary = summarize(results)
+    figures = draw(results, summary)
     pictures = {name: report.picture(figure) for name, figure in figures.items()}
-    texts = {"index.html": page(results, summary, pictures)}
-    if summary is not None:
-        texts["table.tex"] = latex(results, summary)
+    texts = {"index.html": page(results, summary, pictures), "table.tex": latex(results, summary)}
     return report.write(folder, texts, figures, ("png", "pdf"))
 
 
 def page(results: Results, summary: Summary | None, pictures: Mapping[str, Mapping[str, Any]]) -> str:
     """Renders the page; `pictures`: `source` and `width` by the figure's name; figures without data are missing."""
     folder = Path(__file__).parent
+    script = (folder / "sort.js").read_text(encoding="utf-8")
     tables = {} if summary is None else _tables(results, summary)
     return render(
         "page.html", folder,
         title=f"Optimizer benchmark, {results.tier} tier", version=__version__,
-        style=report.style(), script=Markup(Path(__file__).with_name("sort.js").read_text(encoding="utf-8")),
+        style=report.style(), script=Markup(script),
         results=results, summary=summary, workloads=list(results.workloads), pictures=pictures,
         max_ratio=round(MAX_RATIO), self_tuning_length=SELF_TUNING_LENGTH, resamples=RESAMPLES, per_try=tuning.PER_TRY,
         fact=_fact, **tables,
     )  # fmt: skip
 
 
-# -- the tables: a row per optimizer, in the order of the score in updates
+def _fact(value: Any) -> str:
+    """Formats a fact about the results: lists and mappings with commas."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_fact(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_fact, value))
+    return str(value)
 
 
 def _tables(results: Results, summary: Summary) -> dict[str, Any]:
-    missing = {
-        optimizer: [name for name in results.workloads if not results.cell(optimizer, name).records]
-        for optimizer in summary.order
-    }
-    tested = [name for name in results.workloads if any(results.cell(each, name).tests for each in summary.order)]
-    spaces = {optimizer: results.spaces.get(optimizer, {}) for optimizer in summary.order}
-    tuned = tuning.tuning(results)
+    """Returns the values of page.html that need a summary."""
     agreed = agreement.agreements(results)
+    tuned = tuning.tuning(results)
+    tested = _tested(results)
     return {
         "user_facts": {key: value for key, value in results.facts.items() if key not in ("command", "reference")},
-        "missing": [f"{optimizer} ({', '.join(names)})" for optimizer, names in missing.items() if names],
-        "compared": [
-            [name, drawing.metric_label(each.metric), formats.number(each.target), str(each.updates)]
-            for name, each in results.workloads.items()
-        ],
-        "spaces": [(name, "; ".join(f"{key} {value}" for key, value in each.items())) for name, each in spaces.items()],
+        "missing": _missing(results, summary),
+        "compared": _compared(results),
+        "spaces": _spaces(results, summary),
         "heads": {measure: _HEADS[measure] for measure in summary.measures},
         "scores": _scores(results, summary),
         "findings": findings(results, summary),
@@ -93,7 +96,143 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "costs": _costs(results, summary),
         "tested": tested,
         "tests": _tests(results, summary, tested),
-    }  # fmt: skip
+    }
+
+
+# -- what was compared
+
+
+def _missing(results: Results, summary: Summary) -> list[str]:
+    """Returns the optimizers without any trial on a workload, with these workloads."""
+    texts = []
+    for optimizer in summary.order:
+        names = [name for name in results.workloads if not results.cell(optimizer, name).records]
+        if names:
+            texts.append(f"{optimizer} ({', '.join(names)})")
+    return texts
+
+
+def _compared(results: Results) -> Rows:
+    """Returns a row per workload: its metric, target, and updates of a full run."""
+    rows = []
+    for name, spec in results.workloads.items():
+        target = formats.number(spec.target)
+        rows.append([name, drawing.metric_label(spec.metric), target, str(spec.updates)])
+    return rows
+
+
+def _spaces(results: Results, summary: Summary) -> list[tuple[str, str]]:
+    """Returns the optimizers with their search spaces."""
+    spaces = []
+    for optimizer in summary.order:
+        space = results.spaces.get(optimizer, {})
+        spaces.append((optimizer, "; ".join(f"{key} {value}" for key, value in space.items())))
+    return spaces
+
+
+# -- the tables: a row per optimizer, in the order of the score in updates
+
+
+def _scores(results: Results, summary: Summary) -> Rows:
+    """Returns the rows of scores, with the fraction of failed trials before cost and state."""
+    rows = []
+    plain_rows = score_rows(results, summary, partial(_name, results))
+    for standing, row in zip(summary.standings["updates"], plain_rows, strict=True):
+        *first, cost, state = row
+        rows.append([*first, formats.percent(standing.failed), cost, state])
+    return rows
+
+
+def _updates(results: Results, summary: Summary) -> Rows:
+    """Returns the updates to the targets, with the ranks on each workload."""
+    ranks_of_workloads = [ranks(summary.times["updates"], workload) for workload in results.workloads]
+    rows = []
+    plain_rows = update_rows(results, summary, partial(_name, results))
+    for optimizer, (name, *updates) in zip(summary.order, plain_rows, strict=True):
+        cells = []
+        for text, ranked in zip(updates, ranks_of_workloads, strict=True):
+            rank = ranked[optimizer]
+            cells.append(text if rank is None else _with_rank(text, rank))
+        rows.append([name, *cells])
+    return rows
+
+
+def _with_rank(text: str, rank: float) -> Markup:
+    pattern = "<b>{}</b>{}" if isinstance(text, Bold) else "{}{}"
+    return Markup(pattern).format(text, _small(f" ({rank:g})"))
+
+
+def _hyperparameters(results: Results, summary: Summary) -> Rows:
+    """Returns the hyperparameters of the best trial on each workload: the keys, and a column of values per workload."""
+    rows = []
+    for optimizer in summary.order:
+        trials = [
+            best_trial(results.cell(optimizer, name).records, spec.metric) for name, spec in results.workloads.items()
+        ]
+        keys: list[str] = []
+        for trial in trials:
+            if trial is not None:
+                keys += [key for key in trial.values if key not in keys]
+        row = [_name(results, optimizer), _lines(short_key(key, keys) for key in keys)]
+        for trial in trials:
+            if trial is None:
+                row.append(formats.NONE)
+            else:
+                row.append(_lines(formats.drawn_value(trial.values.get(key)) for key in keys))
+        rows.append(row)
+    return rows
+
+
+def _costs(results: Results, summary: Summary) -> Rows:
+    """Returns the time of an update on each workload with its quartiles, the mean time, and the state."""
+    rows = []
+    for optimizer in summary.order:
+        row = [_name(results, optimizer)]
+        for workload in results.workloads:
+            cost = results.cell(optimizer, workload).cost
+            if cost is None:
+                row.append(formats.NONE)
+            else:
+                quartiles = _small(f"{cost.low:.2f}–{cost.high:.2f}")
+                row.append(Markup("{:.2f}<br>{}").format(cost.time, quartiles))
+        standing = summary.standing(optimizer)
+        rows.append([*row, formats.number(standing.cost, ".2f"), formats.number(standing.state, ".1f")])
+    return rows
+
+
+def _tested(results: Results) -> list[str]:
+    """Returns the workloads on which an optimizer has test metrics."""
+    return [name for name in results.workloads if any(results.cell(each, name).tests for each in results.optimizers)]
+
+
+def _tests(results: Results, summary: Summary, workloads: Sequence[str]) -> Rows:
+    """Returns the test metrics: their names, and a column per workload, mean and deviation over the studies."""
+    rows = []
+    for optimizer in summary.order:
+        studies = {workload: results.cell(optimizer, workload).tests.values() for workload in workloads}
+        metrics: list[str] = []
+        for tests in studies.values():
+            for test in tests:
+                metrics += [metric for metric in test if metric not in metrics]
+        row = [_name(results, optimizer), _lines(base_name(metric).replace("_", " ") for metric in metrics)]
+        for tests in studies.values():
+            cells = []
+            for metric in metrics:
+                values = [test[metric] for test in tests if test.get(metric) is not None]
+                cells.append(formats.mean_and_std(values))
+            row.append(_lines(cells))
+        rows.append(row)
+    return rows
+
+
+# -- their cells
+
+
+def _name(results: Results, optimizer: str) -> str:
+    """Formats the name of an optimizer; next to shipped ones, bold for the others."""
+    if optimizer in results.shipped:
+        return Markup("{} {}").format(printable(optimizer), _small("shipped"))
+    return Bold(optimizer) if results.shipped else optimizer
 
 
 def _small(text: str) -> Markup:
@@ -102,75 +241,3 @@ def _small(text: str) -> Markup:
 
 def _lines(parts: Iterable[str]) -> str:
     return Markup("<br>").join(map(printable, parts)) or formats.NONE
-
-
-def _name(results: Results, optimizer: str) -> str:
-    if optimizer in results.shipped:
-        return Markup("{} {}").format(printable(optimizer), _small("shipped"))
-    return Bold(optimizer) if results.shipped else optimizer
-
-
-def _scores(results: Results, summary: Summary) -> Rows:
-    rows = zip(summary.standings["updates"], score_rows(results, summary, partial(_name, results)), strict=True)
-    return [[*row[:-2], formats.percent(standing.failed), *row[-2:]] for standing, row in rows]
-
-
-def _updates(results: Results, summary: Summary) -> Rows:
-    """Returns the updates to the targets, with the ranks on each workload."""
-    ranked = [ranks(summary.times["updates"], workload) for workload in results.workloads]
-
-    def cell(text: str, rank: float | None) -> str:
-        pattern = Markup("<b>{}</b>{}") if isinstance(text, Bold) else Markup("{}{}")
-        return text if rank is None else pattern.format(text, _small(f" ({rank:g})"))
-
-    rows = zip(summary.order, update_rows(results, summary, partial(_name, results)), strict=True)
-    return [[first, *map(cell, cells, [each[name] for each in ranked])] for name, (first, *cells) in rows]
-
-
-def _hyperparameters(results: Results, summary: Summary) -> Rows:
-    rows = []
-    for optimizer in summary.order:
-        best = [
-            best_trial(results.cell(optimizer, name).records, spec.metric) for name, spec in results.workloads.items()
-        ]
-        keys = [*dict.fromkeys(key for record in best if record for key in record.values)]
-        columns = [[formats.drawn_value(record.values.get(key)) for key in keys] if record else [] for record in best]
-        short = [short_key(key, keys) for key in keys]
-        rows.append([_name(results, optimizer), _lines(short), *map(_lines, columns)])
-    return rows
-
-
-def _costs(results: Results, summary: Summary) -> Rows:
-    rows = []
-    for optimizer in summary.order:
-        costs = [results.cell(optimizer, workload).cost for workload in results.workloads]
-        cells = [
-            formats.NONE if cost is None
-            else Markup("{:.2f}<br>{}").format(cost.time, _small(f"{cost.low:.2f}–{cost.high:.2f}"))
-            for cost in costs
-        ]  # fmt: skip
-        standing = summary.standing(optimizer)
-        together = [formats.number(standing.cost, ".2f"), formats.number(standing.state, ".1f")]
-        rows.append([_name(results, optimizer), *cells, *together])
-    return rows
-
-
-def _tests(results: Results, summary: Summary, workloads: Sequence[str]) -> Rows:
-    rows = []
-    for optimizer in summary.order:
-        tested = [results.cell(optimizer, name).tests.values() for name in workloads]
-        metrics = [*dict.fromkeys(metric for each in tested for test in each for metric in test)]
-        columns = [
-            [formats.mean_and_std([test[each] for test in cell if test.get(each) is not None]) for each in metrics]
-            for cell in tested
-        ]
-        labels = [base_name(metric).replace("_", " ") for metric in metrics]
-        rows.append([_name(results, optimizer), _lines(labels), *map(_lines, columns)])
-    return rows
-
-
-def _fact(value: Any) -> str:
-    """Formats a fact about the results: lists and mappings with commas."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_fact(each)}" for key, each in value.items())
-    return ", ".join(map(_fact, value)) if isinstance(value, list | tuple) else str(value)
