@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dlopt.lab.ladder.analysis import Analysis, Measured, analyze
 from dlopt.lab.ladder.arms import SEARCHED, DecaySearch
@@ -43,15 +44,17 @@ class Results:
     @property
     def missing(self) -> int:
         """Number of runs at the best rates that have not ended, of the optimizers and rungs with some that have."""
-        return len({(trial.optimizer, trial.rung) for trial in self.outcomes}) * self.ladder.seeds - len(self.outcomes)
+        begun = {(trial.optimizer, trial.rung) for trial in self.outcomes}
+        return len(begun) * self.ladder.seeds - len(self.outcomes)
 
     @property
     def untrained(self) -> dict[tuple[str, ...], list[str]]:
-        """Returns optimizers without a run at the best rates -> the rungs at which they have none."""
+        """Optimizers without a run at the best rates -> the rungs at which they have none."""
         found: dict[tuple[str, ...], list[str]] = {}
         for rung in self.ladder.rungs:
             trained = {trial.optimizer for trial in self.outcomes if trial.rung == rung}
-            if absent := tuple(name for name in self.ladder.optimizers if name not in trained):
+            absent = tuple(name for name in self.ladder.optimizers if name not in trained)
+            if absent:
                 found.setdefault(absent, []).append(rung)
         return found
 
@@ -68,25 +71,59 @@ class Results:
 
     def summed_decay(self, optimizer: str, rung: str) -> float | None:
         """Returns half the peak rate * weight decay * updates: the sum over a run with a cosine schedule."""
-        lr, decay = self.lr(optimizer, rung), self.decay(optimizer, rung)
-        return None if lr is None or decay is None else lr / 2 * decay * self.ladder.rungs[rung].updates
+        lr = self.lr(optimizer, rung)
+        decay = self.decay(optimizer, rung)
+        if lr is None or decay is None:
+            return None
+        return lr / 2 * decay * self.ladder.rungs[rung].updates
 
     def failed(self, optimizer: str) -> int:
-        return sum(trial.optimizer == optimizer and bool(each.failure) for trial, each in self.outcomes.items())
+        """Returns the number of failed runs at the best rates."""
+        own = [outcome for trial, outcome in self.outcomes.items() if trial.optimizer == optimizer]
+        return sum(bool(outcome.failure) for outcome in own)
 
 
 def collect(request: LadderRequest) -> Results:
     """Reads all runs of the ladder that have ended, and analyzes them."""
     ladder = request.ladder
     searches = {name: request.search(name) for name in ladder.optimizers}
-    trials = [trial for name in ladder.optimizers for trial in request.finals(name)]
-    found = {trial: request.outcome(trial) for trial in trials}
-    outcomes = {trial: each for trial, each in found.items() if each is not None}
-    known = request.known()
-    searched = {trial: each for trial, each in known.items() if trial.index is not None}
-    facts = _facts(ladder, sum(each.seconds for each in known.values()))
-    whole, decays = measured(ladder, outcomes), {name: request.decay_search(name) for name in ladder.joint}
-    return Results(ladder, searches, searched, outcomes, analyze(whole), facts, decays, _by_arm(ladder, whole))
+    outcomes = {}
+    for name in ladder.optimizers:
+        for trial in request.finals(name):
+            outcome = request.outcome(trial)
+            if outcome is not None:
+                outcomes[trial] = outcome
+    known = request.known()  # the trials of the searches, and the runs at the best rates
+    whole = measured(ladder, outcomes)
+    return Results(
+        ladder,
+        searches,
+        searched={trial: outcome for trial, outcome in known.items() if trial.index is not None},
+        outcomes=outcomes,
+        analysis=analyze(whole),
+        facts=_facts(ladder, sum(outcome.seconds for outcome in known.values())),
+        decays={name: request.decay_search(name) for name in ladder.joint},
+        arms=_by_arm(ladder, whole),
+    )
+
+
+def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
+    """Returns the losses of the runs at the best rates as tables [rungs, seeds]."""
+    losses: dict[str, NDArray[np.float64]] = {}
+    seconds: dict[str, list[float]] = {}
+    for name in ladder.optimizers:
+        losses[name] = np.full((len(ladder.rungs), ladder.seeds), math.nan)
+        seconds[name] = []
+        for row, rung in enumerate(ladder.rungs):
+            times = []
+            for seed in range(ladder.seeds):
+                outcome = outcomes.get(Trial(name, rung, seed))
+                if outcome is not None and not outcome.failure:
+                    losses[name][row, seed] = outcome.loss
+                    times.append(outcome.seconds)
+            seconds[name].append(median(times) if times else math.nan)
+    compute = [rung.compute for rung in ladder.rungs.values()]
+    return Measured([*ladder.rungs], compute, losses, seconds)
 
 
 def _by_arm(ladder: Ladder, whole: Measured) -> dict[str, Analysis]:
@@ -94,34 +131,32 @@ def _by_arm(ladder: Ladder, whole: Measured) -> dict[str, Analysis]:
     found = {}
     for arm in dict.fromkeys(each.arm for each in ladder.optimizers.values()):
         losses = {name: each for name, each in whole.losses.items() if ladder.optimizers[name].arm == arm}
-        analysis = analyze(replace(whole, losses=losses)) if arm is not None and len(losses) > 1 else None
-        if arm is not None and analysis is not None and analysis.gains:
+        if arm is None or len(losses) < 2:
+            continue
+        analysis = analyze(replace(whole, losses=losses))
+        if analysis is not None and analysis.gains:
             found[arm] = analysis
     return found
 
 
-def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
-    """Returns the losses of the runs at the best rates as tables [rungs, seeds]."""
-    losses, times = {}, {}
-    for name in ladder.optimizers:
-        rows = [[outcomes.get(Trial(name, rung, seed)) for seed in range(ladder.seeds)] for rung in ladder.rungs]
-        table = [[math.nan if each is None or each.failure else each.loss for each in row] for row in rows]
-        losses[name] = np.array(table, dtype=float)
-        ended = [[each.seconds for each in row if each is not None and not each.failure] for row in rows]
-        times[name] = [median(each) if each else math.nan for each in ended]
-    return Measured([*ladder.rungs], [each.compute for each in ladder.rungs.values()], losses, times)
-
-
 def _facts(ladder: Ladder, seconds: float) -> dict[str, Any]:
     """Returns how the results were made, without what identifies the user or the host."""
-    versions, machine = environment.versions(), environment.machine()
-    return {
+    facts = {
         "command": "; ".join(ladder.commands),
         "date": date.today().isoformat(),
         "hours": float(f"{seconds / 3600:.3g}"),
-        **{name: versions[name] for name in ("dlopt", "python", "torch")},
-        **{name: machine[name] for name in ("processor", "cpu_count", "gpu") if machine[name]},
     }
+    versions = environment.versions()
+    for name in ("dlopt", "python", "torch"):
+        facts[name] = versions[name]
+    machine = environment.machine()
+    for name in ("processor", "cpu_count", "gpu"):
+        if machine[name]:
+            facts[name] = machine[name]
+    return facts
+
+
+# -- the file
 
 
 def to_json(results: Results) -> str:
@@ -131,11 +166,8 @@ def to_json(results: Results) -> str:
         "facts": dict(results.facts),
         "ladder": asdict(results.ladder),
         "searches": {name: _search(each) for name, each in results.searches.items()},
-        "runs": [
-            {**asdict(trial), "lr": results.lr(trial.optimizer, trial.rung), **asdict(each)}
-            for trial, each in results.outcomes.items()
-        ],
-        "search_runs": [{**asdict(trial), **asdict(each)} for trial, each in results.searched.items()],
+        "runs": _runs(results),
+        "search_runs": [asdict(trial) | asdict(outcome) for trial, outcome in results.searched.items()],
         "analysis": None if results.analysis is None else _analysis(results.analysis),
     }
     if results.decays:
@@ -146,30 +178,50 @@ def to_json(results: Results) -> str:
 
 
 def _search(search: Search) -> dict[str, Any]:
-    losses = {rung: {f"{lr:g}": loss for lr, loss in each.items()} for rung, each in search.losses.items()}
     return {
-        "losses": losses,
+        "losses": _with_text_keys(search.losses),
         "optima": {rung: asdict(each) for rung, each in search.optima.items()},
         "fit": None if search.fit is None else asdict(search.fit),
     }
 
 
+def _runs(results: Results) -> list[dict[str, Any]]:
+    """Returns the runs at the best rates, each with its rate."""
+    runs = []
+    for trial, outcome in results.outcomes.items():
+        lr = results.lr(trial.optimizer, trial.rung)
+        runs.append(asdict(trial) | {"lr": lr} | asdict(outcome))
+    return runs
+
+
 def _decays(search: DecaySearch) -> dict[str, Any]:
-    losses = {rung: {f"{decay:g}": loss for decay, loss in each.items()} for rung, each in search.losses.items()}
-    optima = {
-        rung: {"decay": each.lr, "loss": each.loss, "at_end": each.at_end} for rung, each in search.optima.items()
+    optima = {}
+    for rung, best in search.optima.items():
+        optima[rung] = {"decay": best.lr, "loss": best.loss, "at_end": best.at_end}
+    return {
+        "losses": _with_text_keys(search.losses),
+        "optima": optima,
+        "constant": search.constant,
+        "per_width": search.per_width,
     }
-    return {"losses": losses, "optima": optima, "constant": search.constant, "per_width": search.per_width}
+
+
+def _with_text_keys(losses: Mapping[str, Mapping[float, float]]) -> dict[str, dict[str, float]]:
+    """Returns rung -> value -> loss with the values, learning rates or weight decays, as texts."""
+    found = {}
+    for rung, by_value in losses.items():
+        found[rung] = {f"{value:g}": loss for value, loss in by_value.items()}
+    return found
 
 
 def _analysis(analysis: Analysis) -> dict[str, Any]:
+    laws = {}
+    for name, curve in analysis.laws.curves.items():
+        laws[name] = {"scale": math.exp(curve.log_scale), "exponent": asdict(analysis.exponents[name])}
     return {
         "baseline": analysis.measured.baseline,
         "irreducible": asdict(analysis.irreducible),
-        "laws": {
-            name: {"scale": math.exp(curve.log_scale), "exponent": asdict(analysis.exponents[name])}
-            for name, curve in analysis.laws.curves.items()
-        },
+        "laws": laws,
         "mean": {name: [*each] for name, each in analysis.mean.items()},
         "gains": {name: asdict(each) for name, each in analysis.gains.items()},
         "predictions": {name: asdict(each) for name, each in analysis.predictions.items()},
@@ -177,8 +229,11 @@ def _analysis(analysis: Analysis) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Returns a value of JSON: lists for tuples, None for NaN and infinity."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
