@@ -189,21 +189,7 @@ _COLUMNS = ("study", "trial", "updates", "evaluations", "first", "best", "last",
 
 def to_json(results: Results) -> str:
     """Returns the results as JSON, a list per trial whose entries `columns` names; infinity becomes null."""
-    cells = [
-        {
-            "optimizer": optimizer,
-            "workload": workload,
-            "cost": None if cell.cost is None else {key: _rounded(value) for key, value in vars(cell.cost).items()},
-            "curve": [[updates, _rounded(value)] for updates, value in cell.curve],
-            "tests": {str(study): {key: _rounded(value) for key, value in test.items()}
-                      for study, test in cell.tests.items()},
-            "columns": [*_COLUMNS, *_keys(cell)],
-            "trials": [_row(record, _keys(cell)) for record in cell.records],
-        }
-        for (optimizer, workload), cell in results.cells.items()
-        if optimizer not in results.shipped
-    ]  # fmt: skip
-    head = {
+    content = {
         "format": FORMAT,
         "tier": results.tier,
         "track": results.track,
@@ -213,32 +199,49 @@ def to_json(results: Results) -> str:
         "workloads": {name: vars(workload) for name, workload in results.workloads.items()},
         "spaces": {name: dict(space) for name, space in results.spaces.items() if name not in results.shipped},
     }
-    lines = [f'  "{key}": {json.dumps(value)}' for key, value in head.items()]
-    return "{\n" + ",\n".join([*lines, f'  "cells": [\n{_lines(cells)}\n  ]']) + "\n}\n"
+    lines = [f'  "{key}": {json.dumps(value)}' for key, value in content.items()]
+    cells = []
+    for (optimizer, workload), cell in results.cells.items():
+        if optimizer not in results.shipped:
+            cells.append(_cell_to_json(optimizer, workload, cell))
+    lines.append('  "cells": [\n' + ",\n".join(cells) + "\n  ]")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _lines(cells: Sequence[Mapping[str, Any]]) -> str:
-    texts = []
-    for cell in cells:
-        head = json.dumps({key: value for key, value in cell.items() if key != "trials"})
-        trials = ",\n      ".join(json.dumps(trial, separators=(",", ":")) for trial in cell["trials"])
-        texts.append(f'    {head[:-1]}, "trials": [\n      {trials}]}}')
-    return ",\n".join(texts)
+def _cell_to_json(optimizer: str, workload: str, cell: Cell) -> str:
+    """Returns a cell as JSON, with a line per trial."""
+    drawn = list(dict.fromkeys(key for record in cell.records for key in record.values))
+    content = {
+        "optimizer": optimizer,
+        "workload": workload,
+        "cost": None if cell.cost is None else _rounded_values(vars(cell.cost)),
+        "curve": [[updates, _rounded(metric)] for updates, metric in cell.curve],
+        "tests": {str(study): _rounded_values(metrics) for study, metrics in cell.tests.items()},
+        "columns": [*_COLUMNS, *drawn],
+    }
+    head = json.dumps(content).removesuffix("}")
+    trials = [json.dumps(_row(record, drawn), separators=(",", ":")) for record in cell.records]
+    lines = ",\n      ".join(trials)
+    return f'    {head}, "trials": [\n      {lines}]}}'
 
 
-def _keys(cell: Cell) -> list[str]:
-    """Returns the keys that the trials have drawn."""
-    return list(dict.fromkeys(key for record in cell.records for key in record.values))
-
-
-def _row(record: TrialRecord, keys: Sequence[str]) -> list[Any]:
+def _row(record: TrialRecord, drawn: Sequence[str]) -> list[Any]:
+    """Returns a trial in the order of `_COLUMNS`, then its values of the keys `drawn`."""
     reached = [record.updates, record.evaluations] if record.reached else [None, None]
-    metrics = map(_rounded, (record.first, record.best, record.last))
-    return [record.study, record.trial, *reached, *metrics, record.failure, *map(record.values.get, keys)]
+    metrics = [_rounded(record.first), _rounded(record.best), _rounded(record.last)]
+    values = [record.values.get(key) for key in drawn]
+    return [record.study, record.trial, *reached, *metrics, record.failure, *values]
+
+
+def _rounded_values(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: _rounded(value) for key, value in values.items()}
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+    """Returns five digits of a value; None for NaN and infinity."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.5g}")
 
 
 def from_json(text: bytes | str, name: str) -> Results:
@@ -274,8 +277,9 @@ def _cell(content: Mapping[str, Any]) -> Cell:
 
 def _record(row: Mapping[str, Any]) -> TrialRecord:
     reached = {key: math.inf if row[key] is None else row[key] for key in ("updates", "evaluations")}
+    columns = {key: row[key] for key in _COLUMNS}
     values = {key: value for key, value in row.items() if key not in _COLUMNS and value is not None}
-    return TrialRecord(**{**{key: row[key] for key in _COLUMNS}, **reached}, values=values)
+    return TrialRecord(**(columns | reached), values=values)
 
 
 def load_reference(tier: str, track: Track = "external_tuning") -> Results | None:

@@ -114,16 +114,12 @@ def _without_effect(results: Results, optimizer: str) -> Iterator[Symptom]:
 
 def _pairs(results: Results, optimizer: str, key: str) -> list[Pair]:
     """Returns the pairs of trials of a study that differ in `key`: only in it, if enough pairs do."""
-    ended = [
-        [
-            record
-            for record in results.cell(optimizer, name).study(study)
-            if key in record.values and record.last is not None
-        ]
-        for name in results.workloads
-        for study in range(results.studies_of(optimizer))
-    ]
-    pairs = [(a, b) for records in ended for a, b in combinations(records, 2) if a.values[key] != b.values[key]]
+    pairs = []
+    for name in results.workloads:
+        cell = results.cell(optimizer, name)
+        for study in range(results.studies_of(optimizer)):
+            ended = [record for record in cell.study(study) if key in record.values and record.last is not None]
+            pairs += [(a, b) for a, b in combinations(ended, 2) if a.values[key] != b.values[key]]
     alone = [pair for pair in pairs if _differ_only_in(key, pair, 1.0)]
     return alone if len(alone) >= _ALONE * len(pairs) else pairs
 
