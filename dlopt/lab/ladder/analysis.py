@@ -213,39 +213,60 @@ def _interpolated(measured: Measured, name: str, irreducible: Interval) -> tuple
     """
     from scipy.stats import t
 
-    seeds = min(each.shape[1] for each in (measured.losses[name], measured.losses[measured.baseline]))
-    own, base = (measured.losses[each][:, :seeds] for each in (name, measured.baseline))
-    ended = np.isfinite(base).all(axis=1)
-    if ended.sum() < 2:
-        return [UNKNOWN] * len(own), UNKNOWN
-    x, largest = np.log(measured.compute), _LARGEST * min(np.nanmin(own), np.nanmin(base))
-    has_interval = seeds > 1 and not math.isnan(irreducible.low)
-    floors = (irreducible.value, irreducible.low, irreducible.high) if has_interval else (irreducible.value,)
-    losses, curve = own.mean(axis=1), base[ended].mean(axis=1)
-    is_reached = (curve.min() <= losses) & (losses <= curve.max())
+    own, base = measured.losses[name], measured.losses[measured.baseline]
+    seeds = min(own.shape[1], base.shape[1])
+    own, base = own[:, :seeds], base[:, :seeds]
+    unknown = [UNKNOWN] * len(own)
+    ended = np.flatnonzero(np.isfinite(base).all(axis=1))
+    if len(ended) < 2:
+        return unknown, UNKNOWN
+    losses = own.mean(axis=1)
+    base_losses = base[ended].mean(axis=1)
+    is_reached = (base_losses.min() <= losses) & (losses <= base_losses.max())
     if not is_reached.any():
-        return [UNKNOWN] * len(own), UNKNOWN
-    first, *_, last = [*np.flatnonzero(is_reached)] * 2
+        return unknown, UNKNOWN
+    first, last = np.flatnonzero(is_reached)[[0, -1]]
+
+    has_interval = seeds > 1 and not math.isnan(irreducible.low)
+    floors = [irreducible.value]
+    if has_interval:
+        floors += [irreducible.low, irreducible.high]
+    largest = _LARGEST * min(np.nanmin(own), np.nanmin(base))
     centres, halves = [], []
     for floor in floors:
-        # The mean over seeds first, then each seed.
-        tables = [np.log(np.column_stack([each.mean(axis=1), each]) - min(floor, largest)) for each in (own, base)]
-        found = np.array([
-            [_compute_for(loss, x[ended], curve[ended]) for loss in losses] - x
-            for losses, curve in zip(tables[0].T, tables[1].T, strict=True)
-        ])  # fmt: skip
-        found = np.column_stack([found, found[:, last] - found[:, first]])
-        centres.append(found[0])
+        log_speed_ups = _log_speed_ups(np.log(measured.compute), own, base, ended, min(floor, largest))
+        log_change = log_speed_ups[:, last] - log_speed_ups[:, first]
+        values = np.column_stack([log_speed_ups, log_change])
+        centres.append(values[0])
         if has_interval:
-            halves.append(t.isf(0.025, seeds - 1) * found[1:].std(axis=0, ddof=1) / math.sqrt(seeds))
-    values = np.exp(np.clip(centres[0], -50, 50))
-    ends = np.full((2, len(values)), np.nan)
+            halves.append(t.isf(0.025, seeds - 1) * values[1:].std(axis=0, ddof=1) / math.sqrt(seeds))
+
+    centre = np.exp(np.clip(centres[0], -50, 50))
+    low = high = np.full(len(centre), np.nan)
     if has_interval:
-        low, high = np.min(np.subtract(centres, halves), axis=0), np.max(np.add(centres, halves), axis=0)
-        ends = np.exp(np.clip([low, high], -50, 50))
-    *rungs, change = (Interval(*each) for each in zip(values.tolist(), *ends.tolist(), strict=True))
+        low = np.exp(np.clip(np.min(np.subtract(centres, halves), axis=0), -50, 50))
+        high = np.exp(np.clip(np.max(np.add(centres, halves), axis=0), -50, 50))
+    *rungs, change = map(Interval, centre.tolist(), low.tolist(), high.tolist())
     known = [each if reached else UNKNOWN for each, reached in zip(rungs, is_reached, strict=True)]
     return known, change if last > first else UNKNOWN
+
+
+def _log_speed_ups(x: Array, own: Array, base: Array, ended: NDArray[np.intp], floor: float) -> Array:
+    """Returns the logarithms of the speed-ups, [1 + seeds, rungs]: of the mean over seeds, then of each seed.
+
+    Args:
+        x: log compute of the rungs.
+        own, base: losses of the optimizer and of the baseline, [rungs, seeds].
+        ended: indices of the rungs that the baseline is interpolated between.
+        floor: the irreducible loss.
+    """
+    own_excess = np.log(np.column_stack([own.mean(axis=1), own]) - floor)
+    base_excess = np.log(np.column_stack([base.mean(axis=1), base]) - floor)
+    rows = []
+    for targets, curve in zip(own_excess.T, base_excess.T, strict=True):
+        needed = [_compute_for(target, x[ended], curve[ended]) for target in targets]
+        rows.append(needed - x)
+    return np.array(rows)
 
 
 def _compute_for(target: float, x: Array, y: Array) -> float:

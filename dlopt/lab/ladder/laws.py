@@ -64,18 +64,26 @@ def fit_laws(points: Points, *, start: Laws | None = None) -> Laws:
     """
     from scipy.optimize import least_squares
 
-    names = list(points)
-    if any(len(np.unique(compute)) < 2 for compute, _ in points.values()):
+    different = [len(np.unique(compute)) for compute, _ in points.values()]
+    if min(different) < 2:
         raise ValueError("a law needs at least two rungs")
-    has_constant = all(len(np.unique(compute)) > 2 for compute, _ in points.values())
-    compute = np.concatenate([points[name][0] for name in names])
-    loss = np.concatenate([points[name][1] for name in names])
-    group = np.repeat(np.arange(len(names)), [len(points[name][0]) for name in names])
+    has_constant = min(different) > 2
+
+    # All points in one row; `group` is the number of the optimizer of each. log C is centred, for the conditioning.
+    compute = np.concatenate([each for each, _ in points.values()])
+    loss = np.concatenate([each for _, each in points.values()])
+    group = np.repeat(np.arange(len(points)), [len(each) for each, _ in points.values()])
     middle = float(np.log(compute).mean())
     x, y = np.log(compute) - middle, np.log(loss)
     rows = np.arange(len(x))
 
+    # The parameters are [E, log scale, exponent, log scale, exponent, ...].
+    largest = _LARGEST * float(loss.min())
+    low = [0.0, *[-math.inf, 0.0] * len(points)]
+    high = [largest, *[math.inf, 5.0] * len(points)]
+
     def terms(values: Array) -> tuple[Array, Array]:
+        """Returns A C^-a and the loss of each point."""
         scale, exponent = values[1::2][group], values[2::2][group]
         term = np.exp(np.clip(scale - exponent * x, -60, 60))
         return term, values[0] * has_constant + term
@@ -91,34 +99,39 @@ def fit_laws(points: Points, *, start: Laws | None = None) -> Laws:
         matrix[rows, 2 + 2 * group] = -x * term / total
         return matrix
 
-    largest = _LARGEST * float(loss.min())
-    low = [0.0, *[-math.inf, 0.0] * len(names)]
-    high = [largest, *[math.inf, 5.0] * len(names)]
-
     def initial(constant: float) -> Array:
+        """Returns the lines through the logarithms of the losses above E = `constant`."""
         values = [constant]
-        for i in range(len(names)):
+        for i in range(len(points)):
             slope, intercept = np.polyfit(x[group == i], np.log(loss[group == i] - constant), 1)
             values += [intercept, min(max(-slope, 1e-3), 4.9)]
         return np.array(values)
 
-    if start is None:
-        starts = [initial(fraction * largest) for fraction in (_STARTS if has_constant else (0.0,))]
+    def parameters_of(laws: Laws) -> Array:
+        values = [min(laws.irreducible, 0.99 * largest) * has_constant]
+        for name in points:
+            curve = laws.curves[name]
+            values += [curve.log_scale - curve.exponent * middle, curve.exponent]
+        return np.array(values)
+
+    if start is not None:
+        starts = [parameters_of(start)]
+        tolerance, evaluations = 1e-8, 60
     else:
-        known = [start.curves[name] for name in names]
-        flat = [value for each in known for value in (each.log_scale - each.exponent * middle, each.exponent)]
-        starts = [np.array([min(start.irreducible, 0.99 * largest) * has_constant, *flat])]
-    found = [
+        fractions = _STARTS if has_constant else (0.0,)
+        starts = [initial(fraction * largest) for fraction in fractions]
+        tolerance, evaluations = 1e-12, 2000
+    fits = [
         least_squares(
-            residuals, np.clip(each, low, high), jacobian, (low, high), loss="huber", f_scale=DELTA, x_scale="jac",
-            ftol=1e-12 if start is None else 1e-8, xtol=1e-12 if start is None else 1e-8, gtol=None,
-            max_nfev=2000 if start is None else 60,
+            residuals, np.clip(values, low, high), jacobian, (low, high), loss="huber", f_scale=DELTA, x_scale="jac",
+            ftol=tolerance, xtol=tolerance, gtol=None, max_nfev=evaluations,
         )
-        for each in starts
+        for values in starts
     ]  # fmt: skip
-    best = min(found, key=lambda each: each.cost)
-    curves = {
-        name: Curve(float(best.x[1 + 2 * i] + best.x[2 + 2 * i] * middle), float(best.x[2 + 2 * i]))
-        for i, name in enumerate(names)
-    }
+    best = min(fits, key=lambda fit: fit.cost)
+
+    curves = {}
+    for i, name in enumerate(points):
+        scale, exponent = best.x[1 + 2 * i], best.x[2 + 2 * i]
+        curves[name] = Curve(float(scale + exponent * middle), float(exponent))
     return Laws(float(best.x[0]) if has_constant else 0.0, curves, float(best.cost))
