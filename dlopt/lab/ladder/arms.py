@@ -58,14 +58,24 @@ class DecaySearch:
 
 def decay_search(losses: Mapping[str, Mapping[int, float]], widths: Sequence[float | None]) -> DecaySearch:
     """Returns the search with these losses. `losses`: rung -> index -> loss; `widths`: of the rungs."""
-    by_decay = {rung: {rate(CENTRE, index): each[index] for index in sorted(each)} for rung, each in losses.items()}
-    found = {rung: optimum(each) if each else None for rung, each in by_decay.items()}
-    optima = {rung: best for rung, best in found.items() if best is not None}
-    if any(map(missing_decays, losses.values())) or len(optima) < len(losses):
+    by_decay: dict[str, dict[float, float]] = {}
+    optima: dict[str, Optimum] = {}
+    for rung, by_index in losses.items():
+        by_decay[rung] = {rate(CENTRE, index): by_index[index] for index in sorted(by_index)}
+        best = optimum(by_decay[rung]) if by_index else None
+        if best is not None:
+            optima[rung] = best
+    is_complete = not any(missing_decays(by_index) for by_index in losses.values())
+    if not is_complete or len(optima) < len(losses):
         return DecaySearch(by_decay, optima)
-    decays, known = [each.lr for each in optima.values()], [each for each in widths if each is not None]
-    scaled = [decay * width for decay, width in zip(decays, known, strict=False)] if len(known) == len(decays) else []
-    return DecaySearch(by_decay, optima, _mean(decays), _mean(scaled) if scaled else None)
+
+    decays = [best.lr for best in optima.values()]
+    scaled = []
+    for decay, width in zip(decays, widths, strict=True):
+        if width is not None:
+            scaled.append(decay * width)
+    per_width = _mean(scaled) if len(scaled) == len(decays) else None
+    return DecaySearch(by_decay, optima, _mean(decays), per_width)
 
 
 def _mean(values: Sequence[float]) -> float:
