@@ -86,7 +86,7 @@ class _Sample:
     """The trials of an optimizer.
 
     Attributes:
-        count: trials on each workload, the smallest number of all workloads.
+        count: trials per workload; the fewest, where workloads differ.
         costs: of each workload, 1 - score of each trial, [trials].
         resampled: of each workload, the costs drawn with replacement, [RESAMPLES, trials]; none if `count` is 0.
     """
@@ -98,7 +98,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Score:
-    """Expected score of an optimizer for one budget. `replicas`: its bootstrap, [RESAMPLES]; [0] without interval."""
+    """Expected score of an optimizer for one budget. `replicas`: [RESAMPLES], or empty if there is no interval."""
 
     value: float
     replicas: Array
