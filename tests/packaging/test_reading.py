@@ -54,7 +54,7 @@ EXCEPTIONS = {
     "commands/sweep_worker.py": MEMORY,
     "commands/template.py": OWN,
     "config/choices.py": OWN,
-    "config/compose.py": OWN,
+    "config/config_dir.py": OWN,
     "config/recall.py": OWN,
     "config/resolve.py": MEMORY,
     "config/saved.py": OWN,
