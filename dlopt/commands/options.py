@@ -58,123 +58,211 @@ def options(arguments: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--json", action="store_true")
     parsed = parser.parse_args(arguments)
-    catalogue, page = Catalogue(parsed.config_dir), _Page()
-    if (
-        parsed.names
-        and not parsed.json
-        and not {parts_of(name)[0] for name in parsed.names} & {*every_group(catalogue)}
-    ):
-        for name in parsed.names:
-            _found(catalogue, name, page)
-        print("\n".join(page.lines))
-        return DONE
-    selections = [_selected(catalogue, name) for name in parsed.names]
+    catalogue = Catalogue(parsed.config_dir)
     if parsed.json:
-        every = [_Selection(group, choices_of(catalogue, group)) for group in every_group(catalogue)]
-        print_document({"groups": [_entry(catalogue, each, keys=bool(selections)) for each in selections or every]})
-        return DONE
-    if not selections:
-        for group, default in _groups(catalogue).items():
-            page.choices(group, catalogue.choices(group), default)
-            page.text("")
-        of_commands = [f"; dlopt {name}: {', '.join(each)}" for name, each in catalogue.groups_of_commands().items()]
-        page.text(f"Sweeps (-m): {', '.join(SWEEPS)}{''.join(of_commands)}")
-        page.text(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.")
-    for each in selections:
-        if page.lines:
-            page.text("")
-        show = _keys if each.has_pattern else _choices
-        show(catalogue, each.group, each.choices, every_group(catalogue)[each.group], page)
-    print("\n".join(page.lines))
+        print_document({"groups": _entries(catalogue, parsed.names)})
+    else:
+        print("\n".join(_lines(catalogue, parsed.names)))
     return DONE
+
+
+def _lines(catalogue: Catalogue, names: Sequence[str]) -> list[str]:
+    """Returns the lines that describe groups and choices, or keys if no name is that of a group."""
+    page = _Page()
+    groups = every_group(catalogue)
+    if not names:
+        _add_groups(catalogue, page)
+    elif any(parts_of(name)[0] in groups for name in names):
+        for selection in [_selected(catalogue, name) for name in names]:
+            if page.lines:
+                page.text("")
+            if selection.has_pattern:
+                _add_keys(catalogue, selection, page)
+            else:
+                _add_choices(catalogue, selection, page)
+    else:
+        for name in names:
+            _add_keys_named(catalogue, name, page)
+    return page.lines
+
+
+# -- groups and choices
 
 
 @dataclass(frozen=True)
 class _Selection:
-    """A group with some of its choices. `has_pattern`: they were named, `model=vgg*`."""
+    """A group with its default and some of its choices. `has_pattern`: they were named, `model=vgg*`."""
 
     group: str
+    default: str | None
     choices: Sequence[Choice]
     has_pattern: bool = False
+
+    @property
+    def package(self) -> str:
+        """The position of the group's keys in the config: hydra.launcher."""
+        return self.group.replace("/", ".")
 
 
 def _selected(catalogue: Catalogue, name: str) -> _Selection:
     """Returns what `model` or `model=vgg*` names. Raises `UserError`."""
     group, pattern = parts_of(name)
-    if group not in every_group(catalogue):
+    groups = every_group(catalogue)
+    if group not in groups:
         raise UserError(f"{name}: unknown group; {_similar(catalogue, group)}")
     choices = choices_of(catalogue, group)
     if "=" not in name:
-        return _Selection(group, choices)
+        return _Selection(group, groups[group], choices)
     matching = [each for each in choices if fnmatchcase(each.name, pattern)]
     if not matching:
-        names = [choice.name for choice in choices]
-        hint = suggest(pattern, names, f"dlopt options {group}", prefix=f"{group}=", title="choices")
+        known = [choice.name for choice in choices]
+        hint = suggest(pattern, known, f"dlopt options {group}", prefix=f"{group}=", title="choices")
         raise UserError(f"{name}: unknown choice; {hint}")
-    return _Selection(group, matching, has_pattern=True)
+    return _Selection(group, groups[group], matching, has_pattern=True)
 
 
-def _entry(catalogue: Catalogue, selection: _Selection, *, keys: bool) -> dict[str, Any]:
-    """Describes a group in a JSON document; with `keys`, also the keys of its choices."""
-    group = selection.group
-    commands = [name for name, groups in catalogue.groups_of_commands().items() if group in groups]
-    return {
-        "name": group,
-        "default": every_group(catalogue)[group],
-        "commands": commands or ["train -m" if group in SWEEPS else "train"],
-        "choices": [
+def _add_groups(catalogue: Catalogue, page: "_Page") -> None:
+    """Adds all groups with their choices."""
+    for group, default in _groups(catalogue).items():
+        page.choices(group, catalogue.choices(group), default)
+        page.text("")
+    sweeps = f"Sweeps (-m): {', '.join(SWEEPS)}"
+    for command, groups in catalogue.groups_of_commands().items():
+        sweeps += f"; dlopt {command}: {', '.join(groups)}"
+    page.text(sweeps)
+    page.text(f"{_MARK} default. Select with group=choice; `dlopt options GROUP=CHOICE` lists its keys.")
+
+
+def _add_choices(catalogue: Catalogue, selection: _Selection, page: "_Page") -> None:
+    """Adds a table of choices, and the names of all of their keys."""
+    group, default, choices = selection.group, selection.default, selection.choices
+    page.choices(group, choices, default)
+    if not choices:
+        return
+    names = {choice.name: [key.name for key in catalogue.keys(choice)] for choice in choices}
+    own = _most_common_first(catalogue, selection.package, names.values())
+    if own and default is not None:  # an experiment sets keys of other groups
+        page.text("", f"keys ({selection.package}.KEY=VALUE): {', '.join(own)}")
+    example = choices[0].name
+    for choice in (default, *names):
+        if choice is not None and names.get(choice):
+            example = choice
+            break
+    mark = "" if default is None else f"{_MARK} default. "
+    commands = f"`dlopt options {group}={example}` lists the keys of a choice with their defaults"
+    page.text("", f"{mark}{commands}, `dlopt options '{group}=*'` those of all choices.")
+
+
+def _most_common_first(catalogue: Catalogue, package: str, choices: Iterable[Sequence[str]]) -> list[str]:
+    """Returns the group's own keys without their group: keys of most choices first, those of train.yaml last."""
+    counts: Counter[str] = Counter()
+    for names in choices:
+        counts.update(name.removeprefix(f"{package}.") for name in names if name.startswith(package))
+    of_all = {key.name for key in _keys_of_train(catalogue)}
+    return sorted(counts, key=lambda name: (f"{package}.{name}" in of_all, -counts[name], name))
+
+
+def _add_keys(catalogue: Catalogue, selection: _Selection, page: "_Page") -> None:
+    """Adds the keys of the choices with their defaults."""
+    default, choices, package = selection.default, selection.choices, selection.package
+    keys = {choice.name: catalogue.keys(choice) for choice in choices}
+    shared = [] if default is None else _shared(list(keys.values()))  # an experiment lists all of its keys
+    page.text(f"{selection.group}={choices[0].name if len(choices) == 1 else 'CHOICE'}", bold=True)
+    page.text("default: none" if default is None else f"default: {default}; set keys with {package}.KEY=VALUE")
+    if shared:
+        page.text("")
+        page.text("keys of all choices (exceptions below)", bold=True)
+        page.keys(package, shared)
+    for choice in choices:
+        mark = f"{_MARK} " if choice.name == default else ""
+        page.text("")
+        page.text(f"{mark}{choice.name}: {choice.description}", bold=True)
+        page.text(*choice.header[1:])
+        page.keys(package, [key for key in keys[choice.name] if key not in shared])
+
+
+def _shared(choices: Sequence[Sequence[Key]]) -> list[Key]:
+    """Returns the keys that all choices have, most of them with the same value and comment."""
+    if len(choices) < 2:
+        return []
+    names = set.intersection(*({key.name for key in keys} for keys in choices))
+    counts: Counter[Key] = Counter()
+    for keys in choices:
+        counts.update(key for key in keys if key.name in names)
+    return [key for key, count in counts.items() if count >= _SHARED * len(choices)]
+
+
+def _entries(catalogue: Catalogue, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Describes the named groups and the keys of their choices, or all groups without keys, in a JSON document."""
+    groups = [_selected(catalogue, name) for name in names or every_group(catalogue)]
+    commands = catalogue.groups_of_commands()
+    entries = []
+    for each in groups:
+        of_commands = [command for command, of_command in commands.items() if each.group in of_command]
+        entries.append(
             {
-                "name": choice.name,
-                "description": choice.description,
-                "keys": [vars(key) for key in catalogue.keys(choice)] if keys else None,
+                "name": each.group,
+                "default": each.default,
+                "commands": of_commands or ["train -m" if each.group in SWEEPS else "train"],
+                "choices": [_choice_entry(catalogue, choice, with_keys=bool(names)) for choice in each.choices],
             }
-            for choice in selection.choices
-        ],
-    }
+        )
+    return entries
 
 
-def complete(_: Sequence[str]) -> list[str]:
-    """Completes the name of a group."""
-    return [*Catalogue().groups()]
+def _choice_entry(catalogue: Catalogue, choice: Choice, *, with_keys: bool) -> dict[str, Any]:
+    keys = [vars(key) for key in catalogue.keys(choice)] if with_keys else None
+    return {"name": choice.name, "description": choice.description, "keys": keys}
 
 
-def _groups(catalogue: Catalogue) -> dict[str, str | None]:
-    """Maps the groups of a run to their default choices, most frequently used groups first."""
-    groups = catalogue.groups()
-    return {group: groups[group] for group in (*_FIRST, *(each for each in groups if each not in _FIRST))}
+# -- keys by their name
 
 
-def _found(catalogue: Catalogue, name: str, page: "_Page") -> None:
-    """Adds the keys with a name, `lr` or `optimizer.lr`, or else with the name in theirs. Raises `UserError`."""
+@dataclass(frozen=True)
+class _Found:
+    """A key, and the choice that has it: optimizer=sgd; "" for a key of train.yaml."""
+
+    key: Key
+    choice: str = ""
+
+
+def _add_keys_named(catalogue: Catalogue, name: str, page: "_Page") -> None:
+    """Adds the keys with a name, `lr` or `optimizer.lr`, then those with the name in theirs. Raises `UserError`."""
     if "=" in name:
         raise UserError(f"{name}: unknown group; {_similar(catalogue, parts_of(name)[0])}")
-    keys: dict[str, list[tuple[str, Key]]] = {}  # by name, with the choice that has it
-    for key in keys_of_runs(catalogue):
-        keys.setdefault(key.name, []).append(("", key))
+    found = _keys_by_name(catalogue)
+    matching = [each for each in found if each == name or each.endswith(f".{name}")]
+    if len(name) > 2:
+        matching += [each for each in found if name.lower() in each.lower() and each not in matching]
+    if not matching:
+        raise UserError(f"{name}: no group, choice or key; {_similar(catalogue, name, [*found])}")
+    title = f"keys: {name}"
+    page.text(*(["", title] if page.lines else [title]), bold=True)
+    page.rows([_row_of_key(found[each]) for each in matching])
+
+
+def _keys_by_name(catalogue: Catalogue) -> dict[str, list[_Found]]:
+    """Returns all keys: those of train.yaml, then those of each group, its default choice first."""
+    found = {key.name: [_Found(key)] for key in keys_of_runs(catalogue)}
     for group, default in _groups(catalogue).items():
-        choices = catalogue.choices(group) if group not in ("experiment", "debug") else []
-        for choice in sorted(choices, key=lambda each: each.name != default):
+        if group in ("experiment", "debug"):  # they set keys of other groups
+            continue
+        for choice in sorted(catalogue.choices(group), key=lambda each: each.name != default):
             for key in catalogue.keys(choice):
                 if key.name.startswith(f"{group}."):
-                    keys.setdefault(key.name, []).append((f"{group}={choice.name}", key))
-    ends = [each for each in keys if each == name or each.endswith(f".{name}")]
-    parts = [each for each in keys if name.lower() in each.lower()] if len(name) > 2 else []
-    if not (found := list(dict.fromkeys([*ends, *parts]))):
-        raise UserError(f"{name}: no group, choice or key; {_similar(catalogue, name, [*keys])}")
-    rows = []
-    for each in found:
-        (_, first), names = keys[each][0], [choice for choice, _ in keys[each] if choice]
-        more = f" ({names[0]}{f' and {len(names) - 1} more choices' if len(names) > 1 else ''})" if names else ""
-        rows.append((f"  {each}={first.value}", f"{first.comment}{_declared(first)}{more}".strip()))
-    page.text(*([] if not page.lines else [""]), f"keys: {name}", bold=True)
-    page.rows(rows)
+                    found.setdefault(key.name, []).append(_Found(key, f"{group}={choice.name}"))
+    return found
 
 
-def keys_of_runs(catalogue: Catalogue) -> list[Key]:
-    """Returns the keys of train.yaml that belong to no group."""
-    keys = catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
-    groups = (*catalogue.groups(), "hydra")
-    return [key for key in keys if key.name.split(".")[0] not in groups and "/" not in key.name]
+def _row_of_key(found: Sequence[_Found]) -> tuple[str, str]:
+    """Returns a key with its first default, and its comment with the choices that have it."""
+    key = found[0].key
+    choices = [each.choice for each in found if each.choice]
+    origin = ""
+    if choices:
+        more = f" and {len(choices) - 1} more choices" if len(choices) > 1 else ""
+        origin = f" ({choices[0]}{more})"
+    return f"  {key.name}={key.value}", f"{key.comment}{_declared(key)}{origin}".strip()
 
 
 def _declared(key: Key) -> str:
@@ -182,15 +270,43 @@ def _declared(key: Key) -> str:
     return f"; metrics: {', '.join(REQUESTABLE)}" if key.name == "evaluate.metrics" else ""
 
 
+# -- the catalogue
+
+
+def _groups(catalogue: Catalogue) -> dict[str, str | None]:
+    """Maps the groups of a run to their default choices, most frequently used groups first."""
+    groups = catalogue.groups()
+    others = [group for group in groups if group not in _FIRST]
+    return {group: groups[group] for group in (*_FIRST, *others)}
+
+
 def every_group(catalogue: Catalogue) -> dict[str, str | None]:
     """Maps each group, including groups of sweeps and of single commands, to its default choice."""
-    of_commands = {name: choice for each in catalogue.groups_of_commands().values() for name, choice in each.items()}
-    return {**catalogue.groups(), **of_commands, **SWEEPS}
+    groups = catalogue.groups()
+    for of_command in catalogue.groups_of_commands().values():
+        groups |= of_command
+    return groups | SWEEPS
 
 
 def choices_of(catalogue: Catalogue, group: str) -> list[Choice]:
     """Lists the choices of a group, without its subgroups (hydra/sweeper/sampler)."""
     return [choice for choice in catalogue.choices(group) if group not in SWEEPS or "/" not in choice.name]
+
+
+def keys_of_runs(catalogue: Catalogue) -> list[Key]:
+    """Returns the keys of train.yaml that belong to no group."""
+    groups = (*catalogue.groups(), "hydra")
+    return [key for key in _keys_of_train(catalogue) if key.name.split(".")[0] not in groups and "/" not in key.name]
+
+
+def _keys_of_train(catalogue: Catalogue) -> list[Key]:
+    """Returns the keys of train.yaml, those that it gives to all choices of a group included."""
+    return catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))
+
+
+def complete(_: Sequence[str]) -> list[str]:
+    """Completes the name of a group."""
+    return [*Catalogue().groups()]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -200,10 +316,67 @@ def _refuse(message: str) -> NoReturn:
 def _similar(catalogue: Catalogue, name: str, keys: Sequence[str] = ()) -> str:
     """Returns the group, choice or key that is most similar to an unknown group, and groups."""
     groups = list(_groups(catalogue))
-    pairs = {choice.name: f"{group}={choice.name}" for group in groups for choice in catalogue.choices(group)}
-    close = get_close_matches(name.lower(), [*groups, *pairs, *keys], n=1, cutoff=0.6)
-    hint = f"did you mean {pairs.get(close[0], close[0])}? " if close else ""
+    lines: dict[str, str] = {}  # what to type for a choice
+    for group in groups:
+        for choice in catalogue.choices(group):
+            lines[choice.name] = f"{group}={choice.name}"
+    close = get_close_matches(name.lower(), [*groups, *lines, *keys], n=1, cutoff=0.6)
+    hint = f"did you mean {lines.get(close[0], close[0])}? " if close else ""
     return f"{hint}groups: {shorten(name, groups, 'dlopt options')}"
+
+
+# -- the help of `dlopt train`
+
+
+def tables_of_train(config_dir: str | None) -> str:
+    """Returns the tables of the help of `dlopt train`, with the choices of `config_dir`."""
+    catalogue = Catalogue(config_dir)
+    sections: dict[str, Sequence[tuple[str, str]]] = {
+        "Groups and choices (* default):": _rows_of_groups(catalogue),
+        "`dlopt options optimizer=sgd` lists the keys of a choice.": [],
+        "Keys of the run:": [
+            *((f"{key.name}={key.value}", key.comment) for key in keys_of_runs(catalogue)),
+            ("from=RUN", "start from the config of the run in folder RUN, changed by the other overrides"),
+            ("output=DIR", "folder of the run, or with -m of the sweep (default: outputs/NAME/DATE)"),
+        ],
+        "Sweeps (-m; * default):": _rows_of_sweeps(),
+        "Flags:": documented_flags(),
+        "Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\"": [],
+    }
+    lines: list[str] = []
+    for title, rows in sections.items():
+        lines += ["", title]
+        if rows:
+            lines += two_columns(rows)
+    return "\n".join([*lines, ""])
+
+
+def _rows_of_groups(catalogue: Catalogue) -> list[tuple[str, str]]:
+    rows = []
+    for group, default in _groups(catalogue).items():
+        choices = catalogue.choices(group)
+        if group == "experiment":  # too many for a page
+            rows.append((group, f"{len(choices)} recipes: `dlopt options experiment`"))
+        else:
+            rows.append((group, _names(choices, default)))
+    return rows
+
+
+def _rows_of_sweeps() -> list[tuple[str, str]]:
+    """Returns the groups of sweeps with dlopt's own choices; of the sweepers only the search, which has a syntax."""
+    rows = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
+    for group, default in SWEEPS.items():
+        if group != "hydra/sweeper":
+            rows.append((group, _names(choices_of(Catalogue(), group), default)))
+    return rows
+
+
+def _names(choices: Sequence[Choice], default: str | None) -> str:
+    names = [f"{each.name}*" if each.name == default else each.name for each in choices]
+    return ", ".join(names) or "no choices yet"
+
+
+# -- lines of text
 
 
 class _Page:
@@ -217,16 +390,24 @@ class _Page:
 
     def text(self, *lines: str, bold: bool = False) -> None:
         for line in lines:
-            wrapped = textwrap.wrap(line, self._width, break_on_hyphens=False) if self._width and line else [line]
-            self.lines += [f"\033[1m{each}\033[0m" for each in wrapped] if bold and self._is_terminal else wrapped
+            wrapped = [line]
+            if self._width and line:
+                wrapped = textwrap.wrap(line, self._width, break_on_hyphens=False)
+            if bold and self._is_terminal:
+                wrapped = [f"\033[1m{each}\033[0m" for each in wrapped]
+            self.lines += wrapped
 
     def choices(self, group: str, choices: Sequence[Choice], default: str | None) -> None:
         """Adds a group and a row per choice."""
         self.text(group, bold=True)
-        rows = [(f"{_MARK if each.name == default else ' '} {each.name}", each.description) for each in choices]
+        rows = []
+        for choice in choices:
+            mark = _MARK if choice.name == default else " "
+            rows.append((f"{mark} {choice.name}", choice.description))
         self.rows(rows or [("  (no choices)", "")])
 
     def keys(self, package: str, keys: Iterable[Key]) -> None:
+        """Adds a row per key, named without the group."""
         self.rows([(f"    {key.name.removeprefix(f'{package}.')}={key.value}", key.comment) for key in keys])
 
     def rows(self, rows: Sequence[tuple[str, str]]) -> None:
@@ -235,85 +416,3 @@ class _Page:
         column = max((len(left) for left, _ in rows if len(left) <= limit), default=limit)
         for left, right in rows:
             self.lines += wrap_row(left, right, column, self._width)
-
-
-def _choices(catalogue: Catalogue, group: str, choices: Sequence[Choice], default: str | None, page: _Page) -> None:
-    """Adds a table of choices, and the names of all of their keys."""
-    package = group.replace("/", ".")
-    page.choices(group, choices, default)
-    if not choices:
-        return
-    keys = {choice.name: [key.name for key in catalogue.keys(choice)] for choice in choices}
-    own = Counter(
-        name.removeprefix(f"{package}.") for each in keys.values() for name in each if name.startswith(package)
-    )
-    if own and default is not None:  # an experiment sets keys of other groups
-        of_all = {key.name for key in catalogue.keys(Choice("", "train", config_folder() / "train.yaml"))}
-        ordered = sorted(
-            own, key=lambda name: (f"{package}.{name}" in of_all, -own[name], name)
-        )  # of most choices first
-        page.text("", f"keys ({package}.KEY=VALUE): {', '.join(ordered)}")
-    example = next((name for name in (default, *keys) if name is not None and keys.get(name)), choices[0].name)
-    mark = "" if default is None else f"{_MARK} default. "
-    commands = f"`dlopt options {group}={example}` lists the keys of a choice with their defaults"
-    page.text("", f"{mark}{commands}, `dlopt options '{group}=*'` those of all choices.")
-
-
-def _keys(catalogue: Catalogue, group: str, choices: Sequence[Choice], default: str | None, page: _Page) -> None:
-    """Adds the keys of the choices with their defaults."""
-    package = group.replace("/", ".")
-    keys = {choice.name: catalogue.keys(choice) for choice in choices}
-    shared = [] if default is None else _shared(keys.values())  # an experiment lists all of its keys
-    page.text(f"{group}={choices[0].name if len(choices) == 1 else 'CHOICE'}", bold=True)
-    page.text(f"default: {default}; set keys with {package}.KEY=VALUE" if default is not None else "default: none")
-    if shared:
-        page.text("")
-        page.text("keys of all choices (exceptions below)", bold=True)
-        page.keys(package, shared)
-    for choice in choices:
-        page.text("")
-        page.text(f"{f'{_MARK} ' if choice.name == default else ''}{choice.name}: {choice.description}", bold=True)
-        page.text(*choice.header[1:])
-        page.keys(package, [key for key in keys[choice.name] if key not in shared])
-
-
-def _shared(choices: Iterable[Sequence[Key]]) -> list[Key]:
-    """Returns the keys that all choices have, most of them with the same value and comment."""
-    choices = list(choices)
-    if len(choices) < 2:
-        return []
-    names = set.intersection(*({key.name for key in keys} for keys in choices))
-    counts = Counter(key for keys in choices for key in keys if key.name in names)
-    return [key for key, count in counts.items() if count >= _SHARED * len(choices)]
-
-
-def tables_of_train(config_dir: str | None) -> str:
-    """Returns the tables of the help of `dlopt train`, with the choices of `config_dir`."""
-    catalogue = Catalogue(config_dir)
-    groups = {group: _names(catalogue.choices(group), default) for group, default in _groups(catalogue).items()}
-    recipes = f"{len(catalogue.choices('experiment'))} recipes: `dlopt options experiment`"  # too many for a page
-    run = "start from the config of the run in folder RUN, changed by the other overrides"
-    folder = "folder of the run, or with -m of the sweep (default: outputs/NAME/DATE)"
-    sweeps = [("hydra/sweeper=dlopt_optuna", "search with Optuna: interval(a,b), choice(a,b), tag(log,interval(a,b))")]
-    others = [(group, default) for group, default in SWEEPS.items() if group != "hydra/sweeper"]
-    sweeps += [(group, _names(choices_of(Catalogue(), group), default)) for group, default in others]  # dlopt's own
-    sections: dict[str, Sequence[tuple[str, str]]] = {
-        "Groups and choices (* default):": [*(groups | {"experiment": recipes}).items()],
-        "`dlopt options optimizer=sgd` lists the keys of a choice.": [],
-        "Keys of the run:": [
-            *((f"{key.name}={key.value}", key.comment) for key in keys_of_runs(catalogue)),
-            ("from=RUN", run),
-            ("output=DIR", folder),
-        ],
-        "Sweeps (-m; * default):": sweeps,
-        "Flags:": documented_flags(),
-        "Write lists as [a,b]. Quote values with spaces or commas twice: name=\"'two words'\"": [],
-    }
-    lines: list[str] = []
-    for title, rows in sections.items():
-        lines += ["", title, *(two_columns(rows) if rows else ())]
-    return "\n".join([*lines, ""])
-
-
-def _names(choices: Sequence[Choice], default: str | None) -> str:
-    return ", ".join(f"{each.name}*" if each.name == default else each.name for each in choices) or "no choices yet"
