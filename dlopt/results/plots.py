@@ -17,10 +17,12 @@ from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
 from dlopt.results.history import columns
 from dlopt.results.ranking import (
+    AXES,
+    SPREADS,
+    TIMES,
     Configuration,
     Ranking,
     Sensitivity,
-    Spread,
     band,
     default_spread,
     fastest,
@@ -35,13 +37,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 6  # configurations in a plot of curves
-SPREADS: Mapping[Spread, str] = {
-    "range": "lowest to highest run",
-    "std": "± standard deviation",
-    "error": "± standard error",
-    "confidence": "95 % confidence interval",
-}
-_AGAINST = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
 _WIDTH = 6.4  # inches: the text of a plot is legible over the width of a page
 
 
@@ -131,7 +126,7 @@ def _curves(axis: "Axes", ranking: Ranking, name: str, against: str) -> bool:
         axis.plot(x, scale * curve.mean, label=_wrapped(row.label, 78), **line)
         band_style = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
         axis.fill_between(x, scale * low, scale * high, **band_style)
-    axis.set_xlabel(_AGAINST[against])
+    axis.set_xlabel(AXES[against])
     if against != "seconds":
         drawing.integer_ticks(axis)
     return bool(axis.get_lines())
@@ -290,12 +285,12 @@ def times(ranking: Ranking, target: float | None) -> "Figure | None":
     figure = drawing.figure(1.5 * _WIDTH, 1.4 + (0.2 + 0.14 * lines) * len(drawn))
     panels = figure.subplots(1, 2)
     drawing.clean_axes(*panels, axis="x")
-    for axis, name, colour in zip(panels, ("steps", "seconds"), COLOURS, strict=False):
+    for axis, name, colour in zip(panels, TIMES, COLOURS, strict=False):
         for y, (_, result) in enumerate(drawn):
             if (value := getattr(result, name)) is not None:
                 alpha = 1.0 if result.count == result.runs else 0.4
                 axis.barh(y, value.mean, xerr=value.std or None, color=colour, alpha=alpha, height=0.6, capsize=2)
-        axis.set_xlabel({"steps": "updates", "seconds": "seconds of training"}[name])
+        axis.set_xlabel(TIMES[name])
         axis.set_yticks([])
     panels[0].set_yticks(range(len(drawn)), labels, fontsize="small")
     unit = " %" if _scale(ranking.by) == 100 else ""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -189,8 +189,16 @@ def _shell(words: Sequence[str], command: Sequence[str] = ("train",)) -> str | N
 # -- curves, importance of keys, good learning rates, time to a target
 
 
+AXES: Mapping[str, str] = {"epoch": "epoch", "step": "update", "seconds": "seconds of training"}
+"""Columns of the history against which curves are drawn, with their labels."""
 Spread = Literal["range", "std", "error", "confidence"]
-AXES = ("epoch", "step", "seconds")
+SPREADS: Mapping[Spread, str] = {
+    "range": "lowest to highest run",
+    "std": "± standard deviation",
+    "error": "± standard error",
+    "confidence": "95 % confidence interval",
+}
+"""Bands around the mean of a curve, with their labels."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +235,8 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     epochs = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
     *positions, values = np.moveaxis(np.stack([_at(epochs, curve) for curve in curves]), 2, 0)
     if len(curves) == 1:
-        spreads = dict.fromkeys(get_args(Spread), (values[0], values[0]))
-        return Band(
-            dict(zip(AXES, (each[0] for each in positions), strict=True)), values[0], spreads, np.ones(len(epochs), int)
-        )
+        x = {name: each[0] for name, each in zip(AXES, positions, strict=True)}
+        return Band(x, values[0], dict.fromkeys(SPREADS, (values[0], values[0])), np.ones(len(epochs), int))
     count = np.isfinite(values).sum(0)
     kept = 2 * count >= len(curves)
     values, count = values[:, kept], count[kept]
@@ -425,6 +431,10 @@ class Reached:
     runs: int
     steps: Statistic | None
     seconds: Statistic | None
+
+
+TIMES: Mapping[str, str] = {"steps": "updates", "seconds": AXES["seconds"]}
+"""The statistics of `Reached`, with their labels."""
 
 
 def time_to_target(row: Configuration, by: str, target: float, lower: bool | None = None) -> Reached:
