@@ -40,9 +40,12 @@ class Query:
         """Returns the matching runs in order, and the unreadable folders."""
         records, damaged = RunReader().read(self.folders)
         matches = reading.select(records, self.conditions)
-        for key in [*([] if self.sort is None else [self.sort]), *(self.columns or [])]:
-            reading.check_key(key, f"{'sort' if key == self.sort else 'columns'}={key}", records)
-        return (matches if self.sort is None else _sorted(matches, self.sort))[: self.limit], damaged
+        if self.sort is not None:
+            reading.check_key(self.sort, f"sort={self.sort}", records)
+            matches = _sorted(matches, self.sort)
+        for key in self.columns or []:
+            reading.check_key(key, f"columns={key}", records)
+        return matches[: self.limit], damaged
 
 
 def _sorted(records: list[Record], key: str) -> list[Record]:
@@ -55,23 +58,11 @@ def _sorted(records: list[Record], key: str) -> list[Record]:
         value = value_of(record, key)
         if value is None:
             return 2, 0.0, ""
-        return (0, sign * value, "") if reading.is_number(value) else (1, 0.0, text(value))
+        if reading.is_number(value):
+            return 0, sign * value, ""
+        return 1, 0.0, text(value)
 
     return sorted(records, key=order)
-
-
-def columns_of(query: Query, records: Sequence[Record]) -> list[str]:
-    """Returns the columns after the status: as typed, by default the config keys that differ and the main metrics."""
-    if query.columns is not None:
-        return [key for key in query.columns if key != "status"]
-    keys = reading.varying_keys([record.config for record in records])
-    keys += [term.key for term in query.conditions if term.key != "status"]
-    keys += [query.sort] if query.sort not in (None, "status") else []
-    if len({record.config.get("seed") for record in records}) > 1:
-        keys.append("seed")
-    keys += [key for key in LABELS if any(record.config.get(key) for record in records)]
-    known = {name for record in records for name in record.metrics}
-    return list(dict.fromkeys([*keys, *(name for name in _METRICS if name in known)]))
 
 
 def print_values(query: Query, records: Sequence[Record]) -> None:
@@ -79,8 +70,11 @@ def print_values(query: Query, records: Sequence[Record]) -> None:
     keys = columns_of(query, records)
     print("\t".join(["run", "status", *keys]))
     for record in records:
-        values = ["" if (value := value_of(record, key)) is None else text(value) for key in keys]
-        print("\t".join(map(printable, [short_path(record.path), record.status, *values])))
+        cells = [short_path(record.path), record.status]
+        for key in keys:
+            value = value_of(record, key)
+            cells.append("" if value is None else text(value))
+        print("\t".join(map(printable, cells)))
 
 
 def show_table(query: Query, records: Sequence[Record]) -> None:
@@ -88,14 +82,11 @@ def show_table(query: Query, records: Sequence[Record]) -> None:
     if not records:
         return
     console = Console(highlight=False)
-    columns, hidden = columns_of(query, records), list[str]()
-    is_chosen = query.columns is not None
-    if not is_chosen:
-        differing = ["status", *columns]
-        if len(records) > 1:
-            differing = [key for key in differing if len({text(value_of(record, key)) for record in records}) > 1]
-        columns, hidden = _fitting(query, records, differing, console)
-    console.print(FittedTable(_table(records, ["status", *columns] if is_chosen else columns)))
+    columns = ["status", *columns_of(query, records)]
+    hidden: list[str] = []
+    if query.columns is None:
+        columns, hidden = _fitting(query, records, _differing(columns, records), console)
+    console.print(FittedTable(_table(records, columns)))
     counts = Counter(record.status.replace("_", " ") for record in records)
     statuses = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(f"{formats.format_count('runs', len(records))}: {statuses}", style="dim")
@@ -103,30 +94,78 @@ def show_table(query: Query, records: Sequence[Record]) -> None:
         console.print(f"hidden: {', '.join(map(printable, hidden))}; show with columns=[KEY,...]", style="dim")
 
 
+# -- columns
+
+
+def columns_of(query: Query, records: Sequence[Record]) -> list[str]:
+    """Returns the columns after the status: as typed, by default the config keys that differ and the main metrics."""
+    if query.columns is not None:
+        return [key for key in query.columns if key != "status"]
+    keys = reading.varying_keys([record.config for record in records])
+    keys += [condition.key for condition in query.conditions]
+    if query.sort is not None:
+        keys.append(query.sort)
+    seeds = {record.config.get("seed") for record in records}
+    if len(seeds) > 1:
+        keys.append("seed")
+    for key in LABELS:
+        if any(record.config.get(key) for record in records):
+            keys.append(key)
+    keys += _known_metrics(records)
+    return [key for key in dict.fromkeys(keys) if key != "status"]
+
+
+def _known_metrics(records: Sequence[Record]) -> list[str]:
+    """Returns the main metrics that some runs have."""
+    known = {name for record in records for name in record.metrics}
+    return [name for name in _METRICS if name in known]
+
+
+def _differing(columns: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """Returns the columns whose values differ between runs; all columns for a single run."""
+    if len(records) == 1:
+        return list(columns)
+    return [key for key in columns if len(_counts(key, records)) > 1]
+
+
 def _fitting(
     query: Query, records: Sequence[Record], columns: Sequence[str], console: Console
 ) -> tuple[list[str], list[str]]:
-    """Returns the columns that fit on one line per run, and the others.
-
-    Tries in order: the main metric, columns that the user named, the status, keys of the config (those that vary most
-    first), the other metrics.
-    """
-    main = next((name for name in _METRICS if any(name in record.metrics for record in records)), "status")
-    typed = [*([] if query.sort is None else [query.sort]), *(term.key for term in query.conditions)]
-    named = [key for key in typed if key in columns]
-    last = [key for key in ("seed", *_METRICS) if key in columns]
-    keys = sorted((key for key in columns if key not in last), key=lambda key: _most_common(key, records))
-    shown: list[str] = []
-    for key in dict.fromkeys([main, *named, *(["status"] if "status" in columns else []), *keys, *last]):
-        if not shown or FittedTable(_table(records, [*shown, key])).fits(console, console.width):
+    """Returns the columns that fit on one line per run, and the others."""
+    candidates = _by_importance(query, records, columns)
+    shown = candidates[:1]
+    for key in candidates[1:]:
+        if FittedTable(_table(records, [*shown, key])).fits(console, console.width):
             shown.append(key)
-    ordered = dict.fromkeys([*columns, main])
+    main = candidates[0]
+    ordered = list(columns) if main in columns else [*columns, main]
     return [key for key in ordered if key in shown], [key for key in columns if key not in shown]
 
 
-def _most_common(key: str, records: Sequence[Record]) -> int:
-    """Returns how many runs have the most frequent value of a key."""
-    return max(Counter(text(value_of(record, key)) for record in records).values())
+def _by_importance(query: Query, records: Sequence[Record], columns: Sequence[str]) -> list[str]:
+    """Sorts columns by importance; the first is shown in any case.
+
+    The main metric, columns that the user named, the status, keys of the config (those that vary most first), the seed,
+    the other metrics.
+    """
+    metrics = _known_metrics(records)
+    main = metrics[0] if metrics else "status"
+    typed = [] if query.sort is None else [query.sort]
+    typed += [condition.key for condition in query.conditions]
+    named = [key for key in typed if key in columns]
+    status = ["status"] if "status" in columns else []
+    last = [key for key in ("seed", *_METRICS) if key in columns]
+    keys = [key for key in columns if key not in last]
+    keys.sort(key=lambda key: max(_counts(key, records).values()))
+    return list(dict.fromkeys([main, *named, *status, *keys, *last]))
+
+
+def _counts(key: str, records: Sequence[Record]) -> Counter[str]:
+    """Counts the runs with each value of a key."""
+    return Counter(text(value_of(record, key)) for record in records)
+
+
+# -- the table
 
 
 def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
@@ -134,22 +173,35 @@ def _table(records: Sequence[Record], columns: Sequence[str]) -> Table:
     for key in columns:
         is_right = any(reading.is_number(value_of(record, key)) for record in records)
         # The last component of a key if it is unique; metrics as words, which may wrap.
-        title = key.replace("_", " ") if Metric.of(key) is not None else reading.short_key(key, columns)
+        title = reading.short_key(key, columns) if Metric.of(key) is None else key.replace("_", " ")
         table.add_column(Text(printable(title)), justify="right" if is_right else "left")
     for record in records:
-        table.add_row(Text(printable(short_path(record.path))), *(_cell(key, record) for key in columns))
+        cells = [_cell(key, record) for key in columns]
+        table.add_row(Text(printable(short_path(record.path))), *cells)
     return table
 
 
 def _cell(key: str, record: Record) -> Text:
-    value = value_of(record, key)
     if key == "status":
         return Text(record.status.replace("_", " "), _STYLES.get(record.status, "yellow"))
-    if value is None or (key == "tags" and not value):
+    value = value_of(record, key)
+    if value is None:
         return Text("-")
-    is_duration = key in MEASURES and MEASURES[key].format is formats.format_duration
-    if (Metric.of(key) is not None or is_duration) and reading.is_number(value):
+    if key == "tags":
+        return Text(_shortened(",".join(reading.tags_of(record))) if value else "-")
+    if _is_formatted(key) and reading.is_number(value):
         return Text(format_metric(key, value))
-    content = printable(",".join(reading.tags_of(record)) if key == "tags" else formats.brief(value))
+    return Text(_shortened(formats.brief(value)))
+
+
+def _is_formatted(key: str) -> bool:
+    """Returns whether a number is shown as a metric, which rounds it: metrics of a split, and durations."""
+    is_duration = key in MEASURES and MEASURES[key].format is formats.format_duration
+    return is_duration or Metric.of(key) is not None
+
+
+def _shortened(content: str) -> str:
+    """Returns the content of a cell; a long one without its middle."""
+    content = printable(content)
     half = _MAX_CELL // 2
-    return Text(content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}")
+    return content if len(content) <= _MAX_CELL else f"{content[: half - 1]}…{content[-half:]}"
