@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -103,36 +104,85 @@ def published_table(ranking: Ranking, top: int | None = None) -> Table:
 
 def summary_csv(ranking: Ranking, target: float | None, *, test: bool) -> str:
     """Renders a CSV line per configuration, with means and sample standard deviations over seeds."""
-    metrics, tests = metric_columns(ranking), test_columns(ranking)
-    # The configured and the completed epochs are two columns.
-    header = ["rank", *(f"config.{key}" if key in metrics else key for key in ranking.keys), "runs", "ended", "failed"]
-    header += [f"{name}{end}" for name in (*metrics, *tests) for end in ("", "_std")]
-    header += ["difference", "difference_low", "difference_high", "pairs"]
-    known = {id(result.row): result for result in against_published(ranking)}
-    header += ["test_error_percent", "published_error_percent"] if known else []
-    header += [] if target is None else ["target", "reached", "steps_to_target", "seconds_to_target"]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
-    has_tags = any(map(tags_text, ranking.rows))
-    writer.writerow(map(spreadsheet_cell, [*header, *(["tags"] if has_tags else []), "folders", "command"]))
-    for rank, row in enumerate(ranking.rows, 1):
-        visible = metrics + (tests if test or rank == 1 else [])
-        cells: list[Any] = [rank, *(text(row.values[key]) if key in row.values else "" for key in ranking.keys)]
-        cells += [len(row.runs), sum(run.has_ended for run in row.runs), row.failed]
-        for name in (*metrics, *tests):
-            cells += _mean_and_std(row.statistic(name) if name in visible else None)
-        cells += [""] * 4 if row.difference is None else vars(row.difference).values()
-        if known:
-            reference = known.get(id(row))
-            cells += [reference and reference.measured and reference.measured.mean, reference and reference.published]
-        if target is not None:
-            reached = time_to_target(row, ranking.by, target, ranking.lower)
-            cells += [target, reached.count, _mean_and_std(reached.steps)[0], _mean_and_std(reached.seconds)[0]]
-        cells += [tags_text(row)] if has_tags else []
-        cells += [" ".join(short_path(run.path) for run in row.runs), row.command or ""]
+    columns = _csv_columns(ranking, target, test=test)
+    writer.writerow(spreadsheet_cell(column.title) for column in columns)
+    for cells in zip(*(column.cells for column in columns), strict=True):
         writer.writerow(map(spreadsheet_cell, cells))
     return output.getvalue()
 
 
-def _mean_and_std(statistic: Statistic | None) -> list[float | None]:
-    return [None, None] if statistic is None else [statistic.mean, statistic.std]
+@dataclass(frozen=True)
+class _Values:
+    """A column of the CSV file, with a value per configuration."""
+
+    title: str
+    cells: Sequence[Any]
+
+
+def _csv_columns(ranking: Ranking, target: float | None, *, test: bool) -> list[_Values]:
+    rows, metrics = ranking.rows, metric_columns(ranking)
+    columns = [_Values("rank", range(1, len(rows) + 1))]
+    for key in ranking.keys:
+        # The configured and the completed epochs are two columns.
+        title = f"config.{key}" if key in metrics else key
+        columns.append(_Values(title, [text(row.values[key]) if key in row.values else "" for row in rows]))
+    columns.append(_Values("runs", [len(row.runs) for row in rows]))
+    columns.append(_Values("ended", [sum(run.has_ended for run in row.runs) for row in rows]))
+    columns.append(_Values("failed", [row.failed for row in rows]))
+    for name in metrics:
+        columns += _mean_and_std(name, [row.statistic(name) for row in rows])
+    for name in test_columns(ranking):
+        shown = rows if test else rows[:1]
+        hidden = [None] * (len(rows) - len(shown))
+        columns += _mean_and_std(name, [*(row.statistic(name) for row in shown), *hidden])
+    columns += _differences(rows)
+    columns += _published_errors(ranking)
+    if target is not None:
+        columns += _times(ranking, target)
+    tags = [tags_text(row) for row in rows]
+    if any(tags):
+        columns.append(_Values("tags", tags))
+    columns.append(_Values("folders", [" ".join(short_path(run.path) for run in row.runs) for row in rows]))
+    columns.append(_Values("command", [row.command or "" for row in rows]))
+    return columns
+
+
+def _mean_and_std(name: str, statistics: Sequence[Statistic | None]) -> list[_Values]:
+    means = [None if each is None else each.mean for each in statistics]
+    deviations = [None if each is None else each.std for each in statistics]
+    return [_Values(name, means), _Values(f"{name}_std", deviations)]
+
+
+def _differences(rows: Sequence[Row]) -> list[_Values]:
+    """Returns the differences to the first row: mean, interval and number of pairs."""
+    titles = {"mean": "difference", "low": "difference_low", "high": "difference_high", "count": "pairs"}
+    differences = [row.difference for row in rows]
+    return [
+        _Values(title, [None if each is None else getattr(each, name) for each in differences])
+        for name, title in titles.items()
+    ]
+
+
+def _published_errors(ranking: Ranking) -> list[_Values]:
+    """Returns the measured and the published test errors; nothing if no row has a published one."""
+    known = {id(result.row): result for result in against_published(ranking)}
+    if not known:
+        return []
+    results = [known.get(id(row)) for row in ranking.rows]
+    measured = [None if each is None or each.measured is None else each.measured.mean for each in results]
+    published = [None if each is None else each.published for each in results]
+    return [_Values("test_error_percent", measured), _Values("published_error_percent", published)]
+
+
+def _times(ranking: Ranking, target: float) -> list[_Values]:
+    """Returns how many runs reach the target, and their mean updates and seconds."""
+    rows = ranking.rows
+    reached = [time_to_target(row, ranking.by, target, ranking.lower) for row in rows]
+    return [
+        _Values("target", [target] * len(rows)),
+        _Values("reached", [each.count for each in reached]),
+        _Values("steps_to_target", [None if each.steps is None else each.steps.mean for each in reached]),
+        _Values("seconds_to_target", [None if each.seconds is None else each.seconds.mean for each in reached]),
+    ]

@@ -1,8 +1,9 @@
 """Results on a terminal: the table of a report, the leaderboard and the Pareto front of a sweep."""
 
 import textwrap
-from collections.abc import Collection, Sequence
-from typing import IO, TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -22,35 +23,60 @@ from dlopt.results.columns import (
     tags_text,
     test_columns,
 )
-from dlopt.results.leaderboard import Leaderboard, Statistic, cautions
+from dlopt.results.leaderboard import Leaderboard, Row, cautions
 from dlopt.results.ranking import Ranking, mixtures
 from dlopt.results.reading import short_key
 from dlopt.results.tables import Table
-from dlopt.tracking import terminal_text
 from dlopt.tracking.console import open_console
-from dlopt.tracking.terminal_text import FittedTable, plain_table
+from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
 
 if TYPE_CHECKING:
     from dlopt.results.exports import ReportContent
 
 _MAX_KEYS = 6  # config keys in the printed table
+_MAX_FAILED = 5  # runs with their reasons
 _MAX_ROWS = 12  # of a sweep's leaderboard
 _WIDTH = 130  # columns of a sweep's leaderboard in a file
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A column of a printed table, with a cell per row. `form`: further arguments of rich's `add_column`."""
+
+    title: str
+    cells: Sequence[str]
+    form: Mapping[str, Any]
+
+
+_TEXTS: Mapping[str, Any] = {"overflow": "fold"}
+_NUMBERS: Mapping[str, Any] = {"justify": "right"}
+
+
+def _filled(table: Grid, columns: Sequence[_Column], styles: Sequence[str]) -> FittedTable:
+    """Fills an empty table; `styles`: of each row."""
+    for column in columns:
+        table.add_column(Text(column.title), **column.form)
+    for *cells, style in zip(*(column.cells for column in columns), styles, strict=True):
+        table.add_row(*map(Text, cells), style=style)
+    return FittedTable(table)
+
+
+# -- the report
+
+
 def show_report(report: "ReportContent", console: Console) -> None:
     """Prints the leaderboard; on a terminal hides columns until it fits, the least important ones first."""
-    ranking = report.ranking
     dropped = _unfitting(report, console) if console.is_terminal else []
-    grids = [FittedTable(_grid(report, dropped))]
-    if (published := published_table(ranking, report.top)).rows:
+    grids = [_grid(report, dropped)]
+    published = published_table(report.ranking, report.top)
+    if published.rows:
         grids.append(published.grid())
     if not console.is_terminal:
         unlimited = console.options.update(width=1000)
         console.width = max(console.measure(grid.table, options=unlimited).maximum for grid in grids)
     for grid in grids:
         console.print(grid)
-    for line in _hidden(ranking, dropped):
+    for line in _hidden(report.ranking, dropped):
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     for line in map(printable, _notes(report)):
         if console.is_terminal and not line.startswith("best: "):  # a command is to be copied whole
@@ -61,84 +87,96 @@ def show_report(report: "ReportContent", console: Console) -> None:
 
 def _unfitting(report: "ReportContent", console: Console) -> list[str]:
     """Returns the columns to hide; none if the terminal is too narrow for any table, which then becomes a list."""
-    expendable = [*expendable_in("terminal"), *([] if report.test else ["test"])]
-    candidates = [expendable[:count] for count in range(len(expendable) + 1)]
-    fitted = [(dropped, FittedTable(_grid(report, dropped))) for dropped in candidates]
-    for dropped, grid in fitted:
+    expendable = expendable_in("terminal")
+    if not report.test:
+        expendable.append("test")
+    for count in range(len(expendable) + 1):
+        grid = _grid(report, expendable[:count])
         if grid.fits(console, console.width):
-            return dropped
-    return expendable if fitted[-1][1].fits(console, console.width, folded=True) else []
+            return expendable[:count]
+    return expendable if grid.fits(console, console.width, folded=True) else []
 
 
-def _grid(report: "ReportContent", dropped: Collection[str]) -> Grid:
+def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
+    """Returns the leaderboard without the columns `dropped`: metrics, and "test"."""
     ranking = report.ranking
-    metrics = [name for name in _metrics(ranking) if name == ranking.by or name not in dropped]
-    tests = [] if "test" in dropped else test_columns(ranking)[:1]
-    keys = list(ranking.keys)[:_MAX_KEYS]
-    compared = any(row.difference is not None for row in ranking.rows)
-    grid = plain_table(right=["#"])
-    for key in keys:
-        grid.add_column(Text(printable(short_key(key, ranking.keys))), overflow="fold")
-    has_tags = any(map(tags_text, ranking.rows))
-    if has_tags:
-        grid.add_column("tags", overflow="fold")
-    grid.add_column("runs", justify="right")
-    for name in (*metrics, *tests):
-        grid.add_column(name.replace("_", " "), justify="right")
-    if compared:
-        grid.add_column(Text("vs. best [95 % CI]"), justify="right")
-    for rank, row in enumerate(ranking.rows[: report.top], 1):
-        cells = [printable(brief(row.values[key])) if key in row.values else "-" for key in keys]
-        cells += [tags_text(row) or "-"] if has_tags else []
-        values = [_statistic(name, row.statistic(name)) for name in metrics]
-        values += [_statistic(name, row.statistic(name)) if report.test or rank == 1 else "" for name in tests]
-        difference = [difference_text(ranking.by, row.difference)] if compared else []
-        style = "bold" if rank == 1 and row.value is not None else ""
-        grid.add_row(str(rank), *map(Text, cells), row.count(ranking.by), *values, *map(Text, difference), style=style)
-    return grid
+    rows = ranking.rows[: report.top]
+    ranks = range(1, len(rows) + 1)
+    columns = [_Column("#", list(map(str, ranks)), _NUMBERS)]
+    for key in list(ranking.keys)[:_MAX_KEYS]:
+        values = [printable(brief(row.values[key])) if key in row.values else "-" for row in rows]
+        columns.append(_Column(printable(short_key(key, ranking.keys)), values, _TEXTS))
+    if any(map(tags_text, ranking.rows)):
+        columns.append(_Column("tags", [tags_text(row) or "-" for row in rows], _TEXTS))
+    columns.append(_Column("runs", [row.count(ranking.by) for row in rows], _NUMBERS))
+    for name in _metrics(ranking):
+        if name == ranking.by or name not in dropped:
+            columns.append(_Column(name.replace("_", " "), [_statistic(name, row) for row in rows], _NUMBERS))
+    for name in test_columns(ranking)[:1]:
+        if "test" not in dropped:
+            shown = rows if report.test else rows[:1]
+            hidden = [""] * (len(rows) - len(shown))
+            columns.append(
+                _Column(name.replace("_", " "), [*(_statistic(name, row) for row in shown), *hidden], _NUMBERS)
+            )
+    if any(row.difference is not None for row in ranking.rows):
+        differences = [difference_text(ranking.by, row.difference) for row in rows]
+        columns.append(_Column("vs. best [95 % CI]", differences, _NUMBERS))
+    styles = ["bold" if rank == 1 and row.value is not None else "" for rank, row in zip(ranks, rows, strict=True)]
+    return _filled(plain_table(), columns, styles)
 
 
 def _metrics(ranking: Ranking) -> list[str]:
     return [name for name in metric_columns(ranking) if name in (ranking.by, *listed_in("terminal"))]
 
 
-def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
-    """Names the parts missing from the printed table, and gives the best row's test metric if its column is hidden."""
-    lines = []
-    if "test" in dropped and ranking.rows:
-        values = [(name, ranking.rows[0].statistic(name)) for name in test_columns(ranking)[:1]]
-        lines += [f"{name.replace('_', ' ')} of the best: {_statistic(name, value)}" for name, value in values if value]
-    names = [
-        *list(ranking.keys)[_MAX_KEYS:],
-        *(name for name in _metrics(ranking) if name in dropped and name != ranking.by),
-    ]
-    return [*lines, *([f"hidden: {', '.join(names)}; index.html has all columns"] if names else [])]
-
-
-def _statistic(name: str, statistic: Statistic | None) -> str:
+def _statistic(name: str, row: Row) -> str:
     """Formats a statistic in little space: times and counts without their standard deviation."""
-    measure = COLUMNS.get(name)
+    statistic, measure = row.statistic(name), COLUMNS.get(name)
     if statistic is None or measure is None or measure.brief is None or "terminal" not in measure.shown:
         return statistic_text(name, statistic)
     return measure.brief(statistic.mean)
 
 
+def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
+    """Names the parts missing from the printed table, and gives the best row's test metric if its column is hidden."""
+    lines = []
+    if "test" in dropped and ranking.rows:
+        best = ranking.rows[0]
+        for name in test_columns(ranking)[:1]:
+            if best.statistic(name) is not None:
+                lines.append(f"{name.replace('_', ' ')} of the best: {_statistic(name, best)}")
+    names = list(ranking.keys)[_MAX_KEYS:]
+    names += [name for name in _metrics(ranking) if name in dropped and name != ranking.by]
+    if names:
+        lines.append(f"hidden: {', '.join(names)}; index.html has all columns")
+    return lines
+
+
 def _notes(report: "ReportContent") -> list[str]:
+    """Returns the lines below the table: counts, the best command, failed runs, warnings, notes of packages."""
     ranking = report.ranking
-    lines = [counts_text(ranking)]
+    counts = counts_text(ranking)
     if len(ranking.rows) > report.top:
-        lines[0] += f"; {format_count('more rows', len(ranking.rows) - report.top)} on the HTML page"
-    if ranking.ranked and (failed := ranking.ranked[0].failed):
-        lines.append(f"#1: {failed} of {len(ranking.ranked[0].runs)} runs failed; its mean is that of the others")
-    best = ranking.ranked[0].command if ranking.ranked else None
-    lines += [] if best is None else [f"best: {best}"]
-    for run in ranking.failed[:5]:
-        lines.append(f"{run.status}: {terminal_text.short_path(run.path)}: {failure_text(run)}")
-    if (others := len(ranking.failed) - 5) > 0:
+        counts += f"; {format_count('more rows', len(ranking.rows) - report.top)} on the HTML page"
+    lines = [counts]
+    if ranking.ranked:
+        best = ranking.ranked[0]
+        if best.failed:
+            lines.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
+        if best.command is not None:
+            lines.append(f"best: {best.command}")
+    for run in ranking.failed[:_MAX_FAILED]:
+        lines.append(f"{run.status}: {short_path(run.path)}: {failure_text(run)}")
+    others = len(ranking.failed) - _MAX_FAILED
+    if others > 0:
         lines.append(f"... and {format_count('more failed or unfinished runs', others)}")
     lines += mixtures(ranking)
-    lines += [f"skipped: {terminal_text.short_path(each.path)}: {each.reason}" for each in ranking.damaged]
-    return [*lines, *(line for section in report.sections for line in section.lines)]
+    for each in ranking.damaged:
+        lines.append(f"skipped: {short_path(each.path)}: {each.reason}")
+    for section in report.sections:
+        lines += section.lines
+    return lines
 
 
 # -- results of a sweep: leaderboard or Pareto front
@@ -150,36 +188,49 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     Shows the test metric of the first row only: selecting a row by its test metric would be model selection on the test
     set.
     """
-    rows = [row for row in board.rows if row.value is not None]
-    if not rows:
+    ranked = [row for row in board.rows if row.value is not None]
+    if not ranked:
         return
-    is_paired = any(row.difference is not None and row.difference.count > 1 for row in rows)
+    rows = ranked[:_MAX_ROWS]
+    name = board.metric.replace("_", " ")
+    better = "higher" if board.direction == "maximize" else "lower"
+    is_paired = any(row.difference is not None and row.difference.count > 1 for row in ranked)
+    numbers = {**_NUMBERS, "no_wrap": True}
+    columns = [
+        _Column("", [str(rank) for rank in range(1, len(rows) + 1)], {}),
+        _Column("configuration", [formats.round_floats(row.label) for row in rows], _TEXTS),
+        _Column(
+            "mean ± std" if is_paired else name, [statistic_text(board.metric, row.value) for row in rows], numbers
+        ),
+        _Column("runs", [row.count(board.metric) for row in rows], _NUMBERS),
+    ]
+    if is_paired:
+        differences = [difference_text(board.metric, row.difference) for row in rows]
+        columns.append(_Column("vs. best\n(95 % CI)", differences, numbers))
+    columns.append(_Column("test", [_test_text(board, rows[0]), *[""] * (len(rows) - 1)], _NUMBERS))
+    table = _filled(plain_table(f"{name} ({better} is better)"), columns, [""] * len(rows))
+    more = [f"... and {len(ranked) - _MAX_ROWS} more"] if len(ranked) > _MAX_ROWS else []
+    more += map(printable, cautions(board.rows, board.metric, board.direction))
+    _print(table, stream, "".join(f"{line}\n" for line in more))
+
+
+def _test_text(board: Leaderboard, row: Row) -> str:
+    """Formats the mean of the test metric that belongs to the metric of the leaderboard; "" if there is none."""
     ranked = Metric.of(board.metric)
     test = board.metric if ranked is None else Metric("test", ranked.name).column
-    metric, better = board.metric.replace("_", " "), "higher" if board.direction == "maximize" else "lower"
-    table = plain_table(f"{metric} ({better} is better)", left=[""], fold=["configuration"])
-    table.add_column("mean ± std" if is_paired else metric, justify="right", no_wrap=True)
-    table.add_column("runs", justify="right")
-    if is_paired:
-        table.add_column("vs. best\n(95 % CI)", justify="right", no_wrap=True)
-    table.add_column("test", justify="right")
-    for rank, row in enumerate(rows[:_MAX_ROWS], 1):
-        tested = row.statistic(test) if rank == 1 else None
-        cells = [str(rank), formats.round_floats(row.label)]
-        cells += [statistic_text(board.metric, row.value), row.count(board.metric)]
-        cells += [difference_text(board.metric, row.difference)] if is_paired else []
-        table.add_row(*cells, "" if tested is None else format_metric(test, tested.mean))
-    more = [f"... and {len(rows) - _MAX_ROWS} more"] * (len(rows) > _MAX_ROWS)
-    more += map(printable, cautions(board.rows, board.metric, board.direction))
-    _print(FittedTable(table), stream, "".join(f"{line}\n" for line in more))
+    statistic = row.statistic(test)
+    return "" if statistic is None else format_metric(test, statistic.mean)
 
 
 def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[str]) -> None:
     """Prints the Pareto front of a multi-objective search, if any job has finished."""
     if not rows:
         return
-    heads = ["configuration", *(metric.replace("_", " ") for metric in metrics)]
-    cells = [[formats.round_floats(label), *map(format_metric, metrics, values)] for label, values in rows]
+    heads = ["configuration"]
+    heads += [metric.replace("_", " ") for metric in metrics]
+    cells = []
+    for label, values in rows:
+        cells.append([formats.round_floats(label), *map(format_metric, metrics, values)])
     _print(Table(heads, cells, title="Pareto front").grid())
 
 
