@@ -5,7 +5,9 @@ Shows test metrics only for the first row unless `test` is true, because compari
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,12 +28,16 @@ from dlopt.results.columns import (
     test_columns,
 )
 from dlopt.results.history import columns
-from dlopt.results.leaderboard import ENDED, Record, modes_of, student_t
-from dlopt.results.plots import SPREADS, AxisScale
+from dlopt.results.leaderboard import ENDED, Record, Statistic, modes_of, student_t
+from dlopt.results.plots import AxisScale
 from dlopt.results.ranking import (
     AXES,
+    SPREADS,
+    TIMES,
     Configuration,
     Ranking,
+    Reached,
+    Sensitivity,
     command,
     command_from,
     command_with,
@@ -43,7 +49,7 @@ from dlopt.results.ranking import (
     tolerance_text,
 )
 from dlopt.results.reading import is_number, short_key
-from dlopt.results.tables import Section
+from dlopt.results.tables import Section, Table
 from dlopt.tracking.terminal_text import short_path
 
 _POINTS = 120_000  # values of curves per page; curves are thinned above it
@@ -60,20 +66,9 @@ def page_data(
     ranking: Ranking, *, target: float | None, test: bool, refresh: float | None, sections: Sequence[Section] = ()
 ) -> dict[str, Any]:
     """Returns the JSON data of the page's script."""
-    metrics, tests = metric_columns(ranking), test_columns(ranking)
+    metrics = _Metrics(metric_columns(ranking), test_columns(ranking), is_test_of_all=test)
     curves = _curve_names(ranking)
-    labels = {run.path: row.label for row in ranking.rows for run in row.runs}
     shared = _shared_config(ranking)
-    points = _points_per_curve(ranking, curves)
-    rows = []
-    for rank, row in enumerate(ranking.rows, 1):
-        data = _row(ranking, row, rank, metrics, tests if test or rank == 1 else [], is_all=test)
-        distinct, count = set(map(id, row.distinct)), max(points * (_FINER if rank <= _FINE else 1), _FEWEST_POINTS)
-        for run, each in zip(row.runs, data["runs"], strict=True):
-            log = _log(run, _ALL_LOGS // len(ranking.records), is_test_shown=test or rank == 1)
-            each |= {"distinct": id(run) in distinct, **_curves(run, curves, count), "log": log,
-                     "config": _own_config(run, shared), "sections": _sections(run, sections)}  # fmt: skip
-        rows.append(data)
     return {
         "refresh": refresh,
         "by": ranking.by,
@@ -81,11 +76,11 @@ def page_data(
         "titles": {name: words(name) for name in (ranking.by, *curves)},
         "percent": [name for name in (ranking.by, *curves) if is_percent(name)],
         "keys": list(ranking.keys),
-        "columns": _columns(ranking, metrics, tests if test else []),
+        "columns": _columns(ranking, metrics.of_table),
         # Hidden, the first ones first, until the table fits the page; the reader may choose others.
-        "expendable": [name for name in expendable_in("leaderboard") if name in metrics and name != ranking.by],
+        "expendable": [name for name in expendable_in("leaderboard") if name in metrics.known and name != ranking.by],
         "ranked": _ranked_by(ranking),
-        "rows": rows,
+        "rows": _rows(ranking, metrics, curves, shared, sections),
         "curves": curves,
         "config": shared,
         "spreads": {**SPREADS, "none": "none"},
@@ -96,76 +91,204 @@ def page_data(
         "tolerance": tolerance_text(ranking),
         "parallel": _parallel(ranking),
         "times": [] if target is None or ranking.by not in curves else _times(ranking, target),
-        "failed": [_failure(run, labels[run.path]) for run in ranking.failed],
-    }  # fmt: skip
+        "failed": _failures(ranking),
+    }
 
 
 # -- the leaderboard
 
 
-def _columns(ranking: Ranking, metrics: Sequence[str], tests: Sequence[str]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Metrics:
+    """The metrics of the leaderboard.
+
+    Attributes:
+        known: of training and validation, and costs.
+        tests: of the test set.
+        is_test_of_all: whether `tests` are shown of all rows, or of #1 only.
+    """
+
+    known: Sequence[str]
+    tests: Sequence[str]
+    is_test_of_all: bool
+
+    @property
+    def of_table(self) -> list[str]:
+        """The metrics that are columns."""
+        return [*self.known, *self.tests] if self.is_test_of_all else list(self.known)
+
+    def tests_of(self, rank: int) -> Sequence[str]:
+        """Returns the test metrics that are shown of a row."""
+        return self.tests if self.is_test_of_all or rank == 1 else []
+
+
+def _ranked_by(ranking: Ranking) -> str:
+    has_spread = any(len(row.runs) > 1 for row in ranking.rows)
+    spread = ": mean ± standard deviation over seeds" if has_spread else ""
+    is_paired = any(row.difference is not None and row.difference.low is not None for row in ranking.rows)
+    note = " Differences to #1 are paired over seeds, with 95 % confidence intervals." if is_paired else ""
+    return f"Ranked by {in_words(ranking.by)} of the best epoch{spread}.{note}"
+
+
+def _columns(ranking: Ranking, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the columns in their order; `_cells` has their cells by `id`."""
     columns: list[dict[str, Any]] = [{"id": "rank", "name": "#", "number": True}]
     for key in ranking.keys:
-        numbers = all(is_number(row.values.get(key, 0)) for row in ranking.rows)
-        columns.append({"id": f"key {key}", "name": short_key(key, ranking.keys), "full": key, "number": numbers})
+        are_numbers = all(is_number(row.values.get(key, 0)) for row in ranking.rows)
+        name = short_key(key, ranking.keys)
+        columns.append({"id": _key_id(key), "name": name, "full": key, "number": are_numbers})
     columns.append({"id": "runs", "name": "runs", "number": True})
     modes = modes_of(ranking.records)
-    for name in (*metrics, *tests):
-        higher = not ranking.lower if name == ranking.by else mode_of(name, modes) == "max"
-        columns.append({"id": name, "name": words(name), "number": True, "higher": higher})
-        if name == ranking.by and any(row.difference is not None for row in ranking.rows):
+    is_compared = any(row.difference is not None for row in ranking.rows)
+    for name in metrics:
+        is_higher_better = not ranking.lower if name == ranking.by else mode_of(name, modes) == "max"
+        columns.append({"id": name, "name": words(name), "number": True, "higher": is_higher_better})
+        if name == ranking.by and is_compared:
             unit = " (points)" if is_percent(name) else ""
             columns.append({"id": "difference", "name": f"difference to #1{unit}", "number": True})
     return columns
 
 
-def _row(
-    ranking: Ranking, row: Configuration, rank: int, metrics: Sequence[str], tests: Sequence[str], *, is_all: bool
-) -> dict[str, Any]:
-    """Returns a configuration. `cells`: by column, the value to sort by and the text; `facts`: title and text."""
-    statistics = {name: row.statistic(name) for name in (*metrics, *tests)}
+def _cells(
+    ranking: Ranking, row: Configuration, rank: int, statistics: Mapping[str, Statistic | None]
+) -> dict[str, list[Any]]:
+    """Returns by `id` of a column the value to sort by and the text. `statistics`: of the metrics."""
     cells: dict[str, list[Any]] = {"rank": [rank, str(rank)], "runs": [len(row.runs), str(len(row.runs))]}
     for key in ranking.keys:
-        known = key in row.values
-        cells[f"key {key}"] = [_value(row.values[key]), printable(brief(row.values[key]))] if known else [None, "-"]
-    for name in (*metrics, *(tests if is_all else ())):
-        found = statistics[name]
-        cells[name] = [None if found is None else found.mean, statistic_text(name, found)]
-    difference = row.difference
-    shown = difference_text(ranking.by, difference) if difference else "" if rank == 1 else "-"
-    cells["difference"] = [None if difference is None else difference.mean, shown]
-    named = dict.fromkeys([ranking.by, *listed_in("details")])
-    names = [name for name in named if any(name in run.metrics for run in row.runs)]
-    if not tests:
-        about = "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with "
-        about += "dlopt report test=true."
+        if key in row.values:
+            cells[_key_id(key)] = [_value(row.values[key]), printable(brief(row.values[key]))]
+        else:
+            cells[_key_id(key)] = [None, "-"]
+    for name, statistic in statistics.items():
+        cells[name] = [None if statistic is None else statistic.mean, statistic_text(name, statistic)]
+    if row.difference is None:
+        cells["difference"] = [None, "" if rank == 1 else "-"]
     else:
-        about = "" if is_all else "Test metrics are shown for #1 only, which was selected on the validation set."
+        cells["difference"] = [row.difference.mean, difference_text(ranking.by, row.difference)]
+    return cells
+
+
+def _key_id(key: str) -> str:
+    """Returns the `id` of the column of a config key, which may have the name of a metric."""
+    return f"key {key}"
+
+
+def _rows(
+    ranking: Ranking,
+    metrics: _Metrics,
+    curves: Sequence[str],
+    shared: Mapping[str, str],
+    sections: Sequence[Section],
+) -> list[dict[str, Any]]:
+    """Returns the configurations with their runs. `shared`: the config that all runs have."""
+    points = _points_per_curve(ranking, curves)
+    log_size = _ALL_LOGS // max(1, len(ranking.records))
+    rows = []
+    for rank, row in enumerate(ranking.rows, 1):
+        is_test_shown = metrics.is_test_of_all or rank == 1
+        count = max(points * (_FINER if rank <= _FINE else 1), _FEWEST_POINTS)
+        details = [name for name in dict.fromkeys([ranking.by, *listed_in("details")]) if _has(row, name)]
+        distinct = {id(run) for run in row.distinct}
+        runs = []
+        for run in row.runs:
+            data = _run(run, details)
+            data["distinct"] = id(run) in distinct
+            data |= _curves(run, curves, count)
+            data["log"] = _log(run, log_size, is_test_shown=is_test_shown)
+            data["config"] = _own_config(run, shared)
+            data["sections"] = _sections(run, sections)
+            runs.append(data)
+        entry = _row(ranking, row, rank, metrics)
+        rows.append({**entry, "heads": [words(name) for name in details], "runs": runs})
+    return rows
+
+
+def _has(row: Configuration, name: str) -> bool:
+    """Returns whether any run of the configuration has a metric."""
+    return any(name in run.metrics for run in row.runs)
+
+
+def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> dict[str, Any]:
+    """Returns a configuration without its runs. `facts`: title and text."""
+    tests = metrics.tests_of(rank)
+    statistics = {name: row.statistic(name) for name in (*metrics.known, *tests)}
+    facts = []
+    for name, statistic in statistics.items():
+        if statistic is not None or name in metrics.known:
+            facts.append([words(name), statistic_text(name, statistic)])
     return {
         "rank": rank,
         "label": row.label,
         "values": {key: _value(value) for key, value in row.values.items()},
         "ranked": row.value is not None,
-        "cells": cells,
-        "note": ", ".join(f"{count} {status}" for status, count in _not_ended(row).items()),
+        "cells": _cells(ranking, row, rank, {name: statistics[name] for name in metrics.of_table}),
+        "note": _not_ended(row),
         "bad": row.failed > 0,
-        "facts": [[words(name), statistic_text(name, found)]
-                  for name, found in statistics.items() if found is not None or name in metrics] + _labels(row),
-        "about": about if tests or rank > 1 else "",
+        "facts": facts + _labels(row),
+        "about": _about_tests(rank, is_shown=bool(tests), is_all=metrics.is_test_of_all),
         "command": row.command,
-        "heads": [words(name) for name in names],
-        "runs": [
-            {
-                "id": printable(short_path(run.path)),
-                "seed": printable(brief(run.config.get("seed"))),
-                "status": run.status.replace("_", " "),
-                "metrics": [format_metric(name, run.metrics.get(name)) for name in names],
-                "command": command(run),
-                "from": command_from(run),
-            }
-            for run in row.runs
-        ],
-    }  # fmt: skip
+    }
+
+
+def _about_tests(rank: int, *, is_shown: bool, is_all: bool) -> str:
+    """Says why test metrics are hidden, or shown for #1 only."""
+    if is_shown:
+        return "" if is_all else "Test metrics are shown for #1 only, which was selected on the validation set."
+    if rank == 1:
+        return ""
+    return (
+        "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with "
+        "dlopt report test=true."
+    )
+
+
+def _not_ended(row: Configuration) -> str:
+    """Counts the runs that have not ended by their status: 1 failed, 2 running."""
+    counts = Counter(run.status for run in row.runs if run.status not in ENDED)
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
+
+
+def _labels(row: Configuration) -> list[list[str]]:
+    """Returns the tags and the notes of the runs, with their titles."""
+    notes = [printable(str(run.config["note"])) for run in row.runs if run.config.get("note")]
+    texts = {"tags": tags_text(row), "note": "; ".join(dict.fromkeys(notes))}
+    return [[title, text] for title, text in texts.items() if text]
+
+
+def _value(value: Any) -> Any:
+    return value if is_number(value) else printable(brief(value))
+
+
+def _failures(ranking: Ranking) -> list[list[str | None]]:
+    """Returns the failed runs: folder, configuration, seed, reason and command."""
+    labels = {run.path: row.label for row in ranking.rows for run in row.runs}
+    failures = []
+    for run in ranking.failed:
+        line = command(run) or command_from(run)
+        failures.append([_path(run), labels[run.path], _seed(run), failure_text(run), line])
+    return failures
+
+
+# -- runs
+
+
+def _run(run: Record, metrics: Sequence[str]) -> dict[str, Any]:
+    return {
+        "id": _path(run),
+        "seed": _seed(run),
+        "status": run.status.replace("_", " "),
+        "metrics": [format_metric(name, run.metrics.get(name)) for name in metrics],
+        "command": command(run),
+        "from": command_from(run),
+    }
+
+
+def _path(run: Record) -> str:
+    return printable(short_path(run.path))
+
+
+def _seed(run: Record) -> str:
+    return printable(brief(run.config.get("seed")))
 
 
 def _shared_config(ranking: Ranking) -> dict[str, str]:
@@ -173,14 +296,21 @@ def _shared_config(ranking: Ranking) -> dict[str, str]:
     configs = [run.config for run in ranking.records]
     if not configs:
         return {}
-    shared = {key: value for key, value in configs[0].items() if all(key in each for each in configs)}
-    same = [key for key, value in shared.items() if len({text(each[key]) for each in configs}) == 1]
-    return {printable(key): _setting(shared[key]) for key in same}
+    shared = {}
+    for key, value in configs[0].items():
+        is_shared = all(key in each for each in configs)
+        if is_shared and len({text(each[key]) for each in configs}) == 1:
+            shared[printable(key)] = _setting(value)
+    return shared
 
 
 def _own_config(run: Record, shared: Mapping[str, str]) -> dict[str, str]:
-    own = {printable(key): value for key, value in run.config.items()}
-    return {key: _setting(value) for key, value in own.items() if key not in shared}
+    """Returns the keys and values of a run without those in `shared`."""
+    own = {}
+    for key, value in run.config.items():
+        if printable(key) not in shared:
+            own[printable(key)] = _setting(value)
+    return own
 
 
 def _setting(value: Any) -> str:
@@ -191,20 +321,25 @@ def _cut(line: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
 
-def _log(run: Record, share: int, *, is_test_shown: bool) -> list[str]:
+def _log(run: Record, limit: int, *, is_test_shown: bool) -> list[str]:
     """Returns the last lines of output.log, which runs of a sweep have, or of train.log; [] if there is none.
 
-    `share`: characters. Test metrics are hidden where the tables hide them.
+    `limit`: characters. Test metrics are hidden where the tables hide them.
     """
-    count = min(_LOG, share)
+    count = min(_LOG, limit)
     for name in ("output.log", "train.log"):
         try:
             content = regular_tail(run.path / name, count)
         except (OSError, ValueError):
             continue
         lines = content.decode(errors="replace").splitlines()
-        plain = [printable(_CONTROL.sub("", line)) for line in lines[len(content) == count :]]  # without a part of one
-        return [_cut(line if is_test_shown else _TEST.sub("(test metrics hidden)", line)) for line in plain]
+        if len(content) == count:
+            lines = lines[1:]  # only the end of a line
+        shown = []
+        for line in lines:
+            plain = printable(_CONTROL.sub("", line))
+            shown.append(_cut(plain if is_test_shown else _TEST.sub("(test metrics hidden)", plain)))
+        return shown
     return []
 
 
@@ -212,46 +347,22 @@ def _sections(run: Record, sections: Sequence[Section]) -> list[dict[str, Any]]:
     """Returns the notes of packages about a run."""
     found = []
     for section in sections:
-        if (own := section.runs.get(run.path)) is None:
+        own = section.runs.get(run.path)
+        if own is None:
             continue
-        found.append({
-            "title": printable(section.title),
-            "urgent": own.is_urgent,
-            "lines": [_cut(printable(line)) for line in own.lines],
-            "command": command_with(run, own.arguments, own.keys) if own.arguments else None,
-            "heads": [] if own.table is None else [printable(head) for head in own.table.heads],
-            "texts": 0 if own.table is None else own.table.texts,
-            "rows": [] if own.table is None else [[_cut(printable(cell)) for cell in row] for row in own.table.rows],
-        })  # fmt: skip
+        table = Table([], [], texts=0) if own.table is None else own.table
+        found.append(
+            {
+                "title": printable(section.title),
+                "urgent": own.is_urgent,
+                "lines": [_cut(printable(line)) for line in own.lines],
+                "command": command_with(run, own.arguments, own.keys) if own.arguments else None,
+                "heads": [printable(head) for head in table.heads],
+                "texts": table.texts,
+                "rows": [[_cut(printable(cell)) for cell in row] for row in table.rows],
+            }
+        )
     return found
-
-
-def _labels(row: Configuration) -> list[list[str]]:
-    """Returns the tags and the notes of the runs, with their titles."""
-    notes = dict.fromkeys(printable(str(note)) for run in row.runs if (note := run.config.get("note")))
-    texts = {"tags": tags_text(row), "note": "; ".join(notes)}
-    return [[title, text] for title, text in texts.items() if text]
-
-
-def _not_ended(row: Configuration) -> dict[str, int]:
-    statuses = [run.status for run in row.runs if run.status not in ENDED]
-    return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
-
-
-def _value(value: Any) -> Any:
-    return value if is_number(value) else printable(brief(value))
-
-
-def _ranked_by(ranking: Ranking) -> str:
-    spread = ": mean ± standard deviation over seeds" if any(len(row.runs) > 1 for row in ranking.rows) else ""
-    paired = any(row.difference is not None and row.difference.low is not None for row in ranking.rows)
-    note = " Differences to #1 are paired over seeds, with 95 % confidence intervals." if paired else ""
-    return f"Ranked by {in_words(ranking.by)} of the best epoch{spread}.{note}"
-
-
-def _failure(run: Record, label: str) -> list[str | None]:
-    seed = printable(brief(run.config.get("seed")))
-    return [printable(short_path(run.path)), label, seed, failure_text(run), command(run) or command_from(run)]
 
 
 # -- curves
@@ -259,15 +370,21 @@ def _failure(run: Record, label: str) -> list[str | None]:
 
 def _curve_names(ranking: Ranking) -> list[str]:
     """Returns the metrics logged per epoch, the metrics in `FIRST` first."""
-    lines = [record.history[i] for i in (0, -1) for record in ranking.records if record.history]
-    names = dict.fromkeys(name for line in lines for name in line)
-    ordered = dict.fromkeys([*(name for name in FIRST if name in names), *names])
+    logged: dict[str, None] = {}  # in order
+    for record in ranking.records:
+        if record.history:
+            logged |= dict.fromkeys(record.history[0])
+            logged |= dict.fromkeys(record.history[-1])
+    ordered = [name for name in FIRST if name in logged]
+    ordered += [name for name in logged if name not in FIRST]
     return [name for name in ordered if name not in AXES]
 
 
 def _points_per_curve(ranking: Ranking, names: Sequence[str]) -> int:
     """Returns how many points the curves of a run may have in a page of `_POINTS` values; the best have more."""
-    shares = sum(len(row.runs) * (_FINER if rank <= _FINE else 1) for rank, row in enumerate(ranking.rows, 1))
+    shares = 0
+    for rank, row in enumerate(ranking.rows, 1):
+        shares += len(row.runs) * (_FINER if rank <= _FINE else 1)
     return _POINTS // max(1, shares * (len(names) + 1))
 
 
@@ -277,22 +394,40 @@ def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
     Curves of more than `count` epochs are thinned to evenly spaced ones. Metrics of the same epochs share `x`: the
     positions on each axis on which all of them are known.
     """
-    positions: dict[bytes, int] = {}
     x: list[dict[str, list[float]]] = []
     curves: dict[str, list[Any]] = {}
-    known = columns(run.history, (*AXES, *names)) if run.history else np.empty((0, len(AXES) + len(names)))
-    for name, values in zip(names, known.T[len(AXES) :], strict=True):
-        at = np.flatnonzero(np.isfinite(values))
-        if not len(at):
+    if not run.history:
+        return {"x": x, "curves": curves}
+    known = columns(run.history, (*AXES, *names)).T
+    positions = dict(zip(AXES, known, strict=False))
+    places: dict[bytes, int] = {}  # in `x`, by the epochs
+    for name, values in zip(names, known[len(AXES) :], strict=True):
+        epochs = _thinned(np.flatnonzero(np.isfinite(values)), count)
+        if not len(epochs):
             continue
-        at = at[np.unique(np.linspace(0, len(at) - 1, min(count, len(at))).round().astype(int))]
-        if at.tobytes() not in positions:
-            positions[at.tobytes()] = len(x)
-            axes = {axis: known[at, i] for i, axis in enumerate(AXES)}
-            x.append({axis: _rounded(each, 5 if axis == "seconds" else 9) for axis, each in axes.items()
-                      if np.isfinite(each).all()})  # fmt: skip
-        curves[name] = [positions[at.tobytes()], _rounded(values[at], 4 if len(values) > count else 6)]
+        if epochs.tobytes() not in places:
+            places[epochs.tobytes()] = len(x)
+            x.append(_known_positions(positions, epochs))
+        digits = 4 if len(values) > count else 6
+        curves[name] = [places[epochs.tobytes()], _rounded(values[epochs], digits)]
     return {"x": x, "curves": curves}
+
+
+def _thinned(epochs: np.ndarray, count: int) -> np.ndarray:
+    """Returns at most `count` evenly spaced epochs, with the first and the last."""
+    if not len(epochs):
+        return epochs
+    kept = np.linspace(0, len(epochs) - 1, min(count, len(epochs))).round().astype(int)
+    return epochs[np.unique(kept)]
+
+
+def _known_positions(positions: Mapping[str, np.ndarray], epochs: np.ndarray) -> dict[str, list[float]]:
+    """Returns the positions of epochs on the axes on which all of them are known."""
+    known = {}
+    for axis, values in positions.items():
+        if np.isfinite(values[epochs]).all():
+            known[axis] = _rounded(values[epochs], 5 if axis == "seconds" else 9)
+    return known
 
 
 def _rounded(values: np.ndarray, digits: int) -> list[float]:
@@ -307,20 +442,26 @@ def _rounded(values: np.ndarray, digits: int) -> list[float]:
 def _sensitivity(ranking: Ranking) -> dict[str, Any]:
     found = sensitivities(ranking)
     means = [value.mean for item in found for _, value, _ in item.points]
-    optimizers = [
-        {
-            "name": printable(item.optimizer),
-            "row": min(row for _, _, row in item.points),
-            "points": [[lr, value.mean] for lr, value, _ in item.points],
-            "best": [[lr, value.mean, value.mean - (value.std or 0.0), value.mean + (value.std or 0.0), value.count]
-                     for lr, value in item.best],
-            "good": item.good,
-            "good_text": " to ".join(dict.fromkeys(f"{rate:.4g}" for rate in item.good)),
-            "failed": list(item.failed),
-        }
-        for item in found
-    ]  # fmt: skip
+    optimizers = [_sensitivity_of_optimizer(each) for each in found]
     return {"optimizers": optimizers, "log": ranking.lower and drawing.spans_decades(means)}
+
+
+def _sensitivity_of_optimizer(item: Sensitivity) -> dict[str, Any]:
+    """Returns the points (rate, mean), the best ones (also the mean minus and plus std, runs), and the good rates."""
+    best = []
+    for lr, value in item.best:
+        deviation = value.std or 0.0
+        best.append([lr, value.mean, value.mean - deviation, value.mean + deviation, value.count])
+    low, high = (f"{rate:.4g}" for rate in item.good)
+    return {
+        "name": printable(item.optimizer),
+        "row": min(row for _, _, row in item.points),
+        "points": [[lr, value.mean] for lr, value, _ in item.points],
+        "best": best,
+        "good": item.good,
+        "good_text": low if low == high else f"{low} to {high}",
+        "failed": list(item.failed),
+    }
 
 
 def _parallel(ranking: Ranking) -> dict[str, Any] | None:
@@ -328,43 +469,53 @@ def _parallel(ranking: Ranking) -> dict[str, Any] | None:
     rows = ranking.ranked
     if len(ranking.keys) < 2 or len(rows) < 2:
         return None
-    keys = list(ranking.keys)[:_MOST_AXES]
-    values: list[list[Any]] = [[row.values.get(key) for row in rows] for key in keys]
-    values.append([row.value.mean for row in rows if row.value is not None])
-    scales = dict(zip([*keys, ranking.by], map(AxisScale, values), strict=True))
-    axes = [
-        {
-            "id": name,
-            "name": words(name) if name == ranking.by else short_key(name, ranking.keys),
-            "full": name,
-            "ticks": [[at, format_metric(name, value) if name == ranking.by else printable(text)]
-                      for at, text, value in scale.ticks],
-        }
-        for name, scale in scales.items()
-    ]  # fmt: skip
-    columns = [[scale(value) for value in values] for scale, values in zip(scales.values(), values, strict=True)]
-    lines = [[None if math.isnan(at) else round(at, 4) for at in line] for line in zip(*columns, strict=True)]
+    axes = []
+    positions: list[list[float]] = []  # of all rows on each axis
+    for key in list(ranking.keys)[:_MOST_AXES]:
+        values = [row.values.get(key) for row in rows]
+        scale = AxisScale(values)
+        ticks = [[at, printable(label)] for at, label, _ in scale.ticks]
+        axes.append({"id": key, "name": short_key(key, ranking.keys), "full": key, "ticks": ticks})
+        positions.append(list(map(scale, values)))
+    means = [row.value.mean for row in rows if row.value is not None]
+    scale = AxisScale(means)
+    ticks = [[at, format_metric(ranking.by, value)] for at, _, value in scale.ticks]
+    axes.append({"id": ranking.by, "name": words(ranking.by), "full": ranking.by, "ticks": ticks})
+    positions.append(list(map(scale, means)))
+    lines = []
+    for line in zip(*positions, strict=True):
+        lines.append([None if math.isnan(at) else round(at, 4) for at in line])
     return {"axes": axes, "lines": lines}
 
 
 def _times(ranking: Ranking, target: float) -> list[dict[str, Any]]:
     """Returns for each target the order of the configurations, beginning with those that reach it."""
-    rank = {id(row): i for i, row in enumerate(ranking.rows)}
-    results = []
-    for goal in dict.fromkeys([target, *targets(ranking)]):
-        first = fastest(ranking, goal)
-        reached = {id(row) for row, _ in first}
-        others = [row for row in ranking.rows if id(row) not in reached]
-        late = [(row, time_to_target(row, ranking.by, goal, ranking.lower)) for row in others]
-        longest = {name: max((getattr(each, name).mean for _, each in first if getattr(each, name)), default=0.0) or 1.0
-                   for name in ("steps", "seconds")}  # fmt: skip
-        entries = []
-        for row, each in (*first, *late):
-            bars = [
-                None if value is None else [statistic_text(name, value), value.mean / longest[name]]
-                for name, value in (("steps", each.steps), ("seconds", each.seconds))
-            ]
-            is_pale = each.count < each.runs
-            entries.append([rank[id(row)], each.count, f"{each.count} of {each.runs}", is_pale, *bars])
-        results.append({"target": format_metric(ranking.by, goal), "entries": entries})
-    return results
+    return [_times_to(ranking, goal) for goal in dict.fromkeys([target, *targets(ranking)])]
+
+
+def _times_to(ranking: Ranking, target: float) -> dict[str, Any]:
+    """Returns a target and its entries: configuration, runs that reach it, as text, whether others do not, bars."""
+    first = fastest(ranking, target)
+    fast = {id(row) for row, _ in first}
+    others = [row for row in ranking.rows if id(row) not in fast]
+    slow = [(row, time_to_target(row, ranking.by, target, ranking.lower)) for row in others]
+    longest = {name: _longest(name, [reached for _, reached in first]) for name in TIMES}
+    index = {id(row): i for i, row in enumerate(ranking.rows)}
+    entries = []
+    for row, reached in (*first, *slow):
+        bars = [_bar(name, reached, longest[name]) for name in TIMES]
+        is_pale = reached.count < reached.runs
+        entries.append([index[id(row)], reached.count, f"{reached.count} of {reached.runs}", is_pale, *bars])
+    return {"target": format_metric(ranking.by, target), "entries": entries}
+
+
+def _longest(name: str, reached: Sequence[Reached]) -> float:
+    """Returns the largest mean; 1 if there is none."""
+    known: list[Statistic] = [getattr(each, name) for each in reached if getattr(each, name) is not None]
+    return max((each.mean for each in known), default=0.0) or 1.0
+
+
+def _bar(name: str, reached: Reached, longest: float) -> list[Any] | None:
+    """Returns the text and the relative length of a bar; None if no run reaches the target."""
+    value: Statistic | None = getattr(reached, name)
+    return None if value is None else [statistic_text(name, value), value.mean / longest]
