@@ -5,7 +5,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dlopt.basics.formats import (
     format_value,
 )
 from dlopt.basics.plain_values import flatten
-from dlopt.metrics.measures import Row
+from dlopt.metrics.measures import Measure, Row
 from dlopt.metrics.names import final_metrics, mode_of, monitored_modes, split_of
 from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, live_name, shown_in, title
 
@@ -230,6 +231,51 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
     return "  ".join([" ".join(each) for each in texts.values()] + ["best"] * best)
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table of epochs.
+
+    Attributes:
+        name: the key in metrics.jsonl.
+        title: its header.
+        width: characters of a cell, at least.
+        needs: keys of the first epoch without which there is no column.
+        cell: formats the cell of a row.
+    """
+
+    name: str
+    title: str
+    width: int
+    needs: tuple[str, ...]
+    cell: Callable[[Row], str]
+
+    @property
+    def characters(self) -> int:
+        return max(self.width, len(self.title))
+
+
+def _measured(measure: Measure, unit: str) -> _Column:
+    """Returns the column of a measure. `unit`: of the samples."""
+
+    def cell(row: Row) -> str:
+        value = row.line.get(measure.name) if measure.of_row is None else measure.of_row(row)
+        return measure.show_brief(value)
+
+    needs = (measure.name,) if measure.of_row is None else measure.needs
+    return _Column(measure.name, measure.title.format(unit=unit), measure.width, needs, cell)
+
+
+def _additional(name: str, unit: str) -> _Column:
+    """Returns the column of a metric that the table does not list: of labels, or of the user."""
+    if name in COLUMNS:
+        return _measured(COLUMNS[name], unit)
+
+    def cell(row: Row) -> str:
+        return format_metric(name, row.line.get(name))
+
+    return _Column(name, title(name), Measure.width, (name,), cell)
+
+
 class EpochRows:
     """The epoch table, printed row by row. The best epoch so far is marked with `*`.
 
@@ -249,41 +295,49 @@ class EpochRows:
         steps: int = 0,
         metrics: Iterable[str] = (),
     ) -> None:
-        columns = shown_in("table")
-        end = max(i for i, each in enumerate(columns) if split_of(each.name) is not None) + 1
-        titles = [("epoch", "epoch"), *((each.name, each.title.format(unit=unit)) for each in columns)]
-        # Additional metrics follow the validation metrics.
-        self._titles = dict([*titles[: end + 1], *((key, title(key)) for key in metrics), *titles[end + 1 :]])
+        listed = [_measured(each, unit) for each in shown_in("table")]
+        names = [each.name for each in listed]
+        additional = [_additional(name, unit) for name in dict.fromkeys(metrics) if name not in names]
+        end = max(i for i, name in enumerate(names) if split_of(name) is not None) + 1  # of training and validation
+        self._columns = [*listed[:end], *additional, *listed[end:]]
+        self._shown: list[_Column] = []
         self._epochs, self._steps = epochs, steps
         self._start: Mapping[str, Any] = {"seconds": seconds, "step": step}
         self._previous: Mapping[str, Any] = self._start
 
     def header(self, first: Mapping[str, Any], width: int | None) -> Text:
         """Chooses the columns by the metrics of the first row, and the `width` of the terminal (None for no limit)."""
-        fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
-        widths = {"epoch": 2 * len(str(self._epochs)) + 1 + fraction}
-        widths |= {each.name: each.width for each in shown_in("table")}
-        derived = {each.name for each in shown_in("table") if each.of_row is not None and {*each.needs} <= first.keys()}
-        titles = {key: text for key, text in self._titles.items() if key in {"epoch"} | derived | first.keys()}
-        self._widths = {key: max(widths.get(key, 9), len(text)) for key, text in titles.items()}
+        shown = [self._epoch_column(first)]
+        for column in self._columns:
+            if column.name in first or all(name in first for name in column.needs):
+                shown.append(column)
         for expendable in expendable_in("table"):
-            if width is not None and sum(self._widths.values()) + len(self._widths) + 2 > width:
-                self._widths.pop(expendable, None)
-        return Text(" ".join(titles[key].rjust(width) for key, width in self._widths.items()), "bold", no_wrap=True)
+            if width is not None and _total_width(shown) > width:
+                shown = [column for column in shown if column.name != expendable]
+        self._shown = shown
+        return Text(" ".join(each.title.rjust(each.characters) for each in shown), "bold", no_wrap=True)
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
         """Formats an evaluated epoch."""
         row = Row(metrics, self._previous, self._start, self._steps)
         self._previous = metrics
-        cells = [self._cell(key, row).rjust(width) for key, width in self._widths.items()]
+        cells = [each.cell(row).rjust(each.characters) for each in self._shown]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)
 
-    def _cell(self, key: str, row: Row) -> str:
-        if key == "epoch":
-            return f"{format_epoch_number(row.line[key])}/{self._epochs}"
-        if (measure := COLUMNS.get(key)) is None:
-            return format_metric(key, row.line.get(key))
-        return measure.show_brief(row.line.get(key) if measure.of_row is None else measure.of_row(row))
+    def _epoch_column(self, first: Mapping[str, Any]) -> _Column:
+        """Returns the first column: 3/200; of a run that is evaluated within epochs 2.25/200."""
+
+        def cell(row: Row) -> str:
+            return f"{format_epoch_number(row.line['epoch'])}/{self._epochs}"
+
+        fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
+        width = 2 * len(str(self._epochs)) + len("/") + fraction
+        return _Column("epoch", "epoch", width, (), cell)
+
+
+def _total_width(columns: Sequence[_Column]) -> int:
+    """Returns the characters of a row: columns, a space after each, and the mark of the best epoch."""
+    return sum(each.characters + len(" ") for each in columns) + len(" *")
 
 
 _STATUS_COLOURS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
