@@ -400,16 +400,16 @@ def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
         return {"x": x, "curves": curves}
     known = columns(run.history, (*AXES, *names)).T
     positions = dict(zip(AXES, known, strict=False))
-    places: dict[bytes, int] = {}  # in `x`, by the epochs
+    indices: dict[bytes, int] = {}  # in `x`, by the epochs
     for name, values in zip(names, known[len(AXES) :], strict=True):
         epochs = _thinned(np.flatnonzero(np.isfinite(values)), count)
         if not len(epochs):
             continue
-        if epochs.tobytes() not in places:
-            places[epochs.tobytes()] = len(x)
+        if epochs.tobytes() not in indices:
+            indices[epochs.tobytes()] = len(x)
             x.append(_known_positions(positions, epochs))
         digits = 4 if len(values) > count else 6
-        curves[name] = [places[epochs.tobytes()], _rounded(values[epochs], digits)]
+        curves[name] = [indices[epochs.tobytes()], _rounded(values[epochs], digits)]
     return {"x": x, "curves": curves}
 
 

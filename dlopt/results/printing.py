@@ -36,29 +36,9 @@ if TYPE_CHECKING:
 _MAX_KEYS = 6  # config keys in the printed table
 _MAX_FAILED = 5  # runs with their reasons
 _MAX_ROWS = 12  # of a sweep's leaderboard
-_WIDTH = 130  # columns of a sweep's leaderboard in a file
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column of a printed table, with a cell per row. `form`: further arguments of rich's `add_column`."""
-
-    title: str
-    cells: Sequence[str]
-    form: Mapping[str, Any]
-
-
+_WIDTH = 130  # characters of a line of a sweep's leaderboard in a file
 _TEXTS: Mapping[str, Any] = {"overflow": "fold"}
 _NUMBERS: Mapping[str, Any] = {"justify": "right"}
-
-
-def _filled(table: Grid, columns: Sequence[_Column], styles: Sequence[str]) -> FittedTable:
-    """Fills an empty table; `styles`: of each row."""
-    for column in columns:
-        table.add_column(Text(column.title), **column.form)
-    for *cells, style in zip(*(column.cells for column in columns), styles, strict=True):
-        table.add_row(*map(Text, cells), style=style)
-    return FittedTable(table)
 
 
 # -- the report
@@ -101,8 +81,7 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
     """Returns the leaderboard without the columns `dropped`: metrics, and "test"."""
     ranking = report.ranking
     rows = ranking.rows[: report.top]
-    ranks = range(1, len(rows) + 1)
-    columns = [_Column("#", list(map(str, ranks)), _NUMBERS)]
+    columns = [_Column("#", [str(rank) for rank in range(1, len(rows) + 1)], _NUMBERS)]
     for key in list(ranking.keys)[:_MAX_KEYS]:
         values = [printable(brief(row.values[key])) if key in row.values else "-" for row in rows]
         columns.append(_Column(printable(short_key(key, ranking.keys)), values, _TEXTS))
@@ -112,17 +91,16 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
     for name in _metrics(ranking):
         if name == ranking.by or name not in dropped:
             columns.append(_Column(name.replace("_", " "), [_statistic(name, row) for row in rows], _NUMBERS))
-    for name in test_columns(ranking)[:1]:
-        if "test" not in dropped:
-            shown = rows if report.test else rows[:1]
-            hidden = [""] * (len(rows) - len(shown))
-            columns.append(
-                _Column(name.replace("_", " "), [*(_statistic(name, row) for row in shown), *hidden], _NUMBERS)
-            )
+    tests = [] if "test" in dropped else test_columns(ranking)[:1]
+    for name in tests:
+        cells = [_statistic(name, row) if report.test or rank == 1 else "" for rank, row in enumerate(rows, 1)]
+        columns.append(_Column(name.replace("_", " "), cells, _NUMBERS))
     if any(row.difference is not None for row in ranking.rows):
         differences = [difference_text(ranking.by, row.difference) for row in rows]
         columns.append(_Column("vs. best [95 % CI]", differences, _NUMBERS))
-    styles = ["bold" if rank == 1 and row.value is not None else "" for rank, row in zip(ranks, rows, strict=True)]
+    styles = [""] * len(rows)
+    if rows and rows[0].value is not None:
+        styles[0] = "bold"
     return _filled(plain_table(), columns, styles)
 
 
@@ -196,12 +174,11 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     better = "higher" if board.direction == "maximize" else "lower"
     is_paired = any(row.difference is not None and row.difference.count > 1 for row in ranked)
     numbers = {**_NUMBERS, "no_wrap": True}
+    values = [statistic_text(board.metric, row.value) for row in rows]
     columns = [
         _Column("", [str(rank) for rank in range(1, len(rows) + 1)], {}),
         _Column("configuration", [formats.round_floats(row.label) for row in rows], _TEXTS),
-        _Column(
-            "mean ± std" if is_paired else name, [statistic_text(board.metric, row.value) for row in rows], numbers
-        ),
+        _Column("mean ± std" if is_paired else name, values, numbers),
         _Column("runs", [row.count(board.metric) for row in rows], _NUMBERS),
     ]
     if is_paired:
@@ -232,6 +209,27 @@ def show_front(rows: Sequence[tuple[str, Sequence[float]]], metrics: Sequence[st
     for label, values in rows:
         cells.append([formats.round_floats(label), *map(format_metric, metrics, values)])
     _print(Table(heads, cells, title="Pareto front").grid())
+
+
+# -- tables
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of a printed table, with a cell per row. `form`: further arguments of rich's `add_column`."""
+
+    title: str
+    cells: Sequence[str]
+    form: Mapping[str, Any]
+
+
+def _filled(table: Grid, columns: Sequence[_Column], styles: Sequence[str]) -> FittedTable:
+    """Fills an empty table; `styles`: of each row."""
+    for column in columns:
+        table.add_column(Text(column.title), **column.form)
+    for *cells, style in zip(*(column.cells for column in columns), styles, strict=True):
+        table.add_row(*map(Text, cells), style=style)
+    return FittedTable(table)
 
 
 def _print(table: FittedTable, stream: IO[str] | None = None, more: str = "") -> None:
