@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,8 @@ _TEST = [name for name in _SHOWN if split_of(name) == "test"]
 _COST = [name for name in _SHOWN if COLUMNS[name].is_cost]
 FIRST = [name for name in _SHOWN if name not in (*_TEST, *_COST)]
 """Metrics of validation and training, the most important first."""
+# Titles in the CSV file of the parts of a `Difference`.
+_DIFFERENCE = {"mean": "difference", "low": "difference_low", "high": "difference_high", "count": "pairs"}
 
 
 def metric_columns(ranking: Ranking) -> list[str]:
@@ -150,19 +152,21 @@ def _csv_columns(ranking: Ranking, target: float | None, *, test: bool) -> list[
 
 
 def _mean_and_std(name: str, statistics: Sequence[Statistic | None]) -> list[_Values]:
-    means = [None if each is None else each.mean for each in statistics]
     deviations = [None if each is None else each.std for each in statistics]
-    return [_Values(name, means), _Values(f"{name}_std", deviations)]
+    return [_Values(name, _means(statistics)), _Values(f"{name}_std", deviations)]
+
+
+def _means(statistics: Iterable[Statistic | None]) -> list[float | None]:
+    return [None if each is None else each.mean for each in statistics]
 
 
 def _differences(rows: Sequence[Row]) -> list[_Values]:
     """Returns the differences to the first row: mean, interval and number of pairs."""
-    titles = {"mean": "difference", "low": "difference_low", "high": "difference_high", "count": "pairs"}
-    differences = [row.difference for row in rows]
-    return [
-        _Values(title, [None if each is None else getattr(each, name) for each in differences])
-        for name, title in titles.items()
-    ]
+    columns = []
+    for name, title in _DIFFERENCE.items():
+        values = [getattr(row.difference, name, None) for row in rows]  # the first row has no difference
+        columns.append(_Values(title, values))
+    return columns
 
 
 def _published_errors(ranking: Ranking) -> list[_Values]:
@@ -170,10 +174,13 @@ def _published_errors(ranking: Ranking) -> list[_Values]:
     known = {id(result.row): result for result in against_published(ranking)}
     if not known:
         return []
-    results = [known.get(id(row)) for row in ranking.rows]
-    measured = [None if each is None or each.measured is None else each.measured.mean for each in results]
-    published = [None if each is None else each.published for each in results]
-    return [_Values("test_error_percent", measured), _Values("published_error_percent", published)]
+    measured: list[Statistic | None] = []
+    published: list[float | None] = []
+    for row in ranking.rows:
+        result = known.get(id(row))
+        measured.append(None if result is None else result.measured)
+        published.append(None if result is None else result.published)
+    return [_Values("test_error_percent", _means(measured)), _Values("published_error_percent", published)]
 
 
 def _times(ranking: Ranking, target: float) -> list[_Values]:
@@ -183,6 +190,6 @@ def _times(ranking: Ranking, target: float) -> list[_Values]:
     return [
         _Values("target", [target] * len(rows)),
         _Values("reached", [each.count for each in reached]),
-        _Values("steps_to_target", [None if each.steps is None else each.steps.mean for each in reached]),
-        _Values("seconds_to_target", [None if each.seconds is None else each.seconds.mean for each in reached]),
+        _Values("steps_to_target", _means(each.steps for each in reached)),
+        _Values("seconds_to_target", _means(each.seconds for each in reached)),
     ]
