@@ -19,7 +19,7 @@ from dlopt.basics.interruption import note_files
 from dlopt.basics.locks import hold, is_held, lost
 from dlopt.basics.plain_values import load_yaml, read_regular, regular_lines
 
-FORMAT = 1  # version of the files in a run folder and of their keys; stored in environment.json
+FORMAT = 1  # of the files in a run folder and of their keys, checkpoints included
 LOCK = ".lock"
 LAUNCHER_LOCK = ".launcher.lock"  # of the process that starts the ranks of a run; rank 0 takes `LOCK`
 SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
@@ -46,7 +46,7 @@ class RunFolder:
         return config if isinstance(config, dict) else None
 
     def run_id(self) -> str | None:
-        """Returns the id that ties the config, the checkpoints and the summary of a run; None for an older dlopt.
+        """Returns the id that ties the config, the checkpoints and the summary of a run; None without a config.
 
         A run that is resumed in its folder keeps its id; a run resumed from a checkpoint in another folder gets a new
         one.
@@ -57,19 +57,17 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         return read_json(self.path / "summary.json")
 
-    def newer_format(self) -> str | None:
-        """Returns an error message if a newer dlopt wrote the folder in a newer format; None otherwise.
+    def other_format(self) -> str | None:
+        """Returns an error message if the folder is in another format; None otherwise.
 
-        Folders without a version have the first format.
+        Also None without environment.json, which a killed start may not have written.
         """
-        version = (read_json(self.path / "environment.json") or {}).get("folder_format")
-        if type(version) is not int or version <= FORMAT:
-            return None
-        return f"written by a newer dlopt (run folder format {version}; this version reads {FORMAT})"
+        environment = read_json(self.path / "environment.json")
+        return None if environment is None else other_format(environment.get("folder_format"), "run folder format")
 
-    def refuse_newer(self, key: str) -> None:
-        """Raises `UserError` if a newer dlopt wrote the folder; `key`: the override that selected it."""
-        if (reason := self.newer_format()) is not None:
+    def refuse_other_format(self, key: str) -> None:
+        """Raises `UserError` for a folder in another format; `key`: the override that selected it."""
+        if (reason := self.other_format()) is not None:
             raise UserError(f"{key}: {self.path}: {reason}")
 
     def has_run(self) -> bool:
@@ -151,6 +149,14 @@ class RunFolder:
             return load_yaml(self.path / name)
         except (OSError, ValueError):  # ValueError includes UnicodeDecodeError
             return None
+
+
+def other_format(found: object, what: str) -> str | None:
+    """Returns an error message about files of the format `found`; None if it is `FORMAT`. `what`: its name."""
+    if type(found) is int and found == FORMAT:
+        return None
+    shown = "none" if found is None else printable(str(found))[:40]
+    return f"written by another version of dlopt ({what} {shown}; this version reads {FORMAT}); use that version"
 
 
 def new_run_id() -> str:

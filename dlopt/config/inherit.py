@@ -19,7 +19,6 @@ from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
 from dlopt.config.overrides import SPACE, key_of, keys_of, quoted_plain
 from dlopt.config.packages import entries
-from dlopt.config.schema import present_path
 
 _MISSING = object()
 
@@ -37,14 +36,11 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     if SPACE in keys and "optimizer" not in keys:
         raise UserError(f"{source}: the run sets the keys of its optimizer; with {SPACE}=, type optimizer= as well")
     folder = RunFolder(_path(composer, sources))
-    folder.refuse_newer(source)
+    folder.refuse_other_format(source)
     config = folder.config()
     if config is None:
         raise UserError(f"{source}: not a run folder: {folder.path} has no readable config.yaml")
-    saved = {
-        key: present_path(value) if key.endswith("._target_") and isinstance(value, str) else value
-        for key, value in flatten(config).items()
-    }
+    saved = flatten(config)
     _check(saved, config.get("allow_packages"), source, {key: line for line in typed for key in keys_of(line)})
     groups = [group for group in composer.groups() if role_of(group) is not Role.COMMAND]
     choices = _choices(composer, folder, [group for group in groups if group not in keys], source)

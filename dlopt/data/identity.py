@@ -20,7 +20,6 @@ from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped
 from dlopt.data.windows import Windows
 
 SPLITS = ("train", "val", "test")
-_SCHEME = 1  # changes with the meaning of the hashes
 _WHOLE = 1 << 30  # bytes; larger contents are hashed in part
 _MOST_FILES = 1 << 17  # more are neither measured nor read as a whole
 _BLOCK = 1 << 20  # bytes, at least one sample
@@ -34,7 +33,7 @@ _TEXTS = {
 }
 
 Identity = Mapping[str, Any]
-"""`scheme`; and for each split `samples` or `tokens` (its size), `targets` and `content` (SHA-256)."""
+"""For each split `samples` or `tokens` (its size), `targets` and `content` (SHA-256)."""
 
 
 def identify(dataset: Dataset, contents: Sequence[str] = SPLITS) -> Identity:
@@ -50,18 +49,15 @@ def identify(dataset: Dataset, contents: Sequence[str] = SPLITS) -> Identity:
     """
     splits = {name: getattr(dataset, name) for name in SPLITS}
     return {
-        "scheme": _SCHEME,
-        **{
-            name: _identify(samples, has_hashes=not dataset.is_generated, has_content=name in contents)
-            for name, samples in splits.items()
-            if samples is not None
-        },
+        name: _identify(samples, has_hashes=not dataset.is_generated, has_content=name in contents)
+        for name, samples in splits.items()
+        if samples is not None
     }
 
 
 def difference(saved: Identity | None, current: Identity | None) -> str | None:
     """Describes the first difference between two identities; None if there is none, or one of them is unknown."""
-    if saved is None or current is None or saved.get("scheme") != current.get("scheme"):
+    if saved is None or current is None:
         return None
     for split in SPLITS:
         old, new, name = saved.get(split), current.get(split), _NAMES[split]

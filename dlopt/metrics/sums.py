@@ -199,16 +199,11 @@ class MetricSum:
 
     def state_dict(self) -> dict[str, Any]:
         self.sync()
-        loss, correct, count = self._reported
-        # "right" is `correct` in checkpoints, whose keys stay: older ones resume, and older versions read newer ones.
-        reported = {"reported_loss": loss, "reported_right": correct, "reported_count": count}
-        return {"loss": self.loss, "right": self.correct, "count": self.count, **reported}
+        return {"loss": self.loss, "correct": self.correct, "count": self.count, "reported": list(self._reported)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.loss, self.correct, self.count = state["loss"], state["right"], state["count"]
-        # Without these keys, in an older checkpoint, the first report covers only the updates after the resume.
-        totals = ("loss", self.loss), ("right", self.correct), ("count", self.count)
-        loss, correct, count = (state.get(f"reported_{name}", value) for name, value in totals)
+        self.loss, self.correct, self.count = state["loss"], state["correct"], state["count"]
+        loss, correct, count = state["reported"]
         self._reported = loss, correct, count
 
 

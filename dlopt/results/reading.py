@@ -21,7 +21,6 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, load_json, load_yaml, parse_numbers, regular_lines
 from dlopt.config.keys import LABELS
-from dlopt.config.resuming import NEWER_GROUPS
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
@@ -107,7 +106,7 @@ class _DamageError(Exception):
 
 
 def _read(path: Path) -> Record:
-    if (reason := RunFolder(path).newer_format()) is not None:
+    if (reason := RunFolder(path).other_format()) is not None:
         raise _DamageError(reason)
     config = _mapping(path / "config.yaml", load_yaml)
     if config is None:
@@ -199,7 +198,6 @@ def _status(path: Path, summary: Mapping[str, Any] | None) -> str:
 def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens a config to dotted keys in its order, each group's choice before its keys."""
     flat: dict[str, Any] = {}
-    config = {**config, **{name: group for name, group in NEWER_GROUPS.items() if name not in config}}
     chosen = choices_of_groups(config, choices)
     for key, value in config.items():
         if key in chosen:

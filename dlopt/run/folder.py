@@ -89,7 +89,7 @@ def _find_folder(
     if is_typed and target.is_live():
         raise UserError(f"hydra.run.dir={path}: another run is active in this folder")
     if is_typed:
-        target.refuse_newer(f"hydra.run.dir={path}")
+        target.refuse_other_format(f"hydra.run.dir={path}")
     if resume == "auto":
         previous = target if is_typed else newest_unfinished(path.parent, saved)
         if previous is not None and previous.has_run():
@@ -112,7 +112,7 @@ def _find_folder(
         )
     checkpoint = None
     if source is not None:
-        source.refuse_newer(f"resume={resume}")
+        source.refuse_other_format(f"resume={resume}")
         checkpoint = _load(resume)
         refuse_other_config(checkpoint.config, saved, resume, source.typed())
     if not is_typed:
@@ -139,7 +139,7 @@ def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> "Checkpoi
     """
     from dlopt.training.checkpoint.checkpoints import load_of_run
 
-    folder.refuse_newer("resume=auto")
+    folder.refuse_other_format("resume=auto")
     refuse_other_config(folder.config() or saved, saved, f"{folder.path}", folder.typed())
     return None if folder.is_done(saved) else load_of_run(folder, saved)
 

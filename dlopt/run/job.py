@@ -40,7 +40,7 @@ def main() -> int:
 
     folder = RunFolder(Path(sys.argv[1]))
     try:
-        folder.refuse_newer("dlopt.run.job")
+        folder.refuse_other_format("dlopt.run.job")
         config = folder.config()
         refuse_hidden(config or {}, "a process reads its config from a file, which must not hold the password or token")
         if config is None:

@@ -311,7 +311,7 @@ def check_folder(
     if is_submitted(sweep.path) and not has_jobs(space, jobs, axes):
         raise UserError(f"{key}: another sweep was submitted in this folder; use another one")
     for job in jobs:
-        job.folder.refuse_newer(key)
+        job.folder.refuse_other_format(key)
     for job in [job for job in jobs if job.folder.has_begun()]:
         if resume != "auto" and not working:
             found = "a sweep; resume it" if what == "sweep" else "runs; resume them"

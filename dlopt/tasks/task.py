@@ -80,8 +80,8 @@ class Task:
 
     @classmethod
     def of_fields(cls, values: Mapping[str, Any]) -> Self:
-        """Returns the task of `saved`, also as older versions wrote it, with the fields of all tasks."""
-        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+        """Returns the task of `saved`."""
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
 
     @classmethod
     def instead_of(cls, task: "Task", shape: tuple[int, ...], choice: str) -> "Task":

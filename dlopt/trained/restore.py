@@ -45,7 +45,7 @@ class Trained:
     config: Mapping[str, Any]  # saved, without the overrides
     epoch: int
     tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte
-    identity: Identity | None = None  # of the training data; None if the checkpoint is of an older dlopt
+    identity: Identity | None = None  # of the training data; None if not known
     foreign: str | None = None  # that the checkpoint is of another run than its folder
     is_widened: bool = False  # in fp32 instead of bf16_pure
 

@@ -186,5 +186,4 @@ class Best:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self.__dataclass_fields__:
-            if name in state:
-                setattr(self, name, state[name])
+            setattr(self, name, state[name])

@@ -313,16 +313,6 @@ def test_differences_names_dotted_keys() -> None:
     assert differences(saved, resumed) == {"model.depth": (2, None), "model.norm": (None, "batch")}
 
 
-def test_configs_without_ema_warmup_had_a_constant_decay() -> None:
-    """They were saved before this key existed; without an average it does not matter."""
-    averaged = {"ema": 0.9, "ema_warmup": True}
-    assert differences({"ema": 0.9}, averaged) == {"ema_warmup": (False, True)}
-    assert differences({"ema": 0.9}, {"ema": 0.9, "ema_warmup": False}) == {}
-    assert differences({"ema": None}, {"ema": None, "ema_warmup": True}) == {}
-    assert differences({"ema": None}, averaged) == {"ema": (None, 0.9)}
-    assert differences({**averaged, "ema_warmup": False}, averaged) == {"ema_warmup": (False, True)}
-
-
 # -- resume=PATH
 
 
@@ -589,14 +579,16 @@ def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pyt
 # -- formats
 
 
-def test_refuses_newer_folder_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize("found", [FORMAT + 1, FORMAT - 1, None, "1"])
+def test_refuses_another_folder_format(tmp_path: Path, found: object) -> None:
     run = tmp_path / "outputs/train/2026-11-20_12-00-00"
     stop_after_first_epoch(tmp_path, f"hydra.run.dir={run}")
     path = run / "environment.json"
     environment = json.loads(path.read_text())
-    assert environment["folder_format"] == FORMAT and RunFolder(run).newer_format() is None
-    path.write_text(json.dumps({**environment, "folder_format": FORMAT + 1}))
-    reason = f"{run}: written by a newer dlopt (run folder format {FORMAT + 1}; this version reads {FORMAT})"
+    assert environment["folder_format"] == FORMAT and RunFolder(run).other_format() is None
+    path.write_text(json.dumps({**environment, "folder_format": found}))
+    shown = "none" if found is None else found
+    reason = f"{run}: written by another version of dlopt (run folder format {shown}; this version reads {FORMAT})"
     for typed in (
         ["resume=auto"],
         ["resume=auto", f"hydra.run.dir={run}"],
@@ -605,10 +597,10 @@ def test_refuses_newer_folder_format(tmp_path: Path) -> None:
     ):
         assert reason in refused(tmp_path, "train", *TINY, *typed), typed
     listed = dlopt(tmp_path, "runs", "outputs")
-    assert "skipped: written by a newer dlopt" in listed.err and run.name not in listed.out
+    assert "skipped: written by another version of dlopt" in listed.err and run.name not in listed.out
 
 
-def test_refuses_newer_checkpoint_format(tmp_path: Path) -> None:
+def test_refuses_another_checkpoint_format(tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN, "checkpoint.every_steps=1", "data.batch_size=10")
     newest = tmp_path / "run/checkpoints/last.pt"
     assert [*newest.parent.glob("step-*.pt")]
@@ -621,4 +613,4 @@ def test_refuses_newer_checkpoint_format(tmp_path: Path) -> None:
         ["eval", f"checkpoint={newest}"],
         ["train", *TINY, *changed, f"init_from={newest}", "hydra.run.dir=new"],
     ):
-        assert "written by a newer dlopt (format 99; this reads " in refused(tmp_path, *command)
+        assert "written by another version of dlopt (format 99; this version reads " in refused(tmp_path, *command)

@@ -44,10 +44,6 @@ def test_conditions(outputs: Path, condition: str, expected: list[str]) -> None:
     assert found(outputs, condition) == expected
 
 
-def test_condition_on_runs_of_an_older_version(outputs: Path) -> None:
-    assert "no run matches tags=base" in dlopt(outputs, "runs", "outputs/old", "tags=base").err
-
-
 def test_columns(outputs: Path) -> None:
     header, *lines = (line.split("\t") for line in dlopt(outputs, "runs").out.splitlines())
     shown = [dict(zip(header, line, strict=True)) for line in lines]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.files import write_json, write_yaml
-from dlopt.basics.folders import SPACE
+from dlopt.basics.folders import FORMAT, SPACE
 from dlopt.basics.locks import hold
 from dlopt.sweeps import status as statuses
 from dlopt.sweeps.queue import WORKERS, Log, alive
@@ -18,7 +18,7 @@ def write_run(folder: Path, status: str | None, reason: str | None = None) -> No
     folder.mkdir(parents=True)
     write_yaml(folder / "config.yaml", {"seed": int(folder.name), "monitor": "auto"})
     write_yaml(folder / "overrides.yaml", [f"seed={folder.name}"])
-    write_json(folder / "environment.json", {})
+    write_json(folder / "environment.json", {"folder_format": FORMAT})
     if status is not None:
         summary = {"status": status, "best_val_accuracy": 0.5 + int(folder.name) / 10}
         write_json(folder / "summary.json", summary | ({} if reason is None else {"reason": reason}))

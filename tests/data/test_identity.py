@@ -54,7 +54,14 @@ def read_csv(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
         Image.fromarray(image).save(folder / f"{number}.png")
     lines = [f"{number}.png,{label}" for number, label in enumerate(labels)]
     (folder / "list.csv").write_text("\n".join(["path,label", *lines]))
-    keys = {"root": None, "path_column": "path", "label_column": "label", "split_column": None, "labels": "class"}
+    keys = {
+        "root": None,
+        "path_column": "path",
+        "label_column": "label",
+        "split_column": None,
+        "labels": "class",
+        "label_separator": ";",
+    }
     return csv(file=str(folder / "list.csv"), channels=3, **keys, **FILES)
 
 
@@ -138,6 +145,7 @@ def test_moved_data_are_the_same_and_changed_data_are_not(read: Read, tmp_path: 
 def test_a_text_and_its_tokens(tmp_path: Path) -> None:
     words = b"the quick brown fox jumps over the lazy dog\n" * 40
     keys = {"pattern": "*", "sequence_length": 8, "val_split": 0.1, "test_split": 0.1, "saved_tokenizer": None}
+    keys |= {"column": None, "tokenizer": "bytes", "vocabulary": None}
 
     def found(name: str, content: bytes, **changes: object) -> module.Identity:
         (tmp_path / name).write_bytes(content)
@@ -204,18 +212,18 @@ def test_generated_data_are_identified_by_their_config() -> None:
 
 def test_the_first_difference_is_named() -> None:
     train = {"samples": 1200, "targets": "a", "content": "b"}
-    old = {"scheme": 1, "train": train, "test": {"samples": 5}}
+    old = {"train": train, "test": {"samples": 5}}
     order = "or the same ones in another order"
     cases = {
         "the training set has 1,000 samples, not 1,200": {**old, "train": {**train, "samples": 1000}},
         f"the training set has other labels, {order}": {**old, "train": {**train, "targets": "c"}},
         f"the training set has other inputs, {order}": {**old, "train": {**train, "content": "c"}},
-        "they have no test set": {"scheme": 1, "train": train},
+        "they have no test set": {"train": train},
         "they have a validation set": {**old, "val": {"samples": 1}},
     }
     for message, new in cases.items():
         assert difference(old, new) == message
-    assert difference(old, None) is difference(None, old) is difference(old, {**old, "scheme": 2}) is None
+    assert difference(old, None) is difference(None, old) is None
     assert difference(old, {**old, "train": {"samples": 1200}}) is None, "not hashed: not compared"
 
 

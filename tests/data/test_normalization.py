@@ -204,7 +204,7 @@ def test_features_far_from_zero_keep_their_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["standardize", "per_pixel", "unit", "mean_pixel", "mean_image"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_images_keep_the_sums_of_older_checkpoints(name: str, dtype: torch.dtype) -> None:
+def test_images_have_no_center(name: str, dtype: torch.dtype) -> None:
     inputs = images()
     inputs[:, 0, 0, 0] = 255
     module = KINDS[name]((3, 6, 5)).to(dtype)

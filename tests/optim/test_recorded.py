@@ -1,6 +1,6 @@
 """The paths of all optimizers on a small net, and of the line search on functions of one variable, as recorded.
 
-The update of an optimizer is part of what a run of an earlier version is compared with: a change must be intended.
+The update of an optimizer is part of what runs are compared with: a change must be intended.
 
     REGENERATE_GOLDEN=1 python -m pytest tests/optim/test_recorded.py
 

@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.folders import FORMAT
 from dlopt.basics.secrets import note
 from dlopt.results.columns import difference_text, statistic_text, summary_csv
 from dlopt.results.leaderboard import Difference, Record, Statistic
@@ -93,7 +94,7 @@ def test_warns_of_runs_of_different_data_or_code(
 ) -> None:
     for seed, facts in enumerate((first, second)):
         make_run(tmp_path / str(seed), seed=seed)
-        (tmp_path / str(seed) / "environment.json").write_text(json.dumps(facts))
+        (tmp_path / str(seed) / "environment.json").write_text(json.dumps({"folder_format": FORMAT, **facts}))
     expected = (
         [] if warned is None else [f"warning: #1: its runs had different {warned}, which their mean does not show"]
     )
@@ -104,7 +105,7 @@ def test_runs_of_different_data_are_different_rows_in_every_table(tmp_path: Path
     for i, content in enumerate("aba"):
         make_run(tmp_path / str(i), seed=i, config={"data.root": content})
         facts = {"data": {"identity": {"train": {"content": content}}}}
-        (tmp_path / str(i) / "environment.json").write_text(json.dumps(facts))
+        (tmp_path / str(i) / "environment.json").write_text(json.dumps({"folder_format": FORMAT, **facts}))
     ranking = table(tmp_path)
     assert [[run.path.name for run in row.runs] for row in ranking.rows] == [["0", "2"], ["1"]]
     assert ranking.keys == ["data read"]
@@ -263,7 +264,8 @@ def run_with(path: Path, text: str, number: int, status: str) -> None:
               "device": text, "monitor": text}  # fmt: skip
     make_run(path, lr=0.1 + number, accuracies=(0.5, 0.5 + number / 100), config=config, status=status, reason=text,
              overrides=lines)  # fmt: skip
-    (path / "environment.json").write_text(json.dumps({"git_commit": text, "choices": {"optimizer": text, text: text}}))
+    facts = {"folder_format": FORMAT, "git_commit": text, "choices": {"optimizer": text, text: text}}
+    (path / "environment.json").write_text(json.dumps(facts))
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     (path / "metrics.jsonl").write_text("".join(json.dumps({**line, f"val_{text}": 0.5}) + "\n" for line in lines))
     summary = json.loads((path / "summary.json").read_text())

@@ -90,7 +90,7 @@ def test_ties_of_the_best_epoch_are_broken_by_the_loss_as_in_training(tmp_path: 
 
 
 def test_the_best_epoch_is_that_of_the_summary(tmp_path: Path) -> None:
-    """A run may have selected it by another rule: an older dlopt, or before a resumed run was killed."""
+    """A run may have selected it by another rule before it was resumed and killed."""
     path = make_run(tmp_path / "run", accuracies=(0.5, 0.6, 0.9))
     lines = [{**json.loads(line), "val_macro_f1": 0.1} for line in (path / "metrics.jsonl").read_text().splitlines()]
     lines[1]["val_macro_f1"] = 0.2
@@ -176,13 +176,6 @@ def test_varying_keys_exclude_seeds_and_keys_implied_by_choices() -> None:
         "optimizer.momentum",
     ]
     assert varying_keys(configs[:1]) == []
-
-
-def test_runs_of_earlier_versions_have_the_groups_that_did_not_exist() -> None:
-    decay = {"_target_": "dlopt.schedules.decay.constant", "cautious": False, "width": "none"}
-    configs = ({"seed": 0}, {}), ({"decay": decay}, {"decay": "constant"})
-    flat = [reading._flat(*each) for each in configs]
-    assert flat[0]["decay"] == "constant" and varying_keys(flat) == []
 
 
 def test_formats_values_as_in_overrides() -> None:

@@ -5,13 +5,16 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dlopt.basics.files import sha256, write
+from dlopt.tasks.regression import Regression
 from dlopt.training.checkpoint.checkpoints import Checkpoints
+from dlopt.training.stopping import Best
 
 
 def state(step: int, *, best_epoch: int | None = None, epoch: int | None = None) -> dict[str, Any]:
@@ -26,9 +29,15 @@ def state(step: int, *, best_epoch: int | None = None, epoch: int | None = None)
             "epoch": step if epoch is None else epoch,
             "position": 0,
             "step": step,
-            "best": {"epoch": best_epoch},
+            "seconds": 1.0,
+            "horizon": 100,
+            "resumed_from": [],
+            "found_lr": None,
+            "evaluated": step if epoch is None else epoch,
+            "best": asdict(Best("val_loss", epoch=best_epoch)),
+            "data": {"classes": None, "task": Regression(1).saved, "sample": [3], "window": [3], "identity": None},
         },
-        "config": {"name": "try"},
+        "config": {"name": "try", "run_id": "a"},
         "normalize": {},
     }
 
@@ -95,7 +104,7 @@ class Payload:
 
 
 def poison(path: Path, marker: Path) -> None:
-    """Makes a checkpoint one with shards in the format of an earlier dlopt, with valid checksums: pickled payloads."""
+    """Makes a checkpoint one with shards that are pickled payloads, as of torch.distributed, with valid checksums."""
     folder = path.parent / f"shards/{path.stem}"
     folder.mkdir(parents=True)
     for name in (".metadata", "__0_0.distcp"):

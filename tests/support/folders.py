@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dlopt.basics.folders import FORMAT
 from dlopt.results.ranking import Ranking, gather
 from dlopt.results.reading import RunReader
 
@@ -48,7 +49,10 @@ def make_run(
     typed = [f"optimizer={optimizer}", f"optimizer.lr={lr}", f"seed={seed}"] if overrides is None else overrides
     _write(path / "config.yaml", yaml.dump(full_config, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
     _write(path / "overrides.yaml", yaml.safe_dump(typed))
-    _write(path / "environment.json", json.dumps({"dlopt": "0.1.0", "git_commit": "c" * 40, "choices": choices}))
+    _write(
+        path / "environment.json",
+        json.dumps({"folder_format": FORMAT, "dlopt": "0.1.0", "git_commit": "c" * 40, "choices": choices}),
+    )
     losses = losses or tuple(1 - accuracy for accuracy in accuracies)
     lines = [
         {

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -39,46 +38,17 @@ IMAGE = (3, 8, 8)
 # -- of a checkpoint
 
 
-def former(kind: str, outputs: int, **changed: Any) -> dict[str, Any]:
-    """The task of a checkpoint as older versions wrote it: with the fields of all tasks."""
-    plain = {"predictions": 1, "unit": "token", "white": 255.0, "bytes_per_token": None}
-    return {"kind": kind, "outputs": outputs, **plain, **changed}
-
-
-FORMER = {
-    "classification": former("classification", 10),
-    "floating-point images": former("classification", 10, white=1.0),
-    "multi-label": former("multi-label", 3),
-    "regression": former("regression", 2),
-    "bytes": former("next_token", 256, predictions=8, unit="byte"),
-    "tokens": former("next_token", 50257, predictions=8),
-    "tokens of known length": former("next_token", 300, predictions=8, bytes_per_token=2.5),
-    "reconstruction": former("reconstruction", 12, white=1.0),
-}
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_a_checkpoint_has_the_task(name: str) -> None:
     task = TASKS[name]
     assert restored(task.saved) == task and type(restored(task.saved)) is type(task)
     assert all(value is None or isinstance(value, str | int | float) for value in task.saved.values())
-    assert task.saved["kind"] == FORMER[name]["kind"]
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_a_checkpoint_of_an_older_version_has_the_task(name: str) -> None:
-    assert restored(FORMER[name]) == TASKS[name]
-    # The first versions knew fewer fields.
-    first = {key: FORMER[name][key] for key in ("kind", "outputs", "predictions", "unit")}
-    assert restored(first).saved == TASKS[name].saved | {"white": 255.0} | (
-        {"bytes_per_token": None} if isinstance(TASKS[name], NextToken) else {}
-    )
 
 
 def test_an_unknown_task_is_refused() -> None:
     """By an error that `blamed` turns into one of the file."""
     with pytest.raises(UserError, match=r"^checkpoint=a\.pt: "), blamed("checkpoint=a.pt"):
-        restored(former("segmentation", 2))
+        restored({"kind": "segmentation", "outputs": 2})
 
 
 # -- of data

@@ -127,7 +127,9 @@ class VariantJobs(pools.JobSource):
     def _start_here(self, slot: int, folder: Path, environment: Mapping[str, str]) -> pools.Process:
         assert self._newest is not None
         job, plan = self._newest, self._newest.plan
-        run = TrainingRun(plan.run_config, folder, load_of_run(job.folder, plan.saved), plan.choices)
+        # The id that `describe` has written into the folder, for the checkpoints and the summary.
+        run_config = replace(plan.run_config, config={"run_id": job.folder.run_id(), **plan.run_config.config})
+        run = TrainingRun(run_config, folder, load_of_run(job.folder, plan.saved), plan.choices)
         self._code_here = exit_code(run, console=False, may_diverge=True)
         return _Ended(self._code_here)
 

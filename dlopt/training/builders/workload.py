@@ -408,7 +408,7 @@ def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
     """
     saved, current = checkpoint.data, data_spec(workload)
     for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
-        if name in saved and saved[name] != current[name]:
+        if saved[name] != current[name]:
             raise UserError(
                 f"resume: the run was trained on other data, with {what} {saved[name]}, now {current[name]}; see "
                 "data.root"

@@ -28,12 +28,12 @@ from dlopt.basics.files import (
     sha256,
     write,
 )
-from dlopt.basics.folders import RunFolder
+from dlopt.basics.folders import FORMAT, RunFolder, other_format
 from dlopt.config.resuming import refuse_other_config
 from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import content, sharded
-from dlopt.training.checkpoint.content import FORMAT, KEYS, Checkpoint
+from dlopt.training.checkpoint.content import KEYS, Checkpoint
 
 _OWN_NAMES = re.compile(r"last|best|(step|restart)-\d+")  # of files that runs replace
 
@@ -163,7 +163,7 @@ class Checkpoints:
                 continue
             try:
                 return load(path)
-            except OtherVersionError:  # an older checkpoint would discard the progress of that version
+            except OtherVersionError:  # the previous checkpoint would discard the progress of that version
                 raise
             except UserError as error:
                 damaged.append(path.name)
@@ -199,16 +199,13 @@ class Checkpoints:
         return prefix
 
     def has_best(self, epoch: float, run_id: str | None) -> bool:
-        """Returns whether best.pt has this epoch and this run: a run may resume from a checkpoint before its best.
-
-        `run_id`: None if unknown (checkpoints of an older dlopt).
-        """
+        """Returns whether best.pt has this epoch and this run: a run may resume from a checkpoint before its best."""
         self.wait()
         state = sharded.load_without_shards(self.best)
         if content.damage(state, whole=False) is not None:  # reported when it is loaded
             return self.best.exists()
         best = Checkpoint(state)
-        return best.evaluated_epoch == epoch and (run_id is None or best.run_id in (None, run_id))
+        return best.evaluated_epoch == epoch and best.run_id == run_id
 
     def adopt_best(self, path: Path, run_id: str) -> None:
         """Writes the checkpoint file `path` of another run, with its shards, as the best one of this run."""
@@ -319,21 +316,13 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint={path}: not a dlopt checkpoint: {reason(error)}") from None
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"checkpoint={path}: not a dlopt checkpoint; load its weights with init_from={path}")
-    form = state["format"]
-    if type(form) is not int:
-        raise UserError(f"checkpoint={path}: not a dlopt checkpoint: format={form!r} is not an integer")
-    if form > FORMAT:
-        raise OtherVersionError(f"checkpoint={path}: written by a newer dlopt (format {form}; this reads {FORMAT})")
+    if (other := other_format(state["format"], "format")) is not None:
+        raise OtherVersionError(f"checkpoint={path}: {other}")
     missing = sorted(KEYS - state.keys())
     if missing:
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; load its weights with init_from={path}")
     if not sharded.is_sharded(state):
         return _checked(path, state)
-    if sharded.is_pickled(state):
-        raise OtherVersionError(
-            f"checkpoint={path}: these shards were written by an earlier dlopt (before safetensors); "
-            f"consolidate them with that version: dlopt consolidate checkpoint={path}"
-        )
     try:
         damage = sharded.find_damage(path, state)
         if damage is None:
@@ -368,9 +357,9 @@ def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | No
 
 
 def foreign(path: Path, checkpoint: Checkpoint) -> str | None:
-    """Describes a checkpoint file `path` that is not of its folder's run; None if it is, or has no run id."""
+    """Describes a checkpoint file `path` that is not of its folder's run; None if it is, or is in no run folder."""
     expected, found = RunFolder(path.absolute().parent.parent).run_id(), checkpoint.run_id
-    if expected is None or found is None or expected == found:
+    if expected is None or expected == found:
         return None
     return f"{path} is a checkpoint of another run ({found}) than its folder ({expected})"
 

@@ -20,16 +20,13 @@ from dlopt.metrics.names import Mode
 from dlopt.tasks.kinds import restored
 from dlopt.tasks.task import Task
 
-FORMAT = 1  # a sharded checkpoint also has the key "shards"
+# A sharded checkpoint also has the key "shards".
 KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint. Has defaults for entries that an older dlopt did not write.
-
-    `state`: the content of its file, as returned by `Trainer.state_dict`.
-    """
+    """A checkpoint. `state`: the content of its file, as returned by `Trainer.state_dict`."""
 
     state: Mapping[str, Any]
 
@@ -41,7 +38,7 @@ class Checkpoint:
 
     @property
     def run_id(self) -> str | None:
-        """None if written by an older dlopt."""
+        """See `RunFolder.run_id`; None for a trainer that is in no run."""
         return self.config.get("run_id")
 
     def with_run_id(self, run_id: str | None) -> dict[str, Any]:
@@ -121,13 +118,14 @@ class Checkpoint:
 
     @property
     def found_lr(self) -> float | None:
-        """The learning rate of a range test."""
-        return self._progress.get("found_lr")
+        """The learning rate of a range test; None if there was none."""
+        found: float | None = self._progress["found_lr"]
+        return found
 
     @property
     def evaluated_epoch(self) -> float:
-        """The latest evaluated epoch, a fraction within an epoch; an older dlopt evaluated at the end of epochs."""
-        evaluated: float = self._progress.get("evaluated", self.epoch)
+        """The latest evaluated epoch, a fraction within an epoch."""
+        evaluated: float = self._progress["evaluated"]
         return evaluated
 
     @property
@@ -140,18 +138,20 @@ class Checkpoint:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The result of `data_spec` (builders/workload.py); an older dlopt did not write all of its entries."""
-        return self._progress.get("data", {})
+        """The result of `data_spec` (builders/workload.py)."""
+        data: Mapping[str, Any] = self._progress["data"]
+        return data
 
     @property
     def identity(self) -> Mapping[str, Any] | None:
         """The identity of the data, see `dlopt.data.identity`; None if not known."""
-        return self.data.get("identity")
+        identity: Mapping[str, Any] | None = self.data["identity"]
+        return identity
 
     @property
     def is_identified(self) -> bool:
-        """Whether the run and its data were identified; false: written by an older dlopt."""
-        return "identity" in self.data
+        """True; for `dlopt.training.run`."""
+        return True
 
     @property
     def task(self) -> Task:
@@ -198,25 +198,25 @@ _Shape = list[Annotated[StrictInt, Field(ge=1, le=2**31)]]
 _State = dict[Any, Any]  # checked by its owner on loading
 
 
-class _Data(TypedDict, total=False):
+class _Data(TypedDict):
     classes: list[StrictStr] | None
     task: Task
     sample: _Shape
     window: _Shape
-    tokenizer: StrictStr | None
+    tokenizer: NotRequired[StrictStr]
     identity: Annotated[dict[StrictStr, Any], AfterValidator(_plain)] | None
 
 
 class _Best(TypedDict):
     epoch: _Number | None
-    monitor: NotRequired[StrictStr]
-    value: NotRequired[_Float]
-    val_loss: NotRequired[_Float | None]
-    val_accuracy: NotRequired[_Float | None]
-    mode: NotRequired[Mode | None]
+    monitor: StrictStr
+    value: _Float
+    val_loss: _Float | None
+    val_accuracy: _Float | None
+    mode: Mode | None
 
 
-class _Progress(TypedDict, total=False):
+class _Progress(TypedDict):
     epoch: _Count
     position: _Count
     step: _Count
@@ -259,8 +259,6 @@ def damage(state: Mapping[str, Any], *, whole: bool = True) -> str | None:
         first = error.errors(include_url=False, include_context=False)[0]
         key = printable(".".join(map(str, first["loc"])))
         return f"{key[:80]}: {first['msg'].removeprefix('Value error, ')}"
-    if not {"epoch", "position", "step", "best"} <= state["progress"].keys():
-        return "progress: epoch, position, step or best is missing"
     return None
 
 

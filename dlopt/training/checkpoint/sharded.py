@@ -55,12 +55,6 @@ def is_sharded(state: Mapping[str, Any]) -> bool:
     return KEY in state
 
 
-def is_pickled(state: Mapping[str, Any]) -> bool:
-    """Returns whether the shards are pickles of torch.distributed.checkpoint, the format of an earlier dlopt."""
-    files = state[KEY].get("files") if isinstance(state.get(KEY), dict) else None
-    return isinstance(files, dict) and ".metadata" in files
-
-
 def find_damage(path: Path, state: Mapping[str, Any]) -> str | None:
     """Describes the damage to the shards of the checkpoint file `path` with content `state`; None if intact."""
     if not is_sharded(state):

@@ -359,8 +359,10 @@ def test_does_not_run_pickled_code(tmp_path: Path, kind: str, read: Callable[[Pa
 def test_rejects_unknown_formats(tmp_path: Path, form: Any) -> None:
     path = tmp_path / "last.pt"
     torch.save({**state(1), "format": form}, path)
-    with pytest.raises(UserError, match=r"newer dlopt \(format 99" if form == 99 else r"last\.pt: .*format"):
+    shown = "none" if form is None else form
+    with pytest.raises(UserError) as error:
         load(sign(path))
+    assert f"written by another version of dlopt (format {shown}; this version reads" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, [1, 2], torch.zeros(3)])

@@ -1,4 +1,4 @@
-"""The one module that takes a checkpoint apart, and its defaults for checkpoints of an older dlopt."""
+"""The one module that takes a checkpoint apart."""
 
 import math
 import re
@@ -33,13 +33,6 @@ def test_one_module_takes_checkpoints_apart() -> None:
     assert found == {"training/checkpoint/content.py", "training/loop.py"}  # the loop writes the state, and restores it
 
 
-def test_an_older_checkpoint_lacks_what_it_did_not_know() -> None:
-    old = Checkpoint(state(3, best_epoch=2))
-    assert (old.run_id, old.found_lr, old.data, old.identity, old.tokenizer) == (None, None, {}, None, None)
-    assert not old.is_identified
-    assert (old.evaluated_epoch, old.best_epoch, old.step) == (3, 2, 3), "it evaluated at the end of epochs only"
-
-
 def test_the_evaluated_weights_are_the_average_if_there_is_one() -> None:
     weights, average = ({"weight": torch.full((2,), value)} for value in (1.0, 2.0))
     both = Checkpoint({"model": weights, "ema": average})
@@ -50,7 +43,7 @@ def test_the_evaluated_weights_are_the_average_if_there_is_one() -> None:
 def test_a_checkpoint_of_another_run_leaves_the_first_as_it_is() -> None:
     first = Checkpoint(state(1))
     other = Checkpoint(first.with_run_id("b"))
-    assert (other.run_id, other.config["name"], first.run_id) == ("b", "try", None)
+    assert (other.run_id, other.config["name"], first.run_id) == ("b", "try", "a")
     assert other.model is first.model
 
 

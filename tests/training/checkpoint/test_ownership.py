@@ -7,10 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
-from dlopt.basics.files import write
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import dlopt
 from tests.support.runs import assert_same_run, at_update, terminate
@@ -115,27 +113,6 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path, stopped: list[str], cha
     for name in ("last.pt", "last.pt.sha256"):
         shutil.copy(tmp_path / "other/checkpoints" / name, tmp_path / "run/checkpoints" / name)
     assert "is a checkpoint of another run" in refused(tmp_path, *stopped, AUTO)
-
-
-def older(path: Path) -> None:
-    """Makes a checkpoint one of a dlopt that knew neither ids nor identities."""
-    state = torch.load(path, weights_only=True)
-    del state["config"]["run_id"], state["progress"]["data"]["identity"]
-    write(path, lambda file: torch.save(state, file))
-
-
-def test_an_older_checkpoint_is_compared_by_its_config(tmp_path: Path, stopped: list[str]) -> None:
-    assert dlopt(tmp_path, *stopped[:-1], "optimizer.lr=0.03", "hydra.run.dir=other").code == 0
-    older(tmp_path / "run/checkpoints/last.pt")
-    shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    path = tmp_path / "other/checkpoints/last.pt"
-    older(path)
-    for name in ("last.pt", "last.pt.sha256"):
-        shutil.copy(path.with_name(name), tmp_path / "run/checkpoints" / name)
-    assert "optimizer.lr: saved 0.03, now" in refused(tmp_path, *stopped, AUTO)
-    result = dlopt(tmp_path, *stopped[:-1], "hydra.run.dir=copy", AUTO)
-    assert result.code == 0 and (result.out + result.err).count("warning: the checkpoint of an older dlopt") == 1
-    assert load(tmp_path / "copy/checkpoints/last.pt").state["progress"]["data"]["identity"]["train"]["samples"] == 64
 
 
 @pytest.mark.usefixtures("undrawn")
