@@ -13,8 +13,6 @@ from dlopt.adapt import adapted_layers, describe, lora, merged
 from dlopt.basics.errors import UserError
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
-from dlopt.config.parsing import parse
-from dlopt.config.resuming import differences
 from dlopt.models.linear import Linear
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.python.api import load
@@ -25,7 +23,7 @@ from dlopt.training.checkpoint import checkpoints
 from tests.support.equality import Cases, compare
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.modes import DDP, FSDP
-from tests.support.runs import assert_same_run, composed, metrics, resume, run_config, start
+from tests.support.runs import assert_same_run, metrics, resume, run_config, start
 from tests.support.sizes import MLP, SMALL
 
 NET = ["model.norm=none", "model.widths=[12,12]"]
@@ -214,13 +212,6 @@ def test_rules_of_the_optimizer_apply_afterwards() -> None:
     rules = "optimizer.groups=[{match: '*.bias', freeze: false}, {match: 'head.*', freeze: true}]"
     names = trainable(build_workload(run_config(*SMALL, *NET, *LORA, rules)).module)
     assert names == {"layer1.linear.lora_a", "layer1.linear.lora_b", "layer1.linear.bias", "layer2.linear.bias"}
-
-
-def test_configs_of_earlier_versions_have_no_adapters() -> None:
-    current = composed(*SMALL)[0]
-    config = {key: value for key, value in current.items() if key != "adapt"}
-    assert parse(config).adapt.choice == "adapt=none"
-    assert not differences(config, current)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import GROUPS, Settings
 from dlopt.config.settings_rules import check_settings
 from dlopt.config.signatures import annotations_of
-from dlopt.metrics.names import former_mode
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -32,9 +31,8 @@ def run_settings(config: Mapping[str, Any]) -> Settings:
     if isinstance(config.get("experiment"), Mapping):
         raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
     keys = {key: value for key, value in config.items() if key not in GROUPS}
-    if isinstance(keys.get("observers", []), list):
+    if isinstance(keys.get("observers"), list):
         keys["observers"] = []  # components: `user_observers` checks them
-    keys.setdefault("monitor_mode", former_mode(flatten(config)))  # absent in older configs
     settings = Settings(**check_arguments("", Settings, keys, related=GROUPS))
     check_settings(settings)
     return settings

@@ -2,7 +2,7 @@
 
 Keys declare their roles with their types: those of a run in `dlopt.config.settings`, those of every data set in
 `dlopt.data.settings`. All keys of a group have the role of the group, except the data's. A key that nobody declares,
-such as one of an older version or of another package, is part of the run's identity: the careful answer.
+such as one of another package, is part of the run's identity: the careful answer.
 """
 
 import dataclasses

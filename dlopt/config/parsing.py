@@ -22,8 +22,6 @@ def parse(
         saved: the form to write to disk, where it differs (it keeps `${oc.env:...}` unresolved).
         choices: the choice of each group, for messages.
     """
-    absent = {name: {"_target_": group.absent} for name, group in GROUPS.items() if group.absent and name not in config}
-    config, saved = {**config, **absent}, None if saved is None else {**saved, **absent}
     settings = run_settings(config)
     packages = trusted_packages(settings.allow_packages)
     components: dict[str, Any] = {}
@@ -56,7 +54,7 @@ def parse(
         decay_settings=components.pop("DecaySettings"),
         config={key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]},
         user_metrics=user_metrics(settings.evaluate.metrics, packages),
-        user_observers=user_observers(config.get("observers", []), packages),
+        user_observers=user_observers(config["observers"], packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from dlopt.basics.roles import Role
 from dlopt.basics.secrets import redacted
 from dlopt.config.keys import LABELS, role_of
 from dlopt.config.overrides import OUTPUT, quoted_plain, without
-from dlopt.data.settings import DataSettings
-from dlopt.metrics.names import former_mode
 from dlopt.tracking.metrics import read_metrics
 
 _TEACHER = "loss.teacher_sha256"
@@ -28,20 +25,6 @@ _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 def may_change(key: str) -> bool:
     """Returns whether a resumed run may have another value of this key, by the key's role."""
     return role_of(key) in _FREE
-
-
-NEWER_GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "adapt": {"_target_": "dlopt.adapt.none"},
-    "decay": {"_target_": "dlopt.schedules.decay.constant", "cautious": False, "width": "none"},
-}
-"""The meaning of configs that were saved before these groups existed."""
-
-# Keys that a config may lack: keys without meaning for its data set (older configs have them), and newer keys.
-UNUSED: Mapping[str, Any] = {
-    **{f"data.{each.name}": each.default for each in fields(DataSettings) if each.default is not MISSING},
-    **flatten(NEWER_GROUPS),
-    "ema_warmup": False,
-}
 
 
 def in_folder(folder: Path) -> list[str]:
@@ -126,11 +109,9 @@ def differences(
     Args:
         axes: keys and groups that count whatever their role, but for `_NO_AXES`: the jobs of a sweep differ in them.
     """
-    old, new = {**UNUSED, **flatten(redacted(saved))}, {**UNUSED, **flatten(redacted(current))}
-    for config in (old, new):  # absent in older configs
-        config.setdefault("monitor_mode", former_mode(config))
+    old, new = flatten(redacted(saved)), flatten(redacted(current))
     if old.get("ema") is None:
-        new["ema_warmup"] = old["ema_warmup"]  # there is no average, whose warmup could differ
+        new["ema_warmup"] = old.get("ema_warmup")  # there is no average, whose warmup could differ
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
     keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in _NO_AXES)]

@@ -18,13 +18,11 @@ class ConfigGroup:
     """What all choices of a config group share.
 
     `runtime`: arguments known only at run time. `common`: dataclass of keys that every choice has; a callable whose
-    signature names such a key receives its value. `absent`: callable in the place of a group that did not exist yet
-    when a config was saved; None if the group is required.
+    signature names such a key receives its value.
     """
 
     runtime: tuple[str, ...] = ()
     common: type | None = None
-    absent: str | None = None
 
     @property
     def common_names(self) -> tuple[str, ...]:
@@ -38,11 +36,11 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "augmentation": ConfigGroup(("input_shape", "classes", "train")),
     "model": ConfigGroup(("input_shape", "classes", "vocabulary")),
     "init": ConfigGroup(("model", "generator", "inputs", "growth")),
-    "adapt": ConfigGroup(("model", "generator"), absent="dlopt.adapt.none"),
+    "adapt": ConfigGroup(("model", "generator")),
     "loss": ConfigGroup(("classes", "class_counts", "labels", "label_fractions")),
     "optimizer": ConfigGroup(("params",), Grouping),
     "schedule": ConfigGroup(("horizon", "monitor_mode"), Warmup),
-    "decay": ConfigGroup(("horizon",), DecaySettings, absent="dlopt.schedules.decay.constant"),
+    "decay": ConfigGroup(("horizon",), DecaySettings),
     "clip": ConfigGroup(("model", "uses")),
     "stopping": ConfigGroup(("model", "norm", "monitor_mode")),
     "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),

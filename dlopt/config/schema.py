@@ -155,17 +155,6 @@ def _build(value: Any, runtime: Mapping[str, Any]) -> Any:
     return value
 
 
-# Modules that have moved: saved configs name callables in them by the old path.
-_MODES = ("columns", "ddp", "filter", "fsdp", "hybrid", "pipeline", "spatial")
-MOVED = {f"dlopt.parallel.{mode}": f"dlopt.parallel.modes.{mode}" for mode in _MODES}
-
-
-def present_path(path: str) -> str:
-    """Returns the dotted path of a callable in this version, given that in any version."""
-    module, dot, name = path.rpartition(".")
-    return f"{MOVED.get(module, module)}{dot}{name}"
-
-
 def component(
     key: str, node: Mapping[str, Any], runtime: Iterable[str], packages: Iterable[str], related: tuple[str, ...] = ()
 ) -> Component:
@@ -190,7 +179,6 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     level of a module, not merely be importable from it (modules import others, such as `os`). Raises `UserError`.
     """
     packages = tuple(packages)
-    path = present_path(path)
     package = path.split(".")[0]
     if package == "__main__":
         raise UserError(

@@ -3,7 +3,7 @@
 Imports no torch: the roles of keys are looked up without it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
@@ -34,10 +34,9 @@ class EvaluateSettings:
     metrics: Annotated[list[RequestedMetric | str], Role.PROTOCOL]  # str: see `dlopt.config.user_parts`
     tta: Annotated[Tta, Role.PROTOCOL]
     average: Annotated[Literal["probabilities", "logits"], Role.PROTOCOL]
-    # The defaults are for configs that were saved before these keys existed.
-    every_steps: Annotated[Count | None, Role.PROTOCOL] = None
-    samples: Annotated[Count | None, Role.PROTOCOL] = None
-    train_accuracy: Annotated[Toggle, Role.PROTOCOL] = "auto"
+    every_steps: Annotated[Count | None, Role.PROTOCOL]
+    samples: Annotated[Count | None, Role.PROTOCOL]
+    train_accuracy: Annotated[Toggle, Role.PROTOCOL]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +67,8 @@ class Published:
 class Settings:
     name: Annotated[str, Role.PLACE]
     run_id: Annotated[str | None, Role.COMMAND] = None  # no key to type: see `RunFolder.run_id`
-    # Configs that were saved before these keys existed lack them.
-    tags: Annotated[list[str], Role.WATCH] = field(default_factory=list)
-    note: Annotated[str | None, Role.WATCH] = None
+    tags: Annotated[list[str], Role.WATCH]
+    note: Annotated[str | None, Role.WATCH]
     seed: Annotated[Seed, Role.SEED]
     init_seed: Annotated[Seed, Role.SEED]
     order_seed: Annotated[Seed, Role.SEED]
@@ -87,7 +85,7 @@ class Settings:
     precision: Annotated[Literal["fp32", "tf32", "bf16", "bf16_pure", "fp16", "fp64", "auto"], Role.IDENTITY]
     compile: Annotated[Compile, Role.PLACE]
     cuda_graphs: Annotated[Toggle, Role.PLACE]
-    activation_checkpointing: Annotated[Recomputation, Role.PLACE] = "none"  # absent in older configs
+    activation_checkpointing: Annotated[Recomputation, Role.PLACE]
     channels_last: Annotated[Toggle, Role.PLACE]
     threads: Annotated[Count | Literal["auto"], Role.PLACE]
     deterministic: Annotated[bool, Role.IDENTITY]
@@ -96,7 +94,7 @@ class Settings:
     scale_lr_reference: Annotated[Count, Role.IDENTITY]
     decay_norm_and_bias: Annotated[bool, Role.IDENTITY]
     ema: Annotated[OpenFraction | Literal["tail"] | None, Role.IDENTITY]
-    ema_warmup: Annotated[bool, Role.IDENTITY] = False  # in configs that were saved before this key existed
+    ema_warmup: Annotated[bool, Role.IDENTITY]
     check: Annotated[Literal["auto", "step"], Role.WATCH]
     on_divergence: Annotated[Literal["stop", "skip", "rollback"], Role.WATCH]
     recovery: RecoverySettings
@@ -113,8 +111,7 @@ class Settings:
     profile_steps: Annotated[tuple[Natural, Count], Role.WATCH]
     log_every_steps: Annotated[Count | None, Role.WATCH]
     published: Annotated[list[Published], Role.WATCH]
-    # Absent in older configs; see `RunConfig.user_observers`.
-    observers: Annotated[list[dict[str, Any]], Role.WATCH] = field(default_factory=list)
+    observers: Annotated[list[dict[str, Any]], Role.WATCH]  # see `RunConfig.user_observers`
 
 
 SWITCHES = tuple(name for name, hint in get_type_hints(Settings).items() if hint is bool)

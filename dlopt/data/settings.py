@@ -16,7 +16,7 @@ ImageSize = Annotated[int, Interval(ge=1, le=1 << 14)]  # pixels
 class DataSettings:
     """Schema of `conf/data/_common.yaml` and the files that it includes, which have the defaults and document each key.
 
-    Keys with a default here mean nothing for some data sets, whose files do not have them; those saved before had all.
+    Keys with a default here mean nothing for some data sets, whose files do not have them.
     """
 
     batch_size: Annotated[BatchSize | Literal["full"], Role.IDENTITY]

@@ -26,7 +26,7 @@ def csv(
     split_column: str | None,
     labels: Literal["class", "several", "value"],
     channels: Literal[1, 3],
-    label_separator: str = ";",  # configs that were saved before this key existed lack it
+    label_separator: str,
     **keys: Unpack[ImageKeys],
 ) -> Dataset:
     """Loads images whose paths and labels are listed in a CSV file with a header line.

@@ -47,10 +47,9 @@ def text(
     *,
     file: str | list[str],
     pattern: str,
-    # Configs that were saved before these three keys existed lack them.
-    column: str | None = None,
-    tokenizer: Literal["bytes", "bpe"] | str = "bytes",
-    vocabulary: TrainedVocabulary | None = None,
+    column: str | None,
+    tokenizer: Literal["bytes", "bpe"] | str,
+    vocabulary: TrainedVocabulary | None,
     sequence_length: SequenceLength,
     val_split: Fraction,
     test_split: Fraction,

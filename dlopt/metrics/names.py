@@ -202,7 +202,7 @@ def finite(value: float | None) -> float:
 def monitored_modes(config: Mapping[str, Any]) -> dict[str, Mode]:
     """Returns the directions of the user's metrics that a run monitors. `config`: its values by dotted key."""
     modes: dict[str, Mode] = {}
-    run_mode = config["monitor_mode"] if "monitor_mode" in config else former_mode(config)
+    run_mode = config.get("monitor_mode")
     for key in _MONITORS:
         metric, mode = config.get(key, "auto"), run_mode
         if key == "schedule.monitor" and config.get("schedule.mode") != "auto":
@@ -219,20 +219,6 @@ def common_modes(configs: Iterable[Mapping[str, Any]]) -> dict[str, Mode]:
         for name, mode in monitored_modes(config).items():
             found.setdefault(name, set()).add(mode)
     return {name: next(iter(modes)) for name, modes in found.items() if len(modes) == 1}
-
-
-_FORMER = ("accuracy", "f1", "r2", "kappa", "score", "auc", "precision", "recall", "iou", "dice", "correlation")
-
-
-def former_mode(config: Mapping[str, Any]) -> Mode | None:
-    """Returns the `monitor_mode` of an older config without this key: the last word of the name decided.
-
-    `config`: its values by dotted key.
-    """
-    user_metrics = [str(config[key]) for key in _MONITORS if _is_user_metric(config.get(key))]
-    if not user_metrics:
-        return None
-    return "max" if user_metrics[0].endswith(tuple(f"_{word}" for word in _FORMER)) else "min"
 
 
 def _is_user_metric(metric: Any) -> TypeGuard[str]:

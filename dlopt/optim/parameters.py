@@ -50,7 +50,7 @@ class Grouping:
 
     groups: list[Rule]
     layer_decay: PositiveFraction | None
-    state_dtype: Literal["bf16"] | None = None  # absent in older configs; see `dlopt.training.builders.state_dtype`
+    state_dtype: Literal["bf16"] | None  # see `dlopt.training.builders.state_dtype`
 
 
 def freeze(model: nn.Module, grouping: Grouping) -> None:

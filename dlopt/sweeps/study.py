@@ -25,7 +25,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import hold, locked, taken
 from dlopt.basics.plain_values import open_regular
 from dlopt.basics.secrets import redact, redacted
-from dlopt.config.resuming import UNUSED, describe, may_change
+from dlopt.config.resuming import describe, may_change
 from dlopt.results.leaderboard import Direction
 from dlopt.sweeps.queue import WORKERS, name_worker
 from dlopt.sweeps.samplers import Sampler
@@ -284,9 +284,7 @@ def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
         a, b = saved.get(key), current.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             keys = [inner for inner in {**a, **b} if key != "config" or is_fact(inner)]
-            # a study of an older version lacks newer keys
-            newer = UNUSED if key == "config" else {}
-            pairs |= {inner: (a.get(inner, newer.get(inner)), b.get(inner, newer.get(inner))) for inner in keys}
+            pairs |= {inner: (a.get(inner), b.get(inner)) for inner in keys}
         else:
             pairs[key] = (a, b)
     return describe({key: (a, b) for key, (a, b) in pairs.items() if a != b}, none="nothing")

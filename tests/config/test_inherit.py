@@ -11,7 +11,6 @@ from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.config.resolve import choices_of, to_plain
-from dlopt.config.schema import MOVED, resolve_target
 from dlopt.run.record import describe
 from tests.support.line import SMALL, dlopt, only, refused
 
@@ -52,18 +51,6 @@ def test_reproduces_the_config(composer: Composer, tmp_path: Path, typed: list[s
     saved = save(composer, tmp_path, typed)
     assert compose(composer, inherit(composer, [f"from={tmp_path}"])) == saved
     assert compose(composer, inherit(composer, [f"from={tmp_path}/config.yaml"])) == saved
-
-
-@pytest.mark.parametrize(("former", "module"), sorted(MOVED.items()))
-def test_callables_that_have_moved(composer: Composer, tmp_path: Path, former: str, module: str) -> None:
-    saved = save(composer, tmp_path, [f"parallel={former.rpartition('.')[2]}", "model=mlp"])
-    path = tmp_path / "config.yaml"
-    text = path.read_text()
-    path.write_text(text.replace(f"_target_: {module}.", f"_target_: {former}."))
-    assert path.read_text() != text
-    assert compose(composer, inherit(composer, [f"from={tmp_path}"])) == saved
-    name = saved["parallel"]["_target_"].rpartition(".")[2]
-    assert resolve_target("parallel", f"{former}.{name}", ("dlopt",)).__module__ == module
 
 
 def test_command_line_overrides_and_derived_seeds_follow(composer: Composer, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
-from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved, to_plain
 from dlopt.config.saved import take_paths, typed_values, with_changes
 from dlopt.training.checkpoint import checkpoints
@@ -62,13 +61,6 @@ def test_malicious_checkpoint_runs_no_code(command: list[str], tmp_path: Path) -
         checkpoints.write(bad, lambda file, state=state: torch.save(state, file))  # type: ignore[misc]
         assert "os.system" in refused(tmp_path, command[0], f"checkpoint={bad.name}", *command[1:])
         assert not marker.exists()
-
-
-def test_config_without_ema_warmup_has_a_constant_decay(saved: dict[str, Any]) -> None:
-    """Configs of checkpoints that were written before this key existed still load, and describe what their runs did."""
-    assert parse(saved).settings.ema_warmup is True
-    del saved["ema_warmup"]
-    assert parse(saved).settings.ema_warmup is False
 
 
 def test_texts_that_look_like_interpolations_are_saved_as_texts() -> None:

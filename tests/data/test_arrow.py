@@ -501,7 +501,17 @@ def test_files_that_expand_to_more_than_memory(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(UserError, match=message):
             read(file=path, **keys)
     with pytest.raises(UserError, match=half):
-        text(file=path, pattern="*", column="text", sequence_length=8, val_split=0, test_split=0, saved_tokenizer=None)
+        text(
+            file=path,
+            pattern="*",
+            column="text",
+            tokenizer="bytes",
+            vocabulary=None,
+            sequence_length=8,
+            val_split=0,
+            test_split=0,
+            saved_tokenizer=None,
+        )
     writer.write_table(arrow.table({"n": np.zeros(600_000), "y": np.zeros(600_000)}), path)
     with pytest.raises(UserError, match=rf"^data\.file: the column y with 600,000 rows {half}"):
         read(file=path, input="n", target="y", labels="value")

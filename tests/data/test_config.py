@@ -9,10 +9,6 @@ import yaml
 
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
-from dlopt.config.parsing import parse
-from dlopt.config.plan import plan
-from dlopt.config.resolve import resolve_saved
-from dlopt.config.resuming import differences
 from dlopt.config.schema import parameters_of
 from dlopt.data.splits import DataSettings
 from tests.support.choices import files
@@ -30,10 +26,6 @@ RUNTIME = {
 CHOICES = [path for group in RUNTIME for path in files(group)]
 
 
-# Saved configs may lack these keys. They have the only default values: those of the YAML file.
-ADDED_LATER = {"csv": {"label_separator"}, "text": {"column", "tokenizer", "vocabulary"}}
-
-
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
 def test_keys_match_the_arguments(path: Path) -> None:
     first = path.read_text().splitlines()[0]
@@ -43,9 +35,7 @@ def test_keys_match_the_arguments(path: Path) -> None:
     module, _, name = node["_target_"].rpartition(".")
     parameters = parameters_of(getattr(importlib.import_module(module), name)).values()
     assert all(p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty for p in parameters)
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    assert defaults.keys() == ADDED_LATER.get(path.stem, set())
-    assert all(node[key] == value for key, value in defaults.items())
+    assert all(p.default is p.empty for p in parameters)
     shared = RUNTIME[path.parent.name]  # a choice may set them to values of its own
     assert {p.name for p in parameters} - shared == set(node) - {"_target_", "defaults"} - shared
 
@@ -57,7 +47,7 @@ def shared(fragment: str) -> dict[str, object]:
 
 
 def test_shared_keys_match_the_settings() -> None:
-    """Keys that not every data set has default to the values of the files, which older configs have everywhere."""
+    """Keys that not every data set has default to the values of the files."""
     assert set(shared("_common")) == COMMON
     defaults = {field.name: field.default for field in fields(DataSettings) if field.default is not MISSING}
     assert defaults == {name: value for name, value in shared("_common").items() if name not in shared("_base")}
@@ -77,14 +67,3 @@ def test_refuses_keys_that_mean_nothing_for_a_data_set(line: str, message: str) 
     with pytest.raises(UserError) as caught:
         Composer().compose(line.split())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-
-
-def test_configs_saved_with_all_keys_load_and_resume() -> None:
-    """Configs of older runs have every common key for every data set."""
-    run = plan(Composer(), ["data=python_source", "data.subset=100"])
-    former = {**run.saved, "data": {**shared("_common"), **run.saved["data"]}}
-    assert former["data"]["image_size"] is None and "image_size" not in run.saved["data"]
-    assert not differences(former, run.saved) and not differences(run.saved, former)
-    assert parse(resolve_saved(former)).data_settings == run.run_config.data_settings
-    changed = {**former, "data": {**former["data"], "label_noise": 0.5}}
-    assert differences(changed, run.saved) == {"data.label_noise": (0.5, 0.0)}

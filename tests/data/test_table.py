@@ -24,6 +24,7 @@ def table(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Callable[.
             "label_column": "label",
             "split_column": None,
             "labels": "class",
+            "label_separator": ";",
             "channels": 3,
             "on_error": "fail",
             "max_skips": 0,

@@ -123,7 +123,7 @@ def test_rows_of_a_table_whose_image_is_missing_or_broken(tmp_path: Path, write_
     def table(max_skips: int) -> Dataset:
         return csv(
             file=str(tmp_path / "list.csv"), root=None, path_column="path", label_column="label", split_column=None,
-            labels="value", channels=3, on_error="skip", max_skips=max_skips, image_size=None,
+            labels="value", label_separator=";", channels=3, on_error="skip", max_skips=max_skips, image_size=None,
         )  # fmt: skip
 
     data = table(2)

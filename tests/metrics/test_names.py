@@ -17,7 +17,6 @@ from dlopt.metrics.names import (
     column_of,
     common_modes,
     final_metrics,
-    former_mode,
     in_words,
     known_mode,
     lower_is_better,
@@ -59,7 +58,6 @@ def test_names_of_the_user_say_nothing(metric: str) -> None:
         ({"monitor": "val_loss", "monitor_mode": None, "schedule.monitor": "val_kappa", "schedule.mode": "max"},
          {"kappa": "max"}),
         ({"monitor_mode": "min", "schedule.monitor": "val_a", "schedule.mode": "auto"}, {"a": "min"}),
-        ({"monitor": "val_brier_score"}, {"brier_score": "max"}),  # a config of an older version, which guessed
         ({"monitor": "val_loss", "monitor_mode": None}, {}),
     ],
 )  # fmt: skip
@@ -71,7 +69,6 @@ def test_modes_of_a_config(config: dict[str, Any], modes: dict[str, str]) -> Non
 def test_runs_that_disagree_give_no_direction() -> None:
     configs = [{"monitor": "val_a", "monitor_mode": mode} for mode in ("min", "max")]
     assert common_modes(configs) == {} and common_modes(configs[:1]) == {"a": "min"}
-    assert former_mode({"monitor": "val_loss"}) is None
 
 
 # -- spelling

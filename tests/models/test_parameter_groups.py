@@ -15,7 +15,10 @@ VIT = ("depth=2", "patch=4", "width=8", "heads=2")
 
 def groups(model: nn.Module, layer_decay: float | None = None) -> dict[str, dict[str, Any]]:
     """Name of each parameter -> the settings of its group, with decay_norm_and_bias=false."""
-    grouping, arguments = Grouping(groups=[], layer_decay=layer_decay), {"lr": 0.1, "weight_decay": 0.2}
+    grouping, arguments = (
+        Grouping(groups=[], layer_decay=layer_decay, state_dtype=None),
+        {"lr": 0.1, "weight_decay": 0.2},
+    )
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = parameter_groups(model, grouping, arguments, decay_norm_and_bias=False)
     return {

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from dlopt.basics.errors import UserError
-from dlopt.config.parsing import parse
-from dlopt.config.resuming import differences
 from dlopt.optim.cautious_decay import CautiousDecay
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule
 from dlopt.training.builders.workload import build_workload
@@ -18,7 +16,6 @@ from tests.support.equality import compare
 from tests.support.modes import FSDP
 from tests.support.runs import (
     at_update,
-    composed,
     result,
     resume,
     run_config,
@@ -87,16 +84,6 @@ def test_the_default_changes_nothing() -> None:
     schedule = build_schedule(workload, optimizer, Length(40, 4, 10, 40))
     assert schedule.decay is None and set(schedule.state_dict()) == {"last_epoch", "base_lrs", "component"}
     assert "normalized" not in optimizer.param_groups[0]
-
-
-def test_a_config_of_an_earlier_version() -> None:
-    plain, saved = composed(*SMALL, "optimizer=adamw")
-    older = {key: value for key, value in plain.items() if key != "decay"}
-    parsed = parse(older, {key: value for key, value in saved.items() if key != "decay"})
-    assert parsed.decay.target is parse(plain, saved).decay.target
-    assert not differences(older, plain) and not differences(parsed.config, plain)
-    other, _ = composed(*SMALL, "optimizer=adamw", CAUTIOUS)
-    assert differences(older, other) == {"decay.cautious": (False, True)}
 
 
 def corrected(*keys: str) -> set[str]:
