@@ -121,10 +121,6 @@ class ForeachOptimizer(torch.optim.Optimizer):
         """Updates parameters of a group, which all have gradients."""
         raise NotImplementedError
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        fill_defaults(self)
-
 
 class RealOptimizer(ForeachOptimizer):
     """Base of the foreach optimizers that refuse complex parameters, whose values they would square or compare."""
@@ -136,7 +132,7 @@ class RealOptimizer(ForeachOptimizer):
 
 
 def fill_defaults(optimizer: torch.optim.Optimizer) -> None:
-    """Adds defaults to the groups of a loaded state for keys that were introduced after it was saved."""
+    """Adds defaults to the groups of a loaded state for keys that a newer torch or schedulefree has introduced."""
     for group in optimizer.param_groups:
         for key, value in optimizer.defaults.items():
             if key != "differentiable":  # torch adds it to the defaults when it loads a state, but not to the groups

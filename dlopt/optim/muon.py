@@ -149,12 +149,8 @@ class Muon(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}  # for copy and pickle
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Loads a copy or a state, also of a version whose groups had fewer keys."""
+        """Loads a copy or a state, whose groups the inner optimizer shares."""
         super().__setstate__(state)
-        for group in self.param_groups:
-            if group["use_muon"]:
-                for key, value in self._keys.items():
-                    group.setdefault(key, value)
         if self._rest is not None:  # torch adds its keys
             groups = [group for group in self.param_groups if not group["use_muon"]]
             self._rest.__setstate__({"param_groups": groups, "state": self.state})

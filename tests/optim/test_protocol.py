@@ -201,7 +201,7 @@ def test_a_state_without_the_newest_keys_can_be_resumed(make: Make) -> None:
         theirs.data.copy_(ours)
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        for key in ("foreach", "fused", "maximize", "capturable", "differentiable", "cautious"):
+        for key in ("foreach", "fused", "maximize", "capturable", "differentiable"):
             group.pop(key, None)
     loaded.load_state_dict(state)
     assert other.steps(loaded, 3) == pytest.approx(problem.steps(optimizer, 3), rel=1e-5)  # fused or not
