@@ -14,7 +14,7 @@ from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
 from dlopt.config.schema import show
-from dlopt.lab.comparison.frozen import CHANGED, FORMER_VERDICTS, is_changed
+from dlopt.lab.comparison.frozen import CHANGED, is_changed
 from dlopt.lab.comparison.labels import label
 
 FOLDER = "lecture/"
@@ -143,10 +143,7 @@ def results(docs: Path, name: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     saved = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        {**claim, "verdict": FORMER_VERDICTS.get(claim["verdict"], claim["verdict"]), "changed": is_changed(saved)}
-        for claim in saved["claims"]
-    ]
+    return [{**claim, "changed": is_changed(saved)} for claim in saved["claims"]]
 
 
 def changed(claim: dict[str, Any]) -> str:

@@ -259,7 +259,7 @@ def from_json(text: bytes | str, name: str) -> Results:
             cells,
             content["spaces"],
             facts=content["facts"],
-            track=content.get("track", "external_tuning"),
+            track=content["track"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{name}: not the results of a benchmark ({type(error).__name__}: {error})") from None

@@ -324,8 +324,6 @@ def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, A
     current = claims_hash({str(key): value for key, value in node.items()})
     path = folder / FROZEN
     if (frozen := read_json(path)) is None:
-        if RunFolder(folder / "0").has_run():
-            return {}  # begun by an earlier version: unknown
         recipe = choices_of(config).get("experiment")
         frozen = {} if recipe is None else {"recipe": recipe}
         if recipe is not None and composer.config_dir is not None:

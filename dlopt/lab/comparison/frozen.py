@@ -19,8 +19,7 @@ RESULTS = "comparison.json"
 _MAX_BYTES = 1 << 26  # of that file: 50 runs have 0.03 MB
 FROZEN = "claims.json"
 CHANGED = "changed after results"
-FORMER_VERDICTS = {"seen": "supported", "not seen here": "inconclusive", "the opposite": "contradicted"}
-_HASHED: Mapping[str, Any] = {"variants": {}, "along": {}, "choose": None, "claims": []}  # with their defaults
+_HASHED: Mapping[str, Any] = {"before": {}, "variants": {}, "along": {}, "choose": None, "claims": []}  # with defaults
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,6 @@ def claims_hash(comparison: Mapping[str, Any]) -> str:
     Seeds do not count: the same claims may be tested with other seeds.
     """
     content = {key: _normal(comparison.get(key, default)) for key, default in _HASHED.items()}
-    if before := comparison.get("before"):  # absent from the hashes of earlier versions
-        content["before"] = _normal(before)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -81,7 +78,7 @@ def recipe_hash(experiment: str, config_dir: str | None) -> str | None:
 def is_changed(results: Mapping[str, Any]) -> bool:
     """Returns whether the claims in the contents of comparison.json were changed after its runs.
 
-    Results of earlier versions have no hash, and a recipe may be missing here: False.
+    False if a recipe is missing here.
     """
     if results.get("changed_after_results") is True:
         return True
@@ -93,7 +90,7 @@ def is_changed(results: Mapping[str, Any]) -> bool:
 
 
 def read_claims(folder: Path) -> list[ClaimResult]:
-    """Reads the claims of the comparison in `folder`, also with the verdicts' former names; none if it has no results.
+    """Reads the claims of the comparison in `folder`; none if it has no results.
 
     Run folders are untrusted: entries of other types are left out.
     """
@@ -104,7 +101,7 @@ def read_claims(folder: Path) -> list[ClaimResult]:
         texts = [each.get(key) for key in ("claim", "verdict", "outcome")] if isinstance(each, dict) else []
         if len(texts) == 3 and all(isinstance(text, str) for text in texts):
             claim, verdict, outcome = map(str, texts)
-            found.append(ClaimResult(folder, claim, FORMER_VERDICTS.get(verdict, verdict), outcome, changed))
+            found.append(ClaimResult(folder, claim, verdict, outcome, changed))
     return found
 
 

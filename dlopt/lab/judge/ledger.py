@@ -39,7 +39,7 @@ class Entry:
         rate: error rate of its verdict; the rates of all proposals sum to the ledger's.
         verdict: better, worse, or equal, which are final; same (bitwise, so far), or undecided.
         gains: of the pairs, positive for the better run.
-        data: hash of the data that its runs read; "": an older dlopt wrote the entry.
+        data: hash of the data that its runs read.
     """
 
     __pydantic_config__: ClassVar[Any] = _STRICT
@@ -50,13 +50,13 @@ class Entry:
     code_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     rate: Annotated[float, Field(gt=0, lt=1)]
     margin: Annotated[_Finite, Field(ge=0)]
+    data: Annotated[str, Field(pattern=r"^\w{0,64}$")]
     verdict: Verdict = "undecided"
     metric: str = ""
     estimate: _Finite | None = None
     low: _Finite | None = None
     high: _Finite | None = None
     gains: Sequence[float] = ()
-    data: Annotated[str, Field(pattern=r"^\w{0,64}$")] = ""
 
     @property
     def pairs(self) -> int:
@@ -96,7 +96,7 @@ class Ledger:
     rate: float
 
     def propose(
-        self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int, data: str = ""
+        self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int, data: str
     ) -> Entry:
         """Returns the entry of a change, a new one if it was not proposed before, or with other data.
 
@@ -146,7 +146,7 @@ class Ledger:
         write_atomically(self.folder / LEDGER, "".join(f"{line}\n" for line in lines))
 
     def _lines(self) -> list[str]:
-        """Reads the lines, without a last one that a crash of an older dlopt has cut off; [] if there is no ledger."""
+        """Reads the lines; [] if there is no ledger."""
         path = self.folder / LEDGER
         try:
             text = read_regular(path, _MAX_BYTES).decode()
@@ -155,16 +155,9 @@ class Ledger:
         except (ValueError, OSError) as error:
             reason = "is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
             raise _damage(path, getattr(error, "strerror", None) or reason) from None
-        *lines, last = text.split("\n")
-        if last:
-            try:
-                parse_json(last)
-            except ValueError:
-                last = ""
-        lines += [last] if last else []
-        if not lines:
+        if not text:
             raise _damage(path, "is empty")
-        return lines
+        return text.removesuffix("\n").split("\n")
 
     def _read(self) -> tuple[float | None, list[Entry]]:
         """Returns the error rate and the entries; None and [] if there is no ledger. Raises `UserError`."""

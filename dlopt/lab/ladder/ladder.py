@@ -234,13 +234,14 @@ def _damaged(path: Path) -> UserError:
 def recorded(folder: Path) -> dict[Trial, Outcome]:
     """Reads the trials of results.json. Raises `UserError` for a damaged one."""
     content = _results(folder)
+    if not content:
+        return {}
     try:
         return {
-            Trial(each["optimizer"], each["rung"], each["seed"], each["index"], each.get("decay")): Outcome(
+            Trial(each["optimizer"], each["rung"], each["seed"], each["index"], each["decay"]): Outcome(
                 math.inf if each["loss"] is None else each["loss"], each["seconds"], each["failure"]
             )
-            for each in [*content.get("runs", []), *content.get("search_runs", [])]
-            if "index" in each
+            for each in [*content["runs"], *content["search_runs"]]
         }
     except (KeyError, TypeError):
         raise _damaged(folder / RESULTS) from None

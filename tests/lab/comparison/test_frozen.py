@@ -73,8 +73,8 @@ def test_shipped_results_are_those_of_the_recipes_claims(name: str) -> None:
     assert claims_hash(comparison) != saved["recipe_hash"]
 
 
-def test_reads_former_verdicts_and_leaves_out_damaged_claims(tmp_path: Path) -> None:
-    entry = {"claim": "A is lower", "verdict": "the opposite", "outcome": "1 against 2."}
+def test_reads_claims_and_leaves_out_damaged_ones(tmp_path: Path) -> None:
+    entry = {"claim": "A is lower", "verdict": "contradicted", "outcome": "1 against 2."}
     content: dict[str, Any] = {"claims": [entry, entry | {"verdict": 7}, None, {}], "changed_after_results": True}
     (tmp_path / "comparison.json").write_text(json.dumps(content))
     [claim] = read_claims(tmp_path)

@@ -16,7 +16,7 @@ from dlopt.lab.judge.sequential import looks, rate_of
 
 
 def propose(ledger: Ledger, key: str, seeds: int = 20) -> Entry:
-    return ledger.propose(key, [f"optimizer.lr={key}"], None, 0.0, seeds)
+    return ledger.propose(key, [f"optimizer.lr={key}"], None, 0.0, seeds, "d")
 
 
 def conclusion(gains: tuple[float, ...], rate: float) -> dict[str, Any]:
@@ -50,17 +50,16 @@ def test_a_refused_proposal_takes_no_number_and_leaves_no_file(tmp_path: Path) -
     assert len(ledger.entries()) == 1
 
 
-def test_a_line_that_a_crash_has_cut_off_does_not_count(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, [], 0.05)
-    propose(ledger, "1")
-    with (tmp_path / LEDGER).open("a") as file:
-        file.write('{"number": 2, "ke')
-    assert propose(ledger, "2").number == 2
-    assert [each.key for each in ledger.entries()] == ["1", "2"]
-
-
 HEADER = {"base": ["model=mlp"], "error_rate": 0.05}
-FIRST = {"number": 1, "key": "a", "change": ["x=1"], "code_sha256": None, "rate": rate_of(1, 0.05), "margin": 0.0}
+FIRST = {
+    "number": 1,
+    "key": "a",
+    "change": ["x=1"],
+    "code_sha256": None,
+    "rate": rate_of(1, 0.05),
+    "margin": 0.0,
+    "data": "d",
+}
 
 
 def lines(*values: Any) -> str:
@@ -71,7 +70,7 @@ def lines(*values: Any) -> str:
     ("text", "message"),
     [
         ("", "is empty"),
-        ('{"base": [], "er', "is empty"),  # of the first line, the start
+        ('{"base": [], "er', "line 1: is not JSON"),
         (lines(FIRST), "line 1: base: "),
         (lines({**HEADER, "error_rate": True}), "line 1: error_rate: "),
         (lines({**HEADER, "error_rate": 2.0}), "line 1: error_rate: "),
@@ -112,7 +111,7 @@ def test_a_damaged_ledger_is_refused_and_stays_as_it_is(text: str, message: str,
     path = tmp_path / LEDGER
     path.write_bytes(data := text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError) as error:
-        Ledger(tmp_path, [], 0.05).propose("a", ["x=1"], None, 0.0, 20)
+        Ledger(tmp_path, [], 0.05).propose("a", ["x=1"], None, 0.0, 20, "d")
     assert f"{LEDGER}: {message}" in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).isprintable() and str(error.value).endswith("or start another with output=DIR")
     assert path.read_bytes() == data

@@ -1,6 +1,5 @@
 """Arms of weight decay, on ladders whose best decay is known."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import RESULTS, LadderRequest, Outcome, Trial
 from dlopt.lab.ladder.results import collect, to_json
 from dlopt.lab.ladder.table import tables
-from tests.support.ladders import results, simulate, with_arms
+from tests.support.ladders import simulate, with_arms
 
 ARMS = ("constant", "inverse", "zero", "hyperball")
 
@@ -130,14 +129,3 @@ def test_results_alone_continue_the_arms(tmp_path: Path) -> None:
     assert copied.known() == request.known() and copied.decay_search("mine") == request.decay_search("mine")
     larger = replace(made.ladder, seeds=3)
     assert {each.seed for each in LadderRequest(tmp_path, larger).waiting()} == {2}
-
-
-def test_results_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    made = results(1.5, rungs=3)
-    content = json.loads(to_json(made))
-    assert "decays" not in content and "arms" not in content
-    for each in (*content["ladder"]["optimizers"].values(), *content["runs"]):
-        for key in ("choice", "arm", "decay"):
-            each.pop(key, None)
-    (tmp_path / RESULTS).write_text(json.dumps(content))
-    assert collect(LadderRequest(tmp_path, made.ladder)).outcomes == made.outcomes
