@@ -103,8 +103,8 @@ def test_a_last_layer_of_other_classes_is_reported(tmp_path: Path) -> None:
         merged_weights=source.module.state_dict(), classes=classes[::-1], data={"classes": list(classes[::-1])}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dlopt.training.checkpoint.weights.is_checkpoint", lambda _: True)
-        patch.setattr("dlopt.training.checkpoint.weights.load", lambda _: checkpoint)
+        patch.setattr("dlopt.training.checkpoint.weight_files.is_checkpoint", lambda _: True)
+        patch.setattr("dlopt.training.checkpoint.weight_files.load", lambda _: checkpoint)
         torch.save(source.module.state_dict(), path := tmp_path / "best.pt")
         *_, line = load_weights(target.module, path, classes=classes)
         assert (

@@ -29,7 +29,7 @@ from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import sharded
 from dlopt.training.checkpoint.checkpoints import Checkpoints, is_intact, load
 from dlopt.training.checkpoint.content import KEYS
-from dlopt.training.checkpoint.weights import read_weights
+from dlopt.training.checkpoint.weight_files import read_weights
 from tests.support.checkpoints import Crashes
 from tests.support.checkpoints import state as small_state
 from tests.support.faults import empty, flip_bit, truncate

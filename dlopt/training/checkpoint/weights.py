@@ -1,95 +1,29 @@
-"""Reads the weights for `init_from`, from checkpoints and from files of other tools."""
+"""Matches the weights of a file to a model by name and shape, for `init_from`."""
 
-import argparse
 import contextlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlopt.adapt import has_adapters, merged, without_adapters
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import reason, refuse_compressed, refuse_special
 from dlopt.models.foreign import differences, fold_biases, translations
-from dlopt.training.checkpoint.checkpoints import load
-from dlopt.training.checkpoint.content import is_checkpoint
 from dlopt.training.checkpoint.shared_weights import complete_shared
+from dlopt.training.checkpoint.weight_files import read_weights
 
 # Parts of names that wrappers add, at any place: torch.compile, FSDP, activation checkpointing, and
 # DistributedDataParallel, DataParallel, AveragedModel and DeepSpeed.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "module")
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|shadow|polyak)(?![a-z])", re.IGNORECASE)
 _SHOWN = 8  # names of one kind in a line
-_UNSUPPORTED = re.compile(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:class|global)[: ]+(?:GLOBAL )?(\S+)")
 
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Reads weights by name, and the names of the classes of a checkpoint; None if unknown.
-
-    The file is a checkpoint (reads the EMA, if any), a safetensors file, or a file of torch.save. Joins the names of
-    nested dicts by slashes: "state_dict/model.head.weight". Unpickles only tensors and plain values. Raises `UserError`
-    if there are no tensors.
-    """
-    try:
-        refuse_special(path)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            refuse_compressed(path)
-            # timm's training script saves its arguments as a Namespace, which only holds attributes.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"init_from={path}: no such file") from None
-    except Exception as error:
-        if (match := _UNSUPPORTED.search(str(error))) is not None:
-            raise UserError(
-                f"init_from={path}: cannot be loaded as weights: it contains {match[1] or match[2]}, and only tensors "
-                "and plain values are read; save its state dict in a file of its own"
-            ) from None
-        raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
-    if is_checkpoint(state):
-        checkpoint = load(path)  # again, to verify the checksum and to load shards
-        return checkpoint.merged_weights, checkpoint.classes if "classes" in checkpoint.data else None
-    if weights := dict(_flattened(state)):
-        return weights, None
-    keys = f" (its keys: {', '.join(map(str, list(state)[:5]))})" if isinstance(state, Mapping) else ""
-    raise UserError(f"init_from={path}: contains no weights by name (a dict of tensors){keys}")
-
-
-def _flattened(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors in nested dicts, in their order. Yields a dict that occurs several times only once."""
-    seen: set[int] = set()
-    pending: list[tuple[str, Any]] = [("", state)]
-    while pending:
-        name, value = pending.pop()
-        if isinstance(value, Tensor) and name:
-            yield name, value
-        elif isinstance(value, Mapping) and id(value) not in seen:
-            seen.add(id(value))
-            if _is_raw_beside_average(name, state):
-                continue
-            # Other keys number the parameters of an optimizer.
-            named = [(key, inner) for key, inner in value.items() if isinstance(key, str)]
-            pending += [(f"{name}/{key}" if name else key, inner) for key, inner in reversed(named)]
-
-
-def _is_raw_beside_average(name: str, state: Mapping[str, Any]) -> bool:
-    """Returns whether `name` holds the last weights in a file whose `state_dict` holds their average.
-
-    Lightning's `WeightAveraging` and MMEngine's `EMAHook` (which swaps the two) save such files.
-    """
-    meta = state.get("meta")
-    is_mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
-    return "state_dict" in state and (name == "current_model_state" or (name == "ema_state_dict" and is_mmengine))
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -113,7 +47,6 @@ class _Set:
     weights: dict[str, Tensor]
     origin: str  # of translated names; empty for the model's own names
     fits: int  # learned tensors of the model with this name and shape
-    prefixes: tuple[str, ...] = ()  # of all sets that fit equally
 
     @property
     def shown(self) -> str:
@@ -134,50 +67,69 @@ def match_weights(path: Path, module: nn.Module) -> Match:
     Raises `UserError` if no parameter matches, if several sets match, if two names of a shared tensor have different
     tensors, or if the file contains another model: see `_refuse_another_model`.
     """
-    # With `keep_vars`, a parameter with several names is one object.
+    # 1. The tensors of the model and of the file, by names without the parts that wrappers add; and these names ->
+    #    full names. With `keep_vars`, a parameter with several names is one object.
     state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    own = _without_wrappers(without_adapters(state))
-    current = {name: state[full] for name, full in own.items()}
+    own_names = _without_wrappers(without_adapters(state))
+    model = {name: state[full] for name, full in own_names.items()}
     raw, classes = read_weights(path)
-    full_names = _without_wrappers(raw)
-    named = {name: raw[full] for name, full in full_names.items()}
-    is_adapted = has_adapters(named)
-    named = merged(named) if is_adapted else named
+    file_names = _without_wrappers(raw)
+    file = {name: raw[full] for name, full in file_names.items()}
+    is_adapted = has_adapters(file)
+    if is_adapted:
+        file = merged(file)
+
     with _about(path):
-        chosen, notes = _choose(named, current)
-        saved = chosen.weights
-        fitting = {name: tensor for name, tensor in saved.items() if _fits(tensor, current.get(name))}
-        if not any(isinstance(current[name], nn.Parameter) for name in fitting):
+        # 2. The set of weights in the file that fits the model best.
+        sets = _find_sets(file, model)
+        best, equal, notes = _choose(sets, model)
+
+        # 3. Its tensors: those that fit; those of another shape; those with names that the model lacks. And the rest of
+        #    the file.
+        fitting, unfit, unused = {}, [], {}
+        for name, tensor in best.weights.items():
+            if name not in model:
+                unused[name] = tensor
+            elif tensor.shape == model[name].shape:
+                fitting[name] = tensor
+            else:
+                unfit.append(name)
+        prefixes = tuple(each.prefix for each in equal if each.prefix) if best.prefix else ("",)
+        outside = {name: tensor for name, tensor in file.items() if not name.startswith(prefixes)}
+
+        # 4. Refuse other models. Give all names of a shared tensor the same tensor.
+        if not any(isinstance(model[name], nn.Parameter) for name in fitting):
             raise UserError(
                 f"none of its {len(raw)} weights matches this model by name and shape; weights of "
                 "torchvision or timm also fit model=torchvision or model=timm with their model.name"
             )
-        _refuse_other_kinds(fitting, current)
-        unfit = [name for name in saved if name in current and name not in fitting]
-        fitting = complete_shared(current, fitting, unfit)
-        unused = {name: tensor for name, tensor in saved.items() if name not in current}
-        outside = {name: tensor for name, tensor in named.items() if not name.startswith(chosen.prefixes)}
-        _refuse_another_model(current, fitting, saved, unused, outside, chosen.prefix)
+        _refuse_other_kinds(fitting, model)
+        fitting = complete_shared(model, fitting, unfit)
+        _refuse_another_model(model, fitting, best.weights, unused, outside, best.prefix)
     # PyTorch counts batches since version 0.4.1; older files have no counts, which do not change the outputs.
-    missing = [name for name in current if name not in fitting and not name.endswith("num_batches_tracked")]
-    notes += _naming(chosen, full_names, own)
-    if outside and chosen.prefix == "model." and all(name.startswith("normalize.") for name in outside):
+    missing = [name for name in model if name not in fitting and not name.endswith("num_batches_tracked")]
+
+    # 5. Describe the match.
+    notes += _naming_notes(best.prefix, file_names, own_names)
+    if outside and best.prefix == "model." and all(name.startswith("normalize.") for name in outside):
         notes.insert(0, "without its normalization: this run has its own")
         outside = {}
-    notes += [f"from the names of {chosen.origin}"] if chosen.origin else []
-    notes += ["with its adapters merged"] if is_adapted else []
-    notes += _rounding(fitting, current)
+    if best.origin:
+        notes.append(f"from the names of {best.origin}")
+    if is_adapted:
+        notes.append("with its adapters merged")
+    notes += _rounding_notes(fitting, model)
     note = f" ({'; '.join(notes)})" if notes else ""
     lines = [f"weights from {path}: {len(fitting)} of {len({*fitting, *missing})} tensors loaded{note}"]
     if missing:
-        lines.append(f"  missing or with another shape, newly initialized: {', '.join(_sized(missing, saved))}")
+        lines.append(f"  missing or with another shape, newly initialized: {', '.join(_sized(missing, best.weights))}")
     if unused or outside:
-        lines.append(f"  not used: {', '.join(_grouped([*unused, *(full_names[name] for name in outside)]))}")
-    if chosen.origin:
+        lines.append(f"  not used: {', '.join(_grouped([*unused, *(file_names[name] for name in outside)]))}")
+    if best.origin:
         lines += [f"  {line}" for line in differences(module)]
-    return Match(
-        {own[name]: tensor for name, tensor in fitting.items()}, [own[name] for name in missing], lines, classes
-    )
+
+    weights = {own_names[name]: tensor for name, tensor in fitting.items()}
+    return Match(weights, [own_names[name] for name in missing], lines, classes)
 
 
 def other_class(trained: Sequence[str] | None, classes: Sequence[str] | None) -> str | None:
@@ -198,71 +150,81 @@ def _about(path: Path) -> Iterator[None]:
         raise UserError(f"init_from={path}: {error}") from None
 
 
+# -- names
+
+
 def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
     """Returns {name without the parts that wrappers add, its parts joined by dots: name}, in the order of `names`."""
     result: dict[str, str] = {}
     for name in names:
         parts = re.split("[./]", name)
         plain = ".".join(part for part in parts if part not in _WRAPPERS)
-        result[plain if plain and plain not in result else ".".join(parts)] = name
+        if not plain or plain in result:
+            plain = ".".join(parts)
+        result[plain] = name
     return result
 
 
-def _fits(tensor: Tensor, like: Tensor | None) -> bool:
-    return like is not None and tensor.shape == like.shape
+def _prefixes(name: str) -> list[str]:
+    """Returns the prefixes of a name that end at a dot: a. and a.b. for a.b.weight."""
+    return [name[: match.end()] for match in re.finditer(r"\.", name)]
 
 
-def _choose(named: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> tuple[_Set, list[str]]:
-    """Returns the set of weights that fits the model best, and a note if it is one of several that fit equally.
-
-    Prefers averaged weights. Raises `UserError` if the remaining sets have different values.
-    """
-    sets = list(_sets(named, current))
-    most = max(each.fits for each in sets)
-    equal = [each for each in sets if each.fits == most]
-    first, *others = [each for each in equal if each.is_averaged] or equal
-    if 2 * most >= sum(map(_is_learned, current.values())):
-        for other in others:
-            if not all(torch.equal(first.weights[n], other.weights[n]) for n in current if n in first.weights):
-                raise UserError(
-                    f"contains several sets of weights for this model: {', '.join(each.shown for each in equal)}; "
-                    "save the one to load in a file of its own"
-                )
-    prefixes = tuple(each.prefix for each in equal if each.prefix) if first.prefix else ("",)
-    chosen = replace(first, prefixes=prefixes)
-    rest = [each.shown for each in equal if each is not first and each not in others]
-    return chosen, [f"the averaged weights {first.shown}, not {', '.join(rest)}"] if rest else []
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
-def _sets(named: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> Iterator[_Set]:
-    """Yields the tensors under each prefix that has enough tensors to be this model."""
-    learned = {name: tensor for name, tensor in current.items() if _is_learned(tensor)}
-    counts = Counter(prefix for name in named for prefix in _prefixes(name))
-    for prefix in ["", *(prefix for prefix, count in counts.items() if 2 * count >= len(learned))]:
-        weights = {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
-        translated, origin = _translate(weights, {name: tensor.shape for name, tensor in current.items()})
-        fits = sum(_fits(translated[name], like) for name, like in learned.items() if name in translated)
-        yield _Set(prefix, translated, origin, fits)
+def _pattern(name: str) -> str:
+    """Returns the name with # for each number: equal for layers of a stack."""
+    return re.sub(r"\d+", "#", name)
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    return (name[: match.end()] for match in re.finditer(r"\.", name))
+def _is_learned(tensor: Tensor) -> bool:
+    """Whether a model cannot be the same without the tensor: counters and indices are integers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+# -- the sets of weights in a file
+
+
+def _find_sets(file: Tensors, model: Tensors) -> list[_Set]:
+    """Returns the tensors under each prefix that has enough tensors to be this model."""
+    learned = {name: tensor for name, tensor in model.items() if _is_learned(tensor)}
+    shapes = {name: tensor.shape for name, tensor in model.items()}
+    counts: Counter[str] = Counter()
+    for name in file:
+        counts.update(_prefixes(name))
+    sets = []
+    for prefix in ["", *counts]:
+        if prefix and 2 * counts[prefix] < len(learned):
+            continue
+        weights = {name.removeprefix(prefix): tensor for name, tensor in file.items() if name.startswith(prefix)}
+        weights, origin = _translate(weights, shapes)
+        fits = sum(name in weights and weights[name].shape == like.shape for name, like in learned.items())
+        sets.append(_Set(prefix, weights, origin, fits))
+    return sets
 
 
 def _translate(weights: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], str]:
     """Returns the weights under the names that fit `shapes` best, and the origin of these names if it is foreign."""
 
-    def fitting(named: Mapping[str, Tensor]) -> int:
-        return sum(shapes.get(name) == value.shape for name, value in named.items())
+    def count_fitting(named: Tensors) -> int:
+        return sum(shapes.get(name) == tensor.shape for name, tensor in named.items())
 
-    best, best_origin = weights, ""
-    if fitting(weights) == len(shapes):
-        return best, best_origin
+    best, best_origin, most = weights, "", count_fitting(weights)
+    if most == len(shapes):
+        return weights, ""
     for origin, names in translations(weights):
-        translated = {names[name]: _flattened_map(value, shapes.get(names[name])) for name, value in weights.items()}
-        if fitting(translated) > fitting(best):
-            best, best_origin = translated, origin
-    return (fold_biases(best, shapes) if best_origin else best), best_origin
+        translated = {}
+        for name, tensor in weights.items():
+            own = names[name]
+            translated[own] = _flattened_map(tensor, shapes.get(own))
+        count = count_fitting(translated)
+        if count > most:
+            best, best_origin, most = translated, origin, count
+    if best_origin:
+        best = fold_biases(best, shapes)
+    return best, best_origin
 
 
 def _flattened_map(weight: Tensor, shape: torch.Size | None) -> Tensor:
@@ -271,28 +233,61 @@ def _flattened_map(weight: Tensor, shape: torch.Size | None) -> Tensor:
     return weight.flatten(1) if is_linear else weight
 
 
-def _refuse_other_kinds(fitting: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+def _choose(sets: Sequence[_Set], model: Tensors) -> tuple[_Set, list[_Set], list[str]]:
+    """Returns the set that fits the model best, all sets that fit equally, and a note if others were passed over.
+
+    Prefers averaged weights. Raises `UserError` if the remaining sets have different values.
+    """
+    most = max(each.fits for each in sets)
+    equal = [each for each in sets if each.fits == most]
+    averaged = [each for each in equal if each.is_averaged]
+    best, *others = averaged or equal
+    learned = sum(map(_is_learned, model.values()))
+    if 2 * most >= learned:  # sets of fewer are another model, which is refused as such
+        for other in others:
+            if not _are_equal(best, other, model):
+                raise UserError(
+                    f"contains several sets of weights for this model: {', '.join(each.shown for each in equal)}; "
+                    "save the one to load in a file of its own"
+                )
+    passed_over = [each.shown for each in equal if averaged and not each.is_averaged]
+    notes = [f"the averaged weights {best.shown}, not {', '.join(passed_over)}"] if passed_over else []
+    return best, equal, notes
+
+
+def _are_equal(first: _Set, second: _Set, model: Tensors) -> bool:
+    """Returns whether two sets have the same values for the model."""
+    for name in model:
+        one, other = first.weights.get(name), second.weights.get(name)
+        if one is None:
+            continue
+        if other is None or not torch.equal(one, other):
+            return False
+    return True
+
+
+# -- other models
+
+
+def _refuse_other_kinds(fitting: Tensors, model: Tensors) -> None:
     """Raises `UserError` for quantized, sparse and complex tensors."""
 
     def kind(tensor: Tensor) -> tuple[bool, bool, torch.layout]:
         return tensor.is_floating_point(), tensor.is_complex(), tensor.layout
 
-    names = [n for n, tensor in fitting.items() if _is_learned(current[n]) and kind(tensor) != kind(current[n])]
+    names = []
+    for name, tensor in fitting.items():
+        if _is_learned(model[name]) and kind(tensor) != kind(model[name]):
+            names.append(name)
     if names:
-        dtype = str(fitting[names[0]].dtype).removeprefix("torch.")
-        like = str(current[names[0]].dtype).removeprefix("torch.")
+        dtype, like = _dtype_name(fitting[names[0]]), _dtype_name(model[names[0]])
         raise UserError(f"{_listed(names)}: {dtype} tensors, of which a model in {like} cannot be initialized")
 
 
 def _refuse_another_model(
-    current: Mapping[str, Tensor],
-    fitting: Mapping[str, Tensor],
-    saved: Mapping[str, Tensor],
-    unused: Mapping[str, Tensor],
-    outside: Mapping[str, Tensor],
-    prefix: str,
+    model: Tensors, fitting: Tensors, saved: Tensors, unused: Tensors, outside: Tensors, prefix: str
 ) -> None:
-    """Raises `UserError` if the weights belong to another model than `current` and only a part would be loaded.
+    """Raises `UserError` if the weights belong to another model and only a part would be loaded.
 
     Allows tensors of another shape, unless these are the majority between the first and the last layer; a missing
     first or last layer; and additional tensors, unless they belong to a layer that the model has, or to another layer
@@ -305,46 +300,49 @@ def _refuse_another_model(
         outside: all other tensors of the file.
         prefix: prefix of the model's names in the file.
     """
-    layers = {name.rpartition(".")[0] for name in fitting}
-    ends = _ends(list(current))
-    learned = [name for name, tensor in current.items() if _is_learned(tensor)]
-    lacking = [name for name in learned if name not in fitting and name not in saved]
-    if lost := [name for name in lacking if name not in ends or name.rpartition(".")[0] in layers]:
+    learned = [name for name, tensor in model.items() if _is_learned(tensor)]
+    missing = [name for name in learned if name not in fitting and name not in saved]
+    ends = _ends(list(model))
+    loaded_modules = {_module_of(name) for name in fitting}
+
+    # 1. A tensor between the ends, or a part of a layer, is missing.
+    lost = [name for name in missing if name not in ends or _module_of(name) in loaded_modules]
+    if lost:
         other = [name for name, tensor in unused.items() if _is_learned(tensor)]
         has = f", and has {_listed(other)}" if other else ""
         raise UserError(
             f"contains another model: lacks {_listed(lost)}{has}; only a whole first or last layer may be missing"
         )
-    matrices = [(n, t) for n, t in {**unused, **outside}.items() if t.ndim > 1 and _is_learned(t)]
-    for name in lacking:
-        same = [other for other, tensor in matrices if _fits(tensor, current[name]) and current[name].ndim > 1]
+
+    # 2. A missing matrix may be there under another name.
+    for name in missing:
+        same = []
+        for other_name, tensor in {**unused, **outside}.items():
+            if tensor.ndim > 1 and _is_learned(tensor) and tensor.shape == model[name].shape:
+                same.append(other_name)
         if same:
             raise UserError(
                 f"lacks {prefix}{name}, and has {_listed(same)} of the same shape; rename it, or remove it from the "
                 f"file to start from a new {name}"
             )
+
+    # 3. Most tensors between the ends have another shape.
     inner = [name for name in learned if name not in ends]
     unfit = [name for name in inner if name not in fitting]
     if 2 * len(unfit) > len(inner):
         raise UserError(f"contains another model: most tensors have another shape: {_listed(_sized(unfit, saved))}")
-    modules = {name.rpartition(".")[0] for name in current}
-    kinds = {re.sub(r"\d+", "#", name) for name in current}
-    more = [
-        name
-        for name, tensor in unused.items()
-        if _is_learned(tensor)
-        and (
-            not modules.isdisjoint({"" if "." not in name else None, *(each[:-1] for each in _prefixes(name))})
-            or re.sub(r"\d+", "#", name) in kinds
-        )
-    ]
+
+    # 4. Layers of the model have more tensors in the file, or there are more layers like them.
+    modules = {_module_of(name) for name in model}
+    patterns = {_pattern(name) for name in model}
+    more = []
+    for name, tensor in unused.items():
+        around = [each.removesuffix(".") for each in _prefixes(name)] or [""]
+        is_in_layer = any(each in modules for each in around)
+        if _is_learned(tensor) and (is_in_layer or _pattern(name) in patterns):
+            more.append(name)
     if more:
         raise UserError(f"contains another model: has {_listed(more)}, which this model lacks")
-
-
-def _is_learned(tensor: Tensor) -> bool:
-    """Whether a model cannot be the same without the tensor: counters and indices are integers."""
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _ends(names: Sequence[str]) -> set[str]:
@@ -357,41 +355,78 @@ def _ends(names: Sequence[str]) -> set[str]:
     return {name for name, each in zip(names, parts, strict=True) if each[depth] in ends}
 
 
-def _naming(chosen: _Set, full_names: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
-    """Returns notes about the dict in the file that holds the weights, and about prefixes removed from their names."""
-    inside = [full for name, full in full_names.items() if name.startswith(chosen.prefix)]
+# -- the description of a match
+
+
+def _naming_notes(prefix: str, file_names: Mapping[str, str], own_names: Mapping[str, str]) -> list[str]:
+    """Returns notes about the dict in the file that holds the weights, and about prefixes removed from their names.
+
+    `prefix`: of the chosen set; the others: names without wrappers -> full names, of the file and of the model.
+    """
+    inside = [full for name, full in file_names.items() if name.startswith(prefix)]
     containers = {full.rpartition("/")[0] for full in inside}
     if len(containers) > 1:
         return []
-    container, prefix = containers.pop(), ""
+    container = containers.pop()
     names = [full.removeprefix(f"{container}/") for full in inside]
-    parts = chosen.prefix.split(".")[:-1]
-    parts = parts[sum(part not in _WRAPPERS for part in re.split("[./]", container) if part) :]
+
+    # The parts of the prefix that the container does not have already.
+    parts = prefix.split(".")[:-1]
+    for part in re.split("[./]", container):
+        if part and part not in _WRAPPERS:
+            parts = parts[1:]
+
+    # The prefix as it is in the file, with wrappers: it ends where the names differ, or after the last of `parts`.
+    removed = ""
     for part in names[0].split(".")[:-1]:
-        is_wrapper = part in _WRAPPERS and all(name.startswith(f"{prefix}{part}.") for name in names)
-        if not is_wrapper and not (parts and part == parts[0]):
+        if part in _WRAPPERS and all(name.startswith(f"{removed}{part}.") for name in names):
+            removed += f"{part}."
+        elif parts and part == parts[0]:
+            removed += f"{part}."
+            parts = parts[1:]
+        else:
             break
-        parts = parts if is_wrapper else parts[1:]
-        prefix += f"{part}."
-    added = {part for name in names for part in name.removeprefix(prefix).split(".")} & set(_WRAPPERS)
-    added -= {part for name in own.values() for part in name.split(".")}
-    notes = [f"of its {container}"] if container else []
-    if prefix and not all(name.startswith(prefix) for name in own.values()):
-        notes.append(f"without the prefix {prefix} of their names")
-    return notes + ([f"without {', '.join(sorted(added))} in their names"] if added else [])
+
+    # Wrappers at other places, which the model does not have itself.
+    wrappers = set()
+    for name in names:
+        wrappers |= {part for part in name.removeprefix(removed).split(".") if part in _WRAPPERS}
+    for name in own_names.values():
+        wrappers -= {*name.split(".")}
+
+    notes = []
+    if container:
+        notes.append(f"of its {container}")
+    if removed and not all(name.startswith(removed) for name in own_names.values()):
+        notes.append(f"without the prefix {removed} of their names")
+    if wrappers:
+        notes.append(f"without {', '.join(sorted(wrappers))} in their names")
+    return notes
 
 
-def _rounding(fitting: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> list[str]:
+def _rounding_notes(fitting: Tensors, model: Tensors) -> list[str]:
     """Returns a note about each change of the floating-point type."""
-    changes = {(tensor.dtype, current[name].dtype) for name, tensor in fitting.items() if _is_learned(tensor)}
-    names = ((str(a).removeprefix("torch."), str(b).removeprefix("torch.")) for a, b in changes if a != b)
-    return [f"{a} converted to {b}" for a, b in sorted(names)]
+    changes = set()
+    for name, tensor in fitting.items():
+        if _is_learned(tensor) and tensor.dtype != model[name].dtype:
+            changes.add((_dtype_name(tensor), _dtype_name(model[name])))
+    return [f"{old} converted to {new}" for old, new in sorted(changes)]
 
 
-def _sized(names: Iterable[str], saved: Mapping[str, Tensor]) -> list[str]:
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _sized(names: Iterable[str], saved: Tensors) -> list[str]:
     """Returns the names, with the shapes of the tensors in `saved`."""
-    sizes = {name: "x".join(map(str, tensor.shape)) or "one number" for name, tensor in saved.items()}
-    return [f"{name} ({sizes[name]} in the file)" if name in sizes else name for name in names]
+    texts = []
+    for name in names:
+        if name in saved:
+            size = "x".join(map(str, saved[name].shape)) or "one number"
+            texts.append(f"{name} ({size} in the file)")
+        else:
+            texts.append(name)
+    return texts
 
 
 def _listed(names: Collection[str]) -> str:
@@ -404,8 +439,10 @@ def _grouped(names: Iterable[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.split("[./]", name)[0], []).append(name)
-    return [
-        text
-        for first, inside in groups.items()
-        for text in (inside if len(inside) <= _SHOWN else [f"{first}.* ({len(inside)} tensors)"])
-    ]
+    texts = []
+    for first, inside in groups.items():
+        if len(inside) <= _SHOWN:
+            texts += inside
+        else:
+            texts.append(f"{first}.* ({len(inside)} tensors)")
+    return texts

@@ -17,7 +17,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.files import link, sha256, write_digests
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import KEYS
-from dlopt.training.checkpoint.weights import read_weights
+from dlopt.training.checkpoint.weight_files import read_weights
 from tests.support.checkpoints import Crashes, Payload, names, state, with_checksums
 from tests.support.faults import DAMAGES, flip_bit
 from tests.support.runs import in_fork, same

@@ -1,0 +1,89 @@
+"""Reads weights by name from checkpoints and from files of other tools."""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import reason, refuse_compressed, refuse_special
+from dlopt.training.checkpoint.checkpoints import load
+from dlopt.training.checkpoint.content import is_checkpoint
+
+_UNSUPPORTED = re.compile(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:class|global)[: ]+(?:GLOBAL )?(\S+)")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """Reads weights by name, and the names of the classes of a checkpoint; None if unknown.
+
+    The file is a checkpoint (reads the EMA, if any), a safetensors file, or a file of torch.save. Joins the names of
+    nested dicts by slashes: "state_dict/model.head.weight". Unpickles only tensors and plain values. Raises `UserError`
+    if there are no tensors.
+    """
+    try:
+        content = _load(path)
+    except FileNotFoundError:
+        raise UserError(f"init_from={path}: no such file") from None
+    except Exception as error:
+        if (match := _UNSUPPORTED.search(str(error))) is not None:
+            raise UserError(
+                f"init_from={path}: cannot be loaded as weights: it contains {match[1] or match[2]}, and only tensors "
+                "and plain values are read; save its state dict in a file of its own"
+            ) from None
+        raise UserError(f"init_from={path}: cannot be loaded as weights: {reason(error)}") from None
+    if is_checkpoint(content):
+        checkpoint = load(path)  # again, to verify the checksum and to load shards
+        return checkpoint.merged_weights, checkpoint.classes
+    weights = dict(_flattened(content))
+    if not weights:
+        keys = f" (its keys: {', '.join(map(str, list(content)[:5]))})" if isinstance(content, Mapping) else ""
+        raise UserError(f"init_from={path}: contains no weights by name (a dict of tensors){keys}")
+    return weights, None
+
+
+def _load(path: Path) -> Any:
+    refuse_special(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    refuse_compressed(path)
+    # timm's training script saves its arguments as a Namespace, which only holds attributes.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _flattened(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors in nested dicts, in their order. Yields a dict that occurs several times only once."""
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = [("", content)]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Tensor) and name:
+            yield name, value
+        elif isinstance(value, Mapping) and id(value) not in seen:
+            seen.add(id(value))
+            if _is_raw_beside_average(name, content):
+                continue
+            inner = []
+            for key, each in value.items():
+                if isinstance(key, str):  # other keys number the parameters of an optimizer
+                    inner.append((f"{name}/{key}" if name else key, each))
+            pending += reversed(inner)  # the first one is popped first
+
+
+def _is_raw_beside_average(name: str, content: Mapping[str, Any]) -> bool:
+    """Returns whether `name` holds the last weights in a file whose `state_dict` holds their average.
+
+    Lightning's `WeightAveraging` and MMEngine's `EMAHook` (which swaps the two) save such files.
+    """
+    if "state_dict" not in content:
+        return False
+    if name == "current_model_state":
+        return True
+    meta = content.get("meta")
+    return name == "ema_state_dict" and isinstance(meta, Mapping) and "mmengine_version" in meta
