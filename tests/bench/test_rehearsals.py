@@ -111,11 +111,8 @@ def test_peers_rejects_too_few_steps(tmp_path: Path) -> None:
     "line",
     [
         "augment.py --threads 1 --rounds 1 --batches 1",
-        "checkpoint.py --model mlp --steps 4 --every 2 --rounds 1",
         "data.py --images 200 --rounds 1 --round-images 20 --memory-images 20 --steps 1 --batch 4 --size 32",
-        "diagnostics.py --rounds 1 --batch 8 --models mlp",
         "normalization.py --rounds 1 --batch 8 --models mlp",
-        "optimizers.py --sizes 0.001 --rounds 1",
         "parallel.py --updates 2 --only overlap --folder plots",
         "startup.py --rounds 1",
         "step.py --rounds 1 --only overhead,synchronization",
