@@ -3,7 +3,6 @@
 The server imports torch once for all tests of a worker; a new interpreter needs seconds for the import.
 """
 
-import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -12,7 +11,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, reduction
 from multiprocessing.process import BaseProcess
@@ -64,25 +63,7 @@ def _become(
     os.environ.update(environment)
     os.chdir(folder)
     multiprocessing.set_start_method(None, force=True)  # its own children must not be forked from the server
-    with _coverage():
-        function(*arguments)
-
-
-@contextlib.contextmanager
-def _coverage() -> Iterator[None]:
-    """Records coverage as the configuration file in COVERAGE_OF_PROCESSES says (see scripts/mutants.py)."""
-    if "COVERAGE_OF_PROCESSES" not in os.environ:
-        yield
-        return
-    from coverage import Coverage
-
-    recorder = Coverage(config_file=os.environ["COVERAGE_OF_PROCESSES"], data_suffix=True)
-    recorder.start()
-    try:
-        yield
-    finally:
-        recorder.stop()
-        recorder.save()
+    function(*arguments)
 
 
 @dataclass(frozen=True)
