@@ -42,16 +42,12 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
     NaN if a value is NaN or all values of a side are equal.
     """
-    ranks = [_ranks(np.asarray(values, float)) for values in (first, second)]
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(values) for values in (first, second)]
     if any(map(math.isnan, (*first, *second))) or any(np.ptp(each) == 0 for each in ranks):
         return math.nan
     return float(np.corrcoef(np.stack(ranks))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    less, equal = values[:, None] > values, values[:, None] == values
-    ranks: np.ndarray = less.sum(1) + (equal.sum(1) + 1) / 2
-    return ranks
 
 
 def record_published(results: Results) -> dict[str, Mapping[str, object]]:
