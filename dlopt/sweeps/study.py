@@ -221,7 +221,7 @@ class Study:
             orphans = self._workers / "orphans.lock"
             orphans.touch()
             return self._workers / "nobody" if is_recent else orphans
-        owner_folder = Path(str(trial.user_attrs.get("folder", self.folder)))
+        owner_folder = Path(str(trial.user_attrs["folder"]))
         return (owner_folder if owner_folder.is_dir() else self.folder) / WORKERS / f"{worker}.lock"
 
     def _draw_values(self, frozen: FrozenTrial, is_takeover: bool) -> ClaimedJob:

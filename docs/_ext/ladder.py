@@ -83,7 +83,7 @@ def _gain(saved: dict[str, Any]) -> Gain:
         [*map(_interval, saved["interpolated"])],
         [*map(_interval, saved["difference"])],
         _interval(saved["trend"]),
-        _interval(saved.get("change", dict.fromkeys(("value", "low", "high")))),
+        _interval(saved["change"]),
     )
 
 
