@@ -67,7 +67,7 @@ def test_the_fourth_rung_is_searched_around_the_extrapolation_of_the_others(tmp_
 
 
 def test_searched_rates_outside_the_grid_around_the_extrapolation_count(tmp_path: Path) -> None:
-    """Earlier versions, or a fit of other rungs, may have searched them."""
+    """A fit of other rungs may have searched them."""
     ladder = with_arms(("zero",), rungs=4)
     request = LadderRequest(tmp_path, replace(ladder, searched=[*ladder.rungs]))
     outside = Trial("mine.zero", "r3", 0, index=8)
