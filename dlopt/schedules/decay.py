@@ -27,8 +27,8 @@ class DecaySettings:
     `cautious`: see `dlopt.optim.cautious_decay`; `width`: see `dlopt.training.builders.mup.width_factors`.
     """
 
-    cautious: bool
-    width: Literal["none", "inverse"]
+    cautious: bool = False
+    width: Literal["none", "inverse"] = "none"
 
 
 @dataclass(frozen=True)

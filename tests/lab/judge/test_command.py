@@ -227,7 +227,7 @@ def _judgement(folder: Path, *change: str) -> Judgement:
     base = read_base(composer, BASE)
     sides = {"base": base, "change": read_change(composer, base, change)}
     ledger = command.Ledger(folder, base.lines, 0.05)
-    return Judgement(folder, sides, ledger.propose("x", change, None, 0.0, 20), 20)
+    return Judgement(folder, sides, ledger.propose("x", change, None, 0.0, 20, "d"), 20)
 
 
 def test_a_pair_shares_the_initial_weights_and_the_order_of_the_data(tmp_path: Path) -> None:
