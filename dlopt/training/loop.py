@@ -332,7 +332,7 @@ class Trainer:
         self.best.load_state_dict(progress.pop("best"))
         self.recovery.load_state_dict(progress.pop("recovery"))
         kept = {"horizon": self.progress.horizon, "data": self.progress.data}
-        self.progress = Progress(**{**progress, "evaluated": Checkpoint(state).evaluated_epoch, **kept})
+        self.progress = Progress(**{**progress, **kept})
         if self.best.epoch is not None and self.best.epoch == self.progress.evaluated == self._fractional_epoch():
             self.checkpoints.restore_best(Checkpoint(state).with_run_id(self.config.get("run_id")))
         # Rank 0 looks for best.pt: other nodes may not see the folder.

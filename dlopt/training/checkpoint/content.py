@@ -149,11 +149,6 @@ class Checkpoint:
         return identity
 
     @property
-    def is_identified(self) -> bool:
-        """True; for `dlopt.training.run`."""
-        return True
-
-    @property
     def task(self) -> Task:
         return restored(self.data["task"])
 
