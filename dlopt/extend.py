@@ -22,7 +22,7 @@ Results
     Table, short_path, printable: texts.
 Components
     OptimizerTraits, LossClosure: of an optimizer. RunObserver: methods of an observer. Dataset: splits of a data set.
-    GroupMode: base of a parallel mode.
+    GroupMode: base of a parallel mode. UserTask, Draws: a task of one's own, and its random numbers.
 """
 
 from importlib import import_module
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from dlopt.results.leaderboard import Record
     from dlopt.results.reading import read as read_run
     from dlopt.results.tables import Section, Table
+    from dlopt.tasks.draws import Draws
+    from dlopt.tasks.user import UserTask
     from dlopt.tracking.terminal_text import short_path
     from dlopt.training.builders.batches import evaluation_batches, training_batches
     from dlopt.training.builders.trainer import probe_trainer
@@ -83,6 +85,8 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.results.leaderboard": "Record",
     "dlopt.results.reading": "read_run:read",
     "dlopt.results.tables": "Section Table",
+    "dlopt.tasks.draws": "Draws",
+    "dlopt.tasks.user": "UserTask",
     "dlopt.tracking.terminal_text": "short_path",
     "dlopt.training.builders.batches": "evaluation_batches training_batches",
     "dlopt.training.builders.workload": "Workload build_workload",

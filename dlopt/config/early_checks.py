@@ -11,7 +11,7 @@ from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import GROUPS, Settings
-from dlopt.config.settings_rules import check_settings
+from dlopt.config.settings_rules import check_monitor, check_settings
 from dlopt.config.signatures import annotations_of
 
 if TYPE_CHECKING:
@@ -43,9 +43,17 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
 
     `config`: resolved, as plain dicts and lists.
     """
-    run_settings(config)
+    settings = run_settings(config)
+    task = config.get("task", {}).get("_target_")
+    if task in (None, "dlopt.tasks.kinds.auto"):
+        user_metrics = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
+        check_monitor("monitor", settings.monitor, user_metrics, settings.monitor_mode)
+    elif typed := [key for key in map(key_of, overrides) if key.partition(".")[0] == "loss"]:
+        raise UserError(f"{typed[0]}: task={task} computes its own loss; leave {typed[0]} out")
     if "run_id" in config:  # a saved config has one, and is not checked here
         raise UserError(f"run_id={config['run_id']}: dlopt gives every run its id; to name a run, use name or tags")
+    if "directions" in config:
+        raise UserError("directions: the class of a task declares them, as the attribute `values`")
     for key in map(key_of, overrides):
         _check_argument(config, key)
 

@@ -8,8 +8,11 @@ from dlopt.basics.errors import UserError
 from dlopt.config.early_checks import run_settings
 from dlopt.config.rules import check_combinations
 from dlopt.config.run_config import GROUPS, RunConfig
-from dlopt.config.schema import Component, check_arguments, component, show, trusted_packages
+from dlopt.config.schema import Component, check_arguments, component, resolve_target, show, trusted_packages
+from dlopt.config.settings_rules import check_monitor
 from dlopt.config.user_parts import user_metrics, user_observers
+from dlopt.metrics.declaration import Mode
+from dlopt.metrics.names import base_name, known_mode
 
 
 def parse(
@@ -24,6 +27,11 @@ def parse(
     """
     settings = run_settings(config)
     packages = trusted_packages(settings.allow_packages)
+    directions = _directions(config, packages)
+    mode = settings.monitor_mode or directions.get(base_name(settings.monitor))
+    settings = replace(settings, monitor_mode=mode, directions=directions)
+    user_metrics_named = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
+    check_monitor("monitor", settings.monitor, [*user_metrics_named, *directions], mode)
     components: dict[str, Any] = {}
     for name, group in GROUPS.items():
         node = config.get(name)
@@ -46,13 +54,14 @@ def parse(
     for name, group in GROUPS.items():
         if group.common is not None:
             to_save[name] = _with_lists(to_save[name], config[name], components[group.common.__name__])
+    declared = {"monitor_mode": settings.monitor_mode, "directions": directions} if directions else {}
     run_config = RunConfig(
         settings=settings,
         data_settings=components.pop("DataSettings"),
         grouping=components.pop("Grouping"),
         warmup=components.pop("Warmup"),
         decay_settings=components.pop("DecaySettings"),
-        config={key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]},
+        config={**{key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]}, **declared},
         user_metrics=user_metrics(settings.evaluate.metrics, packages),
         user_observers=user_observers(config["observers"], packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
@@ -60,6 +69,19 @@ def parse(
     )
     check_combinations(run_config)
     return run_config
+
+
+def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[str, Mode]:
+    """Returns the directions of the values of a task of the user's own, which its class declares."""
+    path = config["task"].get("_target_")
+    target = resolve_target("task._target_", path, packages) if isinstance(path, str) else None
+    values = getattr(target, "values", {})
+    if not isinstance(values, Mapping) or any(value not in ("min", "max") for value in values.values()):
+        raise UserError(f"task={path}: values={values!r}: must name each value with min or max: {{'error': 'min'}}")
+    for name, direction in values.items():
+        if known_mode(f"val_{name}") not in (None, direction):
+            raise UserError(f"task={path}: values: the direction of dlopt's metric {name} is not {direction}")
+    return dict(values)
 
 
 def _with_lists(saved: Any, plain: Any, checked: Any) -> Any:

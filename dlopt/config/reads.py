@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 RECIPE = ("experiment", "allow_packages")
 """What sets other keys, and what permits their values."""
 UPDATE = (
-    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "clip", "parallel",
-    "seed", "init_seed", "order_seed", "augmentation_seed", "init_from", "device", "precision", "compile",
+    "task", "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "clip",
+    "parallel", "seed", "init_seed", "order_seed", "augmentation_seed", "init_from", "device", "precision", "compile",
     "cuda_graphs", "channels_last", "threads", "deterministic", "accumulate", "decay_norm_and_bias", "on_out_of_memory",
 )  # fmt: skip
 """What one update of a training depends on, apart from its learning rate."""

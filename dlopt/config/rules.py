@@ -9,13 +9,14 @@ from dlopt.adapt import none as no_adapters
 from dlopt.basics.errors import UserError
 from dlopt.config.overrides import value_of
 from dlopt.config.run_config import RunConfig
-from dlopt.config.schema import Component
+from dlopt.config.schema import Component, dotted_name
 from dlopt.config.settings_rules import check_monitor
 from dlopt.init import default
 from dlopt.losses import Distillation
 from dlopt.metrics.names import Metric, Mode, known_mode
 from dlopt.optim import Prodigy
 from dlopt.optim.traits import is_schedule_free
+from dlopt.tasks.user import UserTask
 
 _PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
 PROCESSES_PER_CORE = 16  # training processes per core, each of which imports torch
@@ -66,17 +67,47 @@ def check_combinations(run_config: RunConfig) -> None:
         _check_pixels(run_config)
     if run_config.loss.target is Distillation:
         _check_distillation(run_config)
+    if run_config.task.is_a(UserTask):
+        _check_own_task(run_config)
+
+
+def _check_own_task(run_config: RunConfig) -> None:
+    """Refuses what needs outputs and targets, and what splits a model or a batch that the loss couples."""
+    settings, mode, task = run_config.settings, run_config.parallel, run_config.task
+    name = f"task={dotted_name(task.target)}"
+    if value_of(mode.choice) not in ("single", "ddp", "fsdp"):
+        raise UserError(f"{mode.choice}: splits tensors, which {name} does not know; use parallel=ddp or parallel=fsdp")
+    if settings.norm_statistics != "running":
+        raise UserError(f"norm_statistics={settings.norm_statistics}: {name} calls the model itself; use running")
+    if run_config.user_metrics:
+        functions = ",".join(run_config.user_metrics)
+        raise UserError(
+            f"evaluate.metrics=[{functions}]: {name} has no outputs to measure; return it from its evaluate"
+        )
+    if hasattr(run_config.sampler.target, "observe"):
+        raise UserError(
+            f"{run_config.sampler.choice}: needs losses of single samples, which {name} has not; use sampler=random"
+        )
+    if not getattr(task.target, "couples_batch", False):
+        return
+    reason = f"the loss of {name} couples the samples of a batch (couples_batch)"
+    if settings.accumulate > 1:
+        raise UserError(f"accumulate={settings.accumulate}: {reason}; use accumulate=1")
+    if settings.on_out_of_memory == "halve":
+        raise UserError(f"on_out_of_memory=halve: {reason}; use on_out_of_memory=stop")
+    if value_of(mode.choice) != "single":
+        raise UserError(f"{mode.choice}: {reason}; use parallel=single")
 
 
 def _check_monitors(run_config: RunConfig) -> None:
     """Checks the monitored metrics and their directions; with monitor=auto, the task knows which one it is."""
-    settings, user_metrics = run_config.settings, [Metric("val", name).column for name in run_config.user_metrics]
+    settings, user_metrics = run_config.settings, [Metric("val", name).column for name in run_config.own_metrics]
     mode, plateau = settings.monitor_mode, run_config.schedule.arguments
     monitors = {"monitor": settings.monitor}
     if "monitor" in run_config.stopping.arguments:
         monitor = monitors["stopping.monitor"] = run_config.stopping.arguments["monitor"]
         if monitor != "train_loss" or "value" not in run_config.stopping.arguments:  # stopping=target: debug=overfit
-            check_monitor("stopping.monitor", monitor, run_config.user_metrics, mode)
+            check_monitor("stopping.monitor", monitor, run_config.own_metrics, mode)
     if "monitor" in plateau:
         metric, direction = plateau["monitor"], plateau.get("mode", "auto")
         known = known_mode(metric) or (mode if metric in monitors.values() else None)
@@ -87,7 +118,7 @@ def _check_monitors(run_config: RunConfig) -> None:
         if direction == "auto":
             monitors["schedule.monitor"] = metric
         if direction == "auto" and metric in user_metrics:
-            check_monitor("schedule.monitor", metric, run_config.user_metrics, mode)
+            check_monitor("schedule.monitor", metric, run_config.own_metrics, mode)
     if mode is None:
         return
     described = dict.fromkeys(metric for metric in monitors.values() if metric in user_metrics)

@@ -8,6 +8,7 @@ from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
 from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
+from dlopt.metrics.declaration import Mode
 from dlopt.optim.parameters import Grouping
 from dlopt.schedules import Factor, Horizon, Warmup
 from dlopt.schedules.decay import DecaySettings
@@ -43,6 +44,7 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "decay": ConfigGroup(("horizon",), DecaySettings),
     "clip": ConfigGroup(("model", "uses")),
     "stopping": ConfigGroup(("model", "norm", "monitor_mode")),
+    "task": ConfigGroup(absent="dlopt.tasks.kinds.auto"),
     "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),
 }
 
@@ -67,11 +69,22 @@ class RunConfig:
     decay_settings: DecaySettings
     clip: Component
     stopping: Component
+    task: Component
     parallel: Component
     config: Mapping[str, Any] = field(repr=False)  # as saved: resolved, except for values from environment variables
     user_metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # of evaluate.metrics, by name
     user_observers: Sequence[Component] = ()
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first
+
+    @property
+    def directions(self) -> Mapping[str, Mode]:
+        """Directions of the values that a task of the user's own evaluates, by name."""
+        return getattr(self.task.target, "values", {})
+
+    @property
+    def own_metrics(self) -> Sequence[str]:
+        """Names of the user's own metrics: functions of `evaluate.metrics`, and the values of their task."""
+        return [*self.user_metrics, *self.directions]
 
     def build_schedule(self, horizon: Horizon) -> Factor:
         """Builds the schedule for a run of this length, without its warmup."""

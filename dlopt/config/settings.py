@@ -11,8 +11,8 @@ from dlopt.basics.roles import Role
 from dlopt.metrics.declared import REQUESTABLE
 
 GROUPS = (
-    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule", "decay",
-    "clip", "stopping", "parallel",
+    "task", "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule",
+    "decay", "clip", "stopping", "parallel",
 )  # fmt: skip
 """The groups that every run has a choice of; all other keys are `Settings`."""
 
@@ -67,6 +67,8 @@ class Published:
 class Settings:
     name: Annotated[str, Role.PLACE]
     run_id: Annotated[str | None, Role.COMMAND] = None  # no key to type: see `RunFolder.run_id`
+    directions: Annotated[dict[str, Literal["min", "max"]], Role.COMMAND] = field(default_factory=dict)  # of the values
+    # of a task of the user's own, which declares them; no key to type
     tags: Annotated[list[str], Role.WATCH]
     note: Annotated[str | None, Role.WATCH]
     seed: Annotated[Seed, Role.SEED]

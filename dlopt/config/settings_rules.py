@@ -27,8 +27,6 @@ def check_settings(settings: Settings) -> None:
     if settings.dry_run and settings.resume is not None:
         raise UserError(f"dry_run=true: estimates a whole run, not the rest of one; leave out resume={settings.resume}")
     _check_tracking(settings.tracking)
-    user_metrics = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
-    check_monitor("monitor", settings.monitor, user_metrics, settings.monitor_mode)
     _check_diagnostics(settings)
     every = settings.evaluate
     if every.every_steps is not None and every.every_epochs != 1:

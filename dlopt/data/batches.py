@@ -42,6 +42,7 @@ class Batch:
         targets: [B, ...], on the device.
         total: samples of the batch on all processes.
         shard: the positions of this process's samples among them; None for all of them, or for several slices.
+        start: position of its first sample, of all processes, in the batch of the update.
         weight: of its mean loss in the loss of the update.
         teacher_inputs: `inputs` in the normalization of a teacher; None if it is the same, or there is no teacher.
         is_last: whether it is the last micro-batch of its update.
@@ -51,12 +52,20 @@ class Batch:
     targets: Tensor
     total: int
     shard: slice | None = None
+    start: int = 0
     weight: float = 1.0
     is_last: bool = True
     teacher_inputs: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.inputs, self.targets))
+
+    @property
+    def positions(self) -> slice:
+        """Positions of this process's samples of a micro-batch in the batch of the update."""
+        if self.shard is None:
+            return slice(self.start, self.start + self.total)
+        return slice(self.start + self.shard.start, self.start + self.shard.stop)
 
 
 class Augment(Protocol):
@@ -159,7 +168,9 @@ class Batches:
             workers = worker_count(delivery.workers, samples, delivery.processes)
             self._loader = Loader(samples if reader is None else reader, workers, pin=device.type == "cuda")
         self._compiled_render: Callable[..., tuple[Tensor, ...]] | None = None
-        if delivery.compiled and delivery.in_memory and (augment is None or hasattr(augment, "render")):
+        self._views = 1 if delivery.task is None else delivery.task.views
+        can_render = self._views == 1 and (augment is None or hasattr(augment, "render"))
+        if delivery.compiled and delivery.in_memory and can_render:
             self._compiled_render = torch.compile(self._render, dynamic=False)
         self._graph: Callable[[Tensor, int, int], tuple[Tensor, ...]] | None = None
         if delivery.recorder is not None and delivery.in_memory and shard is None:
@@ -223,12 +234,15 @@ class Batches:
             assert self._inputs is not None
             inputs = self._inputs.index_select(0, indices)
         labels = self._labels.index_select(0, indices)
-        if self._augment is not None:
+        if self._augment is None:
+            views = [(inputs, labels)] * self._views
+        else:
             assert rng is not None
-            inputs, labels = self._augment(
-                inputs, labels, generator=rng, total=total, shard=shard, indices=indices, epoch=epoch
-            )
-        return self._finish(inputs, labels)
+            where: Any = {"total": total, "shard": shard, "indices": indices, "epoch": epoch}
+            views = [self._augment(inputs, labels, generator=view, **where) for view in _streams(rng, self._views)]
+        if self._views == 1:
+            return self._finish(*views[0])
+        return torch.stack([self._normalized(view, self._normalize) for view, _ in views], 1), views[0][1]
 
     def _render(self, inputs: Tensor, labels: Tensor, indices: Tensor, steps: Any) -> tuple[Tensor, ...]:
         """Builds a batch from all inputs and labels and the drawn `steps`; only tensors, so it can be compiled."""
@@ -305,3 +319,10 @@ def _graphed(
         return tuple(each.clone() for each in replayed())
 
     return replay
+
+
+def _streams(rng: torch.Generator, count: int) -> Iterator[torch.Generator]:
+    """Yields generators for independent views of a batch: first `rng` itself."""
+    yield rng
+    for number in range(1, count):
+        yield generator(rng.device, rng.initial_seed(), number)

@@ -47,6 +47,15 @@ def polynomial(
     return generated(draw, **keys)
 
 
+def drawn(**keys: Unpack[SplitKeys]) -> Dataset:
+    """Returns samples without content, for tasks that draw the points of a batch themselves: inputs float32 [N, 1]."""
+
+    def draw(size: int, rng: torch.Generator) -> InMemory:
+        return InMemory(torch.zeros(size, 1), torch.zeros(size))
+
+    return generated(draw, **keys)
+
+
 def linear(*, intervals: tuple[tuple[float, float], ...], noise: NonNegative, **keys: Unpack[SplitKeys]) -> Dataset:
     """Samples y = sum_i u_i + noise * N(0, 1), where u_i in -1..1 is the position of feature x_i in its interval.
 

@@ -201,7 +201,9 @@ def finite(value: float | None) -> float:
 
 def monitored_modes(config: Mapping[str, Any]) -> dict[str, Mode]:
     """Returns the directions of the user's metrics that a run monitors. `config`: its values by dotted key."""
-    modes: dict[str, Mode] = {}
+    modes: dict[str, Mode] = {
+        key.removeprefix("directions."): mode for key, mode in config.items() if key.startswith("directions.")
+    }
     run_mode = config.get("monitor_mode")
     for key in _MONITORS:
         metric, mode = config.get(key, "auto"), run_mode

@@ -41,6 +41,7 @@ class Kept(NamedTuple):
     outputs: Tensor | None = None  # None if not needed, or `correct` is known
     targets: Tensor | None = None
     correct: Tensor | None = None  # number of correct predictions
+    parts: Tensor | None = None  # [P] of the loss, in the order of `MetricSum.parts`
 
     @staticmethod
     def of_no_samples(loss: Tensor) -> "Kept":
@@ -48,8 +49,8 @@ class Kept(NamedTuple):
         return Kept(torch.zeros_like(loss.detach()), 0)
 
     def clone(self) -> "Kept":
-        outputs, targets, correct = (None if part is None else part.clone() for part in self[2:])
-        return Kept(self.loss.clone(), self.samples, outputs, targets, correct)
+        others = (None if part is None else part.clone() for part in self[2:])
+        return Kept(self.loss.clone(), self.samples, *others)
 
 
 Keep = Callable[[Tensor, Tensor, Tensor], Kept]
@@ -97,8 +98,9 @@ class MetricSum:
         self.count = 0
         self._pending: list[Kept] = []
         self._max_pending = 0
-        self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses and number correct, samples) of many steps
-        self._reported = (0.0, 0, 0)
+        self.parts: dict[str, float] = {}  # sums of the parts of the loss, by name
+        self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses, parts, number correct; samples) of many steps
+        self._reported: tuple[float, int, int, Mapping[str, float]] = (0.0, 0, 0, {})
 
     def keep(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Kept:
         """Returns the batch's contribution, for `add`. Takes the mean loss (scalar), outputs [B, K], and targets [B]
@@ -111,6 +113,13 @@ class MetricSum:
         if self.on_flush is None and outputs.numel() > _MAX_KEPT_OUTPUTS:
             return Kept(loss, targets.shape[0], correct=self._count_correct(outputs, _labels(targets)))
         return Kept(loss, targets.shape[0], outputs, targets)
+
+    def keep_parts(self, loss: Tensor, parts: Mapping[str, Tensor], samples: int) -> Kept:
+        """Returns the contribution, for `add`, of a batch whose mean loss is the sum of named `parts`; {} for none."""
+        names = sorted(parts)
+        if names and not self.parts:
+            self.parts = dict.fromkeys(names, 0.0)
+        return Kept(loss, samples, parts=torch.stack([parts[name] for name in names]) if names else None)
 
     def add(self, *parts: Kept) -> None:
         """Adds the results of `keep` for a batch, or for each micro-batch of an update."""
@@ -129,10 +138,11 @@ class MetricSum:
             return
         flushed, self._flushed = self._flushed, []
         numbers = iter(torch.cat([tensor for tensor, _ in flushed]).tolist())
-        losses: list[float] = []  # per step: loss times samples
+        width = 1 + len(self.parts)
+        losses: list[float] = []  # per step: loss times samples, and each part of it
         correct = count = 0
         for _, counts in flushed:
-            losses += [next(numbers) * samples for samples in counts]
+            losses += [next(numbers) * samples for samples in counts for _ in range(width)]
             correct += round(next(numbers))
             count += sum(counts)
         if self.reduce is not None:
@@ -140,8 +150,11 @@ class MetricSum:
             *losses, all_correct, all_count = self.reduce([*losses, correct, count])
             correct, count = round(all_correct), round(all_count)
         # A float64 sum in the order of the updates, whatever the interval of logging and checkpoints.
-        for loss in losses:  # one by one: a sum of partial sums would depend on when `sync` was called
+        for loss in losses[::width]:  # one by one: a sum of partial sums would depend on when `sync` was called
             self.loss += loss
+        for number, name in enumerate(self.parts, 1):
+            for part in losses[number::width]:
+                self.parts[name] += part
         self.correct += correct
         self.count += count
 
@@ -151,7 +164,12 @@ class MetricSum:
         if not pending:
             return
         # Concatenating many steps replaces several small kernels per step by several per flush.
+        width = 1 + len(self.parts)
         losses = torch.stack([each.loss for each in pending])
+        if self.parts:
+            none = losses.new_zeros(len(self.parts))  # of a micro-batch without samples
+            parts = torch.stack([none if each.parts is None else each.parts for each in pending])
+            losses = torch.cat([losses.unsqueeze(1), parts.to(losses.dtype)], 1).reshape(len(pending) * width)
         losses = losses.double() if losses.device.type != "mps" else losses  # MPS has no float64
         correct = [each.correct for each in pending if each.correct is not None]
         kept = [(e.outputs, e.targets) for e in pending if e.outputs is not None and e.targets is not None]
@@ -174,7 +192,7 @@ class MetricSum:
         Of a text: token_accuracy, and bits_per_byte or perplexity.
         """
         self.sync()
-        means = self._means(self.loss, self.correct, self.count)
+        means = self._means(self.loss, self.correct, self.count, self.parts)
         return by_column(split, means | self.task.loss_metrics(means["loss"]))
 
     def warn_if_not_finite(self, metrics: Mapping[str, Any], name: str, show: Callable[[str], None]) -> None:
@@ -187,24 +205,28 @@ class MetricSum:
     def since_last(self) -> dict[str, float]:
         """Returns the loss and, for a classifier, the accuracy over the samples since the last call, by name."""
         self.sync()
-        loss, correct, count = self._reported
-        self._reported = self.loss, self.correct, self.count
-        return self._means(self.loss - loss, self.correct - correct, self.count - count)
+        loss, correct, count, before = self._reported
+        self._reported = self.loss, self.correct, self.count, dict(self.parts)
+        parts = {name: total - before.get(name, 0.0) for name, total in self.parts.items()}
+        return self._means(self.loss - loss, self.correct - correct, self.count - count, parts)
 
-    def _means(self, loss: float, correct: int, count: int) -> dict[str, float]:
+    def _means(self, loss: float, correct: int, count: int, parts: Mapping[str, float]) -> dict[str, float]:
         metrics = {"loss": loss / count if count else math.nan}  # nan: all updates were skipped
         if self._accuracy is not None:
             metrics[self._accuracy] = correct / (count * self.task.predictions) if count else math.nan
-        return metrics
+        return metrics | {name: total / count if count else math.nan for name, total in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         self.sync()
-        return {"loss": self.loss, "correct": self.correct, "count": self.count, "reported": list(self._reported)}
+        loss, correct, count, parts = self._reported
+        state = {"loss": self.loss, "correct": self.correct, "count": self.count, "parts": dict(self.parts)}
+        return {**state, "reported": [loss, correct, count], "reported_parts": dict(parts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.loss, self.correct, self.count = state["loss"], state["correct"], state["count"]
+        self.parts = dict(state["parts"])
         loss, correct, count = state["reported"]
-        self._reported = loss, correct, count
+        self._reported = loss, correct, count, dict(state["reported_parts"])
 
 
 def _labels(targets: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class BatchSplit:
         """
         if accumulate == 1 and self.ranks == 1:
             return (batch,)
-        parts, start = [], 0
+        parts, start, first = [], 0, 0  # of this process's samples, and of those of all
         shards = micro_batch_shards(batch.total, accumulate, self.rank, self.ranks)
         for number, shard in enumerate(shards, 1):
             samples = slice(start, start + shard.samples)
@@ -174,10 +174,12 @@ class BatchSplit:
                     batch.targets[samples],
                     shard.total,
                     shard.local,
+                    first,
                     weight=shard.samples * self.scale / batch.total,
                     is_last=number == len(shards),
                     teacher_inputs=None if batch.teacher_inputs is None else batch.teacher_inputs[samples],
                 )
             )
             start += shard.samples
+            first += shard.total
         return parts

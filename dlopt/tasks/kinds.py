@@ -11,8 +11,9 @@ from dlopt.tasks.reconstruction import Reconstruction
 from dlopt.tasks.regression import Regression
 from dlopt.tasks.task import Task
 from dlopt.tasks.text import NextToken
+from dlopt.tasks.user import OwnTask
 
-KINDS: tuple[type[Task], ...] = (Classification, MultiLabel, Regression, NextToken, Reconstruction)
+KINDS: tuple[type[Task], ...] = (Classification, MultiLabel, Regression, NextToken, Reconstruction, OwnTask)
 
 
 def of_labels(classes: int | None, targets: Tensor, white: float) -> Task:
@@ -21,6 +22,10 @@ def of_labels(classes: int | None, targets: Tensor, white: float) -> Task:
         return Regression(1 if targets.ndim == 1 else targets.shape[1], white)
     # A float target marks each class that the sample has.
     return MultiLabel(classes, white) if targets.is_floating_point() else Classification(classes, white)
+
+
+def auto() -> None:
+    """Returns None: the data, the loss or the model say what the task is (task=auto)."""
 
 
 def chosen(task: Task, shape: tuple[int, ...], *components: tuple[Callable[..., Any], str]) -> Task:

@@ -59,6 +59,11 @@ class Task:
         return None
 
     @property
+    def views(self) -> int:
+        """Independently augmented views of each sample: above 1, inputs are [B, views, ...]."""
+        return 1
+
+    @property
     def size(self) -> int:
         """Number of classes, labels or values, as in `values`."""
         return self.outputs

@@ -71,12 +71,8 @@ class ClosureStep(Step):
 
     def loss(self) -> Tensor:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
-
-        def loss_of(outputs: Tensor, part: Batch) -> Tensor:
-            return self.network_loss(outputs, part.targets, *self.further(part))
-
         with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivatives
-            return self._differentiable(self.current.batch, loss_of)
+            return self._differentiable(self.current.batch, self.eager_loss)
 
     def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
         """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
@@ -91,8 +87,9 @@ class ClosureStep(Step):
         noise = torch.rand(shape, generator=draw, device=targets.device)
         sampled = self.precision.autocast(sampled_cross_entropy)
 
-        def loss_of(outputs: Tensor, part: Batch) -> Tensor:
-            return sampled(outputs, part.targets)
+        def loss_of(part: Batch) -> Tensor:
+            drawn: Tensor = sampled(self.eager_model(part.inputs), part.targets)
+            return drawn
 
         return self._differentiable(Batch(inputs, noise, batch.total), loss_of), noise.numel()
 
@@ -103,7 +100,7 @@ class ClosureStep(Step):
         super().load_state_dict(state)
         self.evaluations = state["evaluations"]
 
-    def _differentiable(self, batch: Batch, loss_of: Callable[[Tensor, Batch], Tensor]) -> Tensor:
+    def _differentiable(self, batch: Batch, loss_of: Callable[[Batch], Tensor]) -> Tensor:
         """Returns the mean of `loss_of` over the batch with its graph, repeating the random numbers of the update."""
         if self.mode.ranks.processes > 1:
             raise UserError(
@@ -113,7 +110,6 @@ class ClosureStep(Step):
         self.evaluations += 1
         self.seed()
         with torch.enable_grad(), frozen_statistics(self.module):
-            # The uncompiled model: torch.compile has no second derivatives.
             parts = self.mode.split.micro_batches(batch, self.accumulate)
-            losses = [part.weight * loss_of(self.eager_model(part.inputs), part) for part in parts]
+            losses = [part.weight * loss_of(part) for part in parts]
             return losses[0] if len(losses) == 1 else torch.stack(losses).sum()

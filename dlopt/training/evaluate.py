@@ -27,11 +27,13 @@ from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.ranks import Ranks
 from dlopt.tasks.report import TestReport
 from dlopt.tasks.task import Average, Task
+from dlopt.tasks.user import OwnTask
 from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.builders.batches import evaluation_batches
 from dlopt.training.builders.workload import Workload
 from dlopt.training.requested_metrics import requested_metrics, tested_metrics
+from dlopt.training.task_evaluation import evaluate_task
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
 
@@ -198,6 +200,15 @@ def validation(
     origin = samples.targets[:1]
     count, seed = run_config.settings.evaluate.samples, run_config.data_settings.split_seed
     subset = evaluation_subset(samples, count, seed)
+    own = workload.task
+    if isinstance(own, OwnTask):
+
+        def validate_task(interruption: Interruption) -> dict[str, float] | None:
+            with evaluation_weights(optimizer, average):
+                stop = workload.parallel.ranks.evaluation_stop(interruption)
+                return evaluate_task(workload, own, subset, "val", stop, on_batch)
+
+        return validate_task
     batches, task = evaluation_batches(workload, subset), workload.dataset.task_on(subset)
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
@@ -264,6 +275,9 @@ def test_metrics(
         task, functions, names = workload.task, workload.run_config.user_metrics, workload.dataset.classes or ()
         chosen = task.computed(requested)
         return report(outputs, workload.loss, task, chosen, user_metrics=functions, names=names).metrics
+    if isinstance(workload.task, OwnTask):
+        stop = None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption)
+        return evaluate_task(workload, workload.task, workload.dataset.test, "test", stop, on_batch)
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)
     observed = _reporting(batches, on_batch) if on_batch else batches.epoch(0)

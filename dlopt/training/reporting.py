@@ -158,7 +158,7 @@ def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
 
 def _shown_metrics(workload: Workload) -> list[str]:
     """Returns the names of the metrics, beside loss and accuracy, of every evaluation."""
-    return [*(each.name for each in workload.task.computed(())), *workload.run_config.user_metrics]
+    return [*(each.name for each in workload.task.computed(())), *workload.run_config.own_metrics]
 
 
 def summarize(workload: Workload, status: Status, progress: Progress, best: Best, recovery: Recovery) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
     }
     if monitored_name(best.monitor) is not None and best.epoch is not None:
         summary[best_key(best.monitor)] = best.metric
-    if workload.task.accuracy != VAL_ACCURACY.name:
+    if workload.task.accuracy != VAL_ACCURACY.name and best.val_accuracy is None:
         summary = {key: value for key, value in summary.items() if key not in (VAL_ACCURACY.best, "test_accuracy")}
     derived: dict[str, float] = {}
     if best.val_loss is not None and workload.dataset.val is not None:

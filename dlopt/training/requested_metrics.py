@@ -53,7 +53,7 @@ def _monitors(run_config: RunConfig) -> dict[str, str]:
 def _requested(run_config: RunConfig, task: Task) -> list[str]:
     """Returns the names of dlopt's own metrics that not every run of the task has. Raises `UserError`."""
     monitors = _monitors(run_config)
-    user_metrics = [_val(name) for name in run_config.user_metrics]
+    user_metrics = [_val(name) for name in run_config.own_metrics]
     if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
         check_mode(task.monitor, run_config.settings.monitor_mode)
     requested: dict[str, str] = {
@@ -82,7 +82,7 @@ def _check_target(run_config: RunConfig, task: Task) -> None:
     target, monitor = run_config.stopping.arguments["value"], run_config.stopping.arguments["monitor"]
     if monitor == "auto":
         monitor = task.monitor
-    is_user_metric = monitor in [_val(name) for name in run_config.user_metrics]
+    is_user_metric = monitor in [_val(name) for name in run_config.own_metrics]
     if target > 1 and not is_user_metric and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")
 

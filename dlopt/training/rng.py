@@ -36,4 +36,4 @@ def restore(state: Mapping[str, Any]) -> None:
 
 
 # Streams: random numbers for different purposes are independent, even with equal seeds.
-WEIGHTS, SCHEME, ORDER, AUGMENTATION, DROPOUT, ADAPTERS, ROUNDING = range(11, 18)
+WEIGHTS, SCHEME, ORDER, AUGMENTATION, DROPOUT, ADAPTERS, ROUNDING, EVALUATION = range(11, 19)

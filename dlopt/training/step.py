@@ -7,7 +7,7 @@ some runs need around a whole update (observers, skipped updates) is in `around.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ from dlopt.models.layers import frozen_statistics
 from dlopt.optim.traits import refuse_missing_closure
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
+from dlopt.tasks.draws import Draws
+from dlopt.tasks.user import TaskErrors, TaskLoss
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
 from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
@@ -31,9 +33,15 @@ from dlopt.training.saved_buffers import SavedBuffers
 
 log = logging.getLogger(__name__)
 
+_TASK = 1  # counter of the draws of a task of the user's own, beside those of the model's layers
+
 Forward = Callable[..., tuple[Tensor, Kept]]
 """(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
 need."""
+
+
+TaskLossCall = Callable[[tuple[Tensor, Tensor], Draws], Mapping[str, Tensor]]
+"""See `dlopt.tasks.user.TaskLoss`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,9 @@ class Network:
         loss: (outputs, targets, *additional arguments) -> mean over the samples.
         further: returns the additional arguments of the loss for a micro-batch; None if there are none.
         compile: compiles model, loss and metrics as one region; None to call `model` and `loss` separately.
+        task_loss: of a task of the user's own, in the place of `model` and `loss`: (batch, draws) -> the parts of the
+            loss by name; `loss` is then the same without the parallel mode's wrapper, not compiled.
+        advice: a setting that `task_loss` may not support, and what to use instead.
     """
 
     module: nn.Module
@@ -52,6 +63,8 @@ class Network:
     loss: Callable[..., Tensor]
     further: Callable[[Batch], tuple[Tensor, ...]] | None = None
     compile: Callable[[Forward], Forward] | None = None
+    task_loss: TaskLossCall | None = None
+    advice: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +223,11 @@ class Step:
         if network.compile is not None:
             self._forward = network.compile(self._forward)
         self.further = _nothing if network.further is None else network.further
+        self._task_loss = None if network.task_loss is None else precision.autocast_parts(network.task_loss)
+        self._errors: AbstractContextManager[None] = nullcontext()
+        if isinstance(network.loss, TaskLoss):
+            self._errors = TaskErrors(network.loss.task, "the loss", network.advice)
+        self._eager_task_loss = None if network.task_loss is None else precision.autocast_parts(network.loss)
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
         self._generators = _generators(mode.device) if is_stochastic(network.module) else []
         self._run_batch: ForwardBackward = self.forward_backward
@@ -322,10 +340,14 @@ class Step:
         for micro_batch in micro_batches:
             if sums is not None and micro_batch.is_last:
                 sums.put_back()
-            with self.mode.micro_batch(micro_batch):
+            with self.mode.micro_batch(micro_batch), self._errors:
                 # 3. Forward. Micro-batches differ in size: each loss is weighted by its number of samples, because a
                 #    mean of means would weight the samples of small micro-batches more.
-                if micro_batch.targets.shape[0]:
+                if self._task_loss is not None:
+                    loss, kept = self._forward_task(self._task_loss, micro_batch)
+                    if micro_batch.weight != 1.0:
+                        loss = loss * micro_batch.weight
+                elif micro_batch.targets.shape[0]:
                     loss, kept = self._forward(*micro_batch, *self.further(micro_batch))
                     if micro_batch.weight != 1.0:
                         loss = loss * micro_batch.weight
@@ -347,6 +369,31 @@ class Step:
 
         # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
         return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
+
+    def _forward_task(self, task_loss: TaskLossCall, micro_batch: Batch) -> tuple[Tensor, Kept]:
+        """Returns the loss of a task of the user's own, with its graph, and what the metrics need."""
+        samples, positions, total = len(micro_batch.targets), micro_batch.positions, self.current.batch.total
+        inputs, targets = micro_batch
+        if not samples:  # the other ranks wait in collectives: one sample of zeros, whose loss has no weight
+            inputs, targets = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (inputs, targets))
+            positions = slice(0, 1)
+        parts = task_loss((inputs, targets), self._draws(total, positions))
+        loss = torch.stack([*parts.values()]).sum()
+        named = {name: value.detach() for name, value in parts.items() if name}
+        return loss, self.metrics.keep_parts(loss.detach(), named, samples)
+
+    def _draws(self, total: int, positions: slice) -> Draws:
+        """Returns the random numbers of this update for a task of the user's own."""
+        seed = stream(self.settings.seed, self.current.number, _TASK)
+        generator = torch.Generator(self.mode.device).manual_seed(seed)
+        return Draws(generator, total, positions, self.precision.dtype)
+
+    def eager_loss(self, micro_batch: Batch) -> Tensor:
+        """Returns the mean loss of a micro-batch with its graph, of the uncompiled model: it has second derivatives."""
+        if self._eager_task_loss is not None:
+            return self._forward_task(self._eager_task_loss, micro_batch)[0]
+        outputs = self.eager_model(micro_batch.inputs)
+        return self.network_loss(outputs, micro_batch.targets, *self.further(micro_batch))
 
     def _halving_forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
         """Repeats forward and backward with twice as many micro-batches while the device runs out of memory."""
@@ -418,9 +465,9 @@ class Step:
     def _repeat_forward(self) -> None:
         """Repeats the forward passes of the update, uncompiled: hooks do not run in a compiled model."""
         self.seed()
-        with torch.no_grad(), frozen_statistics(self.module):
+        with torch.enable_grad(), frozen_statistics(self.module):
             for micro_batch in self.mode.split.micro_batches(self.current.batch, self.accumulate):
-                self.eager_model(micro_batch.inputs)
+                self.eager_loss(micro_batch)
 
 
 def _nothing(_: Batch) -> tuple[Tensor, ...]:

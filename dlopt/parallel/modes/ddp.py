@@ -106,6 +106,13 @@ class DataParallel(GroupMode):
         timing = StepTiming(self.group, self.device, self._wait_timer)
         return Placed(placed, buffer_averaging(model, self.group.size), timing=timing)
 
+    def around(self, placed: Placed, loss: nn.Module) -> Callable[..., Any]:
+        # DDP prepares to average the gradients once per forward pass; a loss may call the model several times.
+        if isinstance(placed.model, DistributedDataParallel):
+            placed.model.module = loss
+            return placed.model
+        return loss
+
     @contextmanager
     def micro_batch(self, micro_batch: Batch) -> Iterator[None]:
         # Only the last backward averages gradients: it waits for the other ranks, the earlier ones accumulate locally.

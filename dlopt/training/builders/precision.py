@@ -90,6 +90,18 @@ class Precision:
             return function
         return torch.autocast(self.device.type, dtype=low)(function)
 
+    def autocast_parts(self, task_loss: Callable[..., Any]) -> Callable[..., dict[str, Tensor]]:
+        """Returns a loss of named parts under autocast for bf16 and fp16, with parts in fp32 or fp64."""
+        computed = task_loss if self.name == "bf16_pure" else self.autocast(task_loss)
+
+        def promoted(*inputs: Any) -> dict[str, Tensor]:
+            return {
+                name: value.to(torch.promote_types(value.dtype, torch.float32))
+                for name, value in computed(*inputs).items()
+            }
+
+        return promoted
+
     def scaler(self) -> torch.amp.GradScaler | None:
         """Returns a loss scaler for fp16, whose gradients underflow (Micikevicius et al. 2018)."""
         # bf16 has the exponents of fp32, so its gradients do not underflow.

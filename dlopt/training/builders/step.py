@@ -103,6 +103,8 @@ def build_update(
     )
     if reason is None and workload.network.further is not None:
         reason = "the static batch of a graph has no further arguments of a loss, such as the outputs of a teacher"
+    if reason is None and workload.network.task_loss is not None:
+        reason = f"task={workload.task.name} may have control flow on the host"
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     update: Update = step.update

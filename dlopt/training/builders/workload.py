@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -18,7 +18,7 @@ from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError, refused_path
 from dlopt.basics.random import generator, stream
 from dlopt.config.run_config import RunConfig
-from dlopt.config.schema import Component
+from dlopt.config.schema import Component, dotted_name
 from dlopt.data.batches import Batches
 from dlopt.data.identity import difference, identify
 from dlopt.data.normalization import Nothing, fit
@@ -36,6 +36,7 @@ from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.tasks.kinds import chosen
 from dlopt.tasks.task import Task
+from dlopt.tasks.user import OwnTask, TaskLoss
 from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
@@ -114,6 +115,13 @@ class Workload:
 
     @property
     def network(self) -> Network:
+        if isinstance(self.loss, TaskLoss):
+            advice = None
+            if not self.compile_obstacle:
+                advice = f"compile={self.run_config.settings.compile}".lower(), "use compile=false"
+            elif self.parallel.sharding.kind != "replicated":
+                advice = f"parallel={self.parallel.name}", "use parallel=ddp, which supports second derivatives"
+            return Network(self.module, self.placed.model, self.loss, task_loss=cast(Any, self.model), advice=advice)
         further = self.loss.further if isinstance(self.loss, Distillation) else None
         network = Network(self.module, self.model, self.loss, further)
         if self.compile_obstacle:
@@ -194,7 +202,8 @@ def build_workload(
     module = build_model(run_config, dataset, normalize, shape)
     _check_model(run_config, module, dataset, shape, parallel, is_new=is_new)
     uses = layer_order(run_config, module, shape, is_main=parallel.ranks.is_main)
-    if parallel.ranks.processes > 1 and not accepts_an_empty_batch(run_config, module, shape, task):
+    is_own = isinstance(task, OwnTask)
+    if parallel.ranks.processes > 1 and not is_own and not accepts_an_empty_batch(run_config, module, shape, task):
         accept_empty_batches(module, run_config.data_settings.batch_size)
 
     # 5. Its data type and memory format on the device; the loss.
@@ -204,7 +213,7 @@ def build_workload(
     if has_convolutions(module, shape):
         module = module.to(memory_format=memory_format)
     check_adapters(run_config, module, precision, shape, task)
-    loss = _build_loss(run_config, dataset)
+    loss: nn.Module = TaskLoss(module, task) if isinstance(task, OwnTask) else _build_loss(run_config, dataset)
     if settings.threads == "auto" and is_alone:
         size = run_config.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
@@ -213,11 +222,13 @@ def build_workload(
 
     # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the
     #    model, and not on a CPU, where nothing needs them: counting takes 1 s of imports.
-    flops = speed.training_flops(module, shape) if precision.device.type == "cuda" else None
+    has_flops = precision.device.type == "cuda" and not isinstance(task, OwnTask)
+    flops = speed.training_flops(module, shape) if has_flops else None
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
     placed = parallel.place(module, shape)
+    model = parallel.around(placed, loss) if isinstance(loss, TaskLoss) else placed.model
     return Workload(
         run_config=run_config,
         parallel=parallel,
@@ -226,8 +237,8 @@ def build_workload(
         normalize=normalize,
         module=module,
         placed=placed,
-        model=placed.model if compile_obstacle else speed.compiled(placed.model, settings.compile),
-        loss=precision.place_data(loss),
+        model=model if compile_obstacle else speed.compiled(model, settings.compile),
+        loss=loss if isinstance(loss, TaskLoss) else precision.place_data(loss),
         memory_format=memory_format,
         augment=augment,
         uses=uses,
@@ -303,7 +314,7 @@ def _check_model(
             f"{run_config.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
             "themselves; use parallel=single, ddp or fsdp"
         )
-    if is_new:  # a checkpoint can be used although its model has other outputs
+    if is_new and not isinstance(task, OwnTask):  # a checkpoint can be used although its model has other outputs
         check_outputs(run_config, module, shape, dataset, parallel.device)
 
 
@@ -344,6 +355,12 @@ def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -
 
     `shape`: of the augmented samples. Raises `UserError` if the task does not fit them.
     """
+    user = run_config.task.build()
+    if user is not None:
+        classes = None if dataset.classes is None else len(dataset.classes)
+        return replace(
+            dataset, unlabelled=OwnTask.of(user, dotted_name(run_config.task.target), dataset.task, shape, classes)
+        )
     own = dataset.task
     task = chosen(own, shape, *((each.target, each.choice) for each in (run_config.loss, run_config.model)))
     return dataset if task is own else replace(dataset, unlabelled=task)

@@ -1,0 +1,188 @@
+"""Tasks of the user's own: any loss of a model and a batch, under every optimizer."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.basics.errors import RunError, UserError
+from dlopt.metrics.declaration import Mode
+from dlopt.tasks.draws import Draws
+from dlopt.tasks.task import Task
+
+Model = Callable[..., Any]
+"""Calls the model of the run with what the task passes."""
+Batch = tuple[Tensor, Tensor]
+"""Inputs [B, ...], augmented and normalized, and targets [B, ...], as the data give them."""
+Values = Mapping[str, float | Tensor]
+
+
+class UserTask:
+    """Base of a task of the user's own: `dlopt train task=mine.Denoise allow_packages=[mine]`.
+
+    The annotated arguments of its constructor are the keys of the group `task`.
+
+    Attributes:
+        couples_batch: the loss is no mean over independent samples, for example because it compares the samples of a
+            batch with each other. What would split a batch is then refused: accumulation, and several processes.
+        values: what `evaluate` returns, with the direction of the better values: {"error": "min"}.
+        views: of each sample, augmented independently: above 1, inputs are [B, views, ...].
+    """
+
+    couples_batch: ClassVar[bool] = False
+    values: ClassVar[Mapping[str, Mode]] = {}
+    views: ClassVar[int] = 1
+
+    def model_arguments(self, shape: tuple[int, ...], classes: int | None) -> dict[str, Any]:
+        """Returns `input_shape` and `classes`, the number of outputs, for the model.
+
+        `shape`: of an augmented sample; `classes`: of the data, None for numbers.
+        """
+        return {"input_shape": shape, "classes": classes or 1}
+
+    def loss(self, model: Model, batch: Batch, draws: Draws) -> Tensor | Mapping[str, Tensor]:
+        """Returns the loss of a batch, a number with its graph: the mean over the samples. Or its parts by name: their
+        sum is minimized, and each is logged as train_<part>."""
+        raise NotImplementedError
+
+    def evaluate(self, model: Model, batches: Iterable[Batch], draws: Draws, split: Literal["val", "test"]) -> Values:
+        """Returns `values` of a split; the mean loss is computed in addition.
+
+        Every process calls it with all batches of the split, the model in evaluation mode, without gradients. The draws
+        are those of a batch of all samples, equal in every evaluation.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class OwnTask(Task):
+    """A `UserTask` in the place of the task of the data.
+
+    Args:
+        user: the task; None for that of a checkpoint, which only has its name.
+        path: its dotted name.
+        shape: of the model's input.
+    """
+
+    user: UserTask | None = field(default=None, repr=False, compare=False)
+    path: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    kind: ClassVar = "own"
+    title: ClassVar = "Tasks of your own"
+    purpose: ClassVar = "outputs"
+    keeps_outputs: ClassVar = False
+    measures_train_accuracy: ClassVar = False
+
+    @classmethod
+    def of(cls, user: Any, path: str, task: Task, shape: tuple[int, ...], classes: int | None) -> "OwnTask":
+        """Returns the task `user` for data with `task`. Raises `UserError` if it is no `UserTask`."""
+        if not isinstance(user, UserTask) or type(user).loss is UserTask.loss:
+            raise UserError(f"task={path}: must be a class derived from dlopt.extend.UserTask, with a method loss")
+        arguments = {"vocabulary": None, **user.model_arguments(shape, classes)}
+        missing = [name for name in ("input_shape", "classes") if name not in arguments]
+        if missing:
+            raise UserError(f"task={path}: model_arguments must return input_shape and classes; lacks {missing[0]}")
+        return cls(int(arguments["classes"]), task.white, user, path, arguments)
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    @property
+    def views(self) -> int:
+        return 1 if self.user is None else self.user.views
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        return {"kind": self.kind, "outputs": self.outputs, "white": self.white, "path": self.path}
+
+    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self.arguments["input_shape"])
+
+    def model_arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        return dict(self.arguments)
+
+    def describe(self, window: tuple[int, ...]) -> str:
+        return f"{super().describe(window)}, {self.path}"
+
+    def check_predicts(self, key: str, path: object) -> None:
+        raise UserError(f"{key}={path}: its task is {self.path}, which does not say how to predict")
+
+    def accepts(self, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
+        raise UserError(f"checkpoint: its task is {self.path}, which does not say how to predict")
+
+
+class TaskErrors:
+    """Context that turns what the code of a task raises into one line with its name.
+
+    Args:
+        where: "its loss", or "evaluate".
+        advice: what to do instead, if a setting is the likely cause: ("parallel=fsdp", "use parallel=ddp").
+    """
+
+    def __init__(self, task: OwnTask, where: str, advice: tuple[str, str] | None = None) -> None:
+        self.task = task
+        self.where = where
+        self.advice = advice
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        if isinstance(error, UserError | RunError | torch.OutOfMemoryError):
+            return
+        lines = str(error).strip().splitlines()
+        raised = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        if self.advice is not None:
+            key, instead = self.advice
+            raise RunError(f"{key}: fails for {self.where} of task={self.task.path} ({raised}); {instead}") from error
+        raise RunError(f"task={self.task.path}: {self.where} raised {raised}") from error
+
+
+class TaskLoss(nn.Module):
+    """The loss of a task of the user's own as a module, which a mode wraps and a compiler sees as a whole."""
+
+    def __init__(self, model: Model, task: OwnTask) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self._names: tuple[str, ...] | None = None  # of the parts; () for a loss without parts
+
+    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Returns the parts of the loss by name; {"": loss} without parts. Raises `RunError` for anything else."""
+        assert self.task.user is not None
+        loss = self.task.user.loss(self.model, batch, draws)
+        parts = dict(loss) if isinstance(loss, Mapping) else {"": loss}
+        for name, value in parts.items():
+            self._check(name, value, draws.device)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if trains and not any(value.requires_grad for value in parts.values()):
+            raise RunError(f"task={self.task.path}: its loss has no gradient; do not detach it")
+        names = tuple(sorted(parts))
+        if self._names is None:
+            self._names = names
+        elif self._names != names:
+            raise RunError(
+                f"task={self.task.path}: its loss returned the parts {_listed(names)}, and {_listed(self._names)} "
+                "before; return the same parts each time"
+            )
+        return parts
+
+    def _check(self, name: str, value: Any, device: torch.device) -> None:
+        where = f"task={self.task.path}: its loss" + (f", part {name}," if name else "")
+        if not isinstance(value, Tensor) or value.ndim:
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise RunError(f"{where} is {found}; must be a number, as a tensor without dimensions")
+        if not value.is_floating_point():
+            raise RunError(f"{where} has the type {str(value.dtype).removeprefix('torch.')}; must be floating-point")
+        if value.device.type != device.type:
+            raise RunError(f"{where} is on {value.device.type}, the model on {device.type}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(name or "(one number)" for name in names)
