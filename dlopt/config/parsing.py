@@ -12,7 +12,7 @@ from dlopt.config.schema import Component, check_arguments, component, resolve_t
 from dlopt.config.settings_rules import check_monitor
 from dlopt.config.user_parts import user_metrics, user_observers
 from dlopt.metrics.declaration import Mode
-from dlopt.metrics.names import base_name, known_mode
+from dlopt.metrics.names import Metric, base_name, known_mode
 
 
 def parse(
@@ -79,7 +79,7 @@ def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[st
     if not isinstance(values, Mapping) or any(value not in ("min", "max") for value in values.values()):
         raise UserError(f"task={path}: values={values!r}: must name each value with min or max: {{'error': 'min'}}")
     for name, direction in values.items():
-        if known_mode(f"val_{name}") not in (None, direction):
+        if known_mode(Metric("val", name).column) not in (None, direction):
             raise UserError(f"task={path}: values: the direction of dlopt's metric {name} is not {direction}")
     return dict(values)
 

@@ -11,8 +11,8 @@ from dlopt.basics.roles import Role
 from dlopt.metrics.declared import REQUESTABLE
 
 GROUPS = (
-    "task", "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule",
-    "decay", "clip", "stopping", "parallel",
+    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule",
+    "decay", "clip", "stopping", "task", "parallel",
 )  # fmt: skip
 """The groups that every run has a choice of; all other keys are `Settings`."""
 

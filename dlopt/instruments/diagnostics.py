@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.random import stream
 from dlopt.config.settings import Diagnostic
 from dlopt.instruments.curvature import (
     GradientSpread,
@@ -20,8 +21,11 @@ from dlopt.instruments.curvature import (
 from dlopt.instruments.layers import LayerProbe, layer_parameters, norms, norms_by_layer
 from dlopt.models.layers import frozen_statistics
 from dlopt.optim.common import flat
+from dlopt.tasks.draws import Draws
+from dlopt.tasks.user import TaskErrors, TaskLoss
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Clip, Norm
+from dlopt.training.rng import EVALUATION
 from dlopt.training.step import Observer, Step
 
 Report = Callable[[int, Mapping[str, float], Mapping[str, Tensor]], None]
@@ -147,8 +151,8 @@ class Diagnostics(Observer):
             return math.nan
         spread = GradientSpread()
         with preserved_state(self.workload):
-            for samples in (slice(0, half), slice(half, 2 * half)):
-                loss = loss_of(self.workload, inputs[samples], targets[samples])
+            for number, samples in enumerate((slice(0, half), slice(half, 2 * half))):
+                loss = loss_of(self.workload, inputs[samples], targets[samples], number)
                 spread.add([torch.autograd.grad(loss, trained, materialize_grads=True)])
         return spread.noise_scale(half)[0]
 
@@ -166,10 +170,19 @@ class Diagnostics(Observer):
         return metrics
 
 
-def loss_of(workload: Workload, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Computes the mean loss of the uncompiled model, so that hooks fire and second derivatives exist."""
+def loss_of(workload: Workload, inputs: Tensor, targets: Tensor, number: int = 0) -> Tensor:
+    """Computes the mean loss of the uncompiled model, so that hooks fire and second derivatives exist.
+
+    `number`: of the batch, on which the draws of a task of the user's own depend.
+    """
     autocast = workload.precision.autocast
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        if isinstance(workload.loss, TaskLoss):
+            seed = stream(workload.run_config.settings.augmentation_seed, EVALUATION, number)
+            draws = Draws.of_update(workload.device, seed, len(targets), workload.precision.dtype)
+            with TaskErrors(workload.loss.task, "the loss"), torch.enable_grad():  # it may contain derivatives
+                parts = workload.precision.autocast_parts(workload.loss)((inputs, targets), draws)
+            return torch.stack([*parts.values()]).sum()
         loss: Tensor = autocast(workload.loss)(autocast(workload.module)(inputs), targets)
     return loss
 

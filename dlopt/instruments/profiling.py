@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from dlopt.metrics.sums import Kept
 from dlopt.training.builders.workload import Workload
 from dlopt.training.step import EpochBatches, ForwardBackward, Network, Observer, Step
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _TOP = 10
 _PREFIX = "dlopt: "
 
@@ -71,6 +73,8 @@ class Profiling(Observer):
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
         """Times the model and the loss as `forward`, and fetching a batch as `data`."""
+        if network.task_loss is not None:
+            return replace(network, task_loss=self._timed("forward", network.task_loss)), TimedBatches(batches, self)
         # Compiled alone: a compiler cannot see through the timers.
         model, loss = self._timed("forward", self.workload.model), self._timed("forward", network.loss)
         return replace(network, model=model, loss=loss, compile=None), TimedBatches(batches, self)
@@ -111,8 +115,8 @@ class Profiling(Observer):
             end = synchronized_time(self.workload.device)
         self.seconds[name] += end - start
 
-    def _timed(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
+    def _timed(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
             with self.timer(name):
                 return function(*args, **kwargs)
 

@@ -103,6 +103,11 @@ class OwnTask(Task):
         return tuple(self.arguments["input_shape"])
 
     def model_arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        if self.user is None:
+            raise UserError(
+                f"checkpoint: its task is {self.path}, which does not say how to predict; `dlopt eval` tests it, and "
+                "its weights load with torch"
+            )
         return dict(self.arguments)
 
     def describe(self, window: tuple[int, ...]) -> str:
@@ -112,7 +117,7 @@ class OwnTask(Task):
         raise UserError(f"{key}={path}: its task is {self.path}, which does not say how to predict")
 
     def accepts(self, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
-        raise UserError(f"checkpoint: its task is {self.path}, which does not say how to predict")
+        return True
 
 
 class TaskErrors:

@@ -21,14 +21,15 @@ BUDGET = {
     "keys of conf/train.yaml": 61 + 1,  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
     "words of a sweep": 0
     + 4,  # space: instead of the promised group; seeds, trials: plan.with_params went; wait: submitit
-    "groups": 18 + 2,  # decay, debug
+    "groups": 18 + 2 + 1,  # decay, debug; task
     "choices": 235
     + 5
     + 3  # of decay; debug: fast, overfit, profile
     + 1  # function=matrix: NorMuon, SOAP-Muon, AdamH, MuonH and SOAP-H are keys, not choices
-    - 9,  # depths and widths of six models are keys: free for what comes
+    - 9  # depths and widths of six models are keys
+    + 2,  # of these nine: task=auto, data=drawn
     "recipes": 118,
-    "names of dlopt.extend": 56 + 1,  # Checkpoint replaces the nine keys of its file
+    "names of dlopt.extend": 56 + 1 + 2,  # Checkpoint replaces the nine keys of its file; UserTask, Draws
 }
 
 

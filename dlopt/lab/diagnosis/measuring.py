@@ -165,7 +165,7 @@ def snapshot(
     with preserved_state(workload):
         for index, (inputs, targets) in enumerate(batches):
             with probe.recording(), attention.recording(), lag.recording() if index == 0 else contextlib.nullcontext():
-                loss = loss_of(workload, inputs, targets)
+                loss = loss_of(workload, inputs, targets, index)
                 values = torch.autograd.grad(loss, trained, materialize_grads=True)
             gradients = dict(zip(trained, values, strict=True))
             losses.append(float(loss.detach()))

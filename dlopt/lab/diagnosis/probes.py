@@ -66,7 +66,7 @@ class TimeLagProbe:
 def _time_lag(name: str, steps: Sequence[tuple[Tensor, list[Tensor], list[Tensor]]]) -> TimeLag:
     states, contributions = [], []
     for state, gradients, deltas in steps:
-        states.append(float(torch.stack(gradients).sum(0).norm()) if gradients else 0.0)
+        states.append(float(torch.stack(gradients).sum(0).norm().detach()) if gradients else 0.0)
         term = deltas[0].flatten(0, -2).T @ state.flatten(0, -2) if deltas else torch.zeros(())
         contributions.append(float(term.norm()))
     # The first state is a constant zero without a gradient.

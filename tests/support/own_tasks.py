@@ -1,0 +1,99 @@
+"""Tasks of a user's package, right and wrong ones."""
+
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from dlopt.extend import UserTask
+
+
+class Noisy(UserTask):
+    """A regression of the label on the image and noise; its parts and values are known functions of the draws."""
+
+    values: ClassVar = {"spread": "min", "accuracy": "max"}
+
+    def __init__(self, *, noise: float = 0.5) -> None:
+        self.noise = noise
+
+    def model_arguments(self, shape, classes):
+        return {"input_shape": shape, "classes": 1}
+
+    def loss(self, model, batch, draws):
+        images, labels = batch
+        noisy = images + self.noise * draws.normal(*images.shape[1:])
+        kept = draws.uniform(1) < 0.9
+        found = (model(noisy) - 0.1 * labels.to(images).unsqueeze(1)) * kept
+        shift = draws.integers(3, 1).to(images)
+        return {"fit": found.square().mean(), "shift": (0.1 * model(images) * shift).square().mean()}
+
+    def evaluate(self, model, batches, draws, split):
+        outputs = torch.cat([model(images) for images, _ in batches])
+        return {"spread": outputs.std(), "accuracy": float(len(draws) == len(outputs))}
+
+
+class Coupled(Noisy):
+    couples_batch = True
+
+
+class Raises(Noisy):
+    def loss(self, model, batch, draws):
+        raise KeyError("missing")
+
+
+class Vector(Noisy):
+    def loss(self, model, batch, draws):
+        return model(batch[0]).square()
+
+
+class Detached(Noisy):
+    def loss(self, model, batch, draws):
+        return model(batch[0]).square().mean().detach()
+
+
+class Integer(Noisy):
+    def loss(self, model, batch, draws):
+        return {"fit": batch[1].sum()}
+
+
+class Infinite(Noisy):
+    def loss(self, model, batch, draws):
+        return model(batch[0]).square().mean() / 0
+
+
+class ChangesParts(Noisy):
+    calls = 0
+
+    def loss(self, model, batch, draws):
+        self.calls += 1
+        return {f"part{self.calls // 2}": model(batch[0]).square().mean()}
+
+
+class ReturnsText(Noisy):
+    def evaluate(self, model, batches, draws, split):
+        return {"spread": "wide", "accuracy": 1}
+
+
+class ForgetsValue(Noisy):
+    def evaluate(self, model, batches, draws, split):
+        return {"spread": 1.0}
+
+
+class WrongDirection(Noisy):
+    values: ClassVar = {"accuracy": "min"}
+
+
+class NoLoss(UserTask):
+    pass
+
+
+class Views(Noisy):
+    views = 2
+
+    def loss(self, model, batch, draws):
+        first, second = batch[0].unbind(1)
+        return {"fit": (model(first) - 1).square().mean(), "difference": (first - second).square().mean()}
+
+    def evaluate(self, model, batches, draws, split):
+        views = torch.cat([views for views, _ in batches])
+        return {"spread": F.mse_loss(views[:, 0], views[:, 1]), "accuracy": 1}
