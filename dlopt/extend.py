@@ -22,7 +22,7 @@ Results
     Table, short_path, printable: texts.
 Components
     OptimizerTraits, LossClosure: of an optimizer. RunObserver: methods of an observer. Dataset: splits of a data set.
-    GroupMode: base of a parallel mode. UserTask, Draws: a task of one's own, and its random numbers.
+    GroupMode: base of a parallel mode. UserTask, Draws: a task of the user, and its random numbers.
 """
 
 from importlib import import_module

@@ -11,6 +11,7 @@ from dlopt.config.overrides import value_of
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
 from dlopt.config.settings_rules import check_monitor
+from dlopt.data.generated import drawn
 from dlopt.init import default
 from dlopt.losses import Distillation
 from dlopt.metrics.names import Metric, Mode, known_mode
@@ -69,6 +70,8 @@ def check_combinations(run_config: RunConfig) -> None:
         _check_distillation(run_config)
     if run_config.task.is_a(UserTask):
         _check_own_task(run_config)
+    elif run_config.data.target is drawn:
+        raise UserError("data=drawn: has no samples; it is for a task that draws them: task=mine.Task")
 
 
 def _check_own_task(run_config: RunConfig) -> None:

@@ -74,6 +74,7 @@ def line(choice: str) -> tuple[str, ...]:
         "data=custom": (("data.train._target_=torchvision.datasets.FakeData", *FAKE), MLP),
         "data=polynomial": (("loss=mse",), MLP),
         "data=linear": (("loss=mse",), MLP),
+        "data=drawn": (("task=tests.support.own_tasks.Noisy", "allow_packages=[tests]"), MLP),
         "data=diabetes": (("loss=mse",), MLP),
         "loss=binary_cross_entropy": (("data=digit_pairs", *DIGITS), MLP),
         "loss=distillation": ((*DIGITS, "loss.teacher=images/teacher"), MLP),

@@ -140,6 +140,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mine/data.py", "docs/howto/custom_data.md", "python"),
         ("mine/metrics.py", "docs/extending.md", "python"),
         ("mine/watch.py", "docs/extending.md", "python"),
+        ("mine/denoise.py", "docs/howto/own_task.md", "python"),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(block_after(page, language, f"`{path}`"))

@@ -30,13 +30,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "mine/optim.py": block_after(TUTORIAL, "python", "`mine/optim.py`"),
         "mine/data.py": block_after(DATA, "python", "`mine/data.py`"),
         "mine/metrics.py": block_after(EXTENDING, "python", "`mine/metrics.py`"),
+        "mine/denoise.py": block_after("docs/howto/own_task.md", "python", "`mine/denoise.py`"),
         "mine/watch.py": block_after(EXTENDING, "python", "`mine/watch.py`"),
         "myconf/optimizer/sign_momentum.yaml": block_after(TUTORIAL, "yaml", "`myconf/optimizer/sign_momentum.yaml`"),
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mine", "mine.optim", "mine.data", "mine.metrics", "mine.watch"):
+    for name in ("mine", "mine.optim", "mine.data", "mine.metrics", "mine.watch", "mine.denoise"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -60,6 +61,14 @@ def test_a_data_set_of_the_users(folder: Path) -> None:
     result = dlopt(folder, "train", *data, "allow_packages=[mine]", *TINY, "tracking=[]")
     assert result.code == 0, result.err
     assert "finished" in result.out
+
+
+def test_a_task_of_the_users(folder: Path) -> None:
+    line = ["task=mine.denoise.Denoise", "task.noise=0.3", "monitor=val_error", "allow_packages=[mine]"]
+    result = dlopt(folder, "train", *line, *TINY, "hydra.run.dir=run")
+    assert result.code == 0, result.err
+    assert "keeps the lowest val_error" in result.out
+    assert {"best_val_error", "test_error"} <= json.loads((folder / "run/summary.json").read_text()).keys()
 
 
 def test_a_metric_of_the_users(folder: Path) -> None:

@@ -27,7 +27,7 @@ BUDGET = {
     + 3  # of decay; debug: fast, overfit, profile
     + 1  # function=matrix: NorMuon, SOAP-Muon, AdamH, MuonH and SOAP-H are keys, not choices
     - 9  # depths and widths of six models are keys
-    + 2,  # of these nine: task=auto, data=drawn
+    + 3,  # of these nine: task=auto, task=custom, data=drawn
     "recipes": 118,
     "names of dlopt.extend": 56 + 1 + 2,  # Checkpoint replaces the nine keys of its file; UserTask, Draws
 }

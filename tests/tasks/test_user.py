@@ -65,7 +65,7 @@ def test_every_evaluation_of_an_update_sees_the_same_draws() -> None:
         losses.append(float(step()))
         assert float(step()) == losses[-1] == float(step.loss().detach())
         del batch
-    assert losses[0] != losses[1], "the next update draws anew"
+    assert losses[0] != losses[1], "the next update draws others"
 
 
 def test_the_parts_add_up_to_the_loss(tmp_path: Path) -> None:
@@ -147,7 +147,10 @@ def test_refuses(name: str, typed: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "message"),
-    [("evaluate.tta=flip", "evaluate.tta=flip: averages"), ("optimizer.hessian=gnb", "gnb")],
+    [
+        ("evaluate.tta=flip", "evaluate.tta=flip: averages"),
+        ("optimizer.hessian=gnb", "has no class probabilities, of which Sophia draws labels"),
+    ],
 )
 def test_refuses_what_needs_outputs(tmp_path: Path, typed: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -25,6 +25,7 @@ from dlopt.parallel.owners import step_by_owners
 from dlopt.parallel.shards import is_sharded_tensor
 from dlopt.schedules import Scheduler
 from dlopt.schedules.decay import constant, corrected, independent
+from dlopt.tasks.user import TaskLoss
 from dlopt.training import rng
 from dlopt.training.builders import mup
 from dlopt.training.builders.speed import GRAPH_MODES
@@ -278,6 +279,11 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
         raise UserError(
             f"parallel={parallel.name}: {name} draws labels from the predictions, and their gradients are not averaged "
             "over ranks; use parallel=single or another optimizer"
+        )
+    if isinstance(loss, TaskLoss):
+        raise UserError(
+            f"task={loss.task.path}: has no class probabilities, of which {name} draws labels; use another optimizer "
+            "(sophia: optimizer.hessian=hutchinson)"
         )
     obstacle = sampling_obstacle(loss)
     if obstacle is not None:
