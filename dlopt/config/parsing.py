@@ -29,7 +29,7 @@ def parse(
     packages = trusted_packages(settings.allow_packages)
     directions = _directions(config, packages)
     mode = settings.monitor_mode or directions.get(base_name(settings.monitor))
-    settings = replace(settings, monitor_mode=mode, directions=directions)
+    settings = replace(settings, monitor_mode=mode, directions=directions or None)
     user_metrics_named = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
     check_monitor("monitor", settings.monitor, [*user_metrics_named, *directions], mode)
     components: dict[str, Any] = {}
@@ -73,7 +73,8 @@ def parse(
 
 def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[str, Mode]:
     """Returns the directions of the values of a task of the user's own, which its class declares."""
-    path = config["task"].get("_target_")
+    node = config.get("task")
+    path = node.get("_target_") if isinstance(node, Mapping) else None
     target = resolve_target("task._target_", path, packages) if isinstance(path, str) else None
     values = getattr(target, "values", {})
     if not isinstance(values, Mapping) or any(value not in ("min", "max") for value in values.values()):

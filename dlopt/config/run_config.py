@@ -44,7 +44,7 @@ GROUPS: Mapping[str, ConfigGroup] = {
     "decay": ConfigGroup(("horizon",), DecaySettings),
     "clip": ConfigGroup(("model", "uses")),
     "stopping": ConfigGroup(("model", "norm", "monitor_mode")),
-    "task": ConfigGroup(absent="dlopt.tasks.kinds.auto"),
+    "task": ConfigGroup(),
     "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),
 }
 

@@ -67,8 +67,8 @@ class Published:
 class Settings:
     name: Annotated[str, Role.PLACE]
     run_id: Annotated[str | None, Role.COMMAND] = None  # no key to type: see `RunFolder.run_id`
-    directions: Annotated[dict[str, Literal["min", "max"]], Role.COMMAND] = field(default_factory=dict)  # of the values
-    # of a task of the user's own, which declares them; no key to type
+    # Of the values of a task of the user's own, which declares them: no key to type.
+    directions: Annotated[dict[str, Literal["min", "max"]] | None, Role.COMMAND] = None
     tags: Annotated[list[str], Role.WATCH]
     note: Annotated[str | None, Role.WATCH]
     seed: Annotated[Seed, Role.SEED]

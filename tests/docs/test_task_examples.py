@@ -1,4 +1,4 @@
-"""The examples of tasks of the user's own run with the commands in their first lines, and are swept, judged and resumed."""
+"""The examples of tasks of the user's own run as their first lines say, and are swept, judged and resumed."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_an_example_is_swept_judged_killed_and_resumed(folder: Path, name: str) 
     line = [*command(name), "epochs=2"]
     swept = dlopt(folder, "train", "-m", *line, "optimizer=adamw,soap", "hydra.sweep.dir=sweep")
     assert swept.code == 0 and "2 done, 0 failed" in swept.out + swept.err, swept
-    judged = dlopt(folder, "judge", shlex.join(line), "optimizer.lr=1e-9", "output=judged", "seeds=20")
+    judged = dlopt(folder, "judge", " ".join(line), "optimizer.lr=1e-9", "output=judged", "seeds=20")
     assert judged.code == 3, judged  # worse
 
     def killed() -> None:
