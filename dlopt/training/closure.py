@@ -7,6 +7,7 @@ batch-norm statistics.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class ClosureStep(Step):
 
     record: UpdateRecord | None = None
     evaluations: int = 0
+
+    @cached_property
+    def _checks_all(self) -> bool:
+        """Whether every evaluation is checked, not only the first one: see `OptimizerTraits.uses_all_gradients`."""
+        return optimizer_traits(self.optimizer).uses_all_gradients
 
     def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
         """See `Step.update`."""
@@ -63,7 +69,7 @@ class ClosureStep(Step):
             evaluated = self.record = self.evaluate()
         else:  # the batch has counted in the metrics and in the statistics of batch norm
             with frozen_statistics(self.module):
-                evaluated = self.evaluate(checks=optimizer_traits(self.optimizer).uses_all_gradients)
+                evaluated = self.evaluate(checks=self._checks_all)
             self.record.norm = evaluated.norm
             self.record.flags += evaluated.flags
         assert evaluated.loss is not None
