@@ -53,7 +53,7 @@ def show_batch(
 
     from dlopt.data.checks import problems
     from dlopt.instruments.augmentations import draw
-    from dlopt.training.builders.workload import read_dataset
+    from dlopt.training.builders.dataset import read_dataset
 
     dataset = read_dataset(next(iter(run_configs.values())))
     batch, operations = draw(run_configs, dataset, tile)

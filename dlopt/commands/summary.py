@@ -67,7 +67,7 @@ def summary(
 
 def _sizes(run_config: "RunConfig") -> tuple[tuple[int, ...], "Task", int]:
     """Reads the shape of the model's input, the task, and the number of training samples from the data set."""
-    from dlopt.training.builders.workload import read_dataset, with_task
+    from dlopt.training.builders.dataset import read_dataset, with_task
 
     dataset = read_dataset(run_config)
     shape = dataset.train.shape

@@ -18,7 +18,7 @@ from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.secrets import redacted
 from dlopt.trained.restore import Trained
-from dlopt.training.builders.workload import read_dataset
+from dlopt.training.builders.dataset import read_dataset
 
 _SAMPLES = 16  # for the verification
 _TOLERANCE = 1e-4  # relative to the largest output: other tools sum in a different order

@@ -158,7 +158,7 @@ def _judge(
 
 def _data_of(base: Side) -> Mapping[str, Any]:
     """Reads the data and identifies them, as every run does. Raises `UserError`."""
-    from dlopt.training.builders.workload import read_source  # imports torch
+    from dlopt.training.builders.dataset import read_source  # imports torch
 
     return read_source(base.plan.run_config, None, ("train", "val")).identity or {}
 

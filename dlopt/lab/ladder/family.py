@@ -159,9 +159,9 @@ def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]
 
 def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, overrides: Sequence[str]) -> Rung:
     """Builds a rung on the meta device and returns its size. Raises `UserError` if it does not fit the memory."""
+    from dlopt.training.builders.dataset import read_dataset
     from dlopt.training.builders.model_check import model_on_meta
     from dlopt.training.builders.speed import forward_flops
-    from dlopt.training.builders.workload import read_dataset
 
     own = family.rungs[name]
     run_config, _ = line.run_config([f"experiment={family.experiment}", *own, *overrides])

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batches
 from dlopt.data.samplers import LossAwareSampler
 from dlopt.metrics.sums import MetricSum, sample_losses
+from dlopt.parallel.shard_files import ShardWriter
 from dlopt.schedules import Scheduler
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, TailAverage, WeightAverage
 from dlopt.training.batch_norm import check_norm_batches
 from dlopt.training.builders.batches import loss_aware_sampler, training_batches
+from dlopt.training.builders.dataset import data_spec
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
 from dlopt.training.builders.step import build_step, build_update
-from dlopt.training.builders.workload import Workload, checkpoint_writer, data_spec
+from dlopt.training.builders.workload import Workload
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import check_tta, has_train_accuracy, reduction, validation
@@ -191,3 +194,25 @@ def build_intervals(workload: Workload, schedule: Scheduler, length: Length) -> 
         log_every_steps=settings.log_every_steps,
         snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else None,
     )
+
+
+_MIN_SHARDED_PARAMETERS = 100_000_000  # one process quickly gathers and writes fewer
+
+
+def checkpoint_writer(workload: Workload) -> ShardWriter | None:
+    """Returns the writer of sharded checkpoints; None if rank 0 writes a single file. Raises `UserError`."""
+    sharded, mode = workload.run_config.settings.checkpoint.sharded, workload.parallel
+    writer = workload.placed.writer
+    if writer is None:
+        if sharded is True:
+            reason = (
+                "one process has nothing to shard" if mode.ranks.processes == 1 else f"not with parallel={mode.name}"
+            )
+            raise UserError(
+                f"checkpoint.sharded=true: {reason}; "
+                "use parallel=fsdp with several processes, or checkpoint.sharded=auto"
+            )
+        return None
+    if sharded == "auto":
+        sharded = sum(p.numel() for p in workload.module.parameters()) >= _MIN_SHARDED_PARAMETERS
+    return writer if sharded else None

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 from dlopt.adapt import adapted_layers
 from dlopt.adapt import none as no_adapters
 from dlopt.augment import Pipeline
-from dlopt.augment.crops import ResizingCrop
 from dlopt.augment.pipeline import CentreCrop
-from dlopt.basics.errors import UserError, refused_path
+from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator, stream
 from dlopt.config.run_config import RunConfig
-from dlopt.config.schema import Component, dotted_name
 from dlopt.data.batches import Batches
-from dlopt.data.identity import difference, identify
 from dlopt.data.normalization import Nothing, fit
 from dlopt.data.samples import Dataset, Samples
-from dlopt.data.splits import prepare
 from dlopt.init import WidthGrowth
 from dlopt.losses import Distillation
 from dlopt.machine.device import choose_device, set_deterministic
@@ -33,13 +29,12 @@ from dlopt.optim.parameters import freeze
 from dlopt.parallel.empty_shards import accept_empty_batches
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.parallel.shard_files import ShardWriter
-from dlopt.tasks.kinds import chosen
 from dlopt.tasks.task import Task
 from dlopt.tasks.user import OwnTask, TaskLoss
 from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
+from dlopt.training.builders.dataset import prepare_data
 from dlopt.training.builders.layer_order import layer_order
 from dlopt.training.builders.model_check import (
     accepts_an_empty_batch,
@@ -187,7 +182,7 @@ def build_workload(
     precision = _prepare_machine(run_config, parallel)
 
     # 2. Data, augmentation, and the task.
-    dataset, augment = _prepare_data(run_config, saved, parallel, identified)
+    dataset, augment = prepare_data(run_config, saved, parallel, identified)
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
 
@@ -258,23 +253,6 @@ def _prepare_machine(run_config: RunConfig, parallel: Mode) -> Precision:
     return choose_precision(settings.precision, device)
 
 
-def _prepare_data(
-    run_config: RunConfig, saved: Checkpoint | None, parallel: Mode, identified: Sequence[str]
-) -> tuple[Dataset, Pipeline | None]:
-    """Returns the dataset with its splits and its task, and the augmentation. `identified`: see `build_workload`."""
-    ranks = parallel.ranks
-    dataset = prepare(
-        read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else ()),
-        run_config.data_settings,
-        device=parallel.device,
-        processes=ranks.local_processes,
-        random_crops=_crops_at_random(run_config),
-        compare=ranks.is_main,
-    )
-    augment = _build_augmentation(run_config, dataset)
-    return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
-
-
 def _build_normalization(
     run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...], precision: Precision, saved: Checkpoint | None
 ) -> nn.Module:
@@ -318,12 +296,6 @@ def _check_model(
         check_outputs(run_config, module, shape, dataset, parallel.device)
 
 
-def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:
-    """Returns the dataset of a config with the splits of training; images are decoded on access."""
-    source = run_config.read_data(saved_tokenizer=saved_tokenizer)
-    return prepare(source, replace(run_config.data_settings, memory=False))
-
-
 def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tuple[int, ...]) -> None:
     """Raises `UserError` if the statistics are per pixel and the augmentation changes the image size."""
     try:
@@ -333,37 +305,6 @@ def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tup
             f"{run_config.normalize.choice}: its statistics are per pixel, but the augmentation "
             f"changes the image size to {shape[1]}x{shape[2]}; use normalize=standardize"
         ) from None
-
-
-def _crops_at_random(run_config: RunConfig) -> bool:
-    operations = run_config.augmentation.arguments.get("operations", [])
-    targets = [operation.target for operation in operations if isinstance(operation, Component)]
-    return any(isinstance(target, type) and issubclass(target, ResizingCrop) for target in targets)
-
-
-def _build_augmentation(run_config: RunConfig, dataset: Dataset) -> Pipeline | None:
-    """Returns None for an empty pipeline, which would seed a generator in every step."""
-    if run_config.augmentation.arguments.get("operations") == []:
-        return None
-    return run_config.augmentation.build(
-        input_shape=dataset.train.shape, train=dataset.train, **dataset.task.target_arguments
-    )
-
-
-def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
-    """Returns the dataset with the task of the run: the task that the model or the loss sets, else the data's.
-
-    `shape`: of the augmented samples. Raises `UserError` if the task does not fit them.
-    """
-    user = run_config.task.build()
-    if user is not None:
-        classes = None if dataset.classes is None else len(dataset.classes)
-        return replace(
-            dataset, unlabelled=OwnTask.of(user, dotted_name(run_config.task.target), dataset.task, shape, classes)
-        )
-    own = dataset.task
-    task = chosen(own, shape, *((each.target, each.choice) for each in (run_config.loss, run_config.model)))
-    return dataset if task is own else replace(dataset, unlabelled=task)
 
 
 def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
@@ -382,71 +323,6 @@ def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
     if not component.target.__module__.startswith("dlopt."):
         loss.register_forward_hook(check)
     return loss
-
-
-def read_source(run_config: RunConfig, tokenizer: str | None = None, identified: Sequence[str] = ()) -> Dataset:
-    """Reads the data as they are stored, and identifies them by the content of the splits `identified`, if any.
-
-    Raises `UserError`.
-    """
-    try:
-        source: Dataset = run_config.read_data(saved_tokenizer=tokenizer)
-    except OSError as error:
-        if (message := refused_path(error)) is None:
-            raise
-        raise UserError(f"{run_config.data.choice}: {message}") from None
-    return replace(source, identity=identify(source, identified)) if identified else source
-
-
-def data_spec(workload: Workload) -> dict[str, Any]:
-    """Returns the facts about the data that a checkpoint stores, so that its model can be used without the data.
-
-    `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
-    shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
-    byte by byte, the content of its tokenizer.json; `identity`: of the data, on rank 0.
-    """
-    dataset = workload.dataset
-    tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
-    names = workload.class_names
-    return {
-        **tokenizer,
-        "classes": None if names is None else list(names),
-        "task": dataset.task.saved,
-        "sample": list(dataset.train.shape),
-        "window": list(workload.shape),
-        "identity": dataset.identity,
-    }
-
-
-def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
-    """Raises `UserError` on all ranks if the data differ from those of the checkpoint's run.
-
-    Data may differ under equal configs: files may have changed, and `data.root` may name another folder.
-    """
-    saved, current = checkpoint.data, data_spec(workload)
-    for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
-        if saved[name] != current[name]:
-            raise UserError(
-                f"resume: the run was trained on other data, with {what} {saved[name]}, now {current[name]}; see "
-                "data.root"
-            )
-    # Only rank 0 identifies the data; a difference must end all ranks.
-    found = workload.parallel.ranks.broadcast(difference(checkpoint.identity, current["identity"]))
-    if found is not None:
-        raise UserError(
-            f"resume: the data have changed since the checkpoint was written: {found}; restore them, or start a new "
-            "run with init_from=CHECKPOINT, which loads the weights only"
-        )
-
-
-def saved_tokenizer(run_config: RunConfig, checkpoint: Checkpoint | None) -> str | None:
-    """Returns the tokenizer of a checkpoint; None without one. Raises `UserError` if the config sets another."""
-    if checkpoint is None:
-        return None
-    trained, chosen = (config["data"].get("tokenizer") for config in (checkpoint.config, run_config.config))
-    if trained != chosen:
-        raise UserError(f"data.tokenizer={chosen}: the model reads tokens of data.tokenizer={trained}; leave it out")
-    return checkpoint.tokenizer
 
 
 def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
@@ -504,25 +380,3 @@ def load_weights(
         warning = f"  warning: the last layer, too, although it was trained with other classes: {other}"
         return [*match.lines, warning]
     return match.lines
-
-
-_MIN_SHARDED_PARAMETERS = 100_000_000  # one process quickly gathers and writes fewer
-
-
-def checkpoint_writer(workload: Workload) -> ShardWriter | None:
-    """Returns the writer of sharded checkpoints; None if rank 0 writes a single file. Raises `UserError`."""
-    sharded, mode = workload.run_config.settings.checkpoint.sharded, workload.parallel
-    writer = workload.placed.writer
-    if writer is None:
-        if sharded is True:
-            reason = (
-                "one process has nothing to shard" if mode.ranks.processes == 1 else f"not with parallel={mode.name}"
-            )
-            raise UserError(
-                f"checkpoint.sharded=true: {reason}; "
-                "use parallel=fsdp with several processes, or checkpoint.sharded=auto"
-            )
-        return None
-    if sharded == "auto":
-        sharded = sum(p.numel() for p in workload.module.parameters()) >= _MIN_SHARDED_PARAMETERS
-    return writer if sharded else None

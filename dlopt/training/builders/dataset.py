@@ -1,0 +1,140 @@
+"""Builds the data of a run, and says which data a checkpoint was trained on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dlopt.augment import Pipeline
+from dlopt.augment.crops import ResizingCrop
+from dlopt.basics.errors import UserError, refused_path
+from dlopt.config.run_config import RunConfig
+from dlopt.config.schema import Component, dotted_name
+from dlopt.data.identity import difference, identify
+from dlopt.data.samples import Dataset
+from dlopt.data.splits import prepare
+from dlopt.parallel.mode import Mode
+from dlopt.tasks.kinds import chosen
+from dlopt.tasks.user import OwnTask
+from dlopt.training.checkpoint.content import Checkpoint
+
+if TYPE_CHECKING:
+    from dlopt.training.builders.workload import Workload
+
+
+def prepare_data(
+    run_config: RunConfig, saved: Checkpoint | None, parallel: Mode, identified: Sequence[str]
+) -> tuple[Dataset, Pipeline | None]:
+    """Returns the dataset with its splits and its task, and the augmentation. `identified`: see `build_workload`."""
+    ranks = parallel.ranks
+    dataset = prepare(
+        read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else ()),
+        run_config.data_settings,
+        device=parallel.device,
+        processes=ranks.local_processes,
+        random_crops=_crops_at_random(run_config),
+        compare=ranks.is_main,
+    )
+    augment = _build_augmentation(run_config, dataset)
+    return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
+
+
+def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:
+    """Returns the dataset of a config with the splits of training; images are decoded on access."""
+    source = run_config.read_data(saved_tokenizer=saved_tokenizer)
+    return prepare(source, replace(run_config.data_settings, memory=False))
+
+
+def read_source(run_config: RunConfig, tokenizer: str | None = None, identified: Sequence[str] = ()) -> Dataset:
+    """Reads the data as they are stored, and identifies them by the content of the splits `identified`, if any.
+
+    Raises `UserError`.
+    """
+    try:
+        source: Dataset = run_config.read_data(saved_tokenizer=tokenizer)
+    except OSError as error:
+        if (message := refused_path(error)) is None:
+            raise
+        raise UserError(f"{run_config.data.choice}: {message}") from None
+    return replace(source, identity=identify(source, identified)) if identified else source
+
+
+def saved_tokenizer(run_config: RunConfig, checkpoint: Checkpoint | None) -> str | None:
+    """Returns the tokenizer of a checkpoint; None without one. Raises `UserError` if the config sets another."""
+    if checkpoint is None:
+        return None
+    trained, chosen = (config["data"].get("tokenizer") for config in (checkpoint.config, run_config.config))
+    if trained != chosen:
+        raise UserError(f"data.tokenizer={chosen}: the model reads tokens of data.tokenizer={trained}; leave it out")
+    return checkpoint.tokenizer
+
+
+def _crops_at_random(run_config: RunConfig) -> bool:
+    operations = run_config.augmentation.arguments.get("operations", [])
+    targets = [operation.target for operation in operations if isinstance(operation, Component)]
+    return any(isinstance(target, type) and issubclass(target, ResizingCrop) for target in targets)
+
+
+def _build_augmentation(run_config: RunConfig, dataset: Dataset) -> Pipeline | None:
+    """Returns None for an empty pipeline, which would seed a generator in every step."""
+    if run_config.augmentation.arguments.get("operations") == []:
+        return None
+    return run_config.augmentation.build(
+        input_shape=dataset.train.shape, train=dataset.train, **dataset.task.target_arguments
+    )
+
+
+def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
+    """Returns the dataset with the task of the run: the task that the model or the loss sets, else the data's.
+
+    `shape`: of the augmented samples. Raises `UserError` if the task does not fit them.
+    """
+    user = run_config.task.build()
+    if user is not None:
+        classes = None if dataset.classes is None else len(dataset.classes)
+        return replace(
+            dataset, unlabelled=OwnTask.of(user, dotted_name(run_config.task.target), dataset.task, shape, classes)
+        )
+    own = dataset.task
+    task = chosen(own, shape, *((each.target, each.choice) for each in (run_config.loss, run_config.model)))
+    return dataset if task is own else replace(dataset, unlabelled=task)
+
+
+def data_spec(workload: "Workload") -> dict[str, Any]:
+    """Returns the facts about the data that a checkpoint stores, so that its model can be used without the data.
+
+    `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
+    shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
+    byte by byte, the content of its tokenizer.json; `identity`: of the data, on rank 0.
+    """
+    dataset = workload.dataset
+    tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
+    names = workload.class_names
+    return {
+        **tokenizer,
+        "classes": None if names is None else list(names),
+        "task": dataset.task.saved,
+        "sample": list(dataset.train.shape),
+        "window": list(workload.shape),
+        "identity": dataset.identity,
+    }
+
+
+def refuse_other_data(workload: "Workload", checkpoint: Checkpoint) -> None:
+    """Raises `UserError` on all ranks if the data differ from those of the checkpoint's run.
+
+    Data may differ under equal configs: files may have changed, and `data.root` may name another folder.
+    """
+    saved, current = checkpoint.data, data_spec(workload)
+    for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
+        if saved[name] != current[name]:
+            raise UserError(
+                f"resume: the run was trained on other data, with {what} {saved[name]}, now {current[name]}; see "
+                "data.root"
+            )
+    # Only rank 0 identifies the data; a difference must end all ranks.
+    found = workload.parallel.ranks.broadcast(difference(checkpoint.identity, current["identity"]))
+    if found is not None:
+        raise UserError(
+            f"resume: the data have changed since the checkpoint was written: {found}; restore them, or start a new "
+            "run with init_from=CHECKPOINT, which loads the weights only"
+        )
