@@ -63,7 +63,7 @@ class OwnTask(Task):
     Args:
         user: the task; None for that of a checkpoint, which only has its name.
         path: its dotted name.
-        shape: of the model's input.
+        arguments: of the model: see `UserTask.model_arguments`.
     """
 
     user: UserTask | None = field(default=None, repr=False, compare=False)
@@ -112,6 +112,9 @@ class OwnTask(Task):
 
     def describe(self, window: tuple[int, ...]) -> str:
         return f"{super().describe(window)}, {self.path}"
+
+    def check_measured(self, init: str) -> None:
+        raise UserError(f"{init}: measures the inputs of the model, which task={self.path} makes itself; use another")
 
     def check_predicts(self, key: str, path: object) -> None:
         raise UserError(f"{key}={path}: its task is {self.path}, which does not say how to predict")

@@ -149,6 +149,7 @@ def test_refuses(name: str, typed: list[str], message: str) -> None:
     ("typed", "message"),
     [
         ("evaluate.tta=flip", "evaluate.tta=flip: averages"),
+        ("init=lsuv", "init=lsuv: measures the inputs of the model"),
         ("optimizer.hessian=gnb", "has no class probabilities, of which Sophia draws labels"),
     ],
 )
