@@ -11,8 +11,8 @@ from dlopt.config.run_config import GROUPS, RunConfig
 from dlopt.config.schema import Component, check_arguments, component, resolve_target, show, trusted_packages
 from dlopt.config.settings_rules import check_monitor
 from dlopt.config.user_parts import user_metrics, user_observers
-from dlopt.metrics.declaration import Mode
-from dlopt.metrics.names import Metric, base_name, known_mode
+from dlopt.metrics.declaration import Direction
+from dlopt.metrics.names import Metric, base_name, known_direction
 
 
 def parse(
@@ -71,7 +71,7 @@ def parse(
     return run_config
 
 
-def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[str, Mode]:
+def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[str, Direction]:
     """Returns the directions of the values of a task of the user's own, which its class declares."""
     node = config.get("task")
     path = node.get("_target_") if isinstance(node, Mapping) else None
@@ -80,7 +80,7 @@ def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[st
     if not isinstance(values, Mapping) or any(value not in ("min", "max") for value in values.values()):
         raise UserError(f"task={path}: values={values!r}: must name each value with min or max: {{'error': 'min'}}")
     for name, direction in values.items():
-        if known_mode(Metric("val", name).column) not in (None, direction):
+        if known_direction(Metric("val", name).column) not in (None, direction):
             raise UserError(f"task={path}: values: the direction of dlopt's metric {name} is not {direction}")
     return dict(values)
 

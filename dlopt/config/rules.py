@@ -14,7 +14,7 @@ from dlopt.config.settings_rules import check_monitor
 from dlopt.data.generated import drawn
 from dlopt.init import default
 from dlopt.losses import Distillation
-from dlopt.metrics.names import Metric, Mode, known_mode
+from dlopt.metrics.names import Direction, Metric, known_direction
 from dlopt.optim import Prodigy
 from dlopt.optim.traits import is_schedule_free
 from dlopt.tasks.user import UserTask
@@ -105,44 +105,44 @@ def _check_own_task(run_config: RunConfig) -> None:
 def _check_monitors(run_config: RunConfig) -> None:
     """Checks the monitored metrics and their directions; with monitor=auto, the task knows which one it is."""
     settings, user_metrics = run_config.settings, [Metric("val", name).column for name in run_config.own_metrics]
-    mode, plateau = settings.monitor_mode, run_config.schedule.arguments
+    direction, plateau = settings.monitor_mode, run_config.schedule.arguments
     monitors = {"monitor": settings.monitor}
     if "monitor" in run_config.stopping.arguments:
         monitor = monitors["stopping.monitor"] = run_config.stopping.arguments["monitor"]
         if monitor != "train_loss" or "value" not in run_config.stopping.arguments:  # stopping=target: debug=overfit
-            check_monitor("stopping.monitor", monitor, run_config.own_metrics, mode)
+            check_monitor("stopping.monitor", monitor, run_config.own_metrics, direction)
     if "monitor" in plateau:
-        metric, direction = plateau["monitor"], plateau.get("mode", "auto")
-        known = known_mode(metric) or (mode if metric in monitors.values() else None)
-        if direction != "auto" and known not in (None, direction):
+        metric, of_plateau = plateau["monitor"], plateau.get("mode", "auto")
+        known = known_direction(metric) or (direction if metric in monitors.values() else None)
+        if of_plateau != "auto" and known not in (None, of_plateau):
             raise UserError(
-                f"schedule.mode={direction}: {metric} is better when {_BETTER[known]}; set schedule.mode=auto"
+                f"schedule.mode={of_plateau}: {metric} is better when {_BETTER[known]}; set schedule.mode=auto"
             )
-        if direction == "auto":
+        if of_plateau == "auto":
             monitors["schedule.monitor"] = metric
-        if direction == "auto" and metric in user_metrics:
-            check_monitor("schedule.monitor", metric, run_config.own_metrics, mode)
-    if mode is None:
+        if of_plateau == "auto" and metric in user_metrics:
+            check_monitor("schedule.monitor", metric, run_config.own_metrics, direction)
+    if direction is None:
         return
     described = dict.fromkeys(metric for metric in monitors.values() if metric in user_metrics)
     if len(described) > 1:
         raise UserError(
-            f"monitor_mode={mode}: cannot hold for {' and '.join(described)}, which are two metrics of your own; "
+            f"monitor_mode={direction}: cannot hold for {' and '.join(described)}, which are two metrics of your own; "
             "monitor one of them"
         )
     if not described and settings.monitor != "auto":
-        check_mode(settings.monitor, mode)
+        check_direction(settings.monitor, direction)
 
 
 _BETTER = {"min": "smaller", "max": "larger"}
 
 
-def check_mode(monitor: str, mode: Mode | None) -> None:
+def check_direction(monitor: str, direction: Direction | None) -> None:
     """Raises `UserError` if `monitor_mode` contradicts the direction of a metric of dlopt."""
-    known = known_mode(monitor)
-    if known is not None and mode not in (None, known):
+    known = known_direction(monitor)
+    if known is not None and direction not in (None, known):
         raise UserError(
-            f"monitor_mode={mode}: {monitor} is better when {_BETTER[known]}; set monitor_mode=null, which is for "
+            f"monitor_mode={direction}: {monitor} is better when {_BETTER[known]}; set monitor_mode=null, which is for "
             "metrics of your own"
         )
 

@@ -8,7 +8,7 @@ from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
 from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
-from dlopt.metrics.declaration import Mode
+from dlopt.metrics.declaration import Direction
 from dlopt.optim.parameters import Grouping
 from dlopt.schedules import Factor, Horizon, Warmup
 from dlopt.schedules.decay import DecaySettings
@@ -77,7 +77,7 @@ class RunConfig:
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first
 
     @property
-    def directions(self) -> Mapping[str, Mode]:
+    def directions(self) -> Mapping[str, Direction]:
         """Directions of the values that a task of the user's own evaluates, by name."""
         return getattr(self.task.target, "values", {})
 

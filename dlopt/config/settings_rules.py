@@ -8,7 +8,7 @@ from typing import Any
 from dlopt.basics.errors import UserError, did_you_mean, install
 from dlopt.config.settings import Settings
 from dlopt.metrics.declared import DECLARED
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, Mode
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Direction, Metric
 
 _MAX_NAME = 100
 MONITORS = ("auto", VAL_LOSS.column, VAL_ACCURACY.column)
@@ -64,11 +64,11 @@ def _check_tracking(sinks: list[Any]) -> None:
             raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
 
 
-def check_monitor(key: str, monitor: str, user_metrics: Iterable[str], mode: Mode | None) -> None:
-    """Raises `UserError` for an unknown metric, and for one of `user_metrics` without a `mode`."""
+def check_monitor(key: str, monitor: str, user_metrics: Iterable[str], direction: Direction | None) -> None:
+    """Raises `UserError` for an unknown metric, and for one of `user_metrics` without a `direction`."""
     user_metrics = [Metric("val", name).column for name in user_metrics]
     allowed = (*dict.fromkeys([*MONITORS, *_NAMED]), *user_metrics)
-    if monitor in user_metrics and mode is None:
+    if monitor in user_metrics and direction is None:
         raise UserError(
             f"{key}={monitor}: whether smaller or larger values of your own metric are better must be set: "
             "monitor_mode=min or monitor_mode=max"

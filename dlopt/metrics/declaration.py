@@ -13,7 +13,7 @@ from dlopt.basics.formats import format_number, format_percent
 if TYPE_CHECKING:
     from torch import Tensor
 
-Mode = Literal["min", "max"]
+Direction = Literal["min", "max"]
 When = Literal["always", "tested", "requested"]
 """Computed in every evaluation; on request (`evaluate.metrics`, `monitor`) and by `dlopt eval`; on request."""
 
@@ -78,7 +78,7 @@ class Declaration:
 
     Attributes:
         name: without the split.
-        better: direction.
+        direction: "min" if smaller values are better.
         unit: "%" of fractions, which are shown in percent; of a loss "nats" or "bits".
         about: one line for the reference.
         when: see `When`.
@@ -92,7 +92,7 @@ class Declaration:
     """
 
     name: str
-    better: Mode
+    direction: Direction
     unit: Literal["%", "nats", "bits", ""]
     about: str
     when: When = "requested"

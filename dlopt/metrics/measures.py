@@ -18,7 +18,7 @@ from dlopt.basics.formats import (
     format_percent,
     format_rate,
 )
-from dlopt.metrics.declaration import Mode
+from dlopt.metrics.declaration import Direction
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +80,7 @@ class Measure:
         name: the key in metrics.jsonl and summary.json.
         title: in the table of epochs, the live display and train.log; "{unit}" is the unit of the samples.
         format: of a value.
-        better: direction.
+        direction: "min" if smaller values are better.
         shown: the places. Where space is limited, with the order in which columns are hidden: the smallest number
             first, `KEPT` never. Three places have an order each, which cannot be one: the table of epochs hides seconds
             before train_accuracy, the page the other way round; a terminal hides val_loss, the page never does.
@@ -104,7 +104,7 @@ class Measure:
     name: str
     title: str
     format: Callable[[float], str] = format_number
-    better: Mode = "min"
+    direction: Direction = "min"
     shown: Mapping[Place, int | None] = field(default_factory=dict)
     priority: int = 0
     brief: Callable[[float], str] | None = None
@@ -193,12 +193,12 @@ OTHERS = (
     ),
     # A run has one of these two.
     Measure(
-        "samples_per_second", "{unit}/s", better="max", brief=format_rate, width=8, text="{value} samples/s",
+        "samples_per_second", "{unit}/s", direction="max", brief=format_rate, width=8, text="{value} samples/s",
         shown={"table": 30, "log": KEPT}, varies=True,
         of_training=lambda training: training.rate if training.tokens is None else None,
     ),
     Measure(
-        "tokens_per_second", "{unit}/s", better="max", brief=format_rate, width=8, text="{value} tokens/s",
+        "tokens_per_second", "{unit}/s", direction="max", brief=format_rate, width=8, text="{value} tokens/s",
         shown={"table": 40, "log": KEPT}, varies=True,
         of_training=lambda training: None if training.tokens is None else training.rate * training.tokens,
     ),
@@ -220,7 +220,7 @@ OTHERS = (
     Measure("rollbacks", "rollbacks"),
     Measure("skipped_updates", "skipped updates"),
     Measure("pruned_at_epoch", "pruned at epoch"),
-    Measure("decay_correlation", "decay correlation", better="max"),  # of the laboratory
+    Measure("decay_correlation", "decay correlation", direction="max"),  # of the laboratory
 )  # fmt: skip
 
 MEASURES: Mapping[str, Measure] = {each.name: each for each in (*PROGRESS, *OTHERS)}

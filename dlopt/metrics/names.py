@@ -12,20 +12,20 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 from dlopt.basics.errors import UserError
-from dlopt.metrics.declaration import Mode as Mode
+from dlopt.metrics.declaration import Direction as Direction
 from dlopt.metrics.declared import DECLARED
 from dlopt.metrics.measures import MEASURES
 
-Modes = Mapping[str, Mode]
+Directions = Mapping[str, Direction]
 """Directions of users' metrics by their names without the split: brier_score."""
-NONE: Modes = MappingProxyType({})
+NONE: Directions = MappingProxyType({})
 
-_BETTER: Mapping[str, Mode] = {
-    **{name: each.better for name, each in DECLARED.items()},
+_DIRECTIONS: Mapping[str, Direction] = {
+    **{name: each.direction for name, each in DECLARED.items()},
     # Of comparisons: 1 - accuracy.
     **{name.replace("accuracy", "error"): "min" for name in DECLARED if "accuracy" in name},
 }
-EVALUATED = tuple(_BETTER)
+EVALUATED = tuple(_DIRECTIONS)
 """Names, without the split, of the metrics that dlopt computes in an evaluation."""
 _MONITORS = ("monitor", "stopping.monitor", "schedule.monitor")
 
@@ -141,37 +141,37 @@ def base_name(metric: str) -> str:
 # -- direction
 
 
-def known_mode(metric: str) -> Mode | None:
+def known_direction(metric: str) -> Direction | None:
     """Returns the direction of a metric of dlopt; None if it is a user's metric.
 
     Every name without a split is dlopt's: smaller values are better (costs, gaps, what comparisons measure) unless the
     measure is declared otherwise.
     """
     name = base_name(metric)
-    if name in _BETTER:
-        return _BETTER[name]
+    if name in _DIRECTIONS:
+        return _DIRECTIONS[name]
     if name != metric:
         return None
-    return MEASURES[name].better if name in MEASURES else "min"
+    return MEASURES[name].direction if name in MEASURES else "min"
 
 
-def mode_of(metric: str, modes: Modes = NONE) -> Mode | None:
-    """Returns the direction of a metric; None if it is a user's metric that `modes` does not name."""
-    return known_mode(metric) or modes.get(base_name(metric))
+def direction_of(metric: str, directions: Directions = NONE) -> Direction | None:
+    """Returns the direction of a metric; None if it is a user's metric that `directions` does not name."""
+    return known_direction(metric) or directions.get(base_name(metric))
 
 
-def lower_is_better(metric: str, modes: Modes = NONE) -> bool:
+def lower_is_better(metric: str, directions: Directions = NONE) -> bool:
     """Returns whether a smaller value of the metric (`val_loss`, `best_val_macro_f1`, `seconds`) is a better one.
 
     Raises `UserError` if its direction is unknown.
     """
-    mode = mode_of(metric, modes)
-    if mode is None:
+    direction = direction_of(metric, directions)
+    if direction is None:
         raise UserError(
             f"{metric}: whether smaller or larger values of your own metric are better is unknown; set "
             f"monitor={Metric('val', base_name(metric)).column} monitor_mode=min (or max)"
         )
-    return mode == "min"
+    return direction == "min"
 
 
 def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ def resolve_monitor(monitor: str, metrics: Mapping[str, Any]) -> str:
     return VAL_LOSS.column if metrics.get(VAL_ACCURACY.column) is None else VAL_ACCURACY.column
 
 
-def selection_key(metrics: Mapping[str, Any], monitor: str, modes: Modes = NONE) -> tuple[float, float]:
+def selection_key(metrics: Mapping[str, Any], monitor: str, directions: Directions = NONE) -> tuple[float, float]:
     """Returns a sort key of evaluations: the best evaluation is the first with the smallest key.
 
     The key is the monitored metric as a loss (accuracies and the like are negated), then val_loss: small validation
@@ -189,7 +189,7 @@ def selection_key(metrics: Mapping[str, Any], monitor: str, modes: Modes = NONE)
     `UserError` if the direction of the metric is unknown.
     """
     value = metrics.get(monitor)
-    if value is not None and not lower_is_better(monitor, modes):
+    if value is not None and not lower_is_better(monitor, directions):
         value = -value
     return finite(value), finite(metrics.get(VAL_LOSS.column))
 
@@ -199,29 +199,29 @@ def finite(value: float | None) -> float:
     return float(value) if value is not None and math.isfinite(value) else math.inf
 
 
-def monitored_modes(config: Mapping[str, Any]) -> dict[str, Mode]:
+def monitored_directions(config: Mapping[str, Any]) -> dict[str, Direction]:
     """Returns the directions of the user's metrics that a run monitors. `config`: its values by dotted key."""
-    modes: dict[str, Mode] = {
-        key.removeprefix("directions."): mode for key, mode in config.items() if key.startswith("directions.")
+    directions: dict[str, Direction] = {
+        key.removeprefix("directions."): direction for key, direction in config.items() if key.startswith("directions.")
     }
-    run_mode = config.get("monitor_mode")
+    run_direction = config.get("monitor_mode")
     for key in _MONITORS:
-        metric, mode = config.get(key, "auto"), run_mode
+        metric, direction = config.get(key, "auto"), run_direction
         if key == "schedule.monitor" and config.get("schedule.mode") != "auto":
-            mode = config.get("schedule.mode")
-        if mode in ("min", "max") and _is_user_metric(metric):
-            modes.setdefault(base_name(metric), mode)
-    return modes
+            direction = config.get("schedule.mode")
+        if direction in ("min", "max") and _is_user_metric(metric):
+            directions.setdefault(base_name(metric), direction)
+    return directions
 
 
-def common_modes(configs: Iterable[Mapping[str, Any]]) -> dict[str, Mode]:
-    """Returns the directions on which all runs agree that monitor the metric. `configs`: see `monitored_modes`."""
-    found: dict[str, set[Mode]] = {}
+def common_directions(configs: Iterable[Mapping[str, Any]]) -> dict[str, Direction]:
+    """Returns the directions on which all runs agree that monitor the metric. `configs`: see `monitored_directions`."""
+    found: dict[str, set[Direction]] = {}
     for config in configs:
-        for name, mode in monitored_modes(config).items():
-            found.setdefault(name, set()).add(mode)
-    return {name: next(iter(modes)) for name, modes in found.items() if len(modes) == 1}
+        for name, direction in monitored_directions(config).items():
+            found.setdefault(name, set()).add(direction)
+    return {name: next(iter(directions)) for name, directions in found.items() if len(directions) == 1}
 
 
 def _is_user_metric(metric: Any) -> TypeGuard[str]:
-    return isinstance(metric, str) and metric != "auto" and known_mode(metric) is None
+    return isinstance(metric, str) and metric != "auto" and known_direction(metric) is None

@@ -12,7 +12,7 @@ from dlopt.metrics.names import Metric, Split, base_name, in_words
 def _evaluated(split: Split, name: str, priority: int = 0, **shown: int | None) -> Measure:
     """Returns the column of a metric that an evaluation computes."""
     metric, column = DECLARED[name], Metric(split, name).column
-    return Measure(column, metric.title(split), metric.show, metric.better, shown, priority)  # type: ignore[arg-type]
+    return Measure(column, metric.title(split), metric.show, metric.direction, shown, priority)  # type: ignore[arg-type]
 
 
 _EVALUATED = (

@@ -19,15 +19,15 @@ from dlopt.metrics.names import (
     NONE,
     VAL_ACCURACY,
     VAL_LOSS,
-    Mode,
-    Modes,
+    Direction,
+    Directions,
     best_key,
-    common_modes,
+    common_directions,
     lower_is_better,
     split_of,
 )
 
-Direction = Literal["maximize", "minimize"]
+Goal = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
 
 ENDED = ("finished", "stopped_early")
@@ -178,7 +178,7 @@ def distinct(runs: Sequence[Record]) -> tuple[Record, ...]:
 @dataclass(frozen=True)
 class Leaderboard:
     metric: str
-    direction: Direction
+    direction: Goal
     rows: Sequence[Row] = ()
 
 
@@ -187,18 +187,18 @@ class ParetoFront:
     """Of a search with several objectives. `rows`: label, folder, and values in the order of `metrics`."""
 
     metrics: Sequence[str]
-    directions: Sequence[Direction]
+    directions: Sequence[Goal]
     rows: Sequence[tuple[str, Path, Sequence[float]]]
 
 
-def direction_of(metric: str, modes: Modes = NONE) -> Direction:
-    """Returns the direction of the metric; `modes`: those of users' metrics. Raises `UserError` if unknown."""
-    return "minimize" if lower_is_better(metric, modes) else "maximize"
+def goal_of(metric: str, directions: Directions = NONE) -> Goal:
+    """Returns what a search does with the metric; `directions`: of users' metrics. Raises `UserError` if unknown."""
+    return "minimize" if lower_is_better(metric, directions) else "maximize"
 
 
-def modes_of(records: Iterable[Record]) -> dict[str, Mode]:
+def directions_of(records: Iterable[Record]) -> dict[str, Direction]:
     """Returns the directions of the user's metrics on which the runs that monitor them agree."""
-    return common_modes(flatten(record.config) for record in records)
+    return common_directions(flatten(record.config) for record in records)
 
 
 def monitored(records: Iterable[Record]) -> str | None:
@@ -208,9 +208,7 @@ def monitored(records: Iterable[Record]) -> str | None:
     return name if split_of(name) == "val" else None
 
 
-def leaderboard(
-    entries: Sequence[Record], *, metric: str | None = None, direction: Direction | None = None
-) -> Leaderboard:
+def leaderboard(entries: Sequence[Record], *, metric: str | None = None, direction: Goal | None = None) -> Leaderboard:
     """Ranks configurations by the mean of `metric` over seeds: best first, configurations without a value last.
 
     `metric`: by default that of `monitored`, else `best_val_accuracy` if any run has it, else `best_val_loss`. Raises
@@ -220,7 +218,7 @@ def leaderboard(
         names = [best_key(name) for name in (monitored(entries), VAL_ACCURACY.column) if name is not None]
         has = (name for name in names if any(entry.metric(name) is not None for entry in entries))
         metric = next(has, VAL_LOSS.best)
-    direction = direction_of(metric, modes_of(entries)) if direction is None else direction
+    direction = goal_of(metric, directions_of(entries)) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
     rows.sort(key=lambda row: math.inf if row.value is None else sign * row.value.mean)
@@ -280,7 +278,7 @@ def differs(one: Any, other: Any) -> bool:
     return one is not None and other is not None and one != other
 
 
-def cautions(rows: Sequence[Row], metric: str, direction: Direction) -> list[str]:
+def cautions(rows: Sequence[Row], metric: str, direction: Goal) -> list[str]:
     """Says where rows are not compared like with like: other seeds, repeated runs, other data, the end of a grid."""
     ranked = [(rank, row) for rank, row in enumerate(rows, 1) if row.value is not None]
     lines = [
@@ -410,7 +408,7 @@ def student_t(confidence: float, degrees: int) -> float:
     return float(stdtrit(degrees, 0.5 + confidence / 2))
 
 
-def front(points: Sequence[Sequence[float]], directions: Sequence[Direction]) -> list[int]:
+def front(points: Sequence[Sequence[float]], directions: Sequence[Goal]) -> list[int]:
     """Returns the indices of the Pareto front: points that no other point dominates."""
     signs = [-1.0 if direction == "maximize" else 1.0 for direction in directions]
     costs = [tuple(sign * value for sign, value in zip(signs, point, strict=True)) for point in points]

@@ -14,10 +14,10 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.config.keys import LABELS
 from dlopt.metrics.measures import MEASURES
-from dlopt.metrics.names import Metric, column_of, mode_of
+from dlopt.metrics.names import Metric, column_of, direction_of
 from dlopt.metrics.shown import format_metric, listed_in
 from dlopt.results import reading
-from dlopt.results.leaderboard import modes_of
+from dlopt.results.leaderboard import directions_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
 from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
 
@@ -52,7 +52,7 @@ def _sorted(records: list[Record], key: str) -> list[Record]:
     """Sorts numbers before strings, runs without a value last."""
     is_metric = any(column_of(key) in record.metrics for record in records)
     # Without a known direction in the order of the values, like a key of the config.
-    sign = -1 if is_metric and mode_of(key, modes_of(records)) == "max" else 1
+    sign = -1 if is_metric and direction_of(key, directions_of(records)) == "max" else 1
 
     def order(record: Record) -> tuple[int, float, str]:
         value = value_of(record, key)

@@ -15,7 +15,7 @@ import numpy as np
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import regular_tail
-from dlopt.metrics.names import in_words, mode_of
+from dlopt.metrics.names import direction_of, in_words
 from dlopt.metrics.shown import expendable_in, format_metric, is_percent, listed_in, words
 from dlopt.results import drawing
 from dlopt.results.columns import (
@@ -28,7 +28,7 @@ from dlopt.results.columns import (
     test_columns,
 )
 from dlopt.results.history import columns
-from dlopt.results.leaderboard import ENDED, Record, Statistic, modes_of, student_t
+from dlopt.results.leaderboard import ENDED, Record, Statistic, directions_of, student_t
 from dlopt.results.plots import AxisScale
 from dlopt.results.ranking import (
     AXES,
@@ -138,10 +138,10 @@ def _columns(ranking: Ranking, metrics: Sequence[str]) -> list[dict[str, Any]]:
         name = short_key(key, ranking.keys)
         columns.append({"id": _key_id(key), "name": name, "full": key, "number": are_numbers})
     columns.append({"id": "runs", "name": "runs", "number": True})
-    modes = modes_of(ranking.records)
+    directions = directions_of(ranking.records)
     is_compared = any(row.difference is not None for row in ranking.rows)
     for name in metrics:
-        is_higher_better = not ranking.lower if name == ranking.by else mode_of(name, modes) == "max"
+        is_higher_better = not ranking.lower if name == ranking.by else direction_of(name, directions) == "max"
         columns.append({"id": name, "name": words(name), "number": True, "higher": is_higher_better})
         if name == ranking.by and is_compared:
             unit = " (points)" if is_percent(name) else ""

@@ -21,18 +21,18 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import is_below
 from dlopt.config.overrides import group_of, key_of
 from dlopt.metrics.measures import MEASURES
-from dlopt.metrics.names import column_of, mode_of, split_of
+from dlopt.metrics.names import column_of, direction_of, split_of
 from dlopt.results.history import columns
 from dlopt.results.leaderboard import (
-    Direction,
+    Goal,
     Row,
     Statistic,
     cautions,
     differs,
-    direction_of,
+    directions_of,
+    goal_of,
     is_number,
     leaderboard,
-    modes_of,
     monitored,
     statistic,
     student_t,
@@ -134,7 +134,7 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
     if by not in allowed:
         hint = meant(by, allowed)
         raise UserError(f"by={by}: the runs have no such metric; {hint}allowed: {', '.join(allowed) or 'none'}")
-    if mode_of(by, modes_of(records)) is None:
+    if direction_of(by, directions_of(records)) is None:
         raise UserError(
             f"by={by}: no run says whether smaller or larger values of your own metric are better, or the runs "
             f"disagree; train with monitor={by} monitor_mode=min (or max), or rank by another metric"
@@ -145,7 +145,7 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
 def mixtures(ranking: Ranking) -> list[str]:
     """Warns of rows that are not compared like with like: runs of different code or versions, and `cautions`."""
     names = {"code": "code of allow_packages", "versions": "versions of dlopt or torch"}
-    direction: Direction = "minimize" if ranking.lower else "maximize"
+    direction: Goal = "minimize" if ranking.lower else "maximize"
     return cautions(ranking.rows, ranking.by, direction) + [
         f"warning: #{rank}: its runs had different {name}, which their mean does not show"
         for rank, row in enumerate(ranking.rows, 1)
@@ -439,7 +439,7 @@ TIMES: Mapping[str, str] = {"steps": "updates", "seconds": AXES["seconds"]}
 
 def time_to_target(row: Configuration, by: str, target: float, lower: bool | None = None) -> Reached:
     """`lower`: whether smaller values are better; None for the direction of dlopt's metric."""
-    lower = direction_of(by) == "minimize" if lower is None else lower
+    lower = goal_of(by) == "minimize" if lower is None else lower
     sign = 1 if lower else -1
     runs = [run for run in row.distinct if run.status not in OPEN]
     good = [(run.history, columns(run.history, [by])[:, 0] * sign <= sign * target) for run in runs]

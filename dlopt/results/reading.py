@@ -22,7 +22,7 @@ from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, load_json, load_yaml, parse_numbers, regular_lines
 from dlopt.config.keys import LABELS
 from dlopt.metrics.measures import MEASURES, derived
-from dlopt.metrics.names import column_of, mode_of, monitored_modes, resolve_monitor, selection_key, split_of
+from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY
@@ -231,11 +231,12 @@ def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, 
 def _best_line(history: History, config: Mapping[str, Any]) -> Mapping[str, float] | None:
     """Returns the epoch of the best model, as training selects it, for runs without a summary. `config`: of the run."""
     logged = history.latest()
-    monitor, modes = resolve_monitor(str(config.get("monitor", "auto")), logged), monitored_modes(flatten(config))
-    if mode_of(monitor, modes) is None:
+    monitor = resolve_monitor(str(config.get("monitor", "auto")), logged)
+    directions = monitored_directions(flatten(config))
+    if direction_of(monitor, directions) is None:
         return None
     known = [line for line in history if monitor in line]
-    return min(known, key=lambda line: selection_key(line, monitor, modes), default=None)
+    return min(known, key=lambda line: selection_key(line, monitor, directions), default=None)
 
 
 def _fingerprint(path: Path) -> object:

@@ -8,7 +8,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Natural, NonNegative, OpenFraction, Probability
-from dlopt.metrics.names import Mode, known_mode, lower_is_better
+from dlopt.metrics.names import Direction, known_direction, lower_is_better
 from dlopt.optim.traits import is_schedule_free
 from dlopt.schedules.decay import WeightDecay
 from dlopt.schedules.horizon import Factor, Horizon
@@ -219,11 +219,11 @@ class Plateau:
         cooldown: Natural,
         min_factor: Probability,
         horizon: Horizon,
-        monitor_mode: Mode | None = None,
+        monitor_mode: Direction | None = None,
     ) -> None:
         self.monitor = monitor
         # The first evaluation refuses an unknown metric and lists the known ones.
-        self._mode = (known_mode(monitor) or monitor_mode) if mode == "auto" else mode
+        self._direction = (known_direction(monitor) or monitor_mode) if mode == "auto" else mode
         self._reduction, self._patience, self._cooldown, self._min_factor = factor, patience, cooldown, min_factor
         self._threshold, self._relative = threshold, threshold_mode == "rel"
         self.value, self.best, self.num_bad, self.cooldown_left = 1.0, math.inf, 0, 0
@@ -236,7 +236,7 @@ class Plateau:
         if self.monitor not in metrics:
             names = ", ".join(sorted(metrics)) or "none"
             raise UserError(f"schedule.monitor={self.monitor}: not among the evaluated metrics; allowed: {names}")
-        is_lower = lower_is_better(self.monitor) if self._mode is None else self._mode == "min"
+        is_lower = lower_is_better(self.monitor) if self._direction is None else self._direction == "min"
         metric = metrics[self.monitor] if is_lower else -metrics[self.monitor]
         margin = self._threshold * (abs(self.best) if self._relative else 1.0) if math.isfinite(self.best) else 0.0
         if metric < self.best - margin:

@@ -22,8 +22,8 @@ from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of
 from dlopt.config.plan import Plan
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.metrics.names import Metric, Modes, base_name, column_of, mode_of, monitored_modes
-from dlopt.results.leaderboard import Direction, ParetoFront, direction_of, front, is_number, job_record, leaderboard
+from dlopt.metrics.names import Directions, Metric, base_name, column_of, direction_of, monitored_directions
+from dlopt.results.leaderboard import Goal, ParetoFront, front, goal_of, is_number, job_record, leaderboard
 from dlopt.results.printing import show_front, show_leaderboard
 from dlopt.results.reading import find
 from dlopt.sweeps import pool as pools
@@ -199,8 +199,8 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis]) -> StudySpec:
                 f"hydra.sweeper.objective={name}: a search by a test metric would select on the test set; "
                 f"set hydra.sweeper.objective={Metric('val', metric.name).best}"
             )
-    modes = monitored_modes(flatten(OmegaConf.to_container(config, resolve=False)))
-    directions = _directions(settings, objectives, modes)
+    directions = monitored_directions(flatten(OmegaConf.to_container(config, resolve=False)))
+    goals = _goals(settings, objectives, directions)
     sampler = component("hydra.sweeper.sampler", sampler_node, ("space", "seed"), ["dlopt.sweeps"])
     pruner = component("hydra.sweeper.pruner", pruner_node, (), ["dlopt.sweeps"]).build()
     name = sampler.target.__name__
@@ -221,17 +221,17 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis]) -> StudySpec:
     watch = None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives)
     is_opposite = False
     if watch is not None and watch != column_of(objectives[0]):  # for example a loss and an accuracy
-        mode = mode_of(watch, modes)
-        if mode is None:
+        direction = direction_of(watch, directions)
+        if direction is None:
             raise UserError(
                 f"hydra.sweeper.watch={watch}: not a metric of dlopt; for a metric of your own, say which values are "
                 f"better: monitor={watch} monitor_mode=min (or max)"
             )
-        is_opposite = (mode == "min") != (directions[0] == "minimize")
+        is_opposite = (direction == "min") != (goals[0] == "minimize")
     return StudySpec(
         space,
         objectives,
-        directions,
+        goals,
         watch,
         sampler.build(space=space, seed=settings.seed),
         pruner,
@@ -242,30 +242,27 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis]) -> StudySpec:
     )
 
 
-def _directions(settings: SearchSettings, objectives: Sequence[str], modes: Modes) -> list[Direction]:
-    directions = settings.direction if isinstance(settings.direction, list) else [settings.direction] * len(objectives)
-    if not objectives or len(directions) != len(objectives):
+def _goals(settings: SearchSettings, objectives: Sequence[str], directions: Directions) -> list[Goal]:
+    goals = settings.direction if isinstance(settings.direction, list) else [settings.direction] * len(objectives)
+    if not objectives or len(goals) != len(objectives):
         raise UserError(
             f"hydra.sweeper.direction={show(settings.direction)}: one for each objective is needed "
             f"({', '.join(objectives) or 'hydra.sweeper.objective is empty'})"
         )
-    for key, direction in zip(objectives, directions, strict=True):
-        mode = mode_of(key, modes)
-        if mode is None and direction == "auto":
+    for key, goal in zip(objectives, goals, strict=True):
+        direction = direction_of(key, directions)
+        if direction is None and goal == "auto":
             raise UserError(
                 f"hydra.sweeper.objective={key}: not a metric of dlopt; for a metric of your own, say which values are "
                 "better: hydra.sweeper.direction=minimize (or maximize)"
             )
         is_metric = base_name(key) != key  # a metric of an evaluation: a search may maximize the steps of a run
-        if is_metric and mode is not None and direction not in ("auto", f"{mode}imize"):
-            better = "smaller" if mode == "min" else "larger"
+        if is_metric and direction is not None and goal not in ("auto", f"{direction}imize"):
+            better = "smaller" if direction == "min" else "larger"
             raise UserError(
-                f"hydra.sweeper.direction={direction}: {key} is better when {better}; set hydra.sweeper.direction=auto"
+                f"hydra.sweeper.direction={goal}: {key} is better when {better}; set hydra.sweeper.direction=auto"
             )
-    return [
-        direction_of(key, modes) if direction == "auto" else direction
-        for key, direction in zip(objectives, directions, strict=True)
-    ]
+    return [goal_of(key, directions) if goal == "auto" else goal for key, goal in zip(objectives, goals, strict=True)]
 
 
 def _pruning_metric(settings: SearchSettings, objectives: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from dlopt.basics.locks import hold, locked, taken
 from dlopt.basics.plain_values import open_regular
 from dlopt.basics.secrets import redact, redacted
 from dlopt.config.resuming import describe, may_change
-from dlopt.results.leaderboard import Direction
+from dlopt.results.leaderboard import Goal
 from dlopt.sweeps.queue import WORKERS, name_worker
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space
@@ -45,7 +45,7 @@ class StudySpec:
 
     space: Space
     objectives: Sequence[str]
-    directions: Sequence[Direction]
+    directions: Sequence[Goal]
     pruning_metric: str | None  # of metrics.jsonl; None for no pruning
     sampler: Sampler
     pruner: BasePruner

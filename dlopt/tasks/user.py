@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import RunError, UserError
-from dlopt.metrics.declaration import Mode
+from dlopt.metrics.declaration import Direction
 from dlopt.tasks.draws import Draws
 from dlopt.tasks.task import Task
 
@@ -32,7 +32,7 @@ class UserTask:
     """
 
     couples_batch: ClassVar[bool] = False
-    values: ClassVar[Mapping[str, Mode]] = {}
+    values: ClassVar[Mapping[str, Direction]] = {}
     views: ClassVar[int] = 1
 
     def model_arguments(self, shape: tuple[int, ...], classes: int | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from dlopt.basics.formats import (
 )
 from dlopt.basics.plain_values import flatten
 from dlopt.metrics.measures import Measure, Row
-from dlopt.metrics.names import final_metrics, mode_of, monitored_modes, split_of
+from dlopt.metrics.names import direction_of, final_metrics, monitored_directions, split_of
 from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, live_name, shown_in, title
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
@@ -180,8 +180,8 @@ def _warmup(values: Mapping[str, Any]) -> str | None:
 def _kept(values: Mapping[str, Any]) -> str | None:
     """Says which model is kept, if `monitor` is not the default."""
     monitor = values.get("monitor", "auto")
-    mode = None if monitor == "auto" else mode_of(str(monitor), monitored_modes(values))
-    return None if mode is None else f"keeps the {'lowest' if mode == 'min' else 'highest'} {monitor}"
+    direction = None if monitor == "auto" else direction_of(str(monitor), monitored_directions(values))
+    return None if direction is None else f"keeps the {'lowest' if direction == 'min' else 'highest'} {monitor}"
 
 
 def _parameters(facts: Mapping[str, Any]) -> str | None:

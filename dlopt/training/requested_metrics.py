@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dlopt.basics.errors import UserError
-from dlopt.config.rules import check_mode
+from dlopt.config.rules import check_direction
 from dlopt.config.run_config import RunConfig
 from dlopt.config.settings_rules import MONITORS
 from dlopt.data.samples import Dataset
@@ -55,7 +55,7 @@ def _requested(run_config: RunConfig, task: Task) -> list[str]:
     monitors = _monitors(run_config)
     user_metrics = [_val(name) for name in run_config.own_metrics]
     if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
-        check_mode(task.monitor, run_config.settings.monitor_mode)
+        check_direction(task.monitor, run_config.settings.monitor_mode)
     requested: dict[str, str] = {
         name: f"evaluate.metrics={name}" for name in run_config.settings.evaluate.metrics if name in REQUESTABLE
     }

@@ -13,7 +13,7 @@ from dlopt.basics.ranges import Count, Natural, NonNegative, Positive
 from dlopt.metrics.names import (
     VAL_ACCURACY,
     VAL_LOSS,
-    Mode,
+    Direction,
     base_name,
     finite,
     lower_is_better,
@@ -45,20 +45,20 @@ class Stopping:
             setattr(self, name, state[name])
 
 
-def monitored_key(metrics: Mapping[str, Any], monitor: str, mode: Mode | None = None) -> tuple[float, float]:
+def monitored_key(metrics: Mapping[str, Any], monitor: str, direction: Direction | None = None) -> tuple[float, float]:
     """Returns the `selection_key` of an evaluation; its first entry is the monitored metric as a loss.
 
-    `mode`: direction of a user's metric. Raises `UserError` if the metric is not logged.
+    `direction` of a user's metric. Raises `UserError` if the metric is not logged.
     """
     monitor = resolve_monitor(monitor, metrics)
     if metrics.get(monitor) is None:
         logged = ", ".join(sorted(key for key in metrics if split_of(key) == "val")) or "none"
         raise UserError(f"monitor={monitor}: unknown validation metric; this run logs: {logged}")
-    return selection_key(metrics, monitor, _modes(monitor, mode))
+    return selection_key(metrics, monitor, _directions(monitor, direction))
 
 
-def _modes(monitor: str, mode: Mode | None) -> dict[str, Mode]:
-    return {} if mode is None else {base_name(monitor): mode}
+def _directions(monitor: str, direction: Direction | None) -> dict[str, Direction]:
+    return {} if direction is None else {base_name(monitor): direction}
 
 
 class Never(Stopping):
@@ -74,9 +74,9 @@ class Early(Stopping):
     state_names = ("best", "waited")
 
     def __init__(
-        self, monitor_mode: Mode | None = None, *, monitor: str, patience: Count, min_delta: NonNegative
+        self, monitor_mode: Direction | None = None, *, monitor: str, patience: Count, min_delta: NonNegative
     ) -> None:
-        self.monitor, self.mode = monitor, monitor_mode
+        self.monitor, self.direction = monitor, monitor_mode
         self.patience = patience
         self.min_delta = min_delta
         self.best = math.inf
@@ -87,7 +87,7 @@ class Early(Stopping):
         return self.waited >= self.patience
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        value, _ = monitored_key(metrics, self.monitor, self.mode)
+        value, _ = monitored_key(metrics, self.monitor, self.direction)
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0
         else:
@@ -100,14 +100,14 @@ class Target(Stopping):
     should_stop = False
     state_names = ("should_stop",)
 
-    def __init__(self, monitor_mode: Mode | None = None, *, monitor: str, value: float) -> None:
-        self.monitor, self.mode = monitor, monitor_mode
+    def __init__(self, monitor_mode: Direction | None = None, *, monitor: str, value: float) -> None:
+        self.monitor, self.direction = monitor, monitor_mode
         self.value = value
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         monitor = resolve_monitor(self.monitor, metrics)
-        target = self.value if lower_is_better(monitor, _modes(monitor, self.mode)) else -self.value
-        self.should_stop = monitored_key(metrics, self.monitor, self.mode)[0] <= target
+        target = self.value if lower_is_better(monitor, _directions(monitor, self.direction)) else -self.value
+        self.should_stop = monitored_key(metrics, self.monitor, self.direction)[0] <= target
 
 
 class Tolerance(Stopping):
@@ -152,7 +152,7 @@ class Tolerance(Stopping):
 class Best:
     """The best evaluation so far. Ties are broken by the smaller loss, then by the earlier epoch.
 
-    `mode`: direction of a user's metric.
+    `direction` of a user's metric.
     """
 
     monitor: str
@@ -160,11 +160,11 @@ class Best:
     epoch: float | None = None  # a fraction within an epoch
     val_loss: float | None = None
     val_accuracy: float | None = None
-    mode: Mode | None = None
+    direction: Direction | None = None
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """Returns whether these metrics are the best so far."""
-        key = monitored_key(metrics, self.monitor, self.mode)
+        key = monitored_key(metrics, self.monitor, self.direction)
         if key[0] == math.inf or key >= (self.value, finite(self.val_loss)):
             return False
         self.value, self.epoch = key[0], metrics["epoch"]
@@ -174,7 +174,7 @@ class Best:
     @property
     def metric(self) -> float:
         """The monitored metric as logged, without negation."""
-        return self.value if lower_is_better(self.monitor, _modes(self.monitor, self.mode)) else -self.value
+        return self.value if lower_is_better(self.monitor, _directions(self.monitor, self.direction)) else -self.value
 
     @property
     def metrics(self) -> dict[str, float | None]:

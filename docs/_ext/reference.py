@@ -248,7 +248,7 @@ def metrics() -> str:
     """The metrics of each task."""
     lines = []
     for task in KINDS:
-        rows = [(code(each.name), _BETTER[each.better], _WHEN[each.when], text(each.about))
+        rows = [(code(each.name), _BETTER[each.direction], _WHEN[each.when], text(each.about))
                 for each in (LOSS, *task.metrics)]  # fmt: skip
         lines += [f"## {task.title}", "", table(("Metric", "Better", "Computed", "Meaning"), rows)]
     return "\n".join(lines)

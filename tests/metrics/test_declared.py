@@ -338,7 +338,7 @@ def test_the_names_of_several_tasks_mean_the_same() -> None:
     """Tables show and rank a column without its task."""
     for metric in ALL:
         for name in metric.names:
-            assert (metric.better, metric.unit) == (DECLARED[name].better, DECLARED[name].unit), name
+            assert (metric.direction, metric.unit) == (DECLARED[name].direction, DECLARED[name].unit), name
 
 
 def test_a_declaration_is_complete() -> None:

@@ -15,13 +15,13 @@ from dlopt.metrics.names import (
     best_key,
     by_column,
     column_of,
-    common_modes,
+    common_directions,
+    direction_of,
     final_metrics,
     in_words,
-    known_mode,
+    known_direction,
     lower_is_better,
-    mode_of,
-    monitored_modes,
+    monitored_directions,
     split_of,
     tag_of,
 )
@@ -45,7 +45,7 @@ def test_direction_of_every_metric(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", OWN)
 def test_names_of_the_user_say_nothing(metric: str) -> None:
-    assert known_mode(metric) is None
+    assert known_direction(metric) is None
     with pytest.raises(UserError, match=f"{metric}: whether smaller or larger"):
         lower_is_better(metric)
 
@@ -62,13 +62,13 @@ def test_names_of_the_user_say_nothing(metric: str) -> None:
     ],
 )  # fmt: skip
 def test_modes_of_a_config(config: dict[str, Any], modes: dict[str, str]) -> None:
-    assert monitored_modes(config) == modes
-    assert all(mode_of(f"best_val_{name}", modes) == mode for name, mode in modes.items())  # type: ignore[arg-type]
+    assert monitored_directions(config) == modes
+    assert all(direction_of(f"best_val_{name}", modes) == mode for name, mode in modes.items())  # type: ignore[arg-type]
 
 
 def test_runs_that_disagree_give_no_direction() -> None:
     configs = [{"monitor": "val_a", "monitor_mode": mode} for mode in ("min", "max")]
-    assert common_modes(configs) == {} and common_modes(configs[:1]) == {"a": "min"}
+    assert common_directions(configs) == {} and common_directions(configs[:1]) == {"a": "min"}
 
 
 # -- spelling
@@ -89,7 +89,7 @@ def check_spelling(split: Split, name: str) -> None:
     assert best_key(metric.column) == metric.best
     assert (split_of(metric.column), split_of(metric.best)) == (split, None)
     assert base_name(metric.column) == base_name(metric.best) == metric.base
-    assert known_mode(metric.column) == known_mode(metric.best), "one direction, however it is spelled"
+    assert known_direction(metric.column) == known_direction(metric.best), "one direction, however it is spelled"
     assert (tag_of(metric.column), tag_of(metric.best)) == (metric.tag, metric.best)
     assert by_column(split, {name: 1.0}) == {metric.column: 1.0}
 

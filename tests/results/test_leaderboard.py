@@ -17,8 +17,8 @@ from dlopt.results.leaderboard import (
     Seeds,
     canonical,
     cautions,
-    direction_of,
     front,
+    goal_of,
     is_number,
     job_record,
     leaderboard,
@@ -227,7 +227,7 @@ def test_minimizes_losses() -> None:
     runs = [entry(0.1, 0, None, best_val_loss=2.0), entry(0.2, 0, None, best_val_loss=1.0)]
     board = leaderboard(runs)
     assert (board.metric, board.direction, board.rows[0].label) == ("best_val_loss", "minimize", "optimizer.lr=0.2")
-    assert (direction_of("test_accuracy"), direction_of("seconds")) == ("maximize", "minimize")
+    assert (goal_of("test_accuracy"), goal_of("seconds")) == ("maximize", "minimize")
 
 
 def test_pareto_front() -> None:

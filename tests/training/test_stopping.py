@@ -148,18 +148,21 @@ def test_monitored_loss(monitor: str, metrics: dict[str, float], expected: float
     assert monitored_key(metrics, monitor)[0] == expected
 
 
-@pytest.mark.parametrize(("mode", "best_epoch", "stops_after"), [("min", 2, 4), ("max", 1, 3)])
-def test_a_users_metric_follows_its_mode_and_not_its_name(mode: Any, best_epoch: int, stops_after: int) -> None:
-    best, early = Best("val_brier_score", mode=mode), Early(mode, monitor="val_brier_score", patience=2, min_delta=0.0)
-    target = Target(mode, monitor="val_brier_score", value=0.2 if mode == "min" else 0.7)
+@pytest.mark.parametrize(("direction", "best_epoch", "stops_after"), [("min", 2, 4), ("max", 1, 3)])
+def test_a_users_metric_follows_its_direction_and_not_its_name(
+    direction: Any, best_epoch: int, stops_after: int
+) -> None:
+    best = Best("val_brier_score", direction=direction)
+    early = Early(direction, monitor="val_brier_score", patience=2, min_delta=0.0)
+    target = Target(direction, monitor="val_brier_score", value=0.2 if direction == "min" else 0.7)
     stopped, reached = [], []
     for epoch, value in enumerate([0.6, 0.2, 0.3, 0.4], 1):
         metrics = {"epoch": epoch, "val_brier_score": value, "val_loss": 1.0}
         best.update(metrics), early.update(metrics), target.update(metrics)
         stopped += [epoch] * early.should_stop
         reached += [epoch] * target.should_stop
-    assert (best.epoch, best.metric) == (best_epoch, 0.2 if mode == "min" else 0.6)
-    assert stopped[0] == stops_after and reached == ([2] if mode == "min" else [])
+    assert (best.epoch, best.metric) == (best_epoch, 0.2 if direction == "min" else 0.6)
+    assert stopped[0] == stops_after and reached == ([2] if direction == "min" else [])
 
 
 def test_the_direction_of_a_users_metric_is_never_guessed() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dlopt.metrics.measures import MEASURES
-from dlopt.metrics.names import known_mode, tag_of
+from dlopt.metrics.names import known_direction, tag_of
 from dlopt.metrics.sums import MetricSum
 from dlopt.training import progress
 from dlopt.training.builders.precision import Precision
@@ -86,4 +86,4 @@ def test_names_are_one_from_the_file_to_the_report() -> None:
     columns = [name for name, each in MEASURES.items() if each.of_training is not None]
     assert columns == ["samples_per_second", "tokens_per_second", "utilization", "gpu_memory_gib"]
     assert [tag_of(column) for column in columns] == [f"throughput/{column}" for column in columns]
-    assert [known_mode(column) for column in columns] == ["max", "max", "max", "min"]
+    assert [known_direction(column) for column in columns] == ["max", "max", "max", "min"]

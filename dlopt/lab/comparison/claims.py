@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from dlopt.extend import Count, NonNegative, UserError, check_arguments, lower_is_better
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
-from dlopt.metrics.names import NONE, Modes
+from dlopt.metrics.names import NONE, Directions
 
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]
@@ -49,7 +49,7 @@ class Claim:
             or the ratio of the largest to the smallest such value (`span`).
         factor: margin of the ratio (1.5: at least 1.5x), or None.
         difference: margin of the difference, or None.
-        modes: directions of the user's metrics.
+        directions: of the user's metrics.
     """
 
     text: str
@@ -62,11 +62,11 @@ class Claim:
     factor: float | None = None
     difference: float | None = None
     when_not: str = ""
-    modes: Modes = field(default_factory=dict)
+    directions: Directions = field(default_factory=dict)
 
     @property
     def is_higher_better(self) -> bool:
-        return is_higher_better(self.metric, self.modes)
+        return is_higher_better(self.metric, self.directions)
 
     @property
     def margin(self) -> float:
@@ -74,8 +74,8 @@ class Claim:
         return math.log(self.factor) if self.factor is not None else float(self.difference or 0)
 
 
-def parse(key: str, written: Mapping[str, Any], modes: Modes = NONE) -> Claim:
-    """Builds a claim from its YAML block `key`. `modes`: directions of the user's metrics. Raises `UserError`."""
+def parse(key: str, written: Mapping[str, Any], directions: Directions = NONE) -> Claim:
+    """Builds a claim from its YAML block `key`. `directions` of the user's metrics. Raises `UserError`."""
     keys = check_arguments(key, _schema, written)
     relations: tuple[Relation, ...] = ("lower", "higher", "equal")
     given = [name for name in relations if keys.get(name) is not None]
@@ -96,7 +96,7 @@ def parse(key: str, written: Mapping[str, Any], modes: Modes = NONE) -> Claim:
         relation=relation,
         first=tuple(_side(f"{key}.{relation}", side, common) for side in first),
         second=_side(f"{key}.than", than, common),
-        modes=modes,
+        directions=directions,
         **{name: value for name, value in keys.items() if name in Claim.__dataclass_fields__},
     )
     target, factor = claim.target, claim.factor
@@ -136,9 +136,9 @@ def _side(key: str, written: Written, common: Mapping[str, Any]) -> Side:
     return Side(**check_arguments(key, Side, {**common, **keys, "at": at}))
 
 
-def is_higher_better(metric: str, modes: Modes = NONE) -> bool:
-    """`modes`: directions of the user's metrics."""
-    return not lower_is_better(metric, modes)
+def is_higher_better(metric: str, directions: Directions = NONE) -> bool:
+    """Returns whether larger values are better. `directions`: of the user's metrics."""
+    return not lower_is_better(metric, directions)
 
 
 # -- verdicts

@@ -46,7 +46,7 @@ from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
 from dlopt.lab.comparison.running import BEFORE, NAMES, TEACHER, VariantJobs, has_ended, references
 from dlopt.lab.comparison.sentences import sentence
-from dlopt.metrics.names import monitored_modes, split_of
+from dlopt.metrics.names import monitored_directions, split_of
 from dlopt.results import drawing
 from dlopt.sweeps.jobs import Job, PlanJob
 from dlopt.sweeps.pool import Pool
@@ -177,10 +177,10 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
     if isinstance(labels := written.get("variants"), list):
         shown = f"[{','.join(map(show, labels))}]"
         raise UserError(f"comparison.variants={shown}: to choose variants by their labels, set comparison.only={shown}")
-    modes = monitored_modes(flatten(OmegaConf.to_container(config, resolve=False)))
-    claims = [parse(f"comparison.claims.{i}", claim, modes) for i, claim in enumerate(written.pop("claims", []))]
-    arguments = check_arguments("comparison", Comparison, written, frozenset({"claims", "modes"}))
-    comparison = Comparison(**arguments, claims=claims, modes=modes)
+    directions = monitored_directions(flatten(OmegaConf.to_container(config, resolve=False)))
+    claims = [parse(f"comparison.claims.{i}", claim, directions) for i, claim in enumerate(written.pop("claims", []))]
+    arguments = check_arguments("comparison", Comparison, written, frozenset({"claims", "directions"}))
+    comparison = Comparison(**arguments, claims=claims, directions=directions)
     comparison = replace(comparison, variants=_chosen(comparison, composer.parse(overrides)))
     _refuse_invalid(comparison)
     overridden: dict[str, Any] = {key_of(each): each.value() for each in composer.parse(overrides)}

@@ -13,7 +13,7 @@ from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.labels import label
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.metrics.measures import MEASURES, derived
-from dlopt.metrics.names import Modes, split_of
+from dlopt.metrics.names import Directions, split_of
 from dlopt.tracking.metrics import read_metrics, read_summary
 from dlopt.tracking.terminal_text import align_columns
 
@@ -40,10 +40,10 @@ class Comparison:
     claims: list[Claim]
     before: dict[str, list[str]] = field(default_factory=dict)
     published: dict[str, dict[str, float]] = field(default_factory=dict)
-    modes: Modes = field(default_factory=dict)  # directions of the user's metrics
+    directions: Directions = field(default_factory=dict)  # of the user's metrics
 
     def is_higher_better(self, metric: str) -> bool:
-        return is_higher_better(metric, self.modes)
+        return is_higher_better(metric, self.directions)
 
     @property
     def all_metrics(self) -> list[str]:

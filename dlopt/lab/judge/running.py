@@ -29,7 +29,7 @@ from dlopt.extend import (
 from dlopt.lab.claimed_trials import ClaimedTrials, has_ended
 from dlopt.lab.judge.ledger import Entry, Verdict
 from dlopt.lab.judge.proposal import SEEDS, Side, refuse_loss
-from dlopt.metrics.names import monitored_modes, resolve_monitor, split_of
+from dlopt.metrics.names import monitored_directions, resolve_monitor, split_of
 from dlopt.run.environment import code_sha256
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, PlanJob
@@ -202,7 +202,7 @@ def trained_on(data: Mapping[str, Any]) -> Any:
 
 def _best(record: Record, metric: str) -> float:
     """Returns the best value of a metric, negated where a lower one is better; -inf for a run that diverged."""
-    sign = -1 if lower_is_better(metric or "val_loss", monitored_modes(record.config)) else 1
+    sign = -1 if lower_is_better(metric or "val_loss", monitored_directions(record.config)) else 1
     values = [sign * line[metric] for line in record.history if line.get(metric) is not None]
     return max(values, default=-math.inf) if record.status != "failed" else -math.inf
 

@@ -106,7 +106,7 @@ def build_trainer(
         progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         intervals=build_intervals(workload, schedule, length),
         validate=validation(workload, optimizer, average, tracking.evaluating),
-        best=Best(settings.monitor, mode=settings.monitor_mode),
+        best=Best(settings.monitor, direction=settings.monitor_mode),
         stopping=stopping,
         recovery=recovery,
         train_metrics=train_metrics,

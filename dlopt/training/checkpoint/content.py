@@ -16,7 +16,7 @@ from dlopt.adapt import merged
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import check_plain, join
-from dlopt.metrics.names import Mode
+from dlopt.metrics.names import Direction
 from dlopt.tasks.kinds import restored
 from dlopt.tasks.task import Task
 
@@ -208,7 +208,7 @@ class _Best(TypedDict):
     value: _Float
     val_loss: _Float | None
     val_accuracy: _Float | None
-    mode: Mode | None
+    direction: Direction | None
 
 
 class _Progress(TypedDict):
