@@ -12,8 +12,8 @@ from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import Analysis, Gain, Prediction
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import LadderRequest, read_ladder
-from dlopt.lab.ladder.laws import Curve, Laws
 from dlopt.lab.ladder.results import Results, measured
+from dlopt.lab.ladder.scaling_laws import PowerLaw, ScalingLaws
 from dlopt.lab.ladder.table import tables
 
 
@@ -61,12 +61,12 @@ def results(folder: Path) -> Results:
 
 def _analysis(plain: Results, saved: dict[str, Any]) -> Analysis:
     whole, names = measured(plain.ladder, plain.outcomes), saved["mean"]
-    laws = {name: Curve(math.log(law["scale"]), law["exponent"]["value"]) for name, law in saved["laws"].items()}
+    laws = {name: PowerLaw(math.log(law["scale"]), law["exponent"]["value"]) for name, law in saved["laws"].items()}
     irreducible = _interval(saved["irreducible"])
     return Analysis(
         replace(whole, losses={name: whole.losses[name] for name in names}),
         {name: list(map(_number, means)) for name, means in names.items()},
-        Laws(irreducible.value, laws, math.nan),
+        ScalingLaws(irreducible.value, laws, math.nan),
         irreducible,
         {name: _interval(law["exponent"]) for name, law in saved["laws"].items()},
         {name: _gain(gain) for name, gain in saved["gains"].items()},

@@ -28,7 +28,10 @@ TARGET_FRACTION = 0.75  # of a run, at which the baselines define the target
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadSpec:
-    """A workload: its experiment, the metric that decides, the target (None: not fixed), the overrides of a variant."""
+    """A workload: its experiment, the metric that decides, the target (None: not fixed), the overrides of a variant.
+
+    Training builds the same thing from the experiment: a `Workload` is its data, model and loss, without the target.
+    """
 
     experiment: str
     metric: str

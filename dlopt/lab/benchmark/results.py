@@ -24,7 +24,7 @@ MEASURES: tuple[Measure, ...] = ("updates", "evaluations", "time")
 
 @dataclass(frozen=True)
 class WorkloadTarget:
-    """A workload: the validation metric that decides, its target, and the updates of a full run."""
+    """What decides on a workload: the validation metric, its target, and the updates of a full run."""
 
     metric: str
     target: float

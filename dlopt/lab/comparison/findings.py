@@ -191,7 +191,7 @@ def _reaches(claim: Claim, value: float) -> bool:
 def _extent(claim: Claim, grid: Sequence[float], values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the largest axis value that reaches the target, or its ratio to the smallest; 0 if none does.
 
-    With its bound, if it is at the end of the grid or there is none, see `Measured`.
+    With its bound, if it is at the end of the grid or there is none, see `MeasuredSide`.
     """
     usable = [position for position, value in zip(grid, values, strict=True) if _reaches(claim, value)]
     if not usable:

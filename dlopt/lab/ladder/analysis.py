@@ -1,4 +1,4 @@
-"""Analysis of a ladder: fitted laws, speed-ups with 95 % intervals, the held-out rung. Pure functions.
+"""Analysis of a ladder: fitted scaling laws, speed-ups with 95 % intervals, the held-out rung. Pure functions.
 
 The bootstrap draws rungs with replacement, and within each one seed fewer than there are, because the variance of n
 draws of n seeds is too small by (n - 1) / n. All optimizers share the draws: runs of a seed start from the same weights
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dlopt.lab.benchmark.scores import Interval, interval
-from dlopt.lab.ladder.laws import Array, Laws, fit_laws
+from dlopt.lab.ladder.scaling_laws import Array, ScalingLaws, fit_scaling_laws
 from dlopt.results.leaderboard import mean_difference
 
 RESAMPLES = 300
@@ -31,7 +31,7 @@ UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Measured:
+class RungLosses:
     """The runs of a ladder at the best rates.
 
     Attributes:
@@ -49,9 +49,9 @@ class Measured:
     def baseline(self) -> str:
         return next(iter(self.losses))
 
-    def without_largest(self) -> "Measured":
+    def without_largest(self) -> "RungLosses":
         losses = {name: each[:-1] for name, each in self.losses.items()}
-        return Measured(self.rungs[:-1], self.compute[:-1], losses)
+        return RungLosses(self.rungs[:-1], self.compute[:-1], losses)
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,21 @@ class Analysis:
         predictions: by optimizer; empty with fewer than `HELD_OUT` rungs.
     """
 
-    measured: Measured
+    measured: RungLosses
     mean: Mapping[str, Sequence[float]]
-    laws: Laws
+    scaling_laws: ScalingLaws
     irreducible: Interval
     exponents: Mapping[str, Interval]
     gains: Mapping[str, Gain]
     predictions: Mapping[str, Prediction]
 
 
-def analyze(measured: Measured, *, resamples: int = RESAMPLES) -> Analysis | None:
+def analyze(measured: RungLosses, *, resamples: int = RESAMPLES) -> Analysis | None:
     """Returns the analysis of the optimizers with at least two rungs; None if the baseline is not one of them."""
     usable = {name: each for name, each in measured.losses.items() if np.isfinite(each).any(axis=1).sum() > 1}
     if measured.baseline not in usable:
         return None
-    measured = Measured(measured.rungs, measured.compute, usable, measured.seconds)
+    measured = RungLosses(measured.rungs, measured.compute, usable, measured.seconds)
     laws, drawn = _fits(measured, resamples)
     names, base, tail = list(usable), measured.baseline, _tail(measured)
     irreducible = interval(laws.irreducible, np.array([each.irreducible for each in drawn]), tail)
@@ -138,11 +138,11 @@ def _mean(row: Array) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
-def _seeds(measured: Measured) -> int:
+def _seeds(measured: RungLosses) -> int:
     return max(each.shape[1] for each in measured.losses.values())
 
 
-def _tail(measured: Measured) -> float:
+def _tail(measured: RungLosses) -> float:
     """Returns the fraction of the draws below an interval: Phi(-t), the 97.5 % point t with a degree per free run."""
     from scipy.stats import norm, t
 
@@ -151,10 +151,10 @@ def _tail(measured: Measured) -> float:
     return float(norm.sf(t.isf(0.025, freedom)))
 
 
-def _fits(measured: Measured, resamples: int) -> tuple[Laws, list[Laws]]:
+def _fits(measured: RungLosses, resamples: int) -> tuple[ScalingLaws, list[ScalingLaws]]:
     """Returns the laws of all runs, and of each resample; none with fewer than `FEWEST` rungs."""
     seeds, rungs = _seeds(measured), np.arange(len(measured.rungs))
-    laws = fit_laws(_points(measured, np.repeat(rungs, seeds), np.tile(np.arange(seeds), len(rungs))))
+    laws = fit_scaling_laws(_points(measured, np.repeat(rungs, seeds), np.tile(np.arange(seeds), len(rungs))))
     rng, drawn, count = np.random.default_rng(0), [], max(seeds - 1, 1)
     for _ in range(resamples if len(rungs) >= FEWEST else 0):
         chosen = rng.choice(rungs, len(rungs))
@@ -162,11 +162,11 @@ def _fits(measured: Measured, resamples: int) -> tuple[Laws, list[Laws]]:
             chosen = rng.choice(rungs, len(rungs))
         points = _points(measured, np.repeat(chosen, count), rng.integers(seeds, size=len(chosen) * count))
         if all(len(np.unique(compute)) >= 3 for compute, _ in points.values()):
-            drawn.append(fit_laws(points, start=laws))
+            drawn.append(fit_scaling_laws(points, start=laws))
     return laws, drawn
 
 
-def _points(measured: Measured, rungs: NDArray[Any], seeds: NDArray[Any]) -> dict[str, tuple[Array, Array]]:
+def _points(measured: RungLosses, rungs: NDArray[Any], seeds: NDArray[Any]) -> dict[str, tuple[Array, Array]]:
     compute = np.asarray(measured.compute)[rungs]
     found = {}
     for name, table in measured.losses.items():
@@ -177,7 +177,9 @@ def _points(measured: Measured, rungs: NDArray[Any], seeds: NDArray[Any]) -> dic
     return found
 
 
-def _gain(measured: Measured, laws: Laws, drawn: Sequence[Laws], name: str, irreducible: Interval) -> Gain:
+def _gain(
+    measured: RungLosses, laws: ScalingLaws, drawn: Sequence[ScalingLaws], name: str, irreducible: Interval
+) -> Gain:
     base, tail = measured.baseline, _tail(measured)
     values = [laws.speed_up(name, base, compute) for compute in measured.compute]
     replicas = np.array([[each.speed_up(name, base, compute) for compute in measured.compute] for each in drawn])
@@ -204,7 +206,7 @@ def band(values: Sequence[float], replicas: Array, tail: float) -> list[Interval
     return [Interval(*each) for each in zip(values, low.tolist(), high.tolist(), strict=True)]
 
 
-def _interpolated(measured: Measured, name: str, irreducible: Interval) -> tuple[list[Interval], Interval]:
+def _interpolated(measured: RungLosses, name: str, irreducible: Interval) -> tuple[list[Interval], Interval]:
     """Returns the speed-up at each rung, and the last one over the first.
 
     The baseline's log(L - E) is interpolated linearly over log compute. A power of the compute is then a line; with
@@ -290,7 +292,7 @@ def difference(own: Array, base: Array) -> Interval:
     return Interval(found.mean, found.low, found.high)
 
 
-def _predictions(measured: Measured, resamples: int) -> dict[str, Prediction]:
+def _predictions(measured: RungLosses, resamples: int) -> dict[str, Prediction]:
     """Fits all rungs but the largest and predicts the mean loss of the largest, the noise of its seeds included."""
     smaller = measured.without_largest()
     if any(np.isfinite(each).any(axis=1).sum() < 3 for each in smaller.losses.values()):

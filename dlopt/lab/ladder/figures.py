@@ -39,7 +39,7 @@ def loss(results: Results, analysis: Analysis) -> "Figure":
     grid = np.geomspace(compute[0] / 1.3, compute[-1] * 1.3, 100)
     for i, (name, table) in enumerate(analysis.measured.losses.items()):
         style = drawing.style(i, linewidth=2.2)
-        axes.plot(grid, [analysis.laws.loss(name, each) for each in grid], label=label(name), **style)
+        axes.plot(grid, [analysis.scaling_laws.loss(name, each) for each in grid], label=label(name), **style)
         axes.plot(np.repeat(compute, table.shape[1]), table.ravel(), drawing.MARKERS[i % 7], color=style["color"],
                   markersize=6, alpha=0.7)  # fmt: skip
     axes.set_xscale("log")

@@ -55,7 +55,7 @@ def _doubts(analysis: Analysis) -> dict[str, Any]:
     return {
         "between": {name: [pair for pair in each if not math.isnan(pair[1].value)] for name, each in pairs.items()},
         "missed": [name for name, each in analysis.predictions.items() if not each.holds],
-        "has_no_constant": analysis.laws.irreducible < _NO_CONSTANT * smallest,
+        "has_no_constant": analysis.scaling_laws.irreducible < _NO_CONSTANT * smallest,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dlopt.lab.ladder.analysis import Analysis, Measured, analyze
+from dlopt.lab.ladder.analysis import Analysis, RungLosses, analyze
 from dlopt.lab.ladder.arms import SEARCHED, DecaySearch
 from dlopt.lab.ladder.ladder import Ladder, LadderRequest, Outcome, Search, Trial
 from dlopt.run import environment
@@ -107,7 +107,7 @@ def collect(request: LadderRequest) -> Results:
     )
 
 
-def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
+def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> RungLosses:
     """Returns the losses of the runs at the best rates as tables [rungs, seeds]."""
     losses: dict[str, NDArray[np.float64]] = {}
     seconds: dict[str, list[float]] = {}
@@ -123,10 +123,10 @@ def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> Measured:
                     times.append(outcome.seconds)
             seconds[name].append(median(times) if times else math.nan)
     compute = [rung.compute for rung in ladder.rungs.values()]
-    return Measured([*ladder.rungs], compute, losses, seconds)
+    return RungLosses([*ladder.rungs], compute, losses, seconds)
 
 
-def _by_arm(ladder: Ladder, whole: Measured) -> dict[str, Analysis]:
+def _by_arm(ladder: Ladder, whole: RungLosses) -> dict[str, Analysis]:
     """Compares the optimizers of each arm."""
     found = {}
     for arm in dict.fromkeys(each.arm for each in ladder.optimizers.values()):
@@ -216,7 +216,7 @@ def _with_text_keys(losses: Mapping[str, Mapping[float, float]]) -> dict[str, di
 
 def _analysis(analysis: Analysis) -> dict[str, Any]:
     laws = {}
-    for name, curve in analysis.laws.curves.items():
+    for name, curve in analysis.scaling_laws.curves.items():
         laws[name] = {"scale": math.exp(curve.log_scale), "exponent": asdict(analysis.exponents[name])}
     return {
         "baseline": analysis.measured.baseline,

@@ -100,7 +100,7 @@ def _seconds(analysis: Analysis) -> Table:
 def _laws(analysis: Analysis) -> Table:
     rows = [
         [_name(name), times(analysis.irreducible), f"{math.exp(curve.log_scale):.3g}", times(analysis.exponents[name])]
-        for name, curve in analysis.laws.curves.items()
+        for name, curve in analysis.scaling_laws.curves.items()
     ]
     return Table(["optimizer", "E", "A", "a"], rows, title="Laws L = E + A C^-a (E is shared)")
 

@@ -1,1 +1,1 @@
-"""Benchmarks and cost models of devices, layers and parallel modes."""
+"""Parallel scaling: benchmarks and cost models of devices, layers and parallel modes."""

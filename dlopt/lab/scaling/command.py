@@ -1,4 +1,4 @@
-"""`dlopt scaling`: benchmarks parallel modes, the network and devices, and simulates a cluster."""
+"""`dlopt scaling`, parallel scaling: benchmarks parallel modes, the network and devices, and simulates a cluster."""
 
 from dlopt.extend import Line, key_of, on_config, value_of
 from dlopt.lab.scaling import (

@@ -33,7 +33,7 @@ MIB = 2.0**20
 
 @dataclass(frozen=True)
 class ScalingSettings:
-    """Options of `dlopt scaling` that each rank needs."""
+    """Options of `dlopt scaling` (parallel scaling) that each rank needs."""
 
     updates: int
     warmup: int

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_rel
 
-from dlopt.lab.ladder.analysis import Measured, analyze, band, difference
+from dlopt.lab.ladder.analysis import RungLosses, analyze, band, difference
 
 COMPUTE = np.geomspace(2e12, 7e14, 6)
 SEEDS = 3
 
 
-def ladder(noise: float = 0.003, rungs: int = 6, **laws: tuple[float, float]) -> Measured:
+def ladder(noise: float = 0.003, rungs: int = 6, **laws: tuple[float, float]) -> RungLosses:
     """Returns runs of laws (scale, exponent) with an irreducible loss of 1.2; the noise is drawn per run."""
     rng = np.random.default_rng(3)
     compute = COMPUTE[:rungs]
@@ -21,7 +21,7 @@ def ladder(noise: float = 0.003, rungs: int = 6, **laws: tuple[float, float]) ->
         for name, (scale, exponent) in laws.items()
     }
     seconds = {name: [1.0 if name == "adamw" else 2.0] * rungs for name in laws}
-    return Measured([f"r{i}" for i in range(rungs)], [*compute], losses, seconds)
+    return RungLosses([f"r{i}" for i in range(rungs)], [*compute], losses, seconds)
 
 
 def test_a_rescaled_optimizer_has_a_speed_up_of_one_within_its_interval() -> None:
@@ -51,7 +51,7 @@ def test_a_speed_up_that_shrinks_is_found_with_its_size() -> None:
 
 def multiples(
     irreducible: float, rungs: int, rng: np.random.Generator, speeds: tuple[float, ...] = (1.0, 1.0, 1.4, 2.0)
-) -> Measured:
+) -> RungLosses:
     """Returns runs of L = E + 3 C^-1/4, whose first optimizer needs `speeds` times the compute of the others.
 
     Each run has noise of 0.4 %, and as much that all runs of a seed share.
@@ -63,7 +63,7 @@ def multiples(
         * np.exp(shared + 0.004 * rng.standard_normal((rungs, SEEDS)))
         for i, speed in enumerate(speeds)
     }
-    return Measured([f"r{i}" for i in range(rungs)], [*compute], losses)
+    return RungLosses([f"r{i}" for i in range(rungs)], [*compute], losses)
 
 
 @pytest.mark.parametrize("rungs", [3, 4, 6])
@@ -132,7 +132,7 @@ def test_the_interpolated_speed_up_needs_of_the_laws_only_their_floor() -> None:
     x, known = np.log(COMPUTE), np.log(np.array([3.0, 2.7, 2.3, 1.8, 1.3, 0.9]))
     losses = {"adamw": known, "mine": np.interp(x + math.log(3), x, known) - 0.1 * (x == x[-1])}
     tables = {name: np.exp(np.stack([each, each - 0.01, each + 0.01], axis=1)) for name, each in losses.items()}
-    found = analyze(Measured([f"r{i}" for i in range(6)], [*COMPUTE], tables), resamples=20)
+    found = analyze(RungLosses([f"r{i}" for i in range(6)], [*COMPUTE], tables), resamples=20)
     assert found is not None
     *inside, last = found.gains["mine"].interpolated
     assert found.irreducible.value == pytest.approx(0, abs=1e-6)
@@ -144,7 +144,7 @@ def test_the_interpolated_speed_up_needs_of_the_laws_only_their_floor() -> None:
 
 def test_the_interpolated_speed_up_survives_a_rung_that_is_worse_by_chance() -> None:
     table = np.array([3.0, 2.0, 2.01, 1.5])[:, None] * np.ones(2)
-    found = analyze(Measured(["a", "b", "c", "d"], [1e12, 1e13, 1e14, 1e15], {"adamw": table, "mine": table * 1.0}),
+    found = analyze(RungLosses(["a", "b", "c", "d"], [1e12, 1e13, 1e14, 1e15], {"adamw": table, "mine": table * 1.0}),
                     resamples=20)  # fmt: skip
     assert found is not None
     first, second, third = np.log(np.array([3, 2, 2.01]) - found.irreducible.value)
@@ -186,7 +186,7 @@ def test_runs_that_failed_count_in_no_fit_and_a_missing_baseline_gives_no_analys
     measured = ladder(0.0, adamw=(60.0, 0.12), muon=(50.0, 0.12))
     measured.losses["adamw"][0, 1] = measured.losses["muon"][2] = np.nan
     found = analyze(measured, resamples=20)
-    assert found is not None and found.laws.irreducible == pytest.approx(1.2)
+    assert found is not None and found.scaling_laws.irreducible == pytest.approx(1.2)
     assert math.isnan(found.mean["muon"][2])
     measured.losses["muon"][1:] = np.nan
     alone = analyze(measured, resamples=20)

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import t
 
 from dlopt.lab.benchmark.scores import Interval
-from dlopt.lab.ladder.analysis import Measured, _interpolated
+from dlopt.lab.ladder.analysis import RungLosses, _interpolated
 from dlopt.lab.ladder.arms import CENTRE, decay_search, missing_decays
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import RESULTS, LadderRequest, Outcome, Trial
@@ -104,7 +104,7 @@ def test_the_change_of_a_speed_up_is_paired_by_seed() -> None:
     speed = np.log([[2.0, 3.0], [2.1, 3.1], [1.5, 2.0], [1.0, 1.2]])
     losses = {"base": np.exp(np.column_stack([base, base])), "mine": np.exp(base[:, None] - 0.12 * speed)}
     floor = Interval(0.0, 0.0, 0.0)
-    known, change = _interpolated(Measured("abcd", compute, losses), "mine", floor)
+    known, change = _interpolated(RungLosses("abcd", compute, losses), "mine", floor)
     ratios = speed[2] - speed[0]  # at d, the baseline does not reach the loss
     half = t.isf(0.025, 1) * ratios.std(ddof=1) / math.sqrt(2)
     assert math.isnan(known[3].value) and change.value == pytest.approx(math.exp(ratios.mean()), rel=1e-2)

@@ -1,4 +1,4 @@
-"""The fit of the laws: noiseless laws, an independent minimizer, and closed forms."""
+"""The fit of the scaling laws: noiseless laws, an independent minimizer, and closed forms."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import huber
 
-from dlopt.lab.ladder.laws import DELTA, Points, fit_laws
+from dlopt.lab.ladder.scaling_laws import DELTA, Points, fit_scaling_laws
 
 COMPUTE = np.repeat(np.geomspace(2e12, 7e14, 6), 3)
 
@@ -21,7 +21,7 @@ def points(noise: float = 0.0, **laws: tuple[float, float]) -> Points:
 
 
 def test_recovers_noiseless_laws() -> None:
-    laws = fit_laws(points(a=(60.0, 0.12), b=(300.0, 0.18)))
+    laws = fit_scaling_laws(points(a=(60.0, 0.12), b=(300.0, 0.18)))
     assert laws.irreducible == pytest.approx(1.2) and laws.objective < 1e-12
     for name, (scale, exponent) in {"a": (60.0, 0.12), "b": (300.0, 0.18)}.items():
         assert math.exp(laws.curves[name].log_scale) == pytest.approx(scale)
@@ -31,7 +31,7 @@ def test_recovers_noiseless_laws() -> None:
 
 def test_minimizes_the_objective_of_hoffmann_et_al() -> None:
     data = points(0.004, a=(60.0, 0.12), b=(55.0, 0.13))
-    laws = fit_laws(data)
+    laws = fit_scaling_laws(data)
 
     def objective(values: np.ndarray) -> float:
         total = 0.0
@@ -50,7 +50,7 @@ def test_minimizes_the_objective_of_hoffmann_et_al() -> None:
 
 
 def test_speed_up_is_the_ratio_of_computes_at_equal_loss() -> None:
-    laws = fit_laws(points(a=(60.0, 0.12), b=(40.0, 0.12), c=(300.0, 0.18)))
+    laws = fit_scaling_laws(points(a=(60.0, 0.12), b=(40.0, 0.12), c=(300.0, 0.18)))
     factor = (60 / 40) ** (1 / 0.12)
     for compute in (1e13, 1e15):
         assert laws.speed_up("b", "a", compute) == pytest.approx(factor, rel=1e-3)
@@ -64,7 +64,7 @@ def test_speed_up_is_the_ratio_of_computes_at_equal_loss() -> None:
 
 def test_two_rungs_have_no_irreducible_loss_and_one_no_law() -> None:
     compute = np.array([1e12, 1e14])
-    laws = fit_laws({"a": (compute, np.array([4.0, 2.0]))})
+    laws = fit_scaling_laws({"a": (compute, np.array([4.0, 2.0]))})
     assert laws.irreducible == 0 and laws.curves["a"].exponent == pytest.approx(math.log(2) / math.log(100))
     with pytest.raises(ValueError, match="two rungs"):
-        fit_laws({"a": (compute[:1], np.array([4.0]))})
+        fit_scaling_laws({"a": (compute[:1], np.array([4.0]))})

@@ -1,4 +1,4 @@
-"""Laws of the loss: L = E + A C^-a for each optimizer, with an irreducible loss E that all of them share.
+"""Scaling laws of the loss: L = E + A C^-a for each optimizer, with an irreducible loss E that all of them share.
 
 E is a property of the data and the family, and a few rungs do not identify it for each optimizer alone. Two rungs do
 not identify it at all: E is then 0. As in Hoffmann et al. 2022 (Training compute-optimal large language models,
@@ -22,19 +22,19 @@ Points = Mapping[str, tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A C^-a of an optimizer, as exp(log_scale) C^-exponent."""
+class PowerLaw:
+    """The power law A C^-a of an optimizer, as exp(log_scale) C^-exponent."""
 
     log_scale: float
     exponent: float
 
 
 @dataclass(frozen=True)
-class Laws:
-    """The fitted laws of all optimizers. `irreducible`: the shared E. `objective`: the sum of Huber losses."""
+class ScalingLaws:
+    """The fitted scaling laws of all optimizers. `irreducible`: the shared E. `objective`: the sum of Huber losses."""
 
     irreducible: float
-    curves: Mapping[str, Curve]
+    curves: Mapping[str, PowerLaw]
     objective: float
 
     def loss(self, optimizer: str, compute: float) -> float:
@@ -56,8 +56,8 @@ class Laws:
         return self.curves[optimizer].exponent / base - 1 if base > 0 else math.nan
 
 
-def fit_laws(points: Points, *, start: Laws | None = None) -> Laws:
-    """Fits the laws. `start`: parameters of a fit to similar points, to start from these only.
+def fit_scaling_laws(points: Points, *, start: ScalingLaws | None = None) -> ScalingLaws:
+    """Fits the scaling laws. `start`: parameters of a fit to similar points, to start from these only.
 
     Raises:
         ValueError: an optimizer has points at fewer than two values of compute.
@@ -107,7 +107,7 @@ def fit_laws(points: Points, *, start: Laws | None = None) -> Laws:
             values += [intercept, min(max(-slope, 1e-3), 4.9)]
         return np.array(values)
 
-    def parameters_of(laws: Laws) -> Array:
+    def parameters_of(laws: ScalingLaws) -> Array:
         values = [min(laws.irreducible, 0.99 * largest) * has_constant]
         for name in points:
             curve = laws.curves[name]
@@ -133,5 +133,5 @@ def fit_laws(points: Points, *, start: Laws | None = None) -> Laws:
     curves = {}
     for i, name in enumerate(points):
         scale, exponent = best.x[1 + 2 * i], best.x[2 + 2 * i]
-        curves[name] = Curve(float(scale + exponent * middle), float(exponent))
-    return Laws(float(best.x[0]) if has_constant else 0.0, curves, float(best.cost))
+        curves[name] = PowerLaw(float(scale + exponent * middle), float(exponent))
+    return ScalingLaws(float(best.x[0]) if has_constant else 0.0, curves, float(best.cost))
