@@ -9,6 +9,7 @@ from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import Line, on_checkpoint, on_config, saved_run_config, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
+from dlopt.config.reads import INFERENCE
 from dlopt.config.schema import check_arguments, show
 from dlopt.config.settings import Tta
 from dlopt.tracking.console import ConsoleView
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from dlopt.trained.ensemble import Tested
 
 _READS = (
-    "data", "device", "precision", "threads", "channels_last", "compile", "deterministic", "norm_statistics",
-    "allow_packages", "parallel",
+    "data", *INFERENCE, "channels_last", "compile", "deterministic", "norm_statistics", "allow_packages", "parallel"
 )  # fmt: skip
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")

@@ -12,8 +12,9 @@ from dlopt.basics.interruption import print_message
 from dlopt.basics.ranges import Count, Natural
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
+from dlopt.config.reads import INFERENCE
 
-_READS = ("device", "precision", "threads", "allow_packages", "parallel")
+_READS = (*INFERENCE, "allow_packages", "parallel")
 USAGE = """\
 Classify images with a checkpoint
 

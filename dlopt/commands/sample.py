@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count, NonNegative, Seed
 from dlopt.commands.shared.command_line import on_checkpoint
+from dlopt.config.reads import INFERENCE
 
-_READS = ("device", "precision", "threads", "allow_packages")
+_READS = (*INFERENCE, "allow_packages")
 USAGE = """\
 Continue a text with a language model
 

@@ -1,7 +1,7 @@
 """`dlopt sweep`: looks at a sweep from its folder, and stops, resumes and joins one that was submitted."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +63,7 @@ def sweep(arguments: list[str]) -> int:
         "status": _status, "wait": _wait, "stop": _stop, "resume": _resume, "work": _work,
     }  # fmt: skip
     if not arguments or arguments[0] not in parts:
-        raise UserError(_start(arguments))
+        raise UserError(_start(arguments, parts))
     name, function = arguments[0], parts[arguments[0]]
     values, rest = take_command_keys(function, arguments[1:], "sweep")
     if len(rest) != 1:
@@ -71,13 +71,12 @@ def sweep(arguments: list[str]) -> int:
     return function(Path(rest[0]), **values)
 
 
-def _start(arguments: Sequence[str]) -> str:
+def _start(arguments: Sequence[str], parts: Iterable[str]) -> str:
     """Returns the message for a line that is no part of this command; for the start of a sweep, how to start it."""
     if any("=" in each for each in arguments):
         return f"sweep {' '.join(arguments)}: use `dlopt train -m {' '.join(arguments)}`"
-    names = ["status", "wait", "stop", "resume", "work"]
     typed = arguments[0] if arguments else ""
-    return f"sweep {typed}: needs one of these words; {suggest(typed, names, 'dlopt sweep --help')}"
+    return f"sweep {typed}: needs one of these words; {suggest(typed, parts, 'dlopt sweep --help')}"
 
 
 def _status(folder: Path, *, json: Annotated[bool, "--: print a JSON document"] = False) -> int:

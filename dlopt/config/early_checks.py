@@ -33,7 +33,7 @@ def run_settings(config: Mapping[str, Any]) -> Settings:
     keys = {key: value for key, value in config.items() if key not in GROUPS}
     if isinstance(keys.get("observers"), list):
         keys["observers"] = []  # components: `user_observers` checks them
-    settings = Settings(**check_arguments("", Settings, keys, related=GROUPS))
+    settings = Settings(**check_arguments("", Settings, keys, related=tuple(GROUPS)))
     check_settings(settings)
     return settings
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
 
 RECIPE = ("experiment", "allow_packages")
 """What sets other keys, and what permits their values."""
+INFERENCE = ("device", "precision", "threads")
+"""What the outputs of a trained model depend on, in addition to its checkpoint."""
 UPDATE = (
     "task", "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "clip",
     "parallel", "seed", "init_seed", "order_seed", "augmentation_seed", "init_from", "device", "precision", "compile",

@@ -6,6 +6,7 @@ from typing import Any
 
 from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
+from dlopt.config.settings import GROUPS as RUNTIME
 from dlopt.config.settings import Settings as Settings
 from dlopt.data.settings import DataSettings
 from dlopt.metrics.declaration import Direction
@@ -22,31 +23,17 @@ class ConfigGroup:
     signature names such a key receives its value.
     """
 
-    runtime: tuple[str, ...] = ()
-    common: type | None = None
+    runtime: tuple[str, ...]
+    common: type | None
 
     @property
     def common_names(self) -> tuple[str, ...]:
         return () if self.common is None else tuple(each.name for each in fields(self.common))
 
 
-GROUPS: Mapping[str, ConfigGroup] = {
-    "data": ConfigGroup(("saved_tokenizer",), DataSettings),
-    "normalize": ConfigGroup(("input_shape",)),
-    "sampler": ConfigGroup(("targets", "samples", "batch_size", "seed")),
-    "augmentation": ConfigGroup(("input_shape", "classes", "train")),
-    "model": ConfigGroup(("input_shape", "classes", "vocabulary")),
-    "init": ConfigGroup(("model", "generator", "inputs", "growth")),
-    "adapt": ConfigGroup(("model", "generator")),
-    "loss": ConfigGroup(("classes", "class_counts", "labels", "label_fractions")),
-    "optimizer": ConfigGroup(("params",), Grouping),
-    "schedule": ConfigGroup(("horizon", "monitor_mode"), Warmup),
-    "decay": ConfigGroup(("horizon",), DecaySettings),
-    "clip": ConfigGroup(("model", "uses")),
-    "stopping": ConfigGroup(("model", "norm", "monitor_mode")),
-    "task": ConfigGroup(),
-    "parallel": ConfigGroup(("device", "accumulate", "batch_size", "precision", "threads")),
-}
+# Of the groups in `settings`, which imports no torch.
+_COMMON = {"data": DataSettings, "optimizer": Grouping, "schedule": Warmup, "decay": DecaySettings}
+GROUPS: Mapping[str, ConfigGroup] = {name: ConfigGroup(runtime, _COMMON.get(name)) for name, runtime in RUNTIME.items()}
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,37 @@
 Imports no torch: the roles of keys are looked up without it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.basics.roles import Role
+from dlopt.metrics.declaration import Direction
 from dlopt.metrics.declared import REQUESTABLE
+from dlopt.tracking.sinks import Sink
 
-GROUPS = (
-    "data", "normalize", "sampler", "augmentation", "model", "init", "adapt", "loss", "optimizer", "schedule",
-    "decay", "clip", "stopping", "task", "parallel",
-)  # fmt: skip
-"""The groups that every run has a choice of; all other keys are `Settings`."""
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "data": ("saved_tokenizer",),
+    "normalize": ("input_shape",),
+    "sampler": ("targets", "samples", "batch_size", "seed"),
+    "augmentation": ("input_shape", "classes", "train"),
+    "model": ("input_shape", "classes", "vocabulary"),
+    "init": ("model", "generator", "inputs", "growth"),
+    "adapt": ("model", "generator"),
+    "loss": ("classes", "class_counts", "labels", "label_fractions"),
+    "optimizer": ("params",),
+    "schedule": ("horizon", "monitor_mode"),
+    "decay": ("horizon",),
+    "clip": ("model", "uses"),
+    "stopping": ("model", "norm", "monitor_mode"),
+    "task": (),
+    "parallel": ("device", "accumulate", "batch_size", "precision", "threads"),
+}
+"""The groups that every run has a choice of, with the arguments of choices that are known only at run time.
+
+All other keys are `Settings`.
+"""
 
 Toggle = bool | Literal["auto"]
 Compile = Toggle | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -24,6 +43,7 @@ if TYPE_CHECKING:
 else:
     RequestedMetric = Literal[REQUESTABLE]  # for lists of what a key takes
 Diagnostic = Literal["gradients", "activations", "curvature"]
+Divergence = Literal["stop", "skip", "rollback"]
 Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 
 
@@ -68,7 +88,7 @@ class Settings:
     name: Annotated[str, Role.PLACE]
     run_id: Annotated[str | None, Role.COMMAND] = None  # no key to type: see `RunFolder.run_id`
     # Of the values of a task of the user's own, which declares them: no key to type.
-    directions: Annotated[dict[str, Literal["min", "max"]] | None, Role.COMMAND] = None
+    directions: Annotated[dict[str, Direction] | None, Role.COMMAND] = None
     tags: Annotated[list[str], Role.WATCH]
     note: Annotated[str | None, Role.WATCH]
     seed: Annotated[Seed, Role.SEED]
@@ -98,15 +118,15 @@ class Settings:
     ema: Annotated[OpenFraction | Literal["tail"] | None, Role.IDENTITY]
     ema_warmup: Annotated[bool, Role.IDENTITY]
     check: Annotated[Literal["auto", "step"], Role.WATCH]
-    on_divergence: Annotated[Literal["stop", "skip", "rollback"], Role.WATCH]
+    on_divergence: Annotated[Divergence, Role.WATCH]
     recovery: RecoverySettings
     on_out_of_memory: Annotated[Literal["stop", "halve"], Role.WATCH]
     norm_statistics: Annotated[Literal["running", "exact"], Role.PROTOCOL]
     monitor: Annotated[str, Role.PROTOCOL]
-    monitor_mode: Annotated[Literal["min", "max"] | None, Role.PROTOCOL]
+    monitor_mode: Annotated[Direction | None, Role.PROTOCOL]
     evaluate: EvaluateSettings
     checkpoint: CheckpointSettings
-    tracking: Annotated[list[Literal["tensorboard", "mlflow", "wandb", "trackio"]], Role.WATCH]
+    tracking: Annotated[list[Sink], Role.WATCH]
     diagnostics: Annotated[list[Diagnostic], Role.WATCH]
     diagnostics_every: Annotated[Count, Role.WATCH]
     profile: Annotated[bool, Role.WATCH]

@@ -19,7 +19,8 @@ _LONGEST = 12  # characters of an ending
 _SHOWN = 3  # names in a line, and lines of a kind
 _FEW = 20  # rows, which a feature may number by chance
 _MANY_CLASSES = 50  # if all of them are numbers, they are likely the values of a regression
-_MISSING = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "nil", "?"})
+MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "nil", "?"})
+"""Words for a missing value, in lower case."""
 _INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _DECIMALS = re.compile(r"[+-]?[0-9]+\.0*")
 _SEPARATORS = re.compile(r"[\s_\-]+")
@@ -208,7 +209,7 @@ def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: boo
     if single := [name for name in names if counts[name] == 1]:
         plural = "es" * (len(single) > 1)
         found.append(f"{WARNING}{column} has {len(single)} class{plural} with one sample: {listed(single)}")
-    if missing := [name for name in names if name.lower() in _MISSING and len(names) > 1]:
+    if missing := [name for name in names if name.lower() in {"", *MISSING} and len(names) > 1]:
         found.append(f"{WARNING}{column} has the class {missing[0]!r}, which usually means a missing value")
     if may_be_values and _are_numbers(names):
         found.append(

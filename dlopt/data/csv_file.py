@@ -18,12 +18,12 @@ import numpy as np
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import printable
-from dlopt.data.checks import LARGEST, LEFT_OUT, WARNING, number
+from dlopt.data.checks import LARGEST, LEFT_OUT, MISSING, WARNING, number
 from dlopt.data.images import EXTENSIONS
+from dlopt.data.samples import SPLITS
 
-SPLITS = ("train", "val", "test")
 _INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")  # the name of pandas' index, as written and as read back
-_MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "none", "nil", "?", "-", "."})
+_MISSING = MISSING | {"none", "-", "."}
 _TRUTH = frozenset({"true", "false", "yes", "no"})
 _GROUPED = re.compile(r"[+-]?\d{1,3}([ \u00a0\u202f,.'’_]\d{3})+([.,]\d+)?")  # 1,234,567
 _POINTS, _HUNDREDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+"), re.compile(r"[+-]?[0-9]{1,3}")

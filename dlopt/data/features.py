@@ -12,10 +12,10 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
 from dlopt.data.checks import are_values, column_warnings, label_warnings, natural, rounding_warnings, without_decimals
-from dlopt.data.csv_file import SPLITS, read_columns, read_header
+from dlopt.data.csv_file import read_columns, read_header
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import SPLITS, Dataset, InMemory
 from dlopt.data.splits import split
 
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared

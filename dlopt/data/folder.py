@@ -21,7 +21,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.data.cache import FileState, cache_file, file_state, load_arrays, save_arrays
 from dlopt.data.checks import LEFT_OUT, ending, label_warnings, left_out_note, natural
 from dlopt.data.images import EXTENSIONS
-from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.samples import SPLITS, Dataset, ImageList
 from dlopt.data.unreadable_images import ImageKeys, image_files
 
 CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache
@@ -30,7 +30,6 @@ CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a c
 _SETTLED = 3 * 10**9
 _VERSION = "3"
 _CACHED = {"folders", "states", "counts", "paths", "classes", "reasons", "left_out"}
-_SPLITS = ("train", "val", "test")
 _SUFFIXES = tuple(EXTENSIONS)
 _SHOWN_CLASSES = 5
 _IMAGENET_NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
@@ -177,7 +176,7 @@ def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys
         listings = {"train": scan(base)}
     else:
         base = data_folder(root, "train/CLASS/IMAGE, or as CLASS/IMAGE without a test set")
-        listings = {split: scan(base / split) for split in _SPLITS if (base / split).is_dir()}
+        listings = {split: scan(base / split) for split in SPLITS if (base / split).is_dir()}
     classes = listings["train"].classes
     dataset = listed_images(root, base, listings, classes, channels=channels, **keys)
     if train_only:
@@ -186,7 +185,7 @@ def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys
         with reading("data.root"):
             folders = [each.name for each in os.scandir(base) if each.is_dir() and not each.name.startswith(".")]
         dataset.notes += tuple(
-            f"{LEFT_OUT}folder {name} (train, val and test are read)" for name in sorted({*folders} - {*_SPLITS})
+            f"{LEFT_OUT}folder {name} (train, val and test are read)" for name in sorted({*folders} - {*SPLITS})
         )
     if classes != tuple(sorted(classes, key=natural)):
         shown = ", ".join(classes[:_SHOWN_CLASSES]) + ", ..." * (len(classes) > _SHOWN_CLASSES)
@@ -203,7 +202,7 @@ def _has_class_folders(base: Path) -> bool:
         folders = [path for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
         return (
             len(folders) > 1
-            and not any(folder.name in _SPLITS for folder in folders)
+            and not any(folder.name in SPLITS for folder in folders)
             and all(any(file.suffix.lower() in EXTENSIONS for file in folder.iterdir()) for folder in folders)
         )
     except OSError:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from dlopt.data.rows import RowDataset
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped
+from dlopt.data.samples import SPLITS, Dataset, Files, InMemory, Samples, Wrapped
 from dlopt.data.windows import Windows
 
-SPLITS = ("train", "val", "test")
 _WHOLE = 1 << 30  # bytes; larger contents are hashed in part
 _MOST_FILES = 1 << 17  # more are neither measured nor read as a whole
 _BLOCK = 1 << 20  # bytes, at least one sample

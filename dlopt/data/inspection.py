@@ -13,7 +13,7 @@ from dlopt.basics.formats import format_count
 from dlopt.data.checks import LEFT_OUT, WARNING, listed, sampled
 from dlopt.data.images import Stored, describe
 from dlopt.data.rows import RowDataset
-from dlopt.data.samples import Dataset, Files, Samples, Wrapped, white_of
+from dlopt.data.samples import SPLITS, Dataset, Files, Samples, Wrapped, white_of
 
 _PICTURES = 16  # images that are looked at
 _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
@@ -33,7 +33,7 @@ def _split_notes(dataset: Dataset) -> list[str]:
     classes, train = dataset.classes, dataset.train.targets
     if classes is None or train.ndim != 1 or train.is_floating_point() or dataset.unlabelled is not None:
         return found
-    counts = {name: _counts(getattr(dataset, name), len(classes)) for name in ("train", "val", "test")}
+    counts = {name: _counts(getattr(dataset, name), len(classes)) for name in SPLITS}
     total = sum(counts.values())
     for name, label in (("val", "validation"), ("test", "test")):
         # A class with one sample is reported on its own.

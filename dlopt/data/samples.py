@@ -74,9 +74,12 @@ def whole_images(samples: Samples) -> "Files | Wrapped | None":
     return None
 
 
+SPLITS = ("train", "val", "test")
+
+
 @dataclass
 class Dataset:
-    """The three splits of a dataset; `classes` has the names of the labels, None if they are numbers.
+    """The three `SPLITS` of a dataset; `classes` has the names of the labels, None if they are numbers.
 
     `in_memory`: keep the samples on the training device as one tensor (decided by `prepare`).
     `source`: what was read, as the user counts it (40 images of 2 classes); empty for built-in data.

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import are_measured, label_warnings, natural, rounding_warnings, without_decimals
-from dlopt.data.csv_file import SPLITS, read_columns, read_header
-from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.csv_file import read_columns, read_header
+from dlopt.data.rows import Labels
+from dlopt.data.samples import SPLITS, Dataset, ImageList
 from dlopt.data.unreadable_images import ImageKeys, image_files
 
 
@@ -24,7 +25,7 @@ def csv(
     path_column: str,
     label_column: str,
     split_column: str | None,
-    labels: Literal["class", "several", "value"],
+    labels: Labels,
     channels: Literal[1, 3],
     label_separator: str,
     **keys: Unpack[ImageKeys],

@@ -25,7 +25,7 @@ from dlopt.basics.ranges import Fraction
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import WARNING, ending, left_out_note
 from dlopt.data.parquet import read_parquet
-from dlopt.data.samples import Dataset
+from dlopt.data.samples import SPLITS, Dataset
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer
 from dlopt.data.windows import Windows
 from dlopt.tasks.text import NextToken
@@ -155,7 +155,7 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
     """
     folder = Path(os.path.expanduser(root))
     splits: dict[str, Windows] = {}
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         path = folder / f"{name}.bin"
         if name == "test" and not path.exists():
             continue

@@ -16,6 +16,7 @@ from dlopt.basics.locks import hold
 from dlopt.config.overrides import is_hydra, is_typed
 from dlopt.config.plan import as_job, checked
 from dlopt.extend import Line, Plan, Role, RunFolder, UserError, group_of, key_of, role_of, without
+from dlopt.results.leaderboard import ENDED
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool
@@ -139,7 +140,7 @@ class Request(Protocol[T]):
 def has_ended(folder: RunFolder) -> bool:
     """Returns whether the trial has a result. A failure is one, unless its process died (was killed, for example)."""
     summary = folder.summary() or {}
-    return summary.get("status") in ("finished", "stopped_early", "failed") and not summary.get("died")
+    return summary.get("status") in (*ENDED, "failed") and not summary.get("died")
 
 
 def claim(folder: Path) -> IO[str] | None:

@@ -16,6 +16,8 @@ from dlopt.metrics.declaration import Direction as Direction
 from dlopt.metrics.declared import DECLARED
 from dlopt.metrics.measures import MEASURES
 
+Goal = Literal["maximize", "minimize"]
+"""What a search does with a metric, in the words of Optuna."""
 Directions = Mapping[str, Direction]
 """Directions of users' metrics by their names without the split: brier_score."""
 NONE: Directions = MappingProxyType({})

@@ -141,10 +141,13 @@ def _merge(state: Any, other: Any) -> Any:
 # -- norms and states, by how a model is sharded
 
 
+Kind = Literal["replicated", "tensors", "layers"]
+
+
 class Sharding:
     """Norms and states of a model. Here every process holds the full model (single, ddp); subclasses shard it."""
 
-    kind: Literal["replicated", "tensors", "layers"] = "replicated"
+    kind: Kind = "replicated"
     is_by_rows = False  # all tensors are sharded along dimension 0, by the last dimension of their mesh
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -173,7 +176,7 @@ class Sharding:
 class TensorShards(Sharding):
     """Parameters are DTensors; each process holds a shard (fsdp, filter, spatial, hybrid)."""
 
-    kind: Literal["replicated", "tensors", "layers"] = "tensors"
+    kind: Kind = "tensors"
 
     def __init__(self, *, is_by_rows: bool = False) -> None:
         self.is_by_rows = is_by_rows
@@ -208,7 +211,7 @@ class LayerShards(TensorShards):
     count once.
     """
 
-    kind: Literal["replicated", "tensors", "layers"] = "layers"
+    kind: Kind = "layers"
 
     def __init__(self, group: ProcessGroup, device: torch.device, *, is_replica: bool = False) -> None:
         self.group = group

@@ -10,7 +10,7 @@ from dlopt.basics.formats import format_epoch_number
 from dlopt.metrics.names import Metric, Split
 from dlopt.metrics.shown import format_metric, is_percent
 from dlopt.results import drawing
-from dlopt.tracking import read_metrics, read_summary
+from dlopt.tracking.metrics import read_metrics, read_summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
@@ -21,13 +21,13 @@ from dlopt.metrics.names import (
     VAL_LOSS,
     Direction,
     Directions,
+    Goal,
     best_key,
     common_directions,
     lower_is_better,
     split_of,
 )
 
-Goal = Literal["maximize", "minimize"]
 Seeds = tuple[tuple[str, Any], ...]
 
 ENDED = ("finished", "stopped_early")

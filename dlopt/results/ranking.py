@@ -21,10 +21,9 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import is_below
 from dlopt.config.overrides import group_of, key_of
 from dlopt.metrics.measures import MEASURES
-from dlopt.metrics.names import column_of, direction_of, split_of
+from dlopt.metrics.names import Goal, column_of, direction_of, split_of
 from dlopt.results.history import columns
 from dlopt.results.leaderboard import (
-    Goal,
     Row,
     Statistic,
     cautions,

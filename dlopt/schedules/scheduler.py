@@ -211,7 +211,7 @@ class Plateau:
         self,
         *,
         monitor: str,
-        mode: Literal["auto", "min", "max"],
+        mode: Literal["auto", Direction],
         factor: OpenFraction,
         patience: Natural,
         threshold: NonNegative,

@@ -22,8 +22,8 @@ from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of
 from dlopt.config.plan import Plan
 from dlopt.config.schema import check_arguments, component, show
-from dlopt.metrics.names import Directions, Metric, base_name, column_of, direction_of, monitored_directions
-from dlopt.results.leaderboard import Goal, ParetoFront, front, goal_of, is_number, job_record, leaderboard
+from dlopt.metrics.names import Directions, Goal, Metric, base_name, column_of, direction_of, monitored_directions
+from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number, job_record, leaderboard
 from dlopt.results.printing import show_front, show_leaderboard
 from dlopt.results.reading import find
 from dlopt.sweeps import pool as pools
@@ -56,7 +56,7 @@ class SearchSettings:
 
     n_trials: Count | None
     objective: str | list[str]
-    direction: Literal["auto", "maximize", "minimize"] | list[Literal["auto", "maximize", "minimize"]]
+    direction: Literal["auto", Goal] | list[Literal["auto", Goal]]
     watch: str
     storage: str | None
     study_name: str

@@ -26,7 +26,7 @@ from dlopt.basics.locks import hold, locked, taken
 from dlopt.basics.plain_values import open_regular
 from dlopt.basics.secrets import redact, redacted
 from dlopt.config.resuming import describe, may_change
-from dlopt.results.leaderboard import Goal
+from dlopt.metrics.names import Goal
 from dlopt.sweeps.queue import WORKERS, name_worker
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space

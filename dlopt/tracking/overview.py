@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Goal
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.tracking.console import Screen
 
@@ -39,7 +39,7 @@ class Overview(Screen):
         self,
         total: int,
         metric: str | None = None,
-        direction: Literal["maximize", "minimize"] | None = None,
+        direction: Goal | None = None,
         stream: IO[str] | None = None,
         similar: bool = True,
         silent: bool = False,
@@ -118,8 +118,9 @@ class Overview(Screen):
 
     def _state(self) -> str:
         """Formats the counts: 3/9: 2 done, 1 running, 1 failed."""
-        counts = {"pruned": 0, "interrupted": 0, **self._counts, "running": len(self._running)}
-        texts = [f"{counts[status]} {status}" for status in ("pruned", "interrupted", "running") if counts[status]]
+        others = {status: self._counts[status] for status in ("pruned", "interrupted")}
+        others["running"] = len(self._running)
+        texts = [f"{count} {status}" for status, count in others.items() if count]
         texts = [f"{self._counts['finished']} done", *texts, f"{self._counts['failed']} failed"]
         return f"{self._counts.total()}/{self._total}: {', '.join(texts)}"
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hydra.core.utils import env_override
 
@@ -113,9 +113,9 @@ class Remote:
 def check(sinks: Sequence[str], name: str) -> None:
     """Raises `UserError` for a service that cannot record a run called `name`; call before the run starts."""
     for sink in dict.fromkeys(sinks):
-        if sink in CHECKS:
+        if sink in SERVICES:
             with waiting(f"tracking=[{sink}] ..."):
-                CHECKS[sink](f"tracking=[{','.join(sinks)}]", name)
+                SERVICES[sink].check(f"tracking=[{','.join(sinks)}]", name)
 
 
 def _without_credentials(text: str) -> str:
@@ -376,7 +376,16 @@ def _check_trackio(key: str, name: str) -> None:
         raise UserError(f"{key}: {_reason(error)}") from None
 
 
-CHECKS: dict[str, Callable[[str, str], None]] = {
-    "mlflow": _check_mlflow, "wandb": _check_wandb, "trackio": _check_trackio,
-}  # fmt: skip
-SERVICES: dict[str, Callable[[Path], Service]] = {"mlflow": MLflow, "wandb": Wandb, "trackio": Trackio}
+class _Supported(NamedTuple):
+    """`start` opens the record of the run in a folder; `check` of (key, name of the run) raises `UserError` before."""
+
+    start: Callable[[Path], Service]
+    check: Callable[[str, str], None]
+
+
+SERVICES: dict[str, _Supported] = {
+    "mlflow": _Supported(MLflow, _check_mlflow),
+    "wandb": _Supported(Wandb, _check_wandb),
+    "trackio": _Supported(Trackio, _check_trackio),
+}
+"""All of `Sink` except TensorBoard."""

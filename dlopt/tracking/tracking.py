@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import redact, redacted
@@ -18,6 +18,7 @@ from dlopt.metrics.shown import format_metric
 from dlopt.tracking import terminal_text
 from dlopt.tracking.console import ConsoleView
 from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary
+from dlopt.tracking.sinks import Sink
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"  # of train.log
 _CONTROL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")  # colours and cursor movements
-SINKS = ("tensorboard", "mlflow", "wandb", "trackio")
 # TensorBoard sorts by name: its HParams table shows the first five metrics, `best/` among them, and its first two cards
 # are the accuracy and the loss of the best epoch so far.
 _BEST_TAGS = {metric.best: metric.best_tag for metric in (VAL_LOSS, VAL_ACCURACY)}
@@ -98,7 +98,7 @@ class TrainLog:
 class Tracking:
     """Shows a run on the console, writes metrics.jsonl, summary.json and train.log into `folder`, and feeds `sinks`.
 
-    `folder` None for no files; see `silent`. `sinks`: a subset of `SINKS`.
+    `folder` None for no files; see `silent`. `sinks`: see `Sink`.
     `log_every_steps` None disables `step`. `resume_from`: (evaluated epochs, updates) of the checkpoint from which the
     run resumes; later entries are removed.
 
@@ -115,9 +115,11 @@ class Tracking:
         log_every_steps: int | None = None,
         resume_from: tuple[float, int] | None = None,
     ) -> None:
-        unknown = set(sinks) - set(SINKS)
+        unknown = set(sinks) - {*get_args(Sink)}
         if unknown:
-            raise UserError(f"sinks={list(sinks)}: {sorted(unknown)[0]} is unknown; allowed: {', '.join(SINKS)}")
+            raise UserError(
+                f"sinks={list(sinks)}: {sorted(unknown)[0]} is unknown; allowed: {', '.join(get_args(Sink))}"
+            )
         self.log_every_steps = log_every_steps
         self._folder = folder
         self._console = ConsoleView() if console else None
@@ -142,7 +144,7 @@ class Tracking:
                 if name != "tensorboard":
                     from dlopt.tracking import remote
 
-                    self._sinks.append(remote.Remote(name, remote.SERVICES[name](folder), self.message))
+                    self._sinks.append(remote.Remote(name, remote.SERVICES[name].start(folder), self.message))
 
     @classmethod
     def silent(cls) -> Self:

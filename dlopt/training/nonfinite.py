@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from dlopt.basics.errors import RunError
+from dlopt.config.settings import Divergence
 from dlopt.models.layers import evaluation_mode, without_fused_layers
 from dlopt.optim.parameters import real_views
 from dlopt.parallel.mode import Mode
@@ -260,9 +261,6 @@ def first_nonfinite_output(module: nn.Module, forward: Callable[[], object]) -> 
     return nonfinite[0] if nonfinite else None
 
 
-Policy = Literal["stop", "skip", "rollback"]
-
-
 @dataclass
 class Recovery:
     """Policy for non-finite updates: stop, skip the update, or roll back to a checkpoint.
@@ -274,7 +272,7 @@ class Recovery:
         log: shows a line to the user.
     """
 
-    policy: Policy
+    policy: Divergence
     _: KW_ONLY
     attempts: int
     lr_factor: float

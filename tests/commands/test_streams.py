@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.tracking import Tracking, read_metrics, read_summary
+from dlopt.tracking.metrics import read_metrics, read_summary
+from dlopt.tracking.tracking import Tracking
 from dlopt.training.checkpoint.checkpoints import is_intact
 from tests.support.line import SMALL
 from tests.support.requires import requires

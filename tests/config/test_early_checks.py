@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,8 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.choices import config_folder
 from dlopt.config.early_checks import check_early
-from dlopt.config.run_config import GROUPS
-from dlopt.config.schema import parameters_of, resolve_target
-from dlopt.config.settings import GROUPS as NAMES
+from dlopt.config.run_config import GROUPS, RunConfig
+from dlopt.config.schema import Component, parameters_of, resolve_target
 from dlopt.config.signatures import annotations_of
 from tests.support.line import refused
 
@@ -91,7 +91,7 @@ def test_components_and_the_range_test_pass(composed_config: dict[str, object]) 
 
 
 def test_the_groups_are_those_of_a_config() -> None:
-    assert tuple(GROUPS) == NAMES
+    assert [each.name for each in fields(RunConfig) if each.type is Component] == [*GROUPS]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from dlopt.tracking import Tracking
+from dlopt.tracking.tracking import Tracking
 
 STEPS = 10
 CONFIG = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics import formats
-from dlopt.tracking import read_metrics, read_summary
+from dlopt.tracking.metrics import read_metrics, read_summary
 from tests.support.requires import requires
 
 DRIVE = Path(__file__).with_name("drive.py")

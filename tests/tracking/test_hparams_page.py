@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dlopt.tracking import Tracking
+from dlopt.tracking.tracking import Tracking
 from tests.support.browser import NEEDS_BROWSER, chromium
 
 pytestmark = [pytest.mark.slow, NEEDS_BROWSER]

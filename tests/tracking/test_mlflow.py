@@ -15,7 +15,8 @@ import pytest
 
 from dlopt import cli
 from dlopt.basics.errors import UserError
-from dlopt.tracking import Tracking, remote
+from dlopt.tracking import remote
+from dlopt.tracking.tracking import Tracking
 from tests.support.line import SMALL, dlopt, refused
 from tests.support.ports import free_port
 from tests.support.processes import start

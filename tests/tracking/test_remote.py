@@ -6,14 +6,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dlopt.basics import secrets
 from dlopt.basics.errors import UserError
-from dlopt.tracking import Tracking
-from dlopt.tracking.remote import CHECKS, SERVICES, Remote, Scalars
+from dlopt.tracking.remote import SERVICES, Remote, Scalars
+from dlopt.tracking.sinks import Sink
+from dlopt.tracking.tracking import Tracking
 from tests.support.line import refused
 
 
@@ -90,13 +91,17 @@ def test_hanging_service_does_not_block() -> None:
     assert warnings == ["tracking=fake: not all metrics were delivered within 0 s; training continues without it"]
 
 
+def test_every_sink_is_tensorboard_or_a_service() -> None:
+    assert {*get_args(Sink)} == {"tensorboard", *SERVICES}
+
+
 def test_close_without_begin_does_nothing() -> None:
     Remote("fake", Fake(), lambda _: pytest.fail("complained")).close()
 
 
 def test_tracking_sends_the_same_metrics_to_every_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Fake()
-    monkeypatch.setitem(SERVICES, "mlflow", lambda folder: service)
+    monkeypatch.setitem(SERVICES, "mlflow", SERVICES["mlflow"]._replace(start=lambda folder: service))
     with Tracking(tmp_path, sinks=["mlflow"], console=False, log_every_steps=1) as tracking:
         tracking.begin({"name": "x", "optimizer": {"lr": 0.1}}, {}, epochs=1, steps_per_epoch=1)
         tracking.step(1, {"train/loss": 2.0})
@@ -162,7 +167,7 @@ def test_a_service_that_cannot_record_is_refused_before_the_run(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: pytest.__spec__)  # installed
-    monkeypatch.setitem(CHECKS, "mlflow", _refuse)
+    monkeypatch.setitem(SERVICES, "mlflow", SERVICES["mlflow"]._replace(check=_refuse))
     message = refused(tmp_path, *line, "tracking=[tensorboard,mlflow]", "name=x")
     assert "tracking=[tensorboard,mlflow]: name=x: no store" in message
     assert not list(tmp_path.rglob("config.yaml"))

@@ -7,7 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dlopt.basics.errors import RunError, UserError
-from dlopt.tracking import Tracking, read_metrics, read_summary
+from dlopt.tracking.metrics import read_metrics, read_summary
+from dlopt.tracking.tracking import Tracking
 
 CONFIG = {"name": "try", "seed": 0, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}
 METRICS = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 1.1, "val_accuracy": 0.4, "seconds": 2.0}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.tracking import Tracking
-from dlopt.tracking.remote import CHECKS
+from dlopt.tracking.remote import SERVICES
+from dlopt.tracking.tracking import Tracking
 
 MODULE = """
 inits, logged, finished = [], [], []
@@ -83,11 +83,11 @@ def test_a_resumed_run_continues_under_its_name(
 def test_a_store_that_cannot_record_is_refused(
     tmp_path: Path, trackio: Any, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
 ) -> None:
-    CHECKS["trackio"]("tracking=[trackio]", "x")
+    SERVICES["trackio"].check("tracking=[trackio]", "x")
     assert (tmp_path / "store/trackio").is_dir()
     (tmp_path / "store/trackio").rmdir()
     (tmp_path / "store/trackio").write_text("")  # a file in its place
     for name, value in variables.items():
         monkeypatch.setitem(os.environ, name, value)
     with pytest.raises(UserError, match=message):
-        CHECKS["trackio"]("tracking=[trackio]", "x")
+        SERVICES["trackio"].check("tracking=[trackio]", "x")

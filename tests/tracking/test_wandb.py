@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.tracking import Tracking
+from dlopt.tracking.tracking import Tracking
 
 pytestmark = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 

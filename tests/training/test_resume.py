@@ -20,7 +20,7 @@ import dlopt.training.run
 from dlopt.basics import files as durable
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batch, Batches
-from dlopt.tracking import Tracking
+from dlopt.tracking.tracking import Tracking
 from dlopt.training import loop as loop
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.checkpoint.checkpoints import Checkpoints

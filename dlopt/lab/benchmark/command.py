@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import install
 from dlopt.basics.folders import refuse_url
@@ -48,6 +48,7 @@ from dlopt.lab.benchmark.protocol import (
     BASELINES,
     BUDGETS,
     FOLDER,
+    Budget,
     Track,
     Trial,
     WorkloadSpec,
@@ -97,7 +98,6 @@ and the keys of `dlopt train`, for all trials (device=cuda, hydra/launcher=gpus)
 """
 
 complete = keys_of_train
-Budget = Literal["tiny", "small", "large"]
 _Tier = Annotated[str, "NAME: set of workloads: small, small_held_out, medium or large, or one in --config-dir"]
 _Track = Annotated[Track, "NAME: external_tuning, or self_tuning (fixed keys, three times the updates)"]
 _ADVICE = "a tier or a search space of your own may set it, see `dlopt benchmark --help`"

@@ -17,7 +17,8 @@ from dlopt.basics.plain_values import load_yaml
 from dlopt.extend import UserError, check_arguments, show, suggest
 
 FOLDER = "benchmark"  # in the laboratory and in a --config-dir
-BUDGETS: Mapping[str, tuple[int, int]] = {"tiny": (1, 3), "small": (3, 10), "large": (5, 20)}
+Budget = Literal["tiny", "small", "large"]
+BUDGETS: Mapping[Budget, tuple[int, int]] = {"tiny": (1, 3), "small": (3, 10), "large": (5, 20)}
 """Name -> (studies, trials per study). `large` is AlgoPerf's."""
 BASELINES = ("sgd", "rmsprop", "adamw", "nadam")
 """Optimizers whose results define the targets."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dlopt.basics.plain_values import parse_json, read_regular
 from dlopt.extend import UserError, lower_is_better
@@ -19,7 +19,7 @@ FORMAT = 1
 _MAX_BYTES = 1 << 26  # of a file of results: 20,000 trials have 1 MB
 REFERENCE = Path(__file__).with_name("reference")  # results of `dlopt benchmark ... full=true`, which come with dlopt
 Measure = Literal["updates", "evaluations", "time"]
-MEASURES: tuple[Measure, ...] = ("updates", "evaluations", "time")
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ _SHORT_NAME = 16  # beside three scores
 _SHORTEST_NAME = 10  # beside a metric
 _SHIPPED = " *"
 _HEADS: dict[Measure, str] = {"updates": "score in updates", "evaluations": "evaluations", "time": "time"}
+_STANDING = ("targets", "trials", "cost", "state")  # as formatted by `formats.standing`
 Rows = list[list[str]]
 Name = Callable[[str], str]
 """Formats the name of an optimizer."""
@@ -69,7 +70,7 @@ def lines(results: Results, width: int = WIDTH) -> list[str]:
         mark = _SHIPPED if optimizer in results.shipped else ""
         return formats.abbreviated(optimizer, width - len(mark)) + mark
 
-    heads = ["optimizer", *(_HEADS[each] for each in summary.measures), "targets", "trials", "cost", "state"]
+    heads = ["optimizer", *(_HEADS[each] for each in summary.measures), *_STANDING]
     text = [*rendered(Table(heads, score_rows(results, summary, name, form)), width), *_note(results, width), ""]
     text += wrapped(findings(results, summary), width)
     heads = ["optimizer", *map(printable, results.workloads)]
@@ -114,7 +115,7 @@ def _note(results: Results, width: int) -> list[str]:
 
 def latex(results: Results, summary: Summary) -> str:
     """Returns two `tabular`s. The highest scores, and the fewest updates of each workload, are bold."""
-    heads = ["optimizer", *summary.measures, "targets", "trials", "cost", "state"]
+    heads = ["optimizer", *summary.measures, *_STANDING]
     lines = [  # printable: without line breaks, which would end a comment
         f"% dlopt benchmark, tier {printable(results.tier)}, track {results.track}, "
         f"{format_count('studies', results.studies)} of {format_count('trials', results.trials)}",

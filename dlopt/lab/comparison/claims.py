@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dlopt.extend import Count, NonNegative, UserError, check_arguments, lower_is_better
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
@@ -13,11 +13,14 @@ from dlopt.metrics.names import NONE, Directions
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]
 When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
-Measure = Literal["value", "epoch", "step", "evaluation", "seconds", "largest", "span"]
+Along = Literal["epoch", "step", "evaluation", "seconds"]
+Measure = Literal["value", Along, "largest", "span"]
 Edge = Literal["smallest", "largest"]
 Verdict = Literal["supported", "inconclusive", "contradicted", "not judged"]
 Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
 
+ALONG: tuple[Along, ...] = get_args(Along)
+"""The axes of a curve: what a run has used up when it reaches a value."""
 TEST_METRICS = ("test_loss", "test_accuracy")
 """Metrics of the best model, in summary.json."""
 
@@ -77,7 +80,7 @@ class Claim:
 def parse(key: str, written: Mapping[str, Any], directions: Directions = NONE) -> Claim:
     """Builds a claim from its YAML block `key`. `directions` of the user's metrics. Raises `UserError`."""
     keys = check_arguments(key, _schema, written)
-    relations: tuple[Relation, ...] = ("lower", "higher", "equal")
+    relations: tuple[Relation, ...] = get_args(Relation)
     given = [name for name in relations if keys.get(name) is not None]
     if len(given) != 1:
         raise UserError(f"{key}: set exactly one of {', '.join(relations)}")

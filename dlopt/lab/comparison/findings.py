@@ -9,6 +9,7 @@ from typing import Any
 
 from dlopt.extend import UserError, key_of, show
 from dlopt.lab.comparison.claims import (
+    ALONG,
     TEST_METRICS,
     Claim,
     Edge,
@@ -152,7 +153,7 @@ def _edges(comparison: Comparison, side: Side, best: Sequence[Point]) -> dict[st
 
 def _length(outcome: VariantOutcome, claim: Claim) -> float | None:
     """Returns where a run ended that may have missed the target; None for other measures, and if it failed."""
-    if outcome.failed or claim.measure not in ("epoch", "step", "evaluation", "seconds"):
+    if outcome.failed or claim.measure not in ALONG:
         return None
     return max(outcome.curve(claim.metric, claim.measure)[0], default=None)
 
@@ -160,7 +161,7 @@ def _length(outcome: VariantOutcome, claim: Claim) -> float | None:
 def _value(outcome: VariantOutcome, claim: Claim, when: str | int) -> float:
     """Reduces a run to one number; a diverged run has the worst one: infinite."""
     worst = -math.inf if claim.is_higher_better else math.inf
-    if claim.measure in ("epoch", "step", "evaluation", "seconds"):
+    if claim.measure in ALONG:
         x, values = outcome.curve(claim.metric, claim.measure)
         reached = [at for at, value in zip(x, values, strict=True) if _reaches(claim, value)]
         return math.inf if outcome.failed or not reached else reached[0]

@@ -2,16 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dlopt.extend import show
-from dlopt.lab.comparison.claims import Claim, Finding, MeasuredSide, effects
+from dlopt.lab.comparison.claims import Claim, Finding, Measure, MeasuredSide, effects
 from dlopt.lab.comparison.intervals import RANKED, Bounds, Interval, pseudomedian
 from dlopt.lab.comparison.labels import label
 
 _LARGEST_RATIO = 1000.0  # larger ratios depend on the last digits of tiny values
-_MEASURES = {
+_MEASURES: Mapping[Measure, str] = {
     "value": "{metric}",
     "epoch": "epochs to {metric} {target}",
     "step": "updates to {metric} {target}",

@@ -17,6 +17,7 @@ from dlopt.basics.formats import printable
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import parse_json, read_regular
 from dlopt.extend import UserError, short_path, write_atomically
+from dlopt.lab.judge import sequential
 from dlopt.tracking.metrics import to_json
 
 LEDGER = "ledger.jsonl"
@@ -24,7 +25,7 @@ _LOCK = ".ledger.lock"
 _MAX_BYTES = 1 << 26
 _STRICT = {"extra": "forbid", "strict": True}
 
-Verdict = Literal["better", "worse", "equal", "same", "undecided"]
+Verdict = sequential.Verdict | Literal["same"]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 

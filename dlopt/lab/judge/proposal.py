@@ -11,6 +11,7 @@ from typing import Any
 
 from dlopt.basics.plain_values import flatten
 from dlopt.commands.shared.command_line import of_run
+from dlopt.config.keys import ROLES
 from dlopt.extend import (
     Composer,
     Plan,
@@ -30,7 +31,7 @@ from dlopt.results.leaderboard import canonical, distinguishes
 from dlopt.run.environment import code_sha256, packages
 
 CODE = "code"
-SEEDS = ("seed", "init_seed", "order_seed", "augmentation_seed")
+SEEDS = tuple(key for key, role in ROLES.items() if role is Role.SEED and "." not in key)
 _OF_BATCHES = ("data.batch_size", "data.drop_last")  # the only keys of the data that a change may set
 _WHERE = ("data.memory", "data.workers", "data.offline")
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 from dlopt.extend import DONE, Count, Line, Positive, output_folder, refuse_empty
 from dlopt.lab.scaling.saving import Output, save
 
-_PRECISIONS: list[Literal["fp32", "bf16", "fp16", "fp64"]] = ["fp32", "bf16"]
+_Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+_PRECISIONS: list[_Precision] = ["fp32", "bf16"]
 _SIZES = [64, 128, 256, 512, 1024, 2048]
 _CHANNELS = [8, 16, 32, 64, 128, 256]
 
@@ -15,9 +16,7 @@ def time_devices(
     line: Line,
     *,
     device: Annotated[list[Literal["cpu", "cuda"]], "[NAME,...]: cpu and cuda"],
-    precision: Annotated[
-        list[Literal["fp32", "bf16", "fp16", "fp64"]], "[NAME,...]: any of fp32, bf16, fp16, fp64"
-    ] = _PRECISIONS,
+    precision: Annotated[list[_Precision], "[NAME,...]: any of fp32, bf16, fp16, fp64"] = _PRECISIONS,
     sizes: Annotated[list[Count], "[N,...]: rows of the square matrices"] = _SIZES,
     channels: Annotated[list[Count], "[N,...]: channels of the convolutions"] = _CHANNELS,
     threads: Annotated[Count | Literal["auto"], "N: CPU threads"] = "auto",

@@ -13,6 +13,9 @@ from dlopt.machine.device import synchronized_time
 _BLOCK_CONVOLUTIONS = ("conv1", "conv2", "conv3")
 
 
+Kind = Literal["convolution", "linear", "other"]
+
+
 @dataclass(frozen=True)
 class Layer:
     """A leaf module with its costs; counts are per sample."""
@@ -20,7 +23,7 @@ class Layer:
     name: str
     block: str | None  # the residual block that it belongs to
     role: Literal["first", "inner", "last", "alone"]  # first and last convolution of a block; alone: outside of blocks
-    kind: Literal["convolution", "linear", "other"]
+    kind: Kind
     operations: float  # of the forward; a multiplication and an addition are two
     parameters: int
     inputs: int
@@ -90,7 +93,7 @@ def _role(name: str, block: str | None, blocks: dict[str, nn.Module]) -> str:
 def _layer(
     name: str, block: str | None, role: Any, leaf: nn.Module, inputs: Tensor, outputs: Tensor, batch: int
 ) -> Layer:
-    kind: Literal["convolution", "linear", "other"] = "other"
+    kind: Kind = "other"
     operations, halo, units = float(outputs.numel()), 0, outputs.shape[1]
     if isinstance(leaf, nn.Conv2d):
         kind = "convolution"

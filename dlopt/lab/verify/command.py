@@ -37,7 +37,6 @@ fails.
 and these keys of `dlopt train`:
     {READS}
 """
-_UNREAD = ("groups", "layer_decay", "state_dtype")
 
 
 def verify(arguments: list[str]) -> int:
@@ -46,12 +45,14 @@ def verify(arguments: list[str]) -> int:
 
 
 def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
+    from dlopt.config.run_config import GROUPS  # imports torch
+
     several = "verify one optimizer at a time"
     line = read_line(words, several=several)
     if "optimizer" not in map(key_of, line.overrides):
         raise UserError("dlopt verify: name the optimizer: optimizer=adamw, or optimizer=mine.MyOptimizer")
     for override in line.overrides:
-        if key_of(override).removeprefix("optimizer.").split(".")[0] in _UNREAD:
+        if key_of(override).removeprefix("optimizer.").split(".")[0] in GROUPS["optimizer"].common_names:
             raise UserError(f"{override}: `dlopt verify` makes its own parameters; this key is of `dlopt train`")
     subject, paper, results = line.call(_verify, "dlopt verify", READS, several=several)
     _print(subject, results)

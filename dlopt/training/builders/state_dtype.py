@@ -19,7 +19,7 @@ CUDA graph can repeat them.
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,14 @@ from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.mixin import mix_in
+from dlopt.basics.plain_values import load_yaml
 from dlopt.basics.random import hashed, stream
+from dlopt.config.choices import Catalogue
+from dlopt.config.schema import ALLOWED_PACKAGES, component
 from dlopt.optim.common import evaluate, gradients, is_dense, without_hooks
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.shards import element_numbers, local
 
-ALLOWED = ("adam", "adamw", "lion", "momentum", "sgd", "sgdw", "signum")
 _UPDATES = "rounded_updates"  # key of a parameter group: updates so far, saved with the state
 _CHUNK = {"cpu": 1 << 18}  # elements that are widened at once: on a CPU as many as fit into the cache
 _CHUNK_ON_ACCELERATORS = 1 << 24
@@ -172,18 +174,40 @@ class RoundedUpdate(Optimizer):
 
 def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
     """Makes an optimizer keep its moments in bf16, in place. Raises `UserError` if its state does not allow it."""
-    key, kind, groups = "optimizer.state_dtype=bf16", type(optimizer), optimizer.param_groups
-    traits = optimizer_traits(optimizer)
-    if not traits.rounds_state or traits.scope == "model":
+    key, kind = "optimizer.state_dtype=bf16", type(optimizer)
+    if not _rounds_state(optimizer):
         raise UserError(
             f"{key}: {kind.__name__} needs its state in the dtype of the weights; use optimizer.state_dtype=null, or "
-            f"optimizer={'|'.join(ALLOWED)}"
+            f"optimizer={'|'.join(choices_with_moments_in_bf16())}"
         )
-    if any(group.get("amsgrad") for group in groups):
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
         raise UserError(f"{key}: the maxima of amsgrad=true would add up the rounding errors; use amsgrad=false")
-    if not any(group.get("momentum", True) for group in groups):
+    if not _has_momentum(optimizer):
         raise UserError(f"{key}: {kind.__name__} with momentum=0 has no state; use optimizer.state_dtype=null")
     round_updates(optimizer, seed, moments=True)
+
+
+def _rounds_state(optimizer: Optimizer) -> bool:
+    traits = optimizer_traits(optimizer)
+    return traits.rounds_state and traits.scope != "model"
+
+
+def _has_momentum(optimizer: Optimizer) -> bool:
+    return any(group.get("momentum", True) for group in optimizer.param_groups)
+
+
+def choices_with_moments_in_bf16() -> list[str]:
+    """Returns the choices of the group optimizer that `keep_state_in_bf16` accepts."""
+    names = []
+    for choice in Catalogue().choices("optimizer"):
+        values = {key: value for key, value in load_yaml(choice.path).items() if key != "defaults"}
+        with suppress(UserError):  # of `custom`, and of SAM, which has another choice inside
+            optimizer = component("optimizer", values, ("params",), ALLOWED_PACKAGES).build(
+                params=[nn.Parameter(torch.zeros(2, 2))]
+            )
+            if _rounds_state(optimizer) and _has_momentum(optimizer):
+                names.append(choice.name)
+    return names
 
 
 def round_updates(optimizer: Optimizer, seed: int, *, moments: bool = False) -> None:

@@ -239,6 +239,7 @@ class _Whole(_Outline):
     normalize: _Tensors
 
 
+KEYS = {"format", *_Whole.__required_keys__}
 _outline, _whole = TypeAdapter(_Outline), TypeAdapter(_Whole)
 
 

@@ -19,14 +19,14 @@ from dlopt.optim.traits import optimizer_traits
 from dlopt.training.builders import state_dtype
 from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.state_dtype import (
-    ALLOWED,
     RoundedUpdate,
+    choices_with_moments_in_bf16,
     keep_state_in_bf16,
     random_bits,
     round_stochastically,
     round_updates,
 )
-from tests.support.choices import REFUSED_IN_PURE_BF16, names
+from tests.support.choices import CONF, REFUSED_IN_PURE_BF16, names
 from tests.support.equality import Cases, compare
 from tests.support.modes import DDP, FSDP
 from tests.support.runs import at_update, result, resume, run_config, same, small_workload, start, terminate, timeless
@@ -423,6 +423,13 @@ def test_optimizers_of_others_with_bf16_weights() -> None:
 def test_without_the_key_nothing_is_wrapped() -> None:
     optimizer = build_optimizer(small_workload("optimizer=adamw"))
     assert type(optimizer) is torch.optim.AdamW and "rounded_updates" not in optimizer.param_groups[0]
+
+
+ALLOWED = choices_with_moments_in_bf16()
+
+
+def test_train_yaml_names_the_choices() -> None:
+    assert f"({', '.join(ALLOWED)})" in (CONF / "train.yaml").read_text()
 
 
 @pytest.mark.parametrize("choice", names("optimizer"))
