@@ -87,6 +87,10 @@ class OwnTask(Task):
             raise UserError(f"task={path}: model_arguments must return input_shape and classes; lacks {missing[0]}")
         return cls(int(arguments["classes"]), task.white, user, path, arguments)
 
+    @classmethod
+    def of_fields(cls, values: Mapping[str, Any]) -> "OwnTask":
+        return cls(values["outputs"], values["white"], path=values["path"])
+
     @property
     def name(self) -> str:
         return self.path

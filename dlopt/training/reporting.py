@@ -16,11 +16,10 @@ from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
-from dlopt.training.builders.dataset import data_spec
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
-from dlopt.training.builders.workload import Workload
+from dlopt.training.builders.workload import Workload, data_spec
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.nonfinite import Recovery

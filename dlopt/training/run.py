@@ -20,9 +20,8 @@ from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import evaluation_weights
 from dlopt.training.builders.batches import training_batches
-from dlopt.training.builders.dataset import refuse_other_data
 from dlopt.training.builders.trainer import build_trainer
-from dlopt.training.builders.workload import Workload, build_mode, build_workload, load_weights
+from dlopt.training.builders.workload import Workload, build_mode, build_workload, load_weights, refuse_other_data
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.checkpoint.content import blamed
 from dlopt.training.evaluate import check_crops, test_metrics

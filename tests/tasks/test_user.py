@@ -159,12 +159,12 @@ def test_refuses_what_needs_outputs(tmp_path: Path, typed: str, message: str) ->
 
 
 def test_refuses_a_typed_loss_and_a_class_that_is_no_task(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("class Mine:\n    pass\n")
-    typed = "allow_packages=[mine]"
-    message = refused(tmp_path, "train", "task=mine.Mine", "loss=mse", typed)
-    assert "loss: task=mine.Mine computes its own loss" in message
-    message = refused(tmp_path, "train", "task=mine.Mine", typed)
-    assert "task=mine.Mine: must be a class derived from dlopt.extend.UserTask" in message
+    (tmp_path / "no_task.py").write_text("class Mine:\n    pass\n")
+    typed = "allow_packages=[no_task]"
+    message = refused(tmp_path, "train", "task=no_task.Mine", "loss=mse", typed)
+    assert "loss: task=no_task.Mine computes its own loss" in message
+    message = refused(tmp_path, "train", "task=no_task.Mine", typed)
+    assert "task=no_task.Mine: must be a class derived from dlopt.extend.UserTask" in message
 
 
 def test_predictions_are_refused(tmp_path: Path) -> None:

@@ -1,24 +1,20 @@
-"""Builds the data of a run, and says which data a checkpoint was trained on."""
+"""Builds the data of a run: splits, augmentation and task."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
 from dlopt.basics.errors import UserError, refused_path
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
-from dlopt.data.identity import difference, identify
+from dlopt.data.identity import identify
 from dlopt.data.samples import Dataset
 from dlopt.data.splits import prepare
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.kinds import chosen
 from dlopt.tasks.user import OwnTask
 from dlopt.training.checkpoint.content import Checkpoint
-
-if TYPE_CHECKING:
-    from dlopt.training.builders.workload import Workload
 
 
 def prepare_data(
@@ -97,44 +93,3 @@ def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -
     own = dataset.task
     task = chosen(own, shape, *((each.target, each.choice) for each in (run_config.loss, run_config.model)))
     return dataset if task is own else replace(dataset, unlabelled=task)
-
-
-def data_spec(workload: "Workload") -> dict[str, Any]:
-    """Returns the facts about the data that a checkpoint stores, so that its model can be used without the data.
-
-    `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
-    shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
-    byte by byte, the content of its tokenizer.json; `identity`: of the data, on rank 0.
-    """
-    dataset = workload.dataset
-    tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
-    names = workload.class_names
-    return {
-        **tokenizer,
-        "classes": None if names is None else list(names),
-        "task": dataset.task.saved,
-        "sample": list(dataset.train.shape),
-        "window": list(workload.shape),
-        "identity": dataset.identity,
-    }
-
-
-def refuse_other_data(workload: "Workload", checkpoint: Checkpoint) -> None:
-    """Raises `UserError` on all ranks if the data differ from those of the checkpoint's run.
-
-    Data may differ under equal configs: files may have changed, and `data.root` may name another folder.
-    """
-    saved, current = checkpoint.data, data_spec(workload)
-    for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
-        if saved[name] != current[name]:
-            raise UserError(
-                f"resume: the run was trained on other data, with {what} {saved[name]}, now {current[name]}; see "
-                "data.root"
-            )
-    # Only rank 0 identifies the data; a difference must end all ranks.
-    found = workload.parallel.ranks.broadcast(difference(checkpoint.identity, current["identity"]))
-    if found is not None:
-        raise UserError(
-            f"resume: the data have changed since the checkpoint was written: {found}; restore them, or start a new "
-            "run with init_from=CHECKPOINT, which loads the weights only"
-        )

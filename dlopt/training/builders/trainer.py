@@ -16,10 +16,9 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, TailAverage, WeightAverage
 from dlopt.training.batch_norm import check_norm_batches
 from dlopt.training.builders.batches import loss_aware_sampler, training_batches
-from dlopt.training.builders.dataset import data_spec
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
 from dlopt.training.builders.step import build_step, build_update
-from dlopt.training.builders.workload import Workload
+from dlopt.training.builders.workload import Workload, data_spec
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import check_tta, has_train_accuracy, reduction, validation

@@ -18,6 +18,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator, stream
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batches
+from dlopt.data.identity import difference
 from dlopt.data.normalization import Nothing, fit
 from dlopt.data.samples import Dataset, Samples
 from dlopt.init import WidthGrowth
@@ -380,3 +381,44 @@ def load_weights(
         warning = f"  warning: the last layer, too, although it was trained with other classes: {other}"
         return [*match.lines, warning]
     return match.lines
+
+
+def data_spec(workload: Workload) -> dict[str, Any]:
+    """Returns the facts about the data that a checkpoint stores, so that its model can be used without the data.
+
+    `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
+    shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
+    byte by byte, the content of its tokenizer.json; `identity`: of the data, on rank 0.
+    """
+    dataset = workload.dataset
+    tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
+    names = workload.class_names
+    return {
+        **tokenizer,
+        "classes": None if names is None else list(names),
+        "task": dataset.task.saved,
+        "sample": list(dataset.train.shape),
+        "window": list(workload.shape),
+        "identity": dataset.identity,
+    }
+
+
+def refuse_other_data(workload: Workload, checkpoint: Checkpoint) -> None:
+    """Raises `UserError` on all ranks if the data differ from those of the checkpoint's run.
+
+    Data may differ under equal configs: files may have changed, and `data.root` may name another folder.
+    """
+    saved, current = checkpoint.data, data_spec(workload)
+    for name, what in (("classes", "classes"), ("sample", "samples of the shape")):
+        if saved[name] != current[name]:
+            raise UserError(
+                f"resume: the run was trained on other data, with {what} {saved[name]}, now {current[name]}; see "
+                "data.root"
+            )
+    # Only rank 0 identifies the data; a difference must end all ranks.
+    found = workload.parallel.ranks.broadcast(difference(checkpoint.identity, current["identity"]))
+    if found is not None:
+        raise UserError(
+            f"resume: the data have changed since the checkpoint was written: {found}; restore them, or start a new "
+            "run with init_from=CHECKPOINT, which loads the weights only"
+        )

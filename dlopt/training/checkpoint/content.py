@@ -138,7 +138,7 @@ class Checkpoint:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The result of `data_spec` (builders/dataset.py)."""
+        """The result of `data_spec` (builders/workload.py)."""
         data: Mapping[str, Any] = self._progress["data"]
         return data
 

@@ -16,8 +16,8 @@ from dlopt.losses import CrossEntropy
 from dlopt.machine.device import choose_device
 from dlopt.parallel.mode import Mode
 from dlopt.python.api import load
+from dlopt.training.builders import dataset as build_module
 from dlopt.training.builders import model_check
-from dlopt.training.builders import workload as build_module
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.trainer import probe_trainer
