@@ -19,9 +19,9 @@ parallel.processes.process_group parallel.processes.rendezvous results.drawing r
 results.reading results.tables run.environment run.runner schedules sweeps.estimate sweeps.jobs sweeps.pool
 sweeps.sweep sweeps.samplers sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics
 tracking.overview tracking.tensorboard trained.distillation trained.restore training.averaging
-training.builders.dataset training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload
-training.checkpoint.checkpoints training.clipping training.evaluate training.progress training.step
-training.stopping
+training.builders.dataset training.builders.model_check training.builders.optimizer training.builders.speed
+training.builders.workload training.checkpoint.checkpoints training.clipping training.evaluate training.progress
+training.step training.stopping
 """
 
 
