@@ -23,7 +23,8 @@ from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.machine.device import synchronized_time
 from dlopt.metrics.sums import Kept
 from dlopt.training.builders.workload import Workload
-from dlopt.training.step import EpochBatches, ForwardBackward, Network, Observer, Step
+from dlopt.training.micro_loss import Network
+from dlopt.training.step import EpochBatches, ForwardBackward, Observer, Step
 
 P = ParamSpec("P")
 R = TypeVar("R")

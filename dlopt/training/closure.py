@@ -78,7 +78,7 @@ class ClosureStep(Step):
     def loss(self) -> Tensor:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""
         with sdpa_kernel(SDPBackend.MATH):  # fused attention kernels have no second derivatives
-            return self._differentiable(self.current.batch, self.eager_loss)
+            return self._differentiable(self.current.batch, lambda part: self.micro_loss.eager(part, self.current))
 
     def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
         """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
@@ -94,7 +94,7 @@ class ClosureStep(Step):
         sampled = self.precision.autocast(sampled_cross_entropy)
 
         def loss_of(part: Batch) -> Tensor:
-            drawn: Tensor = sampled(self.eager_model(part.inputs), part.targets)
+            drawn: Tensor = sampled(self.micro_loss.eager_model(part.inputs), part.targets)
             return drawn
 
         return self._differentiable(Batch(inputs, noise, batch.total), loss_of), noise.numel()

@@ -7,7 +7,7 @@ some runs need around a whole update (observers, skipped updates) is in `around.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,55 +16,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
-from dlopt.metrics.sums import Keep, Kept, MetricSum
+from dlopt.metrics.sums import Kept, MetricSum
 from dlopt.models.known import is_stochastic
 from dlopt.models.layers import frozen_statistics
 from dlopt.optim.traits import refuse_missing_closure
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
-from dlopt.tasks.draws import Draws
-from dlopt.tasks.user import TaskErrors, TaskLoss
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip, Unclipped, gradient_norm
+from dlopt.training.micro_loss import CurrentUpdate, MicroLoss, Network, TaskMicroLoss
 from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
 from dlopt.training.saved_buffers import SavedBuffers
 
 log = logging.getLogger(__name__)
-
-_TASK = 1  # counter of the draws of a task of the user's own, beside those of the model's layers
-
-Forward = Callable[..., tuple[Tensor, Kept]]
-"""(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
-need."""
-
-
-TaskLossCall = Callable[[tuple[Tensor, Tensor], Draws], Mapping[str, Tensor]]
-"""See `dlopt.tasks.user.TaskLoss`."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """The part of a `Workload` that an update calls, and that observers may wrap.
-
-    Attributes:
-        model: calls the module: wrapped by the parallel mode, compiled.
-        loss: (outputs, targets, *additional arguments) -> mean over the samples.
-        further: returns the additional arguments of the loss for a micro-batch; None if there are none.
-        compile: compiles model, loss and metrics as one region; None to call `model` and `loss` separately.
-        task_loss: of a task of the user's own, in the place of `model` and `loss`: (batch, draws) -> the parts of the
-            loss by name; `loss` is then the same without the parallel mode's wrapper, not compiled.
-        advice: a setting that `task_loss` may not support, and what to use instead.
-    """
-
-    module: nn.Module
-    model: Callable[[Tensor], Tensor]
-    loss: Callable[..., Tensor]
-    further: Callable[[Batch], tuple[Tensor, ...]] | None = None
-    compile: Callable[[Forward], Forward] | None = None
-    task_loss: TaskLossCall | None = None
-    advice: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,20 +112,6 @@ class Observer:
         return None
 
 
-@dataclass(frozen=True)
-class CurrentUpdate:
-    """What all evaluations of the loss in an update share.
-
-    Attributes:
-        seed: of the random numbers of the model's layers.
-    """
-
-    batch: Batch
-    number: int  # from 0
-    log_norm: bool
-    seed: int
-
-
 class Step:
     """Runs the updates of an optimizer that evaluates the loss once per update; for others see `ClosureStep`.
 
@@ -216,18 +167,9 @@ class Step:
         )
         has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
         self.zero_grad: Callable[[], None] = optimizer.zero_grad if has_own_zero_grad else self._drop_gradients
-        self._model = precision.autocast(network.model)
-        self.eager_model = precision.autocast(network.module)
-        self.network_loss = precision.autocast(network.loss)
-        self._forward = _forward(self._model, self.network_loss, metrics.keep)
-        if network.compile is not None:
-            self._forward = network.compile(self._forward)
-        self.further = _nothing if network.further is None else network.further
-        self._task_loss = None if network.task_loss is None else precision.autocast_parts(network.task_loss)
-        self._errors: AbstractContextManager[None] = nullcontext()
-        if isinstance(network.loss, TaskLoss):
-            self._errors = TaskErrors(network.loss.task, "the loss", network.advice)
-        self._eager_task_loss = None if network.task_loss is None else precision.autocast_parts(network.loss)
+        self.micro_loss = MicroLoss(network, precision, metrics)
+        if network.task_loss is not None:
+            self.micro_loss = TaskMicroLoss(network, precision, metrics, mode.device)
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
         self._generators = _generators(mode.device) if is_stochastic(network.module) else []
         self._run_batch: ForwardBackward = self.forward_backward
@@ -273,8 +215,7 @@ class Step:
     def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
         """Starts an update."""
         self.rate = self.schedule.rate
-        seed = stream(self.settings.seed, number) if self._generators else 0
-        self.current = CurrentUpdate(batch, number, log_norm, seed)
+        self.current = CurrentUpdate(batch, number, log_norm, self.settings.seed)
 
     def evaluate(self, *, checks: bool = True) -> UpdateRecord:
         """Computes the mean loss of the batch and its clipped gradients, which are left in the parameters.
@@ -340,20 +281,9 @@ class Step:
         for micro_batch in micro_batches:
             if sums is not None and micro_batch.is_last:
                 sums.put_back()
-            with self.mode.micro_batch(micro_batch), self._errors:
-                # 3. Forward. Micro-batches differ in size: each loss is weighted by its number of samples, because a
-                #    mean of means would weight the samples of small micro-batches more.
-                if self._task_loss is not None:
-                    loss, kept = self._forward_task(self._task_loss, micro_batch)
-                    if micro_batch.weight != 1.0:
-                        loss = loss * micro_batch.weight
-                elif micro_batch.targets.shape[0]:
-                    loss, kept = self._forward(*micro_batch, *self.further(micro_batch))
-                    if micro_batch.weight != 1.0:
-                        loss = loss * micro_batch.weight
-                else:  # the other ranks wait for this one in collectives; its gradients are zero
-                    loss = self._model(micro_batch.inputs).sum() * 0.0
-                    kept = Kept.of_no_samples(loss)
+            with self.mode.micro_batch(micro_batch), self.micro_loss.errors:
+                # 3. Forward.
+                loss, kept = self.micro_loss(micro_batch, self.current)
                 parts.append(kept)
                 # 4. Backward. It frees the activations and, with them, the outputs, which are large for text: nothing
                 #    here may refer to them.
@@ -369,31 +299,6 @@ class Step:
 
         # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
         return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
-
-    def _forward_task(self, task_loss: TaskLossCall, micro_batch: Batch) -> tuple[Tensor, Kept]:
-        """Returns the loss of a task of the user's own, with its graph, and what the metrics need."""
-        samples, positions, total = len(micro_batch.targets), micro_batch.positions, self.current.batch.total
-        inputs, targets = micro_batch
-        if not samples:  # the other ranks wait in collectives: one sample of zeros, whose loss has no weight
-            inputs, targets = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (inputs, targets))
-            positions = slice(0, 1)
-        parts = task_loss((inputs, targets), self._draws(total, positions))
-        loss = torch.stack([*parts.values()]).sum()
-        named = {name: value.detach() for name, value in parts.items() if name}
-        return loss, self.metrics.keep_parts(loss.detach(), named, samples)
-
-    def _draws(self, total: int, positions: slice) -> Draws:
-        """Returns the random numbers of this update for a task of the user's own."""
-        seed = stream(self.settings.seed, self.current.number, _TASK)
-        generator = torch.Generator(self.mode.device).manual_seed(seed)
-        return Draws(generator, total, positions, self.precision.dtype)
-
-    def eager_loss(self, micro_batch: Batch) -> Tensor:
-        """Returns the mean loss of a micro-batch with its graph, of the uncompiled model: it has second derivatives."""
-        if self._eager_task_loss is not None:
-            return self._forward_task(self._eager_task_loss, micro_batch)[0]
-        outputs = self.eager_model(micro_batch.inputs)
-        return self.network_loss(outputs, micro_batch.targets, *self.further(micro_batch))
 
     def _halving_forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
         """Repeats forward and backward with twice as many micro-batches while the device runs out of memory."""
@@ -444,13 +349,16 @@ class Step:
 
     def seed(self) -> None:
         """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
-        for generator in self._generators if self.seeds else ():
-            generator.manual_seed(self.current.seed)
+        if not self.seeds or not self._generators:
+            return
+        seed = self.current.layer_seed
+        for generator in self._generators:
+            generator.manual_seed(seed)
 
     def _kept(self, parts: list[Kept], outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, and appends its input for the metrics."""
-        loss = self.network_loss(outputs, targets)
-        parts.append(self.metrics.keep(loss.detach(), outputs.detach(), targets))
+        loss, kept = self.micro_loss.of_outputs(outputs, targets)
+        parts.append(kept)
         return loss
 
     def _drop_gradients(self) -> None:
@@ -467,26 +375,7 @@ class Step:
         self.seed()
         with torch.enable_grad(), frozen_statistics(self.module):
             for micro_batch in self.mode.split.micro_batches(self.current.batch, self.accumulate):
-                self.eager_loss(micro_batch)
-
-
-def _nothing(_: Batch) -> tuple[Tensor, ...]:
-    return ()
-
-
-def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], keep: Keep) -> Forward:
-    """Model, loss and metrics as one function, which a compiler sees as a whole.
-
-    Compiled separately, the loss would read and write the outputs once per operation. With text, whose outputs are
-    larger than all activations, that takes as long as the model.
-    """
-
-    def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Kept]:
-        outputs = model(inputs)
-        value = loss(outputs, targets, *further)
-        return value, keep(value.detach(), outputs.detach(), targets)
-
-    return forward
+                self.micro_loss.eager(micro_batch, self.current)
 
 
 class _GradientSums:

@@ -52,9 +52,10 @@ from dlopt.training.builders.optimizer import can_fuse
 from dlopt.training.builders.precision import Precision
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.loop import Trainer
+from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Intervals, Length, Progress
-from dlopt.training.step import Network, Step, StepSettings
+from dlopt.training.step import Step, StepSettings
 from dlopt.training.stopping import Best, Never
 
 CPU = torch.device("cpu")

@@ -14,8 +14,9 @@ from dlopt.training.around import surround
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import Clip
 from dlopt.training.closure import ClosureStep
+from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import Network, Step, StepSettings, UpdateRecord
+from dlopt.training.step import Step, StepSettings, UpdateRecord
 from tests.support.tasks import CLASSIFICATION
 
 CPU = torch.device("cpu")

@@ -26,8 +26,9 @@ from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
 from dlopt.training.graphed_update import Capture, GraphedUpdate, layer_obstacle, obstacle
+from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import Network, Step, StepSettings, Update, UpdateRecord
+from dlopt.training.step import Step, StepSettings, Update, UpdateRecord
 from tests.support.norm import NORM
 from tests.support.recorded import SimulatedRecorder
 from tests.support.runs import result, run_config, same, start, timeless

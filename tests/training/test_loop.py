@@ -25,9 +25,10 @@ from dlopt.training.averaging import ExponentialAverage, evaluation_weights
 from dlopt.training.builders.precision import Precision
 from dlopt.training.evaluate import evaluate
 from dlopt.training.loop import Trainer
+from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Intervals, Length, Progress
-from dlopt.training.step import Network, Step, StepSettings
+from dlopt.training.step import Step, StepSettings
 from dlopt.training.stopping import Best, Early, Never
 from tests.support.runs import same, without_time
 from tests.support.steps import whole

@@ -25,7 +25,8 @@ from dlopt.schedules import Scheduler
 from dlopt.tasks.text import NextToken
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import ByNorm, ByValue, gradient_norm
-from dlopt.training.step import Network, Step, StepSettings
+from dlopt.training.micro_loss import Network
+from dlopt.training.step import Step, StepSettings
 from tests.support import own_optimizers
 from tests.support.runs import same
 from tests.support.steps import CPU, SEED, batch, begin, equal, make_closure, make_step, net, train, whole

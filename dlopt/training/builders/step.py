@@ -18,8 +18,9 @@ from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Unclipped
 from dlopt.training.closure import ClosureStep
 from dlopt.training.graphed_update import Capture, GraphedUpdate
+from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import Network, Observer, Step, StepSettings, Update
+from dlopt.training.step import Observer, Step, StepSettings, Update
 from dlopt.training.stopping import Stopping, Tolerance
 
 

@@ -23,9 +23,10 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import check_tta, has_train_accuracy, reduction, validation
 from dlopt.training.loop import Trainer
+from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Clock, Intervals, Length, Progress, evaluation_interval, run_length
-from dlopt.training.step import EpochBatches, Network, Observer
+from dlopt.training.step import EpochBatches, Observer
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
 

@@ -50,8 +50,8 @@ from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.builders.recompute import recompute
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
+from dlopt.training.micro_loss import Network
 from dlopt.training.rng import ADAPTERS, SCHEME, WEIGHTS
-from dlopt.training.step import Network
 from dlopt.training.throughput import Throughput
 
 

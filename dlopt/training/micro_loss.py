@@ -1,0 +1,163 @@
+"""The loss of a micro-batch: of outputs and targets, or of a task of the user's own."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dlopt.basics.random import stream
+from dlopt.data.batches import Batch
+from dlopt.metrics.sums import Keep, Kept, MetricSum
+from dlopt.tasks.draws import Draws
+from dlopt.tasks.user import TaskErrors, TaskLoss
+from dlopt.training.builders.precision import Precision
+
+Forward = Callable[..., tuple[Tensor, Kept]]
+"""(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
+need."""
+TaskLossCall = Callable[[tuple[Tensor, Tensor], Draws], Mapping[str, Tensor]]
+"""See `dlopt.tasks.user.TaskLoss`."""
+
+_TASK = 1  # counter of the draws of a task of the user's own, beside those of the model's layers
+
+
+@dataclass(frozen=True)
+class Network:
+    """The part of a `Workload` that an update calls, and that observers may wrap.
+
+    Attributes:
+        model: calls the module: wrapped by the parallel mode, compiled.
+        loss: (outputs, targets, *additional arguments) -> mean over the samples.
+        further: returns the additional arguments of the loss for a micro-batch; None if there are none.
+        compile: compiles model, loss and metrics as one region; None to call `model` and `loss` separately.
+        task_loss: of a task of the user's own, in the place of `model` and `loss`: (batch, draws) -> the parts of the
+            loss by name; `loss` is then the same without the parallel mode's wrapper, not compiled.
+        advice: a setting that `task_loss` may not support, and what to use instead.
+    """
+
+    module: nn.Module
+    model: Callable[[Tensor], Tensor]
+    loss: Callable[..., Tensor]
+    further: Callable[[Batch], tuple[Tensor, ...]] | None = None
+    compile: Callable[[Forward], Forward] | None = None
+    task_loss: TaskLossCall | None = None
+    advice: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class CurrentUpdate:
+    """What all evaluations of the loss in an update share. `seed`: of the random numbers of all updates of the run."""
+
+    batch: Batch
+    number: int  # from 0
+    log_norm: bool
+    seed: int
+
+    @property
+    def layer_seed(self) -> int:
+        """Seeds the random numbers of the model's layers."""
+        return stream(self.seed, self.number)
+
+    @property
+    def task_seed(self) -> int:
+        """Seeds the draws of a task of the user's own."""
+        return stream(self.seed, self.number, _TASK)
+
+
+class MicroLoss:
+    """The loss of outputs and targets.
+
+    Attributes:
+        errors: context in which the loss and its backward pass run.
+        eager_model: the uncompiled model, which has second derivatives, and whose hooks run.
+    """
+
+    errors: AbstractContextManager[None] = nullcontext()
+
+    def __init__(self, network: Network, precision: Precision, metrics: MetricSum) -> None:
+        self.metrics = metrics
+        self.eager_model = precision.autocast(network.module)
+        self._model = precision.autocast(network.model)
+        self._loss = precision.autocast(network.loss)
+        self._further = _nothing if network.further is None else network.further
+        self._forward = _forward(self._model, self._loss, metrics.keep)
+        if network.compile is not None:
+            self._forward = network.compile(self._forward)
+
+    def __call__(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
+        """Returns the weighted loss of a micro-batch with its graph, and what the metrics need of it.
+
+        Micro-batches differ in size: each loss is weighted by its number of samples, because a mean of means would
+        weight the samples of small micro-batches more.
+        """
+        if not part.targets.shape[0]:  # the other ranks wait for this one in collectives; its gradients are zero
+            loss = self._model(part.inputs).sum() * 0.0
+            return loss, Kept.of_no_samples(loss)
+        loss, kept = self._forward(*part, *self._further(part))
+        return (loss if part.weight == 1.0 else loss * part.weight), kept
+
+    def eager(self, part: Batch, update: CurrentUpdate) -> Tensor:
+        """Returns the mean loss of a micro-batch with its graph, of the uncompiled model."""
+        outputs: Tensor = self.eager_model(part.inputs)
+        loss: Tensor = self._loss(outputs, part.targets, *self._further(part))
+        return loss
+
+    def of_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Kept]:
+        """Returns the mean loss of a micro-batch whose outputs a pipeline has computed."""
+        loss = self._loss(outputs, targets)
+        return loss, self.metrics.keep(loss.detach(), outputs.detach(), targets)
+
+
+class TaskMicroLoss(MicroLoss):
+    """The loss of a task of the user's own."""
+
+    def __init__(self, network: Network, precision: Precision, metrics: MetricSum, device: torch.device) -> None:
+        assert network.task_loss is not None and isinstance(network.loss, TaskLoss)
+        self.metrics = metrics
+        self.errors = TaskErrors(network.loss.task, "the loss", network.advice)
+        self.eager_model = precision.autocast(network.module)
+        self._task_loss = precision.autocast_parts(network.task_loss)
+        self._eager_task_loss = precision.autocast_parts(network.loss)
+        self._device = device
+        self._dtype = precision.dtype
+
+    def __call__(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
+        loss, kept = self._evaluated(self._task_loss, part, update)
+        return (loss if part.weight == 1.0 else loss * part.weight), kept
+
+    def eager(self, part: Batch, update: CurrentUpdate) -> Tensor:
+        with self.errors:
+            return self._evaluated(self._eager_task_loss, part, update)[0]
+
+    def _evaluated(self, task_loss: TaskLossCall, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
+        """Returns the mean loss of a micro-batch with its graph, and what the metrics need of it."""
+        (inputs, targets), positions, samples = part, part.positions, len(part.targets)
+        if not samples:  # the other ranks wait in collectives: one sample of zeros, whose loss has no weight
+            inputs, targets = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (inputs, targets))
+            positions = slice(0, 1)
+        draws = Draws.of_update(self._device, update.task_seed, update.batch.total, self._dtype)
+        parts = task_loss((inputs, targets), draws.at(positions))
+        loss = torch.stack([*parts.values()]).sum()
+        named = {name: value.detach() for name, value in parts.items() if name}
+        return loss, self.metrics.keep_parts(loss.detach(), named, samples)
+
+
+def _nothing(_: Batch) -> tuple[Tensor, ...]:
+    return ()
+
+
+def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], keep: Keep) -> Forward:
+    """Model, loss and metrics as one function, which a compiler sees as a whole.
+
+    Compiled separately, the loss would read and write the outputs once per operation. With text, whose outputs are
+    larger than all activations, that takes as long as the model.
+    """
+
+    def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Kept]:
+        outputs = model(inputs)
+        value = loss(outputs, targets, *further)
+        return value, keep(value.detach(), outputs.detach(), targets)
+
+    return forward
