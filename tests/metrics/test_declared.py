@@ -330,7 +330,8 @@ def test_two_ranks_have_the_metrics_of_all_samples(name: str, size: int) -> None
 
 
 def test_every_metric_has_a_reference_and_a_case() -> None:
-    assert set(REFERENCES) == set(DECLARED) == set().union(*(case.names for case in CASES.values()))
+    assert set(REFERENCES) == set(DECLARED), "add a function of the definition to REFERENCES"
+    assert set().union(*(case.names for case in CASES.values())) == set(DECLARED), "add the metric to a case of CASES"
     assert {name for metric in ALL for name in metric.names} == set(DECLARED)
 
 

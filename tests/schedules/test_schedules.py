@@ -167,6 +167,15 @@ TORCH = {
 }
 
 
+# Its cycles with a warmup have a test of their own.
+ELSEWHERE = {"cosine_warmup_restarts"}
+
+
+def test_every_schedule_has_a_reference() -> None:
+    missing = sorted({*PURE} - {*CLOSED_FORMS, *TORCH, *ELSEWHERE})
+    assert missing == [], "add a formula to CLOSED_FORMS, or a scheduler of torch to TORCH"
+
+
 @pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
 @pytest.mark.parametrize("case", TORCH)
 def test_equals_torch(case: str) -> None:

@@ -25,7 +25,7 @@ _LOCK = ".ledger.lock"
 _MAX_BYTES = 1 << 26
 _STRICT = {"extra": "forbid", "strict": True}
 
-Verdict = sequential.Verdict | Literal["same"]
+Verdict = Literal[sequential.Verdict, "same"]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
