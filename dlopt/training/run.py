@@ -118,11 +118,7 @@ def train_run(
                 trainer.load_state_dict(checkpoint.state)
 
         # 5. Say what runs.
-        log_header(run, workload, length, trainer.progress, tracking)
-        for line in notes(workload, trainer.step.optimizer, trainer.graph_obstacle):
-            tracking.message(line)
-        if trainer.progress.step == 0 and is_shown:
-            show_first_batch(workload, trainer.batches, tracking)
+        _announce(run, workload, trainer)
         if horizon_note is not None:
             tracking.message(horizon_note)
 
@@ -136,8 +132,7 @@ def train_run(
         if tested is None:  # interrupted in the test: the last checkpoint is that of the whole training
             status, tested = "interrupted", {}
         if status == "interrupted":
-            how = how_to_resume(RunFolder(run.folder), is_launched())
-            tracking.message(f"{stop.reason}: stopped; {how}")
+            tracking.message(f"{stop.reason}: stopped; {how_to_resume(RunFolder(run.folder), is_launched())}")
 
         # 7. Record the results. Last, because summary.json marks the run as finished: one that is killed before, in
         #    the test, is tested again when it is resumed.
@@ -149,6 +144,16 @@ def train_run(
         trainer.checkpoints.refuse_moved()
         tracking.finish(summary, pictures)
     return summary
+
+
+def _announce(run: TrainingRun, workload: Workload, trainer: Trainer) -> None:
+    """Shows the header, what was chosen for `auto`, warnings, and the first batch of a new run."""
+    tracking = trainer.tracking
+    log_header(run, workload, trainer.length, trainer.progress, tracking)
+    for line in notes(workload, trainer.step.optimizer, trainer.graph_obstacle):
+        tracking.message(line)
+    if trainer.progress.step == 0 and workload.parallel.ranks.is_main:
+        show_first_batch(workload, trainer.batches, tracking)
 
 
 def _test_best(trainer: Trainer, workload: Workload, stop: Interruption) -> Mapping[str, Any] | None:
