@@ -79,6 +79,16 @@ class FixedBatches:
         return itertools.islice(itertools.cycle(self.batches), self.steps)
 
 
+# What a checkpoint says about its data: see `data_spec`.
+DATA = {
+    "classes": None,
+    "task": Classification(10).saved,
+    "sample": [3, 32, 32],
+    "window": [3, 32, 32],
+    "identity": None,
+}
+
+
 def training(
     module: nn.Module,
     batches: Any,
@@ -123,7 +133,7 @@ def training(
         recovery=Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
         length=Length(steps, 1, steps, steps),
         intervals=Intervals(save_every_epochs=None, log_every_steps=log_every),
-        progress=Progress(horizon=steps),
+        progress=Progress(horizon=steps, data=DATA),
         train_metrics=train_metrics,
     ), tracking
 

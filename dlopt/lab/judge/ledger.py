@@ -17,7 +17,6 @@ from dlopt.basics.formats import printable
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import parse_json, read_regular
 from dlopt.extend import UserError, short_path, write_atomically
-from dlopt.lab.judge import sequential
 from dlopt.tracking.metrics import to_json
 
 LEDGER = "ledger.jsonl"
@@ -25,7 +24,7 @@ _LOCK = ".ledger.lock"
 _MAX_BYTES = 1 << 26
 _STRICT = {"extra": "forbid", "strict": True}
 
-Verdict = Literal[sequential.Verdict, "same"]
+Verdict = Literal["better", "worse", "equal", "same", "undecided"]  # those of `sequential`, which imports SciPy
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
