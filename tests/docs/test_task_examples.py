@@ -1,11 +1,9 @@
 """The examples of tasks of the user's own run as their first lines say, and are swept, judged and resumed."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 
 from tests.support.line import dlopt
 from tests.support.pages import ROOT
-from tests.support.runs import assert_same_run, at_update, in_fork
+from tests.support.runs import assert_same_run, at_update, terminate
 
 FOLDER = ROOT / "docs/examples/tasks"
 SMALL = {
@@ -58,14 +56,11 @@ def test_an_example_trains(folder: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_an_example_is_swept_judged_killed_and_resumed(folder: Path, name: str) -> None:
+def test_an_example_is_swept_judged_stopped_and_resumed(folder: Path, name: str) -> None:
     line = [*command(name), "epochs=2"]
 
-    def killed() -> None:
-        with at_update(2, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-            dlopt(folder, "train", *line, "checkpoint.every_steps=1", "output=run")
-
-    assert os.WTERMSIG(in_fork(killed)) == signal.SIGKILL
+    with at_update(2, terminate):
+        assert dlopt(folder, "train", *line, "checkpoint.every_steps=1", "output=run").code == 75
     assert dlopt(folder, "train", *line, "checkpoint.every_steps=1", "output=run", "resume=auto").code == 0
     assert dlopt(folder, "train", *line, "output=whole").code == 0
     assert_same_run(folder / "whole", folder / "run")
