@@ -11,7 +11,7 @@ from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import GROUPS, Settings
-from dlopt.config.settings_rules import check_monitor, check_settings
+from dlopt.config.settings_rules import check_run_monitor, check_settings
 from dlopt.config.signatures import annotations_of
 
 if TYPE_CHECKING:
@@ -44,10 +44,9 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     `config`: resolved, as plain dicts and lists.
     """
     settings = run_settings(config)
-    task = config.get("task", {}).get("_target_")
+    task = flatten(config).get("task._target_")
     if task in (None, "dlopt.tasks.kinds.auto"):
-        user_metrics = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
-        check_monitor("monitor", settings.monitor, user_metrics, settings.monitor_mode)
+        check_run_monitor(settings)
     elif typed := [key for key in map(key_of, overrides) if key.partition(".")[0] == "loss"]:
         raise UserError(f"{typed[0]}: task={task} computes its own loss; leave {typed[0]} out")
     if "run_id" in config:  # a saved config has one, and is not checked here

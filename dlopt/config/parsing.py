@@ -9,7 +9,7 @@ from dlopt.config.early_checks import run_settings
 from dlopt.config.rules import check_combinations
 from dlopt.config.run_config import GROUPS, RunConfig
 from dlopt.config.schema import Component, check_arguments, component, resolve_target, show, trusted_packages
-from dlopt.config.settings_rules import check_monitor
+from dlopt.config.settings_rules import check_run_monitor
 from dlopt.config.user_parts import user_metrics, user_observers
 from dlopt.metrics.declaration import Direction
 from dlopt.metrics.names import Metric, base_name, known_direction
@@ -30,8 +30,7 @@ def parse(
     directions = _directions(config, packages)
     mode = settings.monitor_mode or directions.get(base_name(settings.monitor))
     settings = replace(settings, monitor_mode=mode, directions=directions or None)
-    user_metrics_named = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
-    check_monitor("monitor", settings.monitor, [*user_metrics_named, *directions], mode)
+    check_run_monitor(settings, directions)
     components: dict[str, Any] = {}
     for name, group in GROUPS.items():
         node = config.get(name)
@@ -80,6 +79,8 @@ def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[st
     if not isinstance(values, Mapping) or any(value not in ("min", "max") for value in values.values()):
         raise UserError(f"task={path}: values={values!r}: must name each value with min or max: {{'error': 'min'}}")
     for name, direction in values.items():
+        if not isinstance(name, str) or not name.isidentifier() or name == "loss":
+            raise UserError(f"task={path}: values: {name!r} cannot name a value; use a word, except loss")
         if known_direction(Metric("val", name).column) not in (None, direction):
             raise UserError(f"task={path}: values: the direction of dlopt's metric {name} is not {direction}")
     return dict(values)

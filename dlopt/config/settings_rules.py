@@ -64,6 +64,12 @@ def _check_tracking(sinks: list[Any]) -> None:
             raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
 
 
+def check_run_monitor(settings: Settings, values: Iterable[str] = ()) -> None:
+    """Checks the metric `monitor`. `values`: names of those of a task of the user's own. Raises `UserError`."""
+    functions = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
+    check_monitor("monitor", settings.monitor, [*functions, *values], settings.monitor_mode)
+
+
 def check_monitor(key: str, monitor: str, user_metrics: Iterable[str], direction: Direction | None) -> None:
     """Raises `UserError` for an unknown metric, and for one of `user_metrics` without a `direction`."""
     user_metrics = [Metric("val", name).column for name in user_metrics]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, NonNegative
+from dlopt.basics.ranges import Count, Natural, NonNegative
 from dlopt.data.samples import Dataset, InMemory, SplitKeys, generated
 
 Function = Literal["sine", "runge", "cubic", "step"]
@@ -47,13 +47,13 @@ def polynomial(
     return generated(draw, **keys)
 
 
-def drawn(**keys: Unpack[SplitKeys]) -> Dataset:
+def drawn(*, train_size: Count, val_size: Natural, test_size: Natural) -> Dataset:
     """Returns samples without content, for tasks that draw the points of a batch themselves: inputs float32 [N, 1]."""
 
     def draw(size: int, rng: torch.Generator) -> InMemory:
         return InMemory(torch.zeros(size, 1), torch.zeros(size))
 
-    return generated(draw, **keys)
+    return generated(draw, train_size=train_size, val_size=val_size, test_size=test_size, seed=0)
 
 
 def linear(*, intervals: tuple[tuple[float, float], ...], noise: NonNegative, **keys: Unpack[SplitKeys]) -> Dataset:

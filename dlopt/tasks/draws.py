@@ -27,9 +27,12 @@ class Draws:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of_update(cls, device: torch.device, seed: int, total: int, dtype: torch.dtype) -> "Draws":
-        """Returns the draws of a whole batch."""
-        return cls(torch.Generator(device).manual_seed(seed), total, slice(0, total), dtype)
+    def of_update(
+        cls, device: torch.device, seed: int, total: int, dtype: torch.dtype, positions: slice | None = None
+    ) -> "Draws":
+        """Returns the draws of the samples at `positions`, of a whole batch for None."""
+        generator = torch.Generator(device).manual_seed(seed)
+        return cls(generator, total, slice(0, total) if positions is None else positions, dtype)
 
     def at(self, positions: slice) -> "Draws":
         """Returns the draws of some of the samples, from the first number on."""

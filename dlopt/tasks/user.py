@@ -81,7 +81,10 @@ class OwnTask(Task):
         """Returns the task `user` for data with `task`. Raises `UserError` if it is no `UserTask`."""
         if not isinstance(user, UserTask) or type(user).loss is UserTask.loss:
             raise UserError(f"task={path}: must be a class derived from dlopt.extend.UserTask, with a method loss")
-        arguments = {"vocabulary": None, **user.model_arguments(shape, classes)}
+        arguments = user.model_arguments(shape, classes)
+        if not isinstance(arguments, Mapping):
+            raise UserError(f"task={path}: model_arguments must return a dict, not {type(arguments).__name__}")
+        arguments = {"vocabulary": None, **arguments}
         missing = [name for name in ("input_shape", "classes") if name not in arguments]
         if missing:
             raise UserError(f"task={path}: model_arguments must return input_shape and classes; lacks {missing[0]}")
@@ -163,13 +166,15 @@ class TaskLoss(nn.Module):
         super().__init__()
         self.model = model
         self.task = task
-        self._names: tuple[str, ...] | None = None  # of the parts; () for a loss without parts
+        self._names: tuple[str, ...] | None = None  # of the parts; ("",) for a loss without parts
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Returns the parts of the loss by name; {"": loss} without parts. Raises `RunError` for anything else."""
         assert self.task.user is not None
         loss = self.task.user.loss(self.model, batch, draws)
         parts = dict(loss) if isinstance(loss, Mapping) else {"": loss}
+        if isinstance(loss, Mapping):
+            check_names(f"task={self.task.path}: its loss", parts)
         for name, value in parts.items():
             self._check(name, value, draws.device)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -194,6 +199,16 @@ class TaskLoss(nn.Module):
             raise RunError(f"{where} has the type {str(value.dtype).removeprefix('torch.')}; must be floating-point")
         if value.device.type != device.type:
             raise RunError(f"{where} is on {value.device.type}, the model on {device.type}")
+
+
+def check_names(where: str, names: Iterable[Any]) -> None:
+    """Raises `RunError` for parts of a loss without names that can be logged beside the loss."""
+    names = list(names)
+    if not names:
+        raise RunError(f"{where} has no parts; return a number, or at least one part")
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier() or name == "loss":
+            raise RunError(f"{where}: {name!r} cannot name a part; use a word of letters, digits and _, except loss")
 
 
 def _listed(names: Iterable[str]) -> str:

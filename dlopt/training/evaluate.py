@@ -33,7 +33,7 @@ from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.builders.batches import evaluation_batches
 from dlopt.training.builders.workload import Workload
 from dlopt.training.requested_metrics import requested_metrics, tested_metrics
-from dlopt.training.task_evaluation import evaluate_task
+from dlopt.training.task_evaluation import TaskBatches, evaluate_task
 from dlopt.training.tta import CHOICES, Flip, MultiScaleTenCrop, ShiftFlip, TenCrop, TestTransform
 
 
@@ -202,11 +202,12 @@ def validation(
     subset = evaluation_subset(samples, count, seed)
     own = workload.task
     if isinstance(own, OwnTask):
+        task_batches = TaskBatches(workload, subset)
 
         def validate_task(interruption: Interruption) -> dict[str, float] | None:
             with evaluation_weights(optimizer, average):
                 stop = workload.parallel.ranks.evaluation_stop(interruption)
-                return evaluate_task(workload, own, subset, "val", stop, on_batch)
+                return evaluate_task(workload, own, task_batches, "val", stop, on_batch)
 
         return validate_task
     batches, task = evaluation_batches(workload, subset), workload.dataset.task_on(subset)
@@ -277,7 +278,8 @@ def test_metrics(
         return report(outputs, workload.loss, task, chosen, user_metrics=functions, names=names).metrics
     if isinstance(workload.task, OwnTask):
         stop = None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption)
-        return evaluate_task(workload, workload.task, workload.dataset.test, "test", stop, on_batch)
+        tested = TaskBatches(workload, workload.dataset.test)
+        return evaluate_task(workload, workload.task, tested, "test", stop, on_batch)
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)
     observed = _reporting(batches, on_batch) if on_batch else batches.epoch(0)

@@ -137,8 +137,8 @@ class TaskMicroLoss(MicroLoss):
         if not samples:  # the other ranks wait in collectives: one sample of zeros, whose loss has no weight
             inputs, targets = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (inputs, targets))
             positions = slice(0, 1)
-        draws = Draws.of_update(self._device, update.task_seed, update.batch.total, self._dtype)
-        parts = task_loss((inputs, targets), draws.at(positions))
+        draws = Draws.of_update(self._device, update.task_seed, update.batch.total, self._dtype, positions)
+        parts = task_loss((inputs, targets), draws)
         loss = torch.stack([*parts.values()]).sum()
         named = {name: value.detach() for name, value in parts.items() if name}
         return loss, self.metrics.keep_parts(loss.detach(), named, samples)

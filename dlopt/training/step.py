@@ -281,7 +281,7 @@ class Step:
         for micro_batch in micro_batches:
             if sums is not None and micro_batch.is_last:
                 sums.put_back()
-            with self.mode.micro_batch(micro_batch), self.micro_loss.errors:
+            with self.micro_loss.errors, self.mode.micro_batch(micro_batch):
                 # 3. Forward.
                 loss, kept = self.micro_loss(micro_batch, self.current)
                 parts.append(kept)

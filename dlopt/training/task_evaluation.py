@@ -23,7 +23,7 @@ from dlopt.training.rng import EVALUATION
 def evaluate_task(
     workload: Workload,
     task: OwnTask,
-    samples: Samples,
+    batches: "TaskBatches",
     split: Literal["val", "test"],
     interruption: object = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -34,11 +34,10 @@ def evaluate_task(
     """
     assert task.user is not None
     seed = stream(workload.run_config.settings.augmentation_seed, EVALUATION)
-    draws = Draws.of_update(workload.device, seed, len(samples), workload.precision.dtype)
+    draws = Draws.of_update(workload.device, seed, batches.samples, workload.precision.dtype)
     is_whole = workload.parallel.sharding.kind == "replicated"
     model = workload.module if is_whole else workload.placed.model
     task_loss = workload.precision.autocast_parts(TaskLoss(model, task))
-    batches = TaskBatches(workload, samples)
     metrics, start = MetricSum(task), 0
     with evaluation_mode(workload.module):
         for done, batch in enumerate(batches, 1):
@@ -54,15 +53,16 @@ def evaluate_task(
             if interruption:
                 return None
         with TaskErrors(task, "evaluate"), torch.no_grad():
-            draws, model = draws.at(slice(0, len(samples))), workload.precision.autocast(model)
+            draws, model = draws.at(slice(0, batches.samples)), workload.precision.autocast(model)
             values = task.user.evaluate(model, batches, draws, split)
     return metrics.means(split) | by_column(split, _checked(task, values))
 
 
 class TaskBatches:
-    """All batches of a split, as often as they are iterated."""
+    """All batches of a split, as often as they are iterated. `samples`: their number."""
 
     def __init__(self, workload: Workload, samples: Samples) -> None:
+        self.samples = len(samples)
         self._batches = evaluation_batches(workload, samples, shared=False)
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """Value errors that are reported before torch is imported."""
 
+import pydoc
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,6 +10,7 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import load_yaml
+from dlopt.config import early_checks
 from dlopt.config.choices import config_folder
 from dlopt.config.early_checks import check_early
 from dlopt.config.run_config import GROUPS, RunConfig
@@ -105,3 +107,13 @@ def composed_config() -> dict[str, object]:
 def test_the_id_of_a_run_is_not_typed(tmp_path: Path) -> None:
     """Typed, it would tie the files of two runs to each other."""
     assert "run_id=mine: dlopt gives every run its id" in refused(tmp_path, "train", "+run_id=mine", "model=mlp")
+
+
+def test_the_common_keys_are_those_of_a_config() -> None:
+    """They stand twice because the early checks import no torch."""
+    common = {name: group.common for name, group in GROUPS.items() if group.common is not None}
+    assert common == {name: pydoc.locate(path) for name, path in early_checks._COMMON.items()}
+
+
+def test_a_task_that_is_no_choice(tmp_path: Path) -> None:
+    assert "task" in refused(tmp_path, "train", "task=null")

@@ -69,6 +69,15 @@ class ChangesParts(Noisy):
         return {f"part{self.calls // 2}": model(batch[0]).square().mean()}
 
 
+class NamesLoss(Noisy):
+    def loss(self, model, batch, draws):
+        return {"loss": model(batch[0]).square().mean(), "other": model(batch[0]).mean()}
+
+
+class ValueLoss(Noisy):
+    values: ClassVar = {"loss": "min"}
+
+
 class ReturnsText(Noisy):
     def evaluate(self, model, batches, draws, split):
         return {"spread": "wide", "accuracy": 1}

@@ -112,6 +112,7 @@ def test_views_are_augmented_independently(tmp_path: Path) -> None:
         ("Detached", "its loss has no gradient; do not detach it"),
         ("Integer", "its loss, part fit, has the type int64; must be floating-point"),
         ("ChangesParts", "its loss returned the parts part1, and part0 before"),
+        ("NamesLoss", "its loss: 'loss' cannot name a part"),
         ("ReturnsText", "evaluate: spread must be a number, not str"),
         ("ForgetsValue", "evaluate returned spread; must return spread, accuracy"),
     ],
@@ -136,6 +137,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         ("Coupled", ["on_out_of_memory=halve"], "on_out_of_memory=halve: the loss of"),
         ("Coupled", ["parallel=ddp"], "parallel=ddp: the loss of"),
         ("WrongDirection", [], "values: the direction of dlopt's metric accuracy is not min"),
+        ("ValueLoss", [], "values: 'loss' cannot name a value"),
         ("Noisy", ["monitor=val_width"], "monitor=val_width: there is no validation metric of this name"),
     ],
 )
