@@ -10,7 +10,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import RANGES, check_arguments, check_value
-from dlopt.config.settings import GROUPS, Settings
+from dlopt.config.settings import AUTO_TASK, GROUPS, Settings
 from dlopt.config.settings_rules import check_run_monitor, check_settings
 from dlopt.config.signatures import annotations_of
 
@@ -45,7 +45,7 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     """
     settings = run_settings(config)
     task = flatten(config).get("task._target_")
-    if task in (None, "dlopt.tasks.kinds.auto"):
+    if task in (None, AUTO_TASK):
         check_run_monitor(settings)
     elif typed := [key for key in map(key_of, overrides) if key.partition(".")[0] == "loss"]:
         raise UserError(f"{typed[0]}: task={task} computes its own loss; leave {typed[0]} out")

@@ -19,6 +19,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
 from dlopt.config.overrides import SPACE, key_of, keys_of, quoted_plain
 from dlopt.config.packages import entries
+from dlopt.config.settings import AUTO_TASK
 
 _MISSING = object()
 
@@ -43,8 +44,10 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     saved = flatten(config)
     _check(saved, config.get("allow_packages"), source, {key: line for line in typed for key in keys_of(line)})
     groups = [group for group in composer.groups() if role_of(group) is not Role.COMMAND]
-    choices = _choices(composer, folder, [group for group in groups if group not in keys], source)
     replaced = [key for key in keys if key in groups]
+    if "task" not in replaced and saved.get("task._target_") != AUTO_TASK:
+        replaced.append("loss")  # a task of the user's own computes its own
+    choices = _choices(composer, folder, [group for group in groups if group not in replaced], source)
     inherited = {
         key: value
         for key, value in saved.items()

@@ -177,3 +177,11 @@ def test_predictions_are_refused(tmp_path: Path) -> None:
     assert tested.code == 0, tested.err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert f"{summary['test_spread']:.4f}" in tested.out
+
+
+def test_a_run_inherits_the_task_of_another(tmp_path: Path) -> None:
+    line = [*task(), "monitor=val_spread"]
+    assert dlopt(tmp_path, "train", *line, "output=first").code == 0
+    result = dlopt(tmp_path, "train", "from=first", "allow_packages=[tests]", "tracking=[]", "output=second")
+    assert result.code == 0, result.err
+    assert timeless(tmp_path / "first") == timeless(tmp_path / "second")
