@@ -91,11 +91,13 @@ class Composer:
         """
         chosen: list[Override] = []
         blocks: tuple[str, ...] = ()  # of the callables: optimizer.
-        for override in overrides:
+        overrides = list(overrides)
+        last = {override.key_or_group: number for number, override in enumerate(overrides)}
+        for number, override in enumerate(overrides):
             key = self._callable_key(override)
             if key is None:
                 chosen.append(override)
-            else:
+            elif number == last[override.key_or_group]:  # otherwise a later choice of the group replaces it
                 chosen += self.parse([f"{override.key_or_group}=custom", f"{key}={override.value()}"])
                 blocks = (*blocks, key.removesuffix("_target_"))
         replaced = []

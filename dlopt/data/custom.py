@@ -10,13 +10,14 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.data.checks import label_warnings, listed
 from dlopt.data.images import size_pair
+from dlopt.data.records import Records, are_records
 from dlopt.data.samples import Dataset, Samples, Wrapped
 
 
 def custom(
     *, train: Any, val: Any, test: Any, classes: Count | list[str] | None, image_size: int | tuple[int, int] | None
 ) -> Dataset:
-    """Wraps map-style `torch.utils.data.Dataset` objects; see `Wrapped` for the items they may return.
+    """Wraps map-style `torch.utils.data.Dataset` objects; see `Wrapped` for the items they may return, or `Records`.
 
     Args:
         classes: number or names of the classes; None to infer them from the training labels. Floating-point labels mean
@@ -29,6 +30,8 @@ def custom(
     if train is None:
         raise UserError("data.train=null: a dataset is required; set data.train._target_")
     datasets = {"train": train, "val": val, "test": test}
+    if are_records(train):
+        return _of_records({key: data for key, data in datasets.items() if data is not None})
     splits = {key: Wrapped(data, size, f"data.{key}") for key, data in datasets.items() if data is not None}
     names = _class_names(splits["train"], classes)
     numbers = {key: _class_numbers(f"data.{key}", data) for key, data in datasets.items() if data is not None}
@@ -47,6 +50,16 @@ def custom(
         warnings += label_warnings("the label", found, may_be_values=False)
     source = f"{sum(map(len, splits.values())):,} items"
     return Dataset(splits["train"], splits.get("val"), splits.get("test"), names, notes=warnings, source=source)
+
+
+def _of_records(datasets: Mapping[str, Any]) -> Dataset:
+    splits = {key: Records(data, f"data.{key}") for key, data in datasets.items()}
+    train = splits["train"]
+    for key, split in splits.items():
+        if split.layout != train.layout:
+            raise UserError(f"data.{key}: its items have {split.layout}; those of data.train have {train.layout}")
+    source = f"{sum(map(len, splits.values())):,} items"
+    return Dataset(train, splits.get("val"), splits.get("test"), None, source=source, layout=train.layout)
 
 
 def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, ...] | None:

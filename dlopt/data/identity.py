@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.data.records import Records
 from dlopt.data.rows import RowDataset
 from dlopt.data.samples import SPLITS, Dataset, Files, InMemory, Samples, Wrapped
 from dlopt.data.windows import Windows
@@ -122,7 +123,7 @@ def _content(samples: Samples) -> _Content | None:
                 digests = np.frombuffer(b"".join(map(_digest, rows)), dtype=np.int64).reshape(-1, 2)
                 samples.digests = torch.from_numpy(digests.copy())  # writable, as torch expects
             return _Content(len(table), table.size, table.read)
-        case Wrapped():
+        case Wrapped() | Records():
             return _of_items(samples)
     return None
 
@@ -175,7 +176,7 @@ def _size(path: str) -> int:
         return 0
 
 
-def _of_items(samples: Wrapped) -> _Content | None:
+def _of_items(samples: Wrapped | Records) -> _Content | None:
     indices = torch.from_numpy(np.unique(np.linspace(0, len(samples) - 1, _ITEMS, dtype=np.int64)))
     items = samples.fetch(indices)
     if not torch.equal(items, samples.fetch(indices)):

@@ -24,6 +24,7 @@ from dlopt.data.resampling import resize_box
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.data.windows import Windows
 from dlopt.tasks import kinds
+from dlopt.tasks.layout import Layout
 from dlopt.tasks.task import Task
 from dlopt.tasks.text import NextToken
 
@@ -89,6 +90,7 @@ class Dataset:
     `identity`: see `dlopt.data.identity`; None if not computed.
     `tokenizer`: of a text that is not read byte by byte.
     `unlabelled`: the task of data without labels, or the task that a model sets; None for the task of the labels.
+    `layout`: of samples of several tensors, which only a task of the user's own reads; None for (input, label).
     """
 
     train: Samples
@@ -103,6 +105,7 @@ class Dataset:
     is_generated: bool = False
     identity: Mapping[str, Any] | None = None
     source: str = ""
+    layout: Layout | None = None
 
     @property
     def task(self) -> Task:

@@ -14,6 +14,7 @@ from dlopt.data.equal_samples import contents, equal_sample_warnings
 from dlopt.data.images import resize, size_pair
 from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
+from dlopt.data.records import Records
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
 from dlopt.data.settings import DataSettings as DataSettings
 from dlopt.data.windows import Windows
@@ -223,7 +224,8 @@ def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
 def _bytes(samples: Samples) -> int:
     if isinstance(samples, Windows):
         return samples.tokens.nbytes
-    return len(samples) * math.prod(samples.shape) * (1 if len(samples.shape) == 3 else 4)
+    is_bytes = len(samples.shape) == 3 or isinstance(samples, Records)
+    return len(samples) * math.prod(samples.shape) * (1 if is_bytes else 4)
 
 
 def _load_into_memory(splits: list[Samples], settings: DataSettings, device: torch.device, processes: int) -> bool:

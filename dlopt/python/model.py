@@ -138,8 +138,10 @@ class Model(nn.Module):
         return replace(self._trained, precision=Precision(self._trained.precision.name, device))
 
 
-def load(run: str | PathLike[str]) -> Model:
+def load(run: str | PathLike[str], *, allow_packages: Sequence[str] = ()) -> Model:
     """Loads the best model of a run folder (by its validation metric), or a checkpoint. Raises `UserError`.
+
+    `allow_packages`: packages whose code the run may call, in addition to those of dlopt.
 
     Warns if the run was evaluated with norm_statistics=exact: a checkpoint has the running statistics.
     """
@@ -148,7 +150,7 @@ def load(run: str | PathLike[str]) -> Model:
         best = path / "checkpoints" / "best.pt"
         path = best if best.exists() else best.with_name("last.pt")
     with preserve_global_state("load()", may_be_nested=True):  # as a teacher in a model of the user
-        trained = restore(path, {})
+        trained = restore(path, {"allow_packages": list(allow_packages)} if allow_packages else {})
     if trained.warning is not None:
         warnings.warn(trained.warning, stacklevel=2)
     return Model(trained, path)

@@ -1,6 +1,6 @@
 """Tasks of the user's own: any loss of a model and a batch, under every optimizer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from dlopt.basics.errors import RunError, UserError
 from dlopt.metrics.declaration import Direction
 from dlopt.tasks.draws import Draws
+from dlopt.tasks.layout import Layout
 from dlopt.tasks.task import Task
 
 Model = Callable[..., Any]
 """Calls the model of the run with what the task passes."""
-Batch = tuple[Tensor, Tensor]
-"""Inputs [B, ...], augmented and normalized, and targets [B, ...], as the data give them."""
+Batch = Any
+"""Inputs [B, ...], augmented and normalized, and targets [B, ...], as the data give them; or, of data whose items are
+dicts or tuples of tensors, a dict or a tuple of these, stacked [B, ...]."""
+Shape = Any
+"""Of a sample, a tuple[int, ...]; of data whose items are dicts or tuples of tensors, a dict or a tuple of shapes."""
 Values = Mapping[str, float | Tensor]
 
 
@@ -35,7 +39,7 @@ class UserTask:
     values: ClassVar[Mapping[str, Direction]] = {}
     views: ClassVar[int] = 1
 
-    def model_arguments(self, shape: tuple[int, ...], classes: int | None) -> dict[str, Any]:
+    def model_arguments(self, shape: Shape, classes: int | None) -> dict[str, Any]:
         """Returns `input_shape` and `classes`, the number of outputs, for the model.
 
         `shape`: of an augmented sample; `classes`: of the data, None for numbers.
@@ -64,11 +68,13 @@ class OwnTask(Task):
         user: the task; None for that of a checkpoint, which only has its name.
         path: its dotted name.
         arguments: of the model: see `UserTask.model_arguments`.
+        layout: of samples of several tensors; None for inputs and targets.
     """
 
     user: UserTask | None = field(default=None, repr=False, compare=False)
     path: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    layout: Layout | None = field(default=None, compare=False)
 
     kind: ClassVar = "own"
     title: ClassVar = "Tasks of your own"
@@ -77,18 +83,29 @@ class OwnTask(Task):
     measures_train_accuracy: ClassVar = False
 
     @classmethod
-    def of(cls, user: Any, path: str, task: Task, shape: tuple[int, ...], classes: int | None) -> "OwnTask":
+    def of(
+        cls, user: Any, path: str, task: Task, shape: tuple[int, ...], classes: int | None, layout: Layout | None
+    ) -> "OwnTask":
         """Returns the task `user` for data with `task`. Raises `UserError` if it is no `UserTask`."""
         if not isinstance(user, UserTask) or type(user).loss is UserTask.loss:
             raise UserError(f"task={path}: must be a class derived from dlopt.extend.UserTask, with a method loss")
-        arguments = user.model_arguments(shape, classes)
+        try:
+            arguments = user.model_arguments(shape if layout is None else layout.shapes, classes)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"task={path}: model_arguments raised {type(error).__name__}: {error}") from error
         if not isinstance(arguments, Mapping):
             raise UserError(f"task={path}: model_arguments must return a dict, not {type(arguments).__name__}")
         arguments = {"vocabulary": None, **arguments}
         missing = [name for name in ("input_shape", "classes") if name not in arguments]
         if missing:
             raise UserError(f"task={path}: model_arguments must return input_shape and classes; lacks {missing[0]}")
-        return cls(int(arguments["classes"]), task.white, user, path, arguments)
+        sizes = arguments["input_shape"]
+        if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
+            raise UserError(
+                f"task={path}: model_arguments must return input_shape, the shape of what the model reads, as a tuple "
+                f"of integers, not {sizes}"
+            )
+        return cls(int(arguments["classes"]), task.white, user, path, arguments, layout)
 
     @classmethod
     def of_fields(cls, values: Mapping[str, Any]) -> "OwnTask":
@@ -109,6 +126,21 @@ class OwnTask(Task):
     def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.arguments["input_shape"])
 
+    def batch(self, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> Batch:
+        """Returns what the task reads of a batch; `dtype`: of floating-point entries."""
+        return (inputs, targets) if self.layout is None else self.layout.unpack(inputs, dtype)
+
+    def normalized(
+        self,
+        inputs: Tensor,
+        normalize: nn.Module | None,
+        dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> Tensor:
+        if self.layout is not None:  # rows of bytes
+            return inputs
+        return super().normalized(inputs, normalize, dtype, memory_format)
+
     def model_arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         if self.user is None:
             raise UserError(
@@ -118,7 +150,7 @@ class OwnTask(Task):
         return dict(self.arguments)
 
     def describe(self, window: tuple[int, ...]) -> str:
-        return f"{super().describe(window)}, {self.path}"
+        return f"{super().describe(window) if self.layout is None else self.layout}, {self.path}"
 
     def check_measured(self, init: str) -> None:
         raise UserError(f"{init}: measures the inputs of the model, which task={self.path} makes itself; use another")

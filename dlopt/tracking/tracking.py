@@ -100,7 +100,8 @@ class Tracking:
 
     `folder` None for no files; see `silent`. `sinks`: see `Sink`.
     `log_every_steps` None disables `step`. `resume_from`: (evaluated epochs, updates) of the checkpoint from which the
-    run resumes; later entries are removed.
+    run resumes; later entries are removed. `packages`: that the run trusts; `predicts`: whether its outputs are
+    predictions, so that Python can load it; both for the commands that are shown at its end.
 
     Errors of the disk or the terminal never raise, except that `finish` raises if it cannot write summary.json. As a
     context manager it closes itself and writes the traceback of an exception to train.log.
@@ -114,6 +115,8 @@ class Tracking:
         console: bool,
         log_every_steps: int | None = None,
         resume_from: tuple[float, int] | None = None,
+        packages: Sequence[str] = (),
+        predicts: bool = True,
     ) -> None:
         unknown = set(sinks) - {*get_args(Sink)}
         if unknown:
@@ -122,6 +125,8 @@ class Tracking:
             )
         self.log_every_steps = log_every_steps
         self._folder = folder
+        self._packages = packages
+        self._predicts = predicts
         self._console = ConsoleView() if console else None
         self._step_tags: set[str] = set()  # written by `step`
         self._epochs = 0
@@ -314,14 +319,16 @@ class Tracking:
         lines.append("next:")
         has_checkpoint = any((folder / "checkpoints" / name).exists() for name in ("best.pt", "last.pt"))
         if has_checkpoint:
-            lines.append(f"  dlopt eval checkpoint={shlex.quote(path)}")
+            trusted = f" allow_packages=[{','.join(self._packages)}]" if self._packages else ""
+            lines.append(f"  dlopt eval checkpoint={shlex.quote(path)}{trusted}")
         lines.append(f"  dlopt report {shlex.quote(terminal_text.short_path(folder.parent))}")
         if self._tensorboard is not None:
             from dlopt.tracking.tensorboard import command
 
             lines.append(f"  {command(folder)}")
-        if has_checkpoint:
-            lines.append(f"  in Python: dlopt.load({json.dumps(path, ensure_ascii=False)})")
+        if has_checkpoint and self._predicts:
+            trusted = f", allow_packages={json.dumps(list(self._packages))}" if self._packages else ""
+            lines.append(f"  in Python: dlopt.load({json.dumps(path, ensure_ascii=False)}{trusted})")
         return lines
 
     def close(self) -> None:

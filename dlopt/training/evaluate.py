@@ -202,7 +202,7 @@ def validation(
     subset = evaluation_subset(samples, count, seed)
     own = workload.task
     if isinstance(own, OwnTask):
-        task_batches = TaskBatches(workload, subset)
+        task_batches = TaskBatches(workload, own, subset)
 
         def validate_task(interruption: Interruption) -> dict[str, float] | None:
             with evaluation_weights(optimizer, average):
@@ -278,7 +278,7 @@ def test_metrics(
         return report(outputs, workload.loss, task, chosen, user_metrics=functions, names=names).metrics
     if isinstance(workload.task, OwnTask):
         stop = None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption)
-        tested = TaskBatches(workload, workload.dataset.test)
+        tested = TaskBatches(workload, workload.task, workload.dataset.test)
         return evaluate_task(workload, workload.task, tested, "test", stop, on_batch)
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)

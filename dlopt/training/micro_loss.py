@@ -11,13 +11,14 @@ from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Keep, Kept, MetricSum
 from dlopt.tasks.draws import Draws
+from dlopt.tasks.user import Batch as TaskBatch
 from dlopt.tasks.user import TaskErrors, TaskLoss
 from dlopt.training.builders.precision import Precision
 
 Forward = Callable[..., tuple[Tensor, Kept]]
 """(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
 need."""
-TaskLossCall = Callable[[tuple[Tensor, Tensor], Draws], Mapping[str, Tensor]]
+TaskLossCall = Callable[[TaskBatch, Draws], Mapping[str, Tensor]]
 """See `dlopt.tasks.user.TaskLoss`."""
 
 _TASK = 1  # counter of the draws of a task of the user's own, beside those of the model's layers
@@ -70,10 +71,12 @@ class MicroLoss:
     """The loss of outputs and targets.
 
     Attributes:
+        name: for messages.
         errors: context in which the loss and its backward pass run.
         eager_model: the uncompiled model, which has second derivatives, and whose hooks run.
     """
 
+    name: str = "the loss"
     errors: AbstractContextManager[None] = nullcontext()
 
     def __init__(self, network: Network, precision: Precision, metrics: MetricSum) -> None:
@@ -116,7 +119,9 @@ class TaskMicroLoss(MicroLoss):
     def __init__(self, network: Network, precision: Precision, metrics: MetricSum, device: torch.device) -> None:
         assert network.task_loss is not None and isinstance(network.loss, TaskLoss)
         self.metrics = metrics
-        self.errors = TaskErrors(network.loss.task, "the loss", network.advice)
+        self._task = network.loss.task
+        self.name = f"the loss of task={self._task.path}"
+        self.errors = TaskErrors(self._task, "the loss", network.advice)
         self.eager_model = precision.autocast(network.module)
         self._task_loss = precision.autocast_parts(network.task_loss)
         self._eager_task_loss = precision.autocast_parts(network.loss)
@@ -138,7 +143,7 @@ class TaskMicroLoss(MicroLoss):
             inputs, targets = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (inputs, targets))
             positions = slice(0, 1)
         draws = Draws.of_update(self._device, update.task_seed, update.batch.total, self._dtype, positions)
-        parts = task_loss((inputs, targets), draws)
+        parts = task_loss(self._task.batch(inputs, targets, self._dtype), draws)
         loss = torch.stack([*parts.values()]).sum()
         named = {name: value.detach() for name, value in parts.items() if name}
         return loss, self.metrics.keep_parts(loss.detach(), named, samples)

@@ -190,14 +190,14 @@ def describe(name: str, layer: nn.Module) -> str:
 
 
 def locate(
-    module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], *, loss_is_finite: bool
+    module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], loss: str, *, loss_is_finite: bool
 ) -> str:
     """Describes the first non-finite tensor after a non-finite loss or gradient. All ranks must call this.
 
-    `forward` repeats the forward pass.
+    `forward` repeats the forward pass, on several ranks without communication but that of the layers. `loss`: its name.
     """
     if mode.ranks.processes > 1:
-        return _locate_on_ranks(module, inputs, mode, loss_is_finite)
+        return _locate_on_ranks(module, inputs, mode, forward, loss, loss_is_finite)
     if weight := first_nonfinite_weight(module):
         return f"first: the weights {weight}"
     if loss_is_finite:
@@ -205,10 +205,12 @@ def locate(
     if not is_finite([inputs]):
         return "the inputs are not finite"
     output = first_nonfinite_output(module, forward)
-    return "first: the loss itself" if output is None else f"first: the output of {output}"
+    return f"first: {loss} itself" if output is None else f"first: the output of {output}"
 
 
-def _locate_on_ranks(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_finite: bool) -> str:
+def _locate_on_ranks(
+    module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], loss: str, loss_is_finite: bool
+) -> str:
     """Describes the first non-finite tensor over all ranks; each rank has its own samples or shards.
 
     Rank after rank would name the wrong place: a NaN in one shard of a layer spreads to all shards of others.
@@ -238,9 +240,9 @@ def _locate_on_ranks(module: nn.Module, inputs: Tensor, mode: Mode, loss_is_fini
     output = None
     if (is_replicated and len(inputs)) or (mode.name == "fsdp" and has_samples):
         with evaluation_mode(module):  # in training mode, layers may communicate with ranks that might not call them
-            output = first_nonfinite_output(module, lambda: module(inputs))
+            output = first_nonfinite_output(module, forward)
     positions = [describe(name, layer) for name, layer in module.named_modules()]
-    unknown = "the loss itself" if is_replicated or mode.name == "fsdp" else "an activation or the loss itself"
+    unknown = f"{loss} itself" if is_replicated or mode.name == "fsdp" else f"an activation or {loss} itself"
     return first("the output of ", output, positions.index(output) if output else 0) or f"first: {unknown}"
 
 

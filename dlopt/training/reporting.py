@@ -14,6 +14,7 @@ from dlopt.config.schema import dotted_name
 from dlopt.metrics.measures import at_end
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
 from dlopt.models.third_party import pretrained_inputs
+from dlopt.tasks.user import UserTask
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
 from dlopt.training.builders.mup import describe_rates
@@ -41,6 +42,8 @@ def open_tracking(run: TrainingRun, checkpoint: Checkpoint | None, console: bool
         console=console,
         log_every_steps=settings.log_every_steps,
         resume_from=None if checkpoint is None else (checkpoint.evaluated_epoch, checkpoint.step),
+        packages=settings.allow_packages,
+        predicts=not run.run_config.task.is_a(UserTask),
     )
     if abandoned is not None and checkpoint is not None:
         tracking.message(f"the checkpoints after update {checkpoint.step} are kept as checkpoints/{abandoned}-*.pt")

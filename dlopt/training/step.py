@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -368,7 +369,10 @@ class Step:
 
     def _locate(self, loss_is_finite: bool) -> str:
         inputs = self.current.batch.inputs
-        return locate(self.module, inputs, self.mode, self._repeat_forward, loss_is_finite=loss_is_finite)
+        # On several ranks, the loss of some modes communicates around the model; a task calls the model itself.
+        is_alone = self.mode.ranks.processes == 1 or isinstance(self.micro_loss, TaskMicroLoss)
+        forward = self._repeat_forward if is_alone else partial(self.module, inputs)
+        return locate(self.module, inputs, self.mode, forward, self.micro_loss.name, loss_is_finite=loss_is_finite)
 
     def _repeat_forward(self) -> None:
         """Repeats the forward passes of the update, uncompiled: hooks do not run in a compiled model."""

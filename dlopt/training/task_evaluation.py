@@ -14,7 +14,7 @@ from dlopt.metrics.names import by_column
 from dlopt.metrics.sums import MetricSum
 from dlopt.models.layers import evaluation_mode
 from dlopt.tasks.draws import Draws
-from dlopt.tasks.user import OwnTask, TaskErrors, TaskLoss
+from dlopt.tasks.user import Batch, OwnTask, TaskErrors, TaskLoss
 from dlopt.training.builders.batches import evaluation_batches
 from dlopt.training.builders.workload import Workload
 from dlopt.training.rng import EVALUATION
@@ -40,14 +40,14 @@ def evaluate_task(
     task_loss = workload.precision.autocast_parts(TaskLoss(model, task))
     metrics, start = MetricSum(task), 0
     with evaluation_mode(workload.module):
-        for done, batch in enumerate(batches, 1):
-            positions = slice(start, start + len(batch[1]))
+        for done, (count, batch) in enumerate(batches.counted(), 1):
+            positions = slice(start, start + count)
             start = positions.stop
             # With gradients, unlike other evaluations: a loss may contain derivatives of the model by its inputs.
             with TaskErrors(task, "the loss"), torch.set_grad_enabled(is_whole):
                 parts = task_loss(batch, draws.at(positions))
             loss = torch.stack([*parts.values()]).sum().detach()
-            metrics.add(metrics.keep_parts(loss, {}, len(batch[1])))
+            metrics.add(metrics.keep_parts(loss, {}, count))
             if on_batch is not None:
                 on_batch(done, len(batches))
             if interruption:
@@ -61,15 +61,22 @@ def evaluate_task(
 class TaskBatches:
     """All batches of a split, as often as they are iterated. `samples`: their number."""
 
-    def __init__(self, workload: Workload, samples: Samples) -> None:
+    def __init__(self, workload: Workload, task: OwnTask, samples: Samples) -> None:
         self.samples = len(samples)
+        self._task = task
+        self._dtype = workload.precision.dtype
         self._batches = evaluation_batches(workload, samples, shared=False)
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((batch.inputs, batch.targets) for batch in self._batches.epoch(0))
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for _, batch in self.counted())
+
+    def counted(self) -> Iterator[tuple[int, Batch]]:
+        """Yields each batch with its number of samples."""
+        for inputs, targets in self._batches.epoch(0):
+            yield len(targets), self._task.batch(inputs, targets, self._dtype)
 
 
 def _checked(task: OwnTask, values: Any) -> dict[str, float]:

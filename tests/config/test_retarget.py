@@ -28,6 +28,12 @@ def test_a_callable_that_takes_any_key_gets_typed_keys_only() -> None:
     }
 
 
+def test_a_later_choice_replaces_a_callable() -> None:
+    later = composed("optimizer=torch.optim.RAdam", "optimizer=adamw", "optimizer.lr=0.1")
+    assert later == composed("optimizer=adamw", "optimizer.lr=0.1")
+    assert composed("optimizer=adamw", "optimizer=torch.optim.RAdam") == composed("optimizer=torch.optim.RAdam")
+
+
 def test_a_new_callable_inherits_only_the_keys_of_its_group() -> None:
     typed = ["optimizer=adam", "optimizer._target_=torch.optim.RAdam", "optimizer.lr=0.1", "schedule=cosine"]
     optimizer = composed(*typed)["optimizer"]

@@ -106,3 +106,44 @@ class Views(Noisy):
     def evaluate(self, model, batches, draws, split):
         views = torch.cat([views for views, _ in batches])
         return {"spread": F.mse_loss(views[:, 0], views[:, 1]), "accuracy": 1}
+
+
+class Items(torch.utils.data.Dataset):
+    """Records of four types; large integers, which fp32 would round."""
+
+    def __init__(self, *, size: int = 70, keys: str = "dict") -> None:
+        draw = torch.Generator().manual_seed(size)
+        self.points = torch.randn(size, 3, generator=draw, dtype=torch.float64)
+        self.keys = keys
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index):
+        point = self.points[index]
+        record = {"point": point, "sum": point.sum().item(), "code": 2**40 + index % 2, "is_odd": bool(index % 2)}
+        if self.keys == "ragged" and index == 5:
+            return record | {"point": point[:2]}
+        if self.keys == "texts":
+            return record | {"name": "five"}
+        return tuple(record.values()) if self.keys == "tuple" else record
+
+
+class Records(UserTask):
+    """Two losses of the records of `Items`."""
+
+    values: ClassVar = {"odd_fraction": "min"}
+
+    def model_arguments(self, shape, classes):
+        (shape, *_) = shape.values() if isinstance(shape, dict) else shape
+        return {"input_shape": shape, "classes": 2}
+
+    def loss(self, model, batch, draws):
+        points, sums, codes, is_odd = batch.values() if isinstance(batch, dict) else batch
+        assert torch.equal(codes - 2**40, is_odd.long())
+        outputs = model(points)
+        return {"sum": F.mse_loss(outputs[:, 0], sums), "odd": F.cross_entropy(outputs, codes - 2**40)}
+
+    def evaluate(self, model, batches, draws, split):
+        flags = torch.cat([([*batch.values()] if isinstance(batch, dict) else batch)[3] for batch in batches])
+        return {"odd_fraction": flags.double().mean()}

@@ -123,7 +123,9 @@ def test_wrong_code_ends_the_run_with_the_name_of_the_task(tmp_path: Path, name:
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="loss became inf at update 1"):
+    with pytest.raises(
+        RunError, match=rf"loss became inf at update 1 .*first: the loss of task={PACKAGE}.Infinite itself"
+    ):
         start(tmp_path, *task("Infinite"))
 
 
@@ -185,3 +187,49 @@ def test_a_run_inherits_the_task_of_another(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "train", "from=first", "allow_packages=[tests]", "tracking=[]", "output=second")
     assert result.code == 0, result.err
     assert timeless(tmp_path / "first") == timeless(tmp_path / "second")
+
+
+RECORDS = ["data=custom", f"data.train._target_={PACKAGE}.Items", "data.subset=null", "normalize=none"]
+
+
+def test_batches_of_records(tmp_path: Path) -> None:
+    """Dicts and tuples, in memory and from workers, in micro-batches: the same losses, and exact integers."""
+    lines = [*task("Records"), *RECORDS, *FP64]
+    cases = {
+        "dict": lines,
+        "tuple": [*lines, "+data.train.keys=tuple"],
+        "workers": [*lines, "data.memory=false", "data.workers=1"],
+        "parts": [*lines, "accumulate=3"],
+    }
+    found = {}
+    for name, case in cases.items():
+        start(tmp_path / name, *case)
+        found[name] = timeless(tmp_path / name)
+    assert found["dict"] == found["tuple"] == found["workers"]
+    for one, other in zip(found["dict"], found["parts"], strict=True):
+        assert other == pytest.approx(one, rel=1e-9)
+    assert all(0 < line["val_odd_fraction"] < 1 for line in found["dict"])
+
+
+@pytest.mark.slow
+def test_records_on_several_processes(tmp_path: Path) -> None:
+    lines = [*task("Records"), *RECORDS, *FP64, f"data.test._target_={PACKAGE}.Items", "data.batch_size=17"]
+    compare(tmp_path, 3, {mode: (lines, [f"parallel={mode}"]) for mode in ("ddp", "fsdp")})
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["task=auto"], "a task of your own reads them: task=mine.Task"),
+        (["normalize=standardize"], "normalize=standardize: data=custom: its items are no pairs (input, label), but"),
+        (["augmentation=mixup"], "augmentation=mixup: data=custom: its items"),
+        (["+data.train.keys=ragged"], "[5]: has point float64 [2], sum"),
+        (["+data.train.keys=texts"], "[0]: name is of type str; must be a tensor"),
+        ([f"data.val._target_={PACKAGE}.Items", "+data.val.keys=tuple"], "data.val: its items have 0 float64 [3],"),
+        (["task=tests.support.own_tasks.Noisy"], "model_arguments must return input_shape, the shape of what"),
+    ],
+)
+def test_refuses_records(typed: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_workload(run_config(*task("Records"), *RECORDS, *typed))
+    assert message in str(error.value)

@@ -9,11 +9,12 @@ from dlopt.basics.errors import UserError, refused_path
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
 from dlopt.data.identity import identify
+from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
 from dlopt.data.splits import prepare
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.kinds import chosen
-from dlopt.tasks.user import OwnTask
+from dlopt.tasks.user import OwnTask, UserTask
 from dlopt.training.checkpoint.content import Checkpoint
 
 
@@ -84,12 +85,31 @@ def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -
 
     `shape`: of the augmented samples. Raises `UserError` if the task does not fit them.
     """
+    _check_records(run_config, dataset)
     user = run_config.task.build()
     if user is not None:
         classes = None if dataset.classes is None else len(dataset.classes)
         return replace(
-            dataset, unlabelled=OwnTask.of(user, dotted_name(run_config.task.target), dataset.task, shape, classes)
+            dataset,
+            unlabelled=OwnTask.of(
+                user, dotted_name(run_config.task.target), dataset.task, shape, classes, dataset.layout
+            ),
         )
     own = dataset.task
     task = chosen(own, shape, *((each.target, each.choice) for each in (run_config.loss, run_config.model)))
     return dataset if task is own else replace(dataset, unlabelled=task)
+
+
+def _check_records(run_config: RunConfig, dataset: Dataset) -> None:
+    """Raises `UserError` for samples of several tensors that nothing in the config reads, or that something changes."""
+    if dataset.layout is None:
+        return
+    data = f"{run_config.data.choice}: its items are no pairs (input, label), but have {dataset.layout}"
+    if not run_config.task.is_a(UserTask):
+        raise UserError(f"{data}; a task of your own reads them: task=mine.Task")
+    if run_config.normalize.target is not Nothing:
+        raise UserError(f"{run_config.normalize.choice}: {data}; use normalize=none")
+    if run_config.augmentation.arguments.get("operations") != []:
+        raise UserError(f"{run_config.augmentation.choice}: {data}; use augmentation=none")
+    if getattr(run_config.task.target, "views", 1) > 1:
+        raise UserError(f"task={dotted_name(run_config.task.target)}: has several views, but {data}; use views = 1")
