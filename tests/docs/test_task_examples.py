@@ -1,9 +1,12 @@
-"""The examples of tasks of the user's own run as their first lines say, and are swept, judged and resumed."""
+"""The examples of tasks of the user's own run as their first lines say, and are swept, judged, killed and resumed."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.support.line import dlopt
 from tests.support.pages import ROOT
-from tests.support.runs import assert_same_run, at_update, terminate
+from tests.support.runs import assert_same_run
 
 FOLDER = ROOT / "docs/examples/tasks"
 SMALL = {
@@ -21,6 +24,13 @@ SMALL = {
     "graphs": [],
     "two_heads": ["model=mlp"],
 }
+KILLED = """
+import os, signal
+from dlopt import cli
+from tests.support.runs import at_update
+with at_update(2, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    cli.main()
+"""
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
 
@@ -56,11 +66,12 @@ def test_an_example_trains(folder: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_an_example_is_swept_judged_stopped_and_resumed(folder: Path, name: str) -> None:
+def test_an_example_is_swept_judged_killed_and_resumed(folder: Path, name: str) -> None:
     line = [*command(name), "epochs=2"]
 
-    with at_update(2, terminate):
-        assert dlopt(folder, "train", *line, "checkpoint.every_steps=1", "output=run").code == 75
+    words = [sys.executable, "-c", KILLED, "train", *line, "checkpoint.every_steps=1", "output=run"]
+    paths = os.pathsep.join([str(ROOT), str(folder)])
+    assert subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": paths}).returncode == -signal.SIGKILL
     assert dlopt(folder, "train", *line, "checkpoint.every_steps=1", "output=run", "resume=auto").code == 0
     assert dlopt(folder, "train", *line, "output=whole").code == 0
     assert_same_run(folder / "whole", folder / "run")
@@ -69,3 +80,20 @@ def test_an_example_is_swept_judged_stopped_and_resumed(folder: Path, name: str)
     assert swept.code == 0 and "2 done, 0 failed" in swept.out + swept.err, swept
     judged = dlopt(folder, "judge", " ".join(line), "optimizer.lr=1e-9", "output=judged", "seeds=8")
     assert judged.code in (3, 4), judged  # worse, or undecided
+
+
+@pytest.mark.slow
+def test_a_benchmark_of_an_example(folder: Path) -> None:
+    """A recipe and a tier of the user's own, as docs/howto/own_task.md shows them."""
+    text = (ROOT / "docs/howto/own_task.md").read_text()
+    for name in ("experiment/denoise", "benchmark/tier/mine"):
+        [content] = re.findall(rf"`myconf/{name}.yaml`:\n\n```yaml\n(.*?)```", text, re.DOTALL)
+        path = folder / f"myconf/{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    typed = ["benchmark", "--config-dir", "myconf", "tier=mine", "reference=false", "allow_packages=[denoising]"]
+    result = dlopt(folder, *typed, "optimizer=adamw", "studies=1", "trials=2", "output=out")
+    assert result.code == 0, result.err
+    assert "denoise" in result.out
+    found = json.loads((folder / "out/results.json").read_text())
+    assert "denoise" in json.dumps(found)

@@ -222,7 +222,7 @@ def test_records_on_several_processes(tmp_path: Path) -> None:
     [
         (["task=auto"], "a task of your own reads them: task=mine.Task"),
         (["normalize=standardize"], "normalize=standardize: data=custom: its items are no pairs (input, label), but"),
-        (["augmentation=mixup"], "augmentation=mixup: data=custom: its items"),
+        (["augmentation=affine"], "augmentation: requires images"),
         (["+data.train.keys=ragged"], "[5]: has point float64 [2], sum"),
         (["+data.train.keys=texts"], "[0]: name is of type str; must be a tensor"),
         ([f"data.val._target_={PACKAGE}.Items", "+data.val.keys=tuple"], "data.val: its items have 0 float64 [3],"),

@@ -109,7 +109,5 @@ def _check_records(run_config: RunConfig, dataset: Dataset) -> None:
         raise UserError(f"{data}; a task of your own reads them: task=mine.Task")
     if run_config.normalize.target is not Nothing:
         raise UserError(f"{run_config.normalize.choice}: {data}; use normalize=none")
-    if run_config.augmentation.arguments.get("operations") != []:
-        raise UserError(f"{run_config.augmentation.choice}: {data}; use augmentation=none")
     if getattr(run_config.task.target, "views", 1) > 1:
         raise UserError(f"task={dotted_name(run_config.task.target)}: has several views, but {data}; use views = 1")
