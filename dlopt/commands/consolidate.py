@@ -12,7 +12,7 @@ from dlopt.tracking.terminal_text import short_path
 USAGE = """\
 Merge a sharded checkpoint into one file
 
-Usage: dlopt consolidate RUN [output=FILE]    # RUN or checkpoint=RUN: a run folder or checkpoint
+Usage: dlopt consolidate RUN [output=FILE]    # RUN: a run, a checkpoint, or a sweep
 
 Use it to copy a sharded checkpoint (parallel=fsdp checkpoint.sharded=true; shards in checkpoints/shards/) elsewhere, or
 to read it with torch.load. The other commands and resume=PATH read sharded checkpoints directly, in any parallel mode.

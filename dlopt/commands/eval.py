@@ -25,7 +25,7 @@ _READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "exp
 USAGE = """\
 Evaluate a checkpoint, an ensemble or the weights of another tool on the test set
 
-Usage: dlopt eval RUN [tta=CHOICE] [key=value]                    # RUN or checkpoint=RUN: a run folder or checkpoint
+Usage: dlopt eval RUN [tta=CHOICE] [key=value]                    # RUN: a run, a checkpoint, or a sweep
        dlopt eval init_from=FILE model=CHOICE data=CHOICE [tta=CHOICE] [key=value]
 
 Examples:

@@ -15,7 +15,7 @@ from dlopt.tracking.terminal_text import short_path
 USAGE = """\
 Export a checkpoint to safetensors, ONNX or torch.export
 
-Usage: dlopt export RUN format=FORMAT [key=value]    # RUN or checkpoint=RUN: a run folder or checkpoint
+Usage: dlopt export RUN format=FORMAT [key=value]    # RUN: a run, a checkpoint, or a sweep
 
 Examples:
   dlopt export checkpoint=outputs/train/DATE/checkpoints/best.pt format=onnx

@@ -18,7 +18,7 @@ _READS = (*INFERENCE, "allow_packages", "parallel")
 USAGE = """\
 Classify images with a checkpoint
 
-Usage: dlopt predict RUN images=FOLDER [key=value]    # RUN or checkpoint=RUN: a run folder or checkpoint
+Usage: dlopt predict RUN images=FOLDER [key=value]    # RUN: a run, a checkpoint, or a sweep
 
 Examples:
   dlopt predict outputs/train/DATE images=photos

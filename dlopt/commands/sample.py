@@ -13,7 +13,7 @@ _READS = (*INFERENCE, "allow_packages")
 USAGE = """\
 Continue a text with a language model
 
-Usage: dlopt sample RUN [prompt=TEXT] [key=value]    # RUN or checkpoint=RUN: a run folder or checkpoint
+Usage: dlopt sample RUN [prompt=TEXT] [key=value]    # RUN: a run, a checkpoint, or a sweep
 
 Examples:
   dlopt sample checkpoint=outputs/train/DATE prompt="def " length=200

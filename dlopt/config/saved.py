@@ -71,11 +71,19 @@ def checkpoint_file(path: Path, key: str = "checkpoint") -> Path:
     """
     if not path.is_dir():
         return path
-    for folder in (path, path / "checkpoints"):
-        for name in ("best.pt", "last.pt"):
-            if (folder / name).is_file():
-                return folder / name
-    raise UserError(f"{key}={path}: this folder contains neither best.pt nor last.pt")
+    if (found := _checkpoint_in(path)) is None:
+        raise UserError(f"{key}={path}: this folder contains neither best.pt nor last.pt")
+    return found
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Returns whether a folder is a run with a checkpoint, or its checkpoints folder."""
+    return _checkpoint_in(folder) is not None
+
+
+def _checkpoint_in(path: Path) -> Path | None:
+    files = (folder / name for folder in (path, path / "checkpoints") for name in ("best.pt", "last.pt"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from dlopt.basics.errors import UserError, did_you_mean, suggest
 from dlopt.basics.folders import make, make_new, refuse_url
+from dlopt.basics.interruption import print_message
 from dlopt.basics.plain_values import is_below
 from dlopt.commands.shared.document import document_only
 from dlopt.commands.shared.usage import command_key_names, command_keys
@@ -41,7 +42,14 @@ from dlopt.config.overrides import (
 from dlopt.config.plan import plan
 from dlopt.config.reads import refuse_unread, refuse_unread_hydra, unavailable
 from dlopt.config.resolve import resolve_saved
-from dlopt.config.saved import refuse_flags, take_checkpoints, take_paths, typed_values, with_changes
+from dlopt.config.saved import (
+    has_checkpoint,
+    refuse_flags,
+    take_checkpoints,
+    take_paths,
+    typed_values,
+    with_changes,
+)
 from dlopt.config.schema import check_arguments, parameters_of
 
 if TYPE_CHECKING:
@@ -50,7 +58,9 @@ if TYPE_CHECKING:
 Command = Callable[[list[str]], int]
 Result = TypeVar("Result")
 
-_Checkpoint = Annotated[str, "PATH: a checkpoint, or a run folder: its best.pt, or else last.pt"]
+_Checkpoint = Annotated[
+    str, "PATH: a checkpoint, a run folder (its best.pt, or else last.pt), or a sweep (its best run)"
+]
 
 
 @dataclass(frozen=True)
@@ -299,6 +309,8 @@ def on_checkpoint(
                 raise UserError(f"{' '.join(positional)}: `dlopt {name}` takes one run or checkpoint")
             if positional:
                 values["checkpoint"] = positional[0] if len(positional) == 1 else positional
+            if "checkpoint" in values:
+                values["checkpoint"] = _with_best_runs(values["checkpoint"])
             texts = {key_of(each): value_of(each) for each in arguments if key_of(each) in as_typed}
             paths = take_checkpoints(values, name, several)
             names = command_key_names(function)
@@ -325,6 +337,22 @@ def on_checkpoint(
         return command
 
     return decorate
+
+
+def _with_best_runs(checkpoint: Any) -> Any:
+    """Returns the value of `checkpoint` with each sweep replaced by the folder of its best run, which is printed."""
+    if isinstance(checkpoint, list):
+        return [_with_best_runs(each) for each in checkpoint]
+    if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir() or has_checkpoint(Path(checkpoint)):
+        return checkpoint
+    from dlopt.results.best_run import best_run  # most checkpoints are no sweeps
+
+    best = best_run(Path(checkpoint), "checkpoint")
+    if best is None:
+        return checkpoint
+    folder, text = best
+    print_message(text)
+    return str(Path(checkpoint) / folder.relative_to(Path(checkpoint).absolute()))
 
 
 def check_command_keys(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
