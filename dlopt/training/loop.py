@@ -21,6 +21,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import WeightAverage, evaluation_weights
+from dlopt.training.batch_norm import LaggingStatistics
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import Validate
@@ -61,6 +62,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     clock: Callable[[Progress, MetricSum], Clock] = Clock  # starts a clock, now
     user_observers: UserObservers = NO_OBSERVERS
+    lagging: LaggingStatistics | None = None  # None if evaluations have exact statistics
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None if they are
 
     @property
@@ -195,6 +197,8 @@ class Trainer:
                 improved = self.best.update(metrics)
                 self.step.schedule.update(metrics)
             self.tracking.epoch(metrics, improved=improved, best=self.best.metrics)
+            if self.lagging is not None:
+                self.lagging.explain(metrics, self.tracking.message)
             self.user_observers.after_evaluation(metrics)
         # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch, and metrics.jsonl has
         # the line of this evaluation. A run that is killed in between removes the line when it resumes, and writes it

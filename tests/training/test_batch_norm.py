@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.training.batch_norm import _smallest_micro_batch, check_norm_batches, norm_statistics
+from dlopt.training.batch_norm import LaggingStatistics, _smallest_micro_batch, check_norm_batches, norm_statistics
 from dlopt.training.builders.batches import evaluation_batches, training_batches
 from dlopt.training.builders.workload import build_workload
 from tests.support.runs import run_config, same, small_workload
@@ -75,3 +76,23 @@ def test_exact_statistics_of_a_set_that_leaves_one_sample(size: int) -> None:
     linear = next(m for m in workload.module.modules() if isinstance(m, torch.nn.Linear))
     torch.testing.assert_close(mean, linear(inputs.flatten(1)).mean(0).detach())
     assert not others
+
+
+def test_explains_a_high_validation_loss_once() -> None:
+    shown: list[str] = []
+    lagging = LaggingStatistics(nn.BatchNorm1d(2, momentum=0.1))
+    lagging.explain({"step": 20, "train_loss": 1.0, "val_loss": 1.9}, shown.append)
+    assert shown == []
+    for step in (40, 60):
+        lagging.explain({"step": step, "train_loss": 0.1, "val_loss": 2.1}, shown.append)
+    assert len(shown) == 1 and "norm_statistics=exact" in shown[0]
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)])
+def test_explains_nothing_without_running_statistics(module: nn.Module) -> None:
+    LaggingStatistics(module).explain({"step": 1, "train_loss": 1.0, "val_loss": 9.0}, pytest.fail)
+
+
+def test_explains_nothing_after_the_first_updates() -> None:
+    lagging = LaggingStatistics(nn.BatchNorm1d(2, momentum=0.1))
+    lagging.explain({"step": 101, "train_loss": 1.0, "val_loss": 9.0}, pytest.fail)

@@ -14,7 +14,7 @@ from dlopt.parallel.shard_files import ShardWriter
 from dlopt.schedules import Scheduler
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, TailAverage, WeightAverage
-from dlopt.training.batch_norm import check_norm_batches
+from dlopt.training.batch_norm import LaggingStatistics, check_norm_batches
 from dlopt.training.builders.batches import loss_aware_sampler, training_batches
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
 from dlopt.training.builders.step import build_step, build_update
@@ -114,6 +114,7 @@ def build_trainer(
         tracking=tracking,
         user_observers=user_observers,
         checkpoints=checkpoints,
+        lagging=LaggingStatistics(workload.module) if settings.norm_statistics == "running" else None,
         average=average,
         sampler=batches.sampler,
         normalize=workload.normalize,
