@@ -3,6 +3,8 @@
 The keyword-only parameters of a command function are its own keys, validated against their annotations like the
 arguments of every component. The decorators `on_config` and `on_checkpoint` turn the function into
 `command(arguments) -> exit code`.
+
+Hydra, OmegaConf and pydantic are imported where they are used: printing the help of a command needs none of them.
 """
 
 import contextlib
@@ -23,9 +25,7 @@ from dlopt.basics.plain_values import is_below
 from dlopt.commands.shared.document import document_only
 from dlopt.commands.shared.usage import command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
-from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
-from dlopt.config.inherit import inherit
 from dlopt.config.overrides import (
     Axis,
     grid,
@@ -39,20 +39,10 @@ from dlopt.config.overrides import (
     value_of,
     without,
 )
-from dlopt.config.plan import plan
 from dlopt.config.reads import refuse_unread, refuse_unread_hydra, unavailable
-from dlopt.config.resolve import resolve_saved
-from dlopt.config.saved import (
-    has_checkpoint,
-    refuse_flags,
-    take_checkpoints,
-    take_paths,
-    typed_values,
-    with_changes,
-)
-from dlopt.config.schema import check_arguments, parameters_of
 
 if TYPE_CHECKING:
+    from dlopt.config.compose import Composer
     from dlopt.config.run_config import RunConfig
 
 Command = Callable[[list[str]], int]
@@ -88,7 +78,7 @@ class Combination:
 class Line:
     """The overrides of a command line, with the composer of their configs."""
 
-    composer: Composer
+    composer: "Composer"
     overrides: list[str]
     typed: tuple[str, ...] = ()  # the overrides before any was taken
 
@@ -140,6 +130,8 @@ class Line:
 
     def run_config(self, overrides: list[str] | None = None) -> tuple["RunConfig", Mapping[str, str]]:
         """Returns the checked config of `overrides` (default: all of the line) and its choices: group -> name."""
+        from dlopt.config.plan import plan
+
         run = plan(self.composer, self.overrides if overrides is None else overrides)
         if run.run_config.settings.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
@@ -238,6 +230,8 @@ def _from_run(line: Line, name: str, reads: Sequence[str] | None, command_keys: 
 
     A command that finds out itself what it reads (`reads` None) gets the trained model.
     """
+    from dlopt.config.saved import take_paths
+
     runs, typed = take_paths(line.overrides)
     if not runs or not os.path.exists(runs[0]):
         return line
@@ -249,8 +243,10 @@ def _from_run(line: Line, name: str, reads: Sequence[str] | None, command_keys: 
     return replace(line, overrides=[*typed, *(each for each in inherited if _is_new(each, typed, reads))])
 
 
-def of_run(composer: Composer, path: str, typed: Sequence[str] = ()) -> list[str]:
+def of_run(composer: "Composer", path: str, typed: Sequence[str] = ()) -> list[str]:
     """Returns the overrides that compose the config of a run, those `typed` in their places. Raises `UserError`."""
+    from dlopt.config.inherit import inherit
+
     return inherit(composer, [f"from={quoted_plain(path)}", *typed])
 
 
@@ -260,6 +256,8 @@ def _is_new(override: str, typed: Sequence[str], reads: Sequence[str]) -> bool:
 
 def read_line(arguments: list[str], *, several: str) -> Line:
     """Parses the arguments of a command. Raises `UserError`."""
+    from dlopt.config.compose import Composer
+
     parsed = parse_arguments(arguments)
     if parsed.multirun:
         raise UserError(f"-m: {several}")
@@ -300,6 +298,8 @@ def on_checkpoint(
     def decorate(function: Callable[..., int]) -> Command:
         @functools.wraps(function)
         def command(arguments: list[str]) -> int:
+            from dlopt.config.saved import refuse_flags, take_checkpoints, take_paths, typed_values
+
             refuse_flags(without(arguments, *as_typed))
             positional, rest = take_paths(without(arguments, *as_typed))
             values = typed_values(rest)
@@ -343,6 +343,8 @@ def _with_best_runs(checkpoint: Any) -> Any:
     """Returns the value of `checkpoint` with each sweep replaced by the folder of its best run, which is printed."""
     if isinstance(checkpoint, list):
         return [_with_best_runs(each) for each in checkpoint]
+    from dlopt.config.saved import has_checkpoint
+
     if not isinstance(checkpoint, str) or not Path(checkpoint).is_dir() or has_checkpoint(Path(checkpoint)):
         return checkpoint
     from dlopt.results.best_run import best_run  # most checkpoints are no sweeps
@@ -357,6 +359,8 @@ def _with_best_runs(checkpoint: Any) -> Any:
 
 def check_command_keys(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Validates values of keyword-only parameters against their annotations. Raises `UserError`."""
+    from dlopt.config.schema import check_arguments, parameters_of
+
     return check_arguments("", target, values, frozenset(parameters_of(target).keys() - command_key_names(target)))
 
 
@@ -364,6 +368,8 @@ def take_command_keys(
     function: Callable[..., Any], arguments: Sequence[str], name: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Splits the arguments of a command into its own keys and flags (checked) and the others. Raises `UserError`."""
+    from dlopt.config.saved import typed_values
+
     keys = command_keys(function)
     flags = {key.line: key.name for key in keys if key.is_flag}
     names = [key.name for key in keys if not key.is_flag]
@@ -389,6 +395,8 @@ def refuse_empty(**lists: Sequence[Any]) -> None:
 def saved_run_config(config: Mapping[str, Any], changes: Mapping[str, Any], checkpoint: Path) -> "RunConfig":
     """Returns the checked config of the config in `checkpoint`, changed by overrides. Raises `UserError`."""
     from dlopt.config.parsing import parse
+    from dlopt.config.resolve import resolve_saved
+    from dlopt.config.saved import with_changes
 
     return parse(resolve_saved(with_changes(config, changes, checkpoint)))
 
