@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.flags import documented_flags
 from dlopt.config.overrides import parts_of
+from dlopt.config.synonyms import for_key
 from dlopt.metrics.declared import REQUESTABLE
 
 USAGE = """\
@@ -30,6 +32,7 @@ Examples:
   dlopt options optimizer
   dlopt options schedule=cosine 'model=vgg*'
   dlopt options lr                  # all keys of this name, or with it in their names
+  dlopt options early stopping      # keys and choices with these words in their names or descriptions
 
   --config-dir DIR :: folder with your own choices, as in dlopt train
   --json :: print a JSON document; it has the keys of the choices of each group that is named
@@ -40,6 +43,8 @@ _FIRST = ("model", "data", "optimizer", "schedule", "augmentation", "init", "los
 _MARK = "*"  # marks the default, as in `git branch`
 _MAX_WIDTH = 120
 _SHARED = 0.75  # minimum fraction of choices with the same key, value and comment to list the key only once
+
+_MAX_FOUND = 10  # choices, and keys, with a term in their descriptions
 
 # Hydra's groups that configure sweeps (-m).
 SWEEPS = {
@@ -72,7 +77,7 @@ def _lines(catalogue: Catalogue, names: Sequence[str]) -> list[str]:
     groups = every_group(catalogue)
     if not names:
         _add_groups(catalogue, page)
-    elif any(parts_of(name)[0] in groups for name in names):
+    elif any(parts_of(name)[0] in groups for name in names) and not _is_term(catalogue, names):
         for selection in [_selected(catalogue, name) for name in names]:
             if page.lines:
                 page.text("")
@@ -81,9 +86,21 @@ def _lines(catalogue: Catalogue, names: Sequence[str]) -> list[str]:
             else:
                 _add_choices(catalogue, selection, page)
     else:
-        for name in names:
-            _add_keys_named(catalogue, name, page)
+        # Words of one term: `weight decay`; or names of several keys: `lr momentum`.
+        is_term = len(names) > 1 and _add_term(catalogue, " ".join(names), page)
+        for name in () if is_term else names:
+            if not _add_term(catalogue, name, page):
+                _refuse_unknown(catalogue, name)
     return page.lines
+
+
+def _is_term(catalogue: Catalogue, names: Sequence[str]) -> bool:
+    """Returns whether names are the words of one key, although one of them names a group: `weight decay`."""
+    if len(names) == 1 or any("=" in name for name in names):
+        return False
+    word = _letters("".join(names))
+    is_known = any(word in _letters(key) for key in _keys_by_name(catalogue))
+    return is_known or for_key(_key_form(" ".join(names)), "VALUE") != ""
 
 
 # -- groups and choices
@@ -226,19 +243,53 @@ class _Found:
     choice: str = ""
 
 
-def _add_keys_named(catalogue: Catalogue, name: str, page: "_Page") -> None:
-    """Adds the keys with a name, `lr` or `optimizer.lr`, then those with the name in theirs. Raises `UserError`."""
+def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
+    """Adds what a term of the field or of other tools means here; returns whether there is anything.
+
+    These are: what to type instead, keys with the term in their names, choices and other keys with it in their names
+    or descriptions. Upper case and separators do not count: `Weight decay` finds weight_decay.
+    """
+    found, word = _keys_by_name(catalogue), _letters(term)
+    named = [each for each in found if each == term or each.endswith(f".{term}")]
+    advice = "" if named else for_key(_key_form(term), "VALUE")
+    choices: list[Choice] = []
+    described: list[str] = []
+    if len(word) > 2:
+        named += [each for each in found if word in _letters(each) and each not in named]
+        every = [choice for group in _groups(catalogue) for choice in catalogue.choices(group)]
+        choices = [each for each in every if word in _letters(each.name) or word in _letters(each.description)]
+        described = [
+            name for name, keys in found.items() if name not in named and word in _letters(keys[0].key.comment)
+        ]
+    if not (advice or named or choices or described):
+        return False
+    page.text(*[""] * bool(page.lines), f"keys: {term}" if named else term, bold=True)
+    if advice:
+        page.text(f"  {advice}")
+    page.rows([_row_of_key(found[each]) for each in named])
+    rows = [(f"  {each.group}={each.name}", each.description) for each in choices]
+    page.rows([*rows[:_MAX_FOUND], *_more(rows)])
+    rows = [_row_of_key(found[each]) for each in described]
+    page.rows([*rows[:_MAX_FOUND], *_more(rows)])
+    return True
+
+
+def _key_form(term: str) -> str:
+    return re.sub(r"[\s-]+", "_", term)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\s_.-]", "", text.lower())
+
+
+def _more(rows: Sequence[object]) -> list[tuple[str, str]]:
+    return [(f"  ... and {len(rows) - _MAX_FOUND} more", "")] if len(rows) > _MAX_FOUND else []
+
+
+def _refuse_unknown(catalogue: Catalogue, name: str) -> NoReturn:
     if "=" in name:
         raise UserError(f"{name}: unknown group; {_similar(catalogue, parts_of(name)[0])}")
-    found = _keys_by_name(catalogue)
-    matching = [each for each in found if each == name or each.endswith(f".{name}")]
-    if len(name) > 2:
-        matching += [each for each in found if name.lower() in each.lower() and each not in matching]
-    if not matching:
-        raise UserError(f"{name}: no group, choice or key; {_similar(catalogue, name, [*found])}")
-    title = f"keys: {name}"
-    page.text(*(["", title] if page.lines else [title]), bold=True)
-    page.rows([_row_of_key(found[each]) for each in matching])
+    raise UserError(f"{name}: no group, choice or key; {_similar(catalogue, name, [*_keys_by_name(catalogue)])}")
 
 
 def _keys_by_name(catalogue: Catalogue) -> dict[str, list[_Found]]:

@@ -117,6 +117,8 @@ class Composer:
             return None
         if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) is None:  # pkg.module.Class
             return None
+        if group == "data" and os.path.exists(value):  # data=patients.csv: explained with the unknown choices
+            return None
         takes_callables = (config_folder() / group / "custom.yaml").is_file()
         if not takes_callables or value in self.choices(group):
             return None

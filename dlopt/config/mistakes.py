@@ -88,8 +88,8 @@ def explain_override(override: Override, config: DictConfig, error: Exception, k
     has_choices = key in known.groups() or key.startswith("hydra/")
     choices = known.choices(key) if has_choices else []
     if choices and value not in choices:
-        if key == "data" and os.path.isdir(os.path.expanduser(str(value))):
-            return f"a folder is not a choice; for its images: data=image_folder data.root={value}"
+        if key == "data" and os.path.exists(os.path.expanduser(str(value))):
+            return _advice_for_path(str(value))
         return f"unknown choice; {_choice_hint(key, str(value), known)}"
     if key.startswith("hydra/sweeper/"):
         return "only searches have this group; add hydra/sweeper=dlopt_optuna"
@@ -163,6 +163,23 @@ def _explain_key(override: Override, config: DictConfig, error: Exception, known
 
 # -- what to type instead
 
+_DATA_OF_FILES = {  # suffix -> what such a file usually holds, and the choice that reads it
+    ".csv": ("its rows", "data=table"),
+    ".tsv": ("its rows", "data=table 'data.delimiter=\\t'"),
+    ".parquet": ("its rows", "data=parquet"),
+    ".txt": ("its text", "data=text"),
+}
+
+
+def _advice_for_path(path: str) -> str:
+    """Says how to read an existing file or folder, which was typed as a choice of data."""
+    if os.path.isdir(os.path.expanduser(path)):
+        return f"a folder is not a choice; for its images: data=image_folder data.root={path}"
+    content, choice = _DATA_OF_FILES.get(os.path.splitext(path)[1].lower(), ("", ""))
+    if not choice:
+        return "a file is not a choice; `dlopt options data` lists what reads files"
+    return f"a file is not a choice; for {content}: {choice} data.file={path}"
+
 
 def _choice_hint(group: str, choice: str, known: Known) -> str:
     """Says what to type for an unknown choice; for "" lists the choices of the group."""
@@ -190,7 +207,7 @@ def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str
         return f"{hint}the file of this choice does not list it: add it there, or type +{line}"
     if is_group:
         hint = _choices_with(place, known.config_dir) or hint
-        names = _own_first(place.parent, names)
+        names = sorted(_own_first(place.parent, names), key=lambda name: not OmegaConf.is_missing(place.node, name))
     if names:
         command = f"dlopt options {place.parent}" if is_group else "dlopt train --help"
         return f"{hint}allowed: {shorten(place.name, names, command)}"

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.folders import SPACE
 from dlopt.basics.formats import format_count
 from dlopt.metrics.shown import format_metric
 from dlopt.results.leaderboard import Record, Row
 from dlopt.results.ranking import gather
-from dlopt.results.reading import RunReader, find
+from dlopt.results.reading import RunReader
 from dlopt.tracking.terminal_text import short_path
 
 
@@ -25,11 +26,11 @@ def best_of(rows: Sequence[Row], metric: str, *, lower: bool) -> Record | None:
 
 
 def best_run(folder: Path, key: str) -> tuple[Path, str] | None:
-    """Returns the folder of the best run below `folder`, and a line that says which; None if `folder` has no runs.
+    """Returns the folder of the best run of the sweep `folder`, and a line that says which; None if it is no sweep.
 
     Raises `UserError`, for `key`, if none of them has a value to rank by.
     """
-    if not folder.is_dir() or next(find(folder), None) is None:
+    if not (folder / SPACE).is_file():
         return None
     records, damaged = RunReader().read([folder])
     runs = format_count("runs", len(records))

@@ -191,7 +191,7 @@ class LaggingStatistics:
         if val > 2 * self._highest > 0:
             self._updates = 0
             show(
-                "val loss is high: the running statistics of batch norm lag behind in the first updates; "
+                "val loss is high: in the first updates, the running statistics of batch norm fit earlier weights; "
                 "norm_statistics=exact evaluates with those of the current weights"
             )
 

@@ -92,9 +92,9 @@ def test_lists_config_dir(printed: Callable[..., str], tmp_path: Path) -> None:
     ("typed", "message"),
     [
         ("optimiser", "did you mean optimizer? groups: "),
-        ("learning_rat", "no group, choice or key; groups: model, data, optimizer, "),
+        ("zzzz", "no group, choice or key; groups: model, data, optimizer, "),
         ("weight_decai", "did you mean optimizer.weight_decay? "),
-        ("adamw", "did you mean optimizer=adamw? "),
+        ("adamv", "did you mean optimizer=adam? "),
         ("optimizer=adamv", "optimizer=adamv: unknown choice; did you mean optimizer=adam? choices: "),
         ("optimizer=_full_batch", "unknown choice"),
         ("--width=3", "unrecognized arguments: --width=3"),
@@ -123,6 +123,17 @@ def test_finds_keys(printed: Callable[..., str]) -> None:
     assert "\n  optimizer.lr=0.1 " in printed("optimizer.lr")
     assert "\n  tracking=[tensorboard] " in printed("tracking")
     assert "  schedule.warmup_epochs=null " in printed("warmup")
+
+
+def test_finds_terms_of_the_field_and_of_other_tools(printed: Callable[..., str]) -> None:
+    for words in (["weight decay"], ["weight", "decay"], ["Weight-Decay"]):
+        found = printed(*words)
+        assert "\n  optimizer.weight_decay=0.0 " in found and "\n  optimizer=adamw  " in found
+    assert "\n  use stopping=early\n" in printed("early", "stopping")
+    assert "\n  use device=cuda\n" in printed("gpu")
+    assert "\n  use model.norm=batch (or layer, group, instance, none)\n" in printed("batchnorm")
+    assert "  schedule=cosine_warmup " in printed("warmup") and "\n  use " not in printed("lr")
+    assert "  ... and " in printed("batchnorm")
 
 
 def test_lists_first_what_people_look_for(printed: Callable[..., str]) -> None:

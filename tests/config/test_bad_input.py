@@ -34,6 +34,8 @@ KEYS = {
     "seeed=1": ("did you mean seed?",),
     "model=nope": ("model=nope", "unknown choice", "`dlopt options model` lists all"),
     "data=.": ("data=.", "data=image_folder data.root=."),
+    "data=/etc/passwd": ("data=/etc/passwd", "a file is not a choice; `dlopt options data` lists"),
+    "data=table data.root=x": ("data.root=x", "have it; allowed: file, "),
     "data.root=.": ("data.root=.: unknown key", "image_folder", "have it", "`dlopt options data` lists all"),
     "optimizer=adam optimizer.momentum=0.9": ("optimizer.momentum=0.9: unknown key", "optimizer=", "sgd", "eps"),
     "clip.max_norm=1": ("clip.max_norm=1: unknown key; clip=norm has it; the chosen clip has no keys",),

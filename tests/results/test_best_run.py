@@ -10,6 +10,10 @@ from tests.support.folders import make_run
 from tests.support.line import dlopt, refused
 
 
+def make_sweep(folder: Path) -> None:
+    (folder / "sweep.yaml").write_text("{}")
+
+
 def test_takes_the_best_run_of_the_first_row(tmp_path: Path) -> None:
     """Not the best run of all: adamw's second seed is the luckiest."""
     for number, (optimizer, seed, accuracy) in enumerate(
@@ -17,6 +21,7 @@ def test_takes_the_best_run_of_the_first_row(tmp_path: Path) -> None:
     ):
         make_run(tmp_path / f"{number}", optimizer=optimizer, seed=seed, accuracies=(0.3, accuracy))
     make_run(tmp_path / "4", optimizer="sgd", seed=2, status="failed", accuracies=(0.3, 0.2))
+    make_sweep(tmp_path)
     found = best_run(tmp_path, "checkpoint")
     assert found is not None
     folder, text = found
@@ -29,6 +34,7 @@ def test_by_a_loss(tmp_path: Path) -> None:
         make_run(
             tmp_path / f"{number}", seed=number, losses=losses, accuracies=(0.5, 0.6), config={"monitor": "val_loss"}
         )
+    make_sweep(tmp_path)
     found = best_run(tmp_path, "checkpoint")
     assert found is not None and found[0] == tmp_path / "1"
 
@@ -37,6 +43,8 @@ def test_without_runs_or_values(tmp_path: Path) -> None:
     assert best_run(tmp_path, "checkpoint") is None
     assert best_run(tmp_path / "missing", "checkpoint") is None
     make_run(tmp_path / "0", status="failed", accuracies=())
+    assert best_run(tmp_path, "checkpoint") is None, "no sweep"
+    make_sweep(tmp_path)
     with pytest.raises(UserError, match=r"none of its 1 runs? has finished with a val_"):
         best_run(tmp_path, "checkpoint")
 
