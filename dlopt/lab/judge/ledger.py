@@ -124,8 +124,8 @@ class Ledger:
         new = Entry(number, key, list(change), code_sha256, rate_of(number, self.rate), margin, data=data)
         entry = next((each for each in entries if (each.key, each.data) == (key, data)), new)
         if not entry.is_final and seeds < (least := fewest_pairs(entry.rate)):
-            reason = f"proposal {entry.number} against this base has the error rate {entry.rate:.2g}"
-            raise UserError(f"seeds={seeds}: {reason}, which takes {least} pairs or more: seeds={max(20, 2 * least)}")
+            reason = f"proposal {entry.number} against this base takes {least} pairs or more"
+            raise UserError(f"seeds={seeds}: {reason}: seeds={max(20, 2 * least)}")
         _check_verdict(entry, self.folder / LEDGER)
         return entry
 
@@ -163,6 +163,8 @@ class Ledger:
         """Returns the error rate and the entries; None and [] if there is no ledger. Raises `UserError`."""
         path, rate = self.folder / LEDGER, None
         entries: list[Entry] = []
+        # Before the lines: another process may propose a change between the two, and make its folder.
+        numbers = [int(each.name) for each in self.folder.glob("[1-9]*") if each.name.isdecimal() and each.is_dir()]
         for number, line in enumerate(self._lines(), 1):
             try:
                 if number == 1:
@@ -172,7 +174,6 @@ class Ledger:
                     _add(entries, _parsed(_ENTRY, line), rate)
             except ValueError as error:
                 raise _damage(path, f"line {number}: {_reason(error)}") from None
-        numbers = [int(each.name) for each in self.folder.glob("[1-9]*") if each.name.isdecimal() and each.is_dir()]
         if numbers and max(numbers) > len(entries):
             what = "is missing" if rate is None else "is incomplete"
             raise _damage(path, f"{what}: {short_path(self.folder / str(max(numbers)))} has the runs of a proposal")

@@ -41,7 +41,7 @@ def test_later_proposals_have_smaller_rates_and_known_ones_keep_theirs(tmp_path:
 
 def test_a_refused_proposal_takes_no_number_and_leaves_no_file(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "base", [], 0.05)
-    with pytest.raises(UserError, match=r"^seeds=3: proposal 1 .* takes 7 pairs or more: seeds=20$"):
+    with pytest.raises(UserError, match=r"^seeds=3: proposal 1 against this base takes 7 pairs or more: seeds=20$"):
         propose(ledger, "1", seeds=3)
     assert not ledger.folder.exists()
     propose(ledger, "1")
@@ -141,6 +141,25 @@ def test_runs_without_their_ledger_are_refused(tmp_path: Path) -> None:
         propose(ledger, "1")
     (tmp_path / LEDGER).write_text(whole)
     assert propose(ledger, "1").number == 1
+
+
+def test_a_proposal_of_another_process_while_the_ledger_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, read = Ledger(tmp_path, [], 0.05), Ledger._lines
+    propose(ledger, "1")
+
+    def then_proposed(self: Ledger) -> list[str]:
+        lines = read(self)
+        with monkeypatch.context() as other:
+            other.setattr(Ledger, "_lines", read)
+            (tmp_path / str(propose(ledger, "2").number)).mkdir(exist_ok=True)
+        return lines
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_lines", then_proposed)
+        assert len(ledger.entries()) == 1
+    assert len(ledger.entries()) == 2
 
 
 def test_other_data_are_another_proposal(tmp_path: Path) -> None:
