@@ -6,10 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
-from dlopt.basics.folders import make, refuse_url
-from dlopt.basics.formats import format_count
+from dlopt.basics.folders import LOCK, make, refuse_url
 from dlopt.commands.shared.command_line import read_line, with_document
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
@@ -34,7 +33,8 @@ from dlopt.extend import (
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, build_pool
 from dlopt.lab.judge.ledger import Entry, Ledger
 from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change
-from dlopt.lab.judge.running import SIDES, Judgement, interval_text, number_text, run, trained_on
+from dlopt.lab.judge.running import SIDES, Judgement, run, trained_on
+from dlopt.lab.judge.wording import sentences
 from dlopt.results import drawing
 from dlopt.run.environment import changed_versions
 from dlopt.sweeps.pool import Pool
@@ -51,10 +51,10 @@ Examples:
   dlopt judge autoencoder_digits optimizer.lr=0.002 margin=0.001 seeds=30
   dlopt judge outputs/train/DATE code=../my-branch
 
-Trains the base and the change with the same seed, then with the next one, until the interval of the gain in the
-monitored metric is clear of the margin, or the budget ends. The interval is valid after every pair. All changes that
-are proposed against one base share an error rate; one that was proposed before is answered from the ledger. Exit code:
-0 better, 3 worse, 4 undecided; 1 a run failed; 2 wrong input.
+Trains the base and the change with the same seed, then with the next one, until it is clear whether the change gains
+or loses more than the margin in the monitored metric, or the budget ends. However many changes are judged against one
+base, the probability of a wrong verdict is at most error_rate. A change that was judged before is answered from the
+ledger. Exit code: 0 better, 3 worse, 4 undecided; 1 a run failed; 2 wrong input.
 
   BASE :: the folder of a finished run, a recipe, or overrides in quotes
   CHANGE :: overrides of the base, or the folder of another run
@@ -63,6 +63,7 @@ are proposed against one base share an error rate; one that was proposed before 
   --json :: print one JSON document; progress goes to stderr
 """
 
+METHOD = "pseudomedian of the paired differences, with the confidence sequence of a sequential test of their symmetry"
 EXIT = {"better": DONE, "worse": 3}
 UNDECIDED = 4
 
@@ -100,7 +101,7 @@ def _judge(
     typed: Sequence[str],
     *,
     margin: Annotated[
-        NonNegative, "X: smallest gain that counts, in the metric: better is above X, worse below -X"
+        NonNegative, "X: better is a gain above X, worse below -X, in the metric; 0.01 is one point of accuracy"
     ] = 0.0,
     seeds: Annotated[Count, "N: pairs of runs after which the change stays undecided"] = 20,
     minutes: Annotated[Positive | None, "N: start no pair after N minutes; the same command continues"] = None,
@@ -129,22 +130,26 @@ def _judge(
     home = ledger.folder / str(entry.number)
     judgement = Judgement(home, dict(zip(SIDES, (base, change), strict=True)), entry, seeds, data=data)
     _warn_of_conditions(judgement)
-    is_answered = entry.is_final or entry.pairs >= seeds
+    is_answered = _is_answered(entry, seeds)
     if not is_answered:
         make(home, "output", exist_ok=True)
         judgement.end = math.inf if minutes is None else start + 60 * minutes
-        with RunFolder(home).lock():  # a second judge of this change would run the same pairs
-            judgement.refuse_foreign()
-            print(f"proposal {entry.number} against this base, in {short_path(home)}", flush=True)
-            try:
-                run(judgement, pool, plan_job)
-            except KeyboardInterrupt:
-                print("interrupted; the same command continues", file=sys.stderr)
-                return INTERRUPTED, _document(entry, ledger, home)
-            entry = judgement.concluded()
-            ledger.record(entry)
-            _draw(judgement, entry)
-    print(sentence(entry, error_rate))
+        with _lock(home):
+            # The judge that held the lock until now may have gone further than this one would.
+            entry = judgement.entry = ledger.entries()[entry.number - 1]
+            is_answered = _is_answered(entry, seeds)
+            if not is_answered:
+                judgement.refuse_foreign()
+                print(f"proposal {entry.number} against this base, in {short_path(home)}", flush=True)
+                try:
+                    run(judgement, pool, plan_job)
+                except KeyboardInterrupt:
+                    print("interrupted; the same command continues", file=sys.stderr)
+                    return INTERRUPTED, _document(entry, ledger, home)
+                entry = judgement.concluded()
+                ledger.record(entry)
+                _draw(judgement, entry)
+    print("\n".join(sentences(entry, error_rate)))
     if is_answered:
         print(f"from the ledger: proposal {entry.number}, {short_path(home)}")
     elif not entry.is_final:
@@ -154,6 +159,22 @@ def _judge(
     if home.is_dir():
         write_json(home / "judge.json", document)
     return EXIT.get(entry.verdict, UNDECIDED), document
+
+
+def _is_answered(entry: Entry, seeds: int) -> bool:
+    return entry.is_final or entry.pairs >= seeds
+
+
+def _lock(home: Path) -> IO[str]:
+    """Locks a proposal: a second judge of the change would run the same pairs. Raises `UserError` if one is running."""
+    try:
+        return RunFolder(home).lock()
+    except UserError:
+        if not RunFolder(home).is_live():
+            raise
+        process = (home / LOCK).read_text().strip()
+    advice = "repeat the command when it has ended, and the ledger answers"
+    raise UserError(f"{short_path(home)}: process {process} is judging this change; {advice}")
 
 
 def _data_of(base: Side) -> Mapping[str, Any]:
@@ -194,32 +215,11 @@ def _draw(judgement: Judgement, entry: Entry) -> None:
             print(short_path(path))
 
 
-def sentence(entry: Entry, rate: float) -> str:
-    """Describes the verdict, the gain and the error rate."""
-    pairs = format_count("pairs", entry.pairs) + " of runs"
-    if entry.verdict == "same":
-        return f"Undecided: the change has done nothing so far: {pairs} have bitwise equal metrics."
-    if entry.pairs == 0:
-        return "Undecided: no pair of runs has ended."
-    low, high = ((math.nan if each is None else each) for each in (entry.low, entry.high))
-    estimate = math.nan if entry.estimate is None else entry.estimate
-    rates = f"error rate {entry.rate:.2g}, and {rate:g} for all proposals against this base together"
-    if entry.verdict in EXIT:  # in its direction, whether a smaller or a larger value of the metric is better
-        sign = 1 if entry.verdict == "better" else -1
-        ends = " to ".join(f"{each:.4g}" for each in sorted((sign * low, sign * high)))
-        margin = f", beyond the margin {entry.margin:g}" if entry.margin else ""
-        by = f"{entry.metric} is {entry.verdict} by {sign * estimate:.4g} ({ends}){margin}"
-        return f"{entry.verdict.capitalize()}: {by}, over {pairs}; {rates}."
-    equal = f", no difference of more than {entry.margin:g}" if entry.verdict == "equal" else ""
-    gain = f"a gain of {number_text(estimate)} in {entry.metric} ({interval_text(low, high)})"
-    return f"Undecided{equal}: {gain}, over {pairs}; {rates}."
-
-
 def _document(entry: Entry, ledger: Ledger, folder: Path) -> dict[str, Any]:
     """Returns the document of --json; gains are positive where the change is better."""
     return {
         "verdict": entry.verdict,
-        "reason": sentence(entry, ledger.rate),
+        "reason": " ".join(sentences(entry, ledger.rate)),
         "metric": entry.metric,
         "gain": entry.estimate,
         "low": entry.low,
@@ -232,5 +232,6 @@ def _document(entry: Entry, ledger: Ledger, folder: Path) -> dict[str, Any]:
         "ledger_error_rate": ledger.rate,
         "change": list(entry.change),
         "code_sha256": entry.code_sha256,
+        "method": METHOD,
         "folder": str(folder),
     }

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dlopt.lab.judge.sequential import Look
+from dlopt.lab.judge.wording import scale
+from dlopt.metrics.shown import is_percent
 from dlopt.results.drawing import COLOURS, clean_axes, figure, integer_ticks, legend_below, metric_label
 
 if TYPE_CHECKING:
@@ -15,26 +17,24 @@ def draw(title: str, metric: str, gains: Sequence[float], looks: Sequence[Look],
     """Draws gains, estimates and intervals against the number of pairs; infinite ones are left out."""
     made = figure(6.4, 4.0, title)
     axes = made.subplots()
-    pairs = [look.pairs for look in looks]
-    finite = [(i + 1, gain) for i, gain in enumerate(gains) if math.isfinite(gain)]
+    unit = scale(metric)
+    finite = [(i + 1, unit * gain) for i, gain in enumerate(gains) if math.isfinite(gain)]
+    estimated = [(look.pairs, unit * look.estimate) for look in looks if math.isfinite(look.estimate)]
+    bounded = [look for look in looks if math.isfinite(look.low) and math.isfinite(look.high)]
     axes.axhline(0, color="0.4", linewidth=0.8)
     for side in {margin, -margin} - {0.0}:
-        axes.axhline(side, color="0.4", linewidth=0.8, linestyle="--")
+        axes.axhline(unit * side, color="0.4", linewidth=0.8, linestyle="--")
     axes.plot(*zip(*finite, strict=True) if finite else ((), ()), "o", color=COLOURS[0], label="gain of a pair")
-    axes.plot(pairs, [_drawn(look.estimate) for look in looks], color=COLOURS[1], label="estimate")
-    bounded = [look for look in looks if math.isfinite(look.low) and math.isfinite(look.high)]
+    axes.plot(*zip(*estimated, strict=True) if estimated else ((), ()), color=COLOURS[1], label="gain so far")
     axes.vlines(
-        [look.pairs for look in bounded], [look.low for look in bounded], [look.high for look in bounded],
-        color=COLOURS[1], alpha=0.3, linewidth=8, zorder=1, label="interval, valid after every pair",
+        [look.pairs for look in bounded],
+        [unit * look.low for look in bounded], [unit * look.high for look in bounded],
+        color=COLOURS[1], alpha=0.3, linewidth=8, zorder=1, label="interval of the gain",
     )  # fmt: skip
     axes.set_xlabel("pairs of runs")
-    axes.set_ylabel(f"gain in {metric_label(metric)}\n(positive: the change is better)")
+    axes.set_ylabel(f"gain in {metric_label(metric)}{' (points)' * is_percent(metric)}\nabove 0: the change is better")
     axes.set_xlim(0.5, max(len(gains), 2) + 0.5)
     clean_axes(axes)
     integer_ticks(axes)
     legend_below(made, axes, 3)
     return made
-
-
-def _drawn(value: float) -> float:
-    return value if math.isfinite(value) else math.nan

@@ -29,7 +29,9 @@ from dlopt.extend import (
 from dlopt.lab.claimed_trials import ClaimedTrials, has_ended
 from dlopt.lab.judge.ledger import Entry, Verdict
 from dlopt.lab.judge.proposal import SEEDS, Side, refuse_loss
+from dlopt.lab.judge.wording import pair_line
 from dlopt.metrics.names import monitored_directions, resolve_monitor, split_of
+from dlopt.metrics.shown import words
 from dlopt.run.environment import code_sha256
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, PlanJob
@@ -135,7 +137,7 @@ class Judgement:
             base, change = map(self._read, pair)
             self.gains.append(self._gain(base, change))
             self.same += _curves(base) == _curves(change)
-            self.looks = list(looks(self.gains, self.entry.rate, self.entry.margin))
+            self.looks += looks(self.gains, self.entry.rate, self.entry.margin, first=len(self.gains))
 
     def refuse_foreign(self) -> None:
         """Raises `UserError` if a run in the folder is not of this proposal: it would count as one, or be resumed."""
@@ -232,20 +234,11 @@ class _Pairs(ClaimedTrials[PairedRun]):
             raise RunError(f"{short_path(job.folder.path)}: {result.reason}; the same command runs it again")
         self.request.collect()
         for number in range(self._shown, len(self.request.looks)):
-            look, gain = self.request.looks[number], self.request.gains[number]
-            so_far = interval_text(look.low, look.high)
-            self.overview.message(f"  pair {number + 1}: gain {number_text(gain)}; {so_far}")
+            look, gain, metric = self.request.looks[number], self.request.gains[number], self.request.metric
+            if number == 0:
+                self.overview.message(f"gain in {words(metric)} (above 0, the change is better):")
+            self.overview.message(pair_line(metric, number + 1, gain, look.low, look.high))
         self._shown = len(self.request.looks)
-
-
-def number_text(value: float) -> str:
-    """Formats a gain with its sign."""
-    return f"{value:+.4g}"
-
-
-def interval_text(low: float, high: float) -> str:
-    ends = f"{number_text(low)} to {number_text(high)}"
-    return ends if math.isfinite(high - low) else "no interval yet"
 
 
 def run(judgement: Judgement, pool: Pool, plan_job: PlanJob) -> None:

@@ -1,16 +1,20 @@
 """`dlopt judge`: what is refused, what runs, what is printed, and what the ledger answers."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
 import yaml
 
 from dlopt.basics.errors import RunError
+from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.lab.judge import command
 from dlopt.lab.judge.proposal import read_base, read_change
@@ -71,7 +75,7 @@ def better(trial: PairedRun) -> float:
         ([BASE, "data.val_split=0.2"], "data.val_split=0.2: other data than the base's (0.1) are not comparable"),
         ([BASE, "data=breast_cancer"], "data._target_=dlopt.data.features.breast_cancer: other data than "),
         ([f"{BASE} monitor=val_loss", "loss.label_smoothing=0.1"], "loss.label_smoothing=0.1: alters the metric val_"),
-        ([BASE, "optimizer.lr=0.2", "seeds=3"], "seeds=3: proposal 1 against this base has the error rate 0.03, "),
+        ([BASE, "optimizer.lr=0.2", "seeds=3"], "seeds=3: proposal 1 against this base takes 7 pairs or more: "),
         ([BASE, "optimizer.lr=0.2", "error_rate=1"], "error_rate=1: must be between 0 and 1"),
         ([BASE, "optimizer.lr=0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: the runs are started on this "),
         ([BASE, "code=nowhere"], "code=nowhere: must be a folder with Python files"),
@@ -92,8 +96,9 @@ def test_a_gain_is_found_and_then_answered_from_the_ledger(
     made = trains(better)
     result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "output=out")
     assert result.code == 0, result.err
-    assert "Better: val_accuracy is better by 0.09 (" in result.out
-    assert "over 7 pairs of runs; error rate 0.03, and 0.05 for all proposals against this base together." in result.out
+    assert "\nBetter by 9.00 points of validation accuracy (" in result.out
+    assert ") in 7 pairs of runs.\nOf 100 changes that do nothing, at most 4 are called better or worse;" in result.out
+    assert "of 100 bases with many changes each, at most 5 get any such wrong verdict.\n" in result.out
     assert len(made) == len(set(made)) == 14  # no seed twice
     assert {each.seed for each in made} == set(range(1000, 1007))
     assert all((tmp_path / "out/1" / name).is_file() for name in ("judge.png", "judge.svg", "judge.json"))
@@ -117,11 +122,11 @@ def test_an_undecided_change_continues_with_more_pairs(
     made = trains(lambda trial: 0.5 + 0.1 * (trial.seed % 2 if trial.side == "base" else 1 - trial.seed % 2))
     for seeds, pairs in ((8, 8), (8, 8), (12, 12)):
         result = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", f"seeds={seeds}")
-        assert result.code == 4 and f"over {pairs} pairs" in result.out, result.err
+        assert result.code == 4 and f"in {pairs} pairs" in result.out, result.err
         assert len(made) == len(set(made)) == 2 * pairs
     assert "Undecided: a gain of " in result.out and "to continue, repeat the command with seeds=24" in result.out
     late = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "seeds=30", "minutes=1e-9")
-    assert late.code == 4 and "over 12 pairs" in late.out and late.out.endswith("to continue, repeat the command\n")
+    assert late.code == 4 and "in 12 pairs" in late.out and late.out.endswith("to continue, repeat the command\n")
 
 
 def test_equal_pairs_do_not_end_a_judgement(
@@ -132,11 +137,11 @@ def test_equal_pairs_do_not_end_a_judgement(
     made = trains(lambda trial: 0.5 + 0.1 * (trial.side == "change" and trial.seed in acts))
     same = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "seeds=9")
     assert (same.code, len(made)) == (4, 18), same.err
-    assert "Undecided: the change has done nothing so far: 9 pairs of runs have bitwise equal metrics." in same.out
+    assert "Undecided: the change has done nothing so far: 9 pairs of runs have exactly equal metrics." in same.out
     assert "to continue, repeat the command with seeds=18" in same.out
     some = dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", "seeds=20")
     assert (some.code, len(made)) == (4, 40), some.err
-    assert "Undecided: a gain of +0 in val_accuracy" in some.out and "over 20 pairs" in some.out
+    assert "Undecided: a gain of 0.00 points of validation accuracy (" in some.out and "in 20 pairs" in some.out
 
 
 def test_a_change_that_diverges_is_worse_and_one_that_fails_ends_the_command(
@@ -156,6 +161,63 @@ def test_a_change_that_diverges_is_worse_and_one_that_fails_ends_the_command(
     judgement.collect()
     assert judgement.verdict == "worse"
     assert judgement.concluded().metric == "val_accuracy"
+
+
+def test_a_second_judge_of_a_change_is_refused_with_the_process_of_the_first(
+    trains: Callable[[Accuracy], list[PairedRun]], undrawn: None, tmp_path: Path
+) -> None:
+    made = trains(better)
+    words = ("judge", BASE, "optimizer.lr=0.2", "output=out")
+    assert dlopt(tmp_path, *words, "minutes=1e-9").code == 4
+    before = (tmp_path / "out/ledger.jsonl").read_bytes()
+    with RunFolder(tmp_path / "out/1").lock():
+        message = refused(tmp_path, *words)
+        assert f"out/1: process {os.getpid()} is judging this change; repeat the command when it has" in message
+        assert (tmp_path / "out/ledger.jsonl").read_bytes() == before and not made
+        assert dlopt(tmp_path, *words[:2], "optimizer.lr=0.3", "output=out").code == 0  # another change
+    assert dlopt(tmp_path, *words).code == 0
+
+
+def test_a_verdict_of_another_judge_meanwhile_is_not_replaced(
+    trains: Callable[[Accuracy], list[PairedRun]], undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second judge with a smaller budget has read the ledger before the first has decided."""
+    made = trains(lambda trial: 0.5 + 0.1 * (trial.side == "change" and trial.seed >= 1008))
+    words = ("judge", BASE, "optimizer.lr=0.2", "output=out")
+    lock = command._lock
+
+    def later(home: Path) -> IO[str]:
+        with monkeypatch.context() as first:
+            first.setattr(command, "_lock", lock)
+            assert dlopt(tmp_path, *words, "seeds=40").code == 0
+        return lock(home)
+
+    monkeypatch.setattr(command, "_lock", later)
+    second = dlopt(tmp_path, *words, "seeds=8")
+    assert (second.code, len(made)) == (0, len(set(made))), second.err
+    assert "from the ledger: proposal 1" in second.out
+    assert json.loads((tmp_path / "out/ledger.jsonl").read_text().splitlines()[-1])["verdict"] == "better"
+
+
+@pytest.mark.slow
+def test_two_judges_of_one_base_at_once(tmp_path: Path) -> None:
+    """Real processes: of different changes, both decide; of the same change, one is refused or answered."""
+    base = "model=mlp epochs=1 data.subset=300 tracking=[] threads=1 device=cpu"
+    changes = ("optimizer.lr=1e-5", "optimizer.lr=1e-6", "optimizer.lr=1e-5")
+    line = [sys.executable, "-m", "dlopt", "judge", base]
+    judges = [
+        subprocess.Popen([*line, each, "output=out"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for each in changes
+    ]
+    said = [judge.communicate(timeout=300)[0].decode() for judge in judges]
+    codes = [judge.returncode for judge in judges]
+    assert codes[1] == 3 and sorted((codes[0], codes[2])) in ([2, 3], [3, 3]), said
+    entries = command.Ledger(tmp_path / "out", [], 0.05).entries()
+    assert sorted(each.number for each in entries) == [1, 2] and {each.verdict for each in entries} == {"worse"}
+    for each in entries:
+        seeds = {int(path.name) for path in (tmp_path / f"out/{each.number}/change").iterdir()}
+        assert {1000 * each.number + i for i in range(each.pairs)} <= seeds
+        assert all(seed // 1000 == each.number for seed in seeds)
 
 
 def test_runs_of_another_change_are_refused(
