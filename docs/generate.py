@@ -40,6 +40,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
     "judge": lambda: judge.evidence(DOCS / "judge"),
+    "judge_simulations": lambda: judge.simulations(DOCS / "judge"),
     "ladder": lambda: ladder.ladder(DOCS / "ladder/gpt"),
     "ladder_decay": lambda: ladder.ladder(DOCS / "ladder/gpt_decay"),
     "self_tuning": benchmark.self_tuning,

@@ -99,8 +99,9 @@ def decided(gains: Array, rate: float) -> list[Look]:
 def verdicts(gains: Array, rate: float) -> Counter[str]:
     """Counts the verdicts of the rows. Rows that never reject 0 are not looked at."""
     crossed = (evidence(gains) >= math.log(1 / rate)).any(axis=-1)
-    counts = Counter(look.verdict for look in decided(gains[crossed], rate))
-    return Counter({**counts, "undecided": counts["undecided"] + int((~crossed).sum())})
+    counts = Counter[str](look.verdict for look in decided(gains[crossed], rate))
+    counts["undecided"] += int((~crossed).sum())
+    return counts
 
 
 def false_rate(gains: Array, rate: float = RATE) -> float:
@@ -170,7 +171,8 @@ def ledgers(is_shared: bool, repeats: int, seed: Sequence[int]) -> float:
     for number in range(1, PROPOSALS + 1):
         of_proposal, rate = gains[:, number - 1], rate_of(number, RATE)
         crossed = (evidence(of_proposal) >= math.log(1 / rate)).any(axis=-1)
-        wrong[crossed] |= [look.verdict != "undecided" for look in decided(of_proposal[crossed], rate)]
+        false = [look.verdict != "undecided" for look in decided(of_proposal[crossed], rate)]
+        wrong[crossed] |= np.array(false, dtype=bool)
     return float(wrong.mean())
 
 
