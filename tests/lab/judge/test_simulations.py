@@ -63,7 +63,7 @@ def test_changes_of_two_standard_deviations_are_found_in_their_direction() -> No
         assert found["better"] >= 0.85 and found["worse"] == 0
 
 
-def test_dependent_pairs_exceed_the_rate_as_the_page_says() -> None:
+def test_dependent_pairs_exceed_the_rate() -> None:
     assert (
         SIMULATIONS["common_part"](0.0, REPEATS, (SEED, 3)) < 0.08 < SIMULATIONS["common_part"](0.5, REPEATS, (SEED, 3))
     )
