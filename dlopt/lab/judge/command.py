@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 from dlopt.basics.folders import LOCK, make, refuse_url
+from dlopt.basics.plain_values import read_regular
 from dlopt.commands.shared.command_line import read_line, with_document
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
@@ -172,9 +173,12 @@ def _lock(home: Path) -> IO[str]:
     except UserError:
         if not RunFolder(home).is_live():
             raise
-        process = (home / LOCK).read_text().strip()
+        try:
+            holder = f"process {int(read_regular(home / LOCK, 20))}"
+        except (OSError, ValueError):  # it has not written its number yet
+            holder = "another process"
     advice = "repeat the command when it has ended, and the ledger answers"
-    raise UserError(f"{short_path(home)}: process {process} is judging this change; {advice}")
+    raise UserError(f"{short_path(home)}: {holder} is judging this change; {advice}")
 
 
 def _data_of(base: Side) -> Mapping[str, Any]:
