@@ -107,3 +107,8 @@ def test_runs_of_other_conditions_are_named(at_once: Callable[[int], list[int]],
     message = dlopt(tmp_path, *words).err
     assert "warning: earlier runs of this proposal had other conditions: " in message
     assert "threads=1 (was 3)" in message and "0.0.1" in message and message.count("warning") == 1
+    ledger = tmp_path / "out/ledger.jsonl"  # without a pair so far, those of the first pair
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:2]))
+    config = tmp_path / "out/1/base/1000/config.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"threads": 5}))
+    assert "threads=1 (was 5)" in dlopt(tmp_path, *words, "minutes=1e-9").err
