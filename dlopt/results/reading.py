@@ -140,7 +140,18 @@ def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(package, dict)
     }
     versions = {name: environment[name] for name in ("dlopt", "torch") if isinstance(environment.get(name), str)}
-    return {"data": data.get("identity") if isinstance(data, dict) else None, "code": code, "versions": versions}
+    facts = data if isinstance(data, dict) else {}
+    validation = _validation(facts.get("validation"))
+    return {"data": facts.get("identity"), "code": code, "versions": versions, "validation": validation}
+
+
+def _validation(found: object) -> dict[str, Any] | None:
+    """Returns what a validation counts: `count` and `unit`; None if it is unknown."""
+    if not isinstance(found, dict):
+        return None
+    count, unit = found.get("count"), found.get("unit")
+    is_known = isinstance(count, int) and not isinstance(count, bool) and count > 0 and isinstance(unit, str)
+    return {"count": count, "unit": unit} if is_known else None
 
 
 def _mapping(path: Path, load: Callable[[Path], Any]) -> dict[str, Any] | None:

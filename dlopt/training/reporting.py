@@ -78,6 +78,8 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
     environment = read_json(run.folder / "environment.json")
     if workload.parallel.ranks.is_main and environment is not None:
         data = {**dataset.facts, **({} if dataset.identity is None else {"identity": dataset.identity})}
+        if facts["val"]:
+            data["validation"] = {"count": facts["val"], "unit": facts["unit"]}
         write_json(run.folder / "environment.json", {**environment, "data": data})
     if workload.parallel.ranks.is_main and dataset.tokenizer is not None:
         write_atomically(run.folder / TOKENIZER, dataset.tokenizer.description.encode())  # not redacted: it is data

@@ -76,7 +76,11 @@ def test_files_of_a_run_folder(tmp_path: Path) -> None:
     }  # fmt: skip
     assert yaml.safe_load((run / "overrides.yaml").read_text()) == [*TINY, "name=mine", "tracking=[tensorboard]"]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["widths"] == [4]
-    assert {"torch", "python", "git_commit"} <= json.loads((run / "environment.json").read_text()).keys()
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"torch", "python", "git_commit"} <= environment.keys()
+    count, unit = environment["data"]["validation"]["count"], environment["data"]["validation"]["unit"]
+    correct = lines(run)[-1]["val_accuracy"] * count
+    assert count > 1 and unit == "images" and correct == pytest.approx(round(correct), abs=1e-6)
     assert [line["epoch"] for line in lines(run)] == [1, 2]
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert not list(run.rglob("*.tmp"))

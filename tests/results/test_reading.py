@@ -6,12 +6,23 @@ from subprocess import run
 
 import pytest
 
+from dlopt.basics.folders import FORMAT
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.results import reading
-from dlopt.results.reading import Damaged, Record, RunReader, condition, find, read, short_key, varying_keys
+from dlopt.results.reading import (
+    Damaged,
+    Record,
+    RunReader,
+    condition,
+    find,
+    origin_of,
+    read,
+    short_key,
+    varying_keys,
+)
 from dlopt.training.stopping import Best
-from tests.support.folders import make_run
+from tests.support.folders import make_run, table
 from tests.support.line import HeldByAnotherProcess
 
 
@@ -193,6 +204,23 @@ def test_formats_values_as_in_overrides() -> None:
 def test_does_not_import_torch() -> None:
     code = "import sys, dlopt.results.reading, dlopt.commands.runs; sys.exit('torch' in sys.modules)"
     assert run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({"count": 144, "unit": "images", "more": 1}, {"count": 144, "unit": "images"}),
+        ({"count": 144}, None), ({"count": "144", "unit": "images"}, None), ({"count": True, "unit": "images"}, None),
+        ({"count": 0, "unit": "images"}, None), ({"count": 144.0, "unit": "images"}, None),
+        ({"count": 144, "unit": ["images"]}, None), ([144], None), (None, None),
+    ],
+)  # fmt: skip
+def test_what_a_validation_counts_is_checked(written: object, expected: object, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "0")
+    facts = {"folder_format": FORMAT, "data": {"validation": written}}
+    (path / "environment.json").write_text(json.dumps(facts))
+    assert origin_of(path)["validation"] == expected
+    assert len(table(tmp_path).rows) == 1
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "environment.json", "metrics.jsonl", "overrides.yaml"])

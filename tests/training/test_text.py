@@ -50,7 +50,10 @@ def test_a_run_reports_bits_per_byte(lines: list[str], tmp_path: Path, capsys: p
     start(tmp_path / "counted", *lines, "epochs=3", "evaluate.train_accuracy=true")
     counted, *_ = [json.loads(line) for line in (tmp_path / "counted" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < counted["train_token_accuracy"] < 1 and counted["train_loss"] == history[0]["train_loss"]
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["bytes"] == len(TEXT)
+    data = json.loads((tmp_path / "run" / "environment.json").read_text())["data"]
+    correct = history[-1]["val_token_accuracy"] * data["validation"]["count"]
+    assert data["bytes"] == len(TEXT) and data["validation"]["unit"] == "bytes"
+    assert correct == pytest.approx(round(correct), abs=1e-6)
     best = tmp_path / "run" / "checkpoints" / "best.pt"
     (tmp_path / "run" / "config.yaml").write_text("")
     evaluate([f"checkpoint={best}"])
