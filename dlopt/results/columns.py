@@ -12,10 +12,12 @@ from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.metrics.names import split_of
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
-from dlopt.results.leaderboard import ENDED, Difference, Record, Row, Statistic
+from dlopt.results.intervals import Difference, Statistic
+from dlopt.results.leaderboard import ENDED, Record, Row
 from dlopt.results.published import against_published, recipe_label
 from dlopt.results.ranking import Ranking, time_to_target
 from dlopt.results.reading import tags_of
+from dlopt.results.remarks import texts
 from dlopt.results.tables import Table, spreadsheet_cell
 from dlopt.tracking.terminal_text import short_path
 
@@ -143,6 +145,9 @@ def _csv_columns(ranking: Ranking, target: float | None, *, test: bool) -> list[
     columns += _published_errors(ranking)
     if target is not None:
         columns += _times(ranking, target)
+    found = ["; ".join(texts(ranking.remarks, rank)) for rank in range(1, len(rows) + 1)]
+    if any(found):
+        columns.append(_Values("remarks", found))
     tags = [tags_text(row) for row in rows]
     if any(tags):
         columns.append(_Values("tags", tags))

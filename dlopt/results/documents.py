@@ -10,10 +10,12 @@ from typing import Any
 
 from dlopt.metrics.names import column_of
 from dlopt.results.columns import metric_columns, test_columns
-from dlopt.results.leaderboard import Leaderboard, ParetoFront, Row, Statistic
+from dlopt.results.intervals import Statistic
+from dlopt.results.leaderboard import Leaderboard, ParetoFront, Row
 from dlopt.results.published import PublishedRow, against_published
 from dlopt.results.ranking import Configuration, Ranking, time_to_target
 from dlopt.results.reading import Damaged, Record, tags_of
+from dlopt.results.remarks import remarks, texts
 
 
 def run_entry(record: Record, keys: Sequence[str] | None = None) -> dict[str, Any]:
@@ -48,7 +50,8 @@ def report_document(ranking: Ranking, target: float | None, files: Iterable[Path
     rows = []
     for rank, row in enumerate(ranking.rows, 1):
         shown = [*metrics, *(tests if test or rank == 1 else [])]
-        rows.append(_configuration(rank, row, shown, ranking, target, published.get(id(row))))
+        entry = _configuration(rank, row, shown, ranking, target, published.get(id(row)))
+        rows.append({**entry, "remarks": texts(ranking.remarks, rank)})
     return {
         "by": ranking.by,
         "direction": "minimize" if ranking.lower else "maximize",
@@ -96,7 +99,10 @@ def _configuration(
 
 def leaderboard_entry(board: Leaderboard, sweep: Path) -> dict[str, Any]:
     """Describes the leaderboard of the sweep in the folder `sweep`."""
-    rows = [{**_row(rank, row, sweep), "value": _statistic(row.value)} for rank, row in enumerate(board.rows, 1)]
+    found = remarks(board.rows, board.metric, board.direction)
+    rows = []
+    for rank, row in enumerate(board.rows, 1):
+        rows.append({**_row(rank, row, sweep), "value": _statistic(row.value), "remarks": texts(found, rank)})
     return {"metric": board.metric, "direction": board.direction, "rows": rows}
 
 

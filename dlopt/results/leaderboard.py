@@ -5,8 +5,7 @@ test metrics would select on the test set.
 """
 
 import math
-import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,11 +21,14 @@ from dlopt.metrics.names import (
     Direction,
     Directions,
     Goal,
+    Metric,
     best_key,
     common_directions,
     lower_is_better,
     split_of,
 )
+from dlopt.metrics.shown import is_percent
+from dlopt.results.intervals import Difference, Statistic, mean_difference, statistic
 
 Seeds = tuple[tuple[str, Any], ...]
 
@@ -49,7 +51,8 @@ class Record:
             and of the test (`test_loss`, `test_accuracy`), without missing or non-finite values.
         history: the evaluated epochs.
         overrides: of the command line.
-        origin: inputs of the run beside its config: the `data` by content, the `code` of the user's packages.
+        origin: inputs of the run beside its config: the `data` by content, the `code` of the user's packages, the
+            `versions`; and what its validation counts (`validation`: `count` and `unit`).
     """
 
     path: Path
@@ -91,34 +94,6 @@ def job_record(
 
 
 @dataclass(frozen=True)
-class Statistic:
-    """Mean and sample standard deviation (divided by count - 1; None for a single value)."""
-
-    mean: float
-    std: float | None
-    count: int
-
-    def show(self, form: Callable[[float], str]) -> str:
-        """Formats 0.95 ± 0.01."""
-        return form(self.mean) if self.std is None else f"{form(self.mean)} ± {form(self.std)}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences with its confidence interval (None for a single pair, and for equal differences)."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    count: int
-
-    def show(self, form: Callable[[float], str]) -> str:
-        """Formats -0.05 [-0.06, -0.04]."""
-        interval = "" if self.low is None or self.high is None else f" [{form(self.low)}, {form(self.high)}]"
-        return form(self.mean) + interval
-
-
-@dataclass(frozen=True)
 class Row:
     """One configuration: runs that differ only in their seeds."""
 
@@ -131,7 +106,7 @@ class Row:
 
     def statistic(self, metric: str) -> Statistic | None:
         """Computes mean, standard deviation and count of a metric over ended runs, one per seed."""
-        return statistic([run.metric(metric) or 0.0 for run in self._counted(metric)])
+        return statistic([run.metric(metric) or 0.0 for run in self.counted(metric)])
 
     @property
     def distinct(self) -> tuple[Record, ...]:
@@ -143,15 +118,18 @@ class Row:
         return sum(run.status == "failed" for run in self.runs)
 
     def count(self, metric: str) -> str:
-        """Formats the number of runs: 3, or "2 of 3, 1 failed" if the statistics of `metric` cover two."""
-        counted, runs = len(self._counted(metric)), len(self.runs)
-        count = str(runs) if counted == runs else f"{counted} of {runs}"
-        return f"{count}, {self.failed} failed" if self.failed else count
+        """Formats the number of runs: 3, or "2 of 3" if the statistics of `metric` cover two."""
+        counted, runs = len(self.counted(metric)), len(self.runs)
+        return str(runs) if counted == runs else f"{counted} of {runs}"
+
+    def count_with_failed(self, metric: str) -> str:
+        """Formats "2 of 3, 1 failed"."""
+        return f"{self.count(metric)}, {self.failed} failed" if self.failed else self.count(metric)
 
     def by_seeds(self, metric: str) -> dict[Seeds, float]:
-        return {run.seeds: run.metric(metric) or 0.0 for run in self._counted(metric)}
+        return {run.seeds: run.metric(metric) or 0.0 for run in self.counted(metric)}
 
-    def _counted(self, metric: str) -> tuple[Record, ...]:
+    def counted(self, metric: str) -> tuple[Record, ...]:
         """Returns the distinct runs whose metric counts."""
         return distinct([run for run in self.runs if run.has_ended and run.metric(metric) is not None])
 
@@ -224,9 +202,39 @@ def leaderboard(entries: Sequence[Record], *, metric: str | None = None, directi
     rows.sort(key=lambda row: math.inf if row.value is None else sign * row.value.mean)
     if not rows:
         return Leaderboard(metric, direction)
-    first = rows[0].by_seeds(metric)
-    compared = [replace(row, difference=paired_difference(row.by_seeds(metric), first)) for row in rows[1:]]
+    first, step = rows[0].by_seeds(metric), resolution(rows, metric)
+    smallest = 0.0 if step is None else step.size
+    compared = [replace(row, difference=paired_difference(row.by_seeds(metric), first, smallest)) for row in rows[1:]]
     return Leaderboard(metric, direction, [rows[0], *compared])
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """One of the `count` samples (`unit`: "samples", "images", "tokens") of which an accuracy is a fraction."""
+
+    count: int
+    unit: str
+
+    @property
+    def size(self) -> float:
+        return 1 / self.count
+
+
+def resolution(rows: Iterable[Row], metric: str) -> Resolution | None:
+    """Returns the resolution of a validation metric, of several the coarsest; None if a run is no such fraction."""
+    named = Metric.of(metric)
+    if named is None or named.split != "val" or not is_percent(metric):
+        return None
+    found = []
+    for run in (run for row in rows for run in row.counted(metric)):
+        validation, value = run.origin.get("validation"), run.metric(metric) or 0.0
+        if validation is None:
+            return None
+        correct = value * validation["count"]
+        if abs(correct - round(correct)) > 1e-6:
+            return None
+        found.append(Resolution(validation["count"], validation["unit"]))
+    return min(found, key=lambda each: each.count, default=None)
 
 
 def _grouped(entries: Sequence[Record]) -> list[Row]:
@@ -278,60 +286,6 @@ def differs(one: Any, other: Any) -> bool:
     return one is not None and other is not None and one != other
 
 
-def cautions(rows: Sequence[Row], metric: str, direction: Goal) -> list[str]:
-    """Says where rows are not compared like with like: other seeds, repeated runs, other data, the end of a grid."""
-    ranked = [(rank, row) for rank, row in enumerate(rows, 1) if row.value is not None]
-    lines = [
-        f"#{rank}: {count} of {len(row.runs)} runs have the seeds of a later one, which counts"
-        for rank, row in ranked
-        if (count := row.repeated(metric))
-    ]
-    if not ranked:
-        return lines
-    first = ranked[0][1]
-    own = first.by_seeds(metric)
-    others = [rank for rank, row in ranked[1:] if not _have_same_seeds(own, row.by_seeds(metric))]
-    if others:
-        is_one, shown = len(others) == 1, _numbers(others)
-        lines.append(
-            f"warning: {shown} {'has' if is_one else 'have'} other seeds than #1: the means are not comparable, but "
-            f"the difference over common seeds is"
-        )
-    sign = 1.0 if direction == "maximize" else -1.0
-    better = [rank for rank, row in ranked[1:] if row.difference is not None and sign * row.difference.mean > 0]
-    if better:
-        shown = f"{_numbers(better)} {'is' if len(better) == 1 else 'are'}"
-        lines.append(f"warning: {shown} better than #1 over common seeds: #1 is first because of its other seeds")
-    unlike = [rank for rank, row in enumerate(rows, 1) if row.data]
-    if unlike:
-        lines.append(f"warning: {_numbers(unlike)} differ in their data, by which their metrics are not comparable")
-    return [*lines, *_end_of_grid(rows, first)]
-
-
-def _have_same_seeds(a: Mapping[Seeds, float], b: Mapping[Seeds, float]) -> bool:
-    names = set.intersection(*({name for name, _ in seeds} for seeds in (*a, *b)))
-    return _at(names, a).keys() == _at(names, b).keys()
-
-
-def _numbers(ranks: Sequence[int]) -> str:
-    """Formats "#2, #3 and 5 more"."""
-    shown = ", ".join(f"#{rank}" for rank in ranks[:5])
-    return shown if len(ranks) <= 5 else f"{shown} and {len(ranks) - 5} more"
-
-
-def _end_of_grid(rows: Sequence[Row], first: Row) -> list[str]:
-    """Says that the learning rate of the first row is the smallest or the largest that its optimizer has tried."""
-    key, names = "optimizer.lr", ("optimizer", "optimizer._target_")
-    configs = [flatten(row.runs[0].config) for row in (first, *rows)]
-    own, rate = [configs[0].get(name) for name in names], configs[0].get(key)
-    same = (config.get(key) for config in configs if [config.get(name) for name in names] == own)
-    rates = {float(each) for each in same if is_number(each)}
-    if not is_number(rate) or len(rates) < 2 or min(rates) < rate < max(rates):
-        return []
-    end, beyond = ("smallest", "smaller") if rate == min(rates) else ("largest", "larger")
-    return [f"#1: {key}={rate:g} is the {end} of the grid; a {beyond} one may be better"]
-
-
 def canonical(value: Any) -> Any:
     """Returns the hashable form that equal settings share: 1.0 as 1, as `optimizer.lr=1` is saved.
 
@@ -358,54 +312,28 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
 
 
-def statistic(values: Sequence[float]) -> Statistic | None:
-    """Computes mean and sample standard deviation; None for no values."""
-    if not values:
-        return None
-    mean, count = statistics.fmean(values), len(values)
-    # A diverged run may have a perplexity of 1e200, whose square is out of range; `hypot` does not compute it.
-    deviation = math.hypot(*(value - mean for value in values))
-    return Statistic(mean, deviation / math.sqrt(count - 1) if count > 1 else None, count)
-
-
-def paired_difference(a: Mapping[Seeds, float], b: Mapping[Seeds, float]) -> Difference | None:
+def paired_difference(a: Mapping[Seeds, float], b: Mapping[Seeds, float], resolution: float = 0.0) -> Difference | None:
     """Computes the mean of a - b over common seeds with its 95 % confidence interval; None without common seeds.
 
     Pairing removes the variance that a seed causes in both. Seeds that only one side has, such as that of an optimizer
-    with noise, do not prevent it.
+    with noise, do not prevent it. `resolution`: see `mean_difference`.
     """
-    names = set.intersection(*({name for name, _ in seeds} for seeds in (*a, *b))) if a and b else set()
-    a, b = _at(names, a), _at(names, b)
-    return mean_difference([a[key] - b[key] for key in a if key in b])
+    a, b = of_common_seeds([a, b])
+    return mean_difference([a[key] - b[key] for key in a if key in b], resolution)
 
 
-def mean_difference(differences: Sequence[float]) -> Difference | None:
-    """Computes the mean of paired differences with Student's 95 % confidence interval; None for no pairs.
-
-    One pair has no interval, and neither have equal differences.
-    """
-    found = statistic(differences)
-    if found is None:
-        return None
-    # Equal differences, of accuracies for example, would have an interval without width. They tell nothing of the
-    # spread. Those of equal fractions are equal up to rounding.
-    if found.std is None or max(differences) - min(differences) <= 1e-9 * max(map(abs, differences)):
-        return Difference(found.mean, None, None, found.count)
-    half = student_t(0.95, found.count - 1) * found.std / math.sqrt(found.count)
-    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
+def of_common_seeds(rows: Sequence[Mapping[Seeds, float]]) -> list[Mapping[Seeds, float]]:
+    """Reduces the seeds of each row to those with a name that all rows have."""
+    names: Collection[str] = ()
+    if rows and all(rows):
+        names = set.intersection(*({name for name, _ in seeds} for row in rows for seeds in row))
+    return [_at(names, row) for row in rows]
 
 
 def _at(names: Collection[str], values: Mapping[Seeds, float]) -> Mapping[Seeds, float]:
     """Reduces the seeds to the named ones, unless runs differ in the others."""
     reduced = {tuple(pair for pair in seeds if pair[0] in names): value for seeds, value in values.items()}
     return reduced if len(reduced) == len(values) else values
-
-
-def student_t(confidence: float, degrees: int) -> float:
-    """Returns the half width, in standard errors, of a two-sided interval (2.776 for 95 %, 4 degrees of freedom)."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, 0.5 + confidence / 2))
 
 
 def front(points: Sequence[Sequence[float]], directions: Sequence[Goal]) -> list[int]:

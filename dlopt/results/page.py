@@ -25,7 +25,7 @@ from dlopt.basics.secrets import redact
 from dlopt.metrics.names import in_words
 from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
-from dlopt.results.ranking import Ranking, importance, mixtures
+from dlopt.results.ranking import Ranking, importance
 from dlopt.results.tables import Bold, Section
 from dlopt.tracking.terminal_text import short_path
 
@@ -62,7 +62,7 @@ def page(
     return render(
         "report.html", FOLDER,
         title=title, made=made, refresh=refresh, version=__version__,
-        counts="; ".join([counts_text(ranking), *mixtures(ranking)]),
+        counts=counts_text(ranking),
         published=published_table(ranking),
         sections=sections,
         importance=importance(ranking), damaged=ranking.damaged,

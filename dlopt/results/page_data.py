@@ -28,7 +28,8 @@ from dlopt.results.columns import (
     test_columns,
 )
 from dlopt.results.history import columns
-from dlopt.results.leaderboard import ENDED, Record, Statistic, directions_of, student_t
+from dlopt.results.intervals import Statistic, half_width
+from dlopt.results.leaderboard import ENDED, Record, directions_of
 from dlopt.results.plots import AxisScale
 from dlopt.results.ranking import (
     AXES,
@@ -49,6 +50,7 @@ from dlopt.results.ranking import (
     tolerance_text,
 )
 from dlopt.results.reading import is_number, short_key
+from dlopt.results.remarks import lines, mark, texts
 from dlopt.results.tables import Section, Table
 from dlopt.tracking.terminal_text import short_path
 
@@ -80,11 +82,13 @@ def page_data(
         # Hidden, the first ones first, until the table fits the page; the reader may choose others.
         "expendable": [name for name in expendable_in("leaderboard") if name in metrics.known and name != ranking.by],
         "ranked": _ranked_by(ranking),
+        "remarks": lines(ranking.remarks, len(ranking.rows)),
         "rows": _rows(ranking, metrics, curves, shared, sections),
         "curves": curves,
         "config": shared,
         "spreads": {**SPREADS, "none": "none"},
-        "quantiles": [round(student_t(0.95, degrees), 6) for degrees in range(1, len(ranking.records))],
+        # By the number of values; one value has no band.
+        "half_widths": [0, 0, *(round(half_width(count), 6) for count in range(2, len(ranking.records) + 1))],
         "spread": default_spread(ranking),
         "repeated": any(len(row.runs) > 1 for row in ranking.rows),
         "sensitivity": _sensitivity(ranking),
@@ -133,6 +137,8 @@ def _ranked_by(ranking: Ranking) -> str:
 def _columns(ranking: Ranking, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the columns in their order; `_cells` has their cells by `id`."""
     columns: list[dict[str, Any]] = [{"id": "rank", "name": "#", "number": True}]
+    if ranking.remarks:
+        columns.append({"id": "remarks", "name": "remarks", "number": False})
     for key in ranking.keys:
         are_numbers = all(is_number(row.values.get(key, 0)) for row in ranking.rows)
         name = short_key(key, ranking.keys)
@@ -153,7 +159,11 @@ def _cells(
     ranking: Ranking, row: Configuration, rank: int, statistics: Mapping[str, Statistic | None]
 ) -> dict[str, list[Any]]:
     """Returns by `id` of a column the value to sort by and the text. `statistics`: of the metrics."""
-    cells: dict[str, list[Any]] = {"rank": [rank, str(rank)], "runs": [len(row.runs), str(len(row.runs))]}
+    cells: dict[str, list[Any]] = {"rank": [rank, str(rank)], "runs": [len(row.runs), row.count(ranking.by)]}
+    if marked := mark(ranking.remarks, rank):
+        cells["remarks"] = [marked, marked]
+    else:
+        cells["remarks"] = [None, ""]
     for key in ranking.keys:
         if key in row.values:
             cells[_key_id(key)] = [_value(row.values[key]), printable(brief(row.values[key]))]
@@ -225,6 +235,7 @@ def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> 
         "note": _not_ended(row),
         "bad": row.failed > 0,
         "facts": facts + _labels(row),
+        "remarks": texts(ranking.remarks, rank),
         "about": _about_tests(rank, is_shown=bool(tests), is_all=metrics.is_test_of_all),
         "command": row.command,
     }

@@ -4,37 +4,50 @@ A row has the keys that vary, the ranking metric, the test metric (of the first 
 selecting a row by it would be model selection on the test set) and the paired difference to the first row.
 """
 
+import textwrap
+
 from dlopt.basics.formats import brief, printable
 from dlopt.metrics.shown import is_percent
 from dlopt.results import drawing
 from dlopt.results.columns import difference_text, statistic_text, test_columns
-from dlopt.results.leaderboard import Statistic
+from dlopt.results.intervals import Statistic
 from dlopt.results.plots import key_labels
-from dlopt.results.ranking import Ranking, mixtures
-from dlopt.results.tables import Bold, Table
+from dlopt.results.ranking import Ranking
+from dlopt.results.remarks import lines, mark
+from dlopt.results.tables import Bold, Table, escaped
 
+_LINE = 80  # characters of a remark below a table in LaTeX
 _NOTE = "mean ± sample standard deviation over seeds"
 _DIFFERENCE_NOTE = "difference to the first row: paired over seeds, with its 95 % confidence interval"
 
 
 def latex(ranking: Ranking, *, made: str, test: bool, top: int) -> str:
-    """Renders a `tabular` with the rules of booktabs; `made`: a comment on the origin of the numbers."""
+    """Renders a `tabular` with the rules of booktabs; `made`: a comment on the origin of the numbers.
+
+    Its last rows are the remarks, in lines of a page's width.
+    """
     comments = [f"% {line}" for line in (printable(made), *_notes(ranking, top), r"\usepackage{booktabs}")]
-    return "\n".join([*comments, *_table(ranking, test=test, top=top).latex(), ""])
+    table = _table(ranking, test=test, top=top)
+    *body, end = table.latex()
+    for remark in lines(ranking.remarks, top):
+        for line in textwrap.wrap(printable(remark), _LINE):
+            body.append(rf"\multicolumn{{{len(table.heads)}}}{{l}}{{\footnotesize {escaped(line)}}} \\")
+    return "\n".join([*comments, *body, end, ""])
 
 
 def markdown(ranking: Ranking, *, made: str, test: bool, top: int) -> str:
-    """Renders a Markdown table, with notes below it."""
-    lines = _table(ranking, test=test, top=top).markdown()
-    return "\n".join([*lines, "", f"{'; '.join([*_notes(ranking, top), printable(made)])}.", ""])
+    """Renders a Markdown table, with the remarks and notes below it."""
+    table = _table(ranking, test=test, top=top).markdown()
+    listed = [f"- {printable(line)}" for line in lines(ranking.remarks, top)]
+    notes = f"{'; '.join([*_notes(ranking, top), printable(made)])}."
+    return "\n".join([*table, "", *listed, *[""] * bool(listed), notes, ""])
 
 
 def _notes(ranking: Ranking, top: int) -> list[str]:
     notes = [_NOTE] * any(len(row.runs) > 1 for row in ranking.rows)
     notes += [_DIFFERENCE_NOTE] * _is_compared(ranking)
-    counts = [row.count(ranking.by) for row in ranking.rows[:top]]
+    counts = [row.count_with_failed(ranking.by) for row in ranking.rows[:top]]
     notes += ["1 of 3 runs: the metrics are those of one"] * any(" of " in count for count in counts)
-    notes += map(printable, mixtures(ranking))
     return notes + [f"the first {top} of {len(ranking.rows)} configurations"] * (len(ranking.rows) > top)
 
 
@@ -45,18 +58,23 @@ def _is_compared(ranking: Ranking) -> bool:
 def _table(ranking: Ranking, *, test: bool, top: int) -> Table:
     """Returns the keys as text, then numbers; the best values of the ranking metric are bold."""
     metrics = [ranking.by, *test_columns(ranking)[:1]]
-    heads = [*key_labels(ranking.keys), "runs", *(drawing.metric_label(name) + _unit(name) for name in metrics)]
+    marks = [mark(ranking.remarks, rank) for rank in range(1, len(ranking.rows[:top]) + 1)]
+    is_marked = any(marks)
+    heads = [*key_labels(ranking.keys), *[""] * is_marked, "runs"]
+    heads += [drawing.metric_label(name) + _unit(name) for name in metrics]
     heads += ["difference" + " [points]" * bool(_unit(ranking.by))] * _is_compared(ranking)
     best = {row.value.mean for row in ranking.ranked[:1] if row.value is not None}
     rows = []
     for number, row in enumerate(ranking.rows[:top]):
         value = _statistic(ranking.by, row.value)
         cells = [brief(row.values[key]) if key in row.values else "-" for key in ranking.keys]
-        cells += [row.count(ranking.by), Bold(value) if row.value is not None and row.value.mean in best else value]
+        cells += [marks[number]] * is_marked
+        cells.append(row.count_with_failed(ranking.by))
+        cells.append(Bold(value) if row.value is not None and row.value.mean in best else value)
         cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
         cells += [difference_text(ranking.by, row.difference)] * _is_compared(ranking)
         rows.append(cells)
-    return Table(heads, rows, texts=len(ranking.keys))
+    return Table(heads, rows, texts=len(ranking.keys) + is_marked)
 
 
 def _unit(metric: str) -> str:

@@ -23,9 +23,10 @@ from dlopt.results.columns import (
     tags_text,
     test_columns,
 )
-from dlopt.results.leaderboard import Leaderboard, Row, cautions
-from dlopt.results.ranking import Ranking, mixtures
+from dlopt.results.leaderboard import Leaderboard, Row
+from dlopt.results.ranking import Ranking
 from dlopt.results.reading import short_key
+from dlopt.results.remarks import Remark, lines, mark, remarks
 from dlopt.results.tables import Table
 from dlopt.tracking.console import open_console
 from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
@@ -54,15 +55,30 @@ def show_report(report: "ReportContent", console: Console) -> None:
     if not console.is_terminal:
         unlimited = console.options.update(width=1000)
         console.width = max(console.measure(grid.table, options=unlimited).maximum for grid in grids)
-    for grid in grids:
+    leaderboard, *others = grids
+    console.print(leaderboard)
+    for line in lines(report.ranking.remarks, report.top):
+        _print_line(printable(line), console)
+    for grid in others:
         console.print(grid)
     for line in _hidden(report.ranking, dropped):
         console.print(Text(printable(line)), soft_wrap=not console.is_terminal)
     for line in map(printable, _notes(report)):
-        if console.is_terminal and not line.startswith("best: "):  # a command is to be copied whole
-            # Rich would break long paths, too.
-            line = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
-        console.print(Text(line), soft_wrap=True)
+        _print_line(line, console)
+
+
+def _print_line(line: str, console: Console) -> None:
+    """Prints a line, which is wrapped on a terminal."""
+    if console.is_terminal:
+        line = _wrapped(line, console.width)
+    console.print(Text(line), soft_wrap=True)
+
+
+def _wrapped(line: str, width: int) -> str:
+    if line.startswith("best: "):  # a command is to be copied whole
+        return line
+    # Rich would break long paths, too.
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _unfitting(report: "ReportContent", console: Console) -> list[str]:
@@ -81,13 +97,13 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
     """Returns the leaderboard without the columns `dropped`: metrics, and "test"."""
     ranking = report.ranking
     rows = ranking.rows[: report.top]
-    columns = [_Column("#", [str(rank) for rank in range(1, len(rows) + 1)], _NUMBERS)]
+    columns = [_ranks("#", ranking.remarks, len(rows))]
     for key in list(ranking.keys)[:_MAX_KEYS]:
         values = [printable(brief(row.values[key])) if key in row.values else "-" for row in rows]
         columns.append(_Column(printable(short_key(key, ranking.keys)), values, _TEXTS))
     if any(map(tags_text, ranking.rows)):
         columns.append(_Column("tags", [tags_text(row) or "-" for row in rows], _TEXTS))
-    columns.append(_Column("runs", [row.count(ranking.by) for row in rows], _NUMBERS))
+    columns.append(_Column("runs", [row.count_with_failed(ranking.by) for row in rows], _NUMBERS))
     for name in _metrics(ranking):
         if name == ranking.by or name not in dropped:
             columns.append(_Column(name.replace("_", " "), [_statistic(name, row) for row in rows], _NUMBERS))
@@ -137,24 +153,23 @@ def _notes(report: "ReportContent") -> list[str]:
     counts = counts_text(ranking)
     if len(ranking.rows) > report.top:
         counts += f"; {format_count('more rows', len(ranking.rows) - report.top)} on the HTML page"
-    lines = [counts]
+    notes = [counts]
     if ranking.ranked:
         best = ranking.ranked[0]
         if best.failed:
-            lines.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
+            notes.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
         if best.command is not None:
-            lines.append(f"best: {best.command}")
+            notes.append(f"best: {best.command}")
     for run in ranking.failed[:_MAX_FAILED]:
-        lines.append(f"{run.status}: {short_path(run.path)}: {failure_text(run)}")
+        notes.append(f"{run.status}: {short_path(run.path)}: {failure_text(run)}")
     others = len(ranking.failed) - _MAX_FAILED
     if others > 0:
-        lines.append(f"... and {format_count('more failed or unfinished runs', others)}")
-    lines += mixtures(ranking)
+        notes.append(f"... and {format_count('more failed or unfinished runs', others)}")
     for each in ranking.damaged:
-        lines.append(f"skipped: {short_path(each.path)}: {each.reason}")
+        notes.append(f"skipped: {short_path(each.path)}: {each.reason}")
     for section in report.sections:
-        lines += section.lines
-    return lines
+        notes += section.lines
+    return notes
 
 
 # -- results of a sweep: leaderboard or Pareto front
@@ -175,11 +190,12 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     is_paired = any(row.difference is not None and row.difference.count > 1 for row in ranked)
     numbers = {**_NUMBERS, "no_wrap": True}
     values = [statistic_text(board.metric, row.value) for row in rows]
+    found = remarks(board.rows, board.metric, board.direction)
     columns = [
-        _Column("", [str(rank) for rank in range(1, len(rows) + 1)], {}),
+        _ranks("", found, len(rows)),
         _Column("configuration", [formats.round_floats(row.label) for row in rows], _TEXTS),
         _Column("mean ± std" if is_paired else name, values, numbers),
-        _Column("runs", [row.count(board.metric) for row in rows], _NUMBERS),
+        _Column("runs", [row.count_with_failed(board.metric) for row in rows], _NUMBERS),
     ]
     if is_paired:
         differences = [difference_text(board.metric, row.difference) for row in rows]
@@ -187,8 +203,7 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     columns.append(_Column("test", [_test_text(board, rows[0]), *[""] * (len(rows) - 1)], _NUMBERS))
     table = _filled(plain_table(f"{name} ({better} is better)"), columns, [""] * len(rows))
     more = [f"... and {len(ranked) - _MAX_ROWS} more"] if len(ranked) > _MAX_ROWS else []
-    more += map(printable, cautions(board.rows, board.metric, board.direction))
-    _print(table, stream, "".join(f"{line}\n" for line in more))
+    _print(table, stream, [*more, *map(printable, lines(found, len(rows)))])
 
 
 def _test_text(board: Leaderboard, row: Row) -> str:
@@ -223,6 +238,13 @@ class _Column:
     form: Mapping[str, Any]
 
 
+def _ranks(title: str, found: Sequence[Remark], rows: int) -> _Column:
+    """Returns the column with the ranks of the rows and the letters of the remarks on them: 1 a."""
+    width = len(str(rows))
+    cells = [f"{rank:>{width}} {mark(found, rank)}".rstrip() for rank in range(1, rows + 1)]
+    return _Column(title, cells, {})
+
+
 def _filled(table: Grid, columns: Sequence[_Column], styles: Sequence[str]) -> FittedTable:
     """Fills an empty table; `styles`: of each row."""
     for column in columns:
@@ -232,10 +254,13 @@ def _filled(table: Grid, columns: Sequence[_Column], styles: Sequence[str]) -> F
     return FittedTable(table)
 
 
-def _print(table: FittedTable, stream: IO[str] | None = None, more: str = "") -> None:
+def _print(table: FittedTable, stream: IO[str] | None = None, more: Sequence[str] = ()) -> None:
+    """Prints a table, and the lines `more` below it."""
     output, console, terminal = open_console(stream)
     console.width = console.width if terminal else _WIDTH
     with console.capture() as capture:
         console.print(table)
-    output.write("\n" + "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()) + more)
+    printed = [line.rstrip() for line in capture.get().splitlines()]
+    printed += [_wrapped(line, console.width) if terminal else line for line in more]
+    output.write("\n" + "".join(f"{line}\n" for line in printed))
     output.flush()

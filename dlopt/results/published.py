@@ -9,7 +9,8 @@ import numpy as np
 from dlopt.basics.roles import Role
 from dlopt.config.keys import ROUNDING, role_of
 from dlopt.config.overrides import key_of
-from dlopt.results.leaderboard import Statistic, canonical
+from dlopt.results.intervals import Statistic
+from dlopt.results.leaderboard import canonical
 from dlopt.results.ranking import Configuration, Ranking
 
 

@@ -10,7 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,22 +21,19 @@ from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import is_below
 from dlopt.config.overrides import group_of, key_of
 from dlopt.metrics.measures import MEASURES
-from dlopt.metrics.names import Goal, column_of, direction_of, split_of
+from dlopt.metrics.names import column_of, direction_of, split_of
 from dlopt.results.history import columns
+from dlopt.results.intervals import Statistic, half_width, statistic
 from dlopt.results.leaderboard import (
     Row,
-    Statistic,
-    cautions,
-    differs,
     directions_of,
     goal_of,
     is_number,
     leaderboard,
     monitored,
-    statistic,
-    student_t,
 )
 from dlopt.results.reading import OPEN, Damaged, Record, meant, short_key, varying_keys
+from dlopt.results.remarks import Remark, remarks
 from dlopt.tracking.terminal_text import short_path
 
 DATA = "data read"
@@ -90,6 +87,10 @@ class Ranking:
     def ranked(self) -> list[Configuration]:
         return [row for row in self.rows if row.value is not None]
 
+    @cached_property
+    def remarks(self) -> list[Remark]:
+        return remarks(self.rows, self.by, "minimize" if self.lower else "maximize")
+
     @property
     def most_seeds(self) -> int:
         """The distinct runs of the configuration that has most."""
@@ -139,18 +140,6 @@ def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
             f"disagree; train with monitor={by} monitor_mode=min (or max), or rank by another metric"
         )
     return by
-
-
-def mixtures(ranking: Ranking) -> list[str]:
-    """Warns of rows that are not compared like with like: runs of different code or versions, and `cautions`."""
-    names = {"code": "code of allow_packages", "versions": "versions of dlopt or torch"}
-    direction: Goal = "minimize" if ranking.lower else "maximize"
-    return cautions(ranking.rows, ranking.by, direction) + [
-        f"warning: #{rank}: its runs had different {name}, which their mean does not show"
-        for rank, row in enumerate(ranking.rows, 1)
-        for key, name in names.items()
-        if any(differs(run.origin.get(key), row.runs[0].origin.get(key)) for run in row.runs)
-    ]
 
 
 def command(run: Record) -> str | None:
@@ -244,9 +233,10 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     distances = values - mean
     largest = max(float(np.nanmax(np.abs(distances))), np.finfo(float).tiny)
     deviation = largest * np.sqrt(np.nansum((distances / largest) ** 2, 0) / np.maximum(count - 1, 1))
-    error = deviation / np.sqrt(count)
-    quantiles = np.array([_student_t(n - 1) if n > 1 else 0.0 for n in count.tolist()])
-    halves: dict[Spread, np.ndarray] = {"std": deviation, "error": error, "confidence": quantiles * error}
+    widths = np.array([half_width(n) if n > 1 else 0.0 for n in count.tolist()])
+    halves: dict[Spread, np.ndarray] = {
+        "std": deviation, "error": deviation / np.sqrt(count), "confidence": widths * deviation,
+    }  # fmt: skip
     spreads = {spread: (mean - half, mean + half) for spread, half in halves.items()}
     spreads["range"] = np.nanmin(values, 0), np.nanmax(values, 0)
     x = {name: _mean_positions(each[:, kept]) for name, each in zip(AXES, positions, strict=True)}
@@ -272,11 +262,6 @@ def _mean_positions(positions: np.ndarray) -> np.ndarray:
     widths = np.diff(positions, axis=1, prepend=0.0)
     mean = np.cumsum(np.nansum(widths, 0) / np.maximum(np.isfinite(widths).sum(0), 1))
     return np.where(np.isfinite(positions).any(0), mean, np.nan)
-
-
-@lru_cache
-def _student_t(degrees: int) -> float:
-    return student_t(0.95, degrees)
 
 
 @dataclass(frozen=True)

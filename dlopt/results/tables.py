@@ -46,8 +46,8 @@ class Table:
     def latex(self) -> list[str]:
         """Returns the lines of a `tabular` with the rules of booktabs."""
         columns = "l" * self.texts + "r" * (len(self.heads) - self.texts)
-        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_escaped, self.heads)) + r" \\"]
-        rows = [[*map(_escaped, row[: self.texts]), *map(_number, row[self.texts :])] for row in self.rows]
+        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(escaped, self.heads)) + r" \\"]
+        rows = [[*map(escaped, row[: self.texts]), *map(_number, row[self.texts :])] for row in self.rows]
         body = [" & ".join(row) + r" \\" for row in rows]
         return [*lines, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
 
@@ -98,7 +98,7 @@ def _markdown(cell: str) -> str:
     return printable(cell)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Escapes LaTeX's special characters; a bracket after a line's end would be read as its optional argument."""
     return "{}" * text.startswith("[") + "".join(_SPECIAL.get(character, character) for character in printable(text))
 
@@ -108,7 +108,7 @@ def _number(cell: str) -> str:
     if cell == "-":
         return "--"
     if _MATHEMATICS.search(cell) is None:
-        text = _escaped(cell).replace(r" \%", r"\,\%")
+        text = escaped(cell).replace(r" \%", r"\,\%")
         return rf"\textbf{{{text}}}" if isinstance(cell, Bold) else text
     inner = printable(cell).replace("±", r"\pm").replace(" [", r"\ [").replace(", ", r",\ ")
     return rf"$\mathbf{{{inner}}}$" if isinstance(cell, Bold) else f"${inner}$"

@@ -25,7 +25,7 @@ from dlopt.config.schema import check_arguments, component, show
 from dlopt.metrics.names import Directions, Goal, Metric, base_name, column_of, direction_of, monitored_directions
 from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number, job_record, leaderboard
 from dlopt.results.printing import show_front, show_leaderboard
-from dlopt.results.reading import find
+from dlopt.results.reading import find, number_in
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
@@ -176,8 +176,16 @@ def _ranked(spec: StudySpec, jobs: Sequence[FrozenTrial], code: int) -> SweepEnd
         run = RunFolder(Path(job.user_attrs["run"]))
         summary = {**(run.summary() or {"status": "finished"}), metric: job.values[0]}
         words = [f"job {job.number}:", label(job.params)]
-        records.append(job_record(run.path, {"job": job.number}, summary, words))
+        # The job's number is a text: of numbers, the smallest and the largest value are named.
+        config = {key: _number(value) for key, value in job.params.items()} | {"job": str(job.number)}
+        records.append(job_record(run.path, config, summary, words))
     return SweepEnd(code, leaderboard(records, metric=metric, direction=spec.directions[0]))
+
+
+def _number(value: Any) -> Any:
+    """Returns the number of a choice, which is a text as on the command line; other values are unchanged."""
+    number = number_in(str(value))
+    return value if number is None else number
 
 
 # -- the search's config

@@ -42,7 +42,9 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     result = dlopt(runs, "report", "night")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[2].split()[:3] == ["1", "adamw", "0.1"] and "80.00 %" in lines[2]
+    assert lines[2].split()[:4] == ["1", "a", "adamw", "0.1"] and "80.00 %" in lines[2]
+    tried = "best at the end of what was tried, a better value may be beyond it"
+    assert f"a: {tried}: optimizer.lr=0.1 (largest)" in lines
     assert "4 configurations, 4 runs: 3 finished, 1 failed" in result.out
     assert "failed: night/4: step 3: the loss is nan�[31m" in result.out
     assert "skipped: night/0: summary.json is damaged" in result.out
@@ -87,7 +89,7 @@ def test_a_configuration_without_tags_shows_a_dash(tmp_path: Path) -> None:
     lines = dlopt(tmp_path, "report", "night", "format=csv").out.splitlines()
     cells = [re.split(r"\s{2,}", line.strip()) for line in (lines[0], *lines[2:4])]
     assert [row[:4] for row in cells] == [
-        ["#", "lr", "tags", "runs"], ["1", "0.5", "-", "1"], ["2", "0.1", "base, paper", "1"],
+        ["#", "lr", "tags", "runs"], ["1 a", "0.5", "-", "1"], ["2", "0.1", "base, paper", "1"],
     ]  # fmt: skip
 
 
@@ -285,7 +287,7 @@ def test_every_row_shows_its_failed_runs(tmp_path: Path) -> None:
     assert "#1: 2 of 3 runs failed; its mean is that of the others" in result.out
     shown = [re.split(r"\s{2,}", line.strip()) for line in result.out.splitlines()[2:5]]
     assert [cells[:3] for cells in shown] == [
-        ["1", "0.9", "1 of 3, 2 failed"], ["2", "0.1", "1 of 3, 1 failed"], ["3", "0.2", "3"],
+        ["1 ab", "0.9", "1 of 3, 2 failed"], ["2 a", "0.1", "1 of 3, 1 failed"], ["3", "0.2", "3"],
     ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from dlopt.metrics.shown import format_metric
 from dlopt.results.page import page
@@ -122,7 +123,7 @@ def test_every_column_sorts_both_ways(shown: Any) -> None:
             )
             cells = column(shown, name)
             known = [cell for cell in cells if cell not in ("-", "")]
-            values = [float(c.split()[0]) if name != "key optimizer" else c for c in known]
+            values = [float(c.split()[0]) if name not in ("key optimizer", "remarks") else c for c in known]
             if name != "runs":
                 assert values == sorted(values, reverse=direction == "descending"), name
             assert cells[: len(known)] == known, "missing values are last"
@@ -177,6 +178,27 @@ def test_tooltips_show_curve_values(shown: Any, table: Ranking) -> None:
     press(shown, "#curves .legend button")
     assert "#1 " not in hover(shown, "#curves-chart .over", 0.5, 0.5)
     assert shown.execute_script("return document.querySelectorAll(\"#curves [aria-pressed='false']\").length") == 1
+
+
+def test_bands_of_groups_are_students_intervals(shown: Any, table: Ranking) -> None:
+    """A group has the runs of several rows."""
+    select(shown, "group", "optimizer.lr")
+    select(shown, "band", "confidence")
+    result = hover(shown, "#curves-chart .over", 0.95, 0.3)
+    values = [0.8 + 0.01 * (seed - 1) for seed in range(3)] + [0.85 + 0.01 * (seed - 1) for seed in range(3)]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert f"82.50 % [{100 * low:.2f} %, {100 * high:.2f} %] of 6" in result
+
+
+def test_remarks_are_below_the_leaderboard(shown: Any, table: Ranking) -> None:
+    """sgd at 0.01 lacks a seed, whose run is damaged."""
+    marks = column(shown, "remarks")
+    assert marks[:2] == ["", "a"] and "b" in marks[[row.values["optimizer.lr"] for row in table.rows].index(0.01, 1)]
+    below = shown.execute_script("return [...document.querySelectorAll('.remark')].map((each) => each.innerText)")
+    assert below[0] == "a: the same difference in every seed, so no interval"
+    assert below[1].startswith("b: warning: without")
+    title = "return document.querySelector('#leaderboard [data-rank=\"2\"] [title^=the]').title"
+    assert shown.execute_script(title) == "the same difference in every seed, so no interval"
 
 
 def test_curves_against_seconds_match_those_of_the_image_files(shown: Any, table: Ranking) -> None:

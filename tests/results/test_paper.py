@@ -28,16 +28,18 @@ def test_latex_has_booktabs_means_and_deviations(sweep: Path) -> None:
     lines = text.splitlines()
     assert lines[0] == "% made now" and r"\toprule" in lines and r"\midrule" in lines and r"\bottomrule" in lines
     assert lines[lines.index(r"\toprule") + 1].split(" & ") == [
-        "hidden units", "learning rate", "runs", r"validation accuracy [\%]", r"test accuracy [\%]",
+        "hidden units", "learning rate", "", "runs", r"validation accuracy [\%]", r"test accuracy [\%]",
         r"difference [points] \\",
     ]  # fmt: skip
     rows = [line.removesuffix(r" \\").split(" & ")[1:] for line in lines if line.startswith("{}[64,64]")]
     best = r"$\mathbf{90.00 \pm 1.00}$"
     assert rows == [
-        ["0.1", "3", best, r"$85.00 \pm 0.00$", ""],
-        ["0.3", "3", best, "", "$+0.00$"],  # equal differences have no interval
-        ["0.2", "3", r"$80.00 \pm 1.00$", "", "$-10.00$"],
+        ["0.1", "", "3", best, r"$85.00 \pm 0.00$", ""],
+        ["0.3", "a", "3", best, "", "$+0.00$"],
+        ["0.2", "a", "3", r"$80.00 \pm 1.00$", "", "$-10.00$"],
     ]
+    remark = r"\footnotesize a: the same difference in every seed, so no interval"
+    assert lines[lines.index(r"\bottomrule") + 1 :] == [rf"\multicolumn{{7}}{{l}}{{{remark}}} \\", r"\end{tabular}"]
     assert r"$85.00 \pm 0.00$" in paper.latex(table(sweep), made="", test=True, top=20).split("& 0.3 &")[1]
     assert "the first 2 of 4 configurations" in paper.latex(table(sweep), made="", test=False, top=2)
 
@@ -49,9 +51,22 @@ def test_losses_have_no_percent(sweep: Path) -> None:
 
 def test_markdown(sweep: Path) -> None:
     lines = paper.markdown(table(sweep), made="made now", test=False, top=20).splitlines()
-    assert lines[0].startswith("| hidden units | learning rate | runs |") and set(lines[1]) <= set("| -:")
+    assert lines[0].startswith("| hidden units | learning rate |  | runs |") and set(lines[1]) <= set("| -:")
     assert "| 90.00 ± 1.00 | 85.00 ± 0.00 |" in lines[2] and lines[-1].endswith("made now.")
     assert all(line.replace(r"\|", "").count("|") == lines[0].count("|") for line in lines[:6])
+    assert lines[6:9] == ["", "- a: the same difference in every seed, so no interval", ""]
+
+
+def test_lines_of_remarks_fit_a_page(tmp_path: Path) -> None:
+    """The rows that are not shown are named."""
+    for lr in (0.1, 0.2):
+        for seed in range(2 if lr == 0.1 else 3):
+            make_run(tmp_path / f"{lr}-{seed}", lr=lr, seed=seed, accuracies=(0.5, 1 - lr + 0.01 * seed))
+    text = paper.latex(table(tmp_path), made="", test=False, top=1)
+    remarks = [line.partition("footnotesize ")[2].removesuffix(r"} \\") for line in text.splitlines()]
+    remarks = [line for line in remarks if line]
+    assert len(remarks) == 5 and all(len(line) < 85 for line in remarks)
+    assert remarks[0].startswith("a: warning: without some seeds") and r"\#2: the same difference" in remarks[-1]
 
 
 @pytest.mark.slow

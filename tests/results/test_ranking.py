@@ -19,7 +19,8 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import FORMAT
 from dlopt.basics.secrets import note
 from dlopt.results.columns import difference_text, statistic_text, summary_csv
-from dlopt.results.leaderboard import Difference, Record, Statistic
+from dlopt.results.intervals import Difference, Statistic
+from dlopt.results.leaderboard import Record
 from dlopt.results.page import SCRIPTS, page, read_text
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import (
@@ -29,7 +30,6 @@ from dlopt.results.ranking import (
     default_target,
     gather,
     importance,
-    mixtures,
     sensitivities,
     targets,
 )
@@ -95,10 +95,8 @@ def test_warns_of_runs_of_different_data_or_code(
     for seed, facts in enumerate((first, second)):
         make_run(tmp_path / str(seed), seed=seed)
         (tmp_path / str(seed) / "environment.json").write_text(json.dumps({"folder_format": FORMAT, **facts}))
-    expected = (
-        [] if warned is None else [f"warning: #1: its runs had different {warned}, which their mean does not show"]
-    )
-    assert mixtures(table(tmp_path)) == expected
+    expected = [] if warned is None else [f"warning: runs with different {warned} in one mean"]
+    assert [remark.text for remark in table(tmp_path).remarks] == expected
 
 
 def test_runs_of_different_data_are_different_rows_in_every_table(tmp_path: Path) -> None:
@@ -110,7 +108,8 @@ def test_runs_of_different_data_are_different_rows_in_every_table(tmp_path: Path
     assert [[run.path.name for run in row.runs] for row in ranking.rows] == [["0", "2"], ["1"]]
     assert ranking.keys == ["data read"]
     assert [row["data read"] for row in read_csv(ranking)] == ["data.root=a", "data.root=b"]
-    assert "warning: #1, #2 differ in their data, by which their metrics are not comparable" in mixtures(ranking)
+    [remark] = [each for each in ranking.remarks if "differ in their data" in each.text]
+    assert list(remark.ranks) == [1, 2] and [row["remarks"] != "" for row in read_csv(ranking)] == [True, True]
 
 
 def test_importance_puts_each_value_in_the_middle_of_its_bin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +130,12 @@ def test_importance_puts_each_value_in_the_middle_of_its_bin(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
-def test_the_page_has_a_quantile_for_every_number_of_runs(seeds: tuple[int, ...]) -> None:
+def test_the_page_has_a_half_width_for_every_number_of_runs(seeds: tuple[int, ...]) -> None:
     """Its grouped curves may join the runs of all rows."""
     runs = [record_of(seed, (0.5 + 0.01 * seed,), 0.1 * (i + 1)) for i in range(20) for seed in seeds]
     data = page_data(gather(runs, []), target=None, test=False, refresh=None)
-    assert data["quantiles"] == pytest.approx([stats.t.ppf(0.975, n - 1) for n in range(2, len(runs) + 1)], abs=1e-6)
+    expected = [stats.t.ppf(0.975, n - 1) / n**0.5 for n in range(2, len(runs) + 1)]
+    assert data["half_widths"] == pytest.approx([0, 0, *expected], abs=1e-6)
 
 
 def test_groups_rates_of_1_whether_saved_as_integer_or_float(tmp_path: Path) -> None:

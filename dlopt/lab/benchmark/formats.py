@@ -9,7 +9,7 @@ from dlopt.extend import printable
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
 from dlopt.lab.benchmark.results import Measure
 from dlopt.lab.benchmark.scores import Interval, Standing
-from dlopt.results.leaderboard import statistic
+from dlopt.results.intervals import statistic
 
 MEASURE_LABELS: Mapping[Measure, str] = {
     "updates": "updates", "evaluations": "evaluations of the loss", "time": "time",

@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 from dlopt.extend import Count, NonNegative, UserError, check_arguments, lower_is_better
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
 from dlopt.metrics.names import NONE, Directions
+from dlopt.results.remarks import Edge
 
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]
 When = Literal["last", "first", "minimum", "maximum", "mean"] | Count
 Along = Literal["epoch", "step", "evaluation", "seconds"]
 Measure = Literal["value", Along, "largest", "span"]
-Edge = Literal["smallest", "largest"]
 Verdict = Literal["supported", "inconclusive", "contradicted", "not judged"]
 Written = str | dict[str, Any]  # a side in YAML: a variant, or the keys of `Side`
 

@@ -12,7 +12,6 @@ from dlopt.lab.comparison.claims import (
     ALONG,
     TEST_METRICS,
     Claim,
-    Edge,
     Finding,
     MeasuredSide,
     Side,
@@ -23,6 +22,7 @@ from dlopt.lab.comparison.claims import (
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, matches
 from dlopt.lab.comparison.published import record_published
 from dlopt.lab.comparison.sentences import numbers, sentence
+from dlopt.results.remarks import Edge, edge
 
 Point = tuple[Value, ...]
 
@@ -142,12 +142,11 @@ def _edges(comparison: Comparison, side: Side, best: Sequence[Point]) -> dict[st
     fixed = {*side.at, *map(key_of, comparison.variants[side.variant])}
     found: dict[str, Edge] = {}
     for i, (axis, values) in enumerate(comparison.along.items()):
-        if axis in fixed or not are_numbers([*values]) or len(values) < 2:
+        if axis in fixed or not are_numbers([*values]):
             continue
-        grid = [*map(float, values)]  # type: ignore[arg-type]
-        at = {float(point[i]) for point in best}  # type: ignore[arg-type]
-        if at in ({min(grid)}, {max(grid)}):
-            found[axis] = "smallest" if at == {min(grid)} else "largest"
+        at = [float(point[i]) for point in best]  # type: ignore[arg-type]
+        if (end := edge(at, [*map(float, values)])) is not None:  # type: ignore[arg-type]
+            found[axis] = end
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import Literal
 
-from dlopt.results.leaderboard import mean_difference
+from dlopt.results.intervals import mean_difference
 
 RANKED = 6
 """Fewest pairs with a 95 % interval by ranks: five of one sign have the two-sided probability 2 / 2^5 = 6 %."""

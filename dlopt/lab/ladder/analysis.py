@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dlopt.lab.benchmark.scores import Interval, interval
 from dlopt.lab.ladder.scaling_laws import Array, ScalingLaws, fit_scaling_laws
-from dlopt.results.leaderboard import mean_difference
+from dlopt.results.intervals import mean_difference
 
 RESAMPLES = 300
 FEWEST = 4

@@ -50,7 +50,7 @@ function drawLeaderboard(update) {
     html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, update))));
   sectionBody("leaderboard").replaceChildren(
     html("p", { class: "note" }, `${data.ranked} Click a heading to sort, or a row to see its runs.`),
-    scrollable(table, "Leaderboard"), columnChoice(update), allButton(rows.length, PAGE, update));
+    scrollable(table, "Leaderboard"), ...data.remarks.map((remark) => html("p", { class: "note remark" }, remark)), columnChoice(update), allButton(rows.length, PAGE, update));
 }
 
 // Returns the button that shows all rows of the tables, or only the first ones.
@@ -78,6 +78,7 @@ function tableRow(row, list, plotted, update) {
   const contentOf = ({ id }) => {
     const text = row.cells[id][1];
     if (id === "rank") return [html("a", { href: addressOf(row.id), title: `Show ${row.label}` }, text)];
+    if (id === "remarks") return [html("span", { title: row.remarks.join("\n") }, text)];
     if (id === data.by) return [html("b", {}, text)];
     if (id !== "runs") return [text];
     return [text, row.note ? html("small", { class: row.bad ? "bad" : "soft" }, ` ${row.note}`) : null,

@@ -23,6 +23,7 @@ function renderConfiguration(row, current) {
     html("p", {}, html("b", {}, `#${row.rank} `), row.label),
     html("ul", { class: "facts" }, ...row.facts.map(([name, text]) => html("li", {}, `${name} `, html("b", {}, text)))),
     html("p", { class: "note" }, row.about),
+    ...row.remarks.map((remark) => html("p", { class: "note" }, remark)),
     row.command ? commandLine(row.command) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
     scrollable(tableOf(heads, runs), "Runs of the configuration"));
 }

@@ -43,7 +43,7 @@ function meanWithBand(values, band) {
   const middle = mean(values), count = values.length;
   if (band === "range") return [middle, Math.min(...values), Math.max(...values), count];
   if (count < 2) return [middle, middle, middle, count];
-  const spread = { std: 1, error: 1 / Math.sqrt(count), confidence: data.quantiles[count - 2] / Math.sqrt(count) }[band] ?? 0;
+  const spread = { std: 1, error: 1 / Math.sqrt(count), confidence: data.half_widths[count] }[band] ?? 0;
   const half = spread * deviation(values);
   return [middle, middle - half, middle + half, count];
 }
