@@ -45,6 +45,7 @@ _MIN_EXPLAINED = 0.3  # of the variance of held-out configurations; noise alone 
 _SMALLEST = 1e-300  # of a target that is rounded; the reciprocals of smaller numbers are out of range
 _MAX_POINTS = 20_000  # of a curve; a plot cannot show more
 _MANY_SEEDS = 5  # the 95 % confidence interval of three runs is 2.5 standard deviations to each side
+_LISTED = 5  # seeds in a command; more of them are a range
 _OVERRIDE = re.compile(r"([+~]{0,2}|--config-(?=dir=|name=))\w[\w./@-]*(=.*)?")
 # How one run is stored and started. Other keys of these roles are needed to repeat it (device, experiment).
 # `allow_packages`: whoever pastes the command of a run of others must not trust its packages by that.
@@ -65,7 +66,7 @@ class Configuration(Row):
         are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.runs)
         if overrides[0] is None or not are_equal:
             return command(self.runs[0])
-        return _shell(["-m", *overrides[0], f"seed={','.join(map(str, seeds))}"])
+        return _shell(["-m", *overrides[0], f"seed={_values(seeds)}"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +168,14 @@ def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
     if not lines or not all(_OVERRIDE.fullmatch(line) for line in lines):
         return None
     return [line for line in lines if group_of(line) not in (*_NOT_REPEATED, *omitted)]
+
+
+def _values(seeds: Sequence[int]) -> str:
+    """Formats the sorted values of a sweep: 0,1,2 or, of more than `_LISTED` without a gap, range(0,300)."""
+    first, last = seeds[0], seeds[-1]
+    if len(seeds) > _LISTED and last - first + 1 == len(seeds):
+        return f"range({first},{last + 1})"
+    return ",".join(map(str, seeds))
 
 
 def _shell(words: Sequence[str], command: Sequence[str] = ("train",)) -> str | None:

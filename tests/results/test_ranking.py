@@ -486,5 +486,11 @@ def test_a_command_repeats_all_seeds_of_a_configuration() -> None:
     assert command(*both, seeds=(1, 2)) == "dlopt train -m optimizer.lr=0.1 seed=1,2"
     assert command(*both, seeds=(1, 1)) == "dlopt train optimizer.lr=0.1 seed=1"
     assert command(both[0], seeds=(1,)) == "dlopt train optimizer.lr=0.1 seed=1"
+    for seeds, shown in (
+        (range(5), "seed=0,1,2,3,4"), (range(300), "'seed=range(0,300)'"), (range(3, 9), "'seed=range(3,9)'"),
+        ((0, 1, 2, 3, 4, 6), "seed=0,1,2,3,4,6"), ((5, 4, 3, 2, 1, 0), "'seed=range(0,6)'"),
+    ):  # fmt: skip
+        typed = [[*lines, f"seed={seed}"] for seed in seeds]
+        assert command(*typed, seeds=tuple(seeds)) == f"dlopt train -m optimizer.lr=0.1 {shown}"
     assert command(both[0], ["optimizer.lr=1e-1"], seeds=(1, 2)) == "dlopt train optimizer.lr=0.1 seed=1"
     assert command([], [], seeds=(1, 2)) is None and command(["a b"], seeds=(1,)) is None
