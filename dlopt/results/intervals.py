@@ -1,10 +1,13 @@
-"""Means over runs, paired differences, and their confidence intervals."""
+"""Means over runs, paired differences and their confidence intervals; the end of what was tried."""
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
+
+Edge = Literal["smallest", "largest"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,15 @@ def half_width(count: int) -> float:
     if count < 2:
         raise ValueError(f"no confidence interval of {count} values")
     return float(stdtrit(count - 1, 0.975)) / math.sqrt(count)
+
+
+def edge(best: Collection[float], tried: Collection[float]) -> Edge | None:
+    """Returns at which end of the values `tried` the `best` are, so that a better one may be beyond it.
+
+    None if they are at neither end, or not all at the same one, or if fewer than two values were tried.
+    """
+    if len(set(best)) != 1 or len(set(tried)) < 2:
+        return None
+    low, high = min(tried), max(tried)
+    [value] = set(best)
+    return "smallest" if value == low else "largest" if value == high else None

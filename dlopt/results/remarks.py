@@ -3,19 +3,19 @@
 A remark has a letter, which marks its rows in each table, and a line below the table.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase
-from typing import Any, Literal
+from typing import Any
 
 from dlopt.basics.formats import brief
 from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.keys import role_of
 from dlopt.metrics.names import Goal
+from dlopt.results.intervals import edge
 from dlopt.results.leaderboard import Row, differs, is_number, of_common_seeds, resolution
 
-Edge = Literal["smallest", "largest"]
 _NOT_SHOWN = {"code": "code of allow_packages", "versions": "versions of dlopt or torch"}
 """Of `Record.origin`: what a mean over runs does not show."""
 
@@ -55,18 +55,6 @@ def lines(found: Sequence[Remark], shown: int) -> list[str]:
         f"{letter if any(rank <= shown for rank in remark.ranks) else _named(remark.ranks)}: {remark.text}"
         for letter, remark in zip(ascii_lowercase, found, strict=False)
     ]
-
-
-def edge(best: Collection[float], tried: Collection[float]) -> Edge | None:
-    """Returns at which end of the values `tried` the `best` are, so that a better one may be beyond it.
-
-    None if they are at neither end, or not all at the same one, or if fewer than two values were tried.
-    """
-    if len(set(best)) != 1 or len(set(tried)) < 2:
-        return None
-    low, high = min(tried), max(tried)
-    [value] = set(best)
-    return "smallest" if value == low else "largest" if value == high else None
 
 
 def _seeds(ranked: Sequence[tuple[int, Row]], metric: str, direction: Goal) -> list[Remark]:

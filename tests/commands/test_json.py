@@ -20,7 +20,7 @@ from tests.sweeps.processes import InProcess
 
 RUN = {"folder", "status", "reason", "overrides", "metrics"}
 DIVERGES = ("model.norm=none", "optimizer.lr=1e38", "epochs=4")
-ROW = {"rank", "label", "overrides", "folders", "ended", "failed", "difference"}
+ROW = {"rank", "label", "overrides", "folders", "ended", "failed", "difference", "remarks"}
 STATISTIC = {"mean", "std", "count"}
 
 

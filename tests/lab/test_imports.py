@@ -15,13 +15,13 @@ instruments.profiling instruments.measuring_ranks machine.device machine.memory 
 metrics.measures metrics.names metrics.shown models.gpt
 models.layers models.locally_connected models.recurrent models.vit optim optim.adam optim.common optim.newton
 optim.parameters optim.traits parallel.collectives parallel.mode parallel.modes.chain parallel.processes.launch
-parallel.processes.process_group parallel.processes.rendezvous results.drawing results.leaderboard results.page
-results.reading results.tables run.environment run.runner schedules sweeps.estimate sweeps.jobs sweeps.pool
-sweeps.sweep sweeps.samplers sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics
-tracking.overview tracking.tensorboard trained.distillation trained.restore training.averaging
-training.builders.dataset training.builders.model_check training.builders.optimizer training.builders.speed
-training.builders.workload training.checkpoint.checkpoints training.clipping training.evaluate training.progress
-training.step training.stopping
+parallel.processes.process_group parallel.processes.rendezvous results.drawing results.intervals
+results.leaderboard results.page results.reading results.tables run.environment run.runner schedules sweeps.estimate
+sweeps.jobs sweeps.pool sweeps.sweep sweeps.samplers sweeps.search sweeps.space tracking.console
+tracking.terminal_text tracking.metrics tracking.overview tracking.tensorboard trained.distillation trained.restore
+training.averaging training.builders.dataset training.builders.model_check training.builders.optimizer
+training.builders.speed training.builders.workload training.checkpoint.checkpoints training.clipping
+training.evaluate training.progress training.step training.stopping
 """
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dlopt.results.intervals import Difference, half_width, mean_difference, statistic
+from dlopt.results.intervals import Difference, edge, half_width, mean_difference, statistic
 
 TRIALS = 4000  # the standard error of a coverage of 95 % is 0.34 %
 
@@ -81,6 +81,23 @@ def test_without_the_resolution_intervals_of_accuracies_are_too_narrow() -> None
     plain, found = ([mean_difference(values, size) for values in differences] for size in (0.0, 1 / 144))
     assert np.mean([_covers(each, 0.003) for each in plain]) < 0.91
     assert np.mean([_covers(each, 0.003) for each in found]) >= 0.94
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "expected"),
+    [
+        ([0.1], [0.1, 0.2, 0.3], "smallest"),
+        ([0.3], [0.1, 0.2, 0.3], "largest"),
+        ([0.2], [0.1, 0.2, 0.3], None),
+        ([0.1, 0.3], [0.1, 0.2, 0.3], None),
+        ([0.3, 0.3], [0.1, 0.3], "largest"),
+        ([0.1], [0.1, 0.1], None),
+        ([], [0.1, 0.2], None),
+        ([], [], None),
+    ],
+)
+def test_ends_of_what_was_tried(best: list[float], tried: list[float], expected: str | None) -> None:
+    assert edge(best, tried) == expected
 
 
 def _accuracies(count: int, gained: float, lost: float) -> list[list[float]]:

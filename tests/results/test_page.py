@@ -190,6 +190,21 @@ def test_bands_of_groups_are_students_intervals(shown: Any, table: Ranking) -> N
     assert f"82.50 % [{100 * low:.2f} %, {100 * high:.2f} %] of 6" in result
 
 
+def test_curves_end_where_less_than_half_of_the_runs_are_left(browser: Any, tmp_path: Path) -> None:
+    for seed, epochs in enumerate((1, 2, 3, 4)):
+        accuracies = tuple(0.5 + 0.1 * i for i in range(epochs))
+        make_run(tmp_path / str(seed), seed=seed, accuracies=accuracies, config={"epochs": 4})
+    [row] = (found := gather(*RunReader().read([tmp_path]))).rows
+    curve = band(row.runs, "val_accuracy")
+    assert curve is not None and curve.x["epoch"].tolist() == [1, 2, 3]
+    text = page(found, title="", made="", target=None, test=False, refresh=None)
+    (tmp_path / "index.html").write_text(text)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get((tmp_path / "index.html").as_uri())
+    result = hover(browser, "#curves-chart .over", 0.99, 0.3)
+    assert result.startswith("epoch 3") and "70.00 % of 2" in result
+
+
 def test_remarks_are_below_the_leaderboard(shown: Any, table: Ranking) -> None:
     """sgd at 0.01 lacks a seed, whose run is damaged."""
     marks = column(shown, "remarks")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
-from dlopt.results.remarks import Remark, edge, lines, mark, remarks, texts
+from dlopt.results.remarks import Remark, lines, mark, remarks, texts
 
 MISSING = "warning: without some seeds of other rows: compare by the difference over common seeds, not by the mean"
 REPEATED = "a seed was run more than once: its last run that has ended counts"
@@ -114,23 +114,6 @@ def test_the_resolution_is_known_of_fractions_only() -> None:
     larger = [replace(run, origin={"validation": {"count": 288, "unit": "images"}}) for run in runs]
     assert "differences below 0.35 points (1 of 288 images)" in said(larger)[0][0]
     assert "(1 of 144 images)" in said([*larger[:3], *runs[3:]])[0][0], "the coarsest"
-
-
-@pytest.mark.parametrize(
-    ("best", "tried", "expected"),
-    [
-        ([0.1], [0.1, 0.2, 0.3], "smallest"),
-        ([0.3], [0.1, 0.2, 0.3], "largest"),
-        ([0.2], [0.1, 0.2, 0.3], None),
-        ([0.1, 0.3], [0.1, 0.2, 0.3], None),
-        ([0.3, 0.3], [0.1, 0.3], "largest"),
-        ([0.1], [0.1, 0.1], None),
-        ([], [0.1, 0.2], None),
-        ([], [], None),
-    ],
-)
-def test_ends_of_what_was_tried(best: list[float], tried: list[float], expected: str | None) -> None:
-    assert edge(best, tried) == expected
 
 
 def grid(best: Mapping[str, float], *tried: Mapping[str, float]) -> list[str]:

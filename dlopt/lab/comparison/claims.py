@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from dlopt.extend import Count, NonNegative, UserError, check_arguments, lower_is_better
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
 from dlopt.metrics.names import NONE, Directions
-from dlopt.results.remarks import Edge
+from dlopt.results.intervals import Edge
 
 Value = bool | int | float | str | None
 Relation = Literal["lower", "higher", "equal"]

@@ -22,7 +22,7 @@ from dlopt.lab.comparison.claims import (
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, matches
 from dlopt.lab.comparison.published import record_published
 from dlopt.lab.comparison.sentences import numbers, sentence
-from dlopt.results.remarks import Edge, edge
+from dlopt.results.intervals import Edge, edge
 
 Point = tuple[Value, ...]
 
