@@ -21,7 +21,6 @@ from dlopt.lab.verify.references import (
     lars,
     lion,
     nadam,
-    nesterov,
     radam,
     rmsprop,
     rprop,
@@ -42,9 +41,9 @@ from tests.support.updates import (
 
 FORMULAS: dict[str, tuple[str, list[str], Formula]] = {
     "sgd": ("sgd", ["lr=0.1", "weight_decay=0.3"], sgd),
-    "sgd without momentum": ("sgd", ["lr=0.1", "momentum=0.0"], lambda w, gs: sgd(w, gs, m=0, wd=0)),
-    "nesterov": ("sgd", ["lr=0.1", "nesterov=true"], nesterov),
-    "gradient_descent": ("gradient_descent", ["lr=0.1"], lambda w, gs: sgd(w, gs, m=0, wd=0)),
+    "sgd without momentum": ("sgd", ["lr=0.1", "momentum=0.0"], lambda w, gs: sgd(w, gs, momentum=0, wd=0)),
+    "nesterov": ("sgd", ["lr=0.1", "nesterov=true"], lambda w, gs: sgd(w, gs, wd=0, nesterov=True)),
+    "gradient_descent": ("gradient_descent", ["lr=0.1"], lambda w, gs: sgd(w, gs, momentum=0, wd=0)),
     "momentum": ("momentum", ["lr=0.1"], averaging),
     "sgdw": ("sgdw", ["lr=0.1", "weight_decay=0.3"], lambda w, gs: averaging(w, gs, wd=0.3)),
     "sgdw, paper": ("sgdw", ["lr=0.1", "weight_decay=0.3"], sgdw),

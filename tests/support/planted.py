@@ -21,11 +21,16 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(group, p, p.grad, self.state[p])
+        return loss
 
     def update(self, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         t = self.count(state)
@@ -95,13 +100,14 @@ class Drifts(AdamW):
 
 
 class DecaysWhatHasNoGradient(AdamW):
-    def step(self, closure: Any = None) -> None:
-        super().step()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
         with torch.no_grad():
             for group in self.param_groups:
                 for p in group["params"]:
                     if p.grad is None:
                         p.mul_(1 - group["lr"] * group["weight_decay"])
+        return loss
 
 
 class KeepsItsStateInFloat32(AdamW):

@@ -8,7 +8,7 @@ update. It raises AssertionError, with the observed values, if the optimizer is 
 import contextlib
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,32 @@ def pseudo_huber(params: Any) -> Any:
 
 
 PROBLEMS: tuple[Loss, ...] = (sphere, ill_conditioned, least_squares, logistic, pseudo_huber)
+
+
+SHAPES = (3, 2), (3,), (3, 2), (2, 3), (4,)
+MATRIX_SHAPES = (8, 4), (4, 6), (8, 4), (5, 4), (4, 4)
+ABSENT = (), (2, 5), (), (0, 1, 2), ()  # parameter 1 has no gradient in updates 3 and 6, parameter 3 joins at update 4
+
+
+def ten_updates(make: Any, shapes: Any, absent: Any, groups: Any, sign: int = 1) -> Iterator[list[torch.Tensor]]:
+    """Yields the weights after each update of groups with two parameters each; the last one has one.
+
+    `absent` has for each parameter the updates without a gradient. The third parameter is transposed in memory.
+    """
+    draw = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64)) for s in shapes]
+    params[2:3] = [torch.nn.Parameter(p.detach().t().contiguous().t()) for p in params[2:3]]
+    o = make([{"params": params[2 * i : 2 * i + 2], **keys} for i, keys in enumerate(groups)])
+    for t in range(10):
+        for i, p in enumerate(params):
+            p.grad = (
+                None
+                if t in absent[i]
+                else torch.empty_like(p).copy_(sign * torch.randn(p.shape, generator=draw, dtype=torch.float64))
+            )
+        torch.manual_seed(t)
+        o.step()
+        yield [p.detach().clone() for p in params]
 
 
 def falls(make: Make, update: Update, fresh: Fresh, loss: Loss) -> None:
@@ -89,6 +115,18 @@ def rests_at_rate_zero(make: Make, update: Update, fresh: Fresh) -> None:
     assert moves == [0.0] * len(moves), f"moved by {moves} at lr = 0"
 
 
+def rests_where_the_rate_is_zero(make: Make, update: Update, fresh: Fresh) -> None:
+    params = fresh()
+    o = make([{"params": [p]} for p in params])
+    for group in o.param_groups:
+        group["lr"] *= any(p is params[0] for p in group["params"])
+    before = [p.detach().clone() for p in params]
+    for _ in range(2):
+        update(o, params)
+    gap = float((params[1] - before[1]).abs().max())
+    assert gap == 0, f"lr = 0 in the group of the second parameter only, which moves by {gap:.4g}"
+
+
 # -- weight decay
 
 
@@ -114,6 +152,7 @@ def decays_apart_from_the_gradient(make: Make, update: Update, fresh: Fresh, fla
         seen.append([p.detach().clone() for p in params])
     for a, b, c in zip(*seen[-3:], strict=True):
         first, last = 1 - b / a, 1 - c / b
+        assert first.min() >= 0 or first.max() > 0, "at zero gradients, the weights grow"
         assert first.max() > 0, "at zero gradients, the weights do not shrink"
         assert first.max() - first.min() < 1e-6 * first.mean(), "the weights of a tensor do not shrink by one factor"
         assert (last - first).abs().max() < 1e-6 * first.mean(), "the factor of the decay changes over time"
@@ -129,7 +168,30 @@ def decays_as_the_l2_penalty(make: Make, update: Update, fresh: Fresh, loss: Los
     assert gap < 1e-9, f"differs by {gap:.2g} from the loss with 0.05 |w|^2 added"
 
 
+def decays_by_the_rate(make: Make, update: Update, fresh: Fresh, flag: Flag) -> None:
+    params, before = fresh(), []
+    o = make(params, lr=0.01, weight_decay=0.1, **flag)
+    for _ in range(3):
+        before = [p.detach().clone() for p in params]
+        update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
+    rates = [0.1 * g["lr"] for p in params for g in o.param_groups if any(p is q for q in g["params"])]
+    sizes = [float(f"{float((1 - p / b).mean()) / rate:.4g}") for p, b, rate in zip(params, before, rates, strict=True)]
+    assert all(abs(size - 1) < 1e-3 for size in sizes), f"at zero gradients, the decay is {sizes} lr weight_decay w"
+
+
 # -- missing gradients
+
+
+def leaves_the_gradients(make: Make, fresh: Fresh, keys: Flag) -> None:
+    params, kept = fresh(), []
+    o = make(params, **keys)
+    for t in range(3):
+        for p in params:
+            p.grad = p.detach().cos() + t
+        kept += [(p.grad, p.grad.clone()) for p in params]
+        o.step()
+    changed = sum(not torch.equal(g, before) for g, before in kept)
+    assert changed == 0, f"{keys}: {changed} of {len(kept)} gradients are changed in place"
 
 
 def leaves_what_has_no_gradient(make: Make, update: Update, fresh: Fresh, loss: Loss) -> None:
@@ -228,6 +290,15 @@ def equals_the_loop(make: Make, update: Update, fresh: Fresh, loss: Loss, flag: 
     assert gap < 1e-9, f"{flag}: weights differ by {gap:.2g} from those of the loop"
 
 
+def equals_the_loop_in_groups(make: Make, shapes: Any, absent: Any, groups: Any, flag: Flag) -> None:
+    runs = ((dict.fromkeys(flag, False), 1), (flag, -1 if "maximize" in flag else 1))
+    ends = [
+        list(ten_updates(lambda g, keys=keys: make(g, **keys), shapes, absent, groups, sign))[-1] for keys, sign in runs
+    ]
+    gaps = [float((a - b).abs().max()) for a, b in zip(*ends, strict=True)]
+    assert max(gaps) < 1e-7, f"{flag}, in groups: weights differ by {gaps}"
+
+
 # -- precision
 
 
@@ -264,6 +335,27 @@ def trains_scalars(make: Make, update: Update, fresh: Fresh) -> None:
     for _ in range(12):
         update(o, [p])
     assert p.isfinite() and p != 0.5, f"a parameter of shape [] is {float(p)} after 12 updates from 0.5"
+
+
+def takes_sparse_gradients(make: Make, keys: Flag) -> None:
+    ends = []
+    for is_sparse in (False, True):
+        p = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+        g = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), torch.arange(1.0, 10).double().view(3, 3), (4, 3))
+        p.grad = g if is_sparse else g.to_dense()
+        make([p], **keys).step()
+        ends.append(p.detach()[[0, 2]])
+    gap = float((ends[0] - ends[1]).abs().max())
+    assert gap < 1e-9, f"an update by a sparse gradient with a row twice differs by {gap:.2g} from that by a dense one"
+
+
+def calls_its_closure_once(make: Callable[..., Any], fresh: Fresh, loss: Loss) -> None:
+    params, seen = fresh(), []
+    o = make(params)
+    for _ in range(2):
+        returned = o.step(lambda: (o.zero_grad(), seen.extend([loss(params)]), seen[-1].backward(), seen[-1])[-1])  # type: ignore[func-returns-value]
+    assert len(seen) == 2, f"{len(seen)} calls of the closure in 2 updates"
+    assert returned is not None and float(returned) == float(seen[-1]), f"step returned {returned}, not the loss"
 
 
 def takes_empty_tensors(make: Make, update: Update, fresh: Fresh) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dlopt.lab.verify import cases, paper_check
-from dlopt.lab.verify.cases import pseudo_huber
-from dlopt.lab.verify.methods import Method, name_in
+from dlopt.lab.verify.cases import ABSENT, MATRIX_SHAPES, SHAPES, pseudo_huber
+from dlopt.lab.verify.methods import DECOUPLED, Method, name_in
 from dlopt.lab.verify.outcome import CheckOutcome
-from dlopt.lab.verify.subject import MATRICES, Subject, by_gradients, source
+from dlopt.lab.verify.subject import MATRICES, Subject, by_gradients, definition, source
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def failure(subject: Subject, case: Case) -> str | None:
     given = {
         "make": subject.make,
         "fresh": subject.fresh,
-        "update": lambda o, params, loss=loss: subject.update(o, params, loss),
+        "update": lambda o, params, loss=loss: subject.update(o, params, _negated(loss) if subject.maximizes else loss),
         **extra,
     }
     names = inspect.signature(case.function).parameters
@@ -76,6 +76,10 @@ def failure(subject: Subject, case: Case) -> str | None:
     except Exception as error:
         return f"{case.function.__name__.replace('_', ' ')}: {message_of(error)}"
     return None
+
+
+def _negated(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params: -loss(params)
 
 
 def message_of(error: Exception) -> str:
@@ -91,7 +95,12 @@ def reproduction(subject: Subject, case: Case) -> str:
     body = source(case.function)
     if extra:
         body[0] = "; ".join([*(f"{name} = {value!r}" for name, value in extra.items()), body[0]])
-    return "\n".join([*lines, *body])
+    text = "\n".join(body)
+    if "fresh(" not in text and "update(" not in text:
+        lines = lines[:2]
+    if "ten_updates(" in text:
+        lines += definition(cases.ten_updates)
+    return "\n".join([*lines, text])
 
 
 # -- the checks
@@ -116,44 +125,85 @@ def rate_zero(subject: Subject, method: Method | None) -> CheckOutcome:
         return CheckOutcome(
             "not applicable", before.reason if before.status != "fail" else "a schedule misses parameters"
         )
-    return check_cases(subject, [Case(cases.rests_at_rate_zero)])
-
-
-DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay", "decouple", "decoupled")
+    chosen = [Case(cases.rests_at_rate_zero)]
+    if subject.takes_groups:
+        chosen.append(Case(cases.rests_where_the_rate_is_zero))
+    return check_cases(subject, chosen)
 
 
 def decay(subject: Subject, method: Method | None) -> CheckOutcome:
     if not subject.takes("weight_decay"):
         return CheckOutcome("not applicable", "no argument weight_decay")
     flags = [name for name in DECOUPLED if subject.takes(name)][:1]
-    apart = Case(cases.decays_apart_from_the_gradient, {"flag": dict.fromkeys(flags, True)})
-    penalty = Case(cases.decays_as_the_l2_penalty, {"flag": dict.fromkeys(flags, True)})
+    flag = dict.fromkeys(flags, True)
+    apart = Case(cases.decays_apart_from_the_gradient, {"flag": flag})
+    penalty = Case(cases.decays_as_the_l2_penalty, {"flag": flag})
+    is_decoupled = bool(flags) or (method is not None and method.decay == "decoupled")
     chosen = []
     if subject.takes_groups:
         # Group 1 at zero gradients: in some methods, the decay of a group changes the steps of all.
         for scale, place in ((1.0, 0), (0.0, 1)):
             chosen.append(Case(cases.decays_by_group, {"scale": scale, "place": place, "expected": place == 0}))
     wrong = failure(subject, apart) or ""
-    if "do not shrink" in wrong and "one factor" not in wrong:
-        chosen.append(Case(skipped="at zero gradients nothing moves: decoupled or not is undecided"))
+    if "grow" in wrong:
+        chosen.append(apart)
+    elif "do not shrink" in wrong and "one factor" not in wrong:
+        chosen.append(Case(skipped="at zero gradients nothing moves"))
     elif "over time" in wrong and failure(subject, penalty) is not None:
         chosen.append(Case(skipped="shrinks a tensor by one factor, which changes over time"))
-    elif flags or (method is not None and method.decay == "decoupled"):
+    elif is_decoupled:
         chosen.append(apart)
     elif method is not None and method.decay == "l2":
         chosen.append(penalty)
-    kinds: dict[str, Callable[..., None]] = {
-        "decoupled": cases.decays_apart_from_the_gradient,
-        "an L2 penalty": cases.decays_as_the_l2_penalty,
-    }
-    held = [kind for kind, case in kinds.items() if failure(subject, Case(case, {"flag": {}})) is None]
-    return check_cases(subject, chosen, " and ".join(held) or "inside the update")
+    if method is not None and method.decay == "decoupled" and not method.own_decay and subject.takes("lr"):
+        chosen.append(Case(cases.decays_by_the_rate, {"flag": flag}))
+    kind = _kind_of_decay(subject)
+    outcome = check_cases(subject, chosen, kind or f"undecided{_size_of_decay(subject)}")
+    if outcome.status == "fail" or kind:
+        return outcome
+    if method is not None and method.own_decay and paper_check.compare(subject, method).status == "pass":
+        return replace(outcome, status="pass", reason="neither decoupled nor coupled, but as in the paper")
+    return replace(outcome, status="undecided")
+
+
+def _kind_of_decay(subject: Subject) -> str:
+    """Returns which weight decay the optimizer has by default, with its size; empty if it is none of these."""
+    params, others = subject.fresh(), subject.fresh()
+    for each, optimizer in (
+        (params, subject.make(params, weight_decay=0.1)),
+        (others, subject.make(others, weight_decay=0.0)),
+    ):
+        for _ in range(12):
+            subject.update(optimizer, each, _negated(pseudo_huber) if subject.maximizes else pseudo_huber)
+    if all(torch.equal(a, b) for a, b in zip(params, others, strict=True)):
+        return "none: 0.1 changes no weight"
+    held = []
+    if failure(subject, Case(cases.decays_apart_from_the_gradient, {"flag": {}})) is None:
+        held.append(f"decoupled{_size_of_decay(subject)}")
+    if failure(subject, Case(cases.decays_as_the_l2_penalty, {"flag": {}})) is None:
+        held.append("coupled: adds 1 weight_decay w to the gradient")
+    return " and ".join(held)
+
+
+def _size_of_decay(subject: Subject) -> str:
+    """Says by how much the weights shrink at zero gradients in the third update."""
+    params = subject.fresh()
+    optimizer = subject.make(params, weight_decay=0.1)
+    for _ in range(3):  # the first ones may only fill the state
+        before = params[0].detach().clone()
+        subject.update(optimizer, params, lambda params: sum((0 * p**2).sum() for p in params))
+    shrunk, rate = float((1 - params[0].detach() / before).mean()), optimizer.param_groups[0].get("lr")
+    if rate is None:
+        return f": {shrunk / 0.1:.3g} weight_decay w"
+    return f": {shrunk / 0.1 / float(rate):.3g} lr weight_decay w"
 
 
 def missing(subject: Subject, method: Method | None) -> CheckOutcome:
     chosen = [Case(cases.leaves_what_has_no_gradient)]
     if subject.update is by_gradients:
         chosen.append(Case(cases.takes_no_gradients_at_all))
+        for keys in ({}, {"weight_decay": 0.1}) if subject.takes("weight_decay") else ({},):
+            chosen.append(Case(cases.leaves_the_gradients, {"keys": keys}))
     return check_cases(subject, chosen)
 
 
@@ -169,7 +219,7 @@ def resume(subject: Subject, method: Method | None) -> CheckOutcome:
 
 
 def implementations(subject: Subject, method: Method | None) -> CheckOutcome:
-    flags = [name for name in ("foreach", "fused", "capturable") if subject.takes(name)]
+    flags = [name for name in ("foreach", "fused", "capturable", "maximize") if subject.takes(name)]
     if not flags:
         return CheckOutcome("not applicable", "one implementation")
     chosen = []
@@ -179,9 +229,30 @@ def implementations(subject: Subject, method: Method | None) -> CheckOutcome:
             subject.update(subject.make(params, **{name: True}), params, pseudo_huber)
         except Exception as error:
             chosen.append(Case(skipped=f"{name}: {message_of(error)}"))
-        else:
+            continue
+        if name != "maximize":  # the gradients of which have the other sign
             chosen.append(Case(cases.equals_the_loop, {"flag": {name: True}}))
+        if subject.takes_groups and subject.update is by_gradients:
+            scenario = {
+                "shapes": MATRIX_SHAPES if subject.shapes == MATRICES or subject.marks_muon else SHAPES,
+                "absent": ABSENT,
+                "groups": _groups(subject),
+            }
+            chosen.append(Case(cases.equals_the_loop_in_groups, {**scenario, "flag": {name: True}}))
     return check_cases(subject, chosen)
+
+
+def _groups(subject: Subject) -> list[dict[str, Any]]:
+    """Returns the keys of three groups: two differ in every number of the optimizer's groups, one has no decay."""
+    keys = subject.make(subject.fresh()).param_groups[0]
+    first = {name: value for name, value in {"weight_decay": 0.3, "momentum": 0.9}.items() if name in keys}
+    second: dict[str, Any] = {}
+    for name, value in {**keys, **first}.items():
+        if isinstance(value, float):
+            second[name] = 0.7 * value
+        elif isinstance(value, tuple) and all(isinstance(each, float) for each in value):
+            second[name] = tuple(0.9 * each for each in value)
+    return [first, second, {"weight_decay": 0.0} if "weight_decay" in keys else {}]
 
 
 def precision(subject: Subject, method: Method | None) -> CheckOutcome:
@@ -197,7 +268,25 @@ def unusual(subject: Subject, method: Method | None) -> CheckOutcome:
         chosen.append(Case(skipped="takes matrices only: no scalars"))
     else:
         chosen.insert(1, Case(cases.trains_scalars))
+    if subject.update is by_gradients:
+        chosen += _of_the_interface(subject)
     return check_cases(subject, chosen)
+
+
+def _of_the_interface(subject: Subject) -> list[Case]:
+    """Returns the cases of a closure and of sparse gradients, where the method takes them."""
+    params = subject.fresh()
+    optimizer = subject.make(params)
+    chosen = []
+    if "closure" in inspect.signature(optimizer.step).parameters:
+        chosen.append(Case(cases.calls_its_closure_once))
+    keys = {"weight_decay": 0.0} if subject.takes("weight_decay") else {}
+    sparse = Case(cases.takes_sparse_gradients, {"keys": keys})
+    if subject.shapes != MATRICES and (failure(subject, sparse) or "an update").startswith(
+        "an update"
+    ):  # others refuse it
+        chosen.append(sparse)
+    return chosen
 
 
 def cost(subject: Subject, method: Method | None) -> CheckOutcome:
@@ -247,21 +336,36 @@ def defaults(subject: Subject, method: Method | None) -> CheckOutcome:
 
 
 CHECKS = (
-    Check("reference", "updates equal the paper's", "1e-6 of the distance moved; 3 % for Muon", paper_check.compare),
+    Check(
+        "reference",
+        "updates of two groups equal the paper's",
+        "1e-6 of the distance moved; 5 % for Muon",
+        paper_check.compare,
+    ),
     Check("descent", "60 updates reduce five convex losses", "none", descent),
     Check("schedule", "a tenth of the rate shortens the step of every parameter", "5 %", schedule),
-    Check("rate zero", "lr = 0 changes no weight", "none", rate_zero),
+    Check("rate zero", "lr = 0 changes no weight, in one group or in all", "none", rate_zero),
     Check("weight decay", "acts where it is set, decoupled or as the L2 penalty as stated", "1e-6; 1e-9", decay),
-    Check("missing gradients", "parameters without a gradient stay, the others move", "none", missing),
+    Check("missing gradients", "parameters without a gradient stay, the others move; gradients stay", "none", missing),
     Check("resume", "state_dict, deepcopy and add_param_group lose nothing", "none; eval() and train(): 1e-9", resume),
-    Check("implementations", "foreach, fused and capturable equal the loop", "1e-9", implementations),
+    Check(
+        "implementations",
+        "foreach, fused, capturable and maximize equal the loop",
+        "1e-9; 1e-7 in groups",
+        implementations,
+    ),
     Check(
         "precision",
         "float32 and bfloat16 follow float64",
         "loss: 1 % and 20 % of the decrease, and rounding",
         precision,
     ),
-    Check("unusual input", "NaN stays visible; zeros, scalars and empty tensors work", "none", unusual),
+    Check(
+        "unusual input",
+        "NaN stays visible; zeros, scalars, empty and sparse tensors and closures work",
+        "none",
+        unusual,
+    ),
     Check("cost", "state and time of an update", "", cost),
     Check("defaults", "defaults here and of the authors", "", defaults),
 )

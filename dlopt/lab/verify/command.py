@@ -143,7 +143,7 @@ def _is_plain(value: Any) -> bool:
 def _print(subject: "Subject", results: Results) -> None:
     console = standard_output()
     table = plain_table(left=["check", "result", "meaning"])
-    styles = {"pass": "green", "fail": "bold red", "not applicable": "dim"}
+    styles = {"pass": "green", "fail": "bold red", "undecided": "yellow", "not applicable": "dim"}
     for check, outcome in results:
         said = outcome.reason if outcome.status != "pass" or not check.meaning else check.meaning
         if outcome.status == "pass" and outcome.reason:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["pass", "fail", "not applicable", "measured"]
+Status = Literal["pass", "fail", "undecided", "not applicable", "measured"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ sources and the hyperparameters.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,27 +19,48 @@ Formula = Callable[..., Iterator[Array]]
 LR, DECAY = 0.1, 0.3
 
 
-def sgd(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.3) -> Iterator[Array]:
+def penalized(formula: Formula) -> Formula:
+    """Adds the L2 penalty to the gradients of a formula without weight decay."""
+
+    def weights(w: Array, gs: Iterable[Array], wd: float, **keys: Any) -> Iterator[Array]:
+        current = w
+        for current in formula(w, (g + wd * current for g in gs), **keys):
+            yield current
+
+    return weights
+
+
+def decoupled(formula: Formula) -> Formula:
+    """Adds decoupled weight decay, lr * wd * w, to the steps of a formula, which do not depend on the weights."""
+
+    def weights(w: Array, gs: Iterable[Array], wd: float, lr: float, **keys: Any) -> Iterator[Array]:
+        before = w
+        for after in formula(w, gs, lr=lr, **keys):
+            if after is not before:  # else the update has only filled the state
+                w = w - lr * wd * w + after - before
+            before = after
+            yield w
+
+    return weights
+
+
+def sgd(
+    w: Array, gs: Iterable[Array], lr: float = 0.1, momentum: float = 0.9, wd: float = 0.3, nesterov: bool = False
+) -> Iterator[Array]:
     delta: Any = None
     for g in gs:
         g = g + wd * w
-        delta = g if delta is None else m * delta + g
-        w = w - lr * delta
+        delta = g if delta is None else momentum * delta + g
+        w = w - lr * (g + momentum * delta if nesterov else delta)
         yield w
 
 
-def nesterov(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9) -> Iterator[Array]:
+def averaging(
+    w: Array, gs: Iterable[Array], lr: float = 0.1, momentum: float = 0.9, wd: float = 0.0
+) -> Iterator[Array]:
     delta: Any = np.zeros_like(w)
     for g in gs:
-        delta = m * delta + g
-        w = w - lr * (g + m * delta)
-        yield w
-
-
-def averaging(w: Array, gs: Gradients, lr: float = 0.1, m: float = 0.9, wd: float = 0.0) -> Iterator[Array]:
-    delta: Any = np.zeros_like(w)
-    for g in gs:
-        delta = m * delta + (1 - m) * g
+        delta = momentum * delta + (1 - momentum) * g
         w = w - lr * delta - lr * wd * w
         yield w
 
@@ -53,8 +74,8 @@ def sgdw(w: Array, gs: Gradients, alpha: float = 0.01, m: float = 0.9, wd: float
         yield w
 
 
-def rprop(w: Array, gs: Gradients, skip: bool = False) -> Iterator[Array]:
-    size, before = np.full_like(w, 0.1), np.zeros_like(w)
+def rprop(w: Array, gs: Iterable[Array], lr: float = LR, skip: bool = False) -> Iterator[Array]:
+    size, before = np.full_like(w, lr), np.zeros_like(w)
     for g in gs:
         size = np.where(g * before > 0, size * 1.2, np.where(g * before < 0, size * 0.5, size)).clip(0.04, 0.13)
         if skip:
@@ -63,88 +84,117 @@ def rprop(w: Array, gs: Gradients, skip: bool = False) -> Iterator[Array]:
         yield w
 
 
-def adagrad(w: Array, gs: Gradients) -> Iterator[Array]:
+def adagrad(w: Array, gs: Iterable[Array], lr: float = LR, eps: float = 1e-10) -> Iterator[Array]:
     total: Any = 0.0
     for g in gs:
         total = total + g**2
-        w = w - 0.1 * g / (np.sqrt(total) + 1e-10)
+        w = w - lr * g / (np.sqrt(total) + eps)
         yield w
 
 
-def adadelta(w: Array, gs: Gradients) -> Iterator[Array]:
+def adadelta(w: Array, gs: Iterable[Array], lr: float = 1.0, rho: float = 0.9, eps: float = 1e-6) -> Iterator[Array]:
     squares, deltas = np.zeros_like(w), np.zeros_like(w)
     for g in gs:
-        squares = 0.9 * squares + 0.1 * g**2
-        delta = np.sqrt(deltas + 1e-6) / np.sqrt(squares + 1e-6) * g  # the average of deltas up to the previous one
-        deltas = 0.9 * deltas + 0.1 * delta**2
-        w = w - delta
+        squares = rho * squares + (1 - rho) * g**2
+        delta = np.sqrt(deltas + eps) / np.sqrt(squares + eps) * g  # the average of deltas up to the previous one
+        deltas = rho * deltas + (1 - rho) * delta**2
+        w = w - lr * delta
         yield w
 
 
-def rmsprop(w: Array, gs: Gradients) -> Iterator[Array]:
+def rmsprop(w: Array, gs: Iterable[Array], lr: float = LR, alpha: float = 0.9, eps: float = 1e-8) -> Iterator[Array]:
     squares = np.zeros_like(w)
     for g in gs:
-        squares = 0.9 * squares + 0.1 * g**2
-        w = w - 0.1 * g / (np.sqrt(squares) + 1e-8)
+        squares = alpha * squares + (1 - alpha) * g**2
+        w = w - lr * g / (np.sqrt(squares) + eps)
         yield w
 
 
-def moments(gs: Gradients, b1: float = 0.9, b2: float = 0.999) -> Iterator[tuple[int, Array, Array, Array]]:
-    m, v = np.zeros_like(gs[0]), np.zeros_like(gs[0])
+Betas = tuple[float, float]
+ADAM = (0.9, 0.999)
+
+
+def moments(w: Array, gs: Iterable[Array], betas: Betas = ADAM) -> Iterator[tuple[int, Array, Array, Array]]:
+    """Yields the number of the update, the gradient, and the moments without bias correction."""
+    (b1, b2), m, v = betas, np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gs, 1):
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         yield t, g, m, v
 
 
-def adam(w: Array, gs: Gradients, wd: float = 0.0) -> Iterator[Array]:
-    for t, _, m, v in moments(gs):
-        w = w - 0.1 * wd * w - 0.1 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+def adam(
+    w: Array,
+    gs: Iterable[Array],
+    lr: float = LR,
+    wd: float = 0.0,
+    betas: Betas = ADAM,
+    eps: float = 1e-8,
+    amsgrad: bool = False,
+) -> Iterator[Array]:
+    largest = np.zeros_like(w)
+    for t, _, m, v in moments(w, gs, betas):
+        largest = np.maximum(largest, v) if amsgrad else v
+        w = w - lr * wd * w - lr * m / (1 - betas[0] ** t) / (np.sqrt(largest / (1 - betas[1] ** t)) + eps)
         yield w
 
 
-def nadam(w: Array, gs: Gradients) -> Iterator[Array]:
+def nadam(
+    w: Array, gs: Iterable[Array], lr: float = LR, betas: Betas = ADAM, eps: float = 1e-8, momentum_decay: float = 0.004
+) -> Iterator[Array]:
     product = 1.0
-    for t, g, m, v in moments(gs):
-        now, after = (0.9 * (1 - 0.5 * 0.96 ** (i * 0.004)) for i in (t, t + 1))
+    for t, g, m, v in moments(w, gs, betas):
+        now, after = (betas[0] * (1 - 0.5 * 0.96 ** (i * momentum_decay)) for i in (t, t + 1))
         product *= now
         average = (1 - now) * g / (1 - product) + after * m / (1 - product * after)
-        w = w - 0.1 * average / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w = w - lr * average / (np.sqrt(v / (1 - betas[1] ** t)) + eps)
         yield w
 
 
-def radam(w: Array, gs: Gradients) -> Iterator[Array]:
-    longest = 2 / (1 - 0.999) - 1
-    for t, _, m, v in moments(gs):
-        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)
-        mean = m / (1 - 0.9**t)
+def radam(w: Array, gs: Iterable[Array], lr: float = LR, betas: Betas = ADAM, eps: float = 1e-8) -> Iterator[Array]:
+    b1, b2 = betas
+    longest = 2 / (1 - b2) - 1
+    for t, _, m, v in moments(w, gs, betas):
+        length = longest - 2 * t * b2**t / (1 - b2**t)
+        mean = m / (1 - b1**t)
         if length > 5:
             above, below = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
-            mean = mean * np.sqrt(above / below) * np.sqrt(1 - 0.999**t) / (np.sqrt(v) + 1e-8)
-        w = w - 0.1 * mean
+            mean = mean * np.sqrt(above / below) * np.sqrt(1 - b2**t) / (np.sqrt(v) + eps)
+        w = w - lr * mean
         yield w
 
 
-def lion(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def lion(
+    w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, betas: Betas = (0.9, 0.99)
+) -> Iterator[Array]:
     m = np.zeros_like(w)
     for g in gs:
-        w = w - 0.1 * (np.sign(0.9 * m + 0.1 * g) + wd * w)
-        m = 0.99 * m + 0.01 * g
+        w = w - lr * (np.sign(betas[0] * m + (1 - betas[0]) * g) + wd * w)
+        m = betas[1] * m + (1 - betas[1]) * g
         yield w
 
 
-def lamb(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
-    for t, _, m, v in moments(gs):
-        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6) + wd * w
-        w = w - 0.1 * np.linalg.norm(w) / np.linalg.norm(u) * u
+def lamb(
+    w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, betas: Betas = ADAM, eps: float = 1e-6
+) -> Iterator[Array]:
+    for t, _, m, v in moments(w, gs, betas):
+        u = m / (1 - betas[0] ** t) / (np.sqrt(v / (1 - betas[1] ** t)) + eps) + wd * w
+        w = w - lr * np.linalg.norm(w) / np.linalg.norm(u) * u
         yield w
 
 
-def lars(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def lars(
+    w: Array,
+    gs: Iterable[Array],
+    lr: float = LR,
+    wd: float = DECAY,
+    momentum: float = 0.9,
+    trust_coefficient: float = 0.02,
+) -> Iterator[Array]:
     v = np.zeros_like(w)
     for g in gs:
         norm = np.linalg.norm(w)
-        local = 0.02 * norm / (np.linalg.norm(g) + wd * norm) if w.ndim > 1 else 1.0
-        v = 0.9 * v + 0.1 * local * (g + wd * w)
+        local = trust_coefficient * norm / (np.linalg.norm(g) + wd * norm) if w.ndim > 1 else 1.0
+        v = momentum * v + lr * local * (g + wd * w)
         w = w - v
         yield w
 
@@ -155,43 +205,47 @@ def mask(u: Array, g: Array) -> Array:
     return scaled
 
 
-def c_adamw(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
-    m, v = np.zeros_like(w), np.zeros_like(w)
-    for t, g in enumerate(gs, 1):
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        w = w - LR * wd * w - LR * mask(u, g) * u
+def c_adamw(
+    w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, betas: Betas = ADAM, eps: float = 1e-8
+) -> Iterator[Array]:
+    for t, g, m, v in moments(w, gs, betas):
+        u = m / (1 - betas[0] ** t) / (np.sqrt(v / (1 - betas[1] ** t)) + eps)
+        w = w - lr * wd * w - lr * mask(u, g) * u
         yield w
 
 
-def c_lion(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def c_lion(
+    w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, betas: Betas = (0.9, 0.99)
+) -> Iterator[Array]:
     m = np.zeros_like(w)
     for g in gs:
-        u = np.sign(0.9 * m + 0.1 * g)
-        w = w - LR * wd * w - LR * mask(u, g) * u
-        m = 0.99 * m + 0.01 * g
+        u = np.sign(betas[0] * m + (1 - betas[0]) * g)
+        w = w - lr * wd * w - lr * mask(u, g) * u
+        m = betas[1] * m + (1 - betas[1]) * g
         yield w
 
 
-def signum(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def signum(w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, momentum: float = 0.9) -> Iterator[Array]:
     m = np.zeros_like(w)
     for g in gs:
-        m = 0.9 * m + 0.1 * g
-        w = w - LR * (np.sign(m) + wd * w)
+        m = momentum * m + (1 - momentum) * g
+        w = w - lr * (np.sign(m) + wd * w)
         yield w
 
 
-def adopt(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
-    m, v = np.zeros_like(w), gs[0] ** 2
+def adopt(
+    w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY, betas: Betas = (0.9, 0.9999), eps: float = 1e-6
+) -> Iterator[Array]:
+    (b1, b2), m, v = betas, np.zeros_like(w), gs[0] ** 2
     yield w
     for t, g in enumerate(gs[1:], 1):
-        m = 0.9 * m + 0.1 * np.clip(g / np.maximum(np.sqrt(v), 1e-6), -(t**0.25), t**0.25)
-        w = w - LR * (m + wd * w)
-        v = 0.9999 * v + 0.0001 * g**2
+        m = b1 * m + (1 - b1) * np.clip(g / np.maximum(np.sqrt(v), eps), -(t**0.25), t**0.25)
+        w = w - lr * (m + wd * w)
+        v = b2 * v + (1 - b2) * g**2
         yield w
 
 
-def ademamix(w: Array, gs: Gradients, wd: float = DECAY, warmup: int = 7) -> Iterator[Array]:
+def ademamix(w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY, warmup: int = 7) -> Iterator[Array]:
     m1, m2, v = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
     log1, log3 = math.log(0.9), math.log(0.9999)
     for t, g in enumerate(gs, 1):
@@ -199,37 +253,56 @@ def ademamix(w: Array, gs: Gradients, wd: float = DECAY, warmup: int = 7) -> Ite
         beta3 = min(math.exp(log1 * log3 / ((1 - t / warmup) * log3 + t / warmup * log1)), 0.9999)
         m1, m2, v = 0.9 * m1 + 0.1 * g, beta3 * m2 + (1 - beta3) * g, 0.999 * v + 0.001 * g**2
         update = (m1 / (1 - 0.9**t) + alpha * m2) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        w = w - LR * (update + wd * w)
+        w = w - lr * (update + wd * w)
         yield w
 
 
-def adan(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
-    m, v, n, old = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w), gs[0]
+def adan(
+    w: Array,
+    gs: Gradients,
+    lr: float = LR,
+    wd: float = DECAY,
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+) -> Iterator[Array]:
+    (b1, b2, b3), old = betas, gs[0]
+    m, v, n = np.zeros_like(w), np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gs, 1):
-        m, v = 0.98 * m + 0.02 * g, 0.92 * v + 0.08 * (g - old)
-        n = 0.99 * n + 0.01 * (g + 0.92 * (g - old)) ** 2
-        rate = LR / (np.sqrt(n / (1 - 0.99**t)) + 1e-8)
-        w = (w - rate * (m / (1 - 0.98**t) + 0.92 * v / (1 - 0.92**t))) / (1 + wd * LR)
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * (g - old)
+        n = b3 * n + (1 - b3) * (g + b2 * (g - old)) ** 2
+        rate = lr / (np.sqrt(n / (1 - b3**t)) + eps)
+        w = (w - rate * (m / (1 - b1**t) + b2 * v / (1 - b2**t))) / (1 + wd * lr)
         old = g
         yield w
 
 
-def adabelief(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
-    m, s = np.zeros_like(w), np.zeros_like(w)
+def adabelief(
+    w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, betas: Betas = ADAM, eps: float = 1e-16
+) -> Iterator[Array]:
+    (b1, b2), m, s = betas, np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gs, 1):
-        m = 0.9 * m + 0.1 * g
-        s = 0.999 * s + 0.001 * (g - m) ** 2 + 1e-16
-        w = w - LR * (m / (1 - 0.9**t) / (np.sqrt(s / (1 - 0.999**t)) + 1e-16) + wd * w)
+        m = b1 * m + (1 - b1) * g
+        s = b2 * s + (1 - b2) * (g - m) ** 2 + eps
+        w = w - lr * (m / (1 - b1**t) / (np.sqrt(s / (1 - b2**t)) + eps) + wd * w)
         yield w
 
 
-def mars(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def mars(
+    w: Array,
+    gs: Gradients,
+    lr: float = LR,
+    wd: float = DECAY,
+    betas: Betas = (0.95, 0.99),
+    gamma: float = 0.025,
+    eps: float = 1e-8,
+) -> Iterator[Array]:
+    b1, b2 = betas
     m, v, old = np.zeros_like(w), np.zeros_like(w), gs[0]
     for t, g in enumerate(gs, 1):
-        c = g + 0.025 * 0.95 / 0.05 * (g - old)
+        c = g + gamma * b1 / (1 - b1) * (g - old)
         c = c / max(1.0, float(np.linalg.norm(c)))
-        m, v, old = 0.95 * m + 0.05 * c, 0.99 * v + 0.01 * c**2, g
-        w = w - LR * (m / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8) + wd * w)
+        m, v, old = b1 * m + (1 - b1) * c, b2 * v + (1 - b2) * c**2, g
+        w = w - lr * (m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + wd * w)
         yield w
 
 
@@ -237,11 +310,11 @@ def rms(x: Array) -> float:
     return float(np.sqrt(np.mean(x**2)))
 
 
-def adafactor(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def adafactor(w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY) -> Iterator[Array]:
     rows, columns, v = np.zeros(w.shape), np.zeros(w.shape), np.zeros(w.shape)
     for t, g in enumerate(gs, 1):
         beta = 1 - t**-0.8
-        alpha = max(0.001, rms(w)) * min(LR, 1 / math.sqrt(t))
+        alpha = max(0.001, rms(w)) * min(lr, 1 / math.sqrt(t))
         squares = g**2 + 1e-30
         if w.ndim > 1:
             rows = beta * rows + (1 - beta) * squares.sum(-1, keepdims=True)
@@ -250,7 +323,7 @@ def adafactor(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
         else:
             v = beta * v + (1 - beta) * squares
         u = g / np.sqrt(v)
-        w = w - LR * wd * w - alpha * u / max(1.0, rms(u))
+        w = w - lr * wd * w - alpha * u / max(1.0, rms(u))
         yield w
 
 
@@ -269,7 +342,7 @@ def inverse_root(h: Array, order: int) -> Array:
     return root
 
 
-def shampoo(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def shampoo(w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY) -> Iterator[Array]:
     h, m = [1e-4 * np.eye(n) for n in w.shape], np.zeros_like(w)
     for t, g in enumerate(gs):
         m = 0.9 * m + 0.1 * g
@@ -279,11 +352,11 @@ def shampoo(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
         step = m
         for mode, root in enumerate(roots):
             step = times(step, mode, root)
-        w = w - LR * (step + wd * w)
+        w = w - lr * (step + wd * w)
         yield w
 
 
-def distributed_shampoo(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def distributed_shampoo(w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY) -> Iterator[Array]:
     m, v, h = np.zeros_like(w), np.zeros_like(w), [np.zeros((n, n)) for n in w.shape]
     for t, g in enumerate(gs, 1):
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
@@ -297,11 +370,11 @@ def distributed_shampoo(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[
             for mode, root in enumerate(roots):
                 step = times(step, mode, root)
             step = step * np.linalg.norm(adam) / np.linalg.norm(step)
-        w = w - LR * (step + wd * w)
+        w = w - lr * (step + wd * w)
         yield w
 
 
-def soap(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def soap(w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY) -> Iterator[Array]:
     modes = range(w.ndim) if w.ndim > 1 else []
     m, v = np.zeros_like(w), np.zeros_like(w)
     grams = {i: 0.05 * unfold(gs[0], i) @ unfold(gs[0], i).T for i in modes}
@@ -316,7 +389,7 @@ def soap(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
         step = average / (1 - 0.95**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
         for i in modes:
             step = times(step, i, q[i])
-        w = w - LR * (step + wd * w)
+        w = w - lr * (step + wd * w)
         for i in modes:
             grams[i] = 0.95 * grams[i] + 0.05 * unfold(g, i) @ unfold(g, i).T
             if t % 3 == 0:
@@ -345,37 +418,49 @@ def prodigy(
         yield x, d
 
 
-def muon(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def muon(
+    w: Array,
+    gs: Iterable[Array],
+    lr: float = LR,
+    wd: float = DECAY,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+) -> Iterator[Array]:
     """The Newton-Schulz iteration in float64; implementations have it in bfloat16."""
     m = np.zeros_like(w)
     for g in gs:
-        m = 0.95 * m + 0.05 * g
-        x = 0.05 * g + 0.95 * m
+        m = momentum * m + (1 - momentum) * g
+        x = (1 - momentum) * g + momentum * m if nesterov else m
         x = x / np.linalg.norm(x)
-        for _ in range(5):
+        for _ in range(ns_steps):
             gram = x @ x.T
             x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-        w = w - LR * wd * w - LR * math.sqrt(max(1.0, w.shape[0] / w.shape[1])) * x
+        w = w - lr * wd * w - lr * math.sqrt(max(1.0, w.shape[0] / w.shape[1])) * x
         yield w
 
 
-def schedule_free_sgd(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def schedule_free_sgd(
+    w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, momentum: float = 0.9
+) -> Iterator[Array]:
     """At the points y, where the gradients are taken."""
     x = y = z = w
     for t, g in enumerate(gs, 1):
-        z = z - LR * (g + wd * y)
+        z = z - lr * (g + wd * y)
         x = x + (z - x) / t
-        y = 0.1 * z + 0.9 * x
+        y = (1 - momentum) * z + momentum * x
         yield y
 
 
-def schedule_free_adamw(w: Array, gs: Gradients, wd: float = DECAY) -> Iterator[Array]:
+def schedule_free_adamw(
+    w: Array, gs: Iterable[Array], lr: float = LR, wd: float = DECAY, betas: Betas = ADAM, eps: float = 1e-8
+) -> Iterator[Array]:
     """At the points y, where the gradients are taken."""
     x = y = z = w
-    v = np.zeros_like(w)
+    (b1, b2), v = betas, np.zeros_like(w)
     for t, g in enumerate(gs, 1):
-        v = 0.999 * v + 0.001 * g**2
-        z = z - LR * (g / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) + wd * y)
+        v = b2 * v + (1 - b2) * g**2
+        z = z - lr * (g / (np.sqrt(v / (1 - b2**t)) + eps) + wd * y)
         x = x + (z - x) / t
-        y = 0.1 * z + 0.9 * x
+        y = (1 - b1) * z + b1 * x
         yield y

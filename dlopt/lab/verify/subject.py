@@ -16,7 +16,7 @@ from dlopt.lab.verify.cases import pseudo_huber
 
 MATRIX_AND_VECTOR = ((5, 4), (6,))  # timm's Muon takes no matrices below 4 x 4
 MATRICES = ((5, 4), (4, 6))
-_WIDTH = 200  # of a line of a reproduction
+_WIDTH = 260  # of a line of a reproduction
 
 Target = Callable[..., torch.optim.Optimizer]
 
@@ -83,6 +83,12 @@ class Subject:
         default = None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
         return self.keys.get(key, default)
 
+    @property
+    def maximizes(self) -> bool:
+        """Whether the optimizer ascends; its updates then get the negated loss."""
+        base = self.base[2] if self.base is not None else {}
+        return bool(base.get("maximize", self.default("maximize")))
+
     def make(self, params: Any, **keys: Any) -> torch.optim.Optimizer:
         """Builds the optimizer for tensors or groups; `keys` replace the subject's keys."""
         if self.marks_muon:
@@ -125,15 +131,18 @@ class Subject:
         return ["; ".join(imports), f"make = lambda params, **keys: {built}"]
 
     def text(self, loss: Callable[..., Any]) -> list[str]:
-        """Returns lines of PyTorch that define make, fresh, loss and update."""
+        """Returns lines of PyTorch that define make, loss, fresh and update."""
         imports, make = self.head()
         [value] = source(loss)
+        body = source(self.update)
+        if self.maximizes:
+            body = ["minimized, loss = loss, lambda params: -minimized(params)", *body]
         return [
             imports,
             f"{make}; loss = lambda params: {value.removeprefix('return ')}",
             "fresh = lambda dtype=torch.float64: torch.manual_seed(0) and [torch.nn.Parameter("
             f"torch.randn(s, dtype=torch.float64).bfloat16().to(dtype)) for s in {list(self.shapes)}]",
-            f"def update(o, params, loss=loss): {'; '.join(source(self.update))}",
+            f"def update(o, params, loss=loss): {'; '.join(body)}",
         ]
 
 
@@ -151,10 +160,19 @@ def literal(value: Any) -> str:
 
 
 def source(function: Callable[..., Any]) -> list[str]:
-    """Returns the text of a function's body, without comments and type annotations."""
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    assert isinstance(definition, ast.FunctionDef)
-    return _joined(definition.body)
+    """Returns the text of a function's body, without comments, docstring and type annotations."""
+    [parsed] = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(parsed, ast.FunctionDef)
+    return _joined([each for each in parsed.body if each is not parsed.body[0] or ast.get_docstring(parsed) is None])
+
+
+def definition(function: Callable[..., Any]) -> list[str]:
+    """Returns the text of a function."""
+    names = ", ".join(
+        str(each.replace(annotation=inspect.Parameter.empty))
+        for each in inspect.signature(function).parameters.values()
+    )
+    return [f"def {function.__name__}({names}):", *(f"    {line}" for line in source(function))]
 
 
 def _joined(statements: list[ast.stmt]) -> list[str]:

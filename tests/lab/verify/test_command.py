@@ -46,11 +46,11 @@ def test_verifies_a_class_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "verified_package.py").write_text(
-        "import torch\n\nclass MyMuon(torch.optim.SGD):\n"
-        "    def step(self, closure=None):\n        print('noise')\n        super().step()\n"
+        "import torch\n\nclass MyMuon(torch.optim.RMSprop):\n"
+        "    def step(self, closure=None):\n        print('noise')\n        return super().step(closure)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     line = ["optimizer=verified_package.MyMuon", "allow_packages=[verified_package]", "optimizer.lr=0.1", "paper=muon"]
     assert verify([*line, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
-    assert document["failed"] == ["reference"] and document["keys"] == {"lr": 0.1}
+    assert document["failed"] == ["reference", "weight decay"] and document["keys"] == {"lr": 0.1}
