@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-MARKS = {"pass": "✓", "fail": "✗", "not applicable": "·"}
+MARKS = {"pass": "✓", "fail": "✗", "undecided": "?", "not applicable": "·"}
 SHORT = {"missing gradients": "missing", "implementations": "foreach, fused", "unusual input": "unusual"}
 
 
@@ -44,8 +44,8 @@ def _summary(packages: Mapping[str, Any], numbers: Mapping[tuple[str, str], int]
     failed = {name for name, _, status in results if status == "fail"}
     confirmed = sum((name, check) in numbers for name, check, status in results if status == "fail")
     return (
-        f"{optimizers} optimizers: {count['pass']:,} checks pass, {count['fail']} fail, {count['not applicable']} do "
-        f"not apply; {optimizers - len(failed)} optimizers fail none. {confirmed} of the failures have a number: they "
+        f"{optimizers} optimizers: {count['pass']:,} checks pass, {count['fail']} fail, {count['undecided']} are "
+        f"undecided, {count['not applicable']} do not apply; {optimizers - len(failed)} optimizers fail none. {confirmed} of the failures have a number: they "
         "were reproduced by hand against the author's code. A cross without a number is unconfirmed: the check may be "
         "wrong about it."
     )

@@ -70,6 +70,13 @@ class CouplesItsDecay(AdamW):
         self.move(group, p, grad + group["weight_decay"] * p, state, self.count(state))
 
 
+class AddsTheSign(AdamW):
+    """Its weight decay is an L1 penalty."""
+
+    def update(self, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        self.move(group, p, grad + group["weight_decay"] * p.sign(), state, self.count(state))
+
+
 class FusedOffByEps(AdamW):
     def root(self, group: dict[str, Any], squares: Tensor) -> Tensor:
         return (squares + group["eps"] ** 2).sqrt() if group["fused"] else super().root(group, squares)

@@ -171,7 +171,7 @@ METHODS: dict[str, Method] = {
         matrices=True,
         variant={
             "adjust_lr_fn": "original", "use_adjusted_lr": False, "ns_coefficients": (3.4445, -4.775, 2.0315),
-        }, tolerance=0.05,
+        }, tolerance=0.1,
     ),
     "schedulefreesgd": Method(
         "Defazio et al. 2024", r.schedule_free_sgd, {"momentum": 0.9}, second=_MOMENTUM2,

@@ -1,4 +1,4 @@
-"""Each check of `dlopt verify` catches the error that it is for, and no other does but the comparison with the paper."""
+"""Each check of `dlopt verify` catches its error; no other does, except the comparison with the paper."""
 
 from typing import Any
 
@@ -55,6 +55,15 @@ def test_the_same_optimizer_without_an_error_passes(paper: str | None) -> None:
     assert found["defaults"].reason == "lr 0.01 (authors: 0.001)"
     assert found["weight decay"].reason == "decoupled: 1 lr weight_decay w"
     assert found["cost"].reason.startswith("8 bytes per parameter")
+
+
+def test_another_weight_decay_is_undecided() -> None:
+    check = next(each for each in checks.CHECKS if each.name == "weight decay")
+    subject = find(Subject(planted.AddsTheSign, {}))
+    assert checks.run(check, subject, None).status == "undecided"
+    assert checks.run(check, subject, METHODS["adamw"]).status == "fail"
+    found = checks.run(check, find(Subject(optim.LAMB, {})), METHODS["lamb"])
+    assert found.status == "pass" and found.reason == "neither decoupled nor coupled, but as in the paper"
 
 
 def test_errors_of_the_optimizer_are_failures_with_its_message() -> None:

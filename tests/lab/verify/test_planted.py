@@ -12,9 +12,10 @@ import timm.optim
 import torch
 
 from dlopt import optim
+from dlopt.lab.verify.checks import CHECKS, run
 from dlopt.lab.verify.command import certify
 from dlopt.lab.verify.methods import METHODS, known
-from dlopt.lab.verify.subject import Subject
+from dlopt.lab.verify.subject import Subject, find
 
 SOURCES = {
     "adamw": """
@@ -314,6 +315,10 @@ PACKAGES: dict[str, tuple[Any, dict[str, Any], str | None]] = {  # class, argume
     "torch NAdam": (torch.optim.NAdam, {}, None),
     "torch Adagrad": (torch.optim.Adagrad, {}, None),
     "torch RMSprop": (torch.optim.RMSprop, {}, None),
+    "torch RAdam": (torch.optim.RAdam, {}, None),
+    "torch Adadelta": (torch.optim.Adadelta, {}, None),
+    "torch NAdam decoupled": (torch.optim.NAdam, {"weight_decay": 0.01, "decoupled_weight_decay": True}, None),
+    "torch Adam amsgrad": (torch.optim.Adam, {"amsgrad": True}, "adam"),
     "timm AdamWLegacy": (timm.optim.AdamWLegacy, {"lr": 1e-3}, "adamw"),
     "timm AdamWLegacy amsgrad": (timm.optim.AdamWLegacy, {"lr": 1e-3, "amsgrad": True}, "adamw"),
     "timm Adan": (timm.optim.Adan, {}, None),
@@ -323,6 +328,16 @@ PACKAGES: dict[str, tuple[Any, dict[str, Any], str | None]] = {  # class, argume
     "dlopt SOAP": (optim.SOAP, {}, None),
     "dlopt SGDW": (optim.SGDW, {}, None),
 }
+
+CONFIRMED = {
+    **dict.fromkeys(("torch SGD", "torch SGD maximize", "torch SGD nesterov"), "implementations"),
+    "schedulefree AdamW": "missing gradients",
+}
+"""Failures of packages that plain PyTorch reproduces.
+
+The fused SGD of torch 2.15 raises if the gradients of one parameter begin later; schedulefree divides gradients in
+place.
+"""
 
 
 def planted(method: str, line: str, other: str) -> Any:
@@ -347,6 +362,36 @@ def failed(target: Any, keys: Mapping[str, Any], paper: str | None) -> dict[str,
     return {check.name: outcome.reason for check, outcome in results if outcome.status == "fail"}
 
 
+@pytest.mark.parametrize(
+    ("error", "check"),
+    [
+        ("decay of the wrong sign", "weight decay"),
+        ("betas of group 0 in all groups", "reference"),
+        ("decay 0 replaced by the default", "reference"),
+        ("gradient changed in place", "missing gradients"),
+        ("maximize also reverses the decay", "implementations"),
+        ("closure called twice", "unusual input"),
+        ("lr of group 0 in all groups", "rate zero"),
+        ("muon: decay by the scaled lr", "weight decay"),
+        ("sgd: duplicates of a sparse gradient are lost", "unusual input"),
+    ],
+)
+def test_a_planted_error_is_caught_by_its_check(error: str, check: str) -> None:
+    found = planted(*ERRORS[error])
+    method = METHODS[ERRORS[error][0].split()[0]]
+    [one] = [each for each in CHECKS if each.name == check]
+    assert run(one, find(Subject(found, {})), method).status == "fail"
+
+
+@pytest.mark.parametrize("check", ["reference", "weight decay", "unusual input"])
+@pytest.mark.parametrize("name", ["torch AdamW amsgrad, maximize, foreach", "torch SGD foreach", "torch Muon"])
+def test_a_right_variant_passes(name: str, check: str) -> None:
+    target, keys, paper = PACKAGES[name]
+    assert paper is not None
+    [one] = [each for each in CHECKS if each.name == check]
+    assert run(one, find(Subject(target, keys)), METHODS[paper]).status == "pass"
+
+
 @pytest.mark.slow
 def test_most_planted_errors_are_caught() -> None:
     passed = [name for name, error in ERRORS.items() if not failed(planted(*error), {}, error[0].split()[0])]
@@ -356,5 +401,6 @@ def test_most_planted_errors_are_caught() -> None:
 @pytest.mark.slow
 def test_no_right_variant_is_blamed() -> None:
     right = {name: (planted(*variant), {}, variant[0].split()[0]) for name, variant in REORDERED.items()} | PACKAGES
-    blamed = {name: wrong for name, variant in right.items() if (wrong := failed(*variant))}
-    assert len(right) == 40 and not blamed, blamed
+    failures = {name: list(failed(*variant)) for name, variant in right.items()}
+    blamed = {name: checks for name, checks in failures.items() if checks and checks != [CONFIRMED.get(name)]}
+    assert len(right.keys() - CONFIRMED.keys()) == 40 and not blamed, blamed
