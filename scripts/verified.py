@@ -5,7 +5,7 @@
 Each optimizer is verified in a process of its own, with its default arguments. The script may be interrupted and
 repeated; docs/generate.py then writes the page. docs/verify/confirmed.yaml holds the failures that were reproduced by
 hand.
-It needs `pip install timm schedulefree pytorch-optimizer`, and about 6 minutes on one core.
+It needs `pip install timm schedulefree pytorch-optimizer`, and about 10 minutes on one core.
 """
 
 import argparse

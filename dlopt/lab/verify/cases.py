@@ -169,14 +169,13 @@ def decays_as_the_l2_penalty(make: Make, update: Update, fresh: Fresh, loss: Los
 
 
 def decays_by_the_rate(make: Make, update: Update, fresh: Fresh, flag: Flag) -> None:
-    params, before = fresh(), []
+    params = fresh()
     o = make(params, lr=0.01, weight_decay=0.1, **flag)
     for _ in range(3):
-        before = [p.detach().clone() for p in params]
+        before = params[0].detach().clone()  # a matrix: some methods have another rate for vectors
         update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
-    rates = [0.1 * g["lr"] for p in params for g in o.param_groups if any(p is q for q in g["params"])]
-    sizes = [float(f"{float((1 - p / b).mean()) / rate:.4g}") for p, b, rate in zip(params, before, rates, strict=True)]
-    assert all(abs(size - 1) < 1e-3 for size in sizes), f"at zero gradients, the decay is {sizes} lr weight_decay w"
+    size = float((1 - params[0] / before).mean()) / (0.1 * o.param_groups[0]["lr"])
+    assert abs(size - 1) < 1e-3, f"at zero gradients, the decay is {size:.4g} lr weight_decay w"
 
 
 # -- missing gradients
@@ -343,6 +342,7 @@ def takes_sparse_gradients(make: Make, keys: Flag) -> None:
         p = torch.nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
         g = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2]]), torch.arange(1.0, 10).double().view(3, 3), (4, 3))
         p.grad = g if is_sparse else g.to_dense()
+        torch.manual_seed(0)
         make([p], **keys).step()
         ends.append(p.detach()[[0, 2]])
     gap = float((ends[0] - ends[1]).abs().max())

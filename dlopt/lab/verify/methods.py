@@ -23,6 +23,7 @@ class Method:
         second: those of a second group.
         options: arguments of some implementations that the formula takes, too.
         own_decay: `formula` has an argument `wd`, because the decay is not that of `decay`.
+        decays_last: the authors' code applies decoupled decay after the step; either order is right.
         counts_groups: updates are counted by group, also of parameters without a gradient.
         couples: the steps of a parameter depend on all others.
         matrices: the formula is for matrices only.
@@ -39,6 +40,7 @@ class Method:
     second: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     own_decay: bool = False
+    decays_last: bool = False
     counts_groups: bool = False
     couples: bool = False
     matrices: bool = False
@@ -157,6 +159,7 @@ METHODS: dict[str, Method] = {
     "soap": Method(
         "Vyas et al. 2024", _plain(r.soap), {"betas": (0.95, 0.95), "eps": 1e-8, "update_every": 3}, "decoupled",
         {"lr": 3e-3, "betas": [0.95, 0.95], "eps": 1e-8, "weight_decay": 0.01, "update_every": 10},
+        decays_last=True,
     ),
     "prodigy": Method(
         "Mishchenko & Defazio 2023", _prodigy, {"lr": 1.0, "d0": 0.01, "d_coef": 1.0, **ADAM}, "decoupled",

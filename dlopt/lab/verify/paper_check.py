@@ -69,10 +69,12 @@ def _formulas(subject: Subject, method: Method, keys: Mapping[str, Any]) -> list
     if "weight_decay" not in keys:
         return [lambda w, gs, wd, **others: method.formula(w, gs, **others)]
     flags = [name for name in DECOUPLED if subject.takes(name)]
-    if flags:
+    if flags and not method.decays_last:
         return [(decoupled if subject.default(flags[0]) else penalized)(method.formula)]
-    ways = {"decoupled": [decoupled], "l2": [penalized], None: [penalized, decoupled]}[method.decay]
-    return [way(method.formula) for way in ways]
+    if method.decays_last:
+        return [decoupled(method.formula, last=True), decoupled(method.formula)]
+    coupled, apart = penalized(method.formula), decoupled(method.formula)
+    return {"decoupled": [apart], "l2": [coupled], None: [coupled, apart]}[method.decay]
 
 
 def _scenarios(subject: Subject, method: Method, keys: Mapping[str, Any]) -> Iterator[Scenario]:

@@ -30,14 +30,18 @@ def penalized(formula: Formula) -> Formula:
     return weights
 
 
-def decoupled(formula: Formula) -> Formula:
-    """Adds decoupled weight decay, lr * wd * w, to the steps of a formula, which do not depend on the weights."""
+def decoupled(formula: Formula, last: bool = False) -> Formula:
+    """Adds decoupled weight decay, lr * wd * w, to the steps of a formula, which do not depend on the weights.
+
+    `last`: of the weights after the step.
+    """
 
     def weights(w: Array, gs: Iterable[Array], wd: float, lr: float, **keys: Any) -> Iterator[Array]:
         before = w
         for after in formula(w, gs, lr=lr, **keys):
             if after is not before:  # else the update has only filled the state
-                w = w - lr * wd * w + after - before
+                step = after - before
+                w = (w + step) * (1 - lr * wd) if last else w - lr * wd * w + step
             before = after
             yield w
 
