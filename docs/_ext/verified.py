@@ -45,9 +45,9 @@ def _summary(packages: Mapping[str, Any], numbers: Mapping[tuple[str, str], int]
     confirmed = sum((name, check) in numbers for name, check, status in results if status == "fail")
     return (
         f"{optimizers} optimizers: {count['pass']:,} checks pass, {count['fail']} fail, {count['undecided']} are "
-        f"undecided, {count['not applicable']} do not apply; {optimizers - len(failed)} optimizers fail none. {confirmed} of the failures have a number: they "
-        "were reproduced by hand against the author's code. A cross without a number is unconfirmed: the check may be "
-        "wrong about it."
+        f"undecided, {count['not applicable']} do not apply; {optimizers - len(failed)} optimizers fail none. "
+        f"{confirmed} of the failures have a number: they were reproduced by hand. A cross without a number is "
+        "unconfirmed: the check may be wrong about it."
     )
 
 
