@@ -158,7 +158,9 @@ def decay(subject: Subject, method: Method | None) -> CheckOutcome:
     if method is not None and method.decay == "decoupled" and not method.own_decay and subject.takes("lr"):
         chosen.append(Case(cases.decays_by_the_rate, {"flag": flag}))
     kind = _kind_of_decay(subject)
-    outcome = check_cases(subject, chosen, kind or f"undecided{_size_of_decay(subject)}")
+    outcome = check_cases(
+        subject, chosen, kind or f"neither decoupled nor coupled{_size_of_decay(subject)} at zero gradients"
+    )
     if outcome.status == "fail" or kind:
         return outcome
     if method is not None and method.own_decay and paper_check.compare(subject, method).status == "pass":
