@@ -19,6 +19,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import printable
 from dlopt.data.checks import LARGEST, LEFT_OUT, MISSING, WARNING, number
+from dlopt.data.encoding import guess_encoding
 from dlopt.data.images import EXTENSIONS
 from dlopt.data.samples import SPLITS
 
@@ -35,6 +36,11 @@ _CHUNK = 1024  # rows that are converted at once
 _SPECTRUM = 8  # columns; a row has as few numbers in order by chance
 _MANY_TEXTS = 10_000
 _FIRST = 1000  # rows that are compared with the header
+_LONGEST_FIELD = 1 << 27  # characters; the csv module reads no more than 131,072 by default
+_NO_UNIT = frozenset({"", "-", "–"})
+_GUESSED = 1 << 18  # bytes of a text in another encoding
+_SEPARATOR = re.compile(r'"?sep=(.)"?\s*')  # the first line, as Excel reads it
+_UNIT = re.compile(r"[^\w\s+.-]{0,2}[^\W\d_][^,;]{0,23}|[^\w\s+.-]{1,2}")  # m/s, (kg), [V], %, µg
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ class Header:
         names: of the columns, without spaces around them.
         positions: of these columns in a row.
         width: fields of a row.
-        notes: which columns were left out.
+        above: lines above the names.
+        has_units: the row below the names has the units of the columns.
+        notes: which lines and columns were left out.
     """
 
     path: Path
@@ -54,6 +62,8 @@ class Header:
     names: tuple[str, ...]
     positions: tuple[int, ...]
     width: int
+    above: int
+    has_units: bool
     notes: tuple[str, ...]
 
     def require(self, names: Collection[str], hint: str = "") -> None:
@@ -114,7 +124,8 @@ class CsvFile:
 def read_header(file: str, delimiter: str = ",") -> Header:
     """Reads the header line of a file in UTF-8, or in UTF-16 with a byte order mark.
 
-    Leaves out columns without a name, or with the name that pandas gives them: an index.
+    Leaves out columns without a name, or with the name that pandas gives them: an index. Also leaves out lines above
+    the names (sep=; and comments, #) and a row of units below them.
 
     Raises:
         UserError: the file cannot be read, has no header line, or has two columns of one name.
@@ -125,26 +136,92 @@ def read_header(file: str, delimiter: str = ",") -> Header:
         with path.open("rb") as binary:
             mark = binary.read(2)
     encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    lines = _lines(path, delimiter, encoding)
-    _, fields = next(lines, (1, []))
+    delimiter, above, notes = _separator(path, delimiter, encoding)
+    first = list(itertools.islice(_lines(path, delimiter, encoding, above), _FIRST + 1))
+    comments = _comments(first)
+    if comments:
+        count, above = len(comments), first[len(comments) - 1][0]
+        lines = "1 line" if count == 1 else f"{count} lines"
+        notes += (f"{LEFT_OUT}{lines} above the names of the columns ({_shown(comments[0])})",)
+    line, fields = first[len(comments)] if first else (1, [])
+    below = first[len(comments) + 1 :]
     if any("\0" in name for name in fields):
         raise UserError(f"data.file={path}: has zero bytes, as UTF-16 without a byte order mark; save it as UTF-8")
-    rows = [row for _, row in itertools.islice(lines, _FIRST) if len(row) == len(fields)]
-    if _has_images(fields, rows) or (rows and _is_row(fields, rows)):
-        first = ", ".join(fields[:3]) + ", ..." * (len(fields) > 3)
+    rows = [row for _, row in below if len(row) == len(fields)]
+    if not rows and below and (width := min(len(row) for _, row in below)) > len(fields) + 1:
         raise UserError(
-            f"data.file={path}: line 1 has values ({first}); insert a line with the names of the columns before it"
+            f"{_place(path, line)}: has {len(fields)} fields ({_shown(fields)}), the lines below have {width}; remove "
+            "the lines above the names of the columns"
+        )
+    if has_units := _are_units(fields, rows):
+        if lacking := [name for field, name in zip(fields, rows[0], strict=True) if name and not field]:
+            raise UserError(f"{_place(path, line)}: lacks the name {lacking[0]!r} of line {below[0][0]}; remove a line")
+        notes += (f"{LEFT_OUT}line {below[0][0]}, the units of the columns ({_shown(rows[0])})",)
+        del rows[0]
+    if _has_images(fields, rows) or (rows and _is_row(fields, rows)):
+        raise UserError(
+            f"data.file={path}: line {line} has values ({_shown(fields)}); insert a line with the names of the columns "
+            "before it"
         )
     kept = [i for i, name in enumerate(fields) if not _INDEX.fullmatch(name)]
     names = [fields[i] for i in kept]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"data.file={path}: two columns have the same name, {', '.join(twice)}")
-    notes = tuple(
+    notes += tuple(
         f"{LEFT_OUT}column {i + 1}{f' ({name})' if name else ', which has no name'}"
         for i, name in enumerate(fields)
         if i not in kept
     )
-    return Header(path, delimiter, encoding, tuple(names), tuple(kept), len(fields), notes)
+    return Header(path, delimiter, encoding, tuple(names), tuple(kept), len(fields), above, has_units, notes)
+
+
+def _shown(fields: Sequence[str]) -> str:
+    return printable(", ".join(fields[:3]) + ", ..." * (len(fields) > 3))
+
+
+def _separator(path: Path, delimiter: str, encoding: str) -> tuple[str, int, tuple[str, ...]]:
+    """Returns the delimiter that a first line sep=; sets, the number of such lines, and a line about it."""
+    with _reading(path), path.open(encoding=encoding) as file:
+        found = _SEPARATOR.fullmatch(file.readline(len('"sep=;"\n')))
+    if found is None:
+        return delimiter, 0, ()
+    if delimiter not in (",", found[1]):
+        raise UserError(
+            f"data.delimiter={delimiter!r}: the first line of {path} sets {found[1]!r}; leave out one of them"
+        )
+    return found[1], 1, (f"{LEFT_OUT}line 1, which sets the delimiter {found[1]!r}",)
+
+
+def _comments(rows: Sequence[tuple[int, list[str]]]) -> list[list[str]]:
+    """Returns the rows at the start that are comments: those with #, but for a header such as #,name,height."""
+    comments = [row for _, row in itertools.takewhile(lambda each: each[1][0].startswith("#"), rows)]
+    below = [row for _, row in rows[len(comments) :]]
+    if not comments or not below or len(comments[-1]) != len(below[0]):
+        return comments
+    same = [row for row in below if len(row) == len(below[0])]
+    return comments if _are_units(comments[-1], same) else comments[:-1]
+
+
+def _are_units(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Returns whether the first row has the units of columns whose other rows have numbers, and nothing in the others.
+
+    With two units or more, other columns may have texts that no other row has.
+    """
+    if len(rows) < 3:
+        return False
+    units, words = [], []
+    for i in range(len(header)):
+        first, *others = (row[i] for row in rows)
+        present = [field for field in others if field and field.lower() not in _MISSING]
+        is_numeric = present and not any(math.isnan(number(field)) for field in present)
+        if first in _NO_UNIT:
+            continue
+        if is_numeric and (not _UNIT.fullmatch(first) or _remedy(first)):
+            return False
+        if not is_numeric and first in others:
+            return False
+        (units if is_numeric else words).append(first)
+    return bool(units) and (len(units) > 1 or not words)
 
 
 def read_columns(
@@ -171,8 +248,9 @@ def read_columns(
     notes: tuple[str, ...] = ()
     merged: dict[str, str] = {}  # the warning of each column whose integers float64 merges
     doubts = _Doubts()
-    rows = _lines(header.path, header.delimiter, header.encoding, doubts)
-    next(rows, None)
+    rows = _lines(header.path, header.delimiter, header.encoding, header.above, doubts)
+    for _ in range(1 + header.has_units):
+        next(rows, None)
     while chunk := list(itertools.islice(rows, _CHUNK)):
         for line, row in chunk:
             if len(row) != header.width:
@@ -271,12 +349,15 @@ class _Doubts:
         return tuple(lines)
 
 
-def _lines(path: Path, delimiter: str, encoding: str, doubts: _Doubts | None = None) -> Iterator[tuple[int, list[str]]]:
+def _lines(
+    path: Path, delimiter: str, encoding: str, above: int, doubts: _Doubts | None = None
+) -> Iterator[tuple[int, list[str]]]:
     """Yields the line number and the fields of each row that is not empty. Raises `UserError`.
 
-    `doubts`: counts the rows whose quotes are doubtful.
+    `above`: lines to skip; `doubts`: counts the rows whose quotes are doubtful.
     """
     doubts = _Doubts() if doubts is None else doubts
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))  # of the whole process; never lowered
     with _reading(path), path.open(newline="", encoding=encoding) as file:
         kept: list[str] = []  # the lines of the current row
         number = 0  # of the last line that was read
@@ -289,6 +370,8 @@ def _lines(path: Path, delimiter: str, encoding: str, doubts: _Doubts | None = N
                 yield line
 
         source = lines()
+        for _ in range(above):
+            next(source, None)
         strict = csv.reader(source, delimiter=delimiter, strict=True)
         while True:
             kept.clear()
@@ -302,7 +385,7 @@ def _lines(path: Path, delimiter: str, encoding: str, doubts: _Doubts | None = N
                 return
             if len(kept) > 1:
                 doubts.add(row, number - len(kept) + 1, len(kept))
-            if row or number == 1:
+            if row:
                 yield number, [field.strip() for field in row]
 
 
@@ -313,8 +396,42 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise UserError(f"data.file={path}: cannot be read{where} ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
     except (csv.Error, UnicodeError) as error:
-        raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error})") from error
+        longest = f"; a field may have {_LONGEST_FIELD:,} characters: check its quotes" if "limit" in str(error) else ""
+        raise UserError(f"data.file={path}: is not a CSV file in UTF-8 ({error}{longest})") from error
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
+    """Returns an error that names the encoding that fits."""
+    with path.open("rb") as file:
+        line = 0
+        for text in file:
+            line += 1
+            if not _is_utf8(text):
+                break
+        else:  # UTF-16
+            return UserError(f"data.file={path}: is not a CSV file in {error.encoding} ({error.reason})")
+        # To the end of a line: a character of several bytes may end with the bytes that were read.
+        text += file.read(_GUESSED) + file.readline(_GUESSED)
+    if (guess := guess_encoding(text)) is None:
+        return UserError(
+            f"{_place(path, line)}: is not UTF-8, and fits no other known encoding; save the file as UTF-8"
+        )
+    encoding, word = guess
+    return UserError(
+        f"{_place(path, line)}: is not UTF-8; it fits {encoding} ({printable(word)}): convert the file with "
+        f"iconv -f {encoding.upper().replace('_', '-')} -t UTF-8 {path.name} > NEW"
+    )
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _numbers(fields: list[str]) -> np.ndarray:

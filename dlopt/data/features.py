@@ -52,7 +52,8 @@ def table(
     header = read_header(file, delimiter)
     columns = header.names
     if len(columns) < 2:
-        raise UserError(f"data.file={file}: has {len(columns)} columns; set data.delimiter if it is not {delimiter!r}")
+        likely = next((f"={each!r}" for each in ";\t|," if each in "".join(columns)), f" if it is not {delimiter!r}")
+        raise UserError(f"data.file={file}: has {len(columns)} columns; set data.delimiter{likely}")
     target = columns[-1] if target is None else target
     split_columns = [] if split_column is None else [split_column]
     header.require([target, *ignore, *split_columns])

@@ -5,12 +5,15 @@ import io
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
+from dlopt.data import csv_file
 from dlopt.data.csv_file import CsvFile, read_columns, read_header
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff"), min_size=1, max_size=5)
@@ -201,3 +204,81 @@ def test_ends_of_lines(tmp_path: Path, end: str) -> None:
     text = f"x,y{end}1,a{end}{end}2,b{end}3,c"
     content = read(write(tmp_path, text), ["y"], ["x"])
     assert content.texts["y"] == ["a", "b", "c"] and not content.notes and [*content.lines] == [2, 4, 5]
+
+
+NUMBERS = "".join(f"{i / 4},{i * i},{'ab'[i % 2]}\n" for i in range(30))
+
+
+@pytest.mark.parametrize(
+    ("above", "keys", "note"),
+    [
+        ("sep=,\nx,z,y\n", {"skiprows": 1}, "line 1, which sets the delimiter ','"),
+        ('"sep=;"\r\nx;z;y\n', {"skiprows": 1, "sep": ";"}, "line 1, which sets the delimiter ';'"),
+        ("sep=\t\nx\tz\ty\n", {"skiprows": 1, "sep": "\t"}, r"line 1, which sets the delimiter '\t'"),
+        ("# a, b, c, d\n\n# e\nx,z,y\n", {"comment": "#"}, "2 lines above the names of the columns (# a, b, c, ...)"),
+        ("# a, b, c\nx,z,y\n", {"comment": "#"}, "1 line above the names of the columns (# a, b, c)"),
+        ("#x,z,y\n", {}, None),
+        ("# written by\n#x,z,y\n", {"skiprows": 1}, "1 line above the names of the columns (# written by)"),
+        ("x,z,y\nm/s,µg,-\n", {"skiprows": [1]}, "line 2, the units of the columns (m/s, µg, -)"),
+        ("x,z,y\n[°C],%,name\n", {"skiprows": [1]}, "line 2, the units of the columns ([°C], %, name)"),
+        ("\n\nx,z,y\n", {}, None),
+    ],
+)
+def test_lines_above_the_data(tmp_path: Path, above: str, keys: dict[str, Any], note: str | None) -> None:
+    delimiter = keys.get("sep", ",")
+    file = write(tmp_path, above + NUMBERS.replace(",", delimiter))
+    expected = pandas.read_csv(file, **keys)
+    header = read_header(file)
+    assert header.names == (*expected.columns,) and header.notes == (() if note is None else (f"left out: {note}",))
+    first, second, last = header.names
+    content = read_columns(header, [last], {first: "", second: ""})
+    assert content.texts[last] == expected[last].tolist()
+    assert content.numbers.tolist() == expected[[first, second]].astype(float).values.tolist()
+    line = 1 + len(above.splitlines())
+    assert content.place(0).endswith(f"line {line}") and len(content) == 30
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            "A title\n\nx,z,y\n1,2,a\n",
+            r"line 1: has 1 fields \(A title\), the lines below have 3; remove the lines above",
+        ),
+        ("m,kg,\nx,z,y\n1,2,a\n3,4,b\n", "line 1: lacks the name 'y' of line 2; remove a line"),
+        ("x,y\nred,1\n0.5,2\n0.25,1\n", "line 2: x is 'red', not a finite number"),
+        ("x,z,y\nNA,?,a\n1,2,b\n3,4,c\n", "line 2: x is 'NA', not a finite number; fill in"),
+        (
+            "x,z,y\n5kg,m,b\n1,2,b\n3,4,c\n",
+            "line 2: x is '5kg', not a finite number; write the number without its unit",
+        ),
+        ("x,z,y\nkg,m,b\n1,2,b\n3,4,c\n", "line 2: x is 'kg', not a finite number"),
+    ],
+)
+def test_lines_that_are_not_left_out(tmp_path: Path, text: str, error: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(UserError, match=error):
+        read(file, [], ["x"])
+
+
+def test_names_the_encoding_that_fits(tmp_path: Path) -> None:
+    for encoding, word in (("cp1252", "Grüße"), ("shift_jis", "日本語のテキスト"), ("cp1251", "Привет")):
+        file = write(tmp_path, f"x,y\n1,a\n2,{word}\n", encoding)
+        error = rf"line 3: is not UTF-8; it fits {encoding} \({word}\): convert .* iconv -f .* -t UTF-8 t.csv > NEW"
+        with pytest.raises(UserError, match=error):
+            read_header(file)
+        assert pandas.read_csv(file, encoding=encoding)["y"].tolist() == ["a", word]
+
+
+def test_long_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, f"x,note,y\n1,{'k' * 200_000},a\n2,b,b\n")
+    assert read(file, ["y"], ["x"]).numbers.tolist() == [[1.0], [2.0]]
+    before = csv.field_size_limit(1000)
+    monkeypatch.setattr(csv_file, "_LONGEST_FIELD", 1000)
+    try:
+        with pytest.raises(
+            UserError, match=r"field larger than field limit .* may have 1,000 characters: check its quotes"
+        ):
+            read(file, ["y"], ["x"])
+    finally:
+        csv.field_size_limit(before)

@@ -155,7 +155,7 @@ def test_a_table_is_read_without_its_texts_in_memory(tmp_path: Path) -> None:
         ("x,y\n1,a\nnan,a\n", {}, r"line 3: x is 'nan', not a finite number"),
         ("x,y\n1,2\n2,nan\n", {"labels": "value"}, r"line 3: y is 'nan', not a finite number; fill in the"),
         ("x,y\n1,a\n1e39,a\n", {}, r"line 3: x is '1e39', not a finite number"),
-        ("x;y\n1;a\n", {}, r"has 1 columns; set data\.delimiter if it is not ','"),
+        ("x;y\n1;a\n", {}, r"has 1 columns; set data\.delimiter=';'"),
         ("x,x,y\n1,2,a\n", {}, r"two columns have the same name"),
         ("x,y\n", {}, r"has no rows"),
         ("y\n1\n", {}, r"has 1 columns"),

@@ -86,7 +86,7 @@ def test_regression_labels(table: Callable[..., Dataset]) -> None:
          "001.png has the class 'b', which no training row has"),
         ("path,label\nimages/000.png,high\n", {"labels": "value"}, "label is 'high', not a finite number; data"),
         ("path,label\nimages/000.png,nan\n", {"labels": "value"}, "is 'nan', not a finite number; fill in the"),
-        (b"path,label\n\xff\xfe,a\n", {}, "is not a CSV file in UTF-8"),
+        (b"path,label\n\xff\xfe,a\n", {}, "line 2: is not UTF-8"),
         (b"path,label\nimages/000.png,a\0\n" + b"x" * 200000, {}, "data.file="),
     ],
 )  # fmt: skip
