@@ -209,7 +209,8 @@ def _are_units(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """
     if len(rows) < 3:
         return False
-    units, words = [], []
+    units: list[str] = []
+    words: list[str] = []
     for i in range(len(header)):
         first, *others = (row[i] for row in rows)
         present = [field for field in others if field and field.lower() not in _MISSING]

@@ -18,7 +18,7 @@ from torch import Tensor
 from dlopt.data.records import Records
 from dlopt.data.rows import RowDataset
 from dlopt.data.samples import SPLITS, Dataset, Files, InMemory, Samples, Wrapped
-from dlopt.data.windows import Windows
+from dlopt.data.windows import Shards, Windows
 
 _WHOLE = 1 << 30  # bytes; larger contents are hashed in part
 _MOST_FILES = 1 << 17  # more are neither measured nor read as a whole
@@ -128,7 +128,7 @@ def _content(samples: Samples) -> _Content | None:
     return None
 
 
-def _of_array(array: Tensor | np.ndarray) -> _Content:
+def _of_array(array: Tensor | np.ndarray | Shards) -> _Content:
     return _Content(len(array), array.nbytes, lambda start, stop: _bytes(array[start:stop]))
 
 

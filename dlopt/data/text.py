@@ -25,14 +25,16 @@ from dlopt.basics.ranges import Fraction
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import WARNING, ending, left_out_note
 from dlopt.data.parquet import read_parquet
-from dlopt.data.samples import SPLITS, Dataset
+from dlopt.data.rows import Files, find_files
+from dlopt.data.samples import Dataset
+from dlopt.data.token_files import find_splits, memory_map, read_tokens
 from dlopt.data.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer
-from dlopt.data.windows import Windows
+from dlopt.data.windows import Shards, Windows
 from dlopt.tasks.text import NextToken
 
 SequenceLength = Annotated[int, Interval(ge=1, le=1 << 20)]
-Vocabulary = Annotated[int, Interval(ge=2, le=1 << 16)]  # tokens of two bytes
-TrainedVocabulary = Annotated[int, Interval(ge=SMALLEST, le=1 << 16)]
+Vocabulary = Annotated[int, Interval(ge=2, le=1 << 24)]
+TrainedVocabulary = Annotated[int, Interval(ge=SMALLEST, le=1 << 16)]  # tokens of two bytes
 
 BYTES = 256
 SEPARATOR = b"\0"  # between documents
@@ -45,7 +47,8 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "__pycache__"
 
 def text(
     *,
-    file: str | list[str],
+    file: Files,
+    val_file: Files | None = None,
     pattern: str,
     column: str | None,
     tokenizer: Literal["bytes", "bpe"] | str,
@@ -62,7 +65,8 @@ def text(
     depend on the tokenizer.
 
     Args:
-        file: files, or folders of files.
+        file: files, patterns, or folders of files.
+        val_file: validation files, which are left out of `file`; None for the last part of the text.
         pattern: names of the files in folders, at any depth.
         column: the column of Parquet files with a document in each row; None if the files are texts.
         tokenizer: bytes; bpe: byte-pair encoding, trained on the training set; or the path of a tokenizer.json.
@@ -76,47 +80,40 @@ def text(
     if vocabulary is not None and tokenizer != "bpe":
         raise UserError(f"data.vocabulary={vocabulary}: only data.tokenizer=bpe has this key; leave it out")
     others: Counter[str] = Counter()
-    paths = [path for entry in ([file] if isinstance(file, str) else file) for path in _files(entry, pattern, others)]
-    if not paths:
-        raise UserError("data.file=[]: at least one file or folder is required")
-    tokens, ends = _concatenate(paths) if column is None else _rows(paths, column)
-    warnings = () if column is not None else _utf16_warnings(tokens, ends, paths)
-    train_fraction = _train_fraction(val_split, test_split)
-    smallest = min(part for part in (train_fraction, val_split, test_split) if part > 0)
-    cuts = [_cut(tokens, ends, fraction, smallest / 2) for fraction in (train_fraction, 1 - test_split)]
-    facts, notes = _facts(tokens, paths), (*left_out_note(others), *warnings)
-    source = f"{len(paths):,} file{'s' * (len(paths) > 1)}, {len(tokens):,} bytes"
-    if tokenizer == "bytes":
-        dataset = _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=facts, notes=notes)
-        return replace(dataset, source=source)
-    parts = np.split(tokens, [_character(tokens, cut) for cut in cuts])
-    source = f"data.tokenizer={tokenizer}"
-    if saved_tokenizer is not None:
-        used = Tokenizer(saved_tokenizer, source)
-    elif tokenizer == "bpe":
-        used = train_tokenizer(parts[0].tobytes(), vocabulary or _TRAINED_SIZE, source)
-    else:
-        used = read_tokenizer(tokenizer)
-    dataset = _tokenized(used, parts, sequence_length, val_split, test_split, facts=facts, notes=notes)
-    return replace(dataset, source=source)
+    paths, held = _files("data.file", file, pattern, others), []
+    if val_file is not None:
+        held = _files("data.val_file", val_file, pattern, others)
+        paths, val_split = [path for path in paths if path not in held], 0.0
+        if not paths:
+            raise UserError("data.val_file: has all files of data.file; leave some of them for training")
+    text, ends, warnings = _documents("data.file", paths, column)
+    cuts = _cuts(text, ends, val_split, test_split)
+    parts = np.split(text, cuts if tokenizer == "bytes" else [_character(text, cut) for cut in cuts])
+    names = _part_names(val_split, test_split)
+    facts, source = _facts(text, paths), f"{len(paths):,} file{'s' * (len(paths) > 1)}, {len(text):,} bytes"
+    if held:
+        parts[1], _, more = _documents("data.val_file", held, column)
+        names, warnings = (names[0], "the text of data.val_file", names[2]), (*warnings, *more)
+        facts = {"files": len(paths) + len(held), "bytes": len(text) + len(parts[1])}
+        source += f"; validation: {len(held):,} file{'s' * (len(held) > 1)}, {len(parts[1]):,} bytes"
+    used = None
+    if tokenizer != "bytes":
+        used = _tokenizer(tokenizer, vocabulary, saved_tokenizer, parts[0])
+        parts = tokenize(used, parts, ["the training text", "the validation text", "the test text"])
+        facts |= {"tokens": sum(map(len, parts)), "tokenizer_sha256": used.digest}
+    notes = (*left_out_note(others), *warnings)
+    dataset = _dataset(parts, names, sequence_length, facts=facts, notes=notes, tokenizer=used)
+    return replace(dataset, source=source if used is None else f"data.tokenizer={tokenizer}")
 
 
-def _tokenized(
-    tokenizer: Tokenizer,
-    parts: list[np.ndarray],
-    length: int,
-    val_split: float,
-    test_split: float,
-    *,
-    facts: dict[str, Any],
-    notes: tuple[str, ...],
-) -> Dataset:
-    """Returns the dataset of the tokens of three parts of a text, uint8 [N] each."""
-    encoded = tokenize(tokenizer, parts, ["the training text", "the validation text", "the test text"])
-    cuts = list(accumulate(map(len, encoded[:2])))
-    facts = {**facts, "tokens": sum(map(len, encoded)), "tokenizer_sha256": tokenizer.digest}
-    tokens = np.concatenate(encoded)
-    return _dataset(tokens, cuts, length, val_split, test_split, facts=facts, notes=notes, tokenizer=tokenizer)
+def _tokenizer(kind: str, vocabulary: int | None, saved: str | None, text: np.ndarray) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint, the one trained on a text, or that of a file."""
+    source = f"data.tokenizer={kind}"
+    if saved is not None:
+        return Tokenizer(saved, source)
+    if kind == "bpe":
+        return train_tokenizer(text.tobytes(), vocabulary or _TRAINED_SIZE, source)
+    return read_tokenizer(kind)
 
 
 def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_split: Fraction) -> Dataset:
@@ -127,7 +124,7 @@ def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_
     Raises:
         UserError: the standard library has no source files, or a split is shorter than a window.
     """
-    _train_fraction(val_split, test_split)
+    _refuse_splits(val_split, test_split)
     root = Path(sysconfig.get_path("stdlib"))
     names = _modules(root)
     if not names:
@@ -142,58 +139,73 @@ def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_
     facts = {"python": platform.python_version(), **_facts(tokens, [Path(path) for path in names])}
     licence = "Python Software Foundation License"
     notes = (f"standard library of Python {facts['python']} ({licence}): {len(names)} files",)
-    return _dataset(tokens, cuts, sequence_length, val_split, test_split, facts=facts, notes=notes)
+    return _dataset(
+        np.split(tokens, cuts), _part_names(val_split, test_split), sequence_length, facts=facts, notes=notes
+    )
 
 
 def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary) -> Dataset:
-    """Reads train.bin and val.bin, and test.bin if there is one: little-endian uint16, as nanoGPT writes them.
+    """Reads files of tokens: train.bin, val.bin and test.bin of nanoGPT, or the shards of llm.c and modded-nanogpt.
 
-    The files are memory-mapped. meta.pkl is not read: a pickle may run code.
+    test.bin may be missing. Files are uint16, or as their header says. The shards of a split are one text, in the order
+    of their names: a document that one of them cuts off continues in the next. The files are memory-mapped. meta.pkl is
+    not read: a pickle may run code.
+
+    Args:
+        root: folder of the files, or a pattern of them.
 
     Raises:
         UserError: a file is missing or damaged, or has a token outside of the vocabulary.
     """
-    folder = Path(os.path.expanduser(root))
+    files, notes = find_splits(root)
     splits: dict[str, Windows] = {}
-    for name in SPLITS:
-        path = folder / f"{name}.bin"
-        if name == "test" and not path.exists():
-            continue
-        array = _memory_map(path, "<u2")
-        _check_vocabulary(path, array, vocabulary)
-        splits[name] = _windows(array, sequence_length, f"{path}")
+    for name, paths in files.items():
+        arrays = []
+        for path in paths:
+            array = read_tokens(path)
+            _check_vocabulary(path, array, vocabulary)
+            arrays.append(array.view("<i4") if array.itemsize == 4 else array)  # torch has few operations for uint32
+        shown = f"{paths[0]}" if len(paths) == 1 else f"{name} of data.root={root}"
+        splits[name] = _windows(arrays[0] if len(arrays) == 1 else Shards(arrays), sequence_length, shown)
     task = NextToken(vocabulary, predictions=sequence_length)
-    return Dataset(splits["train"], splits["val"], splits.get("test"), None, unlabelled=task)
+    counts = (f"{name} {len(splits[name].tokens):,} ({len(paths)} files)" for name, paths in files.items())
+    source = f"tokens: {', '.join(counts)}" if any(len(paths) > 1 for paths in files.values()) else ""
+    return Dataset(
+        splits["train"], splits["val"], splits.get("test"), None, unlabelled=task, notes=notes, source=source
+    )
 
 
-def _train_fraction(val_split: float, test_split: float) -> float:
+def _refuse_splits(val_split: float, test_split: float) -> None:
     if val_split + test_split >= 1:
         raise UserError(f"data.val_split={val_split:g}, data.test_split={test_split:g}: leave no text for training")
-    return 1 - val_split - test_split
+
+
+def _part_names(val_split: float, test_split: float) -> tuple[str, str | None, str | None]:
+    """Returns the names of the training, validation and test text for messages; None for one that is not wanted."""
+    val, test = (
+        f"the text of data.{key}={fraction:g}" if fraction > 0 else None
+        for key, fraction in (("val_split", val_split), ("test_split", test_split))
+    )
+    return "the training text", val, test
 
 
 def _dataset(
-    tokens: np.ndarray,
-    cuts: Sequence[int],
+    parts: Sequence[np.ndarray],
+    names: Sequence[str | None],
     length: int,
-    val_split: float,
-    test_split: float,
     *,
     facts: dict[str, Any],
     notes: tuple[str, ...] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Dataset:
-    """Returns the tokens before, between and after `cuts` as training, validation and test set.
+    """Returns the dataset of the tokens of a training, validation and test text; see `_part_names`.
 
     `tokenizer`: of the tokens; None if they are bytes.
     """
-    train = _windows(tokens[: cuts[0]], length, "the training text")
-    val, test = (
-        _windows(tokens[start:stop], length, f"the text of data.{key}={fraction:g}") if fraction > 0 else None
-        for key, fraction, start, stop in zip(
-            ("val_split", "test_split"), (val_split, test_split), cuts, (cuts[1], len(tokens)), strict=True
-        )
+    train, val, test = (
+        None if name is None else _windows(part, length, name) for part, name in zip(parts, names, strict=True)
     )
+    assert train is not None
     if tokenizer is None:
         task = NextToken(BYTES, predictions=length, unit="byte")
         return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts)
@@ -202,7 +214,7 @@ def _dataset(
     return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts, tokenizer=tokenizer)
 
 
-def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
+def _windows(tokens: np.ndarray | Shards, length: int, name: str) -> Windows:
     windows = Windows(tokens, length)
     if len(windows) == 0:
         hint = f"use at most {len(tokens) - 1}" if len(tokens) > 1 else "a window needs two or more"
@@ -213,13 +225,18 @@ def _windows(tokens: np.ndarray, length: int, name: str) -> Windows:
 # -- documents
 
 
-def _files(entry: str, pattern: str, others: Counter[str]) -> list[Path]:
-    """Returns a file, or the files of a folder that match the pattern; counts `others` by ending or reason."""
-    path = Path(os.path.expanduser(entry))
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"data.file={entry}: no such file or folder")
+def _files(key: str, files: Files, pattern: str, others: Counter[str]) -> list[Path]:
+    """Returns files, those of patterns, and those of folders that match `pattern`; counts `others` by ending."""
+    paths: list[Path] = []
+    for entry in [files] if isinstance(files, str) else files:
+        path = Path(os.path.expanduser(entry))
+        paths += _in_folder(entry, path, pattern, others) if path.is_dir() else map(Path, find_files(key, entry, "")[0])
+    if not paths:
+        raise UserError(f"{key}=[]: at least one file or folder is required")
+    return paths
+
+
+def _in_folder(entry: str, path: Path, pattern: str, others: Counter[str]) -> list[Path]:
     try:
         found = sorted(each for each in path.rglob(pattern) if each.is_file())
     except (NotImplementedError, ValueError):
@@ -234,14 +251,25 @@ def _files(entry: str, pattern: str, others: Counter[str]) -> list[Path]:
     return found
 
 
+def _documents(key: str, paths: Sequence[Path], column: str | None) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
+    """Returns the bytes of files, or of a column of Parquet files, the end of each document, and warnings."""
+    if column is not None:
+        return *_rows(key, paths, column), ()
+    text, ends = _concatenate(paths)
+    return text, ends, _format_warnings(text, ends, paths)
+
+
 _LOOKED_AT = 1 << 10  # bytes at the start of a document
 _DOCUMENTS = 1 << 12  # that are looked at, evenly spaced
 _FEW_BYTES = 16
+_PARQUET = b"PAR1"
 _ZEROS = 0.4  # of the bytes at even, or at odd positions; UTF-16 has more in the alphabets of Europe
 
 
-def _utf16_warnings(tokens: np.ndarray, ends: Sequence[int], paths: Sequence[Path]) -> tuple[str, ...]:
-    """Returns a warning if a text has zeros at every other byte. Raises `UserError` for the byte order mark of UTF-16.
+def _format_warnings(tokens: np.ndarray, ends: Sequence[int], paths: Sequence[Path]) -> tuple[str, ...]:
+    """Returns a warning if a text has zeros at every other byte.
+
+    Raises `UserError` for the byte order mark of UTF-16, and for a Parquet file.
 
     As bytes, or for a tokenizer, half of such a text means nothing.
     """
@@ -253,6 +281,8 @@ def _utf16_warnings(tokens: np.ndarray, ends: Sequence[int], paths: Sequence[Pat
         first = tokens[start : min(start + _LOOKED_AT, end)].tobytes().removesuffix(SEPARATOR)
         if first[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(f"data.file: {path} is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+        if first[:4] == _PARQUET:
+            raise UserError(f"data.file: {path} is a Parquet file; name the column of its documents: data.column=text")
         zeros = sorted(2 * first[parity::2].count(0) / max(len(first), 1) for parity in (0, 1))
         if len(first) >= _FEW_BYTES and zeros[1] > max(_ZEROS, 4 * zeros[0]):
             looks.append(path)
@@ -279,13 +309,13 @@ def _concatenate(paths: Sequence[Path]) -> tuple[np.ndarray, list[int]]:
         raise UserError(f"data.file: {error.filename}: cannot be read ({error.strerror})") from None
     ends = list(accumulate(size + len(SEPARATOR) for size in sizes))
     if len(paths) == 1 and sizes[0] > 0:
-        return (_memory_map(paths[0], "u1") if sizes[0] > _MAX_READ else _read(paths)), sizes
+        return (memory_map(paths[0], "u1") if sizes[0] > _MAX_READ else _read(paths)), sizes
     return (_read(paths) if ends[-1] <= _MAX_READ else _map_joined(paths)), ends
 
 
-def _rows(paths: Sequence[Path], column: str) -> tuple[np.ndarray, list[int]]:
+def _rows(key: str, paths: Sequence[Path], column: str) -> tuple[np.ndarray, list[int]]:
     """Returns the bytes of the documents in a column of Parquet files, in memory, and the end of each."""
-    table, _ = read_parquet("data.file", list(map(str, paths)), [column], column)
+    table, _ = read_parquet(key, list(map(str, paths)), [column], column)
     joined, ends = bytearray(), []
     for row, value in enumerate(table.column(column)):
         document = value.as_py()
@@ -331,18 +361,7 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
                     os.replace(joined.name, target)
     except OSError:  # no access, or no space
         return _read(paths)
-    return _memory_map(target, "u1")
-
-
-def _memory_map(path: Path, dtype: str) -> np.ndarray:
-    try:
-        refuse_special(path)
-        # Copy-on-write: torch warns about read-only memory.
-        return np.memmap(path, dtype=dtype, mode="c")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as {np.dtype(dtype).name} values ({error})") from None
+    return memory_map(target, "u1")
 
 
 def _check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
@@ -353,6 +372,13 @@ def _check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
         largest = int(tokens[start : start + block].max())
         if largest >= vocabulary:
             raise UserError(f"data.vocabulary={vocabulary}: {path} contains token {largest}; use the tokenizer's size")
+
+
+def _cuts(text: np.ndarray, ends: Sequence[int], val_split: float, test_split: float) -> list[int]:
+    """Returns the end of the training and of the validation text."""
+    _refuse_splits(val_split, test_split)
+    smallest = min(part for part in (1 - val_split - test_split, val_split, test_split) if part > 0)
+    return [_cut(text, ends, fraction, smallest / 2) for fraction in (1 - val_split - test_split, 1 - test_split)]
 
 
 def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: float) -> int:

@@ -97,7 +97,8 @@ class Tokenizer:
 
         Raises `UserError` that names the text if it is not UTF-8, or if its tokens are not exactly the text.
         """
-        tokens: list[int] = []
+        dtype = np.uint16 if self.size <= 1 << 16 else np.int32
+        parts = [np.empty(0, dtype)]
         for chunk in _chunks(text):
             encoded = self._tokenizer.encode(_decoded(chunk, name), add_special_tokens=False).ids
             if b"".join(map(self.bytes_of.__getitem__, encoded)) != chunk:
@@ -105,8 +106,8 @@ class Tokenizer:
                     f"{self.source}: changes the text (it normalizes it, adds spaces, or lacks characters), so bits "
                     "per byte would be wrong; use data.tokenizer=bpe, or a tokenizer that keeps every byte"
                 )
-            tokens += encoded
-        return np.array(tokens, dtype=np.uint16 if self.size <= 1 << 16 else np.int32)
+            parts.append(np.array(encoded, dtype))
+        return np.concatenate(parts)
 
 
 def read_tokenizer(file: str) -> Tokenizer:

@@ -1,10 +1,40 @@
 """Windows of a sequence of tokens: the samples of a text."""
 
+from collections.abc import Sequence
 from copy import copy
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Shards:
+    """Memory-mapped arrays [N_i] that are indexed like one array [sum of N_i], without a copy of them."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = arrays
+        self._ends = np.cumsum([len(array) for array in arrays])
+        self.dtype = np.result_type(*arrays)
+        self.nbytes = len(self) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        """Returns a copy of a range, or of the elements at positions int64 of any shape."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            index = np.arange(start, stop, step)
+        shards = np.searchsorted(self._ends, index, side="right")
+        values = np.empty(index.shape, self.dtype)
+        for shard in np.unique(shards):
+            array, chosen = self._arrays[shard], shards == shard
+            values[chosen] = array[index[chosen] - (self._ends[shard] - len(array))]
+        return values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self._arrays, dtype=dtype or self.dtype)
 
 
 class Windows:
@@ -15,10 +45,10 @@ class Windows:
     are views of the tokens.
 
     Args:
-        tokens: uint8, uint16 or int32 [N]; may be a memory map.
+        tokens: uint8, uint16 or int32 [N]; may be memory maps.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, stride: int | None = None) -> None:
+    def __init__(self, tokens: np.ndarray | Shards, length: int, stride: int | None = None) -> None:
         self.tokens = tokens
         self.length = length
         self._stride = length if stride is None else stride

@@ -181,7 +181,7 @@ def test_a_column_of_texts(tmp_path: Path) -> None:
     documents = [f"document {number} →\n" * 4 for number in range(20)]
     writer.write_table(arrow.table({"text": documents, "n": range(20)}), path, 3)
     keys: dict[str, Any] = {"tokenizer": "bytes", "vocabulary": None, "saved_tokenizer": None, "sequence_length": 8}
-    load = partial(text, file=path, pattern="*.txt", val_split=0, test_split=0, **keys)
+    load = partial(text, file=path, val_file=None, pattern="*.txt", val_split=0, test_split=0, **keys)
     dataset = load(column="text")
     assert bytes(dataset.train.tokens).decode() == "".join(f"{each}\0" for each in documents)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"data\.column=n: row 0 of the type int64 is no text"):
@@ -505,6 +505,7 @@ def test_files_that_expand_to_more_than_memory(tmp_path: Path, monkeypatch: pyte
             file=path,
             pattern="*",
             column="text",
+            val_file=None,
             tokenizer="bytes",
             vocabulary=None,
             sequence_length=8,

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +14,8 @@ from hypothesis import strategies as st
 from dlopt.basics.errors import UserError
 from dlopt.data import csv_file
 from dlopt.data.csv_file import CsvFile, read_columns, read_header
+
+pandas = pytest.importorskip("pandas")
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff"), min_size=1, max_size=5)
 

@@ -145,7 +145,7 @@ def test_moved_data_are_the_same_and_changed_data_are_not(read: Read, tmp_path: 
 def test_a_text_and_its_tokens(tmp_path: Path) -> None:
     words = b"the quick brown fox jumps over the lazy dog\n" * 40
     keys = {"pattern": "*", "sequence_length": 8, "val_split": 0.1, "test_split": 0.1, "saved_tokenizer": None}
-    keys |= {"column": None, "tokenizer": "bytes", "vocabulary": None}
+    keys |= {"val_file": None, "column": None, "tokenizer": "bytes", "vocabulary": None}
 
     def found(name: str, content: bytes, **changes: object) -> module.Identity:
         (tmp_path / name).write_bytes(content)

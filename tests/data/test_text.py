@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
 from dlopt.data import text as texts
+from dlopt.data.identity import identify
 from dlopt.data.samplers import Random, ShiftedWindows
 from dlopt.data.text import python_source, tokens
 from dlopt.data.windows import Windows
 
 CPU = torch.device("cpu")
-text = partial(texts.text, column=None, tokenizer="bytes", vocabulary=None, saved_tokenizer=None)
+text = partial(texts.text, val_file=None, column=None, tokenizer="bytes", vocabulary=None, saved_tokenizer=None)
 
 
 @given(count=st.integers(8, 300), length=st.integers(1, 7), epoch=st.integers(0, 9))
@@ -212,7 +213,7 @@ def test_names_what_is_wrong_with_a_text(tmp_path: Path) -> None:
     keys = {"pattern": "*.txt", "sequence_length": 10, "val_split": 0.1, "test_split": 0.1}
     (tmp_path / "a.txt").write_bytes(b"short text")
     for changed, message in (
-        ({"file": str(tmp_path / "none")}, "no such file or folder"),
+        ({"file": str(tmp_path / "none")}, r"no such file; a name, a pattern \(shards/\*\) or a folder"),
         ({"file": str(tmp_path), "pattern": "*.md"}, r"data\.pattern=\*\.md: no file"),
         ({"file": str(tmp_path), "pattern": "/a/*.txt"}, r"data\.pattern=/a/\*\.txt: must be a pattern of names"),
         ({"file": []}, "at least one"),
@@ -268,14 +269,14 @@ def test_a_pattern_without_files_suggests_the_most_common_suffix(tmp_path: Path)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=r"no file in .* has such a name; it has \*\.md: set data\.pattern='\*\.md'$"):
-        texts._files(str(tmp_path), "*.py", Counter())
+        texts._files("data.file", str(tmp_path), "*.py", Counter())
     others: Counter[str] = Counter()
-    assert [path.name for path in texts._files(str(tmp_path), "*.md", others)] == ["a.md", "c.md"]
+    assert [path.name for path in texts._files("data.file", str(tmp_path), "*.md", others)] == ["a.md", "c.md"]
     assert others.total() == 2 and others["*.txt"] == 1
-    assert texts._files(str(tmp_path / "none"), "*.md", others) == [tmp_path / "none"]
+    assert texts._files("data.file", str(tmp_path / "none"), "*.md", others) == [tmp_path / "none"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no file in .* has such a name$"):
-        texts._files(str(tmp_path / "empty"), "*.py", Counter())
+        texts._files("data.file", str(tmp_path / "empty"), "*.py", Counter())
 
 
 @pytest.mark.parametrize(("limit", "is_mapped"), [(13, False), (12, True)])
@@ -304,3 +305,89 @@ def test_predicted_tokens_are_those_of_the_targets(count: int, length: int, expe
     assert some.predicted().tolist() == list(range(1, length + 1)) and windows.shape == (length + 1,)
     every = Windows(np.arange(count, dtype=np.uint8), length, stride=1)
     assert len(every) == count - length and len(every.predicted()) == length * (count - length)
+
+
+def shard(path: Path, tokens: np.ndarray, *, magic: int = 20240520, version: int = 1, count: int | None = None) -> None:
+    """Writes a file as llm.c's data_common.py does."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def test_shards_are_one_text_in_the_order_of_their_names(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 50257, 1000).astype("<u2")
+    for name, part in (("train_000002", ids[300:500]), ("train_000001", ids[:300]), ("val_000000", ids[500:])):
+        shard(tmp_path / f"fineweb_{name}.bin", part)
+    (tmp_path / "tokenizer.bin").write_bytes(b"?")
+    (tmp_path / "plain").mkdir()
+    ids[:500].tofile(tmp_path / "plain/train.bin")
+    ids[500:].tofile(tmp_path / "plain/val.bin")
+    plain = tokens(root=str(tmp_path / "plain"), sequence_length=16, vocabulary=50257)
+    for root in (tmp_path, tmp_path / "fineweb_*.bin"):
+        found = tokens(root=str(root), sequence_length=16, vocabulary=50257)
+        assert isinstance(found.train, Windows) and isinstance(plain.train, Windows)
+        everything = torch.arange(len(plain.train.at_every_token()))
+        expected = plain.train.at_every_token().fetch(everything)
+        assert torch.equal(found.train.at_every_token().fetch(everything), expected)
+        assert torch.equal(found.train.loaded().view(CPU), plain.train.view(CPU))
+        assert identify(found) == identify(plain) and found.source == "tokens: train 500 (2 files), val 500 (1 files)"
+    left_out = "left out: 1 files whose names say none of train, val, test: tokenizer.bin"
+    assert tokens(root=str(tmp_path), sequence_length=16, vocabulary=50257).notes == (left_out,)
+
+
+def test_tokens_of_four_bytes(tmp_path: Path) -> None:
+    ids = np.arange(128_000, 128_256, dtype="<u4")
+    for name in ("train", "val"):
+        shard(tmp_path / f"{name}.bin", ids, magic=20240801, version=7)
+    found = tokens(root=str(tmp_path), sequence_length=16, vocabulary=128_256).train
+    assert isinstance(found, Windows) and found.fetch(torch.arange(len(found)))[:, 1:].flatten().tolist() == [
+        *ids[1:241]
+    ]
+    with pytest.raises(UserError, match="contains token 128255"):
+        tokens(root=str(tmp_path), sequence_length=16, vocabulary=128_000)
+
+
+def test_headers_are_checked(tmp_path: Path) -> None:
+    ids = np.zeros(100, dtype="<u2")
+    ids.tofile(tmp_path / "val.bin")
+    for changed, message in (
+        ({"count": 99}, r"train\.bin: is damaged: its header counts 99 tokens, the file has 200 bytes of them"),
+        ({"count": -100}, "is damaged"),
+        ({"version": 2}, "has version 2 of the format 20240520; only version 1 is read"),
+        ({"magic": 20240801, "version": 7}, "is damaged: its header counts 100 tokens"),
+        ({"magic": 20251013}, r"starts with the header of another format \(20251013\); 20240520 and 20240801"),
+    ):
+        shard(tmp_path / "train.bin", ids, **changed)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=message):
+            tokens(root=str(tmp_path), sequence_length=8, vocabulary=50257)
+    (tmp_path / "train.bin").unlink()
+    for name in ("a", "b"):
+        shard(tmp_path / f"{name}.bin", ids)
+    with pytest.raises(UserError, match=r"no name of its 3 files says train; shards need names such as"):
+        tokens(root=str(tmp_path / "*.bin"), sequence_length=8, vocabulary=10)
+
+
+def test_validation_files_are_left_out_of_training(tmp_path: Path) -> None:
+    """The layout of nanochat, whose last file is the validation set."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = [tmp_path / f"shard_{number:05}.parquet" for number in range(4)]
+    for number, path in enumerate(files):
+        parquet.write_table(arrow.table({"text": [f"text {number} {row}\n" * 3 for row in range(50)]}), path, 7)
+    keys = {"pattern": "*.txt", "column": "text", "sequence_length": 8, "val_split": 0.1, "test_split": 0}
+    found = texts.text(
+        file=str(tmp_path / "*.parquet"),
+        val_file=str(files[-1]),
+        tokenizer="bytes",
+        vocabulary=None,
+        saved_tokenizer=None,
+        **keys,  # type: ignore[arg-type]
+    )
+    columns = [parquet.read_table(path)["text"].to_pylist() for path in files]
+    expected = "".join(f"{each}\0" for column in columns[:3] for each in column)
+    assert isinstance(found.train, Windows) and isinstance(found.val, Windows) and found.test is None
+    assert bytes(found.train.tokens).decode() == expected
+    assert bytes(found.val.tokens).decode() == "".join(f"{each}\0" for each in columns[3])
+    with pytest.raises(UserError, match=r"data\.val_file: has all files of data\.file"):
+        text(file=str(files[3]), **{**keys, "val_file": str(files[3])})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"shard_00000\.parquet is a Parquet file; name the column"):
+        text(file=str(files[0]), **{**keys, "column": None})  # type: ignore[arg-type]

@@ -24,7 +24,14 @@ tokenizers = pytest.importorskip("tokenizers")
 SOURCE = "data.tokenizer=bpe"
 TEXT = "".join(f"def größe{number}(x):\n    return x + {number}  # naïve →\n" for number in range(200)).encode()
 text = partial(
-    texts.text, column=None, pattern="*.txt", sequence_length=8, val_split=0.2, test_split=0.2, saved_tokenizer=None
+    texts.text,
+    val_file=None,
+    column=None,
+    pattern="*.txt",
+    sequence_length=8,
+    val_split=0.2,
+    test_split=0.2,
+    saved_tokenizer=None,
 )
 bpe = partial(text, tokenizer="bpe", vocabulary=300)
 
