@@ -19,6 +19,11 @@ from dlopt.tracking.metrics import read_metrics
 
 _TEACHER = "loss.teacher_sha256"
 _NO_AXES = (*LABELS, "loss.teacher")  # `dlopt runs tag` changes a run's; `loss.teacher_sha256` says which one it is
+_FILES = (
+    "data.file",
+    "data.val_file",
+    "data.test_file",
+)  # the identity of the data tells whether their content is equal
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 
 
@@ -122,17 +127,27 @@ def differences(
 def _is_same_path(key: str, old: Any, new: Any) -> bool:
     """Returns whether two values of a key are one path, relative or absolute."""
     paths = [os.path.abspath(os.path.expanduser(each)) for each in (old, new) if isinstance(each, str)]
-    return key == "data.root" and len(paths) == 2 and paths[0] == paths[1]
+    return key in ("data.root", *_FILES) and len(paths) == 2 and paths[0] == paths[1]
 
 
 def refuse_other_config(
-    old: Mapping[str, Any], new: Mapping[str, Any], path: str, overrides: list[str], axes: Collection[str] = ()
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    path: str,
+    overrides: list[str],
+    axes: Collection[str] = (),
+    *,
+    has_identity: bool = False,
 ) -> None:
     """Raises `UserError` if the run at `path`, started with `overrides`, cannot be resumed with the config `new`.
 
-    `axes`: of the sweep; see `differences`.
+    Args:
+        axes: of the sweep; see `differences`.
+        has_identity: the identity of the data will be compared, so their files may have moved.
     """
     different = differences(old, new, axes)
+    if has_identity:
+        different = {key: pair for key, pair in different.items() if key not in _FILES}
     if not different:
         return
     command = shlex.join(["dlopt", "train", *without(overrides, "resume")])

@@ -292,6 +292,8 @@ def check_value(
             with contextlib.suppress(UserError):
                 return check_value(key, [value], annotation)
         hint = f"; quote a text that looks like a number: \"{key}='...'\"" if _has_number_for_text(error) else ""
+        if isinstance(value, str) and _is_number(value):
+            hint = "; a text is no number: of an environment variable, type ${oc.decode:${oc.env:NAME}}"
         if key == "seed":
             hint = "; several seeds, one run each: dlopt train -m seeds=5"
         if key == "model.weights":  # an enumeration in torchvision
@@ -300,6 +302,14 @@ def check_value(
     if _exceeds_int64(checked):
         raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
     return checked
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _takes_list(annotation: Any) -> bool:

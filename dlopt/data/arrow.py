@@ -17,7 +17,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.checks import LARGEST, WARNING, left_out_note
 from dlopt.data.images import decode_bytes
-from dlopt.data.parquet import Parts, innermost, library, read_parquet
+from dlopt.data.parquet import Parts, innermost, library, read_parquet, without_large
 from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
@@ -186,6 +186,7 @@ class Columns:
             return b"".join(len(content).to_bytes(8, "little") + content for content in files)
         # The format of Arrow's messages does not depend on how the table is divided into chunks and row groups.
         rows = self.table.select(self._names).slice(start, stop - start).replace_schema_metadata(None).combine_chunks()
+        rows = rows.cast(library(self._key).schema([each.with_type(without_large(each.type)) for each in rows.schema]))
         return b"".join(bytes(batch.serialize()) for batch in rows.to_batches())
 
     def rows(self) -> Iterator[bytes] | None:

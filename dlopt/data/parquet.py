@@ -187,6 +187,11 @@ def _reading(key: str, path: str) -> Iterator[None]:
     except MemoryError:  # Arrow's, too
         raise
     except (arrow.ArrowException, OSError) as error:
+        if "lists to be of size" in str(error):  # pyarrow does not say in which column and row
+            raise UserError(
+                f"{key}: {path}: a fixed-size list is missing (null), which pyarrow cannot read; remove its row, or "
+                "write the column as lists"
+            ) from None
         raise UserError(f"{key}: {path}: cannot be read as a Parquet file ({reason(error)})") from None
 
 
@@ -198,6 +203,20 @@ def library(key: str) -> Any:
     except ImportError:
         raise UserError(f"{key}: the package pyarrow is not installed; {install('dlopt[hub]')}") from None
     return pyarrow
+
+
+def without_large(kind: Any) -> Any:
+    """Returns the type with offsets of 32 bits: large_list<double> has the same values as list<double>."""
+    arrow = library("data")
+    types = arrow.types
+    if types.is_list(kind) or types.is_large_list(kind):
+        field = kind.value_field
+        return arrow.list_(field.with_type(without_large(field.type)))
+    if types.is_struct(kind):
+        return arrow.struct([each.with_type(without_large(each.type)) for each in kind])
+    if types.is_large_string(kind):
+        return arrow.string()
+    return arrow.binary() if types.is_large_binary(kind) else kind
 
 
 def innermost(kind: Any) -> str:

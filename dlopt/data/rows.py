@@ -130,6 +130,8 @@ def dataset(
     shown = None
     if classes is not None:
         shown = tuple(_shown(label, train) for label in classes)
+        if not several and isinstance(label := train.labels()[0], float):
+            notes += (f"{train.target}: {label} is read as the class {int(label)}",)
         counts = torch.stack([_counts(target, len(classes)) for target in targets if target is not None]).sum(0)
         notes += label_warnings(train.target, dict(zip(shown, counts.tolist(), strict=True)))
     else:
@@ -286,7 +288,7 @@ def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
             raise UserError(f"data.labels=several: no row of {key} has a label in {table.target}")
         return _sorted(names, f"{key}: {table.target}")
     values = set()
-    for row, value in enumerate(found):
+    for row, value in enumerate(_whole(found)):
         if not isinstance(value, int | str):
             raise UserError(
                 f"data.labels=class: {table.type(row)}; classes are strings or integers "
@@ -299,6 +301,13 @@ def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
             "data.labels=value loss=mse"
         )
     return _sorted(values, f"{key}: {table.target}")
+
+
+def _whole(labels: Sequence[Any]) -> Sequence[Any]:
+    """Returns the labels; as integers if they are floats without decimals, as scikit-learn and pandas write some."""
+    if all(isinstance(label, float) and label.is_integer() for label in labels):
+        return [int(label) for label in labels]
+    return labels
 
 
 def _sorted(labels: set[Any], where: str) -> list[Any]:
@@ -314,6 +323,7 @@ def _targets(table: RowSource, train: RowSource, classes: Sequence[Any] | None, 
     """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float64 [N] or [N, K] values."""
     values = _labels(table, train, classes)
     if classes is not None:
+        values = values if several else _whole(values)
         numbers = {label: number for number, label in enumerate(classes)}
         unknown: dict[str, int] = {}  # the first row of each
         for row, labels in enumerate(values):

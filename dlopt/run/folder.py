@@ -114,7 +114,8 @@ def _find_folder(
     if source is not None:
         source.refuse_other_format(f"resume={resume}")
         checkpoint = _load(resume)
-        refuse_other_config(checkpoint.config, saved, resume, source.typed())
+        has_identity = checkpoint.identity is not None
+        refuse_other_config(checkpoint.config, saved, resume, source.typed(), has_identity=has_identity)
     if not is_typed:
         target = RunFolder(make_new(path))
     elif not path.is_dir():

@@ -145,6 +145,7 @@ class MLflow:
         if _without_credentials(str(saved.get("tracking_uri"))) == uri and "run_id" in saved:
             self._run = str(saved["run_id"])
             self._client.update_run(self._run, status="RUNNING")
+            self._tag_changed(hparams)
             return
         tags = {"mlflow.runName": self._folder.name, "mlflow.source.name": "dlopt"}
         tags["dlopt.folder"] = redact(str(self._folder))
@@ -155,6 +156,14 @@ class MLflow:
         params = [Param(key, str(value)[:_MAX_PARAM_LENGTH]) for key, value in hparams.items()]
         for chunk in _chunks(params, _MAX_PARAMS):
             self._client.log_batch(self._run, params=chunk)
+
+    def _tag_changed(self, hparams: HParams) -> None:
+        """Sets a tag dlopt.KEY for each changed value, such as the epochs of a longer run: parameters cannot change."""
+        run = self._client.get_run(self._run).data
+        for key, value in hparams.items():
+            text, tag = str(value)[:_MAX_PARAM_LENGTH], f"dlopt.{key}"
+            if run.tags.get(tag, run.params.get(key, text)) != text:
+                self._client.set_tag(self._run, tag, text)
 
     def send(self, scalars: list[Scalars]) -> None:
         from mlflow.entities import Metric

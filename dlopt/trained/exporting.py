@@ -90,6 +90,8 @@ def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, 
         path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}, texts))
         return
     batch = {"images": {0: torch.export.Dim("batch")}}
+    if len(inputs) == 1:  # torch specializes a program to a batch of one sample
+        inputs = torch.cat([inputs, inputs])
     try:
         with _quiet(), torch.no_grad():
             if format == "torch_export":

@@ -78,6 +78,7 @@ KEYS = {
     "'optimizer.lr=${optimizer.lr}'": ("optimizer.lr=${optimizer.lr}", "ecursive"),
     "'seed=${order_seed}'": ("seed=${", "ecursive"),
     "'optimizer.lr=${oc.env:NO_SUCH_VARIABLE}'": ("NO_SUCH_VARIABLE", "not found"),
+    "\"epochs='3'\"": ("epochs=3: input should be a valid integer", "type ${oc.decode:${oc.env:NAME}}"),
     "'optimizer.lr=${oops'": ("optimizer.lr=${oops", "quoted"),
     "foo": ("foo", "key=value"),
     "optimizer.lr": ("optimizer.lr", "key=value"),

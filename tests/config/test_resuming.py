@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import single_values, with_folder
 from dlopt.config.plan import plan
-from dlopt.config.resuming import how_to_resume, newest_unfinished
+from dlopt.config.resuming import how_to_resume, newest_unfinished, refuse_other_config
 
 LINE = ("model=mlp", "threads=1", "tracking=[]")
 
@@ -70,3 +71,13 @@ def test_the_words_for_a_job_name_its_sweep(tmp_path: Path) -> None:
     assert how_to_resume(interrupted(tmp_path / "1", {})) == (
         f"add output={tmp_path} resume=auto to the command of the sweep"
     )
+
+
+def test_files_may_move_if_the_data_are_identified() -> None:
+    old, new = ({"data": {"file": file, "target": "y"}} for file in ("a.csv", "b/a.csv"))
+    with pytest.raises(UserError, match=r"another config \(data\.file: saved a\.csv, now b/a\.csv\)"):
+        refuse_other_config(old, new, "RUN", [])
+    refuse_other_config(old, new, "RUN", [], has_identity=True)
+    refuse_other_config(old, {"data": {"file": str(Path("a.csv").absolute()), "target": "y"}}, "RUN", [])
+    with pytest.raises(UserError, match=r"another config \(data\.target: saved y, now z\)"):
+        refuse_other_config(old, {"data": {"file": "b/a.csv", "target": "z"}}, "RUN", [], has_identity=True)

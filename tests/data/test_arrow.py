@@ -695,3 +695,38 @@ def test_numbers_beyond_float32_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             inputs(read(file=path, input=column))
+
+
+def test_kinds_of_lists_and_labels(tmp_path: Path) -> None:
+    """The same values as list, large_list and list of one size; labels as pandas and scikit-learn write them."""
+    vectors = np.random.default_rng(0).normal(size=(30, 3)).tolist()
+    labels = [i % 3 for i in range(30)]
+    path = str(tmp_path / "a.parquet")
+    keys: dict[str, Any] = {"file": path, "input": "v"}
+
+    def loaded(kind: Any, target: Any) -> Dataset:
+        writer.write_table(arrow.table({"v": arrow.array(vectors, kind), "label": target}), path)
+        return read(**keys)
+
+    double = arrow.float64()
+    first = loaded(arrow.list_(double), labels)
+    assert identify(loaded(arrow.large_list(double), labels)) == identify(first)
+    for target in (
+        arrow.array(labels, double),
+        arrow.array([*map(str, labels)]).dictionary_encode(),
+        arrow.array([*map(str, labels)], arrow.large_string()),
+        arrow.array(labels, arrow.int8()).dictionary_encode(),
+    ):
+        found = loaded(arrow.list_(double, 3), target)
+        assert found.classes == first.classes == ("0", "1", "2")
+        assert torch.equal(found.train.targets, first.train.targets)
+        is_float = target.type == double
+        assert found.notes == (("label: 0.0 is read as the class 0",) if is_float else ()), target.type
+    vectors[4] = None
+    with pytest.raises(
+        UserError, match=r"a\.parquet: a fixed-size list is missing \(null\), which pyarrow cannot read"
+    ):
+        loaded(arrow.list_(double, 3), labels)
+    with pytest.raises(UserError, match="row 4: v is missing"):
+        dataset = loaded(arrow.list_(double), labels)
+        dataset.train.fetch(torch.arange(30))

@@ -85,11 +85,12 @@ def test_an_interrupted_run_continues_in_the_same_database(tmp_path: Path, monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store := "sqlite:///new/mlflow.db")
     line = ["train", *SMALL, "tracking=[mlflow]", "hydra.run.dir=run"]
     assert dlopt(tmp_path, *line, "max_time=1e-9").code == 75
-    result = dlopt(tmp_path, *line, "resume=auto")
+    result = dlopt(tmp_path, *line, "resume=auto", "epochs=3")
     assert result.code == 0 and "without it" not in result.out + result.err, result
     client = MlflowClient(store)
     [run] = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert run.info.status == "FINISHED" and "test/accuracy" in run.data.metrics
+    assert run.data.params["epochs"] != "3" and run.data.tags["dlopt.epochs"] == "3"
     history = client.get_metric_history(run.info.run_id, "val/loss")
     losses = [json.loads(text)["val_loss"] for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [point.value for point in history] == losses
