@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from dlopt.basics.errors import UserError
+
 LEFT_OUT, WARNING = "left out: ", "warning: "
 LARGEST = float(np.finfo(np.float32).max)
 _LONGEST = 12  # characters of an ending
@@ -182,15 +184,21 @@ def without_decimals(labels: Sequence[str], column: str) -> tuple[Sequence[str],
     return [merged.get(each, each) for each in labels], (f"{column}: {label} is read as the class {short}",)
 
 
-def are_measured(labels: Iterable[str]) -> bool:
-    """Returns whether labels are more than a few numbers with decimals: the values of a regression."""
-    values = [number(name) for name in set(labels)]
-    return len(values) > _FEW and all(map(math.isfinite, values)) and not all(value.is_integer() for value in values)
+def refuse_values(column: str, labels: Iterable[str], rows: int | None = None) -> None:
+    """Raises `UserError` for labels that are more than a few numbers with decimals: the values of a regression.
 
-
-def are_values(labels: Sequence[str]) -> bool:
-    """Returns whether the labels of a table are the values of a regression, or texts, rather than classes."""
-    return len(set(labels)) > max(len(labels) / 2, 2) or are_measured(labels)
+    `rows`: of a table, whose labels are also refused if most of them differ: they are values, or texts.
+    """
+    names = set(labels)
+    values = [number(name) for name in names]
+    are_measured = (
+        len(names) > _FEW and all(map(math.isfinite, values)) and not all(map(float.is_integer, values))
+    )
+    if are_measured or (rows is not None and len(names) > max(rows / 2, 2)):
+        raise UserError(
+            f"data.labels=class: {column} has {len(names)} different {'numbers' if are_measured else 'values'}"
+            f"{'' if rows is None else f' in {rows} rows'}; for a regression, use data.labels=value loss=mse"
+        )
 
 
 def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: bool = True) -> tuple[str, ...]:

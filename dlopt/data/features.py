@@ -11,7 +11,14 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import are_values, column_warnings, label_warnings, natural, rounding_warnings, without_decimals
+from dlopt.data.checks import (
+    column_warnings,
+    label_warnings,
+    natural,
+    refuse_values,
+    rounding_warnings,
+    without_decimals,
+)
 from dlopt.data.csv_file import read_columns, read_header
 from dlopt.data.digits import read_bundled
 from dlopt.data.normalization import moments
@@ -73,11 +80,7 @@ def table(
         content = read_columns(header, [target, *split_columns], numbers)
         answers, merged = without_decimals(content.column(target), target)
         warnings = (*merged, *label_warnings(target, Counter(answers)))
-        if are_values(answers):
-            raise UserError(
-                f"data.labels=class: {target} has {len(set(answers))} different values in {len(answers)} rows; "
-                "for a regression, use data.labels=value loss=mse"
-            )
+        refuse_values(target, answers, len(answers))
     if not len(content):
         raise UserError(f"data.file={file}: has no rows")
     inputs, parts = content.numbers[:, : len(features)], content.splits(split_column)

@@ -15,13 +15,13 @@ from dlopt.basics.errors import UserError
 from dlopt.data.checks import (
     LARGEST,
     WARNING,
-    are_measured,
     column_warnings,
     ending,
     label_warnings,
     left_out_note,
     listed,
     natural,
+    refuse_values,
     rounding_warnings,
 )
 from dlopt.data.images import Stored, describe, has_colour, size_pair
@@ -278,11 +278,7 @@ def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
     """Returns the sorted labels of the training set; `several`: of lists of labels."""
     found = _labels(table)
     if several:
-        for row, value in enumerate(found):
-            if not isinstance(value, list) or not all(isinstance(name, int | str) for name in value):
-                raise UserError(
-                    f"data.labels=several: {table.place(row)}: {table.target} must be a list of strings or integers"
-                )
+        _refuse_other_than_lists(table, found)
         names = {name for value in found for name in value}
         if not names:
             raise UserError(f"data.labels=several: no row of {key} has a label in {table.target}")
@@ -295,15 +291,19 @@ def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
                 "(for a regression: data.labels=value loss=mse; for lists of labels: data.labels=several)"
             )
         values.add(value)
-    if are_measured(value for value in values if isinstance(value, str)):
-        raise UserError(
-            f"data.labels=class: {table.target} has {len(values)} different numbers; for a regression, use "
-            "data.labels=value loss=mse"
-        )
+    refuse_values(table.target, (value for value in values if isinstance(value, str)))
     return _sorted(values, f"{key}: {table.target}")
 
 
-def _whole(labels: Sequence[Any]) -> Sequence[Any]:
+def _refuse_other_than_lists(table: RowSource, values: Sequence[Any]) -> None:
+    for row, value in enumerate(values):
+        if not isinstance(value, list) or not all(isinstance(name, int | str) for name in value):
+            raise UserError(
+                f"data.labels=several: {table.place(row)}: {table.target} must be a list of strings or integers"
+            )
+
+
+def _whole(labels: list[Any]) -> list[Any]:
     """Returns the labels; as integers if they are floats without decimals, as scikit-learn and pandas write some."""
     if all(isinstance(label, float) and label.is_integer() for label in labels):
         return [int(label) for label in labels]
@@ -326,9 +326,9 @@ def _targets(table: RowSource, train: RowSource, classes: Sequence[Any] | None, 
         values = values if several else _whole(values)
         numbers = {label: number for number, label in enumerate(classes)}
         unknown: dict[str, int] = {}  # the first row of each
+        if several and table is not train:
+            _refuse_other_than_lists(table, values)
         for row, labels in enumerate(values):
-            if several and not isinstance(labels, list):
-                raise UserError(f"data.labels=several: {table.place(row)}: {table.target} must be a list")
             for label in labels if several else (labels,):
                 if isinstance(label, list | dict) or label not in numbers:
                     is_number = isinstance(label, int) and train.names is not None and 0 <= label < len(train.names)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.checks import are_measured, label_warnings, natural, rounding_warnings, without_decimals
+from dlopt.data.checks import label_warnings, natural, refuse_values, rounding_warnings, without_decimals
 from dlopt.data.csv_file import read_columns, read_header
 from dlopt.data.rows import Labels
 from dlopt.data.samples import SPLITS, Dataset, ImageList
@@ -74,11 +74,8 @@ def csv(
     classes = None
     if labels != "value":
         counts = Counter(name for label in answers for name in _names(str(label), separator))
-        if labels == "class" and are_measured(counts):
-            raise UserError(
-                f"data.labels=class: {label_column} has {len(counts)} different numbers; for a regression, use "
-                "data.labels=value loss=mse"
-            )
+        if labels == "class":
+            refuse_values(label_column, counts)
         warnings = (*merged, *label_warnings(label_column, counts))
         names = {name for _, label in splits["train"] for name in _names(label, separator)}
         if separator is not None and not names:

@@ -1,12 +1,13 @@
 """What looks wrong in data, in the same words for every reader."""
 
+import contextlib
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.data.checks import (
-    are_values,
     column_warnings,
     count_rows,
     ending,
@@ -15,6 +16,7 @@ from dlopt.data.checks import (
     natural,
     number,
     problems,
+    refuse_values,
 )
 
 
@@ -53,7 +55,8 @@ def test_numbers_and_their_order() -> None:
     ],
 )
 def test_values_and_classes(labels: list[str], expected: bool) -> None:
-    assert are_values(labels) == expected
+    with pytest.raises(UserError, match="for a regression, use") if expected else contextlib.nullcontext():
+        refuse_values("y", labels, len(labels))
 
 
 @pytest.mark.parametrize(
