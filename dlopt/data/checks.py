@@ -191,9 +191,7 @@ def refuse_values(column: str, labels: Iterable[str], rows: int | None = None) -
     """
     names = set(labels)
     values = [number(name) for name in names]
-    are_measured = (
-        len(names) > _FEW and all(map(math.isfinite, values)) and not all(map(float.is_integer, values))
-    )
+    are_measured = len(names) > _FEW and all(map(math.isfinite, values)) and not all(map(float.is_integer, values))
     if are_measured or (rows is not None and len(names) > max(rows / 2, 2)):
         raise UserError(
             f"data.labels=class: {column} has {len(names)} different {'numbers' if are_measured else 'values'}"

@@ -83,19 +83,20 @@ def text(
     paths, held = _files("data.file", file, pattern, others), []
     if val_file is not None:
         held = _files("data.val_file", val_file, pattern, others)
-        paths, val_split = [path for path in paths if path not in held], 0.0
+        real = {os.path.realpath(path) for path in held}
+        paths, val_split = [path for path in paths if os.path.realpath(path) not in real], 0.0
         if not paths:
             raise UserError("data.val_file: has all files of data.file; leave some of them for training")
     text, ends, warnings = _documents("data.file", paths, column)
     cuts = _cuts(text, ends, val_split, test_split)
     parts = np.split(text, cuts if tokenizer == "bytes" else [_character(text, cut) for cut in cuts])
     names = _part_names(val_split, test_split)
-    facts, source = _facts(text, paths), f"{len(paths):,} file{'s' * (len(paths) > 1)}, {len(text):,} bytes"
+    facts, source = _facts(text, paths), f"{_count(paths)}, {len(text):,} bytes"
     if held:
         parts[1], _, more = _documents("data.val_file", held, column)
         names, warnings = (names[0], "the text of data.val_file", names[2]), (*warnings, *more)
         facts = {"files": len(paths) + len(held), "bytes": len(text) + len(parts[1])}
-        source += f"; validation: {len(held):,} file{'s' * (len(held) > 1)}, {len(parts[1]):,} bytes"
+        source += f"; validation: {_count(held)}, {len(parts[1]):,} bytes"
     used = None
     if tokenizer != "bytes":
         used = _tokenizer(tokenizer, vocabulary, saved_tokenizer, parts[0])
@@ -104,6 +105,10 @@ def text(
     notes = (*left_out_note(others), *warnings)
     dataset = _dataset(parts, names, sequence_length, facts=facts, notes=notes, tokenizer=used)
     return replace(dataset, source=source if used is None else f"data.tokenizer={tokenizer}")
+
+
+def _count(paths: Sequence[Path]) -> str:
+    return f"{len(paths):,} file{'s' * (len(paths) > 1)}"
 
 
 def _tokenizer(kind: str, vocabulary: int | None, saved: str | None, text: np.ndarray) -> Tokenizer:
@@ -168,7 +173,7 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
         shown = f"{paths[0]}" if len(paths) == 1 else f"{name} of data.root={root}"
         splits[name] = _windows(arrays[0] if len(arrays) == 1 else Shards(arrays), sequence_length, shown)
     task = NextToken(vocabulary, predictions=sequence_length)
-    counts = (f"{name} {len(splits[name].tokens):,} ({len(paths)} files)" for name, paths in files.items())
+    counts = (f"{name} {len(splits[name].tokens):,} ({_count(paths)})" for name, paths in files.items())
     source = f"tokens: {', '.join(counts)}" if any(len(paths) > 1 for paths in files.values()) else ""
     return Dataset(
         splits["train"], splits["val"], splits.get("test"), None, unlabelled=task, notes=notes, source=source

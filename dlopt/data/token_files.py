@@ -41,9 +41,10 @@ def find_splits(root: str) -> tuple[Mapping[str, Sequence[Path]], tuple[str, ...
                 "fineweb_train_000001.bin and fineweb_val_000000.bin"
             )
     others = [path.name for path in paths if _split(path) is None]
-    notes = (
-        (f"{LEFT_OUT}{len(others)} files whose names say none of train, val, test: {listed(others)}",) if others else ()
-    )
+    notes: tuple[str, ...] = ()
+    if others:
+        plural = "s" * (len(others) > 1)
+        notes = (f"{LEFT_OUT}{len(others)} file{plural} without train, val or test in the name: {listed(others)}",)
     return {name: each for name, each in files.items() if each}, notes
 
 
@@ -55,19 +56,18 @@ def _split(path: Path) -> str | None:
 def read_tokens(path: Path) -> np.ndarray:
     """Maps the tokens of a file: uint16, or uint32 if its header says so. Raises `UserError` for a damaged file."""
     first = memory_map(path, "u1")[: 4 * _HEADER].tobytes()
-    if len(first) < 4 * _HEADER:
-        return memory_map(path, "<u2")
-    magic, version, count, *rest = np.frombuffer(first, "<i4").tolist()
+    magic, version, count, *rest = np.frombuffer(first.ljust(4 * _HEADER, b"\0"), "<i4").tolist()
     if magic not in _FORMATS:
         # A header has a large number, a version, a count, and zeros: as tokens, these would train the model.
-        if magic >= 1 << 16 and 0 < version < 1 << 10 and count > 0 and not any(rest[1:]):
+        is_whole = len(first) == 4 * _HEADER
+        if is_whole and magic >= 1 << 16 and 0 < version < 1 << 10 and count > 0 and not any(rest[1:]):
             known = " and ".join(map(str, _FORMATS))
             raise UserError(f"{path}: starts with the header of another format ({magic}); {known} of llm.c are read")
         return memory_map(path, "<u2")
     known_version, kind = _FORMATS[magic]
     if version != known_version:
         raise UserError(f"{path}: has version {version} of the format {magic}; only version {known_version} is read")
-    size = path.stat().st_size - 4 * _HEADER
+    size = max(path.stat().st_size - 4 * _HEADER, 0)
     if count <= 0 or count * np.dtype(kind).itemsize != size:
         raise UserError(f"{path}: is damaged: its header counts {count:,} tokens, the file has {size:,} bytes of them")
     return memory_map(path, kind, 4 * _HEADER)

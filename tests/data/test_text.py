@@ -330,8 +330,8 @@ def test_shards_are_one_text_in_the_order_of_their_names(tmp_path: Path) -> None
         expected = plain.train.at_every_token().fetch(everything)
         assert torch.equal(found.train.at_every_token().fetch(everything), expected)
         assert torch.equal(found.train.loaded().view(CPU), plain.train.view(CPU))
-        assert identify(found) == identify(plain) and found.source == "tokens: train 500 (2 files), val 500 (1 files)"
-    left_out = "left out: 1 files whose names say none of train, val, test: tokenizer.bin"
+        assert identify(found) == identify(plain) and found.source == "tokens: train 500 (2 files), val 500 (1 file)"
+    left_out = "left out: 1 file without train, val or test in the name: tokenizer.bin"
     assert tokens(root=str(tmp_path), sequence_length=16, vocabulary=50257).notes == (left_out,)
 
 
@@ -360,6 +360,9 @@ def test_headers_are_checked(tmp_path: Path) -> None:
         shard(tmp_path / "train.bin", ids, **changed)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=message):
             tokens(root=str(tmp_path), sequence_length=8, vocabulary=50257)
+    (tmp_path / "train.bin").write_bytes(np.int32(20240520).tobytes())
+    with pytest.raises(UserError, match="has version 0 of the format 20240520"):
+        tokens(root=str(tmp_path), sequence_length=8, vocabulary=50257)
     (tmp_path / "train.bin").unlink()
     for name in ("a", "b"):
         shard(tmp_path / f"{name}.bin", ids)
@@ -376,7 +379,7 @@ def test_validation_files_are_left_out_of_training(tmp_path: Path) -> None:
     keys = {"pattern": "*.txt", "column": "text", "sequence_length": 8, "val_split": 0.1, "test_split": 0}
     found = texts.text(
         file=str(tmp_path / "*.parquet"),
-        val_file=str(files[-1]),
+        val_file=str(tmp_path / "." / ".." / tmp_path.name / files[-1].name),
         tokenizer="bytes",
         vocabulary=None,
         saved_tokenizer=None,
