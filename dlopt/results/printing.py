@@ -13,6 +13,7 @@ from dlopt.basics import formats
 from dlopt.basics.formats import brief, format_count, printable
 from dlopt.metrics.names import Metric
 from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, listed_in
+from dlopt.results.best_run import best_of
 from dlopt.results.columns import (
     counts_text,
     difference_text,
@@ -75,7 +76,7 @@ def _print_line(line: str, console: Console) -> None:
 
 
 def _wrapped(line: str, width: int) -> str:
-    if line.startswith("best: "):  # a command is to be copied whole
+    if line.startswith(("best: ", "best run: ")):  # a command, or a path, is to be copied whole
         return line
     # Rich would break long paths, too.
     return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
@@ -160,6 +161,8 @@ def _notes(report: "ReportContent") -> list[str]:
             notes.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
         if best.command is not None:
             notes.append(f"best: {best.command}")
+        if (run := best_of(ranking.ranked, ranking.by, lower=ranking.lower)) is not None:
+            notes.append(f"best run: {short_path(run.path)}")
     for run in ranking.failed[:_MAX_FAILED]:
         notes.append(f"{run.status}: {short_path(run.path)}: {failure_text(run)}")
     others = len(ranking.failed) - _MAX_FAILED
@@ -203,6 +206,8 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     columns.append(_Column("test", [_test_text(board, rows[0]), *[""] * (len(rows) - 1)], _NUMBERS))
     table = _filled(plain_table(f"{name} ({better} is better)"), columns, [""] * len(rows))
     more = [f"... and {len(ranked) - _MAX_ROWS} more"] if len(ranked) > _MAX_ROWS else []
+    if (run := best_of(ranked, board.metric, lower=board.direction == "minimize")) is not None:
+        more.append(f"best run: {printable(short_path(run.path))}")
     _print(table, stream, [*more, *map(printable, lines(found, len(rows)))])
 
 
