@@ -22,5 +22,6 @@ ENTRY_POINTS = {
         "data": "dlopt.lab.data",
         "optimizers": "dlopt.lab.optimizers",
         "functions": "dlopt.lab.trajectory.functions",
+        "curves": "dlopt.lab.ladder.curve",
     },
 }

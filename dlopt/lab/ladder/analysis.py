@@ -90,6 +90,19 @@ class Gain:
         """Whether the speed-up differs from 1 at a rung, by the intervals of all rungs together."""
         return any(each.low > 1 or each.high < 1 for each in self.speed_up)
 
+    @property
+    def contradicted(self) -> list[int]:
+        """Rungs, of the smallest and the largest, at which the laws differ from the paired losses.
+
+        There the interval of the speed-up excludes 1, and that of the difference contains 0 or has the other sign.
+        """
+        found = []
+        for i in (0, len(self.speed_up) - 1):
+            by_laws, paired = self.speed_up[i], self.difference[i]
+            if (by_laws.low > 1 and paired.high >= 0) or (by_laws.high < 1 and paired.low <= 0):
+                found.append(i)
+        return found
+
 
 @dataclass(frozen=True)
 class Analysis:

@@ -8,6 +8,7 @@ from dlopt.extend import key_of
 from dlopt.lab.benchmark.formats import interval, names
 from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import FEWEST, HELD_OUT, Analysis
+from dlopt.lab.ladder.collapse import FEWEST as FEWEST_CURVES
 from dlopt.lab.ladder.results import Results
 from dlopt.lab.report import Observation, observations
 
@@ -22,10 +23,13 @@ def findings(results: Results) -> list[Observation]:
     return observations(
         Path(__file__).with_name("findings.txt"),
         analysis=analysis, **({} if analysis is None else _doubts(analysis)), missing=results.missing,
+        **_stated(results), collapses={name: results.collapse(name) for name in _with_runs(results)},
+        fewest_curves=FEWEST_CURVES, without_curve=results.without_curve,
         untrained=results.untrained,
         rates=[_rate(results, name) for name in ladder.optimizers
                if ladder.optimizers[name].lr is not None or results.searches[name].fit is not None],
-        decays=results.decays, arms=[each for analysis in results.arms.values() for each in _changes(analysis)],
+        decays=results.decays,
+        arms=[each for analysis in results.arms.values() for each in _changes(results, analysis)],
         searches=[_search(results, name) for name in results.searches], searched=len(ladder.searched),
         fewest=FEWEST, held_out=HELD_OUT, far=_FAR, large_error=_LARGE_ERROR,
         names=names, interval=interval, times=times, signed=signed, short=_short,
@@ -59,10 +63,23 @@ def _doubts(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def _changes(analysis: Analysis) -> list[dict[str, Any]]:
+def _with_runs(results: Results) -> list[str]:
+    return [*dict.fromkeys(trial.optimizer for trial in results.outcomes)]
+
+
+def _stated(results: Results) -> dict[str, Any]:
+    """Returns the speed-ups to state, and for the others the optimizers whose rates were found by one search."""
+    if results.analysis is None:
+        return {"stated": {}, "unstated": {}}
+    stated, base = results.stated(results.analysis), results.analysis.measured.baseline
+    unstated = {name: results.searched_once(base, name) for name in results.analysis.gains if name not in stated}
+    return {"stated": stated, "unstated": unstated}
+
+
+def _changes(results: Results, analysis: Analysis) -> list[dict[str, Any]]:
     """Returns how the speed-ups over the baseline of an arm change with size."""
     found = []
-    for name, gain in analysis.gains.items():
+    for name, gain in results.stated(analysis).items():
         known = [rung for rung, each in zip(analysis.measured.rungs, gain.interpolated, strict=True)
                  if not math.isnan(each.value)]  # fmt: skip
         if not math.isnan(gain.change.value):

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.locks import locked
-from dlopt.extend import RunFolder, UserError, read_json, write_json
+from dlopt.config.overrides import parse_overrides, quoted_plain, single_values
+from dlopt.extend import RunFolder, UserError, key_of, read_json, write_json
 from dlopt.lab.claimed_trials import UNRECORDED, has_ended
 from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, DecaySearch, decay_search, missing_decays
+from dlopt.lab.ladder.curve import interval, read_curve
 from dlopt.lab.ladder.family import Rules, Rung
 from dlopt.lab.ladder.rates import (
     FITTED,
@@ -28,8 +30,10 @@ from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"
 RESULTS = "results.json"
+FORMAT = 2  # of results.json
 _MAX_BYTES = 1 << 26  # of ladder.json and results.json: 300 runs have 0.2 MB
-_SAVE_EVERY = 1000  # updates: at most so many are lost when a process is killed
+_SAVE_EVERY = 1000  # updates: about so many are lost when a process is killed
+_OBSERVER = "dlopt.lab.ladder.curve.LossCurve"
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a trial. `loss`: at the end of training; infinity if failed. `seconds`: of the training."""
+    """The result of a trial.
+
+    Attributes:
+        loss: at the end of training; infinity if failed.
+        seconds: of the training.
+        curve: of a run at the best rate, see `read_curve`; empty: not recorded.
+    """
 
     loss: float
     seconds: float
     failure: str = ""
+    curve: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -159,12 +170,18 @@ class Ladder:
             each for each in self.optimizers.values() if each.choice == trial.optimizer and each.arm in SEARCHED
         )
 
-    def line(self, trial: Trial, lr: float, decay: float | None, shared: Sequence[str]) -> list[str]:
+    def line(
+        self, trial: Trial, lr: float, decay: float | None, shared: Sequence[str], folder: Path | None = None
+    ) -> list[str]:
         """Returns the overrides of a run, evaluated at its end only.
 
-        `decay`: None keeps the optimizer's; `shared`: as typed, with the machine's overrides.
+        `decay`: None keeps the optimizer's; `shared`: as typed, with the machine's overrides; `folder`: of the ladder,
+        whose runs record their loss curves.
         """
         contestant, rung = self.contestant(trial), self.rungs[trial.rung]
+        every = interval(rung.updates)
+        # A killed run resumes between two points of its curve.
+        save_every = every * max(_SAVE_EVERY // every, 1)
         return [
             f"experiment={self.experiment}",
             *rung.overrides,
@@ -178,8 +195,16 @@ class Ladder:
             f"seed={trial.seed}",
             "evaluate.every_epochs=1000000",
             *UNRECORDED,
-            f"checkpoint.every_steps={_SAVE_EVERY}",
+            f"checkpoint.every_steps={save_every}",
+            *([] if folder is None else _with_curve(shared, folder / trial.subfolder, every)),
         ]
+
+
+def _with_curve(shared: Sequence[str], folder: Path, every: int) -> list[str]:
+    """Returns the observers of a run: those of `shared`, and the one that records its loss curve."""
+    typed = single_values(parse_overrides(each for each in shared if key_of(each) == "observers"))
+    own = {"_target_": _OBSERVER, "folder": str(folder), "every": every}
+    return [f"observers={quoted_plain([*typed.get('observers', []), own])}"]
 
 
 def read_ladder(folder: Path) -> Ladder | None:
@@ -224,6 +249,11 @@ def _results(folder: Path) -> dict[str, Any]:
     content = read_json(path, _MAX_BYTES)
     if not isinstance(content, dict):
         raise _damaged(path)
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: is from another version of dlopt (without loss curves); remove it: the folders of the runs have "
+            "their results"
+        )
     return content
 
 
@@ -239,7 +269,10 @@ def recorded(folder: Path) -> dict[Trial, Outcome]:
     try:
         return {
             Trial(each["optimizer"], each["rung"], each["seed"], each["index"], each["decay"]): Outcome(
-                math.inf if each["loss"] is None else each["loss"], each["seconds"], each["failure"]
+                math.inf if each["loss"] is None else each["loss"],
+                each["seconds"],
+                each["failure"],
+                tuple(each["curve"]),
             )
             for each in [*content["runs"], *content["search_runs"]]
         }
@@ -293,16 +326,18 @@ class LadderRequest:
             elif not has_ended(folder):
                 return None
             else:
-                self._known[trial] = self._read(folder)
+                self._known[trial] = self._read(trial, folder)
         return self._known[trial]
 
-    def _read(self, folder: RunFolder) -> Outcome:
+    def _read(self, trial: Trial, folder: RunFolder) -> Outcome:
         summary, lines = folder.summary() or {}, read_metrics(folder.path)
         value = lines[-1].get(self.ladder.metric) if lines else None
         is_good = summary["status"] != "failed" and isinstance(value, int | float)
         loss = float(value) if is_good and math.isfinite(float(value)) else math.inf  # type: ignore[arg-type]
         reason = "" if math.isfinite(loss) else " ".join(str(summary.get("reason") or "diverged").split())
-        return Outcome(loss, float(summary.get("seconds") or 0.0), reason)
+        is_final = trial.index is None and not reason
+        curve = read_curve(folder.path, self.ladder.rungs[trial.rung].updates) if is_final else []
+        return Outcome(loss, float(summary.get("seconds") or 0.0), reason, tuple(curve))
 
     def known(self) -> dict[Trial, Outcome]:
         """Returns the results of all trials that have been read."""
@@ -401,7 +436,7 @@ class LadderRequest:
         return lr
 
     def line(self, trial: Trial) -> list[str]:
-        return self.ladder.line(trial, self.lr(trial), self.decay(trial), self.shared)
+        return self.ladder.line(trial, self.lr(trial), self.decay(trial), self.shared, self.folder)
 
     def label(self, trial: Trial) -> str:
         purpose = "search" if trial.index is not None else f"seed {trial.seed}"

@@ -19,6 +19,7 @@ from dlopt.results.page import render
 _DESCRIPTIONS = {
     "loss": "Loss at the end of training against compute, with the fitted laws",
     "speed_up": "Speed-up over the baseline against the number of parameters",
+    "collapse": "Normalized loss curves of the rungs: where hyperparameters are scaled rightly, they are one curve",
     "rates": "Best learning rates of the searched rungs, and their fits",
 }
 

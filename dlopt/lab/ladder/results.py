@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dlopt.lab.ladder.analysis import Analysis, RungLosses, analyze
+from dlopt.lab.ladder.analysis import Analysis, Gain, RungLosses, analyze
 from dlopt.lab.ladder.arms import SEARCHED, DecaySearch
-from dlopt.lab.ladder.ladder import Ladder, LadderRequest, Outcome, Search, Trial
+from dlopt.lab.ladder.collapse import Collapse, collapse, tenths
+from dlopt.lab.ladder.ladder import FORMAT, Ladder, LadderRequest, Outcome, Search, Trial
 from dlopt.run import environment
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,35 @@ class Results:
         if lr is None or decay is None:
             return None
         return lr / 2 * decay * self.ladder.rungs[rung].updates
+
+    def collapse(self, optimizer: str) -> Collapse | None:
+        """Compares the normalized loss curves of the rungs; None if too few have curves."""
+        curves = []
+        for rung, size in self.ladder.rungs.items():
+            found = [
+                each.curve
+                for trial, each in self.outcomes.items()
+                if (trial.optimizer, trial.rung) == (optimizer, rung)
+            ]
+            curves.append(np.array([tenths(each, size.updates) for each in found if each]))
+        return collapse([*self.ladder.rungs], curves)
+
+    @property
+    def without_curve(self) -> list[str]:
+        """Rungs with runs that have ended, but have no loss curve."""
+        absent = {trial.rung for trial, each in self.outcomes.items() if not each.failure and not each.curve}
+        return [rung for rung in self.ladder.rungs if rung in absent]
+
+    def searched_once(self, *optimizers: str) -> list[str]:
+        """Returns those of the optimizers whose rates, of all rungs, were found by a single search."""
+        if len(self.ladder.searched) > 1:
+            return []
+        return [name for name in optimizers if self.ladder.optimizers[name].lr is None]
+
+    def stated(self, analysis: Analysis) -> dict[str, Gain]:
+        """Returns the gains of the optimizers whose speed-ups can be stated: a bad rate would explain the others."""
+        base = analysis.measured.baseline
+        return {name: each for name, each in analysis.gains.items() if not self.searched_once(base, name)}
 
     def failed(self, optimizer: str) -> int:
         """Returns the number of failed runs at the best rates."""
@@ -170,6 +198,8 @@ def to_json(results: Results) -> str:
         "search_runs": [asdict(trial) | asdict(outcome) for trial, outcome in results.searched.items()],
         "analysis": None if results.analysis is None else _analysis(results.analysis),
     }
+    collapses = {name: results.collapse(name) for name in results.ladder.optimizers}
+    content["collapse"] = {name: _collapse(each) for name, each in collapses.items() if each is not None}
     if results.decays:
         content["decays"] = {name: _decays(each) for name, each in results.decays.items()}
     if results.arms:
@@ -204,6 +234,10 @@ def _decays(search: DecaySearch) -> dict[str, Any]:
         "constant": search.constant,
         "per_width": search.per_width,
     }
+
+
+def _collapse(found: Collapse) -> dict[str, Any]:
+    return asdict(found) | {"curves": found.curves.tolist(), "holds": found.holds}
 
 
 def _with_text_keys(losses: Mapping[str, Mapping[float, float]]) -> dict[str, dict[str, float]]:

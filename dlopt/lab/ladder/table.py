@@ -16,8 +16,8 @@ def tables(results: Results) -> list[Table]:
     """Returns the tables of the results: the rungs, the losses, the gains, the laws, the learning rates."""
     found = [_sizes(results)]
     if results.analysis is not None:
-        found += [_losses(results.analysis), *_gains(results.analysis), _laws(results.analysis)]
-        found.append(_seconds(results.analysis))
+        found += [_losses(results.analysis), *_gains(results, results.analysis), _laws(results.analysis)]
+        found += [*_collapses(results), _seconds(results.analysis)]
     found += _arms(results)
     return [*found, _rates(results), *_decays(results)]
 
@@ -43,38 +43,55 @@ def _losses(analysis: Analysis) -> Table:
     return Table(["optimizer", *analysis.measured.rungs], rows, title="Loss at the end of training (mean over seeds)")
 
 
-def _gains(analysis: Analysis) -> list[Table]:
+def _gains(results: Results, analysis: Analysis) -> list[Table]:
     base, rungs = analysis.measured.baseline, analysis.measured.rungs
     if not analysis.gains:
         return []
-    compute, interpolated, loss = [], [], []
-    for name, gain in analysis.gains.items():
-        compute.append([_name(name), *map(times, gain.speed_up), signed(gain.trend)])
+    compute, interpolated = [], []
+    for name, gain in results.stated(analysis).items():
+        if not gain.contradicted:
+            compute.append([_name(name), *map(times, gain.speed_up), signed(gain.trend)])
         interpolated.append([_name(name), *map(times, gain.interpolated)])
-        loss.append([_name(name), *(signed(each, "+.3f") for each in gain.difference)])
+    loss = [[_name(name), *(signed(each, "+.3f") for each in gain.difference)] for name, gain in analysis.gains.items()]
     over = f"Speed-up over {printable(base)} in compute"
-    return [
+    tables = [
         Table(["optimizer", *rungs, "trend"], compute, title=f"{over}, by the laws"),
         Table(["optimizer", *rungs], interpolated, title=f"{over}, between its measured losses (-: beyond them)"),
         Table(["optimizer", *rungs], loss, title=f"Loss minus that of {printable(base)}, paired by seed"),
     ]
+    return [each for each in tables if each.rows]
+
+
+def _collapses(results: Results) -> list[Table]:
+    """Returns the spread of the normalized loss curves of each optimizer beside the noise of seeds."""
+    rows = []
+    for name in results.ladder.optimizers:
+        found = results.collapse(name)
+        if found is not None:
+            numbers = [f"{found.irreducible:.3g}", f"{100 * found.spread:.2g} %", f"{100 * found.noise:.2g} %"]
+            rows.append([_name(name), ", ".join(found.rungs), *numbers, "yes" if found.holds else "no"])
+    heads = ["optimizer", "rungs", "E", "spread", "of seeds", "collapse"]
+    title = "Normalized loss curves: spread of the rungs, and what seeds explain of it"
+    return [Table(heads, rows, title=title)] if rows else []
 
 
 def _arms(results: Results) -> list[Table]:
     """Returns how the optimizers of an arm differ from the first one of the same arm."""
     interpolated, loss = [], []
     for analysis in results.arms.values():
-        for name, gain in analysis.gains.items():
+        for name, gain in results.stated(analysis).items():
             interpolated.append([_name(name), *map(times, gain.interpolated), times(gain.change)])
+        for name, gain in analysis.gains.items():
             loss.append([_name(name), *(signed(each, "+.3f") for each in gain.difference)])
     if not loss:
         return []
     base, rungs = printable(next(iter(results.ladder.optimizers.values())).choice or ""), [*results.ladder.rungs]
     title = f"Speed-up over {base} of the same arm in compute, between its measured losses (-: beyond them)"
-    return [
+    tables = [
         Table(["optimizer", *rungs, "last / first"], interpolated, title=title),
         Table(["optimizer", *rungs], loss, title=f"Loss minus that of {base} of the same arm, paired by seed"),
     ]
+    return [each for each in tables if each.rows]
 
 
 def _decays(results: Results) -> list[Table]:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from dlopt import cli
 from dlopt.basics.folders import RunFolder
+from dlopt.lab.ladder.collapse import tenths
 from tests.support.line import dlopt, entries, refused
 from tests.support.processes import start
 
@@ -91,6 +92,9 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
         [record] = [each for each in content["runs"] if each["rung"] == rung]
         assert record["loss"] == json.loads(lines[0])["val_loss"]
         assert not [*run.path.glob("checkpoints/*.pt")]
+        assert len(record["curve"]) == -(-size["updates"] // -(-size["updates"] // 50))
+        mean = json.loads(lines[0])["train_loss"]  # of all updates, which have equally many samples
+        assert tenths(record["curve"], size["updates"]).mean() == pytest.approx(mean, rel=1e-4)
     assert content["analysis"]["laws"]["sgd"]["exponent"]["value"] >= 0 and (place / "out/figures/loss.svg").is_file()
     before = {path: path.stat().st_mtime_ns for path in place.glob("out/*/*/*/summary.json")}
     second = dlopt(place, "ladder", "optimizer=sgd,adamw", *LINE, "rungs=2", "optimizer.lr=0.01")
@@ -99,11 +103,12 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     assert second.code == 0, second.err
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert "adamw: the same rate at all sizes (optimizer.lr=0.01)" in " ".join(second.out.split())
-    assert "Speed-up over sgd in compute" in second.out and (place / "out/figures/speed_up.pdf").is_file()
+    assert "No speed-up of adamw over sgd is stated: one search found the rate of sgd" in " ".join(second.out.split())
+    assert "Speed-up" not in second.out and not (place / "out/figures/speed_up.pdf").exists()
     with patch.object(Figure, "savefig", SAVEFIG):
         report = dlopt(place, "ladder", "report", "out")
-    assert report.code == 0 and "Speed-up over sgd in compute" in report.out
-    assert (place / "out/figures/speed_up.pdf").read_bytes().startswith(b"%PDF")
+    assert report.code == 0 and "Loss minus that of sgd, paired by seed" in report.out
+    assert (place / "out/figures/loss.pdf").read_bytes().startswith(b"%PDF")
     assert "<svg" in (place / "out/figures/loss.svg").read_text()
     page = (place / "out/index.html").read_text()
     assert "2 * depth" in page and "the same rate at all sizes" in page
@@ -132,6 +137,9 @@ def _check_copy(place: Path) -> None:
         (place / "copy/results.json").write_text(content)
         damaged = dlopt(place, "ladder", "report", "copy")
         assert damaged.code == 2 and "results.json: is damaged; remove it" in damaged.err
+    (place / "copy/results.json").write_text(json.dumps({**second, "format": 1}))
+    former = dlopt(place, "ladder", "report", "copy")
+    assert former.code == 2 and "is from another version of dlopt (without loss curves); remove it" in former.err
 
 
 @pytest.mark.slow
