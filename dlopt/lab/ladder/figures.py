@@ -97,12 +97,12 @@ def collapse(collapses: Mapping[str, Collapse]) -> "Figure":
             axes.plot(x, curve, label=rung, **drawing.style(rungs.index(rung), linewidth=1.8))
         axes.axvspan(0, FIRST / TENTHS, color="0.5", alpha=0.15, linewidth=0)  # not compared
         axes.set_ylim(0.95, 1.1 * float(found.curves[:, FIRST - 1].max()))
+        axes.set_xlabel("fraction of the training (grey: not compared)")
+        axes.set_ylabel("(loss - E) / (loss at the end - E)")
         axes.set_title(f"{label(name)}: {'collapse' if found.holds else 'no collapse'}", fontsize=12)
         drawing.clean_axes(axes)
     for axes in panels:  # of the last row
         axes.set_visible(False)
-    figure.supxlabel("fraction of the training (grey: not compared)", fontsize=12)
-    figure.supylabel("(loss - E) / (loss at the end - E)", fontsize=12)
     drawing.legend_below(figure, figure.axes[0], min(_COLUMNS, len(rungs)), fontsize=12)
     return figure
 
