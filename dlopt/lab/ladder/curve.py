@@ -1,6 +1,7 @@
 """The loss curve of a run: an observer that records it, and its reader."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from dlopt.basics.plain_values import read_regular
 from dlopt.extend import write_atomically
-from dlopt.tracking.metrics import parse_metrics, to_json
+from dlopt.tracking.metrics import AppendFile, parse_metrics, to_json
+
+log = logging.getLogger(__name__)
 
 POINTS = 50
 """Points of a curve, at most."""
@@ -61,8 +64,9 @@ class LossCurve:
 
     def _write(self, first: int) -> None:
         line = to_json({"step": self._step, "updates": self._step - first, "sum": float(self._sum)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        file = AppendFile(self.path, log.warning)
+        file.write(f"{line}\n".encode())
+        file.close()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

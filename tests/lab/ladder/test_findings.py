@@ -162,19 +162,19 @@ def test_no_speed_up_is_stated_that_the_paired_differences_contradict() -> None:
     gain = replace(made.analysis.gains["mine"], difference=[Interval(-0.2, -0.3, -0.1)] * 5)
     assert gain.contradicted == [] and gain.speed_up[0].low > 1
     unknown = Interval(0.1, math.nan, math.nan)
-    for difference, places in (
+    for difference, contradicted in (
         ([Interval(-0.1, -0.3, 0.1), *gain.difference[1:]], [0]),
         ([*gain.difference[:-1], Interval(0.1, 0.05, 0.2)], [4]),
         ([gain.difference[0], Interval(0.1, 0.05, 0.2), *gain.difference[2:]], []),  # neither of the stated rungs
         ([unknown] * 5, []),
     ):
         changed = replace(gain, difference=difference)
-        assert changed.contradicted == places
+        assert changed.contradicted == contradicted
         said = replace(made, analysis=replace(made.analysis, gains={"mine": changed}))
         texts = [each.text for each in findings(said)]
-        assert any("times the compute of mine" in each for each in texts) == (not places)
+        assert any("times the compute of mine" in each for each in texts) == (not contradicted)
         titles = [str(each.title) for each in tables(said)]
-        assert ("Speed-up over adamw in compute, by the laws" in titles) == (not places)
+        assert ("Speed-up over adamw in compute, by the laws" in titles) == (not contradicted)
     slower = replace(gain, speed_up=[Interval(0.5, 0.4, 0.6)] * 5, difference=[Interval(0.0, -0.1, 0.1)] * 5)
     assert slower.contradicted == [0, 4]
     said = replace(made, analysis=replace(made.analysis, gains={"mine": slower}))
