@@ -94,3 +94,14 @@ def test_a_rung_trains_as_soon_as_its_own_search_has_ended(tmp_path: Path) -> No
     waiting = request.waiting()
     assert {each.rung for each in waiting if each.index is None} == {"r0"}
     assert {each.rung for each in waiting if each.index is not None} == {"r1", "r2"}
+
+
+def test_a_run_has_the_users_observers_and_its_curve(tmp_path: Path) -> None:
+    ladder, trial = results(1.5).ladder, Trial("adamw", "r0", 0)
+    lines = ladder.line(trial, 0.1, None, ["observers=[{_target_:mine.Watch,every_steps:5}]"], tmp_path)
+    last = [each for each in lines if each.startswith("observers=")][-1]
+    assert last == (
+        "observers=[{_target_:'mine.Watch',every_steps:5},{_target_:'dlopt.lab.ladder.curve.LossCurve',"
+        f"folder:'{tmp_path}/adamw/r0/seed-0',every:2}}]"
+    )
+    assert "checkpoint.every_steps=1000" in lines  # a multiple of `every`
