@@ -15,7 +15,7 @@ from dlopt.tracking.terminal_text import short_path
 
 def best_of(rows: Sequence[Row], metric: str, *, lower: bool) -> Record | None:
     """Returns the best run of the first row; None if none has a value. `lower`: whether smaller values are better."""
-    runs = [run for run in rows[0].distinct if run.metric(metric) is not None] if rows else []
+    runs = rows[0].counted(metric) if rows else ()
 
     def value(run: Record) -> float:
         found = run.metric(metric)

@@ -29,6 +29,7 @@ from dlopt.results.ranking import Ranking
 from dlopt.results.reading import short_key
 from dlopt.results.remarks import Remark, lines, mark, remarks
 from dlopt.results.tables import Table
+from dlopt.results.verdict import verdict
 from dlopt.tracking.console import open_console
 from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
 
@@ -156,6 +157,7 @@ def _notes(report: "ReportContent") -> list[str]:
         counts += f"; {format_count('more rows', len(ranking.rows) - report.top)} on the HTML page"
     notes = [counts]
     if ranking.ranked:
+        notes += [sentence] if (sentence := verdict(ranking.ranked)) else []
         best = ranking.ranked[0]
         if best.failed:
             notes.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
@@ -206,9 +208,12 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     columns.append(_Column("test", [_test_text(board, rows[0]), *[""] * (len(rows) - 1)], _NUMBERS))
     table = _filled(plain_table(f"{name} ({better} is better)"), columns, [""] * len(rows))
     more = [f"... and {len(ranked) - _MAX_ROWS} more"] if len(ranked) > _MAX_ROWS else []
+    more += lines(found, len(rows))
+    if sentence := verdict(ranked):
+        more.append(sentence)
     if (run := best_of(ranked, board.metric, lower=board.direction == "minimize")) is not None:
-        more.append(f"best run: {printable(short_path(run.path))}")
-    _print(table, stream, [*more, *map(printable, lines(found, len(rows)))])
+        more.append(f"best run: {short_path(run.path)}")
+    _print(table, stream, [*map(printable, more)])
 
 
 def _test_text(board: Leaderboard, row: Row) -> str:
