@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
     from dlopt.tasks.task import Task
 
-_READS = ("task", "data", "normalize", "augmentation", "model", "precision", *RECIPE)
+_READS = ("task", "data", "augmentation", "model", "precision", *RECIPE)
 USAGE = """\
 Print the layers of a model: shapes, parameters, MACs, memory
 

@@ -259,9 +259,7 @@ def _ranked(jobs: Sequence[Job]) -> Leaderboard:
     rows = [(job.plan, job.folder) for job in jobs]
     return leaderboard(
         [
-            job_record(
-                Path(plan.subfolder), plan.saved, folder.summary() or {}, storable(plan.texts), origin_of(folder.path)
-            )
+            job_record(folder.path, plan.saved, folder.summary() or {}, storable(plan.texts), origin_of(folder.path))
             for plan, folder in rows
         ]
     )

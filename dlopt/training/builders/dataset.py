@@ -31,6 +31,8 @@ def prepare_data(
         random_crops=_crops_at_random(run_config),
         compare=ranks.is_main,
     )
+    if dataset.layout is not None and run_config.normalize.target is not Nothing:
+        raise UserError(f"{run_config.normalize.choice}: {_records_of(run_config, dataset)}; use normalize=none")
     augment = _build_augmentation(run_config, dataset)
     return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
 
@@ -100,14 +102,16 @@ def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -
     return dataset if task is own else replace(dataset, unlabelled=task)
 
 
+def _records_of(run_config: RunConfig, dataset: Dataset) -> str:
+    return f"{run_config.data.choice}: its items are no pairs (input, label), but have {dataset.layout}"
+
+
 def _check_records(run_config: RunConfig, dataset: Dataset) -> None:
-    """Raises `UserError` for samples of several tensors that nothing in the config reads, or that something changes."""
+    """Raises `UserError` for samples of several tensors that nothing in the config reads."""
     if dataset.layout is None:
         return
-    data = f"{run_config.data.choice}: its items are no pairs (input, label), but have {dataset.layout}"
+    data = _records_of(run_config, dataset)
     if not run_config.task.is_a(UserTask):
         raise UserError(f"{data}; a task of your own reads them: task=mine.Task")
-    if run_config.normalize.target is not Nothing:
-        raise UserError(f"{run_config.normalize.choice}: {data}; use normalize=none")
     if getattr(run_config.task.target, "views", 1) > 1:
         raise UserError(f"task={dotted_name(run_config.task.target)}: has several views, but {data}; use views = 1")
