@@ -52,6 +52,7 @@ from dlopt.results.ranking import (
 from dlopt.results.reading import is_number, short_key
 from dlopt.results.remarks import lines, mark, texts
 from dlopt.results.tables import Section, Table
+from dlopt.results.verdict import verdict
 from dlopt.tracking.terminal_text import short_path
 
 _POINTS = 120_000  # values of curves per page; curves are thinned above it
@@ -83,6 +84,7 @@ def page_data(
         "expendable": [name for name in expendable_in("leaderboard") if name in metrics.known and name != ranking.by],
         "ranked": _ranked_by(ranking),
         "remarks": lines(ranking.remarks, len(ranking.rows)),
+        "verdict": verdict(ranking.ranked),
         "rows": _rows(ranking, metrics, curves, shared, sections),
         "curves": curves,
         "config": shared,

@@ -50,7 +50,8 @@ function drawLeaderboard(update) {
     html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, update))));
   sectionBody("leaderboard").replaceChildren(
     html("p", { class: "note" }, `${data.ranked} Click a heading to sort, or a row to see its runs.`),
-    scrollable(table, "Leaderboard"), ...data.remarks.map((remark) => html("p", { class: "note remark" }, remark)), columnChoice(update), allButton(rows.length, PAGE, update));
+    scrollable(table, "Leaderboard"), ...data.remarks.map((remark) => html("p", { class: "note remark" }, remark)),
+    ...(data.verdict ? [html("p", {}, data.verdict)] : []), columnChoice(update), allButton(rows.length, PAGE, update));
 }
 
 // Returns the button that shows all rows of the tables, or only the first ones.
