@@ -36,6 +36,7 @@ from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, Positive,
 from dlopt.basics.roles import Role
 
 if TYPE_CHECKING:
+    from dlopt.basics.folders import short_path
     from dlopt.commands.completion import keys_of_train
     from dlopt.commands.shared.command_line import (
         Line,
@@ -48,9 +49,10 @@ if TYPE_CHECKING:
     from dlopt.config.compose import Composer
     from dlopt.config.keys import role_of
     from dlopt.config.overrides import group_of, key_of, value_of, without
+    from dlopt.config.parameters import show
     from dlopt.config.plan import Plan, plan
     from dlopt.config.run_config import RunConfig
-    from dlopt.config.schema import Component, check_arguments, show
+    from dlopt.config.schema import Component, check_arguments
     from dlopt.data.samples import Dataset
     from dlopt.metrics.names import lower_is_better
     from dlopt.optim import LossClosure, OptimizerTraits
@@ -60,7 +62,6 @@ if TYPE_CHECKING:
     from dlopt.results.tables import Section, Table
     from dlopt.tasks.draws import Draws
     from dlopt.tasks.user import UserTask
-    from dlopt.tracking.terminal_text import short_path
     from dlopt.training.builders.batches import evaluation_batches, training_batches
     from dlopt.training.builders.trainer import probe_trainer
     from dlopt.training.builders.workload import Workload, build_workload
@@ -77,7 +78,8 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.config.keys": "role_of",
     "dlopt.config.overrides": "group_of key_of value_of without",
     "dlopt.config.plan": "Plan plan",
-    "dlopt.config.schema": "Component check_arguments show",
+    "dlopt.config.schema": "Component check_arguments",
+    "dlopt.config.parameters": "show",
     "dlopt.data.samples": "Dataset",
     "dlopt.metrics.names": "lower_is_better",
     "dlopt.optim": "LossClosure OptimizerTraits",
@@ -87,7 +89,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.results.tables": "Section Table",
     "dlopt.tasks.draws": "Draws",
     "dlopt.tasks.user": "UserTask",
-    "dlopt.tracking.terminal_text": "short_path",
+    "dlopt.basics.folders": "short_path",
     "dlopt.training.builders.batches": "evaluation_batches training_batches",
     "dlopt.training.builders.workload": "Workload build_workload",
     "dlopt.training.checkpoint.checkpoints": "load_checkpoint:load",

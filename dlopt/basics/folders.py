@@ -274,3 +274,9 @@ def _in_order(folder: Path) -> Path:
         if latest is not None and _DATED.match(folder.name) and latest[0] > folder.name[:19]:
             (folder / _AFTER).write_text(f"{latest[2]}\n{latest[3] + 1}")
     return folder
+
+
+def short_path(path: Path) -> str:
+    """Returns the path relative to the folder of the user's shell if it is below it, else the absolute path."""
+    absolute, shell = Path(os.path.abspath(path)), os.environ.get(SHELL_FOLDER) or os.getcwd()
+    return str(absolute.relative_to(shell) if absolute.is_relative_to(shell) else absolute)

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.files import reason, write
+from dlopt.basics.folders import short_path
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder
-from dlopt.tracking.terminal_text import short_path
 
 USAGE = """\
 Merge a sharded checkpoint into one file

@@ -9,8 +9,9 @@ from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import Line, on_checkpoint, on_config, saved_run_config, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
+from dlopt.config.parameters import show
 from dlopt.config.reads import INFERENCE
-from dlopt.config.schema import check_arguments, show
+from dlopt.config.schema import check_arguments
 from dlopt.config.settings import Tta
 from dlopt.tracking.console import ConsoleView
 

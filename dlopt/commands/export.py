@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from dlopt._version import __version__
 from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically
+from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
-from dlopt.tracking.terminal_text import short_path
 
 USAGE = """\
 Export a checkpoint to safetensors, ONNX or torch.export

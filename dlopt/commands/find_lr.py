@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.folders import short_path
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, writing
 from dlopt.config.compose import Composer
 from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.lr_range_keys import RangeTest
 from dlopt.tracking.console import Screen
-from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.instruments.lr_range import LearningRates

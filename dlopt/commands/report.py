@@ -12,6 +12,7 @@ from typing import Annotated
 from rich.console import Console
 
 from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import Interruption
 from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
@@ -26,7 +27,6 @@ from dlopt.results.page import serve
 from dlopt.results.printing import show_report
 from dlopt.results.ranking import default_target, gather
 from dlopt.results.reading import Condition, Damaged, Record, RunReader
-from dlopt.tracking import terminal_text
 
 USAGE = """\
 Compare runs and sweeps: leaderboard, plots, HTML page
@@ -139,7 +139,7 @@ def _update(
     if not records and not options.watch:
         hint = f" that satisfy {where}" if where else ""
         if damaged:
-            hint += f"; {len(damaged)} damaged: {terminal_text.short_path(damaged[0].path)}: {damaged[0].reason}"
+            hint += f"; {len(damaged)} damaged: {short_path(damaged[0].path)}: {damaged[0].reason}"
         raise UserError(f"{' '.join(map(str, folders))}: contains no runs{hint}")
     state: list[Record | Damaged] = [*records, *damaged]
     if state == before:  # the reader returns the same records
@@ -151,9 +151,7 @@ def _update(
     is_early = options.watch and not any(record.metrics for record in records)  # `by` cannot be checked yet
     table = gather(records, damaged, None if is_early else options.by)
     goal = default_target(table) if options.target is None else options.target
-    title = (
-        "Runs in " + ", ".join(terminal_text.short_path(folder) for folder in folders) + (f": {where}" if where else "")
-    )
+    title = "Runs in " + ", ".join(short_path(folder) for folder in folders) + (f": {where}" if where else "")
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
     refresh = _REFRESH if options.watch else None
     added = [function(path)(records) for path in entries("dlopt.reports").values()]
@@ -167,5 +165,5 @@ def _update(
         return state
     show_report(report, console)
     written = files if to.is_file or options.format is not None else [to.path / name for name in _NAMED]
-    console.print(*map(terminal_text.short_path, written), sep="\n", markup=False, soft_wrap=True)
+    console.print(*map(short_path, written), sep="\n", markup=False, soft_wrap=True)
     return state

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from dlopt.basics.errors import DONE, RunError, UserError
-from dlopt.basics.folders import RunFolder
+from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.formats import format_bytes, format_count, printable
 from dlopt.basics.interruption import print_message
 from dlopt.basics.ranges import Count
@@ -18,7 +18,6 @@ from dlopt.commands.shared.document import print_document
 from dlopt.results import reading
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.reading import Condition, Record
-from dlopt.tracking.terminal_text import short_path
 
 USAGE = """\
 List, filter, tag, compare and clean up runs

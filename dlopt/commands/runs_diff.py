@@ -6,11 +6,12 @@ from pathlib import Path
 from rich.text import Text
 
 from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import printable
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.results import reading
 from dlopt.results.differences import config_rows, metric_rows
-from dlopt.tracking.terminal_text import plain_table, short_path, show_table
+from dlopt.tracking.terminal_text import plain_table, show_table
 
 
 def diff(arguments: list[str]) -> int:

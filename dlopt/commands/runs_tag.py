@@ -5,14 +5,13 @@ from typing import Annotated
 
 from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.files import write_yaml
-from dlopt.basics.folders import RunFolder
+from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.formats import format_value, printable
 from dlopt.basics.locks import locked_folder
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.config.settings_rules import check_tags
 from dlopt.results import reading
 from dlopt.results.leaderboard import Record
-from dlopt.tracking.terminal_text import short_path
 
 
 def tag(arguments: list[str]) -> int:

@@ -7,10 +7,10 @@ from annotated_types import Interval
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
+from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
-from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig

@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError, suggest
-from dlopt.basics.folders import SPACE
+from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.commands.shared.document import print_document
 from dlopt.config.resuming import in_folder
-from dlopt.sweeps import submission
-from dlopt.sweeps.queue import LOG, WORKERS
-from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.sweeps.status import SweepStatus
@@ -111,12 +108,16 @@ def _print(folder: Path, status: "SweepStatus") -> None:
         if record.status == "failed":
             print(printable(f"  {short_path(record.path)} failed: {' '.join((record.reason or '').split())[:200]}"))
     if status.damaged_lines:
+        from dlopt.sweeps.queue import LOG, WORKERS
+
         lines = format_count("lines", status.damaged_lines)
         print(f"warning: {WORKERS}/{LOG}: {lines} cut or damaged, which are ignored")
     if status.stop_reason is not None:
         print(printable(f"stopped: {status.stop_reason}"))
     path = short_path(folder)
     if status.is_lost:
+        from dlopt.sweeps import submission
+
         how = f"dlopt sweep resume {path}"
         if not submission.is_submitted(folder):
             how = f"its command with {shlex.join(in_folder(folder))}"
@@ -162,6 +163,8 @@ def _wait(folder: Path) -> int:
 
 def _stop(folder: Path) -> int:
     """Stops the workers of a submitted sweep. Raises `UserError`."""
+    from dlopt.sweeps import submission  # with Hydra, which the help and the status do not need
+
     submission.check_own(folder)
     status = _read(folder)
     submission.stop(folder, "dlopt sweep stop")
@@ -174,6 +177,8 @@ def _stop(folder: Path) -> int:
 
 def _resume(folder: Path) -> int:
     """Submits workers for the jobs that are left. Raises `UserError`."""
+    from dlopt.sweeps import submission
+
     job_id = submission.resume(folder)
     how = "no worker was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
     print(f"resumed: {how}\nnext:\n  dlopt sweep status {short_path(folder)}")
@@ -182,5 +187,7 @@ def _resume(folder: Path) -> int:
 
 def _work(folder: Path, *, n_jobs: Annotated[Count, "N: jobs at once (default: 1)"] = 1, trust: _Trust = None) -> int:
     """Becomes a worker of a submitted sweep. Raises `UserError`."""
+    from dlopt.sweeps import submission
+
     submission.become_worker(folder, trust, n_jobs)
     return DONE

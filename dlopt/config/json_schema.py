@@ -18,8 +18,9 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from dlopt.basics.errors import UserError
 from dlopt.config.choices import Catalogue, Choice, config_folder
 from dlopt.config.packages import entries
+from dlopt.config.parameters import named_parameters
 from dlopt.config.run_config import GROUPS, ConfigGroup
-from dlopt.config.schema import adapter_of, annotation_of, named_parameters, resolve_target, trusted_packages
+from dlopt.config.schema import adapter_of, annotation_of, resolve_target, trusted_packages
 from dlopt.config.settings import Settings
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"

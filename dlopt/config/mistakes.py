@@ -13,8 +13,8 @@ from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.plain_values import flatten, is_below, join
 from dlopt.config.choices import CONFIG_NAME, Catalogue, Choice, config_folder
 from dlopt.config.overrides import SWEEP_WORDS, text_of, value_of
+from dlopt.config.parameters import show
 from dlopt.config.resolve import first_lines
-from dlopt.config.schema import show
 from dlopt.config.synonyms import for_choice, for_key
 
 _NAMED = 8  # choices in a message

@@ -6,9 +6,10 @@ from typing import Any
 
 from dlopt.basics.errors import UserError
 from dlopt.config.early_checks import run_settings
+from dlopt.config.parameters import show
 from dlopt.config.rules import check_combinations
 from dlopt.config.run_config import GROUPS, RunConfig
-from dlopt.config.schema import Component, check_arguments, component, resolve_target, show, trusted_packages
+from dlopt.config.schema import Component, check_arguments, component, resolve_target, trusted_packages
 from dlopt.config.settings_rules import check_run_monitor
 from dlopt.config.user_parts import user_metrics, user_observers
 from dlopt.metrics.declaration import Direction

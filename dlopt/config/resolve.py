@@ -20,7 +20,7 @@ from dlopt.config.choices import Catalogue
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_typed, key_of, value_of
 from dlopt.config.packages import entries
-from dlopt.config.schema import show
+from dlopt.config.parameters import show
 from dlopt.config.trust import check_expansion, leaves
 
 _TARGET = "._target_"

@@ -13,8 +13,8 @@ from dlopt.basics.errors import UserError
 from dlopt.config.choices import config_folder
 from dlopt.config.flags import flags
 from dlopt.config.overrides import parse_overrides, parts_of, quoted, single_values
+from dlopt.config.parameters import show
 from dlopt.config.reads import unavailable
-from dlopt.config.schema import show
 from dlopt.config.synonyms import for_flag
 
 

@@ -30,6 +30,7 @@ from dlopt.basics.plain_values import is_below, join
 from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folders, extensions
 from dlopt.config.packages import entries, leave_working_folder
+from dlopt.config.parameters import named_parameters, parameters_of, show
 from dlopt.config.synonyms import for_key
 
 T = TypeVar("T")
@@ -347,31 +348,6 @@ def _exceeds_int64(value: Any) -> bool:
 
 
 @functools.cache
-def parameters_of(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Returns the parameters of a callable by name, with evaluated annotations."""
-    signature = inspect.signature(target)
-    try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    except Exception:  # third-party annotations that do not evaluate: the arguments pass unchecked
-        hints = {}
-    parameters = [p.replace(annotation=hints.get(n, p.annotation)) for n, p in signature.parameters.items()]
-    return {unpacked.name: unpacked for parameter in parameters for unpacked in _unpack(parameter)}
-
-
-def named_parameters(target: Callable[..., Any]) -> list[str]:
-    """Returns the names of the parameters except `*args` and `**kwargs`."""
-    return [name for name, p in parameters_of(target).items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-
-
-def _unpack(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-    """Expands `**keys: Unpack[SomeTypedDict]` (PEP 692) into one parameter per key; keeps any other parameter."""
-    if typing.get_origin(parameter.annotation) is not typing.Unpack:
-        return [parameter]
-    [keys] = typing.get_args(parameter.annotation)
-    hints = typing.get_type_hints(keys, include_extras=True)
-    return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint) for name, hint in hints.items()]
-
-
 def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
     """Returns the validator of a type; None if there is none."""
     if id(annotation) not in _adapters:  # by identity: annotations need not be hashable
@@ -391,13 +367,6 @@ def _build_adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return None
     except PydanticUserError:  # a type with its own config
         return TypeAdapter(annotation)
-
-
-def show(value: Any) -> str:
-    """Formats a value as on the command line."""
-    if isinstance(value, float):
-        return repr(value)  # JSON has no nan
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _reason(error: ValidationError) -> str:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.overrides import key_of
-from dlopt.config.schema import show
+from dlopt.config.parameters import show
 
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed packages that Hydra discovers itself
 _SEARCH_COMPONENTS = (

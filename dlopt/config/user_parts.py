@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.basics.errors import UserError, did_you_mean
-from dlopt.config.schema import Component, component, dotted_name, resolve_target, show
+from dlopt.config.parameters import show
+from dlopt.config.schema import Component, component, dotted_name, resolve_target
 from dlopt.metrics.declared import REQUESTABLE
 from dlopt.metrics.names import EVALUATED
 

@@ -20,10 +20,10 @@ from dlopt.config.flags import parse_arguments
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import quoted, with_folder
 from dlopt.config.packages import series_of
+from dlopt.config.parameters import show
 from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import interpolations_explained
-from dlopt.config.schema import show
 from dlopt.instruments.lr_range import LearningRates
 from dlopt.parallel.processes.rendezvous import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import read_json
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_value
 from dlopt.metrics.names import FINAL_TAGS, split_of
 from dlopt.metrics.shown import format_metric, shown_in
@@ -16,7 +17,6 @@ from dlopt.results import reading
 from dlopt.results.listing import Query
 from dlopt.results.reading import Condition, Damaged, Record
 from dlopt.tracking.metrics import SUMMARY
-from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.python.model import Model

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.folders import SPACE
+from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.formats import format_count
 from dlopt.metrics.shown import format_metric
 from dlopt.results.leaderboard import Record, Row
 from dlopt.results.ranking import gather
 from dlopt.results.reading import RunReader
-from dlopt.tracking.terminal_text import short_path
 
 
 def best_of(rows: Sequence[Row], metric: str, *, lower: bool) -> Record | None:

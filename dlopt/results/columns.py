@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.metrics.names import split_of
@@ -19,7 +20,6 @@ from dlopt.results.ranking import Ranking, time_to_target
 from dlopt.results.reading import tags_of
 from dlopt.results.remarks import texts
 from dlopt.results.tables import Table, spreadsheet_cell
-from dlopt.tracking.terminal_text import short_path
 
 _SHOWN = listed_in("leaderboard")
 _TEST = [name for name in _SHOWN if split_of(name) == "test"]

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.config.keys import LABELS
@@ -19,7 +20,7 @@ from dlopt.metrics.shown import format_metric, listed_in
 from dlopt.results import reading
 from dlopt.results.leaderboard import directions_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
-from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
+from dlopt.tracking.terminal_text import FittedTable, plain_table
 
 _METRICS = listed_in("runs")  # default columns, the most important first
 _MAX_CELL = 24  # characters of a config value in a terminal

@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from dlopt._version import __version__
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
@@ -27,7 +28,6 @@ from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
 from dlopt.results.tables import Bold, Section
-from dlopt.tracking.terminal_text import short_path
 
 FOLDER = Path(__file__).with_name("page")
 SCRIPTS = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import regular_tail
@@ -53,7 +54,6 @@ from dlopt.results.reading import is_number, short_key
 from dlopt.results.remarks import lines, mark, texts
 from dlopt.results.tables import Section, Table
 from dlopt.results.verdict import verdict
-from dlopt.tracking.terminal_text import short_path
 
 _POINTS = 120_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12

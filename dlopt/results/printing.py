@@ -10,6 +10,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import brief, format_count, printable
 from dlopt.metrics.names import Metric
 from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, listed_in
@@ -31,7 +32,7 @@ from dlopt.results.remarks import Remark, lines, mark, remarks
 from dlopt.results.tables import Table
 from dlopt.results.verdict import verdict
 from dlopt.tracking.console import open_console
-from dlopt.tracking.terminal_text import FittedTable, plain_table, short_path
+from dlopt.tracking.terminal_text import FittedTable, plain_table
 
 if TYPE_CHECKING:
     from dlopt.results.exports import ReportContent

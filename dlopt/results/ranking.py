@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dlopt.basics.errors import UserError, install
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import is_below
@@ -34,7 +35,6 @@ from dlopt.results.leaderboard import (
 )
 from dlopt.results.reading import OPEN, Damaged, Record, meant, short_key, varying_keys
 from dlopt.results.remarks import Remark, remarks
-from dlopt.tracking.terminal_text import short_path
 
 DATA = "data read"
 """A key of `Configuration.values`: names the data of rows that differ in nothing else."""

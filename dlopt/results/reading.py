@@ -16,7 +16,7 @@ from typing import Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json
-from dlopt.basics.folders import RunFolder
+from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, load_json, load_yaml, parse_numbers, regular_lines
@@ -26,7 +26,7 @@ from dlopt.metrics.names import column_of, direction_of, monitored_directions, r
 from dlopt.results.history import History
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY
-from dlopt.tracking.terminal_text import choices_of_groups, short_path
+from dlopt.tracking.terminal_text import choices_of_groups
 
 OPEN = ("running", "interrupted", "unfinished")
 """Statuses of runs whose training has not ended; all but `running` can be resumed."""

@@ -34,8 +34,8 @@ from dlopt.config.overrides import (
     without,
 )
 from dlopt.config.packages import entries, function
+from dlopt.config.parameters import show
 from dlopt.config.resolve import choices_of
-from dlopt.config.schema import show
 
 _TRIALS = 10  # per optimizer
 

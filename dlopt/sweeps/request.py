@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest, refuse_links
+from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest, refuse_links, short_path
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import Axis
@@ -24,7 +24,6 @@ from dlopt.results.leaderboard import Leaderboard, ParetoFront
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.remote import check
-from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig

@@ -14,14 +14,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.basics.files import write_yaml
-from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder
+from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.ranges import Count, Seed
 from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of
+from dlopt.config.parameters import show
 from dlopt.config.plan import Plan
-from dlopt.config.schema import check_arguments, component, show
+from dlopt.config.schema import check_arguments, component
 from dlopt.metrics.names import Directions, Goal, Metric, base_name, column_of, direction_of, monitored_directions
 from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number, job_record, leaderboard
 from dlopt.results.printing import show_front, show_leaderboard
@@ -44,7 +45,7 @@ from dlopt.sweeps.study import (
 )
 from dlopt.sweeps.submitting import submit_search
 from dlopt.tracking.overview import Overview
-from dlopt.tracking.terminal_text import short_path, waiting
+from dlopt.tracking.terminal_text import waiting
 
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes when no other job is left
 _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
-from dlopt.basics.folders import SPACE, RunFolder
+from dlopt.basics.folders import SPACE, RunFolder, short_path
 from dlopt.basics.interruption import print_line
 from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
-from dlopt.results.printing import show_leaderboard
 from dlopt.results.reading import Damaged, RunReader
 from dlopt.sweeps.queue import QUEUED, RUNNING, WORKERS, Log, live_workers
 from dlopt.sweeps.request import read_space
 from dlopt.sweeps.slurm import waiting
 from dlopt.sweeps.submission import is_submitted, stop_reason
 from dlopt.tracking.overview import Overview
-from dlopt.tracking.terminal_text import short_path
 
 _POLL_SECONDS = 2.0
 _LOST_SECONDS = 20.0  # time without workers after which a sweep counts as dead
@@ -144,6 +142,8 @@ def wait(sweep: Path) -> SweepStatus:
         print_line(f"the sweep continues; to stop it: dlopt sweep stop {short_path(sweep)}")
         raise
     if status.records:
+        from dlopt.results.printing import show_leaderboard  # with NumPy, which the status does not need
+
         show_leaderboard(status.board())
     return status
 

@@ -24,14 +24,13 @@ from hydra.core.utils import env_override
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
-from dlopt.basics.folders import SUBMITTED, inside
+from dlopt.basics.folders import SUBMITTED, inside, short_path
 from dlopt.basics.plain_values import read_regular
 from dlopt.config.schema import check_arguments
 from dlopt.parallel.processes.launch import python_module
 from dlopt.sweeps.code_copy import is_unchanged
 from dlopt.sweeps.queue import WORKERS, Log
 from dlopt.sweeps.slurm import Slurm, cancel_waiting
-from dlopt.tracking.terminal_text import short_path
 
 FILE, LAUNCHER, STOP = "submission.json", "launcher.json", "stop"  # in the folder of the workers
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically, write_json
+from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.locks import locked
 from dlopt.basics.secrets import has_hidden, is_secret_name, redact
@@ -38,7 +39,6 @@ from dlopt.sweeps.submission import (
     start_workers,
     trust,
 )
-from dlopt.tracking.terminal_text import short_path
 
 _CODE, _LOCK = ".code", "submit.lock"  # in the folder of the workers; hidden, because it holds no runs
 _NOT_COPIED = "not_copied"  # there, too: the files beside the code that were not copied

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
 from dlopt.basics.files import write_yaml
-from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder
+from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
@@ -46,7 +46,7 @@ from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_submitted
 from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_command, submit_grid
-from dlopt.tracking.terminal_text import short_path, waiting
+from dlopt.tracking.terminal_text import waiting
 
 __all__ = [
     "build_launcher", "check_folder", "distance_of_jobs", "list_jobs", "refuse_different_environments", "refuse_ranks",

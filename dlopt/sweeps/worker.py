@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
-from dlopt.basics.folders import RunFolder
+from dlopt.basics.folders import RunFolder, short_path
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps import queue, slurm, submission
 from dlopt.sweeps.pool import Pool
 from dlopt.sweeps.submission import Submission
-from dlopt.tracking.terminal_text import short_path
 
 
 @dataclass(frozen=True)

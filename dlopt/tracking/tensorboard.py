@@ -29,9 +29,9 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.folders import short_path
 from dlopt.basics.plain_values import read_regular
 from dlopt.tracking.metrics import AppendFile
-from dlopt.tracking.terminal_text import short_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -17,7 +16,6 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from dlopt.basics.folders import SHELL_FOLDER
 from dlopt.basics.formats import (
     format_count,
     format_duration,
@@ -48,12 +46,6 @@ def waiting(text: str) -> Iterator[None]:
         yield
     finally:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def short_path(path: Path) -> str:
-    """Returns the path relative to the folder of the user's shell if it is below it, else the absolute path."""
-    absolute, shell = Path(os.path.abspath(path)), os.environ.get(SHELL_FOLDER) or os.getcwd()
-    return str(absolute.relative_to(shell) if absolute.is_relative_to(shell) else absolute)
 
 
 # -- configs

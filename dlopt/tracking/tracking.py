@@ -12,6 +12,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.folders import short_path
 from dlopt.basics.secrets import redact, redacted
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, tag_of
 from dlopt.metrics.shown import format_metric
@@ -177,9 +178,7 @@ class Tracking:
         self._epochs = epochs
         choices = choices or {}
         total = epochs * steps_per_epoch if steps is None else steps
-        folder = (
-            None if self._folder is None else f"{terminal_text.short_path(self._folder)} (config.yaml lists every key)"
-        )
+        folder = None if self._folder is None else f"{short_path(self._folder)} (config.yaml lists every key)"
         facts = {**facts, "folder": folder, "epochs": epochs, "steps_per_epoch": steps_per_epoch, "steps": total}
         if self._log is not None:
             self._log.write("starts" if first_step == 0 else f"resumes from step {first_step}")
@@ -313,15 +312,15 @@ class Tracking:
 
     def _next_commands(self, folder: Path, pictures: Mapping[str, Path]) -> list[str]:
         """Returns the run folder, the pictures and the next commands, for a shell in the current folder."""
-        path = terminal_text.short_path(folder)
+        path = short_path(folder)
         lines = [f"run folder: {path}"]
-        lines += [f"{description}: {terminal_text.short_path(picture)}" for description, picture in pictures.items()]
+        lines += [f"{description}: {short_path(picture)}" for description, picture in pictures.items()]
         lines.append("next:")
         has_checkpoint = any((folder / "checkpoints" / name).exists() for name in ("best.pt", "last.pt"))
         if has_checkpoint:
             trusted = f" allow_packages=[{','.join(self._packages)}]" if self._packages else ""
             lines.append(f"  dlopt eval checkpoint={shlex.quote(path)}{trusted}")
-        lines.append(f"  dlopt report {shlex.quote(terminal_text.short_path(folder.parent))}")
+        lines.append(f"  dlopt report {shlex.quote(short_path(folder.parent))}")
         if self._tensorboard is not None:
             from dlopt.tracking.tensorboard import command
 

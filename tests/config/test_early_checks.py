@@ -13,8 +13,9 @@ from dlopt.basics.plain_values import load_yaml
 from dlopt.config import early_checks
 from dlopt.config.choices import config_folder
 from dlopt.config.early_checks import check_early
+from dlopt.config.parameters import parameters_of
 from dlopt.config.run_config import GROUPS, RunConfig
-from dlopt.config.schema import Component, parameters_of, resolve_target
+from dlopt.config.schema import Component, resolve_target
 from dlopt.config.signatures import annotations_of
 from tests.support.line import refused
 

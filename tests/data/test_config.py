@@ -9,7 +9,7 @@ import yaml
 
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
-from dlopt.config.schema import parameters_of
+from dlopt.config.parameters import parameters_of
 from dlopt.data.splits import DataSettings
 from tests.support.choices import files
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image, ImageOps
 
-from dlopt.config.schema import parameters_of
+from dlopt.config.parameters import parameters_of
 from dlopt.data.images import decode
 from dlopt.data.inspection import notes
 from dlopt.data.samples import Dataset, Files, InMemory, Wrapped

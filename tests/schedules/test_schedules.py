@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from dlopt import schedules
 from dlopt.basics.errors import UserError
-from dlopt.config.schema import parameters_of
+from dlopt.config.parameters import parameters_of
 from dlopt.optim import LARS, Muon, Rprop
 from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup
 from tests.support.choices import names

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
 
+from dlopt.basics.folders import short_path
 from dlopt.run.runner import job_environment
 from dlopt.tracking import terminal_text
 
@@ -135,9 +136,9 @@ def test_short_paths_are_those_of_the_shell_that_started_the_run(
     hydra = {"job": job, "job_logging": {"root": None}, "runtime": {}, "verbose": False}
     with job_environment(OmegaConf.create({"hydra": hydra}), folder):
         assert Path.cwd() == folder
-        assert terminal_text.short_path(folder) == "outputs/run"
-        assert terminal_text.short_path(Path("curves.png")) == "outputs/run/curves.png"
-    assert Path.cwd() == tmp_path and terminal_text.short_path(folder) == "outputs/run"
+        assert short_path(folder) == "outputs/run"
+        assert short_path(Path("curves.png")) == "outputs/run/curves.png"
+    assert Path.cwd() == tmp_path and short_path(folder) == "outputs/run"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from dlopt.config.overrides import (
     value_of,
     without,
 )
+from dlopt.config.parameters import parameters_of
 from dlopt.config.reads import refuse_unread, refuse_unread_hydra, unavailable
 
 if TYPE_CHECKING:
@@ -359,17 +360,18 @@ def _with_best_runs(checkpoint: Any) -> Any:
 
 def check_command_keys(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Validates values of keyword-only parameters against their annotations. Raises `UserError`."""
-    from dlopt.config.schema import check_arguments, parameters_of
+    names, parameters = command_key_names(target), parameters_of(target)
+    if not values and all(parameters[name].default is not inspect.Parameter.empty for name in names):
+        return {}  # nothing to check, without pydantic
+    from dlopt.config.schema import check_arguments
 
-    return check_arguments("", target, values, frozenset(parameters_of(target).keys() - command_key_names(target)))
+    return check_arguments("", target, values, frozenset(parameters.keys() - names))
 
 
 def take_command_keys(
     function: Callable[..., Any], arguments: Sequence[str], name: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Splits the arguments of a command into its own keys and flags (checked) and the others. Raises `UserError`."""
-    from dlopt.config.saved import typed_values
-
     keys = command_keys(function)
     flags = {key.line: key.name for key in keys if key.is_flag}
     names = [key.name for key in keys if not key.is_flag]
@@ -379,7 +381,12 @@ def take_command_keys(
     typed = [each for each in arguments if key_of(each) in names]
     given = dict.fromkeys((flags[each] for each in arguments if each in flags), True)
     rest = [each for each in arguments if each not in typed and each not in flags]
-    return check_command_keys(function, typed_values(typed) | given), rest
+    values: dict[str, Any] = {}
+    if typed:
+        from dlopt.config.saved import typed_values
+
+        values = typed_values(typed)
+    return check_command_keys(function, values | given), rest
 
 
 def refuse_empty(**lists: Sequence[Any]) -> None:

@@ -5,14 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from omegaconf import OmegaConf
-
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import die_on_signals, print_message
 from dlopt.config.choices import config_folder
 from dlopt.config.overrides import group_of, key_of
-from dlopt.config.saved import typed_values
-from dlopt.config.schema import check_arguments
 from dlopt.parallel.processes import launch
 from dlopt.parallel.processes.rendezvous import current, end_process, first_to_fail, join_store, leave
 from dlopt.run.record import failure
@@ -31,6 +27,8 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
 
     Called in each process of a launcher, runs the command as one of its ranks and ends the process.
     """
+    from dlopt.config.saved import typed_values  # with OmegaConf, which the help of the commands does not need
+
     typed = [argument for argument in arguments if group_of(argument) == "parallel"]
     if (world := current()) is not None:
 
@@ -52,6 +50,9 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
 
 def take_process_keys(values: dict[str, Any], name: str) -> "ProcessKeys":
     """Removes the keys of the group `parallel` from `values` and returns them, checked and with their defaults."""
+    from omegaconf import OmegaConf
+
+    from dlopt.config.schema import check_arguments
     from dlopt.parallel.processes.process_group import join
 
     choice = values.pop("parallel", "ddp")

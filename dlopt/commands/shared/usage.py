@@ -34,14 +34,14 @@ class CommandKey(NamedTuple):
 
 def command_key_names(target: Callable[..., Any]) -> list[str]:
     """Returns the names of the keyword-only parameters."""
-    from dlopt.config.schema import parameters_of  # with pydantic, slow to import: not needed for help without keys
+    from dlopt.config.parameters import parameters_of
 
     return [name for name, parameter in parameters_of(target).items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def command_keys(target: Callable[..., Any]) -> list[CommandKey]:
     """Returns the keys that a function or a dataclass declares, with their defaults in the help."""
-    from dlopt.config.schema import parameters_of
+    from dlopt.config.parameters import parameters_of
 
     parameters = parameters_of(target)
     return [_key(name, parameters[name]) for name in command_key_names(target)]
@@ -97,7 +97,7 @@ def _key(name: str, parameter: inspect.Parameter) -> CommandKey:
 
 def _format(default: Any) -> str:
     """Formats a default as a user would type it: 1e-6, [a,b]."""
-    from dlopt.config.schema import show
+    from dlopt.config.parameters import show
 
     if isinstance(default, list):
         return f"[{','.join(map(_format, default))}]"

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.config.overrides import is_hydra, parse_axes, storable
+from dlopt.config.parameters import parameters_of
 from dlopt.config.resolve import to_plain
-from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
+from dlopt.config.schema import resolve_target, trusted_packages
 from dlopt.extend import Composer, RunFolder, UserError, key_of, value_of, without
 from dlopt.lab.benchmark.protocol import (
     SELF_TUNING_LENGTH,

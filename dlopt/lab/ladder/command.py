@@ -17,9 +17,10 @@ from dlopt.basics.locks import locked
 from dlopt.commands.shared.command_line import read_line
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
+from dlopt.config.parameters import parameters_of
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import to_plain
-from dlopt.config.schema import parameters_of, resolve_target, trusted_packages
+from dlopt.config.schema import resolve_target, trusted_packages
 from dlopt.extend import (
     DONE,
     INTERRUPTED,

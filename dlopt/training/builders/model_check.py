@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from dlopt.basics.errors import UserError
+from dlopt.config.parameters import show
 from dlopt.config.run_config import RunConfig
-from dlopt.config.schema import Component, dotted_name, show
+from dlopt.config.schema import Component, dotted_name
 from dlopt.data.samples import Dataset
 from dlopt.machine.memory import available_memory
 from dlopt.models import third_party
