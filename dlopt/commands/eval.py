@@ -11,9 +11,7 @@ from dlopt.commands.shared.processes import join_processes, over_processes, take
 from dlopt.config.overrides import key_of
 from dlopt.config.parameters import show
 from dlopt.config.reads import INFERENCE
-from dlopt.config.schema import check_arguments
 from dlopt.config.settings import Tta
-from dlopt.tracking.console import ConsoleView
 
 if TYPE_CHECKING:
     from dlopt.trained.ensemble import Tested
@@ -152,6 +150,8 @@ def _finish(
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)
         lines += [f"{name}: {path}" for name, path in written.items()]
+    from dlopt.tracking.console import ConsoleView
+
     epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}
     ConsoleView().finish({"status": "tested", **epoch, **tested.report.metrics}, lines)
     return DONE
@@ -163,6 +163,8 @@ def _views(tta: str, changes: dict[str, Any]) -> Any:
 
     keys = {key: changes.pop(key) for key in list(changes) if key.startswith("tta.")}
     if tta != "none":
+        from dlopt.config.schema import check_arguments
+
         target = CHOICES[tta]
         return target(**check_arguments("tta", target, {key[4:]: value for key, value in keys.items()}))
     for key, value in keys.items():

@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import short_path
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, writing
-from dlopt.config.compose import Composer
 from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.lr_range_keys import RangeTest
-from dlopt.tracking.console import Screen
 
 if TYPE_CHECKING:
     from dlopt.instruments.lr_range import LearningRates
@@ -46,6 +44,8 @@ _HINTS = {
 
 def learning_rates(lines: list[str]) -> "LearningRates":
     """Returns the result of the test, of the arguments of `dlopt find-lr` without `output`. Raises `UserError`."""
+    from dlopt.config.compose import Composer
+
     line, several = Line(Composer(), lines), "find_lr() runs one test at a time"
     result, _ = line.call(_measure, "find_lr()", _READS, hints=_HINTS, several=several)
     assert result is not None  # not on one of several ranks
@@ -62,6 +62,7 @@ def find_lr(
 ) -> int:
     """Runs the test, prints the suggestions and saves the plot. Raises `UserError`."""
     from dlopt.instruments.lr_range import describe, write
+    from dlopt.tracking.console import Screen
 
     result, line = _measure(line)
     if result is None:  # rank > 0: rank 0 reports

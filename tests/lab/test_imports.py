@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STILL_IMPORTED = """
 _version basics.errors basics.folders basics.formats basics.locks basics.plain_values basics.random
 basics.scratch commands.shared.command_line commands.shared.processes commands.shared.usage config.choices
-config.run_config config.flags config.keys config.overrides config.parsing config.plan config.reads
-config.parameters config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
+config.run_config config.flags config.keys config.overrides config.parameters config.parsing config.plan config.reads
+config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
 data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers instruments.lr_range
 instruments.profiling instruments.measuring_ranks machine.device machine.memory machine.threads
 metrics.measures metrics.names metrics.shown models.gpt
