@@ -141,9 +141,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("mine/metrics.py", "docs/extending.md", "python"),
         ("mine/watch.py", "docs/extending.md", "python"),
         ("mine/denoise.py", "docs/howto/own_task.md", "python"),
+        ("mine/matching.py", "docs/howto/own_task.md", "python"),
+        ("myconf/experiment/denoise.yaml", "docs/howto/own_task.md", "yaml"),
+        ("myconf/benchmark/tier/mine.yaml", "docs/howto/own_task.md", "yaml"),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(block_after(page, language, f"`{path}`"))
+    shutil.copy(ROOT / "docs/examples/tasks/denoising.py", folder)
     np.savez(folder / "train.npz", images=np.zeros((8, 8, 8), np.uint8), labels=np.arange(8) % 2)
     script = block_after("docs/tutorials/fine_tune.md", "python", "`make_folders.py`")
     with contextlib.chdir(folder):  # writes the folders `upright` and `tilted`
@@ -234,7 +238,7 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
     if command == "trajectory" and "function=" not in line.text:
         more = ("points=3", "samples=20") if "checkpoint=" in line.text else ()
     if command == "benchmark":
-        fewer = () if "workloads=" in line.text else ("workloads=[mlp]",)
+        fewer = () if "workloads=" in line.text or "tier=mine" in line.text else ("workloads=[mlp]",)
         more = (*more, *fewer) if "optimizer=" in line.text else ()
     if command == "ladder":
         is_report = words[1] == "report"

@@ -85,7 +85,7 @@ def test_an_interrupted_run_continues_in_the_same_database(tmp_path: Path, monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store := "sqlite:///new/mlflow.db")
     line = ["train", *SMALL, "tracking=[mlflow]", "hydra.run.dir=run"]
     assert dlopt(tmp_path, *line, "max_time=1e-9").code == 75
-    result = dlopt(tmp_path, *line, "resume=auto", "epochs=3")
+    result = dlopt(tmp_path, *line, "resume=auto", "epochs=3", "schedule_epochs=3")
     assert result.code == 0 and "without it" not in result.out + result.err, result
     client = MlflowClient(store)
     [run] = client.search_runs([each.experiment_id for each in client.search_experiments()])

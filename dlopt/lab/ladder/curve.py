@@ -5,13 +5,14 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.plain_values import read_regular
 from dlopt.extend import write_atomically
 from dlopt.tracking.metrics import AppendFile, parse_metrics, to_json
+
+if TYPE_CHECKING:  # the help of the command needs no torch
+    from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class LossCurve:
         self._first: int | None = None  # updates before the current point; None before the first update
         self._step = 0
 
-    def after_update(self, step: int, loss: Tensor, model: nn.Module) -> None:
+    def after_update(self, step: int, loss: "Tensor", model: "nn.Module") -> None:
         if self._first is None:
             self._first = self._resume(step - 1)
         self._sum = self._sum + loss.detach()  # on the device: no transfer before the point is complete

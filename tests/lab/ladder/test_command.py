@@ -219,7 +219,8 @@ def test_a_killed_run_resumes_from_its_checkpoint(place: Path) -> None:
     result = dlopt(place, "ladder", *line)
     summary = run.summary() or {}
     assert result.code == 0 and summary["status"] == "finished", result.err
-    assert [step % 1000 for step in summary["resumed_from"]] == [0] and not [*run.checkpoints.glob("*.pt")]
+    [step] = summary["resumed_from"]
+    assert step > 0 and not [*run.checkpoints.glob("*.pt")]
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:
