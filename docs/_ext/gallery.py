@@ -13,7 +13,7 @@ from markup import block, code, table, text
 from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
-from dlopt.config.signatures import show
+from dlopt.config.parameters import show
 from dlopt.lab.comparison.frozen import CHANGED, is_changed
 from dlopt.lab.comparison.labels import label
 
