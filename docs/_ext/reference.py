@@ -29,9 +29,9 @@ from dlopt.commands.listing import summary
 from dlopt.commands.options import choices_of, every_group
 from dlopt.commands.shared.usage import command_keys, declaring
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
+from dlopt.config.parameters import parameters_of, show
 from dlopt.config.run_config import GROUPS, Settings
 from dlopt.config.schema import annotation_of, describe_type
-from dlopt.config.parameters import parameters_of, show
 from dlopt.lab.comparison.comparison import Comparison
 from dlopt.metrics.declared import LOSS
 from dlopt.python import api
