@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.data.images import from_pil
+from dlopt.data.items import name_of, read_item
 from dlopt.tasks.layout import Layout
 
 
@@ -27,9 +28,9 @@ class Records:
 
     def __init__(self, dataset: Any, key: str) -> None:
         self.dataset = dataset
-        self._name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
+        self._name = name_of(dataset, key)
         self._indices = torch.arange(len(dataset))
-        item = dataset[0]
+        item = read_item(dataset, 0, self._name)
         self.layout = Layout.of(self._tensors(item, 0), "dict" if isinstance(item, Mapping) else "tuple")
 
     @property
@@ -53,13 +54,7 @@ class Records:
         return selected
 
     def _row(self, index: int) -> Tensor:
-        try:
-            item = self.dataset[index]
-        except UserError:
-            raise
-        except Exception as error:  # user code may raise anything; name the sample
-            raise UserError(f"{self._name}[{index}]: {type(error).__name__}: {error}") from error
-        values = self._tensors(item, index)
+        values = self._tensors(read_item(self.dataset, index, self._name), index)
         found = Layout.of(values, self.layout.kind)
         if {*found.entries} != {*self.layout.entries}:
             raise UserError(
@@ -69,15 +64,20 @@ class Records:
         return self.layout.pack(values)
 
     def _tensors(self, item: Any, index: int) -> dict[str, Tensor]:
-        named: Mapping[Any, Any] = item if isinstance(item, Mapping) else dict(enumerate(item))
-        if not named:
+        if not isinstance(item, Mapping | tuple):
+            raise UserError(f"{self._name}[{index}]: is of type {type(item).__name__}; expected a dict or a tuple")
+        if not item:
             raise UserError(f"{self._name}[{index}]: is empty")
+        named: Mapping[Any, Any] = item if isinstance(item, Mapping) else dict(enumerate(item))
         return {str(name): self._tensor(name, value, index) for name, value in named.items()}
 
     def _tensor(self, name: Any, value: Any, index: int) -> Tensor:
+        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
+            try:
+                return from_pil(value)
+            except ValueError as error:
+                raise UserError(f"{self._name}[{index}]: {name}: {error}") from None
         try:
-            if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
-                value = from_pil(value)
             if isinstance(value, float):
                 return torch.tensor(value, dtype=torch.float64)
             tensor = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
@@ -94,7 +94,8 @@ def are_records(dataset: Any) -> bool:
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or len(dataset) == 0:
         return False
     try:
-        item = dataset[0]
+        with torch.random.fork_rng(devices=()):  # a transform may draw numbers, on which the run depends
+            item = dataset[0]
     except Exception:  # reported by whoever reads it
         return False
     is_pair = isinstance(item, Sequence) and len(item) == 2 and not isinstance(item[0], Mapping | tuple | list)

@@ -20,6 +20,7 @@ from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
 from dlopt.data.checks import rounding_warnings, sampled, vector_warnings
 from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, orientation, resize
+from dlopt.data.items import name_of, read_item
 from dlopt.data.resampling import resize_box
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.data.windows import Windows
@@ -339,11 +340,7 @@ class Wrapped:
     def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
         self.dataset = dataset
         self.image_size = image_size
-        self._name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise UserError(f"{self._name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
-        if len(dataset) == 0:
-            raise UserError(f"{self._name}: is empty")
+        self._name = name_of(dataset, key)
         self._indices = torch.arange(len(dataset))
         self.target_warnings: tuple[str, ...] = ()
         self.rotated = 0  # images of PIL that were read, whose EXIF orientation the dataset has not applied
@@ -403,12 +400,7 @@ class Wrapped:
 
     def _pair(self, index: int) -> Sequence[Any]:
         """Returns an item as the dataset has it. Raises `UserError`."""
-        try:
-            item = self.dataset[index]
-        except UserError:
-            raise
-        except Exception as error:  # user code may raise anything; name the sample
-            raise UserError(f"{self._name}[{index}]: {type(error).__name__}: {error}") from error
+        item = read_item(self.dataset, index, self._name)
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"{self._name}[{index}]: is {_describe(item)}; expected a pair (input, label)")
         return item

@@ -120,6 +120,10 @@ class Items(torch.utils.data.Dataset):
         return len(self.points)
 
     def __getitem__(self, index):
+        if self.keys == "numbers":
+            return index
+        if self.keys == "raises":
+            raise KeyError("lost")
         point = self.points[index]
         record = {"point": point, "sum": point.sum().item(), "code": 2**40 + index % 2, "is_odd": bool(index % 2)}
         if self.keys == "ragged" and index == 5:

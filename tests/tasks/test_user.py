@@ -226,6 +226,15 @@ def test_records_on_several_processes(tmp_path: Path) -> None:
         (["+data.train.keys=ragged"], "[5]: has point float64 [2], sum"),
         (["+data.train.keys=texts"], "[0]: name is of type str; must be a tensor"),
         ([f"data.val._target_={PACKAGE}.Items", "+data.val.keys=tuple"], "data.val: its items have 0 float64 [3],"),
+        (
+            [f"data.val._target_={PACKAGE}.Items", "+data.val.size=0"],
+            "data.val (tests.support.own_tasks.Items): is empty",
+        ),
+        (
+            [f"data.val._target_={PACKAGE}.Items", "+data.val.keys=numbers"],
+            "[0]: is of type int; expected a dict or a tuple",
+        ),
+        ([f"data.val._target_={PACKAGE}.Items", "+data.val.keys=raises"], "[0]: KeyError: 'lost'"),
         (["task=tests.support.own_tasks.Noisy"], "model_arguments must return input_shape, the shape of what"),
     ],
 )

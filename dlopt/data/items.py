@@ -1,0 +1,25 @@
+"""Items of map-style datasets of the user."""
+
+from typing import Any
+
+from dlopt.basics.errors import UserError
+
+
+def name_of(dataset: Any, key: str) -> str:
+    """Returns the name of the dataset at `key` of the config, for messages. Raises `UserError` if it has no items."""
+    name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise UserError(f"{name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
+    if len(dataset) == 0:
+        raise UserError(f"{name}: is empty")
+    return name
+
+
+def read_item(dataset: Any, index: int, name: str) -> Any:
+    """Returns an item as the dataset has it. Raises `UserError`."""
+    try:
+        return dataset[index]
+    except UserError:
+        raise
+    except Exception as error:  # user code may raise anything; name the sample
+        raise UserError(f"{name}[{index}]: {type(error).__name__}: {error}") from error
