@@ -84,7 +84,7 @@ def page_data(
         "expendable": [name for name in expendable_in("leaderboard") if name in metrics.known and name != ranking.by],
         "ranked": _ranked_by(ranking),
         "remarks": lines(ranking.remarks, len(ranking.rows)),
-        "verdict": verdict(ranking.ranked),
+        "verdict": verdict(ranking.ranked, lower=ranking.lower),
         "rows": _rows(ranking, metrics, curves, shared, sections),
         "curves": curves,
         "config": shared,

@@ -158,7 +158,7 @@ def _notes(report: "ReportContent") -> list[str]:
         counts += f"; {format_count('more rows', len(ranking.rows) - report.top)} on the HTML page"
     notes = [counts]
     if ranking.ranked:
-        notes += [sentence] if (sentence := verdict(ranking.ranked)) else []
+        notes += [sentence] if (sentence := verdict(ranking.ranked, lower=ranking.lower)) else []
         best = ranking.ranked[0]
         if best.failed:
             notes.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
@@ -210,9 +210,10 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     table = _filled(plain_table(f"{name} ({better} is better)"), columns, [""] * len(rows))
     more = [f"... and {len(ranked) - _MAX_ROWS} more"] if len(ranked) > _MAX_ROWS else []
     more += lines(found, len(rows))
-    if sentence := verdict(ranked):
+    lower = board.direction == "minimize"
+    if sentence := verdict(ranked, lower=lower):
         more.append(sentence)
-    if (run := best_of(ranked, board.metric, lower=board.direction == "minimize")) is not None:
+    if (run := best_of(ranked, board.metric, lower=lower)) is not None:
         more.append(f"best run: {short_path(run.path)}")
     _print(table, stream, [*map(printable, more)])
 

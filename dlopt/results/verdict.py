@@ -1,6 +1,7 @@
 """The verdict of a leaderboard in one sentence: which rows the first one is better than."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from dlopt.basics.formats import round_floats
 from dlopt.results.leaderboard import Row
@@ -9,30 +10,42 @@ _MOST = 3  # names of rows in the sentence
 _SHORT = 24  # characters of a label
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """Returns a sentence on ranked rows; "" if there is nothing to compare.
+def verdict(rows: Sequence[Row], *, lower: bool) -> str:
+    """Returns a sentence on ranked rows; "" if there is nothing to compare. `lower`: whether smaller values are better.
 
-    The first row is better than another one if the 95 % interval of their paired difference excludes 0.
+    The first row is better than another one if the 95 % interval of their paired difference is on its side of 0. It may
+    be on the other side: with other seeds, the order of the means is not that of the paired differences.
     """
     ranked = [row for row in rows if row.value is not None]
-    if len(ranked) < 2:
+    if len(ranked) < 2 or any(row.data for row in ranked):  # a remark says that the data differ
         return ""
-    others = ranked[1:]
     labels = [round_floats(row.label) for row in ranked]
     # Labels of several keys would make the sentence unreadable: the table tells what #2 is.
     names = labels if max(map(len, labels)) <= _SHORT else [f"#{rank}" for rank in range(1, len(ranked) + 1)]
     if all(row.value is not None and row.value.count == 1 for row in ranked):
         return f"verdict: {names[0]} is first, by one run each: repeat it with seed=0,1,2 to tell a gain from luck"
-    unclear = [name for name, row in zip(names[1:], others, strict=True) if not _is_worse(row)]
+    gains = [_gain(row, lower) for row in ranked[1:]]
+    better = [name for name, gain in zip(names[1:], gains, strict=True) if gain == "better"]
+    if better:
+        return f"verdict: {names[0]} has the best mean, but over common seeds it is worse than {_listed(better)}"
+    unclear = [name for name, gain in zip(names[1:], gains, strict=True) if gain == "unclear"]
     if not unclear:
         return f"verdict: {names[0]} is better than all others (95 % intervals of the paired differences)"
-    named = ", ".join(unclear[:_MOST]) + (f" and {len(unclear) - _MOST} more" if len(unclear) > _MOST else "")
-    beaten = len(others) - len(unclear)
-    better = f" is better than {beaten} of {len(others)} others, but" if beaten else " is first, but"
-    return f"verdict: {names[0]}{better} not distinguishable from {named}: more seeds narrow the intervals"
+    beaten = len(gains) - len(unclear)
+    first = f"is better than {beaten} of {len(gains)} others" if beaten else "is first"
+    return (
+        f"verdict: {names[0]} {first}, but not distinguishable from {_listed(unclear)}: more seeds narrow the intervals"
+    )
 
 
-def _is_worse(row: Row) -> bool:
-    """Returns whether a row is worse than the first one: their interval excludes 0, and the rank gives its sign."""
+def _gain(row: Row, lower: bool) -> Literal["better", "worse", "unclear"]:
+    """Says how a row compares with the first one, by the interval of their paired difference."""
     found = row.difference
-    return found is not None and found.low is not None and found.high is not None and not found.low <= 0 <= found.high
+    if found is None or found.low is None or found.high is None or found.low <= 0 <= found.high:
+        return "unclear"
+    return "better" if (found.mean < 0) == lower else "worse"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MOST])
+    return shown if len(names) <= _MOST else f"{shown} and {len(names) - _MOST} more"
