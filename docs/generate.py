@@ -45,12 +45,13 @@ PARTS: dict[str, Callable[[], str]] = {
     "ladder_decay": lambda: ladder.ladder(DOCS / "ladder/gpt_decay"),
     "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
+    "versions": extras.versions,
     "verified": lambda: verified.matrix(DOCS / "verify"),
     "overview": lambda: lectures.overview(DOCS),
     **{f"lecture_{name}": partial(lectures.topics, DOCS, name) for name in LECTURES},
 }
 PAGES = (
-    *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "verified")),
+    *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "tried", "verified")),
     *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "metrics", "settings")),
     DOCS / "howto" / "judge.md",
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from markup import code, table
 
-PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = ROOT / "pyproject.toml"
+CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 PURPOSES = {  # extra -> what it adds
     "sweep": "searches with Optuna (`hydra/sweeper=dlopt_optuna`, pruners, samplers), `dlopt benchmark`",
     "schedulefree": "the optimizers `schedule_free_adamw` and `schedule_free_sgd`",
@@ -41,3 +43,18 @@ def extras() -> str:
         shown = f"{len(packages)} packages" if name in SHORT else ", ".join(packages)
         rows.append((code(f"pip install '.[{name}]'"), PURPOSES[name], shown))
     return table(("Install", "Adds", "Packages"), rows)
+
+
+def versions() -> str:
+    """Every package that dlopt requires, with its lowest version and the one with which the tests run."""
+    pinned = {}
+    for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines():
+        name, separator, version = line.partition(";")[0].strip().partition("==")
+        if separator:
+            pinned[name] = version
+    rows = []
+    for requirement in metadata()["dependencies"]:
+        name, limits = re.split(r"(?=[<>=])", requirement, maxsplit=1)
+        lowest = re.findall(r">=([\w.]+)", limits)[0]
+        rows.append((code(name), lowest, pinned[name]))
+    return table(("Package", "Lowest", "Tested"), rows)
