@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.checks import LARGEST, WARNING, left_out_note
+from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.images import decode_bytes
 from dlopt.data.parquet import Parts, innermost, library, read_parquet, without_large
 from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files, numbers
@@ -110,7 +111,8 @@ def _dataset(
         if columns is not None:
             columns.refuse_unlabelled()
             notes += columns.notes
-    return dataset(tables, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
+    found = dataset(tables, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
+    return replace(found, columns=FeatureColumns(tuple(names), target) if len(found.train.shape) == 1 else None)
 
 
 class Columns:

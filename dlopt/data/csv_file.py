@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,16 +249,7 @@ def read_columns(
     notes: tuple[str, ...] = ()
     merged: dict[str, str] = {}  # the warning of each column whose integers float64 merges
     doubts = _Doubts()
-    rows = _lines(header.path, header.delimiter, header.encoding, header.above, doubts)
-    for _ in range(1 + header.has_units):
-        next(rows, None)
-    while chunk := list(itertools.islice(rows, _CHUNK)):
-        for line, row in chunk:
-            if len(row) != header.width:
-                other = " (set data.delimiter if it is another one)" if header.width == 1 else ""
-                if not lines and row is chunk[0][1] and len(row) == header.width + 1 > 2:  # as R writes a table
-                    other = " (if the first column is an index, the header lacks a name for it)"
-                raise UserError(f"{_place(header.path, line)}: has {len(row)} fields instead of {header.width}{other}")
+    for chunk in read_chunks(header, doubts):
         for name, fields in kept.items():
             fields += _shared([row[place[name]] for _, row in chunk], known[name])
         start = len(lines)
@@ -270,10 +261,8 @@ def read_columns(
             if start == 0 and _are_thousands(fields):
                 example = next(field for field in fields if "." in field)
                 notes += (f"{WARNING}column {name} may have points between thousands: {example} is read as a decimal",)
-            values[start : start + len(chunk), position] = column = _numbers(fields)
-            if not (np.abs(column) <= LARGEST).all():
-                wrong = int(np.flatnonzero(~(np.abs(column) <= LARGEST))[0])  # also NaN
-                raise _not_a_number(_place(header.path, chunk[wrong][0]), name, fields[wrong], advice)
+            column = finite_numbers(fields, name, lambda row, chunk=chunk: _place(header.path, chunk[row][0]), advice)
+            values[start : start + len(chunk), position] = column
             if name not in merged and (pair := _merged_integers(fields, column)) is not None:
                 merged[name] = (
                     f"{WARNING}column {name}: float64 makes {pair[0]} and {pair[1]} equal; subtract a constant from "
@@ -281,6 +270,26 @@ def read_columns(
                 )
     values.resize((len(lines), len(numbers)), refcheck=False)
     return CsvFile(header.path, kept, values, lines, (*notes, *merged.values(), *doubts.notes(header)))
+
+
+def read_chunks(header: Header, doubts: "_Doubts | None" = None) -> Iterator[list[tuple[int, list[str]]]]:
+    """Yields the line number and all fields of the rows below the header, a few rows at a time.
+
+    Raises `UserError` for a row that has more or fewer fields than the header.
+    """
+    rows = _lines(header.path, header.delimiter, header.encoding, header.above, doubts)
+    for _ in range(1 + header.has_units):
+        next(rows, None)
+    is_first = True
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        for line, row in chunk:
+            if len(row) != header.width:
+                other = " (set data.delimiter if it is another one)" if header.width == 1 else ""
+                if is_first and row is chunk[0][1] and len(row) == header.width + 1 > 2:  # as R writes a table
+                    other = " (if the first column is an index, the header lacks a name for it)"
+                raise UserError(f"{_place(header.path, line)}: has {len(row)} fields instead of {header.width}{other}")
+        yield chunk
+        is_first = False
 
 
 def _shared(fields: list[str], known: dict[str, str]) -> list[str]:
@@ -442,6 +451,19 @@ def _numbers(fields: list[str]) -> np.ndarray:
         with contextlib.suppress(ValueError):
             return np.array(fields, dtype=np.float64)
     return np.array([number(field) for field in fields])
+
+
+def finite_numbers(fields: list[str], name: str, place: Callable[[int], str], advice: str) -> np.ndarray:
+    """Returns the numbers of the texts in a column, float64 [n].
+
+    Raises `UserError` with the `place` of a row whose text is empty, or no finite number of float32. `advice`: on a
+    column of texts.
+    """
+    column = _numbers(fields)
+    if not (np.abs(column) <= LARGEST).all():
+        row = int(np.flatnonzero(~(np.abs(column) <= LARGEST))[0])  # also NaN
+        raise _not_a_number(place(row), name, fields[row], advice)
+    return column
 
 
 def _merged_integers(fields: Sequence[str], column: np.ndarray) -> tuple[int, int] | None:

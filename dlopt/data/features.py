@@ -4,6 +4,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -21,11 +22,13 @@ from dlopt.data.checks import (
 )
 from dlopt.data.csv_file import read_columns, read_header
 from dlopt.data.digits import read_bundled
+from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.normalization import moments
 from dlopt.data.samples import SPLITS, Dataset, InMemory
 from dlopt.data.splits import split
 
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
+_UNNAMED = FeatureColumns((), "target")  # the names that scikit-learn gives the columns are not in its files
 Labels = Literal["class", "value"]
 
 
@@ -86,7 +89,9 @@ def table(
     inputs, parts = content.numbers[:, : len(features)], content.splits(split_column)
     named = zip(features, inputs.T, strict=True)
     warnings = (*content.notes, *column_warnings(named, "leave it out with data.ignore=[{name}]"), *warnings)
-    dataset = _dataset(inputs, answers, parts, test_split, standardize_target=standardize_target)
+    others = tuple(name for name in columns if name in (*ignore, *split_columns))
+    read = FeatureColumns(tuple(features), target, others, header.delimiter)
+    dataset = _dataset(inputs, answers, parts, test_split, read, standardize_target=standardize_target)
     dataset.source = f"{len(content):,} rows; {len(features)} feature{'s' * (len(features) > 1)}, target {target}"
     dataset.notes += (*header.notes, *warnings)
     return dataset
@@ -106,14 +111,14 @@ def diabetes(*, standardize_target: bool, test_split: Fraction) -> Dataset:
     """Loads the diabetes data (Efron, Hastie, Johnstone & Tibshirani 2004): 442 x 10, one value, in their own units."""
     inputs = np.loadtxt(_bundled("diabetes_data_raw.csv.gz"))
     values = np.loadtxt(_bundled("diabetes_target.csv.gz"))
-    return _dataset(inputs, values, None, test_split, standardize_target=standardize_target)
+    return _dataset(inputs, values, None, test_split, _UNNAMED, standardize_target=standardize_target)
 
 
 def _bundled_classes(name: str, test_split: float) -> Dataset:
     (_, *first), *rows = list(csv.reader(_bundled(name)))
     classes = first[1:]  # the first line: samples, features, names of the classes
     inputs = np.array([row[:-1] for row in rows], dtype=np.float64)
-    return _dataset(inputs, [classes[int(row[-1])] for row in rows], None, test_split)
+    return _dataset(inputs, [classes[int(row[-1])] for row in rows], None, test_split, _UNNAMED)
 
 
 def _bundled(name: str) -> io.StringIO:
@@ -125,6 +130,7 @@ def _dataset(
     answers: Sequence[str] | np.ndarray,
     parts: Sequence[str] | None,
     test_split: float,
+    columns: FeatureColumns,
     *,
     standardize_target: bool = False,
 ) -> Dataset:
@@ -132,6 +138,7 @@ def _dataset(
 
     Args:
         parts: split of each row; None: `test_split` of them are the test set.
+        columns: of the table, without the scale of the target.
         standardize_target: scales values to mean 0 and standard deviation 1 over the rows that are not for testing.
             A constant only becomes 0. Loss and outputs are then in these units; the notes name the constants.
     """
@@ -155,6 +162,7 @@ def _dataset(
             known = targets[rows["train"]]
             mean, deviation = moments(InMemory(known[:, None], known))
             scale = mean.item(), deviation.item()
+            columns = replace(columns, mean=scale[0], scale=scale[1])
             notes = (f"targets and outputs: (value - {scale[0]:.6g}) / {scale[1]:.6g} (data.standardize_target)",)
         samples.targets = ((targets - scale[0]) / scale[1]).float()
     train = samples.select(rows["train"])
@@ -165,4 +173,4 @@ def _dataset(
             raise UserError(
                 f"data.split_column: {part} has the class {classes[min(unknown)]!r}, which no training row has"
             )
-    return Dataset(train, val, test, classes, notes=notes)
+    return Dataset(train, val, test, classes, notes=notes, columns=columns)

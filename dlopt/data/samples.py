@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from dlopt.tasks import kinds
 from dlopt.tasks.layout import Layout
 from dlopt.tasks.task import Task
 from dlopt.tasks.text import NextToken
+
+if TYPE_CHECKING:
+    from dlopt.data.feature_columns import FeatureColumns
 
 _HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
 _LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute
@@ -92,6 +95,7 @@ class Dataset:
     `tokenizer`: of a text that is not read byte by byte.
     `unlabelled`: the task of data without labels, or the task that a model sets; None for the task of the labels.
     `layout`: of samples of several tensors, which only a task of the user's own reads; None for (input, label).
+    `columns`: of the table whose rows are the samples, if they are features.
     """
 
     train: Samples
@@ -107,6 +111,7 @@ class Dataset:
     identity: Mapping[str, Any] | None = None
     source: str = ""
     layout: Layout | None = None
+    columns: "FeatureColumns | None" = None
 
     @property
     def task(self) -> Task:

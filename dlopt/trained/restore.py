@@ -16,6 +16,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.run_config import RunConfig
 from dlopt.config.saved import with_changes
+from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.identity import Identity
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
@@ -45,6 +46,7 @@ class Trained:
     config: Mapping[str, Any]  # saved, without the overrides
     epoch: int
     tokenizer: Tokenizer | None = None  # of a text that is not read byte by byte
+    columns: FeatureColumns | None = None  # of a table of features
     identity: Identity | None = None  # of the training data; None if not known
     foreign: str | None = None  # that the checkpoint is of another run than its folder
     is_widened: bool = False  # in fp32 instead of bf16_pure
@@ -111,6 +113,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
             config=checkpoint.config,
             epoch=checkpoint.epoch,
             tokenizer=None if (text := checkpoint.tokenizer) is None else Tokenizer(text, f"checkpoint={path}"),
+            columns=checkpoint.columns,
             identity=checkpoint.identity,
             foreign=foreign(path, checkpoint),
             is_widened=is_widened,

@@ -388,13 +388,16 @@ def data_spec(workload: Workload) -> dict[str, Any]:
 
     `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
     shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
-    byte by byte, the content of its tokenizer.json; `identity`: of the data, on rank 0.
+    byte by byte, the content of its tokenizer.json; `columns`: of a table, see `FeatureColumns`; `identity`: of the
+    data, on rank 0.
     """
     dataset = workload.dataset
     tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
+    columns = {} if dataset.columns is None else {"columns": dataset.columns.saved}
     names = workload.class_names
     return {
         **tokenizer,
+        **columns,
         "classes": None if names is None else list(names),
         "task": dataset.task.saved,
         "sample": list(dataset.train.shape),

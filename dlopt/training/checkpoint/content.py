@@ -16,6 +16,7 @@ from dlopt.adapt import merged
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import check_plain, join
+from dlopt.data.feature_columns import FeatureColumns
 from dlopt.metrics.names import Direction
 from dlopt.tasks.kinds import restored
 from dlopt.tasks.task import Task
@@ -173,6 +174,12 @@ class Checkpoint:
         """The content of tokenizer.json; None without text, and for text that is read byte by byte."""
         return self.data.get("tokenizer")
 
+    @property
+    def columns(self) -> FeatureColumns | None:
+        """The columns of the table whose rows are the samples; None for other data."""
+        saved = self.data.get("columns")
+        return None if saved is None else FeatureColumns.restored(saved)
+
 
 def _dense(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
@@ -199,6 +206,7 @@ class _Data(TypedDict):
     sample: _Shape
     window: _Shape
     tokenizer: NotRequired[StrictStr]
+    columns: NotRequired[Annotated[dict[StrictStr, Any], AfterValidator(_plain)]]
     identity: Annotated[dict[StrictStr, Any], AfterValidator(_plain)] | None
 
 
