@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from dlopt._version import __version__
 from dlopt.basics.errors import DONE, UserError, install
-from dlopt.basics.files import temporary_sibling, write_atomically
+from dlopt.basics.files import temporary_sibling, write_atomically, write_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
@@ -21,7 +21,8 @@ Examples:
   dlopt export checkpoint=outputs/train/DATE/checkpoints/best.pt format=onnx
 
 Exports the fp32 model together with its input normalization. Inputs: images with values 0..255 in the size of the
-training, any batch size; of a text: tokens, whose tokenizer is written to NAME.tokenizer.json. Outputs: logits.
+training, any batch size; of a text: tokens, whose tokenizer is written to NAME.tokenizer.json; of a table with
+categories, dates or gaps: its features, which NAME.columns.json describes. Outputs: logits.
 Verifies the file: compares its outputs with the model's on test images.
 
   format=safetensors :: tensors model.* and normalize.*; classes, input shape and config in the metadata
@@ -64,6 +65,7 @@ def export(
         raise UserError(f"format={format}: requires {names}; {install('dlopt[export]')}")
     target = _target(output, path, suffix)
     tokenizer = target.with_name(f"{target.stem}.tokenizer.json")
+    columns = target.with_name(f"{target.stem}.columns.json")
     trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
     if trained.warning is not None:
         print_message(trained.warning)
@@ -85,9 +87,14 @@ def export(
             os.replace(temporary, target)  # last: a file of that name has been verified
         if trained.tokenizer is not None:
             write_atomically(tokenizer, trained.tokenizer.description.encode())
+        has_encoding = trained.columns is not None and trained.columns.encoding is not None
+        if trained.columns is not None and has_encoding:
+            write_json(columns, trained.columns.description)
     print(short_path(target))
     if trained.tokenizer is not None:
         print(f"tokenizer: {short_path(tokenizer)}")
+    if has_encoding:
+        print(f"columns: {short_path(columns)}")
     print(f"input: {dtype} [batch, {', '.join(map(str, trained.window))}]")
     if difference is None:
         print(f"not verified: requires onnxruntime; {install('dlopt[export]')}")

@@ -55,6 +55,11 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
         raise UserError("directions: the class of a task declares them, as the attribute `values`")
     for key in map(key_of, overrides):
         _check_argument(config, key)
+    data = config.get("data")
+    if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.features.table":
+        from dlopt.data.table_columns import check_table
+
+        check_table(data)
 
 
 def _check_argument(config: Mapping[str, Any], key: str) -> None:

@@ -8,6 +8,7 @@ from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
 from dlopt.config.settings import GROUPS as RUNTIME
 from dlopt.config.settings import Settings as Settings
+from dlopt.data.columns import TableEncoding
 from dlopt.data.settings import DataSettings
 from dlopt.metrics.declaration import Direction
 from dlopt.optim.parameters import Grouping
@@ -78,12 +79,19 @@ class RunConfig:
         factor: Factor = self.schedule.build(horizon=horizon, monitor_mode=self.settings.monitor_mode)
         return factor
 
-    def read_data(self, settings: DataSettings | None = None, *, saved_tokenizer: str | None = None) -> Any:
+    def read_data(
+        self,
+        settings: DataSettings | None = None,
+        *,
+        saved_tokenizer: str | None = None,
+        saved_encoding: TableEncoding | None = None,
+    ) -> Any:
         """Returns the `Dataset`, before the settings of all datasets are applied. Raises `UserError`.
 
-        `settings`: None for the config's. `saved_tokenizer`: of a checkpoint; None for the config's.
+        `settings`: None for the config's. `saved_tokenizer`: of a checkpoint; None for the config's. `saved_encoding`:
+        of the columns of a table; None to learn it.
         """
         keys = vars(self.data_settings if settings is None else settings)
-        dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer)
+        dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer, saved_encoding=saved_encoding)
         forget(dataset.classes or ())
         return dataset

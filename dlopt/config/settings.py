@@ -14,7 +14,7 @@ from dlopt.metrics.declared import REQUESTABLE
 from dlopt.tracking.sinks import Sink
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "data": ("saved_tokenizer",),
+    "data": ("saved_tokenizer", "saved_encoding"),
     "normalize": ("input_shape",),
     "sampler": ("targets", "samples", "batch_size", "seed"),
     "augmentation": ("input_shape", "classes", "train"),

@@ -21,8 +21,15 @@ _LONGEST = 12  # characters of an ending
 _SHOWN = 3  # names in a line, and lines of a kind
 _FEW = 20  # rows, which a feature may number by chance
 _MANY_CLASSES = 50  # if all of them are numbers, they are likely the values of a regression
+# Of the formats that dlopt decodes, as Pillow registers them; importing Pillow's plug-ins to ask would take long.
+IMAGE_EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
+))  # fmt: skip
 MISSING = frozenset({"na", "n/a", "#n/a", "nan", "null", "nil", "?"})
 """Words for a missing value, in lower case."""
+GAPS = MISSING | {"", "-", "."}
+"""What a field of a table has if its value is missing, in lower case."""
 _INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 _DECIMALS = re.compile(r"[+-]?[0-9]+\.0*")
 _SEPARATORS = re.compile(r"[\s_\-]+")

@@ -18,13 +18,12 @@ import numpy as np
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import printable
-from dlopt.data.checks import LARGEST, LEFT_OUT, MISSING, WARNING, number
+from dlopt.data.checks import GAPS, IMAGE_EXTENSIONS, LARGEST, LEFT_OUT, WARNING, number
 from dlopt.data.encoding import guess_encoding
-from dlopt.data.images import EXTENSIONS
-from dlopt.data.samples import SPLITS
+from dlopt.data.settings import SPLITS
 
 _INDEX = re.compile(r"(Unnamed: \d+(\.\d+)*)?")  # the name of pandas' index, as written and as read back
-_MISSING = MISSING | {"none", "-", "."}
+_MISSING = GAPS | {"none"}
 _TRUTH = frozenset({"true", "false", "yes", "no"})
 _GROUPED = re.compile(r"[+-]?\d{1,3}([ \u00a0\u202f,.'’_]\d{3})+([.,]\d+)?")  # 1,234,567
 _POINTS, _HUNDREDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+"), re.compile(r"[+-]?[0-9]{1,3}")
@@ -74,15 +73,36 @@ class Header:
                 raise UserError(f"data.file={self.path}: has no column {name!r}; it has {columns}{hint}")
 
 
+@dataclass
+class NoNumbers:
+    """The fields of a column that are no finite numbers.
+
+    `gaps`: how many are gaps, see `GAPS`; `others`: how many are not. `first`: the row and the text of the first other.
+    """
+
+    gaps: int = 0
+    others: int = 0
+    first: tuple[int, str] | None = None
+
+    def add(self, row: int, field: str) -> None:
+        if field.lower() in GAPS:
+            self.gaps += 1
+            return
+        self.others += 1
+        self.first = self.first or (row, field)
+
+
 @dataclass(frozen=True)
-class CsvFile:
-    """Columns of a CSV file.
+class TableFile:
+    """Columns of a CSV file or of another table.
 
     Attributes:
         texts: fields of columns, without spaces around them.
-        numbers: columns of finite numbers, float64 [N, F].
+        numbers: columns of finite numbers, float64 [N, F]; NaN for the fields in `no_numbers`.
         lines: line number of each row, for messages.
         notes: what looks wrong in the texts of numbers.
+        no_numbers: of the columns that may have gaps and texts.
+        unit: what `lines` count.
     """
 
     path: Path
@@ -90,19 +110,22 @@ class CsvFile:
     numbers: np.ndarray
     lines: Sequence[int]
     notes: tuple[str, ...]
+    no_numbers: Mapping[str, NoNumbers]
+    unit: str = "line"
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def place(self, row: int) -> str:
         """Names the line of a row for messages."""
-        return _place(self.path, self.lines[row])
+        return f"data.file={self.path}, {self.unit} {self.lines[row]}"
 
     def column(self, name: str) -> list[str]:
         """Returns the fields of a column of texts. Raises `UserError` for an empty one."""
         fields = self.texts[name]
-        if "" in fields:
-            raise UserError(f"{self.place(fields.index(''))}: {name} is empty; fill it in or remove the line")
+        if empty := fields.count(""):
+            more = f", and in {empty - 1:,} more" if empty > 1 else ""
+            raise UserError(f"{self.place(fields.index(''))}: {name} is empty{more}; fill it in or remove the line")
         return fields
 
     def splits(self, column: str | None) -> list[str] | None:
@@ -217,7 +240,7 @@ def _are_units(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
         is_numeric = present and not any(math.isnan(number(field)) for field in present)
         if first in _NO_UNIT:
             continue
-        if is_numeric and (not _UNIT.fullmatch(first) or _remedy(first)):
+        if is_numeric and (not _UNIT.fullmatch(first) or remedy(first)):
             return False
         if not is_numeric and first in others:
             return False
@@ -226,20 +249,21 @@ def _are_units(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
 
 
 def read_columns(
-    header: Header, texts: Collection[str] = (), numbers: Mapping[str, str] | None = None, *, hint: str = ""
-) -> CsvFile:
+    header: Header, texts: Collection[str] = (), numbers: Mapping[str, str | None] | None = None, *, hint: str = ""
+) -> TableFile:
     """Reads columns of a file, a few rows at a time: only these columns are kept. Skips empty lines.
 
     Args:
         texts: columns to keep as they are.
-        numbers: columns to convert to numbers, with the advice on a column of texts.
+        numbers: columns to convert to numbers, with the advice on a column of texts; None: gaps and texts are allowed.
         hint: what else to do if a column is missing.
 
     Raises:
         UserError: a column is missing, or a row has more or fewer fields than the header, an empty field among
-            `numbers`, or one that is no finite number. The message names the line.
+            `numbers`, or one that is no finite number, unless it may have them. The message names the line.
     """
     numbers = numbers or {}
+    no_numbers = {name: NoNumbers() for name, advice in numbers.items() if advice is None}
     header.require([*texts, *numbers], hint)
     place = dict(zip(header.names, header.positions, strict=True))
     kept: dict[str, list[str]] = {name: [] for name in texts}
@@ -261,7 +285,13 @@ def read_columns(
             if start == 0 and _are_thousands(fields):
                 example = next(field for field in fields if "." in field)
                 notes += (f"{WARNING}column {name} may have points between thousands: {example} is read as a decimal",)
-            column = finite_numbers(fields, name, lambda row, chunk=chunk: _place(header.path, chunk[row][0]), advice)
+            if advice is None:
+                column = _numbers(fields)
+                for row in np.flatnonzero(~(np.abs(column) <= LARGEST)).tolist():  # also NaN
+                    no_numbers[name].add(start + row, fields[row])
+                    column[row] = np.nan
+            else:
+                column = finite_numbers(fields, name, _place_in(header.path, chunk), advice)
             values[start : start + len(chunk), position] = column
             if name not in merged and (pair := _merged_integers(fields, column)) is not None:
                 merged[name] = (
@@ -269,7 +299,11 @@ def read_columns(
                     "them in the file"
                 )
     values.resize((len(lines), len(numbers)), refcheck=False)
-    return CsvFile(header.path, kept, values, lines, (*notes, *merged.values(), *doubts.notes(header)))
+    return TableFile(header.path, kept, values, lines, (*notes, *merged.values(), *doubts.notes(header)), no_numbers)
+
+
+def _place_in(path: Path, chunk: Sequence[tuple[int, list[str]]]) -> Callable[[int], str]:
+    return lambda row: _place(path, chunk[row][0])
 
 
 def read_chunks(header: Header, doubts: "_Doubts | None" = None) -> Iterator[list[tuple[int, list[str]]]]:
@@ -462,7 +496,7 @@ def finite_numbers(fields: list[str], name: str, place: Callable[[int], str], ad
     column = _numbers(fields)
     if not (np.abs(column) <= LARGEST).all():
         row = int(np.flatnonzero(~(np.abs(column) <= LARGEST))[0])  # also NaN
-        raise _not_a_number(place(row), name, fields[row], advice)
+        raise not_a_number(place(row), name, fields[row], advice)
     return column
 
 
@@ -485,15 +519,15 @@ def _are_thousands(fields: Sequence[str]) -> bool:
     )
 
 
-def _not_a_number(place: str, name: str, field: str, advice: str) -> UserError:
+def not_a_number(place: str, name: str, field: str, advice: str) -> UserError:
     if not field:
         return UserError(f"{place}: {name} is empty; fill it in or remove the line")
-    return UserError(f"{place}: {name} is {field!r}, not a finite number; {_remedy(field) or advice}")
+    return UserError(f"{place}: {name} is {field!r}, not a finite number; {remedy(field) or advice}")
 
 
 def _has_images(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     """Returns whether a column has names of images, also in the first line."""
-    images = tuple(EXTENSIONS)
+    images = tuple(IMAGE_EXTENSIONS)
     return any(
         name.lower().endswith(images) and all(row[i].lower().endswith(images) for row in rows)
         for i, name in enumerate(header)
@@ -520,7 +554,7 @@ def _is_row(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     return len(names) > 1 and not (are_sorted or (len(names) >= _SPECTRUM and bool((steps < 0).all())))
 
 
-def _remedy(text: str) -> str | None:
+def remedy(text: str) -> str | None:
     """Returns what to do with a field that is nearly a number; None if it is not."""
     if text.lower() in _MISSING:
         return "fill in the missing value or remove the line"

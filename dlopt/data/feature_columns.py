@@ -1,13 +1,14 @@
 """The columns of a table as a model reads them, which its checkpoint stores: predictions need no training data."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import LARGEST
+from dlopt.data.columns import TableEncoding, column_of, field_of
 from dlopt.data.csv_file import finite_numbers
 from dlopt.data.parquet import innermost
 from dlopt.data.rows import numbers
@@ -23,6 +24,7 @@ class FeatureColumns:
         others: neither of these: columns that are ignored, or name the split.
         delimiter: of a CSV file.
         mean: of the targets of a regression; its outputs are (value - mean) / scale.
+        encoding: of columns that are not all numbers without gaps, once it is learned; None: they are the features.
     """
 
     features: tuple[str, ...]
@@ -31,11 +33,14 @@ class FeatureColumns:
     delimiter: str = ","
     mean: float = 0.0
     scale: float = 1.0
+    encoding: TableEncoding | None = None
 
     @property
     def saved(self) -> dict[str, Any]:
         """The plain values from which `restored` builds the columns again."""
-        return {**asdict(self), "features": list(self.features), "others": list(self.others)}
+        encoding = {} if self.encoding is None else {"encoding": self.encoding.saved}
+        plain = {key: value for key, value in vars(self).items() if key != "encoding"}
+        return {**plain, "features": list(self.features), "others": list(self.others), **encoding}
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> "FeatureColumns":
@@ -46,7 +51,13 @@ class FeatureColumns:
             str(saved["delimiter"]),
             float(saved["mean"]),
             float(saved["scale"]),
+            TableEncoding.restored(saved["encoding"]) if "encoding" in saved else None,
         )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The saved values, with the names of the model's inputs."""
+        return {**self.saved, "inputs": list(self.features if self.encoding is None else self.encoding.features)}
 
     @property
     def required(self) -> Collection[str]:
@@ -56,7 +67,7 @@ class FeatureColumns:
     @property
     def numeric(self) -> Collection[str]:
         """Columns that are read as numbers."""
-        return self.features
+        return () if self.encoding is not None else self.features
 
     def matrix(self, fields: Mapping[str, Any], place: Callable[[int], str]) -> np.ndarray:
         """Returns the features of rows, float64 [n, F].
@@ -66,9 +77,19 @@ class FeatureColumns:
             place: names a row for messages.
 
         Raises:
-            UserError: a value is missing, or no finite number.
+            UserError: a value is missing without an encoding that fills it in, or is of another kind.
         """
+        if self.encoding is not None:
+            kinds = self.encoding.kinds
+            columns = [column_of(name, kind, texts_of(fields[name]), place) for name, kind in kinds.items()]
+            return self.encoding.apply(columns)
         return np.concatenate([_numbers(fields[name], name, place) for name in self.features], axis=1)
+
+
+def texts_of(values: Any) -> list[str]:
+    """Returns values of a column as the texts of a CSV file: of a list, or of an array of Arrow."""
+    items = values if isinstance(values, list) else values.to_pylist()
+    return [field_of(value) for value in items]
 
 
 def _numbers(values: Any, name: str, place: Callable[[int], str]) -> np.ndarray:

@@ -1,35 +1,28 @@
-"""Tables of numbers: one feature per column. CSV files, and data sets bundled with scikit-learn."""
+"""Tables: CSV and Parquet files, and data sets bundled with scikit-learn."""
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import (
-    column_warnings,
-    label_warnings,
-    natural,
-    refuse_values,
-    rounding_warnings,
-    without_decimals,
-)
-from dlopt.data.csv_file import read_columns, read_header
+from dlopt.data.checks import natural
+from dlopt.data.columns import Column, TableEncoding
 from dlopt.data.digits import read_bundled
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.normalization import moments
-from dlopt.data.samples import SPLITS, Dataset, InMemory
+from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.settings import SPLITS
 from dlopt.data.splits import split
+from dlopt.data.table_columns import Labels, read_table
+from dlopt.data.table_rows import TableRows
 
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
 _UNNAMED = FeatureColumns((), "target")  # the names that scikit-learn gives the columns are not in its files
-Labels = Literal["class", "value"]
 
 
 def table(
@@ -42,58 +35,49 @@ def table(
     standardize_target: bool,
     split_column: str | None,
     test_split: Fraction,
+    categories: tuple[str, ...] = (),  # runs from before these keys have none
+    dates: tuple[str, ...] = (),
+    numbers: tuple[str, ...] = (),
+    saved_encoding: TableEncoding | None,
 ) -> Dataset:
-    """Loads a CSV file with a header line: float32 [N, F], and classes int64 [N] or values float32 [N].
+    """Loads a CSV file with a header line, or a Parquet file: float32 [N, F], and classes int64 [N] or values [N].
+
+    Categories, dates and columns with gaps become features when the training rows are known: see
+    `dlopt.data.table_rows.encoded`.
 
     Args:
         delimiter: one character, or a backslash and a t for a tab.
         target: column to predict; None for the last one.
         ignore: columns that are not features.
+        categories: columns of them whose values do not show it, such as integers; `dates`, `numbers` likewise.
         labels: class names, or numbers for regression.
         standardize_target: see `_dataset`.
         split_column: column with train, val or test; None: `test_split` of the rows are the test set, always the same.
+        saved_encoding: of a checkpoint; None to decide what the columns are.
 
     Raises:
-        UserError: the file or a column is missing, or a field is empty or not a number.
+        UserError: the file or a column is missing, or columns have problems.
     """
-    delimiter = "\t" if delimiter == r"\t" else delimiter
-    if len(delimiter) != 1:
-        raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
-    header = read_header(file, delimiter)
-    columns = header.names
-    if len(columns) < 2:
-        likely = next((f"={each!r}" for each in ";\t|," if each in "".join(columns)), f" if it is not {delimiter!r}")
-        raise UserError(f"data.file={file}: has {len(columns)} columns; set data.delimiter{likely}")
-    target = columns[-1] if target is None else target
-    split_columns = [] if split_column is None else [split_column]
-    header.require([target, *ignore, *split_columns])
-    features = [column for column in columns if column not in (target, *ignore, split_column)]
-    if not features:
-        raise UserError(f"data.file={file}: no column is left as a feature")
-    numbers = {name: f"leave it out with data.ignore=[{name}]" for name in features}
-    answers: Sequence[str] | np.ndarray
-    warnings: tuple[str, ...] = ()
-    if labels == "value":
-        numbers[target] = "every row needs a target (classes: data.labels=class)"
-        content = read_columns(header, split_columns, numbers)
-        answers = content.numbers[:, -1]
-        if not standardize_target:  # in float64
-            warnings = rounding_warnings([(f"the target {target}", answers)])
-    else:
-        content = read_columns(header, [target, *split_columns], numbers)
-        answers, merged = without_decimals(content.column(target), target)
-        warnings = (*merged, *label_warnings(target, Counter(answers)))
-        refuse_values(target, answers, len(answers))
-    if not len(content):
-        raise UserError(f"data.file={file}: has no rows")
-    inputs, parts = content.numbers[:, : len(features)], content.splits(split_column)
-    named = zip(features, inputs.T, strict=True)
-    warnings = (*content.notes, *column_warnings(named, "leave it out with data.ignore=[{name}]"), *warnings)
-    others = tuple(name for name in columns if name in (*ignore, *split_columns))
-    read = FeatureColumns(tuple(features), target, others, header.delimiter)
-    dataset = _dataset(inputs, answers, parts, test_split, read, standardize_target=standardize_target)
-    dataset.source = f"{len(content):,} rows; {len(features)} feature{'s' * (len(features) > 1)}, target {target}"
-    dataset.notes += (*header.notes, *warnings)
+    read = read_table(
+        file=file,
+        delimiter=delimiter,
+        target=target,
+        ignore=ignore,
+        categories=categories,
+        dates=dates,
+        numbers=numbers,
+        labels=labels,
+        standardize_target=standardize_target,
+        split_column=split_column,
+        kinds=None if saved_encoding is None else saved_encoding.kinds,
+    )
+    described = FeatureColumns(read.names, read.target, read.others, read.delimiter, encoding=saved_encoding)
+    dataset = _dataset(
+        read.features, read.answers, read.parts, test_split, described, standardize_target=standardize_target
+    )
+    count, unit = len(read.names), "feature" if isinstance(read.features, np.ndarray) else "column"
+    dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.target}"
+    dataset.notes += read.notes
     return dataset
 
 
@@ -126,7 +110,7 @@ def _bundled(name: str) -> io.StringIO:
 
 
 def _dataset(
-    inputs: np.ndarray,
+    inputs: np.ndarray | Sequence[Column],
     answers: Sequence[str] | np.ndarray,
     parts: Sequence[str] | None,
     test_split: float,
@@ -134,7 +118,7 @@ def _dataset(
     *,
     standardize_target: bool = False,
 ) -> Dataset:
-    """Builds the splits from inputs [N, F] and class names, or values [N].
+    """Builds the splits from inputs [N, F], or columns [N], and class names, or values [N].
 
     Args:
         parts: split of each row; None: `test_split` of them are the test set.
@@ -150,7 +134,11 @@ def _dataset(
         classes = tuple(sorted(set(answers), key=natural))
         numbers = {name: number for number, name in enumerate(classes)}
         targets = torch.tensor([numbers[name] for name in answers])
-    samples = InMemory(torch.from_numpy(inputs).float(), targets)
+    samples: InMemory | TableRows
+    if isinstance(inputs, np.ndarray):
+        samples = InMemory(torch.from_numpy(inputs).float(), targets)
+    else:
+        samples = TableRows(inputs, targets)
     names = np.array(["train"] * len(samples) if parts is None else parts)
     if parts is None and test_split:
         count = max(1, round(test_split * len(samples)))

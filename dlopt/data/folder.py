@@ -19,9 +19,9 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import FileState, cache_file, file_state, load_arrays, save_arrays
-from dlopt.data.checks import LEFT_OUT, ending, label_warnings, left_out_note, natural
-from dlopt.data.images import EXTENSIONS
-from dlopt.data.samples import SPLITS, Dataset, ImageList
+from dlopt.data.checks import IMAGE_EXTENSIONS, LEFT_OUT, ending, label_warnings, left_out_note, natural
+from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.settings import SPLITS
 from dlopt.data.unreadable_images import ImageKeys, image_files
 
 CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache
@@ -30,7 +30,7 @@ CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a c
 _SETTLED = 3 * 10**9
 _VERSION = "3"
 _CACHED = {"folders", "states", "counts", "paths", "classes", "reasons", "left_out"}
-_SUFFIXES = tuple(EXTENSIONS)
+_SUFFIXES = tuple(IMAGE_EXTENSIONS)
 _SHOWN_CLASSES = 5
 _IMAGENET_NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
 
@@ -58,7 +58,7 @@ def scan(folder: Path) -> Listing:
         UserError: a folder cannot be read, or there are no class folders.
     """
     folder = Path(os.path.abspath(folder))
-    path = cache_file("scan", _VERSION, str(folder), *sorted(EXTENSIONS))
+    path = cache_file("scan", _VERSION, str(folder), *sorted(IMAGE_EXTENSIONS))
     if (listing := _cached(folder, path)) is not None:
         return listing
     begun = time.time_ns()
@@ -203,7 +203,7 @@ def _has_class_folders(base: Path) -> bool:
         return (
             len(folders) > 1
             and not any(folder.name in SPLITS for folder in folders)
-            and all(any(file.suffix.lower() in EXTENSIONS for file in folder.iterdir()) for folder in folders)
+            and all(any(file.suffix.lower() in IMAGE_EXTENSIONS for file in folder.iterdir()) for folder in folders)
         )
     except OSError:
         return False

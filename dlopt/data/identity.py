@@ -17,7 +17,9 @@ from torch import Tensor
 
 from dlopt.data.records import Records
 from dlopt.data.rows import RowDataset
-from dlopt.data.samples import SPLITS, Dataset, Files, InMemory, Samples, Wrapped
+from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped
+from dlopt.data.settings import SPLITS
+from dlopt.data.table_rows import TableRows
 from dlopt.data.windows import Shards, Windows
 
 _WHOLE = 1 << 30  # bytes; larger contents are hashed in part
@@ -116,6 +118,8 @@ def _content(samples: Samples) -> _Content | None:
             return _of_array(samples.tokens)
         case Files():
             return _of_files(samples)
+        case TableRows():
+            return _Content(len(samples), samples.size, samples.read)
         case Wrapped() if isinstance(samples.dataset, RowDataset):
             table = samples.dataset.table
             rows = table.rows() if table.size <= _WHOLE and len(table) == len(samples) else None

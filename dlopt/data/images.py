@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 # A subset of Pillow's formats, for safety: for EPS files, for example, it runs the program Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
-# All of these formats, as Pillow registers them; importing Pillow's plug-ins to ask would take long.
-EXTENSIONS = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".avifs",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
-))  # fmt: skip
 _UNSIGNED_16_BITS = ("PNG", "PPM")  # whose images of 16 bits have the mode I, for which TIFF has I;16
 _GREY = frozenset(("1", "L", "LA", "I", "I;16", "I;16B", "I;16L"))  # modes
 _ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height

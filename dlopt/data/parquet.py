@@ -38,6 +38,17 @@ def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: s
         raise _too_large(key, f"a batch of rows (or the whole table: {folder} may have no space)", most) from None
 
 
+def column_names(key: str, path: str) -> Sequence[str]:
+    """Returns the names of the columns of a file. Raises `UserError`."""
+    library(key)
+    from pyarrow import parquet as reader
+
+    with _reading(key, path):
+        refuse_special(path)
+        names: Sequence[str] = reader.read_schema(path).names
+    return names
+
+
 def _read(
     key: str, paths: Sequence[str], columns: Sequence[str], held: str, most: int, parts: list[tuple[int, Any]]
 ) -> Any:

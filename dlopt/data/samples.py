@@ -79,9 +79,6 @@ def whole_images(samples: Samples) -> "Files | Wrapped | None":
     return None
 
 
-SPLITS = ("train", "val", "test")
-
-
 @dataclass
 class Dataset:
     """The three `SPLITS` of a dataset; `classes` has the names of the labels, None if they are numbers.

@@ -8,6 +8,8 @@ from annotated_types import Interval
 from dlopt.basics.ranges import Count, Fraction, Natural, PositiveFraction, Seed
 from dlopt.basics.roles import Role
 
+SPLITS = ("train", "val", "test")
+
 BatchSize = Annotated[int, Interval(ge=1, le=1 << 24)]  # larger values are almost certainly typos
 ImageSize = Annotated[int, Interval(ge=1, le=1 << 14)]  # pixels
 

@@ -17,6 +17,7 @@ from dlopt.data.loading import materialize, worker_count
 from dlopt.data.records import Records
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
 from dlopt.data.settings import DataSettings as DataSettings
+from dlopt.data.table_rows import TableRows, encoded
 from dlopt.data.windows import Windows
 from dlopt.machine.memory import available_memory
 
@@ -36,7 +37,7 @@ def prepare(
     """Applies the settings to `dataset`.
 
     In this order: selects `subset` of the training set, splits off the validation set (unless the dataset has one),
-    replaces a fraction of the training labels (`label_noise`),
+    makes features of the columns of a table, replaces a fraction of the training labels (`label_noise`),
     resizes images to `image_size`, and decodes training and validation samples into memory if requested or if they
     fit. Test samples are decoded when they are used.
 
@@ -65,6 +66,8 @@ def prepare(
         held_out, kept = split(train, count, settings.split_seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
+    if isinstance(train, TableRows):
+        dataset, train, val, test = encoded(dataset, train, val, test)
     stored = {"train": train, "val": val, "test": test}  # at their size, and without noise
     if settings.label_noise > 0:
         if not is_stratified or dataset.unlabelled is not None:

@@ -14,7 +14,8 @@ from dlopt.basics.errors import UserError
 from dlopt.data.checks import label_warnings, natural, refuse_values, rounding_warnings, without_decimals
 from dlopt.data.csv_file import read_columns, read_header
 from dlopt.data.rows import Labels
-from dlopt.data.samples import SPLITS, Dataset, ImageList
+from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.settings import SPLITS
 from dlopt.data.unreadable_images import ImageKeys, image_files
 
 

@@ -11,7 +11,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.checks import LEFT_OUT, listed
 from dlopt.data.rows import find_files
-from dlopt.data.samples import SPLITS
+from dlopt.data.settings import SPLITS
 
 _HEADER = 256  # int32
 _FORMATS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}

@@ -21,8 +21,8 @@ import numpy as np
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
-from dlopt.data.checks import ending, left_out_note
-from dlopt.data.images import EXTENSIONS, decode_bytes
+from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note
+from dlopt.data.images import decode_bytes
 from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files, numbers
 from dlopt.data.samples import Dataset
 
@@ -32,7 +32,7 @@ _META = re.compile(r"__[^/]*__($|/)")
 _CACHE_MIN_SAMPLES = 10_000  # indexes of fewer samples are not cached
 _END = bytes(tarfile.BLOCKSIZE)  # a block of zeros ends a tar file
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
-_IMAGES = tuple(EXTENSIONS)
+_IMAGES = tuple(IMAGE_EXTENSIONS)
 Members = dict[str, tarfile.TarInfo]
 """Members of a sample by extension."""
 

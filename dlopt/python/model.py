@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import global_state_held
+from dlopt.data.feature_columns import texts_of
 from dlopt.data.images import Stored
 from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting
@@ -80,6 +82,24 @@ class Model(nn.Module):
             )
         outputs: Tensor = self.module(self._task.normalized(inputs, self.normalize, self._dtype))
         return outputs
+
+    def features(self, table: Any) -> Tensor:
+        """Returns the inputs [B, F] for the rows of a table, encoded as in the training.
+
+        `table`: columns by name, such as a dict of lists or a DataFrame of pandas. Raises `UserError`.
+        """
+        columns = self._trained.columns
+        if columns is None or not columns.features:
+            raise UserError("features(): the model was not trained on a table whose columns have names")
+        fields = {}
+        for name in columns.required:
+            try:
+                fields[name] = texts_of(list(table[name]))
+            except KeyError:
+                raise UserError(f"features(): the table has no column {name!r}") from None
+        rows = columns.matrix(fields, lambda row: f"features(), row {row}")
+        parameter = next(self.parameters(), torch.zeros(()))
+        return torch.from_numpy(rows).float().to(parameter.device)
 
     def predict(
         self,

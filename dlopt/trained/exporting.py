@@ -48,7 +48,8 @@ def samples(trained: Trained, *, needs_data: bool) -> tuple[Tensor, str]:
     """
     try:
         tokenizer = None if trained.tokenizer is None else trained.tokenizer.description
-        dataset = read_dataset(trained.run_config, saved_tokenizer=tokenizer)
+        encoding = None if trained.columns is None else trained.columns.encoding
+        dataset = read_dataset(trained.run_config, saved_tokenizer=tokenizer, saved_encoding=encoding)
         split = dataset.test if dataset.test is not None else dataset.train
         inputs = split.fetch(torch.linspace(0, len(split) - 1, min(_SAMPLES, len(split))).long())
         if tuple(inputs.shape[1:]) != trained.sample:

@@ -15,7 +15,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import Interruption
 from dlopt.config.resuming import how_to_resume
-from dlopt.data.samples import SPLITS
+from dlopt.data.settings import SPLITS
 from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import evaluation_weights

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
 from dlopt.data import csv_file
-from dlopt.data.csv_file import CsvFile, read_columns, read_header
+from dlopt.data.csv_file import TableFile, read_columns, read_header
 
 pandas = pytest.importorskip("pandas")
 
@@ -25,7 +25,7 @@ def write(folder: Path, text: str, encoding: str = "utf-8") -> str:
     return str(folder / "t.csv")
 
 
-def read(file: str, texts: list[str], numbers: list[str], delimiter: str = ",") -> CsvFile:
+def read(file: str, texts: list[str], numbers: list[str], delimiter: str = ",") -> TableFile:
     return read_columns(read_header(file, delimiter), texts, dict.fromkeys(numbers, "ADVICE"))
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dlopt.basics.errors import UserError
-from dlopt.data.images import EXTENSIONS, _centre_box, _formats, decode, decode_boxes, from_pil, header_size, resize
+from dlopt.data.checks import IMAGE_EXTENSIONS
+from dlopt.data.images import _centre_box, _formats, decode, decode_boxes, from_pil, header_size, resize
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -99,7 +100,7 @@ def test_pixels_without_a_white_are_refused(tmp_path: Path, low: np.generic, hig
 
 def test_every_format_has_its_extensions() -> None:
     Image.init()
-    assert {name for name, format in Image.registered_extensions().items() if format in _formats()} <= EXTENSIONS
+    assert {name for name, format in Image.registered_extensions().items() if format in _formats()} <= IMAGE_EXTENSIONS
 
 
 def test_exif_orientation_is_followed(tmp_path: Path) -> None:

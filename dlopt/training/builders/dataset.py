@@ -8,6 +8,7 @@ from dlopt.augment.crops import ResizingCrop
 from dlopt.basics.errors import UserError, refused_path
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
+from dlopt.data.columns import TableEncoding
 from dlopt.data.identity import identify
 from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
@@ -24,7 +25,12 @@ def prepare_data(
     """Returns the dataset with its splits and its task, and the augmentation. `identified`: see `build_workload`."""
     ranks = parallel.ranks
     dataset = prepare(
-        read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else ()),
+        read_source(
+            run_config,
+            saved_tokenizer(run_config, saved),
+            identified if ranks.is_main else (),
+            None if saved is None or saved.columns is None else saved.columns.encoding,
+        ),
         run_config.data_settings,
         device=parallel.device,
         processes=ranks.local_processes,
@@ -37,19 +43,26 @@ def prepare_data(
     return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
 
 
-def read_dataset(run_config: RunConfig, *, saved_tokenizer: str | None = None) -> Dataset:
+def read_dataset(
+    run_config: RunConfig, *, saved_tokenizer: str | None = None, saved_encoding: TableEncoding | None = None
+) -> Dataset:
     """Returns the dataset of a config with the splits of training; images are decoded on access."""
-    source = run_config.read_data(saved_tokenizer=saved_tokenizer)
+    source = run_config.read_data(saved_tokenizer=saved_tokenizer, saved_encoding=saved_encoding)
     return prepare(source, replace(run_config.data_settings, memory=False))
 
 
-def read_source(run_config: RunConfig, tokenizer: str | None = None, identified: Sequence[str] = ()) -> Dataset:
+def read_source(
+    run_config: RunConfig,
+    tokenizer: str | None = None,
+    identified: Sequence[str] = (),
+    encoding: TableEncoding | None = None,
+) -> Dataset:
     """Reads the data as they are stored, and identifies them by the content of the splits `identified`, if any.
 
     Raises `UserError`.
     """
     try:
-        source: Dataset = run_config.read_data(saved_tokenizer=tokenizer)
+        source: Dataset = run_config.read_data(saved_tokenizer=tokenizer, saved_encoding=encoding)
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise

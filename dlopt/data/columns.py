@@ -1,0 +1,354 @@
+"""Columns of a table as features: numbers, categories and dates, with gaps.
+
+What an encoding needs is learned from the training rows and is plain values, which a checkpoint holds. Imports no
+torch.
+"""
+
+import datetime
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, StrictBool, StrictStr, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.formats import printable
+from dlopt.data.checks import GAPS, LARGEST, WARNING, listed, natural, number
+
+Kind = Literal["number", "category", "date"]
+_DECIMALS = re.compile(r"([+-]?[0-9]+)\.0*")  # of an integer, as pandas writes a column of integers with gaps
+_ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?")
+_PARTS = re.compile(r"(\d{1,4})([./])(\d{1,2})\2(\d{1,4})")
+_EPOCH = datetime.datetime(1970, 1, 1)
+_DAY = 86400.0  # seconds
+_SHOWN = 48  # columns in a description
+_SHOWN_VALUES = 60  # characters of the values of a category
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        values: float64 [N], NaN for a gap: numbers; dates, as seconds since 1970; or positions in `texts`.
+        texts: the different values of a category, sorted.
+    """
+
+    name: str
+    kind: Kind
+    values: np.ndarray
+    texts: tuple[str, ...] = ()
+
+    def select(self, rows: np.ndarray) -> "Column":
+        return Column(self.name, self.kind, self.values[rows], self.texts)
+
+
+def numeric(name: str, values: np.ndarray) -> Column:
+    """Returns a column of numbers, NaN for a gap."""
+    return Column(name, "number", values)
+
+
+def categorical(name: str, fields: Sequence[str]) -> Column:
+    """Returns a column of categories. 1.0 is the category 1."""
+    plain = {field: _plain(field) for field in set(fields)}
+    texts = sorted({text for text in plain.values() if text.lower() not in GAPS}, key=natural)
+    positions = {text: float(position) for position, text in enumerate(texts)}
+    codes = {field: positions.get(text, np.nan) for field, text in plain.items()}
+    return Column(name, "category", np.array([codes[field] for field in fields], dtype=np.float64), tuple(texts))
+
+
+def _plain(field: str) -> str:
+    whole = _DECIMALS.fullmatch(field)
+    return field if whole is None else whole[1]
+
+
+# -- dates
+
+
+def as_dates(name: str, fields: Sequence[str]) -> Column | None:
+    """Returns a column of dates; None if a field is neither a date nor a gap, or if no field is a date.
+
+    2024-01-31, also with a time, 2024/1/31 and 31.1.2024. 31/1/2024 and 1/31/2024 if only one reading fits all fields.
+    """
+    distinct = {field for field in fields if field.lower() not in GAPS}
+    for is_day_first in (True, False):
+        seconds = {field: _seconds(field, is_day_first=is_day_first) for field in distinct}
+        if seconds and None not in seconds.values():
+            if is_day_first and is_ambiguous(distinct):
+                return None
+            return Column(name, "date", np.array([seconds.get(field, np.nan) for field in fields], dtype=np.float64))
+    return None
+
+
+def is_ambiguous(fields: set[str]) -> bool:
+    """Returns whether dates with slashes fit day/month and month/day, and differ between them."""
+    readings = [{field: _seconds(field, is_day_first=day_first) for field in fields} for day_first in (True, False)]
+    return all(None not in each.values() for each in readings) and readings[0] != readings[1]
+
+
+def _seconds(field: str, *, is_day_first: bool) -> float | None:
+    """Returns the seconds since 1970 of a date, by the clock that wrote it; None for other texts."""
+    try:
+        if _ISO.fullmatch(field):
+            return (datetime.datetime.fromisoformat(field).replace(tzinfo=None) - _EPOCH).total_seconds()
+        if (parts := _PARTS.fullmatch(field)) is None:
+            return None
+        first, middle, last = int(parts[1]), int(parts[3]), int(parts[4])
+        if len(parts[1]) == 4:
+            date = datetime.datetime(first, middle, last)
+        elif len(parts[4]) != 4:
+            return None
+        elif is_day_first or parts[2] == ".":
+            date = datetime.datetime(last, middle, first)
+        else:
+            date = datetime.datetime(last, first, middle)
+    except ValueError:
+        return None
+    return (date - _EPOCH).total_seconds()
+
+
+# -- encodings
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class _Saved(TypedDict):
+    name: StrictStr
+    kind: Kind
+    values: list[StrictStr]
+    fill: float | StrictStr | None
+    has_gaps: StrictBool
+    has_times: StrictBool
+
+
+_saved = TypeAdapter(list[_Saved])
+
+
+@dataclass(frozen=True)
+class ColumnEncoding:
+    """How a column becomes features.
+
+    Attributes:
+        values: of a category, in the training rows; each is a feature, 0 or 1. Another value is 0 in all of them.
+        fill: in place of a gap: the median of numbers and dates, the most frequent category; None if the training rows
+            have no value.
+        has_gaps: the training rows have gaps; a feature marks them, 0 or 1.
+        has_times: dates have times of day in the training rows.
+    """
+
+    name: str
+    kind: Kind
+    values: tuple[str, ...]
+    fill: float | str | None
+    has_gaps: bool
+    has_times: bool
+
+    @classmethod
+    def fitted(cls, column: Column) -> "ColumnEncoding":
+        """Learns from a column with the training rows."""
+        known = column.values[~np.isnan(column.values)]
+        values: tuple[str, ...] = ()
+        fill: float | str | None = None
+        if column.kind == "category":
+            counts = np.bincount(known.astype(np.int64), minlength=len(column.texts))
+            values = tuple(text for text, count in zip(column.texts, counts, strict=True) if count)
+            fill = column.texts[int(counts.argmax())] if values else None
+        elif len(known):
+            fill = float(np.median(known))
+        has_times = column.kind == "date" and bool((known % _DAY).any())
+        return cls(column.name, column.kind, values, fill, len(known) < len(column.values), has_times)
+
+    @classmethod
+    def restored(cls, saved: _Saved) -> "ColumnEncoding":
+        return cls(
+            saved["name"], saved["kind"], tuple(saved["values"]), saved["fill"], saved["has_gaps"], saved["has_times"]
+        )
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the features."""
+        match self.kind:
+            case "number":
+                names = [self.name]
+            case "category":
+                names = [f"{self.name}={value}" for value in self.values]
+            case "date":
+                hour = ["hour"] if self.has_times else []
+                names = [f"{self.name} {part}" for part in ("year", "month", "day", "weekday", *hour)]
+        return [*names, f"{self.name} is missing"] if self.has_gaps else names
+
+    def apply(self, column: Column) -> np.ndarray:
+        """Returns the features of a column, float32 [N, F]."""
+        is_gap = np.isnan(column.values)
+        match self.kind:
+            case "number":
+                features = np.where(is_gap, self.fill or 0.0, column.values)[:, None]
+            case "category":
+                features = self._one_hot(column, is_gap)
+            case "date":
+                features = self._calendar(np.where(is_gap, self.fill or 0.0, column.values))
+        if self.has_gaps:
+            features = np.column_stack([features, is_gap])
+        return features.astype(np.float32)
+
+    def _one_hot(self, column: Column, is_gap: np.ndarray) -> np.ndarray:
+        positions = {value: position for position, value in enumerate(self.values)}
+        filled = positions.get(str(self.fill), -1)
+        # The last entry is that of a gap.
+        known = np.array([*(positions.get(text, -1) for text in column.texts), filled], dtype=np.int64)
+        chosen = known[np.where(is_gap, len(column.texts), column.values).astype(np.int64)]
+        return chosen[:, None] == np.arange(len(self.values))
+
+    def _calendar(self, seconds: np.ndarray) -> np.ndarray:
+        days = np.floor(seconds / _DAY)
+        stamps = days.astype("datetime64[D]")
+        years, months = stamps.astype("datetime64[Y]"), stamps.astype("datetime64[M]")
+        parts = [
+            years.astype(np.int64) + 1970,
+            months.astype(np.int64) % 12 + 1,
+            (stamps - months).astype(np.int64) + 1,
+            (days + 3) % 7,  # 1970 began on a Thursday; 0: Monday
+        ]
+        if self.has_times:
+            parts.append((seconds - days * _DAY) / 3600)
+        return np.stack(parts, 1)
+
+    def findings(self, column: Column) -> list[str]:
+        """Returns what a column has that the training rows have not: gaps, and other values."""
+        found = []
+        gaps = int(np.isnan(column.values).sum())
+        if gaps and not self.has_gaps:
+            found.append(f"{gaps:,} gap{'s' * (gaps > 1)} in {self.name}, which has none in the training rows: filled "
+                         f"with {self._shown_fill}")  # fmt: skip
+        if self.kind == "category":
+            known = column.values[~np.isnan(column.values)].astype(np.int64)
+            counts = np.bincount(known, minlength=len(column.texts))
+            lacking = {
+                text: int(count)
+                for text, count in zip(column.texts, counts, strict=True)
+                if count and text not in self.values
+            }
+            if lacking:
+                rows = sum(lacking.values())
+                found.append(
+                    f"{rows:,} row{'s' * (rows > 1)} with a {self.name} that no training row has "
+                    f"({printable(listed([*lacking]))}): 0 in all of its features"
+                )
+        return found
+
+    @property
+    def _shown_fill(self) -> str:
+        if self.kind == "date" and isinstance(self.fill, float):
+            return (_EPOCH + datetime.timedelta(seconds=self.fill)).isoformat(" ").removesuffix(" 00:00:00")
+        return f"{self.fill:.6g}" if isinstance(self.fill, float) else printable(str(self.fill))
+
+    def describe(self, gaps: int) -> str:
+        """Describes the features in a line; `gaps`: of the training rows."""
+        match self.kind:
+            case "number":
+                text = ""
+            case "category":
+                values = ", ".join(self.values)
+                short = values if len(values) <= _SHOWN_VALUES else f"{values[: _SHOWN_VALUES - 3]}..."
+                text = f"{len(self.values)} value{'s' * (len(self.values) != 1)}: {printable(short)}"
+            case "date":
+                text = f"year, month, day, weekday{', hour' if self.has_times else ''}"
+        if gaps:
+            what = "the most frequent" if self.kind == "category" else "the median"
+            filled = f"{gaps:,} gap{'s' * (gaps > 1)}: {self._shown_fill}, {what}, and a feature that marks them"
+            text = f"{text}; {filled}" if text else filled
+        return text
+
+
+@dataclass(frozen=True)
+class TableEncoding:
+    """How the columns of a table become features."""
+
+    columns: tuple[ColumnEncoding, ...]
+
+    @classmethod
+    def fitted(cls, columns: Sequence[Column]) -> "TableEncoding":
+        """Learns from columns with the training rows."""
+        return cls(tuple(map(ColumnEncoding.fitted, columns)))
+
+    @classmethod
+    def restored(cls, saved: Any) -> "TableEncoding":
+        """Returns the encoding with these `saved` values. Raises `ValueError` if they are none."""
+        try:
+            columns = _saved.validate_python(saved)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        return cls(tuple(map(ColumnEncoding.restored, columns)))
+
+    @property
+    def saved(self) -> list[dict[str, Any]]:
+        """Plain values that describe the encoding."""
+        return [{**asdict(each), "values": list(each.values)} for each in self.columns]
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return {each.name: each.kind for each in self.columns}
+
+    @property
+    def features(self) -> list[str]:
+        """Names of the features."""
+        return [name for each in self.columns for name in each.features]
+
+    def apply(self, columns: Sequence[Column]) -> np.ndarray:
+        """Returns the features of the rows, float32 [N, F]; `columns` are in the order of `kinds`."""
+        return np.concatenate([own.apply(column) for own, column in zip(self.columns, columns, strict=True)], 1)
+
+    def warnings(self, columns: Sequence[Column], split: str) -> tuple[str, ...]:
+        """Returns a line for each finding in other rows than those of training; `split`: its beginning."""
+        pairs = zip(self.columns, columns, strict=True)
+        return tuple(f"{WARNING}{split}{line}" for own, column in pairs for line in own.findings(column))
+
+    def describe(self, columns: Sequence[Column]) -> str:
+        """Returns a table of what becomes of each column; `columns`: with the training rows."""
+        width = max(len(printable(each.name)) for each in self.columns[:_SHOWN])
+        lines = [f"columns: {len(self.columns)}, as {len(self.features):,} features"]
+        for own, column in list(zip(self.columns, columns, strict=True))[:_SHOWN]:
+            gaps = int(np.isnan(column.values).sum())
+            lines.append(f"  {printable(own.name):{width}}  {own.kind:8}  {own.describe(gaps)}".rstrip())
+        if (more := len(self.columns) - _SHOWN) > 0:
+            counts = Counter(each.kind for each in self.columns[_SHOWN:])
+            lines.append(f"  and {more} more: {', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))}")
+        return "\n".join(lines)
+
+
+def field_of(value: Any) -> str:
+    """Returns a value of Python as a CSV file has it; empty for None, NaN and NaT."""
+    if value is None or value != value or str(value) == "<NA>":
+        return ""
+    if isinstance(value, datetime.date):  # also a datetime
+        return value.isoformat()
+    return str(value).strip()
+
+
+def column_of(name: str, kind: Kind, fields: Sequence[str], place: Callable[[int], str]) -> Column:
+    """Returns a column of a known kind. Raises `UserError` for a field of another kind, with the `place` of its row."""
+    if kind == "category":
+        return categorical(name, fields)
+    if kind == "date":
+        found = as_dates(name, fields)
+        if found is not None:
+            return found
+        wrong = first_of(fields, lambda field: as_dates(name, [field]) is None)
+        if wrong is not None:
+            raise UserError(f"{place(wrong)}: {name} is {fields[wrong]!r}, not a date in the form 2024-01-31")
+        return Column(name, "date", np.full(len(fields), np.nan))
+    values = np.array([number(field) for field in fields], dtype=np.float64)
+    wrong = first_of(fields, lambda field: not abs(number(field)) <= LARGEST)
+    if wrong is not None:
+        raise UserError(f"{place(wrong)}: {name} is {fields[wrong]!r}, not a finite number")
+    return numeric(name, values)
+
+
+def first_of(fields: Sequence[str], is_wrong: Callable[[str], bool]) -> int | None:
+    """Returns the first row that has no gap and is wrong; None without one."""
+    wrong = {field for field in set(fields) if field.lower() not in GAPS and is_wrong(field)}
+    return next((row for row, field in enumerate(fields) if field in wrong), None)

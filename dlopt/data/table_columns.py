@@ -1,0 +1,405 @@
+"""Reads the columns of a CSV or Parquet file, and decides what each of them is. Imports no torch.
+
+The values of a Parquet file are read as the texts that pandas writes to a CSV file: both have one meaning.
+"""
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.formats import printable
+from dlopt.data.cache import file_state
+from dlopt.data.checks import (
+    GAPS,
+    LARGEST,
+    column_warnings,
+    count_rows,
+    label_warnings,
+    number,
+    refuse_values,
+    rounding_warnings,
+    without_decimals,
+)
+from dlopt.data.columns import Column, Kind, as_dates, categorical, column_of, field_of, is_ambiguous, numeric
+from dlopt.data.csv_file import Header, NoNumbers, TableFile, not_a_number, read_columns, read_header, remedy
+from dlopt.data.parquet import column_names, library, read_parquet
+
+Labels = Literal["class", "value"]
+_FEW = 20  # rows, in which values may differ, or decide the label, by chance
+_MOST_VALUES = 1000  # of a category, each of which is a feature
+_FEW_UNITS = 20  # texts such as 1st, 2nd, 3rd that are categories, not numbers with a unit
+_ID_ENDINGS = ("id", "key", "uuid", "guid", "index", "number", "no", "nr")
+_KEYS: Mapping[Kind, str] = {"category": "categories", "date": "dates", "number": "numbers"}
+_EARLY = 1 << 24  # bytes of a file that is read before torch is imported
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a file.
+
+    Attributes:
+        features: numbers float64 [N, F] if no column has gaps or is of another kind; else the columns.
+        answers: classes, or values float64 [N].
+        parts: train, val or test for each row; None without a column of them.
+        others: columns that are no features: they are ignored, or name the split.
+        notes: what was left out, and what looks wrong.
+    """
+
+    names: tuple[str, ...]
+    target: str
+    features: np.ndarray | list[Column]
+    answers: Sequence[str] | np.ndarray
+    parts: list[str] | None
+    others: tuple[str, ...]
+    delimiter: str
+    notes: tuple[str, ...]
+
+
+def read_table(
+    *,
+    file: str,
+    delimiter: str,
+    target: str | None,
+    ignore: tuple[str, ...],
+    categories: tuple[str, ...],
+    dates: tuple[str, ...],
+    numbers: tuple[str, ...],
+    labels: Labels,
+    standardize_target: bool,
+    split_column: str | None,
+    kinds: Mapping[str, Kind] | None = None,
+) -> Table:
+    """Reads a table; see `dlopt.data.features.table`. `kinds`: of the columns that a trained model reads."""
+    reader = _ParquetReader(file) if is_parquet(file) else _CsvReader(file, delimiter)
+    names = reader.names
+    target = names[-1] if target is None else target
+    split_columns = [] if split_column is None else [split_column]
+    reader.require([target, *ignore, *split_columns, *categories, *dates, *numbers, *(kinds or ())])
+    features = [name for name in names if name not in (target, *ignore, *split_columns)] if kinds is None else [*kinds]
+    if not features:
+        raise UserError(f"data.file={file}: no column is left as a feature")
+    chosen = _chosen(features, categories, dates, numbers) if kinds is None else kinds
+    as_text = [name for name in features if chosen.get(name, "number") != "number"]
+    texts = [*split_columns, *as_text] if labels == "value" else [target, *split_columns, *as_text]
+    advice: dict[str, str | None] = dict.fromkeys(name for name in features if name not in as_text)
+    if labels == "value":
+        advice[target] = "every row needs a target (classes: data.labels=class)"
+    content = reader.read(texts, advice)
+    if not len(content):
+        raise UserError(f"data.file={file}: has no rows")
+    by_number = dict(zip(advice, content.numbers.T, strict=True))
+    warnings: tuple[str, ...] = ()
+    answers: Sequence[str] | np.ndarray
+    if labels == "value":
+        answers = targets = by_number.pop(target)
+        if not standardize_target:  # in float64
+            warnings = rounding_warnings([(f"the target {target}", targets)])
+    else:
+        answers, merged = without_decimals(content.column(target), target)
+        warnings = (*merged, *label_warnings(target, Counter(answers)))
+        refuse_values(target, answers, len(answers))
+    parts = content.splits(split_column)
+    is_plain = not as_text and not any(each.gaps or each.others for each in content.no_numbers.values())
+    found: np.ndarray | list[Column]
+    if kinds is None and is_plain:
+        found = content.numbers[:, : len(features)]
+        ignored = "leave it out with data.ignore=[{name}]"
+        warnings = (*column_warnings(zip(features, found.T, strict=True), ignored), *warnings)
+    else:
+        unclear = [name for name, each in content.no_numbers.items() if each.others and name not in chosen]
+        more = reader.read(unclear, {}).texts if unclear else {}
+        decision = _Decision(content, {**content.texts, **more}, by_number, chosen, answers)
+        found = [decision.column(name) for name in features]
+        if kinds is None and len(features) > 1:
+            decision.look_for_identifiers(found)
+            decision.look_for_leaks(found, target)
+        decision.refuse(f"data.file={file}")
+        measured = [(f"column {each.name}", each.values[~np.isnan(each.values)]) for each in found
+                    if each.kind == "number"]  # fmt: skip
+        warnings = (*rounding_warnings(measured), *warnings)
+    others = tuple(name for name in names if name in (*ignore, *split_columns))
+    notes = (*reader.notes, *content.notes, *warnings)
+    return Table(tuple(features), target, found, answers, parts, others, reader.delimiter, notes)
+
+
+def _chosen(
+    features: Sequence[str], categories: Sequence[str], dates: Sequence[str], numbers: Sequence[str]
+) -> dict[str, Kind]:
+    """Returns what the keys say of columns. Raises `UserError` for a column that is no feature, or in two keys."""
+    chosen: dict[str, Kind] = {}
+    keys: tuple[tuple[Kind, Sequence[str]], ...] = (("category", categories), ("date", dates), ("number", numbers))
+    for kind, names in keys:
+        for name in names:
+            typed = f"data.{_KEYS[kind]}=[{name}]"
+            if name not in features:
+                raise UserError(f"{typed}: {name} is the target, names the split, or is ignored; leave it out here")
+            if name in chosen:
+                raise UserError(f"{typed}: {name} is also in data.{_KEYS[chosen[name]]}; it can be in one of them")
+            chosen[name] = kind
+    return chosen
+
+
+class _Decision:
+    """What the columns of a table are, and the problems with them, which are reported together."""
+
+    def __init__(
+        self,
+        content: TableFile,
+        texts: Mapping[str, list[str]],
+        numbers: Mapping[str, np.ndarray],
+        chosen: Mapping[str, Kind],
+        answers: Sequence[str] | np.ndarray,
+    ) -> None:
+        self._content, self._texts, self._numbers, self._chosen = content, texts, numbers, chosen
+        self._labels = np.unique(np.asarray(answers), return_inverse=True)[1]
+        self._problems: list[str] = []
+        self._to_ignore: list[str] = []
+
+    def column(self, name: str) -> Column:
+        """Returns a column; an empty one after a problem."""
+        found = self._found(name)
+        if found is None:
+            return numeric(name, np.full(len(self._content), np.nan))
+        if np.isnan(found.values).all() and name not in self._chosen:
+            self._problems.append(f"{name} has no values; leave it out with {_override('ignore', [name])}")
+            self._to_ignore.append(name)
+        return found
+
+    def _found(self, name: str) -> Column | None:
+        kind, fields = self._chosen.get(name), self._texts.get(name)
+        if fields is None or kind == "number":
+            doubt = self._content.no_numbers[name]
+            if doubt.first is not None:
+                self._report(name, *doubt.first, "")
+            return numeric(name, self._numbers[name])
+        if kind is not None:
+            try:
+                return column_of(name, kind, fields, lambda row: f"{self._content.unit} {self._content.lines[row]}")
+            except UserError as error:
+                self._problems.append(str(error))
+                return None
+        if (found := as_dates(name, fields)) is not None:
+            return found
+        present = Counter(field for field in fields if field.lower() not in GAPS)
+        if present and is_ambiguous(set(present)):
+            self._problems.append(
+                f"{name} has dates that may be day/month or month/day, such as {next(iter(present))}; write "
+                f"2024-01-31, or use {_override('categories', [name])}"
+            )
+            return None
+        if (wrong := _typing_error(present)) is not None:
+            self._report(name, fields.index(wrong), wrong, f"correct it, or use {_override('categories', [name])}")
+            return None
+        return categorical(name, fields)
+
+    def _report(self, name: str, row: int, field: str, advice: str) -> None:
+        place = f"{self._content.unit} {self._content.lines[row]}"
+        self._problems.append(str(not_a_number(place, name, field, advice or "the column is one of numbers")))
+
+    def look_for_identifiers(self, columns: Sequence[Column]) -> None:
+        """Notes columns that number or name the rows."""
+        for column in columns:
+            if column.name in self._chosen or column.kind == "date":
+                continue
+            known = column.values[~np.isnan(column.values)]
+            distinct = len(np.unique(known))
+            found = None
+            if column.kind == "category" and distinct > max(len(known) / 2, _FEW - 1):
+                found = f"has {distinct:,} different texts in {len(known):,} rows, as an identifier has"
+            elif column.kind == "category" and distinct > _MOST_VALUES:
+                found = f"has {distinct:,} categories, each of which would be a feature"
+            elif column.kind == "number" and _is_identifier(column.name, known):
+                found = "counts the rows" if count_rows(known) else f"has {distinct:,} different integers"
+                found += ", as an identifier or a time does"
+            if found is not None:
+                self._advise(column, found)
+
+    def look_for_leaks(self, columns: Sequence[Column], target: str) -> None:
+        """Notes columns that alone determine the label."""
+        for column in columns:
+            if column.name in self._chosen or column.name in self._to_ignore:
+                continue
+            if _determines(column.values, self._labels):
+                self._advise(column, f"alone determines {target}, as a copy of the answer does")
+
+    def _advise(self, column: Column, problem: str) -> None:
+        leave, keep = _override("ignore", [column.name]), _override(_KEYS[column.kind], [column.name])
+        self._problems.append(f"{column.name} {problem}: {leave}, or keep it with {keep}")
+        self._to_ignore.append(column.name)
+
+    def refuse(self, where: str) -> None:
+        """Raises `UserError` with all problems."""
+        if not self._problems:
+            return
+        if len(self._problems) == 1:
+            between = ", " if self._problems[0].startswith((f"{self._content.unit} ",)) else ": "
+            raise UserError(f"{where}{between}{printable(self._problems[0])}")
+        lines = [f"{where}: {len(self._problems)} problems", *(f"  {printable(each)}" for each in self._problems)]
+        if len(self._to_ignore) > 1:
+            lines.append(f"  to leave all of them out: {_override('ignore', self._to_ignore)}")
+        raise UserError("\n".join(lines))
+
+
+def _override(key: str, names: Sequence[str]) -> str:
+    """Returns data.KEY=[NAME,...] as it is typed in a shell."""
+    plain = all(name.replace("_", "").replace("-", "").isalnum() for name in names)
+    quoted = names if plain else [f'"{name}"' for name in names]
+    return f"data.{key}=[{','.join(quoted)}]" if plain else f"'data.{key}=[{','.join(quoted)}]'"
+
+
+def _is_identifier(name: str, values: np.ndarray) -> bool:
+    """Returns whether numbers count the rows, or are different integers in a column with the name of an identifier."""
+    if count_rows(values):
+        return True
+    is_named = name.lower().rstrip("0123456789").endswith(_ID_ENDINGS) and len(values) >= _FEW
+    return is_named and bool((values == np.round(values)).all()) and len(np.unique(values)) == len(values)
+
+
+def _typing_error(present: Counter[str]) -> str | None:
+    """Returns a field of a column of texts that was meant as a number; None for categories."""
+    texts, numbers, nearly = 0, 0, []
+    for field, count in present.items():
+        if abs(number(field)) <= LARGEST:
+            numbers += count
+        elif not np.isnan(number(field)) or (remedy(field) is not None and not field[:1].isalpha()):
+            nearly.append(field)
+        else:
+            texts += count
+    if not texts and nearly and (numbers or len(present) > _FEW_UNITS or not any(map(_has_word, nearly))):
+        return nearly[0]
+    if numbers > texts + sum(present[field] for field in nearly):
+        return next(field for field in present if not abs(number(field)) <= LARGEST)
+    return None
+
+
+def _has_word(field: str) -> bool:
+    return any(map(str.isalpha, field))
+
+
+def _determines(values: np.ndarray, labels: np.ndarray) -> bool:
+    """Returns whether rows with equal values have equal labels, or a few intervals of values have one label each.
+
+    Labels of a regression are those of equal targets. Not for few rows, nor if the values are mostly different.
+    """
+    count, classes = len(values), int(labels.max()) + 1
+    if count < _FEW or classes < 2:
+        return False
+    known = np.where(np.isnan(values), np.inf, values)
+    codes = np.unique(known, return_inverse=True)[1]
+    pairs = np.unique(codes * classes + labels)
+    if len(pairs) > codes.max() + 1:
+        return False
+    if codes.max() + 1 <= count / 2:
+        return True
+    ordered = labels[np.argsort(codes, kind="stable")]
+    return classes <= count / _FEW and int((ordered[1:] != ordered[:-1]).sum()) == classes - 1
+
+
+# -- files
+
+
+def is_parquet(file: str) -> bool:
+    """Returns whether a file is read as Parquet."""
+    return file.lower().endswith((".parquet", ".pq"))
+
+
+class _CsvReader:
+    """The columns of a CSV file."""
+
+    def __init__(self, file: str, delimiter: str) -> None:
+        delimiter = "\t" if delimiter == r"\t" else delimiter
+        if len(delimiter) != 1:
+            raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
+        self._header: Header = read_header(file, delimiter)
+        self.names, self.notes, self.delimiter = self._header.names, self._header.notes, self._header.delimiter
+        if len(self.names) < 2:
+            found = "".join(self.names)
+            likely = next((f"={each!r}" for each in ";\t|," if each in found), f" if it is not {delimiter!r}")
+            raise UserError(f"data.file={file}: has {len(self.names)} columns; set data.delimiter{likely}")
+
+    def require(self, names: Collection[str]) -> None:
+        self._header.require(names)
+
+    def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
+        return read_columns(self._header, texts, numbers)
+
+
+class _ParquetReader:
+    """The columns of a Parquet file."""
+
+    notes: tuple[str, ...] = ()
+    delimiter = ","
+
+    def __init__(self, file: str) -> None:
+        self._path = Path(os.path.expanduser(file))
+        names = column_names("data.file", str(self._path))
+        self.names = tuple(name for name in names if not name.startswith("__index_level_"))  # pandas' index
+
+    def require(self, names: Collection[str]) -> None:
+        Header(self._path, "", "", self.names, (), 0, 0, False, ()).require(names)
+
+    def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
+        columns = [*texts, *numbers]
+        table, _ = read_parquet("data.file", [str(self._path)], columns, columns[0])
+        values = np.empty((len(table), len(numbers)))
+        lines = range(len(table))
+        no_numbers = {name: NoNumbers() for name, advice in numbers.items() if advice is None}
+        for position, (name, advice) in enumerate(numbers.items()):
+            column = self._plain(table, name)
+            values[:, position] = _numbers_of(column)
+            for row in np.flatnonzero(~(np.abs(values[:, position]) <= LARGEST)).tolist():
+                field = field_of(column[row].as_py())
+                if advice is not None:
+                    raise not_a_number(f"data.file={self._path}, row {row}", name, field, advice)
+                no_numbers[name].add(row, field)
+                values[row, position] = np.nan
+        fields = {name: [field_of(value) for value in self._plain(table, name).to_pylist()] for name in texts}
+        return TableFile(self._path, fields, values, lines, (), no_numbers, "row")
+
+    def _plain(self, table: Any, name: str) -> Any:
+        """Returns a column of numbers, texts, dates or truth values. Raises `UserError` for another one."""
+        types, column = library("data.file").types, table.column(name)
+        kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+        if types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+            raise UserError(
+                f"data.file={self._path}: the column {name} has the type {kind}; images and lists of numbers are read "
+                f"by data=parquet; leave it out with data.ignore=[{name}]"
+            )
+        return column.cast(kind) if types.is_dictionary(column.type) else column
+
+
+def _numbers_of(column: Any) -> np.ndarray:
+    types = library("data.file").types
+    if types.is_integer(column.type) or types.is_floating(column.type):
+        return np.asarray(column.to_numpy(), dtype=np.float64)
+    if types.is_decimal(column.type):
+        return np.array([np.nan if value is None else float(value) for value in column.to_pylist()])
+    return np.array([number(field_of(value)) for value in column.to_pylist()], dtype=np.float64)
+
+
+# -- before torch is imported
+
+
+def check_table(arguments: Mapping[str, Any]) -> None:
+    """Reads a small file with the arguments of a config, for its problems. Raises `UserError`."""
+    file = arguments.get("file")
+    if not isinstance(file, str):
+        return
+    path = os.path.expanduser(file)
+    if not os.path.isfile(path) or os.path.getsize(path) > _EARLY:  # reported where the data are read
+        return
+    names = ("file", "delimiter", "target", "labels", "standardize_target", "split_column")
+    lists = {name: tuple(arguments[name]) for name in ("ignore", "categories", "dates", "numbers")}
+    _check(str(file_state(path)), **{name: arguments[name] for name in names}, **lists)
+
+
+@functools.lru_cache(maxsize=16)  # of the jobs of a sweep
+def _check(state: str, **arguments: Any) -> None:
+    read_table(**arguments)
