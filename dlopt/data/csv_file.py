@@ -249,22 +249,20 @@ def _are_units(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
 
 
 def read_columns(
-    header: Header, texts: Collection[str] = (), numbers: Mapping[str, str | None] | None = None, *, hint: str = ""
+    header: Header, texts: Collection[str] = (), numbers: Mapping[str, str | None] | None = None
 ) -> TableFile:
-    """Reads columns of a file, a few rows at a time: only these columns are kept. Skips empty lines.
+    """Reads columns that the file has, a few rows at a time: only these are kept. Skips empty lines.
 
     Args:
         texts: columns to keep as they are.
         numbers: columns to convert to numbers, with the advice on a column of texts; None: gaps and texts are allowed.
-        hint: what else to do if a column is missing.
 
     Raises:
-        UserError: a column is missing, or a row has more or fewer fields than the header, an empty field among
+        UserError: a row has more or fewer fields than the header, an empty field among
             `numbers`, or one that is no finite number, unless it may have them. The message names the line.
     """
     numbers = numbers or {}
     no_numbers = {name: NoNumbers() for name, advice in numbers.items() if advice is None}
-    header.require([*texts, *numbers], hint)
     place = dict(zip(header.names, header.positions, strict=True))
     kept: dict[str, list[str]] = {name: [] for name in texts}
     known: dict[str, dict[str, str]] = {name: {} for name in texts}

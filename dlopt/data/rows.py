@@ -106,7 +106,8 @@ def dataset(
     key, train = splits[0]
     assert train is not None
     several = labels == "several"
-    classes = None if labels == "value" else _classes(key, train, several=several)
+    train_labels = _labels(train)
+    classes = None if labels == "value" else _classes(key, train, train_labels, several=several)
     if channels is not None and not train.encoded:
         raise UserError(f"data.channels={channels}: only image files are converted; use data.channels=null")
     first, is_checked = train.value(0, channels), False
@@ -119,7 +120,7 @@ def dataset(
     size = size_pair(image_size)
     for other, table in splits[1:]:
         notes += () if table is None else _naming_warnings(key, train, other, table, classes)
-    targets = [None if table is None else _targets(table, train, classes, several) for _, table in splits]
+    targets = [None if table is None else _targets(table, train, train_labels, classes, several) for _, table in splits]
     samples = [
         None
         if table is None or target is None
@@ -130,7 +131,7 @@ def dataset(
     shown = None
     if classes is not None:
         shown = tuple(_shown(label, train) for label in classes)
-        if not several and isinstance(label := train.labels()[0], float):
+        if not several and isinstance(label := train_labels[0], float):
             notes += (f"{train.target}: {label} is read as the class {int(label)}",)
         counts = torch.stack([_counts(target, len(classes)) for target in targets if target is not None]).sum(0)
         notes += label_warnings(train.target, dict(zip(shown, counts.tolist(), strict=True)))
@@ -274,9 +275,8 @@ def _shown(label: Any, train: RowSource) -> str:
     return str(label) if train.names is None or not isinstance(label, int) else train.names[label]
 
 
-def _classes(key: str, table: RowSource, *, several: bool) -> list[Any]:
-    """Returns the sorted labels of the training set; `several`: of lists of labels."""
-    found = _labels(table)
+def _classes(key: str, table: RowSource, found: list[Any], *, several: bool) -> list[Any]:
+    """Returns the sorted ones of the labels `found` in the training set; `several`: of lists of labels."""
     if several:
         _refuse_other_than_lists(table, found)
         names = {name for value in found for name in value}
@@ -319,9 +319,11 @@ def _sorted(labels: set[Any], where: str) -> list[Any]:
     return sorted(labels)
 
 
-def _targets(table: RowSource, train: RowSource, classes: Sequence[Any] | None, several: bool) -> torch.Tensor:
+def _targets(
+    table: RowSource, train: RowSource, train_labels: list[Any], classes: Sequence[Any] | None, several: bool
+) -> torch.Tensor:
     """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels; or float64 [N] or [N, K] values."""
-    values = _labels(table, train, classes)
+    values = train_labels if table is train else _labels(table, train, classes)
     if classes is not None:
         values = values if several else _whole(values)
         numbers = {label: number for number, label in enumerate(classes)}

@@ -47,16 +47,16 @@ def csv(
         raise UserError("data.label_separator=: must be at least one character, such as ;")
     header = read_header(file)
     other = [path_column, *([] if split_column is None else [split_column])]
-    hint = " (for a table of numbers: data=table)"
+    header.require([*other, label_column], " (for a table of numbers and categories: data=table)")
     answers: Sequence[str] | Sequence[float]
     warnings: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     if labels == "value":
-        content = read_columns(header, other, {label_column: "data.labels=value needs numbers"}, hint=hint)
+        content = read_columns(header, other, {label_column: "data.labels=value needs numbers"})
         answers = content.numbers[:, 0].tolist()
         warnings = rounding_warnings([(label_column, content.numbers[:, 0])])
     else:
-        content = read_columns(header, [*other, label_column], hint=hint)
+        content = read_columns(header, [*other, label_column])
         answers = content.texts[label_column]
         if labels == "class":
             answers, merged = without_decimals(content.column(label_column), label_column)
