@@ -26,7 +26,7 @@ _PARTS = re.compile(r"(\d{1,4})([./])(\d{1,2})\2(\d{1,4})")
 _EPOCH = datetime.datetime(1970, 1, 1)
 _DAY = 86400.0  # seconds
 _SHOWN = 48  # columns in a description
-_SHOWN_VALUES = 60  # characters of the values of a category
+_WIDTH = 80  # characters of a line of it
 
 
 @dataclass(frozen=True)
@@ -247,20 +247,13 @@ class ColumnEncoding:
 
     def describe(self, gaps: int) -> str:
         """Describes the features in a line; `gaps`: of the training rows."""
-        match self.kind:
-            case "number":
-                text = ""
-            case "category":
-                values = ", ".join(self.values)
-                short = values if len(values) <= _SHOWN_VALUES else f"{values[: _SHOWN_VALUES - 3]}..."
-                text = f"{len(self.values)} value{'s' * (len(self.values) != 1)}: {printable(short)}"
-            case "date":
-                text = f"year, month, day, weekday{', hour' if self.has_times else ''}"
-        if gaps:
-            what = "the most frequent" if self.kind == "category" else "the median"
-            filled = f"{gaps:,} gap{'s' * (gaps > 1)}: {self._shown_fill}, {what}, and a feature that marks them"
-            text = f"{text}; {filled}" if text else filled
-        return text
+        parts = [f"{gaps:,} gap{'s' * (gaps > 1)}: {self._shown_fill}, marked"] if gaps else []
+        if self.kind == "category":
+            values = printable(", ".join(self.values))
+            parts.append(f"{len(self.values)} value{'s' * (len(self.values) != 1)}: {values}")
+        elif self.kind == "date":
+            parts.append(f"year, month, day, weekday{', hour' if self.has_times else ''}")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -310,10 +303,14 @@ class TableEncoding:
     def describe(self, columns: Sequence[Column]) -> str:
         """Returns a table of what becomes of each column; `columns`: with the training rows."""
         width = max(len(printable(each.name)) for each in self.columns[:_SHOWN])
-        lines = [f"columns: {len(self.columns)}, as {len(self.features):,} features"]
+        filled = (
+            "; gaps have the median, or the most frequent value" if any(each.has_gaps for each in self.columns) else ""
+        )
+        lines = [f"columns: {len(self.columns)}, as {len(self.features):,} features{filled}"]
         for own, column in list(zip(self.columns, columns, strict=True))[:_SHOWN]:
             gaps = int(np.isnan(column.values).sum())
-            lines.append(f"  {printable(own.name):{width}}  {own.kind:8}  {own.describe(gaps)}".rstrip())
+            line = f"  {printable(own.name):{width}}  {own.kind:8}  {own.describe(gaps)}".rstrip()
+            lines.append(line if len(line) <= _WIDTH else f"{line[: _WIDTH - 3]}...")
         if (more := len(self.columns) - _SHOWN) > 0:
             counts = Counter(each.kind for each in self.columns[_SHOWN:])
             lines.append(f"  and {more} more: {', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))}")

@@ -55,9 +55,14 @@ class FeatureColumns:
         )
 
     @property
+    def inputs(self) -> Sequence[str]:
+        """Names of the model's inputs."""
+        return self.features if self.encoding is None else self.encoding.features
+
+    @property
     def description(self) -> dict[str, Any]:
         """The saved values, with the names of the model's inputs."""
-        return {**self.saved, "inputs": list(self.features if self.encoding is None else self.encoding.features)}
+        return {**self.saved, "inputs": [*self.inputs]}
 
     @property
     def required(self) -> Collection[str]:

@@ -19,6 +19,7 @@ from dlopt.data.cache import file_state
 from dlopt.data.checks import (
     GAPS,
     LARGEST,
+    MISSING,
     column_warnings,
     count_rows,
     label_warnings,
@@ -102,7 +103,7 @@ def read_table(
         if not standardize_target:  # in float64
             warnings = rounding_warnings([(f"the target {target}", targets)])
     else:
-        answers, merged = without_decimals(content.column(target), target)
+        answers, merged = without_decimals(_labelled(content, target), target)
         warnings = (*merged, *label_warnings(target, Counter(answers)))
         refuse_values(target, answers, len(answers))
     parts = content.splits(split_column)
@@ -127,6 +128,20 @@ def read_table(
     others = tuple(name for name in names if name in (*ignore, *split_columns))
     notes = (*reader.notes, *content.notes, *warnings)
     return Table(tuple(features), target, found, answers, parts, others, reader.delimiter, notes)
+
+
+def _labelled(content: TableFile, target: str) -> list[str]:
+    """Returns the labels. Raises `UserError` if one is missing."""
+    labels = content.column(target)
+    words = {label for label in set(labels) if label.lower() in MISSING}
+    if words and len(words) < len(set(labels)):
+        missing = [row for row, label in enumerate(labels) if label in words]
+        more = f", as in {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"{content.place(missing[0])}: {target} is {labels[missing[0]]!r}, a missing label{more}; remove these "
+            "rows, or write another name for the class"
+        )
+    return labels
 
 
 def _chosen(

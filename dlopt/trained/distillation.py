@@ -85,6 +85,10 @@ def _mismatch(trained: Trained, workload: Workload) -> str | None:
         return f"its classes are {_listed(trained.classes)}, those of the data {_listed(own)}"
     if trained.window != workload.shape:
         return f"its inputs have the shape {list(trained.window)}, those of this run {list(workload.shape)}"
+    # Of a table: the same features in the same order. The values that fill gaps may differ.
+    columns = [each and each.inputs for each in (trained.columns, dataset.columns)]
+    if None not in columns and columns[0] != columns[1]:
+        return "reads other features of the table, or in another order; use data.split_seed and the keys of its run"
     tokenizers = [each and each.digest for each in (trained.tokenizer, dataset.tokenizer)]
     if tokenizers[0] != tokenizers[1]:
         return OTHER_TOKENIZER

@@ -120,7 +120,7 @@ def test_the_description_has_a_line_per_column() -> None:
     columns = [numeric("age", np.array([1, np.nan, 4])), categorical("a city", ["b", "c", "c"])]
     described = TableEncoding.fitted(columns).describe(columns)
     assert described.splitlines() == [
-        "columns: 2, as 4 features",
-        "  age     number    1 gap: 2.5, the median, and a feature that marks them",
+        "columns: 2, as 4 features; gaps have the median, or the most frequent value",
+        "  age     number    1 gap: 2.5, marked",
         "  a city  category  2 values: b, c",
     ]

@@ -101,9 +101,9 @@ def test_the_test_split_is_rounded_to_the_nearest_row(tmp_path: Path) -> None:
 
 def test_classes_are_sorted_as_numbers_and_then_as_names(tmp_path: Path) -> None:
     """In every order of the rows: set and sort would otherwise number the classes differently in each process."""
-    for names in (["nan", "3", "1", "b", "2", "a"], ["3", "b", "nan", "2", "1", "a"]):
+    for names in (["none", "3", "1", "b", "2", "a"], ["3", "b", "none", "2", "1", "a"]):
         text = "x,y\n" + "".join(f"{i},{name}\n" for i, name in enumerate(names * 3))
-        assert load(tmp_path, text, test_split=0.0).classes == ("1", "2", "3", "a", "b", "nan")
+        assert load(tmp_path, text, test_split=0.0).classes == ("1", "2", "3", "a", "b", "none")
     text = "x,y\n" + "".join(f"{i},{(2, 10, 9)[i % 3]}\n" for i in range(12))
     assert load(tmp_path, text, test_split=0.0).classes == ("2", "9", "10")
     assert sorted(["nan", "2", "a", "1"], key=natural) == sorted(["1", "a", "2", "nan"], key=natural)
@@ -154,6 +154,7 @@ def test_a_table_is_read_without_its_texts_in_memory(tmp_path: Path) -> None:
         ("x,y\n1,a\n2\n", {}, r"line 3: has 1 fields instead of 2"),
         ("x,y\n1,a\n2,\n3,b\n4,\n", {}, r"line 3: y is empty, and in 1 more; fill it in or remove the line"),
         ("x,y\n1,2\n2,nan\n", {"labels": "value"}, r"line 3: y is 'nan', not a finite number; fill in the"),
+        ("x,y\n1,a\n2,NA\n3,b\n4,nan\n", {}, r"line 3: y is 'NA', a missing label, as in 1 more; remove"),
         ("x,y\n1,a\n1e39,a\n", {}, r"line 3: x is '1e39', not a finite number"),
         ("x;y\n1;a\n", {}, r"has 1 columns; set data\.delimiter=';'"),
         ("x,x,y\n1,2,a\n", {}, r"two columns have the same name"),

@@ -13,6 +13,7 @@ from dlopt.data.identity import identify
 from dlopt.data.normalization import Nothing
 from dlopt.data.samples import Dataset
 from dlopt.data.splits import prepare
+from dlopt.data.table_rows import TableRows
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.kinds import chosen
 from dlopt.tasks.user import OwnTask, UserTask
@@ -24,13 +25,14 @@ def prepare_data(
 ) -> tuple[Dataset, Pipeline | None]:
     """Returns the dataset with its splits and its task, and the augmentation. `identified`: see `build_workload`."""
     ranks = parallel.ranks
+    encoding = None if saved is None or saved.columns is None else saved.columns.encoding
+    source = read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else (), encoding)
+    if saved is not None and encoding is None and isinstance(source.train, TableRows):
+        raise UserError(
+            "data: the model was trained on columns of numbers without gaps; these have gaps, texts or dates"
+        )
     dataset = prepare(
-        read_source(
-            run_config,
-            saved_tokenizer(run_config, saved),
-            identified if ranks.is_main else (),
-            None if saved is None or saved.columns is None else saved.columns.encoding,
-        ),
+        source,
         run_config.data_settings,
         device=parallel.device,
         processes=ranks.local_processes,
