@@ -1,34 +1,53 @@
-"""`dlopt predict`: classifies images with a trained model."""
+"""`dlopt predict`: predictions of a trained model for images, the rows of a table, or a text."""
 
-import csv
+import contextlib
 import os
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
-from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import print_message
 from dlopt.basics.ranges import Count, Natural
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.reads import INFERENCE
 
+if TYPE_CHECKING:
+    from dlopt.trained.predict_output import Predictions
+    from dlopt.trained.restore import Trained
+
 _READS = (*INFERENCE, "allow_packages", "parallel")
+_SUFFIXES = (".csv", ".txt", "", ".parquet")
+_SILENT = 2  # seconds without a line of progress
 USAGE = """\
-Classify images with a checkpoint
+Predict images, the rows of a table, or a text with a checkpoint
 
 Usage: dlopt predict RUN images=FOLDER [key=value]    # RUN: a run, a checkpoint, or a sweep
+       dlopt predict RUN file=FILE [key=value]
 
 Examples:
   dlopt predict outputs/train/DATE images=photos
+  dlopt predict outputs/train/DATE file=new_patients.csv
+  dlopt predict outputs/train/DATE file=new_patients.parquet probabilities=all
+  dlopt predict outputs/train/DATE file=notes.txt per=line
   dlopt predict checkpoint=outputs/train/DATE/checkpoints/last.pt images=photos
 
-Resizes the images to the size of the training images and takes the centre crop. Does not need the training data.
-With several labels per image, the CSV file has the columns image, labels (a;b) and p(LABEL) for each label.
+Does not need the training data. Shows progress in a terminal.
+
+Images are resized to the size of the training images, and the centre is cropped. The columns are image, class,
+probability and p(CLASS) for each class; with several labels per image: image, labels (a;b) and p(LABEL) for each label.
+
+A table (CSV or Parquet) gets all its rows and columns back, in order, then prediction and probability. The model finds
+its features by name; the label may be missing. The prediction of a regression is in the unit of the label.
+
+A text gets its mean loss in nats, as `dlopt eval` computes it, in bits per byte, and as perplexity of tokens.
 
   {_predict}
-  parallel.processes=N :: divides the images over N processes; also under torchrun and srun
+  parallel.processes=N :: divides the work over N processes; also under torchrun and srun
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
     {_READS}
@@ -45,45 +64,136 @@ def _predict(
     path: Path,
     changes: dict[str, Any],
     *,
-    images: Annotated[str, "PATH: an image, or a folder of images (recursively, without hidden files and folders)"],
+    images: Annotated[
+        str | None, "PATH: an image, or a folder of images (recursively, without hidden files and folders)"
+    ] = None,
+    file: Annotated[
+        str | None,
+        "FILE: a table (CSV or Parquet); for a language model a text, a Parquet file of texts, or a file of tokens",
+    ] = None,
     output: Annotated[
-        str,
-        "FILE: CSV: image, class, probability, and p(CLASS) for each class",
-    ] = "predictions.csv",
-    max_errors: Annotated[Natural, "N: maximum number of unreadable files to skip with a warning"] = 10,
-    batch_size: Annotated[Count, "N: batch size over all processes"] = 64,
+        str | None,
+        "FILE: CSV, or Parquet if it ends in .parquet (default: predictions.csv, or .parquet for a file in Parquet)",
+    ] = None,
+    probabilities: Annotated[
+        Literal["predicted", "all"] | None,
+        "NAME: of a table: predicted: of the predicted class; all: also p(CLASS) for each class (default: predicted)",
+    ] = None,
+    per: Annotated[
+        Literal["line", "document", "window"] | None,
+        "NAME: of a text: what a row is: line, document (texts with a zero byte between them, or rows of a Parquet "
+        "file), or window of the training's length (default: line; document in Parquet; window of tokens)",
+    ] = None,
+    max_errors: Annotated[
+        Natural | None, "N: maximum number of unreadable images to skip with a warning (default: 10)"
+    ] = None,
+    batch_size: Annotated[
+        Count | None,
+        "N: batch size over all processes (default: 64; less for texts with a large vocabulary)",
+    ] = None,
 ) -> int:
-    """Writes the CSV file. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
-    from dlopt.trained.classify import header, image_files, refuse_other_inputs, rows
+    """Writes the predictions. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
+    from dlopt.trained.classify import image_files
+    from dlopt.trained.predict_output import writer
+    from dlopt.trained.predict_tables import is_parquet
     from dlopt.trained.restore import restore
 
-    files, notes = image_files(images)
-    target = refuse_folder(Path(output))
+    if (images is None) == (file is None):
+        raise UserError("images, file: one of them is required: images=FOLDER, or file=FILE for a table or a text")
+    found = None if images is None else image_files(images)
+    target = _target(output, file, is_table=file is not None and is_parquet(file))
 
     keys = take_process_keys(changes, "predict")
     trained = restore(path, changes, lambda device: join_processes(device, keys))
-    refuse_other_inputs(trained, path)
-    if trained.warning is not None and trained.mode.ranks.is_main:
-        print_message(trained.warning)
+    given = {"max_errors": max_errors, "probabilities": probabilities, "per": per, "batch_size": batch_size}
+    predictions = _predictions(trained, path, found, file, given)
     if not trained.mode.ranks.is_main:
-        for _ in rows(files, trained, batch_size, max_errors, lambda _: None):  # takes part in gathering each batch
+        for _ in predictions.chunks(lambda _: None, lambda _: None):  # takes part in gathering each batch
             pass
         return DONE
-    for note in notes:
+    for note in (*([] if trained.warning is None else [trained.warning]), *predictions.notes):
         print_message(note)
-    count = 0
-    with writing(target):
+    with writing(target), _progress() as (warn, show):
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(target) as temporary:
-            with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-                writer = csv.writer(file)
-                writer.writerow(header(trained))
-                for row in rows(files, trained, batch_size, max_errors, print_message):
-                    writer.writerow(row)  # not redacted: paths and classes are data
-                    count += 1
-            if count == 0:
-                raise UserError(f"images={images}: none of the files is a readable image")
+            with writer(temporary, target.suffix, predictions.columns, predictions.delimiter) as write:
+                for values in predictions.chunks(warn, show):
+                    write(values)
+            if not predictions.summary():
+                what = "has no rows" if images is None else "none of the files is a readable image"
+                raise UserError(f"{'file' if images is None else 'images'}={images or file}: {what}")
             os.replace(temporary, target)
-    skipped = len(files) - count
-    print(f"{format_count('images', count)} classified{f', {skipped} skipped' if skipped else ''}: {target}")
+    print(f"{predictions.summary()}: {target}")
     return DONE
+
+
+def _target(output: str | None, file: str | None, *, is_table: bool) -> Path:
+    """Returns the file to write. Raises `UserError`; `is_table`: the input is a Parquet file."""
+    if output is None:
+        output = "predictions.parquet" if is_table else "predictions.csv"
+    target = refuse_folder(Path(output))
+    if target.suffix not in _SUFFIXES:
+        raise UserError(f"output={output}: must end in .csv or .parquet")
+    if file is not None and target.exists() and target.samefile(file):
+        raise UserError(f"output={output}: is the input; write to another file")
+    if target.suffix == ".parquet":
+        from dlopt.data.parquet import library
+
+        library(f"output={output}")
+    return target
+
+
+def _predictions(
+    trained: "Trained",
+    path: Path,
+    images: tuple[list[str], tuple[str, ...]] | None,
+    file: str | None,
+    given: dict[str, Any],
+) -> "Predictions":
+    """Returns the predictions of images, a table or a text. Raises `UserError` for a key that they do not have."""
+    from dlopt.tasks.text import NextToken
+    from dlopt.trained.classify import ImagePredictions, refuse_other_inputs
+    from dlopt.trained.predict_tables import predict_table
+    from dlopt.trained.predict_texts import predict_text
+
+    is_text = isinstance(trained.task, NextToken)
+    what, own = ("images", "max_errors") if images else ("a text", "per") if is_text else ("a table", "probabilities")
+    for name, value in given.items():
+        if value is not None and name not in (own, "batch_size"):
+            raise UserError(f"{name}={value}: predictions of {what} do not have this key; leave it out")
+    value, batch_size = given[own], given["batch_size"]
+    if images is not None:
+        refuse_other_inputs(trained, path)
+        files, notes = images
+        return ImagePredictions(trained, files, batch_size or 64, 10 if value is None else value, notes)
+    assert file is not None
+    if is_text:
+        return predict_text(trained, path, file, batch_size, value)
+    return predict_table(trained, path, file, batch_size or 64, value)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """Yields functions that print a message, and that show the progress in the last line of a terminal after 2 s."""
+    start, is_shown = time.monotonic(), False
+
+    def clear() -> None:
+        nonlocal is_shown
+        if is_shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        is_shown = False
+
+    def warn(message: str) -> None:
+        clear()
+        print_message(message)
+
+    def show(text: str) -> None:
+        nonlocal is_shown
+        if sys.stderr.isatty() and time.monotonic() - start > _SILENT:
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+            is_shown = True
+
+    try:
+        yield warn, show
+    finally:
+        clear()

@@ -53,6 +53,7 @@ class Header:
         above: lines above the names.
         has_units: the row below the names has the units of the columns.
         notes: which lines and columns were left out.
+        line: the names of all columns, also of those left out.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Header:
     above: int
     has_units: bool
     notes: tuple[str, ...]
+    line: tuple[str, ...]
 
     def require(self, names: Collection[str], hint: str = "") -> None:
         """Raises `UserError` if there is no such column."""
@@ -195,7 +197,9 @@ def read_header(file: str, delimiter: str = ",") -> Header:
         for i, name in enumerate(fields)
         if i not in kept
     )
-    return Header(path, delimiter, encoding, tuple(names), tuple(kept), len(fields), above, has_units, notes)
+    return Header(
+        path, delimiter, encoding, tuple(names), tuple(kept), len(fields), above, has_units, notes, tuple(fields)
+    )
 
 
 def _shown(fields: Sequence[str]) -> str:
@@ -270,7 +274,7 @@ def read_columns(
     values = np.empty((_CHUNK, len(numbers)))
     notes: tuple[str, ...] = ()
     merged: dict[str, str] = {}  # the warning of each column whose integers float64 merges
-    doubts = _Doubts()
+    doubts = Doubts()
     for chunk in read_chunks(header, doubts):
         for name, fields in kept.items():
             fields += _shared([row[place[name]] for _, row in chunk], known[name])
@@ -304,7 +308,7 @@ def _place_in(path: Path, chunk: Sequence[tuple[int, list[str]]]) -> Callable[[i
     return lambda row: _place(path, chunk[row][0])
 
 
-def read_chunks(header: Header, doubts: "_Doubts | None" = None) -> Iterator[list[tuple[int, list[str]]]]:
+def read_chunks(header: Header, doubts: "Doubts | None" = None) -> Iterator[list[tuple[int, list[str]]]]:
     """Yields the line number and all fields of the rows below the header, a few rows at a time.
 
     Raises `UserError` for a row that has more or fewer fields than the header.
@@ -334,7 +338,7 @@ def _place(path: Path, line: int) -> str:
 
 
 @dataclass
-class _Doubts:
+class Doubts:
     """Rows with doubtful quotes, which the reader may split differently than intended.
 
     Attributes:
@@ -392,13 +396,13 @@ class _Doubts:
 
 
 def _lines(
-    path: Path, delimiter: str, encoding: str, above: int, doubts: _Doubts | None = None
+    path: Path, delimiter: str, encoding: str, above: int, doubts: Doubts | None = None
 ) -> Iterator[tuple[int, list[str]]]:
     """Yields the line number and the fields of each row that is not empty. Raises `UserError`.
 
     `above`: lines to skip; `doubts`: counts the rows whose quotes are doubtful.
     """
-    doubts = _Doubts() if doubts is None else doubts
+    doubts = Doubts() if doubts is None else doubts
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))  # of the whole process; never lowered
     with _reading(path), path.open(newline="", encoding=encoding) as file:
         kept: list[str] = []  # the lines of the current row

@@ -152,8 +152,7 @@ def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) 
         with _reading(key, path):
             opened, rows = reader.ParquetFile(path), 0
             expected = opened.metadata.num_rows
-            at_once = max(min(_BATCH_BYTES * expected // max(_size(opened.metadata), 1), _BATCH_ROWS), 1)
-            for batch in opened.iter_batches(at_once, columns=schema.names):
+            for batch in opened.iter_batches(_rows_at_once(opened.metadata), columns=schema.names):
                 columns = [batch.column(field.name) for field in schema]
                 cast = [
                     column if column.type == field.type else column.cast(field.type)
@@ -166,6 +165,49 @@ def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) 
                 yield arrow.RecordBatch.from_arrays(cast, schema=schema)
             if rows != expected:
                 raise UserError(f"{key}: {path}: is damaged: has {rows:,} rows, not {expected:,}")
+
+
+def open_parquet(key: str, path: str) -> tuple[list[str], Iterator[Any]]:
+    """Returns the names of the columns of a file, and its rows, a few at a time. Raises `UserError`."""
+    library(key)
+    from pyarrow import parquet as reader
+
+    with _reading(key, path):
+        refuse_special(path)
+        opened = reader.ParquetFile(path)
+        names: list[str] = opened.schema_arrow.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{key}: two columns have the same name, {twice[0]}")
+
+    def batches() -> Iterator[Any]:
+        with _reading(key, path):
+            at_once = _rows_at_once(opened.metadata)
+            yield from opened.iter_batches(at_once)
+
+    return names, batches()
+
+
+def text_column(key: str, path: str, name: str | None) -> str:
+    """Returns the column `name` of a file if it has it, else its only column of texts. Raises `UserError`."""
+    library(key)
+    from pyarrow import parquet as reader
+
+    with _reading(key, path):
+        refuse_special(path)
+        schema = reader.ParquetFile(path).schema_arrow
+    texts: list[str] = [field.name for field in schema if innermost(_plain(field.type)) == "large_string"]
+    if name in schema.names:
+        return str(name)
+    if len(texts) != 1:
+        found = ", ".join(texts) or "none"
+        wanted = "one column of texts" if name is None else f"the column {name} of the training, or one column of texts"
+        raise UserError(f"{key}: needs {wanted}; its columns of texts: {found}")
+    return texts[0]
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Returns how many rows are read at once, for bounded memory."""
+    return max(min(_BATCH_BYTES * metadata.num_rows // max(_size(metadata), 1), _BATCH_ROWS), 1)
 
 
 def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any, held: str, most: int) -> Any:

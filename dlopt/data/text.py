@@ -24,7 +24,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.basics.ranges import Fraction
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import WARNING, ending, left_out_note
-from dlopt.data.parquet import read_parquet
+from dlopt.data.parquet import read_parquet, text_column
 from dlopt.data.rows import Files, find_files
 from dlopt.data.samples import Dataset
 from dlopt.data.token_files import find_splits, memory_map, read_tokens
@@ -168,7 +168,7 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
         arrays = []
         for path in paths:
             array = read_tokens(path)
-            _check_vocabulary(path, array, vocabulary)
+            check_vocabulary(path, array, vocabulary)
             arrays.append(array.view("<i4") if array.itemsize == 4 else array)  # torch has few operations for uint32
         shown = f"{paths[0]}" if len(paths) == 1 else f"{name} of data.root={root}"
         splits[name] = _windows(arrays[0] if len(arrays) == 1 else Shards(arrays), sequence_length, shown)
@@ -318,6 +318,22 @@ def _concatenate(paths: Sequence[Path]) -> tuple[np.ndarray, list[int]]:
     return (_read(paths) if ends[-1] <= _MAX_READ else _map_joined(paths)), ends
 
 
+def read_text(file: str, column: str | None, *, is_table: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the bytes of a text, and what looks wrong in it.
+
+    `column`: of a Parquet file with a document in each row, if `is_table`; its only column of texts without such a
+    column. Raises `UserError`.
+    """
+    path = Path(os.path.expanduser(file))
+    if not is_table:
+        text, _, notes = _documents("data.file", [path], None)
+    else:
+        text, _, notes = _documents("data.file", [path], text_column(f"data.file={file}", str(path), column))
+    if not len(text):
+        raise UserError(f"data.file={file}: is empty")
+    return text, notes
+
+
 def _rows(key: str, paths: Sequence[Path], column: str) -> tuple[np.ndarray, list[int]]:
     """Returns the bytes of the documents in a column of Parquet files, in memory, and the end of each."""
     table, _ = read_parquet(key, list(map(str, paths)), [column], column)
@@ -369,7 +385,7 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
     return memory_map(target, "u1")
 
 
-def _check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
+def check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
     """Checks all tokens of small files, and evenly spaced parts of large ones."""
     step = math.ceil(len(tokens) / _CHECKED)
     block = _CHECKED // 16

@@ -1,5 +1,6 @@
 """Each sample has one class."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -52,11 +53,11 @@ class Classification(Task):
     def columns(self, classes: Sequence[str] | None) -> list[str]:
         return ["class", "probability", *(f"p({name})" for name in classes or ())]
 
-    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str]:
+    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str | float]:
         cells = super().cells(values, best, classes)
         # The class of the largest output, as `dlopt eval` counts it: probabilities that are clamped may be equal.
         name = self.label(best, classes)
-        return [*(["", "nan"] if name is None else [name, cells[best]]), *cells]
+        return [*(["", math.nan] if name is None else [name, cells[best]]), *cells]
 
     def label(self, best: int, classes: Sequence[str] | None) -> str | None:
         return None if best < 0 or classes is None else classes[best]

@@ -53,7 +53,7 @@ class MultiLabel(Task):
     def columns(self, classes: Sequence[str] | None) -> list[str]:
         return ["labels", *(f"p({name})" for name in classes or ())]
 
-    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str]:
+    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str | float]:
         return [";".join(self.labels_of(values, classes)), *super().cells(values, best, classes)]
 
     def labels_of(self, values: Sequence[float], classes: Sequence[str] | None) -> tuple[str, ...]:

@@ -232,9 +232,9 @@ class Task:
         """Returns the titles of the columns of `cells`."""
         return ["value"] if self.size == 1 else [f"value_{number}" for number in range(self.size)]
 
-    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str]:
-        """Returns a prediction as texts. `values`: see there; `best`: the largest output, -1 if one is NaN."""
-        return [f"{value:.6g}" for value in values]
+    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str | float]:
+        """Returns a prediction, texts and numbers. `values`: see there; `best`: the largest output, -1 if one is NaN."""
+        return [*values]
 
     def label(self, best: int, classes: Sequence[str] | None) -> str | None:
         """Returns the class of a prediction; None if it has none."""

@@ -5,8 +5,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dlopt.data.checks import left_out_note
 from dlopt.data.folder import images_below, reading
 from dlopt.data.images import Stored, decode_described
 from dlopt.machine.threads import usable_cores
+from dlopt.trained.predict_output import Column
 from dlopt.trained.restore import Trained
 
 
@@ -40,7 +42,9 @@ def image_files(images: str) -> tuple[list[str], tuple[str, ...]]:
 def refuse_other_inputs(trained: Trained, path: Path) -> None:
     """Raises `UserError` if the model of the checkpoint `path` does not classify image files."""
     if len(trained.sample) != 3 or trained.sample[0] not in (1, 3):
-        raise UserError(f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images")
+        raise UserError(
+            f"checkpoint={path}: its model takes inputs of shape {list(trained.sample)}, not images; use file=FILE"
+        )
     if trained.task.white != 255:
         raise UserError(
             f"checkpoint={path}: its model takes floating-point images in the units of its data; image files have "
@@ -127,33 +131,56 @@ def _classify(
     ]
 
 
-# -- the table of `dlopt predict`
+# -- `dlopt predict`
 
 
-def header(trained: Trained) -> list[str]:
-    """Returns the titles of the columns of `rows`."""
-    return ["image", *trained.task.columns(trained.classes)]
+@dataclass
+class ImagePredictions:
+    """See `Predictions`. `max_errors`: unreadable files that are skipped."""
 
+    trained: Trained
+    files: Sequence[str]
+    batch_size: int
+    max_errors: int
+    notes: Sequence[str] = ()
+    delimiter: str = ","
+    count: int = 0
 
-def rows(
-    files: Sequence[str], trained: Trained, batch_size: int, max_errors: int, warn: Callable[[str], None]
-) -> Iterator[list[str]]:
-    """Yields the cells of each readable file; every process yields all files.
+    @property
+    def columns(self) -> Sequence[Column]:
+        first, *others = self.trained.task.columns(self.trained.classes)
+        is_text = self.trained.classes is not None
+        return [Column("image"), Column(first, not is_text), *(Column(title, True) for title in others)]
 
-    Calls `warn` for others, and raises `RunError` for more of them than `max_errors`. Calls it at the end with what was
-    done to the images.
-    """
-    errors, stored = 0, Counter[Stored]()
-    for path, result in classify(files, trained, batch_size):
-        if not isinstance(result, str):
-            stored[result.stored] += 1
-            if any(map(math.isnan, result.values)):
-                warn(f"{path}: the outputs of the model have NaN, which names no class")
-            yield [path, *trained.task.cells(result.values, result.best, trained.classes)]
-            continue
-        errors += 1
-        warn(f"skipped: {result}")
-        if errors > max_errors:
-            raise RunError(f"max_errors={max_errors}: exceeded by unreadable files; nothing was written")
-    if (changed := changes(stored, trained.sample)) is not None:
-        warn(changed)
+    def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
+        """Yields the values of the readable files.
+
+        Calls `warn` for others, and raises `RunError` for more of them than `max_errors`. Calls it at the end with what
+        was done to the images.
+        """
+        errors, stored, rows = 0, Counter[Stored](), list[list[str | float]]()
+        for number, (path, result) in enumerate(classify(self.files, self.trained, self.batch_size), start=1):
+            if isinstance(result, str):
+                errors += 1
+                warn(f"skipped: {result}")
+                if errors > self.max_errors:
+                    raise RunError(f"max_errors={self.max_errors}: exceeded by unreadable files; nothing was written")
+            else:
+                stored[result.stored] += 1
+                if any(map(math.isnan, result.values)):
+                    warn(f"{path}: the outputs of the model have NaN, which names no class")
+                rows.append([path, *self.trained.task.cells(result.values, result.best, self.trained.classes)])
+            if number % self.batch_size == 0 or number == len(self.files):
+                show(f"{number:,} of {format_count('images', len(self.files))}")
+                self.count += len(rows)
+                if rows:
+                    yield [*map(list, zip(*rows, strict=True))]
+                rows.clear()
+        if (changed := changes(stored, self.trained.sample)) is not None:
+            warn(changed)
+
+    def summary(self) -> str:
+        skipped = len(self.files) - self.count
+        if not self.count:
+            return ""
+        return f"{format_count('images', self.count)} classified{f', {skipped} skipped' if skipped else ''}"

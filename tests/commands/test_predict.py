@@ -11,6 +11,7 @@ from PIL import Image
 
 from dlopt.basics.files import write
 from dlopt.config.parsing import parse
+from dlopt.trained.restore import restore
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import dlopt, entries, refused
@@ -136,6 +137,7 @@ def test_skips_and_reports_unreadable_files(workdir: Path) -> None:
     ("line", "parts"),
     [
         ([], ["images", "required"]),
+        (["images=images", "per=line"], ["per=line", "images"]),
         (["image=x.png"], ["image: did you mean images?"]),
         (["images=nowhere"], ["images=nowhere"]),
         (["images=run/tensorboard"], ["images=run/tensorboard", "no images"]),
@@ -164,3 +166,42 @@ def test_no_checkpoint_and_no_readable_image(workdir: Path) -> None:
     (workdir / "empty.png").write_bytes(b"")
     result = dlopt(workdir, "predict", f"checkpoint={CHECKPOINT}", "images=empty.png")
     assert result.code == 2 and "none of the files" in result.err
+
+
+# -- tables
+
+
+@pytest.mark.parametrize("labels", ["class", "value"])
+def test_a_table_gets_its_columns_back(tmp_path: Path, labels: str) -> None:
+    """With the predictions of a forward pass of the checkpoint; a regression is in the unit of its label."""
+    draws = np.random.default_rng(0)
+    features = draws.normal(size=(60, 2)).round(3)
+    answers = 1000 + 50 * features[:, 0] if labels == "value" else np.where(features[:, 0] > 0, "yes", "no")
+    lines = [f"{a},{b},{c}" for (a, b), c in zip(features, answers, strict=True)]
+    (tmp_path / "train.csv").write_text("\n".join(["age,bmi,answer", *lines]) + "\n")
+    loss = ["data.labels=value", "loss=mse"] if labels == "value" else []
+    line = ["data=table", "data.file=train.csv", *loss, "model=mlp", "model.widths=[4]", "epochs=2", "threads=1"]
+    assert dlopt(tmp_path, "train", *line, "device=cpu", "tracking=[]", "hydra.run.dir=run").code == 0
+    new = [["Bonn; am Rhein", str(b), str(a)] for a, b in features[:20]]
+    text = "\n".join(["city,bmi,age", *(",".join(row) for row in new)])
+    (tmp_path / "new.csv").write_text(text + "\n")
+    result = dlopt(tmp_path, "predict", "run", "file=new.csv", "batch_size=7", "precision=fp64")
+    assert (result.code, result.out) == (0, "20 rows predicted: predictions.csv\n"), result.err
+    assert result.err == "dlopt: not read by the model, kept in the output: city\n"
+    head, rows = table(tmp_path / "predictions.csv")
+    assert head[:4] == ["city", "bmi", "age", "prediction"] and [row[:3] for row in rows] == new
+
+    trained = restore(tmp_path / "run/checkpoints/best.pt", {"precision": "fp64"})
+    with torch.no_grad():
+        outputs = trained.module(trained.normalize(torch.tensor(features[:20]).float().double()))
+    if labels == "value":
+        train = load(tmp_path / "run/checkpoints/best.pt").columns
+        assert train is not None and abs(train.mean - 1000) < 50
+        np.testing.assert_allclose([float(row[3]) for row in rows], outputs[:, 0] * train.scale + train.mean, rtol=1e-6)
+    else:
+        assert [row[3] for row in rows] == [["no", "yes"][i] for i in outputs.argmax(1)]
+        np.testing.assert_allclose([float(row[4]) for row in rows], outputs.softmax(1).amax(1), rtol=1e-5)
+    assert dlopt(tmp_path, "predict", "run", "file=new.csv", "output=b.csv", "precision=fp64").code == 0
+    assert (tmp_path / "b.csv").read_text() == (tmp_path / "predictions.csv").read_text()
+    (tmp_path / "lacks.csv").write_text("age\n1\n")
+    assert "lacks the column bmi" in refused(tmp_path, "predict", "run", "file=lacks.csv")

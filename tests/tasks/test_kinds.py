@@ -347,7 +347,9 @@ def test_predictions_are_listed(
     task: Task, classes: tuple[str, ...] | None, values: tuple[float, ...], best: int, columns: list[str],
     cells: list[str], label: str | None, labels: tuple[str, ...],
 ) -> None:  # fmt: skip
-    assert task.columns(classes) == columns and task.cells(values, best, classes) == cells
+    found = task.cells(values, best, classes)
+    assert task.columns(classes) == columns
+    assert [each if isinstance(each, str) else f"{each:.6g}" for each in found] == cells
     assert len(columns) == len(cells)
     assert task.label(best, classes) == label and task.labels_of(values, classes) == labels
     task.check_predicts("checkpoint", "runs/a")

@@ -1,0 +1,121 @@
+"""Writes predictions, beside the columns of what they are of, to a CSV or a Parquet file."""
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from dlopt.basics.errors import UserError
+from dlopt.data.checks import number
+from dlopt.data.parquet import library
+
+_GROUP = 1 << 16  # rows of a row group
+
+
+class Column(NamedTuple):
+    """A column of the output. `format`: of its computed numbers in a CSV file."""
+
+    name: str
+    is_number: bool = False
+    format: str = ".6g"
+
+
+class Predictions(Protocol):
+    """What `dlopt predict` writes."""
+
+    columns: Sequence[Column]
+    notes: Sequence[str]
+    delimiter: str
+
+    def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
+        """Yields the values of each column for the next rows: a list, or an array of Arrow; in every process.
+
+        Calls `warn` with what looks wrong, and `show` with the progress. Raises `UserError` for damaged inputs.
+        """
+        ...
+
+    def summary(self) -> str:
+        """Says how much was predicted; empty if nothing was."""
+        ...
+
+
+Write = Callable[[Sequence[Any]], None]
+
+
+@contextmanager
+def writer(path: Path, suffix: str, columns: Sequence[Column], delimiter: str) -> Iterator[Write]:
+    """Yields a function that writes the values of each column for the next rows."""
+    with _parquet(path, columns) if suffix == ".parquet" else _csv(path, columns, delimiter) as write:
+        yield write
+
+
+@contextmanager
+def _csv(path: Path, columns: Sequence[Column], delimiter: str) -> Iterator[Write]:
+    # Paths of images that are not UTF-8 keep their bytes.
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.writer(file, delimiter=delimiter)
+        rows.writerow([column.name for column in columns])
+
+        def write(values: Sequence[Any]) -> None:
+            texts = [_texts(each, column) for each, column in zip(values, columns, strict=True)]
+            rows.writerows(zip(*texts, strict=True))  # not redacted: paths and classes are data
+
+        yield write
+
+
+def _texts(values: Any, column: Column) -> list[str]:
+    if isinstance(values, list):
+        return [value if isinstance(value, str) else format(value, column.format) for value in values]
+    types = library("output").types
+    if types.is_nested(values.type) or types.is_binary(values.type) or types.is_large_binary(values.type):
+        raise UserError(
+            f"output: a CSV file cannot have the column {column.name} of the type {values.type}; use "
+            "output=predictions.parquet"
+        )
+    return ["" if value is None else str(value) for value in values.to_pylist()]
+
+
+@contextmanager
+def _parquet(path: Path, columns: Sequence[Column]) -> Iterator[Write]:
+    arrow = library("output")
+    from pyarrow import parquet
+
+    opened: Any = None
+    held: list[Any] = []  # tables that become one row group
+
+    def flush() -> None:
+        nonlocal opened
+        if not held:
+            return
+        table = arrow.concat_tables(held)
+        opened = parquet.ParquetWriter(path, table.schema) if opened is None else opened
+        opened.write_table(table)
+        held.clear()
+
+    def write(values: Sequence[Any]) -> None:
+        arrays = [_array(each, column, arrow) for each, column in zip(values, columns, strict=True)]
+        held.append(arrow.Table.from_arrays(arrays, names=[column.name for column in columns]))
+        if sum(map(len, held)) >= _GROUP:
+            flush()
+
+    try:
+        yield write
+        flush()
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _array(values: Any, column: Column, arrow: Any) -> Any:
+    if not isinstance(values, list):
+        return values
+    if column.format == "d":
+        return arrow.array(values, arrow.int64())
+    if column.is_number:
+        found = [number(value) if isinstance(value, str) else float(value) for value in values]
+        return arrow.array([None if math.isnan(value) else value for value in found], arrow.float64())
+    # Arrow has no texts that are not UTF-8, as the names of files may be.
+    return arrow.array([os.fsencode(value).decode(errors="replace") for value in values], arrow.string())

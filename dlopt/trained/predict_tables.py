@@ -1,0 +1,261 @@
+"""Predictions for the rows of a table: a CSV or a Parquet file with the features of the training."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.formats import format_count
+from dlopt.data.checks import LEFT_OUT, listed
+from dlopt.data.csv_file import Doubts, Header, read_chunks, read_header
+from dlopt.data.feature_columns import FeatureColumns
+from dlopt.data.parquet import open_parquet
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.regression import Regression
+from dlopt.trained.predict_output import Column
+from dlopt.trained.restore import Trained
+
+MAGIC = b"PAR1"  # the first bytes of a Parquet file
+_DELIMITERS = ",;\t|"
+_DIGITS = ".7g"  # of values: float32 has seven
+
+Probabilities = Literal["predicted", "all"]
+
+
+class Rows(NamedTuple):
+    """Rows of a table: the values of each column, texts or an array of Arrow. `place`: names a row for messages."""
+
+    values: Sequence[Any]
+    count: int
+    place: Callable[[int], str]
+
+
+@contextlib.contextmanager
+def naming_the_key() -> Iterator[None]:
+    """Turns a `UserError` about data.file into one about file, the key of `dlopt predict`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("data.file", "file", 1)) from None
+
+
+def is_parquet(file: str) -> bool:
+    """Returns whether a file is a Parquet file. Raises `UserError` if it cannot be read."""
+    if os.path.isdir(file):
+        raise UserError(f"file={file}: is a folder; must be a file")
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise UserError(f"file={file}: cannot be read ({error.strerror})") from None
+
+
+class CsvTable:
+    """The rows of a CSV file.
+
+    Raises `UserError`. `delimiter`: the likely one; another one is tried if a column of `required` is missing.
+    """
+
+    def __init__(self, file: str, delimiter: str, required: Sequence[str]) -> None:
+        self._header = _header(file, delimiter, required)
+        self._doubts = Doubts()
+        self.delimiter = self._header.delimiter
+        self.names = self._header.line
+        # Columns without a name are no features, but they are in the output.
+        self.notes = tuple(note for note in self._header.notes if not note.startswith(f"{LEFT_OUT}column"))
+
+    @property
+    def notes_at_end(self) -> tuple[str, ...]:
+        return self._doubts.notes(self._header)
+
+    def rows(self) -> Iterator[Rows]:
+        """Raises `UserError`."""
+        with naming_the_key():
+            for chunk in read_chunks(self._header, self._doubts):
+                columns = map(list, zip(*(row for _, row in chunk), strict=True))
+                lines = [line for line, _ in chunk]
+
+                def place(row: int, lines: Sequence[int] = lines) -> str:
+                    return f"file={self._header.path}, line {lines[row]}"
+
+                yield Rows([*columns], len(chunk), place)
+
+
+def _header(file: str, delimiter: str, required: Sequence[str]) -> Header:
+    with naming_the_key():
+        header = read_header(file, delimiter)
+    for other in _DELIMITERS if {*required} - {*header.names} else ():
+        with contextlib.suppress(UserError):
+            found = read_header(file, other)
+            if not {*required} - {*found.names}:
+                return found
+    return header
+
+
+class ParquetTable:
+    """The rows of a Parquet file. Raises `UserError`."""
+
+    delimiter = ","
+    notes: tuple[str, ...] = ()
+    notes_at_end: tuple[str, ...] = ()
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self.names, self._batches = open_parquet(f"file={file}", file)
+
+    def rows(self) -> Iterator[Rows]:
+        """Raises `UserError`."""
+        start = 0
+        for batch in self._batches:
+
+            def place(row: int, start: int = start) -> str:
+                return f"file={self._file}, row {start + row}"
+
+            yield Rows(batch.columns, len(batch), place)
+            start += len(batch)
+
+
+def _feature_columns(trained: Trained, path: Path) -> FeatureColumns:
+    """Returns the columns that the model of the checkpoint reads. Raises `UserError`."""
+    if trained.columns is not None:
+        return trained.columns
+    if "standardize_target" in trained.config["data"]:
+        raise UserError(
+            f"checkpoint={path}: is of a version of dlopt that did not store the columns of tables; train again"
+        )
+    return FeatureColumns((), "target")
+
+
+@dataclass
+class TablePredictions:
+    """See `Predictions`."""
+
+    trained: Trained
+    table: CsvTable | ParquetTable
+    features: FeatureColumns
+    batch_size: int
+    columns: Sequence[Column]
+    notes: Sequence[str]
+    shows_all: bool  # the probability of every class
+    count: int = 0
+
+    @property
+    def delimiter(self) -> str:
+        return self.table.delimiter
+
+    def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
+        without_class = 0
+        for rows in self.table.rows():
+            fields = dict(zip(self.table.names, rows.values, strict=True))
+            inputs = torch.from_numpy(self.features.matrix(fields, rows.place)).float()
+            if inputs.shape[1] != self.trained.sample[0]:
+                raise UserError(
+                    f"{rows.place(0)}: has {inputs.shape[1]} numbers, the model reads {self.trained.sample[0]}"
+                )
+            cells: list[list[str | float]] = []
+            for batch in inputs.split(self.batch_size):
+                for values, best in self._predicted(batch):
+                    without_class += any(map(math.isnan, values))
+                    cells.append(self._cells(values, best))
+                show(f"{format_count('rows', self.count + len(cells))} predicted")
+            self.count += rows.count
+            yield [*rows.values, *map(list, zip(*cells, strict=True))]
+        for note in self.table.notes_at_end:
+            warn(note)
+        if without_class:
+            warn(f"{format_count('rows', without_class)}: the outputs of the model have NaN")
+
+    def _predicted(self, batch: torch.Tensor) -> list[tuple[list[float], int]]:
+        """Returns the values of each row and its class; each process computes its shard."""
+        trained = self.trained
+        if (shard := trained.mode.split.evaluation_shard) is not None:
+            batch = batch[cast(slice, shard(len(batch)))]
+        found: list[tuple[list[float], int]] = []
+        if len(batch):
+            outputs = trained.outputs(batch)
+            # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
+            best = trained.task.predicted(outputs)
+            values = trained.task.values(outputs, trained.loss).double()
+            if isinstance(trained.task, Regression):
+                values = values * self.features.scale + self.features.mean
+            found = list(zip(values.reshape(len(batch), -1).tolist(), best.tolist(), strict=True))
+        return trained.mode.ranks.gather(found)
+
+    def _cells(self, values: Sequence[float], best: int) -> list[str | float]:
+        cells = self.trained.task.cells(values, best, self.trained.classes)
+        return cells if self.shows_all else cells[:2]
+
+    def summary(self) -> str:
+        return f"{format_count('rows', self.count)} predicted" if self.count else ""
+
+
+def predict_table(
+    trained: Trained, path: Path, file: str, batch_size: int, probabilities: Probabilities | None
+) -> TablePredictions:
+    """Returns the predictions for the table `file` of the model of the checkpoint `path`.
+
+    `probabilities`: of the predicted class, or of all; None: of the predicted class, or of all labels of a sample.
+    Raises `UserError` if the model reads no table, or the table lacks a column.
+    """
+    trained.task.check_predicts("checkpoint", path)
+    if len(trained.sample) != 1:
+        raise UserError(f"file={file}: the model takes images; use images=FOLDER")
+    is_class = isinstance(trained.task, Classification)
+    if probabilities is not None and not is_class:
+        raise UserError(f"probabilities={probabilities}: only a classification has this key; leave it out")
+    features = _feature_columns(trained, path)
+    table = ParquetTable(file) if is_parquet(file) else CsvTable(file, features.delimiter, [*features.required])
+    notes = [*table.notes]
+    if features.features:
+        _refuse_missing(file, features, table.names)
+        if extra := _unknown(features, table.names):
+            notes.append(f"not read by the model, kept in the output: {listed(extra)}")
+    else:
+        features = _by_position(file, features, table.names, trained.sample[0])
+        notes.append(f"the checkpoint has no names of features; read in this order: {listed(features.features)}")
+    shows_all = probabilities == "all" or not is_class
+    found = _columns(trained, shows_all=shows_all)
+    if taken := [column.name for column in found if column.name in table.names]:
+        raise UserError(f"file={file}: has a column {taken[0]!r}, the name of a column of the output; rename it")
+    # Numbers of a CSV file are numbers in a Parquet file, too; other fields stay texts: 00123 may be a postal code.
+    kept = [Column(name, name in features.numeric) for name in table.names]
+    return TablePredictions(trained, table, features, batch_size, [*kept, *found], notes, shows_all)
+
+
+def _refuse_missing(file: str, features: FeatureColumns, names: Sequence[str]) -> None:
+    if missing := [name for name in features.required if name not in names]:
+        lacks = f"the column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        raise UserError(f"file={file}: lacks {lacks}, which the model reads; it has {', '.join(names)}")
+
+
+def _unknown(features: FeatureColumns, names: Sequence[str]) -> list[str]:
+    """Returns the columns that the training table had not."""
+    known = {*features.features, features.target, *features.others, ""}
+    return [name for name in names if name not in known]
+
+
+def _by_position(file: str, features: FeatureColumns, names: Sequence[str], count: int) -> FeatureColumns:
+    """Returns the columns of a model whose features have no names: all but the target. Raises `UserError`."""
+    found = tuple(name for name in names if name not in ("", features.target))
+    if len(found) != count:
+        raise UserError(
+            f"file={file}: has {len(found)} columns; the model reads {count}, and its checkpoint has no names of them: "
+            f"keep these only, in the order of the training (and {features.target}, if you like)"
+        )
+    return replace(features, features=found)
+
+
+def _columns(trained: Trained, *, shows_all: bool) -> list[Column]:
+    """Returns the columns of a prediction; the first one, or all of a regression, are called prediction."""
+    titles = trained.task.columns(trained.classes)
+    if isinstance(trained.task, Regression):
+        return [Column(title.replace("value", "prediction", 1), True, _DIGITS) for title in titles]
+    first, *others = titles if shows_all else titles[:2]
+    del first
+    return [Column("prediction"), *(Column(title, True) for title in others)]
