@@ -15,11 +15,11 @@ import numpy as np
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_bytes, printable
-from dlopt.data.checks import LARGEST, WARNING, left_out_note
+from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.images import decode_bytes
 from dlopt.data.parquet import Parts, innermost, library, read_parquet, without_large
-from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files, numbers
+from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
 
 _CHECKED_ROWS = 1 << 20  # of each column of numbers

@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,17 @@ def number(text: str) -> float:
     with contextlib.suppress(ValueError):
         return float(text) if text.isascii() and "_" not in text else math.nan
     return math.nan
+
+
+def numbers(value: Any, where: str, kind: str) -> np.ndarray:
+    """Returns numbers that are finite in float32. Raises `UserError` that starts with `where` and ends with `kind`."""
+    try:
+        array = np.array(value)
+    except ValueError:
+        array = np.array(value, dtype=object)
+    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and not (np.abs(array) <= LARGEST).all()):
+        raise UserError(f"{where}: must have finite numbers in lists of equal lengths, of at most 3.4e38 ({kind})")
+    return array
 
 
 def count_rows(values: np.ndarray) -> bool:

@@ -69,10 +69,14 @@ class Header:
 
     def require(self, names: Collection[str], hint: str = "") -> None:
         """Raises `UserError` if there is no such column."""
-        for name in names:
-            if name not in self.names:
-                columns = ", ".join(self.names) or "none"
-                raise UserError(f"data.file={self.path}: has no column {name!r}; it has {columns}{hint}")
+        require_columns(self.path, self.names, names, hint)
+
+
+def require_columns(path: Path, columns: Collection[str], names: Collection[str], hint: str = "") -> None:
+    """Raises `UserError` if a column of `names` is not in the `columns` of the file."""
+    for name in names:
+        if name not in columns:
+            raise UserError(f"data.file={path}: has no column {name!r}; it has {', '.join(columns) or 'none'}{hint}")
 
 
 @dataclass

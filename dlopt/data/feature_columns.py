@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.errors import UserError
-from dlopt.data.checks import LARGEST
+from dlopt.data.checks import LARGEST, numbers
 from dlopt.data.columns import TableEncoding, column_of, field_of
 from dlopt.data.csv_file import finite_numbers
 from dlopt.data.parquet import innermost
-from dlopt.data.rows import numbers
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dlopt.machine.memory import half_of_memory
 _MAX_READ = 1 << 28  # bytes; larger tables are memory-mapped
 _BATCH_ROWS, _BATCH_BYTES = 1024, 1 << 26  # that are converted at once
 _LABEL_BYTES = 64  # estimated memory per label, in addition to the table
+_MAGIC = b"PAR1"
 _LEFT_FREE = 1 << 30  # bytes of the disk that the cache does not fill
 
 
@@ -38,15 +39,15 @@ def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: s
         raise _too_large(key, f"a batch of rows (or the whole table: {folder} may have no space)", most) from None
 
 
-def column_names(key: str, path: str) -> Sequence[str]:
-    """Returns the names of the columns of a file. Raises `UserError`."""
-    library(key)
-    from pyarrow import parquet as reader
-
-    with _reading(key, path):
-        refuse_special(path)
-        names: Sequence[str] = reader.read_schema(path).names
-    return names
+def is_parquet(path: str) -> bool:
+    """Returns whether a regular file begins as a Parquet file does."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:  # reported where it is read
+        return False
 
 
 def _read(

@@ -13,7 +13,6 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import (
-    LARGEST,
     WARNING,
     column_warnings,
     ending,
@@ -202,17 +201,6 @@ class RowDataset:
                 )
             return self.table.value(index, self._channels)
         return image
-
-
-def numbers(value: Any, where: str, kind: str) -> np.ndarray:
-    """Returns numbers that are finite in float32. Raises `UserError` that starts with `where` and ends with `kind`."""
-    try:
-        array = np.array(value)
-    except ValueError:
-        array = np.array(value, dtype=object)
-    if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and not (np.abs(array) <= LARGEST).all()):
-        raise UserError(f"{where}: must have finite numbers in lists of equal lengths, of at most 3.4e38 ({kind})")
-    return array
 
 
 # -- labels

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
 from dlopt.data.checks import rounding_warnings, sampled, vector_warnings
+from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, orientation, resize
 from dlopt.data.items import name_of, read_item
 from dlopt.data.resampling import resize_box
@@ -28,9 +29,6 @@ from dlopt.tasks import kinds
 from dlopt.tasks.layout import Layout
 from dlopt.tasks.task import Task
 from dlopt.tasks.text import NextToken
-
-if TYPE_CHECKING:
-    from dlopt.data.feature_columns import FeatureColumns
 
 _HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
 _LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute
@@ -108,7 +106,7 @@ class Dataset:
     identity: Mapping[str, Any] | None = None
     source: str = ""
     layout: Layout | None = None
-    columns: "FeatureColumns | None" = None
+    columns: FeatureColumns | None = None
 
     @property
     def task(self) -> Task:

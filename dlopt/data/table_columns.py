@@ -29,8 +29,17 @@ from dlopt.data.checks import (
     without_decimals,
 )
 from dlopt.data.columns import Column, Kind, as_dates, categorical, column_of, field_of, is_ambiguous, numeric
-from dlopt.data.csv_file import Header, NoNumbers, TableFile, not_a_number, read_columns, read_header, remedy
-from dlopt.data.parquet import column_names, library, read_parquet
+from dlopt.data.csv_file import (
+    Header,
+    NoNumbers,
+    TableFile,
+    not_a_number,
+    read_columns,
+    read_header,
+    remedy,
+    require_columns,
+)
+from dlopt.data.parquet import is_parquet, library, open_parquet, read_parquet
 
 Labels = Literal["class", "value"]
 _FEW = 20  # rows, in which values may differ, or decide the label, by chance
@@ -78,7 +87,7 @@ def read_table(
     kinds: Mapping[str, Kind] | None = None,
 ) -> Table:
     """Reads a table; see `dlopt.data.features.table`. `kinds`: of the columns that a trained model reads."""
-    reader = _ParquetReader(file) if is_parquet(file) else _CsvReader(file, delimiter)
+    reader = _ParquetReader(file) if is_parquet(os.path.expanduser(file)) else _CsvReader(file, delimiter)
     names = reader.names
     target = names[-1] if target is None else target
     split_columns = [] if split_column is None else [split_column]
@@ -320,11 +329,6 @@ def _determines(values: np.ndarray, labels: np.ndarray) -> bool:
 # -- files
 
 
-def is_parquet(file: str) -> bool:
-    """Returns whether a file is read as Parquet."""
-    return file.lower().endswith((".parquet", ".pq"))
-
-
 class _CsvReader:
     """The columns of a CSV file."""
 
@@ -354,11 +358,11 @@ class _ParquetReader:
 
     def __init__(self, file: str) -> None:
         self._path = Path(os.path.expanduser(file))
-        names = column_names("data.file", str(self._path))
+        names, _ = open_parquet(f"data.file={self._path}", str(self._path))
         self.names = tuple(name for name in names if not name.startswith("__index_level_"))  # pandas' index
 
     def require(self, names: Collection[str]) -> None:
-        Header(self._path, "", "", self.names, (), 0, 0, False, ()).require(names)
+        require_columns(self._path, self.names, names)
 
     def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
         columns = [*texts, *numbers]

@@ -21,9 +21,9 @@ import numpy as np
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
-from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note
+from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note, numbers
 from dlopt.data.images import decode_bytes
-from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files, numbers
+from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name

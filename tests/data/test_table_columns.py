@@ -184,9 +184,7 @@ def test_a_run_evaluates_resumes_and_exports_with_its_encoding(tmp_path: Path) -
     line = ("data=table", "data.file=t.csv", "data.ignore=[patient]", "data.categories=[zip]", "model=mlp")
     line += ("model.widths=[8]", "threads=1", "tracking=[]", "precision=fp64", "seed=1")
     whole = dlopt(tmp_path, "train", *line, "epochs=2", "hydra.run.dir=run")
-    assert whole.code == 0 and "marked; 3 values: Bern, Oslo, Rome" in whole.out, (
-        whole.err
-    )
+    assert whole.code == 0 and "marked; 3 values: Bern, Oslo, Rome" in whole.out, whole.err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     # Other rows of the file would change what is learned from it.
     frame.assign(age=frame.age + 1000 * (np.arange(120) % 2)).to_csv(tmp_path / "other.csv", index=False)
