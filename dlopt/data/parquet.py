@@ -201,8 +201,8 @@ def text_column(key: str, path: str, name: str | None) -> str:
         return str(name)
     if len(texts) != 1:
         found = ", ".join(texts) or "none"
-        wanted = "one column of texts" if name is None else f"the column {name} of the training, or one column of texts"
-        raise UserError(f"{key}: needs {wanted}; its columns of texts: {found}")
+        needed = "one column of texts" if name is None else f"the column {name} of the training, or one column of texts"
+        raise UserError(f"{key}: needs {needed}; its columns of texts: {found}")
     return texts[0]
 
 

@@ -233,7 +233,7 @@ class Task:
         return ["value"] if self.size == 1 else [f"value_{number}" for number in range(self.size)]
 
     def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str | float]:
-        """Returns a prediction, texts and numbers. `values`: see there; `best`: the largest output, -1 if one is NaN."""
+        """Returns a prediction: texts, numbers. `values`: see there; `best`: the largest output, -1 if one is NaN."""
         return [*values]
 
     def label(self, best: int, classes: Sequence[str] | None) -> str | None:

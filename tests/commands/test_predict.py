@@ -205,3 +205,30 @@ def test_a_table_gets_its_columns_back(tmp_path: Path, labels: str) -> None:
     assert (tmp_path / "b.csv").read_text() == (tmp_path / "predictions.csv").read_text()
     (tmp_path / "lacks.csv").write_text("age\n1\n")
     assert "lacks the column bmi" in refused(tmp_path, "predict", "run", "file=lacks.csv")
+
+
+# -- texts
+
+
+def test_losses_of_a_text_are_those_of_eval(tmp_path: Path) -> None:
+    """Of windows, whose sum is that of the lines, whatever the batch size."""
+    lines = [f"{number} times {number} is {number * number}" for number in range(200)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "new.txt").write_text("\n".join(lines)[: 10 * 16 + 1])
+    line = ["data=text", "data.file=train.txt", "data.sequence_length=16", "model=gpt_nano", "steps=2", "threads=1"]
+    assert dlopt(tmp_path, "train", *line, "device=cpu", "tracking=[]", "hydra.run.dir=run").code == 0
+    trained = restore(tmp_path / "run/checkpoints/best.pt", {"precision": "fp64"})
+    tokens = torch.frombuffer(bytearray((tmp_path / "new.txt").read_bytes()), dtype=torch.uint8).long()
+    windows = tokens.unfold(0, 17, 16)
+    outputs = trained.outputs(windows[:, :-1])
+    expected = torch.nn.functional.cross_entropy(outputs.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    totals = []
+    for per, batch_size in (("window", 3), ("line", 7)):
+        keys = ["file=new.txt", f"per={per}", f"batch_size={batch_size}", "precision=fp64"]
+        assert dlopt(tmp_path, "predict", "run", *keys).code == 0
+        head, rows = table(tmp_path / "predictions.csv")
+        size, loss = (head.index(name) for name in ("bytes", "loss"))
+        if per == "window":
+            np.testing.assert_allclose([float(row[loss]) for row in rows], expected.view(10, 16).mean(1), rtol=1e-6)
+        totals.append(sum(int(row[size]) * float(row[loss]) for row in rows))
+    np.testing.assert_allclose(totals, float(expected.sum()), rtol=1e-6)
