@@ -216,27 +216,33 @@ class ColumnEncoding:
             parts.append((seconds - days * _DAY) / 3600)
         return np.stack(parts, 1)
 
-    def findings(self, column: Column) -> list[str]:
-        """Returns what a column has that the training rows have not: gaps, and other values."""
-        found = []
-        gaps = int(np.isnan(column.values).sum())
-        if gaps and not self.has_gaps:
-            found.append(f"{gaps:,} gap{'s' * (gaps > 1)} in {self.name}, which has none in the training rows: filled "
-                         f"with {self._shown_fill}")  # fmt: skip
+    def unseen(self, column: Column) -> Counter[str]:
+        """Counts what the training rows lack: other categories, and gaps, as an empty text."""
+        found: Counter[str] = Counter()
+        is_gap = np.isnan(column.values)
+        if not self.has_gaps:
+            found[""] = int(is_gap.sum())
         if self.kind == "category":
-            known = column.values[~np.isnan(column.values)].astype(np.int64)
-            counts = np.bincount(known, minlength=len(column.texts))
-            lacking = {
-                text: int(count)
-                for text, count in zip(column.texts, counts, strict=True)
-                if count and text not in self.values
-            }
-            if lacking:
-                rows = sum(lacking.values())
-                found.append(
-                    f"{rows:,} row{'s' * (rows > 1)} with a {self.name} that no training row has "
-                    f"({printable(listed([*lacking]))}): 0 in all of its features"
-                )
+            counts = np.bincount(column.values[~is_gap].astype(np.int64), minlength=len(column.texts))
+            found.update({text: int(count) for text, count in zip(column.texts, counts, strict=True)})
+            for value in self.values:
+                del found[value]
+        return +found
+
+    def findings(self, unseen: Counter[str]) -> list[str]:
+        """Says what becomes of values that the training rows lack, a line for gaps and one for categories."""
+        found = []
+        if gaps := unseen[""]:
+            found.append(
+                f"{gaps:,} gap{'s' * (gaps > 1)} in {self.name}, which has none in the training rows: filled with "
+                f"{self._shown_fill}"
+            )
+        if texts := [text for text in unseen if text]:
+            rows = unseen.total() - gaps
+            found.append(
+                f"{rows:,} row{'s' * (rows > 1)} with a {self.name} that no training row has "
+                f"({printable(listed(texts))}): 0 in all of its features"
+            )
         return found
 
     @property
@@ -298,7 +304,7 @@ class TableEncoding:
     def warnings(self, columns: Sequence[Column], split: str) -> tuple[str, ...]:
         """Returns a line for each finding in other rows than those of training; `split`: its beginning."""
         pairs = zip(self.columns, columns, strict=True)
-        return tuple(f"{WARNING}{split}{line}" for own, column in pairs for line in own.findings(column))
+        return tuple(f"{WARNING}{split}{line}" for own, column in pairs for line in own.findings(own.unseen(column)))
 
     def describe(self, columns: Sequence[Column]) -> str:
         """Returns a table of what becomes of each column; `columns`: with the training rows."""

@@ -1,5 +1,6 @@
 """The columns of a table as a model reads them, which its checkpoint stores: predictions need no training data."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +74,15 @@ class FeatureColumns:
         """Columns that are read as numbers."""
         return () if self.encoding is not None else self.features
 
-    def matrix(self, fields: Mapping[str, Any], place: Callable[[int], str]) -> np.ndarray:
+    def matrix(
+        self, fields: Mapping[str, Any], place: Callable[[int], str], unseen: dict[str, Counter[str]] | None = None
+    ) -> np.ndarray:
         """Returns the features of rows, float64 [n, F].
 
         Args:
             fields: the columns by name: texts of a CSV file, or arrays of Arrow.
             place: names a row for messages.
+            unseen: counts what the training rows lack, for each column; see `findings`.
 
         Raises:
             UserError: a value is missing without an encoding that fills it in, or is of another kind.
@@ -86,8 +90,16 @@ class FeatureColumns:
         if self.encoding is not None:
             kinds = self.encoding.kinds
             columns = [column_of(name, kind, texts_of(fields[name]), place) for name, kind in kinds.items()]
+            for own, column in zip(self.encoding.columns, columns, strict=True):
+                if unseen is not None:
+                    unseen.setdefault(own.name, Counter()).update(own.unseen(column))
             return self.encoding.apply(columns)
         return np.concatenate([_numbers(fields[name], name, place) for name in self.features], axis=1)
+
+    def findings(self, unseen: Mapping[str, Counter[str]]) -> list[str]:
+        """Says what becomes of values that the training rows lack."""
+        columns = () if self.encoding is None else self.encoding.columns
+        return [line for each in columns for line in each.findings(unseen.get(each.name, Counter()))]
 
 
 def texts_of(values: Any) -> list[str]:

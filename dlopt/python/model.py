@@ -86,7 +86,8 @@ class Model(nn.Module):
     def features(self, table: Any) -> Tensor:
         """Returns the inputs [B, F] for the rows of a table, encoded as in the training.
 
-        `table`: columns by name, such as a dict of lists or a DataFrame of pandas. Raises `UserError`.
+        Warns of values that the training rows lack. `table`: columns by name, such as a dict of lists or a DataFrame of
+        pandas. Raises `UserError`.
         """
         columns = self._trained.columns
         if columns is None or not columns.features:
@@ -97,7 +98,10 @@ class Model(nn.Module):
                 fields[name] = texts_of(list(table[name]))
             except KeyError:
                 raise UserError(f"features(): the table has no column {name!r}") from None
-        rows = columns.matrix(fields, lambda row: f"features(), row {row}")
+        unseen: dict[str, Counter[str]] = {}
+        rows = columns.matrix(fields, lambda row: f"features(), row {row}", unseen)
+        for finding in columns.findings(unseen):
+            warnings.warn(finding, stacklevel=2)
         parameter = next(self.parameters(), torch.zeros(()))
         return torch.from_numpy(rows).float().to(parameter.device)
 

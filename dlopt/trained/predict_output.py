@@ -26,9 +26,14 @@ class Column(NamedTuple):
 class Predictions(Protocol):
     """What `dlopt predict` writes."""
 
-    columns: Sequence[Column]
-    notes: Sequence[str]
-    delimiter: str
+    @property
+    def columns(self) -> Sequence[Column]: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    @property
+    def delimiter(self) -> str: ...
 
     def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
         """Yields the values of each column for the next rows: a list, or an array of Arrow; in every process.

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ class Rows(NamedTuple):
     """Rows of a table: the values of each column, texts or an array of Arrow. `place`: names a row for messages."""
 
     values: Sequence[Any]
-    count: int
+    size: int
     place: Callable[[int], str]
 
 
@@ -150,10 +151,10 @@ class TablePredictions:
         return self.table.delimiter
 
     def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
-        without_class = 0
+        without_class, unseen = 0, dict[str, Counter[str]]()
         for rows in self.table.rows():
             fields = dict(zip(self.table.names, rows.values, strict=True))
-            inputs = torch.from_numpy(self.features.matrix(fields, rows.place)).float()
+            inputs = torch.from_numpy(self.features.matrix(fields, rows.place, unseen)).float()
             if inputs.shape[1] != self.trained.sample[0]:
                 raise UserError(
                     f"{rows.place(0)}: has {inputs.shape[1]} numbers, the model reads {self.trained.sample[0]}"
@@ -164,10 +165,12 @@ class TablePredictions:
                     without_class += any(map(math.isnan, values))
                     cells.append(self._cells(values, best))
                 show(f"{format_count('rows', self.count + len(cells))} predicted")
-            self.count += rows.count
+            self.count += rows.size
             yield [*rows.values, *map(list, zip(*cells, strict=True))]
         for note in self.table.notes_at_end:
             warn(note)
+        for finding in self.features.findings(unseen):
+            warn(finding)
         if without_class:
             warn(f"{format_count('rows', without_class)}: the outputs of the model have NaN")
 

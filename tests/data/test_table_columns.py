@@ -202,6 +202,13 @@ def test_a_run_evaluates_resumes_and_exports_with_its_encoding(tmp_path: Path) -
     inputs = model.features(frame)
     assert inputs.shape == (120, len(described["inputs"])) and inputs[3, 1] == 1  # age is missing
     assert inputs[0, 2:5].tolist() == [float(frame.city[0] == city) for city in ("Bern", "Oslo", "Rome")]
+    predicted = dlopt(tmp_path, "predict", "run", "file=t.csv", "output=p.csv")
+    assert predicted.code == 0, predicted.err
+    with torch.inference_mode():
+        expected = model(inputs).softmax(1).max(1)
+    found = pandas.read_csv(tmp_path / "p.csv")
+    assert found.prediction.tolist() == [(model.classes or ())[i] for i in expected.indices.tolist()]
+    assert found.probability.to_numpy() == pytest.approx(expected.values.numpy(), abs=1e-5)
     with pytest.raises(UserError, match="the table has no column 'zip'"):
         model.features(frame.drop(columns=["zip"]))
 
