@@ -216,7 +216,7 @@ class ColumnEncoding:
             parts.append((seconds - days * _DAY) / 3600)
         return np.stack(parts, 1)
 
-    def unseen(self, column: Column) -> Counter[str]:
+    def unknown(self, column: Column) -> Counter[str]:
         """Counts what the training rows lack: other categories, and gaps, as an empty text."""
         found: Counter[str] = Counter()
         is_gap = np.isnan(column.values)
@@ -229,16 +229,16 @@ class ColumnEncoding:
                 del found[value]
         return +found
 
-    def findings(self, unseen: Counter[str]) -> list[str]:
+    def findings(self, unknown: Counter[str]) -> list[str]:
         """Says what becomes of values that the training rows lack, a line for gaps and one for categories."""
         found = []
-        if gaps := unseen[""]:
+        if gaps := unknown[""]:
             found.append(
                 f"{gaps:,} gap{'s' * (gaps > 1)} in {self.name}, which has none in the training rows: filled with "
                 f"{self._shown_fill}"
             )
-        if texts := [text for text in unseen if text]:
-            rows = unseen.total() - gaps
+        if texts := [text for text in unknown if text]:
+            rows = unknown.total() - gaps
             found.append(
                 f"{rows:,} row{'s' * (rows > 1)} with a {self.name} that no training row has "
                 f"({printable(listed(texts))}): 0 in all of its features"
@@ -304,7 +304,7 @@ class TableEncoding:
     def warnings(self, columns: Sequence[Column], split: str) -> tuple[str, ...]:
         """Returns a line for each finding in other rows than those of training; `split`: its beginning."""
         pairs = zip(self.columns, columns, strict=True)
-        return tuple(f"{WARNING}{split}{line}" for own, column in pairs for line in own.findings(own.unseen(column)))
+        return tuple(f"{WARNING}{split}{line}" for own, column in pairs for line in own.findings(own.unknown(column)))
 
     def describe(self, columns: Sequence[Column]) -> str:
         """Returns a table of what becomes of each column; `columns`: with the training rows."""

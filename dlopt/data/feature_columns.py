@@ -75,14 +75,14 @@ class FeatureColumns:
         return () if self.encoding is not None else self.features
 
     def matrix(
-        self, fields: Mapping[str, Any], place: Callable[[int], str], unseen: dict[str, Counter[str]] | None = None
+        self, fields: Mapping[str, Any], place: Callable[[int], str], unknown: dict[str, Counter[str]] | None = None
     ) -> np.ndarray:
         """Returns the features of rows, float64 [n, F].
 
         Args:
             fields: the columns by name: texts of a CSV file, or arrays of Arrow.
             place: names a row for messages.
-            unseen: counts what the training rows lack, for each column; see `findings`.
+            unknown: counts what the training rows lack, for each column; see `findings`.
 
         Raises:
             UserError: a value is missing without an encoding that fills it in, or is of another kind.
@@ -91,15 +91,15 @@ class FeatureColumns:
             kinds = self.encoding.kinds
             columns = [column_of(name, kind, texts_of(fields[name]), place) for name, kind in kinds.items()]
             for own, column in zip(self.encoding.columns, columns, strict=True):
-                if unseen is not None:
-                    unseen.setdefault(own.name, Counter()).update(own.unseen(column))
+                if unknown is not None:
+                    unknown.setdefault(own.name, Counter()).update(own.unknown(column))
             return self.encoding.apply(columns)
         return np.concatenate([_numbers(fields[name], name, place) for name in self.features], axis=1)
 
-    def findings(self, unseen: Mapping[str, Counter[str]]) -> list[str]:
+    def findings(self, unknown: Mapping[str, Counter[str]]) -> list[str]:
         """Says what becomes of values that the training rows lack."""
         columns = () if self.encoding is None else self.encoding.columns
-        return [line for each in columns for line in each.findings(unseen.get(each.name, Counter()))]
+        return [line for each in columns for line in each.findings(unknown.get(each.name, Counter()))]
 
 
 def texts_of(values: Any) -> list[str]:

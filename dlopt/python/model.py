@@ -98,9 +98,9 @@ class Model(nn.Module):
                 fields[name] = texts_of(list(table[name]))
             except KeyError:
                 raise UserError(f"features(): the table has no column {name!r}") from None
-        unseen: dict[str, Counter[str]] = {}
-        rows = columns.matrix(fields, lambda row: f"features(), row {row}", unseen)
-        for finding in columns.findings(unseen):
+        unknown: dict[str, Counter[str]] = {}
+        rows = columns.matrix(fields, lambda row: f"features(), row {row}", unknown)
+        for finding in columns.findings(unknown):
             warnings.warn(finding, stacklevel=2)
         parameter = next(self.parameters(), torch.zeros(()))
         return torch.from_numpy(rows).float().to(parameter.device)

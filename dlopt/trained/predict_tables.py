@@ -151,10 +151,10 @@ class TablePredictions:
         return self.table.delimiter
 
     def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
-        without_class, unseen = 0, dict[str, Counter[str]]()
+        without_class, unknown = 0, dict[str, Counter[str]]()
         for rows in self.table.rows():
             fields = dict(zip(self.table.names, rows.values, strict=True))
-            inputs = torch.from_numpy(self.features.matrix(fields, rows.place, unseen)).float()
+            inputs = torch.from_numpy(self.features.matrix(fields, rows.place, unknown)).float()
             if inputs.shape[1] != self.trained.sample[0]:
                 raise UserError(
                     f"{rows.place(0)}: has {inputs.shape[1]} numbers, the model reads {self.trained.sample[0]}"
@@ -169,7 +169,7 @@ class TablePredictions:
             yield [*rows.values, *map(list, zip(*cells, strict=True))]
         for note in self.table.notes_at_end:
             warn(note)
-        for finding in self.features.findings(unseen):
+        for finding in self.features.findings(unknown):
             warn(finding)
         if without_class:
             warn(f"{format_count('rows', without_class)}: the outputs of the model have NaN")

@@ -105,7 +105,9 @@ def test_an_encoding_is_plain_values() -> None:
                fields(["2024-01-31", None, "2024-02-01 12:00"], "date")]  # fmt: skip
     encoding = TableEncoding.fitted(columns)
     assert TableEncoding.restored(encoding.saved) == encoding
-    for wrong in ([{}], [{**encoding.saved[0], "kind": "text"}], [{**encoding.saved[0], "code": 1}], 3):
+    first = encoding.saved[0]
+    damaged: list[Any] = [[{}], [{**first, "kind": "text"}], [{**first, "code": 1}], 3]
+    for wrong in damaged:
         with pytest.raises(ValueError, match=r": "):
             TableEncoding.restored(wrong)
 

@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def patients() -> "pandas.DataFrame":
+def patients() -> Any:
     rng = np.random.default_rng(0)
     count = 120
     frame = pandas.DataFrame(
@@ -181,7 +181,13 @@ def test_only_training_rows_are_learned_from(tmp_path: Path) -> None:
 def test_a_run_evaluates_resumes_and_exports_with_its_encoding(tmp_path: Path) -> None:
     frame = patients()
     frame.to_csv(tmp_path / "t.csv", index=False)
-    line = ("data=table", "data.file=t.csv", "data.ignore=[patient]", "data.categories=[zip]", "model=mlp")
+    line: tuple[str, ...] = (
+        "data=table",
+        "data.file=t.csv",
+        "data.ignore=[patient]",
+        "data.categories=[zip]",
+        "model=mlp",
+    )
     line += ("model.widths=[8]", "threads=1", "tracking=[]", "precision=fp64", "seed=1")
     whole = dlopt(tmp_path, "train", *line, "epochs=2", "hydra.run.dir=run")
     assert whole.code == 0 and "marked; 3 values: Bern, Oslo, Rome" in whole.out, whole.err
