@@ -95,13 +95,13 @@ def _predict(
     """Writes the predictions. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
     from dlopt.trained.classify import image_files
     from dlopt.trained.predict_output import writer
-    from dlopt.trained.predict_tables import is_parquet
+    from dlopt.trained.predict_tables import is_table_of_parquet
     from dlopt.trained.restore import restore
 
     if (images is None) == (file is None):
         raise UserError("images, file: one of them is required: images=FOLDER, or file=FILE for a table or a text")
     found = None if images is None else image_files(images)
-    target = _target(output, file, is_table=file is not None and is_parquet(file))
+    target = _target(output, file, is_table=file is not None and is_table_of_parquet(file))
 
     keys = take_process_keys(changes, "predict")
     trained = restore(path, changes, lambda device: join_processes(device, keys))

@@ -16,13 +16,12 @@ from dlopt.basics.formats import format_count
 from dlopt.data.checks import LEFT_OUT, listed
 from dlopt.data.csv_file import Doubts, Header, read_chunks, read_header
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.parquet import open_parquet
+from dlopt.data.parquet import is_parquet, open_parquet
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.regression import Regression
 from dlopt.trained.predict_output import Column
 from dlopt.trained.restore import Trained
 
-MAGIC = b"PAR1"  # the first bytes of a Parquet file
 _DELIMITERS = ",;\t|"
 _DIGITS = ".7g"  # of values: float32 has seven
 
@@ -46,15 +45,14 @@ def naming_the_key() -> Iterator[None]:
         raise UserError(str(error).replace("data.file", "file", 1)) from None
 
 
-def is_parquet(file: str) -> bool:
+def is_table_of_parquet(file: str) -> bool:
     """Returns whether a file is a Parquet file. Raises `UserError` if it cannot be read."""
     if os.path.isdir(file):
         raise UserError(f"file={file}: is a folder; must be a file")
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise UserError(f"file={file}: cannot be read ({error.strerror})") from None
+    if not os.access(file, os.R_OK):
+        reason = "Permission denied" if os.path.exists(file) else "No such file or directory"
+        raise UserError(f"file={file}: cannot be read ({reason})")
+    return is_parquet(file)
 
 
 class CsvTable:
@@ -213,7 +211,9 @@ def predict_table(
     if probabilities is not None and not is_class:
         raise UserError(f"probabilities={probabilities}: only a classification has this key; leave it out")
     features = _feature_columns(trained, path)
-    table = ParquetTable(file) if is_parquet(file) else CsvTable(file, features.delimiter, [*features.required])
+    table = (
+        ParquetTable(file) if is_table_of_parquet(file) else CsvTable(file, features.delimiter, [*features.required])
+    )
     notes = [*table.notes]
     if features.features:
         _refuse_missing(file, features, table.names)

@@ -17,7 +17,7 @@ from dlopt.losses import MSE
 from dlopt.metrics.text import bits_per_byte
 from dlopt.tasks.text import NextToken
 from dlopt.trained.predict_output import Column
-from dlopt.trained.predict_tables import is_parquet, naming_the_key
+from dlopt.trained.predict_tables import is_table_of_parquet, naming_the_key
 from dlopt.trained.restore import Trained
 
 Unit = Literal["line", "document", "window"]
@@ -166,7 +166,7 @@ def predict_text(trained: Trained, path: Path, file: str, batch_size: int | None
         text = _by_window(tokens, None, length, file)
     else:
         column = trained.config["data"].get("column")
-        is_table = is_parquet(file)
+        is_table = is_table_of_parquet(file)
         unit = unit or ("document" if is_table else "line")
         with naming_the_key():
             content, notes = read_text(file, column, is_table=is_table)
