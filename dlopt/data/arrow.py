@@ -285,7 +285,10 @@ def _file(value: Mapping[str, Any], where: str, roots: Sequence[str] = ()) -> by
 def _number(table: Any, name: str, index: int, key: str) -> float:
     kind = table.schema.field(name).type
     if not _is_number(kind):
-        raise UserError(f"data.input: the column {name} has the type {kind}; several columns must all be numbers")
+        raise UserError(
+            f"data.input: the column {name} has the type {kind}; several columns must all be numbers (for categories, "
+            "dates and gaps: data=table)"
+        )
     value = table.column(name)[index].as_py()
     if value is None or not abs(value) <= LARGEST:  # also NaN
         raise UserError(f"{key}, row {index}: {name} is {value}, not a finite number of float32")
