@@ -192,6 +192,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _columns(value: Any) -> Any:
+    try:
+        FeatureColumns.restored(_plain(value))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"describes no columns: {error}") from None
+    return value
+
+
 _Count = Annotated[StrictInt, Field(ge=0, le=2**53)]
 _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Float = Annotated[float, Field(strict=True)]
@@ -206,7 +214,7 @@ class _Data(TypedDict):
     sample: _Shape
     window: _Shape
     tokenizer: NotRequired[StrictStr]
-    columns: NotRequired[Annotated[dict[StrictStr, Any], AfterValidator(_plain)]]
+    columns: NotRequired[Annotated[dict[StrictStr, Any], AfterValidator(_columns)]]
     identity: Annotated[dict[StrictStr, Any], AfterValidator(_plain)] | None
 
 
