@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from dlopt.trained.ensemble import Tested
 
 _READS = (
-    "data", *INFERENCE, "channels_last", "compile", "deterministic", "norm_statistics", "allow_packages", "parallel"
+    "data", "validation", *INFERENCE, "channels_last", "compile", "deterministic", "norm_statistics", "allow_packages",
+    "parallel",
 )  # fmt: skip
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
 USAGE = """\
-Evaluate a checkpoint, an ensemble or the weights of another tool on the test set
+Evaluate a checkpoint, an ensemble or the weights of another tool on the test set and the named validation sets
 
 Usage: dlopt eval RUN [tta=CHOICE] [key=value]                    # RUN: a run, a checkpoint, or a sweep
        dlopt eval init_from=FILE model=CHOICE data=CHOICE [tta=CHOICE] [key=value]
@@ -119,7 +120,7 @@ def _evaluate_weights(
     from dlopt.machine.device import choose_device
     from dlopt.models.foreign import advice
     from dlopt.trained.ensemble import test
-    from dlopt.training.builders.workload import build_workload, load_weights
+    from dlopt.training.builders.workload import build_workload, load_weights, with_validation_sets
 
     command_overrides = [each for each in line.overrides if key_of(each).startswith(("tta.", "parallel"))]
     values = {key_of(override): override.value() for override in line.composer.parse(command_overrides)}
@@ -129,6 +130,8 @@ def _evaluate_weights(
     path = Path(run_config.settings.init_from or "")
     mode = join_processes(choose_device(run_config.settings.device), processes)
     workload = build_workload(run_config, parallel=mode)
+    if run_config.validation:
+        workload = with_validation_sets(workload)
     lines = load_weights(workload.module, path, complete=True, classes=workload.class_names)
     tested = test([path], [workload], average, views, tta)
     if tested.report.confusion is not None:
@@ -145,7 +148,7 @@ def _finish(
     is_averaged = views is not None or isinstance(source.get("checkpoint"), list)
     crops = {"name": tta, **({} if views is None else vars(views))}
     record = {**source, "tta": crops, "average": tested.average if is_averaged else None}
-    lines += [*tested.problems, *evaluation.class_lines(tested)]
+    lines += [*tested.problems, *evaluation.set_lines(tested), *evaluation.class_lines(tested)]
     if folder is not None:
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)

@@ -77,9 +77,11 @@ def _train(parsed: Namespace, show: Show | None) -> int:
         return _follow(parsed, world)
     composer = Composer(parsed.config_name, parsed.config_dir)
     typed = parsed.overrides
-    parsed.overrides = inherit(composer, with_folder(typed, parsed.multirun))
     if parsed.multirun:
-        return _sweep(composer, parsed.overrides, show)
+        from dlopt.sweeps.branches import branched
+
+        return _sweep(composer, branched(composer, with_folder(typed, multirun=True)), show)
+    parsed.overrides = inherit(composer, with_folder(typed, multirun=False))
     overrides = composer.parse(parsed.overrides)
     if parsed.hydra_help or parsed.cfg or parsed.info:
         shown = composer.compose(overrides)  # has clearer error messages than Hydra

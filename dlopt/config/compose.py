@@ -18,9 +18,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import UserError, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.interruption import signals_deferred
+from dlopt.config import validation_sets
 from dlopt.config.choices import CONFIG_NAME, config_folder, search, version_base
 from dlopt.config.config_dir import ConfigDir
 from dlopt.config.flags import register_plugins
@@ -66,7 +67,7 @@ class Composer:
     def compose(self, overrides: Iterable[str | Override], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
         parsed = self._with_callables(self.parse(overrides))
-        parsed = [_forced(each) if _has_new_keys(each) else each for each in parsed]
+        parsed = [_forced(each) if _has_new_keys(each) or _is_of_validation_set(each) else each for each in parsed]
         check_overrides(parsed, self, multirun)
         # A signal waits: Hydra's and OmegaConf's clean-up turns its exception into an AssertionError, or drops it.
         with signals_deferred():
@@ -138,6 +139,7 @@ class Composer:
             more = [] if multirun else pretrained_overrides(config, parsed)
             if more:
                 config = self._compose([*parsed, *self.parse(more)])
+            validation_sets.complete(config, self._data_of)
             return config
         except RecursionError:
             folder = "" if self.config_dir is None else f"--config-dir={self.config_dir}: "
@@ -151,6 +153,13 @@ class Composer:
             raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"a config file cannot be read: {first_lines(error)}") from None
+
+    def _data_of(self, choice: str, key: str) -> DictConfig:
+        """Returns the block of a choice of the group data with its default values. `key`: of the choice, for errors."""
+        if choice not in (names := self.choices("data")):
+            hint = suggest(choice, names, "dlopt options data", prefix=f"{key}=", title="choices")
+            raise UserError(f"{key}={choice}: unknown choice; {hint}")
+        return self._compose(self.parse([f"data={choice}"])).data
 
     def _compose(self, overrides: list[Override], multirun: bool = False) -> DictConfig:
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
@@ -292,6 +301,12 @@ def _has_new_keys(override: Override) -> bool:
     if not isinstance(value, dict) or override.type is not OverrideType.CHANGE:
         return False
     return "_target_" in value or group_of(override) in entries("dlopt.series")
+
+
+def _is_of_validation_set(override: Override) -> bool:
+    """Returns whether an override sets a key of a named validation set, which it may be the first to name."""
+    is_key = override.key_or_group.startswith(f"{validation_sets.KEY}.")
+    return is_key and override.type is OverrideType.CHANGE and not override.is_sweep_override()
 
 
 def _forced(override: Override) -> Override:

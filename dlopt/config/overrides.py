@@ -31,8 +31,10 @@ TEXTS = (  # keys whose values are texts, never numbers: often dates
 _NUMBER = r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d[\d_]*)?|nan|inf"  # as Hydra reads it
 _MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
 OUTPUT = "output"  # the folder of a run or sweep, as of the other commands
-SEEDS, SPACE, TRIALS, WAIT = "seeds", "space", "trials", "wait"  # words of a sweep, which are no keys of its jobs
-SWEEP_WORDS = (SEEDS, SPACE, TRIALS, WAIT)
+# Words of a sweep, which are no keys of its jobs.
+SEEDS, SPACE, TRIALS, WAIT, AT = "seeds", "space", "trials", "wait", "at"
+BRANCH = "branch"  # the axis that `at` becomes
+SWEEP_WORDS = (SEEDS, SPACE, TRIALS, WAIT, AT)
 
 
 def key_of(override: "str | Override") -> str:

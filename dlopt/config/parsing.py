@@ -8,12 +8,13 @@ from dlopt.basics.errors import UserError
 from dlopt.config.early_checks import run_settings
 from dlopt.config.parameters import show
 from dlopt.config.rules import check_combinations
-from dlopt.config.run_config import GROUPS, RunConfig
-from dlopt.config.schema import Component, check_arguments, component, resolve_target, trusted_packages
+from dlopt.config.run_config import GROUPS, RunConfig, ValidationSet
+from dlopt.config.schema import Component, check_arguments, check_value, component, resolve_target, trusted_packages
 from dlopt.config.settings_rules import check_run_monitor
 from dlopt.config.user_parts import user_metrics, user_observers
+from dlopt.config.validation_sets import CHOICE, KEY, USE, Use, check_names
 from dlopt.metrics.declaration import Direction
-from dlopt.metrics.names import Metric, base_name, known_direction
+from dlopt.metrics.names import Metric, base_name, known_direction, without_set
 
 
 def parse(
@@ -29,7 +30,8 @@ def parse(
     settings = run_settings(config)
     packages = trusted_packages(settings.allow_packages)
     directions = _directions(config, packages)
-    mode = settings.monitor_mode or directions.get(base_name(settings.monitor))
+    metric = without_set(settings.monitor, settings.validation or ())
+    mode = settings.monitor_mode or directions.get(base_name(metric))
     settings = replace(settings, monitor_mode=mode, directions=directions or None)
     check_run_monitor(settings, directions)
     components: dict[str, Any] = {}
@@ -64,11 +66,25 @@ def parse(
         config={**{key: to_save[key] for key in [*(key for key in config if key not in GROUPS), *GROUPS]}, **declared},
         user_metrics=user_metrics(settings.evaluate.metrics, packages),
         user_observers=user_observers(config["observers"], packages),
+        validation=_validation_sets(settings.validation or {}, packages),
         auto_lr=config["optimizer"].get("lr") == "auto",
         **components,
     )
+    check_names(run_config.validation, [*run_config.user_metrics, *run_config.directions])
     check_combinations(run_config)
     return run_config
+
+
+def _validation_sets(blocks: Mapping[str, Mapping[str, Any]], packages: tuple[str, ...]) -> dict[str, ValidationSet]:
+    """Checks the completed blocks of `validation`."""
+    group, sets = GROUPS["data"], {}
+    for name, block in blocks.items():
+        key = f"{KEY}.{name}"
+        node = {key: value for key, value in block.items() if key not in (CHOICE, USE)}
+        data = component(key, node, (*group.runtime, *group.common_names), packages, related=(CHOICE, USE))
+        use = check_value(f"{key}.{USE}", block.get(USE), Use | None)
+        sets[name] = ValidationSet(replace(data, name=block.get(CHOICE, "")), use)
+    return sets
 
 
 def _directions(config: Mapping[str, Any], packages: tuple[str, ...]) -> dict[str, Direction]:

@@ -58,6 +58,7 @@ class Plan:
         subfolder: of a job, below the folder of its sweep (hydra.sweep.subdir).
         flags: --config-dir and --config-name of the command line, which a command that repeats the run needs.
         config: as composed, with Hydra's node; None for a job of a sweep, which no longer needs it.
+        branches_from: the checkpoint of another run from which a job of a sweep continues; "" for none.
     """
 
     overrides: "tuple[Override, ...]"
@@ -67,6 +68,7 @@ class Plan:
     subfolder: str = ""
     flags: tuple[str, ...] = ()
     config: DictConfig | None = field(default=None, repr=False, compare=False)
+    branches_from: str = ""
 
     @property
     def saved(self) -> Mapping[str, Any]:

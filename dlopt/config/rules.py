@@ -14,7 +14,7 @@ from dlopt.config.settings_rules import check_monitor
 from dlopt.data.generated import drawn
 from dlopt.init import default
 from dlopt.losses import Distillation
-from dlopt.metrics.names import Direction, Metric, known_direction
+from dlopt.metrics.names import Direction, Metric, known_direction, without_set
 from dlopt.optim import Prodigy
 from dlopt.optim.traits import is_schedule_free
 from dlopt.tasks.user import UserTask
@@ -105,33 +105,34 @@ def _check_own_task(run_config: RunConfig) -> None:
 def _check_monitors(run_config: RunConfig) -> None:
     """Checks the monitored metrics and their directions; with monitor=auto, the task knows which one it is."""
     settings, user_metrics = run_config.settings, [Metric("val", name).column for name in run_config.own_metrics]
-    direction, plateau = settings.monitor_mode, run_config.schedule.arguments
+    direction, plateau, sets = settings.monitor_mode, run_config.schedule.arguments, run_config.validation
     monitors = {"monitor": settings.monitor}
     if "monitor" in run_config.stopping.arguments:
         monitor = monitors["stopping.monitor"] = run_config.stopping.arguments["monitor"]
         if monitor != "train_loss" or "value" not in run_config.stopping.arguments:  # stopping=target: debug=overfit
-            check_monitor("stopping.monitor", monitor, run_config.own_metrics, direction)
+            check_monitor("stopping.monitor", monitor, run_config.own_metrics, direction, sets)
     if "monitor" in plateau:
         metric, of_plateau = plateau["monitor"], plateau.get("mode", "auto")
-        known = known_direction(metric) or (direction if metric in monitors.values() else None)
+        known = known_direction(without_set(metric, sets)) or (direction if metric in monitors.values() else None)
         if of_plateau != "auto" and known not in (None, of_plateau):
             raise UserError(
                 f"schedule.mode={of_plateau}: {metric} is better when {_BETTER[known]}; set schedule.mode=auto"
             )
         if of_plateau == "auto":
             monitors["schedule.monitor"] = metric
-        if of_plateau == "auto" and metric in user_metrics:
-            check_monitor("schedule.monitor", metric, run_config.own_metrics, direction)
+        if of_plateau == "auto" and without_set(metric, sets) in user_metrics:
+            check_monitor("schedule.monitor", metric, run_config.own_metrics, direction, sets)
     if direction is None:
         return
-    described = dict.fromkeys(metric for metric in monitors.values() if metric in user_metrics)
+    metrics = [without_set(monitor, sets) for monitor in monitors.values()]
+    described = dict.fromkeys(metric for metric in metrics if metric in user_metrics)
     if len(described) > 1:
         raise UserError(
             f"monitor_mode={direction}: cannot hold for {' and '.join(described)}, which are two metrics of your own; "
             "monitor one of them"
         )
     if not described and settings.monitor != "auto":
-        check_direction(settings.monitor, direction)
+        check_direction(without_set(settings.monitor, sets), direction)
 
 
 _BETTER = {"min": "smaller", "max": "larger"}

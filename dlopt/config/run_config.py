@@ -1,16 +1,18 @@
 """The checked config of a run: one component per group, the keys that a group's choices share, the run's settings."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from dlopt.basics.secrets import forget
 from dlopt.config.schema import Component
 from dlopt.config.settings import GROUPS as RUNTIME
 from dlopt.config.settings import Settings as Settings
-from dlopt.data.columns import TableEncoding
+from dlopt.config.validation_sets import Use
+from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.settings import DataSettings
 from dlopt.metrics.declaration import Direction
+from dlopt.metrics.names import known_direction, without_set
 from dlopt.optim.parameters import Grouping
 from dlopt.schedules import Factor, Horizon, Warmup
 from dlopt.schedules.decay import DecaySettings
@@ -38,6 +40,14 @@ GROUPS: Mapping[str, ConfigGroup] = {name: ConfigGroup(runtime, _COMMON.get(name
 
 
 @dataclass(frozen=True)
+class ValidationSet:
+    """The data of `validation.NAME`. `use`: the split; None for the first one that exists of val, test and train."""
+
+    data: Component
+    use: Use | None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     settings: Settings
     data: Component
@@ -62,6 +72,7 @@ class RunConfig:
     config: Mapping[str, Any] = field(repr=False)  # as saved: resolved, except for values from environment variables
     user_metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # of evaluate.metrics, by name
     user_observers: Sequence[Component] = ()
+    validation: Mapping[str, ValidationSet] = field(default_factory=dict)  # by name
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first
 
     @property
@@ -76,22 +87,39 @@ class RunConfig:
 
     def build_schedule(self, horizon: Horizon) -> Factor:
         """Builds the schedule for a run of this length, without its warmup."""
-        factor: Factor = self.schedule.build(horizon=horizon, monitor_mode=self.settings.monitor_mode)
+        direction = self.direction_of(self.schedule.arguments.get("monitor", "auto"))
+        factor: Factor = self.schedule.build(horizon=horizon, monitor_mode=direction)
         return factor
+
+    def direction_of(self, monitor: str) -> Direction | None:
+        """Returns `monitor_mode`, or the direction of a metric of dlopt on a named validation set."""
+        metric = without_set(monitor, self.validation)
+        known = None if metric == monitor else known_direction(metric)
+        return known or self.settings.monitor_mode
 
     def read_data(
         self,
         settings: DataSettings | None = None,
         *,
         saved_tokenizer: str | None = None,
-        saved_encoding: TableEncoding | None = None,
+        saved_columns: FeatureColumns | None = None,
     ) -> Any:
         """Returns the `Dataset`, before the settings of all datasets are applied. Raises `UserError`.
 
-        `settings`: None for the config's. `saved_tokenizer`: of a checkpoint; None for the config's. `saved_encoding`:
-        of the columns of a table; None to learn it.
+        `settings`: None for the config's. `saved_tokenizer`: of a checkpoint; None for the config's.
+        `saved_columns`: of the table of a checkpoint; None to learn what the columns are.
         """
         keys = vars(self.data_settings if settings is None else settings)
-        dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer, saved_encoding=saved_encoding)
+        dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer, saved_columns=saved_columns)
+        forget(dataset.classes or ())
+        return dataset
+
+    def read_validation_set(self, name: str, **trained: Any) -> Any:
+        """Returns the `Dataset` of `validation.NAME`, of which no part is split off. Raises `UserError`.
+
+        `trained`: what is known only from the training data: `saved_tokenizer`, `saved_columns`.
+        """
+        keys = vars(replace(self.data_settings, val_split=0.0, subset=None, label_noise=0.0))
+        dataset = self.validation[name].data.build(**keys, **trained)
         forget(dataset.classes or ())
         return dataset

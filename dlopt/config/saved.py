@@ -16,6 +16,7 @@ from dlopt.config.overrides import parse_overrides, parts_of, quoted, single_val
 from dlopt.config.parameters import show
 from dlopt.config.reads import unavailable
 from dlopt.config.synonyms import for_flag
+from dlopt.config.validation_sets import KEY
 
 
 def typed_values(arguments: Iterable[str]) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
     config = OmegaConf.create({**saved, "parallel": single, "allow_packages": trusted})
     OmegaConf.set_struct(config, True)
     for key, value in changes.items():
-        if isinstance(saved.get(key), Mapping):
+        if isinstance(saved.get(key), Mapping) and (key, value) != (KEY, None):  # null: without the validation sets
             raise UserError(
                 f"{key}={show(value)}: the checkpoint fixes the choices; only their keys can be set: {key}.KEY=VALUE"
             )

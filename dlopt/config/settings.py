@@ -14,7 +14,7 @@ from dlopt.metrics.declared import REQUESTABLE
 from dlopt.tracking.sinks import Sink
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "data": ("saved_tokenizer", "saved_encoding"),
+    "data": ("saved_tokenizer", "saved_columns"),
     "normalize": ("input_shape",),
     "sampler": ("targets", "samples", "batch_size", "seed"),
     "augmentation": ("input_shape", "classes", "train"),
@@ -127,6 +127,7 @@ class Settings:
     norm_statistics: Annotated[Literal["running", "exact"], Role.PROTOCOL]
     monitor: Annotated[str, Role.PROTOCOL]
     monitor_mode: Annotated[Direction | None, Role.PROTOCOL]
+    validation: Annotated[dict[str, dict[str, Any]] | None, Role.PROTOCOL] = None  # see `dlopt.config.validation_sets`
     evaluate: EvaluateSettings
     checkpoint: CheckpointSettings
     tracking: Annotated[list[Sink], Role.WATCH]

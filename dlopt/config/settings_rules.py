@@ -8,7 +8,7 @@ from typing import Any
 from dlopt.basics.errors import UserError, did_you_mean, install
 from dlopt.config.settings import Settings
 from dlopt.metrics.declared import DECLARED
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Direction, Metric
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Direction, Metric, without_set
 
 _MAX_NAME = 100
 MONITORS = ("auto", VAL_LOSS.column, VAL_ACCURACY.column)
@@ -67,19 +67,26 @@ def _check_tracking(sinks: list[Any]) -> None:
 def check_run_monitor(settings: Settings, values: Iterable[str] = ()) -> None:
     """Checks the metric `monitor`. `values`: names of those of a task of the user's own. Raises `UserError`."""
     functions = [entry.rpartition(".")[2] for entry in settings.evaluate.metrics if "." in entry]
-    check_monitor("monitor", settings.monitor, [*functions, *values], settings.monitor_mode)
+    user_metrics = [*functions, *values]
+    check_monitor("monitor", settings.monitor, user_metrics, settings.monitor_mode, settings.validation or ())
 
 
-def check_monitor(key: str, monitor: str, user_metrics: Iterable[str], direction: Direction | None) -> None:
-    """Raises `UserError` for an unknown metric, and for one of `user_metrics` without a `direction`."""
+def check_monitor(
+    key: str, monitor: str, user_metrics: Iterable[str], direction: Direction | None, sets: Iterable[str]
+) -> None:
+    """Raises `UserError` for an unknown metric, and for one of `user_metrics` without a `direction`.
+
+    `sets`: names of the validation sets that have one.
+    """
     user_metrics = [Metric("val", name).column for name in user_metrics]
-    allowed = (*dict.fromkeys([*MONITORS, *_NAMED]), *user_metrics)
-    if monitor in user_metrics and direction is None:
+    allowed = (*dict.fromkeys([*MONITORS, *_NAMED]), *user_metrics, *(VAL_LOSS.on_set(name).column for name in sets))
+    metric = without_set(monitor, sets)
+    if metric in user_metrics and direction is None:
         raise UserError(
             f"{key}={monitor}: whether smaller or larger values of your own metric are better must be set: "
             "monitor_mode=min or monitor_mode=max"
         )
-    if monitor not in allowed and not monitor.startswith(_OF_CLASSES):
+    if metric not in allowed and not metric.startswith(_OF_CLASSES):
         raise UserError(
             f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"
             f"allowed: {', '.join([*allowed, *(f'{each}NAME' for each in _OF_CLASSES)])}"

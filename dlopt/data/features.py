@@ -11,7 +11,7 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
 from dlopt.data.checks import natural
-from dlopt.data.columns import Column, TableEncoding
+from dlopt.data.columns import Column
 from dlopt.data.digits import read_bundled
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.normalization import moments
@@ -38,7 +38,7 @@ def table(
     categories: tuple[str, ...] = (),  # runs from before these keys have none
     dates: tuple[str, ...] = (),
     numbers: tuple[str, ...] = (),
-    saved_encoding: TableEncoding | None,
+    saved_columns: FeatureColumns | None,
 ) -> Dataset:
     """Loads a CSV file with a header line, or a Parquet file: float32 [N, F], and classes int64 [N] or values [N].
 
@@ -53,11 +53,12 @@ def table(
         labels: class names, or numbers for regression.
         standardize_target: see `_dataset`.
         split_column: column with train, val or test; None: `test_split` of the rows are the test set, always the same.
-        saved_encoding: of a checkpoint; None to decide what the columns are.
+        saved_columns: of a checkpoint, or of the training data; None to decide what the columns are.
 
     Raises:
         UserError: the file or a column is missing, or columns have problems.
     """
+    encoding = None if saved_columns is None else saved_columns.encoding
     read = read_table(
         file=file,
         delimiter=delimiter,
@@ -69,11 +70,17 @@ def table(
         labels=labels,
         standardize_target=standardize_target,
         split_column=split_column,
-        kinds=None if saved_encoding is None else saved_encoding.kinds,
+        kinds=None if encoding is None else encoding.kinds,
     )
-    described = FeatureColumns(read.names, read.target, read.others, read.delimiter, encoding=saved_encoding)
+    described = FeatureColumns(read.names, read.target, read.others, read.delimiter, encoding=encoding)
     dataset = _dataset(
-        read.features, read.answers, read.parts, test_split, described, standardize_target=standardize_target
+        read.features,
+        read.answers,
+        read.parts,
+        test_split,
+        described,
+        standardize_target=standardize_target,
+        saved=saved_columns,
     )
     count, unit = len(read.names), "feature" if isinstance(read.features, np.ndarray) else "column"
     dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.target}"
@@ -91,11 +98,13 @@ def wine(*, test_split: Fraction) -> Dataset:
     return _bundled_classes("wine_data.csv", test_split)
 
 
-def diabetes(*, standardize_target: bool, test_split: Fraction) -> Dataset:
+def diabetes(*, standardize_target: bool, test_split: Fraction, saved_columns: FeatureColumns | None) -> Dataset:
     """Loads the diabetes data (Efron, Hastie, Johnstone & Tibshirani 2004): 442 x 10, one value, in their own units."""
     inputs = np.loadtxt(_bundled("diabetes_data_raw.csv.gz"))
     values = np.loadtxt(_bundled("diabetes_target.csv.gz"))
-    return _dataset(inputs, values, None, test_split, _UNNAMED, standardize_target=standardize_target)
+    return _dataset(
+        inputs, values, None, test_split, _UNNAMED, standardize_target=standardize_target, saved=saved_columns
+    )
 
 
 def _bundled_classes(name: str, test_split: float) -> Dataset:
@@ -117,6 +126,7 @@ def _dataset(
     columns: FeatureColumns,
     *,
     standardize_target: bool = False,
+    saved: FeatureColumns | None = None,
 ) -> Dataset:
     """Builds the splits from inputs [N, F], or columns [N], and class names, or values [N].
 
@@ -125,6 +135,7 @@ def _dataset(
         columns: of the table, without the scale of the target.
         standardize_target: scales values to mean 0 and standard deviation 1 over the rows that are not for testing.
             A constant only becomes 0. Loss and outputs are then in these units; the notes name the constants.
+        saved: columns of the training data, whose scale of the targets holds for other data, too.
     """
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
@@ -145,14 +156,17 @@ def _dataset(
         names[split(samples, count, _TEST_SEED, keep_one=True)[0].numpy()] = "test"
     rows = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in SPLITS}
     if classes is None:
-        scale = (0.0, 1.0)
-        if standardize_target:
+        if saved is not None:
+            columns = replace(columns, mean=saved.mean, scale=saved.scale)
+        elif standardize_target:
             known = targets[rows["train"]]
             mean, deviation = moments(InMemory(known[:, None], known))
-            scale = mean.item(), deviation.item()
-            columns = replace(columns, mean=scale[0], scale=scale[1])
-            notes = (f"targets and outputs: (value - {scale[0]:.6g}) / {scale[1]:.6g} (data.standardize_target)",)
-        samples.targets = ((targets - scale[0]) / scale[1]).float()
+            columns = replace(columns, mean=mean.item(), scale=deviation.item())
+        if standardize_target:
+            notes = (
+                f"targets and outputs: (value - {columns.mean:.6g}) / {columns.scale:.6g} (data.standardize_target)",
+            )
+        samples.targets = ((targets - columns.mean) / columns.scale).float()
     train = samples.select(rows["train"])
     val, test = (samples.select(rows[part]) if len(rows[part]) else None for part in ("val", "test"))
     for part, held_out in (("val", val), ("test", test)):

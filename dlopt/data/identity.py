@@ -61,8 +61,9 @@ def difference(saved: Identity | None, current: Identity | None) -> str | None:
     """Describes the first difference between two identities; None if there is none, or one of them is unknown."""
     if saved is None or current is None:
         return None
-    for split in SPLITS:
-        old, new, name = saved.get(split), current.get(split), _NAMES[split]
+    named = [key for key in saved if key not in SPLITS and key in current]  # validation sets with a name
+    for split in (*SPLITS, *named):
+        old, new, name = saved.get(split), current.get(split), _NAMES.get(split, split)
         if old is None and new is None:
             continue
         if old is None or new is None:

@@ -27,7 +27,7 @@ class DataSettings:
     split_seed: Annotated[Seed, Role.SEED]
     label_noise: Annotated[Fraction, Role.IDENTITY] = 0.0
     image_size: Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, Role.IDENTITY] = None
-    memory: Annotated[Literal["auto"] | bool, Role.PLACE]
+    memory: Annotated[bool | Literal["auto"], Role.PLACE]
     workers: Annotated[Natural | Literal["auto"], Role.PLACE]
     statistics_samples: Annotated[Count | None, Role.IDENTITY] = 5000
     drop_last: Annotated[bool, Role.IDENTITY]

@@ -15,7 +15,7 @@ from dlopt.data.images import resize, size_pair
 from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.records import Records
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
+from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, white, whole_images
 from dlopt.data.settings import DataSettings as DataSettings
 from dlopt.data.table_rows import TableRows, encoded
 from dlopt.data.windows import Windows
@@ -102,6 +102,24 @@ def prepare(
     loaded = stored | {"train": train, "val": val} if contents(stored["train"]) is None else stored
     found = _equal_samples(dataset, loaded, stored) if compare else ()
     return replace(dataset, train=train, val=val, test=test, in_memory=in_memory, notes=(*dataset.notes, *found))
+
+
+def with_validation_set(
+    dataset: Dataset, samples: Samples, settings: DataSettings, *, device: torch.device, processes: int
+) -> Dataset:
+    """Returns a prepared dataset with other samples as its validation set, at its image size.
+
+    They are kept in memory if its own samples are, and if these fit as well. Raises `UserError`.
+    """
+    samples = _resized(samples, size_pair(settings.image_size))
+    shape = dataset.train.shape
+    if samples.shape != shape:
+        images = "; for images of several sizes, set data.image_size" if len(shape) == 3 else ""
+        raise UserError(f"its samples have the shape {list(samples.shape)}, training samples {list(shape)}{images}")
+    if (largest := white(samples)) != dataset.task.white:
+        raise UserError(f"its pixels are in 0..{largest:g}, those of the training images in 0..{dataset.task.white:g}")
+    in_memory = dataset.in_memory and _load_into_memory([samples], settings, device, processes)
+    return replace(dataset, val=samples, in_memory=in_memory)
 
 
 def _equal_samples(

@@ -12,6 +12,8 @@ from dlopt.basics.formats import format_number, format_percent
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redacted
 from dlopt.instruments import reconstructions
+from dlopt.metrics.names import set_of, without_set
+from dlopt.metrics.shown import format_metric, live_name
 from dlopt.parallel.mode import Mode
 from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.trained.ensemble import Tested
@@ -32,6 +34,19 @@ def class_lines(tested: Tested) -> list[str]:
         title = "lowest average precisions" if is_label else "lowest accuracies"
         rows = sorted(rows, key=lambda row: row[name])[:5]
     return [f"{title}: " + ", ".join(f"{row['class']} {show(row[name])}" for row in rows)]
+
+
+def set_lines(tested: Tested) -> list[str]:
+    """Returns a line with the metrics of each named validation set."""
+    lines = []
+    for name in tested.sets:
+        shown = []
+        for column, value in tested.report.metrics.items():
+            if set_of(column, [name]):
+                metric = without_set(column, [name])
+                shown.append(f"{live_name(metric)} {format_metric(metric, value)}")
+        lines.append(f"validation set {name}: {', '.join(shown)}")
+    return lines
 
 
 def write(folder: Path, record: Mapping[str, Any], tested: Tested) -> dict[str, Path]:

@@ -85,8 +85,29 @@ class Metric:
         _, has_class, name = self.name.partition("/")
         return name if has_class else None
 
+    def on_set(self, name: str) -> "Metric":
+        """Returns this metric of a validation set with a name: val_NAME_loss."""
+        return Metric(self.split, f"{name}_{self.name}")
+
 
 VAL_LOSS, VAL_ACCURACY = Metric("val", "loss"), Metric("val", "accuracy")
+
+
+def on_set(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Returns metrics of a validation set with a name by its columns: val_NAME_loss for val_loss."""
+    metrics = ((Metric.of(column), value) for column, value in values.items())
+    return {metric.on_set(name).column: value for metric, value in metrics if metric is not None}
+
+
+def set_of(column: str, sets: Iterable[str]) -> str:
+    """Returns the name of the validation set in a column: shifted of val_shifted_loss; "" if it has none."""
+    return next((name for name in sets if column.startswith(Metric("val", f"{name}_").column)), "")
+
+
+def without_set(column: str, sets: Iterable[str]) -> str:
+    """Returns the column without the name of a validation set: val_loss for val_shifted_loss; others are unchanged."""
+    name = set_of(column, sets)
+    return Metric("val", column.removeprefix(Metric("val", f"{name}_").column)).column if name else column
 
 
 def tag_of(column: str) -> str:
@@ -202,10 +223,16 @@ def finite(value: float | None) -> float:
 
 
 def monitored_directions(config: Mapping[str, Any]) -> dict[str, Direction]:
-    """Returns the directions of the user's metrics that a run monitors. `config`: its values by dotted key."""
+    """Returns the directions of the user's metrics that a run monitors, and of all metrics on named validation sets.
+
+    `config`: its values by dotted key.
+    """
     directions: dict[str, Direction] = {
         key.removeprefix("directions."): direction for key, direction in config.items() if key.startswith("directions.")
     }
+    sets = dict.fromkeys(key.split(".")[1] for key in config if key.startswith("validation."))
+    on_sets = {f"{each}_{name}": known for each in sets for name, known in {**_DIRECTIONS, **directions}.items()}
+    directions |= on_sets
     run_direction = config.get("monitor_mode")
     for key in _MONITORS:
         metric, direction = config.get(key, "auto"), run_direction

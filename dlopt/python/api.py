@@ -17,7 +17,6 @@ from dlopt.basics.errors import USER_ERROR, ReportedError, RunError, UserError
 from dlopt.commands.find_lr import learning_rates
 from dlopt.config.compose import Composer
 from dlopt.config.flags import parse_arguments
-from dlopt.config.inherit import inherit
 from dlopt.config.overrides import quoted, with_folder
 from dlopt.config.packages import series_of
 from dlopt.config.parameters import show
@@ -30,6 +29,7 @@ from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
 from dlopt.run.runner import run_plan
 from dlopt.sweeps import sweep as sweeps
+from dlopt.sweeps.branches import branched
 
 __all__ = [
     "LearningRates", "Model", "Prediction", "Run", "Runs",
@@ -90,7 +90,7 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
     redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with preserve_global_state("sweep()"), _hidden_main(), redirected[0], redirected[1]:
         composer = Composer()
-        words = inherit(composer, with_folder(parse_arguments(["-m", *lines]).overrides, multirun=True))
+        words = branched(composer, with_folder(parse_arguments(["-m", *lines]).overrides, multirun=True))
         request = sweeps.request(composer, words)
         if request.config.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")

@@ -123,7 +123,7 @@ def _find_folder(
     if source is None or checkpoint is None or target == source:
         return target, checkpoint, _run_id(target, checkpoint)
     run_id = _run_id(target)
-    _copy_history(source, target, checkpoint.best_epoch, run_id)
+    copy_history(source, target, checkpoint.best_epoch, run_id)
     return target, checkpoint, run_id
 
 
@@ -174,7 +174,7 @@ def _load(resume: str) -> "Checkpoint":
         raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
 
 
-def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None, run_id: str) -> None:
+def copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None, run_id: str) -> None:
     """Copies the metrics and the best model of a run that is resumed in another folder.
 
     Tracking removes the metrics after the checkpoint. The best model is copied only if it belongs to the checkpoint,
@@ -189,4 +189,4 @@ def _copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None
     best = Checkpoints(source.checkpoints).best
     with contextlib.suppress(UserError):
         if best_epoch is not None and load(best).evaluated_epoch == best_epoch:
-            Checkpoints(target.checkpoints).adopt_best(best, run_id)
+            Checkpoints(target.checkpoints).adopt(best, run_id, "best")

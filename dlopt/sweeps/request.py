@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest, refuse_links, short_path
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.compose import Composer
-from dlopt.config.overrides import Axis
+from dlopt.config.overrides import BRANCH, Axis
 from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
@@ -102,9 +102,14 @@ class SweepRequest:
         job = as_job(checked(config, parsed, self.overrides, self.composer.flags, self.later), number, parsed)
         refuse_untested(job.saved, parsed)
         self._check_size(job.run_config)
-        if job.saved["resume"] not in (None, "auto"):
-            raise UserError(f"resume={job.saved['resume']}: not supported in a sweep; use resume=auto")
-        return job
+        if (resume := job.saved["resume"]) in (None, "auto"):
+            return job
+        if not any(axis.name == BRANCH for axis in self.axes):
+            raise UserError(f"resume={resume}: not supported in a sweep; use resume=auto, or from=RUN at=LENGTHS")
+        # The checkpoint is copied into the folder of the job, which then resumes like any other.
+        settings = replace(job.run_config.settings, resume=None)
+        run_config = replace(job.run_config, settings=settings, config={**job.saved, "resume": None})
+        return replace(job, run_config=run_config, branches_from=str(resume))
 
     def _refuse_recipe(self, config: DictConfig) -> None:
         """Raises `UserError` for a job that is a series of runs itself."""

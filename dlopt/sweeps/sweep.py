@@ -39,6 +39,7 @@ from dlopt.results.reading import origin_of
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.axes import is_grid, read_axes
+from dlopt.sweeps.branches import begin
 from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.sweeps.matching import distance_of_jobs, distance_of_unfinished, has_jobs, refuse_other_labels, swept_keys
 from dlopt.sweeps.queue import live_workers
@@ -212,6 +213,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
         is_new = list_jobs(folder, jobs)
         for job in jobs:
             record_dead(job.folder)
+        begin(jobs)
         if isinstance(request.launcher, Slurm):
             submit_jobs(request, folder, jobs, before if is_new else None)
             return SweepEnd(DONE, is_submitted=True)

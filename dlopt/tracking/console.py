@@ -258,6 +258,7 @@ class ConsoleView(Screen):
             step=first_step,
             steps=facts["steps"],
             metrics=facts.get("metrics", ()),
+            sets=tuple(facts.get("sets", ())),
         )
         self._print_block(terminal_text.header(config, choices, facts), Text(""))
         if not self.terminal:

@@ -24,7 +24,16 @@ from dlopt.basics.formats import (
 )
 from dlopt.basics.plain_values import flatten
 from dlopt.metrics.measures import Measure, Row
-from dlopt.metrics.names import direction_of, final_metrics, monitored_directions, split_of
+from dlopt.metrics.names import (
+    VAL_ACCURACY,
+    VAL_LOSS,
+    direction_of,
+    final_metrics,
+    monitored_directions,
+    set_of,
+    split_of,
+    without_set,
+)
 from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, live_name, shown_in, title
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
@@ -83,8 +92,9 @@ def header_rows(
     """Summarizes a run: overrides, data, model, optimizer and schedule, length and device, folder.
 
     `facts`: facts beside the config: `overrides` (of the command line), `parameters`, `trainable`, `train`,
-    `val`, `test` (samples), `all_val` (if `val` is a subset), `unit` (of their counts), `inputs` (3x32x32, 10 classes),
-    `epochs`, `steps_per_epoch`, `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
+    `val`, `test` (samples), `sets` (samples of each named validation set), `all_val` (if `val` is a subset), `unit`
+    (of their counts), `inputs` (3x32x32, 10 classes), `epochs`, `steps_per_epoch`, `steps`, `device`, `precision`,
+    `threads`, `folder`. Empty rows are left out.
     """
     names, values = choices_of_groups(config, choices), settings(config)
 
@@ -97,6 +107,7 @@ def header_rows(
     samples = [f"{facts[split]:,} {split}" for split in ("train", "val", "test") if facts.get(split)]
     if (all_val := facts.get("all_val")) is not None:  # evaluate.samples
         samples = [text.replace(" val", f" of {all_val:,} val") for text in samples]
+    samples += [f"{count:,} {name}" for name, count in facts.get("sets", {}).items()]
     unit = facts.get("unit", "images")
     if samples and unit not in ("images", "samples"):
         samples[-1] += f" {unit}"
@@ -209,8 +220,8 @@ def _device(facts: Mapping[str, Any]) -> list[str]:
 # -- epochs and results
 
 
-def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
-    """Formats an evaluated epoch as one line without a table header, for train.log."""
+def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool, sets: Iterable[str] = ()) -> str:
+    """Formats an evaluated epoch as one line without a table header, for train.log. `sets`: named validation sets."""
     texts: dict[str, list[str]] = {"epoch": [f"epoch {format_epoch_number(metrics['epoch'])}/{epochs}"]}
     for each in shown_in("log"):
         if (value := metrics.get(each.name)) is None:
@@ -220,6 +231,11 @@ def format_epoch(metrics: Mapping[str, Any], epochs: int, *, best: bool) -> str:
             texts[each.name] = [each.show_in_log(value)]
         else:  # train loss 0.5 accuracy 80.00 %
             texts.setdefault(split, [split]).append(f"{live_name(each.name)} {each.show(value)}")
+    for name in sets:
+        for metric in (VAL_LOSS, VAL_ACCURACY):
+            if (value := metrics.get(metric.on_set(name).column)) is not None:
+                shown = f"{live_name(metric.column)} {format_metric(metric.column, value)}"
+                texts.setdefault(f"set {name}", [name]).append(shown)
     return "  ".join([" ".join(each) for each in texts.values()] + ["best"] * best)
 
 
@@ -257,15 +273,18 @@ def _measured(measure: Measure, unit: str) -> _Column:
     return _Column(measure.name, measure.title.format(unit=unit), measure.width, needs, cell)
 
 
-def _additional(name: str, unit: str) -> _Column:
-    """Returns the column of a metric that the table does not list: of labels, or of the user."""
+def _additional(name: str, unit: str, sets: Iterable[str]) -> _Column:
+    """Returns the column of a metric that the table does not list: of labels, of the user, or of one of the `sets`."""
     if name in COLUMNS:
         return _measured(COLUMNS[name], unit)
 
     def cell(row: Row) -> str:
         return format_metric(name, row.line.get(name))
 
-    return _Column(name, title(name), Measure.width, (name,), cell)
+    header = title(without_set(name, sets))
+    if of := set_of(name, sets):
+        header = header.replace(VAL_LOSS.split, of, 1)
+    return _Column(name, header, Measure.width, (name,), cell)
 
 
 class EpochRows:
@@ -274,7 +293,7 @@ class EpochRows:
     Does not use a table of rich, which needs all rows before it prints the first one.
 
     `seconds`, `step`: training time and updates before this process started (0 unless resumed). `steps`: updates of the
-    whole run. `metrics`: keys of additional columns.
+    whole run. `metrics`: keys of additional columns. `sets`: names of validation sets.
     """
 
     def __init__(
@@ -286,10 +305,11 @@ class EpochRows:
         step: int = 0,
         steps: int = 0,
         metrics: Iterable[str] = (),
+        sets: Sequence[str] = (),
     ) -> None:
         listed = [_measured(each, unit) for each in shown_in("table")]
         names = [each.name for each in listed]
-        additional = [_additional(name, unit) for name in dict.fromkeys(metrics) if name not in names]
+        additional = [_additional(name, unit, sets) for name in dict.fromkeys(metrics) if name not in names]
         end = max(i for i, name in enumerate(names) if split_of(name) is not None) + 1  # of training and validation
         self._columns = [*listed[:end], *additional, *listed[end:]]
         self._shown: list[_Column] = []

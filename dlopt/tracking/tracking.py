@@ -131,6 +131,7 @@ class Tracking:
         self._console = ConsoleView() if console else None
         self._step_tags: set[str] = set()  # written by `step`
         self._epochs = 0
+        self._sets: tuple[str, ...] = ()  # named validation sets
         self._log: TrainLog | None = None
         self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
@@ -175,7 +176,7 @@ class Tracking:
         `first_step`, `seconds`: updates already done, and their time. `steps`: total updates (None: epochs *
         steps_per_epoch). `choices`: group -> name of its YAML file; default: the last part of `_target_`.
         """
-        self._epochs = epochs
+        self._epochs, self._sets = epochs, tuple(facts.get("sets", ()))
         choices = choices or {}
         total = epochs * steps_per_epoch if steps is None else steps
         folder = None if self._folder is None else f"{short_path(self._folder)} (config.yaml lists every key)"
@@ -250,7 +251,7 @@ class Tracking:
             sink.scalars(metrics["step"], _to_tags(metrics, self._step_tags) | more)
             sink.flush()
         if self._log is not None:
-            self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=improved))
+            self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=improved, sets=self._sets))
         if self._console is not None:
             self._console.epoch(metrics, improved)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from dlopt.config.run_config import RunConfig
 from dlopt.data.checks import problems
 from dlopt.data.identity import difference
 from dlopt.metrics.declaration import Declaration
+from dlopt.metrics.names import on_set
 from dlopt.metrics.user import UserMetric
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.report import TestReport
 from dlopt.tasks.task import Average, Task
 from dlopt.trained.restore import fitting
-from dlopt.training.builders.workload import Workload, build_workload
+from dlopt.training.builders.workload import Workload, build_workload, data_spec, with_validation_sets
 from dlopt.training.checkpoint.checkpoints import foreign
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.checkpoint.weights import other_class
@@ -37,7 +39,7 @@ class Tested:
     """The result of a checkpoint, an ensemble, or a file of weights.
 
     `average`: the quantity averaged over crops and models. `problems`: data that were left out, or look wrong.
-    `workload`: of a task without labels, whose outputs are too large to keep.
+    `workload`: of a task without labels, whose outputs are too large to keep. `sets`: names of validation sets.
     """
 
     report: TestReport
@@ -45,6 +47,7 @@ class Tested:
     classes: tuple[str, ...] | None
     problems: Sequence[str]
     workload: Workload | None = None
+    sets: Sequence[str] = ()
 
     @property
     def per_class(self) -> list[dict[str, Any]]:
@@ -62,6 +65,7 @@ class _Predictions:
     user_metrics: Mapping[str, UserMetric]
     metrics: Sequence[Declaration]
     batches: Sequence[Outputs]
+    on_sets: Mapping[str, Sequence[Outputs]]  # of the named validation sets
 
     def check_matches(self, first: "_Predictions") -> None:
         """Raises `UserError` unless the two models were tested on the same samples and have outputs of one kind."""
@@ -92,20 +96,32 @@ def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average 
         chosen = workload.task.choose_average(average, workload.loss, "average")
         if not workload.task.keeps_outputs:
             tested = streamed_report(workload, tta=tta, members=len(paths))
-            return Tested(tested, chosen, None, problems(workload.dataset.notes), workload)
+            return Tested(tested, chosen, None, problems(workload.dataset.notes), workload, [*workload.validation_sets])
         batches = predict_test_set(workload, views, chosen)
         assert batches is not None  # nothing interrupts it
         kind = (workload.dataset.classes, workload.loss, workload.task)
         metrics = workload.task.computed(tested_metrics(workload.run_config, workload.task), tests=True)
-        models.append(_Predictions(path, chosen, *kind, workload.run_config.user_metrics, metrics, batches))
+        on_sets = {}
+        for name, dataset in workload.validation_sets.items():
+            on_sets[name] = predict_test_set(workload, views, chosen, samples=dataset.val) or []
+        models.append(_Predictions(path, chosen, *kind, workload.run_config.user_metrics, metrics, batches, on_sets))
         models[-1].check_matches(models[0])
         found += [line for line in problems(workload.dataset.notes) if line not in found]
     first = models[0]
     combined = _combine([model.batches for model in models], first.average)
-    tested = report(
-        combined, first.loss, first.task, first.metrics, user_metrics=first.user_metrics, names=first.classes or ()
+    computed = partial(
+        report,
+        loss=first.loss,
+        task=first.task,
+        metrics=first.metrics,
+        user_metrics=first.user_metrics,
+        names=first.classes or (),
     )
-    return Tested(tested, first.average, first.classes, found)
+    tested = computed(combined)
+    for name in first.on_sets:
+        combined = _combine([model.on_sets[name] for model in models], first.average)
+        tested.metrics.update(on_set(name, computed(combined, split="val").metrics))
+    return Tested(tested, first.average, first.classes, found, sets=[*first.on_sets])
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:
@@ -135,6 +151,8 @@ def restored(
             # Of the training set, which is not read here, only the number of samples and the labels are compared.
             workload = build_workload(run_config, checkpoint, parallel=mode, identified=("test",))
             _check_classes(path, checkpoint.classes, workload.dataset.classes)
+            if run_config.validation:
+                workload = with_validation_sets(workload, identifies=True)
             workload.load(checkpoint)
         shape = workload.dataset.train.shape
         if not workload.task.accepts(shape, checkpoint.sample):
@@ -142,7 +160,7 @@ def restored(
                 f"warning: checkpoint={path}: trained on samples of the shape {list(checkpoint.sample)}, those of the "
                 f"data have {list(shape)}"
             )
-        if (found := difference(checkpoint.identity, workload.dataset.identity)) is not None:
+        if (found := difference(checkpoint.identity, data_spec(workload)["identity"])) is not None:
             warn(f"warning: checkpoint={path}: the data are not those of its run: {found}")
         if mode.ranks.is_main and (found := foreign(path, checkpoint)) is not None:
             warn(f"warning: {found}")

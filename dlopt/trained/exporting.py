@@ -48,8 +48,7 @@ def samples(trained: Trained, *, needs_data: bool) -> tuple[Tensor, str]:
     """
     try:
         tokenizer = None if trained.tokenizer is None else trained.tokenizer.description
-        encoding = None if trained.columns is None else trained.columns.encoding
-        dataset = read_dataset(trained.run_config, saved_tokenizer=tokenizer, saved_encoding=encoding)
+        dataset = read_dataset(trained.run_config, saved_tokenizer=tokenizer, saved_columns=trained.columns)
         split = dataset.test if dataset.test is not None else dataset.train
         inputs = split.fetch(torch.linspace(0, len(split) - 1, min(_SAMPLES, len(split))).long())
         if tuple(inputs.shape[1:]) != trained.sample:

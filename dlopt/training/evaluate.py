@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
+from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Dataset, Files, Samples
 from dlopt.data.splits import evaluation_subset, prepare
 from dlopt.losses import CrossEntropy, processes_in_chunks
 from dlopt.metrics.accumulators import Accumulator, accumulators
 from dlopt.metrics.declaration import Declaration
-from dlopt.metrics.names import Split, by_column
+from dlopt.metrics.names import VAL_LOSS, Split, by_column, on_set, set_of
 from dlopt.metrics.sums import Kept, MetricSum, Reduce
 from dlopt.metrics.user import UserMetric, UserMetrics, compute
 from dlopt.models.layers import evaluation_mode
@@ -97,6 +98,7 @@ def report(
     *,
     user_metrics: Mapping[str, UserMetric] = MappingProxyType({}),
     names: Sequence[str] = (),
+    split: Literal["val", "test"] = "test",
 ) -> TestReport:
     """Computes loss, accuracy, `metrics` and `user_metrics` of outputs, equal to those in a run's summary.
 
@@ -106,14 +108,14 @@ def report(
     with torch.inference_mode(), evaluation_mode(loss):
         for outputs, targets in batches:
             accumulator.add(accumulator.keep(loss(outputs, targets), outputs, targets))
-    values = accumulator.means("test")
+    values = accumulator.means(split)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     part = partial(task.evaluated, loss=loss, origin=targets[:1])
     with torch.inference_mode():
         for each in accumulators(metrics, part, task.size, names, Ranks()):
             each.add(outputs, targets)
-            values |= by_column("test", each.means(None))
-        values |= by_column("test", compute(user_metrics, outputs, targets))
+            values |= by_column(split, each.means(None))
+        values |= by_column(split, compute(user_metrics, outputs, targets))
         return task.report(values, part(outputs, targets))
 
 
@@ -128,7 +130,12 @@ def streamed_report(workload: Workload, *, tta: str, members: int = 1) -> TestRe
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
         raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
-    return TestReport(test_metrics(workload) or {})
+    tested = TestReport(test_metrics(workload) or {})
+    for name, dataset in workload.validation_sets.items():
+        evaluation = _of_set(replace(workload, dataset=dataset), name, lambda done, total: None)
+        with norm_statistics(workload, workload.module, workload.precision.autocast(workload.model)):
+            tested.metrics.update(evaluation(Interruption()) or {})
+    return tested
 
 
 def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
@@ -167,14 +174,21 @@ def validation(
     average: WeightAverage | None,
     on_batch: Callable[[int, int], None],
 ) -> Validate | None:
-    """Builds the validation of the model, or of its weight `average`; None without a validation set.
+    """Builds the validation of the model, or of its weight `average`, on all validation sets; None without any.
 
-    `on_batch(done, total)` is called after each batch. Raises `UserError` for settings that need a validation set if
-    there is none.
+    `on_batch(done, total)` is called after each batch of a set. Raises `UserError` for settings that need a validation
+    set if there is none.
     """
-    samples, run_config = workload.dataset.val, workload.run_config
-    if samples is None:
+    run_config = workload.run_config
+    datasets = dict(workload.validation_sets)
+    if workload.dataset.val is not None:
+        datasets = {"": workload.dataset, **datasets}
+    elif run_config.validation:
+        _refuse_unnamed_set(run_config)
+    if not datasets:
         settings = run_config.settings
+        if run_config.validation:  # of a probe, which does not read them
+            return None
         if settings.monitor != "auto":
             raise UserError(
                 f"monitor={settings.monitor}: needs a validation set; set data.val_split=0.1 or monitor=auto"
@@ -196,28 +210,64 @@ def validation(
             if "monitor" in component.arguments:
                 raise UserError(f"{component.choice}: needs a validation set; set data.val_split=0.1 or {other}")
         return None
-    requested = requested_metrics(run_config, workload.dataset)
-    origin = samples.targets[:1]
-    count, seed = run_config.settings.evaluate.samples, run_config.data_settings.split_seed
-    subset = evaluation_subset(samples, count, seed)
-    own = workload.task
-    if isinstance(own, OwnTask):
-        task_batches = TaskBatches(workload, own, subset)
-
-        def validate_task(interruption: Interruption) -> dict[str, float] | None:
-            with evaluation_weights(optimizer, average):
-                stop = workload.parallel.ranks.evaluation_stop(interruption)
-                return evaluate_task(workload, own, task_batches, "val", stop, on_batch)
-
-        return validate_task
-    batches, task = evaluation_batches(workload, subset), workload.dataset.task_on(subset)
+    evaluations = {
+        name: _of_set(replace(workload, dataset=dataset), name, on_batch) for name, dataset in datasets.items()
+    }
+    module, model = workload.module, workload.precision.autocast(workload.model)
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        with evaluation_weights(optimizer, average):
-            observed = _reporting(batches, on_batch)
-            return _evaluate(workload, task, observed, "val", requested, origin, interruption)
+        metrics: dict[str, float] = {}
+        with evaluation_weights(optimizer, average), norm_statistics(workload, module, model, interruption):
+            for evaluation in evaluations.values():
+                found = evaluation(interruption)
+                if found is None:
+                    return None
+                metrics |= found
+        return metrics
 
     return validate
+
+
+def _of_set(workload: Workload, name: str, on_batch: Callable[[int, int], None]) -> Validate:
+    """Returns the evaluation of `workload.dataset.val`, whose metrics are named after the set `name`, if it has one."""
+    run_config, dataset, samples = workload.run_config, workload.dataset, workload.dataset.val
+    assert samples is not None
+    requested = requested_metrics(run_config, dataset, name)
+    origin = samples.targets[:1]
+    count, seed = run_config.settings.evaluate.samples, run_config.data_settings.split_seed
+    if name and count is not None:
+        count = min(count, len(samples))
+    subset = evaluation_subset(samples, count, seed)
+    own, task = workload.task, dataset.task_on(subset)
+    batches: TaskBatches | Batches
+    batches = TaskBatches(workload, own, subset) if isinstance(own, OwnTask) else evaluation_batches(workload, subset)
+
+    def evaluation(interruption: Interruption) -> dict[str, float] | None:
+        if isinstance(batches, TaskBatches):
+            assert isinstance(own, OwnTask)
+            stop = workload.parallel.ranks.evaluation_stop(interruption)
+            found = evaluate_task(workload, own, batches, "val", stop, on_batch)
+        else:
+            observed = _reporting(batches, on_batch)
+            found = _evaluate(workload, task, observed, "val", requested, origin, interruption)
+        return found if found is None or not name else on_set(name, found)
+
+    return evaluation
+
+
+def _refuse_unnamed_set(run_config: RunConfig) -> None:
+    """Raises `UserError` for what follows the validation set without a name, in a run that has sets with names only."""
+    monitors = {"monitor": run_config.settings.monitor}
+    for group, component in (("stopping", run_config.stopping), ("schedule", run_config.schedule)):
+        if "monitor" in component.arguments:
+            monitors[f"{group}.monitor"] = component.arguments["monitor"]
+    for key, monitor in monitors.items():
+        if not set_of(monitor, run_config.validation) and monitor != "train_loss":
+            allowed = ", ".join(VAL_LOSS.on_set(name).column for name in run_config.validation)
+            raise UserError(
+                f"{key}={monitor}: the data have no validation set without a name; set {key} to a metric of one that "
+                f"has a name: {allowed}, ..."
+            )
 
 
 def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterator[Batch]:
@@ -240,18 +290,17 @@ def _evaluate(
     names, part = workload.dataset.classes or (), partial(task.evaluated, loss=workload.loss, origin=origin)
     extra = accumulators(task.computed(requested), part, task.size, names, ranks)
     module, model = workload.module, workload.precision.autocast(workload.model)
-    with norm_statistics(workload, module, model, interruption):
-        return evaluate(
-            module,
-            model,
-            batches,
-            workload.loss,
-            task=task,
-            split=split,
-            interruption=None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption),
-            reduce=reduction(workload),
-            extra=[*extra, *([UserMetrics(functions, ranks)] if functions else [])],
-        )
+    return evaluate(
+        module,
+        model,
+        batches,
+        workload.loss,
+        task=task,
+        split=split,
+        interruption=None if interruption is None else ranks.evaluation_stop(interruption),
+        reduce=reduction(workload),
+        extra=[*extra, *([UserMetrics(functions, ranks)] if functions else [])],
+    )
 
 
 def test_metrics(
@@ -284,7 +333,8 @@ def test_metrics(
     task = workload.dataset.task_on(workload.dataset.test)
     observed = _reporting(batches, on_batch) if on_batch else batches.epoch(0)
     origin = workload.dataset.test.targets[:1]
-    return _evaluate(workload, task, observed, "test", requested, origin, interruption)
+    with norm_statistics(workload, workload.module, workload.precision.autocast(workload.model), interruption):
+        return _evaluate(workload, task, observed, "test", requested, origin, interruption)
 
 
 def check_crops(workload: Workload) -> None:
@@ -332,14 +382,16 @@ def predict_test_set(
     choice: Flip | ShiftFlip | TenCrop | MultiScaleTenCrop | None,
     average: Average,
     interruption: Interruption | None = None,
+    samples: Samples | None = None,
 ) -> list[Outputs] | None:
     """Returns outputs (fp32 or fp64, on the device) and targets of the test set, in its order, batch by batch.
 
     None if interrupted.
 
     choice: the test-time augmentation whose outputs are averaged; None for that of the final test of `dlopt train`.
+    samples: None for the test set; or those of a validation set.
     """
-    samples = workload.dataset.test
+    samples = workload.dataset.test if samples is None else samples
     if samples is None:
         raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
     model = workload.precision.autocast(workload.model)

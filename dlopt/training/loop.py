@@ -343,7 +343,7 @@ class Trainer:
         has_best = self.best.epoch is None or self.checkpoints.has_best(self.best.epoch, self.config.get("run_id"))
         if not self.mode.ranks.broadcast(has_best):
             log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", self.best.epoch)
-            self.best = Best(self.best.monitor, direction=self.best.direction)
+            self.best = Best(self.best.monitor, direction=self.best.direction, sets=self.best.sets)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])  # last: nothing above may draw random numbers after it
 

@@ -11,8 +11,9 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.overrides import storable
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import dotted_name
+from dlopt.config.validation_sets import KEY
 from dlopt.metrics.measures import at_end
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key, set_of
 from dlopt.models.third_party import pretrained_inputs
 from dlopt.tasks.user import UserTask
 from dlopt.tracking.tracking import Tracking
@@ -68,7 +69,8 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
         "processes": workload.parallel.ranks.processes,
         "unit": workload.task.counted_as(dataset.train.shape),
         "inputs": workload.task.describe(tuple(data_spec(workload)["window"])),
-        "metrics": [Metric("val", name).column for name in _shown_metrics(workload)],
+        "metrics": [*(Metric("val", name).column for name in _shown_metrics(workload)), *_of_sets(workload)],
+        "sets": {name: size * tokens for name, size in _sizes(workload).items()},
     }
     samples = workload.run_config.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
@@ -77,7 +79,8 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
         facts["threads"] = torch.get_num_threads()
     environment = read_json(run.folder / "environment.json")
     if workload.parallel.ranks.is_main and environment is not None:
-        data = {**dataset.facts, **({} if dataset.identity is None else {"identity": dataset.identity})}
+        identity = data_spec(workload)["identity"]
+        data = {**dataset.facts, **({} if identity is None else {"identity": identity})}
         if facts["val"]:
             data["validation"] = {"count": facts["val"], "unit": facts["unit"]}
         write_json(run.folder / "environment.json", {**environment, "data": data})
@@ -114,7 +117,8 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
     lines = (describe(workload.module), chosen, pretrained, rates, *workload.notes, workload.throughput.note, small)
     described = [line for line in lines if line]
     norms = [*frozen_norms_note(workload.module), *small_batch_warnings(workload)]
-    return [*described, *dataset.notes, *workload.placed.notes, *norms]
+    of_sets = [f"{KEY}.{name}: {line}" for name, each in workload.validation_sets.items() for line in each.notes]
+    return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norms]
 
 
 def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:
@@ -166,6 +170,21 @@ def _shown_metrics(workload: Workload) -> list[str]:
     return [*(each.name for each in workload.task.computed(())), *workload.run_config.own_metrics]
 
 
+def _of_sets(workload: Workload) -> list[str]:
+    """Returns the columns that the table of epochs shows of the named validation sets: accuracies, else losses."""
+    metric = VAL_ACCURACY if workload.task.accuracy == VAL_ACCURACY.name else VAL_LOSS
+    columns = [metric.on_set(name).column for name in workload.validation_sets]
+    monitor = workload.run_config.settings.monitor
+    return [*columns, *([monitor] if set_of(monitor, workload.validation_sets) else [])]
+
+
+def _sizes(workload: Workload) -> dict[str, int]:
+    """Returns the number of samples of each named validation set that an evaluation reads."""
+    most = workload.run_config.settings.evaluate.samples
+    sizes = {name: len(dataset.val or ()) for name, dataset in workload.validation_sets.items()}
+    return sizes if most is None else {name: min(size, most) for name, size in sizes.items()}
+
+
 def summarize(workload: Workload, status: Status, progress: Progress, best: Best, recovery: Recovery) -> dict[str, Any]:
     """Returns the content of summary.json before the test; accuracies are left out where the task has none."""
     summary = {
@@ -186,6 +205,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
         **recovery.summary(),
     }
+    summary |= {best_key(column): value for column, value in best.on_sets.items()}
     if monitored_name(best.monitor) is not None and best.epoch is not None:
         summary[best_key(best.monitor)] = best.metric
     if workload.task.accuracy != VAL_ACCURACY.name and best.val_accuracy is None:

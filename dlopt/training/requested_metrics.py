@@ -9,18 +9,21 @@ from dlopt.config.settings_rules import MONITORS
 from dlopt.data.samples import Dataset
 from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.declared import DECLARED, REQUESTABLE, named
-from dlopt.metrics.names import Metric, lower_is_better
+from dlopt.metrics.names import Metric, lower_is_better, set_of, without_set
 from dlopt.tasks.task import Task
 from dlopt.training.stopping import Target
 
 
-def requested_metrics(run_config: RunConfig, dataset: Dataset) -> list[Declaration]:
+def requested_metrics(run_config: RunConfig, dataset: Dataset, name: str = "") -> list[Declaration]:
     """Returns the metrics of `evaluate.metrics` and the monitored metrics that not every evaluation has.
 
-    Raises `UserError` for a metric that this run cannot compute.
+    `name`: of the validation set of `dataset`, if it has one. Raises `UserError` for a metric that this run cannot
+    compute.
     """
     _check_target(run_config, dataset.task)
-    _check_classes(_monitors(run_config), dataset)
+    sets = run_config.validation
+    monitors = {key: monitor for key, monitor in _monitors(run_config).items() if set_of(monitor, sets) == name}
+    _check_classes({key: without_set(monitor, sets) for key, monitor in monitors.items()}, dataset)
     return tested_metrics(run_config, dataset.task)
 
 
@@ -52,7 +55,7 @@ def _monitors(run_config: RunConfig) -> dict[str, str]:
 
 def _requested(run_config: RunConfig, task: Task) -> list[str]:
     """Returns the names of dlopt's own metrics that not every run of the task has. Raises `UserError`."""
-    monitors = _monitors(run_config)
+    monitors = {key: without_set(monitor, run_config.validation) for key, monitor in _monitors(run_config).items()}
     user_metrics = [_val(name) for name in run_config.own_metrics]
     if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
         check_direction(task.monitor, run_config.settings.monitor_mode)
@@ -82,6 +85,7 @@ def _check_target(run_config: RunConfig, task: Task) -> None:
     target, monitor = run_config.stopping.arguments["value"], run_config.stopping.arguments["monitor"]
     if monitor == "auto":
         monitor = task.monitor
+    monitor = without_set(monitor, run_config.validation)
     is_user_metric = monitor in [_val(name) for name in run_config.own_metrics]
     if target > 1 and not is_user_metric and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")

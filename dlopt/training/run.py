@@ -21,7 +21,14 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import evaluation_weights
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.trainer import build_trainer
-from dlopt.training.builders.workload import Workload, build_mode, build_workload, load_weights, refuse_other_data
+from dlopt.training.builders.workload import (
+    Workload,
+    build_mode,
+    build_workload,
+    load_weights,
+    refuse_other_data,
+    with_validation_sets,
+)
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.checkpoint.content import blamed
 from dlopt.training.evaluate import check_crops, test_metrics
@@ -77,6 +84,8 @@ def train_run(
     mode = build_mode(run.run_config)
     checkpoint = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
     workload = build_workload(run.run_config, checkpoint, parallel=mode, identified=SPLITS)
+    if run.run_config.validation:
+        workload = with_validation_sets(workload, identifies=True)
     if checkpoint is not None:
         refuse_other_data(workload, checkpoint)  # before the folder is changed
     if add_teacher is not None:

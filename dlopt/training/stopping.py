@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from dlopt.metrics.names import (
     lower_is_better,
     resolve_monitor,
     selection_key,
+    set_of,
     split_of,
 )
 from dlopt.parallel.shards import local, plain_norm
@@ -152,7 +153,8 @@ class Tolerance(Stopping):
 class Best:
     """The best evaluation so far. Ties are broken by the smaller loss, then by the earlier epoch.
 
-    `direction` of a user's metric.
+    `direction` of a metric that is not dlopt's own. `sets`: names of validation sets; `on_sets`: their metrics, by
+    column.
     """
 
     monitor: str
@@ -161,6 +163,8 @@ class Best:
     val_loss: float | None = None
     val_accuracy: float | None = None
     direction: Direction | None = None
+    sets: tuple[str, ...] = ()
+    on_sets: dict[str, float] = field(default_factory=dict)
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """Returns whether these metrics are the best so far."""
@@ -169,6 +173,7 @@ class Best:
             return False
         self.value, self.epoch = key[0], metrics["epoch"]
         self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")
+        self.on_sets = {column: value for column, value in metrics.items() if set_of(column, self.sets)}
         return True
 
     @property
@@ -182,8 +187,12 @@ class Best:
         return {VAL_LOSS.column: self.val_loss, VAL_ACCURACY.column: self.val_accuracy}
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        state = asdict(self)
+        del state["sets"]  # of the config
+        if not self.sets:
+            del state["on_sets"]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in self.__dataclass_fields__:
+        for name in state:
             setattr(self, name, state[name])

@@ -19,7 +19,7 @@ FRAGMENTS = ("_base", "_values", "_labelled", "_common")  # each includes the fo
 RUNTIME = {
     "normalize": {"input_shape"},
     "sampler": {"targets", "samples", "batch_size", "seed"},
-    "data": COMMON | {"saved_tokenizer", "saved_encoding"},
+    "data": COMMON | {"saved_tokenizer", "saved_columns"},
 }
 
 

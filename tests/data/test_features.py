@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "standardize_target": True,
     "split_column": None,
     "test_split": 0.25,
-    "saved_encoding": None,
+    "saved_columns": None,
 }
 ROWS = "id,height,weight,kind\n" + "".join(f"row{i},{i / 10},{100 - i},{'ab'[i % 2]}\n" for i in range(40))
 
@@ -187,8 +187,8 @@ def test_classes_of_scikit_learn(ours: Callable[..., Dataset], theirs: Callable[
 def test_diabetes_of_scikit_learn() -> None:
     expected = datasets.load_diabetes(scaled=False)
     reference = dict(zip(map(tuple, expected.data.astype(np.float32).tolist()), expected.target, strict=True))
-    assert rows(diabetes(standardize_target=False, test_split=0.2)) == reference
-    standardized = diabetes(standardize_target=True, test_split=0.2)
+    assert rows(diabetes(standardize_target=False, test_split=0.2, saved_columns=None)) == reference
+    standardized = diabetes(standardize_target=True, test_split=0.2, saved_columns=None)
     assert standardized.train.targets.std(correction=0) == pytest.approx(1)
     assert "/ 7" in standardized.notes[0], "the constants are shown"
 
@@ -206,7 +206,7 @@ def test_newton_solves_the_linear_regression(tmp_path: Path) -> None:
     more = ("loss=mse", "optimizer=newton", "epochs=2", "precision=fp64", "tracking=[]", "threads=1")
     result = dlopt(tmp_path, "train", *line, *more, "hydra.run.dir=run")
     assert result.code == 0, result.err
-    data = diabetes(standardize_target=True, test_split=0.2)
+    data = diabetes(standardize_target=True, test_split=0.2, saved_columns=None)
     train, test = data.train, data.test
     assert isinstance(train, InMemory) and isinstance(test, InMemory)
     inputs, tested = train.inputs.double().numpy(), test.inputs.double().numpy()

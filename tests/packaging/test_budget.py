@@ -18,9 +18,12 @@ from dlopt.config.overrides import SWEEP_WORDS
 BUDGET = {
     "commands of the runner": 14 + 1,  # sweep
     "commands of the laboratory": 5 + 2,  # verify, judge; scaling replaces bench
-    "keys of conf/train.yaml": 61 + 1,  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
+    "keys of conf/train.yaml": 61
+    + 1  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
+    + 1,  # validation: instead of a run of `dlopt eval` for each further set and epoch
     "words of a sweep": 0
-    + 4,  # space: instead of the promised group; seeds, trials: plan.with_params went; wait: submitit
+    + 4  # space: instead of the promised group; seeds, trials: plan.with_params went; wait: submitit
+    + 1,  # at: instead of a command with resume=, epochs= and schedule_epochs= for each length
     "groups": 18 + 2 + 1,  # decay, debug; task
     "choices": 235
     + 5

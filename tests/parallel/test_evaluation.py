@@ -15,7 +15,8 @@ from tests.support.sizes import MLP
 # Three updates in an epoch; 15 of 24 validation samples, which two processes cannot share evenly.
 CASE = [
     *MLP, "data.batch_size=35", "epochs=2", "ema=0.9", "evaluate.every_steps=1", "evaluate.samples=15",
-    "stopping=early", "stopping.patience=9", "allow_packages=[tests]",
+    "stopping=early", "stopping.patience=9", "allow_packages=[tests]", "validation.shaded.data=shaded_digits",
+    "monitor=val_shaded_loss",
     "evaluate.metrics=[tests.support.user_parts.mean_rank_score]",
 ]  # fmt: skip
 MODES = {"ddp": SYNC_DDP, "fsdp": SYNC_FSDP, "pipeline": PIPELINE, "filter": FILTER}

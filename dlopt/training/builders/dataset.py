@@ -1,18 +1,23 @@
 """Builds the data of a run: splits, augmentation and task."""
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
 from dlopt.basics.errors import UserError, refused_path
+from dlopt.config import validation_sets
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
-from dlopt.data.columns import TableEncoding
+from dlopt.data.checks import problems
+from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.identity import identify
 from dlopt.data.normalization import Nothing
-from dlopt.data.samples import Dataset
-from dlopt.data.splits import prepare
+from dlopt.data.other_data import NOT_ENCODED, as_trained
+from dlopt.data.samples import Dataset, Samples
+from dlopt.data.splits import prepare, with_validation_set
 from dlopt.data.table_rows import TableRows
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.kinds import chosen
@@ -25,12 +30,10 @@ def prepare_data(
 ) -> tuple[Dataset, Pipeline | None]:
     """Returns the dataset with its splits and its task, and the augmentation. `identified`: see `build_workload`."""
     ranks = parallel.ranks
-    encoding = None if saved is None or saved.columns is None else saved.columns.encoding
-    source = read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else (), encoding)
-    if saved is not None and encoding is None and isinstance(source.train, TableRows):
-        raise UserError(
-            "data: the model was trained on columns of numbers without gaps; these have gaps, texts or dates"
-        )
+    columns = None if saved is None else saved.columns
+    source = read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else (), columns)
+    if saved is not None and (columns is None or columns.encoding is None) and isinstance(source.train, TableRows):
+        raise UserError(f"data: {NOT_ENCODED}")
     dataset = prepare(
         source,
         run_config.data_settings,
@@ -45,11 +48,66 @@ def prepare_data(
     return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
 
 
+def read_validation_sets(
+    run_config: RunConfig, dataset: Dataset, parallel: Mode, *, identifies: bool
+) -> dict[str, Dataset]:
+    """Returns the prepared `dataset` of a run with each named validation set as its own, by name.
+
+    Normalization, class names, tokenizer, columns and scale of the targets are those of the training data. The notes
+    of each are what was left out, and what looks wrong.
+
+    Args:
+        identifies: compute the identity of each set, on rank 0.
+
+    Raises:
+        UserError: a set cannot be read, or is not of the task.
+    """
+    found = {}
+    trained = {
+        "saved_tokenizer": None if dataset.tokenizer is None else dataset.tokenizer.description,
+        "saved_columns": dataset.columns,
+    }
+    for name, validation_set in run_config.validation.items():
+        with _about_set(name):
+            source: Dataset = run_config.read_validation_set(name, **trained)
+            present = [each for each in ("val", "test", "train") if getattr(source, each) is not None]
+            split: str = validation_set.use or present[0]
+            samples: Samples | None = getattr(source, split)
+            if samples is None:
+                raise UserError(f"data.use={split}: {validation_set.data.choice} has no {split} set")
+            samples = as_trained(samples, source, dataset)
+            found[name] = with_validation_set(
+                dataset,
+                samples,
+                run_config.data_settings,
+                device=parallel.device,
+                processes=parallel.ranks.local_processes,
+            )
+            of_set = replace(source, train=samples, val=None, test=None)
+            identity = identify(of_set) if identifies and parallel.ranks.is_main else None
+            found[name] = replace(found[name], identity=identity, notes=tuple(problems(source.notes)))
+    return found
+
+
+@contextlib.contextmanager
+def _about_set(name: str) -> Iterator[None]:
+    """Makes errors of a validation set name its keys: validation.NAME.file in place of data.file."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        message = str(error) if isinstance(error, UserError) else refused_path(error)
+        if message is None:
+            raise
+        key = f"{validation_sets.KEY}.{name}"
+        message = re.sub(r"(?<![\w.])data\.(?=\w)", f"{key}.", message)
+        raise UserError(message if key in message else f"{key}: {message}") from None
+
+
 def read_dataset(
-    run_config: RunConfig, *, saved_tokenizer: str | None = None, saved_encoding: TableEncoding | None = None
+    run_config: RunConfig, *, saved_tokenizer: str | None = None, saved_columns: FeatureColumns | None = None
 ) -> Dataset:
     """Returns the dataset of a config with the splits of training; images are decoded on access."""
-    source = run_config.read_data(saved_tokenizer=saved_tokenizer, saved_encoding=saved_encoding)
+    source = run_config.read_data(saved_tokenizer=saved_tokenizer, saved_columns=saved_columns)
     return prepare(source, replace(run_config.data_settings, memory=False))
 
 
@@ -57,14 +115,14 @@ def read_source(
     run_config: RunConfig,
     tokenizer: str | None = None,
     identified: Sequence[str] = (),
-    encoding: TableEncoding | None = None,
+    columns: FeatureColumns | None = None,
 ) -> Dataset:
     """Reads the data as they are stored, and identifies them by the content of the splits `identified`, if any.
 
     Raises `UserError`.
     """
     try:
-        source: Dataset = run_config.read_data(saved_tokenizer=tokenizer, saved_encoding=encoding)
+        source: Dataset = run_config.read_data(saved_tokenizer=tokenizer, saved_columns=columns)
     except OSError as error:
         if (message := refused_path(error)) is None:
             raise

@@ -63,8 +63,11 @@ def build_trainer(
     average = build_average(workload, length)
 
     # 2. What stops, saves and recovers.
-    stopping: Stopping = workload.run_config.stopping.build(
-        model=workload.module, norm=workload.parallel.sharding.norm, monitor_mode=settings.monitor_mode
+    rule, direction_of = workload.run_config.stopping, workload.run_config.direction_of
+    stopping: Stopping = rule.build(
+        model=workload.module,
+        norm=workload.parallel.sharding.norm,
+        monitor_mode=direction_of(rule.arguments.get("monitor", "auto")),
     )
     checkpoints = build_checkpoints(workload, folder)
     recovery = build_recovery(workload, checkpoints, tracking)
@@ -106,7 +109,9 @@ def build_trainer(
         progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
         intervals=build_intervals(workload, schedule, length),
         validate=validation(workload, optimizer, average, tracking.evaluating),
-        best=Best(settings.monitor, direction=settings.monitor_mode),
+        best=Best(
+            settings.monitor, direction=direction_of(settings.monitor), sets=tuple(workload.run_config.validation)
+        ),
         stopping=stopping,
         recovery=recovery,
         train_metrics=train_metrics,

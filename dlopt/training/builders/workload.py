@@ -1,6 +1,6 @@
 """Builds what training and testing share: data, normalization, model, loss and parallel mode."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator, stream
 from dlopt.config.run_config import RunConfig
+from dlopt.config.validation_sets import KEY
 from dlopt.data.batches import Batches
 from dlopt.data.identity import difference
 from dlopt.data.normalization import Nothing, fit
@@ -35,7 +36,7 @@ from dlopt.tasks.user import OwnTask, TaskLoss
 from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
-from dlopt.training.builders.dataset import prepare_data
+from dlopt.training.builders.dataset import prepare_data, read_validation_sets
 from dlopt.training.builders.layer_order import layer_order
 from dlopt.training.builders.model_check import (
     accepts_an_empty_batch,
@@ -73,6 +74,7 @@ class Workload:
     uses: Sequence[str] | None = None  # execution order of the layers, if the config needs it; None: registration
     compile_obstacle: str = ""  # why the model is not compiled; empty if it is
     flops: float | None = None  # of a training sample; None if unknown, or on a CPU
+    validation_sets: Mapping[str, Dataset] = field(default_factory=dict)  # see `with_validation_sets`
     notes: Sequence[str] = ()  # about its parts; the data's notes are separate
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
     opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
@@ -243,6 +245,16 @@ def build_workload(
     )
 
 
+def with_validation_sets(workload: Workload, *, identifies: bool = False) -> Workload:
+    """Returns the workload with its named validation sets, which only training and `dlopt eval` read.
+
+    `identifies`: see `read_validation_sets`. Raises `UserError`.
+    """
+    run_config, mode = workload.run_config, workload.parallel
+    sets = read_validation_sets(run_config, workload.dataset, mode, identifies=identifies)
+    return replace(workload, validation_sets=sets)
+
+
 def _prepare_machine(run_config: RunConfig, parallel: Mode) -> Precision:
     """Sets threads, memory and kernels of this process; returns the precision on its device."""
     settings, device = run_config.settings, parallel.device
@@ -394,7 +406,10 @@ def data_spec(workload: Workload) -> dict[str, Any]:
     dataset = workload.dataset
     tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
     columns = {} if dataset.columns is None else {"columns": dataset.columns.saved}
-    names = workload.class_names
+    names, identity = workload.class_names, dataset.identity
+    if identity is not None:
+        identities = {f"{KEY}.{name}": each.identity for name, each in workload.validation_sets.items()}
+        identity = {**identity, **{key: each["train"] for key, each in identities.items() if each is not None}}
     return {
         **tokenizer,
         **columns,
@@ -402,7 +417,7 @@ def data_spec(workload: Workload) -> dict[str, Any]:
         "task": dataset.task.saved,
         "sample": list(dataset.train.shape),
         "window": list(workload.shape),
-        "identity": dataset.identity,
+        "identity": identity,
     }
 
 

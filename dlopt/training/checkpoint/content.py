@@ -225,6 +225,7 @@ class _Best(TypedDict):
     val_loss: _Float | None
     val_accuracy: _Float | None
     direction: Direction | None
+    on_sets: NotRequired[dict[StrictStr, _Float]]
 
 
 class _Progress(TypedDict):

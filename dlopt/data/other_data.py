@@ -1,0 +1,97 @@
+"""Fits samples of other data to the data that a model was trained on: columns, class numbers, kinds of targets."""
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from dlopt.basics.errors import UserError
+from dlopt.data.checks import listed
+from dlopt.data.samples import Dataset, InMemory, Samples
+from dlopt.data.table_rows import TableRows
+from dlopt.data.windows import Windows
+from dlopt.tasks.text import NextToken
+
+NOT_ENCODED = "the model was trained on columns of numbers without gaps; these have gaps, texts or dates"
+
+
+def as_trained(samples: Samples, source: Dataset, trained: Dataset) -> Samples:
+    """Returns samples of `source` with the columns and the class numbers of the data `trained`.
+
+    Classes and columns are matched by name. Raises `UserError` if they are not those of the same task.
+    """
+    if source.layout != trained.layout:
+        mine, other = (each.layout or "one input and one label" for each in (source, trained))
+        raise UserError(f"its items have {mine}, those of the training data {other}")
+    if isinstance(samples, Windows) != isinstance(trained.train, Windows):
+        kinds = ["text" if isinstance(each, Windows) else "no text" for each in (samples, trained.train)]
+        raise UserError(f"is {kinds[0]}, the training data are {kinds[1]}")
+    if isinstance(samples, Windows):
+        _check_tokens(source, trained)
+        return samples
+    samples = _with_columns(samples, source, trained)
+    targets = _targets(samples.targets, source, trained)
+    if targets is samples.targets:
+        return samples
+    fitted = copy(samples)
+    fitted.targets = targets  # type: ignore[misc]
+    return fitted
+
+
+def _check_tokens(source: Dataset, trained: Dataset) -> None:
+    own, task = source.task, trained.task
+    if not isinstance(own, NextToken) or not isinstance(task, NextToken):  # a task of the user's own reads anything
+        return
+    if (own.outputs, own.unit) != (task.outputs, task.unit):
+        raise UserError(
+            f"has {own.unit}s of a vocabulary of {own.outputs:,}, the training data {task.unit}s of {task.outputs:,}"
+        )
+
+
+def _with_columns(samples: Samples, source: Dataset, dataset: Dataset) -> Samples:
+    """Returns the samples of a table with the features of the training data, in their order."""
+    if isinstance(samples, TableRows):
+        if dataset.columns is None or dataset.columns.encoding is None:
+            raise UserError(NOT_ENCODED)
+        return InMemory(torch.from_numpy(dataset.columns.encoding.apply(samples.columns)), samples.targets)
+    if source.columns is None or dataset.columns is None or not isinstance(samples, InMemory):
+        return samples
+    own, trained = source.columns.features, dataset.columns.features
+    if own == trained or not own or not trained:
+        return samples
+    missing, others = ([name for name in a if name not in b] for a, b in ((trained, own), (own, trained)))
+    if missing or others:
+        parts = [f"lacks the columns {listed(missing)}"] if missing else []
+        parts += [f"has the columns {listed(others)}, which the training data lack"] if others else []
+        raise UserError("; ".join(parts))
+    return InMemory(samples.inputs[:, [own.index(name) for name in trained]], samples.targets)
+
+
+def _targets(targets: Tensor, source: Dataset, trained: Dataset) -> Tensor:
+    """Returns the targets with the numbers that the classes have in the training data."""
+    kinds = [_kind(each) for each in (source, trained)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"its targets are {kinds[0]}, those of the training data {kinds[1]}")
+    names, known = source.classes, trained.classes
+    if names is None or known is None or names == known:
+        return targets
+    is_used = targets.any(0) if targets.ndim == 2 else torch.bincount(targets, minlength=len(names)) > 0
+    unknown = [name for name, used in zip(names, is_used.tolist(), strict=True) if used and name not in known]
+    if unknown:
+        raise UserError(f"has the classes {listed(unknown)}, which the training data lack: {listed([*known])}")
+    if targets.ndim == 2:
+        fitted = torch.zeros(len(targets), len(known), dtype=targets.dtype)
+        for number, name in enumerate(names):
+            if name in known:
+                fitted[:, known.index(name)] = targets[:, number]
+        return fitted
+    numbers = torch.tensor([known.index(name) if name in known else -1 for name in names])
+    return numbers[targets]
+
+
+def _kind(dataset: Dataset) -> str:
+    """Describes the targets of a dataset."""
+    targets = dataset.train.targets
+    if dataset.classes is None:
+        return "numbers" if targets.ndim == 1 else f"{targets.shape[1]} numbers per sample"
+    return "several labels per sample" if targets.ndim == 2 else "classes"

@@ -1,0 +1,246 @@
+"""`from=RUN at=5,10,20`: runs of other lengths that continue an earlier run before their cooldowns begin.
+
+A schedule with a stable phase, such as wsd, is the same for all lengths until the cooldown begins. A run of another
+length therefore equals, bit for bit, one that resumes from a checkpoint before that update with the schedule of its own
+length. The word `at` becomes an axis of the sweep with these lengths, and the checkpoint of each.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.folders import RunFolder
+from dlopt.config.compose import Composer
+from dlopt.config.inherit import inherit
+from dlopt.config.overrides import (
+    AT,
+    BRANCH,
+    SWEEP_WORDS,
+    WAIT,
+    is_typed,
+    key_of,
+    listed_values,
+    parse_axes,
+    quoted_plain,
+    without,
+)
+from dlopt.config.plan import checked
+from dlopt.config.resuming import refuse_other_config
+from dlopt.tracking.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from dlopt.config.run_config import RunConfig
+    from dlopt.sweeps.jobs import Job
+    from dlopt.training.checkpoint.content import Checkpoint
+
+Factors = Callable[[int], tuple[float, ...]]
+"""Returns the factors of learning rate and weight decay in an update, from 0."""
+
+
+@dataclass(frozen=True)
+class _Stem:
+    """The run from which others branch.
+
+    Attributes:
+        source: `from=RUN`, for messages.
+        checkpoints: the kept ones, by completed updates.
+        horizon: updates of its schedule.
+        updates: those that it has completed.
+    """
+
+    source: str
+    run_config: "RunConfig"
+    checkpoints: dict[int, Path]
+    horizon: int
+    steps_per_epoch: float
+    updates: int
+
+    @property
+    def unit(self) -> str:
+        return "epochs" if self.run_config.settings.steps is None else "steps"
+
+    @property
+    def length(self) -> int:
+        """In its unit."""
+        return self.updates if self.unit == "steps" else int(self.updates / self.steps_per_epoch)
+
+    def updates_of(self, length: int) -> int:
+        return length if self.unit == "steps" else round(length * self.steps_per_epoch)
+
+    def factors(self, horizon: int) -> Factors:
+        """Returns the factors of a run whose schedule has this length. Raises `UserError`."""
+        from dlopt import schedules
+
+        run_config = self.run_config
+        rate = schedules.build(
+            run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=self.steps_per_epoch
+        )
+        decay = run_config.decay.build(horizon=schedules.Horizon(0, horizon, self.steps_per_epoch))
+        parts = [1.0, *(rule.horizon for rule in run_config.grouping.groups if rule.horizon is not None)]
+
+        def of(update: int) -> tuple[float, ...]:
+            factors = [rate(update / part) for part in parts]
+            if decay is not None:
+                factors += [decay.factor(update / part, f, 1.0) for part, f in zip(parts, factors, strict=True)]
+            return tuple(factors)
+
+        return of
+
+
+def branched(composer: Composer, words: Sequence[str]) -> list[str]:
+    """Replaces `from=RUN at=LENGTHS` by the overrides of that run and the axis of its branches.
+
+    Returns other command lines unchanged, for `inherit`. Raises `UserError`.
+    """
+    places = [word for word in words if key_of(word) == AT]
+    if not places:
+        return inherit(composer, words)
+    if len(places) > 1 or not is_typed("from", words):
+        raise UserError(f"{' '.join(places)}: needs one run from which to branch, and one list: from=RUN at=5,10,20")
+    rest = without(words, AT)
+    if is_typed("dry_run", rest):
+        raise UserError(f"{places[0]}: dry_run=true estimates whole runs, not branches; leave out one of them")
+    taken = [word for word in rest if key_of(word) in ("epochs", "steps", "schedule_epochs")]
+    if taken:
+        raise UserError(f"{taken[0]}: {places[0]} sets the lengths; leave out one of them")
+    source = next(word for word in rest if key_of(word) == "from")
+    for axis in parse_axes(without(rest, *SWEEP_WORDS), composer):
+        if axis.is_swept:
+            raise UserError(f"{axis}: branches of one run differ in their lengths only; leave it out")
+    for word in rest:
+        if key_of(word) in SWEEP_WORDS and key_of(word) != WAIT:
+            raise UserError(f"{word}: branches of one run differ in their lengths only; leave it out")
+        if key_of(word) == "hydra.sweeper":
+            raise UserError(f"{word}: branches are a grid; leave it out")
+        if key_of(word) == "resume" and word != "resume=auto":
+            raise UserError(f"{word}: {places[0]} chooses the checkpoints; leave it out, or set resume=auto")
+    lengths = _lengths(composer, places[0])
+    overrides = inherit(composer, without(rest, "hydra.sweep.dir", "resume"))
+    stem = _stem(composer, source, [word for word in overrides if not key_of(word).startswith("hydra")])
+    starts = [_start(stem, length) for length in lengths]
+    updates = [stem.updates_of(length) for length in lengths]
+    print(f"branches: {sum(updates) - sum(starts):,} updates instead of {sum(updates):,}, after {stem.source}")
+    columns: dict[str, Sequence[float]] = {
+        stem.unit: lengths,
+        "schedule_epochs": [_epochs(stem, length) for length in lengths],
+    }
+    items = [f"{key}=[{','.join(map(str, values))}]" for key, values in columns.items()]
+    if not is_typed("resume", rest):  # resume=auto: the folders of the jobs have the checkpoints
+        items.append(f"resume=[{','.join(quoted_plain(str(stem.checkpoints[start])) for start in starts)}]")
+    kept = without(inherit(composer, rest), *columns)
+    return [*kept, f"{BRANCH}=zip({','.join(items)})"]
+
+
+def _epochs(stem: _Stem, length: int) -> float:
+    return length if stem.unit == "epochs" else length / stem.steps_per_epoch
+
+
+def _lengths(composer: Composer, word: str) -> list[int]:
+    [override] = composer.parse([word])
+    values = listed_values(override) if override.is_sweep_override() else [str(override.value())]
+    if not all(value.isdecimal() and 0 < int(value) < 10**9 for value in values):
+        raise UserError(f"{word}: must list lengths, in epochs (of a run with steps=N in updates): at=5,10,20")
+    return sorted(map(int, values))
+
+
+def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
+    """Reads the run `from=RUN`, composed from `overrides`. Raises `UserError`."""
+    from dlopt.training.checkpoint.checkpoints import load  # imports torch
+
+    [override] = composer.parse([source])
+    folder = RunFolder(Path(str(override.value())).absolute())
+    folder = RunFolder(folder.path.parent) if folder.path.name == "config.yaml" else folder
+    single = [each for each in composer.parse(overrides) if not each.is_sweep_override()]
+    run_config = checked(composer.compose(single), single, None).run_config
+    checkpoints = {}
+    for path in folder.checkpoints.glob("step-*.pt"):
+        if (number := path.stem.removeprefix("step-")).isdecimal():
+            checkpoints[int(number)] = path
+    last = folder.checkpoints / "last.pt"
+    if not last.is_file():
+        raise UserError(f"{source}: has no checkpoints/last.pt")
+    checkpoint = load(last)
+    checkpoints[checkpoint.step] = last
+    whole = next((line for line in read_metrics(folder.path) if isinstance(line.get("epoch"), int)), None)
+    if whole is None:
+        raise UserError(f"{source}: has not completed an epoch")
+    refuse_other_config(checkpoint.config, run_config.config, str(last), folder.typed(), has_identity=True)
+    steps_per_epoch = whole["step"] / whole["epoch"]
+    return _Stem(source, run_config, checkpoints, checkpoint.horizon, steps_per_epoch, checkpoint.step)
+
+
+def _start(stem: _Stem, length: int) -> int:
+    """Returns the completed updates of the checkpoint with which the branch of this length begins.
+
+    The latest one before the first update in which the two schedules differ. Raises `UserError`.
+    """
+    word, updates = f"{AT}={length}", stem.updates_of(length)
+    if updates > stem.updates:
+        end = f"{stem.length} {stem.unit}"
+        raise UserError(f"{word}: {stem.source} ends after {end}; allowed: 1 to {stem.length}")
+    own, other = stem.factors(updates), stem.factors(stem.horizon)
+    count = min(updates, stem.horizon)
+    equal = count if updates == stem.horizon else _common(own, other, count)
+    schedule, warmup = stem.run_config.schedule.choice, stem.run_config.warmup
+    if equal <= warmup.length(updates, stem.steps_per_epoch) + 1:  # also a decay that begins with the second update
+        cause = f"{schedule} depends on the length of the run from update {equal} on"
+        raise UserError(
+            f"{word}: {cause}, so that no other length can branch off; train {stem.source} with a schedule that is "
+            "constant before its cooldown, and a warmup of fixed length: schedule=wsd schedule.warmup_steps=100"
+        )
+    if stem.run_config.settings.ema == "tail":  # the mean over the last quarter
+        equal = min(equal, *(steps - max(steps // 4, 1) for steps in (updates, stem.horizon)))
+    # A branch makes at least one update, and saves the horizon of its own; the run itself is repeated as it is.
+    most = equal if updates == stem.horizon else min(equal, updates - 1)
+    usable = [step for step in stem.checkpoints if 0 < step <= most]
+    if not usable:
+        kept = ", ".join(map(str, sorted(stem.checkpoints)))
+        raise UserError(
+            f"{word}: its cooldown begins after update {most}, and {stem.source} has no checkpoint until then (kept "
+            f"are those of updates {kept}); train it with checkpoint.every_epochs=1 checkpoint.keep=1000"
+        )
+    return max(usable)
+
+
+def _common(own: Factors, other: Factors, count: int) -> int:
+    """Returns the number of updates, up to `count`, before the factors differ."""
+    return next((update for update in range(count) if own(update) != other(update)), count)
+
+
+def begin(jobs: "Sequence[Job]") -> None:
+    """Puts the checkpoint of each branch that has not begun into its folder, with the history until then.
+
+    Raises `UserError`.
+    """
+    from dlopt.run.folder import copy_history
+    from dlopt.run.record import describe
+    from dlopt.training.checkpoint.checkpoints import Checkpoints, load
+
+    for job in jobs:
+        plan, folder = job.plan, job.folder
+        if not plan.branches_from or folder.has_begun():
+            continue
+        path = Path(plan.branches_from)
+        source, checkpoint = RunFolder(path.absolute().parent.parent), load(path)
+        describe(folder.path, plan.saved, plan.typed, plan.choices)
+        run_id = folder.run_id()
+        assert run_id is not None
+        copy_history(source, folder, checkpoint.best_epoch, run_id)
+        target = Checkpoints(folder.checkpoints)
+        if not target.best.exists() and (best := _best(source, checkpoint)) is not None:
+            target.adopt(best, run_id, "best")
+        target.adopt(path, run_id, "last")
+
+
+def _best(source: RunFolder, checkpoint: "Checkpoint") -> Path | None:
+    """Returns the kept checkpoint of the best evaluation until `checkpoint`; the run may have found a better one since.
+
+    None if it has none: the best model of the branch is then one of later epochs.
+    """
+    from dlopt.training.checkpoint.checkpoints import load
+
+    steps = [line["step"] for line in read_metrics(source.path) if line["epoch"] == checkpoint.best_epoch]
+    path = source.checkpoints / f"step-{steps[0] if steps else 0}.pt"
+    return path if path.is_file() and load(path).evaluated_epoch == checkpoint.best_epoch else None

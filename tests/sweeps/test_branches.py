@@ -1,0 +1,145 @@
+"""Tests of `from=RUN at=LENGTHS`: each branch equals the straight run of its length, bit for bit."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dlopt.basics.folders import RunFolder
+from dlopt.config.compose import Composer
+from dlopt.config.overrides import with_folder
+from dlopt.sweeps import sweep as sweeps
+from dlopt.sweeps.branches import begin, branched
+from dlopt.sweeps.jobs import Job
+from dlopt.training.checkpoint.checkpoints import load_of_run
+from dlopt.training.progress import TrainingRun
+from tests.support.line import dlopt, refused
+from tests.support.runs import metrics, result, run_job, same, timeless
+from tests.support.sizes import SMALL
+
+# 4 updates per epoch.
+PARTS = [
+    *SMALL, "model.dropout=0.3", "augmentation=crop_flip", "optimizer.momentum=0.9", "checkpoint.every_steps=1",
+    "checkpoint.keep=100",
+]  # fmt: skip
+# The cooldown of N epochs is the last quarter of its 4 N - 4 updates after the warmup.
+WSD = ["schedule=wsd", "schedule.warmup_steps=4", "schedule.decay_fraction=0.25"]
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    """Returns the folder of a run of the command."""
+    ended = dlopt(folder.parent, "train", *PARTS, *overrides, f"output={folder}")
+    assert ended.code == 0, ended
+    return folder
+
+
+def jobs_of(folder: Path, *words: str) -> list[Job]:
+    """Returns the jobs of a sweep of branches, with their checkpoints in their folders."""
+    composer = Composer()
+    request = sweeps.request(composer, branched(composer, with_folder([*words, f"output={folder}"], multirun=True)))
+    jobs = sweeps._jobs(folder, sweeps._plans(request))
+    begin(jobs)
+    return jobs
+
+
+def run(job: Job) -> None:
+    """Trains a job in this process."""
+    plan, folder = job.plan, job.folder
+    saved = {"run_id": folder.run_id(), **plan.saved}
+    checkpoint = load_of_run(folder, saved)
+    assert checkpoint is not None
+    run_job(TrainingRun(replace(plan.run_config, config=saved), folder.path, checkpoint, plan.choices))
+
+
+@pytest.mark.parametrize("more", [[], ["ema=tail"], ["steps=17"]])
+def test_each_branch_equals_the_straight_run(more: list[str], tmp_path: Path) -> None:
+    """The last one branches exactly where the cooldowns differ for the first time, in the middle of an epoch."""
+    stem = train(tmp_path / "stem", *WSD, *more, *([] if "steps=17" in more else ["epochs=5"]))
+    key, lengths = ("steps", (9, 14)) if "steps=17" in more else ("epochs", (2, 4))
+    jobs = jobs_of(tmp_path / "sweep", f"from={stem}", f"at={','.join(map(str, lengths))}")
+    for job, length in zip(jobs, lengths, strict=True):
+        run(job)
+        kept = [line for line in more if not line.startswith("steps=")]
+        straight = train(tmp_path / f"straight-{length}", *WSD, *kept, f"{key}={length}")
+        [start] = (job.folder.summary() or {})["resumed_from"]
+        assert timeless(job.folder.path) == timeless(straight)
+        assert same(result(job.folder.path), result(straight))
+        assert same(result(job.folder.path, "best.pt")["model"], result(straight, "best.pt")["model"])
+        updates = length if key == "steps" else 4 * length
+        first = math.floor(updates - 0.25 * (updates - 4)) + 1  # the first update with another rate
+        assert start == min(first, updates - 1, updates - updates // 4 if "ema=tail" in more else updates)
+
+
+def test_the_places_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stem = train(tmp_path / "stem", *WSD, "epochs=5")
+    jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)")
+    assert [job.plan.saved["epochs"] for job in jobs] == [2, 3, 4, 5]
+    assert [job.plan.saved["schedule_epochs"] for job in jobs] == [2, 3, 4, 5]
+    assert [job.plan.saved["resume"] for job in jobs] == [None] * 4
+    # The last one has the length of the run itself, which it repeats: nothing is left to do.
+    assert "branches: 4 updates instead of 56" in capsys.readouterr().out
+    resumed = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)", "resume=auto")
+    assert sweeps.distance_of_jobs(RunFolder(tmp_path / "sweep"), resumed) == 0
+
+
+BAD = {
+    "after the end": (["at=2,6"], "at=6: from=stem ends after 5 epochs; allowed: 1 to 5"),
+    "not a length": (["at=2.5"], "at=2.5: must list lengths, in epochs"),
+    "without a run": (["at=2"], "at=2: needs one run from which to branch"),
+    "another axis": (
+        ["at=2,3", "optimizer.lr=0.1,0.2"],
+        "optimizer.lr=0.1,0.2: branches of one run",
+    ),
+    "seeds": (["at=2,3", "seeds=3"], "seeds=3: branches of one run differ in their lengths only"),
+    "lengths": (["at=2,3", "epochs=9"], "epochs=9: at=2,3 sets the lengths"),
+    "another key": (["at=2,3", "optimizer.lr=0.3"], "optimizer.lr: saved 0.1, now 0.3"),
+    "search": (["at=2,3", "hydra/sweeper=dlopt_optuna"], "hydra/sweeper=dlopt_optuna: branches are a grid"),
+    "checkpoint": (["at=2,3", "resume=x.pt"], "resume=x.pt: at=2,3 chooses the checkpoints; leave it out"),
+    "dry run": (["at=2,3", "dry_run=true"], "at=2,3: dry_run=true estimates whole runs"),
+}
+
+
+@pytest.fixture(scope="module")
+def stems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stems")
+    train(folder / "stem", *WSD, "epochs=5")
+    train(folder / "cosine", "epochs=3", "schedule=cosine")
+    train(folder / "fraction", "epochs=3", "schedule=wsd")
+    train(folder / "few", *WSD, "epochs=3", "checkpoint.keep=1")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refuses_in_one_line(name: str, stems: Path) -> None:
+    words, message = BAD[name]
+    source = [] if name == "without a run" else ["from=stem"]
+    assert re.search(message, refused(stems, "train", "-m", *source, *words))
+
+
+@pytest.mark.parametrize("name", ["cosine", "fraction"])
+def test_refuses_a_schedule_without_a_stable_phase(name: str, stems: Path) -> None:
+    message = refused(stems, "train", "-m", f"from={name}", "at=2")
+    assert "at=2: schedule=" in message and "depends on the length of the run from update" in message
+    assert "schedule=wsd schedule.warmup_steps=100" in message
+
+
+def test_refuses_a_run_without_a_checkpoint_before_the_cooldown(stems: Path) -> None:
+    message = refused(stems, "train", "-m", "from=few", "at=2")
+    assert "at=2: its cooldown begins after update 7, and from=few has no checkpoint until then" in message
+    assert "kept are those of updates 12); train it with checkpoint.every_epochs=1 checkpoint.keep=1000" in message
+
+
+def test_the_word_needs_a_sweep(stems: Path) -> None:
+    assert "at=2: only sweeps have this word; add -m" in refused(stems, "train", "from=stem", "at=2")
+
+
+@pytest.mark.slow
+def test_sweep_is_resumed_like_any_other(stems: Path) -> None:
+    words = ["train", "-m", "from=stem", "at=2,4", "output=branches"]
+    assert dlopt(stems, *words).code == 0
+    before = [metrics(stems / f"branches/{number}") for number in range(2)]
+    (stems / "branches/1/summary.json").unlink()
+    assert dlopt(stems, *words, "resume=auto").code == 0
+    assert [metrics(stems / f"branches/{number}") for number in range(2)] == before
