@@ -10,7 +10,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.overrides import value_of
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
-from dlopt.config.settings_rules import check_monitor
+from dlopt.config.settings_rules import check_monitor, shown_accumulate
 from dlopt.data.generated import drawn
 from dlopt.init import default
 from dlopt.losses import Distillation
@@ -45,10 +45,13 @@ def check_combinations(run_config: RunConfig) -> None:
     _check_device(run_config)
     _check_precision(run_config)
     size = run_config.data_settings.batch_size
-    if isinstance(size, int) and settings.accumulate > size:
+    if isinstance(size, int) and settings.micro_batches > size:
         raise UserError(
-            f"accumulate={settings.accumulate}: more micro-batches than samples in a batch (data.batch_size={size})"
+            f"accumulate={shown_accumulate(settings)}: more micro-batches than samples in a batch "
+            f"(data.batch_size={size})"
         )
+    if settings.batch_growth is not None:
+        _check_growth(run_config)
     if run_config.model.arguments.get("pretrained") and run_config.init.target is not default:
         raise UserError(
             f"{run_config.init.choice}: would overwrite the pretrained weights; "
@@ -74,6 +77,22 @@ def check_combinations(run_config: RunConfig) -> None:
         raise UserError("data=drawn: has no samples; it is for a task that draws them: task=mine.Task")
 
 
+def _check_growth(run_config: RunConfig) -> None:
+    """Refuses what needs the same number of micro-batches in every update."""
+    mode, growth = run_config.parallel, f"accumulate={shown_accumulate(run_config.settings)}"
+    if run_config.data_settings.batch_size == "full":
+        raise UserError(f"{growth}: data.batch_size=full cannot grow; set a number of samples")
+    if value_of(mode.choice) == "pipeline":
+        raise UserError(
+            f"{growth}: {mode.choice} has the same micro-batches in every update; use a number, or parallel=ddp or fsdp"
+        )
+    if mode.arguments.get("static_graph"):
+        raise UserError(
+            f"parallel.static_graph=true: not supported with {growth}, where only the last backward averages "
+            "gradients; set parallel.static_graph=false"
+        )
+
+
 def _check_own_task(run_config: RunConfig) -> None:
     """Refuses what needs outputs and targets, and what splits a model or a batch that the loss couples."""
     settings, mode, task = run_config.settings, run_config.parallel, run_config.task
@@ -94,8 +113,8 @@ def _check_own_task(run_config: RunConfig) -> None:
     if not getattr(task.target, "couples_batch", False):
         return
     reason = f"the loss of {name} couples the samples of a batch (couples_batch)"
-    if settings.accumulate > 1:
-        raise UserError(f"accumulate={settings.accumulate}: {reason}; use accumulate=1")
+    if settings.batch_growth is not None or settings.micro_batches > 1:
+        raise UserError(f"accumulate={shown_accumulate(settings)}: {reason}; use accumulate=1")
     if settings.on_out_of_memory == "halve":
         raise UserError(f"on_out_of_memory=halve: {reason}; use on_out_of_memory=stop")
     if value_of(mode.choice) != "single":

@@ -414,4 +414,6 @@ def describe_type(annotation: Any) -> str:
         return f"a block {{name: {describe_type(arguments[1])}}}"
     if origin is tuple:
         return f"a list [{','.join(describe_type(argument) for argument in arguments if argument is not ...)}]"
+    if dataclasses.is_dataclass(annotation):
+        return f"a block {{{', '.join(field.name for field in dataclasses.fields(annotation))}}}"
     return _PLAIN.get(annotation, getattr(annotation, "__name__", str(annotation)))

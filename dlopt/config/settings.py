@@ -5,7 +5,7 @@ Imports no torch: the roles of keys are looked up without it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
 from dlopt.basics.roles import Role
@@ -87,6 +87,21 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Growth:
+    """A batch that grows from data.batch_size, in `micro_batches[0]` micro-batches, by more of the same size.
+
+    `micro_batches[i]` holds from the milestone i - 1 on, which is in one of three units.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    micro_batches: list[Count]
+    steps: list[Count] | None = None
+    epochs: list[Positive] | None = None
+    samples: list[Count] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     name: Annotated[str, Role.PLACE]
     run_id: Annotated[str | None, Role.COMMAND] = None  # no key to type: see `RunFolder.run_id`
@@ -114,7 +129,7 @@ class Settings:
     channels_last: Annotated[Toggle, Role.PLACE]
     threads: Annotated[Count | Literal["auto"], Role.PLACE]
     deterministic: Annotated[bool, Role.IDENTITY]
-    accumulate: Annotated[Count, Role.IDENTITY]
+    accumulate: Annotated[Count | Growth, Role.IDENTITY]
     scale_lr: Annotated[Literal["none", "linear", "sqrt"], Role.IDENTITY]
     scale_lr_reference: Annotated[Count, Role.IDENTITY]
     decay_norm_and_bias: Annotated[bool, Role.IDENTITY]
@@ -138,6 +153,16 @@ class Settings:
     log_every_steps: Annotated[Count | None, Role.WATCH]
     published: Annotated[list[Published], Role.WATCH]
     observers: Annotated[list[dict[str, Any]], Role.WATCH]  # see `RunConfig.user_observers`
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a batch of data.batch_size samples."""
+        return self.accumulate if isinstance(self.accumulate, int) else self.accumulate.micro_batches[0]
+
+    @property
+    def batch_growth(self) -> Growth | None:
+        """The growth of the batch; None if all updates have the same."""
+        return None if isinstance(self.accumulate, int) else self.accumulate
 
 
 SWITCHES = tuple(name for name, hint in get_type_hints(Settings).items() if hint is bool)

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 from dlopt.basics.errors import UserError, did_you_mean, install
+from dlopt.config.parameters import show
 from dlopt.config.settings import Settings
 from dlopt.metrics.declared import DECLARED
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Direction, Metric, without_set
@@ -35,6 +37,7 @@ def check_settings(settings: Settings) -> None:
             "other; set evaluate.every_epochs=1 or evaluate.every_steps=null"
         )
     _check_compile(settings)
+    _check_growth(settings)
 
 
 def check_tags(tags: Iterable[str]) -> None:
@@ -105,6 +108,42 @@ def _check_diagnostics(settings: Settings) -> None:
         )
 
 
+def shown_accumulate(settings: Settings) -> str:
+    """Shows the value of `accumulate` as it is typed."""
+    if settings.batch_growth is None:
+        return str(settings.micro_batches)
+    keys = [f"{name}: {show(value)}" for name, value in vars(settings.batch_growth).items() if value is not None]
+    return f"{{{', '.join(keys)}}}"
+
+
+def _check_growth(settings: Settings) -> None:
+    growth = settings.batch_growth
+    if growth is None:
+        return
+    key, numbers = f"accumulate={shown_accumulate(settings)}", growth.micro_batches
+    units = {unit: getattr(growth, unit) for unit in ("steps", "epochs", "samples")}
+    given = {unit: milestones for unit, milestones in units.items() if milestones is not None}
+    if len(given) != 1:
+        raise UserError(f"{key}: needs milestones in one unit: steps, epochs or samples")
+    ((unit, milestones),) = given.items()
+    if len(numbers) != len(milestones) + 1:
+        raise UserError(
+            f"{key}: micro_batches needs one number more than {unit}, the first for the beginning: "
+            "{micro_batches: [1, 2], steps: [1000]}"
+        )
+    if any(b <= a for a, b in (*pairwise(numbers), *pairwise(milestones))):
+        raise UserError(f"{key}: micro_batches and {unit} must increase")
+    if odd := next((number for number in numbers if number % numbers[0]), None):
+        raise UserError(
+            f"{key}: {odd} is no multiple of {numbers[0]}, the micro-batches of data.batch_size samples; a batch grows "
+            "by whole multiples"
+        )
+    if settings.checkpoint.at_restarts:
+        raise UserError(
+            f"checkpoint.at_restarts=true: an update of a batch that grows may cross a restart ({key}); set it to false"
+        )
+
+
 def _check_compile(settings: Settings) -> None:
     """Refuses what torch.compile and its CUDA graphs, in which each pass overwrites the previous, do not support."""
     if settings.activation_checkpointing != "none" and settings.compile not in (False, "auto"):
@@ -118,8 +157,8 @@ def _check_compile(settings: Settings) -> None:
     advice = "use compile=max-autotune-no-cudagraphs"
     if settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: compile={settings.compile} records CUDA graphs of its own; {advice}")
-    if settings.accumulate > 1:
+    if settings.batch_growth is not None or settings.micro_batches > 1:
         raise UserError(
-            f"accumulate={settings.accumulate}: the CUDA graphs of compile={settings.compile} overwrite the gradients "
-            f"of the previous micro-batch; {advice}"
+            f"accumulate={shown_accumulate(settings)}: the CUDA graphs of compile={settings.compile} overwrite the "
+            f"gradients of the previous micro-batch; {advice}"
         )

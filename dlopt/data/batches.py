@@ -46,6 +46,7 @@ class Batch:
         weight: of its mean loss in the loss of the update.
         teacher_inputs: `inputs` in the normalization of a teacher; None if it is the same, or there is no teacher.
         is_last: whether it is the last micro-batch of its update.
+        joined: totals of the batches of data.batch_size that a larger one consists of; empty if it is a single one.
     """
 
     inputs: Tensor
@@ -56,9 +57,15 @@ class Batch:
     weight: float = 1.0
     is_last: bool = True
     teacher_inputs: Tensor | None = None
+    joined: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.inputs, self.targets))
+
+    @property
+    def count(self) -> int:
+        """Batches of data.batch_size: 1, unless the batch has grown (`dlopt.training.batch_growth`)."""
+        return len(self.joined) or 1
 
     @property
     def positions(self) -> slice:

@@ -88,7 +88,13 @@ def trial(run_config: RunConfig, keys: RangeTest) -> RunConfig:
         auto_lr=False,
         schedule=Component("schedule", exponential, {}),
         warmup=replace(run_config.warmup, warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0),
-        settings=replace(run_config.settings, scale_lr="none", ema=None, steps=keys.updates),
+        settings=replace(
+            run_config.settings,
+            accumulate=run_config.settings.micro_batches,
+            scale_lr="none",
+            ema=None,
+            steps=keys.updates,
+        ),
     )
 
 

@@ -42,13 +42,15 @@ class Row:
         line: of metrics.jsonl.
         previous: seconds and step of the row before; of the first row: `start`.
         start: seconds and step at the start of this process; > 0 if it resumed the run.
-        steps: updates of the whole run.
+        done: updates of this process; if the batch grows, batches of data.batch_size.
+        left: of the run, in the same unit.
     """
 
     line: Mapping[str, Any]
     previous: Mapping[str, float]
     start: Mapping[str, float]
-    steps: int
+    done: int
+    left: int
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,7 @@ OTHERS = (
         "seconds_left", "left", format_clock, width=7, shown={"table": 5}, needs=("step", "seconds"),
         # At the speed of this process: a resumed run may be on another machine.
         of_row=lambda row: seconds_left(
-            row.line["seconds"] - row.start["seconds"], row.line["step"] - row.start["step"],
-            row.steps - row.line["step"],
+            row.line["seconds"] - row.start["seconds"], row.done, row.left,
         ),
     ),
     # A run has one of these two.

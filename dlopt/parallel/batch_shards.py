@@ -160,12 +160,14 @@ class BatchSplit:
     def micro_batches(self, batch: Batch, accumulate: int) -> Sequence[Batch]:
         """Returns this rank's part of each of `accumulate` micro-batches; it may be empty.
 
-        A part is weighted by its fraction of the samples of the global batch: shards may be unequal.
+        A part is weighted by its fraction of the samples of the global batch: shards may be unequal. Of a batch that
+        has grown, each of the joined batches is split as if it were alone: micro-batches keep their sizes.
         """
-        if accumulate == 1 and self.ranks == 1:
+        if accumulate == 1 and self.ranks == 1 and not batch.joined:
             return (batch,)
         parts, start, first = [], 0, 0  # of this process's samples, and of those of all
-        shards = micro_batch_shards(batch.total, accumulate, self.rank, self.ranks)
+        totals = batch.joined or (batch.total,)
+        shards = [each for total in totals for each in micro_batch_shards(total, accumulate, self.rank, self.ranks)]
         for number, shard in enumerate(shards, 1):
             samples = slice(start, start + shard.samples)
             parts.append(

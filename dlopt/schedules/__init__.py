@@ -4,7 +4,8 @@ rate. Update t uses factor(t); so the last update of a run of n updates uses fac
 A choice is a factory that takes the `Horizon` of the run and returns the function. Three rules hold for all of them:
 - every schedule can have a warmup (`Warmup`), which multiplies the schedule's factor;
 - `step` and `multistep` count from the start of training, as papers state their milestones; curves (cosine,
-  exponential, ...) start at the end of the warmup. From t = n on, the factor is constant;
+  exponential, ...) start at the end of the warmup. From t = n on, the factor is constant, unless the schedule has no
+  end (wsd without a decay);
 - a length is given in epochs or in steps, with the unit in the key's name. By default it is a fraction of the run, so
   the defaults are valid for runs of any length.
 

@@ -96,14 +96,19 @@ def wsd(
     *,
     decay_epochs: Positive | None,
     decay_steps: Count | None,
-    decay_fraction: PositiveFraction,
+    decay_fraction: Probability,
     final: Probability,
     shape: Literal["linear", "cosine", "sqrt"],
+    stable: Literal["constant", "inverse_sqrt"],
+    timescale_steps: Count | None,
     horizon: Horizon,
 ) -> Factor:
     """Warmup (the common keys), stable, decay: 1 until the decay, which ends with the run (Hu et al. 2024, MiniCPM).
 
-    `sqrt` is 1 - sqrt(x), the best shape in Hagele et al. 2024.
+    `sqrt` is 1 - sqrt(x), the best shape in Hagele et al. 2024. With stable=inverse_sqrt the factor until the decay is
+    sqrt(a / (a + t)), t since the warmup and a = `timescale_steps` (Zhai et al. 2022, "Scaling vision transformers";
+    Meterez et al. 2026, arXiv 2602.03702). Without a decay, the schedule does not depend on the length of the run, and
+    continues after it.
     """
     rest = horizon.steps - horizon.start
     length = length_of("decay", decay_epochs, decay_steps, horizon, decay_fraction * rest)
@@ -118,4 +123,18 @@ def wsd(
         "sqrt": lambda x: 1.0 - math.sqrt(x),
     }
     curve, decay_start = curves[shape], horizon.steps - length
-    return lambda t: final + (1.0 - final) * curve(progress(t, decay_start, length))
+    if stable == "constant" and timescale_steps is not None:
+        raise UserError(f"schedule.timescale_steps={timescale_steps}: only with schedule.stable=inverse_sqrt")
+    timescale = max(horizon.start, 1) if timescale_steps is None else timescale_steps
+
+    def without_decay(t: float) -> float:
+        if stable == "constant":
+            return 1.0
+        return math.sqrt(timescale / (timescale + max(t - horizon.start, 0.0)))
+
+    def factor(t: float) -> float:
+        high = without_decay(min(t, horizon.steps))
+        low = min(final, high)
+        return low + (high - low) * curve(progress(t, decay_start, length))
+
+    return factor if length else without_decay

@@ -24,7 +24,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     With `freezes`, the parameters of a group with a horizon then have requires_grad=False, which saves time and changes
     no result. `resting` counts the groups that rest.
 
-    With `decay`, also sets the weight decay of each group to its base times the factor of `decay`.
+    With `decay`, also sets the weight decay of each group to its base times the factor of `decay`. With `scale`,
+    multiplies all learning rates by scale(t): of a batch that grows, whose updates advance t by several steps.
 
     A standard LRScheduler: call `step()` after every update. For speed it omits torch's order checks and its copy of
     all values. Learning rates that are tensors are changed in place, as CUDA graphs require.
@@ -37,8 +38,10 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         *,
         freezes: bool = False,
         decay: WeightDecay | None = None,
+        scale: Factor | None = None,
     ) -> None:
         self.factor = factor
+        self._scale = scale
         self._component: Any = getattr(factor, "component", factor)
         cycle_momentum = getattr(self._component, "cycle_momentum", False)
         groups = optimizer.param_groups
@@ -93,6 +96,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._rest(factors)
         # A factor of a user's own may be a number of NumPy, which cannot be read from a checkpoint.
         lrs = [float(base * factor) for base, factor in zip(self._base_floats, factors, strict=True)]
+        if self._scale is not None:
+            lrs = [lr * self._scale(self.last_epoch) for lr in lrs]
         self.rate = lrs[self._shown]
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):  # the first test is faster
@@ -177,7 +182,8 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._apply()
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        return [base * factor for base, factor in zip(self.base_lrs, self._factors(), strict=True)]
+        scale = 1.0 if self._scale is None else self._scale(self.last_epoch)
+        return [base * factor * scale for base, factor in zip(self.base_lrs, self._factors(), strict=True)]
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
         lrs = [group["lr"] for group in self.optimizer.param_groups]

@@ -80,7 +80,10 @@ class _Output:
 
 @dataclass
 class _Display:
-    """The live display, one line each: epochs, steps of this epoch, training metrics, validation metrics."""
+    """The live display, one line each: epochs, steps of this epoch, training metrics, validation metrics.
+
+    `name`: of a step; if the batch grows, all counts are of batches of data.batch_size.
+    """
 
     epochs: int
     steps_per_epoch: int
@@ -88,6 +91,7 @@ class _Display:
     step: int
     samples_per_step: float
     unit: str
+    name: str = "step"
     evaluation: tuple[str, int, int] | None = None  # split, batch, batches
     train: Mapping[str, float | None] = field(default_factory=dict)
     val: Mapping[str, float | None] = field(default_factory=dict)
@@ -136,7 +140,7 @@ class _Display:
         rows = [("epoch", epoch, self.epochs, self.step, self.steps, self._time_left())]
         if self.evaluation is None:
             step = self.step - epoch_start
-            rows.append(("step", step, epoch_steps, step, epoch_steps, throughput))
+            rows.append((self.name, step, epoch_steps, step, epoch_steps, throughput))
         else:
             split, batch, batches = self.evaluation
             rows.append((split, batch, batches, batch, batches, ""))
@@ -238,6 +242,7 @@ class ConsoleView(Screen):
         self._width = shutil.get_terminal_size().columns if self._output.isatty() else None  # None if not a terminal
         self._display: _Display | None = None
         self._rows = terminal_text.EpochRows(0)
+        self._batches: Callable[[int], int] = int  # of a number of updates: equal, unless the batch grows
         self._rows_width: int | None = -1  # for which the table's header was printed; -1: for none
         self._due = float("inf")
 
@@ -251,6 +256,7 @@ class ConsoleView(Screen):
     ) -> None:
         """Shows the header and starts the display; `facts`: see `terminal_text.header_rows`."""
         per_step, unit = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1), facts.get("unit", "samples")
+        self._batches = facts.get("batches", int)
         self._rows = terminal_text.EpochRows(
             facts["epochs"],
             unit=unit,
@@ -259,11 +265,14 @@ class ConsoleView(Screen):
             steps=facts["steps"],
             metrics=facts.get("metrics", ()),
             sets=tuple(facts.get("sets", ())),
+            batches=self._batches,
         )
         self._print_block(terminal_text.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
-        self._display = _Display(facts["epochs"], facts["steps_per_epoch"], facts["steps"], first_step, per_step, unit)
+        total, first = self._batches(facts["steps"]), self._batches(first_step)
+        name = "batch" if "batches" in facts else "step"
+        self._display = _Display(facts["epochs"], facts["steps_per_epoch"], total, first, per_step, unit, name)
         self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
@@ -271,7 +280,7 @@ class ConsoleView(Screen):
         """Call after every update. Only reads the clock unless a redraw is due."""
         now = perf_counter()
         if now >= self._due and self._display is not None:
-            self._display.advance(step, now)
+            self._display.advance(self._batches(step), now)
             self._redraw()
 
     def evaluating(self, batch: int, batches: int, split: str) -> None:
@@ -302,7 +311,7 @@ class ConsoleView(Screen):
             self._print(self._rows.header(metrics, width))
         self._print(self._rows.row(metrics, best))
         if (display := self._display) is not None:
-            display.step = metrics["step"]
+            display.step = self._batches(metrics["step"])
             train, val = ({name: metrics[name] for name in names if name in metrics} for names in (_TRAIN, _VAL))
             display.train, display.val = train, val
             self._redraw()

@@ -122,6 +122,7 @@ def header_rows(
             ", ".join(samples),
             facts.get("inputs"),
             *settings_of("data.batch_size"),
+            _growth(values),
             *choices_of("augmentation"),
         ],
         "model": [names.get("model"), _parameters(facts), *choices_of("init"), *choices_of("adapt", unless="none")],
@@ -180,6 +181,16 @@ def _warmup(values: Mapping[str, Any]) -> str | None:
     return f"warmup {100 * fraction:g} %" if fraction else None
 
 
+def _growth(values: Mapping[str, Any]) -> str | None:
+    """Says when the batch grows: x2, x4 after 5, 10 epochs."""
+    first, *later = values.get("accumulate.micro_batches") or [None]
+    for unit in ("steps", "epochs", "samples"):
+        if (milestones := values.get(f"accumulate.{unit}")) and later:
+            factors = ", ".join(f"x{number // first}" for number in later)
+            return f"{factors} after {', '.join(map(format_value, milestones))} {unit}"
+    return None
+
+
 def _kept(values: Mapping[str, Any]) -> str | None:
     """Says which model is kept, if `monitor` is not the default."""
     monitor = values.get("monitor", "auto")
@@ -198,6 +209,9 @@ def _length(facts: Mapping[str, Any]) -> str | None:
     if facts.get("epochs") is None:
         return None
     epochs, steps_per_epoch, steps = facts["epochs"], facts["steps_per_epoch"], facts.get("steps")
+    if steps is not None and "batches" in facts:  # the batch grows
+        lengths = f"{format_count('epochs', epochs)} of {format_count('batches', steps_per_epoch)}"
+        return f"{lengths}, {format_count('steps', steps)}"
     if steps is not None and steps != epochs * steps_per_epoch:
         return f"{format_count('steps', steps)} ({steps_per_epoch:,} per epoch)"
     return f"{format_count('epochs', epochs)} of {format_count('steps', steps_per_epoch)}"
@@ -293,7 +307,8 @@ class EpochRows:
     Does not use a table of rich, which needs all rows before it prints the first one.
 
     `seconds`, `step`: training time and updates before this process started (0 unless resumed). `steps`: updates of the
-    whole run. `metrics`: keys of additional columns. `sets`: names of validation sets.
+    whole run. `metrics`: keys of additional columns. `sets`: names of validation sets. `batches`: of a number of
+    updates, which take the same time each; equal, unless the batch grows.
     """
 
     def __init__(
@@ -306,6 +321,7 @@ class EpochRows:
         steps: int = 0,
         metrics: Iterable[str] = (),
         sets: Sequence[str] = (),
+        batches: Callable[[int], int] = int,
     ) -> None:
         listed = [_measured(each, unit) for each in shown_in("table")]
         names = [each.name for each in listed]
@@ -313,7 +329,7 @@ class EpochRows:
         end = max(i for i, name in enumerate(names) if split_of(name) is not None) + 1  # of training and validation
         self._columns = [*listed[:end], *additional, *listed[end:]]
         self._shown: list[_Column] = []
-        self._epochs, self._steps = epochs, steps
+        self._epochs, self._steps, self._batches = epochs, steps, batches
         self._start: Mapping[str, Any] = {"seconds": seconds, "step": step}
         self._previous: Mapping[str, Any] = self._start
 
@@ -331,7 +347,8 @@ class EpochRows:
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
         """Formats an evaluated epoch."""
-        row = Row(metrics, self._previous, self._start, self._steps)
+        start, now, end = (self._batches(step) for step in (self._start["step"], metrics["step"], self._steps))
+        row = Row(metrics, self._previous, self._start, now - start, end - now)
         self._previous = metrics
         cells = [each.cell(row).rjust(each.characters) for each in self._shown]
         return Text(" ".join(cells) + (" *" if best else ""), "green" if best else "", no_wrap=True)

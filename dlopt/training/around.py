@@ -62,7 +62,7 @@ def skipping(update: Update, step: Step, skip: Callable[[Diverged], bool]) -> Up
             if not error.before_update or not skip(error):
                 raise
         buffers.restore()
-        step.schedule.step()
+        step.advance()
         return UpdateRecord(None, [])
 
     return skipped

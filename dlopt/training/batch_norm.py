@@ -107,7 +107,7 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     `batches`: the training batches, whose sampler may select some of the training samples.
     """
     data, count = workload.run_config.data_settings, batches.count
-    micro_batches = max(workload.run_config.settings.accumulate, workload.parallel.traits.micro_batches)
+    micro_batches = max(workload.run_config.settings.micro_batches, workload.parallel.traits.micro_batches)
     smallest = _smallest_micro_batch(count, batches.batch_size, micro_batches)
     shards = workload.parallel.traits.batch_norm_shards
     if shards > 1:
@@ -202,7 +202,7 @@ def small_batch_warnings(workload: Workload) -> list[str]:
     count = len(workload.dataset.train)
     size = count if data.batch_size == "full" else min(data.batch_size, count)
     mode = workload.parallel
-    device_batch = size // mode.traits.batch_norm_shards // max(settings.accumulate, mode.traits.micro_batches)
+    device_batch = size // mode.traits.batch_norm_shards // max(settings.micro_batches, mode.traits.micro_batches)
     if device_batch >= SMALL_NORM_BATCH or not any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
         return []
     return [

@@ -51,7 +51,7 @@ class ClosureStep(Step):
             raise not_evaluated(self.optimizer)
 
         # 3. Advance the learning rate, and end, as all updates do.
-        self.schedule.step()
+        self.advance()
         self.end(self.record, self.average)
         return self.record
 
@@ -97,7 +97,7 @@ class ClosureStep(Step):
             drawn: Tensor = sampled(self.micro_loss.eager_model(part.inputs), part.targets)
             return drawn
 
-        return self._differentiable(Batch(inputs, noise, batch.total), loss_of), noise.numel()
+        return self._differentiable(Batch(inputs, noise, batch.total, joined=batch.joined), loss_of), noise.numel()
 
     def cost(self) -> dict[str, int]:
         return {"evaluations": self.evaluations}

@@ -53,6 +53,8 @@ def obstacle(
         return "precision=fp16 adapts its loss scale on the host"
     if settings.check_now:
         return "check=step and on_divergence=skip synchronize in every update"
+    if settings.grows:
+        return "accumulate grows the batch, whose shape is a constant in a graph"
     if settings.halve_on_out_of_memory:
         return "on_out_of_memory=halve may change the size of micro-batches"
     if schedule.cycles_momentum:
@@ -130,7 +132,7 @@ class GraphedUpdate:
         step.seeds = False
         record = self._graphed().clone()  # the next replay overwrites it
         step.seeds = True
-        step.schedule.step()
+        step.advance()
         step.end(record, None if self._capture.averages else step.average)
         return record
 

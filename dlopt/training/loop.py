@@ -109,7 +109,7 @@ class Trainer:
                         logs = log_every is not None and (progress.step + 1) % log_every == 0
                         record = self.update(batch, progress.step, log_norm=logs)
                         progress.step += 1
-                        progress.position += 1
+                        progress.position += batch.count
                         after_update()
                         self.tracking.advance(progress.step)
                         if record.loss is not None:
@@ -212,7 +212,8 @@ class Trainer:
 
     def _rates(self) -> dict[str, float]:
         """Returns what the schedules have set for the latest update: lr, and weight_decay unless decay=constant."""
-        rates, decay = {"lr": float(self.step.rate)}, self.step.schedule.weight_decay(self.progress.step - 1)
+        latest = self.length.batches(self.progress.step - 1)
+        rates, decay = {"lr": float(self.step.rate)}, self.step.schedule.weight_decay(latest)
         return rates if decay is None else {**rates, "weight_decay": decay}
 
     def _fractional_epoch(self) -> float:
@@ -326,6 +327,8 @@ class Trainer:
         self.mode.sharding.load_model(self.module, state["model"])
         self.load_optimizer(state["optimizer"])
         self.step.schedule.load_state_dict(state["schedule"])
+        if self.length.growth is not None:  # after steps=N within an epoch, the run continues with the next one
+            self.step.schedule.step(progress["epoch"] * self.length.steps_per_epoch + progress["position"])
         step_keys = ("lr", "scaler", "accumulate", *self.step.cost())
         self.step.load_state_dict({key: progress.pop(key) for key in step_keys})
         self.train_metrics.load_state_dict(progress.pop("sums"))

@@ -13,10 +13,11 @@ from torch import Tensor
 from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig, Settings
-from dlopt.data.batches import Batch
+from dlopt.data.batches import Batch, Batches
 from dlopt.metrics.names import Metric, tag_of
 from dlopt.metrics.sums import MetricSum
 from dlopt.parallel.step_timing import StepTiming
+from dlopt.training.batch_growth import BatchGrowth, batch_growth
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.step import EpochBatches
 from dlopt.training.throughput import ON_CPU, Throughput
@@ -39,17 +40,45 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Length:
-    """Length of a run."""
+    """Length of a run. Updates are batches of data.batch_size, unless the batch grows; then the two differ."""
 
     steps: int  # updates
     epochs: int  # the last one may be partial
-    steps_per_epoch: int
-    horizon: int  # updates over which the schedule runs
+    steps_per_epoch: int  # batches of an epoch
+    horizon: int  # batches over which the schedule runs
     done: int = 0  # updates of the checkpoint from which the run resumes
+    growth: BatchGrowth | None = None
+
+    def batches(self, steps: int) -> int:
+        """Returns the batches of the first `steps` updates."""
+        return steps if self.growth is None else self.growth.batches(steps)
+
+
+def length_of_run(settings: Settings, batches: Batches, checkpoint: Checkpoint | None) -> Length:
+    """Computes the length of a run with these training batches, resumed from a checkpoint or new.
+
+    Raises `UserError` for a batch that grows beyond an epoch.
+    """
+    if settings.batch_growth is None:
+        return run_length(settings, len(batches), checkpoint)
+    per_epoch, done, t = len(batches), 0, 0
+    if checkpoint is not None:
+        done, t = checkpoint.step, checkpoint.epoch * per_epoch + checkpoint.position
+    growth = batch_growth(settings.batch_growth, batches, (done, t))
+    if settings.steps is not None:
+        steps, end = settings.steps, growth.batches(settings.steps)
+    else:
+        end = settings.epochs * per_epoch
+        steps = growth.updates(end) if end >= t else done - 1  # fewer than done: refused later
+    if settings.schedule_epochs is not None:
+        horizon = round(settings.schedule_epochs * per_epoch)
+    else:
+        horizon = end if checkpoint is None else checkpoint.horizon
+    return Length(steps, math.ceil(end / per_epoch), per_epoch, horizon, done, growth)
 
 
 def run_length(settings: Settings, steps_per_epoch: int, checkpoint: Checkpoint | None) -> Length:
-    """Computes the length of a run, resumed from a checkpoint or new.
+    """Computes the length of a run whose batch does not grow.
 
     A run that is resumed with more epochs keeps its schedule, unless `schedule_epochs` is set.
     """
@@ -75,16 +104,19 @@ def check_horizon(
     have learning rate 0, with the command that stretches it if the command line is `typed`. Whoever sets
     `schedule_epochs` has chosen the horizon.
     """
-    settings, steps, horizon = run_config.settings, length.steps, length.horizon
+    settings, steps, horizon = run_config.settings, length.batches(length.steps), length.horizon
     key = f"epochs={settings.epochs}" if settings.steps is None else f"steps={settings.steps}"
-    if steps < checkpoint.step:
-        done = f"{checkpoint.step / length.steps_per_epoch:.6g} epochs" if settings.steps is None else checkpoint.step
+    if length.steps < checkpoint.step:
+        epochs_done = length.batches(checkpoint.step) / length.steps_per_epoch
+        done = f"{epochs_done:.6g} epochs" if settings.steps is None else checkpoint.step
         raise UserError(f"{key}: this run has already done {done}; set a larger number, or train in another folder")
-    if settings.schedule_epochs is not None or steps == horizon or steps <= checkpoint.step:
+    if settings.schedule_epochs is not None or steps == horizon or length.steps <= checkpoint.step:
         return None
     factor = schedules.build(
         run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=length.steps_per_epoch
     )
+    if factor(horizon + 1) != factor(horizon):  # the schedule has no end
+        return None
     end, schedule_end = (f"{count / length.steps_per_epoch:.6g}" for count in (steps, horizon))
     final = factor(horizon)
     if steps < horizon:
@@ -106,7 +138,7 @@ def check_horizon(
 
 def check_lengthened(run_config: RunConfig, checkpoint: Checkpoint) -> None:
     """Like `check_horizon`, before the data is read; only for checkpoints at the end of an epoch."""
-    if checkpoint.epoch and not checkpoint.position:
+    if checkpoint.epoch and not checkpoint.position and run_config.settings.batch_growth is None:
         steps_per_epoch = -(-checkpoint.step // checkpoint.epoch)  # steps=N may have ended the last epoch early
         check_horizon(run_config, run_length(run_config.settings, steps_per_epoch, checkpoint), checkpoint)
 
@@ -131,7 +163,7 @@ class Progress:
     position: int = 0  # completed batches of the current epoch
     step: int = 0  # completed updates
     seconds: float = 0.0
-    horizon: int = 0  # updates over which the schedule runs
+    horizon: int = 0  # batches over which the schedule runs
     resumed_from: list[int] = field(default_factory=list)
     data: Mapping[str, Any] = field(default_factory=dict)  # see `build.data_spec`
     found_lr: float | None = None  # learning rate of a range test

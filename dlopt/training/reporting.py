@@ -72,6 +72,8 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
         "metrics": [*(Metric("val", name).column for name in _shown_metrics(workload)), *_of_sets(workload)],
         "sets": {name: size * tokens for name, size in _sizes(workload).items()},
     }
+    if length.growth is not None:
+        facts["batches"] = length.batches
     samples = workload.run_config.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
         facts |= {"val": samples * tokens, "all_val": facts["val"]}

@@ -37,7 +37,7 @@ from dlopt.training.progress import (
     Length,
     TrainingRun,
     check_horizon,
-    run_length,
+    length_of_run,
 )
 from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import Observer
@@ -92,7 +92,7 @@ def train_run(
         workload = add_teacher(workload)
     check_crops(workload)
     batches = training_batches(workload)
-    length = run_length(settings, len(batches), checkpoint)
+    length = length_of_run(settings, batches, checkpoint)
     horizon_note = None if checkpoint is None else check_horizon(run.run_config, length, checkpoint, run.overrides)
     is_shown = mode.ranks.is_main
     with (
@@ -187,5 +187,5 @@ def _test_best(trainer: Trainer, workload: Workload, stop: Interruption) -> Mapp
 
 def _restarts(trainer: Trainer) -> list[float]:
     """Returns the restarts of the schedule so far, in epochs."""
-    done = [step for step in trainer.step.schedule.restarts if step < trainer.progress.step]
+    done = [step for step in trainer.step.schedule.restarts if step < trainer.step.schedule.last_epoch]
     return [step / trainer.length.steps_per_epoch for step in done]

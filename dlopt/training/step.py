@@ -38,16 +38,18 @@ class StepSettings:
     """Settings of a step.
 
     Attributes:
-        accumulate: micro-batches per update.
+        accumulate: micro-batches per batch of data.batch_size.
         seed: of the model's random numbers (dropout).
         check_now: check for non-finite values before each update: cheap on a CPU, a synchronization on a GPU.
         halve_on_out_of_memory: when a batch does not fit, use twice as many micro-batches from then on.
+        grows: later updates have more micro-batches.
     """
 
     accumulate: int = 1
     seed: int = 0
     check_now: bool = True
     halve_on_out_of_memory: bool = False
+    grows: bool = False
 
 
 @dataclass
@@ -206,7 +208,7 @@ class Step:
             raise
 
         # 4. Advance the learning rate.
-        self.schedule.step()
+        self.advance()
 
         # 5. End: add the metrics, synchronize buffers, average the weights, and leave the checks that would wait for
         #    the device.
@@ -258,6 +260,10 @@ class Step:
         if average is not None:
             average()
 
+    def advance(self) -> None:
+        """Advances the schedule, which counts batches of data.batch_size, by an update."""
+        self.schedule.step(self.schedule.last_epoch + self.current.batch.count)
+
     def _has_gradients(self) -> bool:
         """Returns whether anything trains: the schedule may have frozen all parameters. The scaler fails on none."""
         return any(p.grad is not None for p in self.parameters)
@@ -308,7 +314,8 @@ class Step:
             try:
                 return self.forward_backward(batch)
             except torch.OutOfMemoryError:
-                if self.accumulate >= len(batch.targets):
+                largest = max(batch.joined, default=len(batch.targets))
+                if self.accumulate >= largest:
                     raise
             # Outside the except clause, in which the exception's traceback would keep the activations alive.
             self.zero_grad()
@@ -317,7 +324,7 @@ class Step:
             if batch.targets.is_cuda:
                 torch.cuda.empty_cache()
             self.accumulate *= 2
-            update, size = self.current.number + 1, -(-len(batch.targets) // self.accumulate)
+            update, size = self.current.number + 1, -(-largest // self.accumulate)
             log.warning("out of memory at update %d: continuing with micro-batches of %d samples", update, size)
 
     # -- checks and state

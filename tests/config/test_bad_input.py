@@ -168,7 +168,14 @@ RANGES = {
     "threads=1000000": ("threads=1000000", "cores", "at most"),
     "clip=norm clip.max_norm=-1": ("clip.max_norm=-1", "> 0"),
     "clip=adaptive clip.clipping=0": ("clip.clipping=0", "> 0"),
-    "accumulate=0": ("accumulate=0", ">= 1"),
+    "accumulate=0": ("accumulate=0", ">= 1 | a block {micro_batches, steps, epochs, samples}"),
+    "accumulate={steps:[4]}": ("accumulate=", "too few values"),
+    "accumulate={micro_batches:[1,2],updates:[4]}": ("accumulate=", "unexpected keyword argument"),
+    "accumulate={micro_batches:[1,2]}": ("needs milestones in one unit: steps, epochs or samples",),
+    "accumulate={micro_batches:[1,2],steps:[4],epochs:[1]}": ("needs milestones in one unit",),
+    "accumulate={micro_batches:[1,2],steps:[4,5]}": ("micro_batches needs one number more than steps",),
+    "accumulate={micro_batches:[2,1],steps:[4]}": ("micro_batches and steps must increase",),
+    "accumulate={micro_batches:[2,3],steps:[4]}": ("3 is no multiple of 2",),
     "recovery.attempts=0": ("recovery.attempts=0", ">= 1"),
     "recovery.lr_factor=1": ("recovery.lr_factor=1", "< 1"),
     "checkpoint.keep=0": ("checkpoint.keep=0", ">= 1"),
@@ -196,6 +203,17 @@ COMBINATIONS = {
     "optimizer=newton model=resnet20": ("optimizer=newton", "newton_cg"),
     "schedule=cosine schedule.warmup_epochs=20 epochs=2 steps=null": ("schedule.warmup_epochs=20", "longer"),
     "accumulate=100 data.batch_size=10": ("accumulate=100", "data.batch_size=10"),
+    **{
+        f"accumulate={{micro_batches:[1,2],steps:[4]}} {line}": message
+        for line, message in {
+            "data.batch_size=full": ("data.batch_size=full cannot grow",),
+            "parallel=pipeline": ("parallel=pipeline has the same micro-batches in every update",),
+            "parallel=ddp parallel.static_graph=true": ("parallel.static_graph=true: not supported with accumulate",),
+            "compile=max-autotune": ("compile=max-autotune", "max-autotune-no-cudagraphs"),
+            "schedule=cosine_restarts checkpoint.at_restarts=true": ("checkpoint.at_restarts=true", "cross a restart"),
+            "data.batch_size=36": ("a batch of 60 samples is larger than an epoch (30)",),
+        }.items()
+    },
     "ema=0.9 optimizer=schedule_free_sgd": ("ema=0.9: ScheduleFreeSGD evaluates an average of its own", "ema=null"),
     "precision=fp16 device=cpu": ("precision=fp16", "bf16"),
     "on_divergence=skip sampler=hard_examples": ("on_divergence=skip", "on_divergence=rollback"),

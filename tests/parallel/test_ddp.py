@@ -30,6 +30,10 @@ OWN = "model._target_=tests.support.user_parts"
 WIDE = ["model.norm=none", "model.widths=[100]"]  # more units than samples in a batch
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
+    "a batch that grows": (
+        [*RESNET, "data.batch_size=20", "accumulate={micro_batches:[2,4],steps:[3]}", "scale_lr=sqrt", "epochs=2"],
+        SYNC_DDP,
+    ),
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
     "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=37", "accumulate=3", "epochs=2"], SYNC_DDP),
     "soap, gradients of low rank": ([*MLP, *WIDE, "optimizer=soap", "data.batch_size=19", "epochs=2"], DDP),

@@ -15,6 +15,10 @@ KEPT = "parallel.reshard_after_forward=false"
 
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_FSDP),
+    "a batch that grows": (
+        [*RESNET, "data.batch_size=20", "accumulate={micro_batches:[2,4],steps:[3]}", "scale_lr=sqrt", "epochs=2"],
+        SYNC_FSDP,
+    ),
     "accumulation": (
         [*RESNET, "data.batch_size=35", "accumulate=3", "steps=5", "clip=norm", "clip.max_norm=0.5"],
         [*SYNC_FSDP, KEPT],

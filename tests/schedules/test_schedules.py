@@ -118,6 +118,14 @@ CLOSED_FORMS = {
         partial(make, "wsd", shape="cosine", warmup_fraction=0.1, decay_fraction=0.5),
         lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else (1 + math.cos(math.pi * (t - 132) / 108)) / 2,
     ),
+    "wsd, inverse square root": (
+        partial(make, "wsd", stable="inverse_sqrt", warmup_steps=40, decay_steps=60, shape="linear"),
+        lambda t: (t + 1) / 41 if t < 40 else math.sqrt(40 / t) * min(1.0, (STEPS - t) / 60),
+    ),
+    "wsd, inverse square root with a timescale, to 0.1": (
+        partial(make, "wsd", stable="inverse_sqrt", timescale_steps=90, warmup_steps=0, decay_epochs=5, final=0.1),
+        lambda t: 0.1 + (math.sqrt(90 / (90 + t)) - 0.1) * (1 - math.sqrt(max(t - 120, 0) / 120)),
+    ),
     "exponential after a warmup": (
         partial(make, "exponential", warmup_epochs=1, warmup_start=0.5),
         lambda t: 0.5 + 0.5 * t / 24 if t < 24 else math.exp(-0.1 * (t - 24) / EPOCH),
@@ -368,6 +376,7 @@ def test_curve_depends_only_on_the_fraction_of_the_run(a: int, b: int) -> None:
         ("cosine", {"warmup_epochs": 11}, r"schedule\.warmup_epochs=11.*264 steps.*240"),
         ("cosine_warmup", {"warmup_steps": 241}, r"schedule\.warmup_steps=241"),
         ("wsd", {"decay_epochs": 11}, "is longer than"),
+        ("wsd", {"timescale_steps": 9}, r"schedule\.timescale_steps=9: only with schedule\.stable=inverse_sqrt"),
         ("one_cycle", {"base_momentum": 0.96}, r"schedule\.base_momentum=0\.96"),
         ("one_cycle", {"three_phase": True, "pct_start": 0.6}, r"schedule\.pct_start=0\.6.*at most 0\.5"),
         ("cosine_warmup_restarts", {"T_0_steps": 10, "cycle_warmup_steps": 10}, "not shorter than"),
@@ -389,6 +398,15 @@ def test_warmup_length_overrides_the_default_fraction() -> None:
         assert isinstance(by_epochs, WarmedUp)
         assert by_epochs.length == 120
         assert none(0) == 1.0
+
+
+@pytest.mark.parametrize("typed", [{"warmup_steps": 40}, {"warmup_steps": 0, "timescale_steps": 7}])
+def test_a_schedule_without_an_end_does_not_depend_on_the_run(typed: dict[str, Any]) -> None:
+    short, long = (make("wsd", steps, stable="inverse_sqrt", decay_fraction=0.0, **typed) for steps in (50, 5000))
+    assert curve(short, 5000) == curve(long, 5000)
+    cooled = make("wsd", 900, stable="inverse_sqrt", decay_steps=100, **typed)
+    assert curve(cooled, 800) == curve(long, 800)
+    assert cooled(900) == cooled(1000) == 0.0
 
 
 def test_scheduler_multiplies_every_groups_own_base() -> None:

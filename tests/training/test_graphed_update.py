@@ -317,6 +317,7 @@ def of_two_processes() -> Mode:
         ({"check_now": True}, "check=step"),
         ({"decay": linear(final=0.0, horizon=Horizon(0, 9, 3))}, "the schedule of the weight decay changes it"),
         ({"halve_on_out_of_memory": True}, "halve"),
+        ({"grows": True}, "accumulate grows the batch"),
         ({"model": nn.Sequential(nn.Flatten(), Theirs(4, 2))}, "Theirs"),
         ({"model": nn.LSTM(3, 2)}, "LSTM"),
         ({"parts": [Annealed()]}, "Annealed may have control flow on the host"),

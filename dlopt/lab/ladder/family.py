@@ -168,6 +168,8 @@ def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, 
     batch = run_config.data_settings.batch_size
     if not isinstance(batch, int):
         raise UserError(f"data.batch_size={batch}: a ladder needs a number, which its batch-size rule sets")
+    if run_config.settings.batch_growth is not None:
+        raise UserError("accumulate: a ladder compares runs of constant batches; use a number of micro-batches")
     dataset = read_dataset(run_config)
     shape = dataset.task.input_shape(dataset.train.shape)
     module = model_on_meta(run_config.model, dataset.task.model_arguments(shape))

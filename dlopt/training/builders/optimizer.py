@@ -36,6 +36,9 @@ from dlopt.training.progress import Length
 
 log = logging.getLogger(__name__)
 
+# Of scale_lr: the factor of the learning rate, by the ratio of two batch sizes.
+_LR_SCALES: Mapping[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt}
+
 
 def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     """Builds the optimizer over the model's parameter groups; scales its learning rate by the batch size (scale_lr)."""
@@ -50,7 +53,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     if settings.scale_lr != "none":
         size, count = run_config.data_settings.batch_size, len(workload.dataset.train)
         ratio = (count if size == "full" else min(size, count)) / settings.scale_lr_reference
-        arguments["lr"] *= math.sqrt(ratio) if settings.scale_lr == "sqrt" else ratio
+        arguments["lr"] *= _LR_SCALES[settings.scale_lr](ratio)
     growth, grouping = workload.growth, run_config.grouping
     build = partial(_build, workload, base, arguments)
     optimizer, fused = build()
@@ -321,7 +324,10 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     is_independent = run_config.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
     freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr
     horizon = schedules.Horizon(0, length.horizon, length.steps_per_epoch)
-    return Scheduler(optimizer, factor, freezes=freezes, decay=run_config.decay.build(horizon=horizon))
+    decay, growth = run_config.decay.build(horizon=horizon), length.growth
+    ratio = _LR_SCALES.get(run_config.settings.scale_lr)
+    scale = None if growth is None or ratio is None else lambda t: ratio(growth.count(t))
+    return Scheduler(optimizer, factor, freezes=freezes, decay=decay, scale=scale)
 
 
 def snapshot_names(schedule: Scheduler) -> Callable[[int], str | None]:

@@ -62,10 +62,11 @@ def build_step(
         schedule,
         mode,
         StepSettings(
-            accumulate=settings.accumulate,
+            accumulate=settings.micro_batches,
             seed=stream(settings.augmentation_seed, rng.DROPOUT),
             check_now=checks and check_now,
             halve_on_out_of_memory=halves,
+            grows=settings.batch_growth is not None,
         ),
         precision=workload.precision,
         metrics=metrics,

@@ -14,6 +14,7 @@ from dlopt.parallel.shard_files import ShardWriter
 from dlopt.schedules import Scheduler
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import ExponentialAverage, TailAverage, WeightAverage
+from dlopt.training.batch_growth import GrowingBatches
 from dlopt.training.batch_norm import LaggingStatistics, check_norm_batches
 from dlopt.training.builders.batches import loss_aware_sampler, training_batches
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
@@ -25,7 +26,7 @@ from dlopt.training.evaluate import check_tta, has_train_accuracy, reduction, va
 from dlopt.training.loop import Trainer
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Clock, Intervals, Length, Progress, evaluation_interval, run_length
+from dlopt.training.progress import Clock, Intervals, Length, Progress, evaluation_interval, length_of_run
 from dlopt.training.step import EpochBatches, Observer
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
@@ -75,6 +76,8 @@ def build_trainer(
     # 3. The update: of the network as the observers wrap it, with the metrics that it adds up.
     network: Network = workload.network
     observed: EpochBatches = batches
+    if length.growth is not None:
+        observed = GrowingBatches(batches, length.growth, tracking.message)
     for observer in observers:
         network, observed = observer.instrument(network, observed)
     if not workload.parallel.ranks.is_main:
@@ -141,7 +144,7 @@ def probe_trainer(
     `checkpoint`: sets the length of the schedule. `checks`: see `build_trainer`.
     """
     batches = training_batches(workload)
-    length = run_length(workload.run_config.settings, len(batches), checkpoint)
+    length = length_of_run(workload.run_config.settings, batches, checkpoint)
     return build_trainer(workload, folder, batches, length, Tracking.silent(), observers=observers, checks=checks)
 
 

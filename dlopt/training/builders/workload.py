@@ -151,7 +151,7 @@ def build_mode(run_config: RunConfig) -> Mode:
     device = choose_device(settings.device)
     mode: Mode = run_config.parallel.build(
         device=device,
-        accumulate=settings.accumulate,
+        accumulate=settings.micro_batches,
         batch_size=run_config.data_settings.batch_size,
         precision=choose_precision(settings.precision, device).name,
         threads=settings.threads,
@@ -215,7 +215,7 @@ def build_workload(
     if settings.threads == "auto" and is_alone:
         size = run_config.data_settings.batch_size
         samples = len(dataset.train) if size == "full" else size
-        if speed.prefers_one_thread(module, shape, samples // settings.accumulate):
+        if speed.prefers_one_thread(module, shape, samples // settings.micro_batches):
             set_threads(1)
 
     # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the
