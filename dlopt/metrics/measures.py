@@ -129,6 +129,11 @@ class Measure:
         """The tag in TensorBoard of a measure without a split: throughput/utilization, lr."""
         return self.name if self.of_training is None else f"throughput/{self.name}"
 
+    @property
+    def is_logged_by_steps(self) -> bool:
+        """Whether it is logged with the training loss every few updates: rates, throughput, GPU memory."""
+        return self.is_state or self.of_training is not None
+
     def show(self, value: float | None) -> str:
         return "-" if value is None else self.format(value)
 

@@ -102,6 +102,14 @@ class MetricSum:
         self._flushed: list[tuple[Tensor, list[int]]] = []  # (losses, parts, number correct; samples) of many steps
         self._reported: tuple[float, int, int, Mapping[str, float]] = (0.0, 0, 0, {})
 
+    def start_epoch(self) -> None:
+        """Forgets all samples, but `since_last` still counts those since its last call. Call after `means`."""
+        loss, correct, count, before = self._reported
+        parts = {name: before.get(name, 0.0) - total for name, total in self.parts.items()}
+        unreported = (loss - self.loss, correct - self.correct, count - self.count, parts)
+        self.clear()
+        self._reported = unreported
+
     def keep(self, loss: Tensor, outputs: Tensor, targets: Tensor) -> Kept:
         """Returns the batch's contribution, for `add`. Takes the mean loss (scalar), outputs [B, K], and targets [B]
         (or [B, K]: probabilities).

@@ -62,7 +62,7 @@ def style(i: int, *, dash: int | None = None, **more: Any) -> dict[str, Any]:
 
 
 _LABELS = {  # metrics and keys whose names do not explain themselves
-    "val_error": "validation error (fraction)",
+    "val_error": "validation error",
     "optimizer.lr": "learning rate",
     "optimizer.weight_decay": "weight decay",
     "init.std": "standard deviation of the initial weights",

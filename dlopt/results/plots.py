@@ -1,6 +1,7 @@
 """Plots of the report, one figure each; a plot without data is None.
 
-Accuracies are in percent. A configuration has the colour of its rank, an optimizer that of its best configuration.
+Accuracies are in percent. Colours and dashes are those of the page: if optimizers differ, each has a colour, and dashes
+tell its configurations apart; otherwise a configuration has the colour of its rank.
 """
 
 import math
@@ -76,6 +77,25 @@ def _rows(ranking: Ranking) -> Sequence[Configuration]:
     return (ranking.ranked or ranking.rows)[:SHOWN]
 
 
+def _optimizers(ranking: Ranking) -> list[str]:
+    """Returns the optimizers of all rows, in the order of their colours; [] if the rows do not differ in it."""
+    if "optimizer" not in ranking.keys:
+        return []
+    return sorted({text(row.values.get("optimizer", "")) for row in ranking.rows})
+
+
+def _row_styles(ranking: Ranking) -> list[tuple[int, int]]:
+    """Returns the colour and the dash of each row in a plot of curves."""
+    optimizers, rows = _optimizers(ranking), _rows(ranking)
+    if not optimizers:
+        return [(i, i) for i in range(len(rows))]
+    styles: list[tuple[int, int]] = []
+    for row in rows:
+        colour = optimizers.index(text(row.values.get("optimizer", ""))) % len(COLOURS)
+        styles.append((colour, sum(other == colour for other, _ in styles)))
+    return styles
+
+
 def learning_curves(ranking: Ranking, against: str) -> "Figure | None":
     """Plots the ranking metric of the best configurations against epochs, updates or seconds."""
     figure, axis = _figure(3.6)
@@ -116,13 +136,13 @@ def learning_rates(ranking: Ranking) -> "Figure | None":
 def _curves(axis: "Axes", ranking: Ranking, name: str, against: str) -> bool:
     """Plots the means over seeds with bands; returns whether there is any."""
     scale, spread = _scale(name), default_spread(ranking)
-    for i, row in enumerate(_rows(ranking)):
+    for i, (row, (colour, dash)) in enumerate(zip(_rows(ranking), _row_styles(ranking), strict=True)):
         curve = band(row.distinct, name)
         if curve is None:
             continue
         x, (low, high) = curve.x[against], curve.spreads[spread]
         marker = MARKERS[i % len(MARKERS)] if len(x) < 10 else None
-        line = style(i, linewidth=1.8, marker=marker, markersize=4)
+        line = style(colour, dash=dash, linewidth=1.8, marker=marker, markersize=4)
         axis.plot(x, scale * curve.mean, label=_wrapped(row.label, 78), **line)
         band_style = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
         axis.fill_between(x, scale * low, scale * high, **band_style)
@@ -143,6 +163,12 @@ def _with_legend(figure: "Figure", axis: "Axes", ranking: Ranking, note: str) ->
     return figure
 
 
+def _set_notes(figure: "Figure", *notes: str) -> None:
+    """Writes notes above a plot: centred on the figure, because long labels move the axes to the right."""
+    lines = [line for note in notes for line in textwrap.wrap(note, 94)]
+    figure.suptitle("\n".join(lines), fontsize="small")
+
+
 def importance_bars(ranking: Ranking) -> "Figure | None":
     importances = importance(ranking)
     if importances is None or importances.missing:
@@ -155,7 +181,7 @@ def importance_bars(ranking: Ranking) -> "Figure | None":
     axis.grid(visible=False, axis="y")
     title = f"functional ANOVA of {len(ranking.ranked)} configurations, main effects"
     explained = f"the model explains {100 * importances.explained:.0f} % of the variance of held-out ones"
-    axis.set_title(f"{title}\n{explained}", fontsize="small")
+    _set_notes(figure, title, explained)
     return figure
 
 
@@ -167,12 +193,13 @@ def lr_sensitivity(ranking: Ranking) -> "Figure | None":
     scale = _scale(ranking.by)
     figure = drawing.figure(_WIDTH, 3.8 + 0.25 * len(results))
     axis, strip = figure.subplots(2, 1, sharex=True, height_ratios=[16, len(results) + 0.5])
-    for y, (i, result) in enumerate(zip(_optimizer_styles(results), results, strict=True)):
+    for y, (i, result) in enumerate(zip(_optimizer_styles(ranking, results), results, strict=True)):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        dash = 0 if _optimizers(ranking) else i
         best = zip(*((lr, scale * value.mean, scale * (value.std or 0.0)) for lr, value in result.best), strict=True)
         rates, means = zip(*((lr, scale * value.mean) for lr, value, _ in result.points), strict=True)
         axis.plot(rates, means, ".", color=colour, alpha=0.4)
-        axis.errorbar(*best, capsize=3, **style(i, linewidth=1.8, marker=marker))
+        axis.errorbar(*best, capsize=3, **style(i, dash=dash, linewidth=1.8, marker=marker))
         strip.plot(result.good, [y, y], color=colour, linewidth=4, marker=marker, markersize=7)  # also the legend
         if result.failed:
             bottom = [0.02] * len(result.failed)
@@ -191,12 +218,14 @@ def lr_sensitivity(ranking: Ranking) -> "Figure | None":
     note = "best over the other keys; error bars: standard deviation over seeds"
     failed = "; ×: failed runs" if any(result.failed for result in results) else ""
     strips = f"below: good rates, at most {tolerance_text(ranking)} (or one standard deviation) worse than the best"
-    axis.set_title(f"{note}{failed}\n{strips}", fontsize="small")
+    _set_notes(figure, f"{note}{failed}", strips)
     return figure
 
 
-def _optimizer_styles(results: Sequence[Sensitivity]) -> list[int]:
-    """Returns the style of each optimizer: its best configuration's, or an unused style if curves do not show it."""
+def _optimizer_styles(ranking: Ranking, results: Sequence[Sensitivity]) -> list[int]:
+    """Returns the style of each optimizer: its own, its best configuration's, or one that curves do not use."""
+    if optimizers := _optimizers(ranking):
+        return [optimizers.index(result.optimizer) for result in results]
     best = [min(row for _, _, row in result.points) for result in results]
     free = iter(range(SHOWN, SHOWN + len(results)))
     return [row if row < SHOWN else next(free) for row in best]

@@ -38,7 +38,7 @@ from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, live_name
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
-# The keys that define an optimizer; its other keys are rarely set.
+# The keys that define an optimizer of dlopt or torch; its other keys are rarely set.
 _DEFINING = ("lr", "momentum", "nesterov", "betas", "amsgrad", "cautious", "hyperball", "weight_decay")
 _AVERAGING = "dlopt.optim.SGDW"  # its momentum is an average: its steps are torch's SGD steps times 1 - momentum
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
@@ -160,9 +160,17 @@ def header(config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping
 
 
 def _optimizer(keys: Any) -> list[str]:
-    """Says what defines an optimizer, given its keys: lr 0.1, momentum 0.9, average of gradients."""
+    """Says what defines an optimizer, given its keys: lr 0.1, momentum 0.9, average of gradients.
+
+    Of an optimizer of the user's own, all keys.
+    """
+    if not isinstance(keys, Mapping):
+        return []
+    if not str(keys.get("_target_", "dlopt.")).startswith(("dlopt.", "torch.")):
+        values = {key: value for key, value in keys.items() if key != "_target_" and value not in (None, [], {})}
+        return [f"{key} {format_value(values[key])}" for key in sorted(values, key=_defining_first)]
     texts = []
-    for key in _DEFINING if isinstance(keys, Mapping) else ():
+    for key in _DEFINING:
         value = keys.get(key)
         if isinstance(value, bool):
             texts += [key] if value else []
@@ -170,6 +178,11 @@ def _optimizer(keys: Any) -> list[str]:
             is_average = key == "momentum" and keys.get("_target_") == _AVERAGING and value > 0
             texts.append(f"{key} {format_value(value)}{', average of gradients' if is_average else ''}")
     return texts
+
+
+def _defining_first(key: str) -> int:
+    """Sorts the keys that most optimizers have before the others."""
+    return _DEFINING.index(key) if key in _DEFINING else len(_DEFINING)
 
 
 def _warmup(values: Mapping[str, Any]) -> str | None:

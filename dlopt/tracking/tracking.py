@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import short_path
 from dlopt.basics.secrets import redact, redacted
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, tag_of
+from dlopt.metrics.measures import MEASURES
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, split_of, tag_of
 from dlopt.metrics.shown import format_metric
 from dlopt.tracking import terminal_text
 from dlopt.tracking.console import ConsoleView
@@ -129,7 +130,6 @@ class Tracking:
         self._packages = packages
         self._predicts = predicts
         self._console = ConsoleView() if console else None
-        self._step_tags: set[str] = set()  # written by `step`
         self._epochs = 0
         self._sets: tuple[str, ...] = ()  # named validation sets
         self._log: TrainLog | None = None
@@ -212,7 +212,6 @@ class Tracking:
         """Call at logging points with values by TensorBoard tag (`train/loss`, `lr`, `grad_norm/global`, ...)."""
         if self.log_every_steps is None:
             return
-        self._step_tags.update(values)
         for sink in self._sinks:
             sink.scalars(step, values)
         if self._console is not None:
@@ -234,8 +233,8 @@ class Tracking:
     ) -> None:
         """Records an evaluated epoch with the keys of metrics.jsonl.
 
-        The sinks receive `train_loss` as `train/loss` and so on, without the tags that `step` writes; TensorBoard also
-        `best`.
+        The sinks receive `val_loss` as `val/loss` and so on; TensorBoard also `best`. Training metrics are left out if
+        `step` writes them: a tag has one meaning, the mean since its last point.
 
         Args:
             metrics: of the epoch, by column.
@@ -248,7 +247,7 @@ class Tracking:
         so_far = {tag: float(value) for tag, value in tags.items() if _is_number(value)}
         for sink in self._sinks:
             more = so_far if sink is self._tensorboard else {}
-            sink.scalars(metrics["step"], _to_tags(metrics, self._step_tags) | more)
+            sink.scalars(metrics["step"], _to_tags(metrics, training=self.log_every_steps is None) | more)
             sink.flush()
         if self._log is not None:
             self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=improved, sets=self._sets))
@@ -354,13 +353,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _to_tags(metrics: Mapping[str, Any], excluded: set[str]) -> dict[str, float]:
-    """Maps the keys of metrics.jsonl to TensorBoard tags (`train_loss` -> `train/loss`)."""
+def _to_tags(metrics: Mapping[str, Any], *, training: bool) -> dict[str, float]:
+    """Maps the keys of metrics.jsonl to TensorBoard tags (`train_loss` -> `train/loss`).
+
+    `training`: with training metrics, learning rate, weight decay and throughput.
+    """
     scalars = {}
     for key, value in metrics.items():
         if key in ("epoch", "step") or not _is_number(value):
             continue
-        tag = tag_of(key)
-        if tag not in excluded:
-            scalars[tag] = float(value) if math.isfinite(value) else math.nan
+        of_training = split_of(key) == "train" or (key in MEASURES and MEASURES[key].is_logged_by_steps)
+        if training or not of_training:
+            scalars[tag_of(key)] = float(value) if math.isfinite(value) else math.nan
     return scalars

@@ -106,7 +106,8 @@ class Trainer:
                     for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
                         if interrupted or progress.step == steps or self.stopping.should_stop:
                             break
-                        logs = log_every is not None and (progress.step + 1) % log_every == 0
+                        is_last = progress.step + 1 == steps
+                        logs = log_every is not None and (is_last or (progress.step + 1) % log_every == 0)
                         record = self.update(batch, progress.step, log_norm=logs)
                         progress.step += 1
                         progress.position += batch.count
@@ -152,6 +153,8 @@ class Trainer:
                     clock = self.clock(self.progress, self.train_metrics)
                     continue
                 if self.stopping.should_stop and progress.step < steps:
+                    if log_every is not None and progress.step % log_every:
+                        self.tracking.step(progress.step, clock.training_metrics(self._rates()))
                     return "stopped_early"
             return "finished"
 
@@ -185,7 +188,10 @@ class Trainer:
             if self.stopping.should_stop:
                 ends_epoch, metrics["epoch"] = True, epoch
         if ends_epoch:
-            self.train_metrics.clear()
+            if intervals.log_every_steps is None:
+                self.train_metrics.clear()
+            else:
+                self.train_metrics.start_epoch()  # a logging interval may begin in one epoch and end in the next
             progress.epoch, progress.position = epoch, 0
         clock.stop(training=False)
         improved = False

@@ -237,13 +237,17 @@ class Clock:
         trained, self._trained = self._trained, (0, 0.0)
         return self.throughput.metrics(*trained)
 
+    def training_metrics(self, rates: Mapping[str, float]) -> dict[str, float]:
+        """Returns the rates and the mean train/... since the last logging point, by tag."""
+        since = self.train_metrics.since_last()
+        return {**rates, **{Metric("train", name).tag: value for name, value in since.items()}}
+
     def metrics(self, rates: Mapping[str, float], norm: Tensor | None) -> dict[str, float]:
         """Returns the metrics since the last logging point: rates, train/..., gradient norm, throughput, step timing.
 
         `rates`: learning rate and weight decay of the latest update; `norm`: of its gradient, if it was computed.
         """
-        since = self.train_metrics.since_last()
-        metrics = {**rates, **{Metric("train", name).tag: value for name, value in since.items()}}
+        metrics = self.training_metrics(rates)
         if norm is not None:
             # The sums above have waited for the device already.
             metrics["grad_norm/global"] = float(norm)

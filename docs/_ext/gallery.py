@@ -15,7 +15,7 @@ from reference import CATALOGUE
 from dlopt.config.choices import Choice
 from dlopt.config.parameters import show
 from dlopt.lab.comparison.frozen import CHANGED, is_changed
-from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.labels import axis_label, scale
 
 FOLDER = "lecture/"
 
@@ -61,12 +61,14 @@ def _published(docs: Path, name: str) -> list[str]:
     if not (published := saved.get("published")):
         return []
     metric = next(key for key in saved["rows"][0] if key not in ("variant", "at"))
-    rows = []
+    factor, rows = scale(metric), []
     for row, (point, value) in zip(saved["rows"], published["values"].items(), strict=True):
         values = row[metric]
-        rows.append((text(point), f"{value:g}", f"{fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"))
+        numbers = fmean(values), min(values), max(values)
+        mean, low, high = (f"{factor * each:.{2 if factor > 1 else 4}f}" for each in numbers)
+        rows.append((text(point), f"{factor * value:.4g}", f"{mean} ({low} to {high})"))
     [axis] = saved["rows"][0]["at"]
-    here = f"here: {label(metric)}, {saved['rows'][0]['variant']}, mean and range over {len(saved['seeds'])} seeds"
+    here = f"here: {axis_label(metric)}, {saved['rows'][0]['variant']}, mean and range over {len(saved['seeds'])} seeds"
     correlation = f"Rank correlation of both columns (Spearman): {published['rank_correlation']:.2f}."
     columns = (text(axis), text(", ".join(published["label"].splitlines())), text(here))
     return [table(columns, rows), "", correlation, ""]

@@ -1,7 +1,6 @@
-"""Writes the topics of a lecture: what the lecture says, the command, the picture, the verdicts, the time."""
+"""Writes the topics of a lecture: what happens, how long it takes, the command, what to look at, the verdicts."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from markup import block, text
 from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
+from dlopt.lab.comparison.frozen import stated_time
 
 Topic = Mapping[str, Any]
 QUICK = "comparison.quick=true"
@@ -32,12 +32,12 @@ def overview(docs: Path) -> str:
     for lecture, found in plan(docs).items():
         heading = (docs / "lectures" / f"{lecture}.md").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         lines.append(f"1. [{heading}]({lecture}.md)")
-        lines += [f"   - [{text(each)}]({lecture}.md#{anchor(each)})" for each in map(_heading, found)]
+        for topic in found:
+            name = topic["name"]
+            lines.append(
+                f"   - [{text(name)}]({lecture}.md#{anchor(name)}): {text(topic['sentence'].removesuffix('.'))}"
+            )
     return "\n".join(lines)
-
-
-def _heading(topic: Topic) -> str:
-    return str(topic["sentence"]).removesuffix(".")
 
 
 def _choice(topic: Topic) -> Choice:
@@ -49,27 +49,31 @@ def _topic(docs: Path, topic: Topic) -> str:
     if "recipe" in topic:
         parts = _recipe(docs, topic, _choice(topic))
     else:
-        parts = [block("bash", [topic["command"]]), *_picture(docs, topic.get("picture"), topic["title"])]
+        first = f"{text(topic['sentence'])} About {topic['time']}:"
+        parts = [first, "", block("bash", [topic["command"]]), *_picture(docs, topic.get("picture"), topic["title"])]
     more = [text(topic["more"]) if "](" not in topic["more"] else topic["more"], ""] if "more" in topic else []
-    return "\n".join([f"## {text(_heading(topic))}", "", *parts, *more])
+    return "\n".join([f"## {text(topic['name'])}", "", *parts, *more])
 
 
 def _recipe(docs: Path, topic: Topic, choice: Choice) -> list[str]:
-    """Returns the lines of a recipe: command, picture, verdicts, time, link to its numbers."""
+    """Returns the lines of a recipe: what happens, time, command, picture, what to see, verdicts, link to numbers."""
     name, command = topic["recipe"], command_of(choice)
-    times = [_duration(choice.header) or "days, on four GPUs"]
+    time = stated_time(choice.header) or "days, on four GPUs"
     if "quick" in topic:
-        times.append(f"about {topic['quick']} s with `{QUICK}`")
+        time += f", or about {topic['quick']} s with `{QUICK}`"
+    see = " ".join(yaml.safe_load(choice.path.read_text(encoding="utf-8"))["comparison"]["see"].split())
     found = results(docs, name)
     verdicts = [f"- **{each['verdict'].capitalize()}{changed(each)}:** {text(each['claim'])}." for each in found]
     link = f"../gallery.md#{anchor(choice.description)}"
     return [
-        f"{text(choice.description)}:",
+        f"{text(topic['sentence'])} {time[:1].upper()}{time[1:]}:",
         "",
         block("bash", [command, *([f"{command} {QUICK}"] if "quick" in topic else [])]),
         *_picture(docs, name, choice.description),
+        f"**What to see:** {text(see)}",
+        "",
         *(["Not recorded here.", ""] if not verdicts else [*verdicts, ""]),
-        f"Time: {', '.join(times)}. [What to see, numbers, what to change]({link}).",
+        f"[Numbers and what to change]({link}).",
         "",
     ]
 
@@ -78,9 +82,3 @@ def _picture(docs: Path, name: str | None, description: str) -> list[str]:
     if name is None or not (docs / "gallery" / f"{name}.png").exists():
         return []
     return [f"![{text(description)}](../gallery/{name}.png)", ""]
-
-
-def _duration(header: Sequence[str]) -> str:
-    """Returns the time that the header of a recipe states: "about 30 s on one core"."""
-    found = re.search(r"\d+ runs, ([^:.]*? (?:s|minutes?)\b(?: on \w+ cores?)?)", " ".join(header))
-    return found[1] if found else ""

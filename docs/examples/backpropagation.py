@@ -65,7 +65,7 @@ def main():
             layers = [(w - 0.1 * dw, b - 0.1 * db) for (w, b), (dw, db) in zip(layers, steps, strict=True)]
         loss, _ = cross_entropy(forward(layers, x[:1500])[1], y[:1500])
         accuracy = (forward(layers, x[1500:])[1].argmax(1) == y[1500:]).mean()
-        print(f"epoch {epoch:2d}: training loss {loss:.3f}, validation accuracy {accuracy:.3f}")
+        print(f"epoch {epoch:2d}: training loss {loss:.3f}, validation accuracy {100 * accuracy:.1f} %")
 
 
 if __name__ == "__main__":

@@ -58,14 +58,14 @@ def test_tick_labels_do_not_overlap(tmp_path: Path) -> None:
     assert [note.get_text() for note in rates] == ["0.5", "0.102"]
 
 
-def test_optimizers_have_the_colours_of_their_best_configurations(tmp_path: Path) -> None:
+def test_optimizers_have_the_colours_of_their_configurations(tmp_path: Path) -> None:
     """The eighth row is not among the curves, so its optimizer has a colour that no curve has."""
     tops = {("adamw", 0.01 * i): 0.9 - 0.01 * i for i in range(1, 8)} | {("sgd", 0.1): 0.3, ("sgd", 0.01): 0.2}
     result = plots(sweep(tmp_path, tops), None)
     curves = [line.get_color() for line in result["learning_curves"].axes[0].get_lines()]
     assert "optimizer=adamw" in str(result["learning_curves"].axes[0].get_lines()[0].get_label())
     adamw, sgd = (bars.lines[0].get_color() for bars in result["lr_sensitivity"].axes[0].containers)
-    assert adamw == curves[0] and sgd not in curves
+    assert set(curves) == {adamw} and sgd not in curves  # as on the page; dashes tell the curves apart
 
 
 def test_plots_against_updates_where_epochs_differ(tmp_path: Path) -> None:
@@ -155,10 +155,7 @@ def test_a_wide_range_of_rates_has_a_logarithmic_axis(tmp_path: Path) -> None:
 
 def test_titles_labels_and_axes() -> None:
     assert drawing.title_with_subtitle("a", "b " * 50) == "a\n" + "\n".join(["b " * 44 + "b", "b b b b b"])
-    assert (
-        drawing.label("val_error") == "validation error (fraction)"
-        and drawing.label("clip.max_norm") == "clip max norm"
-    )
+    assert drawing.label("val_error") == "validation error" and drawing.label("clip.max_norm") == "clip max norm"
     assert drawing.label("data.batch_size") == "batch size" and drawing.label("optimizer.lr") == "learning rate"
     assert drawing.literal("_a$b") == "\u200b_a\\$b" and drawing.literal("a_") == "a_"
     figure = drawing.figure(3, 2, "title", fontsize=9)

@@ -110,7 +110,7 @@ def test_tracking_sends_the_same_metrics_to_every_sink(tmp_path: Path, monkeypat
     assert [name for name, _ in service.calls] == ["begin", "send", "send", "send", "end"]
     assert service.calls[0][1]["optimizer.lr"] == 0.1
     assert [call[1][1] for call in service.calls[1:4]] == [
-        {"train/loss": 2.0}, {"val/accuracy": 0.5, "lr": 0.1}, {"test/accuracy": 0.4}
+        {"train/loss": 2.0}, {"val/accuracy": 0.5}, {"test/accuracy": 0.4}
     ]  # fmt: skip
 
 

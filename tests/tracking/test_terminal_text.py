@@ -146,6 +146,7 @@ def test_short_paths_are_those_of_the_shell_that_started_the_run(
     [
         ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": False}, "lr 0.1  momentum 0.9"),
         ({"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True}, "momentum 0.9  nesterov"),
+        ({"_target_": "mine.Foo", "foo": 2.0, "groups": [], "fast": False, "lr": 0.1}, "lr 0.1  foo 2.0  fast false"),
         ({"_target_": "dlopt.optim.SGDW", "lr": 0.1, "momentum": 0.9}, "lr 0.1  momentum 0.9, average of gradients"),
         ({"_target_": "dlopt.optim.SGDW", "lr": 0.1, "momentum": 0.0}, "lr 0.1  momentum 0.0"),
         ({"betas": [0.9, 0.999], "weight_decay": 0.01, "eps": 1e-8}, "betas [0.9,0.999]  weight_decay 0.01"),

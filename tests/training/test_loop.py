@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -289,12 +290,25 @@ def test_without_a_validation_set() -> None:
 
 def test_logging_interval() -> None:
     _, tracking, _ = run(training(log_every_steps=4))
-    assert [step for step, _ in tracking.steps] == [4, 8, 12]
+    assert [step for step, _ in tracking.steps] == [4, 8, 12, 15]  # the last update has a point in any case
     for step, values in tracking.steps:
         assert values["grad_norm/global"] > 0
         assert values["lr"] == 0.1 * (1 / (1 + 0.1 * (step - 1)))
         assert values["train/loss"] > 0 and 0 <= values["train/accuracy"] <= 1
         assert values["throughput/samples_per_second"] > 0
+
+
+@pytest.mark.parametrize("every", [4, 7, 50])
+def test_points_are_means_since_the_previous_point(every: int) -> None:
+    """Weighted by their samples, the points of a run have the mean of its epochs."""
+    _, tracking, _ = run(training(log_every_steps=every))
+    before, total = 0, 0.0
+    sizes = [SIZE, SIZE, SIZE, SIZE, COUNT - 4 * SIZE] * 3
+    for step, values in tracking.steps:
+        total += sum(sizes[before:step]) * values["train/loss"]
+        before = step
+    assert before == 15
+    assert total / sum(sizes) == pytest.approx(fmean(line["train_loss"] for line in tracking.epochs), rel=1e-12)
 
 
 @pytest.mark.parametrize("every", [1, 3, 5, 7])

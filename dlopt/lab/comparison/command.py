@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.folders import FolderSnapshot
 from dlopt.basics.plain_values import flatten
+from dlopt.config.choices import Choice
 from dlopt.config.flags import parse_arguments
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import choices_of
@@ -40,7 +41,15 @@ from dlopt.extend import (
 from dlopt.lab.comparison.claims import TEST_METRICS, Claim, parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantRun
 from dlopt.lab.comparison.findings import check, evaluate, record
-from dlopt.lab.comparison.frozen import FROZEN, claims_hash, is_changed, recipe_hash, recipe_path, rerun_hint
+from dlopt.lab.comparison.frozen import (
+    FROZEN,
+    claims_hash,
+    is_changed,
+    recipe_hash,
+    recipe_path,
+    rerun_hint,
+    stated_time,
+)
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
@@ -121,7 +130,8 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
             print(f"for the verdicts, once all have ended: this command with {place} resume=auto")
             return 0
         runs = VariantJobs(comparison, jobs, request.plan_job)
-        runs.screen.message(f"{comparison.title}: {len(plans)} runs in {short_path(folder)}")
+        for line in _first_lines(composer, config, comparison, len(plans), folder):
+            runs.screen.message(line)
         gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries
         try:
             if code := runs.run(pool):
@@ -130,6 +140,23 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
             gc.unfreeze()
         _conclude(Results(comparison, runs.outcomes), claims, frozen, folder, runs.screen)
     return 0
+
+
+def _first_lines(composer: Composer, config: DictConfig, comparison: Comparison, count: int, folder: Path) -> list[str]:
+    """Says what happens, how long it takes if the recipe states it, how to make it short, and what to look at."""
+    recipe = choices_of(config).get("experiment")
+    header = [] if recipe is None else Choice("experiment", recipe, recipe_path(recipe, composer.config_dir)).header
+    time = stated_time(header)
+    shorter = "a preview of about ten seconds" if time else "a preview"
+    if comparison.quick:
+        time = time and "about ten seconds"
+    elif not any(f"{count} runs, " in line for line in header):  # overrides have changed the number of runs
+        time = ""
+    return [
+        f"{comparison.title}: {', '.join(filter(None, [f'{count} runs', time]))} in {short_path(folder)}",
+        *([] if comparison.quick else [f"{shorter}: comparison.quick=true"]),
+        f"what to look at: {comparison.see}",
+    ]
 
 
 def _conclude(
@@ -298,9 +325,10 @@ def _pool(launcher: object, name: str, plans: Collection[Plan]) -> Pool | None:
 
 def _jobs(comparison: Comparison, plans: Plans, folder: Path) -> dict[VariantRun, Job]:
     """Returns the runs as the jobs of a sweep in `folder`, in the subfolders 0, 1, ..."""
+    keys = [key.rpartition(".")[2] for key in comparison.along]  # short: a line of 80 characters has the metrics, too
     jobs = {}
     for number, (cell, plan) in enumerate(plans.items()):
-        labels = [cell.variant, *(f"{k}={show(v)}" for k, v in zip(comparison.along, cell.point, strict=False))]
+        labels = [cell.variant, *(f"{key}={show(value)}" for key, value in zip(keys, cell.point, strict=False))]
         jobs[cell] = Job(number, RunFolder(folder / plan.subfolder), plan, f"{', '.join(labels)}, seed {cell.seed}")
     return jobs
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from dlopt.basics.formats import format_percent
 from dlopt.extend import Seed, show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
-from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.labels import is_percent, label
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import Directions, split_of
@@ -211,9 +212,12 @@ class Results:
         for variant in self.comparison.variants:
             columns = [self.finals(variant, name) for name in metrics]
             for point in columns[0]:
-                rows.append([variant, *map(show, point), *(format_final(fmean(column[point])) for column in columns)])
+                finals = [fmean(column[point]) for column in columns]
+                rows.append([variant, *map(show, point), *map(format_final, metrics, finals)])
         return align_columns(rows)
 
 
-def format_final(value: float) -> str:
-    return "diverged" if math.isnan(value) else f"{value:.4g}"
+def format_final(metric: str, value: float) -> str:
+    if math.isnan(value):
+        return "diverged"
+    return format_percent(value) if is_percent(metric) else f"{value:.4g}"

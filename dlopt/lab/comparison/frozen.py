@@ -6,6 +6,7 @@ the same entries. If the hash of the recipe now differs, the verdicts belong to 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from dlopt.extend import Record, Section, Table, read_json, short_path
 RESULTS = "comparison.json"
 _MAX_BYTES = 1 << 26  # of that file: 50 runs have 0.03 MB
 FROZEN = "claims.json"
+_TIME = re.compile(r"\d+ runs, ([^:]*? (?:s|minutes?)\b(?: on \w+ cores?)?)")
 CHANGED = "changed after results"
 _HASHED: Mapping[str, Any] = {"before": {}, "variants": {}, "along": {}, "choose": None, "claims": []}  # with defaults
 
@@ -63,6 +65,12 @@ def recipe_path(experiment: str, config_dir: str | None) -> Path:
     folders = [*([] if config_dir is None else [Path(config_dir)]), config_folder()]
     paths = [folder / "experiment" / f"{experiment}.yaml" for folder in folders]
     return next((path for path in paths if path.is_file()), paths[-1])
+
+
+def stated_time(header: Sequence[str]) -> str:
+    """Returns the time that the header of a recipe states: "about 80 s on one core" of "150 runs, about ..."; or ""."""
+    found = _TIME.search(" ".join(header))
+    return found[1] if found else ""
 
 
 def recipe_hash(experiment: str, config_dir: str | None) -> str | None:

@@ -1,5 +1,6 @@
-"""Labels of metrics and keys for readers, with those of the probes."""
+"""Labels and units of metrics and keys for readers, with those of the probes."""
 
+from dlopt.metrics import shown
 from dlopt.results import drawing
 
 _LABELS = {
@@ -33,3 +34,19 @@ _LABELS = {
 def label(name: str) -> str:
     """Returns the label of a metric, a probe or a config key."""
     return _LABELS.get(name) or drawing.label(name)
+
+
+def is_percent(metric: str) -> bool:
+    """Returns whether readers see the metric in percent; files have fractions. `val_error` is 1 - `val_accuracy`."""
+    return metric == "val_error" or shown.is_percent(metric)
+
+
+def scale(metric: str) -> float:
+    """Returns the factor from a value in files to the value that readers see."""
+    return 100.0 if is_percent(metric) else 1.0
+
+
+def axis_label(metric: str) -> str:
+    """Returns the label of a metric with its unit: validation accuracy (%), gap: ... (points)."""
+    unit = " (points)" if metric.endswith("_gap") else " (%)"
+    return label(metric) + unit * is_percent(metric)

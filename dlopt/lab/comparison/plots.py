@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.extend import show
 from dlopt.lab.comparison.claims import TEST_METRICS, Value
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
-from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.labels import axis_label, is_percent, label, scale
 from dlopt.lab.comparison.published import draw_beside
 from dlopt.results import drawing
 from dlopt.results.drawing import MARKERS, style
@@ -50,7 +50,7 @@ def draw(results: Results) -> "Figure":
         else:
             notes |= _bars(axes, results, name)
         if axes is panels[0] or len(comparison.metrics) > 1:
-            axes.set_ylabel("\n".join(_evenly(label(name), 34)))
+            axes.set_ylabel("\n".join(_evenly(axis_label(name), 34)))
     drawing.clean_axes(*panels)
     _enlarge(*panels)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -113,7 +113,8 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
         line = _line(i)
         runs = results.over_seeds(variant, ())
         points = _common(runs, name, x_axis)
-        x, columns = [fmean(positions) for positions, _ in points], [values for _, values in points]
+        x = [fmean(positions) for positions, _ in points]
+        columns = [[scale(name) * value for value in values] for _, values in points]
         drawn += axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
         ends += x[-1:]
         if len(runs) > 1:
@@ -193,9 +194,13 @@ def _cross() -> "Artist":
 
 
 def _columns(results: Results, name: str, values: Sequence[Value]) -> dict[str, list[list[float]]]:
-    """Returns variant -> final metrics at each value of the only axis, one per seed."""
+    """Returns variant -> final metrics at each value of the only axis, one per seed; accuracies in percent."""
+    factor = scale(name)
     finals = {variant: results.finals(variant, name) for variant in results.comparison.variants}
-    return {variant: [points[(value,)] for value in values] for variant, points in finals.items()}
+    return {
+        variant: [[factor * final for final in points[(value,)]] for value in values]
+        for variant, points in finals.items()
+    }
 
 
 def _draw_seeds(
@@ -341,7 +346,7 @@ def _heat_maps(results: Results) -> "Figure":
     for variant in comparison.variants:
         points = results.finals(variant, name)
         maps.append(np.array([[fmean(points[row, column]) for column in columns] for row in rows]))
-    is_accuracy, is_higher = name.endswith("accuracy"), comparison.is_higher_better(name)
+    has_percent, is_higher = is_percent(name), comparison.is_higher_better(name)
     stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
     has_logarithm = not is_higher and not (stacked <= 0).any()
     shades = -np.log10(stacked) if has_logarithm else stacked if is_higher else -stacked
@@ -351,7 +356,7 @@ def _heat_maps(results: Results) -> "Figure":
     down = math.ceil(len(maps) / across)
     figure = _titled_figure(comparison)
     panels = figure.subplots(down, across, squeeze=False)
-    texts = [[[_cell(value, is_accuracy) for value in row] for row in values] for values in maps]
+    texts = [[[_cell(value, has_percent) for value in row] for row in values] for values in maps]
     longest = max(len(text) for each in texts for row in each for text in row)
     room = 72 * 0.85 * _WIDTH / (across * len(columns) * 0.65 * (longest + 1))  # points, so that no two numbers touch
     for i, (axes, variant, values, coloured) in enumerate(
@@ -374,18 +379,17 @@ def _heat_maps(results: Results) -> "Figure":
         axes.set_ylabel(label(row_key) if is_first else "")
         axes.set_title("\n".join(_evenly(variant, 36)))
         _enlarge(axes)
-    unit = " (%)" if is_accuracy else ""
     notes = ["brighter is better", *(["×: diverged"] if np.isnan(shades).any() else [])]
     if chooser is not None:
         notes.append("frame: best" if chooser == name else f"frame: best {label(chooser)}")
     seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
-    figure.supxlabel(f"{label(name)}{unit}{seeds}   {'; '.join(notes)}", fontsize=_TEXT)
+    figure.supxlabel(f"{axis_label(name)}{seeds}   {'; '.join(notes)}", fontsize=_TEXT)
     return figure
 
 
-def _cell(value: float, is_accuracy: bool) -> str:
-    """Returns the text of a cell of a heat map; accuracies in %."""
-    return "×" if math.isnan(value) else f"{100 * value:.1f}" if is_accuracy else f"{value:.2g}"
+def _cell(value: float, has_percent: bool) -> str:
+    """Returns the text of a cell of a heat map; accuracies in percent."""
+    return "×" if math.isnan(value) else f"{100 * value:.1f}" if has_percent else f"{value:.2g}"
 
 
 def _best(results: Results, variant: str, metric: str) -> tuple[int, int]:

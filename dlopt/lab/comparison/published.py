@@ -9,7 +9,7 @@ import numpy as np
 
 from dlopt.extend import UserError
 from dlopt.lab.comparison.comparison import Comparison, Results
-from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.labels import axis_label, is_percent, label, scale
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
@@ -64,21 +64,27 @@ def describe_published(results: Results) -> list[str]:
     """Returns the line for the terminal: the rank correlation; none without published values."""
     if not results.comparison.published:
         return []
-    return [f"Rank correlation with the published values (Spearman): {rank_correlation(*values_beside(results)):.2f}"]
+    correlation = rank_correlation(*values_beside(results))
+    return [
+        f"Rank correlation with the published values (Spearman; 1: the same order, 0: unrelated): {correlation:.2f}"
+    ]
 
 
 def draw_beside(results: Results, figure: "Figure", fontsize: float) -> None:
     """Plots two columns with a row per point: the published values, and the means and ranges over seeds here."""
     comparison = results.comparison
     [(name, _)], [variant] = comparison.published.items(), comparison.variants
-    columns = [*results.finals(variant, comparison.metrics[0]).values()]
+    metric = comparison.metrics[0]
+    factor = scale(metric)
+    columns = [[factor * value for value in values] for values in results.finals(variant, metric).values()]
     panels = figure.subplots(1, 2, sharey=True)
     rows = [*range(len(columns))]
-    for axes, values, colour in zip(panels, values_beside(results), drawing.COLOURS, strict=False):
+    for axes, fractions, colour in zip(panels, values_beside(results), drawing.COLOURS, strict=False):
+        values = [factor * value for value in fractions]
         axes.plot(values, rows, "o", color=colour, markersize=10, zorder=3)
         for x, row in zip(values, rows, strict=True):
             offset = {"textcoords": "offset points", "xytext": (0, 8), "ha": "center", "fontsize": fontsize}
-            axes.annotate(f"{x:.4f}", (x, row), **offset)
+            axes.annotate(f"{x:.2f}" if is_percent(metric) else f"{x:.4f}", (x, row), **offset)
         axes.tick_params(labelsize=fontsize)
         axes.margins(x=0.15)
         axes.locator_params("x", nbins=4)  # more labels overlap
@@ -90,5 +96,5 @@ def draw_beside(results: Results, figure: "Figure", fontsize: float) -> None:
     panels[0].set_ylabel(label(key), fontsize=fontsize)
     panels[0].set_xlabel(name.replace(", ", "\n"), fontsize=fontsize)
     seeds = f"mean and range over {len(comparison.seeds)} seeds"
-    panels[1].set_xlabel(f"{label(comparison.metrics[0])}\n{variant}\n{seeds}", fontsize=fontsize)
+    panels[1].set_xlabel(f"{axis_label(metric)}\n{variant}\n{seeds}", fontsize=fontsize)
     drawing.clean_axes(*panels)

@@ -148,5 +148,5 @@ class VariantJobs(pools.JobSource):
                 raise UserError(
                     f"comparison.metrics: the runs have no {name}; they have {available}; more: evaluate.metrics"
                 )
-        metrics = ", ".join(f"{name} {format_final(outcome.final(name))}" for name in self._comparison.metrics)
+        metrics = ", ".join(f"{name} {format_final(name, outcome.final(name))}" for name in self._comparison.metrics)
         self.screen.message(f"  {job.number + 1}/{len(self._jobs)} {job.label}: {metrics}")

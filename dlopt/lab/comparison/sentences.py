@@ -8,7 +8,7 @@ from typing import Literal
 from dlopt.extend import show
 from dlopt.lab.comparison.claims import Claim, Finding, Measure, MeasuredSide, effects
 from dlopt.lab.comparison.intervals import RANKED, Bounds, Interval, pseudomedian
-from dlopt.lab.comparison.labels import label
+from dlopt.lab.comparison.labels import is_percent, label, scale
 
 _LARGEST_RATIO = 1000.0  # larger ratios depend on the last digits of tiny values
 _MEASURES: Mapping[Measure, str] = {
@@ -30,19 +30,21 @@ def sentence(finding: Finding) -> str:
 def numbers(finding: Finding) -> str:
     """Writes the measured values of both sides, their difference and its interval."""
     claim, seeds = finding.claim, len(finding.first.values)
-    sign = "at least" if claim.is_higher_better else "at most"
     free = next((axis for axis in finding.first.point if axis not in finding.first.side.at), "value")
     what = _MEASURES[claim.measure].format(
-        metric=label(claim.metric), axis=label(free), target="" if claim.target is None else f"{sign} {claim.target:g}"
+        metric=label(claim.metric),
+        axis=label(free),
+        target=_target(claim),
     )
     kind = _kind(claim, seeds)
     first, second = (average(claim, side) + _where(claim, side) for side in (finding.first, finding.second))
-    margin = f"{claim.factor:.8g}x" if claim.factor is not None else f"{claim.difference:.3g}"
+    margin = f"{claim.factor:.8g}x" if claim.factor is not None else _digits(claim, claim.margin, 3)
     parts = [f"{what[:1].upper()}{what[1:]}{kind}: {first} against {second}"]
     if finding.interval is None:
         parts.append("no interval: one seed" if seeds == 1 else "no interval: negative values")
     else:
         kind = "ratio" if claim.factor is not None else "difference"
+        kind += " in points:" * _is_percent(claim)
         parts.append(f"{kind} {_with_interval(finding, finding.interval)}, {seeds} seeds, margin {margin}")
     return "; ".join(parts) + "."
 
@@ -50,7 +52,7 @@ def numbers(finding: Finding) -> str:
 def _kind(claim: Claim, seeds: int) -> str:
     """Names the average over the seeds, which is of the kind of the interval's estimate."""
     if seeds >= RANKED:
-        return ", pseudomedian"
+        return ", robust mean"
     return ", geometric mean" if claim.factor is not None and seeds > 1 else ""
 
 
@@ -71,7 +73,28 @@ def average(claim: Claim, measured: MeasuredSide) -> str:
     middle = _exp(mean([*map(_log, known)])) if is_ratio else mean(known)
     of = f" ({lost} of {len(measured.values)} diverged or not reached)" if lost else ""
     # The ten digits in comparison.json must give the same text: unrounded, 0.9275 may become 0.927 or 0.928.
-    return f"{'>= ' if at_end else ''}{float(f'{middle:.9g}'):.3g}{of}"
+    shown = _digits(claim, float(f"{middle:.9g}"), 3)
+    unit = "" if not _is_percent(claim) else " points" if claim.metric.endswith("_gap") else " %"
+    return f"{'>= ' if at_end else ''}{shown}{unit}{of}"
+
+
+def _is_percent(claim: Claim) -> bool:
+    """Returns whether the values of a claim are accuracies, which readers see in percent."""
+    return claim.measure == "value" and is_percent(claim.metric)
+
+
+def _digits(claim: Claim, value: float, digits: int) -> str:
+    """Formats a value or a difference; of accuracies in percent or points, without the unit."""
+    if not _is_percent(claim):
+        return f"{value:.{digits}g}"
+    return f"{float(f'{scale(claim.metric) * value:.{digits}g}'):g}"
+
+
+def _target(claim: Claim) -> str:
+    if claim.target is None:
+        return ""
+    unit = " %" if is_percent(claim.metric) else ""
+    return f"{'at least' if claim.is_higher_better else 'at most'} {scale(claim.metric) * claim.target:g}{unit}"
 
 
 def _log(value: float) -> float:
@@ -111,7 +134,8 @@ def _with_interval(finding: Finding, found: Interval) -> str:
     if math.isinf(found.high):
         if math.isinf(found.low) and found.low < 0:
             is_censored = any(math.isinf(low) and math.isinf(high) and low < high for low, high in known)
-            reason = "both sides are censored" if is_censored else "bounded below in some seeds and above in others"
+            both = "in some seeds only a bound of both sides is known"
+            reason = both if is_censored else "bounded below in some seeds and above in others"
             return f"not determined, {reason}"
         return _bounded(finding, found, ">=", [low for low, _ in known])
     if math.isinf(found.low):
@@ -124,8 +148,8 @@ def _with_interval(finding: Finding, found: Interval) -> str:
     if not math.isclose(found.least, found.most):
         estimate = _bound(">=", found.least, finding)
     if low == high:  # when rounded
-        return f"{estimate} (whole 95 % {found.method} interval)"
-    return f"{estimate}, 95 % {found.method} interval {low} to {high}"
+        return f"{estimate} (whole 95 % interval)"
+    return f"{estimate}, 95 % interval {low} to {high}"
 
 
 def _bounded(finding: Finding, found: Interval, sign: Literal[">=", "<="], ends: Sequence[float]) -> str:
@@ -141,14 +165,14 @@ def _bounded(finding: Finding, found: Interval, sign: Literal[">=", "<="], ends:
     shown = "unbounded" if math.isinf(estimate) else _bound(sign, estimate, finding)
     limit = _scaled(end, finding)
     limit = limit if limit[0] in "<>" else f"{'from' if sign == '>=' else 'up to'} {limit}"
-    return f"{shown}, 95 % {found.method} interval {limit}"
+    return f"{shown}, 95 % interval {limit}"
 
 
 def _limited(finding: Finding, known: Sequence[Bounds]) -> str:
     """Returns a remark if all seeds have the same point of the grid."""
     low, high = min(low for low, _ in known), max(high for _, high in known)
     coincide = math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-9)
-    return " (grid-limited)" if coincide and finding.claim.measure in ("largest", "span") else ""
+    return " (limited by the grid)" if coincide and finding.claim.measure in ("largest", "span") else ""
 
 
 def _bound(sign: Literal[">=", "<="], effect: float, finding: Finding) -> str:
@@ -159,7 +183,8 @@ def _bound(sign: Literal[">=", "<="], effect: float, finding: Finding) -> str:
 def _scaled(effect: float, finding: Finding) -> str:
     """Formats an effect as a ratio or difference, with two digits."""
     if finding.claim.factor is None:
-        return f"{round(effect, 9) + 0.0:.2g}"  # 0, not the 5.6e-17 that is left of 0.93 - 0.93, and not -0
+        # 0, not the 5.6e-17 that is left of 0.93 - 0.93, and not -0.
+        return _digits(finding.claim, round(effect, 9) + 0.0, 2)
     if abs(effect) > math.log(_LARGEST_RATIO) + 1e-9:
         return f"> {_LARGEST_RATIO:.0f}x" if effect > 0 else f"< {1 / _LARGEST_RATIO:g}x"
     ratio = math.exp(effect)

@@ -4,9 +4,11 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,8 @@ from rich.text import Text
 from dlopt.basics.formats import format_count
 from dlopt.basics.plain_values import without_nan
 from dlopt.commands.shared.command_line import Combination, saved_run_config, skipped_keys
+from dlopt.config.choices import CONFIG_NAME
+from dlopt.config.overrides import key_of
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE, refuse_unread
 from dlopt.config.saved import checkpoint_file, typed_values
 from dlopt.extend import (
@@ -120,10 +124,12 @@ def diagnose(
         results = [_measure(subject, keys) for subject in subjects]
     folder = folder or output_folder(None, "diagnose")
     for (diagnosis, facts), subject in zip(results, subjects, strict=True):
-        _print(diagnosis, facts, subject.label if len(subjects) > 1 else "")
+        again = None if subject.job is None else partial(_command, line, subject.job.overrides)
+        _print(diagnosis, facts, subject.label if len(subjects) > 1 else "", again)
     written = _write(folder, results, title)
     skipped = skipped_keys([(subject.label, subject.job) for subject in subjects if subject.job is not None])
-    print(*map(short_path, written), *skipped, sep="\n")
+    names = ", ".join(path.name for path in written if path.suffix == ".png")
+    print(f"{short_path(folder)}: {names} (and .svg), diagnosis.json, tensorboard", *skipped, sep="\n")
     return DONE
 
 
@@ -174,14 +180,67 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
     return diagnosis, facts
 
 
-def _print(diagnosis: "Diagnosis", facts: "Facts", label: str) -> None:
+def _command(line: Line, overrides: Sequence[str], change: str) -> str:
+    """Returns the command that measures one combination again with a change, in place of its key and the keys below."""
+    own = [each for each in line.typed if key_of(each) in ("updates", "batches", "eigenvalues", "iterations")]
+    files = {"--config-dir": line.composer.config_dir, "--config-name": line.composer.config_name}
+    flags = [text for flag, value in files.items() if value not in (None, CONFIG_NAME) for text in (flag, str(value))]
+    key = key_of(change)
+    kept = [each for each in overrides if key_of(each) != key and not key_of(each).startswith(f"{key}.")]
+    return shlex.join(["dlopt", "diagnose", *flags, *kept, change, *own])
+
+
+def _first_lines(
+    diagnosis: "Diagnosis",
+    layer_verdicts: Sequence[Sequence["Verdict"]],
+    facts: "Facts",
+    again: Callable[[str], str] | None,
+) -> list[str]:
+    """Returns three lines: which layers have a problem, why, and what to type; of the first snapshot with a problem.
+
+    `again`: of an override, the command to measure again with it; None if there is none.
+    """
+    from dlopt.lab.diagnosis.verdicts import DEAD, LARGE, SATURATED, SMALL, remedies
+
+    for snapshot, judged in zip(diagnosis.snapshots, layer_verdicts, strict=True):
+        found = remedies(judged, facts)
+        if not found:
+            continue
+        label = max(found, key=lambda each: sum(verdict.label == each for verdict in judged))
+        layers = [(layer.name, verdict) for layer, verdict in zip(snapshot.layers, judged, strict=True)]
+        named = {each: [name for name, verdict in layers if verdict.label == each] for each in found}
+        which = [f"{each}: {_names(names)} ({len(names)} of {len(layers)} layers)" for each, names in named.items()]
+        name, worst = next((name, verdict) for name, verdict in layers if verdict.label == label)
+        # Not another model, which may lack the keys that were typed.
+        changes = (each for each in found[label] if re.match(r"[\w.]+=", each) and not each.startswith("model="))
+        change = next(changes, None)
+        advice = f"try: {', '.join(found[label])}" if change is None or again is None else f"type: {again(change)}"
+        return [f"{'; '.join(which)}, {_when(diagnosis, snapshot)}", f"why: {name} is {label}: {worst.reason}", advice]
+    count = len(diagnosis.before.layers)
+    return [
+        f"healthy: all {count} layers, {' and '.join(_when(diagnosis, each) for each in diagnosis.snapshots)}",
+        f"why: signals and gradients are {SMALL:g}x to {LARGE:g}x those of the first and the last layer; at most "
+        f"{100 * max(DEAD, SATURATED):.0f} % of a layer is dead or saturated",
+        "if it does not learn: type dlopt find-lr with the same keys, for the learning rate",
+    ]
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+
+
+def _print(diagnosis: "Diagnosis", facts: "Facts", label: str, again: Callable[[str], str] | None) -> None:
     from dlopt.lab.diagnosis.verdicts import advice, clipping_norm, healthy, typed, verdicts
 
     console = standard_output()
     if label:
         console.print(f"\n{label}", style="bold")
     layer_verdicts = [verdicts(snapshot.layers, snapshot.lags) for snapshot in diagnosis.snapshots]
-    console.print(_table(diagnosis, layer_verdicts))
+    for line in [*_first_lines(diagnosis, layer_verdicts, facts, again), ""]:
+        console.print(line, soft_wrap=True)
+    table = FittedTable(_table(diagnosis, layer_verdicts))
+    brief = FittedTable(_table(diagnosis, layer_verdicts, is_brief=True))
+    console.print(table if table.fits(console, console.width) else brief)
     if diagnosis.before.attention:
         console.print(_attention_table(diagnosis))
     for snapshot, judged in zip(diagnosis.snapshots, layer_verdicts, strict=True):
@@ -230,28 +289,37 @@ def _eigenvalues(eigenvalues: "Tensor", residuals: "Tensor") -> str:
     return f"{text} ({which}; increase iterations)"
 
 
-def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]]) -> Any:
+def _table(diagnosis: "Diagnosis", layer_verdicts: Sequence[Sequence["Verdict"]], *, is_brief: bool = False) -> Any:
+    """Returns a row per layer. `is_brief`: for a narrow terminal, without the activation, what concerns the weights'
+    gradient, and the reasons of the verdicts; diagnosis.json has all."""
     columns = ["std", "saturated\nor dead", "gradient\nnorm", "weight\ngradient", "noise\nscale", "update /\nweight"]
-    table = plain_table(left=["layer", "activation"], right=columns)
+    left = ["layer"] if is_brief else ["layer", "activation"]
+    table = plain_table(left=left, right=[*columns[:3], columns[5]] if is_brief else columns)
     for snapshot in diagnosis.snapshots:
         table.add_column(_when(diagnosis, snapshot), overflow="fold")
     snapshot = diagnosis.before
     for i, layer in enumerate(snapshot.layers[:_MAX_ROWS]):
         judged = [verdicts[i] for verdicts in layer_verdicts if i < len(verdicts)]
-        table.add_row(
-            layer.name,
-            layer.activation or "",
-            f"{layer.outputs.std:.2g}",
-            "" if layer.inactive is None else f"{layer.inactive:.0%}",
-            _cell(layer.gradient_norm),
+        weights = [
             _cell(_mean(snapshot.gradient_norms.get(layer.name, []))),
             _cell(snapshot.noise_scales.get(layer.name, math.nan)),
+        ]
+        table.add_row(
+            layer.name,
+            *([] if is_brief else [layer.activation or ""]),
+            f"{layer.outputs.std:.2g}",
+            "" if layer.inactive is None else f"{100 * layer.inactive:.0f} %",
+            _cell(layer.gradient_norm),
+            *([] if is_brief else weights),
             _cell(_median(diagnosis.trace.ratios.get(layer.name, []))),
-            *(Text(str(verdict), "" if verdict.label == "healthy" else "bold red") for verdict in judged),
+            *(
+                Text(each.label if is_brief else str(each), "" if each.label == "healthy" else "bold red")
+                for each in judged
+            ),
         )
     if len(snapshot.layers) > _MAX_ROWS:
         table.caption = f"the first {_MAX_ROWS} of {len(snapshot.layers)} layers; see diagnosis.json for all"
-    return FittedTable(table)
+    return table
 
 
 def _attention_table(diagnosis: "Diagnosis") -> Any:

@@ -74,7 +74,7 @@ def _table(snapshots: Sequence[Mapping[str, Any]]) -> Table:
     for name, layer in list(columns[0].items())[:_MAX_LAYERS]:
         verdicts = [_verdict(layers[name]) if name in layers else "" for layers in columns]
         inactive = layer["saturated"] if layer["dead"] is None else layer["dead"]
-        numbers = _number(layer["output_std"]), "" if inactive is None else f"{inactive:.0%}"
+        numbers = _number(layer["output_std"]), "" if inactive is None else f"{100 * inactive:.0f} %"
         rows.append([str(name), str(layer["activation"] or ""), *verdicts, *numbers, _number(layer["gradient_norm"])])
     heads = ["layer", "activation", *map(_when, snapshots[:2]), "std", "saturated or dead", "gradient norm"]
     return Table(heads, rows, texts=2 + len(columns))

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +50,8 @@ def verdicts(layers: Sequence[LayerStatistics], lags: Sequence[TimeLag] = ()) ->
     """Returns one verdict per layer, in the order of the forward pass.
 
     Compares the norm of the gradient with the last layer that has an activation (the last layer if none has), without
-    frozen layers, which receive no gradient, and the root mean square of the signal with the first one. For a recurrent
+    frozen layers, which receive no gradient, and the root mean square of the signal with the first one; a signal of
+    exactly 0 comes from weights that are initialized with 0 on purpose. For a recurrent
     layer with an entry in `lags`, also compares the gradient at the first state with the gradient at the last state. A
     layer close to a threshold, between two vanishing or two exploding layers, is not healthy: the ratio of a single
     layer varies with its width and activation.
@@ -67,21 +68,31 @@ def verdicts(layers: Sequence[LayerStatistics], lags: Sequence[TimeLag] = ()) ->
         if results[i].label == "healthy" and layer.name in over_time:
             results[i] = _over_time(over_time[layer.name]) or results[i]
     for i, layer in enumerate(layers):
-        if results[i].label == "healthy" and layer.gradients.count:
-            results[i] = _between(results[:i], results[i + 1 :], _ratio(layer.gradients.norm, gradient)) or results[i]
+        if results[i].label == "healthy":
+            ratios = {"signal": _signal_ratio(layer, signal), "gradient": _gradient_ratio(layer, gradient)}
+            results[i] = _between(results[:i], results[i + 1 :], ratios) or results[i]
     return results
 
 
-def _between(before: Sequence[Verdict], after: Sequence[Verdict], gradient: float) -> Verdict | None:
-    """Returns the label of the nearest layers with a problem on both sides, if the gradient's ratio is close to it."""
+def _between(before: Sequence[Verdict], after: Sequence[Verdict], ratios: Mapping[str, float]) -> Verdict | None:
+    """Returns the label of the nearest layers with a problem on both sides, if one of the ratios is close to it."""
     sides = (before[::-1], after)
     neighbours = {next((each.label for each in side if each.label != "healthy"), None) for side in sides}
-    reason = f"{_reason('gradient', gradient)}, between {{}} layers"
-    if neighbours == {"vanishing"} and gradient < _BORDER * SMALL:
-        return Verdict("vanishing", reason.format("vanishing"))
-    if neighbours == {"exploding"} and gradient > LARGE / _BORDER:
-        return Verdict("exploding", reason.format("exploding"))
+    what = min(ratios, key=lambda each: ratios[each])
+    if neighbours == {"vanishing"} and ratios[what] < _BORDER * SMALL:
+        return Verdict("vanishing", f"{_reason(what, ratios[what])}, between vanishing layers")
+    what = max(ratios, key=lambda each: ratios[each])
+    if neighbours == {"exploding"} and ratios[what] > LARGE / _BORDER:
+        return Verdict("exploding", f"{_reason(what, ratios[what])}, between exploding layers")
     return None
+
+
+def _signal_ratio(layer: LayerStatistics, first: float) -> float:
+    return _ratio(layer.inputs.rms, first) if layer.inputs.rms != 0 or layer.activation is not None else 1.0
+
+
+def _gradient_ratio(layer: LayerStatistics, last: float) -> float:
+    return _ratio(layer.gradients.norm, last) if layer.gradients.count else 1.0
 
 
 def _over_time(lag: TimeLag) -> Verdict | None:
@@ -95,11 +106,10 @@ def _verdict(layer: LayerStatistics, last_gradient: float, first_signal: float) 
     if not math.isfinite(layer.outputs.rms) or (layer.gradients.count and not math.isfinite(layer.gradients.norm)):
         return Verdict("exploding", "non-finite values")
     if layer.saturated is not None and layer.saturated > SATURATED:
-        return Verdict("saturated", f"{layer.saturated:.0%} of the values")
+        return Verdict("saturated", f"{100 * layer.saturated:.0f} % of the values")
     if layer.dead is not None and layer.dead > DEAD:
-        return Verdict("dead", f"{layer.dead:.0%} of the units")
-    signal = _ratio(layer.inputs.rms, first_signal) if layer.activation is not None else 1.0
-    gradient = _ratio(layer.gradients.norm, last_gradient) if layer.gradients.count else 1.0
+        return Verdict("dead", f"{100 * layer.dead:.0f} % of the units")
+    signal, gradient = _signal_ratio(layer, first_signal), _gradient_ratio(layer, last_gradient)
     if last_gradient == 0 and layer.gradients.count:
         return Verdict("vanishing", "the gradient is zero")
     if gradient > LARGE or signal > LARGE:
@@ -118,7 +128,16 @@ def _reason(what: str, ratio: float) -> str:
 
 
 def advice(results: Sequence[Verdict], facts: Facts) -> list[str]:
-    """Returns recommendations, one line per kind of problem, or ["healthy"].
+    """Returns recommendations, one line per kind of problem, or ["healthy"]."""
+    lines = []
+    for label, found in remedies(results, facts).items():
+        count = sum(verdict.label == label for verdict in results)
+        lines.append(f"{label} ({count} of {len(results)} layers): try {', '.join(found)}")
+    return lines or ["healthy"]
+
+
+def remedies(results: Sequence[Verdict], facts: Facts) -> dict[Label, list[str]]:
+    """Returns what to try against each kind of problem: overrides, and changes in words.
 
     Clipping is the last recommendation, with a norm from the healthy updates: clipping bounds single large updates. A
     threshold from gradients that explode in every update would bound nothing.
@@ -134,19 +153,18 @@ def advice(results: Sequence[Verdict], facts: Facts) -> list[str]:
         shorter_paths = "" if facts.is_gated else "model=lstm"
     else:
         shorter_paths = "" if facts.has_skips else "skip connections (a ResNet)"
-    remedies = {
+    specific: dict[Label, list[str]] = {
         "saturated": ["model.activation=relu"],
         "dead": ["a smaller optimizer.lr", "model.activation=leaky_relu"],
         "vanishing": [shorter_paths],
         "exploding": [shorter_paths, _clip(facts)],
     }
-    lines = []
-    for label, specific in remedies.items():
-        if count := sum(verdict.label == label for verdict in results):
-            applicable = [remedy for remedy in (initialization, normalization, *specific) if remedy]
-            advised = ", ".join(applicable or ["a smaller optimizer.lr"])
-            lines.append(f"{label} ({count} of {len(results)} layers): try {advised}")
-    return lines or ["healthy"]
+    found = {}
+    for label in specific:
+        if any(verdict.label == label for verdict in results):
+            applicable = [remedy for remedy in (initialization, normalization, *specific[label]) if remedy]
+            found[label] = applicable or ["a smaller optimizer.lr"]
+    return found
 
 
 def recommended_init(activation: str | None) -> str:

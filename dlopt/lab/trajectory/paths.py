@@ -356,7 +356,7 @@ def _verdict(trajectory: Trajectory) -> str:
     if trajectory.diverged:
         return f"diverged after {len(trajectory.points) - 1} updates: try a smaller optimizer.lr"
     reversals = trajectory.reversal_fraction()
-    remarks = [f"zigzags: {reversals:.0%} of the moves reverse"] if reversals >= 0.3 else []
+    remarks = [f"zigzags: {100 * reversals:.0f} % of the moves reverse"] if reversals >= 0.3 else []
     if trajectory.updates_to_minimum() is None:
         remaining = float(trajectory.distances[-1] / trajectory.distances[0])
         remarks.insert(0, f"minimum not reached: {remaining:.2g} of the initial distance left")

@@ -135,13 +135,14 @@ function heatCells() {
 
 function heatMap(cells, available) {
   const [xs, ys] = [state.heatX, state.heatY].map((key) => valuesOf(key).map(formatValue)), [low, high] = extent(cells.map((cell) => cell.value));
-  const left = 16 + 7 * Math.min(LONGEST_LABEL, Math.max(state.heatY.length, ...ys.map((text) => text.length)));
+  const [nameX, nameY] = [state.heatX, state.heatY].map((key) => data.columns.find((column) => column.id === `key ${key}`).name);
+  const left = 16 + 9 * Math.min(LONGEST_LABEL, Math.max(nameY.length, ...ys.map((text) => text.length)));
   const size = Math.min(Math.max((available - left - 8) / xs.length, 56), 120), width = left + size * xs.length + 8, height = 52 + 30 * ys.length;
   const middle = (i) => left + size * (i + 0.5), line = (i) => 26 + 30 * (ys.length - 1 - i);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `${data.titles[data.by]} by ${state.heatX} and ${state.heatY}` });
-  root.append(svg("text", { x: left - 8, y: 15, "text-anchor": "end", "font-weight": 600 }, shortened(state.heatY)),
+  root.append(svg("text", { x: left - 8, y: 15, "text-anchor": "end", "font-weight": 600 }, shortened(nameY)),
     ...ys.map((text, i) => label(left - 8, line(i) + 19, shortened(text), "end")), ...xs.map((text, i) => label(middle(i), height - 8, shortened(text).slice(0, Math.floor(size / 7)))),
-    svg("text", { x: left + (size * xs.length) / 2, y: 15, "text-anchor": "middle", "font-weight": 600 }, state.heatX),
+    svg("text", { x: left + (size * xs.length) / 2, y: 15, "text-anchor": "middle", "font-weight": 600 }, nameX),
     ...cells.map((cell) => heatCell(cell, middle(xs.indexOf(cell.x)) - size / 2, line(ys.indexOf(cell.y)), size, high > low ? (cell.value - low) / (high - low) : 1)));
   return root;
 }
@@ -152,7 +153,7 @@ function heatCell(cell, x, y, size, fraction) {
     onpointermove: (event) => showTooltip(event.clientX, event.clientY, `${state.heatX}=${cell.x} ${state.heatY}=${cell.y}`,
       [["", data.titles[data.by], formatMetric(data.by, cell.value)], ["", "configurations", String(cell.rows.length)], ["", `best: #${best.rank}`, best.cells[data.by][1]]]) },
     svg("rect", { x: x + 1, y: y + 1, width: size - 2, height: 28, fill: "var(--strong)", "fill-opacity": 0.06 + 0.9 * goodness }),
-    svg("text", { x: x + size / 2, y: y + 19, "text-anchor": "middle", fill: goodness > 0.55 ? "var(--paper)" : "var(--ink)" }, formatTick(data.by, Number(cell.value.toPrecision(4)))));
+    svg("text", { x: x + size / 2, y: y + 19, "text-anchor": "middle", fill: goodness > 0.55 ? "var(--paper)" : "var(--ink)" }, isPercent(data.by) ? formatMetric(data.by, cell.value) : formatTick(data.by, Number(cell.value.toPrecision(4)))));
 }
 
 // -- time to target

@@ -65,6 +65,8 @@ def test_writes_runs_table_and_plot(folder: Path) -> None:
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0].startswith("Widths & 100 % of them: 4 runs in ")
+    assert lines[1:3] == ["a preview: comparison.quick=true", "what to look at: Wider is better."]
+    lines = lines[2:]
     assert lines[1].startswith("  1/4 narrow, seed 0: train_loss ") and lines[4].startswith("  4/4 wide, seed 1: ")
     assert lines[5].split() == ["variant", "train_loss", "val_accuracy"]
     assert lines[8] == "Wider is better." and len(lines) == 12
@@ -159,6 +161,8 @@ def test_interrupted_comparison_prints_how_to_resume(folder: Path, monkeypatch: 
     assert (result.code, result.err) == (75, "")
     assert result.out.splitlines() == [
         "Widths & 100 % of them: 4 runs in out",
+        "a preview: comparison.quick=true",
+        "what to look at: Wider is better.",
         "stopped after 0 of 4 runs; resume with resume=auto",
     ]
 
@@ -348,7 +352,7 @@ def test_runs_at_once_in_other_processes_give_the_same_results(folder: Path) -> 
     ]
     assert [result.code for result in both] == [0, 0], both
     first, second = (result.out.replace("pool", "here").splitlines() for result in both)
-    assert sorted(second[1:4]) == first[1:4] and second[4:] == first[4:]
+    assert sorted(second[3:6]) == first[3:6] and second[6:] == first[6:]
     assert "wild     diverged" in both[1].out
     assert (folder / "here/comparison.json").read_bytes() == (folder / "pool/comparison.json").read_bytes()
 
@@ -411,7 +415,7 @@ def test_variants_start_from_runs_before_them(folder: Path) -> None:
     change(folder, '    wide: ["model.widths=[8]"]', '    wide: ["model.widths=[8]", init_from=before:base]')
     result = compare(folder, "hydra.run.dir=out")
     assert result.code == 0, result.err
-    lines = result.out.splitlines()
+    lines = result.out.splitlines()[2:]
     assert lines[1].startswith("  1/6 base, seed 0: ") and lines[6].startswith("  6/6 wide, seed 1: ")
     saved = json.loads((folder / "out/comparison.json").read_text())
     assert [row["variant"] for row in saved["rows"]] == ["narrow", "wide"]

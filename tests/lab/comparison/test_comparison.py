@@ -298,6 +298,6 @@ def test_plots_error_against_updates_and_seconds() -> None:
     updates, time = figure.axes
     assert (updates.get_xlabel(), time.get_xlabel()) == ("update", "seconds")
     assert list(updates.lines[0].get_xdata()) == [0, 5] and list(time.lines[0].get_xdata()) == [0, 2]
-    assert list(updates.lines[0].get_ydata()) == list(time.lines[0].get_ydata()) == [0.5, 0.25]
+    assert list(updates.lines[0].get_ydata()) == list(time.lines[0].get_ydata()) == [50, 25]
     below, above = updates.lines[:2]  # coincident curves are both visible
     assert below.get_linestyle() != above.get_linestyle() and below.get_linewidth() == above.get_linewidth()

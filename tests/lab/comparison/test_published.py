@@ -49,7 +49,7 @@ def test_record_and_line_have_the_rank_correlation() -> None:
         "rank_correlation": 1,
     }
     assert describe_published(results(0.5, 0.9, 0.6)) == [
-        "Rank correlation with the published values (Spearman): -1.00"
+        "Rank correlation with the published values (Spearman; 1: the same order, 0: unrelated): -1.00"
     ]
     bare = replace(results(0.5, 0.9, 0.6), comparison=replace(SPEC, published={}))
     assert describe_published(bare) == [] and "published" not in json.loads(record(bare, []))

@@ -21,6 +21,12 @@ def test_compares_initializations(tmp_path: Path) -> None:
         "diagnosis.json",
     }
     assert "saturated (2 of 3 layers): try init=xavier_normal, model.norm=batch" in result.out
+    lines = result.out.splitlines()
+    which, why, what = lines[lines.index("normal") + 1 :][:3]
+    assert which == "saturated: layer1.linear, layer2.linear (2 of 3 layers), before"
+    assert why.startswith("why: layer1.linear is saturated: ") and what.startswith("type: dlopt diagnose model=mlp ")
+    assert "init=xavier_normal" in what and "init.std" not in what and "updates=2" in what
+    assert lines[lines.index("xavier_normal") + 1] == "healthy: all 3 layers, before and after 2 updates"
     assert "init.std: ignored for xavier_normal (no such key)" in result.out
     wide, xavier = json.loads((tmp_path / "x" / "diagnosis.json").read_text())
     assert wide["label"] == "normal" and [each["updates"] for each in wide["snapshots"]] == [0, 2]

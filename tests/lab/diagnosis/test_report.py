@@ -14,7 +14,7 @@ from dlopt.results.page_data import page_data
 from tests.support.folders import make_run, table
 
 LAYER = {"name": "head", "activation": None, "output_std": 0.5, "gradient_norm": None, "saturated": None, "dead": 0.25,
-         "verdict": "dead", "reason": "99% of the units"}  # fmt: skip
+         "verdict": "dead", "reason": "99 % of the units"}  # fmt: skip
 
 
 def shown(folder: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_result_in_the_folder_of_the_run(tmp_path: Path) -> None:
     found = shown(tmp_path)
     assert found["lines"] == ["before: loss 2.25", "after 20 updates: loss -", "after 20 updates: try�[31m norm=batch"]
     assert found["heads"][2:4] == ["before", "after 20 updates"] and found["texts"] == 4
-    assert found["rows"] == [["head", "", "healthy", "dead: 99% of the units", "0.5", "25%", "-"]]
+    assert found["rows"] == [["head", "", "healthy", "dead: 99 % of the units", "0.5", "25 %", "-"]]
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "[[]]", "[1]", '[{"snapshots": []}]', '[{"snapshots": [{}]}]',

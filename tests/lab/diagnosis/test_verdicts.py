@@ -51,7 +51,7 @@ def test_dead_units() -> None:
         net[0].bias[:6] = -100.0
     with LayerProbe(net).recording() as probe:
         net(torch.randn(50, 4)).sum().backward()
-    assert verdicts(probe.layers)[0] == Verdict("dead", "75% of the units")
+    assert verdicts(probe.layers)[0] == Verdict("dead", "75 % of the units")
 
 
 def test_compares_with_the_last_layer_that_is_not_frozen() -> None:
@@ -61,6 +61,16 @@ def test_compares_with_the_last_layer_that_is_not_frozen() -> None:
     with LayerProbe(net).recording() as probe:
         net(torch.randn(50, 4)).square().sum().backward()
     assert [verdict.label for verdict in verdicts(probe.layers)] == ["healthy", "healthy"]
+
+
+@pytest.mark.parametrize(("signal", "label"), [(1.0, "healthy"), (1e-4, "vanishing"), (0.0, "healthy")])
+def test_signal_of_a_layer_without_activation(signal: float, label: str) -> None:
+    """Judged as its gradient is; a layer that starts at exactly 0 does so on purpose."""
+    layers = _probed(nn.Tanh, 1.0)
+    assert layers[-1].activation is None
+    layers[-1].inputs = Moments()
+    layers[-1].inputs.add(torch.full((4,), signal))
+    assert verdicts(layers)[-1].label == label
 
 
 def test_non_finite_values_are_exploding() -> None:

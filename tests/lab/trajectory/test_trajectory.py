@@ -190,6 +190,27 @@ def test_optimum_is_the_fastest_on_quadratics() -> None:
     assert optimum(Component("optimizer", Newton, {"lr": 1.0}), 1, 2, fixed_momentum=False) is None
 
 
+def test_momentum_zigzags_wider_and_arrives_sooner_as_in_closed_form() -> None:
+    """The lecture's picture: both characteristic roots of the heavy ball are equal in size, (A + B t) r^t."""
+    valley = Quadratic(
+        condition=100.0, angle=0.0, noise=0.0, batch_size=1, start=(-4.0, 0.5), window=(-5.0, 2.0, -2.2, 2.2)
+    )
+    lr, momentum = 4 / 121, (9 / 11) ** 2
+    t = torch.arange(401, dtype=torch.float64)
+    expected = []
+    for start, curvature in ((-4.0, 1.0), (0.5, 100.0)):
+        root = (1 + momentum - lr * curvature) / 2
+        slope = start * (1 - lr * curvature) / root - start
+        expected.append((start + slope * t) * root**t)
+    path, slow = run(sgd(lr, momentum), valley, steps=400), run(sgd(2 / 101), valley, steps=400)
+    assert torch.allclose(
+        path.points, torch.stack(expected, 1), rtol=1e-5, atol=1e-9
+    )  # a double root is ill-conditioned
+    assert float(path.points[:, 1].abs().max()) == pytest.approx(1.8536, abs=1e-4)
+    assert float(slow.points[:, 1].abs().max()) == 0.5
+    assert (path.updates_to_minimum(), slow.updates_to_minimum()) == (48, 346)
+
+
 def test_momentum_beats_gradient_descent_at_condition_100() -> None:
     valley = bowl(100.0)
     slow, fast = run(sgd(2 / 101), valley, steps=400), run(sgd(4 / 121, (9 / 11) ** 2), valley, steps=400)
