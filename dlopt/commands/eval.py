@@ -1,11 +1,14 @@
 """`dlopt eval`: evaluates checkpoints, or weights of other tools, on the test set."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
+from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import Line, on_checkpoint, on_config, saved_run_config, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
@@ -95,7 +98,9 @@ def _evaluate_checkpoints(
         for path, checkpoint in zip(paths, checkpoints, strict=True)
     ]
     mode = join_processes(choose_device(run_configs[0].settings.device), processes)
-    tested = test(paths, restored(paths, checkpoints, run_configs, mode, print_message), average, views, tta)
+    models = restored(paths, checkpoints, run_configs, mode, print_message)
+    with _counted(mode.ranks.is_main) as on_batch:
+        tested = test(paths, models, average, views, tta, on_batch)
     if not mode.ranks.is_main:
         return DONE
     names = [str(path) for path in paths]
@@ -133,10 +138,23 @@ def _evaluate_weights(
     if run_config.validation:
         workload = with_validation_sets(workload)
     lines = load_weights(workload.module, path, complete=True, classes=workload.class_names)
-    tested = test([path], [workload], average, views, tta)
+    with _counted(mode.ranks.is_main) as on_batch:
+        tested = test([path], [workload], average, views, tta, on_batch)
     if tested.report.confusion is not None:
         lines += advice(workload.module, tested.report.metrics["test_accuracy"], len(tested.report.confusion))
     return _finish({"init_from": str(path)}, tta, views, tested, output, lines) if mode.ranks.is_main else DONE
+
+
+@contextlib.contextmanager
+def _counted(is_main: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function that shows on a terminal how many batches of a model are tested."""
+    with status_line() as show_line:
+
+        def on_batch(done: int, total: int) -> None:
+            if is_main:
+                show_line(f"test: batch {done}/{total}" if done < total else "")
+
+        yield on_batch
 
 
 def _finish(
@@ -152,7 +170,7 @@ def _finish(
     if folder is not None:
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)
-        lines += [f"{name}: {path}" for name, path in written.items()]
+        lines += [f"{name}: {short_path(path)}" for name, path in written.items()]
     from dlopt.tracking.console import ConsoleView
 
     epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}

@@ -10,6 +10,7 @@ from dlopt.basics.errors import DONE, UserError, install
 from dlopt.basics.files import temporary_sibling, write_atomically, write_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
+from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
 
 USAGE = """\
@@ -66,11 +67,13 @@ def export(
     target = _target(output, path, suffix)
     tokenizer = target.with_name(f"{target.stem}.tokenizer.json")
     columns = target.with_name(f"{target.stem}.columns.json")
-    trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
+    with waiting("loading the model ..."):
+        trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
     if trained.warning is not None:
         print_message(trained.warning)
     # Unreadable data is an error if the user has set data.root or another key of it.
-    inputs, source = samples(trained, needs_data=any(key.startswith("data.") for key in changes))
+    with waiting("reading samples of the data ..."):
+        inputs, source = samples(trained, needs_data=any(key.startswith("data.") for key in changes))
     inputs = convert(inputs, input)
     dtype = str(inputs.dtype).removeprefix("torch.")
     metadata: dict[str, Any] = {
@@ -82,8 +85,10 @@ def export(
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(target) as temporary:
-            write(format, trained, inputs[:2], metadata, temporary)
-            difference = verify(format, temporary, trained, inputs)
+            with waiting(f"exporting, format={format} ..."):
+                write(format, trained, inputs[:2], metadata, temporary)
+            with waiting("verifying the file ..."):
+                difference = verify(format, temporary, trained, inputs)
             os.replace(temporary, target)  # last: a file of that name has been verified
         if trained.tokenizer is not None:
             write_atomically(tokenizer, trained.tokenizer.description.encode())

@@ -1,12 +1,9 @@
 """`dlopt grid`: prints the arguments of one job of a sweep, for the tasks of another scheduler."""
 
-from hydra.types import RunMode
-
 from dlopt.basics.errors import DONE, UserError
 from dlopt.commands.completion import keys_of_train
 from dlopt.commands.shared.command_line import read_line
 from dlopt.config.overrides import grid
-from dlopt.sweeps.axes import is_grid, read_axes
 
 USAGE = """\
 Print the arguments of one job of a sweep, for other schedulers
@@ -26,6 +23,10 @@ complete = keys_of_train
 
 def overrides_of(number: int, arguments: list[str]) -> list[str]:
     """Returns the overrides of job `number`, after the flags that name config files. Raises `UserError`."""
+    from hydra.types import RunMode  # both imports are slow, and the help does not need them
+
+    from dlopt.sweeps.axes import is_grid, read_axes
+
     line = read_line(arguments, several="not needed here; grid prints one job of the sweep")
     config, _, axes = read_axes(line.composer, line.overrides)
     if not is_grid(config):

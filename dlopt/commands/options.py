@@ -75,6 +75,7 @@ def _lines(catalogue: Catalogue, names: Sequence[str]) -> list[str]:
     """Returns the lines that describe groups and choices, or keys if no name is that of a group."""
     page = _Page()
     groups = every_group(catalogue)
+    names = [_with_path(name) for name in names]
     if not names:
         _add_groups(catalogue, page)
     elif any(parts_of(name)[0] in groups for name in names) and not _is_term(catalogue, names):
@@ -92,6 +93,15 @@ def _lines(catalogue: Catalogue, names: Sequence[str]) -> list[str]:
             if not _add_term(catalogue, name, page):
                 _refuse_unknown(catalogue, name)
     return page.lines
+
+
+def _with_path(name: str) -> str:
+    """Returns the name of a group of sweeps with its path: `hydra/launcher=slurm` of `launcher=slurm`."""
+    group, _ = parts_of(name)
+    if group == "sampler":  # a group of runs, too
+        return name
+    full = next((each for each in SWEEPS if each.rpartition("/")[2] == group), group)
+    return f"{full}{name.removeprefix(group)}"
 
 
 def _is_term(catalogue: Catalogue, names: Sequence[str]) -> bool:
@@ -211,7 +221,7 @@ def _shared(choices: Sequence[Sequence[Key]]) -> list[Key]:
 
 def _entries(catalogue: Catalogue, names: Sequence[str]) -> list[dict[str, Any]]:
     """Describes the named groups and the keys of their choices, or all groups without keys, in a JSON document."""
-    groups = [_selected(catalogue, name) for name in names or every_group(catalogue)]
+    groups = [_selected(catalogue, _with_path(name)) for name in names or every_group(catalogue)]
     commands = catalogue.groups_of_commands()
     entries = []
     for each in groups:

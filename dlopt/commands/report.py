@@ -7,26 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError, suggest
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import Interruption
 from dlopt.basics.ranges import Count
+from dlopt.basics.status_line import waiting
 from dlopt.commands.completion import folders
 from dlopt.commands.runs import parse
 from dlopt.commands.shared.command_line import writing
 from dlopt.commands.shared.document import print_document
 from dlopt.commands.shared.usage import command_keys
 from dlopt.config.packages import entries, function
-from dlopt.results import documents, reading
-from dlopt.results.exports import Destination, Format, ReportContent, destination, write
-from dlopt.results.page import serve
-from dlopt.results.printing import show_report
-from dlopt.results.ranking import default_target, gather
+from dlopt.results import reading
+from dlopt.results.destination import Destination, Format, destination
 from dlopt.results.reading import Condition, Damaged, Record, RunReader
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 USAGE = """\
 Compare runs and sweeps: leaderboard, plots, HTML page
@@ -85,6 +84,10 @@ class _Options:
 
 def report(arguments: list[str]) -> int:
     """Writes and prints the report; with `--watch` or `--open` runs until interrupted. Raises `UserError`."""
+    from rich.console import Console  # these imports are slow, and the help does not need them
+
+    from dlopt.results.page import serve
+
     folders, conditions, command_values = parse(arguments, _Options, "report")
     options = _Options(**command_values)
     if not folders:
@@ -129,12 +132,18 @@ def _update(
     folders: Sequence[Path],
     to: Destination,
     options: _Options,
-    console: Console,
+    console: "Console",
     conditions: Sequence[Condition] = (),
     before: Sequence[Record | Damaged] | None = None,
 ) -> Sequence[Record | Damaged]:
     """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
-    records, damaged = reader.read(folders)
+    from dlopt.results import documents
+    from dlopt.results.exports import ReportContent, write
+    from dlopt.results.printing import show_report
+    from dlopt.results.ranking import default_target, gather
+
+    with waiting("reading the runs ..."):
+        records, damaged = reader.read(folders)
     where = " ".join(condition.line for condition in conditions)
     if not records and not options.watch:
         hint = f" that satisfy {where}" if where else ""
@@ -158,7 +167,7 @@ def _update(
     sections = [section for section in added if section is not None]
     report = ReportContent(table, title, made, goal, options.test, refresh, options.top, sections)
     is_writing = not options.json or any(each is not None for each in (options.output, options.format, options.plot))
-    with writing(to.path):
+    with writing(to.path), waiting("drawing the report ..."):
         files = write(to, report) if is_writing else []
     if options.json:
         print_document(documents.report_document(table, goal, files, test=options.test))

@@ -1,38 +1,11 @@
-"""`dlopt train`: composes and checks the config, and runs it: here, as one rank of several, or as a sweep."""
+"""`dlopt train`: its help and its flags. `train_start` starts what they request, which takes Hydra and pydantic."""
 
 import contextlib
-import os
-import time
 from argparse import Namespace
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
 
-from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
-from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
-from dlopt.basics.folders import RunFolder
-from dlopt.basics.interruption import killed_by_signals, print_message
-from dlopt.commands.shared.document import Show, document_only
-from dlopt.commands.shared.processes import prepare_rank
-from dlopt.config.compose import Composer
-from dlopt.config.flags import parse_arguments, show_info
-from dlopt.config.inherit import inherit
-from dlopt.config.overrides import is_typed, parse_overrides, with_folder
-from dlopt.config.packages import entries, function, series_of
-from dlopt.config.plan import Plan, checked
-from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
-from dlopt.config.resolve import interpolations_explained, show_config
-from dlopt.parallel.processes.rendezvous import World, current, end_process, join_store
-from dlopt.run.runner import CODE_OF, follow, release, run_plan
-from dlopt.tracking.terminal_text import waiting
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
-
-    from dlopt.sweeps.request import SweepEnd
+from dlopt.basics.errors import DONE, UserError
+from dlopt.commands.shared.document import document_only
+from dlopt.config.flags import parse_arguments
 
 USAGE = """\
 Train a model, or run a sweep with -m
@@ -47,14 +20,7 @@ Examples:
   dlopt train resume=auto
 """
 
-_READS_OF_HYDRA = (*COMPOSITION, "hydra.run", "hydra.job", "hydra.job_logging", "hydra.verbose")
-# How the ranks of torchrun and srun find each other before rank 0 has sent them the run.
-_ADDRESS = ("parallel.master_addr", "parallel.master_port", "parallel.timeout_minutes")
-_HEAD_START = 10.0  # seconds for rank 0 to refuse a command; torchrun and srun then end the other ranks
-_HINTS = dict.fromkeys(("hydra.sweep", "hydra.sweeper", "hydra.launcher"), "add -m")
 
-
-@interpolations_explained()
 def train(arguments: list[str]) -> int:
     """Runs `dlopt train` with the given arguments; returns the exit code. Raises `UserError`."""
     parsed = parse_arguments(arguments)
@@ -62,99 +28,10 @@ def train(arguments: list[str]) -> int:
         print(help_page(arguments), end="")
         return DONE
     _check_flags(parsed)
+    from dlopt.commands.train_start import start
+
     with document_only() if parsed.json else contextlib.nullcontext() as show:
-        return _train(parsed, show)
-
-
-def _train(parsed: Namespace, show: Show | None) -> int:
-    """Runs `dlopt train` with parsed arguments; `show` prints the JSON document of the result."""
-    world = current()
-    if world is not None:
-        prepare_rank()
-        if world.restarts and not is_typed("resume", parsed.overrides):
-            parsed.overrides.append("resume=auto")  # torchrun has restarted the run
-    if world is not None and not world.is_main:
-        return _follow(parsed, world)
-    composer = Composer(parsed.config_name, parsed.config_dir)
-    typed = parsed.overrides
-    if parsed.multirun:
-        from dlopt.sweeps.branches import branched
-
-        return _sweep(composer, branched(composer, with_folder(typed, multirun=True)), show)
-    parsed.overrides = inherit(composer, with_folder(typed, multirun=False))
-    overrides = composer.parse(parsed.overrides)
-    if parsed.hydra_help or parsed.cfg or parsed.info:
-        shown = composer.compose(overrides)  # has clearer error messages than Hydra
-        if parsed.cfg:
-            print(show_config(shown, parsed.cfg, parsed.package, resolve=parsed.resolve), end="")
-        else:
-            show_info(parsed, composer.flags)
-        return DONE
-    config = composer.compose(overrides)
-    if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        return _sweep(composer, inherit(composer, with_folder(typed, multirun=True)), show)
-    _refuse_document(show, config)
-    if (key := series_of(config)) is not None:
-        code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
-        return code
-    if world is not None:
-        return _lead(composer, config, overrides, typed, world, show)
-    plan = _planned(composer, config, overrides)
-    return DONE if plan is None else _run(plan, show)
-
-
-def _run(plan: Plan, show: Show | None, store: "Store | None" = None) -> int:
-    """Runs a plan, and shows its document, also for a run that fails. Raises `UserError`, `ReportedError`."""
-    try:
-        folder, summary = run_plan(plan, store=store)
-    except ReportedError as error:
-        if show is not None and error.code != USER_ERROR and plan.config is not None:
-            failed = RunFolder(Path(plan.config.hydra.runtime.output_dir))
-            show(_of_run(failed, failed.summary(), error.code))
-        raise
-    code = CODE_OF[summary["status"]]
-    if show is not None:
-        show(_of_run(folder, summary, code))
-    return code
-
-
-def _sweep(composer: Composer, words: list[str], show: Show | None) -> int:
-    """Runs a sweep, and shows its document. Raises `UserError`."""
-    from dlopt.sweeps import sweep as sweeps
-
-    request = sweeps.request(composer, words)
-    _refuse_document(show, request.config)
-    end = sweeps.run(request)
-    if show is not None and request.found:
-        show(_of_sweep(request.found[0], end))
-    return end.code
-
-
-def _of_run(folder: RunFolder, summary: Mapping[str, Any] | None, code: int) -> dict[str, Any]:
-    return {"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary}
-
-
-def _of_sweep(folder: Path, end: "SweepEnd") -> dict[str, Any]:
-    from dlopt.results import documents
-    from dlopt.results.reading import RunReader
-
-    records, damaged = RunReader().read([folder])
-    return {
-        "folder": os.path.abspath(folder),
-        "exit_code": end.code,
-        "jobs": [documents.job_entry(record) for record in records],
-        "skipped": documents.skipped_entries(damaged),
-        "leaderboard": None if end.board is None else documents.leaderboard_entry(end.board, folder),
-        "pareto_front": None if end.front is None else documents.front_entry(end.front),
-    }
-
-
-def _refuse_document(show: Show | None, config: DictConfig) -> None:
-    """Raises `UserError` for --json without a run or a sweep."""
-    series = series_of(config)
-    if show is not None and (config.dry_run or series is not None):
-        what = "dry_run=true" if series is None else f"a {series}"
-        raise UserError(f"--json: prints the result of a run or a sweep; not available for {what}")
+        return start(parsed, show)
 
 
 def help_page(arguments: list[str]) -> str:
@@ -162,20 +39,6 @@ def help_page(arguments: list[str]) -> str:
     from dlopt.commands.options import tables_of_train
 
     return USAGE + tables_of_train(parse_arguments(arguments).config_dir)
-
-
-def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) -> Plan | None:
-    """Checks a composed config; None if its time is only estimated, and printed. Raises `UserError`."""
-    refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
-    with waiting("loading PyTorch ..."):
-        plan = checked(config, overrides, flags=composer.flags)
-    if plan.run_config.settings.dry_run:
-        from dlopt.sweeps.estimate import print_estimate
-
-        refuse_untested(plan.saved, plan.texts)
-        print_estimate([plan.saved], plan.choices, jobs=1)
-        return None
-    return plan
 
 
 def _check_flags(parsed: Namespace) -> None:
@@ -188,68 +51,3 @@ def _check_flags(parsed: Namespace) -> None:
     for name in ("resolve", "package"):
         if getattr(parsed, name) and not parsed.cfg:
             raise UserError(f"--{name}: only valid with --cfg")
-
-
-def _lead(
-    composer: Composer,
-    config: DictConfig,
-    overrides: list[Override],
-    typed: list[str],
-    world: World,
-    show: Show | None,
-) -> int:
-    """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks.
-
-    `typed`: the command line from which `overrides` are made.
-    """
-    store = _join_store(config.parallel, world)
-    code = FAILED
-    try:
-        _refuse_address_of_file(config, typed)
-        plan = _planned(composer, config, overrides)
-        code = DONE if plan is None else _run(plan, show, store)
-    except UserError as error:
-        print_message(str(error))
-        code = USER_ERROR
-    except ReportedError as error:
-        code = error.code
-    finally:
-        release(store, code)
-    end_process(code)
-
-
-def _follow(parsed: Namespace, world: World) -> int:
-    """Ranks > 0: receive the run from rank 0, which also composes it and reports config errors."""
-    if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
-        return _refused_by_main() if parsed.multirun else DONE
-    try:
-        typed = {override.key_or_group: override.value() for override in parse_overrides(parsed.overrides)}
-    except UserError:
-        _refused_by_main()
-    store = _join_store({key.partition(".")[2]: value for key, value in typed.items() if key in _ADDRESS}, world)
-    end_process(follow(store, parsed.overrides))
-
-
-def _refused_by_main() -> NoReturn:
-    """Ends a rank > 0, but after rank 0 has printed why: torchrun ends all ranks as soon as one has ended."""
-    with killed_by_signals():
-        time.sleep(_HEAD_START)
-    end_process(USER_ERROR)
-
-
-def _refuse_address_of_file(config: DictConfig, overrides: list[str]) -> None:
-    """Raises `UserError` for a store that the other ranks, which compose no config, cannot know."""
-    for key in _ADDRESS[:2]:
-        value = config.parallel.get(key.partition(".")[2])
-        if value is not None and not is_typed(key, overrides):
-            raise UserError(f"{key}={value}: set in a config file, but accepted from the command line only here")
-
-
-def _join_store(parallel: Mapping[str, Any] | DictConfig, world: World) -> "Store":
-    with killed_by_signals():
-        return join_store(
-            world,
-            minutes=parallel.get("timeout_minutes", 10.0),
-            address=parallel.get("master_addr"),
-            port=parallel.get("master_port"),
-        )

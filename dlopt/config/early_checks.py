@@ -28,14 +28,19 @@ _COMMON = {
 
 def run_settings(config: Mapping[str, Any]) -> Settings:
     """Returns the checked keys of a config that belong to no group. Raises `UserError`."""
+    settings = _typed_settings(config)
+    check_settings(settings)
+    return settings
+
+
+def _typed_settings(config: Mapping[str, Any]) -> Settings:
+    """Returns these keys without checking their combinations. Raises `UserError` for a wrong value."""
     if isinstance(config.get("experiment"), Mapping):
         raise UserError("experiment: the first line of a recipe's file must be `# @package _global_`")
     keys = {key: value for key, value in config.items() if key not in GROUPS}
     if isinstance(keys.get("observers"), list):
         keys["observers"] = []  # components: `user_observers` checks them
-    settings = Settings(**check_arguments("", Settings, keys, related=tuple(GROUPS)))
-    check_settings(settings)
-    return settings
+    return Settings(**check_arguments("", Settings, keys, related=tuple(GROUPS)))
 
 
 def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:
@@ -60,6 +65,13 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
         from dlopt.data.table_columns import check_table
 
         check_table(data)
+
+
+def check_values(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:
+    """Checks the values that `check_early` checks, each value alone. Raises `UserError`."""
+    _typed_settings(config)
+    for key in map(key_of, overrides):
+        _check_argument(config, key)
 
 
 def _check_argument(config: Mapping[str, Any], key: str) -> None:

@@ -11,13 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.plain_values import flatten, is_below, join
-from dlopt.config.choices import CONFIG_NAME, Catalogue, Choice, config_folder
+from dlopt.config.choices import CONFIG_NAME, Catalogue, Choice, Key, config_folder
 from dlopt.config.overrides import SWEEP_WORDS, text_of, value_of
 from dlopt.config.parameters import show
 from dlopt.config.resolve import first_lines
 from dlopt.config.synonyms import for_choice, for_key
 
 _NAMED = 8  # choices in a message
+_LAUNCHER, _LAUNCHER_GROUP = "hydra.launcher", "hydra/launcher"
 _PACKAGES = ("dlopt", "torch", "torchvision", "None")  # whose choices list all of their keys; None: without a callable
 
 
@@ -154,8 +155,12 @@ def _explain_key(override: Override, config: DictConfig, error: Exception, known
         is_new = "Could not override" in str(error)
         hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""
         return f"{first_lines(error)}{hint}"
-    is_nested = place.rest and place.name.lower() not in place.names
+    if place.parent == _LAUNCHER:
+        return f"unknown key; {_launcher_hint(place, config, known)}"
+    is_nested = place.rest and place.name.lower() not in place.names and place.parent != "hydra"
     hint = for_key(key.rpartition(".")[2] if is_nested else key, typed)  # trainer.max_epochs
+    if not hint and not place.parent:
+        hint = _misplaced_hint(place.name, typed, known)
     if not hint:
         hint = _key_hint(text_of(override), place, config, known)
     return f"unknown key; {hint}"
@@ -214,6 +219,43 @@ def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str
     if target.startswith("dlopt."):
         return f"{hint}the chosen {place.parent} has no keys"
     return f"add a new key with a plus sign: +{line}"
+
+
+def _launcher_hint(place: _Place, config: DictConfig, known: Known) -> str:
+    """Describes the keys of the chosen launcher that are like an unknown one, or else those of other launchers."""
+    chosen = config.hydra.runtime.choices[_LAUNCHER_GROUP]
+    similar: dict[str, list[str]] = {}
+    for choice, keys in _keys_of_launchers(known).items():
+        inside = [name for name in keys if place.name.lower() in name]
+        names = inside or get_close_matches(place.name.lower(), keys, n=1, cutoff=0.6)
+        similar[choice] = [_described(keys[name]) for name in names]
+    own = similar.get(chosen)
+    if own:
+        return f"similar: {'; '.join(own)}"
+    others = [f"{_LAUNCHER_GROUP}={choice} has {'; '.join(found)}" for choice, found in similar.items() if found]
+    return "; ".join(others) or f"allowed: {', '.join(place.names)}; `dlopt options launcher` lists the launchers"
+
+
+def _misplaced_hint(name: str, typed: str, known: Known) -> str:
+    """Says where to type a key of a launcher that was typed without its block; "" for other keys."""
+    choices = [choice for choice, keys in _keys_of_launchers(known).items() if name in keys]
+    if not choices:
+        return ""
+    return f"a key of launchers: type -m {_LAUNCHER_GROUP}={'|'.join(choices)} {_LAUNCHER}.{name}={typed}"
+
+
+def _keys_of_launchers(known: Known) -> dict[str, dict[str, Key]]:
+    """Returns the keys of each launcher by name."""
+    catalogue = Catalogue(known.config_dir)
+    return {
+        choice.name: {key.name.removeprefix(f"{_LAUNCHER}."): key for key in catalogue.keys(choice)}
+        for choice in catalogue.choices(_LAUNCHER_GROUP)
+    }
+
+
+def _described(key: Key) -> str:
+    """Returns a key with its default and its comment."""
+    return f"{key.name}={key.value}" + (f" ({key.comment})" if key.comment else "")
 
 
 def _similar_key(place: _Place, names: Sequence[str], config: DictConfig) -> str | None:

@@ -35,6 +35,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.early_checks import check_early
 from dlopt.config.overrides import parse_overrides, text_of
+from dlopt.config.refusals import refused_together
 from dlopt.config.resolve import choices_of, job_variables, refuse_hidden, to_plain
 from dlopt.config.teacher import identify_teacher
 
@@ -87,8 +88,10 @@ class Plan:
 
 def plan(composer: Composer, overrides: "Iterable[str | Override]") -> Plan:
     """Composes and checks the run of a command line. Raises `UserError`."""
-    parsed = composer.parse(overrides)
-    return checked(composer.compose(parsed), parsed, flags=composer.flags)
+    overrides = list(overrides)
+    with refused_together(composer, overrides):
+        parsed = composer.parse(overrides)
+        return checked(composer.compose(parsed), parsed, flags=composer.flags)
 
 
 def checked(

@@ -19,6 +19,7 @@ from torch import nn
 
 from dlopt.basics.errors import USER_ERROR, RunError, UserError
 from dlopt.basics.scratch import scratch
+from dlopt.basics.status_line import status_line
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
 from dlopt.instruments.lr_range_keys import RangeTest
@@ -109,7 +110,8 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     if (path := workload.run_config.settings.init_from) is not None:
         load_weights(workload.module, Path(path), workload.parallel)
     workload = replace(workload, run_config=trial(workload.run_config, keys))
-    with restored(workload.module, workload.device):
+    is_main = workload.parallel.ranks.is_main
+    with restored(workload.module, workload.device), status_line() as show:
         # A non-finite loss ends the test, here and on all ranks.
         trainer = probe_trainer(with_teacher(workload), folder, checks=False)
         constant = _independent_rates(workload)
@@ -118,6 +120,8 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
         workload.module.train()
         for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), keys.updates)):
             rates.append(keys.rate(number))
+            if is_main:
+                show(f"update {number + 1}/{keys.updates}, learning rate {rates[-1]:.2g}")
             for index, rate in constant.items():
                 group = trainer.step.optimizer.param_groups[index]
                 group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate

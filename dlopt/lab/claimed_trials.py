@@ -7,21 +7,21 @@ a lock, which the kernel releases when the process dies.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Generic, Protocol, TypeVar
-
-from omegaconf import DictConfig
+from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from dlopt.basics.folders import inside
 from dlopt.basics.locks import hold
 from dlopt.config.overrides import is_hydra, is_typed
-from dlopt.config.plan import as_job, checked
-from dlopt.extend import Line, Plan, Role, RunFolder, UserError, group_of, key_of, role_of, without
+from dlopt.extend import Line, Role, RunFolder, UserError, group_of, key_of, role_of, without
 from dlopt.results.leaderboard import ENDED
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool
-from dlopt.sweeps.sweep import build_launcher, submit_command
-from dlopt.tracking.overview import Overview
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from dlopt.extend import Plan
 
 READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
 # Part of the protocol in addition to the keys of a role: workloads and families name the first two groups, and every
@@ -81,6 +81,8 @@ def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials:
     Raises:
         UserError: wrong settings of the launcher.
     """
+    from dlopt.sweeps.sweep import submit_command
+
     pool, plan_job, config = build_pool(line, run)
     if not isinstance(pool, Pool):
         words = [command, *without(line.typed, "output"), f"output={folder}"]
@@ -90,11 +92,14 @@ def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials:
     return pool, plan_job
 
 
-def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, DictConfig]:
+def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, "DictConfig"]:
     """Returns the launcher, by default one process per core, how jobs compose, and the config. Raises `UserError`.
 
     The launcher is a `Pool`, or submits to Slurm.
     """
+    from dlopt.config.plan import as_job, checked
+    from dlopt.sweeps.sweep import build_launcher
+
     hydra = [each for each in line.overrides if is_hydra(each)]
     if not is_typed("hydra.launcher", hydra):
         hydra = ["hydra/launcher=joblib", *hydra]
@@ -102,7 +107,7 @@ def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, DictConfig
     pool = build_launcher(config, "not supported here")
     assert pool is not None  # has refused other launchers
 
-    def plan_job(overrides: Sequence[str], number: int) -> Plan:
+    def plan_job(overrides: Sequence[str], number: int) -> "Plan":
         config = line.composer.compose([*hydra, *overrides])
         return as_job(checked(config, overrides, None, line.composer.flags), number, overrides)
 
@@ -160,6 +165,8 @@ class ClaimedTrials(JobSource, Generic[T]):
     """
 
     def __init__(self, request: Request[T], plan_job: PlanJob, kept: Callable[[Path], bool]) -> None:
+        from dlopt.tracking.overview import Overview
+
         self.request, self._plan_job, self._kept = request, plan_job, kept
         self.waiting: dict[T, None] = dict.fromkeys(request.waiting())  # in order
         # There is no best job: trials of different workloads are not comparable.

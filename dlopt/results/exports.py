@@ -4,14 +4,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically
-from dlopt.basics.folders import inside, refuse_url
 from dlopt.basics.secrets import redact
 from dlopt.results import drawing, paper
 from dlopt.results.columns import summary_csv
+from dlopt.results.destination import PICTURES, Destination, Format
 from dlopt.results.page import page
 from dlopt.results.plots import PLOTS, plots
 from dlopt.results.ranking import Ranking
@@ -20,12 +20,6 @@ from dlopt.results.tables import Section
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Format = Literal["html", "csv", "latex", "markdown", "pdf", "png", "svg"]
-SUFFIXES: Mapping[str, Format] = {
-    ".html": "html", ".csv": "csv", ".tex": "latex", ".md": "markdown", ".pdf": "pdf", ".png": "png", ".svg": "svg",
-}  # fmt: skip
-_DEFAULT: Sequence[Format] = ("html", "csv", "png")
-_PICTURES: Sequence[Format] = ("pdf", "png", "svg")
 _NAMES: Mapping[Format, str] = {
     "html": "index.html", "csv": "summary.csv", "latex": "table.tex", "markdown": "table.md",
 }  # fmt: skip
@@ -48,57 +42,12 @@ class ReportContent:
     sections: Sequence[Section] = ()
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Files to write: a folder with several of them, or a single one."""
-
-    path: Path
-    formats: Sequence[Format]
-    is_file: bool
-    plot: str | None
-
-    @property
-    def page(self) -> Path | None:
-        """The folder of the HTML page that can be served."""
-        return None if self.is_file or "html" not in self.formats else self.path
-
-
-def destination(
-    folder: Path, output: str | None, formats: Format | Sequence[Format] | None, plot: str | None
-) -> Destination:
-    """Returns where the report is written, by default `folder`/report. Raises `UserError`.
-
-    `output`: a file if its suffix is one of `SUFFIXES`, a folder if it exists as one, has no suffix or ends in a slash.
-    """
-    if plot is not None and plot not in PLOTS:
-        raise UserError(f"plot={plot}: there is no such plot; allowed: {', '.join(PLOTS)}")
-    chosen: Sequence[Format] | None = (formats,) if isinstance(formats, str) else formats
-    if chosen is not None and not chosen:
-        raise UserError("format=[]: needs at least one format")
-    path = inside(folder, "report", str(folder)) if output is None else Path(output)
-    if output is not None:
-        refuse_url(output, "output")
-    is_file = output is not None and not output.endswith("/") and path.suffix != "" and not path.is_dir()
-    if is_file:
-        found = SUFFIXES.get(path.suffix.lower())
-        if found is None:
-            allowed = ", ".join(SUFFIXES)
-            raise UserError(f"output={output}: unknown format; allowed: {allowed}, or a folder: output={output}/")
-        if chosen is not None and tuple(chosen) != (found,):
-            raise UserError(f"output={output}: a {path.suffix} file, but format={','.join(chosen)}; leave out format")
-        chosen = (found,)
-    chosen = _DEFAULT if chosen is None else tuple(dict.fromkeys(chosen))
-    if plot is not None and not set(chosen) & set(_PICTURES):
-        raise UserError(f"plot={plot}: needs a format of plots, such as format=pdf or output=FILE.pdf")
-    return Destination(path, chosen, is_file, plot)
-
-
 def render(to: Destination, report: ReportContent) -> dict[Path, bytes]:
     """Returns the content of the files. Raises `UserError` if there is no data for the requested plot."""
     files: dict[str, bytes] = {}
-    figures = _figures(to, report) if set(to.formats) & set(_PICTURES) else {}
-    for form in sorted(to.formats, key=lambda form: form in _PICTURES):  # the pictures last
-        if form not in _PICTURES:
+    figures = _figures(to, report) if set(to.formats) & set(PICTURES) else {}
+    for form in sorted(to.formats, key=lambda form: form in PICTURES):  # the pictures last
+        if form not in PICTURES:
             files[_NAMES[form]] = redact(_text(form, report)).encode()
         elif to.is_file and form == "pdf":
             files |= _pages(figures)
@@ -114,7 +63,7 @@ def write(to: Destination, report: ReportContent) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
     names = [] if to.is_file or to.plot is not None else list(PLOTS)
-    for path in [to.path / f"{name}.{form}" for form in to.formats if form in _PICTURES for name in names]:
+    for path in [to.path / f"{name}.{form}" for form in to.formats if form in PICTURES for name in names]:
         if path not in files:
             path.unlink(missing_ok=True)
     return list(files)

@@ -20,13 +20,13 @@ from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, load_json, load_yaml, parse_numbers, regular_lines
+from dlopt.config.choices import choices_of_groups
 from dlopt.config.keys import LABELS
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
 from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
 from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY
-from dlopt.tracking.terminal_text import choices_of_groups
 
 OPEN = ("running", "interrupted", "unfinished")
 """Statuses of runs whose training has not ended; all but `running` can be resumed."""

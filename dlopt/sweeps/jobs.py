@@ -5,15 +5,17 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import DONE, INTERRUPTED, UserError
 from dlopt.basics.files import write_json
 from dlopt.basics.folders import RunFolder, inside
 from dlopt.config.overrides import storable
-from dlopt.config.plan import Plan
 from dlopt.config.resuming import refuse_other_config
 from dlopt.run.record import describe, record_failure
+
+if TYPE_CHECKING:
+    from dlopt.config.plan import Plan
 
 OUTPUT = "output.log"  # stdout and stderr of a job
 
@@ -37,21 +39,21 @@ class Job:
 
     number: int
     folder: RunFolder
-    composed: Plan | DescribedPlan | UserError
+    composed: "Plan | DescribedPlan | UserError"
     label: str
 
     @property
-    def checked(self) -> Plan | DescribedPlan:
+    def checked(self) -> "Plan | DescribedPlan":
         """Raises `UserError` for a job that cannot be composed."""
         if isinstance(self.composed, UserError):
             raise self.composed
         return self.composed
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> "Plan":
         """The plan, in the process that has composed it. Raises `UserError`."""
         plan = self.checked
-        assert isinstance(plan, Plan)
+        assert not isinstance(plan, DescribedPlan)
         return plan
 
     @property
@@ -68,7 +70,7 @@ class JobResult:
     reason: str = ""
 
 
-PlanJob = Callable[[Sequence[str], int], Plan]
+PlanJob = Callable[[Sequence[str], int], "Plan"]
 """Composes and checks the job of a sweep with these overrides and this number. Raises `UserError`."""
 
 

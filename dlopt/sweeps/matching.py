@@ -18,7 +18,7 @@ from dlopt.config.keys import LABELS, role_of
 from dlopt.config.overrides import is_equal, key_of, storable, value_of
 from dlopt.config.resuming import differences, distance, may_change
 from dlopt.sweeps.jobs import Job
-from dlopt.sweeps.request import find_space
+from dlopt.sweeps.sweep_file import find_space
 
 _RECIPES = ("experiment", "debug")
 

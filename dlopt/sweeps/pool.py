@@ -20,10 +20,9 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from annotated_types import Ge
-from omegaconf import OmegaConf
 
 from dlopt.basics.errors import FAILED, INTERRUPTED, UserError
 from dlopt.basics.files import NewLines, open_to_append
@@ -32,10 +31,11 @@ from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, block_signals, ignore_hangup, signals_deferred
 from dlopt.basics.ranges import Count
 from dlopt.basics.scratch import own_multiprocessing_folder
-from dlopt.config.schema import check_arguments
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, failed, prepare, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
-from dlopt.tracking.overview import Overview
+
+if TYPE_CHECKING:
+    from dlopt.tracking.overview import Overview
 
 Launcher = TypeVar("Launcher")
 PRELOADED = ["dlopt.sweeps.preload"]
@@ -97,7 +97,7 @@ class JobSource:
 # -- the loop
 
 
-def run(source: JobSource, pool: Pool, overview: Overview) -> str | None:
+def run(source: JobSource, pool: Pool, overview: "Overview") -> str | None:
     """Runs the jobs of `source`; returns why it stopped early, or None.
 
     On a signal, stops the running ones with checkpoints, then raises KeyboardInterrupt.
@@ -122,6 +122,8 @@ def run(source: JobSource, pool: Pool, overview: Overview) -> str | None:
 
 def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
     """Runs jobs and returns their status by number."""
+    from dlopt.tracking.overview import Overview
+
     source = _JobList(iter(jobs))
     run(source, pool, Overview(total))
     return source.statuses
@@ -154,7 +156,7 @@ class _Worker:
 
 
 class _Workers:
-    def __init__(self, source: JobSource, pool: Pool, overview: Overview) -> None:
+    def __init__(self, source: JobSource, pool: Pool, overview: "Overview") -> None:
         self._source, self._pool, self._overview = source, pool, overview
         self.active: dict[int, _Worker] = {}  # by slot
         self._failed: int | None = None  # a job
@@ -290,6 +292,10 @@ class _Workers:
 
 def build_checked(launcher: Callable[..., Launcher], settings: Mapping[str, Any]) -> Launcher:
     """Checks the settings of hydra.launcher and builds the pool or `Slurm`. Raises `UserError`."""
+    from omegaconf import OmegaConf
+
+    from dlopt.config.schema import check_arguments
+
     plain = {
         key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in settings.items()
     }

@@ -26,7 +26,6 @@ from dlopt.basics.secrets import redact
 from dlopt.sweeps.jobs import DescribedPlan, Job, JobResult
 from dlopt.sweeps.pool import JobSource
 from dlopt.sweeps.slurm import is_job_id
-from dlopt.tracking.overview import Overview
 
 WORKERS = "workers"  # in the folder of a sweep: the locks of its processes, and the files of a submitted one
 LOG, LOG_LOCK = "log", "log.lock"  # in that folder
@@ -172,6 +171,8 @@ class Queue(JobSource):
     def __init__(
         self, sweep: Path, worker: str, environment: Mapping[str, str], packages: Sequence[str], restarts: int
     ) -> None:
+        from dlopt.tracking.overview import Overview  # with rich, which the status of a sweep does not need
+
         self._sweep, self._worker, self._restarts = sweep, worker, restarts
         self._environment, self._packages = environment, packages
         self._log = Log(sweep).read()

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import env_override
@@ -12,8 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.folders import SPACE, RunFolder, make, make_new, newest, refuse_links, short_path
-from dlopt.basics.plain_values import load_yaml
+from dlopt.basics.folders import RunFolder, make, make_new, newest, refuse_links, short_path
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import BRANCH, Axis
 from dlopt.config.packages import series_of
@@ -28,9 +27,6 @@ from dlopt.tracking.remote import check
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
     from dlopt.sweeps.slurm import Slurm
-
-
-_MAX_SPACE_BYTES, _MAX_SPACE_NODES = 1 << 25, 500_000  # of sweep.yaml; 10,000 jobs have 1 MB
 
 
 @dataclass(frozen=True)
@@ -145,37 +141,6 @@ class SweepRequest:
         slots = 1 if self.launcher is None else self.launcher.slots
         print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots, in_process=in_process)
         return SweepEnd(DONE)
-
-
-def read_space(sweep: Path) -> Any:
-    """Reads sweep.yaml: a list of overrides per job, or the mapping of a search; None if it is missing.
-
-    Raises `UserError` for a damaged one.
-    """
-    try:
-        space = load_yaml(sweep / SPACE, _MAX_SPACE_BYTES, _MAX_SPACE_NODES)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{short_path(sweep)}: {SPACE} is damaged: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if isinstance(space, list):
-        is_valid = all(isinstance(job, list) and all(isinstance(line, str) for line in job) for job in space)
-    else:
-        is_valid = isinstance(space, dict) and isinstance(space.get("facts"), dict)
-        is_valid = is_valid and all(type(space.get(name, 0)) is int for name in ("finished", "total"))
-    if not is_valid:
-        raise UserError(f"{short_path(sweep)}: {SPACE} is damaged: it holds no jobs")
-    return space
-
-
-def find_space(sweep: Path) -> Any:
-    """Reads sweep.yaml; None if it is missing or damaged."""
-    try:
-        return read_space(sweep)
-    except UserError:
-        return None
 
 
 def print_next(title: str, sweep: Path, *, has_failed: bool = False) -> None:

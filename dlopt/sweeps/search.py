@@ -18,12 +18,23 @@ from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.ranges import Count, Seed
+from dlopt.basics.status_line import waiting
 from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of
 from dlopt.config.parameters import show
 from dlopt.config.plan import Plan
 from dlopt.config.schema import check_arguments, component
-from dlopt.metrics.names import Directions, Goal, Metric, base_name, column_of, direction_of, monitored_directions
+from dlopt.metrics.names import (
+    VAL_ACCURACY,
+    Directions,
+    Goal,
+    Metric,
+    base_name,
+    best_key,
+    column_of,
+    direction_of,
+    monitored_directions,
+)
 from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number, job_record, leaderboard
 from dlopt.results.printing import show_front, show_leaderboard
 from dlopt.results.reading import find, number_in
@@ -31,7 +42,7 @@ from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
 from dlopt.sweeps.pool import JobSource
 from dlopt.sweeps.queue import WORKERS, live_workers
-from dlopt.sweeps.request import SweepEnd, SweepRequest, find_space, print_next, read_space
+from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.space import Space, parse_space
 from dlopt.sweeps.study import (
@@ -44,9 +55,10 @@ from dlopt.sweeps.study import (
     storage_errors,
 )
 from dlopt.sweeps.submitting import submit_search
+from dlopt.sweeps.sweep_file import find_space, read_space
 from dlopt.tracking.overview import Overview
-from dlopt.tracking.terminal_text import waiting
 
+_AUTO = "auto"
 _RETRY_SECONDS = 3.0  # between attempts to take over jobs of dead processes when no other job is left
 _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
@@ -66,7 +78,10 @@ class SearchSettings:
 
 def search(request: SweepRequest) -> SweepEnd:
     """Runs the jobs of a search. Raises `UserError` before it creates any file."""
-    spec = build_study_spec(request.config, request.axes)
+    objective = request.config.hydra.sweeper.objective
+    is_auto = _AUTO in ([objective] if isinstance(objective, str) else objective)
+    monitored = _monitored(request) if is_auto else ""
+    spec = build_study_spec(request.config, request.axes, monitored)
     with waiting("checking the search space ..."):
         jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
     facts = study_facts(spec, jobs[0].saved)
@@ -192,15 +207,36 @@ def _number(value: Any) -> Any:
 # -- the search's config
 
 
-def build_study_spec(config: DictConfig, axes: Sequence[Axis]) -> StudySpec:
-    """Checks the search in a composed config and the axes of its jobs. Raises `UserError`."""
+def _monitored(request: SweepRequest) -> str:
+    """Returns the key in summary.json of the metric that the runs monitor.
+
+    The data decide what monitor=auto is; where they cannot be read, as on the login node of a cluster, accuracy.
+    """
+    if (monitor := str(request.config.monitor)) != _AUTO:
+        return best_key(monitor)
+    from dlopt.training.builders.dataset import read_source, with_task
+
+    run_config = request.plan_job(probes(parse_space(request.axes))[0], 0).run_config
+    try:
+        dataset = read_source(run_config)
+        return best_key(with_task(run_config, dataset, dataset.train.shape).task.monitor)
+    except UserError:
+        return VAL_ACCURACY.best
+
+
+def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = VAL_ACCURACY.best) -> StudySpec:
+    """Checks the search in a composed config and the axes of its jobs; `monitored`: the objective `auto`.
+
+    Raises `UserError`.
+    """
     sweeper = cast("dict[str, Any]", OmegaConf.to_container(config.hydra.sweeper, resolve=True))
     plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}
     sampler_node, pruner_node = plain.pop("sampler"), plain.pop("pruner")
     plain.pop("params")  # among the axes
     space = parse_space(axes)
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
-    objectives = [settings.objective] if isinstance(settings.objective, str) else settings.objective
+    typed = [settings.objective] if isinstance(settings.objective, str) else settings.objective
+    objectives = [monitored if name == _AUTO else name for name in typed]
     for name in objectives:
         metric = Metric.of(column_of(name))
         if metric is not None and metric.split == "test":

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.core.utils import env_override
-
 from dlopt.basics.errors import INTERRUPTED, UserError
 from dlopt.basics.files import open_to_append
 from dlopt.basics.folders import RunFolder
@@ -93,6 +91,8 @@ class Slurm:
         # srun does not inherit --cpus-per-task since Slurm 22.05.
         step = [] if self.tasks > 1 else ["srun", "--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cpus_per_task}"]
         script = f"#!/bin/sh\nexec {shlex.join([*step, *command])}\n"
+        from hydra.core.utils import env_override
+
         with env_override(dict(secrets)):
             done = _run("sbatch", "--parsable", *flags, text=script)
         if done is None or done.returncode:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.basics.folders import SPACE, RunFolder, short_path
@@ -12,10 +13,12 @@ from dlopt.basics.interruption import print_line
 from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
 from dlopt.results.reading import Damaged, RunReader
 from dlopt.sweeps.queue import QUEUED, RUNNING, WORKERS, Log, live_workers
-from dlopt.sweeps.request import read_space
 from dlopt.sweeps.slurm import waiting
 from dlopt.sweeps.submission import is_submitted, stop_reason
-from dlopt.tracking.overview import Overview
+from dlopt.sweeps.sweep_file import read_space
+
+if TYPE_CHECKING:
+    from dlopt.tracking.overview import Overview
 
 _POLL_SECONDS = 2.0
 _LOST_SECONDS = 20.0  # time without workers after which a sweep counts as dead
@@ -150,6 +153,8 @@ def wait(sweep: Path) -> SweepStatus:
 
 def _follow(sweep: Path) -> SweepStatus:
     """Shows the progress of a sweep until it ends or no workers are left."""
+    from dlopt.tracking.overview import Overview
+
     reader = StatusReader(sweep)
     status = reader.read()
     overview = Overview(status.total or len(status.jobs))
@@ -173,7 +178,7 @@ def _follow(sweep: Path) -> SweepStatus:
         overview.close()
 
 
-def _show(overview: Overview, job: JobStatus, *, is_known: bool) -> None:
+def _show(overview: "Overview", job: JobStatus, *, is_known: bool) -> None:
     """Shows a job whose status has changed. `is_known`: before this command started."""
     if job.status == RUNNING:
         overview.started(job.number, job.label)

@@ -19,14 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import env_override
-
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.folders import SUBMITTED, inside, short_path
 from dlopt.basics.plain_values import read_regular
-from dlopt.config.schema import check_arguments
 from dlopt.parallel.processes.launch import python_module
 from dlopt.sweeps.code_copy import is_unchanged
 from dlopt.sweeps.queue import WORKERS, Log
@@ -91,6 +88,8 @@ class Submission:
 
 def read(sweep: Path) -> Submission:
     """Reads the submission in the folder of a sweep. Raises `UserError`."""
+    from dlopt.config.schema import check_arguments  # with pydantic, which the status of a sweep does not need
+
     found = read_json(sweep / WORKERS / FILE)
     names = {each.name for each in fields(Submission)}
     if found is None:
@@ -105,6 +104,8 @@ def read(sweep: Path) -> Submission:
 
 def _launcher(sweep: Path) -> Slurm:
     """Reads the settings of the launcher. Raises `UserError`."""
+    from dlopt.config.schema import check_arguments
+
     try:
         return Slurm(**check_arguments(LAUNCHER, Slurm, read_json(sweep / WORKERS / LAUNCHER) or {}))
     except UserError as error:
@@ -164,6 +165,8 @@ def worker_command(sweep: Path, submission: Submission, launcher: Slurm, slots: 
 @contextlib.contextmanager
 def recorded_code(sweep: Path) -> Iterator[None]:
     """Makes runs that are described in the block record the code of the submission."""
+    from hydra.core.utils import env_override
+
     with env_override({SUBMITTED: str((sweep / WORKERS).absolute())}):
         yield
 

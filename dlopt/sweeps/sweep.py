@@ -16,6 +16,7 @@ from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
+from dlopt.basics.status_line import waiting
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
 from dlopt.config.overrides import (
@@ -33,7 +34,7 @@ from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import in_folder, refuse_other_config, shortened
-from dlopt.parallel.processes.rendezvous import current
+from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results.leaderboard import Leaderboard, job_record, leaderboard
 from dlopt.results.reading import origin_of
 from dlopt.sweeps import jobs as sweep_jobs
@@ -43,14 +44,14 @@ from dlopt.sweeps.branches import begin
 from dlopt.sweeps.jobs import Job, labels, record_dead
 from dlopt.sweeps.matching import distance_of_jobs, distance_of_unfinished, has_jobs, refuse_other_labels, swept_keys
 from dlopt.sweeps.queue import live_workers
-from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next, read_space
+from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_submitted
 from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_command, submit_grid
-from dlopt.tracking.terminal_text import waiting
+from dlopt.sweeps.sweep_file import read_space
 
 __all__ = [
-    "build_launcher", "check_folder", "distance_of_jobs", "list_jobs", "refuse_different_environments", "refuse_ranks",
+    "build_launcher", "check_folder", "distance_of_jobs", "list_jobs", "refuse_different_environments",
     "request", "request_series", "run", "submit_command", "submit_jobs",
 ]  # fmt: skip
 OWN = "hydra_plugins.dlopt_sweeps."
@@ -60,13 +61,6 @@ _READS_OF_HYDRA = (
     *COMPOSITION, "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra.job", "hydra.job_logging",
     "hydra.hydra_logging", "hydra.verbose", "hydra.callbacks", "hydra.env", "hydra.output_subdir",
 )  # fmt: skip
-
-
-def refuse_ranks(command: str, what: str) -> None:
-    """Raises `UserError` in one of several ranks of torchrun or srun, all of which would start `what`."""
-    if current() is not None:
-        reason = f"cannot run inside torchrun or srun, because every rank would start {what}"
-        raise UserError(f"{command}: {reason}; start it from a shell")
 
 
 def request(composer: Composer, words: Sequence[str]) -> SweepRequest:

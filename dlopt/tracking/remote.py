@@ -23,7 +23,7 @@ from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.folders import RunFolder, new_run_id
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
-from dlopt.tracking.terminal_text import waiting
+from dlopt.basics.status_line import waiting
 
 _CLOSE_TIMEOUT = 30.0  # seconds to wait at the end of a run for pending deliveries
 _MLFLOW_STATUS = {"finished": "FINISHED", "stopped_early": "FINISHED", "failed": "FAILED"}

@@ -1,11 +1,9 @@
 """Formats configs, results and tables for terminals of any width."""
 
-import contextlib
 import os
 import re
 import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ from dlopt.basics.formats import (
     format_value,
 )
 from dlopt.basics.plain_values import flatten
+from dlopt.config.choices import choices_of_groups
 from dlopt.metrics.measures import Measure, Row
 from dlopt.metrics.names import (
     VAL_ACCURACY,
@@ -44,19 +43,6 @@ _AVERAGING = "dlopt.optim.SGDW"  # its momentum is an average: its steps are tor
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
 
 
-@contextlib.contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """Shows a line on a terminal while the block runs."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    print(text, end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 # -- configs
 
 
@@ -64,13 +50,6 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config's values by dotted key, without `_target_` and empty groups."""
     flat = flatten(config).items()
     return {key: value for key, value in flat if key.rpartition(".")[2] != "_target_" and value != {}}
-
-
-def choices_of_groups(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
-    """Returns the choice of each group; where `choices` has none, the last part of the group's `_target_`."""
-    groups = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
-    targets = {key: str(group.get("_target_") or "").rpartition(".")[2] for key, group in groups.items()}
-    return {key: str(choice) for key, target in targets.items() if (choice := choices.get(key) or target)}
 
 
 def hparams(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str | bool | float]:

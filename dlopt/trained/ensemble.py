@@ -82,22 +82,30 @@ class _Predictions:
             raise UserError(f"checkpoint={self.path}: its test set differs from that of {first.path}")
 
 
-def test(paths: Sequence[Path], workloads: Iterable[Workload], average: Average | None, views: Any, tta: str) -> Tested:
+def test(
+    paths: Sequence[Path],
+    workloads: Iterable[Workload],
+    average: Average | None,
+    views: Any,
+    tta: str,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Tested:
     """Tests the models one by one, and reports the metrics of the average of their outputs. Raises `UserError`.
 
     Args:
         paths: of the models, for messages.
         workloads: built one by one, because an ensemble may not fit into memory.
         views: test-time augmentation, the choice `tta`; None for none.
+        on_batch: called with (done, total) after each batch of a model.
     """
     models: list[_Predictions] = []
     found: list[str] = []
     for path, workload in zip(paths, workloads, strict=True):
         chosen = workload.task.choose_average(average, workload.loss, "average")
         if not workload.task.keeps_outputs:
-            tested = streamed_report(workload, tta=tta, members=len(paths))
+            tested = streamed_report(workload, tta=tta, members=len(paths), on_batch=on_batch)
             return Tested(tested, chosen, None, problems(workload.dataset.notes), workload, [*workload.validation_sets])
-        batches = predict_test_set(workload, views, chosen)
+        batches = predict_test_set(workload, views, chosen, on_batch=on_batch)
         assert batches is not None  # nothing interrupts it
         kind = (workload.dataset.classes, workload.loss, workload.task)
         metrics = workload.task.computed(tested_metrics(workload.run_config, workload.task), tests=True)

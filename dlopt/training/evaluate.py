@@ -119,7 +119,9 @@ def report(
         return task.report(values, part(outputs, targets))
 
 
-def streamed_report(workload: Workload, *, tta: str, members: int = 1) -> TestReport:
+def streamed_report(
+    workload: Workload, *, tta: str, members: int = 1, on_batch: Callable[[int, int], None] | None = None
+) -> TestReport:
     """Returns the test metrics of a model whose outputs are too large to keep.
 
     Raises `UserError` for test-time augmentation and ensembles, which average predictions of labels.
@@ -130,7 +132,7 @@ def streamed_report(workload: Workload, *, tta: str, members: int = 1) -> TestRe
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
     if workload.dataset.test is None:
         raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
-    tested = TestReport(test_metrics(workload) or {})
+    tested = TestReport(test_metrics(workload, on_batch) or {})
     for name, dataset in workload.validation_sets.items():
         evaluation = _of_set(replace(workload, dataset=dataset), name, lambda done, total: None)
         with norm_statistics(workload, workload.module, workload.precision.autocast(workload.model)):
@@ -383,13 +385,15 @@ def predict_test_set(
     average: Average,
     interruption: Interruption | None = None,
     samples: Samples | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Outputs] | None:
     """Returns outputs (fp32 or fp64, on the device) and targets of the test set, in its order, batch by batch.
 
     None if interrupted.
 
     choice: the test-time augmentation whose outputs are averaged; None for that of the final test of `dlopt train`.
-    samples: None for the test set; or those of a validation set.
+    `samples`: None for the test set; or those of a validation set.
+    `on_batch(done, total)` is called after each batch.
     """
     samples = workload.dataset.test if samples is None else samples
     if samples is None:
@@ -397,7 +401,7 @@ def predict_test_set(
     model = workload.precision.autocast(workload.model)
     with norm_statistics(workload, workload.module, model):
         if choice is None:
-            return _outputs(workload, model, evaluation_batches(workload, samples), interruption)
+            return _outputs(workload, model, evaluation_batches(workload, samples), interruption, on_batch)
         transform = _build_transform(workload, choice, samples)
 
         def averaged(images: Tensor) -> Tensor:
@@ -405,7 +409,7 @@ def predict_test_set(
             return mean_outputs(((weight, _promoted(model(inputs))) for weight, inputs in crops), average)
 
         with contextlib.closing(_image_batches(workload, samples, transform)) as batches:
-            return _outputs(workload, averaged, batches, interruption)
+            return _outputs(workload, averaged, batches, interruption, on_batch)
 
 
 @torch.inference_mode()
@@ -414,13 +418,14 @@ def _outputs(
     model: Callable[[Tensor], Tensor],
     batches: Batches,
     interruption: Interruption | None,
+    on_batch: Callable[[int, int], None] | None,
 ) -> list[Outputs] | None:
     """Returns outputs and targets batch by batch; each process computes its own samples. None if interrupted."""
     workload.module.eval()
     mode = workload.parallel
     stop = None if interruption is None else mode.ranks.evaluation_stop(interruption)
     local_outputs = []
-    for inputs, targets in batches.epoch(0):
+    for inputs, targets in _reporting(batches, on_batch) if on_batch else batches.epoch(0):
         local_outputs.append((_promoted(model(inputs)), targets) if len(targets) else None)
         # A collective, as in `evaluate`.
         if stop:

@@ -61,6 +61,11 @@ KEYS = {
     "optimizer=../data/digits": ("unknown choice",),
     "optimizer@model=sgd": ("optimizer@model=sgd",),
     "hydra/launcher=nope": ("hydra/launcher=nope: unknown choice", "gpus, joblib, serial, slurm"),
+    "hydra.launcher.gpus=1": (
+        "hydra.launcher.gpus=1: unknown key",
+        "slurm has hydra.launcher.gpus_per_node=0 (GPUs per",
+    ),
+    "partition=x": ("partition=x: unknown key", "hydra/launcher=slurm hydra.launcher.partition=x"),
     "hydra/sweeper=nope": ("hydra/sweeper=nope: unknown choice; choices: basic, dlopt_optuna\n",),
     "hydra/sweeper=dlopt_optuna hydra/sweeper/sampler=cma": ("did you mean hydra/sweeper/sampler=cmaes?",),
     "evaluate={}": ("evaluate={}", "one by one"),

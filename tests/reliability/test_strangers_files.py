@@ -25,8 +25,8 @@ from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.sweeps import submission
 from dlopt.sweeps.queue import WORKERS, Log
-from dlopt.sweeps.request import read_space
 from dlopt.sweeps.status import StatusReader
+from dlopt.sweeps.sweep_file import read_space
 from dlopt.tracking.metrics import read_metrics
 from dlopt.training.checkpoint.checkpoints import is_intact, load
 from dlopt.training.checkpoint.sharded import load_without_shards

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dlopt.results.exports import ReportContent, destination, render
+from dlopt.results.destination import destination
+from dlopt.results.exports import ReportContent, render
 from dlopt.results.page_data import page_data
 from dlopt.results.plots import PLOTS, AxisScale, plots
 from dlopt.results.ranking import Ranking, default_target, importance

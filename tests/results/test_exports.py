@@ -8,7 +8,8 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.results.confusion import confusion_table
-from dlopt.results.exports import SUFFIXES, ReportContent, destination, render
+from dlopt.results.destination import SUFFIXES, destination
+from dlopt.results.exports import ReportContent, render
 from dlopt.results.plots import PLOTS
 from dlopt.results.tables import Table
 from tests.support.folders import make_run, table

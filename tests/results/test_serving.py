@@ -7,8 +7,9 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.results import drawing
+from dlopt.results.destination import destination
 from dlopt.results.differences import config_rows, metric_rows
-from dlopt.results.exports import ReportContent, destination, write
+from dlopt.results.exports import ReportContent, write
 from dlopt.results.leaderboard import Record
 from dlopt.results.page import _escaped_json, serve
 from dlopt.results.reading import condition, read_intact, select

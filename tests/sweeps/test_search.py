@@ -15,6 +15,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.basics.locks import is_held
 from dlopt.config.overrides import parse_axes
 from dlopt.sweeps import search as module
+from dlopt.sweeps import sweep as sweeps
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.search import Search, build_study_spec
 from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedJob
@@ -258,3 +259,17 @@ def test_refuses_other_fixed_keys_of_a_searched_choice(tmp_path: Path) -> None:
     assert search(tmp_path, *line, "optimizer.weight_decay=0.1", "hydra.sweeper.n_trials=1").code == 0
     message = refused(tmp_path, "train", "-m", *TINY, *line, "optimizer.weight_decay=0", "hydra.sweeper.n_trials=2")
     assert "optimizer.weight_decay: saved 0.1, now 0" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "objective"),
+    [
+        (["model=mlp"], "best_val_accuracy"),
+        (["model=autoencoder"], "best_val_loss"),
+        (["model=mlp", "monitor=val_macro_f1", "evaluate.metrics=[macro_f1]"], "best_val_macro_f1"),
+        (["data=image_folder", "data.root=nowhere"], "best_val_accuracy"),  # unknown without the data
+    ],
+)
+def test_the_default_objective_is_what_the_runs_monitor(words: list[str], objective: str) -> None:
+    request = sweeps.request(composer(), ["hydra/sweeper=dlopt_optuna", SPACE, *words])
+    assert module._monitored(request) == objective

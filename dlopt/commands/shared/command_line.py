@@ -22,6 +22,7 @@ from dlopt.basics.errors import UserError, did_you_mean, suggest
 from dlopt.basics.folders import make, make_new, refuse_url
 from dlopt.basics.interruption import print_message
 from dlopt.basics.plain_values import is_below
+from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.document import document_only
 from dlopt.commands.shared.usage import command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
@@ -133,7 +134,8 @@ class Line:
         """Returns the checked config of `overrides` (default: all of the line) and its choices: group -> name."""
         from dlopt.config.plan import plan
 
-        run = plan(self.composer, self.overrides if overrides is None else overrides)
+        with waiting("loading PyTorch ..."):
+            run = plan(self.composer, self.overrides if overrides is None else overrides)
         if run.run_config.settings.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
         return run.run_config, run.choices
@@ -326,9 +328,10 @@ def on_checkpoint(
                     f"{key}: {did_you_mean(key, [*names, *reads])}the config is the checkpoint's; only "
                     f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
                 )
-            return function(
-                paths if several else paths[0], values, **check_command_keys(function, command_values), **texts
-            )
+            command_values = check_command_keys(function, command_values)
+            with waiting("loading PyTorch ..."):
+                import torch as _  # noqa: F401  the command needs it, and it takes seconds
+            return function(paths if several else paths[0], values, **command_values, **texts)
 
         signature = inspect.signature(function)
         parameters = [*signature.parameters.values()]

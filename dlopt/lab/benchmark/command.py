@@ -34,7 +34,6 @@ from dlopt.extend import (
     key_of,
     keys_of_train,
     output_folder,
-    plan,
     refuse_empty,
     role_of,
     short_path,
@@ -59,10 +58,10 @@ from dlopt.lab.benchmark.protocol import (
 from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
+from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results.leaderboard import distinguishes
 from dlopt.run import environment
 from dlopt.sweeps.estimate import Estimate, estimate_job
-from dlopt.sweeps.sweep import refuse_ranks
 
 if TYPE_CHECKING:
     from dlopt.lab.benchmark.trials import Candidate, TrialRequest
@@ -275,6 +274,8 @@ def _check_lines(line: Line, request: "TrialRequest") -> None:
 
 def _list(line: Line, request: "TrialRequest", waiting: Sequence[Trial]) -> int:
     """Prints the trials and an estimate of their time."""
+    from dlopt.extend import plan
+
     for trial in waiting:
         values = request.candidates[trial.optimizer].values(trial.study, trial.number)
         print(trial.subfolder, *(f"{key}={value}" for key, value in values.items()))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlopt.basics.plain_values import load_yaml
-from dlopt.extend import UserError, check_arguments, show, suggest
+from dlopt.extend import UserError, show, suggest
 
 FOLDER = "benchmark"  # in the laboratory and in a --config-dir
 Budget = Literal["tiny", "small", "large"]
@@ -90,6 +90,8 @@ class _WorkloadFile:
 
 def load_tier(name: str, config_dir: str | None) -> Tier:
     """Reads a tier from --config-dir or dlopt's folder. Raises `UserError`."""
+    from dlopt.extend import check_arguments  # with pydantic, which the help does not need
+
     path = _find("tier", name, config_dir)
     if path is None:
         raise UserError(f"tier={name}: unknown; {_suggest(name, _names('tier', config_dir), 'tiers')}")

@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.folders import LOCK, make, refuse_url
 from dlopt.basics.plain_values import read_regular
+from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.command_line import read_line, with_document
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
@@ -32,14 +33,16 @@ from dlopt.extend import (
     write_json,
 )
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, build_pool
-from dlopt.lab.judge.ledger import Entry, Ledger
 from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change
 from dlopt.lab.judge.running import SIDES, Judgement, run, trained_on
 from dlopt.lab.judge.wording import sentences
+from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results import drawing
 from dlopt.run.environment import changed_versions
 from dlopt.sweeps.pool import Pool
-from dlopt.sweeps.sweep import refuse_ranks
+
+if TYPE_CHECKING:
+    from dlopt.lab.judge.ledger import Entry, Ledger
 
 USAGE = """\
 Decide whether a change is a gain, or was luck
@@ -89,8 +92,9 @@ def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
     if len(sides) < 2:
         missing = "CHANGE" if sides else "BASE and CHANGE"
         raise UserError(f"{missing} missing: dlopt judge outputs/train/DATE optimizer.lr=0.2; see `dlopt judge --help`")
-    base = read_base(line.composer, sides[0])
-    change = read_change(line.composer, base, sides[1:])
+    with waiting("loading PyTorch ..."):
+        base = read_base(line.composer, sides[0])
+        change = read_change(line.composer, base, sides[1:])
     hydra = replace(rest, overrides=[each for each in rest.overrides if is_hydra(each)])
     return _judge(hydra, base, change, sides[1:], **values)
 
@@ -112,6 +116,8 @@ def _judge(
     output: Annotated[str | None, "DIR: folder of the ledger and the runs (default: outputs/judge/HASH)"] = None,
 ) -> tuple[int, dict[str, Any]]:
     """Judges a change; returns the exit code and the document. Raises `UserError` and `RunError`."""
+    from dlopt.lab.judge.ledger import Ledger  # with pydantic, which the help does not need
+
     if not 0 < error_rate < 1:
         raise UserError(f"error_rate={error_rate:g}: must be between 0 and 1")
     start = time.monotonic()
@@ -162,7 +168,7 @@ def _judge(
     return EXIT.get(entry.verdict, UNDECIDED), document
 
 
-def _is_answered(entry: Entry, seeds: int) -> bool:
+def _is_answered(entry: "Entry", seeds: int) -> bool:
     return entry.is_final or entry.pairs >= seeds
 
 
@@ -185,7 +191,8 @@ def _data_of(base: Side) -> Mapping[str, Any]:
     """Reads the data and identifies them, as every run does. Raises `UserError`."""
     from dlopt.training.builders.dataset import read_source  # imports torch
 
-    return read_source(base.plan.run_config, None, ("train", "val")).identity or {}
+    with waiting("reading the data ..."):
+        return read_source(base.plan.run_config, None, ("train", "val")).identity or {}
 
 
 def _warn_of_conditions(judgement: Judgement) -> None:
@@ -208,7 +215,7 @@ def _warn_of_conditions(judgement: Judgement) -> None:
         return
 
 
-def _draw(judgement: Judgement, entry: Entry) -> None:
+def _draw(judgement: Judgement, entry: "Entry") -> None:
     if judgement.looks:
         from dlopt.lab.judge.picture import draw
 
@@ -219,7 +226,7 @@ def _draw(judgement: Judgement, entry: Entry) -> None:
             print(short_path(path))
 
 
-def _document(entry: Entry, ledger: Ledger, folder: Path) -> dict[str, Any]:
+def _document(entry: "Entry", ledger: "Ledger", folder: Path) -> dict[str, Any]:
     """Returns the document of --json; gains are positive where the change is better."""
     return {
         "verdict": entry.verdict,

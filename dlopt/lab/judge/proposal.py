@@ -7,20 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.plain_values import flatten
 from dlopt.commands.shared.command_line import of_run
 from dlopt.config.keys import ROLES
 from dlopt.extend import (
-    Composer,
-    Plan,
     Role,
     RunFolder,
     UserError,
     group_of,
     key_of,
-    plan,
     role_of,
     show,
     value_of,
@@ -29,6 +26,9 @@ from dlopt.extend import (
 from dlopt.lab.claimed_trials import UNRECORDED
 from dlopt.results.leaderboard import canonical, distinguishes
 from dlopt.run.environment import code_sha256, packages
+
+if TYPE_CHECKING:
+    from dlopt.extend import Composer, Plan
 
 CODE = "code"
 SEEDS = tuple(key for key, role in ROLES.items() if role is Role.SEED and "." not in key)
@@ -46,7 +46,7 @@ class Side:
     """
 
     lines: Sequence[str]
-    plan: Plan
+    plan: "Plan"
     code: Path | None = None
 
     @cached_property
@@ -78,7 +78,7 @@ def _is_compared(key: str) -> bool:
     return key != "run_id" and (distinguishes(key) or is_own_seed or is_data)
 
 
-def read_base(composer: Composer, word: str) -> Side:
+def read_base(composer: "Composer", word: str) -> Side:
     """Reads BASE: a run, a recipe, or overrides in one word. Raises `UserError`."""
     if Path(word).exists():
         folder = RunFolder(Path(word).parent if Path(word).name == "config.yaml" else Path(word))
@@ -95,7 +95,7 @@ def read_base(composer: Composer, word: str) -> Side:
     return _side(composer, words)
 
 
-def read_change(composer: Composer, base: Side, words: Sequence[str]) -> Side:
+def read_change(composer: "Composer", base: Side, words: Sequence[str]) -> Side:
     """Reads CHANGE: overrides of the base, another run, code=FOLDER. Raises `UserError` if they cannot be compared."""
     typed = [each for word in words for each in ([word] if Path(word).exists() else _split(word))]
     code = [Path(value_of(each)) for each in typed if key_of(each) == CODE]
@@ -116,7 +116,7 @@ def read_change(composer: Composer, base: Side, words: Sequence[str]) -> Side:
     return change
 
 
-def _lines_of(composer: Composer, run: str) -> list[str]:
+def _lines_of(composer: "Composer", run: str) -> list[str]:
     """Returns the overrides of a run, without the seeds. Raises `UserError`."""
     if RunFolder(Path(run).parent if Path(run).is_file() else Path(run)).config() is None:
         raise UserError(f"{run}: not the folder of a run, which has a readable config.yaml")
@@ -134,14 +134,16 @@ def _refuse_seeds(words: Sequence[str]) -> None:
             raise UserError(f"{word}: `dlopt judge` sets the seeds: every pair of runs has its own")
 
 
-def _combined(composer: Composer, lines: Sequence[str], change: Sequence[str]) -> list[str]:
+def _combined(composer: "Composer", lines: Sequence[str], change: Sequence[str]) -> list[str]:
     """Returns the overrides of the base with the change; a choice in the change replaces its whole group."""
     keys, groups = {key_of(each) for each in change}, set(composer.groups())
     chosen = tuple(f"{key}." for key in keys & groups)
     return [*(each for each in lines if key_of(each) not in keys and not key_of(each).startswith(chosen)), *change]
 
 
-def _side(composer: Composer, lines: Sequence[str], code: Path | None = None) -> Side:
+def _side(composer: "Composer", lines: Sequence[str], code: Path | None = None) -> Side:
+    from dlopt.extend import plan  # with Hydra and pydantic, which the help does not need
+
     lines = _combined(composer, lines, UNRECORDED)
     config = composer.compose(lines)
     if config.get("comparison") is not None:

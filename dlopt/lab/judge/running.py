@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.plain_values import flatten
+from dlopt.basics.status_line import status_line
 from dlopt.config.resuming import differences
 from dlopt.extend import (
     Record,
@@ -27,7 +28,6 @@ from dlopt.extend import (
     without,
 )
 from dlopt.lab.claimed_trials import ClaimedTrials, has_ended
-from dlopt.lab.judge.ledger import Entry, Verdict
 from dlopt.lab.judge.proposal import SEEDS, Side, refuse_loss
 from dlopt.lab.judge.wording import pair_line
 from dlopt.metrics.names import monitored_directions, resolve_monitor, split_of
@@ -36,9 +36,9 @@ from dlopt.run.environment import code_sha256
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, PlanJob
 from dlopt.sweeps.pool import Pool
-from dlopt.tracking.overview import Overview
 
 if TYPE_CHECKING:
+    from dlopt.lab.judge.ledger import Entry, Verdict
     from dlopt.lab.judge.sequential import Look  # imports NumPy, which the help does not need
 
 SIDES = ("base", "change")
@@ -69,7 +69,7 @@ class Judgement:
 
     folder: Path
     sides: Mapping[str, Side]
-    entry: Entry
+    entry: "Entry"
     seeds: int
     end: float = math.inf
     ahead: int = 1
@@ -94,10 +94,10 @@ class Judgement:
         return RunFolder(self.folder / trial.subfolder)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> "Verdict":
         return self.looks[-1].verdict if self.looks else "undecided"
 
-    def concluded(self) -> Entry:
+    def concluded(self) -> "Entry":
         """Returns the entry with the results of the runs.
 
         Bitwise equal pairs are no final verdict: the change may act in a later one.
@@ -219,13 +219,17 @@ class _Pairs(ClaimedTrials[PairedRun]):
 
     request: Judgement
 
-    def __init__(self, request: Judgement, plan_job: PlanJob) -> None:
+    def __init__(self, request: Judgement, plan_job: PlanJob, show: Callable[[str], None]) -> None:
+        """`show` replaces the current line of a terminal."""
+        from dlopt.tracking.overview import Overview
+
         super().__init__(request, plan_job, kept=lambda _: False)
         self.overview = Overview(2 * request.seeds, metric="", silent=True)
-        self._shown = len(request.looks)
+        self._shown, self._show = len(request.looks), show
 
     def next(self) -> Job | None:
         self.waiting = dict.fromkeys(self.request.waiting())  # those that run are locked
+        self._show(f"training: {len(self.request.gains)} of at most {self.request.seeds} pairs are done ...")
         return super().next()
 
     def ended(self, job: Job, result: JobResult) -> None:
@@ -233,6 +237,7 @@ class _Pairs(ClaimedTrials[PairedRun]):
         if result.status == "failed" and not has_ended(job.folder):
             raise RunError(f"{short_path(job.folder.path)}: {result.reason}; the same command runs it again")
         self.request.collect()
+        self._show("")
         for number in range(self._shown, len(self.request.looks)):
             look, gain, metric = self.request.looks[number], self.request.gains[number], self.request.metric
             if number == 0:
@@ -250,9 +255,10 @@ def run(judgement: Judgement, pool: Pool, plan_job: PlanJob) -> None:
                 shutil.rmtree(path.parent)
     pools.warm_up()
     judgement.ahead = max(pool.slots // len(SIDES), 1)
-    source = _Pairs(judgement, plan_job)
     code = judgement.sides["change"].code
-    pools.run(source, pool if code is None else _with_code(pool, code), source.overview)
+    with status_line() as show:
+        source = _Pairs(judgement, plan_job, show)
+        pools.run(source, pool if code is None else _with_code(pool, code), source.overview)
 
 
 # -- code=FOLDER

@@ -1,10 +1,13 @@
 """The words of a judgement: gains in the unit of the metric, the verdict, and how often such a verdict is wrong."""
 
 import math
+from typing import TYPE_CHECKING
 
 from dlopt.basics.formats import format_count
-from dlopt.lab.judge.ledger import Entry
 from dlopt.metrics.shown import is_percent, words
+
+if TYPE_CHECKING:
+    from dlopt.lab.judge.ledger import Entry
 
 
 def scale(metric: str) -> float:
@@ -47,7 +50,7 @@ def interval_text(metric: str, low: float, high: float) -> str:
     return f"{signed(metric, high)} or less" if math.isfinite(high) else ""
 
 
-def sentences(entry: Entry, ledger_rate: float) -> list[str]:
+def sentences(entry: "Entry", ledger_rate: float) -> list[str]:
     """Describes the verdict, the gain with its interval, and how often such a verdict is wrong."""
     pairs = format_count("pairs", entry.pairs) + " of runs"
     if entry.verdict == "same":
@@ -72,7 +75,7 @@ def sentences(entry: Entry, ledger_rate: float) -> list[str]:
     return [f"{verdict}{gain} in {pairs}.", f"Of {of} such intervals, at most {few} miss the true gain."]
 
 
-def _amount(entry: Entry) -> str:
+def _amount(entry: "Entry") -> str:
     """Returns "by 0.42 points of validation accuracy (0.18 to 0.66)", in the direction of the verdict."""
     ends = sorted(abs(each) for each in (entry.low, entry.high) if each is not None)
     if entry.estimate is None or not ends:
@@ -89,7 +92,7 @@ def _of_metric(metric: str) -> str:
     return f" points of {name}" if is_percent(metric) else f" in {name}"
 
 
-def _margin(entry: Entry) -> str:
+def _margin(entry: "Entry") -> str:
     return size(entry.metric, entry.margin) + unit(entry.metric)
 
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from hydra.core.override_parser.types import IntervalSweep
-
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
@@ -19,8 +17,6 @@ from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
 from dlopt.config.parameters import parameters_of
 from dlopt.config.reads import refuse_unread_hydra
-from dlopt.config.resolve import to_plain
-from dlopt.config.schema import resolve_target, trusted_packages
 from dlopt.extend import (
     DONE,
     INTERRUPTED,
@@ -32,7 +28,6 @@ from dlopt.extend import (
     key_of,
     keys_of_train,
     output_folder,
-    plan,
     refuse_empty,
     short_path,
     value_of,
@@ -44,8 +39,8 @@ from dlopt.lab.ladder.arms import KEYS, OVERRIDES, RUNGS, SEARCHED, Arm
 from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, Trial, read_ladder, update_ladder
 from dlopt.lab.ladder.rates import GRID, expected_runs
+from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.sweeps.estimate import estimate_job
-from dlopt.sweeps.sweep import refuse_ranks
 
 USAGE = """\
 Compare optimizers on models of growing size: does the gain last?
@@ -196,6 +191,10 @@ def _contestant(line: Line, family: Family, name: str, overrides: Sequence[str],
 
     Raises `UserError`.
     """
+    from hydra.core.override_parser.types import IntervalSweep
+
+    from dlopt.config.resolve import to_plain
+
     lines = [f"experiment={family.experiment}", f"optimizer={name}", *overrides, *shared]
     plain, _ = to_plain(line.composer.compose(lines), lines)
     typed = [key_of(each) for each in overrides]
@@ -227,6 +226,8 @@ def _default_rate(plain: Mapping[str, Any]) -> float | None:
     """Returns the learning rate of a composed choice, or the default of the signature of its class."""
     lr = plain["optimizer"].get("lr")
     if lr is None:
+        from dlopt.config.schema import resolve_target, trusted_packages
+
         packages = trusted_packages(plain["allow_packages"])
         target = resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages)
         lr = getattr(parameters_of(target).get("lr"), "default", None)
@@ -260,6 +261,8 @@ def _sizes(ladder: Ladder) -> str:
 
 def _list(line: Line, request: LadderRequest) -> int:
     """Prints the sizes, the runs and an estimate of their time."""
+    from dlopt.extend import plan
+
     ladder = request.ladder
     print(_sizes(ladder))
     low = high = 0.0

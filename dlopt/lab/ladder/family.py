@@ -3,17 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import MinLen
 
 from dlopt.basics.plain_values import load_yaml
 from dlopt.extend import (
-    Composer,
     Line,
     Positive,
     UserError,
-    check_arguments,
     group_of,
     key_of,
     lower_is_better,
@@ -21,6 +19,9 @@ from dlopt.extend import (
     value_of,
 )
 from dlopt.lab.ladder.arms import Arm
+
+if TYPE_CHECKING:
+    from dlopt.extend import Composer
 
 FOLDER = "ladder"  # in the laboratory and in a --config-dir
 _Text = Annotated[str, MinLen(1)]
@@ -99,8 +100,10 @@ class Rung:
         return float(found[-1]) if found else None
 
 
-def load_family(name: str, composer: Composer) -> Family:
+def load_family(name: str, composer: "Composer") -> Family:
     """Reads a family. Raises `UserError`."""
+    from dlopt.extend import check_arguments  # with pydantic, which the help does not need
+
     own = composer.config_dir
     folders = [*([] if own is None else [Path(own)]), Path(__file__).parents[1]]
     paths = {path.stem: path for folder in reversed(folders) for path in sorted((folder / FOLDER).glob("*.yaml"))}

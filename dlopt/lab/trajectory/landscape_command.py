@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import saved_run_config
 from dlopt.extend import DONE, Count, Positive, Seed, UserError, on_checkpoint, output_folder, writing
-from dlopt.lab.trajectory.progress import Output, progress
+from dlopt.lab.trajectory.output import Output
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ def draw_landscape(
     inputs, targets = spread_samples(workload, samples)
     autocast = workload.precision.autocast
     model, loss = autocast(workload.model), autocast(workload.loss)
-    with progress() as show:
+    with status_line() as show:
         heights = surface(
             workload.module,
             lambda: loss(model(inputs), targets),
             plane,
             points,
-            lambda n: show(f"{n}/{points**2} points"),
+            lambda n: show(f"point {n}/{points**2}"),
         )
     subtitle = f"{len(targets)} training samples, {points} x {points} points"
     with writing(folder):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from dlopt.commands.shared.command_line import Combination, skipped_keys
 from dlopt.config.reads import RECIPE
 from dlopt.extend import DONE, Count, Line, UserError, output_folder, without, writing
-from dlopt.lab.trajectory.progress import Output
+from dlopt.lab.trajectory.output import Output
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

@@ -35,9 +35,10 @@ Build = Callable[[Sequence[nn.Parameter]], Optimizer]
 # The E12 series of preferred numbers: steps of about 20 %.
 _DIGITS = (1.0, 1.2, 1.5, 1.8, 2.2, 2.7, 3.3, 3.9, 4.7, 5.6, 6.8, 8.2)
 RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 2) for digit in _DIGITS)
-"""Learning rates that `best_rate` tries."""
+"""Learning rates among which `best_rate` chooses."""
 
 _COARSE = 4  # tries every fourth rate first, then the neighbours of the best one
+MAX_TRIALS = len(range(0, len(RATES), _COARSE)) + 2 * (_COARSE - 1)
 
 TOLERANCE = 1e-3
 """Distance at which a minimum counts as reached, as a fraction of the initial distance."""

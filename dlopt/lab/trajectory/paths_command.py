@@ -8,23 +8,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
-from omegaconf import DictConfig
 
+from dlopt.basics.status_line import status_line, waiting
 from dlopt.commands.shared.command_line import Combination, skipped_keys
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.reads import refuse_unread_hydra
-from dlopt.config.resolve import choices_of, to_plain
-from dlopt.config.schema import component, trusted_packages
 from dlopt.extend import (
     DONE,
-    Component,
-    Composer,
     Line,
     Positive,
     Seed,
     UserError,
-    check_arguments,
     group_of,
     key_of,
     output_folder,
@@ -32,10 +27,13 @@ from dlopt.extend import (
     without,
     writing,
 )
-from dlopt.lab.trajectory.progress import Output, progress
+from dlopt.lab.trajectory.output import Output
 from dlopt.results import drawing
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from dlopt.extend import Component
     from dlopt.lab.trajectory.functions import Function
     from dlopt.lab.trajectory.paths import Trajectory
     from dlopt.lab.trajectory.tolerance import Decay
@@ -73,9 +71,9 @@ class _PathJob:
     function_name: str
     label: str
     settings: PathSettings
-    function: Component
-    optimizer: Component
-    schedule: Component
+    function: "Component"
+    optimizer: "Component"
+    schedule: "Component"
     warmup: "Warmup"
     tunes_lr: bool
     has_constant_lr: bool
@@ -84,10 +82,13 @@ class _PathJob:
 
 def draw_paths(line: Line) -> int:
     """Saves the plot of the paths; the config is trajectory.yaml, unless --config-name names another."""
-    from dlopt.lab.trajectory.functions import MatrixQuadratic
-    from dlopt.lab.trajectory.matrix import draw_components
-    from dlopt.lab.trajectory.paths import animate, draw_trajectories, table
-    from dlopt.lab.trajectory.tolerance import draw_ends, end_table, ends
+    from dlopt.extend import Composer
+
+    with waiting("loading PyTorch ..."):
+        from dlopt.lab.trajectory.functions import MatrixQuadratic
+        from dlopt.lab.trajectory.matrix import draw_components
+        from dlopt.lab.trajectory.paths import animate, draw_trajectories, table
+        from dlopt.lab.trajectory.tolerance import draw_ends, end_table, ends
 
     if line.composer.config_name == CONFIG_NAME:
         line = replace(line, composer=Composer("trajectory", line.composer.config_dir))
@@ -168,10 +169,12 @@ def _refuse_others(overrides: Sequence[str]) -> None:
             raise UserError(f"{line}: unknown key of optimizer paths; {hint}")
 
 
-def _check_job(config: DictConfig, job: Combination) -> _PathJob:
+def _check_job(config: "DictConfig", job: Combination) -> _PathJob:
     import torch
 
+    from dlopt.config.resolve import choices_of, to_plain
     from dlopt.config.run_config import GROUPS
+    from dlopt.config.schema import check_arguments, component, trusted_packages
     from dlopt.instruments.lr_range import uses_line_search
     from dlopt.optim import Muon
     from dlopt.optim.newton import UndampedNewton
@@ -246,12 +249,12 @@ def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
 
     from dlopt import schedules
     from dlopt.instruments.lr_range import uses_line_search
-    from dlopt.lab.trajectory.paths import RATES, best_rate, follow
+    from dlopt.lab.trajectory.paths import MAX_TRIALS, RATES, best_rate, follow
 
     settings = job.settings
     function = job.function.build()
 
-    def run(optimizer: Component) -> "Trajectory":
+    def run(optimizer: "Component") -> "Trajectory":
         factor = schedules.build(job.schedule.build, job.warmup, steps=settings.steps, steps_per_epoch=1)
         build = lambda params: optimizer.build_as(Optimizer, params=params)  # noqa: E731
         return follow(function, build, steps=settings.steps, seed=settings.seed, factor=factor)
@@ -265,10 +268,10 @@ def _follow(job: _PathJob) -> tuple["Trajectory", _Choice]:
         note = f"{'lr and momentum' if 'momentum' in keys else 'lr'} in closed form for this quadratic: {name}"
         return run(job.optimizer.partial(**keys)), _Choice(keys["lr"], keys, note)
     tried = itertools.count(1)
-    with progress() as show:
+    with status_line() as show:
 
         def trial(lr: float) -> "Trajectory":
-            show(f"{job.label}: trying learning rate {next(tried)}")
+            show(f"{job.label}: learning rate {next(tried)} of at most {MAX_TRIALS}")
             return run(job.optimizer.partial(lr=lr))
 
         try:

@@ -4,11 +4,12 @@ import platform
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import did_you_mean
+from dlopt.basics.status_line import status_line, waiting
 from dlopt.commands.shared.command_line import read_line, with_document
-from dlopt.extend import DONE, FAILED, Component, Line, UserError, key_of
-from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_output
+from dlopt.extend import DONE, FAILED, Line, UserError, key_of
 
 if TYPE_CHECKING:
+    from dlopt.extend import Component
     from dlopt.lab.verify.checks import Check
     from dlopt.lab.verify.outcome import CheckOutcome
     from dlopt.lab.verify.subject import Subject
@@ -72,7 +73,8 @@ def _verify(
 ) -> tuple["Subject", str | None, Results]:
     """Runs all checks on the optimizer of the line. Raises `UserError`."""
     run_config, _ = line.run_config()
-    from dlopt.lab.verify.methods import METHODS, known
+    with waiting("loading the methods ..."):
+        from dlopt.lab.verify.methods import METHODS, known
 
     if paper is not None and paper not in METHODS:
         raise UserError(f"paper={paper}: unknown method; {did_you_mean(paper, [*METHODS])}known: {', '.join(METHODS)}")
@@ -81,8 +83,9 @@ def _verify(
     return subject, paper, certify(subject, method)
 
 
-def subject_of(component: Component) -> "Subject":
+def subject_of(component: "Component") -> "Subject":
     """Returns what to verify of an optimizer's component."""
+    from dlopt.extend import Component
     from dlopt.lab.verify.subject import Subject
 
     arguments = dict(component.arguments)
@@ -96,9 +99,10 @@ def subject_of(component: Component) -> "Subject":
 
 def certify(subject: "Subject", method: Any) -> Results:
     """Runs all checks; an optimizer with which no update succeeds fails the descent, and no other check applies."""
-    from dlopt.lab.verify.checks import CHECKS, message_of, run
-    from dlopt.lab.verify.outcome import CheckOutcome
-    from dlopt.lab.verify.subject import find
+    with waiting("loading the checks ..."):
+        from dlopt.lab.verify.checks import CHECKS, message_of, run
+        from dlopt.lab.verify.outcome import CheckOutcome
+        from dlopt.lab.verify.subject import find
 
     try:
         subject = find(subject)
@@ -107,7 +111,12 @@ def certify(subject: "Subject", method: Any) -> Results:
         return [
             (check, CheckOutcome("fail", message_of(error)) if check.name == "descent" else none) for check in CHECKS
         ]
-    return [(check, run(check, subject, method)) for check in CHECKS]
+    results = []
+    with status_line() as show:
+        for number, check in enumerate(CHECKS, 1):
+            show(f"check {number}/{len(CHECKS)}: {check.name}")
+            results.append((check, run(check, subject, method)))
+    return results
 
 
 def document(subject: "Subject", paper: str | None, results: Results) -> dict[str, Any]:
@@ -141,6 +150,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _print(subject: "Subject", results: Results) -> None:
+    from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_output
+
     console = standard_output()
     table = plain_table(left=["check", "result", "meaning"])
     styles = {"pass": "green", "fail": "bold red", "undecided": "yellow", "not applicable": "dim"}

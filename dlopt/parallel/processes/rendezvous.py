@@ -73,6 +73,13 @@ def current(environment: Mapping[str, str] = os.environ) -> World | None:
     return world if world.size > 1 else None
 
 
+def refuse_ranks(command: str, what: str) -> None:
+    """Raises `UserError` in one of several ranks of torchrun or srun, all of which would start `what`."""
+    if current() is not None:
+        reason = f"cannot run inside torchrun or srun, because every rank would start {what}"
+        raise UserError(f"{command}: {reason}; start it from a shell")
+
+
 def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
     """Returns the rendezvous address and port of a Slurm step; `parallel.master_addr` overrides it.
 

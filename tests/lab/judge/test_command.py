@@ -17,6 +17,7 @@ from dlopt.basics.errors import RunError
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.lab.judge import command
+from dlopt.lab.judge.ledger import Ledger
 from dlopt.lab.judge.proposal import read_base, read_change
 from dlopt.lab.judge.running import Judgement, PairedRun, _with_code
 from dlopt.sweeps.pool import Pool, find_local
@@ -212,7 +213,7 @@ def test_two_judges_of_one_base_at_once(tmp_path: Path) -> None:
     said = [judge.communicate(timeout=300)[0].decode() for judge in judges]
     codes = [judge.returncode for judge in judges]
     assert codes[1] == 3 and sorted((codes[0], codes[2])) in ([2, 3], [3, 3]), said
-    entries = command.Ledger(tmp_path / "out", [], 0.05).entries()
+    entries = Ledger(tmp_path / "out", [], 0.05).entries()
     assert sorted(each.number for each in entries) == [1, 2] and {each.verdict for each in entries} == {"worse"}
     for each in entries:
         seeds = {int(path.name) for path in (tmp_path / f"out/{each.number}/change").iterdir()}
@@ -288,7 +289,7 @@ def _judgement(folder: Path, *change: str) -> Judgement:
     composer = Composer()
     base = read_base(composer, BASE)
     sides = {"base": base, "change": read_change(composer, base, change)}
-    ledger = command.Ledger(folder, base.lines, 0.05)
+    ledger = Ledger(folder, base.lines, 0.05)
     return Judgement(folder, sides, ledger.propose("x", change, None, 0.0, 20, "d"), 20)
 
 

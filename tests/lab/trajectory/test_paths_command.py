@@ -140,4 +140,4 @@ def test_shows_the_search_for_a_learning_rate_in_a_terminal(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert trajectory(["function=beale", "optimizer=momentum", "steps=2"]) == 0
     shown = capsys.readouterr().err
-    assert "\rmomentum: trying learning rate 2\033[K" in shown and shown.endswith("\r\033[K")
+    assert "\rmomentum: learning rate 2 of at most 24\033[K" in shown and shown.endswith("\r\033[K")

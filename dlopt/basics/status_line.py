@@ -1,15 +1,12 @@
-"""What the plots of `dlopt trajectory` share: the key of their folder, and the progress in a terminal."""
+"""A line of a terminal that says what a command is doing, and that is removed when it is done."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated
-
-Output = Annotated[str | None, "DIR: folder of the plots, PNG and SVG (default: outputs/trajectory/DATE_TIME)"]
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def status_line() -> Iterator[Callable[[str], None]]:
     """Yields a function that replaces the current line of a terminal; clears the line on exit."""
 
     def show(message: str) -> None:
@@ -20,3 +17,11 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield show
     finally:
         show("")
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Shows a line on a terminal while the block runs."""
+    with status_line() as show:
+        show(text)
+        yield
