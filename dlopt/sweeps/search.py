@@ -1,9 +1,11 @@
 """`hydra/sweeper=dlopt_optuna`: draws jobs one at a time from an Optuna study that several processes may share."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from math import fsum
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,12 +17,13 @@ from optuna.trial import FrozenTrial, TrialState
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
+from dlopt.basics.formats import format_count
 from dlopt.basics.locks import locked
-from dlopt.basics.plain_values import flatten, is_below
+from dlopt.basics.plain_values import flatten, is_below, load_yaml
 from dlopt.basics.ranges import Count, Seed
 from dlopt.basics.status_line import waiting
 from dlopt.config.keys import is_seed
-from dlopt.config.overrides import Axis, key_of
+from dlopt.config.overrides import Axis, key_of, value_of
 from dlopt.config.parameters import show
 from dlopt.config.plan import Plan
 from dlopt.config.schema import check_arguments, component
@@ -44,10 +47,10 @@ from dlopt.sweeps.pool import JobSource
 from dlopt.sweeps.queue import WORKERS, live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
-from dlopt.sweeps.space import Space, parse_space
+from dlopt.sweeps.space import Space, Value, parse_space
 from dlopt.sweeps.study import (
     STUDY_LOCK,
-    ClaimedJob,
+    ClaimedTrial,
     Study,
     StudySpec,
     describe_differences,
@@ -56,6 +59,7 @@ from dlopt.sweeps.study import (
 )
 from dlopt.sweeps.submitting import submit_search
 from dlopt.sweeps.sweep_file import find_space, read_space
+from dlopt.tracking.metrics import read_metrics
 from dlopt.tracking.overview import Overview
 
 _AUTO = "auto"
@@ -74,6 +78,7 @@ class SearchSettings:
     storage: str | None
     study_name: str
     seed: Seed
+    enqueue: str | list[dict[str, Any]] | None
 
 
 def search(request: SweepRequest) -> SweepEnd:
@@ -83,13 +88,17 @@ def search(request: SweepRequest) -> SweepEnd:
     monitored = _monitored(request) if is_auto else ""
     spec = build_study_spec(request.config, request.axes, monitored)
     with waiting("checking the search space ..."):
-        jobs = [request.plan_job(probe, 0) for probe in probes(spec.space)]
+        jobs = plan_probes(request, spec)
     facts = study_facts(spec, jobs[0].saved)
     if request.config.dry_run:
         for key, values in facts["space"].items():
             print(f"{key}: {values}")
+        for number, values in enumerate(spec.enqueued):
+            print(f"trial {number}: {spec.space.label(values)}")
+        if spec.seeds:
+            print(f"each trial: {', '.join(spec.seeds)}")
         print("values are drawn when a job starts")
-        return request.estimate(jobs, spec.total)
+        return request.estimate(jobs, spec.total * spec.jobs_per_trial)
     request.check_tracking(jobs)
     before = FolderSnapshot(request.path)
     folder = request.find_folder(
@@ -125,10 +134,10 @@ def _submit(
     with storage_errors(spec.storage):
         study = Study(folder, spec, facts)
         try:
-            _write_sweep_file(folder, facts, study)
+            _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
         finally:
             study.close()
-    submit_search(request, launcher, folder, plan, spec.total, left)
+    submit_search(request, launcher, folder, plan, spec.total * spec.jobs_per_trial, left)
 
 
 def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path) -> SweepEnd:
@@ -137,17 +146,17 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
     pools.warm_up()
     with storage_errors(spec.storage):
         study = Study(folder, spec, facts)
-        _write_sweep_file(folder, facts, study)
+        _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
         source = Search(spec, study, partial(build_job, request.plan_job, folder))
         try:
             pools.run(source, request.launcher, source.overview)
         finally:
-            _write_sweep_file(folder, facts, study)
+            _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
             study.close()
         counts, finished = study.counts(), study.finished()
     if elsewhere := counts[TrialState.RUNNING] - source.interrupted:
-        are = "job is" if elsewhere == 1 else "jobs are"
-        print(f"{elsewhere} {are} still running in other processes")
+        are = "is" if elsewhere == 1 else "are"
+        print(f"{format_count('trials' if spec.seeds else 'jobs', elsewhere)} {are} still running in other processes")
     has_failed = counts[TrialState.FAIL] > 0
     end = _ranked(spec, finished, FAILED if has_failed else INTERRUPTED if source.interrupted else DONE)
     if end.board is not None:
@@ -159,7 +168,7 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
 
 
 def _jobs_left(saved: Any, facts: Mapping[str, Any], total: int) -> int | None:
-    """Returns how many jobs of the search are not done. `saved`: content of sweep.yaml; None for another search."""
+    """Returns how many trials of the search are not done. `saved`: content of sweep.yaml; None for another search."""
     former = saved.get("facts") if isinstance(saved, dict) else None
     is_same = isinstance(former, dict) and not describe_differences(former, facts)
     return max(total - saved.get("finished", 0), 0) if is_same else None
@@ -181,20 +190,22 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
 
 def _ranked(spec: StudySpec, jobs: Sequence[FrozenTrial], code: int) -> SweepEnd:
     """Returns the end of a search with the leaderboard of the finished jobs, or their Pareto front."""
-    label = spec.space.label
+    label, unit = spec.space.label, "trial" if spec.seeds else "job"
     if len(spec.objectives) > 1:
         best = [jobs[i] for i in front([job.values for job in jobs], spec.directions)]
-        rows = [(f"job {job.number}: {label(job.params)}", Path(job.user_attrs["run"]), job.values) for job in best]
+        rows = [(f"{unit} {job.number}: {label(job.params)}", Path(job.user_attrs["run"]), job.values) for job in best]
         rows.sort(key=lambda row: list(row[2]))
         return SweepEnd(code, front=ParetoFront(spec.objectives, spec.directions, rows))
     metric, records = spec.objectives[0], []
     for job in jobs:
-        run = RunFolder(Path(job.user_attrs["run"]))
-        summary = {**(run.summary() or {"status": "finished"}), metric: job.values[0]}
-        words = [f"job {job.number}:", label(job.params)]
+        words = [f"{unit} {job.number}:", label(job.params)]
         # The job's number is a text: of numbers, the smallest and the largest value are named.
         config = {key: _number(value) for key, value in job.params.items()} | {"job": str(job.number)}
-        records.append(job_record(run.path, config, summary, words))
+        for index, (folder, scores) in enumerate(job.user_attrs.get("runs") or [(job.user_attrs["run"], job.values)]):
+            run = RunFolder(Path(folder))
+            summary = {**(run.summary() or {"status": "finished"}), metric: scores[0]}
+            seed = {"seed": _number(value_of(spec.seeds[index]))} if spec.seeds else {}
+            records.append(job_record(run.path, config | seed, summary, words))
     return SweepEnd(code, leaderboard(records, metric=metric, direction=spec.directions[0]))
 
 
@@ -233,6 +244,7 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = 
     plain = {key: value for key, value in sweeper.items() if not key.startswith("_")}
     sampler_node, pruner_node = plain.pop("sampler"), plain.pop("pruner")
     plain.pop("params")  # among the axes
+    axes, seeds = _without_seeds(axes)
     space = parse_space(axes)
     settings = SearchSettings(**check_arguments("hydra.sweeper", SearchSettings, plain))
     typed = [settings.objective] if isinstance(settings.objective, str) else settings.objective
@@ -251,11 +263,10 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = 
     name = sampler.target.__name__
     if name == "cmaes" and len(objectives) > 1:
         raise UserError("hydra/sweeper/sampler=cmaes: supports one objective; for several use random, tpe or sobol")
-    seeds = [key for axis in space.axes.values() for key in axis.keys if axis.is_swept and is_seed(key)]
-    if seeds and name != "grid":
+    searched_seeds = [key for axis in space.axes.values() for key in axis.keys if axis.is_swept and is_seed(key)]
+    if searched_seeds and name != "grid":
         raise UserError(
-            f"{seeds[0]}: a search draws configurations, not seeds; set one seed, and compare the best "
-            f"configurations over {seeds[0]}=range(0,5) afterwards (or use hydra/sweeper/sampler=grid)"
+            f"{searched_seeds[0]}: a search draws configurations, not seeds; seeds=5 runs each trial with five seeds"
         )
     size = space.size()
     total = settings.n_trials or size
@@ -263,6 +274,11 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = 
         raise UserError("hydra.sweeper.n_trials=null: allowed for grids only; set the number of jobs")
     if name == "grid" and size is not None:
         total = min(total, size)
+    enqueued = _enqueued(settings.enqueue, space)
+    if enqueued and name == "grid":
+        raise UserError("hydra.sweeper.enqueue: hydra/sweeper/sampler=grid tries every point; use another sampler")
+    if len(enqueued) > total:
+        raise UserError(f"hydra.sweeper.enqueue: {len(enqueued)} points, but hydra.sweeper.n_trials={total}")
     watch = None if isinstance(pruner, optuna.pruners.NopPruner) else _pruning_metric(settings, objectives)
     is_opposite = False
     if watch is not None and watch != column_of(objectives[0]):  # for example a loss and an accuracy
@@ -284,7 +300,36 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = 
         settings.storage,
         settings.study_name,
         negate_pruning_metric=is_opposite,
+        seeds=seeds,
+        enqueued=enqueued,
     )
+
+
+def _without_seeds(axes: Sequence[Axis]) -> tuple[list[Axis], list[str]]:
+    """Separates the axis of the seeds that each trial runs with; returns its overrides, [] if there is none."""
+    own = [axis for axis in axes if axis.keys == ("seed",) and axis.is_swept and not axis.is_continuous]
+    return [axis for axis in axes if axis not in own], [line for axis in own for [line] in axis.rows()]
+
+
+def _enqueued(enqueue: str | list[dict[str, Any]] | None, space: Space) -> list[dict[str, Value]]:
+    """Returns the values of the points to try first. `enqueue`: the points, or their file. Raises `UserError`."""
+    key, points = "hydra.sweeper.enqueue", [] if enqueue is None else enqueue
+    if isinstance(enqueue, str):
+        key = f"{key}={enqueue}"
+        try:
+            points = load_yaml(Path(enqueue).expanduser())
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"{key}: {reason}; needs points, or a YAML file with a list of them") from None
+    if not isinstance(points, list) or not all(isinstance(point, dict) and point for point in points):
+        raise UserError(f"{key}: must be a list of points: [{{optimizer.lr:0.1,optimizer:sgd}},{{optimizer.lr:0.3}}]")
+    values = []
+    for number, point in enumerate(points, 1):
+        try:
+            values.append(space.point(point))
+        except UserError as error:
+            raise UserError(f"{key}: point {number}: {error}") from None
+    return values
 
 
 def _goals(settings: SearchSettings, objectives: Sequence[str], directions: Directions) -> list[Goal]:
@@ -324,6 +369,18 @@ def _pruning_metric(settings: SearchSettings, objectives: Sequence[str]) -> str:
     return metric.column
 
 
+def plan_probes(request: SweepRequest, spec: StudySpec) -> list[Plan]:
+    """Composes and checks jobs that cover the space, the enqueued points and the seeds. Raises `UserError`."""
+    seeds = [[seed] for seed in spec.seeds] or [[]]
+    points = probes(spec.space)
+    enqueued = [spec.space.overrides(values) for values in spec.enqueued]
+    plans = [request.plan_job([*point, *seeds[0]], 0) for point in [*points, *enqueued]]
+    same = [request.plan_job([*points[0], *seed], number) for number, seed in enumerate(seeds)]
+    if len({plan.subfolder for plan in same}) < len(same):
+        raise UserError(f"hydra.sweep.subdir={same[0].subfolder}: must be different for each seed")
+    return plans
+
+
 def probes(space: Space) -> list[list[str]]:
     """Returns overrides of jobs, to be checked early, that cover every choice and both ends of every range."""
     searched: Mapping[str, Any] = space.searched
@@ -353,92 +410,213 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flatten(saved).items()
         if is_fact(key) and (not is_below(key, searched) or is_below(key, typed))
     }
-    return {"objective": list(spec.objectives), "config": fixed, "space": spec.space.describe()}
+    facts: dict[str, Any] = {"objective": list(spec.objectives), "config": fixed, "space": spec.space.describe()}
+    if spec.seeds:
+        facts["seeds"] = ",".join(map(value_of, spec.seeds))
+    if spec.enqueued:
+        facts["enqueue"] = "; ".join(map(spec.space.label, spec.enqueued))
+    return facts
 
 
 # -- its jobs
 
 
-def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study) -> None:
+def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study, jobs_per_trial: int) -> None:
     """Writes sweep.yaml, by which resume=auto finds the search."""
     with locked(folder / WORKERS / STUDY_LOCK):  # processes that share the study start and end at about the same time
         counts = study.counts()
         ended = sum(counts[state] for state in _STATES.values())
-        content = {"facts": dict(facts), "finished": ended, "total": sum(counts.values())}
+        total = sum(counts.values())
+        content = {"facts": dict(facts), "finished": ended, "total": total}
+        if jobs_per_trial > 1:
+            content["jobs"] = total * jobs_per_trial - study.left_out()
         write_yaml(folder / SPACE, content)
 
 
+@dataclass
+class _Trial:
+    """A trial that this process runs, one job per seed.
+
+    Attributes:
+        waiting: indices of the jobs that are not started.
+        curves: of each job, the values of the pruner's metric by epoch.
+        jobs: the started jobs by index.
+        results: of the jobs that have ended, by index.
+        is_stopped: it has failed or was pruned, so its other jobs do not run on.
+    """
+
+    claim: ClaimedTrial
+    waiting: list[int]
+    curves: list[dict[int, float]]
+    jobs: dict[int, Job] = field(default_factory=dict)
+    results: dict[int, JobResult] = field(default_factory=dict)
+    is_stopped: bool = False
+
+
 class Search(JobSource):
-    """Claims jobs of the study and records their results. `build` (overrides, number, label) composes a job."""
+    """Claims trials of the study, runs their jobs and records the results.
+
+    `build` (overrides, number, label) composes a job.
+    """
 
     def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
         self._spec, self._study, self._build = spec, study, build
-        self._claims: dict[int, ClaimedJob] = {}
-        self.interrupted = 0  # jobs
+        self._trials: dict[int, _Trial] = {}  # claimed and without a result in the study
         self._last_empty_claim = float("-inf")
-        self.overview = Overview(spec.total, spec.objectives[0], spec.directions[0])
+        size = spec.jobs_per_trial
+        self.overview = Overview(spec.total * size, spec.objectives[0], spec.directions[0], jobs_per_trial=size)
         self._logged: set[str] = set()  # metrics in the lines of metrics.jsonl, if there is a pruner
 
+    @property
+    def interrupted(self) -> int:
+        """The number of trials that stay RUNNING: another process takes them over once this one has ended."""
+        return len(self._trials)
+
     def next(self) -> Job | None:
+        if (trial := next((each for each in self._trials.values() if each.waiting), None)) is not None:
+            return self._next_job(trial)
         now = time.monotonic()
         if now < self._last_empty_claim + _RETRY_SECONDS:  # do not query the storage at every poll of the pool
             return None
-        counts = self._study.counts()
-        space, objective = self._spec.space, self._spec.objectives[0]
-        finished = self._study.finished()
-        done = [(job.number, space.label(job.params), {objective: job.values[0]}) for job in finished]
-        self.overview.update_shared({status: counts[state] for status, state in _STATES.items()}, done)
+        self._update_overview()
         claim = self._study.claim()
         if claim is None:
             self._last_empty_claim = now
             return None
-        self._claims[claim.number] = claim
-        job = self._build(space.overrides(claim.values), claim.number, space.label(claim.values))
+        size = self._spec.jobs_per_trial
+        trial = self._trials[claim.number] = _Trial(claim, [*range(size)], [{} for _ in range(size)])
+        return self._next_job(trial)
+
+    def _next_job(self, trial: _Trial) -> Job:
+        """Composes the next job of a trial."""
+        index, claim, spec = trial.waiting.pop(0), trial.claim, self._spec
+        seed = [spec.seeds[index]] if spec.seeds else []
+        overrides = [*spec.space.overrides(claim.values), *seed]
+        label = " ".join([spec.space.label(claim.values), *seed])
+        job = trial.jobs[index] = self._build(overrides, claim.number * spec.jobs_per_trial + index, label)
         if claim.is_takeover and isinstance(job, Job):
             record_dead(job.folder)
         return job
+
+    def _trial_of(self, job: Job) -> tuple[_Trial, int]:
+        """Returns the trial of a job, and the index of the job in the trial."""
+        number, index = divmod(job.number, self._spec.jobs_per_trial)
+        return self._trials[number], index
+
+    def _update_overview(self) -> None:
+        counts, size = self._study.counts(), self._spec.jobs_per_trial
+        ended = Counter({status: size * counts[state] for status, state in _STATES.items()})
+        for trial in self._trials.values():
+            ended.update(result.status for result in trial.results.values() if result.status in _STATES)
+        self.overview.update_shared(ended, self._finished())
+
+    def _finished(self) -> list[tuple[int, str, dict[str, float]]]:
+        """Returns number, label and objective of each finished trial, of this and other processes."""
+        label, objective = self._spec.space.label, self._spec.objectives[0]
+        return [(trial.number, label(trial.params), {objective: trial.values[0]}) for trial in self._study.finished()]
 
     def is_exhausted(self) -> bool:
         return self._study.counts()[TrialState.WAITING] == 0 and not self._study.awaits_orphans()
 
     def should_stop(self, job: Job, metrics: Mapping[str, Any]) -> bool:
-        if self._spec.pruning_metric is None:
-            return False
+        trial, index = self._trial_of(job)
+        watch = self._spec.pruning_metric
+        if watch is None or trial.is_stopped:
+            return trial.is_stopped
         self._logged |= metrics.keys()
-        value = metrics.get(self._spec.pruning_metric)
+        value = metrics.get(watch)
         if not is_number(value) or isinstance(metrics["epoch"], float):  # pruners compare jobs at ends of epochs
             return False
         # The pruner compares in the direction of the objective.
         value = -float(value) if self._spec.negate_pruning_metric else float(value)
-        return self._study.report(self._claims[job.number], int(metrics["epoch"]), value)
+        epoch = int(metrics["epoch"])
+        trial.curves[index][epoch] = value
+        values = [curve[epoch] for curve in trial.curves if epoch in curve]
+        if len(values) == len(trial.curves) and self._study.report(trial.claim, epoch, _mean(values)):
+            self._stop(trial, f"pruned at epoch {epoch}")
+        return trial.is_stopped
+
+    def _stop(self, trial: _Trial, how: str) -> None:
+        """Stops the jobs of a trial; those that run end at their next line of metrics."""
+        if self._spec.seeds and not trial.is_stopped:
+            left = ", ".join(self._spec.seeds[index] for index in trial.waiting)
+            self.overview.message(f"trial {trial.claim.number} {how}" + (f"; not run: {left}" if left else ""))
+        trial.is_stopped = True
+        trial.waiting.clear()
 
     def ended(self, job: Job, result: JobResult) -> None:
-        claim = self._claims[job.number]
-        if result.status == "interrupted":
-            self.interrupted += 1  # the trial stays RUNNING: another process takes it over once this one has ended
-        elif result.status == "pruned":
-            self._study.finish(claim, TrialState.PRUNED)
-        elif result.status == "failed":
-            self._study.finish(claim, TrialState.FAIL, reason=result.reason)
-        else:
-            self._record(claim, job.folder, result.metrics)
-
-    def _record(self, claim: ClaimedJob, run: RunFolder, metrics: Mapping[str, Any]) -> None:
-        """Records the objectives. Raises `RunError` if no job of this search can have the metrics of its objectives."""
-        missing = [key for key in self._spec.objectives if not is_number(metrics.get(key))]
-        if not missing:
-            scores = [float(metrics[key]) for key in self._spec.objectives]
-            self._study.finish(claim, TrialState.COMPLETE, scores, run=str(run.path))
-        else:
-            available = ", ".join(name for name, value in metrics.items() if is_number(value))
-            is_unknown = missing[0] not in metrics
-            reason = f"no such metric in summary.json, which has {available}" if is_unknown else "not a finite number"
-            reason = f"hydra.sweeper.objective={missing[0]}: {reason}"
-            self._study.finish(claim, TrialState.FAIL, reason=reason)
-            if is_unknown and not self._study.finished():
-                raise RunError(reason)
-            self.overview.message(f"job {claim.number}: {reason}")
+        trial, index = self._trial_of(job)
+        has_finished = result.status not in ("interrupted", "pruned", "failed")
+        if has_finished:
+            self._read_curve(trial, index)
+            result = self._with_objectives(trial, job, result)
+        trial.results[index] = result
+        if result.status == "failed":
+            self._stop(trial, f"failed with {self._spec.seeds[index]}" if self._spec.seeds else "")
+        elif result.status == "pruned":  # by an earlier process, if the trial is not stopped yet
+            self._stop(trial, "pruned")
+        if not trial.waiting and len(trial.results) == len(trial.jobs):
+            self._record(trial)
         watch = self._spec.pruning_metric
-        if self._logged and watch is not None and watch not in self._logged:
+        if has_finished and self._logged and watch is not None and watch not in self._logged:
             logged = ", ".join(sorted(self._logged))
             raise RunError(f"hydra.sweeper.watch={watch}: no such metric in metrics.jsonl, which has {logged}")
+
+    def _read_curve(self, trial: _Trial, index: int) -> None:
+        """Reads what an earlier process has seen of a job: the trial's other jobs need it for their mean."""
+        if len(trial.curves) == 1 or self._spec.pruning_metric is None:
+            return
+        job = trial.jobs[index]
+        for metrics in read_metrics(job.folder.path):
+            if metrics.get("epoch") not in trial.curves[index]:
+                self.should_stop(job, metrics)
+
+    def _with_objectives(self, trial: _Trial, job: Job, result: JobResult) -> JobResult:
+        """Returns the result, as failed if an objective is missing.
+
+        Raises `RunError` if no job of this search can have the metrics of its objectives.
+        """
+        metrics = result.metrics
+        missing = [key for key in self._spec.objectives if not is_number(metrics.get(key))]
+        if not missing:
+            return result
+        available = ", ".join(name for name, value in metrics.items() if is_number(value))
+        is_unknown = missing[0] not in metrics
+        reason = f"no such metric in summary.json, which has {available}" if is_unknown else "not a finite number"
+        reason = f"hydra.sweeper.objective={missing[0]}: {reason}"
+        if is_unknown and not self._study.finished():
+            self._study.finish(trial.claim, TrialState.FAIL, reason=reason)
+            raise RunError(reason)
+        self.overview.message(f"job {job.number}: {reason}")
+        return JobResult("failed", metrics, reason)
+
+    def _record(self, trial: _Trial) -> None:
+        """Records the end of a trial, unless it was interrupted: the means of its objectives over its jobs."""
+        spec, claim, results = self._spec, trial.claim, trial.results
+        statuses = [result.status for result in results.values()]
+        not_started = spec.jobs_per_trial - len(trial.jobs)
+        attributes: dict[str, Any] = {"left_out": not_started} if not_started else {}
+        if "failed" in statuses:
+            index = next(index for index, result in results.items() if result.status == "failed")
+            seed = f"{spec.seeds[index]}: " if spec.seeds else ""
+            attributes["reason"] = f"{seed}{results[index].reason}"
+            self._study.finish(claim, TrialState.FAIL, **attributes)
+        elif "interrupted" in statuses:
+            return
+        elif "pruned" in statuses or not_started:
+            self._study.finish(claim, TrialState.PRUNED, **attributes)
+        else:
+            scores = [[float(results[index].metrics[key]) for key in spec.objectives] for index in sorted(results)]
+            folders = [str(trial.jobs[index].folder.path) for index in sorted(results)]
+            attributes["run"] = folders[0]
+            if spec.seeds:
+                attributes["runs"] = [list(run) for run in zip(folders, scores, strict=True)]
+            means = [_mean(values) for values in zip(*scores, strict=True)]
+            self._study.finish(claim, TrialState.COMPLETE, means, **attributes)
+        del self._trials[claim.number]
+        if spec.seeds:
+            self.overview.update_shared({}, self._finished())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values)

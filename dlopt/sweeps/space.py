@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -11,7 +11,16 @@ from hydra.core.override_parser.types import IntervalSweep, RangeSweep, Sweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from dlopt.basics.errors import UserError
-from dlopt.config.overrides import Axis, is_equal, listed_values, value_of
+from dlopt.config.overrides import (
+    Axis,
+    is_equal,
+    key_of,
+    listed_values,
+    parse_overrides,
+    quoted_plain,
+    refuse_several,
+    value_of,
+)
 
 Value = str | int | float
 
@@ -58,6 +67,40 @@ class Space:
     def label(self, values: Mapping[str, Any]) -> str:
         """Returns the overrides in which the job differs from others."""
         return " ".join(self.overrides(values)[len(self.fixed) :])
+
+    def point(self, overrides: Mapping[str, Any]) -> dict[str, Value]:
+        """Returns the values of the axes that the overrides set. Raises `UserError` for a point outside the space."""
+        lines = [f"{key}={each if isinstance(each, str) else quoted_plain(each)}" for key, each in overrides.items()]
+        refuse_several(parse_overrides(lines))
+        values: dict[str, Value] = {}
+        for name in self.searched:
+            own = [line for line in lines if key_of(line) in self.axes[name].keys]
+            if own and self.has(name, values):
+                values[name] = self._value(name, own)
+                lines = [line for line in lines if line not in own]
+        if not lines:
+            return values
+        conditions = sorted({axis.when for axis in self.axes.values() if key_of(lines[0]) in axis.keys and axis.when})
+        if conditions:
+            raise UserError(f"{lines[0]}: only searched with {' or '.join(conditions)}, which the point does not set")
+        searched = dict.fromkeys(key for name in self.searched for key in self.axes[name].keys)
+        raise UserError(f"{lines[0]}: not a searched key; allowed: {', '.join(searched)}")
+
+    def _value(self, name: str, lines: Sequence[str]) -> Value:
+        """Returns the value of an axis that the overrides set. Raises `UserError` for one outside the space."""
+        distribution = self.searched[name]
+        if isinstance(distribution, CategoricalDistribution):
+            for choice, row in zip(distribution.choices, self.axes[name].rows(), strict=True):
+                if len(row) == len(lines) and all(any(is_equal(line, each) for line in lines) for each in row):
+                    return str(choice)
+        else:
+            number = parse_overrides(lines)[0].value()
+            if isinstance(number, int | float) and not isinstance(number, bool) and distribution._contains(number):
+                if isinstance(distribution, FloatDistribution):
+                    return float(number)
+                if number == int(number):
+                    return int(number)
+        raise UserError(f"{' '.join(lines)}: outside the search space; allowed: {_describe(distribution)}")
 
     def describe(self) -> dict[str, str]:
         """Maps each axis to its distribution in Hydra's notation, for display, storage and comparison."""

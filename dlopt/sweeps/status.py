@@ -130,7 +130,7 @@ def _total(space: object) -> int | None:
     """Returns the number of jobs that the file of a sweep states; None if it does not."""
     if isinstance(space, list):
         return len(space)
-    total = space.get("total") if isinstance(space, dict) else None
+    total = space.get("jobs", space.get("total")) if isinstance(space, dict) else None
     return total if isinstance(total, int) else None
 
 

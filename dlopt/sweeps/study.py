@@ -29,10 +29,11 @@ from dlopt.config.resuming import describe, may_change
 from dlopt.metrics.names import Goal
 from dlopt.sweeps.queue import WORKERS, name_worker
 from dlopt.sweeps.samplers import Sampler
-from dlopt.sweeps.space import Space
+from dlopt.sweeps.space import Space, Value
 
 JOURNAL = "study.journal"
 _MAX_JOURNAL = 1 << 30  # bytes; a job has 1 kB
+_FIXED = "fixed_params"  # attribute of a trial, as Optuna's `enqueue_trial` names it: values that are not drawn
 STUDY_LOCK = "setup.lock"  # in that folder: for the study and sweep.yaml
 _ORPHAN_SECONDS = 60.0  # after which the owner of a running trial that names no owner counts as dead
 
@@ -53,11 +54,17 @@ class StudySpec:
     storage: str | None  # URL of a database; None for a journal in the sweep's folder
     name: str
     negate_pruning_metric: bool = False  # it improves in the opposite direction of the objective
+    seeds: Sequence[str] = ()  # overrides of the jobs of each trial; () for trials of one job
+    enqueued: Sequence[Mapping[str, Value]] = ()  # values of the first trials
+
+    @property
+    def jobs_per_trial(self) -> int:
+        return max(len(self.seeds), 1)
 
 
 @dataclass(frozen=True)
-class ClaimedJob:
-    """A job that this process runs."""
+class ClaimedTrial:
+    """A trial whose jobs this process runs."""
 
     number: int
     values: Mapping[str, Any]
@@ -141,6 +148,7 @@ class Study:
         """Creates the study, or joins it. Raises `UserError` if it has other `facts` (JSON values)."""
         self.folder, self.space, self.total = folder, spec.space, spec.total
         self._storage, self._sampler = open_storage(spec.storage, folder), spec.sampler
+        self._enqueued = spec.enqueued
         self._workers = folder / WORKERS
         self.worker = name_worker()
         self._claimed: set[int] = set()
@@ -177,8 +185,8 @@ class Study:
         trials = self._study.get_trials(deepcopy=False, states=states or None)
         return [trial for trial in trials if trial.number < self.total]
 
-    def claim(self) -> ClaimedJob | None:
-        """Claims the next job: a job of a dead process, else a new job. Returns None if there is none."""
+    def claim(self) -> ClaimedTrial | None:
+        """Claims the next trial: one of a dead process, else a new one. Returns None if there is none."""
         for trial in self._trials(TrialState.RUNNING):
             if trial.number not in self._claimed and self._take_over(trial):
                 return self._draw_values(trial, is_takeover=True)
@@ -224,43 +232,58 @@ class Study:
         owner_folder = Path(str(trial.user_attrs["folder"]))
         return (owner_folder if owner_folder.is_dir() else self.folder) / WORKERS / f"{worker}.lock"
 
-    def _draw_values(self, frozen: FrozenTrial, is_takeover: bool) -> ClaimedJob:
+    def _draw_values(self, frozen: FrozenTrial, is_takeover: bool) -> ClaimedTrial:
         self._claimed.add(frozen.number)
-        self._study.sampler = self._sampler(frozen.number)
+        fixed: Mapping[str, Value] = {}
+        index = frozen.number - len(self._enqueued)
+        if index < 0:
+            # By number, when the trial is claimed: processes that create the study at the same time add more trials
+            # than needed.
+            fixed, index = self._enqueued[frozen.number], frozen.number
+            self._storage.set_trial_system_attr(frozen._trial_id, _FIXED, dict(fixed))
+        self._study.sampler = self._sampler(index)
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
         values: dict[str, Any] = {}
         for key, distribution in self.space.searched.items():
             if not self.space.has(key, values):
                 continue
-            if key in frozen.params and key not in trial.relative_params and not distribution.single():
+            is_drawn = key not in fixed and key not in trial.relative_params and not distribution.single()
+            if is_drawn and key in frozen.params:
                 # A dead process has drawn this value, but perhaps not the values of later keys. Draw it again and
                 # discard it: this advances the sampler's random stream, so that later values are the same.
                 self._study.sampler.sample_independent(self._study, frozen, key, distribution)
             values[key] = trial._suggest(key, distribution)
-        return ClaimedJob(frozen.number, values, trial, is_takeover)
+        return ClaimedTrial(frozen.number, values, trial, is_takeover)
 
-    def report(self, claim: ClaimedJob, epoch: int, value: float) -> bool:
-        """Reports a running job's metric to the pruner; returns whether to stop the job."""
+    def report(self, claim: ClaimedTrial, epoch: int, value: float) -> bool:
+        """Reports a running trial's metric to the pruner; returns whether to stop the trial."""
         reported = self._storage.get_trial(claim.trial._trial_id).intermediate_values
         if epoch not in reported:  # a resumed job reports its first epochs again, and Optuna would warn
             claim.trial.report(value, epoch)
         return claim.trial.should_prune()
 
     def finish(
-        self, claim: ClaimedJob, state: TrialState, objectives: Sequence[float] | None = None, **attributes: str
+        self, claim: ClaimedTrial, state: TrialState, objectives: Sequence[float] | None = None, **attributes: Any
     ) -> None:
-        """Records the end of a job: the objectives of a complete one, and attributes of its trial."""
+        """Records the end of a trial: the objectives of a complete one, and attributes (JSON values)."""
         # The attributes first: Optuna refuses attributes of a finished trial, and other processes then read its `run`.
         for name, value in attributes.items():
-            text = value if name == "run" else redact(value)  # `run` is a folder that others read
-            self._storage.set_trial_user_attr(claim.trial._trial_id, name, text)
+            stored = redact(value) if name == "reason" else value  # the others are folders, which others read
+            self._storage.set_trial_user_attr(claim.trial._trial_id, name, stored)
         self._study.tell(claim.number, objectives, state, skip_if_finished=True)
 
     def counts(self) -> Counter[TrialState]:
         return Counter(trial.state for trial in self._trials())
 
+    def left_out(self) -> int:
+        """Returns how many jobs of pruned and failed trials were not started."""
+        return sum(trial.user_attrs.get("left_out", 0) for trial in self._trials())
+
     def finished(self) -> list[FrozenTrial]:
-        """Returns the trials with objectives, of this and other processes; `user_attrs["run"]` is the run's folder."""
+        """Returns the trials with objectives, of this and other processes.
+
+        `user_attrs["run"]`: the folder of the first run; of several, `user_attrs["runs"]`: [folder, objectives] each.
+        """
         return self._trials(TrialState.COMPLETE)
 
     def awaits_orphans(self) -> bool:

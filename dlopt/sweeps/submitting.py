@@ -76,8 +76,9 @@ def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Pl
     files, flags = _config_files(request.composer)
     words = without(request.words, WAIT, "resume", "hydra.sweep.dir")
     for index, word in enumerate(words):
-        if key_of(word) == SPACE and (path := Path(os.path.expanduser(value_of(word).strip("'\"")))).is_file():
-            files["space"], words[index] = path, f"{SPACE}={{space}}"
+        key, path = key_of(word), os.path.expanduser(value_of(word).strip("'\""))
+        if key in (SPACE, "hydra.sweeper.enqueue") and os.path.isfile(path):
+            files[key], words[index] = Path(path), f"{key}={{{key}}}"
     own = ["resume=auto", f"hydra.sweep.dir={quoted_plain(str(folder.absolute()))}"]
     command = ["train", "-m", *flags, *storable(words), *own]
     packages = plan.saved.get("allow_packages") or ()

@@ -27,7 +27,7 @@ def read_space(sweep: Path) -> Any:
         is_valid = all(isinstance(job, list) and all(isinstance(line, str) for line in job) for job in space)
     else:
         is_valid = isinstance(space, dict) and isinstance(space.get("facts"), dict)
-        is_valid = is_valid and all(type(space.get(name, 0)) is int for name in ("finished", "total"))
+        is_valid = is_valid and all(type(space.get(name, 0)) is int for name in ("finished", "total", "jobs"))
     if not is_valid:
         raise UserError(f"{short_path(sweep)}: {SPACE} is damaged: it holds no jobs")
     return space

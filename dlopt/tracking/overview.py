@@ -33,6 +33,7 @@ class Overview(Screen):
     `metric`, `direction`: decide which job is best; by default best_val_accuracy, or best_val_loss in a regression.
     `similar`: the jobs take about the same time; otherwise no time left is estimated.
     `silent`: only messages are printed; the source of the jobs shows them itself.
+    `jobs_per_trial`: of several, a trial is best by their mean, which `update_shared` receives.
     """
 
     def __init__(
@@ -43,13 +44,15 @@ class Overview(Screen):
         stream: IO[str] | None = None,
         similar: bool = True,
         silent: bool = False,
+        jobs_per_trial: int = 1,
     ) -> None:
         super().__init__(stream)
         self._total, self._similar, self._silent = total, similar, silent
+        self._unit = "job" if jobs_per_trial == 1 else "trial"  # of the best one
         self._counts = Counter[str]()  # ended jobs by status
         self._metric, self._direction = metric, direction
         self._running: dict[int, _Running] = {}
-        self._best: tuple[float, int, str] | None = None  # value, job number, label
+        self._best: tuple[float, int, str] | None = None  # value, number, label
         self._start_time, self._done_before = time.monotonic(), 0
         self._durations: list[float] = []  # seconds of the jobs that this process ran
         if self.terminal and not silent:
@@ -72,7 +75,8 @@ class Overview(Screen):
         label = formats.round_floats(label)
         running = self._running.pop(number, None)
         self._counts["finished" if status == "stopped_early" else status] += 1
-        self._update_best(number, label, status, metrics)
+        if self._unit == "job":
+            self._update_best(number, label, status, metrics)
         if known:
             self._done_before += 1
         if known or self._silent:
@@ -89,14 +93,14 @@ class Overview(Screen):
         if self._live is not None:  # the live display has the rest
             texts.append(label)
         else:
-            texts += [self._state(), "" if self._best is None else f"best: job {self._best[1]}"]
+            texts += [self._state(), "" if self._best is None else f"best: {self._unit} {self._best[1]}"]
             texts.append("" if status == "interrupted" else self._time_left())
         self.message(" | ".join(filter(None, texts)), "red" if status == "failed" else "")
 
     def update_shared(self, counts: Mapping[str, int], jobs: Iterable[tuple[int, str, Mapping[str, float]]]) -> None:
         """Sets the counts by status of a sweep that several processes share.
 
-        `jobs`: (number, label, metrics) of its finished jobs. The first call defines what was done before.
+        `jobs`: (number, label, metrics) of its finished jobs or trials. The first call defines what was done before.
         """
         if not self._durations and not self._running and not self._counts:
             self._done_before = sum(counts.values())
@@ -156,7 +160,7 @@ class Overview(Screen):
         if self._best is not None and self._metric is not None:
             value, number, label = self._best
             metric = format_metric(self._metric, value)
-            rows.append(Text(f"best   {self._metric} {metric}  job {number}: {label}"))
+            rows.append(Text(f"best   {self._metric} {metric}  {self._unit} {number}: {label}"))
         for number, running in list(self._running.items())[:_MAX_ROWS]:
             texts = [f"job {number}", running.label, *_format_metrics(running.metrics)]  # narrow terminals cut the end
             rows.append(Text("  ".join(texts), "dim"))

@@ -4,25 +4,27 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import optuna
 import pytest
 import yaml
+from optuna.trial import TrialState
 
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.locks import is_held
 from dlopt.config.overrides import parse_axes
 from dlopt.sweeps import search as module
 from dlopt.sweeps import sweep as sweeps
-from dlopt.sweeps.jobs import Job
-from dlopt.sweeps.search import Search, build_study_spec
-from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedJob
+from dlopt.sweeps.jobs import Job, JobResult
+from dlopt.sweeps.search import Search, _Trial, build_study_spec
+from dlopt.sweeps.study import STUDY_LOCK, WORKERS, ClaimedTrial, open_storage
 from tests.support.line import SMALL, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 from tests.sweeps.spaces import composer
-from tests.sweeps.worker import make_spec, plan, study_of
+from tests.sweeps.worker import make_job, make_spec, plan, study_of
 
 TINY = [*[each for each in SMALL if not each.startswith("epochs")], "epochs=1", "tracking=[]"]
 SEARCH = ["hydra/sweeper=dlopt_optuna", "hydra/sweeper/sampler=random", "hydra.sweeper.objective=best_val_loss"]
@@ -106,7 +108,7 @@ def test_processes_write_sweep_yaml_one_at_a_time(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(module, "write_yaml", written)
     study = study_of(tmp_path, make_spec(1, None))
-    module._write_sweep_file(tmp_path, {}, study)
+    module._write_sweep_file(tmp_path, {}, study, 1)
     study.close()
     assert held == [1]
 
@@ -163,14 +165,14 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
     prunes = []
 
     class Recorded:
-        def report(self, claim: ClaimedJob, epoch: int, value: float) -> bool:
+        def report(self, claim: ClaimedTrial, epoch: int, value: float) -> bool:
             claim.trial.report(value, epoch)
             return claim.trial.should_prune()
 
     for number, value in enumerate([1.0, 1.0, 1.0, 1.0, 2.0]):
         trial = study.ask()
         search = Search(spec, cast(Any, Recorded()), cast(Any, None))
-        search._claims[number] = ClaimedJob(number, {}, trial, is_takeover=False)
+        search._trials[number] = _Trial(ClaimedTrial(number, {}, trial, is_takeover=False), [], [{}])
         job = Job(number, RunFolder(Path()), plan([]), "")
         prunes.append(search.should_stop(job, {"epoch": 1, spec.pruning_metric or "": value}))
         study.tell(trial, 0.0)
@@ -194,11 +196,97 @@ def test_password_is_not_written_to_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert not [path for path in files if b"sesame" in path.read_bytes()]
 
 
-def test_grid_runs_seeds_as_an_axis(tmp_path: Path) -> None:
-    assert search(tmp_path, "seed=range(0,2)", "optimizer.lr=0.1,0.2", "hydra/sweeper/sampler=grid").code == 0
-    assert len(summaries(tmp_path)) == 4
+def test_each_trial_runs_with_all_seeds_and_counts_by_their_mean(tmp_path: Path) -> None:
+    (tmp_path / "points.yaml").write_text("- {optimizer.lr: 3e-1}\n- optimizer.lr: 0.02\n")
+    line = [SPACE, "seeds=2", "hydra.sweeper.enqueue=points.yaml", "hydra.sweeper.n_trials=3"]
+    result = search(tmp_path, *line, "--json")
+    assert result.code == 0, result.err
+    configs = [yaml.safe_load((tmp_path / f"sweep/{i}/config.yaml").read_text()) for i in range(6)]
+    assert [config["seed"] for config in configs] == [0, 1] * 3
+    rates = [config["optimizer"]["lr"] for config in configs]
+    assert rates[:4] == [0.3, 0.3, 0.02, 0.02] and rates[4] == rates[5] and rates[4] not in (0.3, 0.02)
     losses = [float(str(each["best_val_loss"])) for each in summaries(tmp_path).values()]
-    assert all(map(math.isfinite, losses))
+    means = {math.fsum(losses[i : i + 2]) / 2: [str(tmp_path / f"sweep/{i + j}") for j in (0, 1)] for i in (0, 2, 4)}
+    rows = json.loads(result.out)["leaderboard"]["rows"]
+    assert [row["folders"] for row in rows] == [means[mean] for mean in sorted(means)]
+    study = study_of_sweep(tmp_path / "sweep")
+    assert sorted(study) == sorted(means)
+    message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, *line[:1], *line[2:], "resume=auto")
+    assert "seeds: saved 0,1, now nothing" in message
+    message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, *line[:2], line[3], "resume=auto")
+    assert "enqueue: saved optimizer.lr=0.3; optimizer.lr=0.02, now nothing" in message
+
+
+def study_of_sweep(sweep: Path) -> list[float]:
+    """Returns the objectives of the trials."""
+    storage = open_storage(None, sweep)
+    [study] = optuna.get_all_study_names(storage)
+    return [trial.values[0] for trial in optuna.load_study(study_name=study, storage=storage).trials]
+
+
+def of_seeds(folder: Path, count: int, **changes: Any) -> Search:
+    """A search whose trials have several jobs, in a process of its own."""
+    spec = replace(make_spec(4, None), seeds=[f"seed={seed}" for seed in range(count)], **changes)
+    return Search(spec, study_of(folder, spec), lambda *arguments: make_job(folder, *arguments))
+
+
+def finished(loss: float) -> JobResult:
+    return JobResult("finished", {"best_val_loss": loss})
+
+
+def test_a_trial_is_pruned_by_the_mean_of_its_seeds(tmp_path: Path) -> None:
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=1)
+    search = of_seeds(tmp_path, 3, pruner=pruner, pruning_metric="val_loss")
+    first = [cast(Job, search.next()) for _ in range(3)]
+    for job, loss in zip(first, [1.0, 2.0, 6.0], strict=True):  # a mean of 3
+        assert not search.should_stop(job, {"epoch": 1, "val_loss": loss})
+        search.ended(job, finished(loss))
+    kept = [cast(Job, search.next()) for _ in range(3)]
+    assert not any(search.should_stop(job, {"epoch": 1, "val_loss": 2.9}) for job in kept)
+    pruned = [cast(Job, search.next()) for _ in range(3)]
+    assert not any(search.should_stop(job, {"epoch": 1, "val_loss": 4.0}) for job in pruned[:2])
+    assert search.should_stop(pruned[2], {"epoch": 1, "val_loss": 1.1})  # a mean of 3.03
+    assert search.should_stop(pruned[0], {"epoch": 2, "val_loss": 0.0})  # the others do not run on
+    for job in kept:
+        search.ended(job, finished(2.9))
+    for job in pruned:
+        search.ended(job, JobResult("pruned", {}))
+    trials = search._study._trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE", "PRUNED", "WAITING"]
+    assert trials[0].values == [3.0] and trials[2].intermediate_values == {1: math.fsum([4.0, 4.0, 1.1]) / 3}
+
+
+def test_a_failed_seed_fails_its_trial(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    search = of_seeds(tmp_path, 3)
+    jobs = [cast(Job, search.next()) for _ in range(2)]
+    search.ended(jobs[0], JobResult("failed", {}, "diverged"))
+    assert search.should_stop(jobs[1], {"epoch": 1})
+    assert "trial 0 failed with seed=0; not run: seed=2" in capfd.readouterr().out
+    search.ended(jobs[1], JobResult("pruned", {}))
+    trial = search._study._trials()[0]
+    assert trial.state == TrialState.FAIL and trial.user_attrs["reason"] == "seed=0: diverged"
+    assert cast(Job, search.next()).number == 3
+    module._write_sweep_file(tmp_path, {}, search._study, 3)
+    assert yaml.safe_load((tmp_path / "sweep.yaml").read_text())["jobs"] == 4 * 3 - 1  # never 12: `wait` would not end
+
+
+def test_seeds_of_a_killed_process_go_on_in_another(tmp_path: Path) -> None:
+    """The other process is handed all jobs of the trial; the worker pool returns the results of those that are done."""
+    losses = [0.1, 0.7, 0.4]
+    first = of_seeds(tmp_path, 3)
+    jobs = [cast(Job, first.next()) for _ in range(3)]
+    first.ended(jobs[0], finished(losses[0]))
+    first.ended(jobs[1], JobResult("interrupted", {}))
+    assert first.interrupted == 1
+    first._study.close()
+    second = of_seeds(tmp_path, 3)
+    again = [cast(Job, second.next()) for _ in range(3)]
+    assert [job.label for job in again] == [job.label for job in jobs]
+    for job, loss in zip(again, losses, strict=True):
+        second.ended(job, finished(loss))
+    [trial] = second._study.finished()
+    assert trial.values == [math.fsum(losses) / 3] and second.interrupted == 0
+    assert trial.user_attrs["runs"] == [[str(tmp_path / str(i)), [loss]] for i, loss in enumerate(losses)]
 
 
 BAD = {
@@ -206,7 +294,35 @@ BAD = {
     "a value that no job takes": (["optimizer.lr=interval(-1,1)"], "optimizer.lr=-1"),
     "an integer drawn as another": (["model.widths=[4],[x]"], "model.widths"),
     "a key that one of the choices lacks": (["optimizer.momentum=interval(0,0.9)", "optimizer=sgd,adam"], "momentum"),
-    "a seed": (["seed=range(0,5)", SPACE], "seeds"),
+    "a range of seeds": (["seed=interval(0,5)", SPACE], "seed: a search draws configurations, not seeds; seeds=5"),
+    "a seed of the weights": (["init_seed=0,1", SPACE], "init_seed: a search draws configurations, not seeds"),
+    "seeds twice": (["seeds=2", "seed=0,1", SPACE], "seeds=2 seed=0,1: set the seeds once"),
+    "one folder for all seeds": (
+        ["seeds=2", SPACE, "hydra.sweep.subdir='lr-${optimizer.lr}'"],
+        "hydra.sweep.subdir=lr-0.01: must be different for each seed",
+    ),
+    "a point outside the space": (
+        [SPACE, "hydra.sweeper.enqueue=[{optimizer.lr:0.1},{optimizer.lr:5}]"],
+        "hydra.sweeper.enqueue: point 2: optimizer.lr=5: outside the search space; allowed: tag(log,interval(0.01,1",
+    ),
+    "a point of other keys": (
+        [SPACE, "hydra.sweeper.enqueue=[{optimizer.weight_decay:0.1}]"],
+        "point 1: optimizer.weight_decay=0.1: not a searched key; allowed: optimizer.lr",
+    ),
+    "a point of the other optimizer": (
+        ["space=benchmark", "optimizer=sgd,adam", "hydra.sweeper.enqueue=[{optimizer.lr:0.1}]"],
+        "optimizer.lr=0.1: only searched with optimizer=adam or optimizer=sgd, which the point does not set",
+    ),
+    "no points": ([SPACE, "hydra.sweeper.enqueue=points.yaml"], "enqueue=points.yaml: No such file"),
+    "one point": ([SPACE, "hydra.sweeper.enqueue={optimizer.lr:0.1}"], "allowed: a string | a list"),
+    "more points than trials": (
+        [SPACE, "hydra.sweeper.n_trials=1", "hydra.sweeper.enqueue=[{optimizer.lr:0.1},{optimizer.lr:0.2}]"],
+        "2 points, but hydra.sweeper.n_trials=1",
+    ),
+    "points of a grid": (
+        ["optimizer.lr=0.1,0.2", "hydra/sweeper/sampler=grid", "hydra.sweeper.enqueue=[{optimizer.lr:0.1}]"],
+        "hydra/sweeper/sampler=grid tries every point",
+    ),
     "no number of jobs": ([SPACE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
     "no end": ([SPACE, "hydra.sweeper.n_trials=null"], "n_trials=null"),
     "an unknown direction": ([SPACE, "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up"),

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.trial import TrialState
@@ -28,9 +29,11 @@ from tests.sweeps.worker import make_spec, study_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def begin_worker(folder: Path, total: int, url: str | None = None, together: int = 1) -> "subprocess.Popen[str]":
+def begin_worker(
+    folder: Path, total: int, url: str | None = None, together: int = 1, seeds: int = 0
+) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "tests.sweeps.worker", str(folder), str(total), *([url] if url else [])]
-    environment = {**os.environ, "TOGETHER": str(together)}
+    environment = {**os.environ, "TOGETHER": str(together), "SEEDS": str(seeds)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -88,22 +91,30 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["journal", pytest.param("postgres", marks=requires("initdb"))])
-def test_four_workers_share_a_study(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    total, url = 40, request.getfixturevalue("postgres") if kind == "postgres" else None
-    workers = [begin_worker(tmp_path, total, url, together=4) for _ in range(4)]
+@pytest.mark.parametrize(
+    ("kind", "seeds"), [("journal", 0), ("journal", 3), pytest.param("postgres", 3, marks=requires("initdb"))]
+)
+def test_four_workers_share_a_study(kind: str, seeds: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    total, url = 15 if seeds else 40, request.getfixturevalue("postgres") if kind == "postgres" else None
+    workers = [begin_worker(tmp_path, total, url, together=4, seeds=seeds) for _ in range(4)]
     said = [worker.communicate(timeout=120)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4, said
-    assert events(tmp_path, "begin") == events(tmp_path, "end") == Counter(map(str, range(total)))  # none twice
+    assert (
+        events(tmp_path, "begin")
+        == events(tmp_path, "end")
+        == Counter(
+            map(str, range(total * max(seeds, 1)))  # none twice
+        )
+    )
     assert len(objectives(tmp_path, total, url)) == total  # none lost
     assert sum("finished" in text for text in said) > 1, "the work is shared"
 
 
-def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
+def kill_and_go_on(folder: Path, kills: int, seed: int, seeds: int) -> int:
     """Kills workers at random moments, then lets one finish; returns how many were killed while running."""
     draw, killed = random.Random(seed), 0
     for _ in range(kills):
-        worker = begin_worker(folder, 30)
+        worker = begin_worker(folder, 30, seeds=seeds)
         deadline = time.monotonic() + 60
         before = sum(events(folder, "end").values())
         while not list((folder / WORKERS).glob("*-*.lock")) and time.monotonic() < deadline:
@@ -114,24 +125,25 @@ def kill_and_go_on(folder: Path, kills: int, seed: int) -> int:
         killed += worker.poll() is None
         worker.kill()
         worker.communicate()
-    last = begin_worker(folder, 30)
+    last = begin_worker(folder, 30, seeds=seeds)
     said, _ = last.communicate(timeout=120)
     assert last.returncode == 0, said
     return killed
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_do_not_change_results(tmp_path: Path) -> None:
-    kills = 3
+@pytest.mark.parametrize("seeds", [0, 3])
+def test_kills_at_random_moments_do_not_change_results(seeds: int, tmp_path: Path) -> None:
+    kills, jobs = 3, 30 * max(seeds, 1)
     (tmp_path / "killed").mkdir()
     (tmp_path / "whole").mkdir()
-    assert kill_and_go_on(tmp_path / "killed", kills, seed=kills) > 0
-    whole = begin_worker(tmp_path / "whole", 30)
+    assert kill_and_go_on(tmp_path / "killed", kills, kills, seeds) > 0
+    whole = begin_worker(tmp_path / "whole", 30, seeds=seeds)
     assert whole.wait(timeout=120) == 0
     assert objectives(tmp_path / "killed", 30) == objectives(tmp_path / "whole", 30)
     ended = events(tmp_path / "killed", "end")
-    assert set(ended) == set(map(str, range(30)))
-    assert sum(ended.values()) <= 30 + 2 * kills  # only what was running ran again: two slots
+    assert set(ended) == set(map(str, range(jobs)))
+    assert sum(ended.values()) <= jobs + 2 * kills  # only what was running ran again: two slots
 
 
 def test_job_of_a_dead_process_is_taken_over_once(tmp_path: Path) -> None:
@@ -164,18 +176,20 @@ def test_job_of_a_dead_process_is_taken_over_once(tmp_path: Path) -> None:
         each.communicate()
 
 
+@pytest.mark.parametrize("enqueued", [[], [{"lr": 0.1}]])
 @pytest.mark.parametrize("sampler", ["random", "tpe", "sobol"])
-def test_takeover_draws_the_same_remaining_values(sampler: str, tmp_path: Path) -> None:
+def test_takeover_draws_the_same_remaining_values(sampler: str, enqueued: list[dict[str, Any]], tmp_path: Path) -> None:
     spec = make_spec(3, None, "lr=tag(log,interval(0.001,1))", "fixed=interval(2,2)", "kind=a,b", "width=range(1,99)")
     more = {"random": {}, "tpe": {"startup_trials": 2, "multivariate": False, "constant_liar": True}}
     options = more.get(sampler, {"scramble": True})
-    spec = replace(spec, sampler=getattr(samplers, sampler)(space=spec.space, seed=0, **options))
+    spec = replace(spec, sampler=getattr(samplers, sampler)(space=spec.space, seed=0, **options), enqueued=enqueued)
     study = study_of(tmp_path, spec)
     whole = study.claim()
     assert whole is not None and len(whole.values) == 4
+    assert (whole.values["lr"] == 0.1) == bool(enqueued)
     study.close()
     lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
-    for drawn in range(5):
+    for drawn in range(5 + len(enqueued)):
         (tmp_path / JOURNAL).write_bytes(b"".join(lines[: len(lines) - drawn]))
         study = study_of(tmp_path, spec)
         again = study.claim()

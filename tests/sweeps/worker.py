@@ -1,7 +1,7 @@
 """One of several processes that work on a study, with jobs of a few milliseconds instead of trainings.
 
 `python -m tests.sweeps.worker FOLDER TOTAL [URL]`. A job's objective depends on its values only. Appends to
-FOLDER/log: "begin NUMBER", "end NUMBER".
+FOLDER/log: "begin NUMBER", "end NUMBER". SEEDS: jobs of each trial; then, the first trial is enqueued.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -57,7 +58,7 @@ class Short:
         if time.monotonic() < self.over:
             return None
         values = dict(line.split("=") for line in json.loads((self.folder / "overrides.json").read_text()))
-        loss = float(values["lr"]) + (values["kind"] == "a")
+        loss = float(values["lr"]) + (values["kind"] == "a") + 0.1 * int(values.get("seed", 0))
         note(self.folder.parent, f"end {self.folder.name}")
         (self.folder / "summary.json").write_text(json.dumps({"status": "finished", "best_val_loss": loss}))
         return 0
@@ -99,6 +100,8 @@ def _wait_for_others(folder: Path) -> None:
 
 def main(folder: Path, total: int, url: str | None) -> None:
     spec = make_spec(total, url)
+    if seeds := int(os.environ.get("SEEDS", 0)):
+        spec = replace(spec, seeds=[f"seed={seed}" for seed in range(seeds)], enqueued=[{"lr": 0.25, "kind": "b"}])
     study = study_of(folder, spec)
     _wait_for_others(folder)
     search = Search(spec, study, lambda *arguments: make_job(folder, *arguments))
