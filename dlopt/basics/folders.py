@@ -15,8 +15,8 @@ from typing import IO, Any
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.files import read_json
 from dlopt.basics.formats import printable
-from dlopt.basics.interruption import note_files
-from dlopt.basics.locks import hold, is_held, lost
+from dlopt.basics.interruption import flush_streams, note_files, print_line
+from dlopt.basics.locks import hold, is_held, is_held_by_parent, lost
 from dlopt.basics.plain_values import load_yaml, read_regular, regular_lines
 
 FORMAT = 1  # of the files in a run folder and of their keys, checkpoints included
@@ -125,7 +125,13 @@ class RunFolder:
         """Raises `RunError` if the folder of a run of this process was removed or renamed, or lost its lock file.
 
         Otherwise the run's output would be lost, or mixed with the files of the next run in a folder of the same name.
+        A process that the run's own code has forked, and that has returned into the training, ends here: two processes
+        would write the same files.
         """
+        if is_held_by_parent(self.path / LOCK):
+            print_line("a forked process of this run ends, because its parent writes the same folder")
+            flush_streams()
+            os._exit(0)
         if (place := lost(self.path / LOCK)) is not None:
             folder = Path(place).parent
             now = "removed" if place == "" else f"renamed to {folder}; resume with hydra.run.dir={folder} resume=auto"

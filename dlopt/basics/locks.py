@@ -101,6 +101,19 @@ def lost(path: Path) -> str | None:
     return None
 
 
+def is_held_by_parent(path: Path) -> bool:
+    """Returns whether this process is a fork of one that held the lock: it has the files of that process, not its lock.
+
+    The forked process may hold the lock itself.
+    """
+    if _is_held_here(path):
+        return False
+    return any(
+        process != os.getpid() and file.name == str(path) and not file.closed
+        for (process, _), file in list(_held.items())
+    )
+
+
 @contextlib.contextmanager
 def taken(path: Path) -> Iterator[bool | None]:
     """Tries to take the lock for the block; yields whether that succeeded, None if the file is missing or read-only."""

@@ -95,10 +95,16 @@ def check_plain(value: Any, nodes: int = _MAX_NODES) -> None:
         waiting += [(item, depth + 1) for item in inner]
 
 
-def read_regular(path: Path, limit: int = _MAX_BYTES) -> bytes:
+def read_regular(path: Path | str, limit: int = _MAX_BYTES) -> bytes:
     """Reads a regular file of at most `limit` bytes; never waits for a FIFO or a device. Raises ValueError, OSError."""
-    with open_regular(path, limit) as file:
-        return file.read(os.fstat(file.fileno()).st_size)  # leaves data that is appended meanwhile to the next read
+    descriptor, size = _open_regular(path, limit)
+    try:
+        data = os.read(descriptor, size)  # leaves data that is appended meanwhile to the next read
+        while len(data) < size and (rest := os.read(descriptor, size - len(data))):
+            data += rest
+        return data
+    finally:
+        os.close(descriptor)
 
 
 def regular_lines(path: Path, limit: int) -> Iterator[bytes]:
@@ -122,6 +128,11 @@ def regular_tail(path: Path, count: int) -> bytes:
 
 def open_regular(path: Path, limit: int = sys.maxsize) -> io.BufferedReader:
     """Opens a regular file of at most `limit` bytes for reading. Raises ValueError, OSError."""
+    return open(_open_regular(path, limit)[0], "rb")
+
+
+def _open_regular(path: Path | str, limit: int) -> tuple[int, int]:
+    """Returns the descriptor and the size of a file; see `open_regular`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
@@ -134,7 +145,7 @@ def open_regular(path: Path, limit: int = sys.maxsize) -> io.BufferedReader:
     if reason is not None:
         os.close(descriptor)
         raise ValueError(reason)
-    return open(descriptor, "rb")
+    return descriptor, status.st_size
 
 
 def load_json(path: Path, limit: int = _MAX_BYTES) -> Any:
@@ -276,3 +287,10 @@ class _OpenNode:
             if event.value in self.keys:
                 raise ValueError(f"has the key {event.value[:40]!r} twice")
             self.keys.add(event.value)
+
+
+def choices_of_groups(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
+    """Returns the choice of each group; where `choices` has none, the last part of the group's `_target_`."""
+    groups = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
+    targets = {key: str(group.get("_target_") or "").rpartition(".")[2] for key, group in groups.items()}
+    return {key: str(choice) for key, target in targets.items() if (choice := choices.get(key) or target)}

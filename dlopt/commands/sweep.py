@@ -18,24 +18,25 @@ if TYPE_CHECKING:
     from dlopt.sweeps.status import SweepStatus
 
 USAGE = """\
-Look at a sweep, and stop, resume or join one that was submitted
+Look at a sweep, stop or resume one that was submitted, or run a part of it
 
 Usage:
   dlopt sweep status FOLDER [--json]
   dlopt sweep wait FOLDER
   dlopt sweep stop FOLDER
   dlopt sweep resume FOLDER
-  dlopt sweep work FOLDER [n_jobs=N] [trust=SHA256]
+  dlopt sweep work FOLDER [part=I/N] [n_jobs=N] [trust=SHA256]
 
-`dlopt train -m hydra/launcher=slurm ...` submits a sweep: workers run its jobs without the shell that started them.
+`dlopt train -m hydra/launcher=slurm ...` submits a sweep: a job array runs it without the shell that started it.
 (`dlopt train -m` starts a sweep; this command does not.)
 
-  status :: counts of jobs and workers. Exit code 0: all jobs have ended; 1: they have, and some failed; 75: some are \
-queued, running or interrupted
+  status :: counts of jobs, from their run folders, and of the elements in Slurm's queue. Exit code 0: all jobs have \
+ended; 1: they have, and some failed; 75: some are queued, running or interrupted
   wait :: show the progress until the last job has ended, then the leaderboard; exit code as for status
-  stop :: stop the workers: running jobs write checkpoints
-  resume :: start the failed and interrupted jobs again, and workers for all that are left
-  work :: run jobs of the sweep on this machine, too, until none is left. It must see FOLDER under the same path
+  stop :: cancel the job array (scancel): running jobs write checkpoints
+  resume :: submit an array of the elements with jobs that failed, were interrupted or have not started
+  work :: run jobs of the sweep on this machine: those of `part`, or of the index of a job array (Slurm, PBS, SGE, \
+LSF, AWS Batch, Kubernetes), else all. It must see FOLDER under the same path
 
 Keys of status:
   {_status}
@@ -45,12 +46,13 @@ Keys of work:
 
 Examples:
   dlopt sweep status outputs/train/DATE
-  dlopt sweep work outputs/train/DATE n_jobs=2
+  dlopt sweep work outputs/train/DATE part=3/64
 """
 
 _Trust = Annotated[
     str | None, "SHA256: run the code in FOLDER although another user has submitted it; its first 12 digits or more"
 ]
+_MOST_FAILURES = 20  # that status lists
 complete = folders
 
 
@@ -97,31 +99,34 @@ def _print(folder: Path, status: "SweepStatus") -> None:
     names = ("finished", "stopped_early", "pruned", "running", "queued", "interrupted", "unfinished", "failed")
     shown = [f"{counts[name]} {name.replace('_', ' ')}" for name in names if counts[name]]
     print(f"{format_count('jobs', sum(counts.values()))}: {', '.join(shown) or 'none yet'}")
-    workers = [format_count("workers", len(status.workers))] if status.workers else []
-    workers += [f"{format_count('workers', status.waiting)} waiting for Slurm"] if status.waiting else []
+    workers = [f"{len(status.workers)} running"] if status.workers else []
+    workers += [f"{status.waiting} pending"] if status.waiting else []
     if workers:
-        print(", ".join(workers))
+        what = f"elements of Slurm job {', '.join(status.slurm)}" if status.slurm else "workers"
+        print(f"{what}: {', '.join(workers)}")
     for job in status.jobs:
         if job.status == "running":
             print(printable(f"  job {job.number}: {job.label}" + (f"  ({job.worker})" if job.worker else "")))
-    for record in status.records:
-        if record.status == "failed":
-            print(printable(f"  {short_path(record.path)} failed: {' '.join((record.reason or '').split())[:200]}"))
-    if status.damaged_lines:
-        from dlopt.sweeps.queue import LOG, WORKERS
-
-        lines = format_count("lines", status.damaged_lines)
-        print(f"warning: {WORKERS}/{LOG}: {lines} cut or damaged, which are ignored")
+    failed = [job for job in status.jobs if job.status == "failed"]
+    for job in failed[:_MOST_FAILURES]:
+        print(printable(f"  {short_path(job.folder)} failed: {' '.join(job.reason.split())[:200]}"))
+    if len(failed) > _MOST_FAILURES:
+        print(f"  and {len(failed) - _MOST_FAILURES} more: dlopt runs {short_path(folder)} status=failed")
     if status.stop_reason is not None:
         print(printable(f"stopped: {status.stop_reason}"))
+    if not status.answers:
+        print("warning: squeue does not answer")
+    if status.early:
+        print(printable("ended early: " + ", ".join(f"{name} {state}" for name, state in status.early.items())))
     path = short_path(folder)
     if status.is_lost:
-        from dlopt.sweeps import submission
+        from dlopt.sweeps.array import is_submitted
+        from dlopt.sweeps.slurm_queue import array_ids
 
-        how = f"dlopt sweep resume {path}"
-        if not submission.is_submitted(folder):
+        how = f"dlopt sweep {'resume' if array_ids(folder) else 'work'} {path}"
+        if not is_submitted(folder):
             how = f"its command with {shlex.join(in_folder(folder))}"
-        print(f"no worker is left; to continue: {how}")
+        print(f"nothing runs the jobs that are left; to continue: {how}")
     elif status.code == DONE and (folder / SPACE).exists():  # not the folder of another command
         print(f"next:\n  dlopt report {path}")
 
@@ -155,39 +160,46 @@ def _wait(folder: Path) -> int:
     """Waits for the end of a sweep; returns its exit code. Raises `UserError`."""
     from dlopt.sweeps.status import wait
 
-    status = wait(folder)
+    status, _ = wait(folder)
     print()
     _print(folder, status)
     return status.code
 
 
 def _stop(folder: Path) -> int:
-    """Stops the workers of a submitted sweep. Raises `UserError`."""
+    """Stops a submitted sweep. Raises `UserError`."""
     from dlopt.sweeps import submission  # with Hydra, which the help and the status do not need
 
-    submission.check_own(folder)
-    status = _read(folder)
-    submission.stop(folder, "dlopt sweep stop")
-    print(
-        f"stopping {format_count('workers', len(status.workers))}, which write checkpoints; to continue: "
-        f"dlopt sweep resume {short_path(folder)}"
-    )
+    submitted, _ = submission.read_own(folder, "stop")
+    cancelled = submission.stop(folder, submitted, "dlopt sweep stop")
+    resume = f"to continue: dlopt sweep resume {short_path(folder)}"
+    if submitted.command is None:
+        print(f"cancelled {format_count('elements', cancelled)}, whose jobs write checkpoints; {resume}")
+    else:
+        print(f"stopping its workers, whose jobs write checkpoints; {resume}")
     return DONE
 
 
 def _resume(folder: Path) -> int:
-    """Submits workers for the jobs that are left. Raises `UserError`."""
+    """Submits what is left of a sweep. Raises `UserError`."""
     from dlopt.sweeps import submission
 
-    job_id = submission.resume(folder)
-    how = "no worker was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
-    print(f"resumed: {how}\nnext:\n  dlopt sweep status {short_path(folder)}")
+    count, job_id = submission.resume(folder)
+    how = "none was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
+    print(f"resumed: {format_count('elements', count)}, {how}\nnext:\n  dlopt sweep status {short_path(folder)}")
     return DONE
 
 
-def _work(folder: Path, *, n_jobs: Annotated[Count, "N: jobs at once (default: 1)"] = 1, trust: _Trust = None) -> int:
-    """Becomes a worker of a submitted sweep. Raises `UserError`."""
+def _work(
+    folder: Path,
+    *,
+    part: Annotated[str | None, "I/N: run part I of N, from 1 (default: that of a scheduler's index, or all)"] = None,
+    n_jobs: Annotated[Count, "N: jobs at once (default: 1)"] = 1,
+    trust: _Trust = None,
+) -> int:
+    """Becomes a process that runs jobs of a submitted sweep. Raises `UserError`."""
     from dlopt.sweeps import submission
+    from dlopt.sweeps.array import parse_part
 
-    submission.become_worker(folder, trust, n_jobs)
+    submission.become_worker(folder, trust, n_jobs, None if part is None else parse_part(part))
     return DONE

@@ -1,6 +1,6 @@
-"""The process of a worker: `python -m dlopt.commands.sweep_worker FOLDER SHA256 OPTIONS`, which Slurm starts.
+"""The process of an element or a worker: `python -m dlopt.commands.sweep_worker FOLDER SHA256 OPTIONS`.
 
-`dlopt sweep work FOLDER` becomes one, too. OPTIONS is a JSON object (`dlopt.sweeps.worker.Options`).
+Slurm starts it, and `dlopt sweep work FOLDER` becomes one. OPTIONS is a JSON object (`dlopt.sweeps.worker.Options`).
 """
 
 import json
@@ -25,14 +25,14 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Runs the worker given by `sys.argv`; returns its exit code."""
+    """Runs the process given by `sys.argv`; returns its exit code."""
     end_on_signals()
     redact_output()  # Slurm stores it beside the sweep
     sweep, digest, options = Path(sys.argv[1]), sys.argv[2], Options(**json.loads(sys.argv[3]))
     try:
         submitted = submission.read(sweep)
         if submitted.digest != digest:
-            print(f"{sweep}: submitted again since this worker was; nothing to do")
+            print(f"{sweep}: submitted again since; nothing to do")
             return DONE
         submitted.check(sweep)
         code = work(sweep, submitted, options, run_command)
@@ -46,7 +46,7 @@ def main() -> int:
         code = INTERRUPTED
     if code == INTERRUPTED and submission.stop_reason(sweep) is None:
         flush_streams()
-        slurm.requeue_worker()
+        slurm.requeue_element()
     return code
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -59,13 +58,6 @@ def extensions() -> Mapping[str, Path]:
             )
         installed[package] = folders[0]
     return installed
-
-
-def choices_of_groups(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:
-    """Returns the choice of each group; where `choices` has none, the last part of the group's `_target_`."""
-    groups = {key: value if isinstance(value, Mapping) else {} for key, value in config.items()}
-    targets = {key: str(group.get("_target_") or "").rpartition(".")[2] for key, group in groups.items()}
-    return {key: str(choice) for key, target in targets.items() if (choice := choices.get(key) or target)}
 
 
 def config_folders() -> list[Path]:

@@ -153,9 +153,17 @@ def _with_texts(line: str) -> str:
     key, equals, value = line.partition("=")
     if key_of(line) not in TEXTS or not value:
         return line
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    inner = _inside(value) or value
     items = [f"'{item.strip()}'" if re.fullmatch(_NUMBER, item.strip(), re.I) else item for item in _items(inner)]
     return f"{key}{equals}{value.replace(inner, ','.join(items), 1)}"
+
+
+def _inside(value: str) -> str | None:
+    """Returns the values in `[a,b]` or `choice(a,b)` as typed; None for another value."""
+    for start, end in (("[", "]"), ("choice(", ")")):
+        if value.startswith(start) and value.endswith(end):
+            return value[len(start) : -1]
+    return None
 
 
 def _check_range(line: str, sweep: "RangeSweep") -> None:
@@ -230,7 +238,7 @@ class Axis:
 
     @property
     def is_swept(self) -> bool:
-        return any(override.is_sweep_override() for override in self.overrides)
+        return self.is_zip or any(override.is_sweep_override() for override in self.overrides)
 
     @property
     def is_continuous(self) -> bool:
@@ -316,13 +324,15 @@ def _zipped(word: str, choices: Any) -> Axis:
         key, equals, text = (part.strip() for part in item.partition("="))
         if not key or not equals:
             raise UserError(f"{word}: {item.strip()!r} is not KEY=VALUES; write several values as [a,b]")
-        text = f"choice({text[1:-1]})" if text.startswith("[") and text.endswith("]") else text
         if _is_zip(f"{key}={text}"):
             raise UserError(f"{word}: zip(...) cannot contain another one")
-        if not text.removeprefix("choice").strip("() "):
+        inner = _inside(text)
+        if inner is not None and not inner.strip():
             raise UserError(f"{word}: {key} has no values")
-        [override] = parse_overrides([f"{key}={text}"], choices)
-        if not override.is_sweep_override() or not override.is_discrete_sweep():
+        # As the list of a plain axis: choice() of Hydra takes no null, and loses the quotes of texts.
+        [override] = parse_overrides([f"{key}={text if inner is None else _with_ascii(inner)}"], choices)
+        is_list = override.is_sweep_override() and override.is_discrete_sweep()
+        if not is_list and (inner is None or len(_items(inner)) > 1):
             raise UserError(f"{word}: {key} needs listed values: [a,b], choice(a,b) or range(a,b)")
         if getattr(override.value(), "shuffle", False):
             raise UserError(f"{word}: shuffle() of {key} alone would separate values that belong together")
@@ -330,7 +340,7 @@ def _zipped(word: str, choices: Any) -> Axis:
     axis = Axis(name, tuple(overrides))
     if len(overrides) < 2 or len(set(axis.keys)) < len(overrides):
         raise UserError(f"{word}: needs at least two different keys")
-    lengths = [len(list(override.sweep_string_iterator())) for override in overrides]
+    lengths = [len(list(each.sweep_string_iterator())) if each.is_sweep_override() else 1 for each in overrides]
     if len(set(lengths)) > 1:
         counts = ", ".join(f"{key} has {length}" for key, length in zip(axis.keys, lengths, strict=True))
         raise UserError(f"{word}: all keys need the same number of values; {counts}")
@@ -383,7 +393,13 @@ def quoted(line: str) -> str:
         return f"{key}={quoted_plain(text)}"
     if not equals or text.isascii() or not text.isprintable() or re.search(r"""['"\[\]{}()$\\]""", text):
         return line
-    return f"{key}={','.join(value if value.isascii() else repr(value) for value in text.split(','))}"
+    return f"{key}={_with_ascii(text)}"
+
+
+def _with_ascii(text: str) -> str:
+    """Quotes the values of a list that have letters which Hydra's grammar rejects, unless they are quoted."""
+    values = (value.strip() for value in _items(text))
+    return ",".join(value if value.isascii() or value[:1] in "'\"[{" else repr(value) for value in values)
 
 
 def explain_grammar(line: str, following: str) -> str:

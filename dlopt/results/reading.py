@@ -19,8 +19,7 @@ from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
-from dlopt.basics.plain_values import flatten, load_json, load_yaml, parse_numbers, regular_lines
-from dlopt.config.choices import choices_of_groups
+from dlopt.basics.plain_values import choices_of_groups, flatten, load_json, load_yaml, parse_numbers, regular_lines
 from dlopt.config.keys import LABELS
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of

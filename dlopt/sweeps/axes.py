@@ -21,6 +21,7 @@ from dlopt.config.compose import Composer
 from dlopt.config.overrides import (
     SPACE,
     SWEEP_WORDS,
+    TEXTS,
     TRIALS,
     Axis,
     is_equal,
@@ -28,6 +29,7 @@ from dlopt.config.overrides import (
     keys_of,
     parse_axes,
     parts_of,
+    quoted,
     refuse_several,
     replaced,
     value_of,
@@ -154,10 +156,12 @@ def _sections(
         if not isinstance(when, str) or "=" not in when or not isinstance(block, dict) or not block:
             raise UserError(f"{space}: {when}: must be a condition with keys and values: {example}")
         refuse_several(composer.parse([when]), "a condition has one value")
-        for key in block:
+        for key, value in block.items():
             if key_of(str(key)).startswith("hydra") or key in SWEEP_WORDS:
                 raise UserError(f"{space}: {when}: {key}: only keys of the jobs")
-    return {when: [f"{key}={show(value)}" for key, value in block.items()] for when, block in content.items()}
+            if key in TEXTS and isinstance(value, int | float):  # YAML has read 2024_11_26 as 20241126
+                raise UserError(f"{space}: {when}: {key}: {value}: is a number in YAML; write a text in quotes")
+    return {when: [quoted(f"{key}={show(value)}") for key, value in block.items()] for when, block in content.items()}
 
 
 def _of_section(composer: Composer, space: str, when: str, words: Sequence[str], taken: set[str]) -> list[Axis]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import DONE, INTERRUPTED, UserError
-from dlopt.basics.files import write_json
-from dlopt.basics.folders import RunFolder, inside
+from dlopt.basics.files import write_json, write_yaml
+from dlopt.basics.folders import SPACE, RunFolder, inside
 from dlopt.config.overrides import storable
 from dlopt.config.resuming import refuse_other_config
 from dlopt.run.record import describe, record_failure
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dlopt.config.plan import Plan
 
 OUTPUT = "output.log"  # stdout and stderr of a job
+ELSEWHERE = "running elsewhere"  # the reason of a job that was not started, because a process is running it
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     jobs = [storable(job) for job in jobs]
     common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join(line for line in job if line not in common) or "as configured" for job in jobs]
+
+
+def list_jobs(sweep: Path, jobs: Sequence[Job]) -> None:
+    """Writes the overrides of the jobs into the folder of a sweep."""
+    write_yaml(sweep / SPACE, [storable(job.plan.texts) for job in jobs])
 
 
 def prepare(job: Job) -> JobResult | None:

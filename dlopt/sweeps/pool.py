@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from annotated_types import Ge
 
-from dlopt.basics.errors import FAILED, INTERRUPTED, UserError
+from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, UserError
 from dlopt.basics.files import NewLines, open_to_append
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, block_signals, ignore_hangup, signals_deferred
 from dlopt.basics.ranges import Count
 from dlopt.basics.scratch import own_multiprocessing_folder
-from dlopt.sweeps.jobs import OUTPUT, Job, JobResult, failed, prepare, record_pruned, result_of
+from dlopt.sweeps.jobs import ELSEWHERE, OUTPUT, Job, JobResult, failed, prepare, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Pool:
 
 
 of_worker: ContextVar[Pool | None] = ContextVar("of_worker", default=None)
-"""In a worker of a submitted sweep: what runs its jobs, whichever launcher its command names."""
+"""In a worker of a submitted search, benchmark or ladder: runs its jobs, whichever launcher its command names."""
 
 
 class JobSource:
@@ -103,7 +103,7 @@ def run(source: JobSource, pool: Pool, overview: "Overview") -> str | None:
     On a signal, stops the running ones with checkpoints, then raises KeyboardInterrupt.
     """
     workers = _Workers(source, pool, overview)
-    with Interruption() as interruption:
+    with Interruption() as interruption, _suspended_together(workers):
         try:
             while (reason := interruption.reason or workers.stop_reason()) is None and workers.update():
                 workers.wait()
@@ -118,6 +118,29 @@ def run(source: JobSource, pool: Pool, overview: "Overview") -> str | None:
         finally:
             overview.close()
     return reason
+
+
+@contextlib.contextmanager
+def _suspended_together(workers: "_Workers") -> Iterator[None]:
+    """Context in which Ctrl-Z also suspends the jobs: their process groups are not that of the terminal."""
+
+    def suspend(*_: object) -> None:
+        jobs = [worker.process for worker in workers.active.values() if isinstance(worker.process, Forked)]
+        for job in jobs:
+            job.send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until the shell continues this process
+        for job in jobs:
+            job.send(signal.SIGCONT)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTSTP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTSTP, suspend)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
 
 def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
@@ -241,7 +264,9 @@ class _Workers:
             return
         if worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
             code = INTERRUPTED  # the signal came before the job's handler was installed
-        result = result_of(job.folder, code)
+        is_refused = code == USER_ERROR and (job.folder.is_live() or job.folder.is_finished())
+        # Another process has locked the folder first; its files must not change.
+        result = JobResult("interrupted", {}, ELSEWHERE) if is_refused else result_of(job.folder, code)
         if worker.pruned_at is not None and result.status == "interrupted":
             result = record_pruned(job.folder, worker.pruned_at)
         self._ended(job, result)
@@ -378,21 +403,30 @@ class Forked:
         if self._handle is not None and not connection.wait([self._handle], 0):
             return None
         code = self._process.exitcode
+        if code is not None:
+            _end_group(self._process.pid or 0)
         return "returned" if code == _UNKNOWN and _has_died(self._server) else code
 
     def stop(self) -> None:
-        self._send(signal.SIGTERM)
-        self._send(signal.SIGCONT)  # a job that is stopped (SIGSTOP) would not end
+        self.send(signal.SIGTERM)
+        self.send(signal.SIGCONT)  # a job that is stopped (SIGSTOP) would not end
 
     def kill(self) -> None:
-        self._send(signal.SIGKILL)
+        self.send(signal.SIGKILL)
 
-    def _send(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             if self._handle is not None:
                 signal.pidfd_send_signal(self._handle, number)
             elif self._process.exitcode is None:
                 os.kill(self._process.pid or 0, number)
+
+
+def _end_group(job: int) -> None:
+    """Kills the processes that a job has left: they would use the machine, and write into its folder."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if job > 1:
+            os.killpg(job, signal.SIGKILL)
 
 
 _UNKNOWN = 255  # multiprocessing's exit code of a process whose server has died
@@ -459,6 +493,7 @@ def _safe_path() -> Iterator[None]:
 
 def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] | None) -> None:
     """Runs in the forked process, whose working directory, environment and streams are the server's at first."""
+    os.setpgid(0, 0)  # the job and its children are one group, which ends with the job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep forwards it as SIGTERM
     ignore_hangup()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked in the server, see `warm_up`
@@ -486,6 +521,8 @@ def _run(folder: str, cwd: str, environment: Mapping[str, str], cores: set[int] 
     code = job.main()
     sys.stdout.flush()
     sys.stderr.flush()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)  # its children, also if the sweep has died
     sys.exit(code)
 
 
@@ -499,4 +536,4 @@ def _stop_with_sweep() -> None:
     sweep.join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)  # the thread ends with the process
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)

@@ -42,9 +42,10 @@ from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number, jo
 from dlopt.results.printing import show_front, show_leaderboard
 from dlopt.results.reading import find, number_in
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps.array import WORKERS
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
+from dlopt.sweeps.live import live_workers
 from dlopt.sweeps.pool import JobSource
-from dlopt.sweeps.queue import WORKERS, live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.space import Space, Value, parse_space

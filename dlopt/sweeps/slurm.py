@@ -1,8 +1,7 @@
-"""`hydra/launcher=slurm`: a job array of workers, each an allocation that runs the jobs of a submitted sweep."""
+"""`hydra/launcher=slurm`: submits the elements of a sweep as a job array, and requeues them."""
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -20,10 +19,9 @@ from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.parallel.processes.launch import RECORD, python_module
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Process
+from dlopt.sweeps.slurm_queue import is_job_id, run_tool
 
-_SIGNAL_SECONDS = 120  # before its time limit, a worker gets a signal to write the checkpoint of its job
-_COMMAND_SECONDS = 60.0  # maximum for a Slurm command
-_ID_WIDTH = 24  # of a column of squeue
+_SIGNAL_SECONDS = 120  # before its time limit, an element gets a signal to write the checkpoint of its job
 _REQUEUED_SECONDS = 60.0  # until Slurm kills a process that has requeued its job
 
 
@@ -32,6 +30,7 @@ class Slurm:
     """Settings of hydra/launcher=slurm, which conf/hydra/launcher/slurm.yaml explains."""
 
     n_jobs: Natural
+    chunk: Count | None
     partition: str | None
     nodes: Count
     tasks_per_node: Count
@@ -60,16 +59,17 @@ class Slurm:
                 "hydra/launcher=slurm: sbatch was not found; start the sweep on a login node of the cluster"
             )
 
-    def submit(self, count: int, command: Sequence[str], log: Path, cwd: Path, secrets: Mapping[str, str]) -> str:
-        """Submits an array of `count` workers that run `command`; returns its Slurm job id. Raises `UserError`.
+    def submit(self, array: str, command: Sequence[str], log: Path, cwd: Path, secrets: Mapping[str, str]) -> str:
+        """Submits an array of elements that run `command`; returns its Slurm job id. Raises `UserError`.
 
         Args:
-            log: folder of the workers' output.
-            secrets: variables of the workers that no file may hold: sbatch passes them on.
+            array: the option of sbatch: 0-39%8.
+            log: folder of the elements' output.
+            secrets: variables of the elements that no file may hold: sbatch passes them on.
         """
         options: dict[str, object] = {
             "job-name": "dlopt",
-            "array": f"0-{count - 1}",
+            "array": array,
             "output": f"{str(log).replace('%', '%%')}/%A_%a.log",
             "open-mode": "append",
             "chdir": cwd,
@@ -94,7 +94,7 @@ class Slurm:
         from hydra.core.utils import env_override
 
         with env_override(dict(secrets)):
-            done = _run("sbatch", "--parsable", *flags, text=script)
+            done = run_tool("sbatch", "--parsable", *flags, text=script)
         if done is None or done.returncode:
             reason = "does not answer" if done is None else " ".join(done.stderr.split())
             raise UserError(f"hydra/launcher=slurm: sbatch: {reason}")
@@ -104,64 +104,21 @@ class Slurm:
         return job_id
 
 
-def is_job_id(text: str) -> bool:
-    """Returns whether this is the id of a job, not an option of a command."""
-    return re.fullmatch(r"[0-9]{1,20}", text) is not None
-
-
-def _waiting(job_ids: Sequence[str], log: Path) -> list[str]:
-    """Returns the ids of the workers' jobs that wait for an allocation, one for each worker.
-
-    The ids come from a file that others may have written: counts only jobs with output in the folder `log`. Empty if
-    Slurm does not answer.
-    """
-    ids = [each for each in dict.fromkeys(job_ids) if is_job_id(each)]
-    if not ids or shutil.which("squeue") is None:
-        return []
-    form = f"--Format=ArrayJobID:{_ID_WIDTH},StdOut:{os.pathconf('/', 'PC_PATH_MAX')}"
-    done = _run("squeue", "--noheader", "--array", "--states=PENDING", f"--jobs={','.join(ids)}", form)
-    lines = [] if done is None else done.stdout.splitlines()
-    folder = os.path.realpath(log)
-    return [
-        line[:_ID_WIDTH].strip()
-        for line in lines
-        if os.path.realpath(os.path.dirname(line[_ID_WIDTH:].strip().replace("%%", "%"))) == folder
-    ]
-
-
-def waiting(job_ids: Sequence[str], log: Path) -> int:
-    """Returns how many workers of these Slurm jobs wait for an allocation. `log`: see `Slurm.submit`."""
-    return len(_waiting(job_ids, log))
-
-
-def cancel_waiting(job_ids: Sequence[str], log: Path) -> None:
-    """Cancels the workers of these Slurm jobs that have not started. `log`: see `Slurm.submit`."""
-    if (own := dict.fromkeys(_waiting(job_ids, log))) and shutil.which("scancel") is not None:
-        _run("scancel", "--state=PENDING", "--", *filter(is_job_id, own))
-
-
-def requeue_worker() -> None:
-    """Makes Slurm start this worker again later, unless the user has cancelled it."""
+def requeue_element() -> None:
+    """Makes Slurm start this element again later, unless the user has cancelled it."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
     if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    # If the controller does not respond, the worker counts as not cancelled.
-    state = _run("squeue", "--noheader", f"--jobs={job}", "--format=%T/%r")
+    # If the controller does not respond, the element counts as not cancelled.
+    state = run_tool("squeue", "--noheader", f"--jobs={job}", "--format=%T/%r")
     if state is not None and state.stdout.strip().startswith(("CANCELLED/", "COMPLETING/None")):
         return
-    done = _run("scontrol", "requeue", job)
+    done = run_tool("scontrol", "requeue", job)
     if done is not None and done.returncode == 0:
         end_with(INTERRUPTED)
         time.sleep(_REQUEUED_SECONDS)  # the requeue kills this process
-
-
-def _run(*command: str, text: str | None = None) -> "subprocess.CompletedProcess[str] | None":
-    """Runs a command of Slurm; None if it cannot be started or does not answer."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=_COMMAND_SECONDS)
-    return None
 
 
 # -- jobs with several processes
@@ -170,8 +127,8 @@ def _run(*command: str, text: str | None = None) -> "subprocess.CompletedProcess
 class Allocation:
     """Starts jobs whose ranks fill all nodes of this allocation, by srun.
 
-    Slurm signals the ranks itself, at the time limit and on preemption, but not their worker, which the batch script
-    runs. `reason` then makes the worker stop, too.
+    Slurm signals the ranks itself, at the time limit and on preemption, but not the element's own process, which
+    the batch script runs. `reason` then makes the element stop, too.
     """
 
     def __init__(self, tasks: int) -> None:
@@ -203,7 +160,7 @@ class _Step:
         has_limit = (RunFolder(self._folder).config() or {}).get("max_time") is not None  # the job has its own limit
         if code == INTERRUPTED and not self._is_stopped and not has_limit:
             self._allocation.reason = "Slurm has signalled the job"
-            return None  # until the worker stops and another worker resumes the job
+            return None  # until the element stops, to be requeued
         return code if code is None or code <= 128 else 128 - code  # srun's code for a signal
 
     def stop(self) -> None:

@@ -1,38 +1,44 @@
-"""The progress of a sweep, read from its folder: the jobs and their statuses, the workers, the remaining jobs."""
+"""The progress of a sweep, from its run folders and from Slurm: the jobs and their statuses, what runs them."""
 
+import os
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
-from dlopt.basics.folders import SPACE, RunFolder, short_path
+from dlopt.basics.folders import LOCK, SPACE, RunFolder, short_path
 from dlopt.basics.interruption import print_line
-from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
-from dlopt.results.reading import Damaged, RunReader
-from dlopt.sweeps.queue import QUEUED, RUNNING, WORKERS, Log, live_workers
-from dlopt.sweeps.slurm import waiting
-from dlopt.sweeps.submission import is_submitted, stop_reason
+from dlopt.basics.plain_values import parse_numbers, read_regular
+from dlopt.sweeps.array import JobArray, is_submitted, read_array
+from dlopt.sweeps.live import live_workers
+from dlopt.sweeps.slurm_queue import Elements, ended_early, queued_elements
 from dlopt.sweeps.sweep_file import read_space
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # status prints without them
+    from dlopt.results.leaderboard import Leaderboard
+    from dlopt.results.reading import Damaged, RunReader
     from dlopt.tracking.overview import Overview
 
+QUEUED, RUNNING = "queued", "running"
 _POLL_SECONDS = 2.0
-_LOST_SECONDS = 20.0  # time without workers after which a sweep counts as dead
+_LONGEST_PAUSE = 32.0  # between calls of squeue: each doubles the pause, because all users share the controller
+_SHARE = 0.05  # of the time that `wait` spends with looking
+_LOST_SECONDS = 20.0  # time without elements or workers after which a sweep counts as dead
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """`status`: the status of a run, `queued`, or `running`; `worker`: its worker, if known."""
+    """`status`: the status of a run, `queued`, or `running`; `worker`: what runs it, if known."""
 
     number: int
     folder: Path
     label: str
     status: str
     worker: str = ""
+    reason: str = ""  # of a failure
 
 
 @dataclass(frozen=True)
@@ -40,21 +46,25 @@ class SweepStatus:
     """The state of a sweep.
 
     Attributes:
-        jobs: jobs that have a folder, or wait in the queue.
+        jobs: jobs that have a folder, or that were submitted.
         total: number of jobs, including jobs that are not drawn yet; None if unknown.
-        workers: live workers; `waiting`: workers that wait for an allocation of Slurm.
-        stop_reason: why the workers must stop.
-        damaged_lines: ignored lines of the log.
+        workers: what runs jobs: elements of a grid, or processes.
+        waiting: elements or workers that wait for an allocation of Slurm.
+        slurm: the ids of the Slurm jobs that have not ended.
+        answers: whether Slurm has answered.
+        stop_reason: why the workers of a search must stop.
+        early: elements that Slurm has ended -> how, for jobs that are left.
     """
 
     jobs: Sequence[JobStatus]
     total: int | None
     workers: Sequence[str]
     waiting: int
-    stop_reason: str | None
-    records: Sequence[Record]
-    damaged: Sequence[Damaged]
-    damaged_lines: int = 0
+    slurm: Sequence[str] = ()
+    answers: bool = True
+    stop_reason: str | None = None
+    damaged: Sequence["Damaged"] = ()
+    early: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def counts(self) -> Counter[str]:
@@ -74,56 +84,108 @@ class SweepStatus:
 
     @property
     def is_lost(self) -> bool:
-        """Returns whether jobs are left, but no workers."""
-        return self.code == INTERRUPTED and not self.workers and not self.waiting
-
-    def board(self) -> Leaderboard:
-        summaries = [(record, RunFolder(record.path).summary() or {}) for record in self.records]
-        return leaderboard(
-            [job_record(each.path, each.config, summary, each.overrides, each.origin) for each, summary in summaries]
-        )
+        """Returns whether jobs are left, but nothing runs them or waits to do so."""
+        return self.code == INTERRUPTED and not self.workers and not self.waiting and not self.slurm and self.answers
 
 
 class StatusReader:
-    """Reads the state of a sweep repeatedly; each time only the changes."""
+    """Reads the state of a sweep repeatedly."""
 
     def __init__(self, sweep: Path) -> None:
         """Raises `UserError` for a folder without a sweep."""
-        self._sweep, self._reader, self._log = sweep.absolute(), RunReader(), Log(sweep)
         if not sweep.is_dir():
             raise UserError(f"{sweep}: no such folder")
+        self._sweep, self._array = sweep.absolute(), read_array(sweep)
+        self._runs: RunReader | None = None
+        self.seconds = 0.0  # of CPU that the last look took
         if not (sweep / SPACE).exists() and not is_submitted(sweep):
             raise UserError(f"{short_path(sweep)}: not the folder of a sweep ({SPACE} is missing)")
+        self._elements, self._last_call, self._pause = Elements({}), float("-inf"), _POLL_SECONDS
 
     def read(self) -> SweepStatus:
-        records, damaged = self._reader.read([self._sweep])
-        log, space = self._log.read(), read_space(self._sweep)
+        begin, elements = time.process_time(), self._ask_slurm()
+        status = self._of_records(elements) if self._array is None else self._of_array(self._array, elements)
+        self.seconds = time.process_time() - begin
+        return status
+
+    def _ask_slurm(self) -> Elements:
+        """Returns the elements that Slurm lists; asks again after a pause only, which grows."""
+        now = time.monotonic()
+        if now >= self._last_call + self._pause:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE) if self._last_call > 0 else _POLL_SECONDS
+            self._elements, self._last_call = queued_elements(self._sweep), now
+        return self._elements
+
+    def _of_array(self, array: JobArray, elements: Elements) -> SweepStatus:
+        states = elements.by_index
+        jobs = [
+            self._of_job(number, array, states.get(array.element_of(number), ""), elements)
+            for number in range(len(array.jobs))
+        ]
+        workers = list(elements.running)
+        if RunFolder(self._sweep).is_live():  # a command without Slurm, or a submission that is being written
+            workers.append("the command that started it")
+        workers += dict.fromkeys(job.worker for job in jobs if job.worker and job.worker not in workers)
+        status = SweepStatus(
+            jobs, len(jobs), workers, elements.pending, slurm=[*elements.states], answers=elements.answers
+        )
+        return replace(status, early=ended_early(self._sweep)) if status.is_lost else status
+
+    def _of_job(self, number: int, array: JobArray, state: str, elements: Elements) -> JobStatus:
+        """Reads the status of a job. `state`: of its element, "" if Slurm does not list it."""
+        entry = array.jobs[number]
+        path = f"{self._sweep}/{entry.folder}"  # texts: a path of pathlib takes as long as reading a summary
+        summary = _summary(f"{path}/summary.json")
+        status, worker, reason = str(summary.get("status", QUEUED)), "", ""
+        if status in ("finished", "stopped_early"):
+            status = "pruned" if summary.get("pruned") is True else status
+        elif os.path.exists(f"{path}/{LOCK}") and RunFolder(Path(path)).is_live():
+            status, worker = RUNNING, "another process"
+            if state not in ("", "PENDING"):
+                element = array.element_of(number)
+                worker = next(name for name in reversed(elements.running) if name.endswith(f"_{element}"))
+        elif status == "interrupted" and state == "PENDING":  # requeued
+            status = QUEUED
+        elif status == "failed":
+            reason = str(summary.get("reason") or "")
+        elif status not in (QUEUED, "interrupted"):  # damaged
+            status = "unfinished"
+        return JobStatus(number, Path(path), entry.label, status, worker, reason)
+
+    def _of_records(self, elements: Elements) -> SweepStatus:
+        """Reads a sweep that was not submitted, or whose workers choose jobs at run time."""
+        from dlopt.results.reading import RunReader
+        from dlopt.sweeps.submission import stop_reason
+
+        self._runs = self._runs or RunReader()
+        records, damaged = self._runs.read([self._sweep])
         workers = live_workers(self._sweep)
-        jobs, total = self._of_log(workers, records) if log.jobs else (self._of_records(records), _total(space))
         if RunFolder(self._sweep).is_live():
             workers = [*workers, "the command that started it"]
-        waits = waiting(log.slurm, self._sweep / WORKERS)
-        return SweepStatus(jobs, total, workers, waits, stop_reason(self._sweep), records, damaged, log.damaged)
-
-    def _of_log(self, workers: Sequence[str], records: Sequence[Record]) -> tuple[list[JobStatus], int]:
-        ended = {record.path: record.status for record in records if record.status in ("finished", "stopped_early")}
-        jobs = []
-        for number, job in sorted(self._log.jobs.items()):
-            is_lost = job.status == RUNNING and job.worker not in workers
-            folder = self._sweep / job.folder
-            # A command in another shell may have finished the job since.
-            status = QUEUED if is_lost else job.status
-            if status != RUNNING:
-                status = ended.get(folder, status)
-            jobs.append(JobStatus(number, folder, job.label, status, job.worker if status == RUNNING else ""))
-        return jobs, len(jobs)
-
-    def _of_records(self, records: Sequence[Record]) -> list[JobStatus]:
         jobs = []
         for index, record in enumerate(records):
             number = int(record.path.name) if record.path.name.isdecimal() else index
-            jobs.append(JobStatus(number, record.path, " ".join(record.overrides), record.status))
-        return jobs
+            reason = record.reason or ""
+            jobs.append(JobStatus(number, record.path, " ".join(record.overrides), record.status, reason=reason))
+        return SweepStatus(
+            jobs,
+            _total(read_space(self._sweep)),
+            workers,
+            elements.pending,
+            slurm=[*elements.states],
+            answers=elements.answers,
+            stop_reason=stop_reason(self._sweep),
+            damaged=damaged,
+        )
+
+
+def _summary(path: str) -> Mapping[str, Any]:
+    """Reads the summary of a run; {} if it is missing or damaged."""
+    try:
+        summary = parse_numbers(read_regular(path))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _total(space: object) -> int | None:
@@ -134,25 +196,39 @@ def _total(space: object) -> int | None:
     return total if isinstance(total, int) else None
 
 
-def wait(sweep: Path) -> SweepStatus:
-    """Shows the progress of a sweep of other processes, and then its leaderboard; returns its end.
+def wait(sweep: Path) -> "tuple[SweepStatus, Leaderboard]":
+    """Shows the progress of a sweep of other processes, and then its leaderboard; returns its end, and the leaderboard.
 
-    Waits for the last job, or until no workers are left. Raises `UserError` and, on Ctrl-C, KeyboardInterrupt.
+    Waits for the last job, or until nothing is left that runs one. Raises `UserError`; on Ctrl-C, KeyboardInterrupt.
     """
+    from dlopt.results.printing import show_leaderboard
+
     try:
         status = _follow(sweep)
     except KeyboardInterrupt:
         print_line(f"the sweep continues; to stop it: dlopt sweep stop {short_path(sweep)}")
         raise
-    if status.records:
-        from dlopt.results.printing import show_leaderboard  # with NumPy, which the status does not need
+    board = _board(sweep)
+    if board.rows:
+        show_leaderboard(board)
+    return status, board
 
-        show_leaderboard(status.board())
-    return status
+
+def _board(sweep: Path) -> "Leaderboard":
+    from dlopt.results.leaderboard import job_record, leaderboard
+    from dlopt.results.reading import RunReader
+
+    records, _ = RunReader().read([sweep.absolute()])
+    return leaderboard(
+        [
+            job_record(each.path, each.config, RunFolder(each.path).summary() or {}, each.overrides, each.origin)
+            for each in records
+        ]
+    )
 
 
 def _follow(sweep: Path) -> SweepStatus:
-    """Shows the progress of a sweep until it ends or no workers are left."""
+    """Shows the progress of a sweep until it ends, or nothing is left that runs its jobs."""
     from dlopt.tracking.overview import Overview
 
     reader = StatusReader(sweep)
@@ -172,7 +248,7 @@ def _follow(sweep: Path) -> SweepStatus:
             lost_since = (lost_since or time.monotonic()) if status.is_lost else None
             if lost_since is not None and time.monotonic() - lost_since >= _LOST_SECONDS:
                 return status
-            time.sleep(_POLL_SECONDS)
+            time.sleep(max(_POLL_SECONDS, reader.seconds / _SHARE))
             status = reader.read()
     finally:
         overview.close()

@@ -27,7 +27,8 @@ from dlopt.basics.plain_values import open_regular
 from dlopt.basics.secrets import redact, redacted
 from dlopt.config.resuming import describe, may_change
 from dlopt.metrics.names import Goal
-from dlopt.sweeps.queue import WORKERS, name_worker
+from dlopt.sweeps.array import WORKERS
+from dlopt.sweeps.live import name_worker
 from dlopt.sweeps.samplers import Sampler
 from dlopt.sweeps.space import Space, Value
 

@@ -1,11 +1,15 @@
-"""A sweep that runs independently of its shell: the files for its workers, and how they start.
+"""A sweep that runs independently of its shell: the files for its elements or workers, and how they start.
 
-FOLDER/workers/ holds `submission.json` (this module), `launcher.json` (the settings of hydra/launcher), `log` (the jobs
-of a grid, see `queue`), `.code/` (see `code_copy`), `repository.json` and `code.diff` (the state of the user's
-repository, which the runs record), `stop` (why the workers must stop), and the workers' locks and outputs.
+A grid is an array whose elements run the jobs of their index (`array`). The workers of a search, a benchmark or a
+ladder run the same command, which shares its jobs among processes.
 
-An untrusted folder runs nothing: a worker accepts only a submission of its own user, or one whose SHA-256 the user has
-typed. The hash covers the code, the packages that jobs may import, and their environment.
+FOLDER/workers/ holds `submission.json` (this module), `launcher.json` (the settings of hydra/launcher), `jobs.json`
+(the jobs of a grid), `slurm` (the ids of the arrays), `.code/` (see `code_copy`), `repository.json` and `code.diff`
+(the state of the user's repository, which the runs record), `stop` (why the workers of a search must stop), and the
+outputs.
+
+An untrusted folder runs nothing: an element accepts only a submission of its own user, or one whose SHA-256 the user
+has typed. The hash covers the code, the jobs, the packages that they may import, and their environment.
 """
 
 import contextlib
@@ -13,7 +17,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +29,18 @@ from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.folders import SUBMITTED, inside, short_path
 from dlopt.basics.plain_values import read_regular
 from dlopt.parallel.processes.launch import python_module
+from dlopt.sweeps.array import JOBS, SUBMISSION, WORKERS, JobArray, JobEntry, format_indices, own_numbers, read_array
 from dlopt.sweeps.code_copy import is_unchanged
-from dlopt.sweeps.queue import WORKERS, Log
-from dlopt.sweeps.slurm import Slurm, cancel_waiting
+from dlopt.sweeps.element import RESTARTS
+from dlopt.sweeps.slurm import Slurm
+from dlopt.sweeps.slurm_queue import Elements, cancel, note_array, queued_elements
 
-FILE, LAUNCHER, STOP = "submission.json", "launcher.json", "stop"  # in the folder of the workers
+LAUNCHER, STOP = "launcher.json", "stop"  # in the folder of the workers
 
 
 @dataclass(frozen=True)
 class Submission:
-    """Everything a worker needs.
+    """Everything an element or a worker needs.
 
     Attributes:
         dlopt, torch: versions.
@@ -44,7 +50,9 @@ class Submission:
         packages: packages that the configs of jobs may name in `allow_packages`.
         environment: additional variables of the jobs; `secrets`: variables that no file may hold.
         tasks: processes of a job, which srun starts.
-        command: the dlopt command of every worker; None for workers that take the jobs in the log.
+        command: the dlopt command of every worker; None for a grid.
+        jobs: SHA-256 of the jobs of a grid: their folders, labels, lengths and configs; None for a command.
+        elements: of the array of a grid; 0 for a command.
     """
 
     dlopt: str
@@ -58,6 +66,8 @@ class Submission:
     secrets: tuple[str, ...]
     tasks: int
     command: tuple[str, ...] | None
+    jobs: str | None
+    elements: int
 
     @property
     def digest(self) -> str:
@@ -90,14 +100,14 @@ def read(sweep: Path) -> Submission:
     """Reads the submission in the folder of a sweep. Raises `UserError`."""
     from dlopt.config.schema import check_arguments  # with pydantic, which the status of a sweep does not need
 
-    found = read_json(sweep / WORKERS / FILE)
+    found = read_json(sweep / WORKERS / SUBMISSION)
     names = {each.name for each in fields(Submission)}
     if found is None:
         raise UserError(f"{short_path(sweep)}: no sweep was submitted in this folder (hydra/launcher=slurm)")
     if found.keys() != names:
-        raise UserError(f"{short_path(sweep)}: submitted with another version of dlopt, or damaged ({FILE})")
+        raise UserError(f"{short_path(sweep)}: submitted with another version of dlopt, or damaged ({SUBMISSION})")
     try:
-        return Submission(**check_arguments(FILE, Submission, found))
+        return Submission(**check_arguments(SUBMISSION, Submission, found))
     except UserError as error:
         raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
 
@@ -112,7 +122,7 @@ def _launcher(sweep: Path) -> Slurm:
         raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
 
 
-def _read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
+def read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
     """Reads a submission of this user. Raises `UserError`, also for a sweep of another user."""
     submission, launcher = read(sweep), _launcher(sweep)
     if not {submission.digest, digest_of(asdict(launcher))} <= _trusted():
@@ -120,16 +130,25 @@ def _read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
     return submission, launcher
 
 
-def check_own(sweep: Path) -> None:
-    """Raises `UserError` for a sweep of another user, which this user cannot stop."""
-    _read_own(sweep, "stop")
+def is_working(sweep: Path) -> bool:
+    """Returns whether elements of a submitted grid are queued or running. Raises `UserError`."""
+    array = read_array(sweep)
+    if array is None:
+        return False
+    queued = queued_elements(sweep)
+    refuse_silence(queued)
+    return bool(queued) or any(job.run(sweep).is_live() for job in array.jobs)
 
 
-def is_submitted(sweep: Path) -> bool:
-    return (sweep / WORKERS / FILE).is_file()
+def own_array(sweep: Path, submission: Submission) -> JobArray:
+    """Reads the jobs of a submitted grid. Raises `UserError` if they are not those of the submission."""
+    array = read_array(sweep)
+    if array is None or array.elements != submission.elements:
+        raise UserError(f"{short_path(sweep)}: {WORKERS}/{JOBS} is missing, or not of this submission")
+    return array
 
 
-# -- workers
+# -- elements and workers
 
 
 def start_workers(
@@ -137,21 +156,36 @@ def start_workers(
 ) -> str | None:
     """Submits up to `workers` workers; returns their Slurm job id, None for hydra.launcher.n_jobs=0."""
     count = min(launcher.n_jobs, workers)
-    if count == 0:
+    return _submit(sweep, submission, launcher, format_indices(range(count)), secrets) if count else None
+
+
+def start_elements(
+    sweep: Path, submission: Submission, launcher: Slurm, elements: Collection[int], secrets: Mapping[str, str]
+) -> str | None:
+    """Submits these elements of a grid; returns their Slurm job id, None if there are none, or for n_jobs=0."""
+    if not launcher.n_jobs or not elements:
         return None
+    array = format_indices(elements) + (f"%{launcher.n_jobs}" if launcher.n_jobs < len(elements) else "")
+    return _submit(sweep, submission, launcher, array, secrets)
+
+
+def _submit(sweep: Path, submission: Submission, launcher: Slurm, array: str, secrets: Mapping[str, str]) -> str:
     line = worker_command(sweep, submission, launcher)
-    job_id = launcher.submit(count, line, (sweep / WORKERS).absolute(), Path(submission.cwd), secrets)
-    # After the submission, which returns the id. A crash may leave workers out of the log. They still run, but
-    # `dlopt sweep stop` cannot cancel them while they wait: they read the file STOP when they start.
-    log = Log(sweep)
-    with log.locked():
-        log.append(slurm=job_id)
+    job_id = launcher.submit(array, line, (sweep / WORKERS).absolute(), Path(submission.cwd), secrets)
+    note_array(sweep, job_id)  # a crash before this line leaves elements that only scancel stops
     return job_id
 
 
-def worker_command(sweep: Path, submission: Submission, launcher: Slurm, slots: int = 1) -> list[str]:
-    """Returns the command line of a worker that runs `slots` jobs at once, with its import paths."""
-    options = {"slots": slots, "requeue": launcher.requeue, "stop_on_failure": launcher.stop_on_failure}
+def worker_command(
+    sweep: Path, submission: Submission, launcher: Slurm, slots: int = 1, part: tuple[int, int] | None = None
+) -> list[str]:
+    """Returns the command line of an element or a worker, with its import paths.
+
+    `slots`: jobs at once; `part`: of the jobs of a grid, see `array.own_numbers`.
+    """
+    options = {
+        "slots": slots, "requeue": launcher.requeue, "stop_on_failure": launcher.stop_on_failure, "part": part
+    }  # fmt: skip
     arguments = str(sweep.absolute()), submission.digest, json.dumps(options)
     command = python_module("dlopt.commands.sweep_worker", *arguments)
     shell = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -172,7 +206,7 @@ def recorded_code(sweep: Path) -> Iterator[None]:
 
 
 def stop_reason(sweep: Path) -> str | None:
-    """Returns why the workers of a sweep must stop; None to continue."""
+    """Returns why the workers of a search must stop; None to continue."""
     try:
         return read_regular(sweep / WORKERS / STOP).decode(errors="replace")[:200]
     except OSError:
@@ -181,37 +215,79 @@ def stop_reason(sweep: Path) -> str | None:
         return f"{WORKERS}/{STOP} {error}"
 
 
-def stop(sweep: Path, reason: str) -> None:
-    """Makes the workers of a sweep stop with checkpoints, and cancels workers that have not started."""
+def stop(sweep: Path, submission: Submission, reason: str) -> int:
+    """Stops a sweep: cancels the elements of a grid, which write checkpoints; returns how many.
+
+    The workers of a search may run elsewhere, too, and read the file STOP; those that wait for Slurm are cancelled.
+    """
+    if submission.command is None:
+        queued = queued_elements(sweep)
+        refuse_silence(queued)
+        return cancel(queued)
     # The file first: a worker that starts while the others are cancelled reads it, and takes no job.
     write_atomically(sweep / WORKERS / STOP, reason)
-    cancel_waiting(Log(sweep).read().slurm, sweep / WORKERS)
+    return cancel(queued_elements(sweep), pending_only=True)
 
 
-def resume(sweep: Path) -> str | None:
-    """Queues the failed and interrupted jobs again and submits workers; returns their Slurm job id.
+def resume(sweep: Path) -> tuple[int, str | None]:
+    """Submits an array of the elements with unfinished jobs, or workers; returns how many, and the Slurm job id.
 
-    Raises `UserError`, also for a sweep or settings of sbatch that another user has submitted.
+    Failed jobs run again. Raises `UserError`, also for a sweep or settings of sbatch that another user has submitted.
     """
-    submission, launcher = _read_own(sweep, "resume")
+    submission, launcher = read_own(sweep, "resume")
     submission.check(sweep)
     launcher.require()
-    log, count = Log(sweep), launcher.slots
-    with log.locked():
+    secrets = {name: os.environ[name] for name in submission.secrets}
+    if submission.command is not None:
         (sweep / WORKERS / STOP).unlink(missing_ok=True)
-        free = {*log.free()}
-        for number, job in sorted(log.jobs.items()):
-            if job.status in ("failed", "interrupted") or number in free:  # its starts count from zero
-                log.append(job=number, folder=job.folder, label=job.label)
-        if submission.command is None:
-            count = len([*log.free()])
-    if count == 0:
-        raise UserError(f"{short_path(sweep)}: no job is left to run")
-    return start_workers(sweep, submission, launcher, count, {name: os.environ[name] for name in submission.secrets})
+        return launcher.slots, start_workers(sweep, submission, launcher, launcher.slots, secrets)
+    array = own_array(sweep, submission)
+    queued = queued_elements(sweep)
+    refuse_silence(queued)
+    unfinished = elements_left(sweep, array)
+    elements = [element for element in unfinished if element not in queued.by_index]
+    if not elements:
+        left = "no job is left to run"
+        if unfinished:
+            left = f"all jobs that are left are queued or running (Slurm job {', '.join(queued.states)})"
+        raise UserError(f"{short_path(sweep)}: {left}")
+    with _failures_removed(sweep, [array.jobs[number] for element in elements for number in array.jobs_of(element)]):
+        return len(elements), start_elements(sweep, submission, launcher, elements, secrets)
 
 
-def become_worker(sweep: Path, typed: str | None, slots: int) -> None:
-    """Replaces this process by a worker of the sweep.
+def refuse_silence(elements: Elements) -> None:
+    """Raises `UserError` if Slurm does not answer: its elements may be running."""
+    if not elements.answers:
+        raise UserError("hydra/launcher=slurm: squeue does not answer, so elements of this sweep may be running")
+
+
+def elements_left(sweep: Path, array: JobArray) -> list[int]:
+    """Returns the elements with jobs that have not finished."""
+    left = (number for number, job in enumerate(array.jobs) if not job.run(sweep).is_finished())
+    return [*dict.fromkeys(map(array.element_of, left))]
+
+
+@contextlib.contextmanager
+def _failures_removed(sweep: Path, jobs: Iterable[JobEntry]) -> Iterator[None]:
+    """Lets elements start failed jobs again, and counts restarts from 0; a `UserError` in the block undoes it."""
+    removed: dict[Path, bytes] = {}
+    for job in jobs:
+        run = job.run(sweep)
+        (run.path / RESTARTS).unlink(missing_ok=True)
+        if (run.summary() or {}).get("status") == "failed" and not run.is_live():
+            path = run.path / "summary.json"
+            removed[path] = read_regular(path)
+            path.unlink()
+    try:
+        yield
+    except UserError:
+        for path, data in removed.items():
+            write_atomically(path, data)
+        raise
+
+
+def become_worker(sweep: Path, typed: str | None, slots: int, part: tuple[int, int] | None) -> None:
+    """Replaces this process by one that runs jobs of the sweep.
 
     Raises `UserError`, also for a sweep that another user has submitted, unless its SHA-256 was `typed`.
     """
@@ -223,9 +299,13 @@ def become_worker(sweep: Path, typed: str | None, slots: int) -> None:
             f"trust={digest[:16]}"
         )
     submission.check(sweep)
+    if submission.command is not None and part is not None:
+        raise UserError(f"{short_path(sweep)}: part= is for grids; the workers of a search share its jobs")
+    if submission.command is None:
+        own_numbers(own_array(sweep, submission), part, os.environ)  # refuses an index out of range
     if submission.tasks > 1 and "SLURM_JOB_ID" not in os.environ:
         raise UserError(f"{short_path(sweep)}: its jobs have {submission.tasks} processes, which srun starts")
-    command = worker_command(sweep, submission, _launcher(sweep), slots)
+    command = worker_command(sweep, submission, _launcher(sweep), slots, part)
     sys.stdout.flush()
     os.execv(command[0], command)
 

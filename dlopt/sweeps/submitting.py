@@ -1,12 +1,13 @@
-"""Submits a sweep: writes the files of its workers into its folder, and makes Slurm start the workers."""
+"""Submits a sweep: writes the files of its elements or workers into its folder, and makes Slurm start them."""
 
 import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -16,26 +17,33 @@ from dlopt.basics.files import write_atomically, write_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.locks import locked
-from dlopt.basics.secrets import has_hidden, is_secret_name, redact
+from dlopt.basics.plain_values import flatten
+from dlopt.basics.roles import Role
+from dlopt.basics.secrets import has_hidden, is_secret_name, redact, redacted
 from dlopt.config.compose import Composer
+from dlopt.config.keys import role_of
 from dlopt.config.overrides import SPACE, WAIT, key_of, quoted_plain, storable, value_of, without
 from dlopt.config.plan import Plan
 from dlopt.config.resolve import job_variables
 from dlopt.run import environment as environments
+from dlopt.sweeps.array import SUBMISSION, WORKERS, JobArray, JobEntry, count_elements, is_submitted, read_array
 from dlopt.sweeps.code_copy import CopiedCode, copy_code
-from dlopt.sweeps.jobs import Job, prepare
-from dlopt.sweeps.queue import RUNNING, WORKERS, Log, live_workers
+from dlopt.sweeps.element import RESTARTS
+from dlopt.sweeps.jobs import Job, list_jobs, prepare
+from dlopt.sweeps.live import live_workers
 from dlopt.sweeps.request import SweepRequest
-from dlopt.sweeps.slurm import Slurm, cancel_waiting
+from dlopt.sweeps.slurm import Slurm
+from dlopt.sweeps.slurm_queue import Elements, cancel, max_array_size, queued_elements
 from dlopt.sweeps.submission import (
-    FILE,
     LAUNCHER,
     STOP,
     Submission,
     digest_of,
-    is_submitted,
+    elements_left,
     read,
     recorded_code,
+    refuse_silence,
+    start_elements,
     start_workers,
     trust,
 )
@@ -44,16 +52,79 @@ _CODE, _LOCK = ".code", "submit.lock"  # in the folder of the workers; hidden, b
 _NOT_COPIED = "not_copied"  # there, too: the files beside the code that were not copied
 
 
-def submit_grid(request: SweepRequest, launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
-    """Submits the jobs of a grid that are not done. Raises `UserError`."""
+def submit_grid(launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
+    """Submits the jobs of a grid that are not done, or joins a submission of the same jobs. Raises `UserError`."""
     plans = [job.plan for job in jobs]
-    left = sum(not job.is_done for job in jobs)
     packages = sorted({name for plan in plans for name in plan.saved.get("allow_packages") or ()})
-    again = request.config.resume == "auto"
-    job_id = submit(
-        folder, launcher, jobs, packages=packages, environment=plans[0].environment, workers=left, again=again
+    public, secrets = _split(plans[0].environment)
+    entries = [JobEntry(str(job.folder.path.relative_to(folder)), redact(job.label), _length(job.plan)) for job in jobs]
+    (folder / WORKERS).mkdir(exist_ok=True)
+    with locked(folder / WORKERS / _LOCK):  # of two submissions at the same time, the second finds the first
+        queued = queued_elements(folder)
+        refuse_silence(queued)
+        code = _copy(folder, packages, {})
+        limit = max_array_size() if launcher.n_jobs else None
+        count = count_elements(len(jobs), launcher.chunk, launcher.n_jobs, limit)
+        submission = Submission(
+            **_facts(folder, code, packages, public, sorted(secrets), launcher.tasks),
+            command=None,
+            jobs=_digest_of_jobs(entries, plans),
+            elements=count,
+        )
+        is_live = bool(queued) or any(job.folder.is_live() for job in jobs)
+        if is_live and is_submitted(folder):
+            _refuse_difference(folder, submission, entries)
+        if queued:
+            print_joined(folder, queued)
+            return
+        list_jobs(folder, jobs)
+        array = JobArray(entries, count)
+        array.write(folder)
+        _write(folder, submission, launcher)
+        with recorded_code(folder):
+            for job in jobs:
+                if not job.folder.is_live():  # of a killed sweep: it is writing its last checkpoint
+                    (job.folder.path / RESTARTS).unlink(missing_ok=True)
+                    prepare(job)
+        elements = elements_left(folder, array)
+        job_id = start_elements(folder, submission, launcher, elements, secrets)
+    print_submitted(folder, job_id, f"{format_count('elements', len(elements))} of a job array", len(jobs))
+
+
+def _length(plan: Plan) -> str:
+    """Returns the override that gives the length of a job."""
+    key = "epochs" if plan.saved["steps"] is None else "steps"
+    return f"{key}={plan.saved[key]}"
+
+
+def _digest_of_jobs(entries: Sequence[JobEntry], plans: Sequence[Plan]) -> str:
+    """Returns the SHA-256 of what the jobs of a grid are, whoever starts them, and how often."""
+    configs = [
+        {key: value for key, value in flatten(redacted(plan.saved)).items() if role_of(key) is not Role.COMMAND}
+        for plan in plans
+    ]
+    return digest_of({"jobs": [astuple(entry) for entry in entries], "configs": configs})
+
+
+def _refuse_difference(folder: Path, submission: Submission, entries: Sequence[JobEntry]) -> None:
+    """Raises `UserError` if the elements that are queued or running are of another submission."""
+    former, array = read(folder), read_array(folder)
+    if replace(former, elements=submission.elements) == submission:
+        return
+    what = "other settings"
+    if former.sha256 != submission.sha256:
+        what = "other code"
+    elif array is not None and (lengths := _lengths(array.jobs)) != _lengths(entries):
+        what = f"another length ({lengths})"
+    path = short_path(folder)
+    raise UserError(
+        f"{path}: elements of this sweep are queued or running with {what}; stop them with `dlopt sweep stop "
+        f"{path}`, wait for them, or use another folder"
     )
-    print_submitted(folder, job_id, min(launcher.n_jobs, left), len(jobs))
+
+
+def _lengths(entries: Sequence[JobEntry]) -> str:
+    return ", ".join(dict.fromkeys(entry.length for entry in entries))
 
 
 def refuse_different_environments(plans: Sequence[Plan]) -> None:
@@ -85,14 +156,13 @@ def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Pl
     job_id = submit(
         folder,
         launcher,
-        None,
         command=command,
         files=files,
         packages=packages,
         environment=plan.environment,
         workers=left,
     )
-    print_submitted(folder, job_id, min(launcher.n_jobs, left), total)
+    print_submitted(folder, job_id, format_count("workers", min(launcher.n_jobs, left)), total)
 
 
 def submit_command(
@@ -109,14 +179,13 @@ def submit_command(
     job_id = submit(
         folder,
         launcher,
-        None,
         command=command,
         files=files,
         packages=packages,
         environment=job_variables(config),
         workers=jobs,
     )
-    print_submitted(folder, job_id, min(launcher.n_jobs, jobs), jobs)
+    print_submitted(folder, job_id, format_count("workers", min(launcher.n_jobs, jobs)), jobs)
 
 
 def _config_files(composer: Composer) -> tuple[dict[str, Path], list[str]]:
@@ -127,48 +196,57 @@ def _config_files(composer: Composer) -> tuple[dict[str, Path], list[str]]:
     return {"config": Path(composer.config_dir).absolute()}, ["--config-dir={config}", *flags]
 
 
-def print_submitted(folder: Path, job_id: str | None, workers: int, jobs: int) -> None:
+def print_submitted(folder: Path, job_id: str | None, how: str, jobs: int) -> None:
     """Prints the commands for a submitted sweep."""
-    how = "no workers" if job_id is None else f"{format_count('workers', workers)}, Slurm job {job_id}"
-    print(f"submitted {format_count('jobs', jobs)}: {how}", "next:", sep="\n")
+    started = "no job array (hydra.launcher.n_jobs=0)" if job_id is None else f"{how}, Slurm job {job_id}"
+    print(f"submitted {format_count('jobs', jobs)}: {started}", "next:", sep="\n")
     for part in ("work",) if job_id is None else ("status", "wait", "stop"):
+        print(f"  dlopt sweep {part} {shlex.quote(short_path(folder))}")
+
+
+def print_joined(folder: Path, queued: Elements) -> None:
+    """Prints that the jobs of a sweep are submitted already."""
+    states = [f"{len(queued.running)} running"] if queued.running else []
+    states += [f"{queued.pending} pending"] if queued.pending else []
+    print(f"already submitted: Slurm job {', '.join(queued.states)}, elements: {', '.join(states)}", "next:", sep="\n")
+    for part in ("status", "wait", "stop"):
         print(f"  dlopt sweep {part} {shlex.quote(short_path(folder))}")
 
 
 def submit(
     sweep: Path,
     launcher: Slurm,
-    jobs: Sequence[Job] | None,
     *,
-    command: Sequence[str] | None = None,
-    files: Mapping[str, Path] | None = None,
-    packages: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
+    command: Sequence[str],
+    files: Mapping[str, Path],
+    packages: Sequence[str],
+    environment: Mapping[str, str],
     workers: int,
-    again: bool = False,
 ) -> str | None:
-    """Writes the files of the workers into the folder of a sweep, and submits workers; returns their Slurm job id.
+    """Writes the files of the workers of a command, and submits workers; returns their Slurm job id.
 
     Args:
-        jobs: the jobs of a grid, described in their folders; None if every worker runs `command` of dlopt.
+        command: of dlopt, which every worker runs.
         files: files that `command` reads, by name: `{name}` in a word becomes the path of the copy.
         packages: of `allow_packages`.
         environment: additional variables of the jobs.
         workers: the number of workers with something to do.
-        again: queue all jobs that are neither done nor running, as they are now.
 
     Raises:
         UserError: workers of this sweep are running other code, the code is too large, or sbatch refuses.
     """
-    public, secrets = _split(environment or {})
+    public, secrets = _split(environment)
     folder = sweep / WORKERS
     folder.mkdir(exist_ok=True)
     with locked(folder / _LOCK):  # of two submissions at the same time, the second finds the first
-        code = copy_code(packages, files or {}, folder / _CODE, [sweep.absolute(), Path("outputs").absolute()])
-        _report_left_out(code, folder / _NOT_COPIED)
-        refuse_hidden_words(command or [])
-        words = None if command is None else [_with_files(word, code, files or {}) for word in command]
-        submission = _submission(sweep, code, packages, public, sorted(secrets), launcher.tasks, words)
+        code = _copy(sweep, packages, files)
+        refuse_hidden_words(command)
+        submission = Submission(
+            **_facts(sweep, code, packages, public, sorted(secrets), launcher.tasks),
+            command=tuple(_with_files(word, code, files) for word in command),
+            jobs=None,
+            elements=0,
+        )
         former = read(sweep) if is_submitted(sweep) else None
         is_same = former is not None and former.digest == submission.digest
         if not is_same and live_workers(sweep):
@@ -177,17 +255,19 @@ def submit(
                 f"{short_path(sweep)}: workers of this sweep are running with other {what}; wait for them, stop them "
                 f"with `dlopt sweep stop {short_path(sweep)}`, or use another folder"
             )
-        log = Log(sweep).read()
         if not is_same:
-            cancel_waiting(log.slurm, sweep / WORKERS)  # they would find another sweep
-            write_atomically(folder / "log", b"")
-            log = Log(sweep)
+            cancel(queued_elements(sweep), pending_only=True)  # they would find another sweep
         _write(sweep, submission, launcher)
-        if jobs is not None:
-            with recorded_code(sweep), log.locked():
-                _queue(log, jobs, again=again)
         (folder / STOP).unlink(missing_ok=True)
     return start_workers(sweep, submission, launcher, workers, secrets)
+
+
+def _copy(sweep: Path, packages: Sequence[str], files: Mapping[str, Path]) -> CopiedCode:
+    """Copies the code of a sweep into its folder, and reports what was left out. Raises `UserError`."""
+    folder = sweep / WORKERS
+    code = copy_code(packages, files, folder / _CODE, [sweep.absolute(), Path("outputs").absolute()])
+    _report_left_out(code, folder / _NOT_COPIED)
+    return code
 
 
 def _report_left_out(code: CopiedCode, path: Path) -> None:
@@ -204,28 +284,27 @@ def _report_left_out(code: CopiedCode, path: Path) -> None:
             print(printable(f"not copied with the code: {entry} of PYTHONPATH; what you edit there changes the jobs"))
 
 
-def _submission(
+def _facts(
     sweep: Path,
     code: CopiedCode,
     packages: Sequence[str],
     environment: Mapping[str, str],
     secrets: Sequence[str],
     tasks: int,
-    command: Sequence[str] | None,
-) -> Submission:
-    return Submission(
-        dlopt=__version__,
-        torch=version("torch"),
-        cwd=os.getcwd(),
-        code=str(code.folder.relative_to(sweep)),
-        paths=code.paths,
-        sha256=code.sha256,
-        packages=tuple(packages),
-        environment=environment,
-        secrets=tuple(secrets),
-        tasks=tasks,
-        command=None if command is None else tuple(command),
-    )
+) -> dict[str, Any]:
+    """Returns the arguments of `Submission` that grids and commands share."""
+    return {
+        "dlopt": __version__,
+        "torch": version("torch"),
+        "cwd": os.getcwd(),
+        "code": str(code.folder.relative_to(sweep)),
+        "paths": code.paths,
+        "sha256": code.sha256,
+        "packages": tuple(packages),
+        "environment": environment,
+        "secrets": tuple(secrets),
+        "tasks": tasks,
+    }
 
 
 def _split(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -244,22 +323,9 @@ def _write(sweep: Path, submission: Submission, launcher: Slurm) -> None:
     folder = sweep / WORKERS
     settings = asdict(launcher)
     code, diff = environments.repository()
-    write_atomically(folder / FILE, json.dumps(asdict(submission), indent=1).encode())  # paths are not redacted
+    write_atomically(folder / SUBMISSION, json.dumps(asdict(submission), indent=1).encode())  # paths are not redacted
     write_atomically(folder / LAUNCHER, json.dumps(settings, indent=1).encode())
     facts = {"git_commit": environments.versions()["git_commit"], "code": code, "submitted_code": submission.sha256}
     write_json(folder / environments.REPOSITORY, facts)
     write_atomically(folder / environments.DIFF, diff.decode("utf-8", "surrogateescape"))
     trust(submission.digest, digest_of(settings))
-
-
-def _queue(log: Log, jobs: Sequence[Job], *, again: bool) -> None:
-    """Describes the remaining jobs in their folders, and queues them."""
-    free = {*log.free()}
-    for job in jobs:
-        known = log.jobs.get(job.number)
-        if known is not None and (not again or (known.status == RUNNING and job.number not in free)):
-            continue
-        done = None if job.folder.is_live() else prepare(job)  # of a killed sweep: it is writing its last checkpoint
-        log.add([job])
-        if done is not None:
-            log.append(ended=job.number, status=done.status)

@@ -11,7 +11,6 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
-from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
@@ -39,14 +38,15 @@ from dlopt.results.leaderboard import Leaderboard, job_record, leaderboard
 from dlopt.results.reading import origin_of
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps.array import is_submitted
 from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.branches import begin
-from dlopt.sweeps.jobs import Job, labels, record_dead
+from dlopt.sweeps.jobs import Job, labels, list_jobs, record_dead
+from dlopt.sweeps.live import live_workers
 from dlopt.sweeps.matching import distance_of_jobs, distance_of_unfinished, has_jobs, refuse_other_labels, swept_keys
-from dlopt.sweeps.queue import live_workers
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
-from dlopt.sweeps.submission import is_submitted
+from dlopt.sweeps.submission import is_working
 from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_command, submit_grid
 from dlopt.sweeps.sweep_file import read_space
 
@@ -122,8 +122,8 @@ def run(request: SweepRequest) -> SweepEnd:
         if end.is_submitted and request.is_waiting:
             from dlopt.sweeps.status import wait  # imports NumPy, which the help of the laboratory does not need
 
-            status = wait(request.found[0])
-            end = SweepEnd(status.code, status.board())
+            status, board = wait(request.found[0])
+            end = SweepEnd(status.code, board)
         return end
     except ModuleNotFoundError as error:
         if error.name != "optuna":
@@ -204,13 +204,13 @@ def _grid(request: SweepRequest) -> SweepEnd:
         return SweepEnd(DONE, _ranked(jobs))
     # A second sweep in this folder would start the same jobs.
     with RunFolder(folder).lock():
-        is_new = list_jobs(folder, jobs)
-        for job in jobs:
-            record_dead(job.folder)
         begin(jobs)
         if isinstance(request.launcher, Slurm):
-            submit_jobs(request, folder, jobs, before if is_new else None)
+            submit_jobs(request, folder, jobs, before)
             return SweepEnd(DONE, is_submitted=True)
+        list_jobs(folder, jobs)
+        for job in jobs:
+            record_dead(job.folder)
         ended = _run_jobs(request, folder, jobs)
     board = _ranked(jobs)
     show_leaderboard(board)
@@ -229,23 +229,14 @@ def _grid(request: SweepRequest) -> SweepEnd:
     return SweepEnd(INTERRUPTED if "interrupted" in statuses else DONE, board)
 
 
-def list_jobs(sweep: Path, jobs: Sequence[Job]) -> bool:
-    """Writes the overrides of the jobs into the folder of a sweep; returns whether it held no sweep before."""
-    is_new = not (sweep / SPACE).exists()
-    write_yaml(sweep / SPACE, [storable(job.plan.texts) for job in jobs])
-    return is_new
-
-
-def submit_jobs(request: SweepRequest, sweep: Path, jobs: Sequence[Job], before: FolderSnapshot | None) -> None:
-    """Submits the listed jobs. Raises `UserError`, and then leaves no new folder.
-
-    before: the previous content of a new folder; None for a folder that held the sweep.
-    """
+def submit_jobs(request: SweepRequest, sweep: Path, jobs: Sequence[Job], before: FolderSnapshot) -> None:
+    """Submits the jobs. Raises `UserError`, and then leaves no new folder. `before`: its previous content."""
     assert isinstance(request.launcher, Slurm)
+    is_new = not (sweep / SPACE).exists()
     try:
-        submit_grid(request, request.launcher, sweep, jobs)
+        submit_grid(request.launcher, sweep, jobs)
     except UserError:
-        if before is not None:
+        if is_new:
             before.erase(sweep)
         raise
 
@@ -292,22 +283,24 @@ def check_folder(
 ) -> None:
     """Raises `UserError` for a folder that another sweep uses, or whose runs cannot be resumed as these jobs.
 
-    `joins`: accept a folder with live workers of this sweep.
+    `joins`: accept a folder with live elements of this sweep.
     """
     from dlopt.training.checkpoint.checkpoints import Checkpoints  # imports torch
     from dlopt.training.progress import check_lengthened
 
-    working = live_workers(sweep.path)
-    if sweep.is_live() or (working and not joins):
+    working = is_working(sweep.path)
+    if sweep.is_live() or live_workers(sweep.path) or (working and not joins):
         raise UserError(f"{key}: another {what} is active in this folder")
     space = read_space(sweep.path)
     axes = swept_keys(space, jobs)
     if is_submitted(sweep.path) and not has_jobs(space, jobs, axes):
         raise UserError(f"{key}: another sweep was submitted in this folder; use another one")
+    if working:  # the submission compares all of its jobs with these
+        return
     for job in jobs:
         job.folder.refuse_other_format(key)
     for job in [job for job in jobs if job.folder.has_begun()]:
-        if resume != "auto" and not working:
+        if resume != "auto":
             found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
             raise UserError(f"{key}: this folder contains {found} with resume=auto")
         folder, saved = job.folder, job.plan.saved

@@ -20,8 +20,7 @@ from dlopt.basics.formats import (
     format_epoch_number,
     format_value,
 )
-from dlopt.basics.plain_values import flatten
-from dlopt.config.choices import choices_of_groups
+from dlopt.basics.plain_values import choices_of_groups, flatten
 from dlopt.metrics.measures import Measure, Row
 from dlopt.metrics.names import (
     VAL_ACCURACY,

@@ -9,7 +9,6 @@ from dlopt.basics.files import write_json, write_yaml
 from dlopt.basics.folders import FORMAT, SPACE
 from dlopt.basics.locks import hold
 from dlopt.sweeps import status as statuses
-from dlopt.sweeps.queue import WORKERS, Log, alive
 from tests.support.line import dlopt, refused
 
 
@@ -43,35 +42,12 @@ def test_a_sweep_of_another_shell(runs: list[str | None], code: int, line: str, 
     result = dlopt(tmp_path, "sweep", "status", "s")
     assert (result.code, result.out.splitlines()[0]) == (code, line)
     assert ("failed: disk full" in result.out) == ("failed" in runs)
-    how = f"no worker is left; to continue: its command with output={tmp_path / 's'} resume=auto"
+    how = f"nothing runs the jobs that are left; to continue: its command with output={tmp_path / 's'} resume=auto"
     assert (how in result.out) == (code == 75)
     with hold(tmp_path / "s/.lock"):
         document = json.loads(dlopt(tmp_path, "sweep", "status", "s", "--json").out)
     assert document["exit_code"] == code and document["total"] == 2 and sum(document["counts"].values()) == 2
     assert document["workers"] == ["the command that started it"] and len(document["jobs"]) == len(runs)
-
-
-def test_a_submitted_sweep(tmp_path: Path) -> None:
-    """The jobs of a dead worker are queued; that of a living one names it."""
-    sweep = tmp_path / "s"
-    for number in range(3):
-        write_run(sweep / str(number), "finished" if number == 0 else None)
-    log = Log(sweep)
-    with log.locked(), alive(sweep, "host-1-a"):
-        for number, worker in enumerate(("host-1-a", "host-1-a", "dead-1-b")):
-            log.append(job=number, folder=str(number), label=f"seed={number}")
-            log.append(claimed=number, worker=worker)
-        log.append(ended=0, status="finished")
-        (sweep / WORKERS / "submission.json").write_text("{}")
-        result = dlopt(tmp_path, "sweep", "status", "s")
-    write_json(sweep / "2/summary.json", {"status": "finished"})  # by a command in another shell
-    assert dlopt(tmp_path, "sweep", "status", "s").out.startswith("3 jobs: 2 finished, 1 queued\n")
-    assert result.code == 75
-    assert result.out.splitlines()[:3] == [
-        "3 jobs: 1 finished, 1 running, 1 queued",
-        "1 worker",
-        "  job 1: seed=1  (host-1-a)",
-    ]
 
 
 def test_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +62,7 @@ def test_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.code == 0 and "3 jobs: 3 finished" in result.out and "best val accuracy" in result.out
     write_json(sweep / "2/summary.json", {"status": "interrupted"})
     result = dlopt(tmp_path, "sweep", "wait", "s")
-    assert result.code == 75 and "no worker is left" in result.out
+    assert result.code == 75 and "nothing runs the jobs that are left" in result.out
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from dlopt.basics.folders import SPACE, RunFolder, refuse_links
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.sweeps import submission
-from dlopt.sweeps.queue import WORKERS, Log
+from dlopt.sweeps.array import SUBMISSION, WORKERS, JobArray, JobEntry, read_array
+from dlopt.sweeps.slurm_queue import array_ids, note_array
 from dlopt.sweeps.status import StatusReader
 from dlopt.sweeps.sweep_file import read_space
 from dlopt.tracking.metrics import read_metrics
@@ -79,7 +80,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "surrogate": containing('{"a": "\\ud800", "job": 0, "folder": "0", "label": "", "choices": {"a": "\\ud800"}}'),
     "infinite": containing('{"job": Infinity, "folder": "0", "label": "x", "epoch": 1e999, "step": NaN}\n'),
     "digits": containing(f'{{"job": {"9" * 10_000}, "epoch": {"9" * 4_000}, "step": 1}}\n'),
-    "events": containing('{"slurm": "--me"}\n{"job": 0, "folder": "\\u0000", "label": ""}\n{"ended": []}\n'),
+    "jobs": containing('{"elements": 2, "jobs": [["\\u0000", "", ""], ["../..", "", ""]]}'),
     "options": containing("--help\n"),
 }  # fmt: skip
 
@@ -199,13 +200,11 @@ def sweep_folder(path: Path) -> None:
     for number in (0, 1):
         make_run(path / str(number), seed=number)
     write_yaml(path / SPACE, [["seed=0"], ["seed=1"]])
-    log = Log(path)
-    with log.locked():
-        for number in (0, 1):
-            log.append(job=number, folder=str(number), label=f"seed={number}")
-        log.append(slurm="7")
-    (path / WORKERS / submission.FILE).write_text("{}")
-    submission.stop(path, "a job failed")
+    (path / WORKERS).mkdir()
+    JobArray([JobEntry(str(number), f"seed={number}", "epochs=1") for number in (0, 1)], 2).write(path)
+    note_array(path, "7")
+    (path / WORKERS / SUBMISSION).write_text("{}")
+    (path / WORKERS / submission.STOP).write_text("a job failed")
     (path / "0/checkpoints").mkdir()
     write(path / "0/checkpoints/best.pt", lambda file: file.write(b"x"))
 
@@ -217,9 +216,10 @@ def read_all(path: Path) -> None:
         lambda: StatusReader(path).read().counts,
         lambda: submission.read(path),
         lambda: submission.stop_reason(path),
-        lambda: submission.check_own(path),
+        lambda: submission.read_own(path, "stop"),
         lambda: read_space(path),
-        lambda: Log(path).read().counts(),
+        lambda: read_array(path),
+        lambda: array_ids(path),
         lambda: RunFolder(path / "0").has_begun(),
         lambda: read_metrics(path / "0"),
         lambda: load(checkpoint),
@@ -232,7 +232,7 @@ def read_all(path: Path) -> None:
             reader()
 
 
-QUICK = ("fifo", "device", "loop", "deep", "bomb", "nested", "events")
+QUICK = ("fifo", "device", "loop", "deep", "bomb", "nested", "jobs")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in KINDS])

@@ -6,8 +6,9 @@ from typing import Any
 WriteTool = Callable[[str, str], None]
 
 SETTINGS: dict[str, Any] = {
-    "n_jobs": 2, "partition": None, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "cpus_per_task": 1,
-    "mem_gb": None, "time": 30, "requeue": 3, "account": None, "extra": {}, "stop_on_failure": False,
+    "n_jobs": 2, "chunk": None, "partition": None, "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0,
+    "cpus_per_task": 1, "mem_gb": None, "time": 30, "requeue": 3, "account": None, "extra": {},
+    "stop_on_failure": False,
 }  # fmt: skip
 SUBMIT = ["train", "-m", "hydra/launcher=slurm", "hydra.launcher.n_jobs=0", "hydra.sweep.dir=sweep"]
 """Arguments of dlopt that write a sweep into its folder, and start no worker."""

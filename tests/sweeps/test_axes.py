@@ -9,7 +9,7 @@ from hypothesis import given
 
 from dlopt.basics.errors import UserError
 from dlopt.commands.grid import overrides_of
-from dlopt.config.overrides import Axis, grid, parse_axes, replaced
+from dlopt.config.overrides import Axis, grid, parse_axes, parse_overrides, replaced
 from dlopt.sweeps.axes import read_axes
 from dlopt.sweeps.search import probes
 from dlopt.sweeps.space import parse_space
@@ -58,6 +58,34 @@ def test_keys_of_a_zip_take_their_values_together() -> None:
         ["model.widths=[32,32]", "seed=3", "+x=b"],
         ["model.widths=[64]", "seed=4", "+x=c"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "plain", "zipped"),
+    [
+        ("ema", "null,0.9", "[null,0.9]"),
+        ("ema", "null,0.9", "choice(null,0.9)"),
+        ("name", "'größe',klein", "[größe,klein]"),
+        ("name", '"a,b","c"', '["a,b","c"]'),
+        ("note", "'null','true'", "['null','true']"),
+        ("name", "2024_11_26,1e3", "[2024_11_26,1e3]"),
+        ("tags", "[a,b],[c]", "[[a,b],[c]]"),
+        ("model.widths", "[32,32],[64]", "[[32,32],[64]]"),
+        ("optimizer", "sgd,adamw", "[sgd,adamw]"),
+    ],
+)
+def test_a_zip_takes_the_values_of_a_plain_axis(key: str, plain: str, zipped: str) -> None:
+    """Texts stay texts: null, true and dates in quotes, values with commas, letters beyond ASCII."""
+    rows = [row for axis in parse_axes([f"{key}={plain}"]) for row in axis.rows()]
+    together = grid(parse_axes([f"a=zip({key}={zipped},seed=[0,1])"]))
+    assert [job[0] for job in together] == [line for row in rows for line in row]
+    assert [job[1] for job in together] == ["seed=0", "seed=1"]
+
+
+def test_dates_in_a_choice_stay_texts() -> None:
+    lines = [line for job in grid(parse_axes(["name=choice(2024_11_26,1e3)"])) for line in job]
+    values = [override.value() for override in parse_overrides(lines)]
+    assert values == ["2024_11_26", "1e3"]
 
 
 @given(lengths=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4))
@@ -223,6 +251,8 @@ def test_the_space_of_the_benchmark_gives_each_optimizer_its_trials() -> None:
         ("optimizer=(: {optimizer.lr: 1}", [], "is not closed"),
         ("optimizer=sgd: {optimizer.lr: '(1'}", [], "is not closed"),
         ("optimizer=sgd: {hydra.run.dir: a}", [], "only keys of the jobs"),
+        ("optimizer=sgd: {seed: '0,1', seed: '2'}", [], "has the key 'seed' twice"),
+        ("optimizer=sgd: {name: 2024_11_26}", [], "name: 20241126: is a number in YAML; write a text in quotes"),
         ("optimizer=sgd: {p: 'zip(seed=[1,2],epochs=[1,2])'}", ["seed=1"], "seed is also set outside the space"),
         ("optimizer=sgd: {optimizer.lr: 1}", ["trials=3"], "nothing to draw"),
         ("optimizer=sgd: {optimizer.lr: 'interval(1,2)'}", ["trials=0"], "from 1 to 10000"),
@@ -237,6 +267,14 @@ def test_refuses_invalid_spaces(content: str | None, words: list[str], reason: s
     with pytest.raises(UserError) as error:
         axes("optimizer=sgd,adamw", f"space={path}", *words)
     assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_of_a_space_are_those_of_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text('optimizer=sgd: {note: "it is, fine", name: "größe,klein", ema: null, model.widths: [4, 5]}\n')
+    jobs = grid(axes("optimizer=sgd", f"space={path}"))
+    common = ["optimizer=sgd", "note='it is, fine'"]
+    assert jobs == [[*common, f"name={name}", "ema=null", "model.widths=[4,5]"] for name in ("'größe'", "klein")]
 
 
 def test_a_plain_interval_is_still_no_grid() -> None:

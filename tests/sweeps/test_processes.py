@@ -1,5 +1,6 @@
 """Jobs forked from a process that has imported torch: the same bits, each for itself, none outlives its sweep."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
@@ -19,8 +21,31 @@ from dlopt.run.record import describe
 from dlopt.sweeps.jobs import OUTPUT
 from dlopt.sweeps.pool import Forked, spawn
 from dlopt.training.checkpoint import checkpoints
+from tests.support.slurm import LONG, Slow
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class Starting(Slow):
+    """Starts a process that would never end."""
+
+    def __init__(self) -> None:
+        child = subprocess.Popen(["sleep", "1000"])
+        Path(os.environ["STARTED"]).write_text(str(child.pid))
+
+
+class Forking(Slow):
+    """Forks, and both processes return into the training."""
+
+    def __init__(self) -> None:
+        self.has_forked = False
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        if not self.has_forked:
+            self.has_forked = True
+            if (child := os.fork()) != 0:
+                Path(os.environ["STARTED"]).write_text(str(child))
+        return super().__getitem__(index)
 
 
 def described(folder: Path, *overrides: str) -> Path:
@@ -60,6 +85,32 @@ def test_killing_a_job_does_not_affect_others(tmp_path: Path) -> None:
     second.stop()
     assert ended(second) == 75
     assert (RunFolder(tmp_path / "second").summary() or {})["status"] == "interrupted"
+
+
+def run_with(data: str, tmp_path: Path) -> int:
+    """Runs a job with a dataset of this module; returns the process that the dataset has started."""
+    words = [word for word in LONG if not word.startswith(("parallel", "epochs", "data.train"))]
+    words += ["data.subset=null", "epochs=3", f"data.train._target_={__name__}.{data}"]
+    assert ended(spawn(described(tmp_path / "run", *words), {"STARTED": str(tmp_path / "started")}, None)) == 0
+    return int((tmp_path / "started").read_text())
+
+
+def test_the_children_of_a_job_end_with_it(tmp_path: Path) -> None:
+    child = run_with("Starting", tmp_path)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}/status").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_job_that_forks_writes_once(tmp_path: Path) -> None:
+    """The forked process ends before it writes; the metrics are those of one process, each epoch once."""
+    run_with("Forking", tmp_path)
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3]
+    output = (tmp_path / "run" / OUTPUT).read_text()
+    assert output.count("a forked process of this run ends, because its parent writes the same folder") == 1
+    assert output.count("finished after 3 epochs") == 1
 
 
 @pytest.mark.slow

@@ -8,12 +8,13 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.sweeps import slurm
 from dlopt.sweeps.slurm import Slurm
+from dlopt.sweeps.slurm_queue import cancel, ended_early, max_array_size, note_array, queued_elements
 from tests.support.line import dlopt, refused
 from tests.sweeps.fake_slurm import SETTINGS, WriteTool
 
 
 def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
-    """An array of workers with two nodes of 8 GPUs; a secret reaches sbatch as a variable only."""
+    """An array of elements with two nodes of 8 GPUs; a secret reaches sbatch as a variable only."""
     write_tool(
         "sbatch", f'echo "$@" >{tmp_path}/flags; cat >{tmp_path}/script; echo "$TOKEN" >{tmp_path}/token; echo "7;c"'
     )
@@ -28,12 +29,12 @@ def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
     }
     launcher = Slurm(**{**SETTINGS, **resources})
     assert launcher.tasks == 16
-    assert launcher.submit(3, ["python", "a b"], tmp_path / "50%", tmp_path, {"TOKEN": "secret-1"}) == "7"
+    assert launcher.submit("0-2%2", ["python", "a b"], tmp_path / "50%", tmp_path, {"TOKEN": "secret-1"}) == "7"
     flags = (tmp_path / "flags").read_text().split()
     for flag in (
-        "--parsable", "--array=0-2", "--requeue", "--signal=USR1@120", "--time=30", "--nodes=2", "--ntasks-per-node=8",
-        "--gpus-per-node=8", "--cpus-per-task=12", "--mem=1536M", "--constraint=a100", "--exclusive",
-        f"--output={tmp_path}/50%%/%A_%a.log",
+        "--parsable", "--array=0-2%2", "--requeue", "--signal=USR1@120", "--time=30", "--nodes=2",
+        "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--mem=1536M", "--constraint=a100",
+        "--exclusive", f"--output={tmp_path}/50%%/%A_%a.log",
     ):  # fmt: skip
         assert flag in flags, flags
     assert not any(flag.startswith(("--partition", "--account", "--hold")) for flag in flags)
@@ -46,7 +47,7 @@ def test_refusals_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPat
     write_tool("sbatch", "echo 'sbatch: error: invalid partition\n  specified: gpu' >&2; exit 1")
     launcher = Slurm(**SETTINGS)
     with pytest.raises(UserError, match=r"sbatch: sbatch: error: invalid partition specified: gpu$"):
-        launcher.submit(1, ["true"], tmp_path, tmp_path, {})
+        launcher.submit("0", ["true"], tmp_path, tmp_path, {})
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="sbatch was not found"):
         launcher.require()
@@ -57,41 +58,79 @@ def test_refusals_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPat
     ("state", "requeued"),
     [("RUNNING/None", True), ("COMPLETING/None", False), ("CANCELLED/None", False), ("COMPLETING/Preempted", True)],
 )
-def test_only_a_worker_that_was_not_cancelled_is_requeued(
+def test_only_an_element_that_was_not_cancelled_is_requeued(
     state: str, requeued: bool, write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_tool("squeue", f"echo {state}")
     write_tool("scontrol", f'echo "$@" >>{tmp_path}/calls; exit 1')
-    slurm.requeue_worker()  # not in Slurm
+    slurm.requeue_element()  # not in Slurm
     assert not (tmp_path / "calls").exists()
     for name, value in {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "3"}.items():
         monkeypatch.setenv(name, value)
-    slurm.requeue_worker()
+    slurm.requeue_element()
     assert (tmp_path / "calls").exists() == requeued
     if requeued:
         assert (tmp_path / "calls").read_text() == "requeue 11_3\n"
 
 
-def test_workers_that_wait(write_tool: WriteTool, tmp_path: Path) -> None:
-    """Only those of this sweep: the log of its folder, which names them, may be a stranger's."""
-    log = tmp_path / "50% done" / "workers"
+def line(array: int, index: str, state: str, output: str) -> str:
+    """What squeue prints of an element."""
+    return f"{array:<24}{index:<12}{state:<24}{output:<1024}\n"
+
+
+def test_elements_in_the_queue(write_tool: WriteTool, tmp_path: Path) -> None:
+    """Only those of this sweep: the file of the ids may be a stranger's."""
+    sweep = tmp_path / "50% done"
+    (sweep / "workers").mkdir(parents=True)
     own, other = f"{tmp_path}/50%% done/workers/%A_%a.log", f"{tmp_path}/else/workers/%A_%a.log"
-    lines = "".join(f"{number:<24}{path}\n" for number, path in ((7, own), (7, own), (8, other), (9, own)))
+    lines = line(7, "0", "RUNNING", own) + line(7, "1", "CONFIGURING", own) + line(7, "2", "PENDING", own)
+    lines += line(8, "0", "PENDING", other) + line(9, "0", "PENDING", own) + line(9, "N/A", "PENDING", own)
     write_tool("squeue", f"echo \"$@\" >{tmp_path}/asked; cat <<'E'\n{lines}E")
-    write_tool("scancel", f'echo "$@" >{tmp_path}/cancelled')
-    ids = ["7", "8", "--me", "--state=RUNNING", "9", "7_1", "", "7,10", "\u0667"]
-    assert slurm.waiting([], log) == 0 and not (tmp_path / "asked").exists()
-    assert slurm.waiting(["--me"], log) == 0 and not (tmp_path / "asked").exists()
-    assert slurm.waiting(ids, log) == 3
+    write_tool("scancel", f'echo "$@" >>{tmp_path}/cancelled')
+    assert not queued_elements(sweep) and not (tmp_path / "asked").exists()
+    (sweep / "workers/slurm").write_text("--me\n--state=RUNNING\n7_1\n\n7,10\n\u0667\n")
+    assert not queued_elements(sweep) and not (tmp_path / "asked").exists()
+    for number in ("7", "8", "9", "7"):
+        note_array(sweep, number)
+    found = queued_elements(sweep)
+    assert found.states == {"7": {0: "RUNNING", 1: "CONFIGURING", 2: "PENDING"}, "9": {0: "PENDING"}}
+    assert found.by_index == {0: "PENDING", 1: "CONFIGURING", 2: "PENDING"}
+    assert (found.running, found.pending, found.answers) == (["7_0", "7_1"], 2, True)
     assert "--jobs=7,8,9 " in (tmp_path / "asked").read_text()
-    slurm.cancel_waiting(ids, log)
-    assert (tmp_path / "cancelled").read_text() == "--state=PENDING -- 7 9\n"
+    assert cancel(found) == 4 and cancel(found, pending_only=True) == 2
+    assert (tmp_path / "cancelled").read_text() == "-- 7 9\n--state=PENDING -- 7 9\n"
+
+
+def test_slurm_does_not_answer(write_tool: WriteTool, tmp_path: Path) -> None:
+    """Elements may then be running; not those of arrays that Slurm has forgotten."""
+    (tmp_path / "workers").mkdir()
+    note_array(tmp_path, "7")
+    write_tool("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert not queued_elements(tmp_path).answers
+    write_tool("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert queued_elements(tmp_path).answers
+
+
+def test_how_slurm_has_ended_elements(write_tool: WriteTool, tmp_path: Path) -> None:
+    (tmp_path / "workers").mkdir()
+    note_array(tmp_path, "7")
+    write_tool("sacct", "echo '7_0|COMPLETED\n7_1|NODE_FAIL\n7_2|CANCELLED by 1000\n7_3|RUNNING'")
+    assert ended_early(tmp_path) == {"7_1": "NODE_FAIL", "7_2": "CANCELLED"}
+    write_tool("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert ended_early(tmp_path) == {}
+
+
+def test_the_largest_array(write_tool: WriteTool) -> None:
+    write_tool("scontrol", "echo 'MaxArraySize            = 1001\nMaxArrayTasks = 3'")
+    assert max_array_size() == 1001
+    write_tool("scontrol", "exit 1")
+    assert max_array_size() is None
 
 
 def test_sbatch_answers_no_id(write_tool: WriteTool, tmp_path: Path) -> None:
     write_tool("sbatch", "echo --me")
     with pytest.raises(UserError, match=r"sbatch: answers '--me\\n' instead of a job id"):
-        slurm.Slurm(**SETTINGS).submit(1, ["true"], tmp_path, tmp_path, {})
+        slurm.Slurm(**SETTINGS).submit("0", ["true"], tmp_path, tmp_path, {})
 
 
 def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dlopt.sweeps.queue import Log
+from dlopt.sweeps.slurm_queue import array_ids
 from tests.support.slurm import LONG, SMALL, Cluster, cluster, pytestmark, summary  # noqa: F401
 
 ONE_PROCESS = [*(word for word in LONG if not word.startswith(("parallel", "epochs"))), "epochs=60"]
@@ -17,9 +17,9 @@ LONGER = [*(word for word in ONE_PROCESS if not word.startswith("epochs")), "epo
 RANKS = [*(word for word in LONG if not word.startswith("epochs")), "epochs=60"]
 
 
-def submit(cluster: Cluster, sweep: str, *words: str, workers: int = 1) -> str:  # noqa: F811
+def submit(cluster: Cluster, sweep: str, *words: str, at_once: int = 1) -> str:  # noqa: F811
     """Submits a sweep and returns its Slurm job id."""
-    keys = ["hydra/launcher=slurm", "hydra.launcher.time=30", f"hydra.launcher.n_jobs={workers}"]
+    keys = ["hydra/launcher=slurm", "hydra.launcher.time=30", f"hydra.launcher.n_jobs={at_once}"]
     said = cluster.run(sys.executable, "-m", "dlopt", "train", "-m", *keys, *words, f"hydra.sweep.dir={sweep}")
     return said.partition("Slurm job ")[2].split()[0]
 
@@ -33,7 +33,7 @@ def wait_until(condition: Callable[[], bool], sweep: Path) -> None:
     deadline = time.monotonic() + 150
     while not condition():
         logs = [path.read_text()[-2000:] for path in (sweep / "workers").glob("*.log")]
-        assert time.monotonic() < deadline, (logs, (sweep / "workers/log").read_text())
+        assert time.monotonic() < deadline, logs
         time.sleep(0.2)
 
 
@@ -42,85 +42,94 @@ def has_begun(run: Path, lines: int = 5) -> bool:
     return path.exists() and len(path.read_text().splitlines()) > lines
 
 
+def same_as_local(cluster: Cluster, sweep: Path, line: list[str]) -> None:  # noqa: F811
+    """Checks that every job has ended once, with the metrics of the same sweep on this machine."""
+    cluster.run(sys.executable, "-m", "dlopt", "train", "-m", *line, "hydra.sweep.dir=local")
+    local = cluster.home / "local"
+    for theirs in sorted(local.glob("[0-9]*")):
+        ours = sweep / theirs.name
+        for name in ("best_val_loss", "test_loss", "steps", "status"):
+            assert summary(ours)[name] == summary(theirs)[name]
+        log = (ours / "output.log").read_text()
+        assert log.count("finished after") == 1 and "Traceback" not in log
+
+
 def test_the_login_shell_is_killed(cluster: Cluster) -> None:  # noqa: F811
-    """The sweep completes; short jobs share warm workers, and give the metrics of a local sweep."""
+    """The array completes; short jobs share an element, and give the metrics of a local sweep."""
     line = [*SMALL, "epochs=2", "augmentation=crop_flip", "seed=range(0,4)"]
-    keys = ["hydra/launcher=slurm", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=left", "wait=true"]
+    keys = ["hydra/launcher=slurm", "hydra.launcher.n_jobs=1", "hydra.launcher.chunk=2", "hydra.sweep.dir=left"]
     shell = subprocess.Popen(
-        ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-m", "dlopt", "train", "-m", *keys, *line],
+        ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-m", "dlopt", "train", "-m", *keys, "wait=true", *line],
         cwd=cluster.home,
         env=cluster.environment,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
     sweep = cluster.home / "left"
-    wait_until(lambda: bool(Log(sweep).read().slurm), sweep)
+    wait_until(lambda: bool(array_ids(sweep)), sweep)
     os.killpg(shell.pid, signal.SIGKILL)
     shell.wait()
     done = dlopt(cluster, "sweep", "wait", "left")
     assert done.returncode == 0 and "4 jobs: 4 finished" in done.stdout, done
-    cluster.run(sys.executable, "-m", "dlopt", "train", "-m", *line, "hydra.sweep.dir=local")
-    for number in range(4):
-        ours, theirs = sweep / str(number), cluster.home / "local" / str(number)
-        for name in ("best_val_loss", "test_loss", "steps", "status"):
-            assert summary(ours)[name] == summary(theirs)[name]
-        log = (ours / "output.log").read_text()
-        assert log.count("finished after 2 epochs") == 1 and "Traceback" not in log
+    assert len([*(sweep / "workers").glob("*_*.log")]) == 2
+    same_as_local(cluster, sweep, line)
     status = json.loads(dlopt(cluster, "sweep", "status", "left", "--json").stdout)
-    assert status["counts"] == {"finished": 4} and status["workers"] == [] and status["exit_code"] == 0
+    assert status["counts"] == {"finished": 4} and status["exit_code"] == 0
 
 
-def test_a_requeued_worker_and_a_killed_one(cluster: Cluster) -> None:  # noqa: F811
-    """The first reaches its time limit; it is requeued, and its job is resumed elsewhere. Then that one is killed."""
-    line = [*LONGER, "optimizer.lr=0.01,0.02"]
-    job = submit(cluster, "jobs", *line, workers=2)
+def test_elements_that_are_requeued_cancelled_and_lose_their_node(cluster: Cluster) -> None:  # noqa: F811
+    """One reaches its time limit, another one is cancelled, and the node of the third goes down."""
+    line = [*LONGER, "optimizer.lr=0.01,0.02,0.03"]
+    job = submit(cluster, "jobs", *line, at_once=3)
     sweep = cluster.home / "jobs"
-    runs = [sweep / "0", sweep / "1"]
+    runs = [sweep / str(number) for number in range(3)]
     wait_until(lambda: all(map(has_begun, runs)), sweep)
+    again = dlopt(cluster, "train", "-m", "hydra/launcher=slurm", *line, "hydra.sweep.dir=jobs")
+    assert again.returncode == 0 and f"already submitted: Slurm job {job}, elements: 3 running" in again.stdout
     cluster.run("scancel", "--signal=USR1", f"{job}_0")  # as Slurm does before the time is over
+    cluster.run("scancel", f"{job}_1")
     wait_until(lambda: cluster.states(f"{job}_0") == ["PENDING"], sweep)
     assert cluster.restarts(f"{job}_0") == 1
-    assert sorted(state.status for state in Log(sweep).read().jobs.values()) == ["queued", "running"]
-    extra = submit(cluster, "jobs", *line)  # shares the sweep
-    wait_until(lambda: [state.status for state in Log(sweep).read().jobs.values()] == ["running"] * 2, sweep)
-    time.sleep(1)
-    cluster.run("scancel", "--signal=KILL", "--full", f"{job}_1")
+    wait_until(lambda: cluster.states(f"{job}_1") == ["CANCELLED"], sweep)
+    node = cluster.run("squeue", "--noheader", f"--jobs={job}_2", "--format=%N").strip()
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    wait_until(lambda: cluster.states(f"{job}_2") == ["PENDING"], sweep)
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    assert [summary(run)["status"] for run in runs[:2]] == ["interrupted"] * 2
+    resumed = dlopt(cluster, "sweep", "resume", "jobs")
+    assert resumed.returncode == 0 and resumed.stdout.startswith("resumed: 1 element, "), resumed
+    for element in (0, 2):
+        cluster.start_now(f"{job}_{element}")
     done = dlopt(cluster, "sweep", "wait", "jobs")
     assert done.returncode == 0, done
-    starts = sorted(state.starts for state in Log(sweep).read().jobs.values())
-    assert starts == [2, 2] and all(summary(run)["status"] == "finished" for run in runs)
-    wait_until(lambda: cluster.states(extra) == ["COMPLETED"], sweep)
-    cluster.run("scancel", job)
+    assert all(summary(run)["status"] == "finished" for run in runs)
+    assert [len(summary(run)["resumed_from"]) for run in runs[:2]] == [1, 1]
 
 
 def test_stop_and_resume(cluster: Cluster) -> None:  # noqa: F811
-    """A cancelled worker is not requeued; `stop` also cancels workers that wait for an allocation."""
-    job = submit(cluster, "stopped", *LONGER, "optimizer.lr=0.01,0.02", workers=2)
+    """`stop` cancels the elements of the sweep, and no others whose ids are in its file."""
+    job = submit(cluster, "stopped", *LONGER, "optimizer.lr=0.01,0.02")
     sweep = cluster.home / "stopped"
     wait_until(lambda: has_begun(sweep / "0"), sweep)
-    cluster.run("scancel", f"{job}_0")
-    wait_until(lambda: cluster.states(f"{job}_0") == ["CANCELLED"], sweep)
-    later = ["sbatch", "--parsable", "--begin=now+1hour", "--array=0-0", "--wrap=true"]
-    waiting = cluster.run(*later, f"--output={sweep}/workers/%A_%a.log").strip()
-    others = cluster.run(*later).strip()  # a stranger has written its id into the log
-    with (sweep / "workers/log").open("a") as file:
-        for job_id in (waiting, others, "--me"):
-            file.write(json.dumps({"slurm": job_id}) + "\n")
-    assert dlopt(cluster, "sweep", "stop", "stopped").returncode == 0
-    wait_until(lambda: cluster.states(f"{job}_1") in (["COMPLETED"], ["FAILED"]), sweep)
-    assert cluster.states(waiting) == ["CANCELLED"] and cluster.states(others) == ["PENDING"]
+    others = cluster.run("sbatch", "--parsable", "--begin=now+1hour", "--array=0-0", "--wrap=true").strip()
+    with (sweep / "workers/slurm").open("a") as file:
+        file.write(f"{others}\n--me\n")
+    stopped = dlopt(cluster, "sweep", "stop", "stopped")
+    assert stopped.returncode == 0 and stopped.stdout.startswith("cancelled 2 elements"), stopped
+    wait_until(lambda: set(cluster.states(job)) == {"CANCELLED"}, sweep)
+    assert cluster.states(others) == ["PENDING"]
     cluster.run("scancel", others)
     status = dlopt(cluster, "sweep", "status", "stopped")
     assert status.returncode == 75 and "to continue: dlopt sweep resume stopped" in status.stdout
     assert summary(sweep / "0")["status"] == "interrupted" and (sweep / "0/checkpoints/last.pt").is_file()
     assert dlopt(cluster, "sweep", "resume", "stopped").returncode == 0
     done = dlopt(cluster, "sweep", "wait", "stopped")
-    assert done.returncode == 0 and len(summary(sweep / "0")["resumed_from"]) >= 1, done  # 2: also by the second worker
+    assert done.returncode == 0 and len(summary(sweep / "0")["resumed_from"]) == 1, done
 
 
 def test_jobs_with_several_nodes(cluster: Cluster) -> None:  # noqa: F811
-    """A worker starts the ranks of its jobs in its own allocation; preempted, it is requeued."""
-    job = submit(cluster, "ranks", *RANKS, "optimizer.lr=0.01,0.02", "hydra.launcher.nodes=2")
+    """An element starts the ranks of its jobs in its own allocation; preempted, it is requeued."""
+    job = submit(cluster, "ranks", *RANKS, "optimizer.lr=0.01,0.02", "hydra.launcher.nodes=2", "hydra.launcher.chunk=2")
     sweep = cluster.home / "ranks"
     wait_until(lambda: has_begun(sweep / "0"), sweep)
     cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
@@ -135,9 +144,17 @@ def test_jobs_with_several_nodes(cluster: Cluster) -> None:  # noqa: F811
         assert len(run["resumed_from"]) == 1 - number
 
 
+def test_a_partition_that_slurm_does_not_have(cluster: Cluster) -> None:  # noqa: F811
+    words = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", *SMALL, "seed=0,1", "hydra.sweep.dir=refused"]
+    done = dlopt(cluster, "train", "-m", *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+    assert "hydra/launcher=slurm: sbatch: sbatch: error: invalid partition specified: gpu" in done.stderr
+    assert not (cluster.home / "refused").exists()
+
+
 def test_workers_of_a_search(cluster: Cluster) -> None:  # noqa: F811
     search = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=4", "optimizer.lr=tag(log,interval(0.01,1))"]
-    submit(cluster, "search", *SMALL, *search, "epochs=1", workers=2)
+    submit(cluster, "search", *SMALL, *search, "epochs=1", at_once=2)
     done = dlopt(cluster, "sweep", "wait", "search")
     assert done.returncode == 0 and "4 jobs: 4 finished" in done.stdout, done
     assert len({summary(run)["run_id"] for run in (cluster.home / "search").glob("[0-9]*")}) == 4

@@ -13,7 +13,10 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.commands import sweep_worker
 from dlopt.sweeps import submission
-from dlopt.sweeps.queue import WORKERS, Log, Queue, alive
+from dlopt.sweeps.array import SUBMISSION, WORKERS, read_array
+from dlopt.sweeps.element import RESTARTS
+from dlopt.sweeps.slurm_queue import array_ids, note_array
+from dlopt.sweeps.status import StatusReader
 from tests.support.line import Result, dlopt
 from tests.support.requires import requires
 from tests.sweeps.fake_slurm import SMALL, SUBMIT, WriteTool
@@ -36,8 +39,14 @@ def slurm(write_tool: WriteTool, tmp_path: Path) -> Path:
     return calls
 
 
-def jobs(tmp_path: Path) -> dict[int, str]:
-    return {number: job.status for number, job in Log(tmp_path / PLACE).read().jobs.items()}
+def jobs(tmp_path: Path) -> list[str]:
+    return [job.status for job in StatusReader(tmp_path / PLACE).read().jobs]
+
+
+def list_elements(write_tool: WriteTool, sweep: Path, **states: str) -> None:
+    """Makes squeue list elements of the array 1: e0="PENDING"."""
+    rows = [f"{1:<24}{name[1:]:<12}{state:<24}{sweep}/workers/%A_%a.log" for name, state in states.items()]
+    write_tool("squeue", "\n".join(f"echo '{row}'" for row in rows) or "true")
 
 
 def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +57,16 @@ def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.Monk
     result = dlopt(tmp_path, *words)
     assert result.code == 0, result
     assert result.out.splitlines() == [
-        "submitted 4 jobs: 4 workers, Slurm job 1",
+        "submitted 4 jobs: 4 elements of a job array, Slurm job 1",
         "next:", f"  dlopt sweep status {PLACE}", f"  dlopt sweep wait {PLACE}", f"  dlopt sweep stop {PLACE}",
     ]  # fmt: skip
     [call] = slurm.read_text().splitlines()
-    assert call.startswith("a-secret-of-mine --parsable") and "--array=0-3" in call
-    assert jobs(tmp_path) == dict.fromkeys(range(4), "queued")
+    assert call.startswith("a-secret-of-mine --parsable") and "--array=0-3 " in call
+    assert jobs(tmp_path) == ["queued"] * 4 and array_ids(tmp_path / PLACE) == ["1"]
+    array = read_array(tmp_path / PLACE)
+    assert array is not None and array.elements == 4
+    assert (array.jobs[2].folder, array.jobs[2].label) == ("2", "optimizer=adam seed=0")
+    assert array.jobs[2].length.startswith("epochs=")
     stored = submission.read(tmp_path / PLACE)
     assert (stored.environment, stored.secrets, stored.command) == ({"MODE": "fast"}, ("TOKEN",), None)
     facts = json.loads((tmp_path / PLACE / "2/environment.json").read_text())
@@ -103,9 +116,24 @@ def test_no_file_of_a_submitted_sweep_has_a_secret(
         if path.is_file() and path != copy / "settings.yaml":  # code is copied as it is
             assert b"Canary" not in path.read_bytes(), path
     assert "LATER_TOKEN" in (folder / WORKERS / "code.diff").read_text()
-    assert [job.label for job in Log(folder).read().jobs.values()] == [
-        r"note=${oc.env:LATER_TOKEN}\ https\://me\:***@host seed=0", r"note=https\://h?token\=*** seed=1",
+    array = read_array(folder)
+    assert array is not None and [job.label for job in array.jobs] == [
+        "note='${oc.env:LATER_TOKEN} https://me:***@host' seed=0", "note='https://h?token=***' seed=1",
     ]  # fmt: skip
+
+
+def test_chunks_and_the_elements_at_once(slurm: Path, write_tool: WriteTool, tmp_path: Path) -> None:
+    """By default at most four elements for each that may run; never more than the cluster accepts."""
+    write_tool("scontrol", "echo 'MaxArraySize = 6'")
+    line = [*SUBMIT, "hydra.launcher.n_jobs=1", "seed=range(0,10)", *SMALL]
+    assert dlopt(tmp_path, *line, "hydra.launcher.chunk=5", "dry_run=false").code == 0
+    assert "chunk=1: 10 jobs make an array of 10 elements, but MaxArraySize of this cluster is 6; use " in said(
+        dlopt(tmp_path, *line, "hydra.launcher.chunk=1", "hydra.sweep.dir=b")
+    )
+    for number, own in enumerate((["hydra.launcher.n_jobs=1"], ["hydra.launcher.n_jobs=8"])):
+        assert dlopt(tmp_path, *line, *own, f"hydra.sweep.dir=c{number}").code == 0
+    arrays = [word for word in slurm.read_text().split() if word.startswith("--array=")]
+    assert arrays == ["--array=0-1%1", "--array=0-3%1", "--array=0-5"]
 
 
 def test_the_output_of_a_worker_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +144,9 @@ def test_the_output_of_a_worker_holds_no_secret(tmp_path: Path, monkeypatch: pyt
         raise UserError("the end")
 
     monkeypatch.setattr(submission, "read", read)
-    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path), "0", '{"slots":1,"requeue":0,"stop_on_failure":false}'])
+    monkeypatch.setattr(
+        sys, "argv", ["worker", str(tmp_path), "0", '{"slots":1,"requeue":0,"stop_on_failure":false,"part":null}']
+    )
     monkeypatch.setattr(sys, "stdout", out := io.StringIO())
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sweep_worker, "end_on_signals", lambda: None)
@@ -140,30 +170,41 @@ def test_a_refused_submission(slurm: Path, write_tool: WriteTool, tmp_path: Path
     assert dlopt(tmp_path, *line).code == 0
     write_tool("sbatch", "exit 1")
     assert "sbatch" in said(dlopt(tmp_path, *line, "resume=auto"))
-    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and (tmp_path / PLACE / "0/config.yaml").is_file()
+    assert jobs(tmp_path) == ["queued"] * 2 and (tmp_path / PLACE / "0/config.yaml").is_file()
 
 
-def test_a_second_submission_shares_the_sweep(
+def test_a_second_submission_joins_the_first(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tool: WriteTool
 ) -> None:
-    line = [*SUBMIT, "hydra.launcher.n_jobs=1", "seed=0,1", *SMALL]
+    """It submits nothing while elements are in the queue; other code, jobs or lengths are refused."""
+    line = [*SUBMIT, "hydra.launcher.n_jobs=1", "seed=0,1", "epochs=2", *SMALL]
+    sweep = tmp_path / PLACE
     assert dlopt(tmp_path, *line).code == 0
-    with alive(tmp_path / PLACE, "other-1"):
-        queue = Queue(tmp_path / PLACE, "other-1", {}, [], 3)
-        job = queue.next()
-        assert job is not None
-        (job.folder.path / "summary.json").write_text('{"status": "interrupted"}')
-        result = dlopt(tmp_path, *line)
-        assert result.code == 0 and "Slurm job 2" in result.out, result
-        assert jobs(tmp_path) == {0: "running", 1: "queued"}
-        local = [word for word in line if "launcher" not in word]
-        assert "another sweep is active in this folder" in said(dlopt(tmp_path, *local))
-        monkeypatch.setattr("dlopt.sweeps.submitting.version", lambda _: "0.0")  # of torch
-        assert "workers of this sweep are running with other settings; wait" in said(dlopt(tmp_path, *line))
+    saved = (sweep / "sweep.yaml").read_text(), (sweep / "0/config.yaml").read_text()
+    list_elements(write_tool, sweep, e0="CONFIGURING", e1="PENDING")
+    (sweep / "0/summary.json").write_text('{"status": "interrupted"}')
+    for words in (line, [*line, "resume=auto"], [*line, "hydra.launcher.n_jobs=2"]):
+        result = dlopt(tmp_path, *words)
+        assert result.code == 0 and result.out.startswith(
+            "already submitted: Slurm job 1, elements: 1 running, 1 pending\nnext:\n"
+        ), result
+    local = [word for word in line if "launcher" not in word]
+    assert "another sweep is active in this folder" in said(dlopt(tmp_path, *local))
+    longer = [word.replace("epochs=2", "epochs=3") for word in line]
+    advice = "; stop them with `dlopt sweep stop sweep`, wait for them, or use another folder"
+    for words in (longer, [*longer, "resume=auto"]):
+        assert f"queued or running with another length (epochs=2){advice}" in said(dlopt(tmp_path, *words))
+    with monkeypatch.context() as patch:
+        patch.setattr("dlopt.sweeps.submitting.version", lambda _: "0.0")  # of torch
+        assert "queued or running with other settings" in said(dlopt(tmp_path, *line))
+    write_tool("squeue", "exit 1")
+    assert "squeue does not answer" in said(dlopt(tmp_path, *line))
+    assert len(slurm.read_text().splitlines()) == 1  # one call of sbatch, none of scancel
+    assert saved == ((sweep / "sweep.yaml").read_text(), (sweep / "0/config.yaml").read_text())
+    list_elements(write_tool, sweep)
     assert "this folder contains a sweep; resume it with resume=auto" in said(dlopt(tmp_path, *line))
-    write_tool("squeue", f"printf '%-24s%s\\n' 1 {tmp_path}/{PLACE}/workers/x.log 2 {tmp_path}/{PLACE}/workers/y.log")
-    assert dlopt(tmp_path, *line, "resume=auto").code == 0
-    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and "cancelled --state=PENDING -- 1 2" in slurm.read_text()
+    result = dlopt(tmp_path, *longer, "resume=auto")
+    assert result.code == 0 and "Slurm job 2" in result.out and array_ids(sweep) == ["1", "2"], result
     line[line.index("seed=0,1")] = "seed=0,2"
     for words in (line, [*line, "resume=auto"]):
         assert "another sweep was submitted in this folder" in said(dlopt(tmp_path, *words))
@@ -187,20 +228,21 @@ def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, m
     assert advice in refused
     assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{digest[:8]}'"))
     assert dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{digest[:16]}'").code == 0 and len(started) == 2
-    content = json.loads((submitted / WORKERS / submission.FILE).read_text())
+    content = json.loads((submitted / WORKERS / SUBMISSION).read_text())
     content["environment"] = {"LD_PRELOAD": "/tmp/x.so"}
-    (submitted / WORKERS / submission.FILE).write_text(json.dumps(content))
+    (submitted / WORKERS / SUBMISSION).write_text(json.dumps(content))
     assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{digest[:16]}'"))
 
 
 def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = submitted / WORKERS / submission.FILE
+    path = submitted / WORKERS / SUBMISSION
     content = json.loads(path.read_text())
     monkeypatch.setattr(submission, "_trusted", lambda: {submission.read(submitted).digest})
     for change, message in {
         ("torch", "1.0"): "submitted with torch 1.0, but this is torch",
         ("secrets", ("NO_SUCH_TOKEN",)): "its jobs need these environment variables: NO_SUCH_TOKEN",
         ("cwd", "/no/such/folder"): "submitted in /no/such/folder, a folder that this machine does not have",
+        ("elements", 3): "workers/jobs.json is missing, or not of this submission",
         ("tasks", 4): "its jobs have 4 processes, which srun starts",
         ("more", 1): "submitted with another version of dlopt, or damaged",
     }.items():
@@ -219,40 +261,44 @@ def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "no sweep was submitted in this folder" in said(dlopt(tmp_path, "sweep", "work", PLACE))
 
 
-def test_stop_and_resume(submitted: Path, slurm: Path, tmp_path: Path) -> None:
-    """Failed, interrupted and lost jobs are queued again, finished ones are not."""
-    log = Log(submitted).read()
-    with log.locked():
-        log.append(slurm="41")
-        log.append(claimed=0, worker="dead-1")
-        log.append(ended=1, status="failed")
+def test_stop_and_resume(submitted: Path, slurm: Path, write_tool: WriteTool, tmp_path: Path) -> None:
+    """An array of the elements with failed, interrupted and lost jobs, unless they are in the queue."""
+    note_array(submitted, "1")
+    list_elements(write_tool, submitted, e0="RUNNING", e1="PENDING")
     result = dlopt(tmp_path, "sweep", "stop", PLACE)
-    assert result.code == 0 and submission.stop_reason(submitted) == "dlopt sweep stop"
-    assert not slurm.exists()  # squeue knows no job of this id: nothing is cancelled
+    assert result.out.startswith("cancelled 2 elements, whose jobs write checkpoints; to continue: dlopt sweep resume ")
+    assert slurm.read_text() == "cancelled -- 1\n"
     settings = submitted / WORKERS / submission.LAUNCHER
     settings.write_text(settings.read_text().replace('"n_jobs": 0', '"n_jobs": 8'))
     assert "only the user who has submitted this sweep" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
     submission.trust(submission.digest_of(json.loads(settings.read_text())))
+    assert "all jobs that are left are queued or running (Slurm job 1)" in said(
+        dlopt(tmp_path, "sweep", "resume", PLACE)
+    )
+    failed = '{"status": "failed", "reason": "disk full"}'
+    (submitted / "0/summary.json").write_text('{"status": "finished"}')
+    (submitted / "1/summary.json").write_text(failed)
+    (submitted / "1" / RESTARTS).write_text("{}")
+    list_elements(write_tool, submitted)
+    write_tool("sbatch", "exit 1")
+    assert "sbatch" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
+    assert (submitted / "1/summary.json").read_text() == failed
+    write_tool("sbatch", f'echo "$@" >>{slurm}; echo 2')
     result = dlopt(tmp_path, "sweep", "resume", PLACE)
-    assert result.code == 0 and "resumed: Slurm job" in result.out, result
-    assert "--array=0-1" in slurm.read_text()
-    assert jobs(tmp_path) == {0: "queued", 1: "queued"} and submission.stop_reason(submitted) is None
-    with log.locked():
-        log.append(ended=0, status="finished")
-        log.append(ended=1, status="finished")
+    assert result.out.startswith("resumed: 1 element, Slurm job 2\n"), result
+    assert "--array=1 " in slurm.read_text() and jobs(tmp_path) == ["finished", "queued"]
+    assert not (submitted / "1" / RESTARTS).exists()
+    (submitted / "1/summary.json").write_text('{"status": "stopped_early"}')
     assert "no job is left to run" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
 
 
 def test_stop_of_a_stranger(submitted: Path, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopping a sweep needs what resuming it needs: its user. No line of its log is passed to Slurm."""
-    with (submitted / WORKERS / "log").open("a") as file:
-        file.write('{"slurm": "--me"}\n{"slurm": "--state=RUNNING"}\n{"slurm": 7}\n')
-    assert Log(submitted).read().slurm == [] and Log(submitted).read().damaged == 3
-    shown = dlopt(tmp_path, "sweep", "status", PLACE)
-    assert "warning: workers/log: 3 lines cut or damaged, which are ignored" in shown.out
+    """Stopping a sweep needs what resuming it needs: its user. No line of its file is passed to Slurm."""
+    (submitted / WORKERS / "slurm").write_text("--me\n--state=RUNNING\n7 8\n")
+    assert array_ids(submitted) == []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
     assert "only the user who has submitted this sweep can stop it" in said(dlopt(tmp_path, "sweep", "stop", PLACE))
-    assert submission.stop_reason(submitted) is None
+    assert not slurm.exists()
 
 
 def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
@@ -261,7 +307,7 @@ def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
     (tmp_path / "mine/experiment").mkdir(parents=True)
     words = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=3", "optimizer=sgd", "space=space.yaml", *SMALL]
     result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *words)
-    assert result.code == 0 and "submitted 3 jobs: no workers" in result.out, result
+    assert result.code == 0 and "submitted 3 jobs: no job array" in result.out, result
     command = submission.read(tmp_path / PLACE).command
     assert command is not None and command[:2] == ("train", "-m")
     [config] = [word for word in command if word.startswith("--config-dir=")]

@@ -1,4 +1,4 @@
-"""Workers of a submitted sweep, as processes on this machine."""
+"""Parts of a submitted sweep, as processes on this machine."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.files import read_json
-from dlopt.sweeps.queue import Log, live_workers
+from dlopt.sweeps.element import RESTARTS
 from tests.support.line import dlopt
 from tests.support.processes import run_dlopt
 from tests.support.ranks import ROOT
@@ -31,10 +31,6 @@ def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
 
 def statuses(sweep: Path) -> Sequence[str]:
     return [str((read_json(path / "summary.json") or {}).get("status")) for path in sorted(sweep.glob("[0-9]*"))]
-
-
-def claims(sweep: Path, number: int) -> int:
-    return Log(sweep).read().jobs[number].starts
 
 
 def test_the_submitted_code_runs(tmp_path: Path) -> None:
@@ -61,33 +57,35 @@ def test_the_submitted_code_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_and_a_stopped_one(tmp_path: Path) -> None:
+def test_a_killed_element_a_stopped_one_and_a_doubled_one(tmp_path: Path) -> None:
     """The second resumes the job of the first, and the third that of the second: once each, from its checkpoint."""
-    line = [*SUBMIT, *LONG_IN_ONE_PROCESS, "epochs=70", "optimizer.lr=0.01,0.02"]
+    line = [*SUBMIT, *LONG_IN_ONE_PROCESS, "epochs=200", "optimizer.lr=0.01,0.02"]
     assert start(tmp_path, *line).wait(100) == 0
     sweep, first = tmp_path / "sweep", tmp_path / "sweep/0/metrics.jsonl"
 
-    def wait_for(lines: int, worker: "subprocess.Popen[str]") -> None:
+    def wait_for(lines: int, part: "subprocess.Popen[str]") -> None:
         deadline = time.monotonic() + 100
         while not first.exists() or len(first.read_text().splitlines()) < lines:
-            assert time.monotonic() < deadline and worker.poll() is None, worker.communicate()
+            assert time.monotonic() < deadline and part.poll() is None, part.communicate()
             time.sleep(0.1)
 
-    worker = start(tmp_path, "sweep", "work", "sweep")
-    wait_for(10, worker)
-    worker.kill()
-    worker.wait()
-    worker = start(tmp_path, "sweep", "work", "sweep")
-    wait_for(40, worker)
-    assert claims(sweep, 0) == 2 and len(live_workers(sweep)) == 1
-    worker.send_signal(signal.SIGUSR1)
-    said, _ = worker.communicate(timeout=100)
-    assert worker.returncode == 75 and "SIGUSR1: stopping 1 job" in said
-    assert Log(sweep).read().jobs[0].status == "queued" and statuses(sweep)[0] == "interrupted"
-    worker = start(tmp_path, "sweep", "work", "sweep", "n_jobs=2")
-    said, _ = worker.communicate(timeout=200)
-    assert worker.returncode == 0 and statuses(sweep) == ["finished"] * 2, said
-    assert [claims(sweep, number) for number in (0, 1)] == [3, 1]
+    part = start(tmp_path, "sweep", "work", "sweep", "part=1/2")
+    wait_for(10, part)
+    part.kill()
+    part.wait()
+    part = start(tmp_path, "sweep", "work", "sweep", "part=1/2")
+    wait_for(40, part)
+    doubled = start(tmp_path, "sweep", "work", "sweep", "part=1/2")
+    said, _ = doubled.communicate(timeout=100)
+    assert doubled.returncode == 0 and "job 0 interrupted: running elsewhere" in said, said
+    part.send_signal(signal.SIGUSR1)
+    said, _ = part.communicate(timeout=100)
+    assert part.returncode == 75 and "SIGUSR1: stopping 1 job" in said
+    assert statuses(sweep)[0] == "interrupted"
+    assert (read_json(sweep / "0" / RESTARTS) or {})["count"] == 0  # there was progress
+    part = start(tmp_path, "sweep", "work", "sweep", "n_jobs=2")
+    said, _ = part.communicate(timeout=200)
+    assert part.returncode == 0 and statuses(sweep) == ["finished"] * 2, said
     assert len((read_json(sweep / "0/summary.json") or {})["resumed_from"]) == 2
 
 

@@ -123,12 +123,12 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     jobs = _jobs(comparison, plans, folder)
     with RunFolder(folder).lock():  # before the claims are frozen: a second start must not judge by other claims
         frozen = _freeze(composer, config, folder)
-        is_new = list_jobs(folder, [*jobs.values()])
         if is_submitted and not all(map(has_ended, jobs.values())):
-            submit_jobs(request, folder, [*jobs.values()], before if is_new else None)
+            submit_jobs(request, folder, [*jobs.values()], before)
             place = shlex.quote(f"hydra.run.dir={short_path(folder)}")
             print(f"for the verdicts, once all have ended: this command with {place} resume=auto")
             return 0
+        list_jobs(folder, [*jobs.values()])
         runs = VariantJobs(comparison, jobs, request.plan_job)
         for line in _first_lines(composer, config, comparison, len(plans), folder):
             runs.screen.message(line)

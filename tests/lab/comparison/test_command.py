@@ -11,8 +11,9 @@ from PIL import Image
 
 from dlopt.lab.comparison.frozen import CHANGED
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps.array import read_array
+from dlopt.sweeps.element import Element
 from dlopt.sweeps.estimate import Estimate
-from dlopt.sweeps.queue import Queue
 from tests.support.line import Result, dlopt, refused
 
 RECIPE = """\
@@ -373,17 +374,19 @@ def test_refuses_a_launcher_that_cannot_run_it(folder: Path, typed: str, message
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_workers_run_a_submitted_comparison(folder: Path) -> None:
+def test_elements_run_a_submitted_comparison(folder: Path) -> None:
     """The same command with resume=auto judges it; a diverged run is a result, and does not run again."""
     change(folder, "  along", "    wild: [optimizer.lr=1.0e+30]\n  along")
     change(folder, "seeds: [0, 1]", "seeds: [0]")
     line = ["hydra/launcher=slurm", "hydra.launcher.n_jobs=0", "hydra.run.dir=out"]
     submitted = compare(folder, *line)
-    assert submitted.code == 0 and "submitted 3 jobs: no workers" in submitted.out, submitted
+    assert submitted.code == 0 and "submitted 3 jobs: no job array" in submitted.out, submitted
     assert "this command with hydra.run.dir=out resume=auto" in submitted.out
     assert not (folder / "out/comparison.json").exists() and (folder / "out/claims.json").exists()
     assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 3 queued")
-    source = Queue(folder / "out", "worker", {}, (), restarts=0)
+    array = read_array(folder / "out")
+    assert array is not None
+    source = Element(folder / "out", dict(enumerate(array.jobs)), {}, (), restarts=0)
     pools.run(source, replace(pools.local(n_jobs=1, stop_on_failure=False), poll_seconds=0.01), source.overview)
     assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 2 finished, 1 failed")
     written = (folder / "out/2/summary.json").stat().st_mtime_ns
