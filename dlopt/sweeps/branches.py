@@ -94,17 +94,17 @@ def branched(composer: Composer, words: Sequence[str]) -> list[str]:
 
     Returns other command lines unchanged, for `inherit`. Raises `UserError`.
     """
-    places = [word for word in words if key_of(word) == AT]
-    if not places:
+    given = [word for word in words if key_of(word) == AT]
+    if not given:
         return inherit(composer, words)
-    if len(places) > 1 or not is_typed("from", words):
-        raise UserError(f"{' '.join(places)}: needs one run from which to branch, and one list: from=RUN at=5,10,20")
+    if len(given) > 1 or not is_typed("from", words):
+        raise UserError(f"{' '.join(given)}: needs one run from which to branch, and one list: from=RUN at=5,10,20")
     rest = without(words, AT)
     if is_typed("dry_run", rest):
-        raise UserError(f"{places[0]}: dry_run=true estimates whole runs, not branches; leave out one of them")
+        raise UserError(f"{given[0]}: dry_run=true estimates whole runs, not branches; leave out one of them")
     taken = [word for word in rest if key_of(word) in ("epochs", "steps", "schedule_epochs")]
     if taken:
-        raise UserError(f"{taken[0]}: {places[0]} sets the lengths; leave out one of them")
+        raise UserError(f"{taken[0]}: {given[0]} sets the lengths; leave out one of them")
     source = next(word for word in rest if key_of(word) == "from")
     for axis in parse_axes(without(rest, *SWEEP_WORDS), composer):
         if axis.is_swept:
@@ -115,8 +115,8 @@ def branched(composer: Composer, words: Sequence[str]) -> list[str]:
         if key_of(word) == "hydra.sweeper":
             raise UserError(f"{word}: branches are a grid; leave it out")
         if key_of(word) == "resume" and word != "resume=auto":
-            raise UserError(f"{word}: {places[0]} chooses the checkpoints; leave it out, or set resume=auto")
-    lengths = _lengths(composer, places[0])
+            raise UserError(f"{word}: {given[0]} chooses the checkpoints; leave it out, or set resume=auto")
+    lengths = _lengths(composer, given[0])
     overrides = inherit(composer, without(rest, "hydra.sweep.dir", "resume"))
     stem = _stem(composer, source, [word for word in overrides if not key_of(word).startswith("hydra")])
     starts = [_start(stem, length) for length in lengths]

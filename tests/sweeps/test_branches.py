@@ -72,7 +72,7 @@ def test_each_branch_equals_the_straight_run(more: list[str], tmp_path: Path) ->
         assert start == min(first, updates - 1, updates - updates // 4 if "ema=tail" in more else updates)
 
 
-def test_the_places_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stem = train(tmp_path / "stem", *WSD, "epochs=5")
     jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)")
     assert [job.plan.saved["epochs"] for job in jobs] == [2, 3, 4, 5]
