@@ -171,7 +171,13 @@ def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys
             cannot be read.
     """
     base = Path(os.path.expanduser(root))
-    train_only = _has_class_folders(base)
+    found = _class_folders(base)
+    train_only = len(found) > 1
+    if len(found) == 1 and found[0] not in SPLITS:
+        raise UserError(
+            f"data.root={root}: has one class folder, {found[0]}; images are expected as CLASS/IMAGE of two classes or "
+            "more, or as train/CLASS/IMAGE"
+        )
     if train_only:
         listings = {"train": scan(base)}
     else:
@@ -193,20 +199,20 @@ def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys
     return dataset
 
 
-def _has_class_folders(base: Path) -> bool:
-    """Returns whether `base` has two or more folders, all with images directly in them and none named like a split.
+def _class_folders(base: Path) -> list[str]:
+    """Returns the folders in `base` if all have images directly in them and none of several is named like a split.
 
     This rejects a root one level too high (/data for /data/pets).
     """
     try:
         folders = [path for path in base.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        return (
-            len(folders) > 1
-            and not any(folder.name in SPLITS for folder in folders)
-            and all(any(file.suffix.lower() in IMAGE_EXTENSIONS for file in folder.iterdir()) for folder in folders)
+        have_images = all(
+            any(file.suffix.lower() in IMAGE_EXTENSIONS for file in folder.iterdir()) for folder in folders
         )
     except OSError:
-        return False
+        return []
+    names = [folder.name for folder in folders]
+    return names if have_images and (len(names) == 1 or not {*names} & {*SPLITS}) else []
 
 
 def imagenet(*, root: str, class_names: str | None, **keys: Unpack[ImageKeys]) -> Dataset:

@@ -52,6 +52,15 @@ def test_a_tab_separates_fields(tmp_path: Path) -> None:
         load(tmp_path, text, delimiter="tab")
 
 
+def test_the_scale_of_the_training_targets_holds_for_other_files(tmp_path: Path) -> None:
+    keys = {"labels": "value", "test_split": 0.0}
+    trained = load(tmp_path, "x,y\n" + "".join(f"{i},{3 * i}\n" for i in range(20)), **keys)
+    assert trained.columns is not None
+    other = load(tmp_path, "x,y\n1,100\n2,-7\n", **keys, saved_columns=trained.columns)
+    expected = (np.array([100.0, -7.0]) - 3 * 9.5) / (3 * np.std(np.arange(20)))
+    np.testing.assert_allclose(other.train.targets.numpy(), expected, rtol=1e-6)
+
+
 def test_a_constant_target_is_not_scaled_by_its_rounding_error(tmp_path: Path) -> None:
     """The mean of six times 0.1 is not 0.1; the deviation from it is not a unit."""
     text = "x,y,part\n" + "1,0.1,train\n" * 6 + "1,0.2,test\n"

@@ -94,6 +94,12 @@ def test_other_folders_are_not_classes(tmp_path: Path, write_images: WriteImages
         load(tmp_path)
 
 
+def test_a_single_class_folder_is_named(tmp_path: Path, write_images: WriteImages) -> None:
+    write_images(tmp_path / "cat", 2)
+    with pytest.raises(UserError, match=r"has one class folder, cat; images are expected as CLASS/IMAGE of two"):
+        load(tmp_path)
+
+
 def remove(path: Path) -> None:
     for name in path.iterdir():
         name.unlink()

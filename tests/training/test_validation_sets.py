@@ -28,29 +28,34 @@ def write_table(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[st
     return path
 
 
-def table(folder: Path, *, values: bool = False) -> tuple[Path, list[dict[str, str]]]:
+def table(folder: Path, *, values: bool = False, cities: Sequence[str] = ()) -> tuple[Path, list[dict[str, str]]]:
     """Writes a table with a column `part`; returns its path and the rows of the validation set."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(120):
         a, b = rng.normal(size=2)
         answer = f"{1000 + 7 * a:.6f}" if values else ("low", "middle", "top")[int(a > 0) + int(b > 0)]
-        rows.append({"a": f"{a:.6f}", "b": f"{b:.6f}", "part": "val" if i % 4 == 0 else "train", "answer": answer})
+        city = ("Rome", "Oslo", "")[i % 3]
+        part = "val" if i % 4 == 0 else "train"
+        rows.append({"a": f"{a:.6f}", "b": f"{b:.6f}", "city": city, "part": part, "answer": answer})
     held_out = [row for row in rows if row["part"] == "val"]
-    return write_table(folder / "all.csv", rows, ["a", "b", "part", "answer"]), held_out
+    return write_table(folder / "all.csv", rows, ["a", *cities, "b", "part", "answer"]), held_out
 
 
-@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize(("values", "cities"), [(False, []), (True, []), (True, ["city"])])
 def test_equal_samples_have_equal_metrics_whatever_the_order_of_columns_and_classes(
-    values: bool, tmp_path: Path
+    values: bool, cities: list[str], tmp_path: Path
 ) -> None:
-    """A file with the validation rows only, without a class, and with its columns swapped: bit for bit."""
-    path, held_out = table(tmp_path, values=values)
+    """A file with the validation rows only, without a class, and with its columns swapped: bit for bit.
+
+    The encoding of texts and gaps, and the scale of the targets, are those of the training rows.
+    """
+    path, held_out = table(tmp_path, values=values, cities=cities)
     if not values:
         held_out = [{**row, "part": "val"} for row in held_out if row["answer"] != "low"]
         rows = [row for row in csv.DictReader(path.open()) if (row["part"], row["answer"]) != ("val", "low")]
         path = write_table(path, rows, ["a", "b", "part", "answer"])
-    copy = write_table(tmp_path / "copy.csv", held_out, ["b", "a", "answer"])
+    copy = write_table(tmp_path / "copy.csv", held_out, [*cities, "b", "a", "answer"])
     labels = ["data.labels=value", "loss=mse", "evaluate.metrics=[r2]"] if values else []
     keys = [f"data.file={path}", "data.split_column=part", *labels, f"validation.copy.file={copy}"]
     summary = start(tmp_path / "run", *TABLE, *keys, "validation.copy.split_column=null", "ema=0.9")
