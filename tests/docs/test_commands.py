@@ -131,7 +131,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = ("data=text", "data.file=labels.csv", "data.sequence_length=8", "model=gpt_nano", "steps=2", "tracking=[]")
     done = dlopt(folder, "train", *text, "threads=1", "device=cpu", "hydra.run.dir=outputs/gpt")
     assert done.code == 0, done.err
-    for name in ("search", "schedules", "slurm"):
+    rows = (
+        "data=table",
+        "data.file=measurements.csv",
+        "model=mlp",
+        "epochs=1",
+        "tracking=[]",
+        "threads=1",
+        "device=cpu",
+    )
+    done = dlopt(folder, "train", *rows, "hydra.run.dir=outputs/table")
+    assert done.code == 0, done.err
+    shutil.copy(folder / "measurements.csv", folder / "new.csv")
+    shutil.copy(folder / "labels.csv", folder / "notes.txt")
+    for name in ("search", "schedules", "slurm", "endless"):
         shutil.copytree(folder / "outputs/night", folder / "outputs" / name)
     shutil.copy(folder / DATE / "checkpoints/best.pt", folder / "weights.pt")
     for path, page, language in (

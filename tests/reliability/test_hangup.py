@@ -300,7 +300,7 @@ SWEEP = ("train", "-m", *TINY, "epochs=1", "seed=0,1", "hydra.sweep.dir=sweep")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["dlopt.sweeps.sweep.write_yaml", "dlopt.sweeps.jobs.describe"])
+@pytest.mark.parametrize("target", ["dlopt.sweeps.jobs.write_yaml", "dlopt.sweeps.jobs.describe"])
 @pytest.mark.parametrize("search", [False, True])
 def test_a_sweep_that_was_cut_off_blocks_nothing(target: str, search: bool, tmp_path: Path) -> None:
     more = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=2"] if search else []

@@ -423,7 +423,7 @@ def test_controls_of_the_plots(shown: Any, table: Ranking) -> None:
     assert len(lines(shown)) == 2
     cells = "return [...document.querySelectorAll('#heat-chart .cell text')].map((each) => each.textContent)"
     assert sorted(shown.execute_script(cells)) == sorted(
-        f"{100 * row.value.mean:.4g} %" for row in table.rows if row.value
+        f"{100 * row.value.mean:.2f} %" for row in table.rows if row.value
     )
     select(shown, "group", "")
     files = saved(shown, "#curves-chart")
