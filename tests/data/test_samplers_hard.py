@@ -328,7 +328,7 @@ def test_interrupted_and_resumed(whole: Path, tmp_path: Path, step: int) -> None
 
 
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
-    overrides = [*HARD, "checkpoint.every_steps=3", "log_every_steps=2"]
+    overrides = [*HARD, "checkpoint.every_steps=3"]
 
     def until(step: int) -> None:
         with at_update(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):

@@ -94,7 +94,7 @@ def test_elements_that_are_requeued_cancelled_and_lose_their_node(cluster: Clust
     node = cluster.run("squeue", "--noheader", f"--jobs={job}_2", "--format=%N").strip()
     cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     wait_until(lambda: cluster.states(f"{job}_2") == ["PENDING"], sweep)
-    cluster.run("scontrol", "update", f"NodeName={node}", "State=IDLE")  # it may have returned by itself
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=IDLE")  # it may have returned already
     assert [summary(run)["status"] for run in runs[:2]] == ["interrupted"] * 2
     resumed = dlopt(cluster, "sweep", "resume", "jobs")
     assert resumed.returncode == 0 and resumed.stdout.startswith("resumed: 1 element, "), resumed

@@ -27,6 +27,7 @@ from dlopt.extend import (
     Line,
     Natural,
     UserError,
+    key_of,
     on_config,
     output_folder,
     short_path,
@@ -212,7 +213,7 @@ def _first_lines(
         which = [f"{each}: {_names(names)} ({len(names)} of {len(layers)} layers)" for each, names in named.items()]
         name, worst = next((name, verdict) for name, verdict in layers if verdict.label == label)
         # Not another model, which may lack the keys that were typed.
-        changes = (each for each in found[label] if re.match(r"[\w.]+=", each) and not each.startswith("model="))
+        changes = (each for each in found[label] if re.match(r"[\w.]+=", each) and key_of(each) != "model")
         change = next(changes, None)
         advice = f"try: {', '.join(found[label])}" if change is None or again is None else f"type: {again(change)}"
         return [f"{'; '.join(which)}, {_when(diagnosis, snapshot)}", f"why: {name} is {label}: {worst.reason}", advice]

@@ -37,7 +37,7 @@ def test_a_dry_run_estimates_each_optimizer_on_each_workload_once(
         estimated.extend(saved)
         return known[saved[0]]
 
-    monkeypatch.setattr(command, "plan", lambda composer, lines: SimpleNamespace(saved=lines[0], choices={}))
+    monkeypatch.setattr("dlopt.extend.plan", lambda composer, lines: SimpleNamespace(saved=lines[0], choices={}))
     monkeypatch.setattr(command, "estimate_job", estimate)
     waiting = [*trials_of(["mlp", "gpt"], ["sgd"], 1, 2)]
     assert command._list(LINE, request_of(tmp_path, waiting), waiting) == 0
