@@ -27,7 +27,6 @@ from dlopt.extend import (
     Line,
     Natural,
     UserError,
-    key_of,
     on_config,
     output_folder,
     short_path,
