@@ -10,7 +10,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import natural
+from dlopt.data.checks import listed, natural
 from dlopt.data.columns import Column
 from dlopt.data.digits import read_bundled
 from dlopt.data.feature_columns import FeatureColumns
@@ -72,6 +72,9 @@ def table(
         split_column=split_column,
         kinds=None if encoding is None else encoding.kinds,
     )
+    if saved_columns is not None and isinstance(read.features, np.ndarray):
+        read = replace(read, features=read.features[:, _order(read.names, saved_columns.features)])
+        read = replace(read, names=saved_columns.features or read.names)
     described = FeatureColumns(read.names, read.target, read.others, read.delimiter, encoding=encoding)
     dataset = _dataset(
         read.features,
@@ -86,6 +89,16 @@ def table(
     dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.target}"
     dataset.notes += read.notes
     return dataset
+
+
+def _order(names: Sequence[str], trained: Sequence[str]) -> list[int]:
+    """Returns where the columns of the training data are among `names`. Raises `UserError` if these are others."""
+    missing, others = ([name for name in a if name not in b] for a, b in ((trained, names), (names, trained)))
+    if trained and (missing or others):
+        parts = [f"lacks the columns {listed(missing)}"] if missing else []
+        parts += [f"has the columns {listed(others)}, which the training data lack"] if others else []
+        raise UserError("data.file: " + "; ".join(parts))
+    return [names.index(name) for name in trained or names]
 
 
 def breast_cancer(*, test_split: Fraction) -> Dataset:

@@ -29,7 +29,7 @@ def as_trained(samples: Samples, source: Dataset, trained: Dataset) -> Samples:
     if isinstance(samples, Windows):
         _check_tokens(source, trained)
         return samples
-    samples = _with_columns(samples, source, trained)
+    samples = _encoded(samples, trained)
     targets = _targets(samples.targets, source, trained)
     if targets is samples.targets:
         return samples
@@ -48,23 +48,13 @@ def _check_tokens(source: Dataset, trained: Dataset) -> None:
         )
 
 
-def _with_columns(samples: Samples, source: Dataset, dataset: Dataset) -> Samples:
-    """Returns the samples of a table with the features of the training data, in their order."""
+def _encoded(samples: Samples, dataset: Dataset) -> Samples:
+    """Returns rows of a table with the features of the training data."""
     if isinstance(samples, TableRows):
         if dataset.columns is None or dataset.columns.encoding is None:
             raise UserError(NOT_ENCODED)
         return InMemory(torch.from_numpy(dataset.columns.encoding.apply(samples.columns)), samples.targets)
-    if source.columns is None or dataset.columns is None or not isinstance(samples, InMemory):
-        return samples
-    own, trained = source.columns.features, dataset.columns.features
-    if own == trained or not own or not trained:
-        return samples
-    missing, others = ([name for name in a if name not in b] for a, b in ((trained, own), (own, trained)))
-    if missing or others:
-        parts = [f"lacks the columns {listed(missing)}"] if missing else []
-        parts += [f"has the columns {listed(others)}, which the training data lack"] if others else []
-        raise UserError("; ".join(parts))
-    return InMemory(samples.inputs[:, [own.index(name) for name in trained]], samples.targets)
+    return samples
 
 
 def _targets(targets: Tensor, source: Dataset, trained: Dataset) -> Tensor:

@@ -61,6 +61,16 @@ def test_the_scale_of_the_training_targets_holds_for_other_files(tmp_path: Path)
     np.testing.assert_allclose(other.train.targets.numpy(), expected, rtol=1e-6)
 
 
+def test_columns_of_other_files_are_those_of_the_training_by_name(tmp_path: Path) -> None:
+    keys = {"labels": "value", "test_split": 0.0, "standardize_target": False}
+    trained = load(tmp_path, "a,b,y\n1,10,2\n2,21,3\n4,13,5\n", **keys)
+    other = load(tmp_path, "b,a,y\n30,7,1\n40,8.5,2\n", **keys, saved_columns=trained.columns)
+    assert isinstance(other.train, InMemory) and other.train.inputs.tolist() == [[7.0, 30.0], [8.5, 40.0]]
+    assert other.columns is not None and other.columns.features == ("a", "b")
+    with pytest.raises(UserError, match=r"data.file: lacks the columns b; has the columns c, which the training data"):
+        load(tmp_path, "c,a,y\n30,7,1\n40,8.5,2\n", **keys, saved_columns=trained.columns)
+
+
 def test_a_constant_target_is_not_scaled_by_its_rounding_error(tmp_path: Path) -> None:
     """The mean of six times 0.1 is not 0.1; the deviation from it is not a unit."""
     text = "x,y,part\n" + "1,0.1,train\n" * 6 + "1,0.2,test\n"
