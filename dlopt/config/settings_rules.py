@@ -121,7 +121,7 @@ def _check_growth(settings: Settings) -> None:
     if growth is None:
         return
     key, numbers = f"accumulate={shown_accumulate(settings)}", growth.micro_batches
-    units = {unit: getattr(growth, unit) for unit in ("steps", "epochs", "samples")}
+    units = {unit: milestones for unit, milestones in vars(growth).items() if unit != "micro_batches"}
     given = {unit: milestones for unit, milestones in units.items() if milestones is not None}
     if len(given) != 1:
         raise UserError(f"{key}: needs milestones in one unit: steps, epochs or samples")
