@@ -54,6 +54,14 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Waits for the lock and holds it in the block together with others that share it. Raises OSError."""
+    with _open(path, os.O_CREAT) as file:
+        fcntl.lockf(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
     """Waits for the lock of a folder and holds it in the block, where the file system has such locks (not over NFS).
 

@@ -95,15 +95,18 @@ def _read(folder: Path) -> "SweepStatus":
 
 
 def _print(folder: Path, status: "SweepStatus") -> None:
+    from dlopt.sweeps.slurm_queue import array_ids, describe_counts, explain
+
     counts = status.counts
     names = ("finished", "stopped_early", "pruned", "running", "queued", "interrupted", "unfinished", "failed")
     shown = [f"{counts[name]} {name.replace('_', ' ')}" for name in names if counts[name]]
     print(f"{format_count('jobs', sum(counts.values()))}: {', '.join(shown) or 'none yet'}")
-    workers = [f"{len(status.workers)} running"] if status.workers else []
-    workers += [f"{status.waiting} pending"] if status.waiting else []
-    if workers:
+    if workers := describe_counts(len(status.workers), status.waiting):
         what = f"elements of Slurm job {', '.join(status.slurm)}" if status.slurm else "workers"
-        print(f"{what}: {', '.join(workers)}")
+        print(f"{what}: {workers}")
+    for reason, count in status.pending.items():
+        meaning = explain(reason)
+        print(printable(f"  {count} pending: {reason}" + (f": {meaning}" if meaning else "")))
     for job in status.jobs:
         if job.status == "running":
             print(printable(f"  job {job.number}: {job.label}" + (f"  ({job.worker})" if job.worker else "")))
@@ -121,7 +124,6 @@ def _print(folder: Path, status: "SweepStatus") -> None:
     path = short_path(folder)
     if status.is_lost:
         from dlopt.sweeps.array import is_submitted
-        from dlopt.sweeps.slurm_queue import array_ids
 
         how = f"dlopt sweep {'resume' if array_ids(folder) else 'work'} {path}"
         if not is_submitted(folder):
@@ -151,6 +153,7 @@ def _document(folder: Path, status: "SweepStatus") -> dict[str, Any]:
         ],
         "workers": list(status.workers),
         "waiting_workers": status.waiting,
+        "pending_reasons": dict(status.pending),
         "stop_reason": status.stop_reason,
         "skipped": documents.skipped_entries(status.damaged),
     }

@@ -22,13 +22,14 @@ from dlopt.basics.secrets import is_secret_name, redact, reference
 if TYPE_CHECKING:  # Hydra is imported late: most commands only need the keys
     from hydra.core.override_parser.types import Override, RangeSweep
 
-_CLOSED = re.compile(r"""'[^']*'|"[^"]*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
+_CLOSED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\([^][(){}]*\)|\[[^][(){}]*\]|\{[^][(){}]*\}""")
 _SENTENCES = ("note",)  # keys whose value is one text, commas and brackets included
 TEXTS = (  # keys whose values are texts, never numbers: often dates
     "name", "note", "tags", "resume", "init_from", "output", "hydra.run.dir", "hydra.sweep.dir", "checkpoint", "images",
     "data.root", "data.file",
 )  # fmt: skip
 _NUMBER = r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d[\d_]*)?|nan|inf"  # as Hydra reads it
+_TEXT_READ_OTHERWISE = rf"""(['"])({_NUMBER}|null|true|false|.*\\.*)\1"""  # without its quotes
 _MOST_VALUES = 1_000_000  # of a range: more are a typing error, which would take all memory
 OUTPUT = "output"  # the folder of a run or sweep, as of the other commands
 # Words of a sweep, which are no keys of its jobs.
@@ -284,7 +285,7 @@ def parse_axes(words: "Iterable[str | Override]", choices: Any = None) -> list[A
     if len(seeds) > 1 and any(key_of(word) == SEEDS for word in seeds):
         raise UserError(f"{' '.join(map(text_of, seeds))}: set the seeds once")
     words = [_seeds(text_of(word)) if key_of(word) == SEEDS else word for word in words]
-    plain = iter(parse_overrides([word for word in words if not _is_zip(word)], choices))
+    plain = iter(parse_overrides([_with_all_texts(word) for word in words if not _is_zip(word)], choices))
     axes: dict[str, Axis] = {}
     for word in words:
         axis = _zipped(text_of(word), choices) if _is_zip(word) else _plain_axis(next(plain))
@@ -299,6 +300,22 @@ def parse_axes(words: "Iterable[str | Override]", choices: Any = None) -> list[A
 
 def _plain_axis(override: "Override") -> Axis:
     return Axis(str(override.get_key_element()), (override,))
+
+
+def _with_all_texts(word: "str | Override") -> "str | Override":
+    """Returns a word of a sweep in a form in which Hydra keeps each text a text.
+
+    Its grammar has no letters beyond ASCII. Its choice() takes no null, and loses the quotes of texts: 'null' would
+    become null.
+    """
+    if not isinstance(word, str):
+        return word
+    key, value = parts_of(word)
+    items = _items(_inside(value) or "") if value.startswith("choice(") else []
+    is_misread = any(
+        not each.isascii() or re.fullmatch(f"null|{_TEXT_READ_OTHERWISE}", each.strip(), re.I) for each in items
+    )
+    return f"{key}={_with_ascii(','.join(items))}" if len(items) > 1 and is_misread else quoted(word)
 
 
 def _seeds(word: str) -> str:
@@ -330,9 +347,10 @@ def _zipped(word: str, choices: Any) -> Axis:
         if inner is not None and not inner.strip():
             raise UserError(f"{word}: {key} has no values")
         # As the list of a plain axis: choice() of Hydra takes no null, and loses the quotes of texts.
-        [override] = parse_overrides([f"{key}={text if inner is None else _with_ascii(inner)}"], choices)
-        is_list = override.is_sweep_override() and override.is_discrete_sweep()
-        if not is_list and (inner is None or len(_items(inner)) > 1):
+        listing = quoted(f"{key}={text}") if inner is None else f"{key}={_with_ascii(inner)}"
+        [override] = parse_overrides([listing], choices)
+        is_single = inner is not None and len(_items(inner)) == 1 and not override.is_sweep_override()
+        if not is_single and not (override.is_sweep_override() and override.is_discrete_sweep()):
             raise UserError(f"{word}: {key} needs listed values: [a,b], choice(a,b) or range(a,b)")
         if getattr(override.value(), "shuffle", False):
             raise UserError(f"{word}: shuffle() of {key} alone would separate values that belong together")
@@ -486,9 +504,13 @@ def _quoted_item(item: str) -> str:
 
 def _items(text: str) -> list[str]:
     """Splits the inside of a list or block at its commas, but not within brackets or quotes."""
-    items, depth, quote = [""], 0, ""
+    items, depth, quote, is_escaped = [""], 0, "", False
     for letter in text:
-        if letter == quote:
+        if is_escaped:
+            is_escaped = False
+        elif quote and letter == "\\":
+            is_escaped = True
+        elif letter == quote:
             quote = ""
         elif not quote and letter in "'\"":
             quote = letter

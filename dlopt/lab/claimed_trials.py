@@ -81,12 +81,13 @@ def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials:
     Raises:
         UserError: wrong settings of the launcher.
     """
-    from dlopt.sweeps.sweep import submit_command
+    from dlopt.config.resolve import job_variables
+    from dlopt.sweeps.submitting import submit_command
 
     pool, plan_job, config = build_pool(line, run)
     if not isinstance(pool, Pool):
         words = [command, *without(line.typed, "output"), f"output={folder}"]
-        submit_command(pool, words, line.composer, folder, config, trials)
+        submit_command(pool, words, line.composer, folder, config, job_variables(config), trials)
         return None
     pools.warm_up()
     return pool, plan_job

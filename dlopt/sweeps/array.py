@@ -46,10 +46,14 @@ class JobEntry:
 
 @dataclass(frozen=True)
 class JobArray:
-    """The jobs of a submitted grid, and the number of elements that share them."""
+    """The jobs of a submitted grid, and the number of elements that share them.
+
+    `counts_diverged`: a diverged run is a result, as in a comparison: it does not run again.
+    """
 
     jobs: Sequence[JobEntry]
     elements: int
+    counts_diverged: bool = False
 
     def jobs_of(self, element: int) -> range:
         """Returns the numbers of the jobs that an element runs."""
@@ -59,9 +63,18 @@ class JobArray:
         """Returns the element that runs a job."""
         return ((job + 1) * self.elements - 1) // len(self.jobs)
 
+    def has_ended(self, run: RunFolder) -> bool:
+        """Returns whether a job has a result."""
+        return run.is_finished() or self.has_diverged(run)
+
+    def has_diverged(self, run: RunFolder) -> bool:
+        """Returns whether a job has diverged, where this is a result."""
+        return self.counts_diverged and (run.summary() or {}).get("diverged") is True
+
     def write(self, sweep: Path) -> None:
         jobs = [[job.folder, job.label, job.length] for job in self.jobs]
-        write_json(sweep / WORKERS / JOBS, {"elements": self.elements, "jobs": jobs}, indent=None)
+        content = {"elements": self.elements, "counts_diverged": self.counts_diverged, "jobs": jobs}
+        write_json(sweep / WORKERS / JOBS, content, indent=None)
 
 
 def is_submitted(sweep: Path) -> bool:
@@ -82,7 +95,7 @@ def read_array(sweep: Path) -> JobArray | None:
             if all(isinstance(entry, list) and list(map(type, entry)) == [str] * 3 for entry in entries):
                 jobs = [JobEntry(*entry) for entry in entries]
                 if all(_is_below(job.folder) for job in jobs):
-                    return JobArray(jobs, elements)
+                    return JobArray(jobs, elements, counts_diverged=found.get("counts_diverged") is True)
     raise UserError(f"{short_path(sweep)}: {WORKERS}/{JOBS} is damaged: it holds no jobs of this sweep")
 
 

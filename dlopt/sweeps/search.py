@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from math import fsum
@@ -112,33 +113,17 @@ def search(request: SweepRequest) -> SweepEnd:
         return SweepEnd(DONE)
     try:
         if isinstance(request.launcher, Slurm):
+            with storage_errors(spec.storage), closing(Study(folder, spec, facts)) as study:
+                _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
             left = _jobs_left(saved, facts, spec.total)
-            _submit(request, request.launcher, spec, facts, folder, jobs[0], spec.total if left is None else left)
+            workers, total = spec.total if left is None else left, spec.total * spec.jobs_per_trial
+            submit_search(request, request.launcher, folder, jobs[0], total, workers)
             return SweepEnd(DONE, is_submitted=True)
         return _run(request, spec, facts, folder)
     except UserError:
         if saved is None:
             before.erase(folder)
         raise
-
-
-def _submit(
-    request: SweepRequest,
-    launcher: Slurm,
-    spec: StudySpec,
-    facts: Mapping[str, Any],
-    folder: Path,
-    plan: Plan,
-    left: int,
-) -> None:
-    """Creates the study, and submits workers that draw its jobs. Raises `UserError`."""
-    with storage_errors(spec.storage):
-        study = Study(folder, spec, facts)
-        try:
-            _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
-        finally:
-            study.close()
-    submit_search(request, launcher, folder, plan, spec.total * spec.jobs_per_trial, left)
 
 
 def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path) -> SweepEnd:
@@ -269,7 +254,7 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = 
         raise UserError(
             f"{searched_seeds[0]}: a search draws configurations, not seeds; seeds=5 runs each trial with five seeds"
         )
-    size = space.size()
+    size = space.size() if settings.n_trials is None or name == "grid" else None  # of 10 axes it may be 10**10
     total = settings.n_trials or size
     if total is None:
         raise UserError("hydra.sweeper.n_trials=null: allowed for grids only; set the number of jobs")

@@ -115,6 +115,9 @@ def requeue_element() -> None:
     state = run_tool("squeue", "--noheader", f"--jobs={job}", "--format=%T/%r")
     if state is not None and state.stdout.strip().startswith(("CANCELLED/", "COMPLETING/None")):
         return
+    # Slurm does not list it: cancelled while its node was lost, and a requeue would revive it.
+    if state is not None and state.returncode == 0 and not state.stdout.strip():
+        return
     done = run_tool("scontrol", "requeue", job)
     if done is not None and done.returncode == 0:
         end_with(INTERRUPTED)

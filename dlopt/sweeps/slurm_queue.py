@@ -8,8 +8,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dlopt.basics.files import open_to_append
@@ -18,18 +19,53 @@ from dlopt.sweeps.array import WORKERS
 
 _IDS = "slurm"  # in the folder `WORKERS`
 _COMMAND_SECONDS = 60.0  # maximum for a Slurm command
-_COLUMNS = {"ArrayJobID": 24, "ArrayTaskID": 12, "State": 24, "StdOut": 1024}  # of squeue, with their widths
+# Of squeue, with their widths.
+_COLUMNS = {"ArrayJobID": 24, "ArrayTaskID": 12, "State": 24, "Reason": 96, "StdOut": 1024}
+_REASONS = {  # why Slurm does not start an element, by the beginning of its word: see "JOB REASON CODES" in squeue(1)
+    "None": "Slurm has not looked at it yet",
+    "Resources": "waits for free nodes",
+    "Priority": "jobs of higher priority are first",
+    "JobArrayTaskLimit": "hydra.launcher.n_jobs elements are running",
+    "BeginTime": "starts later, for example two minutes after a requeue",
+    "DependencyNeverSatisfied": "never starts: the job that it depends on has failed",
+    "Dependency": "waits for the job that it depends on",
+    "ReqNodeNotAvail": "its nodes are down, drained or reserved",
+    "Nodes required for job are": "its nodes are down, drained or reserved",
+    "NodeDown": "its nodes are down",
+    "BadConstraints": "never starts: no node offers what hydra.launcher requests",
+    "PartitionConfig": "requests more than the partition allows; see hydra.launcher",
+    "PartitionNodeLimit": "requests more nodes than the partition allows",
+    "PartitionTimeLimit": "hydra.launcher.time is longer than the partition allows",
+    "PartitionDown": "the partition is closed; see hydra.launcher.partition",
+    "PartitionInactive": "the partition is closed; see hydra.launcher.partition",
+    "InvalidAccount": "never starts: the account is not valid; see hydra.launcher.account",
+    "AccountNotAllowed": "never starts: the partition does not accept the account",
+    "InvalidQOS": "never starts: the quality of service is not valid; see hydra.launcher.extra",
+    "QOSNotAllowed": "never starts: the partition does not accept the quality of service",
+    "QOS": "a limit of the quality of service is reached",
+    "Assoc": "a limit of the account or user is reached",
+    "MaxJobsPerAccount": "a limit of the account or user is reached",
+    "Reservation": "waits for its reservation",
+    "Licenses": "waits for a license",
+    "JobHeldUser": "held; to release it: scontrol release",
+    "JobHeldAdmin": "held by an administrator",
+    "JobHoldMaxRequeue": "held after too many requeues; to release it: scontrol release",
+    "launch failed requeued held": "held because a node could not start it; to release it: scontrol release",
+}
 
 
 @dataclass(frozen=True)
 class Elements:
     """The elements of the arrays of a sweep that Slurm has not ended: id of the array -> index -> state.
 
-    `answers`: False if Slurm was asked and does not answer.
+    Attributes:
+        answers: False if Slurm was asked and does not answer.
+        reasons: Slurm's reason -> the number of elements that are pending for it.
     """
 
     states: Mapping[str, Mapping[int, str]]
     answers: bool = True
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return any(self.states.values())
@@ -53,6 +89,11 @@ class Elements:
     def pending(self) -> int:
         """Returns how many elements wait for an allocation."""
         return sum(state == "PENDING" for states in self.states.values() for state in states.values())
+
+
+def describe_counts(running: int, pending: int) -> str:
+    """Formats the numbers of elements or workers: 2 running, 3 pending; "" if there are none."""
+    return ", ".join(f"{count} {name}" for count, name in ((running, "running"), (pending, "pending")) if count)
 
 
 def is_job_id(text: str) -> bool:
@@ -88,14 +129,21 @@ def queued_elements(sweep: Path) -> Elements:
     if done is None or (done.returncode and "Invalid job id" not in done.stderr):  # of arrays that Slurm has forgotten
         return Elements({}, answers=False)
     found: dict[str, dict[int, str]] = {}
+    reasons: Counter[str] = Counter()
     log = os.path.realpath(sweep / WORKERS)
     for line in done.stdout.splitlines():
-        array, index, state, output = _cells(line)
+        array, index, state, reason, output = _cells(line)
         # Others may have written ids into the file: only elements with output in this folder belong to the sweep.
         is_own = os.path.realpath(os.path.dirname(output.replace("%%", "%"))) == log
         if is_own and index.isdecimal():
             found.setdefault(array, {})[int(index)] = state
-    return Elements(found)
+            reasons.update([reason] if state == "PENDING" else [])
+    return Elements(found, reasons=reasons)
+
+
+def explain(reason: str) -> str:
+    """Returns the meaning of Slurm's reason for a pending element; "" for one that is unknown here."""
+    return next((meaning for word, meaning in _REASONS.items() if reason.startswith(word)), "")
 
 
 def _cells(line: str) -> list[str]:

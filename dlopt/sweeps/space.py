@@ -1,7 +1,6 @@
 """The search space: converts Hydra's `interval()`, `range()`, `choice()` and `tag(log, ...)` for Optuna."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -111,25 +110,9 @@ class Space:
 
     def size(self) -> int | None:
         """Returns the number of points; None if an axis is continuous."""
-        conditions = [axis.when for axis in self.axes.values() if axis.when]
-        counts = Counter({self.fixed: 1})  # of the points, by the overrides that decide conditions
-        for name, axis in self.axes.items():
-            options = self._options(name)
-            if options is None:
-                return None
-            merged = Counter[tuple[str, ...]]()
-            for lines, count in counts.items():
-                if not conditions:
-                    merged[lines] += count * len(options)
-                elif not axis.applies(lines):
-                    merged[lines] += count
-                else:
-                    for _, own in options:
-                        merged[
-                            (*lines, *(line for line in own if any(is_equal(line, each) for each in conditions)))
-                        ] += count
-            counts = merged
-        return counts.total()
+        if any(self._options(name) is None for name in self.axes):
+            return None
+        return len(self.points())
 
     def points(self) -> list[dict[str, Value]]:
         """Returns all points of a space without continuous axes; the last axis changes fastest."""

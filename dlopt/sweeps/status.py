@@ -50,6 +50,7 @@ class SweepStatus:
         total: number of jobs, including jobs that are not drawn yet; None if unknown.
         workers: what runs jobs: elements of a grid, or processes.
         waiting: elements or workers that wait for an allocation of Slurm.
+        pending: Slurm's reason -> the number of elements that wait for it.
         slurm: the ids of the Slurm jobs that have not ended.
         answers: whether Slurm has answered.
         stop_reason: why the workers of a search must stop.
@@ -60,6 +61,7 @@ class SweepStatus:
     total: int | None
     workers: Sequence[str]
     waiting: int
+    pending: Mapping[str, int] = field(default_factory=dict)
     slurm: Sequence[str] = ()
     answers: bool = True
     stop_reason: str | None = None
@@ -127,7 +129,7 @@ class StatusReader:
             workers.append("the command that started it")
         workers += dict.fromkeys(job.worker for job in jobs if job.worker and job.worker not in workers)
         status = SweepStatus(
-            jobs, len(jobs), workers, elements.pending, slurm=[*elements.states], answers=elements.answers
+            jobs, len(jobs), workers, elements.pending, elements.reasons, [*elements.states], elements.answers
         )
         return replace(status, early=ended_early(self._sweep)) if status.is_lost else status
 
@@ -172,8 +174,9 @@ class StatusReader:
             _total(read_space(self._sweep)),
             workers,
             elements.pending,
-            slurm=[*elements.states],
-            answers=elements.answers,
+            elements.reasons,
+            [*elements.states],
+            elements.answers,
             stop_reason=stop_reason(self._sweep),
             damaged=damaged,
         )

@@ -17,25 +17,27 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
-from dlopt.basics.folders import SUBMITTED, inside, short_path
+from dlopt.basics.folders import SUBMITTED, RunFolder, inside, short_path
+from dlopt.basics.locks import shared, taken
 from dlopt.basics.plain_values import read_regular
 from dlopt.parallel.processes.launch import python_module
-from dlopt.sweeps.array import JOBS, SUBMISSION, WORKERS, JobArray, JobEntry, format_indices, own_numbers, read_array
+from dlopt.sweeps.array import JOBS, SUBMISSION, WORKERS, JobArray, format_indices, own_numbers, read_array
 from dlopt.sweeps.code_copy import is_unchanged
 from dlopt.sweeps.element import RESTARTS
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.slurm_queue import Elements, cancel, note_array, queued_elements
 
-LAUNCHER, STOP = "launcher.json", "stop"  # in the folder of the workers
+T = TypeVar("T")
+LAUNCHER, STOP, _IN_USE = "launcher.json", "stop", "in_use.lock"  # in the folder of the workers
 
 
 @dataclass(frozen=True)
@@ -98,26 +100,24 @@ class Submission:
 
 def read(sweep: Path) -> Submission:
     """Reads the submission in the folder of a sweep. Raises `UserError`."""
-    from dlopt.config.schema import check_arguments  # with pydantic, which the status of a sweep does not need
-
     found = read_json(sweep / WORKERS / SUBMISSION)
-    names = {each.name for each in fields(Submission)}
     if found is None:
         raise UserError(f"{short_path(sweep)}: no sweep was submitted in this folder (hydra/launcher=slurm)")
-    if found.keys() != names:
+    if found.keys() != {each.name for each in fields(Submission)}:
         raise UserError(f"{short_path(sweep)}: submitted with another version of dlopt, or damaged ({SUBMISSION})")
-    try:
-        return Submission(**check_arguments(SUBMISSION, Submission, found))
-    except UserError as error:
-        raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
+    return _checked(sweep, SUBMISSION, Submission, found)
 
 
 def _launcher(sweep: Path) -> Slurm:
     """Reads the settings of the launcher. Raises `UserError`."""
-    from dlopt.config.schema import check_arguments
+    return _checked(sweep, LAUNCHER, Slurm, read_json(sweep / WORKERS / LAUNCHER) or {})
+
+
+def _checked(sweep: Path, name: str, kind: Callable[..., T], found: Mapping[str, Any]) -> T:
+    from dlopt.config.schema import check_arguments  # with pydantic, which the status of a sweep does not need
 
     try:
-        return Slurm(**check_arguments(LAUNCHER, Slurm, read_json(sweep / WORKERS / LAUNCHER) or {}))
+        return kind(**check_arguments(name, kind, found))
     except UserError as error:
         raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
 
@@ -151,25 +151,13 @@ def own_array(sweep: Path, submission: Submission) -> JobArray:
 # -- elements and workers
 
 
-def start_workers(
-    sweep: Path, submission: Submission, launcher: Slurm, workers: int, secrets: Mapping[str, str]
-) -> str | None:
-    """Submits up to `workers` workers; returns their Slurm job id, None for hydra.launcher.n_jobs=0."""
-    count = min(launcher.n_jobs, workers)
-    return _submit(sweep, submission, launcher, format_indices(range(count)), secrets) if count else None
-
-
 def start_elements(
     sweep: Path, submission: Submission, launcher: Slurm, elements: Collection[int], secrets: Mapping[str, str]
 ) -> str | None:
-    """Submits these elements of a grid; returns their Slurm job id, None if there are none, or for n_jobs=0."""
+    """Submits elements of a grid, or workers; returns their Slurm job id, None if there are none, or for n_jobs=0."""
     if not launcher.n_jobs or not elements:
         return None
     array = format_indices(elements) + (f"%{launcher.n_jobs}" if launcher.n_jobs < len(elements) else "")
-    return _submit(sweep, submission, launcher, array, secrets)
-
-
-def _submit(sweep: Path, submission: Submission, launcher: Slurm, array: str, secrets: Mapping[str, str]) -> str:
     line = worker_command(sweep, submission, launcher)
     job_id = launcher.submit(array, line, (sweep / WORKERS).absolute(), Path(submission.cwd), secrets)
     note_array(sweep, job_id)  # a crash before this line leaves elements that only scancel stops
@@ -194,6 +182,27 @@ def worker_command(
     # No bytecode: `check` compares the copy of the code, which must not change.
     variables = ["PYTHONDONTWRITEBYTECODE=1", *([f"PYTHONPATH={os.pathsep.join(paths)}"] if paths else [])]
     return ["/usr/bin/env", *variables, *program]
+
+
+@contextlib.contextmanager
+def in_use(sweep: Path) -> Iterator[None]:
+    """Context of a process that runs jobs of the submission, which nobody replaces until it ends.
+
+    A process between two jobs holds no lock of a run. With another submission, it would run the next job of that one
+    with its own code.
+    """
+    folder = sweep / WORKERS
+    with shared(folder / _IN_USE) if folder.is_dir() else contextlib.nullcontext():  # else `read` refuses it
+        yield
+
+
+@contextlib.contextmanager
+def unused(sweep: Path) -> Iterator[bool]:
+    """Tries to keep processes from starting to run jobs in the block; yields whether none runs any."""
+    path = sweep / WORKERS / _IN_USE
+    path.touch()
+    with taken(path) as is_free:
+        yield is_free is not False
 
 
 @contextlib.contextmanager
@@ -240,7 +249,7 @@ def resume(sweep: Path) -> tuple[int, str | None]:
     secrets = {name: os.environ[name] for name in submission.secrets}
     if submission.command is not None:
         (sweep / WORKERS / STOP).unlink(missing_ok=True)
-        return launcher.slots, start_workers(sweep, submission, launcher, launcher.slots, secrets)
+        return launcher.slots, start_elements(sweep, submission, launcher, range(launcher.slots), secrets)
     array = own_array(sweep, submission)
     queued = queued_elements(sweep)
     refuse_silence(queued)
@@ -251,7 +260,8 @@ def resume(sweep: Path) -> tuple[int, str | None]:
         if unfinished:
             left = f"all jobs that are left are queued or running (Slurm job {', '.join(queued.states)})"
         raise UserError(f"{short_path(sweep)}: {left}")
-    with _failures_removed(sweep, [array.jobs[number] for element in elements for number in array.jobs_of(element)]):
+    runs = [array.jobs[number].run(sweep) for element in elements for number in array.jobs_of(element)]
+    with _failures_removed([run for run in runs if not array.has_diverged(run)]):
         return len(elements), start_elements(sweep, submission, launcher, elements, secrets)
 
 
@@ -262,17 +272,16 @@ def refuse_silence(elements: Elements) -> None:
 
 
 def elements_left(sweep: Path, array: JobArray) -> list[int]:
-    """Returns the elements with jobs that have not finished."""
-    left = (number for number, job in enumerate(array.jobs) if not job.run(sweep).is_finished())
+    """Returns the elements with jobs that have no result."""
+    left = (number for number, job in enumerate(array.jobs) if not array.has_ended(job.run(sweep)))
     return [*dict.fromkeys(map(array.element_of, left))]
 
 
 @contextlib.contextmanager
-def _failures_removed(sweep: Path, jobs: Iterable[JobEntry]) -> Iterator[None]:
+def _failures_removed(runs: Iterable[RunFolder]) -> Iterator[None]:
     """Lets elements start failed jobs again, and counts restarts from 0; a `UserError` in the block undoes it."""
     removed: dict[Path, bytes] = {}
-    for job in jobs:
-        run = job.run(sweep)
+    for run in runs:
         (run.path / RESTARTS).unlink(missing_ok=True)
         if (run.summary() or {}).get("status") == "failed" and not run.is_live():
             path = run.path / "summary.json"

@@ -1,20 +1,20 @@
 """Submits a sweep: writes the files of its elements or workers into its folder, and makes Slurm start them."""
 
+import contextlib
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically, write_json
-from dlopt.basics.folders import short_path
+from dlopt.basics.folders import SPACE as SPACE_FILE
+from dlopt.basics.folders import FolderSnapshot, short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import flatten
@@ -24,7 +24,6 @@ from dlopt.config.compose import Composer
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import SPACE, WAIT, key_of, quoted_plain, storable, value_of, without
 from dlopt.config.plan import Plan
-from dlopt.config.resolve import job_variables
 from dlopt.run import environment as environments
 from dlopt.sweeps.array import SUBMISSION, WORKERS, JobArray, JobEntry, count_elements, is_submitted, read_array
 from dlopt.sweeps.code_copy import CopiedCode, copy_code
@@ -33,7 +32,7 @@ from dlopt.sweeps.jobs import Job, list_jobs, prepare
 from dlopt.sweeps.live import live_workers
 from dlopt.sweeps.request import SweepRequest
 from dlopt.sweeps.slurm import Slurm
-from dlopt.sweeps.slurm_queue import Elements, cancel, max_array_size, queued_elements
+from dlopt.sweeps.slurm_queue import cancel, describe_counts, max_array_size, queued_elements
 from dlopt.sweeps.submission import (
     LAUNCHER,
     STOP,
@@ -44,22 +43,37 @@ from dlopt.sweeps.submission import (
     recorded_code,
     refuse_silence,
     start_elements,
-    start_workers,
     trust,
+    unused,
 )
 
 _CODE, _LOCK = ".code", "submit.lock"  # in the folder of the workers; hidden, because it holds no runs
 _NOT_COPIED = "not_copied"  # there, too: the files beside the code that were not copied
 
 
-def submit_grid(launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
-    """Submits the jobs of a grid that are not done, or joins a submission of the same jobs. Raises `UserError`."""
+def submit_grid(request: SweepRequest, folder: Path, jobs: Sequence[Job], before: FolderSnapshot) -> None:
+    """Submits the jobs of a grid that are not done, or joins a submission of the same jobs.
+
+    Raises `UserError`, and then leaves no new folder. `before`: its previous content.
+    """
+    is_new = not (folder / SPACE_FILE).exists()
+    try:
+        _submit_grid(request, folder, jobs)
+    except UserError:
+        if is_new:
+            before.erase(folder)
+        raise
+
+
+def _submit_grid(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> None:
+    launcher = request.launcher
+    assert isinstance(launcher, Slurm)
     plans = [job.plan for job in jobs]
     packages = sorted({name for plan in plans for name in plan.saved.get("allow_packages") or ()})
     public, secrets = _split(plans[0].environment)
     entries = [JobEntry(str(job.folder.path.relative_to(folder)), redact(job.label), _length(job.plan)) for job in jobs]
     (folder / WORKERS).mkdir(exist_ok=True)
-    with locked(folder / WORKERS / _LOCK):  # of two submissions at the same time, the second finds the first
+    with _submitting(folder) as is_unused:
         queued = queued_elements(folder)
         refuse_silence(queued)
         code = _copy(folder, packages, {})
@@ -71,24 +85,28 @@ def submit_grid(launcher: Slurm, folder: Path, jobs: Sequence[Job]) -> None:
             jobs=_digest_of_jobs(entries, plans),
             elements=count,
         )
-        is_live = bool(queued) or any(job.folder.is_live() for job in jobs)
+        is_live = bool(queued) or not is_unused or any(job.folder.is_live() for job in jobs)
         if is_live and is_submitted(folder):
             _refuse_difference(folder, submission, entries)
         if queued:
-            print_joined(folder, queued)
+            counts = describe_counts(len(queued.running), queued.pending)
+            print(f"already submitted: Slurm job {', '.join(queued.states)}, elements: {counts}")
+            _print_next(folder, ["status", "wait", "stop"])
             return
         list_jobs(folder, jobs)
-        array = JobArray(entries, count)
+        array = JobArray(entries, count, counts_diverged=bool(request.series))
         array.write(folder)
         _write(folder, submission, launcher)
         with recorded_code(folder):
             for job in jobs:
+                if array.has_diverged(job.folder):
+                    continue
                 if not job.folder.is_live():  # of a killed sweep: it is writing its last checkpoint
                     (job.folder.path / RESTARTS).unlink(missing_ok=True)
                     prepare(job)
         elements = elements_left(folder, array)
         job_id = start_elements(folder, submission, launcher, elements, secrets)
-    print_submitted(folder, job_id, f"{format_count('elements', len(elements))} of a job array", len(jobs))
+    _print_submitted(folder, job_id, f"{format_count('elements', len(elements))} of a job array", len(jobs))
 
 
 def _length(plan: Plan) -> str:
@@ -144,122 +162,103 @@ def refuse_hidden_words(words: Sequence[str]) -> None:
 
 def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Plan, total: int, left: int) -> None:
     """Submits a search, whose workers draw the jobs (`left` of `total`). `plan`: of one job. Raises `UserError`."""
-    files, flags = _config_files(request.composer)
+    files: dict[str, Path] = {}
     words = without(request.words, WAIT, "resume", "hydra.sweep.dir")
     for index, word in enumerate(words):
         key, path = key_of(word), os.path.expanduser(value_of(word).strip("'\""))
         if key in (SPACE, "hydra.sweeper.enqueue") and os.path.isfile(path):
             files[key], words[index] = Path(path), f"{key}={{{key}}}"
-    own = ["resume=auto", f"hydra.sweep.dir={quoted_plain(str(folder.absolute()))}"]
-    command = ["train", "-m", *flags, *storable(words), *own]
-    packages = plan.saved.get("allow_packages") or ()
-    job_id = submit(
-        folder,
+    submit_command(
         launcher,
-        command=command,
-        files=files,
-        packages=packages,
-        environment=plan.environment,
+        ["train", "-m", *words],
+        request.composer,
+        folder,
+        plan.saved,
+        plan.environment,
+        total,
         workers=left,
+        own=["resume=auto", f"hydra.sweep.dir={quoted_plain(str(folder.absolute()))}"],
+        files=files,
     )
-    print_submitted(folder, job_id, format_count("workers", min(launcher.n_jobs, left)), total)
 
 
 def submit_command(
-    launcher: Slurm, words: Sequence[str], composer: Composer, folder: Path, config: DictConfig, jobs: int
-) -> None:
-    """Submits workers that run a command of dlopt that shares its jobs among processes. Raises `UserError`.
-
-    `config`: of one of its jobs.
-    """
-    launcher.require()
-    files, flags = _config_files(composer)
-    command = [words[0], *flags, *storable(words[1:])]
-    packages = [str(name) for name in config.get("allow_packages") or ()]
-    job_id = submit(
-        folder,
-        launcher,
-        command=command,
-        files=files,
-        packages=packages,
-        environment=job_variables(config),
-        workers=jobs,
-    )
-    print_submitted(folder, job_id, format_count("workers", min(launcher.n_jobs, jobs)), jobs)
-
-
-def _config_files(composer: Composer) -> tuple[dict[str, Path], list[str]]:
-    """Returns the folder of --config-dir, to be copied, and the flags that name the copy."""
-    flags = [f"--config-name={composer.config_name}"]
-    if composer.config_dir is None:
-        return {}, flags
-    return {"config": Path(composer.config_dir).absolute()}, ["--config-dir={config}", *flags]
-
-
-def print_submitted(folder: Path, job_id: str | None, how: str, jobs: int) -> None:
-    """Prints the commands for a submitted sweep."""
-    started = "no job array (hydra.launcher.n_jobs=0)" if job_id is None else f"{how}, Slurm job {job_id}"
-    print(f"submitted {format_count('jobs', jobs)}: {started}", "next:", sep="\n")
-    for part in ("work",) if job_id is None else ("status", "wait", "stop"):
-        print(f"  dlopt sweep {part} {shlex.quote(short_path(folder))}")
-
-
-def print_joined(folder: Path, queued: Elements) -> None:
-    """Prints that the jobs of a sweep are submitted already."""
-    states = [f"{len(queued.running)} running"] if queued.running else []
-    states += [f"{queued.pending} pending"] if queued.pending else []
-    print(f"already submitted: Slurm job {', '.join(queued.states)}, elements: {', '.join(states)}", "next:", sep="\n")
-    for part in ("status", "wait", "stop"):
-        print(f"  dlopt sweep {part} {shlex.quote(short_path(folder))}")
-
-
-def submit(
-    sweep: Path,
     launcher: Slurm,
-    *,
-    command: Sequence[str],
-    files: Mapping[str, Path],
-    packages: Sequence[str],
+    words: Sequence[str],
+    composer: Composer,
+    folder: Path,
+    config: Mapping[str, Any],
     environment: Mapping[str, str],
-    workers: int,
-) -> str | None:
-    """Writes the files of the workers of a command, and submits workers; returns their Slurm job id.
+    jobs: int,
+    *,
+    workers: int | None = None,
+    own: Sequence[str] = (),
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """Submits workers that run a command of dlopt that shares its jobs among processes.
 
     Args:
-        command: of dlopt, which every worker runs.
-        files: files that `command` reads, by name: `{name}` in a word becomes the path of the copy.
-        packages: of `allow_packages`.
-        environment: additional variables of the jobs.
-        workers: the number of workers with something to do.
+        words: of the command, the first of which names it; `own`: words that are stored as they are.
+        config: of one of its jobs; `environment`: additional variables of the jobs.
+        workers: the number of workers with something to do; by default one per job.
+        files: files that the words name, by name: `{name}` becomes the path of the copy.
 
     Raises:
         UserError: workers of this sweep are running other code, the code is too large, or sbatch refuses.
     """
+    launcher.require()
+    files, flags = dict(files or {}), [f"--config-name={composer.config_name}"]
+    if composer.config_dir is not None:
+        files["config"], flags = Path(composer.config_dir).absolute(), ["--config-dir={config}", *flags]
+    command = [words[0], *flags, *storable(words[1:]), *own]
+    packages = tuple(str(name) for name in config.get("allow_packages") or ())
     public, secrets = _split(environment)
-    folder = sweep / WORKERS
-    folder.mkdir(exist_ok=True)
-    with locked(folder / _LOCK):  # of two submissions at the same time, the second finds the first
-        code = _copy(sweep, packages, files)
+    (folder / WORKERS).mkdir(exist_ok=True)
+    with _submitting(folder) as is_unused:
+        code = _copy(folder, packages, files)
         refuse_hidden_words(command)
         submission = Submission(
-            **_facts(sweep, code, packages, public, sorted(secrets), launcher.tasks),
+            **_facts(folder, code, packages, public, sorted(secrets), launcher.tasks),
             command=tuple(_with_files(word, code, files) for word in command),
             jobs=None,
             elements=0,
         )
-        former = read(sweep) if is_submitted(sweep) else None
+        former = read(folder) if is_submitted(folder) else None
         is_same = former is not None and former.digest == submission.digest
-        if not is_same and live_workers(sweep):
+        if not is_same and (live_workers(folder) or not is_unused):
             what = "code" if former is not None and former.sha256 != submission.sha256 else "settings"
             raise UserError(
-                f"{short_path(sweep)}: workers of this sweep are running with other {what}; wait for them, stop them "
-                f"with `dlopt sweep stop {short_path(sweep)}`, or use another folder"
+                f"{short_path(folder)}: workers of this sweep are running with other {what}; wait for them, stop them "
+                f"with `dlopt sweep stop {short_path(folder)}`, or use another folder"
             )
         if not is_same:
-            cancel(queued_elements(sweep), pending_only=True)  # they would find another sweep
-        _write(sweep, submission, launcher)
-        (folder / STOP).unlink(missing_ok=True)
-    return start_workers(sweep, submission, launcher, workers, secrets)
+            cancel(queued_elements(folder), pending_only=True)  # they would find another sweep
+        _write(folder, submission, launcher)
+        (folder / WORKERS / STOP).unlink(missing_ok=True)
+    count = min(launcher.n_jobs, jobs if workers is None else workers)
+    job_id = start_elements(folder, submission, launcher, range(count), secrets)
+    _print_submitted(folder, job_id, format_count("workers", count), jobs)
+
+
+@contextlib.contextmanager
+def _submitting(folder: Path) -> Iterator[bool]:
+    """Context of a submission; yields whether no process runs jobs of the previous one.
+
+    Of two submissions at the same time, the second finds the first.
+    """
+    with locked(folder / WORKERS / _LOCK), unused(folder) as is_unused:
+        yield is_unused
+
+
+def _print_submitted(folder: Path, job_id: str | None, how: str, jobs: int) -> None:
+    """Prints the commands for a submitted sweep."""
+    started = "no job array (hydra.launcher.n_jobs=0)" if job_id is None else f"{how}, Slurm job {job_id}"
+    print(f"submitted {format_count('jobs', jobs)}: {started}")
+    _print_next(folder, ["work"] if job_id is None else ["status", "wait", "stop"])
+
+
+def _print_next(folder: Path, parts: Sequence[str]) -> None:
+    print("next:", *(f"  dlopt sweep {part} {shlex.quote(short_path(folder))}" for part in parts), sep="\n")
 
 
 def _copy(sweep: Path, packages: Sequence[str], files: Mapping[str, Path]) -> CopiedCode:

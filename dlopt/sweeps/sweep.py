@@ -11,7 +11,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
-from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
+from dlopt.basics.folders import FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.secrets import is_secret_name
@@ -43,17 +43,13 @@ from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.branches import begin
 from dlopt.sweeps.jobs import Job, labels, list_jobs, record_dead
 from dlopt.sweeps.live import live_workers
-from dlopt.sweeps.matching import distance_of_jobs, distance_of_unfinished, has_jobs, refuse_other_labels, swept_keys
+from dlopt.sweeps.matching import distance_of_unfinished, has_jobs, refuse_other_labels, swept_keys
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_working
-from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_command, submit_grid
+from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_grid
 from dlopt.sweeps.sweep_file import read_space
 
-__all__ = [
-    "build_launcher", "check_folder", "distance_of_jobs", "list_jobs", "refuse_different_environments",
-    "request", "request_series", "run", "submit_command", "submit_jobs",
-]  # fmt: skip
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
 # Sweepers and launchers of other packages run their jobs through Hydra, which reads all of these but the run's folder.
@@ -206,7 +202,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
     with RunFolder(folder).lock():
         begin(jobs)
         if isinstance(request.launcher, Slurm):
-            submit_jobs(request, folder, jobs, before)
+            submit_grid(request, folder, jobs, before)
             return SweepEnd(DONE, is_submitted=True)
         list_jobs(folder, jobs)
         for job in jobs:
@@ -227,18 +223,6 @@ def _grid(request: SweepRequest) -> SweepEnd:
     if not statuses or statuses & {"failed", "running"}:
         return SweepEnd(FAILED, board)
     return SweepEnd(INTERRUPTED if "interrupted" in statuses else DONE, board)
-
-
-def submit_jobs(request: SweepRequest, sweep: Path, jobs: Sequence[Job], before: FolderSnapshot) -> None:
-    """Submits the jobs. Raises `UserError`, and then leaves no new folder. `before`: its previous content."""
-    assert isinstance(request.launcher, Slurm)
-    is_new = not (sweep / SPACE).exists()
-    try:
-        submit_grid(request.launcher, sweep, jobs)
-    except UserError:
-        if is_new:
-            before.erase(sweep)
-        raise
 
 
 def _ranked(jobs: Sequence[Job]) -> Leaderboard:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 
 from dlopt.basics.errors import UserError
@@ -82,6 +83,40 @@ def test_a_zip_takes_the_values_of_a_plain_axis(key: str, plain: str, zipped: st
     assert [job[1] for job in together] == ["seed=0", "seed=1"]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        "'null','true'", "'1','2_0'", "'1e3',b", "null,'null'", "1,2.5", "'a,b','c'", r"'it\'s','b'", "[1,2],[3]",
+        "{a:1},{b:2}", "true,'x y'",
+    ],
+)  # fmt: skip
+def test_values_are_those_of_hydras_parser(values: str) -> None:
+    """Of a plain axis, of choice() and of both forms in a zip: a text in quotes stays a text."""
+    parser = OverridesParser.create()
+    [reference] = parser.parse_overrides([f"model.x={values}"])
+    expected = [parser.parse_overrides([f"model.x={each}"])[0].value() for each in reference.sweep_string_iterator()]
+    forms = [
+        f"model.x={values}",
+        f"a=zip(model.x=[{values}],seed=[0,1])",
+        f"a=zip(model.x=choice({values}),seed=[0,1])",
+    ]
+    if "{" not in values:  # choice() of Hydra takes no blocks
+        forms.append(f"model.x=choice({values})")
+    for form in forms:
+        rows = grid(parse_axes([form]))
+        own = [parser.parse_overrides([row[0]])[0].value() for row in rows]
+        assert own == expected and [type(each) for each in own] == [type(each) for each in expected], form
+
+
+def test_letters_that_hydras_grammar_rejects() -> None:
+    """In a recipe's hydra.sweeper.params, too, which the command line's reader of arguments does not see."""
+    expected = [["name='größe'"], ["name=klein"]]
+    for form in ("name=größe,klein", "name=choice(größe,klein)"):
+        assert grid(parse_axes([form])) == expected
+    for form in ("[größe,klein]", "choice(größe,klein)"):
+        assert [row[:1] for row in grid(parse_axes([f"a=zip(name={form},seed=[0,1])"]))] == expected
+
+
 def test_dates_in_a_choice_stay_texts() -> None:
     lines = [line for job in grid(parse_axes(["name=choice(2024_11_26,1e3)"])) for line in job]
     values = [override.value() for override in parse_overrides(lines)]
@@ -124,6 +159,8 @@ def test_number_of_jobs_is_the_product_of_the_lengths(lengths: list[tuple[int, i
         (["p=zip(seed=[1,2],seed=[3,4])"], "at least two different keys"),
         (["p=zip()"], "at least two different keys"),
         (["p=zip(seed=[],epochs=[])"], "seed has no values"),
+        (["p=zip(optimizer.lr=[interval(0,1)],epochs=[1])"], "optimizer.lr needs listed values"),
+        (["p=zip(name=größe,seed=[1])"], "name needs listed values"),
         (["p=zip(seed=[1,1],epochs=[2,2])"], "the same values twice"),
         (["p=zip(seed=1,2)"], "seed needs listed values"),
         (["p=zip(seed=[1,2],3)"], "'3' is not KEY=VALUES"),

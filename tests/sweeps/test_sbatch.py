@@ -56,7 +56,13 @@ def test_refusals_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("state", "requeued"),
-    [("RUNNING/None", True), ("COMPLETING/None", False), ("CANCELLED/None", False), ("COMPLETING/Preempted", True)],
+    [
+        ("RUNNING/None", True),
+        ("COMPLETING/None", False),
+        ("CANCELLED/None", False),
+        ("COMPLETING/Preempted", True),
+        ("", False),
+    ],
 )
 def test_only_an_element_that_was_not_cancelled_is_requeued(
     state: str, requeued: bool, write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -75,7 +81,7 @@ def test_only_an_element_that_was_not_cancelled_is_requeued(
 
 def line(array: int, index: str, state: str, output: str) -> str:
     """What squeue prints of an element."""
-    return f"{array:<24}{index:<12}{state:<24}{output:<1024}\n"
+    return f"{array:<24}{index:<12}{state:<24}{'None':<96}{output:<1024}\n"
 
 
 def test_elements_in_the_queue(write_tool: WriteTool, tmp_path: Path) -> None:

@@ -30,7 +30,11 @@ def test_a_submitted_sweep(tmp_path: Path, write_tool: WriteTool) -> None:
     submit(sweep, 8, 4)
     note_array(sweep, "21")
     states = {0: "RUNNING", 1: "PENDING", 2: "CONFIGURING"}
-    rows = [f"{21:<24}{index:<12}{state:<24}{sweep}/workers/%A_%a.log" for index, state in states.items()]
+    reasons = {0: "None", 1: "QOSMaxJobsPerUserLimit", 2: "None"}
+    rows = [
+        f"{21:<24}{index:<12}{state:<24}{reasons[index]:<96}{sweep}/workers/%A_%a.log"
+        for index, state in states.items()
+    ]
     write_tool("squeue", "\n".join(f"echo '{row}'" for row in rows))
     with hold(sweep / "1/.lock"), hold(sweep / "6/.lock"):
         result = dlopt(tmp_path, "sweep", "status", "s")
@@ -38,11 +42,13 @@ def test_a_submitted_sweep(tmp_path: Path, write_tool: WriteTool) -> None:
     assert result.code == 75 and result.out.splitlines() == [
         "8 jobs: 1 finished, 2 running, 4 queued, 1 failed",
         "elements of Slurm job 21: 3 running, 1 pending",
+        "  1 pending: QOSMaxJobsPerUserLimit: a limit of the quality of service is reached",
         "  job 1: seed=1  (21_0)",
         "  job 6: seed=6  (another process)",
         "  s/4 failed: disk full",
     ]
     assert document["workers"] == ["21_0", "21_2", "another process"] and document["waiting_workers"] == 1
+    assert document["pending_reasons"] == {"QOSMaxJobsPerUserLimit": 1}
     assert [job["worker"] for job in document["jobs"]] == [None, "21_0", *[None] * 4, "another process", None]
     write_tool("squeue", "true")
     write_tool("sacct", "echo '21_0|TIMEOUT\n21_1|COMPLETED\n21_2|NODE_FAIL'")

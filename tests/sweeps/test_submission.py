@@ -45,7 +45,7 @@ def jobs(tmp_path: Path) -> list[str]:
 
 def list_elements(write_tool: WriteTool, sweep: Path, **states: str) -> None:
     """Makes squeue list elements of the array 1: e0="PENDING"."""
-    rows = [f"{1:<24}{name[1:]:<12}{state:<24}{sweep}/workers/%A_%a.log" for name, state in states.items()]
+    rows = [f"{1:<24}{name[1:]:<12}{state:<24}{'None':<96}{sweep}/workers/%A_%a.log" for name, state in states.items()]
     write_tool("squeue", "\n".join(f"echo '{row}'" for row in rows) or "true")
 
 
@@ -216,6 +216,20 @@ def submitted(tmp_path: Path) -> Path:
     return tmp_path / PLACE
 
 
+def test_nobody_replaces_a_submission_that_a_process_runs(submitted: Path, tmp_path: Path) -> None:
+    """It may be between two jobs, and would run the next one of the new submission with its own code."""
+    lines = "import sys, pathlib", "from dlopt.sweeps.submission import in_use"
+    block = "with in_use(pathlib.Path(sys.argv[1])): print(flush=True); input()"
+    command = [sys.executable, "-c", "\n".join([*lines, block]), str(submitted)]
+    line = [*SUBMIT, "seed=0,1", "epochs=9", *SMALL]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        assert "queued or running with another length" in said(dlopt(tmp_path, *line))
+        process.stdin.close()
+    assert dlopt(tmp_path, *line).code == 0
+
+
 def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.execv", lambda *line: started.append(line))
@@ -309,7 +323,7 @@ def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
     result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *words)
     assert result.code == 0 and "submitted 3 jobs: no job array" in result.out, result
     command = submission.read(tmp_path / PLACE).command
-    assert command is not None and command[:2] == ("train", "-m")
+    assert command is not None and command[0] == "train" and command[3] == "-m"
     [config] = [word for word in command if word.startswith("--config-dir=")]
     [space] = [word for word in command if word.startswith("space=")]
     for word in (config, space):

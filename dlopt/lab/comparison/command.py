@@ -57,16 +57,11 @@ from dlopt.lab.comparison.running import BEFORE, NAMES, TEACHER, VariantJobs, ha
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metrics.names import monitored_directions, split_of
 from dlopt.results import drawing
-from dlopt.sweeps.jobs import Job, PlanJob
+from dlopt.sweeps.jobs import Job, PlanJob, list_jobs
+from dlopt.sweeps.matching import distance_of_jobs
 from dlopt.sweeps.pool import Pool
-from dlopt.sweeps.sweep import (
-    check_folder,
-    distance_of_jobs,
-    list_jobs,
-    refuse_different_environments,
-    request_series,
-    submit_jobs,
-)
+from dlopt.sweeps.submitting import refuse_different_environments, submit_grid
+from dlopt.sweeps.sweep import check_folder, request_series
 from dlopt.tracking.console import Screen
 
 PICTURE = "comparison"
@@ -124,7 +119,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     with RunFolder(folder).lock():  # before the claims are frozen: a second start must not judge by other claims
         frozen = _freeze(composer, config, folder)
         if is_submitted and not all(map(has_ended, jobs.values())):
-            submit_jobs(request, folder, [*jobs.values()], before)
+            submit_grid(request, folder, [*jobs.values()], before)
             place = shlex.quote(f"hydra.run.dir={short_path(folder)}")
             print(f"for the verdicts, once all have ended: this command with {place} resume=auto")
             return 0

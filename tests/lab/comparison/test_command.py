@@ -386,10 +386,17 @@ def test_elements_run_a_submitted_comparison(folder: Path) -> None:
     assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 3 queued")
     array = read_array(folder / "out")
     assert array is not None
-    source = Element(folder / "out", dict(enumerate(array.jobs)), {}, (), restarts=0)
-    pools.run(source, replace(pools.local(n_jobs=1, stop_on_failure=False), poll_seconds=0.01), source.overview)
-    assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 2 finished, 1 failed")
+
+    def run() -> None:
+        source = Element(folder / "out", dict(enumerate(array.jobs)), {}, (), restarts=1)
+        pools.run(source, replace(pools.local(n_jobs=1, stop_on_failure=False), poll_seconds=0.01), source.overview)
+        assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 2 finished, 1 failed")
+
+    run()
     written = (folder / "out/2/summary.json").stat().st_mtime_ns
+    (folder / "out/1/summary.json").unlink()  # while another run is left
+    assert "submitted 3 jobs" in compare(folder, *line, "resume=auto").out
+    run()
     result = compare(folder, *line, "resume=auto")
     assert result.code == 0 and "wild     diverged" in result.out, result
     assert (folder / "out/comparison.json").exists()
