@@ -44,7 +44,8 @@ probability and p(CLASS) for each class; with several labels per image: image, l
 A table (CSV or Parquet) gets all its rows and columns back, in order, then prediction and probability. The model finds
 its features by name; the label may be missing. The prediction of a regression is in the unit of the label.
 
-A text gets its mean loss in nats, as `dlopt eval` computes it, in bits per byte, and as perplexity of tokens.
+A text gets its mean loss in nats, as `dlopt eval` computes it, in bits per byte, and as perplexity of tokens. With
+per=document, a Parquet file also gets its columns back; with per=line and per=window, its texts are one text.
 
   {_predict}
   parallel.processes=N :: divides the work over N processes; also under torchrun and srun

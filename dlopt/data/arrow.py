@@ -1,7 +1,6 @@
 """Columns of Arrow tables as samples: Parquet files, and the datasets of the package datasets."""
 
 import glob
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.images import decode_bytes
-from dlopt.data.parquet import Parts, innermost, library, read_parquet, without_large
+from dlopt.data.parquet import Parts, innermost, library, read_parquet, refuse_unnamed, stored_names, without_large
 from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
 
@@ -131,7 +130,7 @@ class Columns:
         self.encoded = _is_encoded(table.schema.field(names[0]).type)
         self._key, self.table, self._names = key, table, names
         parts = [(len(table), table.schema.metadata)] if parts is None else parts
-        self._stored = [(rows, _stored_names(metadata, target)) for rows, metadata in parts]
+        self._stored = [(rows, stored_names(metadata, target)) for rows, metadata in parts]
         self.names = _joined_names(f"{key}: {target}", [each for _, each in self._stored if each is not None])
 
     def __len__(self) -> int:
@@ -164,18 +163,7 @@ class Columns:
         if self.names is None:
             return
         counts = np.repeat([0 if each is None else len(each) for _, each in self._stored], [n for n, _ in self._stored])
-        wrong = {}
-        for row, (value, count) in enumerate(zip(self.table.column(self.target).to_pylist(), counts, strict=True)):
-            outside = [each for each in _as_list(value) if isinstance(each, int) and not 0 <= each < count]
-            if outside and count:
-                wrong[row] = outside[0], count
-        if wrong:
-            row, (value, count) = next(iter(wrong.items()))
-            meaning = "no label" if value == -1 else f"none of its {count} classes"
-            raise UserError(
-                f"{self.place(row)}: {self.target} is {value}, which means {meaning}; so do {len(wrong)} of "
-                f"{len(self)} rows: remove them, or choose another split"
-            )
+        refuse_unnamed(self.table.column(self.target).to_pylist(), counts.tolist(), self.target, self.place)
 
     @property
     def size(self) -> int:
@@ -382,7 +370,7 @@ class _Hub:
         for file in sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)):
             try:
                 refuse_special(file)
-                names = _stored_names(reader.read_schema(file).metadata, self.target)
+                names = stored_names(reader.read_schema(file).metadata, self.target)
             except (arrow.ArrowException, OSError):  # reported by the package, if it reads the file
                 continue
             if names is None:
@@ -449,17 +437,6 @@ def _is_encoded(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _stored_names(metadata: Mapping[bytes, bytes] | None, target: str) -> list[str] | None:
-    """Returns the names of the classes that the package datasets stores with a column of labels; None without."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        feature = features[target]
-        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list of labels
-        return [str(name) for name in feature["names"]]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return None
-
-
 def _joined_names(place: str, lists: Sequence[list[str]]) -> list[str] | None:
     """Returns the names in several files: those of the first, then new names in others. Raises `UserError`."""
     if not lists:
@@ -477,7 +454,3 @@ def _renumbered(value: Any, numbers: Sequence[int]) -> Any:
     if isinstance(value, list):
         return [_renumbered(each, numbers) for each in value]
     return numbers[value] if isinstance(value, int) else value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

@@ -89,14 +89,30 @@ def number(text: str) -> float:
 
 
 def numbers(value: Any, where: str, kind: str) -> np.ndarray:
-    """Returns numbers that are finite in float32. Raises `UserError` that starts with `where` and ends with `kind`."""
+    """Returns numbers that are finite in float32. Raises `UserError` that starts with `where`.
+
+    `kind`: the type of the values, for messages.
+    """
     try:
         array = np.array(value)
     except ValueError:
         array = np.array(value, dtype=object)
     if array.dtype.kind not in "biuf" or (array.dtype.kind == "f" and not (np.abs(array) <= LARGEST).all()):
-        raise UserError(f"{where}: must have finite numbers in lists of equal lengths, of at most 3.4e38 ({kind})")
+        if (wrong := _first_wrong(value.tolist() if isinstance(value, np.ndarray) else value, "")) is not None:
+            raise UserError(f"{where}{wrong}")
+        raise UserError(f"{where}: must have finite numbers in lists of equal lengths ({kind})")
     return array
+
+
+def _first_wrong(value: Any, position: str) -> str | None:
+    """Describes the first entry of nested lists that is missing, or no finite number; None without one."""
+    if isinstance(value, list):
+        found = (_first_wrong(each, f"{position}[{index}]") for index, each in enumerate(value))
+        return next((each for each in found if each is not None), None)
+    if value is None:
+        return f"{position} is missing (null)"
+    is_number = isinstance(value, int | float) and abs(value) <= LARGEST
+    return None if is_number else f"{position} is {value!r:.40}, not a finite number of float32"
 
 
 def count_rows(values: np.ndarray) -> bool:
@@ -112,13 +128,14 @@ def count_rows(values: np.ndarray) -> bool:
     return len(values) == np.ptp(values) + 1 and len(np.unique(values)) == len(values)
 
 
-def column_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str) -> tuple[str, ...]:
+def column_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str, kind: str = "column") -> tuple[str, ...]:
     """Returns a warning for each feature that counts the rows, or loses most of its precision in float32.
 
     Args:
         columns: names and values [N] of the features, one in memory at a time. A single feature may count the rows:
-            in a table of x and y, x may well be sorted.
+            in a table of x and y, x may well be sorted. Some rows are enough, see `sampled`.
         remedy: how to leave out a column; may have {name}.
+        kind: what a column is called.
     """
     counting, rounded, total = [], [], 0
     for name, values in columns:
@@ -126,8 +143,8 @@ def column_warnings(columns: Iterable[tuple[str, np.ndarray]], remedy: str) -> t
         if values.dtype.kind in "bu":  # whose differences are not numbers, or not negative
             values = values.astype(np.int64)
         if count_rows(values):
-            counting.append(f"column {name} counts the rows; {remedy.format(name=name)} if it is an index or a time")
-        rounded += _rounding(f"column {name}", values)
+            counting.append(f"{kind} {name} counts the rows; {remedy.format(name=name)} if it is an index or a time")
+        rounded += _rounding(f"{kind} {name}", values)
     return (*_capped(counting if total > 1 else []), *_capped(rounded))
 
 
@@ -161,19 +178,6 @@ def sampled(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED), dtype=np.int64))
 
 
-def vector_warnings(vectors: np.ndarray, rows: np.ndarray) -> tuple[str, ...]:
-    """Returns the warnings for features, given some of their rows: float64 [n, F] for the rows int64 [n]."""
-    names = [f"feature {i + 1}" for i in range(vectors.shape[1])]
-    counting = []
-    if len(rows) >= _FEW and len(names) > 1:
-        offsets = vectors - rows[:, None]
-        counting = [name for name, offset in zip(names, offsets.T, strict=True) if np.ptp(offset) == 0]
-    return (
-        *_capped([f"{name} counts the rows; leave it out if it is an index or a time" for name in counting]),
-        *rounding_warnings(zip(names, vectors.T, strict=True)),
-    )
-
-
 def _capped(lines: Sequence[str]) -> tuple[str, ...]:
     more = len(lines) - _SHOWN
     rest = [f"{WARNING}the same holds for {more} more column{'s' * (more > 1)}"] if more > 0 else []
@@ -190,13 +194,15 @@ def natural(name: str) -> tuple[float, str]:
 
 
 def without_decimals(labels: Sequence[str], column: str) -> tuple[Sequence[str], tuple[str, ...]]:
-    """Returns the labels, with 1.0 written as 1 if both occur and all are numbers, and a line about it.
+    """Returns the labels, with 1.0 written as 1 if all are integers, or both occur among numbers, and a line about it.
 
     A program that fills a gap in a column of integers writes some of them, or all of a file, with decimals.
     """
     found = {label: number(label) for label in set(labels)}
     whole = {label: label.partition(".")[0] for label in found if _DECIMALS.fullmatch(label)}
     merged = {label: short for label, short in whole.items() if short in found}
+    if all(map(float.is_integer, found.values())):
+        merged = whole
     if not merged or any(map(math.isnan, found.values())):
         return labels, ()
     label, short = min(merged.items())

@@ -149,6 +149,17 @@ class TableFile:
             raise UserError(f"data.file={self.path}: has no training rows")
         return names
 
+    def refuse_unknown(self, column: str, labels: Sequence[Collection[str]], parts: Sequence[str]) -> set[str]:
+        """Returns the classes of the training rows. Raises `UserError` for another class in other rows.
+
+        `labels`: of each row.
+        """
+        known = {name for names, part in zip(labels, parts, strict=True) if part == "train" for name in names}
+        for row, names in enumerate(labels):
+            if unknown := [name for name in names if name not in known]:
+                raise UserError(f"{self.place(row)}: {column} is {unknown[0]!r}, a class that no training row has")
+        return known
+
 
 def read_header(file: str, delimiter: str = ",") -> Header:
     """Reads the header line of a file in UTF-8, or in UTF-16 with a byte order mark.
@@ -216,10 +227,6 @@ def _separator(path: Path, delimiter: str, encoding: str) -> tuple[str, int, tup
         found = _SEPARATOR.fullmatch(file.readline(len('"sep=;"\n')))
     if found is None:
         return delimiter, 0, ()
-    if delimiter not in (",", found[1]):
-        raise UserError(
-            f"data.delimiter={delimiter!r}: the first line of {path} sets {found[1]!r}; leave out one of them"
-        )
     return found[1], 1, (f"{LEFT_OUT}line 1, which sets the delimiter {found[1]!r}",)
 
 
@@ -291,25 +298,22 @@ def read_columns(
             if start == 0 and _are_thousands(fields):
                 example = next(field for field in fields if "." in field)
                 notes += (f"{WARNING}column {name} may have points between thousands: {example} is read as a decimal",)
-            if advice is None:
-                column = _numbers(fields)
-                for row in np.flatnonzero(~(np.abs(column) <= LARGEST)).tolist():  # also NaN
-                    no_numbers[name].add(start + row, fields[row])
-                    column[row] = np.nan
-            else:
-                column = finite_numbers(fields, name, _place_in(header.path, chunk), advice)
+            column = _numbers(fields)
+            for row in np.flatnonzero(~(np.abs(column) <= LARGEST)).tolist():  # also NaN
+                if advice is not None:
+                    raise not_a_number(_place(header.path, chunk[row][0]), name, fields[row], advice)
+                no_numbers[name].add(start + row, fields[row])
+                column[row] = np.nan
             values[start : start + len(chunk), position] = column
             if name not in merged and (pair := _merged_integers(fields, column)) is not None:
                 merged[name] = (
                     f"{WARNING}column {name}: float64 makes {pair[0]} and {pair[1]} equal; subtract a constant from "
                     "them in the file"
                 )
+    if not lines:
+        raise UserError(f"data.file={header.path}: has no rows")
     values.resize((len(lines), len(numbers)), refcheck=False)
     return TableFile(header.path, kept, values, lines, (*notes, *merged.values(), *doubts.notes(header)), no_numbers)
-
-
-def _place_in(path: Path, chunk: Sequence[tuple[int, list[str]]]) -> Callable[[int], str]:
-    return lambda row: _place(path, chunk[row][0])
 
 
 def read_chunks(header: Header, doubts: "Doubts | None" = None) -> Iterator[list[tuple[int, list[str]]]]:
@@ -324,7 +328,7 @@ def read_chunks(header: Header, doubts: "Doubts | None" = None) -> Iterator[list
     while chunk := list(itertools.islice(rows, _CHUNK)):
         for line, row in chunk:
             if len(row) != header.width:
-                other = " (set data.delimiter if it is another one)" if header.width == 1 else ""
+                other = ""
                 if is_first and row is chunk[0][1] and len(row) == header.width + 1 > 2:  # as R writes a table
                     other = " (if the first column is an index, the header lacks a name for it)"
                 raise UserError(f"{_place(header.path, line)}: has {len(row)} fields instead of {header.width}{other}")

@@ -64,10 +64,16 @@ class FeatureColumns:
         """The saved values, with the names of the model's inputs."""
         return {**self.saved, "inputs": [*self.inputs]}
 
-    @property
-    def required(self) -> Collection[str]:
-        """Columns that a table must have for predictions."""
-        return self.features
+    def require(self, names: Collection[str], where: str) -> None:
+        """Raises `UserError` that starts with `where` if a table with these columns lacks a feature."""
+        if missing := [name for name in self.features if name not in names]:
+            lacks = f"the column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+            raise UserError(f"{where}: lacks {lacks}, which the model reads; it has {', '.join(names)}")
+
+    def unread(self, names: Sequence[str]) -> list[str]:
+        """Returns the columns of a table that the training table had not."""
+        known = {*self.features, self.target, *self.others, ""}
+        return [name for name in names if name not in known]
 
     @property
     def numeric(self) -> Collection[str]:

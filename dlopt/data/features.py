@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import listed, natural
+from dlopt.data.checks import natural
 from dlopt.data.columns import Column
 from dlopt.data.digits import read_bundled
 from dlopt.data.feature_columns import FeatureColumns
@@ -70,11 +69,8 @@ def table(
         labels=labels,
         standardize_target=standardize_target,
         split_column=split_column,
-        kinds=None if encoding is None else encoding.kinds,
+        trained=saved_columns,
     )
-    if saved_columns is not None and isinstance(read.features, np.ndarray):
-        read = replace(read, features=read.features[:, _order(read.names, saved_columns.features)])
-        read = replace(read, names=saved_columns.features or read.names)
     described = FeatureColumns(read.names, read.target, read.others, read.delimiter, encoding=encoding)
     dataset = _dataset(
         read.features,
@@ -89,16 +85,6 @@ def table(
     dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.target}"
     dataset.notes += read.notes
     return dataset
-
-
-def _order(names: Sequence[str], trained: Sequence[str]) -> list[int]:
-    """Returns where the columns of the training data are among `names`. Raises `UserError` if these are others."""
-    missing, others = ([name for name in a if name not in b] for a, b in ((trained, names), (names, trained)))
-    if trained and (missing or others):
-        parts = [f"lacks the columns {listed(missing)}"] if missing else []
-        parts += [f"has the columns {listed(others)}, which the training data lack"] if others else []
-        raise UserError("data.file: " + "; ".join(parts))
-    return [names.index(name) for name in trained or names]
 
 
 def breast_cancer(*, test_split: Fraction) -> Dataset:
@@ -182,10 +168,4 @@ def _dataset(
         samples.targets = ((targets - columns.mean) / columns.scale).float()
     train = samples.select(rows["train"])
     val, test = (samples.select(rows[part]) if len(rows[part]) else None for part in ("val", "test"))
-    for part, held_out in (("val", val), ("test", test)):
-        unknown = set() if held_out is None else {*held_out.targets.tolist()} - {*train.targets.tolist()}
-        if classes is not None and unknown:
-            raise UserError(
-                f"data.split_column: {part} has the class {classes[min(unknown)]!r}, which no training row has"
-            )
     return Dataset(train, val, test, classes, notes=notes, columns=columns)

@@ -1,9 +1,10 @@
 """Reads Parquet files within bounds of memory: small ones whole, larger ones mapped from a file in the cache."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dlopt.basics.errors import UserError, install
@@ -168,15 +169,16 @@ def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) 
                 raise UserError(f"{key}: {path}: is damaged: has {rows:,} rows, not {expected:,}")
 
 
-def open_parquet(key: str, path: str) -> tuple[list[str], Iterator[Any]]:
-    """Returns the names of the columns of a file, and its rows, a few at a time. Raises `UserError`."""
+def open_parquet(key: str, path: str) -> tuple[Any, Iterator[Any]]:
+    """Returns the schema of a file, and its rows, a few at a time. Raises `UserError`."""
     library(key)
     from pyarrow import parquet as reader
 
     with _reading(key, path):
         refuse_special(path)
         opened = reader.ParquetFile(path)
-        names: list[str] = opened.schema_arrow.names
+        schema = opened.schema_arrow
+        names: list[str] = schema.names
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{key}: two columns have the same name, {twice[0]}")
 
@@ -185,11 +187,14 @@ def open_parquet(key: str, path: str) -> tuple[list[str], Iterator[Any]]:
             at_once = _rows_at_once(opened.metadata)
             yield from opened.iter_batches(at_once)
 
-    return names, batches()
+    return schema, batches()
 
 
 def text_column(key: str, path: str, name: str | None) -> str:
-    """Returns the column `name` of a file if it has it, else its only column of texts. Raises `UserError`."""
+    """Returns the column `name` of a file if it has it, else `text`, else its only column of texts.
+
+    Raises `UserError`.
+    """
     library(key)
     from pyarrow import parquet as reader
 
@@ -199,9 +204,12 @@ def text_column(key: str, path: str, name: str | None) -> str:
     texts: list[str] = [field.name for field in schema if innermost(_plain(field.type)) == "large_string"]
     if name in schema.names:
         return str(name)
+    if "text" in texts:
+        return "text"
     if len(texts) != 1:
         found = ", ".join(texts) or "none"
-        needed = "one column of texts" if name is None else f"the column {name} of the training, or one column of texts"
+        own = "" if name is None else f"the column {name} of the training, "
+        needed = f"{own}a column named text, or only one column of texts"
         raise UserError(f"{key}: needs {needed}; its columns of texts: {found}")
     return texts[0]
 
@@ -241,12 +249,76 @@ def _reading(key: str, path: str) -> Iterator[None]:
     except MemoryError:  # Arrow's, too
         raise
     except (arrow.ArrowException, OSError) as error:
-        if "lists to be of size" in str(error):  # pyarrow does not say in which column and row
+        if (place := _missing_list(path)) is not None:
             raise UserError(
-                f"{key}: {path}: a fixed-size list is missing (null), which pyarrow cannot read; remove its row, or "
-                "write the column as lists"
+                f"{key}: {path}, {place} has no list (null), which pyarrow cannot read; remove the row"
             ) from None
         raise UserError(f"{key}: {path}: cannot be read as a Parquet file ({reason(error)})") from None
+
+
+def _missing_list(path: str) -> str | None:
+    """Names the row and the column of the first missing list of a fixed size; None without one.
+
+    pyarrow raises an error at such a list, and does not say where it is.
+    """
+    from pyarrow import parquet as reader
+
+    with suppress(library("data").ArrowException, OSError):
+        opened = reader.ParquetFile(path)
+        for field in opened.schema_arrow:
+            start = 0
+            for group in range(opened.num_row_groups if "fixed_size_list" in str(field.type) else 0):
+                rows = opened.metadata.row_group(group).num_rows
+                if _readable(opened, field.name, group, rows) < rows:
+                    return f"row {start + _readable(opened, field.name, group, 1)}: {field.name}"
+                start += rows
+    return None
+
+
+def _readable(opened: Any, column: str, group: int, at_once: int) -> int:
+    """Returns how many rows of a row group can be read before an error."""
+    count = 0
+    with suppress(library("data").ArrowException):
+        for batch in opened.iter_batches(at_once, [group], [column]):
+            count += len(batch)
+    return count
+
+
+def stored_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str] | None:
+    """Returns the names of the classes that the package datasets stores with a column of labels; None without."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        feature = features[column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)  # of a list of labels
+        return [str(name) for name in feature["names"]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
+def with_names(values: Sequence[Any], names: Sequence[str], column: str, place: Callable[[int], str]) -> list[Any]:
+    """Returns names of classes for numbers. Raises `UserError` for numbers of no class."""
+    refuse_unnamed(values, [len(names)] * len(values), column, place)
+    return [names[value] if isinstance(value, int) else value for value in values]
+
+
+def refuse_unnamed(values: Sequence[Any], counts: Sequence[int], column: str, place: Callable[[int], str]) -> None:
+    """Raises `UserError` for labels, or lists of them, of no class: -1, as the package datasets marks missing ones.
+
+    `counts`: the number of classes with names for each row; 0 without names.
+    """
+    wrong = {}
+    for row, (value, count) in enumerate(zip(values, counts, strict=True)):
+        labels = value if isinstance(value, list) else [value]
+        outside = [each for each in labels if isinstance(each, int) and not 0 <= each < count]
+        if outside and count:
+            wrong[row] = outside[0], count
+    if wrong:
+        row, (value, count) = next(iter(wrong.items()))
+        meaning = "no label" if value == -1 else f"none of its {count} classes"
+        raise UserError(
+            f"{place(row)}: {column} is {value}, which means {meaning}; so do {len(wrong)} of {len(values)} rows: "
+            "remove them, or choose another split"
+        )
 
 
 def library(key: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
-from dlopt.data.checks import rounding_warnings, sampled, vector_warnings
+from dlopt.data.checks import column_warnings, rounding_warnings, sampled
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, orientation, resize
 from dlopt.data.items import name_of, read_item
@@ -385,11 +385,11 @@ class Wrapped:
         """Returns what looks wrong in vectors: features that count the items, or that float32 rounds. Reads a few."""
         if len(self.shape) != 1 or len(self) == 0:
             return self.target_warnings
-        rows = sampled(len(self))
-        values = [_as_tensor(self._pair(index)[0]) for index in rows.tolist()]
+        values = [_as_tensor(self._pair(index)[0]) for index in sampled(len(self)).tolist()]
         if any(tuple(value.shape) != self.shape for value in values):  # reported where a batch is read
             return self.target_warnings
-        return (*vector_warnings(torch.stack(values).double().numpy(), rows), *self.target_warnings)
+        columns = ((str(i + 1), column) for i, column in enumerate(torch.stack(values).double().numpy().T))
+        return (*column_warnings(columns, "leave it out", "feature"), *self.target_warnings)
 
     def _item(self, index: int, *, resized: bool = True) -> tuple[Tensor, Any]:
         item = self._pair(index)

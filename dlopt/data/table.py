@@ -69,21 +69,20 @@ def csv(
         if keys["on_error"] == "fail" and not os.path.isfile(image):
             raise UserError(f"{content.place(row)}: {image} is missing or not a file")
         splits[split].append((str(image), answer))
-    if not splits["train"]:
-        raise UserError(f"data.file={file}: has no training rows")
     separator = label_separator if labels == "several" else None
     classes = None
     if labels != "value":
-        counts = Counter(name for label in answers for name in _names(str(label), separator))
+        names_of = [_names(str(label), separator) for label in answers]
+        counts = Counter(name for each in names_of for name in each)
         if labels == "class":
             refuse_values(label_column, counts)
         warnings = (*merged, *label_warnings(label_column, counts))
-        names = {name for _, label in splits["train"] for name in _names(label, separator)}
+        names = content.refuse_unknown(label_column, names_of, parts)
         if separator is not None and not names:
             raise UserError(f"data.file={file}: no training row has a label in {label_column}")
         classes = tuple(sorted(names, key=natural))
     lists = {
-        split: ImageList(np.array([os.fsencode(path) for path, _ in rows]), _targets(file, rows, classes, separator))
+        split: ImageList(np.array([os.fsencode(path) for path, _ in rows]), _targets(rows, classes, separator))
         for split, rows in splits.items()
         if rows
     }
@@ -103,14 +102,10 @@ def _names(label: str, separator: str | None) -> list[str]:
     return [label] if separator is None else [name.strip() for name in label.split(separator) if name.strip()]
 
 
-def _targets(file: str, rows: list[tuple[str, Any]], classes: tuple[str, ...] | None, separator: str | None) -> Tensor:
+def _targets(rows: list[tuple[str, Any]], classes: tuple[str, ...] | None, separator: str | None) -> Tensor:
     if classes is None:
         return torch.tensor([value for _, value in rows], dtype=torch.float32)
     index = {name: i for i, name in enumerate(classes)}
-    for path, label in rows:
-        for name in _names(label, separator):
-            if name not in index:
-                raise UserError(f"data.file={file}: {path} has the class {name!r}, which no training row has")
     if separator is not None:
         targets = torch.zeros(len(rows), len(classes))
         for row, (_, label) in zip(targets, rows, strict=True):

@@ -19,10 +19,12 @@ from dlopt.data.cache import file_state
 from dlopt.data.checks import (
     GAPS,
     LARGEST,
+    LEFT_OUT,
     MISSING,
     column_warnings,
     count_rows,
     label_warnings,
+    listed,
     number,
     refuse_values,
     rounding_warnings,
@@ -39,7 +41,8 @@ from dlopt.data.csv_file import (
     remedy,
     require_columns,
 )
-from dlopt.data.parquet import is_parquet, library, open_parquet, read_parquet
+from dlopt.data.feature_columns import FeatureColumns
+from dlopt.data.parquet import is_parquet, library, open_parquet, read_parquet, stored_names, with_names
 
 Labels = Literal["class", "value"]
 _FEW = 20  # rows, in which values may differ, or decide the label, by chance
@@ -84,26 +87,32 @@ def read_table(
     labels: Labels,
     standardize_target: bool,
     split_column: str | None,
-    kinds: Mapping[str, Kind] | None = None,
+    trained: FeatureColumns | None = None,
 ) -> Table:
-    """Reads a table; see `dlopt.data.features.table`. `kinds`: of the columns that a trained model reads."""
+    """Reads a table; see `dlopt.data.features.table`. `trained`: the columns that a trained model reads."""
     reader = _ParquetReader(file) if is_parquet(os.path.expanduser(file)) else _CsvReader(file, delimiter)
     names = reader.names
-    target = names[-1] if target is None else target
+    kinds = None if trained is None or trained.encoding is None else trained.encoding.kinds
+    if target is None:
+        target = names[-1] if trained is None else trained.target
     split_columns = [] if split_column is None else [split_column]
-    reader.require([target, *ignore, *split_columns, *categories, *dates, *numbers, *(kinds or ())])
-    features = [name for name in names if name not in (target, *ignore, *split_columns)] if kinds is None else [*kinds]
+    reader.require([target, *ignore, *split_columns, *categories, *dates, *numbers])
+    features = [name for name in names if name not in (target, *ignore, *split_columns)]
+    unread: tuple[str, ...] = ()
+    if trained is not None:
+        trained.require(names, f"data.file={file}")
+        unread = tuple(trained.unread(features))
+        features = [*trained.features] or features
     if not features:
         raise UserError(f"data.file={file}: no column is left as a feature")
     chosen = _chosen(features, categories, dates, numbers) if kinds is None else kinds
-    as_text = [name for name in features if chosen.get(name, "number") != "number"]
+    stored = [name for name in reader.categories if name in features and name not in chosen and trained is None]
+    as_text = [*stored, *(name for name in features if chosen.get(name, "number") != "number")]
     texts = [*split_columns, *as_text] if labels == "value" else [target, *split_columns, *as_text]
     advice: dict[str, str | None] = dict.fromkeys(name for name in features if name not in as_text)
     if labels == "value":
         advice[target] = "every row needs a target (classes: data.labels=class)"
     content = reader.read(texts, advice)
-    if not len(content):
-        raise UserError(f"data.file={file}: has no rows")
     by_number = dict(zip(advice, content.numbers.T, strict=True))
     warnings: tuple[str, ...] = ()
     answers: Sequence[str] | np.ndarray
@@ -116,6 +125,8 @@ def read_table(
         warnings = (*merged, *label_warnings(target, Counter(answers)))
         refuse_values(target, answers, len(answers))
     parts = content.splits(split_column)
+    if parts is not None and not isinstance(answers, np.ndarray):
+        content.refuse_unknown(target, [[label] for label in answers], parts)
     is_plain = not as_text and not any(each.gaps or each.others for each in content.no_numbers.values())
     found: np.ndarray | list[Column]
     if kinds is None and is_plain:
@@ -125,7 +136,7 @@ def read_table(
     else:
         unclear = [name for name, each in content.no_numbers.items() if each.others and name not in chosen]
         more = reader.read(unclear, {}).texts if unclear else {}
-        decision = _Decision(content, {**content.texts, **more}, by_number, chosen, answers)
+        decision = _Decision(content, {**content.texts, **more}, by_number, chosen, stored, answers)
         found = [decision.column(name) for name in features]
         if kinds is None and len(features) > 1:
             decision.look_for_identifiers(found)
@@ -135,7 +146,8 @@ def read_table(
                     if each.kind == "number"]  # fmt: skip
         warnings = (*rounding_warnings(measured), *warnings)
     others = tuple(name for name in names if name in (*ignore, *split_columns))
-    notes = (*reader.notes, *content.notes, *warnings)
+    left_out = (f"{LEFT_OUT}columns that the model does not read: {listed(unread)}",) if unread else ()
+    notes = (*reader.notes, *left_out, *content.notes, *warnings)
     return Table(tuple(features), target, found, answers, parts, others, reader.delimiter, notes)
 
 
@@ -179,9 +191,12 @@ class _Decision:
         texts: Mapping[str, list[str]],
         numbers: Mapping[str, np.ndarray],
         chosen: Mapping[str, Kind],
+        stored: Collection[str],
         answers: Sequence[str] | np.ndarray,
     ) -> None:
+        """`chosen`: what keys say of columns; `stored`: columns that the file stores as categories."""
         self._content, self._texts, self._numbers, self._chosen = content, texts, numbers, chosen
+        self._stored = stored
         self._labels = np.unique(np.asarray(answers), return_inverse=True)[1]
         self._problems: list[str] = []
         self._to_ignore: list[str] = []
@@ -209,6 +224,8 @@ class _Decision:
             except UserError as error:
                 self._problems.append(str(error))
                 return None
+        if name in self._stored:
+            return categorical(name, fields)
         if (found := as_dates(name, fields)) is not None:
             return found
         present = Counter(field for field in fields if field.lower() not in GAPS)
@@ -332,12 +349,18 @@ def _determines(values: np.ndarray, labels: np.ndarray) -> bool:
 class _CsvReader:
     """The columns of a CSV file."""
 
+    categories: Collection[str] = ()
+
     def __init__(self, file: str, delimiter: str) -> None:
         delimiter = "\t" if delimiter == r"\t" else delimiter
         if len(delimiter) != 1:
             raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
         self._header: Header = read_header(file, delimiter)
         self.names, self.notes, self.delimiter = self._header.names, self._header.notes, self._header.delimiter
+        if delimiter not in (",", self.delimiter):
+            raise UserError(
+                f"data.delimiter={delimiter!r}: the first line of {file} sets {self.delimiter!r}; leave out one of them"
+            )
         if len(self.names) < 2:
             found = "".join(self.names)
             likely = next((f"={each!r}" for each in ";\t|," if each in found), f" if it is not {delimiter!r}")
@@ -351,47 +374,72 @@ class _CsvReader:
 
 
 class _ParquetReader:
-    """The columns of a Parquet file."""
+    """The columns of a Parquet file.
+
+    `categories`: of pandas, and numbers with names that the package datasets stores.
+    """
 
     notes: tuple[str, ...] = ()
     delimiter = ","
 
     def __init__(self, file: str) -> None:
         self._path = Path(os.path.expanduser(file))
-        names, _ = open_parquet(f"data.file={self._path}", str(self._path))
-        self.names = tuple(name for name in names if not name.startswith("__index_level_"))  # pandas' index
+        self._schema, _ = open_parquet(f"data.file={self._path}", str(self._path))
+        self.names = tuple(name for name in self._schema.names if not name.startswith("__index_level_"))  # pandas'
+        self.categories = [name for name in self.names if self._is_categorical(name)]
+
+    def _is_categorical(self, name: str) -> bool:
+        is_dictionary = library("data.file").types.is_dictionary(self._schema.field(name).type)
+        return is_dictionary or stored_names(self._schema.metadata, name) is not None
 
     def require(self, names: Collection[str]) -> None:
         require_columns(self._path, self.names, names)
 
     def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
         columns = [*texts, *numbers]
+        for name in columns:
+            self._refuse_nested(name)
         table, _ = read_parquet("data.file", [str(self._path)], columns, columns[0])
+        if len(table) == 0:
+            raise UserError(f"data.file={self._path}: has no rows")
         values = np.empty((len(table), len(numbers)))
         lines = range(len(table))
         no_numbers = {name: NoNumbers() for name, advice in numbers.items() if advice is None}
         for position, (name, advice) in enumerate(numbers.items()):
-            column = self._plain(table, name)
+            column = _decoded(table.column(name))
             values[:, position] = _numbers_of(column)
             for row in np.flatnonzero(~(np.abs(values[:, position]) <= LARGEST)).tolist():
                 field = field_of(column[row].as_py())
                 if advice is not None:
-                    raise not_a_number(f"data.file={self._path}, row {row}", name, field, advice)
+                    raise not_a_number(self._place(row), name, field, advice)
                 no_numbers[name].add(row, field)
                 values[row, position] = np.nan
-        fields = {name: [field_of(value) for value in self._plain(table, name).to_pylist()] for name in texts}
+        fields = {name: self._texts(table, name) for name in texts}
         return TableFile(self._path, fields, values, lines, (), no_numbers, "row")
 
-    def _plain(self, table: Any, name: str) -> Any:
-        """Returns a column of numbers, texts, dates or truth values. Raises `UserError` for another one."""
-        types, column = library("data.file").types, table.column(name)
-        kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    def _place(self, row: int) -> str:
+        return f"data.file={self._path}, row {row}"
+
+    def _texts(self, table: Any, name: str) -> list[str]:
+        """Returns the fields of a column, as a CSV file has them."""
+        values, names = _decoded(table.column(name)).to_pylist(), stored_names(self._schema.metadata, name)
+        values = values if names is None else with_names(values, names, name, self._place)
+        return [field_of(value) for value in values]
+
+    def _refuse_nested(self, name: str) -> None:
+        """Raises `UserError` for a column of other values than numbers, texts, dates and truth values."""
+        types, kind = library("data.file").types, self._schema.field(name).type
         if types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind):
             raise UserError(
                 f"data.file={self._path}: the column {name} has the type {kind}; images and lists of numbers are read "
                 f"by data=parquet; leave it out with data.ignore=[{name}]"
             )
-        return column.cast(kind) if types.is_dictionary(column.type) else column
+
+
+def _decoded(column: Any) -> Any:
+    """Returns a column without the dictionary of its values."""
+    is_dictionary = library("data.file").types.is_dictionary(column.type)
+    return column.cast(column.type.value_type) if is_dictionary else column
 
 
 def _numbers_of(column: Any) -> np.ndarray:

@@ -318,20 +318,20 @@ def _concatenate(paths: Sequence[Path]) -> tuple[np.ndarray, list[int]]:
     return (_read(paths) if ends[-1] <= _MAX_READ else _map_joined(paths)), ends
 
 
-def read_text(file: str, column: str | None, *, is_table: bool) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the bytes of a text, and what looks wrong in it.
+def read_text(file: str, column: str | None, *, is_table: bool) -> tuple[np.ndarray, list[int], tuple[str, ...]]:
+    """Returns the bytes of a text, the end of each document, and what looks wrong in it.
 
     `column`: of a Parquet file with a document in each row, if `is_table`; its only column of texts without such a
     column. Raises `UserError`.
     """
     path = Path(os.path.expanduser(file))
     if not is_table:
-        text, _, notes = _documents("data.file", [path], None)
+        text, ends, notes = _documents("data.file", [path], None)
     else:
-        text, _, notes = _documents("data.file", [path], text_column(f"data.file={file}", str(path), column))
+        text, ends, notes = _documents("data.file", [path], text_column(f"data.file={file}", str(path), column))
     if not len(text):
         raise UserError(f"data.file={file}: is empty")
-    return text, notes
+    return text, ends, notes
 
 
 def _rows(key: str, paths: Sequence[Path], column: str) -> tuple[np.ndarray, list[int]]:
@@ -386,13 +386,23 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
 
 
 def check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
-    """Checks all tokens of small files, and evenly spaced parts of large ones."""
+    """Raises `UserError` for a file with a token outside of the vocabulary."""
+    if (token := token_outside(tokens, vocabulary)) is not None:
+        raise UserError(f"data.vocabulary={vocabulary}: {path} contains token {token}; use the tokenizer's size")
+
+
+def token_outside(tokens: np.ndarray, vocabulary: int) -> int | None:
+    """Returns a token that is not in the vocabulary; None without one.
+
+    Looks at all tokens of small files, and at evenly spaced parts of large ones.
+    """
     step = math.ceil(len(tokens) / _CHECKED)
     block = _CHECKED // 16
     for start in range(0, len(tokens), block * step):
         largest = int(tokens[start : start + block].max())
         if largest >= vocabulary:
-            raise UserError(f"data.vocabulary={vocabulary}: {path} contains token {largest}; use the tokenizer's size")
+            return largest
+    return None
 
 
 def _cuts(text: np.ndarray, ends: Sequence[int], val_split: float, test_split: float) -> list[int]:

@@ -1,10 +1,11 @@
 """Trained models from Python: `dlopt.load` returns a module that maps raw images to outputs."""
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import global_state_held
-from dlopt.data.feature_columns import texts_of
+from dlopt.data.feature_columns import FeatureColumns, texts_of
 from dlopt.data.images import Stored
 from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads
-from dlopt.trained.classify import Classified, changes, classify, image_files, refuse_other_inputs
+from dlopt.trained.classify import changes, classify, image_files, refuse_other_inputs
+from dlopt.trained.predict_tables import predicted
 from dlopt.trained.restore import Trained, restore
 from dlopt.training import rng
 from dlopt.training.builders.precision import Precision
@@ -29,14 +31,14 @@ from dlopt.training.builders.precision import Precision
 
 @dataclass(frozen=True)
 class Prediction:
-    """A classified image.
+    """A prediction for an image, or for a row of a table.
 
     Attributes:
-        image: its path.
+        image: its path; empty for a row.
         label: the most probable class; None for a regression, for a model of several labels per image, and where an
             output of the model is NaN.
         values: the probabilities of the classes, or of the labels, in the order of `Model.classes`; the outputs of a
-            regression.
+            regression, for a row in the unit of the label.
         labels: of a model of several labels per image: those with a probability of at least 0.5.
     """
 
@@ -87,17 +89,17 @@ class Model(nn.Module):
         """Returns the inputs [B, F] for the rows of a table, encoded as in the training.
 
         Warns of values that the training rows lack. `table`: columns by name, such as a dict of lists or a DataFrame of
-        pandas. Raises `UserError`.
+        pandas; or a list of rows, each a dict. Raises `UserError`.
         """
         columns = self._trained.columns
         if columns is None or not columns.features:
             raise UserError("features(): the model was not trained on a table whose columns have names")
-        fields = {}
-        for name in columns.required:
-            try:
-                fields[name] = texts_of(list(table[name]))
-            except KeyError:
-                raise UserError(f"features(): the table has no column {name!r}") from None
+        if isinstance(table, list) and all(isinstance(row, Mapping) for row in table):
+            table = {name: [row.get(name) for row in table] for name in dict.fromkeys(itertools.chain(*table))}
+        if not isinstance(table, Mapping) and not hasattr(table, "columns"):
+            raise UserError("the model reads rows of a table: columns by name, a DataFrame, or a list of dicts")
+        columns.require([*table], "features()")
+        fields = {name: texts_of(list(table[name])) for name in columns.features}
         unknown: dict[str, Counter[str]] = {}
         rows = columns.matrix(fields, lambda row: f"features(), row {row}", unknown)
         for finding in columns.findings(unknown):
@@ -107,23 +109,24 @@ class Model(nn.Module):
 
     def predict(
         self,
-        images: str | PathLike[str] | Sequence[str | PathLike[str]],
+        images: Any,
         *,
         batch_size: int = 64,
         max_errors: int = 10,
     ) -> list[Prediction]:
-        """Classifies image files like `dlopt predict`, in the order of their paths or of the list.
+        """Classifies image files like `dlopt predict`, in the order of their paths or of the list, or rows of a table.
 
         Scales the images to the size of the training images and takes the centre crop. Warns of what was done to the
         images, and of unreadable files, which are skipped.
 
         Args:
-            images: a file, a folder (searched recursively), or a list of files.
-            batch_size: images per forward pass.
+            images: a file, a folder (searched recursively), or a list of files. Of a model of a table: its rows, see
+                `features`.
+            batch_size: images or rows per forward pass.
             max_errors: maximum number of files to skip.
 
         Raises:
-            UserError: no images, or a model of other inputs.
+            UserError: no images or rows, or a model of other inputs.
             RunError: more than `max_errors` files are unreadable.
         """
         if isinstance(images, Tensor):
@@ -131,16 +134,19 @@ class Model(nn.Module):
         for name, value, least in (("batch_size", batch_size, 1), ("max_errors", max_errors, 0)):
             if value < least:
                 raise UserError(f"predict({name}={value}): must be >= {least}")
-        files = (
-            image_files(fspath(images))[0] if isinstance(images, str | PathLike) else [fspath(each) for each in images]
-        )
+        if self._trained.columns is not None:
+            return self._predict_rows(images, self._trained.columns, batch_size)
+        try:
+            files = image_files(fspath(images))[0] if isinstance(images, str | PathLike) else [*map(fspath, images)]
+        except TypeError:
+            raise UserError("predict(): the model reads images: a file, a folder, or a list of files") from None
         if not files:
             raise UserError("predict(images=[]): needs at least one file")
         refuse_other_inputs(self._trained, self._path)
         predictions, errors, stored = [], 0, Counter[Stored]()
         for path, values in classify(files, self._placed(), batch_size):
             if not isinstance(values, str):
-                predictions.append(self._prediction(path, values))
+                predictions.append(self._prediction(path, values.values, values.best))
                 stored[values.stored] += 1
                 continue
             errors += 1
@@ -151,9 +157,20 @@ class Model(nn.Module):
             warnings.warn(changed, stacklevel=2)
         return predictions
 
-    def _prediction(self, path: str, result: Classified) -> Prediction:
-        label, labels = self._task.label(result.best, self.classes), self._task.labels_of(result.values, self.classes)
-        return Prediction(path, label, tuple(result.values), labels)
+    def _predict_rows(self, table: Any, columns: FeatureColumns, batch_size: int) -> list[Prediction]:
+        if isinstance(table, str | PathLike):
+            raise UserError(
+                "predict(): the model reads rows of a table, not images; read the file with pandas, or use "
+                f"dlopt predict {self._path} file={fspath(table)}"
+            )
+        trained, predictions = self._placed(), list[Prediction]()
+        for batch in self.features(table).split(batch_size):
+            predictions += [self._prediction("", values, best) for values, best in predicted(trained, columns, batch)]
+        return predictions
+
+    def _prediction(self, path: str, values: Sequence[float], best: int) -> Prediction:
+        label, labels = self._task.label(best, self.classes), self._task.labels_of(list(values), self.classes)
+        return Prediction(path, label, tuple(values), labels)
 
     def _placed(self) -> Trained:
         """Returns what `dlopt predict` uses, on the device to which the caller may have moved the model."""

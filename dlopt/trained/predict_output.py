@@ -16,11 +16,12 @@ _GROUP = 1 << 16  # rows of a row group
 
 
 class Column(NamedTuple):
-    """A column of the output. `format`: of its computed numbers in a CSV file."""
+    """A column of the output. `format`: of its computed numbers in a CSV file; `kind`: its type in a Parquet file."""
 
     name: str
     is_number: bool = False
     format: str = ".6g"
+    kind: Any = None
 
 
 class Predictions(Protocol):
@@ -59,6 +60,8 @@ def writer(path: Path, suffix: str, columns: Sequence[Column], delimiter: str) -
 
 @contextmanager
 def _csv(path: Path, columns: Sequence[Column], delimiter: str) -> Iterator[Write]:
+    for column in columns:
+        _refuse_nested(column)
     # Paths of images that are not UTF-8 keep their bytes.
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = csv.writer(file, delimiter=delimiter)
@@ -74,13 +77,25 @@ def _csv(path: Path, columns: Sequence[Column], delimiter: str) -> Iterator[Writ
 def _texts(values: Any, column: Column) -> list[str]:
     if isinstance(values, list):
         return [value if isinstance(value, str) else format(value, column.format) for value in values]
+    return ["" if value is None else str(value) for value in values.to_pylist()]
+
+
+def _refuse_nested(column: Column) -> None:
+    """Raises `UserError` for a column of lists or bytes."""
+    if column.kind is None:
+        return
     types = library("output").types
-    if types.is_nested(values.type) or types.is_binary(values.type) or types.is_large_binary(values.type):
+    if types.is_nested(column.kind) or types.is_binary(column.kind) or types.is_large_binary(column.kind):
         raise UserError(
-            f"output: a CSV file cannot have the column {column.name} of the type {values.type}; use "
+            f"output: a CSV file cannot have the column {column.name} of the type {column.kind}; use "
             "output=predictions.parquet"
         )
-    return ["" if value is None else str(value) for value in values.to_pylist()]
+
+
+def refuse_taken(file: str, names: Sequence[str], added: Sequence[Column]) -> None:
+    """Raises `UserError` if the file has a column with the name of one that is added."""
+    if taken := [column.name for column in added if column.name in names]:
+        raise UserError(f"file={file}: has a column {taken[0]!r}, the name of a column of the output; rename it")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -16,10 +16,10 @@ from dlopt.basics.formats import format_count
 from dlopt.data.checks import LEFT_OUT, listed
 from dlopt.data.csv_file import Doubts, Header, read_chunks, read_header
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.parquet import is_parquet, open_parquet
+from dlopt.data.parquet import is_parquet, open_parquet, stored_names, with_names
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.regression import Regression
-from dlopt.trained.predict_output import Column
+from dlopt.trained.predict_output import Column, refuse_taken
 from dlopt.trained.restore import Trained
 
 _DELIMITERS = ",;\t|"
@@ -29,20 +29,28 @@ Probabilities = Literal["predicted", "all"]
 
 
 class Rows(NamedTuple):
-    """Rows of a table: the values of each column, texts or an array of Arrow. `place`: names a row for messages."""
+    """Rows of a table.
+
+    Attributes:
+        values: of each column, texts or an array of Arrow, for the output.
+        fields: the values by column, for the model; names instead of numbers of classes.
+        place: names a row for messages.
+    """
 
     values: Sequence[Any]
+    fields: Mapping[str, Any]
     size: int
     place: Callable[[int], str]
 
 
 @contextlib.contextmanager
 def naming_the_key() -> Iterator[None]:
-    """Turns a `UserError` about data.file into one about file, the key of `dlopt predict`."""
+    """Turns a `UserError` about data.file, a key of training, into one about file, the key of `dlopt predict`."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("data.file", "file", 1)) from None
+        text, _, _ = str(error).partition("; use data.")  # advice for a training
+        raise UserError(text.replace("data.file", "file", 1)) from None
 
 
 def is_table_of_parquet(file: str) -> bool:
@@ -59,13 +67,16 @@ class CsvTable:
     """The rows of a CSV file.
 
     Raises `UserError`. `delimiter`: the likely one; another one is tried if a column of `required` is missing.
+    `numeric`: columns of numbers.
     """
 
-    def __init__(self, file: str, delimiter: str, required: Sequence[str]) -> None:
+    def __init__(self, file: str, delimiter: str, required: Sequence[str], numeric: Collection[str]) -> None:
         self._header = _header(file, delimiter, required)
         self._doubts = Doubts()
         self.delimiter = self._header.delimiter
         self.names = self._header.line
+        # Numbers of a CSV file are numbers in a Parquet file, too; other fields stay texts: 00123 may be a postal code.
+        self.kept = [Column(name, name in numeric) for name in self.names]
         # Columns without a name are no features, but they are in the output.
         self.notes = tuple(note for note in self._header.notes if not note.startswith(f"{LEFT_OUT}column"))
 
@@ -77,13 +88,13 @@ class CsvTable:
         """Raises `UserError`."""
         with naming_the_key():
             for chunk in read_chunks(self._header, self._doubts):
-                columns = map(list, zip(*(row for _, row in chunk), strict=True))
+                values = [*map(list, zip(*(row for _, row in chunk), strict=True))]
                 lines = [line for line, _ in chunk]
 
                 def place(row: int, lines: Sequence[int] = lines) -> str:
                     return f"file={self._header.path}, line {lines[row]}"
 
-                yield Rows([*columns], len(chunk), place)
+                yield Rows(values, dict(zip(self.names, values, strict=True)), len(chunk), place)
 
 
 def _header(file: str, delimiter: str, required: Sequence[str]) -> Header:
@@ -104,9 +115,13 @@ class ParquetTable:
     notes: tuple[str, ...] = ()
     notes_at_end: tuple[str, ...] = ()
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, categories: Collection[str]) -> None:
+        """`categories`: columns whose numbers have the names that the package datasets stores, if it wrote the file."""
         self._file = file
-        self.names, self._batches = open_parquet(f"file={file}", file)
+        schema, self._batches = open_parquet(f"file={file}", file)
+        self.names: list[str] = schema.names
+        self.kept = [Column(field.name, kind=field.type) for field in schema]
+        self._stored = {name: stored_names(schema.metadata, name) for name in categories}
 
     def rows(self) -> Iterator[Rows]:
         """Raises `UserError`."""
@@ -116,7 +131,11 @@ class ParquetTable:
             def place(row: int, start: int = start) -> str:
                 return f"file={self._file}, row {start + row}"
 
-            yield Rows(batch.columns, len(batch), place)
+            fields = dict(zip(self.names, batch.columns, strict=True))
+            for name, stored in self._stored.items():
+                if stored is not None:
+                    fields[name] = with_names(fields[name].to_pylist(), stored, name, place)
+            yield Rows(batch.columns, fields, len(batch), place)
             start += len(batch)
 
 
@@ -151,15 +170,14 @@ class TablePredictions:
     def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
         without_class, unknown = 0, dict[str, Counter[str]]()
         for rows in self.table.rows():
-            fields = dict(zip(self.table.names, rows.values, strict=True))
-            inputs = torch.from_numpy(self.features.matrix(fields, rows.place, unknown)).float()
+            inputs = torch.from_numpy(self.features.matrix(rows.fields, rows.place, unknown)).float()
             if inputs.shape[1] != self.trained.sample[0]:
                 raise UserError(
                     f"{rows.place(0)}: has {inputs.shape[1]} numbers, the model reads {self.trained.sample[0]}"
                 )
             cells: list[list[str | float]] = []
             for batch in inputs.split(self.batch_size):
-                for values, best in self._predicted(batch):
+                for values, best in predicted(self.trained, self.features, batch):
                     without_class += any(map(math.isnan, values))
                     cells.append(self._cells(values, best))
                 show(f"{format_count('rows', self.count + len(cells))} predicted")
@@ -172,28 +190,31 @@ class TablePredictions:
         if without_class:
             warn(f"{format_count('rows', without_class)}: the outputs of the model have NaN")
 
-    def _predicted(self, batch: torch.Tensor) -> list[tuple[list[float], int]]:
-        """Returns the values of each row and its class; each process computes its shard."""
-        trained = self.trained
-        if (shard := trained.mode.split.evaluation_shard) is not None:
-            batch = batch[cast(slice, shard(len(batch)))]
-        found: list[tuple[list[float], int]] = []
-        if len(batch):
-            outputs = trained.outputs(batch)
-            # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
-            best = trained.task.predicted(outputs)
-            values = trained.task.values(outputs, trained.loss).double()
-            if isinstance(trained.task, Regression):
-                values = values * self.features.scale + self.features.mean
-            found = list(zip(values.reshape(len(batch), -1).tolist(), best.tolist(), strict=True))
-        return trained.mode.ranks.gather(found)
-
     def _cells(self, values: Sequence[float], best: int) -> list[str | float]:
         cells = self.trained.task.cells(values, best, self.trained.classes)
         return cells if self.shows_all else cells[:2]
 
     def summary(self) -> str:
         return f"{format_count('rows', self.count)} predicted" if self.count else ""
+
+
+def predicted(trained: Trained, features: FeatureColumns, batch: torch.Tensor) -> list[tuple[list[float], int]]:
+    """Returns the values of each row [B, F] and its class; each process computes its shard.
+
+    The values of a regression are in the unit of the label.
+    """
+    if (shard := trained.mode.split.evaluation_shard) is not None:
+        batch = batch[cast(slice, shard(len(batch)))]
+    found: list[tuple[list[float], int]] = []
+    if len(batch):
+        outputs = trained.outputs(batch)
+        # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
+        best = trained.task.predicted(outputs)
+        values = trained.task.values(outputs, trained.loss).double()
+        if isinstance(trained.task, Regression):
+            values = values * features.scale + features.mean
+        found = list(zip(values.reshape(len(batch), -1).tolist(), best.tolist(), strict=True))
+    return trained.mode.ranks.gather(found)
 
 
 def predict_table(
@@ -211,36 +232,24 @@ def predict_table(
     if probabilities is not None and not is_class:
         raise UserError(f"probabilities={probabilities}: only a classification has this key; leave it out")
     features = _feature_columns(trained, path)
-    table = (
-        ParquetTable(file) if is_table_of_parquet(file) else CsvTable(file, features.delimiter, [*features.required])
-    )
+    table: CsvTable | ParquetTable
+    if is_table_of_parquet(file):
+        kinds = {} if features.encoding is None else features.encoding.kinds
+        table = ParquetTable(file, [name for name, kind in kinds.items() if kind == "category"])
+    else:
+        table = CsvTable(file, features.delimiter, features.features, features.numeric)
     notes = [*table.notes]
     if features.features:
-        _refuse_missing(file, features, table.names)
-        if extra := _unknown(features, table.names):
+        features.require(table.names, f"file={file}")
+        if extra := features.unread(table.names):
             notes.append(f"not read by the model, kept in the output: {listed(extra)}")
     else:
         features = _by_position(file, features, table.names, trained.sample[0])
         notes.append(f"the checkpoint has no names of features; read in this order: {listed(features.features)}")
     shows_all = probabilities == "all" or not is_class
     found = _columns(trained, shows_all=shows_all)
-    if taken := [column.name for column in found if column.name in table.names]:
-        raise UserError(f"file={file}: has a column {taken[0]!r}, the name of a column of the output; rename it")
-    # Numbers of a CSV file are numbers in a Parquet file, too; other fields stay texts: 00123 may be a postal code.
-    kept = [Column(name, name in features.numeric) for name in table.names]
-    return TablePredictions(trained, table, features, batch_size, [*kept, *found], notes, shows_all)
-
-
-def _refuse_missing(file: str, features: FeatureColumns, names: Sequence[str]) -> None:
-    if missing := [name for name in features.required if name not in names]:
-        lacks = f"the column{'s' * (len(missing) > 1)} {', '.join(missing)}"
-        raise UserError(f"file={file}: lacks {lacks}, which the model reads; it has {', '.join(names)}")
-
-
-def _unknown(features: FeatureColumns, names: Sequence[str]) -> list[str]:
-    """Returns the columns that the training table had not."""
-    known = {*features.features, features.target, *features.others, ""}
-    return [name for name in names if name not in known]
+    refuse_taken(file, table.names, found)
+    return TablePredictions(trained, table, features, batch_size, [*table.kept, *found], notes, shows_all)
 
 
 def _by_position(file: str, features: FeatureColumns, names: Sequence[str], count: int) -> FeatureColumns:

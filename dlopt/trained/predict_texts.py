@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count, format_number
-from dlopt.data.text import BYTES, SEPARATOR, check_vocabulary, read_text
+from dlopt.data.text import BYTES, SEPARATOR, read_text, token_outside
 from dlopt.data.token_files import read_tokens
 from dlopt.losses import MSE
 from dlopt.metrics.text import bits_per_byte
 from dlopt.tasks.text import NextToken
-from dlopt.trained.predict_output import Column
-from dlopt.trained.predict_tables import is_table_of_parquet, naming_the_key
+from dlopt.trained.predict_output import Column, refuse_taken
+from dlopt.trained.predict_tables import ParquetTable, is_table_of_parquet, naming_the_key
 from dlopt.trained.restore import Trained
 
 Unit = Literal["line", "document", "window"]
@@ -55,13 +55,17 @@ def _windows(starts: Sequence[int], ends: Sequence[int], length: int) -> np.ndar
 
 @dataclass
 class TextPredictions:
-    """See `Predictions`: a row for each unit of the text, of which it has the mean loss."""
+    """See `Predictions`: a row for each unit of the text, of which it has the mean loss.
+
+    `table`: has a row for each document, whose columns are also in the output; None for other units.
+    """
 
     trained: Trained
     text: Text
     unit: Unit
     batch_size: int
     notes: Sequence[str]
+    table: ParquetTable | None = None
     delimiter: str = ","
     _total: list[str] = field(default_factory=list)
 
@@ -81,6 +85,10 @@ class TextPredictions:
 
     @property
     def columns(self) -> Sequence[Column]:
+        return [*([] if self.table is None else self.table.kept), *self.added]
+
+    @property
+    def added(self) -> Sequence[Column]:
         metrics = ["loss", *(["bits_per_byte"] if self._has_bytes else [])]
         metrics += ["perplexity"] if self._task.unit == "token" else []
         return [*(Column(name, True, "d") for name in self._counts), *(Column(name, True, _DIGITS) for name in metrics)]
@@ -100,7 +108,13 @@ class TextPredictions:
             done += len(windows)
             show(f"{done:,} of {len(self.text.windows):,} windows predicted")
         self._total = self._metrics_line(sums.sum(), int(predicted.sum()), int(sizes.sum()))
-        yield self._rows(sums, predicted, sizes)
+        results, start = self._rows(sums, predicted, sizes), 0
+        if self.table is None:
+            yield results
+            return
+        for rows in self.table.rows():
+            yield [*rows.values, *(column[start : start + rows.size] for column in results)]
+            start += rows.size
 
     def _losses(self, windows: np.ndarray) -> np.ndarray:
         """Returns the loss of each prediction, in nats, of the windows [W, 2]; each process computes its shard."""
@@ -133,7 +147,7 @@ class TextPredictions:
             "bits_per_byte": bits,
             "perplexity": np.exp(loss),
         }
-        return [values[column.name].tolist() for column in self.columns]
+        return [values[column.name].tolist() for column in self.added]
 
     def _metrics_line(self, total: float, predicted: int, size: int) -> list[str]:
         known = [f"loss {format_number(total / predicted)}"]
@@ -159,6 +173,7 @@ def predict_text(trained: Trained, path: Path, file: str, batch_size: int | None
     length = trained.window[0]
     batch_size = batch_size or max(1, min(64, _MAX_OUTPUTS // (length * task.outputs)))
     notes: tuple[str, ...] = ()
+    table: ParquetTable | None = None
     if task.unit == "token" and trained.tokenizer is None:
         if unit not in (None, "window"):
             raise UserError(f"per={unit}: the text of the tokens is not known; use per=window")
@@ -169,9 +184,13 @@ def predict_text(trained: Trained, path: Path, file: str, batch_size: int | None
         is_table = is_table_of_parquet(file)
         unit = unit or ("document" if is_table else "line")
         with naming_the_key():
-            content, notes = read_text(file, column, is_table=is_table)
-            text = _text(trained, content, unit, length, file)
-    return TextPredictions(trained, text, unit, batch_size, notes)
+            content, ends, notes = read_text(file, column, is_table=is_table)
+            text = _text(trained, content, ends if is_table else None, unit, length, file)
+        table = ParquetTable(file, ()) if is_table and unit == "document" else None
+    predictions = TextPredictions(trained, text, unit, batch_size, notes, table)
+    if table is not None:
+        refuse_taken(file, table.names, predictions.added)
+    return predictions
 
 
 def _token_file(file: str, vocabulary: int) -> np.ndarray:
@@ -179,8 +198,8 @@ def _token_file(file: str, vocabulary: int) -> np.ndarray:
         tokens = read_tokens(Path(file))
     except UserError as error:
         raise UserError(f"file={error}") from None
-    with naming_the_key():
-        check_vocabulary(Path(file), tokens, vocabulary)
+    if (token := token_outside(tokens, vocabulary)) is not None:
+        raise UserError(f"file={file}: contains token {token}; the model has a vocabulary of {vocabulary:,}")
     return tokens
 
 
@@ -197,12 +216,18 @@ def _by_window(tokens: np.ndarray, lengths: np.ndarray | None, length: int, file
     return Text(tokens, lengths, firsts, windows)
 
 
-def _text(trained: Trained, content: np.ndarray, unit: Unit, length: int, file: str) -> Text:
-    """Returns the tokens of a text with its units: lines, windows, or documents with zero bytes between them."""
+def _text(
+    trained: Trained, content: np.ndarray, ends: Sequence[int] | None, unit: Unit, length: int, file: str
+) -> Text:
+    """Returns the tokens of a text with its units: lines, windows, or documents.
+
+    `ends`: of the documents, after the zero byte of each; None if any zero byte is between two of them.
+    """
     has_documents = unit == "document" and bool((content == SEPARATOR[0]).any())
     if has_documents:
         end = b"" if content[-1] == SEPARATOR[0] else SEPARATOR
         content = np.frombuffer(SEPARATOR + content.tobytes() + end, np.uint8)
+        separators = np.flatnonzero(content == SEPARATOR[0]) if ends is None else np.array([0, *ends])
     if trained.tokenizer is None:
         tokens, lengths = content, np.ones(BYTES, np.int64)
         starts = np.arange(len(tokens))
@@ -214,10 +239,10 @@ def _text(trained: Trained, content: np.ndarray, unit: Unit, length: int, file: 
     _refuse_short(tokens, file)
     if has_documents:
         # A window starts at the separator before each document, whose loss does not depend on the others.
-        bounds = np.searchsorted(starts, np.flatnonzero(content == SEPARATOR[0]))
+        bounds = np.searchsorted(starts, separators)
         windows = _windows(bounds[:-1].tolist(), (bounds[1:] + 1).tolist(), length)
         return Text(tokens, lengths, bounds[:-1] + 1, windows)
-    ends = np.flatnonzero(content[:-1] == ord("\n")) + 1 if unit == "line" else np.empty(0, np.int64)
+    line_ends = np.flatnonzero(content[:-1] == ord("\n")) + 1 if unit == "line" else np.empty(0, np.int64)
     # A token belongs to the line of its first byte.
-    firsts = np.searchsorted(starts, np.concatenate([[0], ends]))
+    firsts = np.searchsorted(starts, np.concatenate([[0], line_ends]))
     return Text(tokens, lengths, firsts, _windows([0], [len(tokens)], length))

@@ -232,3 +232,27 @@ def test_losses_of_a_text_are_those_of_eval(tmp_path: Path) -> None:
             np.testing.assert_allclose([float(row[loss]) for row in rows], expected.view(10, 16).mean(1), rtol=1e-6)
         totals.append(sum(int(row[size]) * float(row[loss]) for row in rows))
     np.testing.assert_allclose(totals, float(expected.sum()), rtol=1e-6)
+
+    # Documents of a Parquet file, with its columns; the loss of one does not depend on the others.
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    documents = [lines[3], "", "\n".join(lines[5:9]), "a zero byte\0 within", lines[3]]
+    kept = {"id": [f"{i:03}" for i in range(5)], "text": documents, "n": [1, None, 3, 4, 5]}
+    writer.write_table(arrow.table(kept), tmp_path / "documents.parquet", row_group_size=2)
+    result = dlopt(tmp_path, "predict", "run", "file=documents.parquet", "precision=fp64")
+    assert result.code == 0 and "5 documents predicted" in result.out, result.err
+    found = writer.read_table(tmp_path / "predictions.parquet").to_pydict()
+    assert list(found) == ["id", "text", "n", "document", "bytes", "loss", "bits_per_byte"]
+    assert {name: found[name] for name in kept} == kept and found["document"] == [1, 2, 3, 4, 5]
+    for text, loss in zip(documents, found["loss"], strict=True):
+        tokens = torch.tensor([[0, *text.encode(), 0]])
+        sums = 0.0
+        for start in range(0, tokens.shape[1] - 1, 16):
+            window = tokens[:, start : start + 17]
+            outputs = trained.outputs(window[:, :-1])[0]
+            sums += float(torch.nn.functional.cross_entropy(outputs, window[0, 1:], reduction="sum"))
+        assert loss == pytest.approx(sums / (tokens.shape[1] - 1), rel=1e-6)
+    writer.write_table(arrow.table({"text": documents, "loss": [0] * 5}), tmp_path / "taken.parquet")
+    assert "has a column 'loss', the name of" in refused(tmp_path, "predict", "run", "file=taken.parquet")
+    writer.write_table(arrow.table({"text": documents, "tags": [["a"]] * 5}), tmp_path / "nested.parquet")
+    message = refused(tmp_path, "predict", "run", "file=nested.parquet", "output=p.csv")
+    assert "cannot have the column tags of the type list<" in message

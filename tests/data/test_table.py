@@ -73,7 +73,7 @@ def test_regression_labels(table: Callable[..., Dataset]) -> None:
         ("file,label\na,b\n", {}, r"has no column 'path'; it has file, label"),
         (ROWS, {"label_column": "class"}, r"has no column 'class'; it has path, label"),
         (ROWS, {"split_column": "fold"}, r"has no column 'fold'"),
-        ("path,label\n", {}, "has no training rows"),
+        ("path,label\n", {}, "has no rows"),
         ("path,label\nimages/000.png,\n", {}, "line 2: label is empty"),
         ("path,label\nimages/000.png\n", {}, "line 2: has 1 fields instead of 2"),
         ("path,label\nimages/000.png, \n", {}, "line 2: label is empty"),
@@ -83,7 +83,7 @@ def test_regression_labels(table: Callable[..., Dataset]) -> None:
         ("path,label,s\nimages/000.png,a,dev\n", {"split_column": "s"}, "s is 'dev'; must be train, val or test"),
         ("path,label,s\nimages/000.png,a,test\n", {"split_column": "s"}, "has no training rows"),
         ("path,label,s\nimages/000.png,a,train\nimages/001.png,b,test\n", {"split_column": "s"},
-         "001.png has the class 'b', which no training row has"),
+         "line 3: label is 'b', a class that no training row has"),
         ("path,label\nimages/000.png,high\n", {"labels": "value"}, "label is 'high', not a finite number; data"),
         ("path,label\nimages/000.png,nan\n", {"labels": "value"}, "is 'nan', not a finite number; fill in the"),
         (b"path,label\n\xff\xfe,a\n", {}, "line 2: is not UTF-8"),
@@ -123,7 +123,7 @@ def test_several_labels_per_image(table: Callable[..., Dataset]) -> None:
         (
             "path,label,split\nimages/000.png,red,train\nimages/001.png,red;blue,test\n",
             {"split_column": "split"},
-            "has the class 'blue', which no training row has",
+            "label is 'blue', a class that no training row has",
         ),
     ],
 )

@@ -90,6 +90,39 @@ def test_csv_and_parquet_have_one_meaning(tmp_path: Path, suffix: str) -> None:
     assert table.answers == frame.outcome.tolist()
 
 
+def test_labels_and_categories_as_other_packages_store_them(tmp_path: Path) -> None:
+    """Names of the package datasets, categories of pandas, labels as scikit-learn has them."""
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "t.parquet")
+    numbers = [i % 3 for i in range(30)]
+    values = pandas.Series(numbers)
+    table = arrow.table({"x": [i * i % 7 / 2 for i in range(30)], "city": [i % 2 for i in range(30)], "y": numbers})
+    names = {"city": {"names": ["Rome", "Bern"]}, "y": {"names": ["owl", "cat", "dog"]}}
+    metadata = {b"huggingface": json.dumps({"info": {"features": names}}).encode()}
+    writer.write_table(table.replace_schema_metadata(metadata), path)
+    found = read(path)
+    assert isinstance(found.features, list) and found.features[1].texts == ("Bern", "Rome")
+    assert found.answers == [["owl", "cat", "dog"][number] for number in numbers]
+    assert np.array_equal(read(path, labels="value").answers, numbers)
+    missing = table.set_column(2, "y", arrow.array([*numbers[:-2], -1, -1])).replace_schema_metadata(metadata)
+    writer.write_table(missing, path)
+    with pytest.raises(UserError, match="row 28: y is -1, which means no label; so do 2 of 30 rows"):
+        read(path)
+    for labels, classes in (
+        (values.astype("category"), ["0", "1", "2"]),
+        (values.astype(float), ["0", "1", "2"]),
+        (values.map({0: "a", 1: "b", 2: "c"}), [*"abc"]),
+        (values > 1, ["False", "True"]),
+    ):
+        frame = pandas.DataFrame({"x": table["x"].to_pylist(), "zip": (values * 7 % 4).astype("category"), "y": labels})
+        frame.loc[3, "zip"] = None
+        frame.to_parquet(path)
+        found = read(path, numbers=("x",), categories=("zip",))
+        assert sorted(set(found.answers)) == classes, labels.dtype
+        assert isinstance(found.features, list) and found.features[1].texts == ("0", "2", "3")
+        assert np.isnan(found.features[1].values).tolist() == frame.zip.isna().tolist()
+
+
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
@@ -215,8 +248,17 @@ def test_a_run_evaluates_resumes_and_exports_with_its_encoding(tmp_path: Path) -
     found = pandas.read_csv(tmp_path / "p.csv")
     assert found.prediction.tolist() == [(model.classes or ())[i] for i in expected.indices.tolist()]
     assert found.probability.to_numpy() == pytest.approx(expected.values.numpy(), abs=1e-5)
-    with pytest.raises(UserError, match="the table has no column 'zip'"):
+    rows = frame.to_dict("records")
+    for table in (frame, frame.to_dict("list"), rows):
+        predictions = model.predict(table, batch_size=50)
+        assert [each.label for each in predictions] == found.prediction.tolist()
+        assert [each.probability for each in predictions] == pytest.approx(found.probability.tolist(), abs=1e-5)
+    with pytest.raises(UserError, match="lacks the column zip, which the model reads"):
         model.features(frame.drop(columns=["zip"]))
+    with pytest.raises(UserError, match=r"reads rows of a table, .* dlopt predict .* file=t\.csv"):
+        model.predict("t.csv")
+    with pytest.raises(UserError, match="reads rows of a table: columns by name"):
+        model.predict(["a.png"])
 
 
 def test_problems_are_found_before_torch_is_imported(tmp_path: Path) -> None:
