@@ -129,6 +129,10 @@ class Batches:
         reader: reads the inputs in place of `samples`, in worker processes, for requests [B, 3] of index, update and
             position in the global batch.
 
+    Attributes:
+        batch_size: samples in a global batch; the last one may have fewer.
+        local_size: those of this rank.
+
     Raises:
         UserError: `drop_last` leaves no batch, or a sample cannot be read.
     """
@@ -157,6 +161,8 @@ class Batches:
             )
         self.count = samples_per_epoch // self.batch_size * self.batch_size if drop_last else samples_per_epoch
         self._shard = shard
+        positions = torch.arange(self.batch_size)
+        self.local_size = len(positions if shard is None else positions[shard(self.batch_size)])
         self._augment = augment
         self._seed = seed
         self._normalize, self._teacher_normalize = delivery.normalize, delivery.teacher_normalize

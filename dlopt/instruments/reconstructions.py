@@ -42,7 +42,7 @@ def reconstruct(workload: Workload, count: int) -> tuple[Tensor, Tensor]:
     chosen = samples.select(torch.linspace(0, len(samples) - 1, min(count, len(samples))).long())
     model = workload.precision.autocast(workload.model)
     batches = evaluation_batches(workload, chosen, shared=False)
-    with norm_statistics(workload, workload.module, model):
+    with norm_statistics(workload):
         workload.module.eval()
         outputs, targets = zip(*((model(inputs), targets) for inputs, targets in batches.epoch(0)), strict=True)
     batches.close()

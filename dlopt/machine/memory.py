@@ -1,10 +1,12 @@
-"""Main memory and the memory allocator."""
+"""Main memory, the memory allocator, and Python's garbage collector."""
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -67,3 +69,31 @@ def set_malloc(options: Mapping[int, int]) -> None:
         library = ctypes.CDLL(None)
         for option, value in options.items():
             library.mallopt(option, value)
+
+
+@contextlib.contextmanager
+def frozen_objects(*, collect_first: bool) -> Iterator[Callable[[], object]]:
+    """Hides all present objects from Python's garbage collector; yields a function that collects the latest ones.
+
+    A full collection passes through all objects, 400,000 after the imports of a run: 0.2 s. It would come at any
+    update. The newer objects take 0.3 ms. They are still collected automatically, so that reference cycles of the
+    updates do not fill the memory; that takes 0.02 % of a short run, and would gain nothing from being disabled.
+
+    If the caller has frozen objects, neither the context nor the function does anything: `gc` cannot tell which objects
+    they are, to leave them frozen afterwards.
+
+    Args:
+        collect_first: also collect what is garbage now. Otherwise it stays until after the context.
+    """
+    if gc.get_freeze_count():
+        yield lambda: None
+        return
+    if collect_first:
+        gc.collect()
+    gc.freeze()
+    try:
+        # Not a full collection: Python would take the newer objects for all there are, and, when the others return
+        # after the context, soon collect all of them.
+        yield partial(gc.collect, 1)
+    finally:
+        gc.unfreeze()

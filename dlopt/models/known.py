@@ -1,6 +1,7 @@
 """Answers questions about layers: are they known, containers, do they draw random numbers?"""
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 # Of classes, by the start of their module's name. Layers of users and of other packages are not known.
@@ -16,6 +17,15 @@ def is_container(module: nn.Module) -> bool:
 def is_known(layer: nn.Module) -> bool:
     """Returns whether the layer is known to have no control flow on the host, and no undeclared random numbers."""
     return type(layer).__module__.startswith(_KNOWN)
+
+
+def treats_samples_alone(module: nn.Module) -> bool:
+    """Returns whether all layers are known, and none uses other samples of the batch in evaluation mode."""
+    return all(is_known(layer) and not _has_batch_statistics(layer) for layer in module.modules())
+
+
+def _has_batch_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and layer.running_mean is None
 
 
 def unknown_part(part: object) -> str | None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dlopt.basics.mixin import mix_in
@@ -22,7 +23,7 @@ class CautiousDecay(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         decays = [group["weight_decay"] for group in self.param_groups]
         before = [
-            [(p, p.clone()) for p in group["params"] if p.requires_grad] if decay else []
+            [(p, p.clone()) for p in group["params"] if p.requires_grad] if isinstance(decay, Tensor) or decay else []
             for group, decay in zip(self.param_groups, decays, strict=True)
         ]
         try:

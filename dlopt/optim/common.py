@@ -199,12 +199,15 @@ def count_steps(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> list[
 
 def move(group: dict[str, Any], params: list[Tensor], updates: Tensors) -> None:
     """theta <- (1 - lr * weight_decay) * theta - lr * update: a step with decoupled weight decay."""
-    lr = float(group["lr"])
+    lr = group["lr"]
     # Before the update: the decay shrinks the weights at which the gradient was computed (Loshchilov & Hutter 2019,
     # algorithm 2), and not the update itself.
     if group["weight_decay"]:
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-    torch._foreach_add_(params, updates, alpha=-lr)
+    if isinstance(lr, Tensor):  # in a CUDA graph, which reads no value on the host
+        torch._foreach_sub_(params, torch._foreach_mul(updates, lr))
+    else:
+        torch._foreach_add_(params, updates, alpha=-lr)
 
 
 def signs(tensor: Tensor) -> Tensor:

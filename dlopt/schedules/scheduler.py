@@ -120,7 +120,16 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
     def _set_decay(self, decay: WeightDecay, factors: list[float]) -> None:
         for i, base, peak in self._decayed:
             factor = decay.factor(self.last_epoch / self._horizons[i], factors[i], peak)
-            self.optimizer.param_groups[i]["weight_decay"] = float(base * factor)
+            group = self.optimizer.param_groups[i]
+            if isinstance(group["weight_decay"], torch.Tensor):  # a CUDA graph reads it
+                group["weight_decay"].fill_(float(base * factor))
+            else:
+                group["weight_decay"] = float(base * factor)
+
+    @property
+    def decayed_groups(self) -> list[int]:
+        """The parameter groups whose weight decay the schedule changes between updates."""
+        return [i for i, _, _ in self._decayed] if self.decay is not None and self.decay.varies else []
 
     def weight_decay(self, update: int) -> float | None:
         """Returns the weight decay in an update (from 0); None if no schedule sets it.

@@ -151,10 +151,8 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
         )
 
 
-def norm_statistics(
-    workload: Workload, module: nn.Module, model: Callable[[Tensor], Tensor], interruption: object = None
-) -> contextlib.AbstractContextManager[None]:
-    """Context in which `module` has the batch-norm statistics for evaluation: running, or exact over the training set.
+def norm_statistics(workload: Workload, interruption: object = None) -> contextlib.AbstractContextManager[None]:
+    """Context in which the model has the batch-norm statistics for evaluation: running, or exact over the training set.
 
     If interrupted, the statistics are incomplete and the evaluation must be discarded.
     """
@@ -166,7 +164,7 @@ def norm_statistics(
             size += 1  # a batch of one sample has no variance in a linear layer
         workload.statistics_batches = evaluation_batches(workload, samples, shared=False, batch_size=size)
     batches = itertools.takewhile(lambda _: not interruption, workload.statistics_batches.epoch(0))
-    return exact_statistics(module, model, batches)
+    return exact_statistics(workload.module, workload.precision.autocast(workload.model), batches)
 
 
 class LaggingStatistics:

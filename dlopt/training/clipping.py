@@ -17,6 +17,17 @@ Clip = Callable[[Sequence[nn.Parameter], Norm], Tensor | None]
 """Clips the gradients in place; returns their global 2-norm before clipping if it was computed, else None."""
 
 
+@dataclass(frozen=True)
+class MeasuredNorm:
+    """A `Norm`, with the norm of all gradients before clipping, which has been computed."""
+
+    compute: Norm
+    total: Tensor
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self.compute(tensors)
+
+
 def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
     """Computes the 2-norm of all gradients taken as one vector (scalar tensor, no host synchronization)."""
     return norm([p.grad for p in parameters if p.grad is not None])
@@ -37,7 +48,7 @@ class ByNorm:
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
-        total = gradient_norm(parameters, norm)
+        total = norm.total if isinstance(norm, MeasuredNorm) else gradient_norm(parameters, norm)
         # Always multiplies, like torch's clip_grad_norm_. A branch would make the host wait for the norm, which costs
         # more than multiplying by 1.
         factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -31,7 +31,7 @@ from dlopt.tasks.task import Average, Task
 from dlopt.tasks.user import OwnTask
 from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
-from dlopt.training.builders.batches import evaluation_batches
+from dlopt.training.builders.batches import evaluation_batches, evaluation_model
 from dlopt.training.builders.workload import Workload
 from dlopt.training.requested_metrics import requested_metrics, tested_metrics
 from dlopt.training.task_evaluation import TaskBatches, evaluate_task
@@ -135,7 +135,7 @@ def streamed_report(
     tested = TestReport(test_metrics(workload, on_batch) or {})
     for name, dataset in workload.validation_sets.items():
         evaluation = _of_set(replace(workload, dataset=dataset), name, lambda done, total: None)
-        with norm_statistics(workload, workload.module, workload.precision.autocast(workload.model)):
+        with norm_statistics(workload):
             tested.metrics.update(evaluation(Interruption()) or {})
     return tested
 
@@ -215,11 +215,10 @@ def validation(
     evaluations = {
         name: _of_set(replace(workload, dataset=dataset), name, on_batch) for name, dataset in datasets.items()
     }
-    module, model = workload.module, workload.precision.autocast(workload.model)
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
         metrics: dict[str, float] = {}
-        with evaluation_weights(optimizer, average), norm_statistics(workload, module, model, interruption):
+        with evaluation_weights(optimizer, average), norm_statistics(workload, interruption):
             for evaluation in evaluations.values():
                 found = evaluation(interruption)
                 if found is None:
@@ -250,8 +249,7 @@ def _of_set(workload: Workload, name: str, on_batch: Callable[[int, int], None])
             stop = workload.parallel.ranks.evaluation_stop(interruption)
             found = evaluate_task(workload, own, batches, "val", stop, on_batch)
         else:
-            observed = _reporting(batches, on_batch)
-            found = _evaluate(workload, task, observed, "val", requested, origin, interruption)
+            found = _evaluate(workload, task, batches, "val", requested, origin, interruption, on_batch)
         return found if found is None or not name else on_set(name, found)
 
     return evaluation
@@ -272,30 +270,31 @@ def _refuse_unnamed_set(run_config: RunConfig) -> None:
             )
 
 
-def _reporting(batches: Batches, on_batch: Callable[[int, int], None]) -> Iterator[Batch]:
+def _reporting(batches: Batches, on_batch: Callable[[int, int], None] | None) -> Iterator[Batch]:
     """Yields all batches; calls `on_batch(done, total)` after each."""
     for done, batch in enumerate(batches.epoch(0), 1):
         yield batch
-        on_batch(done, len(batches))
+        if on_batch is not None:
+            on_batch(done, len(batches))
 
 
 def _evaluate(
     workload: Workload,
     task: Task,
-    batches: Iterable[Batch],
+    batches: Batches,
     split: Split,
     requested: Sequence[Declaration],
     origin: Tensor,
     interruption: Interruption | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, float] | None:
     functions, ranks = workload.run_config.user_metrics, workload.parallel.ranks
     names, part = workload.dataset.classes or (), partial(task.evaluated, loss=workload.loss, origin=origin)
     extra = accumulators(task.computed(requested), part, task.size, names, ranks)
-    module, model = workload.module, workload.precision.autocast(workload.model)
     return evaluate(
-        module,
-        model,
-        batches,
+        workload.module,
+        evaluation_model(workload, batches),
+        _reporting(batches, on_batch),
         workload.loss,
         task=task,
         split=split,
@@ -333,10 +332,9 @@ def test_metrics(
         return evaluate_task(workload, workload.task, tested, "test", stop, on_batch)
     batches = evaluation_batches(workload, workload.dataset.test)
     task = workload.dataset.task_on(workload.dataset.test)
-    observed = _reporting(batches, on_batch) if on_batch else batches.epoch(0)
     origin = workload.dataset.test.targets[:1]
-    with norm_statistics(workload, workload.module, workload.precision.autocast(workload.model), interruption):
-        return _evaluate(workload, task, observed, "test", requested, origin, interruption)
+    with norm_statistics(workload, interruption):
+        return _evaluate(workload, task, batches, "test", requested, origin, interruption, on_batch)
 
 
 def check_crops(workload: Workload) -> None:
@@ -398,17 +396,18 @@ def predict_test_set(
     samples = workload.dataset.test if samples is None else samples
     if samples is None:
         raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
-    model = workload.precision.autocast(workload.model)
-    with norm_statistics(workload, workload.module, model):
+    with norm_statistics(workload):
         if choice is None:
-            return _outputs(workload, model, evaluation_batches(workload, samples), interruption, on_batch)
+            batches = evaluation_batches(workload, samples)
+            return _outputs(workload, evaluation_model(workload, batches), batches, interruption, on_batch)
         transform = _build_transform(workload, choice, samples)
-
-        def averaged(images: Tensor) -> Tensor:
-            crops = ((weight, _normalized(workload, crop)) for weight, crop in transform.crops(images))
-            return mean_outputs(((weight, _promoted(model(inputs))) for weight, inputs in crops), average)
-
         with contextlib.closing(_image_batches(workload, samples, transform)) as batches:
+            model = evaluation_model(workload, batches)
+
+            def averaged(images: Tensor) -> Tensor:
+                crops = ((weight, _normalized(workload, crop)) for weight, crop in transform.crops(images))
+                return mean_outputs(((weight, _promoted(model(inputs))) for weight, inputs in crops), average)
+
             return _outputs(workload, averaged, batches, interruption, on_batch)
 
 
@@ -425,7 +424,7 @@ def _outputs(
     mode = workload.parallel
     stop = None if interruption is None else mode.ranks.evaluation_stop(interruption)
     local_outputs = []
-    for inputs, targets in _reporting(batches, on_batch) if on_batch else batches.epoch(0):
+    for inputs, targets in _reporting(batches, on_batch):
         local_outputs.append((_promoted(model(inputs)), targets) if len(targets) else None)
         # A collective, as in `evaluate`.
         if stop:

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlopt.data.batches import Batch
 from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.models.known import is_known, unknown_part
+from dlopt.optim.captured_decay import capture_decay
+from dlopt.optim.cautious_decay import CautiousDecay
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
@@ -59,8 +61,8 @@ def obstacle(
         return "on_out_of_memory=halve may change the size of micro-batches"
     if schedule.cycles_momentum:
         return "the schedule changes the momentum, which is a constant in a graph"
-    if schedule.decay is not None and schedule.decay.varies:
-        return "the schedule of the weight decay changes it, which is a constant in a graph"
+    if schedule.decayed_groups and precision.name == "bf16_pure":
+        return "the schedule changes the weight decay, which precision=bf16_pure would round with the weights"
     name = next(filter(None, map(unknown_part, parts)), None)
     return layer_obstacle(module) if name is None else f"{name} may have control flow on the host"
 
@@ -98,7 +100,7 @@ class GraphedUpdate:
     A replay uses the captured memory addresses and runs no Python. Therefore:
 
     - each batch is copied into static input tensors;
-    - learning rates are tensors, which the schedule fills in place;
+    - learning rates are tensors, which the schedule fills in place, and so is a weight decay that it changes;
     - dropout is seeded before each replay, which makes it bitwise identical to that of an eager step;
     - losses and outputs are cloned before the next replay overwrites them.
     """
@@ -113,9 +115,12 @@ class GraphedUpdate:
         step.check.preallocates = False  # a graph would reuse, or clear, the flags of other updates
         self._resting = step.schedule.resting
         self._rates = [torch.zeros((), device=device) for _ in step.optimizer.param_groups]
-        self._use_rate_tensors(step.optimizer)
-        step.optimizer.register_state_dict_post_hook(_convert_rates_to_floats)
-        step.optimizer.register_load_state_dict_post_hook(self._use_rate_tensors)
+        self._decays = {index: torch.zeros((), device=device) for index in step.schedule.decayed_groups}
+        if self._decays and not isinstance(step.optimizer, CautiousDecay):
+            capture_decay(step.optimizer)
+        self._use_tensors(step.optimizer)
+        step.optimizer.register_state_dict_post_hook(_convert_to_floats)
+        step.optimizer.register_load_state_dict_post_hook(self._use_tensors)
 
     def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
         """See `Step.update`."""
@@ -159,8 +164,8 @@ class GraphedUpdate:
             static.copy_(tensor)
         return self._static
 
-    def _use_rate_tensors(self, optimizer: Optimizer) -> None:
-        """Puts the learning rates into the static tensors, at the start and after a state is loaded.
+    def _use_tensors(self, optimizer: Optimizer) -> None:
+        """Puts what the schedule changes into the static tensors, at the start and after a state is loaded.
 
         Loading replaces the optimizer's state tensors: the update has to be captured again.
         """
@@ -168,11 +173,16 @@ class GraphedUpdate:
             group["lr"] = rate.fill_(float(group["lr"]))
             if "capturable" in group:
                 group["capturable"] = True
+        for index, decay in self._decays.items():
+            group = optimizer.param_groups[index]
+            group["weight_decay"] = decay.fill_(float(group["weight_decay"]))
         self._graphed.reset()
 
 
-def _convert_rates_to_floats(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def _convert_to_floats(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Makes a saved state independent of CUDA graphs: it can be loaded by a run without them."""
     # Waits for the device, as the checkpoint does for which the state is taken.
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])
+        if isinstance(group.get("weight_decay"), Tensor):
+            group["weight_decay"] = float(group["weight_decay"])

@@ -15,6 +15,7 @@ from torch import nn
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.samplers import LossAwareSampler, Sampler
+from dlopt.machine.memory import frozen_objects
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import Mode
@@ -64,6 +65,7 @@ class Trainer:
     user_observers: UserObservers = NO_OBSERVERS
     lagging: LaggingStatistics | None = None  # None if evaluations have exact statistics
     graph_obstacle: str | None = None  # why updates are not replayed from a CUDA graph; None if they are
+    _collect_garbage: Callable[[], object] = field(default=lambda: None, init=False)  # set by `fit`
 
     @property
     def module(self) -> nn.Module:
@@ -83,7 +85,9 @@ class Trainer:
         data (a damaged image) raises `UserError` before the first update, and `RunError` later.
         """
         steps, log_every = self.length.steps, self.intervals.log_every_steps
-        with self._error_handling():
+        # On a GPU, reference cycles of earlier runs in this process (CUDA graphs) may hold gigabytes.
+        frozen = frozen_objects(collect_first=self.mode.device.type == "cuda")
+        with self._error_handling(), frozen as self._collect_garbage:
             if self.recovery.policy == "rollback" or self.progress.resumed_from:
                 # A checkpoint to roll back to; or, if the run was resumed in a new folder, to resume from. Rank 0 looks
                 # for the file, because other nodes may not see the folder; then all ranks save together.
@@ -178,6 +182,7 @@ class Trainer:
         }
         clock.stop()
         throughput = clock.epoch_metrics()
+        self._collect_garbage()
         if evaluated and self.validate is not None:
             validation_metrics = self.validate(stop)
             if validation_metrics is None:

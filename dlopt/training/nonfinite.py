@@ -60,19 +60,28 @@ class NonFiniteCheck:
         self._free_flags: list[Tensor] = []
         self._stacked: list[tuple[list[tuple[int, float]], Tensor]] = []
 
-    def __call__(self, loss: Tensor, step: int, rate: float, *, gradients: bool) -> Tensor | None:
+    def __call__(
+        self, loss: Tensor, step: int, rate: float, *, gradients: bool, norm: Tensor | None = None
+    ) -> Tensor | None:
         """Checks update `step` (from 0), whose gradients are in the parameters. Raises `Diverged`.
 
-        If checks are not immediate, returns the flag for `defer`. `gradients`: false for a loss only, where a loss
-        scaler checks the gradients.
+        If checks are not immediate, returns the flag for `defer`.
+
+        Args:
+            gradients: false for a loss only, where a loss scaler checks the gradients.
+            norm: of all gradients; None to look at the gradients themselves. If it is finite, so are they. It may
+                overflow (above 1.8e19 in fp32) although they are: an immediate check then looks at them, a deferred one
+                reports the update, whose gradients clipping by their norm would set to zero.
         """
         if not self.immediate:
             flag = self._new_flag()
-            if gradients:
+            if gradients and norm is not None and norm.device == flag.device:  # that of no gradients is on the CPU
+                torch.sub(norm, norm, out=flag)  # 0, or NaN: one kernel
+            elif gradients:
                 self.flag_nonfinite(flag)
             return flag
         self.latest = step + 1
-        if gradients:
+        if gradients and (norm is None or not math.isfinite(norm.item())):
             self.flag_nonfinite(self._flag)
         # Reads both on the host, before the optimizer runs: the current weights still explain the value.
         value = loss.item()

@@ -25,7 +25,7 @@ from dlopt.optim.traits import refuse_missing_closure
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
-from dlopt.training.clipping import Clip, Unclipped, gradient_norm
+from dlopt.training.clipping import ByNorm, Clip, MeasuredNorm, Norm, Unclipped, gradient_norm
 from dlopt.training.micro_loss import CurrentUpdate, MicroLoss, Network, TaskMicroLoss
 from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
 from dlopt.training.saved_buffers import SavedBuffers
@@ -154,6 +154,7 @@ class Step:
         self.settings = settings
         self.metrics = metrics
         self.clip: Clip = Unclipped() if clip is None else clip
+        self._clips_by_norm = isinstance(clip, ByNorm)
         self.synchronize_buffers = synchronize_buffers
         self.average = average
         self.seeds = True
@@ -237,17 +238,26 @@ class Step:
         if self.scaler is not None and self._has_gradients():
             self.scaler.unscale_(self.optimizer)
 
-        # 4. Check before clipping, which would turn one non-finite entry into many. With a scaler non-finite gradients
+        # 4. The norm before clipping: once for the log, the check and the clipping, each of which would read all
+        #    gradients.
+        norm: Norm = self.mode.sharding.norm
+        if self._clips_by_norm or self.current.log_norm:
+            record.norm = gradient_norm(self.parameters, norm)
+            norm = MeasuredNorm(norm, record.norm)
+
+        # 5. Check before clipping, which would turn one non-finite entry into many. With a scaler non-finite gradients
         #    are normal.
         if checks:
-            flag = self.check(loss, self.current.number, self.rate, gradients=self.scaler is None)
+            # A deferred check treats an overflow of the norm as non-finite: not if only logged updates have a norm.
+            is_known = self._clips_by_norm or self.check.immediate or self.check.norm is not None
+            known, gradients = record.norm if is_known else None, self.scaler is None
+            flag = self.check(loss, self.current.number, self.rate, gradients=gradients, norm=known)
             if flag is not None:
                 record.flags.append((loss, flag))
 
-        # 5. Clip. The logged norm is measured before clipping.
-        norm = gradient_norm(self.parameters, self.mode.sharding.norm) if self.current.log_norm else None
-        clipped = self.clip(self.parameters, self.mode.sharding.norm)
-        record.norm = norm if clipped is None else clipped
+        # 6. Clip. A clipping of the user's own may also compute the norm.
+        clipped = self.clip(self.parameters, norm)
+        record.norm = record.norm if clipped is None else clipped
         return record
 
     def end(self, record: UpdateRecord, average: Callable[[], None] | None) -> None:

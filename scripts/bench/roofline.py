@@ -6,7 +6,8 @@
 
 The update is dlopt's own (`Step.update`, as `dlopt train compile=true precision=bf16` builds it), on fake tensors: they
 have shapes, but no values. --nanogpt (a checkout) and --airbench (airbench94_muon.py) add the update of these files,
-with their own model and optimizer. KEY=VALUE changes the config, also to compile=false. For each program:
+with their own model and optimizer. If timm is installed, the training step of its train.py is added for the last three
+subjects. KEY=VALUE changes the config, also to compile=false. For each program:
 
 - TFLOP: of products, convolutions and attention, which takes half of them for a causal mask;
 - GB: memory traffic, if each operation reads its inputs from memory and writes its outputs;
@@ -417,6 +418,43 @@ def airbench_program(run_config: RunConfig, task: Task, shape: tuple[int, ...], 
     return Program(mode, regions, update, [rest, muon])
 
 
+# The model of timm, and its optimizer; None: it has none of this kind, so it trains dlopt's.
+TIMM: dict[str, tuple[str | None, str]] = {
+    "resnet50": ("resnet50", "sgd"), "vit_small": ("vit_small_patch16_224", "adamw"), "wrn_28_10": (None, "sgd"),
+}  # fmt: skip
+
+
+def timm_program(run_config: RunConfig, task: Task, shape: tuple[int, ...], subject: str) -> Program:
+    """Builds the update of timm's train.py --torchcompile --amp --amp-dtype bfloat16 --channels-last.
+
+    Copies the lines of its loop. On a GPU, torch's optimizers default to their foreach functions.
+    """
+    import timm
+    from timm.optim import create_optimizer_v2
+
+    (name, choice), regions, samples = TIMM[subject], Regions(), int(run_config.data_settings.batch_size)
+    with META:
+        model = (
+            build_on_meta(run_config.model, task.model_arguments(shape)) if name is None else timm.create_model(name)
+        )
+    model = model.to(memory_format=torch.channels_last)
+    with FakeTensorMode() as mode:
+        faked(model)
+        optimizer = create_optimizer_v2(model, opt=choice, lr=0.1, weight_decay=1e-4, momentum=0.9, foreach=True)
+        inputs = torch.empty(samples, *shape).to(memory_format=torch.channels_last)
+        labels = torch.empty(samples, dtype=torch.int64)
+    compiled = regions.compile(model) if run_config.settings.compile is True else model
+
+    def update() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(compiled(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Program(mode, regions, update, [optimizer])
+
+
 def _imported(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
@@ -428,6 +466,9 @@ def _imported(file: Path) -> Any:
 
 CIFAR10 = (Classification(10), (3, 32, 32))
 GPT2 = (NextToken(50257, predictions=1024), (1024,))
+IMAGENET = (Classification(1000), (3, 224, 224))
+# As timm's.
+SGD = ["optimizer.nesterov=true", "optimizer.weight_decay=1e-4", "decay_norm_and_bias=false"]
 # The configs of the tables in docs/speed.md: overrides, what the model predicts, and the shape of its input.
 SUBJECTS: dict[str, tuple[list[str], tuple[Task, tuple[int, ...]]]] = {
     "gpt2_small": (
@@ -438,7 +479,13 @@ SUBJECTS: dict[str, tuple[list[str], tuple[Task, tuple[int, ...]]]] = {
     "cifar10_speed": (["experiment=cifar10_speed"], CIFAR10),
     "resnet20": (["model=resnet20", "data.batch_size=128"], CIFAR10),
     "resnet18": (["model=resnet18", "data.batch_size=512"], CIFAR10),
-    "wrn_28_10": (["model=wrn_28_10", "data.batch_size=128"], CIFAR10),
+    "wrn_28_10": (["model=wrn_28_10", "data.batch_size=128", *SGD], CIFAR10),
+    "resnet50": (["model=resnet50", "model.stem=imagenet", "data.batch_size=256", *SGD], IMAGENET),
+    "vit_small": (
+        ["model=vit", "model.patch=16", "model.width=384", "model.depth=12", "model.heads=6", "data.batch_size=512",
+         "optimizer=adamw", "decay_norm_and_bias=false"],
+        IMAGENET,
+    ),
 }  # fmt: skip
 
 RUN = ("precision=bf16", "compile=true")
@@ -484,7 +531,9 @@ def main() -> None:
     if options.airbench is not None and not options.airbench.is_file():
         parser.error(f"--airbench {options.airbench}: no such file; it must be airbench94_muon.py")
     card = Card(options.tflops * 1e12, options.tflops_fp32 * 1e12, options.terabytes * 1e12)
-    peers: dict[str, tuple[str, Callable[..., Program], Path]] = {}
+    peers: dict[str, tuple[str, Callable[..., Program], Path | str]] = {}
+    if importlib.util.find_spec("timm") is not None:
+        peers.update({subject: ("timm", timm_program, subject) for subject in TIMM})
     if options.nanogpt is not None:
         peers["gpt2_small"] = ("nanoGPT", nanogpt_program, options.nanogpt)
     if options.airbench is not None:
@@ -495,8 +544,8 @@ def main() -> None:
         config = run_config(*overrides, *RUN, *options.overrides)
         programs = {"dlopt": dlopt_program(config, *sample).count(card)}
         if subject in peers:
-            name, build, path = peers[subject]
-            programs[name] = build(config, *sample, path).count(card)
+            name, build, source = peers[subject]
+            programs[name] = build(config, *sample, source).count(card)
         show(subject, programs, card, options.top)
         results[subject] = {name: counted.summary(card) for name, counted in programs.items()}
     if options.json is not None:

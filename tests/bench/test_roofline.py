@@ -93,6 +93,18 @@ def test_does_no_more_work_than_the_program_that_it_follows(
     assert {key for key in reference if summary[key] > 1.3 * reference[key]} == set(), summary
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", roofline.TIMM)
+def test_does_no_more_work_than_the_training_step_of_timm(subject: str) -> None:
+    overrides, sample = roofline.SUBJECTS[subject]
+    config = run_config(*overrides, *roofline.RUN)
+    own = roofline.dlopt_program(config, *sample).count(CARD).summary(CARD)
+    timms = roofline.timm_program(config, *sample, subject).count(CARD).summary(CARD)
+    assert own["TFLOP"] == pytest.approx(timms["TFLOP"], rel=0.01), "another computation"
+    for key in ("GB", "GB fused", "GB of parameters", "launches", "launches outside", "fused ms", "upper ms"):
+        assert own[key] <= timms[key], key
+
+
 TOKENS = (NextToken(50257, predictions=2), (2,))
 IMAGES = (Classification(10), (3, 32, 32))
 SHAPES = {"polynomial": (1,), "two_column_alexnet_224": (3, 224, 224)}

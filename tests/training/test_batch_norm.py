@@ -69,7 +69,7 @@ def test_exact_statistics_of_a_set_that_leaves_one_sample(size: int) -> None:
     """With 90 training samples and data.drop_last=true, the single sample is in no training batch."""
     overrides = ["model.norm=batch", "norm_statistics=exact", "data.drop_last=true", f"data.batch_size={size}"]
     workload = small_workload(*overrides)
-    with norm_statistics(workload, workload.module, workload.model):
+    with norm_statistics(workload):
         first = next(m for m in workload.module.modules() if isinstance(m, torch.nn.BatchNorm1d))
         mean = first.running_mean.clone()  # type: ignore[union-attr]
     (inputs, _), *others = evaluation_batches(workload, workload.dataset.train, batch_size="full").epoch(0)

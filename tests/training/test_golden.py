@@ -49,9 +49,9 @@ def losses(folder: Path, recipe: str) -> list[float]:
     found: list[float] = []
     see = NonFiniteCheck.__call__
 
-    def noted(self: NonFiniteCheck, loss: Tensor, *update: Any, **gradients: bool) -> None:
+    def noted(self: NonFiniteCheck, loss: Tensor, *update: Any, **of_gradients: Any) -> None:
         found.append(float(loss))
-        see(self, loss, *update, **gradients)
+        see(self, loss, *update, **of_gradients)
 
     weights = folder / "weights.pt"
     torch.save(exact_weights(*COMMON, *RECIPES[recipe]), weights)

@@ -1,8 +1,11 @@
 """Tests of the training loop with fakes for batches, tracking and checkpoints."""
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +32,7 @@ from dlopt.training.loop import Trainer
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Intervals, Length, Progress
-from dlopt.training.step import Step, StepSettings
+from dlopt.training.step import Step, StepSettings, UpdateRecord
 from dlopt.training.stopping import Best, Early, Never
 from tests.support.runs import same, without_time
 from tests.support.steps import whole
@@ -503,3 +506,36 @@ def test_deferred_check_prevents_saving_nonfinite_weights() -> None:
         run(t)
     assert isinstance(t.checkpoints, Checkpoints)
     assert t.checkpoints.steps == [4, 5]
+
+
+class Node:
+    """An object in a reference cycle."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.parametrize("bad_at", [None, 12])
+def test_collects_the_garbage_of_updates_at_evaluations(bad_at: int | None) -> None:
+    """And leaves the garbage collector as it was, also if the run fails."""
+    t = training(batches=Batches(bad_at=bad_at))
+    update, created = t.update, list[weakref.ref[Node]]()
+    alive_at_evaluations: list[int] = []
+
+    def update_with_garbage(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
+        created.append(weakref.ref(Node()))
+        return update(batch, number, log_norm=log_norm)
+
+    def validate(interruption: Interruption) -> dict[str, float]:
+        alive_at_evaluations.append(sum(node() is not None for node in created))
+        return {"val_loss": 1.0}
+
+    t.update, t.validate = update_with_garbage, validate
+    gc.unfreeze()  # what the test session has frozen
+    try:
+        with nullcontext() if bad_at is None else pytest.raises(RunError):
+            run(t)
+        assert gc.get_freeze_count() == 0 and gc.isenabled()
+    finally:
+        gc.freeze()
+    assert alive_at_evaluations == [0] * (3 if bad_at is None else 2)

@@ -21,6 +21,7 @@ from dlopt.metrics.sums import Kept, MetricSum
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
+from dlopt.training.clipping import ByNorm
 from dlopt.training.nonfinite import Diverged, NonFiniteCheck, Recovery, first_nonfinite_output, is_finite
 from dlopt.training.step import Step
 from dlopt.training.stopping import Tolerance
@@ -105,22 +106,30 @@ def test_losses_and_flags_may_be_on_two_devices() -> None:
         assert check._stacked[0][1].shape == (2, 1)
 
 
-def test_large_finite_gradients_pass() -> None:
-    """Their squares overflow."""
+@pytest.mark.parametrize("clip", [None, ByNorm(max_norm=1.0)])
+@pytest.mark.parametrize("log_norm", [False, True])
+@pytest.mark.parametrize("check_now", [True, False])
+def test_large_finite_gradients_pass(check_now: bool, log_norm: bool, clip: ByNorm | None) -> None:
+    """Their squares overflow. A deferred check has only the norm, where clipping would set the gradients to zero."""
     model = nn.Linear(6, 3)
     model.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
-    update = make_step(model, sgd(model, lr=1e-30))
-    update.update(batch(0), 0)
+    step = make_step(model, sgd(model, lr=1e-30), check_now=check_now, clip=clip)
+    step.update(batch(0), 0, log_norm=log_norm)
+    is_reported = clip is not None and not check_now
+    with pytest.raises(Diverged, match="gradient is not finite at update 1 ") if is_reported else nullcontext():
+        step.check_updates()
 
 
-def test_checks_before_clipping() -> None:
-    from dlopt.training.clipping import ByNorm
-
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("check_now", [True, False])
+def test_checks_before_clipping(check_now: bool, bad: float) -> None:
     model = net()
-    spoil(model[4].weight, NAN)  # type: ignore[arg-type]
-    update = make_step(model, sgd(model), clip=ByNorm(max_norm=1.0))
-    with pytest.raises(Diverged, match=r"pass: 4\.weight\)"):
-        update.update(batch(0), 0)
+    spoil(model[4].weight, bad)  # type: ignore[arg-type]
+    step = make_step(model, sgd(model), clip=ByNorm(max_norm=1.0), check_now=check_now)
+    place = r"pass: 4\.weight\)" if check_now else "check=step names the layer"
+    with pytest.raises(Diverged, match=rf"gradient is not finite at update 1 .*{place}"):
+        step.update(batch(0), 0)
+        step.check_updates()
 
 
 class Bad(nn.Module):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt import losses
 from dlopt.basics.errors import UserError
@@ -332,6 +334,44 @@ def test_reports_the_gradient_norm_before_clipping() -> None:
     assert norms[0] is not None and norms[1] is not None
     assert torch.equal(norms[0], norms[1])
     assert float(gradient_norm(evaluate.parameters)) < float(norms[1]) / 2
+
+
+class GradientPasses(TorchDispatchMode):
+    """Counts the operations that read all gradients: norms, and the check for non-finite values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def norms_and_checks(self) -> tuple[int, int]:
+        return self.counted["_foreach_norm"], self.counted["_amp_foreach_non_finite_check_and_unscale_"]
+
+
+@pytest.mark.parametrize("log_norm", [False, True])
+@pytest.mark.parametrize("check_now", [True, False])
+def test_reads_the_gradients_once_for_clipping_log_and_check(check_now: bool, log_norm: bool) -> None:
+    model = net(dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step = make_step(model, optimizer, clip=ByNorm(max_norm=1.0), check_now=check_now)
+    with GradientPasses() as passes:
+        record = step.update(batch(0), 0, log_norm=log_norm)
+    assert passes.norms_and_checks == (1, 0)
+    assert record.norm is not None
+
+
+def test_reads_the_gradients_once_for_the_log_and_the_check_of_a_processor() -> None:
+    model = net(dropout=0.0)
+    step = make_step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    with GradientPasses() as logged:
+        step.update(batch(0), 0, log_norm=True)
+    with GradientPasses() as unlogged:
+        step.update(batch(1), 1)
+    assert (logged.norms_and_checks, unlogged.norms_and_checks) == ((1, 0), (0, 1))
 
 
 def test_clips_before_the_update() -> None:

@@ -1,6 +1,9 @@
 """Builds the batches of a workload: sampled and augmented for training, plain and complete for evaluation."""
 
+from collections.abc import Callable
 from typing import Any, Literal
+
+from torch import Tensor
 
 from dlopt.augment.operation import image_shape, leaves
 from dlopt.augment.pipeline import CentreCrop, Pipeline, crop_when_reading
@@ -11,6 +14,7 @@ from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, Sampler, shifted
 from dlopt.data.samples import Samples
 from dlopt.data.windows import Windows
 from dlopt.losses import Distillation
+from dlopt.models.known import treats_samples_alone
 from dlopt.training.builders import speed
 from dlopt.training.builders.workload import Workload
 from dlopt.training.rng import AUGMENTATION, ORDER
@@ -82,6 +86,30 @@ def evaluation_batches(
     batches = Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard)
     workload.opened.add(batches)
     return batches
+
+
+def evaluation_model(workload: Workload, batches: Batches) -> Callable[[Tensor], Tensor]:
+    """Returns the model in evaluation mode for `batches`.
+
+    If it is compiled, it is called with batches of one size: zeros, whose outputs are dropped, fill the last batch.
+    Otherwise the last batches of validation and test set would take a compilation each.
+    """
+    model = workload.precision.autocast(workload.model)
+    if workload.compile_obstacle or not treats_samples_alone(workload.module):
+        return model
+
+    def filled(inputs: Tensor) -> Tensor:
+        samples = len(inputs)
+        if samples >= batches.local_size:
+            return model(inputs)
+        full = inputs.new_empty(batches.local_size, *inputs.shape[1:])
+        if inputs.ndim == 4:
+            full = full.to(memory_format=workload.memory_format)
+        full[:samples] = inputs
+        full[samples:] = 0
+        return model(full)[:samples]
+
+    return filled
 
 
 def _delivery(workload: Workload, **acceleration: Any) -> Delivery:

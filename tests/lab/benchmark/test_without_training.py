@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,7 +173,9 @@ def test_costs_and_tests_that_are_missing_are_measured(
 def test_the_cost_of_an_update_is_the_median_of_pairs_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     order: list[Any] = []
     model = torch.nn.Linear(2, 1)
-    trainer = SimpleNamespace(step=SimpleNamespace(optimizer=None), module=model)
+    trainer = SimpleNamespace(
+        step=SimpleNamespace(optimizer=None), module=model, mode=SimpleNamespace(device="cpu"), graph_obstacle="none"
+    )
     monkeypatch.setattr(costs, "build_workload", lambda config: SimpleNamespace(device="cpu", name=config))
     monkeypatch.setattr(costs, "probe_trainer", lambda workload, scratch, checks: trainer)
     names = iter(("baseline", "own"))
@@ -192,6 +196,52 @@ def test_the_cost_of_an_update_is_the_median_of_pairs_in_turn(monkeypatch: pytes
     assert found.time == ratios[4] and found.state == 2.0
     assert found.low == pytest.approx((ratios[1] + ratios[2]) / 2)
     assert found.high == pytest.approx((ratios[6] + ratios[7]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("obstacles", "measured"),
+    [
+        ((None, None), [None, None]),
+        (("SOAP has control flow on the host",) * 2, [None, None]),
+        ((None, "SOAP has control flow on the host"), [False, False]),
+        (("SGD has control flow on the host", None), [False, False]),
+    ],
+)
+def test_both_updates_of_a_pair_are_captured_or_neither(
+    obstacles: Sequence[str | None],
+    measured: Sequence[bool | None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """`measured`: the key cuda_graphs, of which None is a stand-in for what was passed."""
+
+    def build(config: SimpleNamespace, scratch: Path, *, checks: bool) -> SimpleNamespace:
+        return SimpleNamespace(
+            step=SimpleNamespace(optimizer=None), module=torch.nn.Linear(2, 1), mode=SimpleNamespace(device="cuda"),
+            graph_obstacle=config.obstacle, cuda_graphs=config.settings.cuda_graphs,
+        )  # fmt: skip
+
+    @dataclass(frozen=True)
+    class Settings:
+        cuda_graphs: bool | None = None
+
+    @dataclass(frozen=True)
+    class Config:
+        obstacle: str | None
+        settings: Settings = Settings()
+
+    timed: list[bool | None] = []
+
+    def updates_of(trainer: SimpleNamespace, device: str) -> None:
+        timed.append(trainer.cuda_graphs)
+
+    monkeypatch.setattr(costs, "build_workload", lambda config: config)
+    monkeypatch.setattr(costs, "probe_trainer", build)
+    monkeypatch.setattr(costs, "updates_of", updates_of)
+    monkeypatch.setattr(costs, "seconds_of", lambda update, count: 1.0)
+    monkeypatch.setattr(costs, "state_bytes", lambda optimizer: 0)
+    costs.measure(*map(Config, obstacles), tmp_path)  # type: ignore[arg-type]
+    assert timed == measured
 
 
 def test_facts_about_the_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

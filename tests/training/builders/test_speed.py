@@ -1,6 +1,7 @@
 """Tests of the values chosen for `auto`, and of the refusals of `true`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from unittest.mock import PropertyMock, patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from dlopt.augment import HorizontalFlip, Pipeline, RandomMix
 from dlopt.basics.errors import UserError
@@ -16,9 +18,10 @@ from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
+from dlopt.models.known import treats_samples_alone
 from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training.builders import speed
-from dlopt.training.builders.batches import evaluation_batches, training_batches
+from dlopt.training.builders.batches import evaluation_batches, evaluation_model, training_batches
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
@@ -319,6 +322,49 @@ def test_threads_of_a_run(monkeypatch, overrides, threads):
     monkeypatch.setattr("dlopt.machine.device.torch.get_num_threads", lambda: set_to[-1] if set_to else 0)
     build_workload(run_config("model=mlp", "model.widths=[128]", *overrides))
     assert set_to[-1] == threads
+
+
+def test_compiles_batches_their_remainder_and_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the last batches of validation and test set, whose sizes differ."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # counts, and generates no code
+    counters.clear()
+    start(
+        tmp_path, "model=mlp", "model.widths=[8]", "data=digits", "data.subset=300", "data.batch_size=25",
+        "compile=true", "epochs=2", "tracking=[]", "threads=1",
+    )  # fmt: skip
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize(
+    "keys", [["model=mlp", "model.norm=batch"], ["model=resnet20", "channels_last=true"]], ids=["mlp", "resnet20"]
+)
+def test_fills_the_last_batch_of_an_evaluation_without_changing_its_outputs(keys: Sequence[str]) -> None:
+    workload = build_workload(run_config(*keys, "data=digits", "data.batch_size=25", "threads=1"))
+    workload.module.eval()
+    batches = evaluation_batches(workload, workload.dataset.test)
+    called: list[torch.Size] = []
+
+    def model(inputs: Tensor) -> Tensor:
+        called.append(inputs.shape)
+        assert inputs.is_contiguous(memory_format=workload.memory_format)
+        outputs: Tensor = workload.module(inputs)
+        return outputs
+
+    evaluated = evaluation_model(replace(workload, model=model, compile_obstacle=""), batches)
+    *_, (inputs, _) = batches.epoch(0)
+    with torch.no_grad():
+        torch.testing.assert_close(evaluated(inputs), workload.module(inputs))
+    assert len(inputs) == 9 and [shape[0] for shape in called] == [25]
+
+
+def test_fills_no_batch_of_a_model_that_may_compare_samples() -> None:
+    assert treats_samples_alone(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    assert not treats_samples_alone(nn.BatchNorm1d(3, track_running_stats=False))
+
+    class Own(nn.Module):
+        """A layer of a user."""
+
+    assert not treats_samples_alone(nn.Sequential(nn.Linear(4, 3), Own()))
 
 
 @pytest.mark.slow
