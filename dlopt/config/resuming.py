@@ -138,14 +138,16 @@ def refuse_other_config(
     axes: Collection[str] = (),
     *,
     has_identity: bool = False,
+    free: Collection[str] = (),
 ) -> None:
     """Raises `UserError` if the run at `path`, started with `overrides`, cannot be resumed with the config `new`.
 
     Args:
         axes: of the sweep; see `differences`.
         has_identity: the identity of the data will be compared, so their files may have moved.
+        free: groups that may differ.
     """
-    different = differences(old, new, axes)
+    different = {key: pair for key, pair in differences(old, new, axes).items() if not is_below(key, free)}
     if has_identity:
         different = {key: pair for key, pair in different.items() if key not in _FILES}
     if not different:

@@ -99,6 +99,7 @@ def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, "DictConfi
     The launcher is a `Pool`, or submits to Slurm.
     """
     from dlopt.config.plan import as_job, checked
+    from dlopt.sweeps.branches import from_checkpoint
     from dlopt.sweeps.sweep import build_launcher
 
     hydra = [each for each in line.overrides if is_hydra(each)]
@@ -110,7 +111,7 @@ def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, "DictConfi
 
     def plan_job(overrides: Sequence[str], number: int) -> "Plan":
         config = line.composer.compose([*hydra, *overrides])
-        return as_job(checked(config, overrides, None, line.composer.flags), number, overrides)
+        return from_checkpoint(as_job(checked(config, overrides, None, line.composer.flags), number, overrides))
 
     return pool, plan_job, config
 

@@ -99,6 +99,11 @@ def on_set(name: str, values: Mapping[str, float]) -> dict[str, float]:
     return {metric.on_set(name).column: value for metric, value in metrics if metric is not None}
 
 
+def validation_sets(config: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the validation sets of a run. `config`: its values by dotted key."""
+    return [*dict.fromkeys(key.split(".")[1] for key in config if key.startswith("validation."))]
+
+
 def set_of(column: str, sets: Iterable[str]) -> str:
     """Returns the name of the validation set in a column: shifted of val_shifted_loss; "" if it has none."""
     return next((name for name in sets if column.startswith(Metric("val", f"{name}_").column)), "")
@@ -230,7 +235,7 @@ def monitored_directions(config: Mapping[str, Any]) -> dict[str, Direction]:
     directions: dict[str, Direction] = {
         key.removeprefix("directions."): direction for key, direction in config.items() if key.startswith("directions.")
     }
-    sets = dict.fromkeys(key.split(".")[1] for key in config if key.startswith("validation."))
+    sets = validation_sets(config)
     on_sets = {f"{each}_{name}": known for each in sets for name, known in {**_DIRECTIONS, **directions}.items()}
     directions |= on_sets
     run_direction = config.get("monitor_mode")

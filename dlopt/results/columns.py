@@ -11,7 +11,8 @@ from typing import Any
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
-from dlopt.metrics.names import split_of
+from dlopt.basics.plain_values import flatten
+from dlopt.metrics.names import Metric, split_of, validation_sets, without_set
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.results.intervals import Difference, Statistic
 from dlopt.results.leaderboard import ENDED, Record, Row
@@ -31,12 +32,30 @@ _DIFFERENCE = {"mean": "difference", "low": "difference_low", "high": "differenc
 
 
 def metric_columns(ranking: Ranking) -> list[str]:
-    """Returns the metrics of the leaderboard: the ranking metric, validation and training metrics, costs."""
+    """Returns the metrics of the leaderboard: the ranking metric, validation and training metrics, costs.
+
+    The metrics on validation sets with names follow those of training.
+    """
     known = {name for record in ranking.records for name in record.metrics}
     # Omit costs that are equal for all ended runs; failed runs cost less in any case.
     ended = [record.metrics for record in ranking.records if record.status in ENDED]
     costs = [name for name in _COST if len({metrics.get(name) for metrics in ended}) > 1]
-    return list(dict.fromkeys([*(name for name in (ranking.by, *FIRST) if name in known), *costs]))
+    metrics = [ranking.by, *FIRST, *on_named_sets(ranking, FIRST)]
+    return list(dict.fromkeys([*(name for name in metrics if name in known), *costs]))
+
+
+def on_named_sets(ranking: Ranking, columns: Iterable[str]) -> list[str]:
+    """Returns the validation metrics of `columns` on the validation sets with names, set by set."""
+    sets = dict.fromkeys(name for record in ranking.records for name in validation_sets(flatten(record.config)))
+    metrics = [metric for column in columns if (metric := Metric.of(column)) is not None and metric.split == "val"]
+    return [metric.on_set(name).column for name in sets for metric in metrics]
+
+
+def in_terminal(ranking: Ranking) -> list[str]:
+    """Returns the metrics of a terminal; of validation sets with names, that by which the runs are ranked."""
+    sets = [name for record in ranking.records for name in validation_sets(flatten(record.config))]
+    of_sets = on_named_sets(ranking, [without_set(ranking.by, sets)])
+    return [name for name in metric_columns(ranking) if name in (ranking.by, *listed_in("terminal"), *of_sets)]
 
 
 def test_columns(ranking: Ranking) -> list[str]:

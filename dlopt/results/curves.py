@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import format_epoch_number
-from dlopt.metrics.names import Metric, Split
+from dlopt.basics.plain_values import flatten
+from dlopt.metrics.names import Metric, Split, set_of, validation_sets
 from dlopt.metrics.shown import format_metric, is_percent
 from dlopt.results import drawing
 from dlopt.tracking.metrics import read_metrics, read_summary
@@ -28,7 +30,8 @@ def write(folder: Path, restarts: Sequence[float]) -> Path:
     `restarts`: positions, in epochs, at which the schedule starts another cycle.
     """
     choices = (read_json(folder / "environment.json") or {}).get("choices") or {}
-    figure = draw(read_metrics(folder), read_summary(folder) or {}, choices, restarts)
+    config = flatten(RunFolder(folder).config() or {})
+    figure = draw(read_metrics(folder), read_summary(folder) or {}, choices, restarts, config)
     write_atomically(folder / PICTURE, drawing.encoded(figure, "png", dpi=120))
     return folder / PICTURE
 
@@ -38,25 +41,32 @@ def draw(
     summary: Mapping[str, Any],
     choices: Mapping[str, str],
     restarts: Sequence[float],
+    config: Mapping[str, Any] | None = None,
 ) -> "Figure":
-    """Plots the lines of metrics.jsonl in one panel each for losses, accuracies (if any) and the learning rate."""
-    metrics = [
-        name for name in _PANELS if any(Metric(split, name).column in line for line in history for split in _SPLITS)
-    ]
+    """Plots the lines of metrics.jsonl in one panel each for losses, accuracies (if any) and the learning rate.
+
+    `config`: of the run, by dotted key, for its validation sets with names.
+    """
+    sets = validation_sets(config or {})
+    selected = set_of(str((config or {}).get("monitor")), sets)  # the set that chooses the best model
+    metrics = [name for name in _PANELS if any(column in line for line in history for column in _columns(name, sets))]
     figure = drawing.figure(4.2 * (len(metrics) + 1), 3.6, _title(summary, choices))
     panels = figure.subplots(1, len(metrics) + 1, squeeze=False)[0]
     epochs = [line["epoch"] for line in history]
     marker = {"marker": "o", "markersize": 3} if len(epochs) <= _MAX_MARKED else {}
     for axes, name in zip(panels, metrics, strict=False):
-        for i, (split, label) in enumerate(_SPLITS.items()):
-            values = _values(history, Metric(split, name).column)
+        columns = _columns(name, sets)
+        for i, (column, label) in enumerate(columns.items()):
+            values = _values(history, column)
             if not all(map(math.isnan, values)):
                 axes.plot(epochs, values, label=label, **drawing.style(i), **marker)
-        _mark_best(axes, history, summary.get("best_epoch"), name)
+        monitored = Metric("val", name).on_set(selected) if selected else Metric("val", name)
+        place = [*columns].index(monitored.column)
+        _mark_best(
+            axes, history, summary.get("best_epoch"), monitored.column, drawing.COLOURS[place % len(drawing.COLOURS)]
+        )
         axes.set_ylabel("accuracy [%]" if name == "accuracy" else name)
-        losses = [
-            loss for split in _SPLITS for loss in _values(history, Metric(split, "loss").column) if math.isfinite(loss)
-        ]
+        losses = [loss for column in columns for loss in _values(history, column) if math.isfinite(loss)]
         if name == "loss" and drawing.spans_decades(losses):
             drawing.logarithmic(axes)
     panels[-1].plot(epochs, _values(history, "lr"), **drawing.style(2, dash=0), **marker)
@@ -82,11 +92,21 @@ def _title(summary: Mapping[str, Any], choices: Mapping[str, str]) -> str:
     return ": ".join(text for text in (run, result) if text)
 
 
-def _mark_best(axes: "Axes", history: Sequence[Mapping[str, Any]], epoch: float | None, name: str) -> None:
+def _columns(name: str, sets: Sequence[str]) -> dict[str, str]:
+    """Returns the columns of a panel, and the labels of their lines."""
+    found = {Metric(split, name).column: label for split, label in _SPLITS.items()}
+    for each in sets:
+        found[Metric("val", name).on_set(each).column] = f"validation: {drawing.literal(each)}"
+    return found
+
+
+def _mark_best(
+    axes: "Axes", history: Sequence[Mapping[str, Any]], epoch: float | None, column: str, colour: str
+) -> None:
     best = [line for line in history if line["epoch"] == epoch]
-    if epoch is not None and best and not math.isnan(value := _values(best, Metric("val", name).column)[0]):
+    if epoch is not None and best and not math.isnan(value := _values(best, column)[0]):
         label = f"best: epoch {format_epoch_number(epoch)}"
-        axes.plot([epoch], [value], "*", color=drawing.COLOURS[1], markersize=11, label=label)
+        axes.plot([epoch], [value], "*", color=colour, markersize=11, label=label)
 
 
 def _values(history: Sequence[Mapping[str, Any]], key: str) -> list[float]:

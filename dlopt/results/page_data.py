@@ -24,6 +24,7 @@ from dlopt.results.columns import (
     difference_text,
     failure_text,
     metric_columns,
+    on_named_sets,
     statistic_text,
     tags_text,
     test_columns,
@@ -72,6 +73,7 @@ def page_data(
     metrics = _Metrics(metric_columns(ranking), test_columns(ranking), is_test_of_all=test)
     curves = _curve_names(ranking)
     shared = _shared_config(ranking)
+    expendable = [*on_named_sets(ranking, FIRST), *expendable_in("leaderboard")]
     return {
         "refresh": refresh,
         "by": ranking.by,
@@ -81,7 +83,7 @@ def page_data(
         "keys": list(ranking.keys),
         "columns": _columns(ranking, metrics.of_table),
         # Hidden, the first ones first, until the table fits the page; the reader may choose others.
-        "expendable": [name for name in expendable_in("leaderboard") if name in metrics.known and name != ranking.by],
+        "expendable": [name for name in expendable if name in metrics.known and name != ranking.by],
         "ranked": _ranked_by(ranking),
         "remarks": lines(ranking.remarks, len(ranking.rows)),
         "verdict": verdict(ranking.ranked, lower=ranking.lower),

@@ -13,13 +13,13 @@ from dlopt.basics import formats
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import brief, format_count, printable
 from dlopt.metrics.names import Metric
-from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, listed_in
+from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric
 from dlopt.results.best_run import best_of
 from dlopt.results.columns import (
     counts_text,
     difference_text,
     failure_text,
-    metric_columns,
+    in_terminal,
     published_table,
     statistic_text,
     tags_text,
@@ -87,6 +87,7 @@ def _wrapped(line: str, width: int) -> str:
 def _unfitting(report: "ReportContent", console: Console) -> list[str]:
     """Returns the columns to hide; none if the terminal is too narrow for any table, which then becomes a list."""
     expendable = expendable_in("terminal")
+    expendable += [name for name in in_terminal(report.ranking) if name not in COLUMNS]  # on validation sets with names
     if not report.test:
         expendable.append("test")
     for count in range(len(expendable) + 1):
@@ -107,7 +108,7 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
     if any(map(tags_text, ranking.rows)):
         columns.append(_Column("tags", [tags_text(row) or "-" for row in rows], _TEXTS))
     columns.append(_Column("runs", [row.count_with_failed(ranking.by) for row in rows], _NUMBERS))
-    for name in _metrics(ranking):
+    for name in in_terminal(ranking):
         if name == ranking.by or name not in dropped:
             columns.append(_Column(name.replace("_", " "), [_statistic(name, row) for row in rows], _NUMBERS))
     tests = [] if "test" in dropped else test_columns(ranking)[:1]
@@ -121,10 +122,6 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
     if rows and rows[0].value is not None:
         styles[0] = "bold"
     return _filled(plain_table(), columns, styles)
-
-
-def _metrics(ranking: Ranking) -> list[str]:
-    return [name for name in metric_columns(ranking) if name in (ranking.by, *listed_in("terminal"))]
 
 
 def _statistic(name: str, row: Row) -> str:
@@ -144,7 +141,7 @@ def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
             if best.statistic(name) is not None:
                 lines.append(f"{name.replace('_', ' ')} of the best: {_statistic(name, best)}")
     names = list(ranking.keys)[_MAX_KEYS:]
-    names += [name for name in _metrics(ranking) if name in dropped and name != ranking.by]
+    names += [name for name in in_terminal(ranking) if name in dropped and name != ranking.by]
     if names:
         lines.append(f"hidden: {', '.join(names)}; index.html has all columns")
     return lines

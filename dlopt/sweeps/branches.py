@@ -2,15 +2,17 @@
 
 A schedule with a stable phase, such as wsd, is the same for all lengths until the cooldown begins. A run of another
 length therefore equals, bit for bit, one that resumes from a checkpoint before that update with the schedule of its own
-length. The word `at` becomes an axis of the sweep with these lengths, and the checkpoint of each.
+length. So does one with another cooldown. The word `at` becomes an axis of the sweep with these lengths, and the
+checkpoint of each.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
@@ -27,10 +29,11 @@ from dlopt.config.overrides import (
     without,
 )
 from dlopt.config.plan import checked
-from dlopt.config.resuming import refuse_other_config
+from dlopt.config.resuming import differences, refuse_other_config
 from dlopt.tracking.metrics import read_metrics
 
 if TYPE_CHECKING:
+    from dlopt.config.plan import Plan
     from dlopt.config.run_config import RunConfig
     from dlopt.sweeps.jobs import Job
     from dlopt.training.checkpoint.content import Checkpoint
@@ -45,13 +48,18 @@ class _Stem:
 
     Attributes:
         source: `from=RUN`, for messages.
+        own: the config of the run.
+        run_config: that of the branches, which may have another schedule.
+        is_changed: whether the two differ.
         checkpoints: the kept ones, by completed updates.
         horizon: updates of its schedule.
         updates: those that it has completed.
     """
 
     source: str
+    own: "RunConfig"
     run_config: "RunConfig"
+    is_changed: bool
     checkpoints: dict[int, Path]
     horizon: int
     steps_per_epoch: float
@@ -69,24 +77,22 @@ class _Stem:
     def updates_of(self, length: int) -> int:
         return length if self.unit == "steps" else round(length * self.steps_per_epoch)
 
-    def factors(self, horizon: int) -> Factors:
-        """Returns the factors of a run whose schedule has this length. Raises `UserError`."""
-        from dlopt import schedules
 
-        run_config = self.run_config
-        rate = schedules.build(
-            run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=self.steps_per_epoch
-        )
-        decay = run_config.decay.build(horizon=schedules.Horizon(0, horizon, self.steps_per_epoch))
-        parts = [1.0, *(rule.horizon for rule in run_config.grouping.groups if rule.horizon is not None)]
+def _factors(run_config: "RunConfig", horizon: int, steps_per_epoch: float) -> Factors:
+    """Returns the factors of a run whose schedule has this length. Raises `UserError`."""
+    from dlopt import schedules
 
-        def of(update: int) -> tuple[float, ...]:
-            factors = [rate(update / part) for part in parts]
-            if decay is not None:
-                factors += [decay.factor(update / part, f, 1.0) for part, f in zip(parts, factors, strict=True)]
-            return tuple(factors)
+    rate = schedules.build(run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=steps_per_epoch)
+    decay = run_config.decay.build(horizon=schedules.Horizon(0, horizon, steps_per_epoch))
+    parts = [1.0, *(rule.horizon for rule in run_config.grouping.groups if rule.horizon is not None)]
 
-        return of
+    def of(update: int) -> tuple[float, ...]:
+        factors = [rate(update / part) for part in parts]
+        if decay is not None:
+            factors += [decay.factor(update / part, f, 1.0) for part, f in zip(parts, factors, strict=True)]
+        return tuple(factors)
+
+    return of
 
 
 def branched(composer: Composer, words: Sequence[str]) -> list[str]:
@@ -166,9 +172,25 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
     whole = next((line for line in read_metrics(folder.path) if isinstance(line.get("epoch"), int)), None)
     if whole is None:
         raise UserError(f"{source}: has not completed an epoch")
-    refuse_other_config(checkpoint.config, run_config.config, str(last), folder.typed(), has_identity=True)
+    new, typed = run_config.config, folder.typed()
+    refuse_other_config(checkpoint.config, new, str(last), typed, has_identity=True, free=("schedule",))
+    is_changed = bool(differences(checkpoint.config, new))  # in the schedule
+    own = _own_config(folder, checkpoint.config) if is_changed else run_config
     steps_per_epoch = whole["step"] / whole["epoch"]
-    return _Stem(source, run_config, checkpoints, checkpoint.horizon, steps_per_epoch, checkpoint.step)
+    return _Stem(
+        source, own, run_config, is_changed, checkpoints, checkpoint.horizon, steps_per_epoch, checkpoint.step
+    )  # fmt: skip
+
+
+def _own_config(folder: RunFolder, config: Mapping[str, Any]) -> "RunConfig":
+    """Parses the saved config of a run. Raises `UserError`."""
+    from dlopt.config.parsing import parse
+    from dlopt.config.resolve import resolve_saved
+
+    choices = (read_json(folder.path / "environment.json") or {}).get("choices")
+    if not isinstance(choices, dict):
+        raise UserError(f"{folder.path}: environment.json is missing or damaged")
+    return parse(resolve_saved(config), config, choices)
 
 
 def _start(stem: _Stem, length: int) -> int:
@@ -180,20 +202,23 @@ def _start(stem: _Stem, length: int) -> int:
     if updates > stem.updates:
         end = f"{stem.length} {stem.unit}"
         raise UserError(f"{word}: {stem.source} ends after {end}; allowed: 1 to {stem.length}")
-    own, other = stem.factors(updates), stem.factors(stem.horizon)
-    count = min(updates, stem.horizon)
-    equal = count if updates == stem.horizon else _common(own, other, count)
-    schedule, warmup = stem.run_config.schedule.choice, stem.run_config.warmup
-    if equal <= warmup.length(updates, stem.steps_per_epoch) + 1:  # also a decay that begins with the second update
-        cause = f"{schedule} depends on the length of the run from update {equal} on"
+    most, differ = shared_updates(stem.own, stem.run_config, stem.horizon, updates, stem.steps_per_epoch)
+    if most is None and stem.is_changed:
+        saved, new = stem.own.config["schedule"], stem.run_config.config["schedule"]
+        warmup = []
+        for key, value in saved.items():
+            if key.startswith("warmup_") and value and value != new[key]:
+                warmup.append(f"schedule.{key}={value}")
+        raise UserError(
+            f"{word}: the learning rate differs from that of {stem.source} from update {differ} on; only the cooldown "
+            f"of a branch may differ: keep {' '.join(warmup) or 'the warmup and the stable phase'}"
+        )
+    if most is None:
+        cause = f"{stem.run_config.schedule.choice} depends on the length of the run from update {differ} on"
         raise UserError(
             f"{word}: {cause}, so that no other length can branch off; train {stem.source} with a schedule that is "
             "constant before its cooldown, and a warmup of fixed length: schedule=wsd schedule.warmup_steps=100"
         )
-    if stem.run_config.settings.ema == "tail":  # the mean over the last quarter
-        equal = min(equal, *(steps - max(steps // 4, 1) for steps in (updates, stem.horizon)))
-    # A branch makes at least one update, and saves the horizon of its own; the run itself is repeated as it is.
-    most = equal if updates == stem.horizon else min(equal, updates - 1)
     usable = [step for step in stem.checkpoints if 0 < step <= most]
     if not usable:
         kept = ", ".join(map(str, sorted(stem.checkpoints)))
@@ -204,9 +229,42 @@ def _start(stem: _Stem, length: int) -> int:
     return max(usable)
 
 
-def _common(own: Factors, other: Factors, count: int) -> int:
-    """Returns the number of updates, up to `count`, before the factors differ."""
-    return next((update for update in range(count) if own(update) != other(update)), count)
+def shared_updates(
+    stem: "RunConfig", branch: "RunConfig", horizon: int, updates: int, steps_per_epoch: float
+) -> tuple[int | None, int]:
+    """Returns the number of updates until which a branch equals its stem, and the first update with another rate.
+
+    The number is None if no branch is possible, because the rates differ from the warmup on.
+
+    Args:
+        horizon: updates of the schedule of the stem; `updates`: of the branch.
+    """
+    is_same = stem is branch and updates == horizon  # the run itself
+    count = min(updates, horizon)
+    differ = count
+    if not is_same:
+        own, other = _factors(branch, updates, steps_per_epoch), _factors(stem, horizon, steps_per_epoch)
+        differ = next((update for update in range(count) if own(update) != other(update)), count)
+    lengths = [branch.warmup.length(updates, steps_per_epoch), stem.warmup.length(horizon, steps_per_epoch)]
+    if differ <= max(lengths) + 1:  # also a decay that begins with the second update
+        return None, differ
+    # A branch makes at least one update, and saves the horizon of its own; the run itself is repeated as it is.
+    most = differ if is_same else min(differ, updates - 1)
+    if branch.settings.ema == "tail":  # the mean over the last quarter
+        most = min(most, *(steps - max(steps // 4, 1) for steps in (updates, horizon)))
+    return most, differ
+
+
+def from_checkpoint(plan: "Plan") -> "Plan":
+    """Returns the plan of a job that begins with a checkpoint of another run, `resume=PATH`.
+
+    The checkpoint is copied into the folder of the job, which then resumes like any other.
+    """
+    if (resume := plan.saved["resume"]) in (None, "auto"):
+        return plan
+    settings = replace(plan.run_config.settings, resume=None)
+    run_config = replace(plan.run_config, settings=settings, config={**plan.saved, "resume": None})
+    return replace(plan, run_config=run_config, branches_from=str(resume))
 
 
 def begin(jobs: "Sequence[Job]") -> None:
@@ -231,7 +289,9 @@ def begin(jobs: "Sequence[Job]") -> None:
         target = Checkpoints(folder.checkpoints)
         if not target.best.exists() and (best := _best(source, checkpoint)) is not None:
             target.adopt(best, run_id, "best")
-        target.adopt(path, run_id, "last")
+        # As the straight run would have saved it. With epochs, `schedule_epochs` sets the length of the schedule.
+        horizon = plan.run_config.settings.steps
+        target.adopt(path, run_id, "last", config=plan.saved, horizon=horizon)
 
 
 def _best(source: RunFolder, checkpoint: "Checkpoint") -> Path | None:

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import choices_of
 from dlopt.results.leaderboard import Leaderboard, ParetoFront
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps.branches import from_checkpoint
 from dlopt.sweeps.estimate import print_estimate
 from dlopt.tracking.remote import check
 
@@ -98,14 +99,10 @@ class SweepRequest:
         job = as_job(checked(config, parsed, self.overrides, self.composer.flags, self.later), number, parsed)
         refuse_untested(job.saved, parsed)
         self._check_size(job.run_config)
-        if (resume := job.saved["resume"]) in (None, "auto"):
-            return job
-        if not any(axis.name == BRANCH for axis in self.axes):
+        resume = job.saved["resume"]
+        if resume not in (None, "auto") and not any(axis.name == BRANCH for axis in self.axes):
             raise UserError(f"resume={resume}: not supported in a sweep; use resume=auto, or from=RUN at=LENGTHS")
-        # The checkpoint is copied into the folder of the job, which then resumes like any other.
-        settings = replace(job.run_config.settings, resume=None)
-        run_config = replace(job.run_config, settings=settings, config={**job.saved, "resume": None})
-        return replace(job, run_config=run_config, branches_from=str(resume))
+        return from_checkpoint(job)
 
     def _refuse_recipe(self, config: DictConfig) -> None:
         """Raises `UserError` for a job that is a series of runs itself."""

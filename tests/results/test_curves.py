@@ -39,6 +39,20 @@ def test_losses_accuracies_and_rates() -> None:
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy [%]", "learning rate (end of epoch)"]
 
 
+def test_a_line_for_each_validation_set_with_a_name() -> None:
+    history = [line(epoch, val_shaded_loss=5.0 / epoch, val_shaded_accuracy=0.75, val_a_b_loss=1.0) for epoch in (1, 2)]
+    config = {"validation.shaded.data": "shaded_digits", "validation.a_b.use": "test", "monitor": "val_shaded_loss"}
+    figure = curves.draw(history, {"best_epoch": 2}, CHOICES, [], config)
+    loss, accuracy, _ = figure.axes
+    assert lines(loss) == {
+        "training": [2.0, 1.0], "validation": [3.0, 1.5], "validation: shaded": [5.0, 2.5], "validation: a_b": [1, 1],
+        "best: epoch 2": [2.5],
+    }  # fmt: skip
+    assert lines(accuracy)["validation: shaded"] == lines(accuracy)["best: epoch 2"] * 2 == [75, 75]
+    shaded, best = (each for each in loss.get_lines() if each.get_label() in ("validation: shaded", "best: epoch 2"))
+    assert shaded.get_color() == best.get_color()
+
+
 def test_marks_restarts() -> None:
     figure = curves.draw([line(1), line(2), line(3)], {}, CHOICES, [1.0, 2.5])
     for axes in figure.axes:

@@ -72,6 +72,28 @@ def test_each_branch_equals_the_straight_run(more: list[str], tmp_path: Path) ->
         assert start == min(first, updates - 1, updates - updates // 4 if "ema=tail" in more else updates)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "cooldown", "starts"),
+    [
+        (WSD, ["schedule.decay_fraction=0.5", "schedule.shape=linear"], [7, 11]),
+        (WSD, ["schedule.decay_steps=2"], [7, 14]),  # the run's own cooldown is longer
+        (["schedule=constant", "schedule.warmup_steps=4"], [*WSD, "schedule.final=0.1"], [7, 14]),
+    ],
+)
+def test_a_branch_may_have_another_cooldown(
+    schedule: list[str], cooldown: list[str], starts: list[int], tmp_path: Path
+) -> None:
+    """It equals the straight run with that cooldown, and begins where either of the two cooldowns does."""
+    stem = train(tmp_path / "stem", *schedule, "epochs=4")
+    jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=2,4", *cooldown)
+    for job, epochs, start in zip(jobs, (2, 4), starts, strict=True):
+        run(job)
+        straight = train(tmp_path / f"straight-{epochs}", *schedule, *cooldown, f"epochs={epochs}")
+        assert timeless(job.folder.path) == timeless(straight)
+        assert same(result(job.folder.path), result(straight))
+        assert (job.folder.summary() or {})["resumed_from"] == [start]
+
+
 def test_lengths_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stem = train(tmp_path / "stem", *WSD, "epochs=5")
     jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)")
@@ -94,6 +116,11 @@ BAD = {
     ),
     "seeds": (["at=2,3", "seeds=3"], "seeds=3: branches of one run differ in their lengths only"),
     "lengths": (["at=2,3", "epochs=9"], "epochs=9: at=2,3 sets the lengths"),
+    "another warmup": (
+        ["at=2,3", "schedule.warmup_steps=2"],
+        "at=2: the learning rate differs from that of from=stem from update 0 on; only the cooldown of a branch may "
+        "differ: keep schedule.warmup_steps=4",
+    ),
     "another key": (["at=2,3", "optimizer.lr=0.3"], "optimizer.lr: saved 0.1, now 0.3"),
     "search": (["at=2,3", "hydra/sweeper=dlopt_optuna"], "hydra/sweeper=dlopt_optuna: branches are a grid"),
     "checkpoint": (["at=2,3", "resume=x.pt"], "resume=x.pt: at=2,3 chooses the checkpoints; leave it out"),

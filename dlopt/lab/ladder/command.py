@@ -36,7 +36,7 @@ from dlopt.extend import (
 from dlopt.lab.benchmark.protocol import has_space, load_space
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, launcher, refuse_protocol, take_optimizers
 from dlopt.lab.ladder.arms import KEYS, OVERRIDES, RUNGS, SEARCHED, Arm
-from dlopt.lab.ladder.family import Family, chosen_rungs, load_family, measure
+from dlopt.lab.ladder.family import Family, Rules, Rung, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, Trial, read_ladder, update_ladder
 from dlopt.lab.ladder.rates import GRID, expected_runs
 from dlopt.parallel.processes.rendezvous import refuse_ranks
@@ -54,6 +54,7 @@ Examples:
   dlopt ladder optimizer=adamw,muon model=gpt rungs=3 tokens_per_parameter=5
   dlopt ladder optimizer=adamw,muon model=gpt dry_run=true          # list the runs and estimate their time
   dlopt ladder optimizer=adamw,muon model=gpt arms=[constant,inverse]  # search weight decay; scale it by 1 / width
+  dlopt ladder optimizer=adamw,muon model=gpt tokens_per_parameter=[5,10,20] schedule=wsd  # shorter runs branch off
   dlopt ladder optimizer=adamw,mine.MyOptimizer model=gpt allow_packages=[mine]
   dlopt ladder optimizer=adamw,muon model=gpt hydra/launcher=slurm  # on a cluster
 
@@ -66,6 +67,9 @@ same output share the runs.
 With arms=[constant,inverse,zero,hyperball], each optimizer trains with a weight decay searched together with its rates
 on the smallest two rungs, with one that falls as 1 / model.width, without, and with matrices of fixed norm. Each arm is
 a contestant; the report also compares it with the first optimizer of the same arm.
+
+With several tokens_per_parameter and a schedule that is constant before its cooldown (schedule=wsd), the shorter runs
+continue from checkpoints of the longest. All have its learning rate.
 
   optimizer=a,b :: choices of the group optimizer, or dotted names of classes, with allow_packages
   model=FAMILY :: gpt, vit, resnet, gpt_gpu, or one in --config-dir
@@ -105,7 +109,8 @@ def _run(
     *,
     rungs: Annotated[Count | list[str] | None, "N|[a,b]: the smallest N rungs, or these (default: all)"] = None,
     tokens_per_parameter: Annotated[
-        Positive | None, "N: training tokens (or images) per parameter, as 5, 20 or 80 (default: the family's)"
+        Positive | list[Positive] | None,
+        "N|[a,b]: training tokens (or images) per parameter, as 5, 20 or 80 (default: the family's)",
     ] = None,
     search: Annotated[Count, "N: smallest rungs on which learning rates are searched"] = 4,
     seeds: Annotated[Count, "N: runs of each rung at its best rate"] = 3,
@@ -118,7 +123,7 @@ def _run(
     """Checks the ladder and runs its trials. Raises `UserError`."""
     if isinstance(rungs, list):
         refuse_empty(rungs=rungs)
-    refuse_protocol(line.overrides, _ADVICE)
+    refuse_protocol([each for each in line.overrides if group_of(each) != "schedule"], _ADVICE)
     refuse_unread_hydra(line.overrides, "dlopt ladder", READS_OF_HYDRA, {}, command_key_names(_run))
     overrides = [each for each in line.overrides if not is_hydra(each)]
     _refuse_sizes(overrides, family)
@@ -134,17 +139,23 @@ def _run(
     for name in names:
         contestant = _contestant(line, family, name, of_optimizer, shared)
         contestants |= {name: contestant} if arms is None else _with_arms(name, contestant, arms, family)
-    per_parameter = tokens_per_parameter or family.tokens_per_parameter
-    measured = {name: measure(line, family, name, per_parameter, shared) for name in chosen}
+    per_parameter = family.tokens_per_parameter if tokens_per_parameter is None else tokens_per_parameter
+    *shorter, longest = _lengths(per_parameter)
+    measured = {name: measure(line, family, name, [*shorter, longest], shared) for name in chosen}
     ladder = Ladder(
-        family.name, family.experiment, family.metric, family.unit, family.rules, float(per_parameter), measured,
+        family.name, family.experiment, family.metric, family.unit, _rules(family, shared, measured), longest, measured,
         chosen[:search], seeds, contestants, [each for each in shared if group_of(each) != "allow_packages"], [command],
+        tuple(shorter),
     )  # fmt: skip
     request = LadderRequest(folder, ladder, shared)
     for name, contestant in contestants.items():
         lr = contestant.lr or contestant.rates[_PLAIN]
         decay = 0.0 if contestant.arm in SEARCHED else None
-        line.run_config(ladder.line(Trial(name, chosen[0], 0), lr, decay, shared))
+        run_config, _ = line.run_config(ladder.line(Trial(name, chosen[0], 0), lr, decay, shared))
+        if "monitor" in run_config.schedule.arguments:
+            raise UserError("schedule=plateau: follows evaluations, and a ladder evaluates at the end only")
+        if shorter and any(rule.horizon is not None for rule in run_config.grouping.groups):
+            raise UserError("optimizer.groups: a horizon of a group is a fraction of each length; leave it out")
     if dry_run:
         return _list(line, request)
     output_folder(str(folder), "ladder")
@@ -159,6 +170,26 @@ def _run(
         print("interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
     return _finish(folder, merged)
+
+
+def _lengths(tokens_per_parameter: float | Sequence[float]) -> list[float]:
+    """Returns the lengths of the runs in tokens per parameter, ascending. Raises `UserError`."""
+    if not isinstance(tokens_per_parameter, Sequence):
+        return [float(tokens_per_parameter)]
+    refuse_empty(tokens_per_parameter=tokens_per_parameter)
+    if len(set(tokens_per_parameter)) < len(tokens_per_parameter):
+        listed = ",".join(f"{each:g}" for each in tokens_per_parameter)
+        raise UserError(f"tokens_per_parameter=[{listed}]: a length is listed twice")
+    return sorted(map(float, tokens_per_parameter))
+
+
+def _rules(family: Family, shared: Sequence[str], rungs: Mapping[str, Rung]) -> Rules:
+    """Returns the rules of the family, with the schedule of the command line."""
+    typed = [each for each in shared if group_of(each) == "schedule"]
+    words = [", ".join(typed) or family.rules.schedule]
+    if any(rung.warmup is not None for rung in rungs.values()):
+        words.append("all lengths of a rung have the warmup of the shortest")
+    return replace(family.rules, schedule="; ".join(words))
 
 
 def _refuse_sizes(overrides: Sequence[str], family: Family) -> None:
@@ -256,7 +287,22 @@ def _sizes(ladder: Ladder) -> str:
             f"{name}: {format_count('parameters', rung.parameters)}, {format_count('updates', rung.updates)}, "
             f"{rung.samples:,} {ladder.unit}{epochs}, {rung.compute:.3g} FLOPs"
         )
+    if ladder.shorter:
+        lines.append(_branches(ladder))
     return "\n".join(lines)
+
+
+def _branches(ladder: Ladder) -> str:
+    """Returns what the shorter runs add to the updates of the longest."""
+    shorter = ", ".join(f"{each:g}" for each in ladder.shorter)
+    rungs = ladder.rungs.values()
+    longest = sum(rung.updates for rung in rungs)
+    alone = sum(branch.updates for rung in rungs for branch in rung.branches)
+    added = sum(map(ladder.added, ladder.rungs))
+    return (
+        f"branches with {shorter} {ladder.unit} per parameter: {added:,} updates instead of {alone:,}\n"
+        f"all lengths: {1 + added / longest:.2f} times the updates of the longest runs"
+    )
 
 
 def _list(line: Line, request: LadderRequest) -> int:
@@ -279,12 +325,12 @@ def _list(line: Line, request: LadderRequest) -> int:
             job = plan(line.composer, ladder.line(trial, lr, decay, request.shared))
             estimate = estimate_job([job.saved], job.choices)
             total = (0.0, 0.0) if estimate is None else estimate.total
-            count = decays + searches + ladder.seeds
+            branched = ladder.added(rung) / ladder.rungs[rung].updates
+            count = decays + searches + ladder.seeds * (1 + branched)
             low, high = low + count * total[0], high + count * total[1]
-            parts = {decays: "to search the weight decay", searches: "to search the rate"}
-            runs = " + ".join(
-                [*(f"{number} {text}" for number, text in parts.items() if number), f"{ladder.seeds} seeds"]
-            )
+            parts = {"to search the weight decay": decays, "to search the rate": searches, "seeds": ladder.seeds}
+            parts["branches"] = ladder.seeds * len(ladder.shorter)
+            runs = " + ".join(f"{number} {text}" for text, number in parts.items() if number)
             each = "unknown" if estimate is None else f"about {format_range(*total)}"
             print(f"{optimizer}, {rung}: {runs}; {each} a run", flush=True)
     print(f"{request.expected()} runs: about {low / 3600:.2g} to {high / 3600:.2g} hours, one run at a time")

@@ -1,7 +1,7 @@
 """Families of models: ladder/NAME.yaml in the laboratory or in --config-dir, and the sizes of their rungs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from dlopt.extend import (
 from dlopt.lab.ladder.arms import Arm
 
 if TYPE_CHECKING:
+    from dlopt.config.run_config import RunConfig
     from dlopt.extend import Composer
 
 FOLDER = "ladder"  # in the laboratory and in a --config-dir
@@ -76,6 +77,14 @@ class _FamilyFile:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A shorter run of a rung, which continues its run. `shared`: updates until which the two are equal."""
+
+    updates: int
+    shared: int
+
+
+@dataclass(frozen=True)
 class Rung:
     """A size of the family.
 
@@ -84,6 +93,8 @@ class Rung:
         samples: training tokens (or images), all updates together.
         compute: FLOPs of the training, 6 * parameters * samples; for images, 3 * the FLOPs of a forward pass * samples.
         epochs: passes over the training data.
+        warmup: updates of the warmup, if all lengths share that of the shortest; None: as the schedule sets it.
+        branches: the shorter runs, from short to long.
     """
 
     overrides: Sequence[str]
@@ -92,12 +103,27 @@ class Rung:
     samples: int
     compute: float
     epochs: float
+    warmup: int | None = None
+    branches: Sequence[Branch] = ()
 
     @property
     def width(self) -> float | None:
         """Of the model; None if the rung does not set `model.width`."""
         found = [value_of(each) for each in self.overrides if key_of(each) == "model.width"]
         return float(found[-1]) if found else None
+
+    def of_length(self, updates: int) -> "Rung":
+        """Returns the rung with runs of so many updates."""
+        ratio = updates / self.updates
+        samples = self.samples // self.updates * updates
+        return replace(
+            self,
+            updates=updates,
+            samples=samples,
+            compute=self.compute * ratio,
+            epochs=self.epochs * ratio,
+            branches=(),
+        )
 
 
 def load_family(name: str, composer: "Composer") -> Family:
@@ -160,14 +186,17 @@ def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]
     return chosen
 
 
-def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, overrides: Sequence[str]) -> Rung:
-    """Builds a rung on the meta device and returns its size. Raises `UserError` if it does not fit the memory."""
+def measure(line: Line, family: Family, name: str, lengths: Sequence[float], shared: Sequence[str]) -> Rung:
+    """Builds a rung on the meta device and returns its size. Raises `UserError` if it does not fit the memory.
+
+    `lengths`: tokens per parameter of its runs, ascending.
+    """
     from dlopt.training.builders.dataset import read_dataset
     from dlopt.training.builders.model_check import model_on_meta
     from dlopt.training.builders.speed import forward_flops
 
     own = family.rungs[name]
-    run_config, _ = line.run_config([f"experiment={family.experiment}", *own, *overrides])
+    run_config, choices = line.run_config([f"experiment={family.experiment}", *own, *shared])
     batch = run_config.data_settings.batch_size
     if not isinstance(batch, int):
         raise UserError(f"data.batch_size={batch}: a ladder needs a number, which its batch-size rule sets")
@@ -179,10 +208,41 @@ def measure(line: Line, family: Family, name: str, tokens_per_parameter: float, 
     parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
     _refuse_large(name, parameters, run_config.settings.device)
     per_window = dataset.task.predictions
-    updates = max(round(tokens_per_parameter * parameters / (batch * per_window)), 1)
+    *shorter, updates = [max(round(each * parameters / (batch * per_window)), 1) for each in lengths]
     samples = updates * batch * per_window
     flops = 6 * parameters if dataset.task.tokens is not None else 3 * forward_flops(module, shape)
-    return Rung(own, parameters, updates, samples, flops * samples, updates * batch / len(dataset.train))
+    rung = Rung(own, parameters, updates, samples, flops * samples, updates * batch / len(dataset.train))
+    if not shorter:
+        return rung
+    word = f"tokens_per_parameter=[{','.join(f'{each:g}' for each in lengths)}]"
+    return _with_branches(rung, shorter, run_config, f"{word}: schedule={choices['schedule']}", name)
+
+
+def _with_branches(rung: Rung, shorter: Sequence[int], run_config: "RunConfig", word: str, name: str) -> Rung:
+    """Returns a rung with shorter runs that branch off before their cooldowns. Raises `UserError`."""
+    from dlopt.sweeps.branches import shared_updates
+
+    for part in ("schedule", "decay"):
+        for key, value in run_config.config[part].items():
+            if key.endswith("_epochs") and value is not None:
+                steps = key.removesuffix("epochs") + "steps"
+                raise UserError(f"{part}.{key}={value}: several tokens_per_parameter need updates: {part}.{steps}")
+    if len({*shorter, rung.updates}) <= len(shorter):
+        raise UserError(f"{word}: two lengths have as many updates at {name}; choose lengths farther apart")
+    warmup = None
+    if run_config.warmup.warmup_steps is None:
+        warmup = run_config.warmup.length(shorter[0], steps_per_epoch=1.0)
+        run_config = replace(run_config, warmup=replace(run_config.warmup, warmup_steps=warmup))
+    branches = []
+    for updates in shorter:
+        shared, differ = shared_updates(run_config, run_config, rung.updates, updates, steps_per_epoch=1.0)
+        if shared is None:
+            raise UserError(
+                f"{word} depends on the length of the run, from update {differ} of {name} on, so that no shorter run "
+                "can branch off; set schedule=wsd, which is constant before its cooldown"
+            )
+        branches.append(Branch(updates, shared))
+    return replace(rung, warmup=warmup, branches=tuple(branches))
 
 
 def _refuse_large(name: str, parameters: int, device: str) -> None:

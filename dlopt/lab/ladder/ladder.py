@@ -12,7 +12,7 @@ from dlopt.extend import RunFolder, UserError, key_of, read_json, write_json
 from dlopt.lab.claimed_trials import UNRECORDED, has_ended
 from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, DecaySearch, decay_search, missing_decays
 from dlopt.lab.ladder.curve import interval, read_curve
-from dlopt.lab.ladder.family import Rules, Rung
+from dlopt.lab.ladder.family import Branch, Rules, Rung
 from dlopt.lab.ladder.rates import (
     FITTED,
     GRID,
@@ -33,6 +33,7 @@ RESULTS = "results.json"
 FORMAT = 2  # of results.json
 _MAX_BYTES = 1 << 26  # of ladder.json and results.json: 300 runs have 0.2 MB
 _SAVE_EVERY = 1000  # updates: about so many are lost when a process is killed
+_REPEATED = 0.05  # of the updates of a run: so many may its branches repeat, because checkpoints are rare
 _OBSERVER = "dlopt.lab.ladder.curve.LossCurve"
 
 
@@ -66,7 +67,8 @@ class Contestant:
 class Trial:
     """A run of a rung: in the search, with the rate of an index (`rates.py`); or with the rung's best rate (None).
 
-    `decay`: index of the weight decay, in the search that the arms of the optimizer share.
+    `decay`: index of the weight decay, in the search that the arms of the optimizer share. `length`: of a branch, in
+    tokens per parameter; None: the longest.
     """
 
     optimizer: str
@@ -74,10 +76,18 @@ class Trial:
     seed: int
     index: int | None = None
     decay: int | None = None
+    length: float | None = None
+
+    @property
+    def stem(self) -> "Trial":
+        """The run from which a branch continues."""
+        return replace(self, length=None)
 
     @property
     def subfolder(self) -> str:
         last = f"seed-{self.seed}" if self.index is None else f"rate{self.index:+d}"
+        if self.length is not None:
+            last += f"-length-{self.length:g}"
         if self.decay is not None:
             last = f"decay{self.decay:+d}-{last}"
         return f"{self.optimizer}/{self.rung}/{last}"
@@ -104,9 +114,11 @@ class Ladder:
     """What a folder compares.
 
     Attributes:
+        tokens_per_parameter: of the longest runs, also in the searches.
         searched: the smallest rungs, whose learning rates are searched.
         overrides: of all trials, from the command line.
         commands: that have run the trials, without `output`.
+        shorter: the other tokens per parameter, ascending, of runs that branch off.
     """
 
     family: str
@@ -121,6 +133,12 @@ class Ladder:
     optimizers: Mapping[str, Contestant]
     overrides: Sequence[str]
     commands: Sequence[str] = ()
+    shorter: Sequence[float] = ()
+
+    @property
+    def lengths(self) -> list[float]:
+        """All tokens per parameter, ascending."""
+        return [*self.shorter, self.tokens_per_parameter]
 
     @property
     def joint(self) -> list[str]:
@@ -130,7 +148,7 @@ class Ladder:
 
     def merged(self, other: "Ladder", folder: Path) -> "Ladder":
         """Returns the ladder of the trials of both. Raises `UserError` if they contradict each other."""
-        keys = ("family", "experiment", "metric", "tokens_per_parameter", "overrides")
+        keys = ("family", "experiment", "metric", "tokens_per_parameter", "shorter", "overrides")
         different = [key for key in keys if getattr(self, key) != getattr(other, key)]
         different += [] if self._agrees_on_rates(other, folder) else ["searched"]
         for key in ("rungs", "optimizers"):
@@ -170,6 +188,24 @@ class Ladder:
             each for each in self.optimizers.values() if each.choice == trial.optimizer and each.arm in SEARCHED
         )
 
+    def branch(self, trial: Trial) -> Branch | None:
+        """Returns the lengths of a trial that branches off; None for another one."""
+        if trial.length is None:
+            return None
+        return self.rungs[trial.rung].branches[self.shorter.index(trial.length)]
+
+    def start(self, trial: Trial) -> int:
+        """Returns the updates after which a branch leaves its stem: those of a checkpoint; 0: it repeats all."""
+        branch, every = self.branch(trial), save_every(self.rungs[trial.rung])
+        return 0 if branch is None else branch.shared // every * every
+
+    def added(self, rung: str) -> int:
+        """Returns the updates that the branches of a run of this rung add to its own."""
+        found = 0
+        for length, branch in zip(self.shorter, self.rungs[rung].branches, strict=True):
+            found += branch.updates - self.start(Trial("", rung, 0, length=length))
+        return found
+
     def line(
         self, trial: Trial, lr: float, decay: float | None, shared: Sequence[str], folder: Path | None = None
     ) -> list[str]:
@@ -178,10 +214,17 @@ class Ladder:
         `decay`: None keeps the optimizer's; `shared`: as typed, with the machine's overrides; `folder`: of the ladder,
         whose runs record their loss curves.
         """
-        contestant, rung = self.contestant(trial), self.rungs[trial.rung]
+        contestant, rung, branch = self.contestant(trial), self.rungs[trial.rung], self.branch(trial)
         every = interval(rung.updates)
-        # A killed run resumes between two points of its curve.
-        save_every = every * max(_SAVE_EVERY // every, 1)
+        own = [] if folder is None or branch is not None else _with_curve(shared, folder / trial.subfolder, every)
+        if rung.branches and branch is None and trial.index is None:
+            own.append("checkpoint.keep=1000")
+        if rung.warmup is not None:
+            own.append(f"schedule.warmup_steps={rung.warmup}")
+        checkpoint = None if folder is None or branch is None else self.checkpoint(trial, folder)
+        # Without it (the branch is repeated, or its stem diverged before), the straight run has the same result.
+        if checkpoint is not None and checkpoint.exists():
+            own.append(f"resume={quoted_plain(str(checkpoint))}")
         return [
             f"experiment={self.experiment}",
             *rung.overrides,
@@ -190,14 +233,32 @@ class Ladder:
             *contestant.overrides,
             *([] if decay is None else [f"optimizer.weight_decay={decay!r}"]),
             *shared,
-            f"steps={rung.updates}",
+            f"steps={rung.updates if branch is None else branch.updates}",
             f"monitor={self.metric}",
             f"seed={trial.seed}",
             "evaluate.every_epochs=1000000",
             *UNRECORDED,
-            f"checkpoint.every_steps={save_every}",
-            *([] if folder is None else _with_curve(shared, folder / trial.subfolder, every)),
+            f"checkpoint.every_steps={save_every(rung)}",
+            *own,
         ]
+
+    def checkpoint(self, trial: Trial, folder: Path) -> Path:
+        """Returns the checkpoint with which a branch begins. `folder`: of the ladder."""
+        return RunFolder(folder / trial.stem.subfolder).checkpoints / f"step-{self.start(trial)}.pt"
+
+
+def save_every(rung: Rung) -> int:
+    """Returns the updates between checkpoints: a multiple of those between points of the curve.
+
+    A killed run then resumes between two points. Branches begin with a checkpoint, and repeat the updates after it.
+    """
+    every = interval(rung.updates)
+    most = max(_SAVE_EVERY // every, 1)
+    for count in range(most, 1, -1):
+        repeated = sum(branch.shared % (every * count) for branch in rung.branches)
+        if repeated <= _REPEATED * rung.updates:
+            return every * count
+    return every
 
 
 def _with_curve(shared: Sequence[str], folder: Path, every: int) -> list[str]:
@@ -224,12 +285,17 @@ def read_ladder(folder: Path) -> Ladder | None:
             **{
                 **content,
                 "rules": Rules(**content["rules"]),
-                "rungs": {name: Rung(**each) for name, each in content["rungs"].items()},
+                "rungs": {name: _rung(each) for name, each in content["rungs"].items()},
                 "optimizers": {name: Contestant(**each) for name, each in content["optimizers"].items()},
+                "shorter": tuple(content.get("shorter", ())),
             }
         )
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is damaged; restore it, or remove it and repeat the command") from None
+
+
+def _rung(content: Mapping[str, Any]) -> Rung:
+    return Rung(**{**content, "branches": tuple(Branch(**each) for each in content.get("branches", []))})
 
 
 def update_ladder(folder: Path, ladder: Ladder) -> Ladder:
@@ -268,7 +334,9 @@ def recorded(folder: Path) -> dict[Trial, Outcome]:
         return {}
     try:
         return {
-            Trial(each["optimizer"], each["rung"], each["seed"], each["index"], each["decay"]): Outcome(
+            Trial(
+                each["optimizer"], each["rung"], each["seed"], each["index"], each["decay"], each.get("length")
+            ): Outcome(
                 math.inf if each["loss"] is None else each["loss"],
                 each["seconds"],
                 each["failure"],
@@ -316,6 +384,10 @@ class LadderRequest:
         self.folder, self.ladder, self.shared = folder, ladder, shared
         self._known: dict[Trial, Outcome] = {}
         self._recorded = recorded(folder)
+        self._branches: dict[Path, list[Trial]] = {}
+        for optimizer in ladder.optimizers:
+            for trial in self.branches(optimizer):
+                self._branches.setdefault(ladder.checkpoint(trial, folder), []).append(trial)
 
     def outcome(self, trial: Trial) -> Outcome | None:
         """Returns the result of a trial, also of one whose folder has been removed; None if it has not ended."""
@@ -335,8 +407,8 @@ class LadderRequest:
         is_good = summary["status"] != "failed" and isinstance(value, int | float)
         loss = float(value) if is_good and math.isfinite(float(value)) else math.inf  # type: ignore[arg-type]
         reason = "" if math.isfinite(loss) else " ".join(str(summary.get("reason") or "diverged").split())
-        is_final = trial.index is None and not reason
-        curve = read_curve(folder.path, self.ladder.rungs[trial.rung].updates) if is_final else []
+        has_curve = trial.index is None and trial.length is None and not reason
+        curve = read_curve(folder.path, self.ladder.rungs[trial.rung].updates) if has_curve else []
         return Outcome(loss, float(summary.get("seconds") or 0.0), reason, tuple(curve))
 
     def known(self) -> dict[Trial, Outcome]:
@@ -410,7 +482,25 @@ class LadderRequest:
         return Search(losses, optima, fit, waiting)
 
     def finals(self, optimizer: str) -> list[Trial]:
+        """Returns the runs at the best rates, of the largest length."""
         return [Trial(optimizer, rung, seed) for rung in self.ladder.rungs for seed in range(self.ladder.seeds)]
+
+    def branches(self, optimizer: str) -> list[Trial]:
+        """Returns the shorter runs at the best rates."""
+        return [replace(each, length=length) for each in self.finals(optimizer) for length in self.ladder.shorter]
+
+    def is_needed(self, path: Path) -> bool:
+        """Whether a branch without a result begins with the checkpoint `path`, or with that of this checksum."""
+        checkpoint = path.with_suffix("") if path.suffix == ".sha256" else path
+        return any(self.outcome(trial) is None for trial in self._branches.get(checkpoint, ()))
+
+    def remove_unneeded(self) -> None:
+        """Removes the checkpoints with which branches have begun that have ended."""
+        from dlopt.training.checkpoint.checkpoints import remove  # imports torch
+
+        for checkpoint in self._branches:
+            if checkpoint.exists() and not self.is_needed(checkpoint):
+                remove(checkpoint)
 
     def waiting(self) -> list[Trial]:
         """Returns the trials without a result that can run now: small rungs first, in them seed by seed."""
@@ -422,6 +512,7 @@ class LadderRequest:
             search = self.search(optimizer)
             rates = {name: search.lr(name, rung.parameters) for name, rung in self.ladder.rungs.items()}
             found += [*search.waiting, *(each for each in self.finals(optimizer) if rates[each.rung] is not None)]
+            found += [each for each in self.branches(optimizer) if self.outcome(each.stem) is not None]
         return sorted((each for each in found if self.outcome(each) is None), key=self.place)
 
     def place(self, trial: Trial) -> tuple[int, int]:
@@ -442,6 +533,8 @@ class LadderRequest:
         purpose = "search" if trial.index is not None else f"seed {trial.seed}"
         decay = self.decay(trial)
         decays = "" if decay is None else f", weight_decay={decay:g}"
+        if trial.length is not None:
+            purpose += f", {trial.length:g} {self.ladder.unit} per parameter"
         return f"{trial.optimizer}, {trial.rung}, {purpose}: lr={self.lr(trial):g}{decays}"
 
     def expected(self) -> int:
@@ -450,5 +543,5 @@ class LadderRequest:
         runs = [expected_runs(place) for place in range(len(ladder.searched))]
         searches = sum(each.lr is None for each in ladder.optimizers.values()) * sum(runs)
         decays = len(GRID) * len(ladder.joint) * sum(runs[:RUNGS])
-        planned = searches + decays + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds
+        planned = searches + decays + len(ladder.optimizers) * len(ladder.rungs) * ladder.seeds * len(ladder.lengths)
         return max(planned, len(self.waiting()) + len(self.known()))

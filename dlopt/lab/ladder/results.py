@@ -29,6 +29,7 @@ class Results:
         analysis: None if too few runs have ended.
         decays: searches of the weight decay, by optimizer.
         arms: analyses of the optimizers of each arm, whose first is the baseline; arms with results of two only.
+        branches: the outcomes of shorter runs that have ended; `shorter`: analyses by tokens per parameter.
     """
 
     ladder: Ladder
@@ -39,12 +40,15 @@ class Results:
     facts: Mapping[str, Any]
     decays: Mapping[str, DecaySearch] = field(default_factory=dict)
     arms: Mapping[str, Analysis] = field(default_factory=dict)
+    branches: Mapping[Trial, Outcome] = field(default_factory=dict)
+    shorter: Mapping[float, Analysis] = field(default_factory=dict)
 
     @property
     def missing(self) -> int:
         """Number of runs at the best rates that have not ended, of the optimizers and rungs with some that have."""
         begun = {(trial.optimizer, trial.rung) for trial in self.outcomes}
-        return len(begun) * self.ladder.seeds - len(self.outcomes)
+        planned = len(begun) * self.ladder.seeds * len(self.ladder.lengths)
+        return planned - len(self.outcomes) - len(self.branches)
 
     @property
     def untrained(self) -> dict[tuple[str, ...], list[str]]:
@@ -107,7 +111,8 @@ class Results:
 
     def failed(self, optimizer: str) -> int:
         """Returns the number of failed runs at the best rates."""
-        own = [outcome for trial, outcome in self.outcomes.items() if trial.optimizer == optimizer]
+        runs = {**self.outcomes, **self.branches}
+        own = [outcome for trial, outcome in runs.items() if trial.optimizer == optimizer]
         return sum(bool(outcome.failure) for outcome in own)
 
 
@@ -115,28 +120,42 @@ def collect(request: LadderRequest) -> Results:
     """Reads all runs of the ladder that have ended, and analyzes them."""
     ladder = request.ladder
     searches = {name: request.search(name) for name in ladder.optimizers}
-    outcomes = {}
+    outcomes: dict[Trial, Outcome] = {}
+    branches: dict[Trial, Outcome] = {}
     for name in ladder.optimizers:
-        for trial in request.finals(name):
-            outcome = request.outcome(trial)
-            if outcome is not None:
-                outcomes[trial] = outcome
+        for found, trials in ((outcomes, request.finals(name)), (branches, request.branches(name))):
+            for trial in trials:
+                outcome = request.outcome(trial)
+                if outcome is not None:
+                    found[trial] = outcome
     known = request.known()  # the trials of the searches, and the runs at the best rates
     whole = measured(ladder, outcomes)
+    analyses = {length: analyze(measured(ladder, branches, length)) for length in ladder.shorter}
     return Results(
         ladder,
         searches,
         searched={trial: outcome for trial, outcome in known.items() if trial.index is not None},
         outcomes=outcomes,
         analysis=analyze(whole),
-        facts=_facts(ladder, sum(outcome.seconds for outcome in known.values())),
+        facts=_facts(ladder, sum(_own_seconds(ladder, *each) for each in known.items())),
         decays={name: request.decay_search(name) for name in ladder.joint},
         arms=_by_arm(ladder, whole),
+        branches=branches,
+        shorter={length: each for length, each in analyses.items() if each is not None},
     )
 
 
-def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> RungLosses:
-    """Returns the losses of the runs at the best rates as tables [rungs, seeds]."""
+def _own_seconds(ladder: Ladder, trial: Trial, outcome: Outcome) -> float:
+    """Returns the seconds of a run without those of its stem: a branch counts the time since the first update."""
+    branch = ladder.branch(trial)
+    return outcome.seconds if branch is None else outcome.seconds * (1 - ladder.start(trial) / branch.updates)
+
+
+def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome], length: float | None = None) -> RungLosses:
+    """Returns the losses of the runs at the best rates as tables [rungs, seeds].
+
+    `length`: of branches, in tokens per parameter; None: of the longest runs.
+    """
     losses: dict[str, NDArray[np.float64]] = {}
     seconds: dict[str, list[float]] = {}
     for name in ladder.optimizers:
@@ -145,12 +164,15 @@ def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome]) -> RungLosses:
         for row, rung in enumerate(ladder.rungs):
             times = []
             for seed in range(ladder.seeds):
-                outcome = outcomes.get(Trial(name, rung, seed))
+                outcome = outcomes.get(Trial(name, rung, seed, length=length))
                 if outcome is not None and not outcome.failure:
                     losses[name][row, seed] = outcome.loss
                     times.append(outcome.seconds)
             seconds[name].append(median(times) if times else math.nan)
-    compute = [rung.compute for rung in ladder.rungs.values()]
+    compute = []
+    for rung, size in ladder.rungs.items():
+        branch = ladder.branch(Trial("", rung, 0, length=length))
+        compute.append((size if branch is None else size.of_length(branch.updates)).compute)
     return RungLosses([*ladder.rungs], compute, losses, seconds)
 
 
@@ -202,6 +224,8 @@ def to_json(results: Results) -> str:
     content["collapse"] = {name: _collapse(each) for name, each in collapses.items() if each is not None}
     if results.decays:
         content["decays"] = {name: _decays(each) for name, each in results.decays.items()}
+    if results.shorter:
+        content["shorter"] = {f"{length:g}": _analysis(each) for length, each in results.shorter.items()}
     if results.arms:
         content["arms"] = {arm: _analysis(each) for arm, each in results.arms.items()}
     return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
@@ -218,7 +242,7 @@ def _search(search: Search) -> dict[str, Any]:
 def _runs(results: Results) -> list[dict[str, Any]]:
     """Returns the runs at the best rates, each with its rate."""
     runs = []
-    for trial, outcome in results.outcomes.items():
+    for trial, outcome in [*results.outcomes.items(), *results.branches.items()]:
         lr = results.lr(trial.optimizer, trial.rung)
         runs.append(asdict(trial) | {"lr": lr} | asdict(outcome))
     return runs

@@ -1,11 +1,11 @@
 """Runs the trials of a ladder: results of a search decide which trials follow."""
 
-from pathlib import Path
-
+from dlopt.basics.errors import UserError
 from dlopt.lab.claimed_trials import ClaimedTrials
 from dlopt.lab.ladder.ladder import LadderRequest, Trial
+from dlopt.sweeps import branches
 from dlopt.sweeps import pool as pools
-from dlopt.sweeps.jobs import Job, PlanJob
+from dlopt.sweeps.jobs import Job, JobResult, PlanJob
 from dlopt.sweeps.pool import Pool
 from dlopt.tracking.overview import Overview
 
@@ -14,14 +14,22 @@ class _Ladder(ClaimedTrials[Trial]):
     request: LadderRequest
 
     def __init__(self, request: LadderRequest, plan_job: PlanJob) -> None:
-        super().__init__(request, plan_job, kept=_nothing)
+        super().__init__(request, plan_job, kept=request.is_needed)
+        request.remove_unneeded()  # of a command that was killed
         self.overview = Overview(request.expected(), metric="", similar=False)
         self.overview.update_shared({"finished": len(request.known())}, [])
         self._seen = set(self.waiting)  # a trial whose process died is left to the next command
 
     def next(self) -> Job | None:
         self._refill()
-        return super().next()
+        job = super().next()
+        if job is not None and not isinstance(job.composed, UserError):
+            branches.begin([job])
+        return job
+
+    def ended(self, job: Job, result: JobResult) -> None:
+        super().ended(job, result)
+        self.request.remove_unneeded()
 
     def is_exhausted(self) -> bool:
         """Returns whether no trial can follow. Trials that other processes run decide about others: wait for them."""
@@ -34,10 +42,6 @@ class _Ladder(ClaimedTrials[Trial]):
         if new:
             self.waiting = dict.fromkeys(sorted([*self.waiting, *new], key=self.request.place))
         return bool(new)
-
-
-def _nothing(_: Path) -> bool:
-    return False
 
 
 def run(request: LadderRequest, plan_job: PlanJob, pool: Pool) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from dlopt.extend import Table, printable
+from dlopt.extend import Table, group_of, printable
 from dlopt.lab.benchmark.formats import abbreviated, number
 from dlopt.lab.ladder.analysis import Analysis
 from dlopt.lab.ladder.findings import findings, signed, times
@@ -14,10 +14,14 @@ _NAME = 24  # of an optimizer
 
 def tables(results: Results) -> list[Table]:
     """Returns the tables of the results: the rungs, the losses, the gains, the laws, the learning rates."""
-    found = [_sizes(results)]
+    found, ladder = [_sizes(results)], results.ladder
+    for length, analysis in results.shorter.items():
+        of_length = f"{length:g} {ladder.unit} per parameter: "
+        found += [_losses(analysis, of_length), *_gains(results, analysis, of_length)]
     if results.analysis is not None:
-        found += [_losses(results.analysis), *_gains(results, results.analysis), _laws(results.analysis)]
-        found += [*_collapses(results), _seconds(results.analysis)]
+        of_length = f"{ladder.tokens_per_parameter:g} {ladder.unit} per parameter: " if ladder.shorter else ""
+        found += [_losses(results.analysis, of_length), *_gains(results, results.analysis, of_length)]
+        found += [_laws(results.analysis), *_collapses(results), _seconds(results.analysis)]
     found += _arms(results)
     return [*found, _rates(results), *_decays(results)]
 
@@ -38,12 +42,18 @@ def _sizes(results: Results) -> Table:
     return Table(heads, rows, title="Rungs")
 
 
-def _losses(analysis: Analysis) -> Table:
+def _losses(analysis: Analysis, of_length: str) -> Table:
     rows = [[_name(name), *(number(each) for each in means)] for name, means in analysis.mean.items()]
-    return Table(["optimizer", *analysis.measured.rungs], rows, title="Loss at the end of training (mean over seeds)")
+    title = _title(of_length, "Loss at the end of training (mean over seeds)")
+    return Table(["optimizer", *analysis.measured.rungs], rows, title=title)
 
 
-def _gains(results: Results, analysis: Analysis) -> list[Table]:
+def _title(of_length: str, title: str) -> str:
+    """`of_length`: "20 bytes per parameter: " where runs have several lengths, else ""."""
+    return of_length + title[0].lower() + title[1:] if of_length else title
+
+
+def _gains(results: Results, analysis: Analysis, of_length: str) -> list[Table]:
     base, rungs = analysis.measured.baseline, analysis.measured.rungs
     if not analysis.gains:
         return []
@@ -53,11 +63,12 @@ def _gains(results: Results, analysis: Analysis) -> list[Table]:
             compute.append([_name(name), *map(times, gain.speed_up), signed(gain.trend)])
         interpolated.append([_name(name), *map(times, gain.interpolated)])
     loss = [[_name(name), *(signed(each, "+.3f") for each in gain.difference)] for name, gain in analysis.gains.items()]
-    over = f"Speed-up over {printable(base)} in compute"
+    over = _title(of_length, f"Speed-up over {printable(base)} in compute")
+    minus = _title(of_length, f"Loss minus that of {printable(base)}, paired by seed")
     tables = [
         Table(["optimizer", *rungs, "trend"], compute, title=f"{over}, by the laws"),
         Table(["optimizer", *rungs], interpolated, title=f"{over}, between its measured losses (-: beyond them)"),
-        Table(["optimizer", *rungs], loss, title=f"Loss minus that of {printable(base)}, paired by seed"),
+        Table(["optimizer", *rungs], loss, title=minus),
     ]
     return [each for each in tables if each.rows]
 
@@ -98,10 +109,10 @@ def _decays(results: Results) -> list[Table]:
     """Returns the weight decays of the arms, and their sums over a run."""
     rungs, tables = [*results.ladder.rungs], []
     names = [name for name, each in results.ladder.optimizers.items() if each.arm is not None]
-    for title, value in (
-        ("Weight decay", results.decay),
-        ("Weight decay summed over a run: half the peak rate * weight decay * updates", results.summed_decay),
-    ):
+    values = {"Weight decay": results.decay}
+    if not any(group_of(each) == "schedule" for each in results.ladder.overrides):  # those of families fall to 0
+        values["Weight decay summed over a run: half the peak rate * weight decay * updates"] = results.summed_decay
+    for title, value in values.items():
         rows = [[_name(name), *(number(value(name, rung), ".3g") for rung in rungs)] for name in names]
         tables.append(Table(["optimizer", *rungs], rows, title=title))
     return tables if names else []

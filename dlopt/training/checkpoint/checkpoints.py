@@ -207,13 +207,16 @@ class Checkpoints:
         best = Checkpoint(state)
         return best.evaluated_epoch == epoch and best.run_id == run_id
 
-    def adopt(self, path: Path, run_id: str, name: Literal["best", "last"]) -> None:
-        """Writes the checkpoint file `path` of another run, with its shards, as the best or last one of this run."""
+    def adopt(self, path: Path, run_id: str, name: Literal["best", "last"], **changed: Any) -> None:
+        """Writes the checkpoint file `path` of another run, with its shards, as the best or last one of this run.
+
+        `changed`: see `Checkpoint.with_run_id`.
+        """
         checkpoint = Checkpoint(sharded.load_without_shards(path))
         self.folder.mkdir(exist_ok=True)
         # The shards first: a crash after this line leaves shards to which no file refers, not a file without shards.
         sharded.copy(path, self.folder)
-        self._write(self.folder / f"{name}.pt", checkpoint.with_run_id(run_id))
+        self._write(self.folder / f"{name}.pt", checkpoint.with_run_id(run_id, **changed))
 
     @disk_in_use()
     def restore_best(self, state: Mapping[str, Any]) -> None:

@@ -42,9 +42,13 @@ class Checkpoint:
         """See `RunFolder.run_id`; None for a trainer that is in no run."""
         return self.config.get("run_id")
 
-    def with_run_id(self, run_id: str | None) -> dict[str, Any]:
-        """Returns the state as one of another run."""
-        return {**self.state, "config": {**self.config, "run_id": run_id}}
+    def with_run_id(
+        self, run_id: str | None, config: Mapping[str, Any] | None = None, horizon: int | None = None
+    ) -> dict[str, Any]:
+        """Returns the state as one of another run. `config` and `horizon` are those of that run; None: the same."""
+        saved = self.config if config is None else config
+        progress = self._progress if horizon is None else {**self._progress, "horizon": horizon}
+        return {**self.state, "config": {**saved, "run_id": run_id}, "progress": progress}
 
     # -- weights and states
 

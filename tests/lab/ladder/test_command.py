@@ -142,6 +142,39 @@ def _check_copy(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_shorter_runs_branch_off_and_equal_those_of_their_length(place: Path) -> None:
+    line = ("optimizer=sgd", *LINE, "rungs=2", "optimizer.lr=0.01", "schedule=wsd")
+    result = dlopt(place, "ladder", *line, "tokens_per_parameter=[400,100,200]")
+    assert result.code == 0, result.err
+    content = json.loads((place / "out/results.json").read_text())
+    assert (content["ladder"]["shorter"], content["ladder"]["tokens_per_parameter"]) == ([100, 200], 400)
+    runs = {(each["rung"], each["length"]): each for each in content["runs"]}
+    assert len(runs) == 6 and [*content["shorter"]] == ["100", "200"]
+    for (rung, length), run in runs.items():
+        warmup = f"schedule.warmup_steps={content['ladder']['rungs'][rung]['warmup']}"
+        folder = f"alone/{rung}-{length}"
+        alone = [each for each in line if each != "output=out"]
+        typed = [*alone, f"output={folder}", f"tokens_per_parameter={length or 400}", warmup]
+        assert dlopt(place, "ladder", *typed).code == 0
+        [straight] = [
+            each for each in json.loads((place / folder / "results.json").read_text())["runs"] if each["rung"] == rung
+        ]
+        assert run["loss"] == straight["loss"] and (length or run["curve"] == straight["curve"])
+    added = 0
+    for branch in place.glob("out/sgd/*/*-length-*"):
+        [start] = (RunFolder(branch).summary() or {})["resumed_from"]
+        steps = (RunFolder(branch).config() or {})["steps"]
+        assert 0.7 * steps < start < 0.9 * steps
+        added += steps - start
+    ratio = 1 + added / sum(each["updates"] for each in content["ladder"]["rungs"].values())
+    assert ratio < 1.2 and f"all lengths: {ratio:.2f} times the updates of the longest runs" in result.out
+    assert not [*place.glob("out/*/*/*/checkpoints/*")]
+    other = dlopt(place, "ladder", *line, "tokens_per_parameter=[200,400]")
+    assert other.code == 2 and "runs of another ladder (different: shorter, rungs.one, rungs.two)" in other.err
+
+
+@pytest.mark.slow
 def test_lists_the_runs_and_estimates_their_time(place: Path) -> None:
     result = dlopt(place, "ladder", "optimizer=sgd", *LINE, "dry_run=true")
     assert result.code == 0 and not (place / "out").exists()
@@ -168,8 +201,12 @@ def test_arms_of_weight_decay(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> None:
-    arguments = ("optimizer=sgd,adamw", *LINE)
+@pytest.mark.parametrize(
+    ("more", "runs"),
+    [((), 6), (("rungs=2", "schedule=wsd", "optimizer.lr=0.01", "tokens_per_parameter=[100,200,400]"), 12)],
+)
+def test_kills_lose_nothing_and_two_processes_share_the_runs(more: tuple[str, ...], runs: int, place: Path) -> None:
+    arguments = ("optimizer=sgd,adamw", *LINE, *more)
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     for number in range(3):
         process = start(_ladder, arguments, environment, place, {1: place / "log.txt", 2: place / "log.txt"})
@@ -188,8 +225,8 @@ def test_kills_lose_nothing_and_two_processes_share_the_runs(place: Path) -> Non
         process.join(600)
     assert [process.exitcode for process in processes] == [0, 0], [log.read_text() for log in logs]
     content = json.loads((place / "out/results.json").read_text())
-    assert len(content["runs"]) == 6 and not any(each["failure"] for each in content["runs"])
-    fresh = dlopt(place, "ladder", *arguments[:4], "output=fresh", *LINE[4:])
+    assert len(content["runs"]) == runs and not any(each["failure"] for each in content["runs"])
+    fresh = dlopt(place, "ladder", *("output=fresh" if each == "output=out" else each for each in arguments))
     assert fresh.code == 0, fresh.err
     expected = json.loads((place / "fresh/results.json").read_text())
     assert content["searches"] == expected["searches"]
@@ -253,7 +290,34 @@ def _ladder(*arguments: str) -> None:
         (("optimizer=sgd", "model=tiny", "tokens_per_parameter=0"), "tokens_per_parameter=0"),
         (("optimizer=sgd", "model=tiny", "steps=3"), "steps=3: part of the protocol"),
         (("optimizer=sgd", "model=tiny", "seed=3"), "seed=3: part of the protocol"),
-        (("optimizer=sgd", "model=tiny", "schedule=constant"), "schedule=constant: part of the protocol"),
+        (("optimizer=sgd", "model=tiny", "schedule=plateau"), "schedule=plateau: follows evaluations"),
+        (("optimizer=sgd", "model=tiny", "tokens_per_parameter=[]"), "tokens_per_parameter=[]: needs at least one"),
+        (
+            ("optimizer=sgd", "model=tiny", "tokens_per_parameter=[5,5]"),
+            "tokens_per_parameter=[5,5]: a length is listed",
+        ),
+        (
+            ("optimizer=sgd", "model=tiny", "tokens_per_parameter=[10,20]"),
+            "tokens_per_parameter=[10,20]: schedule=cosine depends on the length of the run, from update 1 of one on",
+        ),
+        (
+            ("optimizer=sgd", "model=tiny", "tokens_per_parameter=[10,10.1]", "schedule=wsd"),
+            "two lengths have as many updates at one",
+        ),
+        (
+            ("optimizer=sgd", "model=tiny", "tokens_per_parameter=[10,20]", "schedule=wsd", "schedule.decay_epochs=1"),
+            "schedule.decay_epochs=1: several tokens_per_parameter need updates: schedule.decay_steps",
+        ),
+        (
+            (
+                "optimizer=sgd",
+                "model=tiny",
+                "tokens_per_parameter=[100,200]",
+                "schedule=wsd",
+                "optimizer.groups=[{match:'*',horizon:0.5}]",
+            ),
+            "optimizer.groups: a horizon of a group",
+        ),
         (("optimizer=sgd", "model=tiny", "model.widths=[3]"), "model.widths=[3]: set by the rungs of model=tiny"),
         (("optimizer=sgd", "model=tiny", "optimizer.lr=auto"), "optimizer.lr=auto: a ladder needs a number"),
         (("optimizer=sgd", "model=tiny", "optimizer.lr=-1"), "optimizer.lr=-1"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.lab.ladder.ladder import LadderRequest, Outcome, Search, Trial, update_ladder
+from dlopt.lab.ladder.family import Branch
+from dlopt.lab.ladder.ladder import LadderRequest, Outcome, Search, Trial, read_ladder, save_every, update_ladder
 from dlopt.lab.ladder.rates import Optimum, RateFit
 from tests.support.ladders import results, simulate, with_arms
 
@@ -105,3 +106,33 @@ def test_a_run_has_the_users_observers_and_its_curve(tmp_path: Path) -> None:
         f"folder:'{tmp_path}/adamw/r0/seed-0',every:2}}]"
     )
     assert "checkpoint.every_steps=1000" in lines  # a multiple of `every`
+
+
+def test_branches_begin_with_a_checkpoint_of_the_longest_run(tmp_path: Path) -> None:
+    ladder = results(1.5, rungs=2).ladder
+    rungs = {name: replace(rung, updates=1000, warmup=25) for name, rung in ladder.rungs.items()}
+    rungs = {name: replace(rung, branches=(Branch(250, 205), Branch(500, 405))) for name, rung in rungs.items()}
+    ladder = replace(ladder, rungs=rungs, shorter=(5.0, 10.0), seeds=1)
+    # 200: a multiple of the 20 updates between points of the curve; branches repeat 5 updates each.
+    assert save_every(rungs["r0"]) == 200 and ladder.added("r0") == 50 + 100
+    request = LadderRequest(tmp_path, ladder)
+    update_ladder(tmp_path, ladder)
+    found = read_ladder(tmp_path)
+    assert found is not None and (found.rungs, found.shorter) == (ladder.rungs, ladder.shorter)
+    assert all(each.length is None for each in request.waiting()) and request.expected() == 2 * 2 * 3
+    run, short, middle = (Trial("adamw", "r0", 0, length=length) for length in (None, 5.0, 10.0))
+    request._known[run] = Outcome(1.0, 1.0)
+    assert [each for each in request.waiting() if each.optimizer == "adamw"][:2] == [short, middle]
+    kept = tmp_path / run.subfolder / "checkpoints"
+    assert "checkpoint.keep=1000" in request.line(run) and "steps=1000" in request.line(run)
+    straight = request.line(short)  # the run has left no checkpoint
+    assert "steps=250" in straight and not any(each.startswith("resume=") for each in straight)
+    kept.mkdir(parents=True)
+    for step in (200, 400, 600):
+        (kept / f"step-{step}.pt").touch()
+    assert f"resume='{kept}/step-200.pt'" in request.line(short) and "schedule.warmup_steps=25" in request.line(short)
+    needed = {each for each in kept.iterdir() if request.is_needed(each)}
+    assert needed == {kept / "step-200.pt", kept / "step-400.pt"} and request.is_needed(kept / "step-400.pt.sha256")
+    request._known[short] = Outcome(1.0, 1.0)
+    request.remove_unneeded()
+    assert {each.name for each in kept.iterdir()} == {"step-400.pt", "step-600.pt"}
