@@ -213,8 +213,8 @@ def test_starts_fast(arguments: list[str], tmp_path: Path) -> None:
     assert (result.returncode, result.stderr.count("\n")) == (0, 1)  # no warnings
     assert "dlopt.cli" in imported and not imported & SLOW
     is_help = arguments[-1] == "--help"
-    assert not is_help or arguments[0] == "diagnose" or not imported & HEAVY
-    limits = {"--version": 100, "--help": 200, "diagnose": 420}  # --help reads entry points
+    assert not is_help or not imported & HEAVY
+    limits = {"--version": 100, "--help": 200}  # --help reads entry points
     assert len(imported) < limits.get(arguments[0], 400 if is_help else 600)
 
 

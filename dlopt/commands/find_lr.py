@@ -1,10 +1,12 @@
 """`dlopt find-lr`: runs a learning-rate range test, plots it and suggests learning rates."""
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import short_path
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, writing
+from dlopt.config.overrides import without
 from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.lr_range_keys import RangeTest
 
@@ -75,6 +77,10 @@ def find_lr(
     for text in describe(result):
         screen.message(text)
     print(*map(short_path, paths), sep="\n")
+    if result.steepest is not None:
+        kept = without(line.overrides, "optimizer.lr")
+        command = ["dlopt", "train", *line.composer.flags, *kept, f"optimizer.lr={result.steepest:.2g}"]
+        print("next:", f"  {shlex.join(command)}", sep="\n")
     return DONE
 
 

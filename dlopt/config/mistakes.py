@@ -209,7 +209,9 @@ def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str
     is_group = place.parent in known.groups()
     target = str(place.node.get("_target_"))
     if is_group and not is_below(target, _PACKAGES):
-        return f"{hint}the file of this choice does not list it: add it there, or type +{line}"
+        if hint:
+            return f"{hint}if not, add the key to the file of this choice"
+        return f"the file of this choice does not list it: add it there, or type +{line}"
     if is_group:
         hint = _choices_with(place, known.config_dir) or hint
         names = sorted(_own_first(place.parent, names), key=lambda name: not OmegaConf.is_missing(place.node, name))

@@ -19,10 +19,11 @@ from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.trained.ensemble import Tested
 
 _MAX_LISTED_CLASSES = 20
+_WIDTH = 80  # characters of a line
 
 
 def class_lines(tested: Tested) -> list[str]:
-    """Returns a line with the accuracy of each class, or the average precision of each label; of many the lowest."""
+    """Returns lines with the accuracy of each class, or the average precision of each label; of many the lowest."""
     if not (per_class := tested.per_class):
         return []
     is_label = "average_precision" in per_class[0]
@@ -33,7 +34,13 @@ def class_lines(tested: Tested) -> list[str]:
     if len(per_class) > _MAX_LISTED_CLASSES:
         title = "lowest average precisions" if is_label else "lowest accuracies"
         rows = sorted(rows, key=lambda row: row[name])[:5]
-    return [f"{title}: " + ", ".join(f"{row['class']} {show(row[name])}" for row in rows)]
+    lines = [f"{title}:"]
+    for number, row in enumerate(rows, 1):
+        text = f"{row['class']} {show(row[name])}" + ("," if number < len(rows) else "")
+        if len(f"{lines[-1]} {text}") > _WIDTH:
+            lines.append(" ")
+        lines[-1] += f" {text}"
+    return lines
 
 
 def set_lines(tested: Tested) -> list[str]:

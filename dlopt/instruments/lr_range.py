@@ -198,8 +198,8 @@ def describe(result: LearningRates) -> list[str]:
         return [course, f"no suggestion, because the loss never decreased; {advice}"]
     return [
         course,
-        f"steepest slope: optimizer.lr={result.steepest:.2g}",
-        f"valley: optimizer.lr={result.valley:.2g}",
+        f"steepest slope: optimizer.lr={result.steepest:.2g} (the loss falls fastest)",
+        f"valley: optimizer.lr={result.valley:.2g} (middle of the longest descent)",
     ]
 
 

@@ -123,7 +123,9 @@ class Row:
         return str(runs) if counted == runs else f"{counted} of {runs}"
 
     def count_with_failed(self, metric: str) -> str:
-        """Formats "2 of 3, 1 failed"."""
+        """Formats "2 of 3, 1 failed", or "pruned" if all were."""
+        if all(run.status == "pruned" or run.metrics.get("pruned") for run in self.runs):
+            return "pruned" if len(self.runs) == 1 else f"{len(self.runs)} pruned"
         return f"{self.count(metric)}, {self.failed} failed" if self.failed else self.count(metric)
 
     def by_seeds(self, metric: str) -> dict[Seeds, float]:

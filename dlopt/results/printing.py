@@ -43,6 +43,7 @@ _MAX_ROWS = 12  # of a sweep's leaderboard
 _WIDTH = 130  # characters of a line of a sweep's leaderboard in a file
 _TEXTS: Mapping[str, Any] = {"overflow": "fold"}
 _NUMBERS: Mapping[str, Any] = {"justify": "right"}
+_COUNTS: Mapping[str, Any] = {**_NUMBERS, "min_width": len("1 failed")}  # wrapped: "2 of 3, 1 failed"
 
 
 # -- the report
@@ -107,7 +108,7 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
         columns.append(_Column(printable(short_key(key, ranking.keys)), values, _TEXTS))
     if any(map(tags_text, ranking.rows)):
         columns.append(_Column("tags", [tags_text(row) or "-" for row in rows], _TEXTS))
-    columns.append(_Column("runs", [row.count_with_failed(ranking.by) for row in rows], _NUMBERS))
+    columns.append(_Column("runs", [row.count_with_failed(ranking.by) for row in rows], _COUNTS))
     for name in in_terminal(ranking):
         if name == ranking.by or name not in dropped:
             columns.append(_Column(name.replace("_", " "), [_statistic(name, row) for row in rows], _NUMBERS))
@@ -117,7 +118,8 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
         columns.append(_Column(name.replace("_", " "), cells, _NUMBERS))
     if any(row.difference is not None for row in ranking.rows):
         differences = [difference_text(ranking.by, row.difference) for row in rows]
-        columns.append(_Column("vs. best [95 % CI]", differences, _NUMBERS))
+        interval = " [95 % CI]" if any("[" in text for text in differences) else ""
+        columns.append(_Column(f"vs. best{interval}", differences, _NUMBERS))
     styles = [""] * len(rows)
     if rows and rows[0].value is not None:
         styles[0] = "bold"
@@ -191,21 +193,26 @@ def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> No
     name = board.metric.replace("_", " ")
     better = "higher" if board.direction == "maximize" else "lower"
     is_paired = any(row.difference is not None and row.difference.count > 1 for row in ranked)
-    numbers = {**_NUMBERS, "no_wrap": True}
     values = [statistic_text(board.metric, row.value) for row in rows]
     found = remarks(board.rows, board.metric, board.direction)
     columns = [
         _ranks("", found, len(rows)),
         _Column("configuration", [formats.round_floats(row.label) for row in rows], _TEXTS),
-        _Column("mean ± std" if is_paired else name, values, numbers),
-        _Column("runs", [row.count_with_failed(board.metric) for row in rows], _NUMBERS),
+        _Column("mean ± std" if is_paired else name, values, _NUMBERS),
+        _Column("runs", [row.count_with_failed(board.metric) for row in rows], _COUNTS),
     ]
     if is_paired:
         differences = [difference_text(board.metric, row.difference) for row in rows]
-        columns.append(_Column("vs. best\n(95 % CI)", differences, numbers))
-    columns.append(_Column("test", [_test_text(board, rows[0]), *[""] * (len(rows) - 1)], _NUMBERS))
-    table = _filled(plain_table(f"{name} ({better} is better)"), columns, [""] * len(rows))
+        columns.append(_Column("vs. best\n(95 % CI)", differences, _NUMBERS))
+    test = _test_text(board, rows[0])
+    test_column = _Column("test", [test, *[""] * (len(rows) - 1)], _NUMBERS)
+    title, styles = f"{name} ({better} is better)", [""] * len(rows)
+    table = _filled(plain_table(title), [*columns, test_column], styles)
     more = [f"... and {len(ranked) - _MAX_ROWS} more"] if len(ranked) > _MAX_ROWS else []
+    _, console, terminal = open_console(stream)
+    if terminal and not table.fits(console, console.width, folded=True):
+        table = _filled(plain_table(title), columns, styles)
+        more += [f"test of the best: {test}"] if test else []
     more += lines(found, len(rows))
     lower = board.direction == "minimize"
     if sentence := verdict(ranked, lower=lower):

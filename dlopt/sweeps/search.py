@@ -27,6 +27,7 @@ from dlopt.config.keys import is_seed
 from dlopt.config.overrides import Axis, key_of, value_of
 from dlopt.config.parameters import show
 from dlopt.config.plan import Plan
+from dlopt.config.refusals import refused_together
 from dlopt.config.schema import check_arguments, component
 from dlopt.metrics.names import (
     VAL_ACCURACY,
@@ -87,10 +88,11 @@ def search(request: SweepRequest) -> SweepEnd:
     """Runs the jobs of a search. Raises `UserError` before it creates any file."""
     objective = request.config.hydra.sweeper.objective
     is_auto = _AUTO in ([objective] if isinstance(objective, str) else objective)
-    monitored = _monitored(request) if is_auto else ""
-    spec = build_study_spec(request.config, request.axes, monitored)
-    with waiting("checking the search space ..."):
-        jobs = plan_probes(request, spec)
+    with refused_together(request.composer, request.words, multirun=True):
+        monitored = _monitored(request) if is_auto else ""
+        spec = build_study_spec(request.config, request.axes, monitored)
+        with waiting("checking the search space ..."):
+            jobs = plan_probes(request, spec)
     facts = study_facts(spec, jobs[0].saved)
     if request.config.dry_run:
         for key, values in facts["space"].items():

@@ -31,6 +31,7 @@ from dlopt.config.overrides import (
 )
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
+from dlopt.config.refusals import refused_together
 from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import in_folder, refuse_other_config, shortened
 from dlopt.parallel.processes.rendezvous import refuse_ranks
@@ -62,7 +63,8 @@ _READS_OF_HYDRA = (
 def request(composer: Composer, words: Sequence[str]) -> SweepRequest:
     """Composes and checks a sweep, except its jobs. Raises `UserError`."""
     refuse_ranks("-m", "the sweep")
-    config, typed, axes = read_axes(composer, without(words, WAIT))
+    with refused_together(composer, words, multirun=True):
+        config, typed, axes = read_axes(composer, without(words, WAIT))
     overrides = [override for axis in typed for override in axis.overrides]
     refuse_unread_hydra(overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
     if config.hydra.job.chdir:
@@ -255,7 +257,8 @@ def _plans(request: SweepRequest) -> list[Plan]:
     combinations = grid(request.axes)
     if not combinations:
         raise UserError("-m: nothing to run, because a list of values is empty")
-    with waiting(f"checking {format_count('jobs', len(combinations))} ..."):
+    title = f"checking {format_count('jobs', len(combinations))} ..."
+    with waiting(title), refused_together(request.composer, request.words, multirun=True):
         jobs = [request.plan_job(overrides, number) for number, overrides in enumerate(combinations)]
     if len({job.subfolder for job in jobs}) < len(jobs):
         raise UserError(f"hydra.sweep.subdir={jobs[0].subfolder}: must be different for each job")

@@ -160,7 +160,8 @@ class Overview(Screen):
         if self._best is not None and self._metric is not None:
             value, number, label = self._best
             metric = format_metric(self._metric, value)
-            rows.append(Text(f"best   {self._metric} {metric}  {self._unit} {number}: {label}"))
+            name = self._metric.removeprefix("best_")
+            rows.append(Text(f"best   {name} {metric}  {self._unit} {number}: {label}"))
         for number, running in list(self._running.items())[:_MAX_ROWS]:
             texts = [f"job {number}", running.label, *_format_metrics(running.metrics)]  # narrow terminals cut the end
             rows.append(Text("  ".join(texts), "dim"))

@@ -456,7 +456,8 @@ class FittedTable:
         widths = []
         for column in self.table.columns:
             width = max(_longest_line(column.cells), *map(cell_len, str(column.header).split()), 0)
-            widths.append(min(width, _MIN_FOLDED_WIDTH) if folded and column.overflow == "fold" else width)
+            least = column.min_width or (_MIN_FOLDED_WIDTH if column.overflow == "fold" else width)
+            widths.append(min(width, least) if folded else width)
         return widths
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

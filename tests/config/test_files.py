@@ -170,9 +170,10 @@ def test_custom_component_requires_trust(tmp_path: Path, own: list[str]) -> None
 def test_custom_component_is_checked(tmp_path: Path, own: list[str]) -> None:
     assert "optimizer.lr=-1" in refused(tmp_path, "train", *SMALL, *own, "optimizer.lr=-1")
     assert "optimizer.flip=2" in refused(tmp_path, "train", *SMALL, *own, "optimizer.flip=2")
-    assert "did you mean optimizer.flip?" in refused(tmp_path, "train", *SMALL, *own, "optimizer.flop=true")
-    advice = "the file of this choice does not list it: add it there, or type +optimizer.decay=0.1"
-    assert advice in refused(tmp_path, "train", *SMALL, *own, "optimizer.decay=0.1")
+    advice = "did you mean optimizer.flip? if not, add the key to the file of this choice"
+    assert advice in refused(tmp_path, "train", *SMALL, *own, "optimizer.flop=true")
+    advice = "the file of this choice does not list it: add it there, or type +optimizer.rho=0.1"
+    assert advice in refused(tmp_path, "train", *SMALL, *own, "optimizer.rho=0.1")
 
 
 def test_custom_choice_is_listed(tmp_path: Path, own: list[str]) -> None:

@@ -5,6 +5,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.plan import plan
+from dlopt.sweeps import sweep
 
 
 def refusals(*words: str) -> list[str]:
@@ -38,3 +39,30 @@ def test_one_mistake_is_one_line() -> None:
 )
 def test_what_may_follow_from_another_mistake_is_not_named(words: tuple[str, ...]) -> None:
     assert len(refusals(*words)) == 1
+
+
+def refusals_of_sweep(*words: str) -> list[str]:
+    """Returns the lines of the message."""
+    with pytest.raises(UserError) as caught:
+        sweep.run(sweep.request(Composer(), words))
+    return str(caught.value).split("\n")
+
+
+def test_all_mistakes_of_a_sweep_are_named() -> None:
+    words = ("optimizer=adamwx,sgd,sgdx", "optimizr.lr=0.1,1", "epochs=1,0", "data.batch_size=-1", "seeds=x")
+    title, *lines = refusals_of_sweep(*words)
+    assert title == "6 overrides are refused:"
+    starts = ["optimizer=adamwx", "optimizer=sgdx", "optimizr.lr=0.1", "epochs=0", "data.batch_size=-1", "seeds=x"]
+    assert [line.split(":")[0].strip() for line in lines] == starts
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("model=mlp", "optimizer.lr=-1", "seeds=2"),
+        ("optimizer=adamwx,sgd", "optimizer.amsgrad=true,false"),  # keys of the choice that was meant
+        ("optimizer=sgd", "optimizer.lr=interval(0,1)", "model=mlp,resnet21"),  # refused before the values are read
+    ],
+)
+def test_one_mistake_of_a_sweep_is_one_line(words: tuple[str, ...]) -> None:
+    assert len(refusals_of_sweep(*words)) == 1

@@ -147,6 +147,14 @@ def test_excludes_failed_pruned_and_unfinished_runs() -> None:
     assert leaderboard([]).rows == ()
 
 
+def test_counts_name_failed_and_pruned_runs() -> None:
+    runs = [entry(0.2, 0, 0.9), entry(0.2, 1, None, "failed")]
+    runs += [entry(0.1, seed, 0.5, "stopped_early", pruned=True) for seed in range(2)]
+    runs.append(entry(0.3, 0, 0.4, "stopped_early", pruned=True))
+    counts = {row.label: row.count_with_failed("best_val_accuracy") for row in leaderboard(runs).rows}
+    assert sorted(counts.values()) == ["1 of 2, 1 failed", "2 pruned", "pruned"]
+
+
 def test_does_not_rank_by_test_metrics() -> None:
     runs = [entry(0.1, 0, 0.8, test_accuracy=0.1), entry(0.2, 0, 0.7, test_accuracy=0.9)]
     assert leaderboard(runs).rows[0].label == "optimizer.lr=0.1"

@@ -93,7 +93,7 @@ def test_live_overview_shows_running_and_best_jobs(monkeypatch: pytest.MonkeyPat
     overview.progress(1, {"epoch": 4, "train_loss": 0.25, "val_loss": 0.3})
     overview.refresh()
     shown = stream.getvalue()
-    assert "best   best_val_loss 0.5000  job 0: lr=0.1" in shown
+    assert "best   val_loss 0.5000  job 0: lr=0.1" in shown
     assert "job 1  lr=0.2  epoch 4  val_loss 0.3000  train_loss 0.2500" in shown
     assert "1/3: 1 done, 1 running, 0 failed" in shown
     assert plain(shown).endswith("\n")  # the terminal prints ^C in an empty line

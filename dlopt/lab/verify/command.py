@@ -153,7 +153,7 @@ def _print(subject: "Subject", results: Results) -> None:
     from dlopt.tracking.terminal_text import FittedTable, plain_table, standard_output
 
     console = standard_output()
-    table = plain_table(left=["check", "result", "meaning"])
+    table = plain_table(left=["check", "result"], fold=["meaning"])
     styles = {"pass": "green", "fail": "bold red", "undecided": "yellow", "not applicable": "dim"}
     for check, outcome in results:
         said = outcome.reason if outcome.status != "pass" or not check.meaning else check.meaning

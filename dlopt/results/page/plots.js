@@ -19,7 +19,7 @@ function renderParallel() {
   sectionBody("parallel").replaceChildren(container, exportButtons("parallel coordinates", root, table),
     html("p", { class: "note" }, `One line per configuration; stronger is better (${title}). Drag along an axis to highlight the lines that cross the range; click the axis to reset.`));
   const left = 16 + widest(axes[0]), right = 16 + widest(axes.at(-1)), available = Math.max(280, container.clientWidth);
-  const width = Math.max(available, left + right + 130 * (axes.length - 1)), height = 330, top = 34, bottom = height - 14;
+  const width = Math.max(available, left + right + gapOf(axes) * (axes.length - 1)), height = 330, top = 34, bottom = height - 14;
   const x = (i) => left + (i * (width - left - right)) / (axes.length - 1), y = (fraction) => bottom - fraction * (bottom - top);
   const lines = rows.map((row, i) => {
     const points = positions[row.rank - 1].map((position, k) => (position === null ? null : [x(k), y(position)])).filter(Boolean);
@@ -54,6 +54,13 @@ function shortened(text) {
 
 function widest(axis) {
   return 8 * Math.max(...axis.ticks.map(([, text]) => shortened(text).length), shortened(axis.name).length / 2);
+}
+
+// Returns the least distance of the axes, for their names and for the labels beside the inner ones.
+function gapOf(axes) {
+  const names = axes.slice(1).map((axis, k) => 4 * (shortened(axes[k].name).length + shortened(axis.name).length) + 8);
+  const labels = axes.slice(1, -1).map((axis) => 7 * Math.max(...axis.ticks.map(([, text]) => shortened(text).length)) + 28);
+  return Math.min(130, Math.max(64, ...names, ...labels));
 }
 
 // Returns the labels of an axis: outside of the first and the last one, where no line passes; else on a background.
@@ -137,7 +144,8 @@ function heatMap(cells, available) {
   const [xs, ys] = [state.heatX, state.heatY].map((key) => valuesOf(key).map(formatValue)), [low, high] = extent(cells.map((cell) => cell.value));
   const [nameX, nameY] = [state.heatX, state.heatY].map((key) => data.columns.find((column) => column.id === `key ${key}`).name);
   const left = 16 + 9 * Math.min(LONGEST_LABEL, Math.max(nameY.length, ...ys.map((text) => text.length)));
-  const size = Math.min(Math.max((available - left - 8) / xs.length, 56), 120), width = left + size * xs.length + 8, height = 52 + 30 * ys.length;
+  const least = Math.max(56, 8 * Math.max(...xs.map((text) => text.length)) + 6); // for the labels below
+  const size = Math.min(Math.max((available - left - 8) / xs.length, least), 120), width = left + size * xs.length + 8, height = 52 + 30 * ys.length;
   const middle = (i) => left + size * (i + 0.5), line = (i) => 26 + 30 * (ys.length - 1 - i);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `${data.titles[data.by]} by ${state.heatX} and ${state.heatY}` });
   root.append(svg("text", { x: left - 8, y: 15, "text-anchor": "end", "font-weight": 600 }, shortened(nameY)),
