@@ -151,10 +151,10 @@ def test_a_run_draws_its_reconstructions(tmp_path: Path) -> None:
     assert "reconstructs images; `dlopt eval checkpoint=" in refused(tmp_path, "predict", "checkpoint=run", "images=.")
 
 
-def test_the_autoencoder_recipe_reads_idx_files(tmp_path: Path) -> None:
+def test_an_autoencoder_reads_idx_files(tmp_path: Path) -> None:
     write(tmp_path / "files", zipped=True, train=40)
     typed = ("data.root=files", "data.batch_size=20", "epochs=2", "threads=1", "device=cpu", "hydra.run.dir=run")
-    result = dlopt(tmp_path, "train", "experiment=autoencoder_fashion_mnist", *typed)
+    result = dlopt(tmp_path, "train", "experiment=autoencoder_digits", "data=fashion_mnist", *typed)
     assert result.code == 0, result.err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert 0 < summary["test_loss"] < 1 and (tmp_path / "run/reconstructions.png").exists()
