@@ -22,8 +22,11 @@ def verdict(rows: Sequence[Row], *, lower: bool) -> str:
     labels = [round_floats(row.label) for row in ranked]
     # Labels of several keys would make the sentence unreadable: the table tells what #2 is.
     names = labels if max(map(len, labels)) <= _SHORT else [f"#{rank}" for rank in range(1, len(ranked) + 1)]
-    if all(row.value is not None and row.value.count == 1 for row in ranked):
-        return f"verdict: {names[0]} is first, by one run each: repeat it with seed=0,1,2 to tell a gain from luck"
+    values = [row.value for row in ranked if row.value is not None]
+    if all(value.count == 1 for value in values):
+        tied = [name for name, value in zip(names[1:], values[1:], strict=True) if value.mean == values[0].mean]
+        first = f"is tied with {_listed(tied)}" if tied else "is first"
+        return f"verdict: {names[0]} {first}, by one run each: repeat it with seed=0,1,2 to tell a gain from luck"
     gains = [_gain(row, lower) for row in ranked[1:]]
     better = [name for name, gain in zip(names[1:], gains, strict=True) if gain == "better"]
     if better:
