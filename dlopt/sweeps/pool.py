@@ -392,7 +392,10 @@ class Forked:
 
     def __init__(self, process: BaseProcess) -> None:
         self._process, self._server = process, _server_pid()
-        self._handle = os.pidfd_open(process.pid or 0) if hasattr(os, "pidfd_open") else None
+        self._handle = None
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(ProcessLookupError):  # it has already ended, and the server has its exit code
+                self._handle = os.pidfd_open(process.pid or 0)
         self.sentinel = process.sentinel if self._handle is None else self._handle  # ready when the process has ended
 
     def __del__(self) -> None:

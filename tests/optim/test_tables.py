@@ -16,8 +16,9 @@ from tests.optim import test_choices, test_first_order, test_hyperball, test_pap
 from tests.optim import test_second_order as second_order
 from tests.support.choices import names, values
 
-# Classes that make no updates themselves: `CautiousDecay` is put around any optimizer (tests/schedules/test_decay.py).
-BASES = {"ForeachOptimizer", "RealOptimizer", "CautiousDecay"}
+# Classes that make no updates themselves: the decays are put around any optimizer (tests/schedules/test_decay.py,
+# tests/training/test_graphed_update.py).
+BASES = {"ForeachOptimizer", "RealOptimizer", "CautiousDecay", "CapturedDecay"}
 # Tests of classes that no formula or table covers, since an update is more than a function of the gradients.
 REFERENCES: dict[str, Callable[..., None]] = {
     "BFGS": second_order.test_ends_of_the_family_are_bfgs_and_dfp,

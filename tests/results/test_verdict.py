@@ -75,4 +75,6 @@ def test_one_row_has_no_verdict(tmp_path: Path) -> None:
 
 def test_equal_values_of_one_run_each_are_a_tie(tmp_path: Path) -> None:
     found = sentence(tmp_path, lr1=(0.9,), lr2=(0.9,), lr3=(0.8,))
-    assert found == "verdict: lr=1 is tied with lr=2, by one run each: repeat it with seed=0,1,2 to tell a gain from luck"
+    assert (
+        found == "verdict: lr=1 is tied with lr=2, by one run each: repeat it with seed=0,1,2 to tell a gain from luck"
+    )

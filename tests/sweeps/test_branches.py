@@ -13,6 +13,7 @@ from dlopt.config.overrides import with_folder
 from dlopt.sweeps import sweep as sweeps
 from dlopt.sweeps.branches import begin, branched
 from dlopt.sweeps.jobs import Job
+from dlopt.sweeps.matching import distance_of_jobs
 from dlopt.training.checkpoint.checkpoints import load_of_run
 from dlopt.training.progress import TrainingRun
 from tests.support.line import dlopt, refused
@@ -103,7 +104,7 @@ def test_lengths_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.Capture
     # The last one has the length of the run itself, which it repeats: nothing is left to do.
     assert "branches: 4 updates instead of 56" in capsys.readouterr().out
     resumed = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)", "resume=auto")
-    assert sweeps.distance_of_jobs(RunFolder(tmp_path / "sweep"), resumed) == 0
+    assert distance_of_jobs(RunFolder(tmp_path / "sweep"), resumed) == 0
 
 
 BAD = {
