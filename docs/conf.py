@@ -6,6 +6,7 @@ strictly, and lets a small extension generate the reference without intersphinx 
 
 import re
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,15 @@ _WRITTEN_ELSEWHERE = {"changelog", "contributing"}  # pages that include a file 
 def setup(app: Sphinx) -> None:
     """Generates the reference before Sphinx looks for pages, and links its overviews to these pages.
 
-    `<!-- toctree ... -->`: a toctree, which readers of the repository need not see.
+    `<!-- toctree ... -->`: a toctree, which readers of the repository need not see. A page whose commands
+    scripts/type_pages.py typed says when.
     """
     import notebook
     import reference
 
     docs = Path(app.srcdir)
     parts = {"reference/commands": reference.commands_table, "reference/groups": reference.choices_table}
+    printed = extras.printed()
     generated = re.compile(r"<!-- generated: \w+ -->.*?<!-- end -->", re.DOTALL)
 
     def fill(_: Sphinx, name: str, source: list[str]) -> None:
@@ -75,6 +78,9 @@ def setup(app: Sphinx) -> None:
             source[0] = notebook.page(source[0], Path(name).name, docs / "_static/notebooks", "/_static/notebooks")
         if name in parts:
             source[0] = generated.sub(lambda _: parts[name](linked=True), source[0])
+        if name in printed:
+            day = date.fromisoformat(printed[name]).strftime("%-d %B %Y")
+            source[0] += f"\n\n*The commands of this page were last typed, and their output compared, on {day}.*\n"
         source[0] = re.sub(r"<!-- toctree\n(.*?)-->", r"```{toctree}\n\1```", source[0], flags=re.DOTALL)
 
     def omit_edit_link(_: Sphinx, name: str, __: str, context: dict[str, Any], ___: object) -> None:

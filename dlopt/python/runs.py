@@ -126,7 +126,7 @@ class Runs(list[Run]):
         except ModuleNotFoundError as error:
             if error.name != "pandas":
                 raise
-            raise UserError(f"to_pandas(): requires pandas; {install('pandas')}") from None
+            raise UserError(f"to_pandas(): requires pandas; {install('dlopt[pandas]')}") from None
         metrics = {name for run in self for name in run.metrics}
         rows = [
             {

@@ -1,9 +1,10 @@
-"""Generates the table of extras from pyproject.toml."""
+"""Generates the tables of extras and versions from pyproject.toml, and reads when pages were typed."""
 
 import re
 import tomllib
 from pathlib import Path
 
+import yaml
 from markup import code, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -12,6 +13,7 @@ CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 PURPOSES = {  # extra -> what it adds
     "sweep": "searches with Optuna (`hydra/sweeper=dlopt_optuna`, pruners, samplers), `dlopt benchmark`",
     "schedulefree": "the optimizers `schedule_free_adamw` and `schedule_free_sgd`",
+    "pandas": "`to_pandas()` of the runs, trials and metrics that [Python reads](python.md#read-runs)",
     "timm": "the models of timm (`model=timm model.name=resnet18`)",
     "mlflow": "logging to MLflow (`tracking=[mlflow]`)",
     "wandb": "logging to Weights & Biases (`tracking=[wandb]`)",
@@ -58,3 +60,9 @@ def versions() -> str:
         lowest = re.findall(r">=([\w.]+)", limits)[0]
         rows.append((code(name), lowest, pinned[name]))
     return table(("Package", "Lowest", "Tested"), rows)
+
+
+def printed() -> dict[str, str]:
+    """Returns page (without `.md`) -> the day on which scripts/type_pages.py last compared its output."""
+    noted = yaml.safe_load((ROOT / "docs" / "printed.yaml").read_text(encoding="utf-8"))
+    return {name.removeprefix("docs/").removesuffix(".md"): str(day) for name, (day, _) in noted.items()}

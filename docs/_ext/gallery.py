@@ -75,7 +75,7 @@ def _published(docs: Path, name: str) -> list[str]:
 
 
 def claims(docs: Path) -> str:
-    """Formats a table of all claims (the claim, the recipe, the outcome, the verdict) below the numbers of verdicts."""
+    """Formats a table of all claims and their verdicts below the numbers of verdicts; the gallery has the outcomes."""
     rows, missing = [], []
     verdicts: Counter[str] = Counter()
     sets: dict[str, list[tuple[str, str]]] = {}  # first seed -> verdicts in the gallery and with fresh seeds
@@ -93,12 +93,11 @@ def claims(docs: Path) -> str:
             again = {first: new[claim["claim"]] for first, new in fresh.items() if claim["claim"] in new}
             for first, verdict in again.items():
                 sets.setdefault(first, []).append((claim["verdict"], verdict))
-            outcome = f"{text(claim['outcome'])}{_limits(claim)}"
             verdicts[claim["verdict"]] += 1
             verdict = f"**{claim['verdict']}**{changed(claim)}"
-            rows.append((text(claim["claim"]), verdict, _agreement(claim["verdict"], again), outcome, link))
+            rows.append((text(claim["claim"]), verdict, _agreement(claim["verdict"], again), link))
     counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    columns = ("Claim", "Verdict", "Same with new seeds", "Outcome", "Recipe")
+    columns = ("Claim", "Verdict", "Same with new seeds", "Recipe and outcome")
     lines = [f"{len(rows)} claims: {counted}.", "", *_sets(sets), table(columns, rows), ""]
     if missing:
         lines.append(f"Not recorded here, because they take long or need other machines: {', '.join(missing)}.")

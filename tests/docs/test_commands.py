@@ -50,7 +50,19 @@ RANK = {
     "communicating": 0.2,
     "waiting": 0.1,
 }  # as a rank of `dlopt scaling` measures
-_HEADS = {".venv/bin/python", "pip", "tensorboard", "git", "cd", "eval", "squeue", "export", "until", "sinfo"}
+_HEADS = {
+    ".venv/bin/python",
+    ".venv/bin/uv",
+    "pip",
+    "tensorboard",
+    "git",
+    "cd",
+    "eval",
+    "squeue",
+    "export",
+    "until",
+    "sinfo",
+}
 _HEADS |= {"kubectl", "wandb", "optuna-dashboard"}
 
 

@@ -158,7 +158,7 @@ def test_first_call_installs_and_later_calls_start_neither_uv_nor_python(checkou
     code, output, errors = checkout.run()
     assert (code, output) == DONE and "setting up" in errors  # only the command writes to stdout
     (install,) = checkout.installs()
-    assert "-c scripts/constraints.txt -e .[sweep,schedulefree,timm]" in install
+    assert "-c scripts/constraints.txt -e .[sweep,schedulefree,timm,pandas]" in install
     before = checkout.calls()
     assert checkout.run() == (*DONE, "")
     assert checkout.run("sh", "scripts/dlopt", "train", "a b", EXIT="75")[0] == 75
@@ -250,7 +250,7 @@ def test_dlopt_python_chooses_the_interpreter(checkout: Checkout) -> None:
     assert checkout.calls("^uv venv .*-p >=3.11")
 
 
-EXTRAS = "[sweep,schedulefree,timm]"
+EXTRAS = "[sweep,schedulefree,timm,pandas]"
 
 
 @pytest.mark.parametrize(

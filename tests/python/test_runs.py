@@ -106,7 +106,7 @@ def test_table_in_pandas(outputs: Path) -> None:
 
 def test_without_pandas(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(UserError, match=r"to_pandas\(\): requires pandas; .*pip install pandas"):
+    with pytest.raises(UserError, match=r"to_pandas\(\): requires pandas; .*pip install -e .*\[pandas\]"):
         dlopt.runs().to_pandas()
 
 
