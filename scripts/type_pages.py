@@ -84,8 +84,7 @@ class Newcomer:
 
     def __init__(self, bin: Path, folder: Path) -> None:
         self.folder = folder
-        # BROWSER: `--open` shows nothing. The pages were printed at this width.
-        self.environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "COLUMNS": "120", "BROWSER": "true"}
+        self.environment = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "COLUMNS": "120"}
 
     def type_page(self, page: Path) -> list[str]:
         """Returns the problems, a line each."""
@@ -131,6 +130,7 @@ class Newcomer:
         runs = sorted(path.parent for path in (self.folder / "outputs/train").glob("*/checkpoints"))
         if runs:
             line = line.replace("DATE", runs[-1].name)
+        line = line.replace(" --open", "")  # it would serve the page until it is interrupted
         print(f"$ {line}", flush=True)
         done = subprocess.run(
             ["bash", "-c", line],
