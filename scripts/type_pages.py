@@ -62,8 +62,8 @@ def digest(page: Path) -> str:
 
 
 def shape(line: str) -> str:
-    """A line without what differs between two runs: digits, progress of time, the widths of columns."""
-    line = re.sub(r"\d+(?:[.,:]\d+)*(?:e-?\d+)?", "0", line.replace("−", "-"))
+    """A line without what differs between two runs: digits, units of time, the widths of columns."""
+    line = re.sub(r"\d+(?:[.,:]\d+)*(?:e-?\d+)?(?: s\b)?", "0", line.replace("−", "-"))
     return re.sub(r"[\s─━-]+", " ", line).strip()
 
 

@@ -13,7 +13,7 @@ CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 PURPOSES = {  # extra -> what it adds
     "sweep": "searches with Optuna (`hydra/sweeper=dlopt_optuna`, pruners, samplers), `dlopt benchmark`",
     "schedulefree": "the optimizers `schedule_free_adamw` and `schedule_free_sgd`",
-    "pandas": "`to_pandas()` of the runs, trials and metrics that [Python reads](python.md#read-runs)",
+    "pandas": "`to_pandas()` of the runs, trials and metrics that [Python reads](howto/python.md#read-runs)",
     "timm": "the models of timm (`model=timm model.name=resnet18`)",
     "mlflow": "logging to MLflow (`tracking=[mlflow]`)",
     "wandb": "logging to Weights & Biases (`tracking=[wandb]`)",
