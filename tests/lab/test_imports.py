@@ -21,6 +21,7 @@ tracking.console tracking.terminal_text tracking.metrics tracking.overview track
 trained.restore training.averaging training.builders.dataset training.builders.model_check training.builders.optimizer
 training.builders.speed training.builders.workload training.checkpoint.checkpoints training.clipping training.evaluate
 training.progress training.step training.stopping
+sweeps.branches sweeps.matching sweeps.submitting
 """
 
 

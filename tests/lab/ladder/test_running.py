@@ -1,10 +1,12 @@
 """The order in which the trials of a ladder run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dlopt.basics.errors import UserError
 from dlopt.lab.ladder import running
 from dlopt.lab.ladder.ladder import LadderRequest, Trial
 from tests.support.ladders import results
@@ -13,8 +15,8 @@ from tests.support.ladders import results
 def test_small_rungs_come_first_also_those_that_have_waited_for_a_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def label(plan_job: Any, folder: Any, overrides: Any, number: int, label: str) -> str:
-        return label
+    def label(plan_job: Any, folder: Any, overrides: Any, number: int, label: str) -> SimpleNamespace:
+        return SimpleNamespace(label=label, composed=UserError("no branch"))
 
     monkeypatch.setattr("dlopt.lab.claimed_trials.build_job", label)
     request = LadderRequest(tmp_path, results(1.5).ladder)
@@ -26,13 +28,13 @@ def test_small_rungs_come_first_also_those_that_have_waited_for_a_search(
 
     monkeypatch.setattr(LadderRequest, "waiting", waiting)
     source = running._Ladder(request, None)  # type: ignore[arg-type]
-    assert [source.next() for _ in range(3)] == [
+    assert [source.next().label for _ in range(3)] == [
         "adamw, r0, seed 0: lr=0.1",
         "adamw, r0, seed 1: lr=0.1",
         "adamw, r1, seed 0: lr=0.1",
     ]
     possible = known  # the search of the other optimizer has ended
-    assert [source.next() for _ in range(4)] == [
+    assert [source.next().label for _ in range(4)] == [
         "mine, r0, seed 0: lr=0.1",
         "mine, r0, seed 1: lr=0.1",
         "mine, r1, seed 0: lr=0.1",
