@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from dlopt.basics.random import generator
 from dlopt.lab.trajectory.functions import MatrixQuadratic
 from dlopt.optim.orthogonalize import QUINTIC, iterate
-from tests.support.browser import NEEDS_BROWSER, chromium, narrow
+from tests.support.browser import NEEDS_BROWSER, narrow
 from tests.support.line import dlopt
 from tests.support.pages import ROOT
 
@@ -64,12 +63,6 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     monkeypatch.setattr("dlopt.results.drawing.save", lambda *arguments: [])
     monkeypatch.setattr("dlopt.optim.muon.orthogonalize", precise)
     return found
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with chromium(tmp_path_factory.mktemp("browser") / "profile") as browser:
-        yield browser
 
 
 @pytest.fixture

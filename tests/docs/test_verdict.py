@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from dlopt.results.intervals import half_width
 from dlopt.results.leaderboard import Leaderboard, Record, leaderboard
 from dlopt.results.verdict import verdict
-from tests.support.browser import NEEDS_BROWSER, chromium, narrow
+from tests.support.browser import NEEDS_BROWSER, narrow
 from tests.support.pages import ROOT
 
 PAGE = ROOT / "docs/_static/verdict/index.html"
@@ -60,12 +59,6 @@ def board(seeds: tuple[int, ...]) -> Leaderboard:
                 )
             )
     return leaderboard(records)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with chromium(tmp_path_factory.mktemp("browser") / "profile") as browser:
-        yield browser
 
 
 @pytest.fixture
