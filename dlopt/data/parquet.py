@@ -249,7 +249,8 @@ def _reading(key: str, path: str) -> Iterator[None]:
     except MemoryError:  # Arrow's, too
         raise
     except (arrow.ArrowException, OSError) as error:
-        if (place := _missing_list(path)) is not None:
+        # Only then: the file may be a pipe, or damaged in another way.
+        if "lists to be of size" in str(error) and (place := _missing_list(path)) is not None:
             raise UserError(
                 f"{key}: {path}, {place} has no list (null), which pyarrow cannot read; remove the row"
             ) from None
