@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
-from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Goal
+from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Goal, column_of
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.tracking.console import Screen
 
@@ -160,7 +160,7 @@ class Overview(Screen):
         if self._best is not None and self._metric is not None:
             value, number, label = self._best
             metric = format_metric(self._metric, value)
-            name = self._metric.removeprefix("best_")
+            name = column_of(self._metric)
             rows.append(Text(f"best   {name} {metric}  {self._unit} {number}: {label}"))
         for number, running in list(self._running.items())[:_MAX_ROWS]:
             texts = [f"job {number}", running.label, *_format_metrics(running.metrics)]  # narrow terminals cut the end
