@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,12 +142,18 @@ def test_log_on_a_full_device(reference: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, reference)
 
 
+def limit_file_size(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    # Python before 3.12.8 keeps a .pyc file that was cut short by the limit, and every later import of it fails.
+    sys.dont_write_bytecode = True
+
+
 def test_file_size_limit(reference: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Writing fails in the middle of a file, as with a disk quota."""
     size = (reference / "checkpoints/last.pt").stat().st_size
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        limit_file_size(size // 2)
         code = execute(tmp_path, *LARGE)
         os.write(1, f"{code}".encode())
 
@@ -172,7 +179,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_before(words: list[str], small:
     path.write_text("before")
 
     def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        limit_file_size(1000)
         result = dlopt(tmp_path, *words)
         assert result.code == 2 and result.err == f"dlopt: {words[-1]}: cannot write: File too large\n", result
 
