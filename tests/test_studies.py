@@ -68,7 +68,7 @@ def test_a_study_sweeps_with_and_without_multirun_flag(
 
 def test_several_values_require_multirun_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"seed=5,6: several values need -m"):
+    with pytest.raises(UserError, match=r"seed=5,6: several values need `dlopt train -m`"):
         train_command(["experiment=study/schedules", "seed=5,6"])
     assert not list(tmp_path.iterdir())
 

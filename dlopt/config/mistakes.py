@@ -57,7 +57,7 @@ def _check_several(override: Override, multirun: bool) -> None:
     if override.key_or_group.startswith(("hydra.", "hydra/")):
         raise UserError(f"{line}: one value is needed, for all jobs; write a list as [a,b]")
     if not multirun:
-        raise UserError(f"{line}: several values need -m (one run each); for a list, write [a,b]")
+        raise UserError(f"{line}: several values need `dlopt train -m` (one run each); for a list, write [a,b]")
 
 
 def _check_single(override: Override, is_group: bool, known: Known) -> None:

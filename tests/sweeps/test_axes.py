@@ -193,7 +193,7 @@ def test_the_command_line_replaces_axes_of_a_file() -> None:
 
 
 def test_words_of_a_sweep_need_one() -> None:
-    with pytest.raises(UserError, match="several values need -m"):
+    with pytest.raises(UserError, match="several values need `dlopt train -m`"):
         composer().compose([ZIP])
     for word in ("seeds=2", "space=benchmark", "trials=3"):
         with pytest.raises(UserError, match=f"{word}: only sweeps have this word; add -m"):

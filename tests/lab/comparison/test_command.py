@@ -297,7 +297,7 @@ def test_comparison_null_trains_once(folder: Path) -> None:
         ("comparison.quick=maybe", "comparison.quick=maybe: "),
         ("comparison=3", "comparison=3: allowed: a mapping, or null"),
         ("optimizer.lr=-1", "optimizer.lr=-1: "),
-        ("epochs=2,3", "epochs=2,3: several values need -m"),
+        ("epochs=2,3", "epochs=2,3: several values need `dlopt train -m`"),
         ("comparison.metrics=[val_loss,valloss]", "comparison.metrics: unknown metric valloss"),
     ],
 )
