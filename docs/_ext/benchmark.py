@@ -1,7 +1,6 @@
 """Generates the results of the optimizer benchmark from the file that comes with dlopt."""
 
-import re
-from pathlib import Path
+from dataclasses import replace
 
 from markup import code, table, text
 
@@ -9,8 +8,10 @@ from dlopt.lab.benchmark import agreement, formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
 from dlopt.lab.benchmark.scores import Interval, Summary, summarize
-from dlopt.lab.benchmark.symptoms import RANGE_HEADS, range_rows
+from dlopt.lab.benchmark.symptoms import SIDES, range_ends
 from dlopt.lab.benchmark.table import score_rows, update_rows
+
+SHOWN = 10  # rows of the tables after the first one
 
 
 def results() -> str:
@@ -18,7 +19,8 @@ def results() -> str:
     found = load_reference("small")
     if found is None:
         return ""
-    summary = summarize(found)
+    whole = summarize(found)
+    summary = replace(whole, measures=[each for each in whole.measures if each != "evaluations"])
     facts = found.facts
     commands = [each for each in str(facts["command"]).split("; ") if each]
     made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "command")
@@ -27,22 +29,22 @@ def results() -> str:
         _scores(found, summary),
         "The score is 1 for the fastest optimizer on all workloads and 0 for one that reaches no target, with its 95 %",
         "interval over studies. *Targets* counts the workloads whose target it reaches, *Trials* the trials that do.",
-        "The score in evaluations counts those of the loss and its gradient; some optimizers need several per update.",
         "*Cost* is the time of an update relative to SGD, *State* the memory relative to the parameters.",
+        _evaluations(whole),
         "",
         *(f"- {text(each.text)}" for each in findings(found, summary)),
         "",
-        "Updates to the target, as the median over studies (-: not reached):",
+        f"Updates to the target, as the median over studies (-: not reached), of the first {SHOWN}. The others are in",
+        "[small.json](../dlopt/lab/benchmark/reference/small.json), and in the report of your own benchmark:",
         "",
         _updates(found, summary),
         *_tuning(found, summary),
-        "The search spaces. Draws from a range are uniform in the logarithm:",
+        "The files in `dlopt/lab/benchmark/space` have the search spaces with their sources and reasons. The best",
+        "trials of some optimizers lie in a tenth of a range at its end (median over studies). A wider range may make",
+        "them faster; a single workload may be chance:",
         "",
-        _spaces(found, summary),
-        "The workloads whose best trials lie at an end of a range (median over studies). A wider range may make the",
-        "optimizer faster; a single workload may be chance:",
+        *_ends(found, summary),
         "",
-        _ends(found, summary),
         f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
     ])  # fmt: skip
 
@@ -98,55 +100,43 @@ def _unbroken(interval: str) -> str:
     return interval.replace(" ", "\N{NO-BREAK SPACE}")
 
 
+def _evaluations(summary: Summary) -> str:
+    """Says whose score in evaluations of the loss is not that in updates."""
+    scores = {name: [summary.score(name, each) for each in ("updates", "evaluations")] for name in summary.order}
+    others = [f"{code(name)} {_interval(each)}" for name, (updates, each) in scores.items() if each != updates]
+    if not others:
+        return "The scores in evaluations of the loss are those in updates."
+    return f"The scores in evaluations of the loss are those in updates, except that of {', '.join(others)}."
+
+
 def _updates(found: Results, summary: Summary) -> str:
-    return table(["Optimizer", *map(code, found.workloads)], update_rows(found, summary, code))
+    return table(["Optimizer", *map(code, found.workloads)], update_rows(found, summary, code)[:SHOWN])
 
 
-def _spaces(found: Results, summary: Summary) -> str:
-    """The keys of each optimizer with their ranges or values, and why, from the comment of its file."""
-    rows = []
+def _ends(found: Results, summary: Summary) -> list[str]:
+    """A line for each end of a key's ranges and workload: the optimizers whose best trials lie there."""
+    optimizers: dict[tuple[str, str, str], list[str]] = {}
     for name in summary.order:
-        lines = (Path(tuning.__file__).parent / f"space/{name}.yaml").read_text(encoding="utf-8").splitlines()
-        why = " ".join(line.removeprefix("# ").rstrip(".") + "." for line in lines if line.startswith("#"))
-        keys = [
-            f"{code(key.removeprefix('optimizer.'))} {text(_range(each))}" for key, each in found.spaces[name].items()
-        ]
-        rows.append([code(name), ", ".join(keys), text(why)])
-    return table(["Optimizer", "Searched", "Source and reason"], rows)
-
-
-def _ends(found: Results, summary: Summary) -> str:
-    rows = range_rows(found, summary.order)
-    cells = [[code(name), code(key.removeprefix("optimizer.")), *map(text, rest)] for name, key, *rest in rows]
-    return table([*RANGE_HEADS], cells)
-
-
-def _range(space: str) -> str:
-    """Returns a space in words; a range is logarithmic."""
-    if found := re.fullmatch(r"tag\(log,interval\((.+),(.+)\)\)", space):
-        return f"{float(found[1]):g} to {float(found[2]):g}"
-    if found := re.fullmatch(r"choice\((.+)\)", space):
-        return " or ".join(found[1].split(","))
-    return f"= {space}"
+        for end in range_ends(found, name):
+            for side in SIDES:
+                for workload in end[side]:
+                    optimizers.setdefault((side, end["key"], workload), []).append(code(name))
+    return [
+        f"- {code(key.removeprefix('optimizer.'))}, {side} end, {code(workload)}: {', '.join(names)}"
+        for (side, key, workload), names in optimizers.items()
+    ]
 
 
 def _tuning(found: Results, summary: Summary) -> list[str]:
-    """The expected scores against the number of trials, and the best expected metric of each workload."""
+    """The expected scores against the number of trials."""
     tuned = tuning.tuning(found)
     heads = tuning.heads(tuned)
-    league = tuning.league_rows(tuned, summary.order, code, _interval)
-    best = [[code(name), *map(text, cells)] for name, *cells in tuning.best_results(tuned, found.workloads)]
+    league = tuning.league_rows(tuned, summary.order[:SHOWN], code, _interval)
     return [
-        "How much tuning does it take? The expected score of the best of N trials, where one trial means no tuning.",
-        "The score of a trial is 1 for the fastest trial of all on the workload, and falls with the ratio of their",
-        "updates to the target, to 0 at 4. With bootstrap intervals over the trials (nominally 95 %, they cover about",
-        f"92 %) where an optimizer has at least {tuning.PER_TRY} N trials; a resample cannot beat the best trial, so",
-        "that larger N have no interval:",
+        "How much tuning does it take? The [expected score](howto/benchmark.md#read-the-results) of the best of N",
+        "trials, where one trial means no tuning:",
         "",
         table(["Optimizer", *heads], league),
         *(f"- {text(each)}" for each in tuning.leaders(tuned)),
         "",
-        "The best expected validation metric of the best of N trials, each trained to the end, and its optimizer:",
-        "",
-        table(["Workload", *heads], best),
     ]

@@ -1,9 +1,9 @@
-"""Generates the gallery, and the table of claims, from the lecture recipes and their results in docs/gallery."""
+"""Generates the gallery, and the list of claims, from the lecture recipes and their results in docs/gallery."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,45 +13,57 @@ from markup import block, code, table, text
 from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
-from dlopt.config.parameters import show
 from dlopt.lab.comparison.frozen import CHANGED, is_changed
 from dlopt.lab.comparison.labels import axis_label, scale
 
 FOLDER = "lecture/"
+Topic = Mapping[str, Any]
+
+
+def plan(docs: Path) -> dict[str, list[Topic]]:
+    """Reads docs/lectures/lectures.yaml: lecture -> topics, in order."""
+    found: dict[str, list[Topic]] = yaml.safe_load((docs / "lectures/lectures.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def title(docs: Path, lecture: str) -> str:
+    """Returns the heading of the page of a lecture."""
+    return (docs / "lectures" / f"{lecture}.md").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+
+
+def recipes(docs: Path, lecture: str) -> dict[str, Topic]:
+    """Returns recipe -> topic of the topics of a lecture that have a recipe."""
+    return {topic["recipe"]: topic for topic in plan(docs)[lecture] if "recipe" in topic}
+
+
+def choice_of(recipe: str) -> Choice:
+    return next(choice for choice in CATALOGUE.choices("experiment") if choice.name == f"{FOLDER}{recipe}")
 
 
 def lectures(docs: Path) -> str:
-    """A section per lecture recipe: the picture, the command, what to see, what varies, what to change."""
-    found = [choice for choice in CATALOGUE.choices("experiment") if choice.name.startswith(FOLDER)]
-    return "\n".join(_section(choice, docs) for choice in found)
+    """A section per lecture recipe: the picture, what the lecture says, the command, where the rest is."""
+    topics = {name: (lecture, topic) for lecture in plan(docs) for name, topic in recipes(docs, lecture).items()}
+    return "\n".join(_section(docs, name, *topics[name]) for name in sorted(topics))
 
 
-def _section(choice: Choice, docs: Path) -> str:
-    recipe: dict[str, Any] = yaml.safe_load(choice.path.read_text(encoding="utf-8"))
-    comparison = recipe.get("comparison") or {}
-    name = choice.name.removeprefix(FOLDER)
+def _section(docs: Path, name: str, lecture: str, topic: Topic) -> str:
+    choice = choice_of(name)
+    comparison = yaml.safe_load(choice.path.read_text(encoding="utf-8"))["comparison"]
     lines = [f"## {text(choice.description)}", ""]
+    links = [f"[What to see]({_place(lecture, topic)})", f"[recipe](../conf/experiment/{choice.name}.yaml)"]
+    if results(docs, name):
+        links.insert(1, f"[results](claims.md#{name})")
     if (docs / "gallery" / f"{name}.png").exists():
         lines += [f"![{text(comparison.get('title', name))}](gallery/{name}.png)", ""]
-        if (docs / "gallery" / f"{name}.svg").exists():
-            lines += [f"[As SVG](gallery/{name}.svg)", ""]
-    elif comparison:
-        lines += ["Run the command to draw the picture.", ""]
+        links.append(f"[SVG](gallery/{name}.svg)")
     else:
-        lines += ["Run the command, then `dlopt report` on its folder, to draw the curves.", ""]
-    command = command_of(choice)
-    lines += [block("bash", [command])]
-    if "see" in comparison:
-        lines += [f"**What to see:** {text(' '.join(comparison['see'].split()))}", ""]
-    for claim in results(docs, name):
-        said = f"{text(claim['claim'])}. {text(claim['outcome'])}{_limits(claim)}"
-        lines += [f"- **{claim['verdict'].capitalize()}{changed(claim)}:** {said}"]
-    lines += ["", *_published(docs, name)]
-    notes = [line for line in choice.header[1:] if line.strip() != command]
-    lines += [_notes(notes), "", *_varied(recipe, comparison), ""]
-    lines += [f"**What to change:** {', '.join(code(each) for each in _own(recipe))}", ""]
-    lines += [f"Recipe: [{code(f'conf/experiment/{choice.name}.yaml')}](../conf/experiment/{choice.name}.yaml)", ""]
+        lines += ["Run the command to draw the picture.", ""]
+    lines += [text(topic["sentence"]), "", block("bash", [command_of(choice)]), ", ".join(links), ""]
     return "\n".join(lines)
+
+
+def _place(lecture: str, topic: Topic) -> str:
+    return f"lectures/{lecture}.md#{anchor(topic['name'])}"
 
 
 def _published(docs: Path, name: str) -> list[str]:
@@ -75,33 +87,46 @@ def _published(docs: Path, name: str) -> list[str]:
 
 
 def claims(docs: Path) -> str:
-    """Formats a table of all claims and their verdicts below the numbers of verdicts; the gallery has the outcomes."""
-    rows, missing = [], []
+    """How many claims have which verdict; then, by lecture and recipe, each claim with its verdict and outcome."""
+    lines = []
     verdicts: Counter[str] = Counter()
     sets: dict[str, list[tuple[str, str]]] = {}  # first seed -> verdicts in the gallery and with fresh seeds
-    for choice in CATALOGUE.choices("experiment"):
-        if not choice.name.startswith(FOLDER):
-            continue
-        name = choice.name.removeprefix(FOLDER)
-        found = results(docs, name)
-        recipe = yaml.safe_load(choice.path.read_text(encoding="utf-8"))
-        link = f"[{name}](gallery.md#{anchor(choice.description)})"
-        if recipe["comparison"].get("claims") and not found:
-            missing.append(link)
-        fresh = fresh_verdicts(docs, name)
-        for claim in found:
-            again = {first: new[claim["claim"]] for first, new in fresh.items() if claim["claim"] in new}
-            for first, verdict in again.items():
-                sets.setdefault(first, []).append((claim["verdict"], verdict))
-            verdicts[claim["verdict"]] += 1
-            verdict = f"**{claim['verdict']}**{changed(claim)}"
-            rows.append((text(claim["claim"]), verdict, _agreement(claim["verdict"], again), link))
+    for lecture in plan(docs):
+        lines += [f"## {title(docs, lecture)}", ""]
+        for name, topic in recipes(docs, lecture).items():
+            found, fresh = results(docs, name), fresh_verdicts(docs, name)
+            if not found:
+                continue
+            link = f"[{text(topic['name'])}]({_place(lecture, topic)})"
+            lines += [f"### {code(name)}", "", f"{link}{_seeds(docs, fresh)}", ""]
+            for claim in found:
+                again = {first: new[claim["claim"]] for first, new in fresh.items() if claim["claim"] in new}
+                for first, verdict in again.items():
+                    sets.setdefault(first, []).append((claim["verdict"], verdict))
+                verdicts[claim["verdict"]] += 1
+                lines.append(_claim(claim, again))
+            lines += ["", *_published(docs, name)]
     counted = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
-    columns = ("Claim", "Verdict", "Same with new seeds", "Recipe and outcome")
-    lines = [f"{len(rows)} claims: {counted}.", "", *_sets(sets), table(columns, rows), ""]
-    if missing:
-        lines.append(f"Not recorded here, because they take long or need other machines: {', '.join(missing)}.")
-    return "\n".join(lines)
+    return "\n".join([f"{verdicts.total()} claims: {counted}.", "", *_sets(sets), *lines])
+
+
+def _seeds(docs: Path, fresh: Mapping[str, Any]) -> str:
+    """Names the sets of fresh seeds of a recipe, if it has not been run with all of them."""
+    if fresh.keys() == {each.stem for each in (docs / "gallery/fresh").glob("*.json")}:
+        return ""
+    return f" (new seeds: {', '.join(f'from {first}' for first in sorted(fresh, key=int)) or 'none'})"
+
+
+def _claim(claim: Mapping[str, Any], again: Mapping[str, str]) -> str:
+    """Formats a claim with its verdict and outcome, and the other verdicts with new seeds."""
+    limits = f" Not for: {text(claim['when_not'])}." if claim["when_not"] else ""
+    others: dict[str, list[str]] = {}  # verdict -> first seeds of the sets that have it
+    for first in sorted(again, key=int):
+        if again[first] != claim["verdict"]:
+            others.setdefault(again[first], []).append(first)
+    differing = "".join(f" But {verdict} with seeds from {', '.join(firsts)}." for verdict, firsts in others.items())
+    verdict = f"**{claim['verdict'].capitalize()}{changed(claim)}:**"
+    return f"- {verdict} {text(claim['claim'])}. {text(claim['outcome'])}{limits}{differing}"
 
 
 def fresh_verdicts(docs: Path, name: str) -> dict[str, dict[str, str]]:
@@ -113,12 +138,6 @@ def fresh_verdicts(docs: Path, name: str) -> dict[str, dict[str, str]]:
         if recipe and recipe["claims_hash"] == hash_:
             found[each.stem] = recipe["verdicts"]
     return found
-
-
-def _agreement(verdict: str, again: dict[str, str]) -> str:
-    """Formats in how many sets of fresh seeds the verdict is the same, and the other verdicts."""
-    others = [f"{again[first]} with seeds from {first}" for first in sorted(again, key=int) if again[first] != verdict]
-    return "; ".join([f"{len(again) - len(others)} of {len(again)}", *others]) if again else ""
 
 
 def _sets(sets: dict[str, list[tuple[str, str]]]) -> Iterable[str]:
@@ -156,42 +175,7 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
 
 
-def _limits(claim: dict[str, Any]) -> str:
-    return f" Not for: {text(claim['when_not'])}." if claim["when_not"] else ""
-
-
 def command_of(choice: Choice) -> str:
     """The command in the header of the file, which names required keys too."""
     commands = [line.strip() for line in choice.header if line.strip().startswith("dlopt train ")]
     return commands[0] if commands else f"dlopt train experiment={choice.name}"
-
-
-def _notes(lines: list[str]) -> str:
-    """Prose as a paragraph; aligned columns, lists and further commands as they are in the file."""
-    if any(re.search(r"\S {2,}\S|^\s*- |^ {2,}", line) for line in lines):
-        return block("text", lines)
-    return text(" ".join(line.strip() for line in lines).replace("Its picture says what to see.", "").strip())
-
-
-def _varied(recipe: dict[str, Any], comparison: dict[str, Any]) -> Iterable[str]:
-    """The axes of the comparison or sweep."""
-    variants = [(text(str(name)), " ".join(map(code, lines))) for name, lines in comparison.get("variants", {}).items()]
-    yield table(("Variant", "Overrides"), variants)
-    swept = comparison.get("along") or recipe.get("hydra", {}).get("sweeper", {}).get("params", {})
-    yield table(("Swept", "Values"), [(code(key), _values(values)) for key, values in swept.items()])
-
-
-def _values(values: Any) -> str:
-    if isinstance(values, dict):  # labelled points, of several keys each
-        return "; ".join(f"{text(str(name))}: {' '.join(map(code, lines))}" for name, lines in values.items())
-    return code(", ".join(map(str, values)) if isinstance(values, list) else str(values))
-
-
-def _own(recipe: dict[str, Any], prefix: str = "") -> Iterable[str]:
-    """The keys that the recipe itself sets, as they are typed."""
-    for key, value in recipe.items():
-        if prefix or key not in ("defaults", "comparison", "hydra", "name"):
-            if isinstance(value, dict):
-                yield from _own(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}={show(value)}".replace(", ", ",")

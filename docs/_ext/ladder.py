@@ -1,4 +1,4 @@
-"""Generates the tables and findings of the ladder whose results are in docs/ladder/FAMILY/results.json."""
+"""Generates the tables of the ladder whose results are in docs/ladder/FAMILY/results.json."""
 
 import json
 import math
@@ -10,30 +10,38 @@ from markup import code, table, text
 
 from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import Analysis, Gain, Prediction
-from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import LadderRequest, read_ladder
 from dlopt.lab.ladder.results import Results, measured
 from dlopt.lab.ladder.scaling_laws import PowerLaw, ScalingLaws
 from dlopt.lab.ladder.table import tables
 
+_OMITTED = ("Laws", "Normalized loss curves", "Seconds", "Weight decay")  # tables that only the report has
+_OF_ARMS = ("Loss at", "Learning rates")  # with arms, in addition to the comparisons within an arm
+
 
 def ladder(folder: Path) -> str:
-    """What the ladder shows, its tables, and how it was made."""
+    """The tables of measured values, and how the ladder was made. The text beside them says what it shows."""
     found = results(folder)
     facts = dict(found.facts)
     commands = [each for each in str(facts.pop("command")).split("; ") if each]
     made = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
-    lines = [f"- {text(each.text)}" for each in findings(found)]
+    lines = []
     for each in tables(found):
+        title = each.title or ""
+        if title.startswith(_OMITTED) or "by the laws" in title:
+            continue
+        if found.arms and "same arm" not in title and not title.startswith(_OF_ARMS):
+            continue
         rows = [[code(row[0]), *map(text, row[1:])] for row in each.rows]
-        lines += [
-            "",
-            f"{text(each.title or '')}:",
-            "",
-            table([_head(head, found) for head in each.heads], rows).strip(),
-        ]
+        lines += [f"{text(title)}:", "", table([_head(head, found) for head in each.heads], rows)]
     runs = len(found.outcomes) + len(found.searched)
-    return "\n".join([*lines, "", f"{runs} runs, made by {' and '.join(map(code, commands))}, with {text(made)}."])
+    by = f"by {' and '.join(map(code, commands))}, with" if len(commands) <= 2 else "with"
+    lines += [
+        f"{runs} runs, made {by} {text(made)}.",
+        f"A copy of [results.json](ladder/{folder.name}/results.json) in a folder is enough for",
+        "`dlopt ladder report FOLDER`, which prints all tables and findings.",
+    ]
+    return "\n".join(lines)
 
 
 def _head(plain: str, found: Results) -> str:

@@ -1,25 +1,15 @@
 """Writes the topics of a lecture: what happens, how long it takes, the command, what to look at, the verdicts."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
-from gallery import FOLDER, anchor, changed, command_of, results
+from gallery import Topic, anchor, changed, choice_of, command_of, plan, results, title
 from markup import block, text
-from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
 from dlopt.lab.comparison.frozen import stated_time
 
-Topic = Mapping[str, Any]
 QUICK = "comparison.quick=true"
-
-
-def plan(docs: Path) -> dict[str, list[Topic]]:
-    """Reads docs/lectures/lectures.yaml: lecture -> topics, in order."""
-    found: dict[str, list[Topic]] = yaml.safe_load((docs / "lectures/lectures.yaml").read_text(encoding="utf-8"))
-    return found
 
 
 def topics(docs: Path, lecture: str) -> str:
@@ -30,8 +20,7 @@ def overview(docs: Path) -> str:
     """A list of the lectures with their topics."""
     lines = []
     for lecture, found in plan(docs).items():
-        heading = (docs / "lectures" / f"{lecture}.md").read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        lines.append(f"1. [{heading}]({lecture}.md)")
+        lines.append(f"1. [{title(docs, lecture)}]({lecture}.md)")
         for topic in found:
             name = topic["name"]
             lines.append(
@@ -40,14 +29,9 @@ def overview(docs: Path) -> str:
     return "\n".join(lines)
 
 
-def _choice(topic: Topic) -> Choice:
-    name = f"{FOLDER}{topic['recipe']}"
-    return next(choice for choice in CATALOGUE.choices("experiment") if choice.name == name)
-
-
 def _topic(docs: Path, topic: Topic) -> str:
     if "recipe" in topic:
-        parts = _recipe(docs, topic, _choice(topic))
+        parts = _recipe(docs, topic, choice_of(topic["recipe"]))
     else:
         first = f"{text(topic['sentence'])} About {topic['time']}:"
         parts = [first, "", block("bash", [topic["command"]]), *_picture(docs, topic.get("picture"), topic["title"])]
@@ -56,7 +40,7 @@ def _topic(docs: Path, topic: Topic) -> str:
 
 
 def _recipe(docs: Path, topic: Topic, choice: Choice) -> list[str]:
-    """Returns the lines of a recipe: what happens, time, command, picture, what to see, verdicts, link to numbers."""
+    """Returns the lines of a recipe: what happens, time, command, picture, what to see, verdicts, links."""
     name, command = topic["recipe"], command_of(choice)
     time = stated_time(choice.header) or "days, on four GPUs"
     if "quick" in topic:
@@ -64,7 +48,7 @@ def _recipe(docs: Path, topic: Topic, choice: Choice) -> list[str]:
     see = " ".join(yaml.safe_load(choice.path.read_text(encoding="utf-8"))["comparison"]["see"].split())
     found = results(docs, name)
     verdicts = [f"- **{each['verdict'].capitalize()}{changed(each)}:** {text(each['claim'])}." for each in found]
-    link = f"../gallery.md#{anchor(choice.description)}"
+    recipe = f"../../conf/experiment/{choice.name}.yaml"
     return [
         f"{text(topic['sentence'])} {time[:1].upper()}{time[1:]}:",
         "",
@@ -73,7 +57,7 @@ def _recipe(docs: Path, topic: Topic, choice: Choice) -> list[str]:
         f"**What to see:** {text(see)}",
         "",
         *(["Not recorded here.", ""] if not verdicts else [*verdicts, ""]),
-        f"[Numbers and what to change]({link}).",
+        f"[Results](../claims.md#{name}), [recipe]({recipe})" if verdicts else f"[Recipe]({recipe})",
         "",
     ]
 

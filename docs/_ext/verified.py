@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markup import code
 
 MARKS = {"pass": "✓", "fail": "✗", "undecided": "?", "not applicable": "·"}
 SHORT = {"missing gradients": "missing", "implementations": "foreach, fused", "unusual input": "unusual"}
@@ -53,11 +54,15 @@ def _summary(packages: Mapping[str, Any], numbers: Mapping[tuple[str, str], int]
 
 def _table(package: str, optimizers: Mapping[str, Any], numbers: Mapping[tuple[str, str], int]) -> str:
     names = checks({package: {"optimizers": optimizers}})
-    lines = [
+    passing = [name for name, found in optimizers.items() if not isinstance(found, str) and _passes(found, names)]
+    lines = [f"Every check that applies passes: {', '.join(map(code, passing))}.", ""] if passing else []
+    lines += [
         "| optimizer | " + " | ".join(SHORT.get(name, name) for name in names) + " |",
         "|---|" + "---|" * len(names),
     ]
     for optimizer, found in optimizers.items():
+        if optimizer in passing:
+            continue
         if isinstance(found, str):
             lines.append(f"| `{optimizer}` | {found}" + " |" * len(names))
             continue
@@ -68,6 +73,11 @@ def _table(package: str, optimizers: Mapping[str, Any], numbers: Mapping[tuple[s
             cells.append(MARKS[status] + (f" {number}" if status == "fail" and number else ""))
         lines.append(f"| `{optimizer}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _passes(found: Mapping[str, Any], names: list[str]) -> bool:
+    """Returns whether every check passes or does not apply."""
+    return {found[name][0] for name in names} <= {"pass", "not applicable"}
 
 
 def _note(number: int, note: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,14 @@ def test_committed_tables_are_those_of_their_sources(page: Path) -> None:
     assert SCRIPT["generated"](page) == text, f"{page.name} is stale; run: {SCRIPT['COMMAND']}"
 
 
-def test_the_table_of_claims_marks_those_that_were_changed_after_their_results(tmp_path: Path) -> None:
+def test_claims_are_marked_that_were_changed_after_their_results(tmp_path: Path) -> None:
     (tmp_path / "gallery").mkdir()
+    shutil.copytree(ROOT / "docs/lectures", tmp_path / "lectures")
     saved = json.loads((ROOT / "docs/gallery/momentum.json").read_text(encoding="utf-8"))
     [claim] = saved["claims"]
     for recipe, mark in ((saved["recipe_hash"], ""), ("0" * 64, " (changed after results)")):
         (tmp_path / "gallery/momentum.json").write_text(json.dumps({**saved, "recipe_hash": recipe}))
-        assert f"| **{claim['verdict']}**{mark} |" in SCRIPT["gallery"].claims(tmp_path)
+        assert f"- **{claim['verdict'].capitalize()}{mark}:** " in SCRIPT["gallery"].claims(tmp_path)
 
 
 def test_every_page_with_generated_parts_is_written_by_the_script() -> None:

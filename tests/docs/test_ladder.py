@@ -26,7 +26,7 @@ def test_results_read_from_the_file_show_the_same(tmp_path: Path, monkeypatch: p
     made.facts["processor"] = "some processor"
     (tmp_path / "results.json").write_text(to_json(made))
     text = ladder.ladder(tmp_path)
-    assert "| Optimizer | `r0` | `r1` | `r2` | `r3` | `r4` |" in text and text.count("\n| `mine` |") == 7
+    assert "| Optimizer | `r0` | `r1` | `r2` | `r3` | `r4` |" in text and text.count("\n| `mine` |") == 4
     assert "`dlopt ladder optimizer=mine model=f`, with processor some processor." in text
     assert math.isnan(ladder._number(None))
 

@@ -71,7 +71,10 @@ def test_verdicts_of_fresh_seeds_are_recorded_for_the_table(tmp_path: Path, monk
     assert gallery.fresh_verdicts(tmp_path, "clipping") == {}  # no results in the gallery
     found = gallery.fresh_verdicts(tmp_path, "momentum")
     assert found == {"1000": {"claim 0": "supported", "claim 1": "inconclusive"}}
-    assert gallery._agreement("supported", {"1000": "inconclusive"}) == "0 of 1; inconclusive with seeds from 1000"
+    claim = {"claim": "A beats B", "verdict": "supported", "outcome": "2x.", "when_not": "", "changed": False}
+    line = gallery._claim(claim, {"1000": "supported", "3000": "inconclusive", "2000": "inconclusive"})
+    assert line == "- **Supported:** A beats B. 2x. But inconclusive with seeds from 2000, 3000."
+    assert gallery._seeds(tmp_path, found) == "" and gallery._seeds(tmp_path, {}) == " (new seeds: none)"
     pairs = [("supported", "supported"), ("supported", "contradicted")]
     [line, _] = gallery._sets({"1000": pairs})
     assert line.startswith("- Seeds from 1000 on: 1 of 2 verdicts are the same (50.0 %);") and line.endswith(": 1.")
