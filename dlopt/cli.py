@@ -5,7 +5,6 @@ Imports torch lazily, so that `--help`, `--version` and shell completion are fas
 
 import importlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -118,9 +117,10 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     if arguments[:1] == ["help"] and len(arguments) > 1:  # dlopt help train
         arguments[:2] = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
+        from dlopt.basics.formats import terminal_width
         from dlopt.commands.listing import sections
 
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        columns = terminal_width(sys.stdout)
         return partial(_print, _USAGE % sections(every_command(), columns)), []
     if arguments[0] in ("-V", "--version"):
         return partial(_print, f"dlopt {__version__}\n"), []

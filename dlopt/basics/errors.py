@@ -12,7 +12,7 @@ from pathlib import Path
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 CHECKOUT = Path(__file__).parents[2]  # of the repository, unless dlopt is installed as a wheel
 _MAX_NAMES = 5
-_SIMILAR = 0.5  # ratio of difflib
+_SIMILAR = 0.6  # ratio of difflib
 
 
 class UserError(Exception):
@@ -66,22 +66,27 @@ def disk_failure(error: BaseException) -> str | None:
 def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", title: str = "allowed") -> str:
     """Returns the hint for an unknown name: "did you mean PREFIX+NAME? allowed: a, b". See `shorten` for `more`."""
     names = list(names)
-    return f"{did_you_mean(name, names, prefix)}{title}: {shorten(name, names, more)}"
+    hint = did_you_mean(name, names, prefix)
+    return hint + shorten(name, names, more, title=title, has_hint=bool(hint))
 
 
 def did_you_mean(name: str, names: Sequence[str], prefix: str = "") -> str:
     """Returns "did you mean PREFIX+NAME? " for the most similar of `names`; "" if none is similar."""
-    close = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    close = get_close_matches(name.lower(), names, n=1, cutoff=_SIMILAR)
     return f"did you mean {prefix}{close[0]}? " if close else ""
 
 
-def shorten(name: str, names: Sequence[str], more: str) -> str:
-    """Joins `names`; of more than five, those like `name`, or the first, and the command `more` that lists all."""
+def shorten(name: str, names: Sequence[str], more: str, *, title: str, has_hint: bool) -> str:
+    """Lists `names`; of more than five, those like `name`, or the first, and the command `more` that lists all.
+
+    `has_hint`: the message suggests a name; then the list has no names that are not like `name`.
+    """
     if len(names) <= _MAX_NAMES:
-        return ", ".join(names) or "none"
-    nearest = get_close_matches(name.lower(), names, n=_MAX_NAMES, cutoff=_SIMILAR)
-    nearest += [each for each in names if each not in nearest][: _MAX_NAMES - len(nearest)]
-    return f"{', '.join(each for each in names if each in nearest)}, ...; `{more}` lists all"
+        return f"{title}: {', '.join(names) or 'none'}"
+    shown = get_close_matches(name.lower(), names, n=_MAX_NAMES, cutoff=_SIMILAR)
+    if has_hint and len(shown) < 2:
+        return f"`{more}` lists all"
+    return f"{title}: {', '.join(shown or names[:_MAX_NAMES])}, ...; `{more}` lists all"
 
 
 def install(package: str) -> str:

@@ -2,10 +2,14 @@
 
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 _LONG_FLOAT = re.compile(r"(?<![\w.])\d+\.\d{5,}(e[+-]?\d+)?(?![\w.])")
+# What is copied from a message: between backticks, or after a colon; "KEY: dlopt find-lr does not read ..." is none.
+_COMMAND = re.compile(r"`[^`]*`|(?<=: )dlopt (?!.* does not read).*|(\S+ -m )?\S*\bpip install [^;)]*")
 
 
 def format_number(value: float | None) -> str:
@@ -103,3 +107,23 @@ def brief(value: Any) -> str:
 def printable(value: str) -> str:
     """Replaces characters that would control a terminal or break a table."""
     return "".join(character if character.isprintable() else "�" for character in value)
+
+
+def terminal_width(stream: TextIO | None) -> int | None:
+    """Returns the characters of a line of the terminal; None for a pipe or a file, whose lines have no limit."""
+    is_terminal = stream is not None and stream.isatty()
+    return shutil.get_terminal_size().columns if is_terminal else None
+
+
+def wrap(text: str, width: int | None, *, first: str = "", indent: str = "") -> list[str]:
+    """Breaks a text into lines at its blanks; words and commands stay whole, also those longer than a line.
+
+    `width`: None for no limit. `first`, `indent`: what the first and the other lines begin with.
+    """
+    if width is None:
+        return [first + text]
+    glued = _COMMAND.sub(lambda match: match[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(
+        glued, width, initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace("\0", " ") for line in lines] or [""]

@@ -253,14 +253,24 @@ def print_line(text: str) -> None:
 
 
 def print_message(message: str) -> None:
-    """Prints an error, a warning or a note to stderr: shortened, and without codes that would control a terminal."""
-    from dlopt.basics.formats import printable  # most commands print none
+    """Prints an error, a warning or a note to stderr: shortened, without codes that would control a terminal.
+
+    A terminal shows it in lines that break between words.
+    """
+    from dlopt.basics.formats import printable, terminal_width, wrap  # most commands print none
     from dlopt.basics.secrets import redact
 
     message = redact(message)  # first: where stderr is a file, it would not find a secret that is cut or replaced below
     if len(message) > _MAX_ERROR:  # the end of a message says what to do
         message = f"{message[: _MAX_ERROR // 2]} [...] {message[-_MAX_ERROR // 2 :]}"
-    print_line("\n".join(map(printable, f"dlopt: {message}".split("\n"))))
+    width = terminal_width(sys.stderr)
+    first, *others = message.split("\n")
+    lines = wrap(printable(first), width, first="dlopt: ")
+    for line in map(printable, others):
+        text = line.lstrip(" ")
+        margin = " " * (len(line) - len(text))
+        lines += wrap(text, width, first=margin, indent=f"{margin}  ")
+    print_line("\n".join(lines))
 
 
 def flush_streams() -> None:

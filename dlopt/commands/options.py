@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
 from dlopt.basics.errors import DONE, UserError, shorten, suggest
+from dlopt.basics.formats import wrap
 from dlopt.commands.shared.document import print_document
 from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
@@ -383,7 +383,7 @@ def _similar(catalogue: Catalogue, name: str, keys: Sequence[str] = ()) -> str:
             lines[choice.name] = f"{group}={choice.name}"
     close = get_close_matches(name.lower(), [*groups, *lines, *keys], n=1, cutoff=0.6)
     hint = f"did you mean {lines.get(close[0], close[0])}? " if close else ""
-    return f"{hint}groups: {shorten(name, groups, 'dlopt options')}"
+    return hint + shorten(name, groups, "dlopt options", title="groups", has_hint=bool(hint))
 
 
 # -- the help of `dlopt train`
@@ -451,9 +451,7 @@ class _Page:
 
     def text(self, *lines: str, bold: bool = False) -> None:
         for line in lines:
-            wrapped = [line]
-            if self._width and line:
-                wrapped = textwrap.wrap(line, self._width, break_on_hyphens=False)
+            wrapped = wrap(line, self._width)
             if bold and self._is_terminal:
                 wrapped = [f"\033[1m{each}\033[0m" for each in wrapped]
             self.lines += wrapped

@@ -205,6 +205,7 @@ def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str
     if not place.parent:
         names += sorted(known.more_keys)
     similar = _similar_key(place, names, config)
+    choices = ""
     hint = f"did you mean {similar}? " if similar else ""
     is_group = place.parent in known.groups()
     target = str(place.node.get("_target_"))
@@ -213,11 +214,13 @@ def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str
             return f"{hint}if not, add the key to the file of this choice"
         return f"the file of this choice does not list it: add it there, or type +{line}"
     if is_group:
-        hint = _choices_with(place, known.config_dir) or hint
+        choices = _choices_with(place, known.config_dir)
+        hint = choices or hint
         names = sorted(_own_first(place.parent, names), key=lambda name: not OmegaConf.is_missing(place.node, name))
     if names:
         command = f"dlopt options {place.parent}" if is_group else "dlopt train --help"
-        return f"{hint}allowed: {shorten(place.name, names, command)}"
+        has_similar = bool(similar) and not choices
+        return hint + shorten(place.name, names, command, title="allowed", has_hint=has_similar)
     if target.startswith("dlopt."):
         return f"{hint}the chosen {place.parent} has no keys"
     return f"add a new key with a plus sign: +{line}"

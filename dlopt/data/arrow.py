@@ -163,7 +163,10 @@ class Columns:
         if self.names is None:
             return
         counts = np.repeat([0 if each is None else len(each) for _, each in self._stored], [n for n, _ in self._stored])
-        refuse_unnamed(self.table.column(self.target).to_pylist(), counts.tolist(), self.target, self.place)
+        advice = "remove them from the files" if self._key.endswith("file") else "choose another split"
+        if self._key not in ("data.file", "data.split"):  # the training set
+            advice += f", or set {self._key}=null"
+        refuse_unnamed(self.table.column(self.target).to_pylist(), counts.tolist(), self.target, self.place, advice)
 
     @property
     def size(self) -> int:

@@ -296,16 +296,20 @@ def stored_names(metadata: Mapping[bytes, bytes] | None, column: str) -> list[st
         return None
 
 
-def with_names(values: Sequence[Any], names: Sequence[str], column: str, place: Callable[[int], str]) -> list[Any]:
-    """Returns names of classes for numbers. Raises `UserError` for numbers of no class."""
-    refuse_unnamed(values, [len(names)] * len(values), column, place)
+def with_names(
+    values: Sequence[Any], names: Sequence[str], column: str, place: Callable[[int], str], advice: str
+) -> list[Any]:
+    """Returns names of classes for numbers. Raises `UserError` for numbers of no class; see `refuse_unnamed`."""
+    refuse_unnamed(values, [len(names)] * len(values), column, place, advice)
     return [names[value] if isinstance(value, int) else value for value in values]
 
 
-def refuse_unnamed(values: Sequence[Any], counts: Sequence[int], column: str, place: Callable[[int], str]) -> None:
+def refuse_unnamed(
+    values: Sequence[Any], counts: Sequence[int], column: str, place: Callable[[int], str], advice: str
+) -> None:
     """Raises `UserError` for labels, or lists of them, of no class: -1, as the package datasets marks missing ones.
 
-    `counts`: the number of classes with names for each row; 0 without names.
+    `counts`: the number of classes with names for each row; 0 without names. `advice`: what to do about the rows.
     """
     wrong = {}
     for row, (value, count) in enumerate(zip(values, counts, strict=True)):
@@ -318,7 +322,7 @@ def refuse_unnamed(values: Sequence[Any], counts: Sequence[int], column: str, pl
         meaning = "no label" if value == -1 else f"none of its {count} classes"
         raise UserError(
             f"{place(row)}: {column} is {value}, which means {meaning}; so do {len(wrong)} of {len(values)} rows: "
-            "remove them, or choose another split"
+            f"{advice}"
         )
 
 

@@ -423,7 +423,9 @@ class _ParquetReader:
     def _texts(self, table: Any, name: str) -> list[str]:
         """Returns the fields of a column, as a CSV file has them."""
         values, names = _decoded(table.column(name)).to_pylist(), stored_names(self._schema.metadata, name)
-        values = values if names is None else with_names(values, names, name, self._place)
+        if names is not None:
+            advice = f"remove them from the file; if {name} is not the target, data.ignore=[{name}] leaves it out"
+            values = with_names(values, names, name, self._place, advice)
         return [field_of(value) for value in values]
 
     def _refuse_nested(self, name: str) -> None:

@@ -117,15 +117,20 @@ class Row:
     def failed(self) -> int:
         return sum(run.status == "failed" for run in self.runs)
 
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a search has pruned all of its runs."""
+        return all(run.status == "pruned" or run.metrics.get("pruned") for run in self.runs)
+
     def count(self, metric: str) -> str:
-        """Formats the number of runs: 3, or "2 of 3" if the statistics of `metric` cover two."""
+        """Formats the number of runs: 3, "2 of 3" if the statistics of `metric` cover two, "pruned" if all were."""
+        if self.is_pruned:
+            return "pruned" if len(self.runs) == 1 else f"{len(self.runs)} pruned"
         counted, runs = len(self.counted(metric)), len(self.runs)
         return str(runs) if counted == runs else f"{counted} of {runs}"
 
     def count_with_failed(self, metric: str) -> str:
-        """Formats "2 of 3, 1 failed", or "pruned" if all were."""
-        if all(run.status == "pruned" or run.metrics.get("pruned") for run in self.runs):
-            return "pruned" if len(self.runs) == 1 else f"{len(self.runs)} pruned"
+        """Formats "2 of 3, 1 failed"; see `count`."""
         return f"{self.count(metric)}, {self.failed} failed" if self.failed else self.count(metric)
 
     def by_seeds(self, metric: str) -> dict[Seeds, float]:

@@ -258,7 +258,9 @@ def _about_tests(rank: int, *, is_shown: bool, is_all: bool) -> str:
 
 
 def _not_ended(row: Configuration) -> str:
-    """Counts the runs that have not ended by their status: 1 failed, 2 running."""
+    """Counts the runs that have not ended by their status: 1 failed, 2 running. Not if the count says that already."""
+    if row.is_pruned:
+        return ""
     counts = Counter(run.status for run in row.runs if run.status not in ENDED)
     return ", ".join(f"{count} {status}" for status, count in counts.items())
 
@@ -520,7 +522,9 @@ def _times_to(ranking: Ranking, target: float) -> dict[str, Any]:
     for row, reached in (*first, *slow):
         bars = [_bar(name, reached, longest[name]) for name in TIMES]
         is_pale = reached.count < reached.runs
-        entries.append([index[id(row)], reached.count, f"{reached.count} of {reached.runs}", is_pale, *bars])
+        is_pruned = row.is_pruned and not reached.count
+        runs = row.count(ranking.by) if is_pruned else f"{reached.count} of {reached.runs}"
+        entries.append([index[id(row)], reached.count, runs, is_pale, *bars])
     return {"target": format_metric(ranking.by, target), "entries": entries}
 
 

@@ -1,6 +1,5 @@
 """Results on a terminal: the table of a report, the leaderboard and the Pareto front of a sweep."""
 
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
@@ -81,8 +80,7 @@ def _print_line(line: str, console: Console) -> None:
 def _wrapped(line: str, width: int) -> str:
     if line.startswith(("best: ", "best run: ")):  # a command, or a path, is to be copied whole
         return line
-    # Rich would break long paths, too.
-    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(formats.wrap(line, width))  # rich would break long paths, too
 
 
 def _unfitting(report: "ReportContent", console: Console) -> list[str]:

@@ -183,6 +183,7 @@ class _Workers:
         self._source, self._pool, self._overview = source, pool, overview
         self.active: dict[int, _Worker] = {}  # by slot
         self._failed: int | None = None  # a job
+        self._has_started = False  # a process
 
     def stop_reason(self) -> str | None:
         """Returns why the sweep must stop; None to continue."""
@@ -241,13 +242,17 @@ class _Workers:
             return
         if not again:
             self._overview.started(job.number, job.label)
-            self._overview.refresh()  # the first start takes seconds: the server imports torch
+            self._overview.note = "" if self._has_started else "loading PyTorch ..."  # in the server: takes seconds
+            self._overview.refresh()
         try:
             process = self._pool.start(slot, job.folder.path, job.checked.environment)
+            self._has_started = True
         except OSError as error:
             self._ended(job, failed(job.folder, f"the process could not be started: {error}", died=True))
         else:
             self.active[slot] = _Worker(job, process)
+        finally:
+            self._overview.note = ""
 
     def _read_metrics(self, worker: _Worker) -> None:
         for metrics in worker.new_metrics():

@@ -47,6 +47,7 @@ class Overview(Screen):
         jobs_per_trial: int = 1,
     ) -> None:
         super().__init__(stream)
+        self.note = ""  # below the running jobs of the live display
         self._total, self._similar, self._silent = total, similar, silent
         self._unit = "job" if jobs_per_trial == 1 else "trial"  # of the best one
         self._counts = Counter[str]()  # ended jobs by status
@@ -165,6 +166,8 @@ class Overview(Screen):
         for number, running in list(self._running.items())[:_MAX_ROWS]:
             texts = [f"job {number}", running.label, *_format_metrics(running.metrics)]  # narrow terminals cut the end
             rows.append(Text("  ".join(texts), "dim"))
+        if self.note:
+            rows.append(Text(self.note))
         for row in rows:
             row.no_wrap, row.overflow = True, "ellipsis"
         return Group(head, *rows)

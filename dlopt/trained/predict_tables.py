@@ -134,7 +134,8 @@ class ParquetTable:
             fields = dict(zip(self.names, batch.columns, strict=True))
             for name, stored in self._stored.items():
                 if stored is not None:
-                    fields[name] = with_names(fields[name].to_pylist(), stored, name, place)
+                    numbers, advice = fields[name].to_pylist(), "remove them from the file"
+                    fields[name] = with_names(numbers, stored, name, place, advice)
             yield Rows(batch.columns, fields, len(batch), place)
             start += len(batch)
 

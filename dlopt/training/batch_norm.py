@@ -181,17 +181,15 @@ class LaggingStatistics:
         self._highest = 0.0  # training loss so far
 
     def explain(self, metrics: Mapping[str, float], show: Callable[[str], None]) -> None:
-        """Calls `show`, once, if the validation loss is high beside all training losses so far."""
+        """Shows a note of two lines, once, if the validation loss is high beside all training losses so far."""
         train, val = metrics.get("train_loss"), metrics.get("val_loss")
         if metrics["step"] > self._updates or train is None or val is None:
             return
         self._highest = max(self._highest, train)
         if val > 2 * self._highest > 0:
             self._updates = 0
-            show(
-                "val loss is high: in the first updates, the running statistics of batch norm fit earlier weights; "
-                "norm_statistics=exact evaluates with those of the current weights"
-            )
+            show("val loss is high: early on, batch norm's running statistics fit older weights;")
+            show("norm_statistics=exact evaluates with those of the current weights")
 
 
 def small_batch_warnings(workload: Workload) -> list[str]:

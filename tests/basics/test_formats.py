@@ -52,3 +52,15 @@ def test_formats_of_measurements() -> None:
 def test_format_count() -> None:
     counts = [formats.format_count(noun, count) for noun in ("steps", "studies") for count in (1, 1200)]
     assert counts == ["1 step", "1,200 steps", "1 study", "1,200 studies"]
+
+
+def test_wrap_breaks_neither_words_nor_commands() -> None:
+    text = "data.augmentation_seed=[1,2]: unknown; `dlopt options data` lists all, or type: dlopt train data=digits"
+    lines = ["data.augmentation_seed=[1,2]:", "unknown;", "`dlopt options data`", "lists all, or type:"]
+    assert formats.wrap(text, 20) == [*lines, "dlopt train data=digits"]
+    assert formats.wrap("data.x=1: dlopt find-lr does not read this key", 20, indent="  ") == [
+        "data.x=1: dlopt",
+        "  find-lr does not",
+        "  read this key",
+    ]
+    assert formats.wrap(text, None) == [text]

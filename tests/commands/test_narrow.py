@@ -55,3 +55,10 @@ def test_text_is_wrapped_between_words(tmp_path: Path) -> None:
     assert all(line == line.strip() and len(line) <= 60 for line in map(str.rstrip, text.splitlines()))
     assert "the loss" in " ".join(text.split()), shown
     assert "  dlopt train " in command  # whole, to be copied
+
+
+def test_refusals_are_wrapped_between_words(tmp_path: Path) -> None:
+    code, shown = in_terminal(tmp_path, 60, "train", "modl=mlp", "optimzer=adamw", "data.batch_size=0")
+    lines = [line.rstrip() for line in plain(shown).splitlines()]
+    assert code == 2 and "    `dlopt train --help` lists all" in lines
+    assert "    to 1; allowed: an integer >= 1 and <= 16777216 | full" in lines

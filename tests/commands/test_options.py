@@ -91,7 +91,7 @@ def test_lists_config_dir(printed: Callable[..., str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("optimiser", "did you mean optimizer? groups: "),
+        ("optimiser", "did you mean optimizer? `dlopt options` lists all"),
         ("zzzz", "no group, choice or key; groups: model, data, optimizer, "),
         ("weight_decai", "did you mean optimizer.weight_decay? "),
         ("adamv", "did you mean optimizer=adam? "),

@@ -180,7 +180,7 @@ def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
         ("night top=0", "top=0: "),
         ("night target=high", "target=high: "),
         ("night targt=1", "did you mean target?"),
-        ("night watch=true", "did you mean --watch? allowed: "),
+        ("night watch=true", "did you mean --watch? `dlopt report --help` lists all"),
         ("night what=1", "`dlopt report --help` lists all"),
         ("night optimzer=sgd", "optimzer=sgd: unknown key; did you mean optimizer?"),
         ("night lr>high", "lr>high: > requires a number"),

@@ -23,7 +23,8 @@ TINY = ("model=mlp", "model.widths=[4]", "data.subset=40", "steps=1", "threads=1
 # arguments of `dlopt train` -> substrings of the message
 KEYS = {
     "optimizer.lrr=1": ("optimizer.lrr=1", "did you mean optimizer.lr?", "`dlopt options optimizer` lists all"),
-    "lrr=1": ("lrr=1", "did you mean optimizer.lr?"),
+    "lrr=1": ("lrr=1", "did you mean optimizer.lr? `dlopt train --help` lists all"),
+    "optimzer=adamw": ("optimzer=adamw: unknown key; did you mean optimizer? `dlopt train --help` lists all",),
     "tracking.wandb=true": ("tracking.wandb=true: unknown key; tracking holds a value, not keys",),
     "precision=half": ("precision=half: unknown value; allowed: fp32 | ",),
     "resume=true": ("resume=true: unknown value; allowed: auto | ",),

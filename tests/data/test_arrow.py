@@ -305,9 +305,10 @@ def test_labels_that_stand_for_no_class(labels: list[int], message: str, tmp_pat
 
     good, bad = (file(name, values, {b"huggingface": NAMED}) for name, values in (("a", [0, 1, 2, 1]), ("b", labels)))
     assert read(file=good).classes == ("cat", "dog", "owl")
-    with pytest.raises(UserError, match=r"^data\.file, " + message):
+    with pytest.raises(UserError, match=rf"^data\.file, {message}: remove them from the files$"):
         read(file=bad)
-    with pytest.raises(UserError, match=r"^data\.test_file, " + message):
+    advice = r"remove them from the files, or set data\.test_file=null"
+    with pytest.raises(UserError, match=rf"^data\.test_file, {message}: {advice}$"):
         read(file=good, test_file=bad)
     assert read(file=file("c", [-1, 1, -1, 1], None)).classes == ("-1", "1")
 
@@ -327,7 +328,8 @@ def test_unlabelled_rows_of_the_package_datasets(datasets: Any, tmp_path: Path) 
     features = datasets.Features({"image": datasets.Sequence(datasets.Value("float32")), "label": label})
     rows = {"image": [[0.0], [1.0], [2.0]], "label": [0, 1, -1]}
     datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(UserError, match=r"data\.split, row 2: label is -1, which means no label; so do 1 of 3 rows"):
+    message = r"data\.split, row 2: label is -1, which means no label; so do 1 of 3 rows: choose another split$"
+    with pytest.raises(UserError, match=message):
         hub(name=str(tmp_path / "saved"), split="train")
 
 

@@ -106,7 +106,9 @@ def test_labels_and_categories_as_other_packages_store_them(tmp_path: Path) -> N
     assert np.array_equal(read(path, labels="value").answers, numbers)
     missing = table.set_column(2, "y", arrow.array([*numbers[:-2], -1, -1])).replace_schema_metadata(metadata)
     writer.write_table(missing, path)
-    with pytest.raises(UserError, match="row 28: y is -1, which means no label; so do 2 of 30 rows"):
+    with pytest.raises(
+        UserError, match="row 28: y is -1, which means no label; so do 2 of 30 rows: remove them from the file; "
+    ):
         read(path)
     for labels, classes in (
         (values.astype("category"), ["0", "1", "2"]),

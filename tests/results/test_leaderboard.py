@@ -151,7 +151,9 @@ def test_counts_name_failed_and_pruned_runs() -> None:
     runs = [entry(0.2, 0, 0.9), entry(0.2, 1, None, "failed")]
     runs += [entry(0.1, seed, 0.5, "stopped_early", pruned=True) for seed in range(2)]
     runs.append(entry(0.3, 0, 0.4, "stopped_early", pruned=True))
-    counts = {row.label: row.count_with_failed("best_val_accuracy") for row in leaderboard(runs).rows}
+    rows = leaderboard(runs).rows
+    assert sorted(row.count("best_val_accuracy") for row in rows) == ["1 of 2", "2 pruned", "pruned"]
+    counts = {row.label: row.count_with_failed("best_val_accuracy") for row in rows}
     assert sorted(counts.values()) == ["1 of 2, 1 failed", "2 pruned", "pruned"]
 
 

@@ -149,8 +149,14 @@ def test_all_slots_work_and_no_job_stops_the_others(
     monkeypatch.setattr(pools, "prepare", make_folder)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     Fake.alive, Fake.most, Fake.started = Counter(), Counter(), Counter()
-    source = Ten(tmp_path)
-    pools.run(source, Pool(3, Fake, lambda folder: None), Overview(10))
+    source, overview, notes = Ten(tmp_path), Overview(10), []
+
+    def start(slot: int, folder: Path, environment: Mapping[str, str]) -> Fake:
+        notes.append(overview.note)
+        return Fake(slot, folder, environment)
+
+    pools.run(source, Pool(3, start, lambda folder: None), overview)
+    assert notes == ["loading PyTorch ...", *[""] * 9]  # the first start waits for it
     status = {number: result.status for number, result in source.results.items()}
     assert status == {i: "finished" for i in range(10)} | {3: "failed", 5: "failed", 7: "pruned"}
     assert Fake.most == {0: 1, 1: 1, 2: 1}  # one job at a time in each slot

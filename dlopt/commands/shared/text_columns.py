@@ -1,8 +1,9 @@
 """Two columns of text, wrapped to the width of the terminal."""
 
 import shutil
-import textwrap
 from collections.abc import Iterable
+
+from dlopt.basics.formats import wrap
 
 
 def two_columns(rows: Iterable[tuple[str, str]], *, indent: int = 2, limit: int = 34, width: int = 0) -> list[str]:
@@ -18,6 +19,8 @@ def wrap_row(left: str, right: str, column: int, width: int | None) -> list[str]
     indent = " " * (column + 2)
     if width is None:
         return [f"{left:{column}}  {right}".rstrip()]
-    first = indent if len(left) > column else f"{left:{column}}  "
-    lines = textwrap.wrap(right, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
-    return [left, *lines] if len(left) > column else lines or [left]
+    if not right:
+        return [left]
+    if len(left) > column:
+        return [left, *wrap(right, width, first=indent, indent=indent)]
+    return wrap(right, width, first=f"{left:{column}}  ", indent=indent)

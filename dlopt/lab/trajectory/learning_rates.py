@@ -1,10 +1,12 @@
 """`dlopt trajectory schedule=...`: plots the learning rate of schedules against the epoch."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from dlopt.basics.formats import terminal_width, wrap
 from dlopt.commands.shared.command_line import Combination, skipped_keys
 from dlopt.config.reads import RECIPE
 from dlopt.extend import DONE, Count, Line, UserError, output_folder, without, writing
@@ -44,7 +46,8 @@ def draw_learning_rates(
     folder = output_folder(output, "trajectory")
     with writing(folder):
         written = drawing.save(figure, folder, "learning_rates")
-    print(*written, *skipped_keys(labelled), sep="\n")
+    ignored = [line for note in skipped_keys(labelled) for line in wrap(note, terminal_width(sys.stdout))]
+    print(*written, *ignored, sep="\n")
     return DONE
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dlopt.basics.formats import wrap
 from dlopt.basics.random import generator
 from dlopt.extend import Component, LossClosure
 from dlopt.lab.trajectory.functions import Function, Window
@@ -339,18 +340,34 @@ def animate(function: Function, trajectories: Mapping[str, Trajectory], target: 
     film.save(target, writer=writer, dpi=90)
 
 
-def table(trajectories: Mapping[str, Trajectory], rates: Mapping[str, float | None]) -> list[str]:
-    """Formats a table: learning rate, updates and evaluations to the minimum, final distance, and remarks."""
+def table(
+    trajectories: Mapping[str, Trajectory], rates: Mapping[str, float | None], width: int | None = None
+) -> list[str]:
+    """Formats a table: learning rate, updates and evaluations to the minimum, final distance, and remarks.
+
+    `width`: of a terminal, on which remarks that are too long follow below their row; None for no limit.
+    """
     counted = "evaluations" if all(each.samples == 1 for each in trajectories.values()) else "samples"
-    rows = [["path", "lr", "updates", counted, "distance", ""]]
+    rows = [["path", "lr", "updates", counted, "distance"]]
+    remarks = [""]
     for label, trajectory in trajectories.items():
         step, rate = trajectory.updates_to_minimum(), rates[label]
         updates = "-" if step is None else f"{step}"
         cost = f"{trajectory.cost[-1 if step is None else step]}"
         lr, distance = "search" if rate is None else f"{rate:g}", f"{float(trajectory.distances[-1]):.2g}"
-        rows.append([label, lr, updates, cost, distance, _verdict(trajectory)])
+        rows.append([label, lr, updates, cost, distance])
+        remarks.append(_verdict(trajectory))
+    lines = []
+    aligned = align_columns(rows)
+    longest = max(map(len, aligned))
+    for row, remark in zip(aligned, remarks, strict=True):
+        line = f"{row:{longest}}  {remark}".rstrip()
+        if width is None or len(line) <= width:
+            lines.append(line)
+        else:
+            lines += [row, *wrap(remark, width, first="  ", indent="  ")]
     note = f"updates and {counted} until the distance to a minimum stays below {TOLERANCE:g} of the initial distance"
-    return [*align_columns(rows), note]
+    return [*lines, *wrap(note, width)]
 
 
 def _verdict(trajectory: Trajectory) -> str:

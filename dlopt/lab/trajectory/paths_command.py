@@ -3,12 +3,14 @@
 import itertools
 import math
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from dlopt.basics.formats import terminal_width, wrap
 from dlopt.basics.status_line import status_line, waiting
 from dlopt.commands.shared.command_line import Combination, skipped_keys
 from dlopt.commands.shared.usage import command_key_names
@@ -139,7 +141,10 @@ def draw_paths(line: Line) -> int:
             written += drawing.save(figure, folder, "tolerance")
             lines = end_table(found, decays)
     skipped = skipped_keys([(path_job.label, job) for path_job, job in zip(path_jobs, jobs, strict=True)])
-    print(*table(paths, rates), *lines, *notes, *written, *skipped, sep="\n")
+    width = terminal_width(sys.stdout)
+    remarks = [line for note in notes for line in wrap(note, width)]
+    ignored = [line for note in skipped for line in wrap(note, width)]
+    print(*table(paths, rates, width), *lines, *remarks, *written, *ignored, sep="\n")
     return DONE
 
 

@@ -5,9 +5,8 @@ let unfitting = []; // columns that are hidden until the table fits the page; th
 
 function columns() {
   const hidden = state.columns || unfitting, list = data.columns.filter((column) => !hidden.includes(column.id));
-  const by = list.findIndex((column) => column.id === data.by);
-  if (innerWidth < 640 && by >= 0) list.splice(1, 0, ...list.splice(by, 1)); // visible without scrolling
-  return list;
+  const place = ({ id, full }) => id === "rank" ? 0 : full ? 1 : id === data.by ? 2 : 3; // full: of a config key
+  return innerWidth < 640 ? list.sort((a, b) => place(a) - place(b)) : list; // visible without scrolling
 }
 
 function sorted() {

@@ -233,9 +233,15 @@ def test_counts_samples_and_extends_the_frame() -> None:
 
 
 def test_table_remarks() -> None:
-    zigzag = run(sgd(0.39))
-    lines = table({"a": zigzag, "b": run(sgd(0.01))}, {"a": 0.39, "b": None})
+    paths, rates = {"a": run(sgd(0.39)), "b": run(sgd(0.01))}, {"a": 0.39, "b": None}
+    lines = table(paths, rates)
     assert "zigzags" in lines[1] and "search" in lines[2] and "minimum not reached: 0.78" in lines[2]
+    narrow = table(paths, rates, 60)
+    assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(lines).split())
+    assert max(map(len, narrow)) <= 60 and narrow[-2:] == [
+        "updates and evaluations until the distance to a minimum",
+        "stays below 0.001 of the initial distance",
+    ]
 
 
 @pytest.mark.filterwarnings("error")

@@ -57,6 +57,15 @@ def test_the_same_optimizer_without_an_error_passes(paper: str | None) -> None:
     assert found["cost"].reason.startswith("8 bytes per parameter")
 
 
+def test_a_pass_names_what_was_compared_and_has_no_text_of_an_error() -> None:
+    check = next(each for each in checks.CHECKS if each.name == "implementations")
+    found = checks.run(check, find(Subject(torch.optim.Adam, {})), None)
+    assert found == CheckOutcome("pass", "compared: foreach, fused, maximize; refused on a CPU: capturable")
+    check = next(each for each in checks.CHECKS if each.name == "precision")
+    found = checks.run(check, find(Subject(optim.Newton, {})), None)
+    assert found == CheckOutcome("pass", "stays within rounding: not implemented for 'BFloat16'")
+
+
 def test_another_weight_decay_is_undecided() -> None:
     check = next(each for each in checks.CHECKS if each.name == "weight decay")
     subject = find(Subject(planted.AddsTheSign, {}))
