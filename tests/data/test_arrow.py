@@ -292,8 +292,8 @@ NAMED = b'{"info": {"features": {"label": {"names": ["cat", "dog", "owl"], "_typ
 
 
 @pytest.mark.parametrize(("labels", "message"), [
-    ([0, -1, 2, -1], r"row 1: label is -1, which means no label; so do 2 of 4 rows"),
-    ([0, 1, 2, 3], r"row 3: label is 3, which means none of its 3 classes; so do 1 of 4 rows"),
+    ([0, -1, 2, -1], r"row 1: label is -1, which means no label, in 2 of 4 rows"),
+    ([0, 1, 2, 3], r"row 3: label is 3, which means none of its 3 classes, in 1 of 4 rows"),
 ])  # fmt: skip
 def test_labels_that_stand_for_no_class(labels: list[int], message: str, tmp_path: Path) -> None:
     """In Parquet files with the names of the package datasets, in any split; without names -1 is a class."""
@@ -328,7 +328,7 @@ def test_unlabelled_rows_of_the_package_datasets(datasets: Any, tmp_path: Path) 
     features = datasets.Features({"image": datasets.Sequence(datasets.Value("float32")), "label": label})
     rows = {"image": [[0.0], [1.0], [2.0]], "label": [0, 1, -1]}
     datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
-    message = r"data\.split, row 2: label is -1, which means no label; so do 1 of 3 rows: choose another split$"
+    message = r"data\.split, row 2: label is -1, which means no label, in 1 of 3 rows: choose another split$"
     with pytest.raises(UserError, match=message):
         hub(name=str(tmp_path / "saved"), split="train")
 

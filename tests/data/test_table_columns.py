@@ -107,7 +107,7 @@ def test_labels_and_categories_as_other_packages_store_them(tmp_path: Path) -> N
     missing = table.set_column(2, "y", arrow.array([*numbers[:-2], -1, -1])).replace_schema_metadata(metadata)
     writer.write_table(missing, path)
     with pytest.raises(
-        UserError, match="row 28: y is -1, which means no label; so do 2 of 30 rows: remove them from the file; "
+        UserError, match="row 28: y is -1, which means no label, in 2 of 30 rows: remove them from the file; "
     ):
         read(path)
     for labels, classes in (
