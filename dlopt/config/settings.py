@@ -39,7 +39,7 @@ AUTO_TASK = "dlopt.tasks.kinds.auto"
 """The callable of task=auto: the data, the loss or the model say what the task is. Any other computes its own loss."""
 
 Toggle = bool | Literal["auto"]
-Compile = Toggle | Literal["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+Compile = Toggle | Literal["blocks", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Recomputation = Literal["none", "blocks", "all"]
 if TYPE_CHECKING:
     RequestedMetric = str

@@ -59,8 +59,6 @@ def obstacle(
         return "accumulate grows the batch, whose shape is a constant in a graph"
     if settings.halve_on_out_of_memory:
         return "on_out_of_memory=halve may change the size of micro-batches"
-    if schedule.cycles_momentum:
-        return "the schedule changes the momentum, which is a constant in a graph"
     if schedule.decayed_groups and precision.name == "bf16_pure":
         return "the schedule changes the weight decay, which precision=bf16_pure would round with the weights"
     name = next(filter(None, map(unknown_part, parts)), None)
@@ -97,6 +95,9 @@ class GraphedUpdate:
     """Runs the first updates of a step eagerly, then captures one, and replays it for all others.
 
     One graph holds forward, backward, clipping, the optimizer's update and, if `Capture.averages`, the weight average.
+    If the schedule changes the momentum, the graph ends before the optimizer's update, which then runs eagerly: torch's
+    fused kernels take the momentum as a number of the host, which a graph would repeat.
+
     A replay uses the captured memory addresses and runs no Python. Therefore:
 
     - each batch is copied into static input tensors;
@@ -109,11 +110,17 @@ class GraphedUpdate:
         device = step.parameters[0].device
         self.step = step
         self._capture = capture
+        self._captures_step = not step.schedule.cycles_momentum
+        self._averages = capture.averages and self._captures_step  # an average follows the optimizer's update
         self._graphed = GraphedFunction("the update", self._captured_update, capture.recorder)
         self._static: Batch | None = None  # the graph's inputs and targets
         step.check.immediate = False  # would read a value on the host
         step.check.preallocates = False  # a graph would reuse, or clear, the flags of other updates
         self._resting = step.schedule.resting
+        self._rates: list[Tensor] = []
+        self._decays: dict[int, Tensor] = {}
+        if not self._captures_step:
+            return
         self._rates = [torch.zeros((), device=device) for _ in step.optimizer.param_groups]
         self._decays = {index: torch.zeros((), device=device) for index in step.schedule.decayed_groups}
         if self._decays and not isinstance(step.optimizer, CautiousDecay):
@@ -135,20 +142,30 @@ class GraphedUpdate:
         # Seeding on the host would not be in the graph: a replay continues from the seed that is set before it.
         step.seed()
         step.seeds = False
-        record = self._graphed().clone()  # the next replay overwrites it
+        captured, grads = self._graphed()
+        record = captured.clone()  # the next replay overwrites it
         step.seeds = True
+        if not self._captures_step:
+            for parameter, grad in zip(step.parameters, grads, strict=True):
+                parameter.grad = grad  # those of the graph, also after the eager update of a smaller batch
+            step.optimizer.step()
         step.advance()
-        step.end(record, None if self._capture.averages else step.average)
+        step.end(record, None if self._averages else step.average)
         return record
 
-    def _captured_update(self) -> UpdateRecord:
-        """Evaluates the loss of the static batch and changes the weights, as an eager update does."""
+    def _captured_update(self) -> tuple[UpdateRecord, list[Tensor | None]]:
+        """Evaluates the loss of the static batch and changes the weights, as an eager update does.
+
+        Also returns the gradients, from which an eager step of the optimizer changes the weights instead.
+        """
         step = self.step
         record = step.evaluate()
-        step.optimizer.step()
-        if self._capture.averages and step.average is not None:
+        grads = [parameter.grad for parameter in step.parameters]
+        if self._captures_step:
+            step.optimizer.step()
+        if self._averages and step.average is not None:
             step.average()
-        return record
+        return record, grads
 
     def _copied(self, batch: Batch) -> Batch | None:
         """Copies a batch into the static tensors; returns None if its shape or dtype differs from theirs."""

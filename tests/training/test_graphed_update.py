@@ -19,7 +19,7 @@ from dlopt.models.airbench import AirBench
 from dlopt.optim import SAM, SGDW, Lion, Muon, Signum
 from dlopt.optim.cautious_decay import make_decay_cautious
 from dlopt.parallel.mode import Mode
-from dlopt.schedules import Horizon, Scheduler
+from dlopt.schedules import Horizon, OneCycle, Scheduler
 from dlopt.schedules.decay import WeightDecay, independent, linear
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.builders.precision import Precision
@@ -182,6 +182,35 @@ def test_replays_a_weight_decay_that_changes(name: str) -> None:
     assert recorder.recorded == 2 and recorder.replayed == 7
     for one, other in zip(plain.left(), replayed.left(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_momentum_that_changes_stays_outside_of_the_graph(name: str) -> None:
+    """The optimizer's update is eager, with the gradients of the graph, also after the eager update of a smaller batch:
+    bitwise equal, although rates and decays are no powers of two."""
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Scheduler:
+        keys: Any = {"pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4, "anneal": "cosine"}
+        keys |= {"three_phase": False, "cycle_momentum": "auto", "base_momentum": 0.85, "max_momentum": 0.95}
+        cycle = OneCycle(**keys, horizon=Horizon(0, 12, 3))
+        return Scheduler(optimizer, cycle, decay=WeightDecay(lambda t, factor, peak: 1 - t / 16))
+
+    def go(run: Run) -> set[float]:
+        momenta = set()
+        for step in range(12):
+            run.go(range(step, step + 1), lambda step: 5 if step == 4 else SIZE)
+            group = run.optimizer.param_groups[0]
+            momenta.add(group["betas"][0] if "betas" in group else group["momentum"])
+            if step == 7:
+                run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        return momenta
+
+    recorder = SimulatedRecorder()
+    plain, replayed = (Run(OPTIMIZERS[name], each, schedule=schedule) for each in (None, recorder))
+    momenta = go(plain)
+    assert go(replayed) == momenta and len(momenta) > 1
+    assert (recorder.warmed, recorder.recorded, recorder.replayed) == (2, 1, 9)
+    assert equal(plain, replayed)
 
 
 def test_captures_again_after_freezing() -> None:

@@ -73,7 +73,7 @@ def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None,
 
 
 def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
-    """Returns the function under torch.compile. `setting`: true, auto, or one of torch's modes.
+    """Returns the function under torch.compile. `setting`: true, auto, blocks, or one of torch's modes.
 
     Discards what was compiled before in this process.
     """
@@ -85,7 +85,7 @@ def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
     # By default, torch 2.11 does not check the parameters of a module again while it has the same tensors. It would
     # compute unused gradients after a schedule has frozen parameters (`horizon`), and none after it unfreezes them.
     torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
-    mode = None if isinstance(setting, bool) or setting == "auto" else setting
+    mode = None if isinstance(setting, bool) or setting in ("auto", "blocks") else setting
     replayed: Callable[P, R] = torch.compile(function, mode=mode, dynamic=False)
     if setting not in GRAPH_MODES:
         return replayed
@@ -94,6 +94,28 @@ def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
         torch.compiler.cudagraph_mark_step_begin()  # the results of earlier passes are not needed any more
         # Metrics keep outputs, whose memory the next replay overwrites.
         return tree_map_only(Tensor, torch.clone, replayed(*inputs, **options))
+
+    return run
+
+
+def with_compiled_blocks(model: Callable[P, R], blocks: Sequence[nn.Module]) -> Callable[P, R]:
+    """Returns `model` with its blocks compiled one by one. Blocks of one class and shape share a compilation.
+
+    They are compiled while `model` runs. At other times they stay as they are, with hooks and second derivatives.
+    """
+    forwards = [compiled(block.forward, "blocks") for block in blocks]
+    formers = [vars(block).get("forward") for block in blocks]  # of a block to which another package gave its own
+
+    def run(*inputs: P.args, **options: P.kwargs) -> R:
+        try:
+            for block, forward in zip(blocks, forwards, strict=True):
+                vars(block)["forward"] = forward
+            return model(*inputs, **options)
+        finally:
+            for block, former in zip(blocks, formers, strict=True):
+                vars(block)["forward"] = former
+                if former is None:
+                    del vars(block)["forward"]
 
     return run
 

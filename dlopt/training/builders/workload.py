@@ -48,7 +48,7 @@ from dlopt.training.builders.model_check import (
 )
 from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.precision import Precision, choose_precision
-from dlopt.training.builders.recompute import recompute
+from dlopt.training.builders.recompute import recompute, repeated_blocks
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.micro_loss import Network
@@ -124,10 +124,12 @@ class Workload:
         network = Network(self.module, self.model, self.loss, further)
         if self.compile_obstacle:
             return network
-        compile = partial(speed.compiled, setting=self.run_config.settings.compile)
-        if self.parallel.ranks.processes == 1:
+        setting = self.run_config.settings.compile
+        compile = partial(speed.compiled, setting=setting)
+        if self.parallel.ranks.processes == 1 and setting != "blocks":
             return replace(network, model=self.placed.model, compile=compile)
-        # The mode's wrapper communicates in forward and backward, and torch compiles it only as a whole.
+        # Without the model: its blocks are compiled alone, or it is compiled as a whole with the mode's wrapper, which
+        # communicates in forward and backward.
         return replace(network, loss=compile(self.loss))
 
     def close(self) -> None:
@@ -235,7 +237,7 @@ def build_workload(
         normalize=normalize,
         module=module,
         placed=placed,
-        model=model if compile_obstacle else speed.compiled(model, settings.compile),
+        model=model if compile_obstacle else _compiled(model, module, run_config),
         loss=loss if isinstance(loss, TaskLoss) else precision.place_data(loss),
         memory_format=memory_format,
         augment=augment,
@@ -264,6 +266,19 @@ def _prepare_machine(run_config: RunConfig, parallel: Mode) -> Precision:
     # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
     torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
     return choose_precision(settings.precision, device)
+
+
+def _compiled(
+    model: Callable[[Tensor], Tensor], module: nn.Module, run_config: RunConfig
+) -> Callable[[Tensor], Tensor]:
+    """Returns the compiled model, which calls `module`. Raises `UserError` for compile=blocks without any."""
+    setting = run_config.settings.compile
+    if setting != "blocks":
+        return speed.compiled(model, setting)
+    blocks = repeated_blocks(module)
+    if not blocks:
+        raise UserError(f"compile=blocks: {run_config.model.choice} has no repeated blocks; use compile=true")
+    return speed.with_compiled_blocks(model, blocks)
 
 
 def _build_normalization(

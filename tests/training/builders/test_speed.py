@@ -30,7 +30,7 @@ from dlopt.training.step import Step
 from tests.support.gpt import CONTEXT, VOCABULARY, gpt
 from tests.support.line import refused
 from tests.support.processes import run
-from tests.support.runs import at_update, result, resume, same, start, terminate
+from tests.support.runs import at_update, metrics, result, resume, same, start, terminate
 
 
 def run_config(*overrides: str) -> RunConfig:
@@ -126,7 +126,11 @@ def test_compile_true_rejects_modes_that_communicate_between_layers() -> None:
         ("compile=reduce-overhead accumulate=2", "accumulate=2: the CUDA graphs of compile=reduce-overhead overwrite"),
         ("compile=reduce-overhead device=cpu", "compile=reduce-overhead: replays CUDA graphs, which cpu does not have"),
         ("compile=max-autotune optimizer=lbfgs", "compile=max-autotune: LBFGS evaluates the loss several times"),
-        ("compile=fast", "allowed: true | false | auto | reduce-overhead | max-autotune | max-autotune-no-cudagraphs"),
+        ("compile=blocks", "compile=blocks: model=mlp has no repeated blocks; use compile=true"),
+        (
+            "compile=fast",
+            "allowed: true | false | auto | blocks | reduce-overhead | max-autotune | max-autotune-no-cudagraphs",
+        ),
     ],
 )
 def test_modes_of_compilation_refuse_what_they_cannot_do(tmp_path: Path, typed: str, message: str) -> None:
@@ -146,8 +150,9 @@ def test_torch_graphs_are_refused_with_communication() -> None:
 @pytest.mark.parametrize(
     ("setting", "torch_mode", "copies"),
     [
-        (True, None, False), ("auto", None, False), ("reduce-overhead", "reduce-overhead", True),
-        ("max-autotune", "max-autotune", True), ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", False),
+        (True, None, False), ("auto", None, False), ("blocks", None, False),
+        ("reduce-overhead", "reduce-overhead", True), ("max-autotune", "max-autotune", True),
+        ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs", False),
     ],
 )  # fmt: skip
 def test_compiles_in_the_mode_of_torch(
@@ -252,13 +257,18 @@ def test_describes_auto_values() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [("sgd", "constant"), ("adamw", "constant"), ("muon", "constant"), ("sgd", "one_cycle"), ("adamw", "one_cycle")],
+)
 @pytest.mark.parametrize("augmentation", ["crop_flip", "shift_alternating_flip", "randaugment"])
-def test_captured_updates_equal_eager_ones_on_gpu(tmp_path: Path, optimizer: str, augmentation: str) -> None:
+def test_captured_updates_equal_eager_ones_on_gpu(
+    tmp_path: Path, optimizer: str, schedule: str, augmentation: str
+) -> None:
     typed = [
         "device=cuda", "data.batch_size=64", f"optimizer={optimizer}", f"augmentation={augmentation}",
         # A graph keeps the rate in a tensor of fp32, which represents these numbers.
-        "optimizer.lr=0.0078125", "schedule=constant", "schedule.warmup_epochs=0",
+        "optimizer.lr=0.0078125", f"schedule={schedule}", "schedule.warmup_epochs=0",
         *(["optimizer.rest_lr=0.0078125"] if optimizer == "muon" else []),
     ]  # fmt: skip
     weights = []
@@ -333,6 +343,49 @@ def test_compiles_batches_their_remainder_and_the_evaluation(tmp_path: Path, mon
         "compile=true", "epochs=2", "tracking=[]", "threads=1",
     )  # fmt: skip
     assert counters["stats"]["unique_graphs"] == 3
+
+
+VIT = ["model=vit", "model.patch=4", "model.width=8", "model.heads=2", "model.depth=4", "data=digits", "threads=1"]
+
+
+def test_compiles_equal_blocks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block and the loss, for batches and their remainder; the block for the evaluation."""
+    keys = [*VIT, "data.subset=300", "data.batch_size=25", "epochs=2", "tracking=[]"]
+    start(tmp_path / "eager", *keys)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    counters.clear()
+    start(tmp_path / "blocks", *keys, "compile=blocks")
+    assert counters["stats"]["unique_graphs"] == 2 * 2 + 1
+    assert same(result(tmp_path / "eager"), result(tmp_path / "blocks"))  # also the names of the weights
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_a_compiled_model(tmp_path: Path) -> None:
+    keys = [*VIT, "model.depth=2", "data.subset=60", "data.batch_size=54", "epochs=2", "tracking=[]", "precision=fp64"]
+    keys.append("evaluate.test=false")
+    losses = []
+    for setting in ("false", "true", "blocks"):
+        start(tmp_path / setting, *keys, f"compile={setting}")
+        losses.append([line["train_loss"] for line in metrics(tmp_path / setting)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12) and losses[2] == pytest.approx(losses[0], rel=1e-12)
+
+
+def test_blocks_are_compiled_only_while_the_model_runs() -> None:
+    def call(x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            raise ValueError
+        return blocks[1](blocks[0](x))
+
+    blocks = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    own = vars(blocks[1])["forward"] = lambda x: x
+    seen: list[object] = []
+    with patch.object(speed, "compiled", lambda function, setting: lambda x: seen.append(function) or function(x)):
+        model = speed.with_compiled_blocks(call, blocks)
+    model(torch.zeros(1, 2))
+    with pytest.raises(ValueError):
+        model(torch.ones(1, 2))
+    assert seen == [blocks[0].forward, own]
+    assert "forward" not in vars(blocks[0]) and blocks[1].forward is own
 
 
 @pytest.mark.parametrize(
