@@ -63,12 +63,12 @@ def main() -> None:
     kinds = {"new interpreter": (fresh, 1), "element, first job": (warm, 1), "element": (warm, options.jobs)}
     times: dict[str, list[Seconds]] = {name: [] for name in kinds}
     for number in range(options.rounds + 1):
-        for name, (run, count) in kinds.items():
+        for name, (run, count) in [*kinds.items()][: None if number else 1]:  # the first round warms the file cache
             with tempfile.TemporaryDirectory() as base:
                 own = [*SUBMIT, f"hydra.sweep.dir={base}", f"seed=range(0,{count})"]
                 start(*python_module("dlopt", "train", "-m", *own, *overrides))
                 seconds = measure(partial(run, Path(base)))
-            if number:  # the first round warms the file cache
+            if number:
                 times[name].append(seconds)
     more = [tuple((b - a) / (options.jobs - 1) for a, b in zip(*pair, strict=True))
             for pair in zip(times["element, first job"], times["element"], strict=True)]  # fmt: skip

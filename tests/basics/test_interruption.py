@@ -1,6 +1,7 @@
 """The stop flag of a run, and signals before a run has started."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -179,7 +180,7 @@ def run_instead(command: Callable[[list[str]], int], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("dlopt.commands.options.options", command)
 
 
-MOMENTS = 8
+MOMENTS = 6
 SENDS_WHEN_STARTED = """
 from dlopt import cli
 find = cli.find
@@ -209,29 +210,33 @@ STARTS = {"train": ("train", *LONG), "sweep": ("train", "-m", *LONG, "optimizer=
 
 
 @pytest.fixture(scope="module")
-def seconds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """How long each command takes to write its first metrics."""
-    times = {}
-    for name, line in STARTS.items():
+def seconds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], float]:
+    """How long a command takes to write its first metrics."""
+
+    @functools.cache
+    def measure(name: str) -> float:
         folder = tmp_path_factory.mktemp(name)
-        started, begin = Started(folder, *line), time.monotonic()
+        started, begin = Started(folder, *STARTS[name]), time.monotonic()
         while not [*folder.rglob("metrics.jsonl")]:
             assert time.monotonic() < begin + 300 and started.process.poll() is None
             time.sleep(0.02)
-        times[name] = time.monotonic() - begin
-        os.killpg(started.process.pid, signal.SIGINT)
+        taken = time.monotonic() - begin
+        os.killpg(started.process.pid, signal.SIGKILL)
         started.process.communicate(timeout=300)
-    return times
+        return taken
+
+    return measure
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "moment"), [*(("train", k) for k in range(MOMENTS)), *(("sweep", k) for k in range(0, MOMENTS, 2))]
 )
-def test_signal_at_any_moment(name: str, moment: int, seconds: dict[str, float], tmp_path: Path) -> None:
+def test_signal_at_any_moment(name: str, moment: int, seconds: Callable[[str], float], tmp_path: Path) -> None:
     number = (signal.SIGINT, signal.SIGTERM)[moment // (2 if name == "sweep" else 1) % 2]
+    delay = seconds(name) * moment / MOMENTS
     started = Started(tmp_path, *STARTS[name])
-    time.sleep(seconds[name] * moment / MOMENTS)
+    time.sleep(delay)
     os.killpg(started.process.pid, number)
     out, err = started.process.communicate(timeout=300)
     assert started.process.returncode in (130, 75), err

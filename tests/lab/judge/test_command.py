@@ -341,7 +341,7 @@ def test_runs_of_a_change_import_its_code_first(tmp_path: Path) -> None:
     (tmp_path / "of_judge.py").write_text(model)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/of_judge.py").write_text(f"import pathlib\n{model}\npathlib.Path('imported').touch()\n")
-    base = "model=of_judge.Net allow_packages=[of_judge] epochs=1 data.subset=100 device=cpu threads=1"
+    base = "model=of_judge.Net allow_packages=[of_judge] epochs=1 data.subset=100 device=cpu threads=1 tracking=[]"
     result = dlopt(tmp_path, "judge", base, "code=other", "seeds=7")
     assert result.code == 4 and "the change has done nothing so far: 7 pairs" in result.out, result.err
     assert (tmp_path / "imported").exists()
