@@ -1,5 +1,6 @@
 """Parameters of callables, and values as typed: what the help of commands needs, without pydantic."""
 
+import functools
 import inspect
 import json
 import typing
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+@functools.cache
 def parameters_of(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Returns the parameters of a callable by name, with evaluated annotations."""
     signature = inspect.signature(target)

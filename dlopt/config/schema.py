@@ -6,7 +6,6 @@ neither "0.1" nor true for a number. NaN and infinities are always rejected.
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -347,7 +346,6 @@ def _exceeds_int64(value: Any) -> bool:
     return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
-@functools.cache
 def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
     """Returns the validator of a type; None if there is none."""
     if id(annotation) not in _adapters:  # by identity: annotations need not be hashable

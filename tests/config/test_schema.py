@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, Positive, PositiveFraction, Probability
+from dlopt.config.parameters import parameters_of
 from dlopt.config.schema import Component, check_arguments, component, resolve_target
 
 
@@ -104,6 +105,13 @@ def test_converts_values_to_annotated_types() -> None:
     checked = check_arguments("key", many, values)
     assert checked == {"pair": (0.1, 0.0), "some": (1, 2), "maybe": 3.0, "either": "auto"}
     assert isinstance(checked["pair"][1], float)
+
+
+def test_annotations_need_not_be_hashable_and_are_evaluated_once() -> None:
+    def of_a_user(*, updates: Annotated[Count, {"unit": "updates"}] = 1) -> None: ...
+
+    assert check_arguments("key", of_a_user, {"updates": 3}) == {"updates": 3}
+    assert parameters_of(of_a_user) is parameters_of(of_a_user)  # asked for hundreds of times per config
 
 
 def test_missing_arguments_are_named_with_their_type() -> None:
