@@ -321,8 +321,7 @@ def refuse_unnamed(
         row, (value, count) = next(iter(wrong.items()))
         meaning = "no label" if value == -1 else f"none of its {count} classes"
         raise UserError(
-            f"{place(row)}: {column} is {value}, which means {meaning}, in {len(wrong)} of {len(values)} rows: "
-            f"{advice}"
+            f"{place(row)}: {column} is {value}, which means {meaning}, in {len(wrong)} of {len(values)} rows: {advice}"
         )
 
 
