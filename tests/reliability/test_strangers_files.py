@@ -223,9 +223,9 @@ def readers(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
         for words in commands:
             place = tmp_path_factory.mktemp("intact")
             copied(made / name, place / name)
-            paths = found[name].keys() & in_fork(place, partial(touched, place, words, name))
-            assert paths, words
-            for file in paths:
+            paths = in_fork(place, partial(touched, place, words, name))
+            assert found[name].keys() & paths, (words, paths)  # or the error
+            for file in found[name].keys() & paths:
                 found[name][file].append(words)
     return found
 
