@@ -9,7 +9,7 @@ import pytest
 
 from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
-from dlopt.basics.plain_values import check_yaml, expanded_size, load_yaml, parse_json, read_regular
+from dlopt.basics.plain_values import check_yaml, expanded_size, load_yaml, parse_json, read_regular, regular_tail
 from tests.support.line import refused
 from tests.support.sizes import TINY
 
@@ -95,6 +95,11 @@ def test_reads_no_fifo_and_no_device(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than 3 bytes"):
         read_regular(Path(__file__), 3)
     assert read_json(tmp_path / "fifo") is None
+
+
+def test_reads_the_end_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("abc")
+    assert [regular_tail(tmp_path / "text", count) for count in (0, 2, 9)] == [b"", b"bc", b"abc"]
 
 
 @pytest.mark.parametrize(

@@ -51,12 +51,13 @@ def test_stratified_partitions_in_proportion(counts: list[int], share: float, se
 
 
 @pytest.mark.parametrize(
-    "counts, count, expected", [([50, 30, 20], 10, [5, 3, 2]), ([5, 3, 2], 5, [3, 1, 1]), ([97, 2, 1], 10, [8, 1, 1])]
+    "counts, count, expected",
+    [([50, 30, 20], 10, [5, 3, 2]), ([5, 3, 2], 5, [3, 1, 1]), ([97, 2, 1], 10, [8, 1, 1]), ([3, 3], 0, [0, 0])],
 )
 def test_stratified_counts(counts: list[int], count: int, expected: list[int]) -> None:
     targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     chosen, _ = stratified(targets, count, 0)
-    assert torch.bincount(targets[chosen]).tolist() == expected
+    assert torch.bincount(targets[chosen], minlength=len(counts)).tolist() == expected
 
 
 @given(counts=class_counts, share=st.floats(0.01, 0.99))
