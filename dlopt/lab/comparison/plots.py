@@ -233,9 +233,7 @@ def _shifted(axes: "Axes", transform: Any, points: float) -> Any:
     """Returns the transform with a shift to the right."""
     from matplotlib.transforms import ScaledTranslation
 
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return transform + ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
+    return transform + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
 
 
 def _plot_shifted(axes: "Axes", points: float, x: Sequence[float], y: Sequence[float], **options: Any) -> None:
