@@ -251,7 +251,7 @@ def test_a_run_evaluates_resumes_and_exports_with_its_encoding(tmp_path: Path) -
     assert found.prediction.tolist() == [(model.classes or ())[i] for i in expected.indices.tolist()]
     assert found.probability.to_numpy() == pytest.approx(expected.values.numpy(), abs=1e-5)
     rows = frame.to_dict("records")
-    for table in (frame, frame.to_dict("list"), rows):
+    for table in (frame, {name: list(frame[name]) for name in frame}, rows):
         predictions = model.predict(table, batch_size=50)
         assert [each.label for each in predictions] == found.prediction.tolist()
         assert [each.probability for each in predictions] == pytest.approx(found.probability.tolist(), abs=1e-5)
