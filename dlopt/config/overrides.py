@@ -435,13 +435,11 @@ def explain_grammar(line: str, following: str) -> str:
         return f"{line}: {advice}"
     if "zip(" in value and not value.startswith("zip("):
         return f"{line}: zip(...) stands alone: {key}=zip(...)"
+    if value.startswith("zip(") and not sign:
+        return f"{line}: several values need `dlopt train -m` (one run each)"
     if value.startswith("zip("):
         fault = f"{sign} is not {'opened' if sign in ')]}' else 'closed'}; quote the whole argument, spaces included"
-        return (
-            f"{line}: {fault}: '{key}=zip(...)'"
-            if sign
-            else f"{line}: several values need `dlopt train -m` (one run each)"
-        )
+        return f"{line}: {fault}: '{key}=zip(...)'"
     if sign in ("[", "(", "{") and following and "=" not in following:
         return f"{line!r}: {sign} is not closed; a list has no spaces, or the whole argument is quoted: {line}..."
     correct = f"{key}={quoted_value(os.path.expanduser(value))}"
