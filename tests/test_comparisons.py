@@ -81,7 +81,7 @@ def test_is_valid_and_shipped_numbers_support_the_verdicts(name: str) -> None:
     if spec.quick_overrides:
         check_quick_form(composer, line, spec)
     if name in SHIPPED:
-        parse(*to_plain(config, line))
+        parse(*to_plain(config))
         check_shipped(name, spec)
 
 
@@ -127,7 +127,7 @@ def check_shipped(name: str, spec: Comparison) -> None:
 )
 def test_recipes_state_the_number_of_training_samples(name: str, text: str) -> None:
     line = [f"experiment={name.replace('_digits', 'vit')}"]
-    run_config = parse(*to_plain(Composer().compose(line), line))
+    run_config = parse(*to_plain(Composer().compose(line)))
     train = prepare(run_config.data.build(), run_config.data_settings).train
     stated = (config_folder() / f"experiment/{name}.yaml").read_text()
     assert text.format(len(train)) in " ".join(stated.split())
@@ -136,7 +136,7 @@ def test_recipes_state_the_number_of_training_samples(name: str, text: str) -> N
 @pytest.mark.parametrize("name", ["regression", "medium/regression"])
 def test_the_condition_number_of_the_regression_includes_the_bias(name: str) -> None:
     line = [f"experiment=benchmark/{name}"]
-    run_config = parse(*to_plain(Composer().compose(line), line))
+    run_config = parse(*to_plain(Composer().compose(line)))
     train = prepare(run_config.data.build(), run_config.data_settings).train
     assert isinstance(train, InMemory)
     inputs = np.column_stack([train.inputs.double().numpy(), np.ones(len(train))])

@@ -17,7 +17,7 @@ SMALL = ("experiment=cifar10_speed", "data=digits", "device=cpu", "threads=1", "
 
 
 def build(*overrides: str) -> Workload:
-    return build_workload(parse(to_plain(Composer().compose([*SMALL, *overrides]), [])[0]))
+    return build_workload(parse(to_plain(Composer().compose([*SMALL, *overrides]))[0]))
 
 
 def test_published_learning_rates_and_weight_decay(tmp_path: Path) -> None:

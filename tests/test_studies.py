@@ -34,7 +34,7 @@ def test_header_lists_the_command_and_swept_values_are_valid(name: str) -> None:
     assert len(all_jobs) > 3
     for job in (all_jobs[0], all_jobs[-1]):
         lines = [*job, f"experiment=study/{name}"]
-        parse(*to_plain(composer.compose(lines), lines))
+        parse(*to_plain(composer.compose(lines)))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def learning_rates(lines: list[str]) -> "LearningRates":
     """Returns the result of the test, of the arguments of `dlopt find-lr` without `output`. Raises `UserError`."""
     from dlopt.config.compose import Composer
 
-    line, several = Line(Composer(), lines), "find_lr() runs one test at a time"
+    line, several = Line(Composer(words=lines), lines), "find_lr() runs one test at a time"
     result, _ = line.call(_measure, "find_lr()", _READS, hints=_HINTS, several=several)
     assert result is not None  # not on one of several ranks
     return result

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
 from dlopt.basics.folders import RunFolder
@@ -20,12 +20,13 @@ from dlopt.commands.shared.processes import prepare_rank
 from dlopt.config.compose import Composer
 from dlopt.config.flags import show_info
 from dlopt.config.inherit import inherit
-from dlopt.config.overrides import is_typed, parse_overrides, with_folder
+from dlopt.config.overrides import is_set, parse_overrides, with_folder
 from dlopt.config.packages import entries, function, series_of
 from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.refusals import refused_together
 from dlopt.config.resolve import interpolations_explained, show_config
+from dlopt.config.typed import CommandLine, refuse_untyped
 from dlopt.parallel.processes.rendezvous import World, current, end_process, join_store
 from dlopt.run.runner import CODE_OF, follow, release, run_plan
 
@@ -47,12 +48,12 @@ def start(parsed: Namespace, show: Show | None) -> int:
     world = current()
     if world is not None:
         prepare_rank()
-        if world.restarts and not is_typed("resume", parsed.overrides):
+        if world.restarts and not is_set("resume", parsed.overrides):
             parsed.overrides.append("resume=auto")  # torchrun has restarted the run
     if world is not None and not world.is_main:
         return _follow(parsed, world)
-    composer = Composer(parsed.config_name, parsed.config_dir)
     typed = parsed.overrides
+    composer = Composer(parsed.config_name, parsed.config_dir, typed)
     if parsed.multirun:
         from dlopt.sweeps.branches import branched
 
@@ -74,7 +75,7 @@ def start(parsed: Namespace, show: Show | None) -> int:
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
     if world is not None:
-        return _lead(composer, config, overrides, typed, world, show)
+        return _lead(composer, config, overrides, world, show)
     plan = _planned(composer, config, overrides)
     return DONE if plan is None else _run(plan, show)
 
@@ -148,21 +149,13 @@ def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) 
 
 
 def _lead(
-    composer: Composer,
-    config: DictConfig,
-    overrides: list[Override],
-    typed: list[str],
-    world: World,
-    show: Show | None,
+    composer: Composer, config: DictConfig, overrides: list[Override], world: World, show: Show | None
 ) -> int:
-    """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks.
-
-    `typed`: the command line from which `overrides` are made.
-    """
+    """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks."""
     store = _join_store(config.parallel, world)
     code = FAILED
     try:
-        _refuse_address_of_file(config, typed)
+        _refuse_address_of_file(config, composer.command_line)
         plan = _planned(composer, config, overrides)
         code = DONE if plan is None else _run(plan, show, store)
     except UserError as error:
@@ -194,12 +187,11 @@ def _refused_by_main() -> NoReturn:
     end_process(USER_ERROR)
 
 
-def _refuse_address_of_file(config: DictConfig, overrides: list[str]) -> None:
+def _refuse_address_of_file(config: DictConfig, command_line: CommandLine) -> None:
     """Raises `UserError` for a store that the other ranks, which compose no config, cannot know."""
-    for key in _ADDRESS[:2]:
-        value = config.parallel.get(key.partition(".")[2])
-        if value is not None and not is_typed(key, overrides):
-            raise UserError(f"{key}={value}: set in a config file, but accepted from the command line only here")
+    parallel: Any = OmegaConf.to_container(config.parallel, resolve=False)
+    values = {key: parallel.get(key.partition(".")[2]) for key in _ADDRESS[:2]}
+    refuse_untyped({key: value for key, value in values.items() if value is not None}, command_line)
 
 
 def _join_store(parallel: Mapping[str, Any] | DictConfig, world: World) -> "Store":

@@ -1,9 +1,11 @@
 """Composes configs with Hydra's public functions, and finds the override at fault if that fails."""
 
+import contextlib
+import copy
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,31 +23,49 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.basics.errors import UserError, suggest
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.interruption import signals_deferred
+from dlopt.basics.plain_values import check_yaml, flatten
 from dlopt.config import validation_sets
 from dlopt.config.choices import CONFIG_NAME, config_folder, search, version_base
 from dlopt.config.config_dir import ConfigDir
 from dlopt.config.flags import register_plugins
 from dlopt.config.mistakes import check_overrides, explain_override
-from dlopt.config.overrides import group_of, is_hydra, is_typed, key_of, parse_overrides, text_of
+from dlopt.config.overrides import group_of, is_hydra, is_set, key_of, parse_overrides, text_of
 from dlopt.config.packages import entries
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.recall import has_remembered, recall, replace_choices
 from dlopt.config.resolve import first_lines, note_secrets
 from dlopt.config.trust import check_expansion, check_hydra
+from dlopt.config.typed import (
+    CommandLine,
+    describe_launcher,
+    file_options,
+    guarded,
+    guarded_of_override,
+    refuse_untyped,
+)
 
 # AssertionError: Hydra asserts that an interpolated choice is a string. OSError: a name is too long for a file.
 _COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, AssertionError, OSError)
 
 
 class Composer:
-    """Composes configs of one `--config-name` and `--config-dir`, from memory where that is possible."""
+    """Composes configs of one `--config-name` and `--config-dir`, from memory where that is possible.
 
-    def __init__(self, config_name: str | None = None, config_dir: str | None = None) -> None:
+    `words`: of the command line, or the overrides that a program passes. Only what they set may name packages to trust,
+    environment variables, launchers, ...: see `dlopt.config.typed`.
+    """
+
+    def __init__(
+        self, config_name: str | None = None, config_dir: str | None = None, words: Iterable[str] = ()
+    ) -> None:
         self.config_name = config_name or CONFIG_NAME
         self.config_dir = config_dir
+        self.command_line = CommandLine(tuple(words))
         self.more_keys: set[str] = set()  # of the command, to suggest
         folder = None if config_dir is None else Path(config_dir)
-        self._own_files = None if folder is None else ConfigDir(folder)
+        self._own_files = None if folder is None else ConfigDir(folder, self.config_name)
+        if self._own_files is not None:
+            self._refuse_search_path(self._own_files.primary)
         register_plugins()
         token = search.set(folder)
         state = GlobalHydra.instance()
@@ -64,11 +84,18 @@ class Composer:
         name = () if self.config_name == CONFIG_NAME else (f"--config-name={self.config_name}",)
         return name if self.config_dir is None else (f"--config-dir={Path(self.config_dir).absolute()}", *name)
 
+    def with_words(self, *words: str) -> "Composer":
+        """Returns this composer with more words of the command line: of the command itself, or within another word."""
+        composer = copy.copy(self)
+        composer.command_line = self.command_line.adding(*words)
+        return composer
+
     def compose(self, overrides: Iterable[str | Override], multirun: bool = False) -> DictConfig:
         """Composes a config, Hydra's own node included. Raises `UserError`, which explains the override at fault."""
         parsed = self._with_callables(self.parse(overrides))
         parsed = [_forced(each) if _has_new_keys(each) or _is_of_validation_set(each) else each for each in parsed]
         check_overrides(parsed, self, multirun)
+        self.refuse_untyped(parsed)
         # A signal waits: Hydra's and OmegaConf's clean-up turns its exception into an AssertionError, or drops it.
         with signals_deferred():
             return self._composed(parsed, multirun)
@@ -82,6 +109,37 @@ class Composer:
                 if groups:
                     raise UserError(f"{each}: an override is group=choice; did you mean {groups[0]}={each}?")
         return parse_overrides(overrides, self)
+
+    # -- what only the command line may set
+
+    def refuse_untyped(self, overrides: Iterable[Override]) -> None:
+        """Raises `UserError` for an override that sets what only the command line may, and is not of the command line.
+
+        Hydra imports the packages of `hydra.searchpath` while it composes: overrides are checked before.
+        """
+        for override in overrides:
+            for values in guarded_of_override(override):
+                refuse_untyped(values, self.command_line)
+
+    def check_origin(self, config: DictConfig) -> None:
+        """Raises `UserError` for a value of a composed config that a file sets, but only the command line may."""
+        raw: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+        refuse_untyped(guarded(raw, installed), self.command_line)
+        file_options(config, self.command_line, installed)
+
+    def describe_launcher(self, config: DictConfig) -> str:
+        """Returns who has set what of the launcher, for the header of a sweep; "" if nothing but the choice is set."""
+        return describe_launcher(config, self.command_line, installed)
+
+    def _refuse_search_path(self, primary: Path) -> None:
+        """Raises `UserError` for a primary config of --config-dir with a search path."""
+        found = None
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):  # Hydra explains them
+            config = OmegaConf.create(check_yaml(primary).decode())  # read as Hydra reads it
+            found = OmegaConf.select(config, "hydra.searchpath")
+        if found is not None:
+            paths = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+            refuse_untyped({"hydra.searchpath": paths}, self.command_line)
 
     # -- callables in place of choices
 
@@ -135,7 +193,9 @@ class Composer:
             raw: Any = OmegaConf.to_container(config, resolve=False)
             check_expansion(raw)
             note_secrets(config, raw)
-            check_hydra(config, raw["hydra"], [text_of(each) for each in parsed])
+            check_hydra(config, raw["hydra"])
+            if self.config_dir is not None or raw["hydra"]["searchpath"]:  # else all files are dlopt's, or of packages
+                self.check_origin(config)
             more = [] if multirun else pretrained_overrides(config, parsed)
             if more:
                 config = self._compose([*parsed, *self.parse(more)])
@@ -295,6 +355,25 @@ class Composer:
         return sorted(names)
 
 
+@functools.cache
+def _installed_composer() -> Composer:
+    return Composer()
+
+
+def installed(block: str, choice: str) -> Iterator[Mapping[str, Any]]:
+    """Yields the settings of a group of Hydra, `hydra.launcher`, as dlopt, Hydra and installed packages define them.
+
+    Those of the choice; of a choice in the user's folder, which may include any of them, those of all choices.
+    """
+    composer, group = _installed_composer(), block.replace(".", "/")
+    names = composer.get_group_options(group)
+    for name in [choice] if choice in names else names:
+        with contextlib.suppress(UserError, *_COMPOSITION_ERRORS):
+            config = composer._compose(composer.parse([f"{group}={name}"]))
+            hydra: Any = OmegaConf.to_container(config.hydra, resolve=False, enum_to_str=True)
+            yield flatten(hydra[group.partition("/")[2]], block)
+
+
 def _has_new_keys(override: Override) -> bool:
     """Returns whether an override sets a key to a block with a callable, or a key of a series, which may be labels."""
     value = override.value()
@@ -326,4 +405,4 @@ def typed_folder(config: DictConfig, key: str, overrides: Iterable[str | Overrid
     if not path or not str(path).strip():
         raise UserError(f"{key}={'null' if path is None else path}: must be the path of a folder")
     refuse_url(str(path), key)
-    return Path(os.path.expanduser(str(path))).absolute(), is_typed(key, overrides)
+    return Path(os.path.expanduser(str(path))).absolute(), is_set(key, overrides)

@@ -20,11 +20,13 @@ class ConfigDir:
     of a different file of dlopt, which Hydra would read instead.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Checks the files that Hydra lists."""
+    def __init__(self, folder: Path, config_name: str) -> None:
+        """Checks the files that Hydra lists, and the primary config."""
         self._folder = folder
         self._checked: set[Path] = set()
-        self._check(_listed_files(folder))
+        self.primary = folder / f"{config_name.removesuffix('.yaml')}.yaml"
+        files = _listed_files(folder)
+        self._check([*files, *([self.primary] if self.primary.is_file() and self.primary not in files else [])])
 
     def check_choices(self, choices: Iterable[Override]) -> None:
         """Checks the files that overrides select and that are not checked yet: those of groups that dlopt lacks."""

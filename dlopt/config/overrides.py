@@ -64,8 +64,8 @@ def text_of(override: "str | Override") -> str:
     return override if isinstance(override, str) else str(override.input_line)
 
 
-def is_typed(key: str, overrides: "Iterable[str | Override]") -> bool:
-    """Returns whether the command line sets the key or chooses for the group."""
+def is_set(key: str, overrides: "Iterable[str | Override]") -> bool:
+    """Returns whether one of the overrides sets the key or chooses for the group."""
     return any(key_of(override) == key for override in overrides)
 
 

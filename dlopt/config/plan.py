@@ -8,7 +8,8 @@ The path of an override, `optimizer.lr=0.1`, from the command line to its use:
    completes from files; they are the overrides of its jobs.
 3. `compose.Composer` rejects overrides that Hydra accepts but that are almost certainly mistakes, and sets the value in
    the config of the choices.
-4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved.
+4. `trust` checks what interpolations expand to and that Hydra's node names no code, before anything is resolved;
+   `typed` checks that only the command line says whom to trust and what to start.
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
 6. `early_checks.check_early` checks what it can before torch is imported, which takes seconds; then
    `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
@@ -97,7 +98,6 @@ def plan(composer: Composer, overrides: "Iterable[str | Override]") -> Plan:
 def checked(
     config: DictConfig,
     overrides: "Iterable[str | Override]",
-    typed: "Iterable[str | Override] | None" = (),
     flags: tuple[str, ...] = (),
     later: tuple[str, ...] = (),
 ) -> Plan:
@@ -105,11 +105,10 @@ def checked(
 
     Args:
         overrides: of the run.
-        typed: the other overrides of the command line; None if it was already checked.
         later: path prefixes of teachers that this sweep trains first.
     """
     parsed = tuple(parse_overrides(overrides))
-    plain, saved = to_plain(config, None if typed is None else [*parsed, *typed])
+    plain, saved = to_plain(config)
     refuse_hidden(plain, "*** is what dlopt stores in place of a password or token")
     for each in (plain, saved):
         identify_teacher(each, later)

@@ -81,7 +81,7 @@ def _first_refusal(composer: "Composer", values: "Mapping[_Place, str | Override
     """Composes and checks one run; returns the refused override and the message."""
     try:
         parsed = composer.parse(values.values())
-        plain, _ = to_plain(composer.compose(parsed), parsed)
+        plain, _ = to_plain(composer.compose(parsed))
         check_values(plain, parsed)
     except UserError as error:
         return _placed(str(error), values)

@@ -4,12 +4,11 @@ import contextlib
 import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
 
@@ -18,7 +17,7 @@ from dlopt.basics.plain_values import flatten, is_below, load_yaml
 from dlopt.basics.secrets import forget, has_hidden, is_secret_name, note, note_environment, redact, references
 from dlopt.config.choices import Catalogue
 from dlopt.config.keys import LABELS
-from dlopt.config.overrides import is_typed, key_of, value_of
+from dlopt.config.overrides import key_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.parameters import show
 from dlopt.config.trust import check_expansion, leaves
@@ -65,13 +64,12 @@ def explain_interpolation(error: OmegaConfBaseException) -> str:
     return f"{first_lines(error)}{hint}"
 
 
-def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def to_plain(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the config without Hydra's node as plain dicts and lists: (resolved, as it may be saved).
 
     The second keeps interpolations of environment variables (`${oc.env:TOKEN}`), so that no secret is written. Numbers
-    (`${oc.decode:${oc.env:SLURM_ARRAY_TASK_ID}}`) are no secrets. Raises `UserError` for `???`, for broken
-    interpolations, and for `allow_packages` set by a file instead of `overrides`, the command line (None if already
-    checked).
+    (`${oc.decode:${oc.env:SLURM_ARRAY_TASK_ID}}`) are no secrets. Raises `UserError` for `???` and for broken
+    interpolations.
     """
     raw: Any = OmegaConf.to_container(config, resolve=False)
     note_secrets(config, raw)
@@ -94,9 +92,6 @@ def to_plain(config: DictConfig, overrides: Iterable[str | Override] | None) -> 
         raise UserError(f"{key}={unresolved}: {explain_interpolation(error)}") from None
     except RecursionError:
         raise UserError("an interpolation ${...} refers to itself") from None
-    if overrides is not None and plain.get("allow_packages") and not is_typed("allow_packages", overrides):
-        names = show(plain["allow_packages"])
-        raise UserError(f"allow_packages={names}: set in a config file, but accepted from the command line only")
     for group, key in _former_keys(config):
         del plain[group][key], raw[group][key]
     hidden = _environment_values(plain, raw)
@@ -228,7 +223,7 @@ def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Resolves the environment variables in a saved config again, except in its labels. Raises `UserError`."""
     check_expansion({key: value for key, value in saved.items() if key not in LABELS})
     labels = {key: _escaped(saved[key]) for key in LABELS if key in saved}
-    return to_plain(OmegaConf.create({**saved, **labels}), None)[0]
+    return to_plain(OmegaConf.create({**saved, **labels}))[0]
 
 
 def _environment_values(plain: Any, raw: Any) -> set[str]:

@@ -3,19 +3,18 @@
 Through that node a config file could run code before dlopt checks anything else: callbacks, sweeper, launcher, logging,
 environment variables. Hydra's own blocklist lets `torch.load` pass, and `logging.config` calls anything under the key
 `()`. The composed node is checked, so it does not matter whether a value comes from the command line, a file or an
-interpolation.
+interpolation. What only the command line may set is checked in `dlopt.config.typed`.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.plain_values import flatten, is_below
-from dlopt.config.overrides import key_of
+from dlopt.basics.plain_values import flatten
 from dlopt.config.parameters import show
 
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # installed packages that Hydra discovers itself
@@ -29,11 +28,8 @@ _MAX_VALUES = 10_000
 _REFERENCE = re.compile(r"\$\{\s*(\.*)([\w./-]+)\s*\}")  # ${a.b}, ${.a}; references inside resolvers count as well
 
 
-def check_hydra(config: DictConfig, hydra: Mapping[str, Any], typed: Iterable[str]) -> None:
-    """Raises `UserError` if Hydra's node names code, or sets environment variables from a file.
-
-    `hydra`: the node as plain values, not resolved; `typed`: overrides.
-    """
+def check_hydra(config: DictConfig, hydra: Mapping[str, Any]) -> None:
+    """Raises `UserError` if Hydra's node names code. `hydra`: the node as plain values, not resolved."""
     for key, value in leaves(hydra, "hydra"):
         name = key.rsplit(".", 1)[-1]
         if name == "_target_":
@@ -47,8 +43,6 @@ def check_hydra(config: DictConfig, hydra: Mapping[str, Any], typed: Iterable[st
         # Only a value that is one interpolation can resolve to a block; with other text around it, it is a string.
         if isinstance(value, str) and value.startswith("${") and value.endswith("}") and _is_block(config, key):
             raise UserError(f"{key}={value}: a block of Hydra's config must not be an interpolation")
-    if hydra["job"]["env_set"] and not any(is_below(key_of(line), ("hydra.job.env_set",)) for line in typed):
-        raise UserError("hydra.job.env_set: set in a config file, but accepted from the command line only")
 
 
 def _check_logging(key: str, name: str, text: str) -> None:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from dlopt.basics.folders import inside
 from dlopt.basics.locks import hold
-from dlopt.config.overrides import is_hydra, is_typed
+from dlopt.config.overrides import is_hydra, is_set
 from dlopt.extend import Line, Role, RunFolder, UserError, group_of, key_of, role_of, without
 from dlopt.results.leaderboard import ENDED
 from dlopt.sweeps import pool as pools
@@ -31,6 +31,7 @@ UNRECORDED = (
     "evaluate.test=false", "tracking=[]", "log_every_steps=null", "checkpoint.every_epochs=null",
 )  # fmt: skip
 """Overrides of every trial: it writes what the results need and nothing else."""
+_LAUNCHER = "hydra/launcher=joblib"  # by default
 _CLAIM = ".claim"  # in a trial's folder, locked by the process that runs the trial
 
 
@@ -87,7 +88,8 @@ def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials:
     pool, plan_job, config = build_pool(line, run)
     if not isinstance(pool, Pool):
         words = [command, *without(line.typed, "output"), f"output={folder}"]
-        submit_command(pool, words, line.composer, folder, config, job_variables(config), trials)
+        header = line.composer.describe_launcher(config)
+        submit_command(pool, words, line.composer, folder, config, job_variables(config), trials, header=header)
         return None
     pools.warm_up()
     return pool, plan_job
@@ -102,16 +104,17 @@ def build_pool(line: Line, run: Sequence[str]) -> tuple[Any, PlanJob, "DictConfi
     from dlopt.sweeps.branches import from_checkpoint
     from dlopt.sweeps.sweep import build_launcher
 
-    hydra = [each for each in line.overrides if is_hydra(each)]
-    if not is_typed("hydra.launcher", hydra):
-        hydra = ["hydra/launcher=joblib", *hydra]
-    config = line.composer.compose([*hydra, *run], multirun=True)
+    hydra, composer = [each for each in line.overrides if is_hydra(each)], line.composer
+    if not is_set("hydra.launcher", hydra):
+        hydra = [_LAUNCHER, *hydra]
+        composer = composer.with_words(_LAUNCHER)
+    config = composer.compose([*hydra, *run], multirun=True)
     pool = build_launcher(config, "not supported here")
     assert pool is not None  # has refused other launchers
 
     def plan_job(overrides: Sequence[str], number: int) -> "Plan":
-        config = line.composer.compose([*hydra, *overrides])
-        return from_checkpoint(as_job(checked(config, overrides, None, line.composer.flags), number, overrides))
+        config = composer.compose([*hydra, *overrides])
+        return from_checkpoint(as_job(checked(config, overrides, composer.flags), number, overrides))
 
     return pool, plan_job, config
 

@@ -58,7 +58,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
     try:
         with preserve_global_state("train()"):
             lines = with_folder(lines, multirun=False)
-            config = Composer().compose(lines)
+            config = Composer(words=lines).compose(lines)
             if (series := series_of(config)) is not None or config.hydra.mode == RunMode.MULTIRUN:
                 way = "dlopt.sweep" if series is None else f"`dlopt train` for a {series}"
                 raise UserError(f"train(): runs one experiment at a time; use {way}")
@@ -89,8 +89,9 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
     out, err = (sys.stdout, sys.stderr) if console else (io.StringIO(), io.StringIO())
     redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with preserve_global_state("sweep()"), _hidden_main(), redirected[0], redirected[1]:
-        composer = Composer()
-        words = branched(composer, with_folder(parse_arguments(["-m", *lines]).overrides, multirun=True))
+        typed = parse_arguments(["-m", *lines]).overrides
+        composer = Composer(words=typed)
+        words = branched(composer, with_folder(typed, multirun=True))
         request = sweeps.request(composer, words)
         if request.config.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")

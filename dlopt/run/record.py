@@ -15,7 +15,7 @@ from dlopt.basics.interruption import print_line, print_message
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact_bytes
 from dlopt.config.keys import LABELS
-from dlopt.config.overrides import is_typed, storable
+from dlopt.config.overrides import is_set, storable
 from dlopt.config.resuming import how_to_resume
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.run import environment
@@ -129,7 +129,7 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     former, before = RunFolder(folder).config() or {}, RunFolder(folder).typed()
     config = {"run_id": RunFolder(folder).run_id() or new_run_id(), **config}
     typed = [line for line in overrides if line not in before]
-    config = {**config, **{key: former[key] for key in LABELS if key in former and not is_typed(key, typed)}}
+    config = {**config, **{key: former[key] for key in LABELS if key in former and not is_set(key, typed)}}
     code, diff = environment.repository()
     facts = {
         "folder_format": FORMAT,

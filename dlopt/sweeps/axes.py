@@ -56,6 +56,7 @@ def read_axes(composer: Composer, words: Sequence[str]) -> tuple[DictConfig, lis
     config = composer.compose([override for axis in typed for override in axis.overrides], multirun=True)
     params = [f"{key}={show(value)}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     axes = replaced(parse_axes(without(params, SPACE, TRIALS), composer), typed)
+    _refuse_untyped(composer, axes, "hydra.sweeper.params")
     for axis in axes:
         if axis.is_zip and (axis.name in config or axis.name in (*composer.groups(), *SWEEP_WORDS)):
             raise UserError(f"{axis}: {axis.name} is a key of the config; give the axis another name")
@@ -66,6 +67,14 @@ def read_axes(composer: Composer, words: Sequence[str]) -> tuple[DictConfig, lis
         is_typed = any(key_of(word) == SPACE for word in words)
         axes = _with_space(composer, config, axes, typed if is_typed else axes, own[SPACE], own.get(TRIALS))
     return config, typed, axes
+
+
+def _refuse_untyped(composer: Composer, axes: Sequence[Axis], place: str) -> None:
+    """Raises `UserError` for an axis of a file with a key that only the command line may set. `place`: of the axes."""
+    try:
+        composer.refuse_untyped(override for axis in axes for override in axis.overrides)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def _with_space(
@@ -171,6 +180,7 @@ def _of_section(composer: Composer, space: str, when: str, words: Sequence[str],
         own = parse_axes(kept, composer)
     except UserError as error:
         raise UserError(f"{space}: {when}: {error}") from None
+    _refuse_untyped(composer, own, f"{space}: {when}")
     for axis in own:
         if shared := set(axis.keys) & taken:
             raise UserError(f"{space}: {when}: {axis}: {min(shared)} is also set outside the space")

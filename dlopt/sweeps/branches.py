@@ -21,7 +21,7 @@ from dlopt.config.overrides import (
     BRANCH,
     SWEEP_WORDS,
     WAIT,
-    is_typed,
+    is_set,
     key_of,
     listed_values,
     parse_axes,
@@ -103,10 +103,10 @@ def branched(composer: Composer, words: Sequence[str]) -> list[str]:
     given = [word for word in words if key_of(word) == AT]
     if not given:
         return inherit(composer, words)
-    if len(given) > 1 or not is_typed("from", words):
+    if len(given) > 1 or not is_set("from", words):
         raise UserError(f"{' '.join(given)}: needs one run from which to branch, and one list: from=RUN at=5,10,20")
     rest = without(words, AT)
-    if is_typed("dry_run", rest):
+    if is_set("dry_run", rest):
         raise UserError(f"{given[0]}: dry_run=true estimates whole runs, not branches; leave out one of them")
     taken = [word for word in rest if key_of(word) in ("epochs", "steps", "schedule_epochs")]
     if taken:
@@ -133,7 +133,7 @@ def branched(composer: Composer, words: Sequence[str]) -> list[str]:
         "schedule_epochs": [_epochs(stem, length) for length in lengths],
     }
     items = [f"{key}=[{','.join(map(str, values))}]" for key, values in columns.items()]
-    if not is_typed("resume", rest):  # resume=auto: the folders of the jobs have the checkpoints
+    if not is_set("resume", rest):  # resume=auto: the folders of the jobs have the checkpoints
         items.append(f"resume=[{','.join(quoted_plain(str(stem.checkpoints[start])) for start in starts)}]")
     kept = without(inherit(composer, rest), *columns)
     return [*kept, f"{BRANCH}=zip({','.join(items)})"]
@@ -159,7 +159,7 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
     folder = RunFolder(Path(str(override.value())).absolute())
     folder = RunFolder(folder.path.parent) if folder.path.name == "config.yaml" else folder
     single = [each for each in composer.parse(overrides) if not each.is_sweep_override()]
-    run_config = checked(composer.compose(single), single, None).run_config
+    run_config = checked(composer.compose(single), single).run_config
     checkpoints = {}
     for path in folder.checkpoints.glob("step-*.pt"):
         if (number := path.stem.removeprefix("step-")).isdecimal():

@@ -83,6 +83,11 @@ class SweepRequest:
         self.found[:] = [folder]
         return folder
 
+    @property
+    def launcher_line(self) -> str:
+        """Who has set what of the launcher; "" if there is nothing but the choice."""
+        return self.composer.describe_launcher(self.config)
+
     def check_tracking(self, plans: Iterable[Plan]) -> None:
         """Raises `UserError` if a new sweep has a tracking service that cannot record its jobs."""
         if self.config.resume is None:
@@ -96,7 +101,7 @@ class SweepRequest:
         parsed = self.composer.parse(overrides)
         config = self.composer.compose([*self.hydra, *parsed])
         self._refuse_recipe(config)
-        job = as_job(checked(config, parsed, self.overrides, self.composer.flags, self.later), number, parsed)
+        job = as_job(checked(config, parsed, self.composer.flags, self.later), number, parsed)
         refuse_untested(job.saved, parsed)
         self._check_size(job.run_config)
         resume = job.saved["resume"]

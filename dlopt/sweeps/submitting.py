@@ -104,6 +104,7 @@ def _submit_grid(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> No
                 if not job.folder.is_live():  # of a killed sweep: it is writing its last checkpoint
                     (job.folder.path / RESTARTS).unlink(missing_ok=True)
                     prepare(job)
+        _print_header(request.launcher_line)
         elements = elements_left(folder, array)
         job_id = start_elements(folder, submission, launcher, elements, secrets)
     _print_submitted(folder, job_id, f"{format_count('elements', len(elements))} of a job array", len(jobs))
@@ -176,6 +177,7 @@ def submit_search(request: SweepRequest, launcher: Slurm, folder: Path, plan: Pl
         plan.saved,
         plan.environment,
         total,
+        header=request.launcher_line,
         workers=left,
         own=["resume=auto", f"hydra.sweep.dir={quoted_plain(str(folder.absolute()))}"],
         files=files,
@@ -191,6 +193,7 @@ def submit_command(
     environment: Mapping[str, str],
     jobs: int,
     *,
+    header: str,
     workers: int | None = None,
     own: Sequence[str] = (),
     files: Mapping[str, Path] | None = None,
@@ -200,6 +203,7 @@ def submit_command(
     Args:
         words: of the command, the first of which names it; `own`: words that are stored as they are.
         config: of one of its jobs; `environment`: additional variables of the jobs.
+        header: who has set what of the launcher.
         workers: the number of workers with something to do; by default one per job.
         files: files that the words name, by name: `{name}` becomes the path of the copy.
 
@@ -235,6 +239,7 @@ def submit_command(
             cancel(queued_elements(folder), pending_only=True)  # they would find another sweep
         _write(folder, submission, launcher)
         (folder / WORKERS / STOP).unlink(missing_ok=True)
+    _print_header(header)
     count = min(launcher.n_jobs, jobs if workers is None else workers)
     job_id = start_elements(folder, submission, launcher, range(count), secrets)
     _print_submitted(folder, job_id, format_count("workers", count), jobs)
@@ -248,6 +253,11 @@ def _submitting(folder: Path) -> Iterator[bool]:
     """
     with locked(folder / WORKERS / _LOCK), unused(folder) as is_unused:
         yield is_unused
+
+
+def _print_header(line: str) -> None:
+    if line:
+        print(line)
 
 
 def _print_submitted(folder: Path, job_id: str | None, how: str, jobs: int) -> None:

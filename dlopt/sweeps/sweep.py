@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -315,6 +316,8 @@ def check_folder(
 def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]) -> None:
     """Runs a sweep through Hydra's main. `overrides`: with lists spelled out, which Hydra expands in the same order."""
     replaced = ("hydra.sweep.dir", "hydra.sweeper.params")
+    if line := request.launcher_line:
+        print(line)
     hydra = [line for line in storable(map(text_of, request.hydra)) if key_of(line) not in replaced]
     refuse_hidden_words(hydra)
     own = [f"hydra.sweep.dir={quoted_plain(str(folder))}"]
@@ -322,19 +325,31 @@ def run_with_hydra(request: SweepRequest, folder: Path, overrides: Sequence[str]
         own.append("hydra.sweeper.params=null")
     # Hydra stores its overrides in multirun.yaml, therefore secrets that are typed become variables.
     secrets = {name: value for name, value in job_variables(request.config).items() if is_secret_name(name)}
+    job = HydraJob(tuple(storable(request.composer.command_line.words)))
     with env_override({**secrets, "HYDRA_FULL_ERROR": "1"}):  # errors are raised, not printed
-        hydra_main(["-m", *request.composer.flags, *hydra, *own, *overrides], start_job)
+        hydra_main(["-m", *request.composer.flags, *hydra, *own, *overrides], job)
 
 
-def start_job(config: DictConfig) -> str:
-    """Runs a job that Hydra has composed; returns its status."""
-    hydra = HydraConfig.get()
-    with open_dict(config):
-        config.hydra = hydra  # Hydra takes it out of the config of a task
-    folder, overrides = RunFolder(Path(hydra.runtime.output_dir)), task_overrides(config)
-    try:
-        plan = checked(config, overrides)
-    except UserError as error:
-        return sweep_jobs.failed(folder, str(error)).status
-    job = Job(int(hydra.job.num), folder, plan, " ".join(overrides))
-    return pools.run_jobs([job], 1, pools.local(n_jobs=1, stop_on_failure=False))[job.number]
+@dataclass(frozen=True)
+class HydraJob:
+    """Hydra's task function of a sweep. `typed`: the words of the command line, without secrets."""
+
+    typed: tuple[str, ...]
+
+    def __call__(self, config: DictConfig) -> str:
+        """Runs a job that Hydra has composed; returns its status."""
+        hydra = HydraConfig.get()
+        with open_dict(config):
+            config.hydra = hydra  # Hydra takes it out of the config of a task
+        folder, overrides = RunFolder(Path(hydra.runtime.output_dir)), task_overrides(config)
+        try:
+            plan = self.checked(config, overrides)
+        except UserError as error:
+            return sweep_jobs.failed(folder, str(error)).status
+        job = Job(int(hydra.job.num), folder, plan, " ".join(overrides))
+        return pools.run_jobs([job], 1, pools.local(n_jobs=1, stop_on_failure=False))[job.number]
+
+    def checked(self, config: DictConfig, overrides: Sequence[str]) -> Plan:
+        """Checks a config that Hydra has composed. Raises `UserError`."""
+        Composer(words=self.typed).check_origin(config)
+        return checked(config, overrides)

@@ -192,7 +192,7 @@ def test_stream_redacts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def saved(*overrides: str) -> dict[str, object]:
-    return to_plain(Composer().compose(list(overrides)), list(overrides))[1]
+    return to_plain(Composer().compose(list(overrides)))[1]
 
 
 def test_secrets_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ def missing(choice: str) -> str | None:
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice in SLOW or missing(choice) is not None])
 def test_composes_and_is_valid(choice: str) -> None:
     """Tests the choices that `test_takes_one_update` skips here, or runs only as slow tests."""
-    plain, _ = to_plain(Composer().compose([each for each in line(choice) if missing(choice) is None] or [choice]), [])
+    plain, _ = to_plain(Composer().compose([each for each in line(choice) if missing(choice) is None] or [choice]))
     parse(plain)
 
 
@@ -214,7 +214,7 @@ def test_takes_one_update(choices: tuple[str, ...], place: Path, tmp_path: Path)
     typed = [each.replace("images", str(place / "images")) if each.startswith(located) else each
              for each in (*SMALL, *lines)]  # fmt: skip
     if choices[0].startswith("model=") and choices[0] in SLOW:
-        run_config = parse(*to_plain(Composer().compose(typed), typed))
+        run_config = parse(*to_plain(Composer().compose(typed)))
         takes_one_update_alone(build_workload(run_config), tmp_path)
         return
     if any(choice.startswith("optimizer=") for choice in choices):
@@ -238,14 +238,14 @@ def takes_one_update_alone(workload: Workload, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_compose_and_are_valid(name: str) -> None:
-    plain, _ = to_plain(Composer().compose([f"experiment={name}"]), [])
+    plain, _ = to_plain(Composer().compose([f"experiment={name}"]))
     parse(plain)
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     assert f"experiment={name}" in text.split("defaults:")[0]  # a recipe states its command on top
 
 
 def test_command_line_overrides_a_recipe() -> None:
-    plain, _ = to_plain(Composer().compose(["experiment=resnet20_cifar10", "optimizer.lr=0.5", "data=digits"]), [])
+    plain, _ = to_plain(Composer().compose(["experiment=resnet20_cifar10", "optimizer.lr=0.5", "data=digits"]))
     assert plain["optimizer"]["lr"] == 0.5 and plain["data"]["_target_"] == "dlopt.data.digits.digits"
     assert plain["epochs"] == 200 and plain["optimizer"]["weight_decay"] == 1e-4
 

@@ -102,7 +102,7 @@ def composed_config() -> dict[str, object]:
     from dlopt.config.compose import Composer
     from dlopt.config.resolve import to_plain
 
-    return to_plain(Composer().compose([]), [])[0]
+    return to_plain(Composer().compose([]))[0]
 
 
 def test_the_id_of_a_run_is_not_typed(tmp_path: Path) -> None:

@@ -81,20 +81,20 @@ def test_recipe_without_its_package(tmp_path: Path) -> None:
     assert "`# @package _global_`" in message
 
 
-def test_a_recipe_chooses_launcher_and_logging(tmp_path: Path) -> None:
-    """As it does for the sweeper: the choices in dlopt's own file do not win over it, those of the command line do."""
+def test_a_recipe_chooses_sweeper_and_logging(tmp_path: Path) -> None:
+    """The choices in dlopt's own file do not win over it, those of the command line do."""
     write(tmp_path / "conf/experiment/mine.yaml", """\
         # @package _global_
         defaults:
-          - override /hydra/launcher: joblib
+          - override /hydra/sweeper: dlopt_optuna
           - override /hydra/job_logging: stdout
           - override /model: mlp
         """)  # fmt: skip
     composer = Composer(config_dir=str(tmp_path / "conf"))
     config = composer.compose(["experiment=mine"])
-    assert config.hydra.launcher.n_jobs == -1 and config.hydra.job_logging.handlers
-    assert composer.compose(["experiment=mine", "hydra/launcher=serial"]).hydra.launcher.n_jobs == 1
-    assert composer.compose([]).hydra.launcher.n_jobs == 1
+    assert config.hydra.sweeper.n_trials == 20 and config.hydra.job_logging.handlers
+    assert "n_trials" not in composer.compose(["experiment=mine", "hydra/sweeper=basic"]).hydra.sweeper
+    assert "n_trials" not in composer.compose([]).hydra.sweeper
 
 
 def test_custom_primary_config(tmp_path: Path) -> None:

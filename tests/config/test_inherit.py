@@ -26,7 +26,7 @@ def composer() -> Composer:
 
 
 def compose(composer: Composer, lines: list[str]) -> dict[str, Any]:
-    return to_plain(composer.compose(lines), lines)[1]
+    return to_plain(composer.compose(lines))[1]
 
 
 def save(composer: Composer, folder: Path, lines: list[str]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def test_keeps_environment_interpolations(composer: Composer, tmp_path: Path, mo
     save(composer, tmp_path, ["data=image_folder", "data.root=${oc.env:MY_ROOT}"])
     lines = inherit(composer, [f"from={tmp_path}"])
     assert "secret" not in " ".join(lines)
-    plain, saved = to_plain(composer.compose(lines), lines)
+    plain, saved = to_plain(composer.compose(lines))
     assert plain["data"]["root"] == "/data/secret" and saved["data"]["root"] == "${oc.env:MY_ROOT}"
 
 

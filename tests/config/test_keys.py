@@ -20,14 +20,14 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def test_every_key_of_a_run_declares_its_role() -> None:
-    plain, _ = to_plain(Composer().compose([]), [])
+    plain, _ = to_plain(Composer().compose([]))
     of_run = {key for key in flatten(plain) if key.partition(".")[0] not in GROUPS}
     of_data = {f"data.{each.name}" for each in fields(DataSettings)}
     assert not (of_run | of_data | set(GROUPS)) - set(ROLES)
 
 
 def test_every_declared_key_exists() -> None:
-    plain, _ = to_plain(Composer().compose(["data=image_folder", "data.root=x"]), [])
+    plain, _ = to_plain(Composer().compose(["data=image_folder", "data.root=x"]))
     others = {"hydra", "experiment", "debug", "from", "run_id", "directions"}  # the last two: dlopt sets them
     others |= {"data.offline", "loss.teacher"}  # of a choice
     assert set(ROLES) - others <= {*flatten(plain), *GROUPS}

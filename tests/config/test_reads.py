@@ -70,7 +70,7 @@ WITHOUT_CONFIG = {"options", "template"}
 
 @cache
 def keys_of_a_run() -> tuple[str, ...]:
-    plain, _ = to_plain(Composer().compose(["parallel=ddp", "clip=norm", "stopping=early"]), [])
+    plain, _ = to_plain(Composer().compose(["parallel=ddp", "clip=norm", "stopping=early"]))
     of_groups = {key.partition(".")[0] for key in ROLES if "." not in key and key not in plain}
     return (*flatten(plain), *sorted(of_groups - {"hydra", "from"}), *entries("dlopt.series"), *HYDRA)
 

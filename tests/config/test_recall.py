@@ -293,11 +293,11 @@ def test_other_search_path(tmp_path: Path) -> None:
           searchpath: [{tmp_path / "there"}]
         """)  # fmt: skip
     write(tmp_path / "there/things/one.yaml", "key: 1\n")
-    assert Composer("mine", str(tmp_path / "here")).compose(["+things=one"]).things.key == 1
     typed = [f"hydra.searchpath=[{tmp_path / 'there'}]", "+things=one", "things.key=2"]
-    assert Composer().compose(typed).things.key == 2
+    assert Composer("mine", str(tmp_path / "here"), typed).compose(["+things=one"]).things.key == 1
+    assert Composer(words=typed).compose(typed).things.key == 2
     write(tmp_path / "there/experiment/mine.yaml", "# @package _global_\nseed: 5\n")  # a choice of an existing group
-    assert Composer().compose([typed[0], "experiment=mine"]).seed == 5
+    assert Composer(words=typed).compose([typed[0], "experiment=mine"]).seed == 5
 
 
 def test_notices_what_is_registered_with_hydra() -> None:

@@ -13,7 +13,7 @@ from dlopt.config.resolve import to_plain
 
 
 def composed(*lines: str) -> dict[str, Any]:
-    plain, saved = to_plain(Composer().compose(list(lines)), lines)
+    plain, saved = to_plain(Composer().compose(list(lines)))
     assert plain == saved
     parse(plain)
     return plain

@@ -18,7 +18,7 @@ PATH = Path("best.pt")
 
 @pytest.fixture
 def saved() -> dict[str, Any]:
-    return to_plain(Composer().compose([]), [])[1]
+    return to_plain(Composer().compose([]))[1]
 
 
 def test_changes_only_the_given_keys(saved: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def test_malicious_checkpoint_runs_no_code(command: list[str], tmp_path: Path) -
 
 def test_texts_that_look_like_interpolations_are_saved_as_texts() -> None:
     overrides = ["model=mlp", r"note='lr \${x}, seed ${seed}'", r"tags=['\${y}']", r"name='a\${z}'"]
-    plain, saved = to_plain(Composer().compose(overrides), overrides)
+    plain, saved = to_plain(Composer().compose(overrides))
     assert (plain["note"], plain["tags"], plain["name"]) == ("lr ${x}, seed 0", ["${y}"], "a${z}")
     assert (saved["note"], saved["tags"], saved["name"]) == ("lr ${x}, seed 0", ["${y}"], r"a\${z}")
     assert resolve_saved(saved) == plain

@@ -79,7 +79,7 @@ def test_no_pattern_hides_a_choice(choices: dict[str, set[str]]) -> None:
 )
 def test_error_is_the_pointer_alone(line: str, use: str, composer: Composer) -> None:
     with pytest.raises(UserError) as error:
-        parse(*to_plain(composer.compose([line]), [line]))
+        parse(*to_plain(composer.with_words(line).compose([line])))
     assert str(error.value).startswith(line.lstrip("+")) and str(error.value).endswith(f"; use {use}")
 
 

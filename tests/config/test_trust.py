@@ -269,7 +269,7 @@ def image(path: Path, shade: int) -> None:
 def test_keeps_other_environment_interpolations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_NAME", "hunter2hunter2")
     config = Composer().compose(["name=run-${oc.env:SECRET_NAME}", "resume=${name}/last.pt"])
-    plain, saved = to_plain(config, [])
+    plain, saved = to_plain(config)
     assert plain["name"] == "run-hunter2hunter2" and plain["resume"] == "run-hunter2hunter2/last.pt"
     assert saved["name"] == "run-${oc.env:SECRET_NAME}" and saved["resume"] == "${name}/last.pt"
 
@@ -278,5 +278,5 @@ def test_numbers_of_the_environment_are_saved(monkeypatch: pytest.MonkeyPatch) -
     """Two tasks of a job array with different seeds have different configs."""
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     line = ["seed='${oc.decode:${oc.env:SLURM_ARRAY_TASK_ID}}'", "epochs=13"]
-    plain, saved = to_plain(Composer().compose(line), [])
+    plain, saved = to_plain(Composer().compose(line))
     assert saved["seed"] == saved["init_seed"] == plain["seed"] == 3 and saved["epochs"] == 13

@@ -88,7 +88,7 @@ def test_sharded_batches_are_not_recorded() -> None:
 def augmentation(choice: str, source: InMemory) -> Any:
     size = source.shape[1]
     typed = [f"augmentation={choice}", *(["augmentation.operations.0.size=12"] if choice in LARGE else [])]
-    run_config = parse(to_plain(Composer().compose(typed), [])[0])
+    run_config = parse(to_plain(Composer().compose(typed))[0])
     return run_config.augmentation.build(input_shape=(3, size, size), classes=10, train=source)
 
 

@@ -103,7 +103,7 @@ def test_cached_logits_equal_uncached_ones(options: dict[str, Any], parts: list[
 def test_sizes() -> None:
     def parameters(choice: str, shape: tuple[int, ...], vocabulary: int) -> int:
         lines = [f"model={choice}"]
-        run_config = parse(*to_plain(Composer().compose(lines), lines))
+        run_config = parse(*to_plain(Composer().compose(lines)))
         with torch.device("meta"):
             model: nn.Module = run_config.model.build(input_shape=shape, classes=vocabulary, vocabulary=vocabulary)
         return sum(parameter.numel() for parameter in model.parameters())

@@ -27,7 +27,7 @@ CHANGES = (
 
 
 def config(*typed: str) -> dict[str, Any]:
-    plain, saved = to_plain(Composer().compose(list(typed)), [])
+    plain, saved = to_plain(Composer().compose(list(typed)))
     parse(plain)
     return settings(saved)
 

@@ -30,7 +30,7 @@ from dlopt.config.flags import parse_arguments
 from dlopt.config.overrides import (
     Axis,
     grid,
-    is_typed,
+    is_set,
     key_of,
     parse_axes,
     quoted_plain,
@@ -69,7 +69,7 @@ class Combination:
         Args:
             choices: group -> choice; these groups are omitted from the label: "resnet20", not "model=resnet20".
         """
-        names = [choices[group] for group in choices if is_typed(group, self.varied)]
+        names = [choices[group] for group in choices if is_set(group, self.varied)]
         keys = without(self.varied, *choices)
         for group in choices:
             keys = [line.removeprefix(f"{group}.") for line in keys]
@@ -82,7 +82,11 @@ class Line:
 
     composer: "Composer"
     overrides: list[str]
-    typed: tuple[str, ...] = ()  # the overrides before any was taken
+
+    @property
+    def typed(self) -> tuple[str, ...]:
+        """The words of the command line, also those that were taken."""
+        return self.composer.command_line.words
 
     def take(self, target: Callable[..., Any]) -> tuple[dict[str, Any], "Line"]:
         """Returns the checked keyword-only arguments of `target` and the line without them. Raises `UserError`."""
@@ -267,7 +271,7 @@ def read_line(arguments: list[str], *, several: str) -> Line:
     for flag, value in vars(parsed).items():
         if value and flag not in ("overrides", "config_dir", "config_name"):
             raise UserError(unavailable(f"--{flag.replace('_', '-')}"))
-    return Line(Composer(parsed.config_name, parsed.config_dir), parsed.overrides, tuple(parsed.overrides))
+    return Line(Composer(parsed.config_name, parsed.config_dir, parsed.overrides), parsed.overrides)
 
 
 def with_document(arguments: Sequence[str], run: Callable[[list[str]], tuple[int, Mapping[str, Any]]]) -> int:

@@ -64,7 +64,7 @@ def space_of(composer: Composer, name: str, overrides: Sequence[str]) -> list[st
     if has_space(name, composer.config_dir):
         return lines
     chosen = [f"optimizer={name}", *overrides]
-    plain, _ = to_plain(composer.compose(chosen), chosen)
+    plain, _ = to_plain(composer.compose(chosen))
     packages = trusted_packages(plain["allow_packages"])
     names = parameters_of(resolve_target("optimizer._target_", str(plain["optimizer"]["_target_"]), packages))
     own = [line for line in lines if key_of(line).removeprefix("optimizer.") in names]

@@ -33,7 +33,7 @@ from dlopt.extend import (
     write_json,
 )
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, build_pool
-from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change
+from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change, words_of
 from dlopt.lab.judge.running import SIDES, Judgement, run, trained_on
 from dlopt.lab.judge.wording import sentences
 from dlopt.parallel.processes.rendezvous import refuse_ranks
@@ -92,10 +92,11 @@ def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
     if len(sides) < 2:
         missing = "CHANGE" if sides else "BASE and CHANGE"
         raise UserError(f"{missing} missing: dlopt judge outputs/train/DATE optimizer.lr=0.2; see `dlopt judge --help`")
+    line = replace(line, composer=line.composer.with_words(*(word for side in sides for word in words_of(side))))
     with waiting("loading PyTorch ..."):
         base = read_base(line.composer, sides[0])
         change = read_change(line.composer, base, sides[1:])
-    hydra = replace(rest, overrides=[each for each in rest.overrides if is_hydra(each)])
+    hydra = replace(line, overrides=[each for each in rest.overrides if is_hydra(each)])
     return _judge(hydra, base, change, sides[1:], **values)
 
 

@@ -86,7 +86,7 @@ def read_base(composer: "Composer", word: str) -> Side:
             status = (folder.summary() or {}).get("status", "running" if folder.is_live() else "unfinished")
             raise UserError(f"{word}: the base has not finished ({status}): a change is judged against a whole run")
         return _side(composer, _lines_of(composer, word))
-    words = _split(word)
+    words = words_of(word)
     if "=" not in word:
         if word not in composer.choices("experiment"):
             raise UserError(f"{word}: no such folder or recipe; BASE may also be overrides in quotes")
@@ -97,7 +97,7 @@ def read_base(composer: "Composer", word: str) -> Side:
 
 def read_change(composer: "Composer", base: Side, words: Sequence[str]) -> Side:
     """Reads CHANGE: overrides of the base, another run, code=FOLDER. Raises `UserError` if they cannot be compared."""
-    typed = [each for word in words for each in ([word] if Path(word).exists() else _split(word))]
+    typed = [each for word in words for each in words_of(word) or [word]]
     code = [Path(value_of(each)) for each in typed if key_of(each) == CODE]
     for folder in code:
         if not folder.is_dir() or not any(folder.rglob("*.py")):
@@ -123,9 +123,9 @@ def _lines_of(composer: "Composer", run: str) -> list[str]:
     return without(of_run(composer, run), *SEEDS)
 
 
-def _split(word: str) -> list[str]:
-    """Splits "optimizer=sgd epochs=5", typed as one word, before each key; a list may have spaces."""
-    return re.split(r"\s+(?=[+~]*[\w./@-]+=)", word.strip())
+def words_of(side: str) -> list[str]:
+    """Splits "optimizer=sgd epochs=5", typed as one word, before each key; a list may have spaces. [] for a path."""
+    return [] if Path(side).exists() else re.split(r"\s+(?=[+~]*[\w./@-]+=)", side.strip())
 
 
 def _refuse_seeds(words: Sequence[str]) -> None:

@@ -227,7 +227,7 @@ def _contestant(line: Line, family: Family, name: str, overrides: Sequence[str],
     from dlopt.config.resolve import to_plain
 
     lines = [f"experiment={family.experiment}", f"optimizer={name}", *overrides, *shared]
-    plain, _ = to_plain(line.composer.compose(lines), lines)
+    plain, _ = to_plain(line.composer.compose(lines))
     typed = [key_of(each) for each in overrides]
     overrides = [*(each for each in family.optimizers.get(name, ()) if key_of(each) not in typed), *overrides]
     if _PLAIN in typed:

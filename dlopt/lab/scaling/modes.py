@@ -320,5 +320,4 @@ def _measured_step(composer: Composer, mode: str, processes: int, folder: Path) 
 
 
 def _config(composer: Composer, mode: str, batch: int) -> dict[str, Any]:
-    overrides = [*_COMMON, f"parallel={mode}", f"data.batch_size={batch}"]
-    return to_plain(composer.compose(overrides), overrides)[1]
+    return to_plain(composer.compose([*_COMMON, f"parallel={mode}", f"data.batch_size={batch}"]))[1]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 from dlopt.basics.scratch import scratch
-from dlopt.config.overrides import is_typed
+from dlopt.config.overrides import is_set
 from dlopt.config.reads import LEARNING_RATE, RECIPE, UPDATE
 from dlopt.extend import (
     DONE,
@@ -78,7 +78,7 @@ def _rows(line: Line) -> list[_ModeRow]:
 
     processes = [override for override in line.overrides if key_of(override) == "processes"] or ["processes=2"]
     overrides = without(line.overrides, "processes")
-    if not is_typed("parallel", overrides):
+    if not is_set("parallel", overrides):
         overrides = ["parallel=ddp", *overrides]
     for override in overrides:
         if key_of(override) == "parallel.processes":
@@ -87,7 +87,7 @@ def _rows(line: Line) -> list[_ModeRow]:
     counts = [process_count(override) for combination in combinations for override in combination]
     # The same threads per process in all rows, few enough that the largest number of processes fits the cores.
     threads = max(usable_cores() // max(counts), 1)
-    if not is_typed("threads", overrides):
+    if not is_set("threads", overrides):
         overrides = [*overrides, f"threads={threads}"]
     rows: list[_ModeRow] = []
     for job in replace(line, overrides=overrides).jobs(("parallel",)):

@@ -93,7 +93,7 @@ def draw_paths(line: Line) -> int:
         from dlopt.lab.trajectory.tolerance import draw_ends, end_table, ends
 
     if line.composer.config_name == CONFIG_NAME:
-        line = replace(line, composer=Composer("trajectory", line.composer.config_dir))
+        line = replace(line, composer=Composer("trajectory", line.composer.config_dir, line.typed))
     _refuse_others(line.overrides)
     jobs = line.jobs(_GROUPS, len(drawing.COLOURS))
     path_jobs = [_check_job(line.composer.compose(job.overrides), job) for job in jobs]
@@ -185,7 +185,7 @@ def _check_job(config: "DictConfig", job: Combination) -> _PathJob:
     from dlopt.optim.newton import UndampedNewton
     from dlopt.schedules import Warmup
 
-    plain, _ = to_plain(config, job.overrides)
+    plain, _ = to_plain(config)
     # `data` is set by optimizer=gradient_descent (full batch) and has no effect here.
     keys = {key: value for key, value in plain.items() if key not in (*_GROUPS, "data")}
     settings = PathSettings(**check_arguments("", PathSettings, keys, related=_GROUPS))

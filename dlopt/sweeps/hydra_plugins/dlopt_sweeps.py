@@ -26,7 +26,7 @@ class Folders(SearchPathPlugin):
 
 
 class _PoolLauncher(Launcher):
-    """Runs jobs in the worker pool that a callable builds. Hydra's task function is not called."""
+    """Runs jobs in the worker pool that a callable builds. Hydra's task function only checks them."""
 
     function = ""  # its dotted name
 
@@ -34,7 +34,7 @@ class _PoolLauncher(Launcher):
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._loader, self._config = hydra_context.config_loader, config
+        self._loader, self._config, self._job = hydra_context.config_loader, config, task_function
 
     def build(self) -> Any:
         """Returns the checked `Pool`, or `Slurm`. Raises `UserError`."""
@@ -46,11 +46,13 @@ class _PoolLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs jobs that a sweeper of another package has chosen; returns their statuses."""
-        from dlopt.config.plan import Plan, as_job, checked
+        from dlopt.config.plan import Plan, as_job
         from dlopt.sweeps.jobs import build_job, labels
         from dlopt.sweeps.pool import Pool, run_jobs
+        from dlopt.sweeps.sweep import HydraJob
 
-        pool = self.build()
+        pool, job = self.build(), self._job
+        assert isinstance(job, HydraJob)
         if not isinstance(pool, Pool):
             raise UserError(
                 "hydra/launcher=slurm: runs grids and hydra/sweeper=dlopt_optuna; run other sweepers in a job"
@@ -58,7 +60,7 @@ class _PoolLauncher(Launcher):
 
         def plan_job(overrides: Sequence[str], number: int) -> Plan:
             config = self._loader.load_sweep_config(self._config, list(overrides))
-            return as_job(checked(config, overrides, typed=None), number, overrides)  # allow_packages was checked
+            return as_job(job.checked(config, overrides), number, overrides)
 
         folder, names = Path(str(self._config.hydra.sweep.dir)), labels(job_overrides)
         numbered = enumerate(zip(job_overrides, names, strict=True), initial_job_idx)

@@ -52,7 +52,7 @@ def efficiency(cost: simulation.ModeCost, layers: Sequence[Layer] = CHAIN, clust
 )
 def test_counts_match_published_models(model: Any, millions: float, gmacs: float) -> None:
     overrides, shape, classes, _ = MODELS[model]
-    run_config = parse(to_plain(Composer().compose(overrides), overrides)[0])
+    run_config = parse(to_plain(Composer().compose(overrides))[0])
     result = layers_of(lambda: run_config.model.build(input_shape=shape, classes=classes), shape)
     assert parameters(result) / 1e6 == pytest.approx(millions, abs=0.06)
     assert operations(result) / 2e9 == pytest.approx(gmacs, rel=0.02)

@@ -18,7 +18,7 @@ NAMES = sorted({path.stem for path in (extensions()["dlopt.lab"] / "function").g
 
 
 def function(name: str, **keys: Any) -> Any:
-    node = to_plain(Composer("trajectory").compose([f"function={name}"]), [])[0]["function"]
+    node = to_plain(Composer("trajectory").compose([f"function={name}"]))[0]["function"]
     return component("function", {**node, **keys}, (), ("dlopt",)).build()
 
 

@@ -34,7 +34,7 @@ from tests.support.runs import at_update, metrics, result, resume, same, start, 
 
 
 def run_config(*overrides: str) -> RunConfig:
-    return parse(to_plain(Composer().compose(list(overrides)), [])[0])
+    return parse(to_plain(Composer().compose(list(overrides)))[0])
 
 
 def mode(device: str = "cuda", *, compiles: bool = True) -> Any:
