@@ -25,6 +25,7 @@ from dlopt.config.overrides import (
     TRIALS,
     Axis,
     is_equal,
+    is_hydra,
     key_of,
     keys_of,
     parse_axes,
@@ -32,6 +33,7 @@ from dlopt.config.overrides import (
     quoted,
     refuse_several,
     replaced,
+    text_of,
     value_of,
     without,
 )
@@ -55,8 +57,9 @@ def read_axes(composer: Composer, words: Sequence[str]) -> tuple[DictConfig, lis
     typed = parse_axes(without(words, SPACE, TRIALS), composer)
     config = composer.compose([override for axis in typed for override in axis.overrides], multirun=True)
     params = [f"{key}={show(value)}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    axes = replaced(parse_axes(without(params, SPACE, TRIALS), composer), typed)
-    _refuse_untyped(composer, axes, "hydra.sweeper.params")
+    of_file = parse_axes(without(params, SPACE, TRIALS), composer)
+    _refuse_untyped(composer, of_file, "hydra.sweeper.params")
+    axes = replaced(of_file, typed)
     for axis in axes:
         if axis.is_zip and (axis.name in config or axis.name in (*composer.groups(), *SWEEP_WORDS)):
             raise UserError(f"{axis}: {axis.name} is a key of the config; give the axis another name")
@@ -70,9 +73,15 @@ def read_axes(composer: Composer, words: Sequence[str]) -> tuple[DictConfig, lis
 
 
 def _refuse_untyped(composer: Composer, axes: Sequence[Axis], place: str) -> None:
-    """Raises `UserError` for an axis of a file with a key that only the command line may set. `place`: of the axes."""
+    """Raises `UserError` for an axis of a file with a key of Hydra, or one that only the command line may set.
+
+    `place`: of the axes. `dlopt grid` prints the overrides of a job, and whoever pastes them has typed them.
+    """
+    overrides = [override for axis in axes for override in axis.overrides]
+    for override in filter(is_hydra, overrides):
+        raise UserError(f"{place}: {text_of(override)}: only keys of the jobs")
     try:
-        composer.refuse_untyped(override for axis in axes for override in axis.overrides)
+        composer.refuse_untyped(overrides)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 
