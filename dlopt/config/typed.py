@@ -7,6 +7,7 @@ is compared with the words of the command line before it is composed, and every 
 """
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, is_below
-from dlopt.basics.secrets import redact
+from dlopt.basics.secrets import is_secret_name, redact
 from dlopt.config.overrides import key_of, keys_of, listed_values, parse_axes, parse_overrides
 from dlopt.config.parameters import show
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 COMMAND_LINE_ONLY = ("allow_packages", "hydra.callbacks", "hydra.job.env_set", "hydra.launcher", "hydra.searchpath")
-"""Keys and blocks by which a file could run code. In addition: sweepers of other packages, and the files of a log."""
+"""Keys and blocks by which a file could run code."""
+IN_PART = ("hydra.hydra_logging", "hydra.job_logging", "hydra.sweeper")
+"""Blocks of which a config file may set all but the paths of log files, and the sweepers of other packages."""
 LAUNCHER_OPTIONS = (
     "account", "constraint", "cpus_per_task", "gpus", "gpus_per_node", "gpus_per_task", "mem", "mem_gb", "nodes",
     "partition", "qos", "time",
@@ -89,16 +92,16 @@ def refuse_untyped(values: Mapping[str, Any], command_line: CommandLine) -> None
     """Raises `UserError` for a value that the command line does not set. `values`: by full key, of guarded keys."""
     for key, value in values.items():
         if not command_line.sets(key, value):
-            shown = f"{'hydra/launcher' if key == 'hydra.launcher' else key}={show(value)}"
+            name = "hydra/launcher" if key == "hydra.launcher" else key
+            shown = f"{name}={'***' if is_secret_name(key.rpartition('.')[2]) else printable(show(value))}"
             more = f"; of a launcher, a file may set {', '.join(LAUNCHER_OPTIONS)}" if _is_of_launcher(key) else ""
             raise UserError(f"{shown}: set in a config file, but accepted from the command line only{more}")
 
 
 def guarded_of_override(override: "Override") -> Iterator[dict[str, Any]]:
     """Yields the values of an override that must be typed, by full key; of several values, those of each."""
-    if is_below(key_of(override), COMMAND_LINE_ONLY):
-        for values in _settings_of(override):
-            yield {key: value for key, value in values.items() if not is_option(key)}
+    if is_below(key_of(override), (*COMMAND_LINE_ONLY, *IN_PART)):
+        yield from _settings_of(override)
 
 
 def guarded(raw: Mapping[str, Any], installed: Installed) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def guarded(raw: Mapping[str, Any], installed: Installed) -> dict[str, Any]:
         settings = _not_installed(hydra["sweeper"], "hydra.sweeper", str(choices.get("hydra/sweeper")), installed)
         # Its axes are overrides of jobs, which are checked one by one.
         found |= {key: value for key, value in settings.items() if not is_below(key, ("hydra.sweeper.params",))}
-    for name in ("hydra_logging", "job_logging"):
+    for name in ("hydra_logging", "job_logging"):  # a line that a log appends to ~/.bashrc is a command
         settings = flatten(hydra[name], f"hydra.{name}")
         found |= {key: path for key, path in settings.items() if key.endswith(".filename") and path not in _LOG_FILES}
     return {key: value for key, value in found.items() if value not in (None, [], {})}
@@ -132,13 +135,12 @@ def describe_launcher(config: DictConfig, command_line: CommandLine, installed: 
     """Returns what was typed of the launcher, and what files set; "" if there is nothing but the choice."""
     typed = command_line.values_below("hydra.launcher")
     choice = typed.pop("hydra.launcher", None)
-    parts = {"typed": typed, "from config files": file_options(config, command_line, installed)}
-    shown = [
-        " ".join([title, *(f"{key.removeprefix('hydra.launcher.')}={show(value)}" for key, value in values.items())])
-        for title, values in parts.items()
-        if values
-    ]
-    return printable(redact(f"hydra/launcher={choice}: {'; '.join(shown)}")) if shown else ""
+    found = {"typed": typed, "from config files": file_options(config, command_line, installed)}
+    parts = []
+    for title, values in found.items():
+        words = [f"{key.removeprefix('hydra.launcher.')}={show(value)}" for key, value in values.items()]
+        parts += [f"{title} {shlex.join(words)}"] if words else []
+    return printable(redact(f"hydra/launcher={choice}: {'; '.join(parts)}")) if parts else ""
 
 
 def file_options(config: DictConfig, command_line: CommandLine, installed: Installed) -> dict[str, Any]:
@@ -158,8 +160,8 @@ def file_options(config: DictConfig, command_line: CommandLine, installed: Insta
             raise UserError(f"{key}={show(value)}: cannot be resolved; type it on the command line") from None
         if not all(map(_is_safe, resolved if OmegaConf.is_list(resolved) else [resolved])):
             raise UserError(
-                f"{key}={show(value)}: set in a config file, where a value of a launcher has only letters, digits and "
-                "_.:,/+-, and does not begin with a dash; type it on the command line"
+                f"{key}={printable(show(value))}: set in a config file, where a value of a launcher has only letters, "
+                "digits and _.:,/+-, and does not begin with a dash; type it on the command line"
             )
     return found
 

@@ -192,7 +192,7 @@ def test_stream_redacts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def saved(*overrides: str) -> dict[str, object]:
-    return to_plain(Composer().compose(list(overrides)))[1]
+    return to_plain(Composer(words=overrides).compose(overrides))[1]
 
 
 def test_secrets_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,14 +220,15 @@ def test_secrets_that_are_typed_for_the_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_TOKEN", "again")
     [stored] = storable(block)
     assert "abc" not in stored
-    assert dict(Composer().compose([stored]).hydra.job.env_set) == {"HF_TOKEN": "again", "A": "b"}
-    Composer().compose(line)
+    assert dict(Composer(words=[stored]).compose([stored]).hydra.job.env_set) == {"HF_TOKEN": "again", "A": "b"}
+    Composer(words=line).compose(line)
     assert secrets.redact(CANARY) == "${oc.env:WANDB_API_KEY}"
 
 
 def test_a_stored_command_without_its_variable_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"WANDB_API_KEY' not found.*set this variable"):
-        Composer().compose(["+hydra.job.env_set.WANDB_API_KEY=${oc.env:WANDB_API_KEY}"])
+        word = "+hydra.job.env_set.WANDB_API_KEY=${oc.env:WANDB_API_KEY}"
+        Composer(words=[word]).compose([word])
 
 
 # -- whole commands

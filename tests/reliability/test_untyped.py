@@ -4,7 +4,8 @@ The files are found in the code: every function that reads YAML or JSON is eithe
 why nothing of what it reads is composed.
 """
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ import yaml
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import quoted_plain
-from dlopt.config.typed import COMMAND_LINE_ONLY
+from dlopt.config.typed import COMMAND_LINE_ONLY, IN_PART
+from dlopt.results.ranking import command
+from dlopt.results.reading import read as read_run
+from dlopt.sweeps import sweep
+from tests.packaging.test_imports import FLOORS
 from tests.packaging.test_programs import ROOT
+from tests.packaging.test_reading import covers
+from tests.support.folders import make_run
 from tests.support.line import dlopt, refused
 from tests.support.sizes import TINY
 
 KEYS: dict[str, Any] = {
     "allow_packages": ["evil"],
     "hydra.callbacks.x._target_": "evil.Callback",
+    "hydra.hydra_logging.handlers.file.filename": ".bashrc",
     "hydra.job.env_set.LD_PRELOAD": "evil.so",
     "hydra.job_logging.handlers.file.filename": ".bashrc",
     "hydra.launcher": "slurm",
@@ -33,7 +41,8 @@ KEYS: dict[str, Any] = {
 
 
 def test_every_guarded_key_is_tried() -> None:
-    assert all(any(key == block or key.startswith(f"{block}.") for key in KEYS) for block in COMMAND_LINE_ONLY)
+    for block in (*COMMAND_LINE_ONLY, *IN_PART):
+        assert any(key == block or key.startswith(f"{block}.") for key in KEYS), block
 
 
 def override(key: str) -> tuple[str, str]:
@@ -243,3 +252,117 @@ def test_the_same_may_be_typed(key: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert composer.compose([*words, "hydra.verbose=true"]).hydra.launcher.n_jobs == 16
     with pytest.raises(UserError, match="accepted from the command line only"):
         Composer(config_dir=str(tmp_path)).compose(words)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_trial_of_a_study_is_a_job_like_any_other(key: str, tmp_path: Path) -> None:
+    """Another process may have written any text into the study, which becomes an override (`Space._lines`)."""
+    words = ["hydra/sweeper=dlopt_optuna", "p=zip(seed=[0,1],data.batch_size=[8,9])", *TINY]
+    request = sweep.request(Composer(words=words), words)
+    assert request.plan_job(["seed=1", "data.batch_size=9"], 0).saved["seed"] == 1
+    with pytest.raises(UserError, match=key.split(".")[-1]):
+        request.plan_job(["=".join(override(key))], 0)
+
+
+def test_a_recorded_command_is_repeated_without_them(tmp_path: Path) -> None:
+    lines = ["=".join(override(key)) for key in KEYS]
+    run = make_run(tmp_path / "run", overrides=["optimizer=sgd", *lines, "seed=3"])
+    assert command(read_run(run)) == "dlopt train optimizer=sgd seed=3"
+
+
+# -- who reads files
+
+TRIED: dict[str, list[Callable[[str], list[str]]]] = {
+    "config/compose.py:Composer._refuse_search_path": [primary_config],
+    "config/config_dir.py": [recipe, recipe_of_a_sweep, recipe_of_some_jobs, choice_of_a_group, comparison],
+    "config/inherit.py": [run, stem_of_branches, run_to_summarize],
+    "lab/benchmark/protocol.py": [
+        workload_of_a_benchmark, space_of_a_benchmark, keys_of_a_self_tuning_optimizer
+    ],
+    "lab/judge/proposal.py": [base_of_a_judge],
+    "lab/ladder/family.py": [rung_of_a_ladder, optimizer_of_a_ladder],
+    "sweeps/axes.py": [space],
+    "sweeps/search.py:_enqueued": [points_to_try_first],
+}  # fmt: skip
+
+SHIPPED = "a file of dlopt"
+COMPARED = "compared with a config that was composed, or shown"
+RESULTS = "results and states, no settings"
+SUBMITTED = "of a submission: its SHA-256 and packages are what this user has submitted or typed"
+DESCRIBED = "a job that this command has composed, checked and described"
+
+NOT_COMPOSED = {
+    "commands/runs_tag.py": "labels",
+    "commands/shared/processes.py": SHIPPED,
+    "config/recall.py": SHIPPED,
+    "config/resolve.py:_set_by_recipe": "names of keys and callables of a recipe that is composed",
+    "config/resuming.py": COMPARED,
+    "config/saved.py": SHIPPED,
+    "config/synonyms.py": SHIPPED,
+    "instruments/measuring_ranks.py": DESCRIBED,
+    "lab/benchmark/agreement.py": SHIPPED,
+    "lab/benchmark/costs.py": DESCRIBED,
+    "lab/benchmark/reading.py": RESULTS,
+    "lab/benchmark/results.py": RESULTS,
+    "lab/benchmark/trials.py": COMPARED,
+    "lab/comparison": COMPARED,
+    "lab/diagnosis/report.py": RESULTS,
+    "lab/judge/command.py": COMPARED,
+    "lab/judge/ledger.py": RESULTS,
+    "lab/judge/running.py": COMPARED,
+    "lab/ladder/ladder.py": RESULTS,
+    "python/runs.py": RESULTS,
+    "results": RESULTS,
+    "run/environment.py": SUBMITTED,
+    "run/folder.py": COMPARED,
+    "run/job.py": DESCRIBED,
+    "run/record.py": COMPARED,
+    "sweeps/array.py": SUBMITTED,
+    "sweeps/branches.py": "the saved config of the run of from=, which has been composed; its schedule is drawn",
+    "sweeps/element.py": SUBMITTED,
+    "sweeps/jobs.py": COMPARED,
+    "sweeps/matching.py": COMPARED,
+    "sweeps/search.py:_check_folder": COMPARED,
+    "sweeps/search.py:search": COMPARED,
+    "sweeps/slurm.py": DESCRIBED,
+    "sweeps/status.py": RESULTS,
+    "sweeps/submission.py": SUBMITTED,
+    "sweeps/sweep.py": COMPARED,
+    "sweeps/sweep_file.py": COMPARED,
+    "training/builders/state_dtype.py": SHIPPED,
+    "training/checkpoint/checkpoints.py": COMPARED,
+    "training/reporting.py": COMPARED,
+}
+
+READERS = {"load_yaml", "load_json", "read_json", "parse_json", "check_yaml", "read_space", "find_space", "safe_load"}
+ROOMS = FLOORS[: FLOORS.index("config") + 1]  # those below cannot make overrides
+
+
+def readers() -> Iterator[str]:
+    """Yields the functions that read YAML or JSON, or the config or the overrides of a run folder."""
+
+    def visit(node: ast.AST, name: str) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            inner = child.name if isinstance(child, ast.FunctionDef | ast.ClassDef) else ""
+            if isinstance(child, ast.Call):
+                called = ast.unparse(child.func)
+                last = called.rpartition(".")[2]
+                is_of_run = last in ("config", "typed") and last != called and not child.args and not child.keywords
+                if last in READERS or called == "OmegaConf.load" or is_of_run:
+                    yield name
+            elif isinstance(child, ast.Name) and child.id in READERS and isinstance(node, ast.Call):
+                yield name  # is passed on
+            yield from visit(child, ".".join(filter(None, [name, inner])))
+
+    for path in sorted(ROOT.rglob("*.py")):
+        file = path.relative_to(ROOT)
+        if file.parts[0].removesuffix(".py") in ROOMS:
+            yield from (f"{file}:{name}" for name in visit(ast.parse(path.read_text(encoding="utf-8")), ""))
+
+
+def test_every_reader_of_a_file_is_tried_or_makes_no_overrides() -> None:
+    listed, found = [*TRIED, *NOT_COMPOSED], {*readers()}
+    unknown = {each for each in found if not any(covers(entry, each) for entry in listed)}
+    assert not unknown, "does it become overrides? try each key through its file, or say why nothing is composed"
+    assert not {entry for entry in listed if not any(covers(entry, each) for each in found)}
+    assert {file for files in TRIED.values() for file in files} <= {*FILES}

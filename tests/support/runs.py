@@ -52,7 +52,7 @@ Composed = tuple[dict[str, Any], dict[str, Any]]
 @functools.cache
 def composed(*overrides: str) -> Composed:
     """Composes each config once for all tests, because composing takes as long as a small run."""
-    return to_plain(Composer().compose(list(overrides)))
+    return to_plain(Composer(words=overrides).compose(overrides))
 
 
 def start(folder: Path, *overrides: str) -> dict[str, Any]:

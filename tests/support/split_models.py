@@ -34,7 +34,7 @@ def join_all() -> ModelGroup:
 def build(*overrides: str, shape: tuple[int, ...] = SHAPE) -> nn.Module:
     """Builds the model of these config overrides."""
     torch.manual_seed(0)
-    plain, saved = to_plain(Composer().compose(list(overrides)))
+    plain, saved = to_plain(Composer(words=overrides).compose(overrides))
     model: nn.Module = parse(plain, saved).model.build(input_shape=shape, classes=CLASSES)
     return model
 

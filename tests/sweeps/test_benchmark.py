@@ -100,6 +100,7 @@ def test_the_version_of_a_tier_draws_a_variant_of_each_workload(tmp_path: Path) 
 
 def test_an_optimizer_without_a_space_gets_the_keys_that_it_has(composer: Composer) -> None:
     trusted = ["allow_packages=[tests]"]
+    composer = composer.with_words(*trusted)
     assert [*candidate(composer, "gradient_descent", []).space.searched] == ["optimizer.lr", "optimizer.weight_decay"]
     assert [*candidate(composer, f"{__name__}.OnlyRate", trusted).space.searched] == ["optimizer.lr"]
     with pytest.raises(UserError, match="has none of the keys of the default search space"):

@@ -71,7 +71,8 @@ def test_launchers_reject_invalid_settings(launcher: Callable[..., Pool], settin
 
 @pytest.mark.parametrize("name", ["serial", "joblib", "gpus", "slurm"])
 def test_launchers_are_found_by_hydra(name: str) -> None:
-    config = Composer().compose([f"hydra/launcher={name}"], multirun=True)
+    line = [f"hydra/launcher={name}"]
+    config = Composer(words=line).compose(line, multirun=True)
     assert config.hydra.launcher._target_.startswith("hydra_plugins.dlopt_sweeps.")
 
 

@@ -49,7 +49,7 @@ class Forking(Slow):
 
 
 def described(folder: Path, *overrides: str) -> Path:
-    config = Composer().compose(["data.subset=100", "threads=1", "tracking=[]", *overrides])
+    config = Composer(words=overrides).compose(["data.subset=100", "threads=1", "tracking=[]", *overrides])
     describe(folder, to_plain(config)[1], [], choices_of(config))
     return folder
 

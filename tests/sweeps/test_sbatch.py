@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from dlopt.basics.errors import UserError
 from dlopt.sweeps import slurm
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.slurm_queue import cancel, ended_early, max_array_size, note_array, queued_elements
 from tests.support.line import dlopt, refused
-from tests.sweeps.fake_slurm import SETTINGS, WriteTool
+from tests.sweeps.fake_slurm import SETTINGS, SMALL, SUBMIT, WriteTool
 
 
 def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
@@ -41,6 +43,99 @@ def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
     script = (tmp_path / "script").read_text()
     assert "exec python 'a b'" in script
     assert "secret-1" not in script + " ".join(flags) and (tmp_path / "token").read_text() == "secret-1\n"
+
+
+def write_recipe(folder: Path, launcher: dict[str, Any]) -> list[str]:
+    """Writes a recipe that sets these keys of the launcher; returns the words of a sweep with it, and with Slurm."""
+    path = folder / "conf/experiment/site.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("# @package _global_\n" + yaml.safe_dump({"hydra": {"launcher": launcher}}))
+    return [*SUBMIT, *SMALL, "--config-dir", "conf", "experiment=site", "hydra.launcher.n_jobs=1", "seed=0,1"]
+
+
+SITE: dict[str, Any] = {
+    "partition": "gpu,long", "account": "${oc.env:ACCOUNT}", "nodes": 1, "gpus_per_node": 2, "cpus_per_task": 4,
+    "mem_gb": 8, "time": 90, "extra": {"qos": "high", "constraint": "a100:2", "gpus-per-task": "h100:1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["a recipe", "a choice"])
+def test_a_file_sets_the_resources_of_a_site(
+    place: str, write_tool: WriteTool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They reach sbatch as --key=value, beside what is typed; the header of the sweep says who has set what."""
+    write_tool("sbatch", f'for each; do echo "$each"; done >{tmp_path}/flags; cat >/dev/null; echo 7')
+    write_tool("squeue", "true")
+    monkeypatch.setenv("ACCOUNT", "lab-3")
+    words = [*write_recipe(tmp_path, SITE), "+hydra.launcher.extra.comment='two words --wrap=id'"]
+    if place == "a choice":
+        path = tmp_path / "conf/hydra/launcher/site.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(yaml.safe_dump({"defaults": ["slurm", "_self_"], **SITE}))
+        words = [each.replace("hydra/launcher=slurm", "hydra/launcher=site") for each in words]
+        words.remove("experiment=site")
+    result = dlopt(tmp_path, *words)
+    assert result.code == 0, result
+    flags = (tmp_path / "flags").read_text().splitlines()
+    for flag in (
+        "--partition=gpu,long", "--account=lab-3", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=4", "--mem=8192M",
+        "--time=90", "--qos=high", "--constraint=a100:2", "--gpus-per-task=h100:1", "--comment=two words --wrap=id",
+    ):  # fmt: skip
+        assert flags.count(flag) == 1, flags
+    header, *_ = result.out.splitlines()
+    typed, found = header.split("; ")
+    assert typed.endswith(": typed n_jobs=1 'extra.comment=two words --wrap=id'"), header
+    assert {"partition=gpu,long", "account=lab-3", "time=90", "extra.qos=high"} <= {*found.split()}, header
+    assert found.startswith("from config files ") and "n_jobs" not in found
+
+
+@pytest.mark.parametrize(
+    ("launcher", "named"),
+    [
+        ({"account": "--wrap=id"}, "account"),
+        ({"account": "-Aroot"}, "account"),
+        ({"partition": "gpu x"}, "partition"),
+        ({"partition": "gpu\n#SBATCH --wrap=id"}, "partition"),
+        ({"partition": "größe"}, "partition"),
+        ({"partition": ""}, "partition"),
+        ({"account": "${oc.env:ACCOUNT}"}, "account"),
+        ({"account": "${oc.env:MISSING}"}, "account"),
+        ({"account": "${name}"}, "account"),
+        ({"time": -5}, "time"),
+        ({"extra": {"qos": True}}, "extra.qos"),
+        ({"extra": {"qos": "--wrap"}}, "extra.qos"),
+        ({"extra": {"wrap": "id"}}, "extra.wrap"),
+        ({"extra": {"QOS": "high"}}, "extra.QOS"),
+        ({"extra": {"export": "ALL,LD_PRELOAD=x.so"}}, "extra.export"),
+        ({"extra": {"output": "x"}}, "extra.output"),
+        ({"extra": {"qos ": "x"}}, "extra.qos "),
+        ({"extra": {"chdir": "/tmp"}}, "extra.chdir"),
+        ({"tasks_per_node": 8}, "tasks_per_node"),
+        ({"chunk": 3}, "chunk"),
+        ({"_target_": "hydra_plugins.dlopt_sweeps.GpuLauncher"}, "_target_"),
+    ],
+    ids=str,
+)
+def test_options_that_a_file_may_not_set(
+    launcher: dict[str, Any], named: str, write_tool: WriteTool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tool("sbatch", f"touch {tmp_path}/submitted; echo 7")
+    monkeypatch.setenv("ACCOUNT", "--wrap=id")
+    words = [*write_recipe(tmp_path, launcher), "name='--wrap'"]
+    message = refused(tmp_path, *words)
+    assert message.startswith(f"dlopt: hydra.launcher.{named}="), message
+    assert "command line" in message and not (tmp_path / "submitted").exists()
+
+
+def test_a_file_chooses_no_launcher(write_tool: WriteTool, tmp_path: Path) -> None:
+    """Not in place of the default, nor of the typed one."""
+    write_tool("sbatch", f"touch {tmp_path}/submitted; echo 7")
+    words = write_recipe(tmp_path, {})
+    path = tmp_path / "conf/experiment/site.yaml"
+    path.write_text("# @package _global_\ndefaults: [override /hydra/launcher: slurm]\n")
+    message = refused(tmp_path, *(each for each in words if not each.startswith(("hydra/launcher", "hydra.launcher"))))
+    assert message.startswith("dlopt: hydra/launcher=slurm: set in a config file, but accepted from the command line")
+    assert not (tmp_path / "submitted").exists()
 
 
 def test_refusals_of_sbatch(write_tool: WriteTool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

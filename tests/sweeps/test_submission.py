@@ -57,6 +57,7 @@ def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.Monk
     result = dlopt(tmp_path, *words)
     assert result.code == 0, result
     assert result.out.splitlines() == [
+        "hydra/launcher=slurm: typed n_jobs=5",
         "submitted 4 jobs: 4 elements of a job array, Slurm job 1",
         "next:", f"  dlopt sweep status {PLACE}", f"  dlopt sweep wait {PLACE}", f"  dlopt sweep stop {PLACE}",
     ]  # fmt: skip
