@@ -90,7 +90,7 @@ def test_a_recipe_chooses_sweeper_and_logging(tmp_path: Path) -> None:
           - override /hydra/job_logging: stdout
           - override /model: mlp
         """)  # fmt: skip
-    composer = Composer(config_dir=str(tmp_path / "conf"))
+    composer = Composer(config_dir=str(tmp_path / "conf"), words=["hydra/sweeper=basic"])
     config = composer.compose(["experiment=mine"])
     assert config.hydra.sweeper.n_trials == 20 and config.hydra.job_logging.handlers
     assert "n_trials" not in composer.compose(["experiment=mine", "hydra/sweeper=basic"]).hydra.sweeper

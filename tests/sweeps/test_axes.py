@@ -30,7 +30,7 @@ optimizer=lion:
 
 
 def axes(*words: str) -> list[Axis]:
-    return read_axes(composer(), words)[2]
+    return read_axes(composer().with_words(*words), words)[2]
 
 
 def jobs(*words: str) -> list[str]:

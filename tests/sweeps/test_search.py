@@ -160,7 +160,7 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
         f"hydra.sweeper.watch={watch}",
         f"hydra.sweeper.direction={direction}",
     ]
-    spec = build_study_spec(composer().compose(typed, multirun=True), parse_axes([SPACE]))
+    spec = build_study_spec(composer().with_words(*typed).compose(typed, multirun=True), parse_axes([SPACE]))
     study = optuna.create_study(direction=spec.directions[0], pruner=optuna.pruners.MedianPruner(n_startup_trials=1))
     prunes = []
 
@@ -387,5 +387,6 @@ def test_refuses_other_fixed_keys_of_a_searched_choice(tmp_path: Path) -> None:
     ],
 )
 def test_the_default_objective_is_what_the_runs_monitor(words: list[str], objective: str) -> None:
-    request = sweeps.request(composer(), ["hydra/sweeper=dlopt_optuna", SPACE, *words])
+    typed = ["hydra/sweeper=dlopt_optuna", SPACE, *words]
+    request = sweeps.request(composer().with_words(*typed), typed)
     assert module._monitored(request) == objective

@@ -14,7 +14,10 @@ import pytest
 import yaml
 
 import dlopt as package
+from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
+from dlopt.config.overrides import parse_overrides
+from dlopt.sweeps.sweep import HydraJob
 from tests.support.line import SMALL, HeldByAnotherProcess, Result, dlopt, refused
 from tests.sweeps.processes import InProcess
 
@@ -328,3 +331,14 @@ def test_a_sweeper_of_another_package_is_judged_by_the_runs_in_its_folder(
     result = sweep(tmp_path, "hydra.sweeper._target_=hydra_plugins.mine.Sweeper")
     assert result.code == code, result.err
     assert ("dlopt runs sweep status=failed" in result.out) == ("failed" in statuses)
+
+
+def test_a_job_that_hydra_composes_is_compared_with_the_command_line(tmp_path: Path) -> None:
+    """Launchers and sweepers of other packages run it as a task of Hydra; `typed` is without secrets."""
+    path = tmp_path / "conf/experiment/evil.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# @package _global_\nallow_packages: [tests]\n")
+    config = Composer(config_dir=str(tmp_path / "conf"))._compose(parse_overrides([*SMALL, "experiment=evil"]))
+    with pytest.raises(UserError, match=r"allow_packages=.*accepted from the command line only"):
+        HydraJob(()).checked(config, [*SMALL, "experiment=evil"])
+    assert HydraJob(("allow_packages=[tests]",)).checked(config, [*SMALL]).saved["allow_packages"] == ["tests"]

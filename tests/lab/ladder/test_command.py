@@ -391,3 +391,13 @@ def test_shipped_families_compose(place: Path) -> None:
             matrices = {name for name, each in module.named_parameters() if each.ndim > 1 and each not in rest}
             assert rest and all(name.startswith("block") for name in matrices)
     assert entries(place) == before
+
+
+def test_submitted_workers_get_the_words_of_the_command(place: Path) -> None:
+    line = ["optimizer=adamw", *LINE, "rungs=2", "hydra/launcher=slurm", "hydra.launcher.n_jobs=0"]
+    result = dlopt(place, "ladder", *line)
+    assert result.code == 0, result.err
+    assert "hydra/launcher=slurm: typed n_jobs=0" in result.out.splitlines()
+    command = json.loads((place / "out/workers/submission.json").read_text())["command"]
+    words = [each for each in line[1:] if not each.startswith(("--", "conf", "output"))]
+    assert command[0] == "ladder" and {"optimizer=adamw", *words} <= {*command}
