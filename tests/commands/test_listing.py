@@ -22,6 +22,8 @@ def test_a_section_per_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / f"mine/{name}.py").write_text("raise RuntimeError")
     (tmp_path / "mine/inner/weights.py").write_text('USAGE = """Print weights\n\nUsage: ..."""\n')
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # of the tests of other pages
+        monkeypatch.delitem(sys.modules, name)
     commands = {"train": COMMANDS["train"], "weights": "mine.inner.weights:run", "scaling": COMMANDS["scaling"]}
     commands |= {"gone": "mine.gone:run", "absent": "nowhere:run"}
     assert sections(commands).splitlines() == [

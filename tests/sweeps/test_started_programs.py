@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.packaging.test_programs import PLACES, ROOT
 from tests.support import processes
 from tests.support.line import dlopt
+from tests.support.programs import ROOT, STARTED
 from tests.support.sizes import TINY
 from tests.sweeps.fake_slurm import SMALL, SUBMIT, WriteTool
 
@@ -33,7 +33,7 @@ def starting(folder: str, *lines: list[str]) -> None:
     print(json.dumps(sorted(programs)))
 
 
-def test_the_programs_that_commands_start_are_of_these_places(tmp_path: Path, write_tool: WriteTool) -> None:
+def test_commands_start_only_the_listed_programs(tmp_path: Path, write_tool: WriteTool) -> None:
     for tool in ("sbatch", "squeue", "scontrol", "scancel", "git", "uname"):
         write_tool(tool, "echo 7")
     words = [each for each in SUBMIT if "n_jobs" not in each]
@@ -44,4 +44,4 @@ def test_the_programs_that_commands_start_are_of_these_places(tmp_path: Path, wr
     assert done.returncode == 0, done.stderr
     programs = [tuple(each) for each in json.loads(done.stdout.splitlines()[-1])]
     assert {"sbatch", "squeue"} <= {name for name, _ in programs}
-    assert {place for _, place in programs} <= {*PLACES}, programs
+    assert {place for _, place in programs} <= {*STARTED}, programs
