@@ -292,6 +292,7 @@ DESCRIBED = "a job that this command has composed, checked and described"
 NOT_COMPOSED = {
     "commands/runs_tag.py": "labels",
     "commands/shared/processes.py": SHIPPED,
+    "config/compose.py:installed": SHIPPED,
     "config/recall.py": SHIPPED,
     "config/resolve.py:_set_by_recipe": "names of keys and callables of a recipe that is composed",
     "config/resuming.py": COMPARED,
