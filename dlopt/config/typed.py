@@ -19,7 +19,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.secrets import is_secret_name, redact
-from dlopt.config.overrides import key_of, keys_of, listed_values, parse_axes, parse_overrides
+from dlopt.config.overrides import group_of, key_of, keys_of, listed_values, parse_axes, parse_overrides
 from dlopt.config.parameters import show
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMMAND_LINE_ONLY = ("allow_packages", "hydra.callbacks", "hydra.job.env_set", "hydra.launcher", "hydra.searchpath")
 """Keys and blocks by which a file could run code."""
 IN_PART = ("hydra.hydra_logging", "hydra.job_logging", "hydra.sweeper")
-"""Blocks of which a config file may set all but the paths of log files, and the sweepers of other packages."""
+"""Blocks of which a config file may set all but the files of a log, and the sweepers of other packages."""
 LAUNCHER_OPTIONS = (
     "account", "constraint", "cpus_per_task", "gpus", "gpus_per_node", "gpus_per_task", "mem", "mem_gb", "nodes",
     "partition", "qos", "time",
@@ -37,6 +37,8 @@ LAUNCHER_OPTIONS = (
 _OPTION = re.compile(r"(?!-)[A-Za-z0-9_.:,/+-]+")  # a value of these, which no program takes for another option
 _DEFAULT_LAUNCHERS = ("serial", "basic")  # of conf/train.yaml, and of Hydra
 _OWN_SWEEPERS = ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "hydra_plugins.dlopt_sweeps.OptunaSweeper")
+# Of a log: a line that it appends to ~/.bashrc is a command. Not only `filename` names a file: `.` sets any attribute.
+_HANDLER_KEYS = ("class", "delay", "encoding", "filters", "formatter", "level", "mode", "stream")
 _LOG_FILES = ("${hydra.runtime.output_dir}/${hydra.job.name}.log", "hydra-${hydra.job.name}.log")  # Hydra's own
 Installed = Callable[[str, str], Iterable[Mapping[str, Any]]]
 """(block, choice) -> the settings, by full key, of the installed choices that the choice may be or include."""
@@ -100,8 +102,10 @@ def refuse_untyped(values: Mapping[str, Any], command_line: CommandLine) -> None
 
 def guarded_of_override(override: "Override") -> Iterator[dict[str, Any]]:
     """Yields the values of an override that must be typed, by full key; of several values, those of each."""
-    if is_below(key_of(override), (*COMMAND_LINE_ONLY, *IN_PART)):
-        yield from _settings_of(override)
+    blocks = (*COMMAND_LINE_ONLY, *IN_PART)
+    if group_of(override) in {each.partition(".")[0] for each in blocks}:
+        for values in _settings_of(override):  # also of a block above them: hydra.job={env_set:{A:1}}
+            yield {key: value for key, value in values.items() if is_below(key, blocks)}
 
 
 def guarded(raw: Mapping[str, Any], installed: Installed) -> dict[str, Any]:
@@ -121,13 +125,16 @@ def guarded(raw: Mapping[str, Any], installed: Installed) -> dict[str, Any]:
         found["hydra.launcher"] = launcher
     settings = _not_installed(hydra["launcher"], "hydra.launcher", str(launcher), installed)
     found |= {key: value for key, value in settings.items() if not is_option(key)}
-    if hydra["sweeper"].get("_target_") not in _OWN_SWEEPERS:
+    if _mapping(hydra["sweeper"]).get("_target_") not in _OWN_SWEEPERS:
         settings = _not_installed(hydra["sweeper"], "hydra.sweeper", str(choices.get("hydra/sweeper")), installed)
         # Its axes are overrides of jobs, which are checked one by one.
         found |= {key: value for key, value in settings.items() if not is_below(key, ("hydra.sweeper.params",))}
-    for name in ("hydra_logging", "job_logging"):  # a line that a log appends to ~/.bashrc is a command
-        settings = flatten(hydra[name], f"hydra.{name}")
-        found |= {key: path for key, path in settings.items() if key.endswith(".filename") and path not in _LOG_FILES}
+    for name in ("hydra_logging", "job_logging"):
+        block = f"hydra.{name}.handlers"
+        handlers = flatten(_mapping(hydra[name]).get("handlers"), block)
+        for key, value in handlers.items():
+            if key.removeprefix(f"{block}.").partition(".")[2] not in _HANDLER_KEYS and value not in _LOG_FILES:
+                found[key] = value
     return {key: value for key, value in found.items() if value not in (None, [], {})}
 
 
@@ -148,10 +155,10 @@ def file_options(config: DictConfig, command_line: CommandLine, installed: Insta
 
     Raises `UserError` for a value that a program, such as sbatch, may take for another option.
     """
-    node: Any = OmegaConf.to_container(config.hydra.launcher, resolve=False, enum_to_str=True)
-    choice = str(config.hydra.runtime.choices.get("hydra/launcher"))
+    hydra: Any = OmegaConf.to_container(config.hydra, resolve=False, enum_to_str=True)
+    choice = str(hydra["runtime"]["choices"].get("hydra/launcher"))
     found = {}
-    for key, value in _not_installed(node, "hydra.launcher", choice, installed).items():
+    for key, value in _not_installed(hydra["launcher"], "hydra.launcher", choice, installed).items():
         if not is_option(key) or value is None or command_line.sets(key, value):
             continue
         try:
@@ -182,10 +189,16 @@ def _is_of_launcher(key: str) -> bool:
     return is_below(key, ("hydra.launcher",))
 
 
+def _mapping(node: Any) -> Mapping[str, Any]:
+    """Returns a block; an empty one for null, and for one that is missing."""
+    return node if isinstance(node, Mapping) else {}
+
+
 def _not_installed(node: Any, block: str, choice: str, installed: Installed) -> dict[str, Any]:
     """Returns the settings of a block, by full key, in which it differs from every installed choice that it may be."""
-    found: dict[str, Any] = flatten(node, block)
+    found: dict[str, Any] = flatten(_mapping(node), block)
+    target = found.get(f"{block}._target_")
     for settings in installed(block, choice):
-        if settings.get(f"{block}._target_") == node.get("_target_"):
+        if settings.get(f"{block}._target_") == target:
             found = {key: value for key, value in found.items() if key not in settings or settings[key] != value}
     return found
