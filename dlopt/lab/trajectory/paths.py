@@ -314,7 +314,7 @@ def _finish_distances(axes: "Axes", trajectories: Mapping[str, Trajectory], labe
 
 def animate(function: Function, trajectories: Mapping[str, Trajectory], target: Path, *, title: str) -> None:
     """Animates the trajectories in about ten seconds, as a GIF or an MP4 (requires ffmpeg)."""
-    from matplotlib import animation
+    from matplotlib import animation, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = drawing.figure(6.4, 5.2)
@@ -336,8 +336,10 @@ def animate(function: Function, trajectories: Mapping[str, Trajectory], target: 
         return lines
 
     film = animation.FuncAnimation(figure, frame, frames=[*shown, *[shown[-1]] * 10], blit=False)
-    writer = animation.FFMpegWriter(fps=12) if target.suffix == ".mp4" else animation.PillowWriter(fps=12)
-    film.save(target, writer=writer, dpi=90)
+    # A matplotlibrc of the current folder, which may be a stranger's, could name another program and its options.
+    with rc_context({"animation.ffmpeg_path": "ffmpeg", "animation.ffmpeg_args": []}):
+        writer = animation.FFMpegWriter(fps=12) if target.suffix == ".mp4" else animation.PillowWriter(fps=12)
+        film.save(target, writer=writer, dpi=90)
 
 
 def table(

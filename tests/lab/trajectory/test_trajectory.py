@@ -1,10 +1,12 @@
 """Trajectories of optimizers on functions, and learning-rate curves of schedules."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -290,6 +292,19 @@ def test_animation_has_a_frame_per_update(tmp_path: Path) -> None:
     animate(bowl(), {"a": run(sgd(0.1), steps=4)}, target, title="quadratic")
     with Image.open(target) as film:
         assert getattr(film, "n_frames", 1) >= 5
+
+
+def test_a_matplotlibrc_names_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib reads the one of the current folder."""
+    for name in ("ffmpeg", "evil"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/{name}.words\nexec cat >/dev/null\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    names = {"animation.ffmpeg_path": str(tmp_path / "evil"), "animation.ffmpeg_args": ["-evil"]}
+    with matplotlib.rc_context(names):
+        animate(bowl(), {"a": run(sgd(0.1), steps=1)}, tmp_path / "paths.mp4", title="x")
+    assert not (tmp_path / "evil.words").exists()
+    assert "-evil" not in (tmp_path / "ffmpeg.words").read_text().split()
 
 
 def test_schedule_free_methods_use_averaged_weights() -> None:
