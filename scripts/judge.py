@@ -105,7 +105,8 @@ class Runs:
         from dlopt.training.progress import TrainingRun
 
         base = BASE if overrides[0][:6] != "model=" else [each for each in BASE if each[:5] != "model"]
-        job = plan(self._composer, [*base, *QUIET, *overrides])
+        words = [*base, *QUIET, *overrides]
+        job = plan(self._composer.with_words(*words), words)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "run"
             describe(folder, job.saved, job.typed, job.choices)

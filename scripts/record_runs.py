@@ -153,7 +153,7 @@ def record(lines: list[str], root: Path) -> dict[str, Any]:
 
 def single_run(words: list[str]) -> DictConfig:
     """Composes a recipe without what makes several runs of it."""
-    config = Composer().compose(words)
+    config = Composer(words=words).compose(words)
     with open_dict(config):
         for key in SERIES:
             config.pop(key, None)

@@ -75,7 +75,7 @@ def build(workload: str, candidate: str) -> Callable[[], object]:
     lines = [*WORKLOADS[workload], "device=cpu", "steps=1000000"]
     if candidate != "dlopt":
         lines.append(f"threads={threads.usable_cores()}")
-    built = build_workload(parse(*to_plain(Composer().compose(lines))))
+    built = build_workload(parse(*to_plain(Composer(words=lines).compose(lines))))
     trainer = probe_trainer(built, Path(os.devnull))
     if candidate != "loop":
         return updates_of(trainer, torch.device("cpu"))

@@ -117,7 +117,7 @@ class Bench:
         """Builds an experiment; `dataset`: in place of the data of the config."""
         small = ["threads=1", "precision=fp32"] if self.rehearse else []
         typed = [*overrides, f"device={self.device.type}", "tracking=[]", *small]
-        run_config = parse(to_plain(Composer().compose(typed))[0])
+        run_config = parse(to_plain(Composer(words=typed).compose(typed))[0])
         if dataset is None:
             return run_config
         return dataclasses.replace(run_config, data=Component("data", lambda: dataset, {}))
@@ -195,7 +195,7 @@ def read(path: Path, scratch: Path) -> Dataset:
     if not batches:
         typed = ["data=image_folder", f"data.root={path}"]
     print("reading the images ...", flush=True)
-    dataset: Dataset = parse(to_plain(Composer().compose(typed))[0]).read_data()
+    dataset: Dataset = parse(to_plain(Composer(words=typed).compose(typed))[0]).read_data()
     return dataset
 
 

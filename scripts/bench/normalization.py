@@ -31,7 +31,7 @@ MODELS = {
 def tasks(typed: list[str], folder: Path) -> tuple[Callable[[], object], Callable[[], object]]:
     """Returns an update and an evaluation of the network, each on one batch."""
     lines = [*typed, "threads=1", "optimizer.lr=0.001", "augmentation=none"]
-    trainer = probe_trainer(build_workload(parse(to_plain(Composer().compose(lines))[0])), folder)
+    trainer = probe_trainer(build_workload(parse(to_plain(Composer(words=lines).compose(lines))[0])), folder)
     batch = next(trainer.batches.epoch(0))
     module, numbers = trainer.step.module, iter(range(10**9))
 

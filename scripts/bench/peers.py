@@ -197,7 +197,7 @@ def dlopt(job: Job) -> Callable[[], None]:
         "optimizer.lr=0.01", "optimizer.weight_decay=1e-4",
     ]  # fmt: skip
     data = Samples(InMemory(*job.images), None, None, tuple("0123456789"), in_memory=True)
-    run_config = parse(to_plain(Composer().compose(typed))[0])
+    run_config = parse(to_plain(Composer(words=typed).compose(typed))[0])
     run_config = dataclasses.replace(run_config, data=Component("data", lambda: data, {}))
 
     def run() -> None:

@@ -492,7 +492,7 @@ RUN = ("precision=bf16", "compile=true")
 
 
 def run_config(*overrides: str) -> RunConfig:
-    return parse(to_plain(Composer().compose(list(overrides)))[0])
+    return parse(to_plain(Composer(words=overrides).compose(overrides))[0])
 
 
 def show(subject: str, programs: Mapping[str, Counted], card: Card, top: int) -> None:

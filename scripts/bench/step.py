@@ -62,7 +62,7 @@ CPU = torch.device("cpu")
 
 
 def run_config(*overrides: str) -> RunConfig:
-    return parse(to_plain(Composer().compose(list(overrides)))[0])
+    return parse(to_plain(Composer(words=overrides).compose(overrides))[0])
 
 
 class FixedBatches:

@@ -66,7 +66,7 @@ def compiled(model: nn.Module, overrides: Sequence[str]) -> nn.Module:
 
 def workload(*overrides: str) -> Workload:
     lines = [*RECIPE, *overrides]
-    return build_workload(parse(*to_plain(Composer().compose(lines))))
+    return build_workload(parse(*to_plain(Composer(words=lines).compose(lines))))
 
 
 def dlopt_steps(*overrides: str) -> Steps:
