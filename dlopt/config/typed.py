@@ -21,6 +21,7 @@ from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.secrets import is_secret_name, redact
 from dlopt.config.overrides import group_of, key_of, keys_of, listed_values, parse_axes, parse_overrides
 from dlopt.config.parameters import show
+from dlopt.config.resolve import explain_interpolation
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -94,10 +95,13 @@ def refuse_untyped(values: Mapping[str, Any], command_line: CommandLine) -> None
     """Raises `UserError` for a value that the command line does not set. `values`: by full key, of guarded keys."""
     for key, value in values.items():
         if not command_line.sets(key, value):
-            name = "hydra/launcher" if key == "hydra.launcher" else key
-            shown = f"{name}={'***' if is_secret_name(key.rpartition('.')[2]) else printable(show(value))}"
-            more = f"; of a launcher, a file may set {', '.join(LAUNCHER_OPTIONS)}" if _is_of_launcher(key) else ""
-            raise UserError(f"{shown}: set in a config file, but accepted from the command line only{more}")
+            name, more = key, ""
+            if key == "hydra.launcher":
+                name, more = "hydra/launcher", f"; to use it, type hydra/launcher={printable(show(value))}"
+            elif _is_of_launcher(key):
+                more = f"; of a launcher, a file may set {', '.join(LAUNCHER_OPTIONS)}"
+            shown = "***" if is_secret_name(key.rpartition(".")[2]) else printable(show(value))
+            raise UserError(f"{name}={shown}: set in a config file, but accepted from the command line only{more}")
 
 
 def guarded_of_override(override: "Override") -> Iterator[dict[str, Any]]:
@@ -163,8 +167,9 @@ def file_options(config: DictConfig, command_line: CommandLine, installed: Insta
             continue
         try:
             found[key] = resolved = OmegaConf.select(config, key)
-        except OmegaConfBaseException:
-            raise UserError(f"{key}={show(value)}: cannot be resolved; type it on the command line") from None
+        except OmegaConfBaseException as error:
+            reason = explain_interpolation(error)
+            raise UserError(f"{key}={printable(show(value))}: {reason}; type the value on the command line") from None
         if not all(map(_is_safe, resolved if OmegaConf.is_list(resolved) else [resolved])):
             raise UserError(
                 f"{key}={printable(show(value))}: set in a config file, where a value of a launcher has only letters, "

@@ -55,8 +55,10 @@ def test_message() -> None:
     with pytest.raises(UserError) as error:
         refuse_untyped({"hydra.job.env_set.MY_TOKEN": "s3cret-value"}, CommandLine())
     assert "hydra.job.env_set.MY_TOKEN=***: " in str(error.value)
-    with pytest.raises(UserError, match=r"^hydra/launcher=slurm: set in a config file, .*; of a launcher, a file"):
+    with pytest.raises(UserError, match=r"^hydra/launcher=slurm: set in .*; to use it, type hydra/launcher=slurm$"):
         refuse_untyped({"hydra.launcher": "slurm"}, CommandLine())
+    with pytest.raises(UserError, match=r"^hydra\.launcher\.n_jobs=2: .*; of a launcher, a file may set acc"):
+        refuse_untyped({"hydra.launcher.n_jobs": 2}, CommandLine())
 
 
 def test_options_of_a_launcher() -> None:

@@ -215,12 +215,23 @@ def optimizer_of_a_ladder(key: str) -> list[str]:
     return ["ladder", *OWN, "optimizer=adamw", "model=evil", "rungs=2", "dry_run=true"]
 
 
+def space_of_a_ladder(key: str) -> list[str]:
+    space_of_a_benchmark(key)
+    return ["ladder", *OWN, "optimizer=evil", "model=gpt", "rungs=2", "dry_run=true"]
+
+
+def function_of_a_trajectory(key: str) -> list[str]:
+    write(Path("conf/function/evil.yaml"), nested(key), GLOBAL)
+    return ["trajectory", *OWN, "function=evil", "optimizer=sgd", "steps=3"]
+
+
 FILES: list[Callable[[str], list[str]]] = [
     recipe, recipe_of_a_sweep, recipe_of_some_jobs, beside_a_typed_value, primary_config, choice_of_a_group,
     parameters_of_a_sweep, parameters_in_zip, job_of_a_grid, space, points_to_try_first, run, stem_of_branches,
     base_of_a_judge, run_to_summarize, comparison, quick_comparison, axis_of_a_comparison,
     run_before_a_comparison, workload_of_a_benchmark, space_of_a_benchmark,
-    keys_of_a_self_tuning_optimizer, rung_of_a_ladder, optimizer_of_a_ladder,
+    keys_of_a_self_tuning_optimizer, rung_of_a_ladder, optimizer_of_a_ladder, space_of_a_ladder,
+    function_of_a_trajectory,
 ]  # fmt: skip
 
 
@@ -235,7 +246,7 @@ def test_no_file_sets_what_must_be_typed(
     for key in KEYS:
         line = file(key)
         message = refused(tmp_path, *line)
-        names = (key, key.replace(".", "/"), "hydra", "the invalid key")
+        names = (key, key.replace(".", "/"), "hydra", "the invalid key", "not in 'BasicLauncherConf'")
         assert any(name in message for name in names), f"{key}: {message}"
         assert not Path("ran").exists(), key
 
@@ -273,10 +284,12 @@ def test_a_recorded_command_is_repeated_without_them(tmp_path: Path) -> None:
 
 TRIED: dict[str, list[Callable[[str], list[str]]]] = {
     "config/compose.py:Composer._refuse_search_path": [primary_config],
-    "config/config_dir.py": [recipe, recipe_of_a_sweep, recipe_of_some_jobs, choice_of_a_group, comparison],
+    "config/config_dir.py": [
+        recipe, recipe_of_a_sweep, recipe_of_some_jobs, choice_of_a_group, comparison, function_of_a_trajectory
+    ],
     "config/inherit.py": [run, stem_of_branches, run_to_summarize],
     "lab/benchmark/protocol.py": [
-        workload_of_a_benchmark, space_of_a_benchmark, keys_of_a_self_tuning_optimizer
+        workload_of_a_benchmark, space_of_a_benchmark, keys_of_a_self_tuning_optimizer, space_of_a_ladder
     ],
     "lab/judge/proposal.py": [base_of_a_judge],
     "lab/ladder/family.py": [rung_of_a_ladder, optimizer_of_a_ladder],
