@@ -37,6 +37,9 @@ class Difference:
         interval = "" if self.low is None or self.high is None else f" [{form(self.low)}, {form(self.high)}]"
         return form(self.mean) + interval
 
+    def without_interval(self) -> "Difference":
+        return Difference(self.mean, None, None, self.count)
+
 
 def statistic(values: Sequence[float]) -> Statistic | None:
     """Computes mean and sample standard deviation; None for no values."""
