@@ -125,7 +125,7 @@ def better(comparison: Comparison) -> list[bool]:
 
 def compared(table: Array, look: int = 1, resolution: float = 0.0) -> tuple[list[bool], list[int]]:
     rows, order = ranked(table)
-    return (better(compare(rows, look=look, resolution=resolution)) if len(rows) > 1 else []), order
+    return (better(compare(rows, seen=range(3, 2 + look), resolution=resolution)) if len(rows) > 1 else []), order
 
 
 def false_rate(draw: Draw, rows: int, seeds: int, tables: int, seed: Sequence[int], resolution: float = 0.0) -> float:

@@ -139,6 +139,7 @@ def _update(
     """Reads the runs and writes the report, unless the runs are unchanged since `before`. Returns their state."""
     from dlopt.results import documents
     from dlopt.results.exports import ReportContent, write
+    from dlopt.results.looks import looks, remember
     from dlopt.results.printing import show_report
     from dlopt.results.ranking import default_target, gather
 
@@ -158,7 +159,8 @@ def _update(
     if not records and not options.watch:
         raise UserError(f"{' '.join(map(str, folders))}: no run matches {where}")
     is_early = options.watch and not any(record.metrics for record in records)  # `by` cannot be checked yet
-    table = gather(records, damaged, None if is_early else options.by)
+    seen = looks(folders, records)
+    table = gather(records, damaged, None if is_early else options.by, seen=seen)
     goal = default_target(table) if options.target is None else options.target
     title = "Runs in " + ", ".join(short_path(folder) for folder in folders) + (f": {where}" if where else "")
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -169,6 +171,8 @@ def _update(
     is_writing = not options.json or any(each is not None for each in (options.output, options.format, options.plot))
     with writing(to.path), waiting("drawing the report ..."):
         files = write(to, report) if is_writing else []
+    if not any(record.status == "running" for record in records):  # then there is no verdict
+        remember(table.board, folders, seen)
     if options.json:
         print_document(documents.report_document(table, goal, files, test=options.test))
         return state

@@ -121,7 +121,7 @@ def _of_sweep(folder: Path, end: "SweepEnd") -> dict[str, Any]:
         "exit_code": end.code,
         "jobs": [documents.job_entry(record) for record in records],
         "skipped": documents.skipped_entries(damaged),
-        "leaderboard": None if end.board is None else documents.leaderboard_entry(end.board, folder),
+        "leaderboard": None if end.board is None else documents.leaderboard_entry(end.board),
         "pareto_front": None if end.front is None else documents.front_entry(end.front),
     }
 

@@ -1,27 +1,28 @@
-"""The best run of a sweep: of the configuration that ranks first, the run with the best value."""
+"""The best run of a sweep: of the configurations that rank first, the run with the best value."""
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.formats import format_count
+from dlopt.metrics.names import VAL_LOSS
 from dlopt.metrics.shown import format_metric
-from dlopt.results.leaderboard import Record, Row
-from dlopt.results.ranking import gather
-from dlopt.results.reading import RunReader
+from dlopt.results.leaderboard import Leaderboard, Record
+from dlopt.results.ranking import of_folder
 
 
-def best_of(rows: Sequence[Row], metric: str, *, lower: bool) -> Record | None:
-    """Returns the best run of the first row; None if none has a value. `lower`: whether smaller values are better."""
-    runs = rows[0].counted(metric) if rows else ()
+def best_of(board: Leaderboard) -> Record | None:
+    """Returns the best run of the rows that rank first, of equal ones that with the smallest validation loss."""
+    sign = 1.0 if board.direction == "minimize" else -1.0
 
-    def value(run: Record) -> float:
-        found = run.metric(metric)
-        assert found is not None
-        return found if lower else -found
+    def order(run: Record) -> tuple[float, float]:
+        value, loss = run.metric(board.metric), run.metric(VAL_LOSS.column)
+        return math.inf if value is None else sign * value, math.inf if loss is None else loss
 
-    return min(runs, key=value, default=None)
+    return min(
+        (run for row in board.rows if row.is_first for run in row.counted(board.metric)), key=order, default=None
+    )
 
 
 def best_run(folder: Path, key: str) -> tuple[Path, str] | None:
@@ -31,13 +32,13 @@ def best_run(folder: Path, key: str) -> tuple[Path, str] | None:
     """
     if not (folder / SPACE).is_file():
         return None
-    records, damaged = RunReader().read([folder])
-    runs = format_count("runs", len(records))
-    ranking = gather(records, damaged)
-    best = best_of(ranking.ranked, ranking.by, lower=ranking.lower)
+    ranking = of_folder(folder)
+    runs = format_count("runs", len(ranking.records))
+    best = best_of(ranking.board)
     if best is None:
         raise UserError(f"{key}={folder}: none of its {runs} has finished with a {ranking.by}; name a run")
-    row = ranking.ranked[0]
+    tied = [row for row in ranking.rows if row.is_first]
     value = format_metric(ranking.by, best.metric(ranking.by))
-    label = "" if len(ranking.rows) == 1 else f", {row.label}"
-    return best.path, f"best of {runs}: {short_path(best.path)} ({ranking.by} {value}{label})"
+    label = "" if len(ranking.rows) == 1 else f", {next(row.label for row in tied if best in row.runs)}"
+    note = f"; {len(tied)} configurations are tied, this run has the smallest validation loss" if len(tied) > 1 else ""
+    return best.path, f"best of {runs}: {short_path(best.path)} ({ranking.by} {value}{label}{note})"

@@ -146,7 +146,7 @@ class _Values:
 
 def _csv_columns(ranking: Ranking, target: float | None, *, test: bool) -> list[_Values]:
     rows, metrics = ranking.rows, metric_columns(ranking)
-    columns = [_Values("rank", range(1, len(rows) + 1))]
+    columns = [_Values("rank", [row.rank for row in rows])]
     for key in ranking.keys:
         # The configured and the completed epochs are two columns.
         title = f"config.{key}" if key in metrics else key
@@ -157,9 +157,7 @@ def _csv_columns(ranking: Ranking, target: float | None, *, test: bool) -> list[
     for name in metrics:
         columns += _mean_and_std(name, [row.statistic(name) for row in rows])
     for name in test_columns(ranking):
-        shown = rows if test else rows[:1]
-        hidden = [None] * (len(rows) - len(shown))
-        columns += _mean_and_std(name, [*(row.statistic(name) for row in shown), *hidden])
+        columns += _mean_and_std(name, [row.statistic(name) if test or row.is_first else None for row in rows])
     columns += _differences(rows)
     columns += _published_errors(ranking)
     if target is not None:

@@ -11,11 +11,11 @@ from typing import Any
 from dlopt.metrics.names import column_of
 from dlopt.results.columns import metric_columns, test_columns
 from dlopt.results.intervals import Statistic
-from dlopt.results.leaderboard import Leaderboard, ParetoFront, Row
+from dlopt.results.leaderboard import ParetoFront, Row
 from dlopt.results.published import PublishedRow, against_published
 from dlopt.results.ranking import Configuration, Ranking, time_to_target
 from dlopt.results.reading import Damaged, Record, tags_of
-from dlopt.results.remarks import remarks, texts
+from dlopt.results.remarks import texts
 
 
 def run_entry(record: Record, keys: Sequence[str] | None = None) -> dict[str, Any]:
@@ -49,8 +49,8 @@ def report_document(ranking: Ranking, target: float | None, files: Iterable[Path
     metrics, tests = metric_columns(ranking), test_columns(ranking)
     rows = []
     for rank, row in enumerate(ranking.rows, 1):
-        shown = [*metrics, *(tests if test or rank == 1 else [])]
-        entry = _configuration(rank, row, shown, ranking, target, published.get(id(row)))
+        shown = [*metrics, *(tests if test or row.is_first else [])]
+        entry = _configuration(row, shown, ranking, target, published.get(id(row)))
         rows.append({**entry, "remarks": texts(ranking.remarks, rank)})
     return {
         "by": ranking.by,
@@ -58,6 +58,7 @@ def report_document(ranking: Ranking, target: float | None, files: Iterable[Path
         "target": target,
         "keys": list(ranking.keys),
         "configurations": rows,
+        "verdict": ranking.verdict,
         "statuses": ranking.counts(),
         "skipped": skipped_entries(ranking.damaged),
         "files": [os.path.abspath(file) for file in files],
@@ -65,7 +66,6 @@ def report_document(ranking: Ranking, target: float | None, files: Iterable[Path
 
 
 def _configuration(
-    rank: int,
     row: Configuration,
     metrics: Sequence[str],
     ranking: Ranking,
@@ -74,7 +74,7 @@ def _configuration(
 ) -> dict[str, Any]:
     reached = None if target is None else time_to_target(row, ranking.by, target, ranking.lower)
     return {
-        **_row(rank, row, Path()),
+        **_row(row),
         "values": row.values,
         "tags": list(dict.fromkeys(tag for run in row.runs for tag in tags_of(run))),
         "metrics": {name: _statistic(row.statistic(name)) for name in metrics},
@@ -97,13 +97,13 @@ def _configuration(
     }
 
 
-def leaderboard_entry(board: Leaderboard, sweep: Path) -> dict[str, Any]:
-    """Describes the leaderboard of the sweep in the folder `sweep`."""
-    found = remarks(board.rows, board.metric, board.direction)
+def leaderboard_entry(ranking: Ranking) -> dict[str, Any]:
+    """Describes the leaderboard of a sweep."""
     rows = []
-    for rank, row in enumerate(board.rows, 1):
-        rows.append({**_row(rank, row, sweep), "value": _statistic(row.value), "remarks": texts(found, rank)})
-    return {"metric": board.metric, "direction": board.direction, "rows": rows}
+    for position, row in enumerate(ranking.rows, 1):
+        rows.append({**_row(row), "value": _statistic(row.value), "remarks": texts(ranking.remarks, position)})
+    direction = ranking.board.direction
+    return {"metric": ranking.by, "direction": direction, "rows": rows, "verdict": ranking.verdict}
 
 
 def front_entry(front: ParetoFront) -> dict[str, Any]:
@@ -115,12 +115,12 @@ def front_entry(front: ParetoFront) -> dict[str, Any]:
     return {"metrics": list(front.metrics), "directions": list(front.directions), "rows": rows}
 
 
-def _row(rank: int, row: Row, base: Path) -> dict[str, Any]:
+def _row(row: Row) -> dict[str, Any]:
     return {
-        "rank": rank,
+        "rank": row.rank,
         "label": row.label,
         "overrides": list(row.overrides),
-        "folders": [os.path.abspath(base / run.path) for run in row.runs],
+        "folders": [os.path.abspath(run.path) for run in row.runs],
         "ended": sum(run.has_ended for run in row.runs),
         "failed": row.failed,
         "difference": None if row.difference is None else vars(row.difference),

@@ -8,6 +8,8 @@ from functools import lru_cache
 from typing import Literal
 
 Edge = Literal["smallest", "largest"]
+FEWEST = 3
+"""Common seeds without which two rows of a table are not compared."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,21 @@ class Difference:
 
     def without_interval(self) -> "Difference":
         return Difference(self.mean, None, None, self.count)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences of rows to the first one.
+
+    Attributes:
+        differences: of each other row; None without common seeds. Fewer than `FEWEST` have no interval.
+        seen: numbers of seeds at which the table was looked at before some of its rows got more.
+        half_width: of the interval of a row (its index in `differences`) with this many seeds, at the next look.
+    """
+
+    differences: Sequence[Difference | None] = ()
+    seen: Sequence[int] = ()
+    half_width: Callable[[int, int], float] = lambda row, seeds: math.nan
 
 
 def statistic(values: Sequence[float]) -> Statistic | None:

@@ -4,6 +4,7 @@ Pure functions from `Record`s to `Row`s, without files or output. Rows are ranke
 test metrics would select on the test set.
 """
 
+import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,20 +23,32 @@ from dlopt.metrics.names import (
     Directions,
     Goal,
     Metric,
-    best_key,
     common_directions,
     lower_is_better,
     split_of,
 )
 from dlopt.metrics.shown import is_percent
-from dlopt.results.intervals import Difference, Statistic, mean_difference, statistic
+from dlopt.results.intervals import FEWEST, Comparison, Difference, Statistic, statistic
 
 Seeds = tuple[tuple[str, Any], ...]
 
 ENDED = ("finished", "stopped_early")
 # Modes equal a single process only without local batch norm, gradient compression and the like; and they are compared
 # by their speed: unlike others where a run executes. The handling of errors changes the runs that meet one.
+ORIGINS = {
+    "data": "data", "code": "code of allow_packages", "versions": "versions of dlopt or torch",
+}  # fmt: skip
+"""Of `Record.origin`: what makes the metrics of two runs not comparable."""
 _ALSO_COMPARED = ("parallel", "on_divergence", "on_out_of_memory")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search says of its jobs in its sweep.yaml: the metric and direction, and the runs (seeds) of a trial."""
+
+    objective: str | None
+    direction: Goal | None
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class Record:
         overrides: of the command line.
         origin: inputs of the run beside its config: the `data` by content, the `code` of the user's packages, the
             `versions`; and what its validation counts (`validation`: `count` and `unit`).
+        search: the search that it is a job of; None for another run.
     """
 
     path: Path
@@ -64,6 +78,7 @@ class Record:
     reason: str | None = None
     commit: str | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
+    search: Search | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -81,18 +96,6 @@ class Record:
         return tuple((key, value) for key, value in sorted(flatten(self.config).items()) if is_seed(key))
 
 
-def job_record(
-    path: Path,
-    config: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    overrides: Sequence[str],
-    origin: Mapping[str, Any] | None = None,
-) -> Record:
-    """Returns the record of a sweep's job, with the metrics as summary.json names them (`best_val_loss`)."""
-    status = str(summary.get("status", "unfinished"))
-    return Record(path, status, config, summary, overrides=overrides, origin=origin or {})
-
-
 @dataclass(frozen=True)
 class Row:
     """One configuration: runs that differ only in their seeds."""
@@ -101,8 +104,16 @@ class Row:
     overrides: Sequence[str]
     runs: Sequence[Record]
     value: Statistic | None = None  # of the ranking metric; None if no run has it
+    rank: int | None = None  # from 1; equal values share it
     difference: Difference | None = None  # to the first row over common seeds; None for the first row
+    apart: str = ""  # what forbids a comparison with the first row, such as other data
     data: str = ""  # where other rows differ in their data only: which one it is
+    key: str = ""  # of its config without seeds, the same in each table
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it ranks first, alone or tied."""
+        return self.rank == 1
 
     def statistic(self, metric: str) -> Statistic | None:
         """Computes mean, standard deviation and count of a metric over ended runs, one per seed."""
@@ -119,8 +130,14 @@ class Row:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether a search has pruned all of its runs."""
-        return all(run.status == "pruned" or run.metrics.get("pruned") for run in self.runs)
+        """Whether a search has pruned its runs, or the trial that they are seeds of."""
+        pruned = [run.status == "pruned" or bool(run.metrics.get("pruned")) for run in self.runs]
+        return all(pruned) or (any(pruned) and any(run.search for run in self.runs))
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether a seed has failed or diverged: the other ones are no fair sample."""
+        return any(run.status == "failed" for run in self.distinct)
 
     def count(self, metric: str) -> str:
         """Formats the number of runs: 3, "2 of 3" if the statistics of `metric` cover two, "pruned" if all were."""
@@ -137,8 +154,9 @@ class Row:
         return {run.seeds: run.metric(metric) or 0.0 for run in self.counted(metric)}
 
     def counted(self, metric: str) -> tuple[Record, ...]:
-        """Returns the distinct runs whose metric counts."""
-        return distinct([run for run in self.runs if run.has_ended and run.metric(metric) is not None])
+        """Returns the distinct runs whose metric counts; none of a trial of a search that lacks a seed."""
+        found = distinct([run for run in self.runs if run.has_ended and run.metric(metric) is not None])
+        return () if any(run.search and len(found) < run.search.seeds for run in self.runs) else found
 
     def repeated(self, metric: str) -> int:
         """Returns the number of runs that do not count because a later run has the same seeds."""
@@ -162,9 +180,16 @@ def distinct(runs: Sequence[Record]) -> tuple[Record, ...]:
 
 @dataclass(frozen=True)
 class Leaderboard:
+    """Ranked rows. `comparison`: of the rows with the first one."""
+
     metric: str
     direction: Goal
     rows: Sequence[Row] = ()
+    comparison: Comparison = field(default_factory=Comparison)
+
+
+Look = Mapping[str, int]
+"""What an earlier reader of a table has seen: the counted runs of each row, by `Row.key`."""
 
 
 @dataclass(frozen=True)
@@ -193,26 +218,91 @@ def monitored(records: Iterable[Record]) -> str | None:
     return name if split_of(name) == "val" else None
 
 
-def leaderboard(entries: Sequence[Record], *, metric: str | None = None, direction: Goal | None = None) -> Leaderboard:
+def leaderboard(
+    entries: Sequence[Record], *, metric: str | None = None, direction: Goal | None = None, looks: Sequence[Look] = ()
+) -> Leaderboard:
     """Ranks configurations by the mean of `metric` over seeds: best first, configurations without a value last.
 
-    `metric`: by default that of `monitored`, else `best_val_accuracy` if any run has it, else `best_val_loss`. Raises
-    `UserError` if its direction is unknown.
+    `metric`: by default that of `monitored`, else `val_accuracy` if any run has it, else `val_loss`. `looks`: at tables
+    with fewer seeds. Raises `UserError` if the direction of the metric is unknown.
     """
     if metric is None:
-        names = [best_key(name) for name in (monitored(entries), VAL_ACCURACY.column) if name is not None]
+        names = [name for name in (monitored(entries), VAL_ACCURACY.column) if name is not None]
         has = (name for name in names if any(entry.metric(name) is not None for entry in entries))
-        metric = next(has, VAL_LOSS.best)
+        metric = next(has, VAL_LOSS.column)
     direction = goal_of(metric, directions_of(entries)) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
-    rows.sort(key=lambda row: math.inf if row.value is None else sign * row.value.mean)
-    if not rows:
-        return Leaderboard(metric, direction)
-    first, step = rows[0].by_seeds(metric), resolution(rows, metric)
-    smallest = 0.0 if step is None else step.size
-    compared = [replace(row, difference=paired_difference(row.by_seeds(metric), first, smallest)) for row in rows[1:]]
-    return Leaderboard(metric, direction, [rows[0], *compared])
+
+    def order(row: Row) -> tuple[float, float]:
+        loss = row.statistic(VAL_LOSS.column)  # orders rows that are tied
+        return (
+            math.inf if row.value is None else sign * row.value.mean,
+            math.inf if loss is None else loss.mean,
+        )
+
+    rows.sort(key=order)
+    return Leaderboard(metric, direction, *_compared(_with_ranks(rows), metric, looks))
+
+
+def _with_ranks(rows: Iterable[Row]) -> list[Row]:
+    """Numbers sorted rows from 1; means that are equal up to rounding share a rank."""
+    ranked: list[Row] = []
+    for position, row in enumerate(rows, 1):
+        before = ranked[-1].value if ranked else None
+        is_tied = row.value and before and math.isclose(row.value.mean, before.mean, rel_tol=1e-12)
+        rank = None if row.value is None else ranked[-1].rank if is_tied else position
+        ranked.append(replace(row, rank=rank))
+    return ranked
+
+
+def _compared(rows: Sequence[Row], metric: str, looks: Sequence[Look]) -> tuple[Sequence[Row], Comparison]:
+    """Returns the rows with their differences to the first one, and the comparison.
+
+    A row with other data or code than the first one has no difference, and one that has lost a seed no interval.
+    """
+    if not rows or rows[0].value is None:
+        return rows, Comparison()
+    from dlopt.results.simultaneous import compare  # imports NumPy, which the help does not need
+
+    first, step = rows[0], resolution(rows, metric)
+    rows = [first, *(replace(row, apart=_apart(first, row)) for row in rows[1:])]
+    known = [i for i, row in enumerate(rows) if row.value is not None and not row.apart]
+    values = of_common_seeds([rows[i].by_seeds(metric) for i in known])
+    enters = [not rows[i].has_lost and not first.has_lost and not _apart(first, first) for i in known]
+    counts = {rows[i].key: len(each) for i, each, is_in in zip(known, values, enters, strict=True) if is_in}
+    comparison = compare(
+        values, enters=enters, seen=_seen(looks, counts), resolution=0.0 if step is None else step.size
+    )
+    found = dict(zip(known[1:], comparison.differences, strict=True))
+    return [replace(row, difference=found.get(i)) for i, row in enumerate(rows)], comparison
+
+
+def _seen(looks: Sequence[Look], counts: Mapping[str, int]) -> list[int]:
+    """Returns the numbers of seeds at which others have looked at these rows, before some of them got more."""
+    found = set()
+    for look in looks:
+        before = {key: look[key] for key in counts if look.get(key, 0) >= FEWEST}
+        if any(count < counts[key] for key, count in before.items()):
+            found.add(max(before.values()))
+    return sorted(found)
+
+
+def look_of(board: Leaderboard) -> Look:
+    """Returns what a reader of this table sees; {} if no row has enough seeds for a verdict."""
+    counts = {row.key: len(row.counted(board.metric)) for row in board.rows if row.value is not None}
+    return {key: count for key, count in counts.items() if count >= FEWEST} if len(counts) > 1 else {}
+
+
+def _apart(one: Row, other: Row) -> str:
+    """Names what differs between the runs of two rows, so that their metrics are not comparable; "" if nothing does."""
+    runs = [*one.runs, *other.runs]
+    for key, name in ORIGINS.items():
+        if key == "data" and not all(_has_same_data(runs[0], run) for run in runs[1:]):
+            return name
+        if key != "data" and any(differs(run.origin.get(key), runs[0].origin.get(key)) for run in runs):
+            return name
+    return ""
 
 
 @dataclass(frozen=True)
@@ -250,19 +340,20 @@ def _grouped(entries: Sequence[Record]) -> list[Row]:
     for entry in entries:
         flat = flatten(entry.config)
         kept = {key: canonical(value) for key, value in flat.items() if distinguishes(key)}
-        same = found.setdefault(repr(sorted(kept.items(), key=lambda pair: pair[0])), [])
+        key = hashlib.sha256(repr(sorted(kept.items(), key=lambda pair: pair[0])).encode()).hexdigest()[:16]
+        same = found.setdefault(key, [])
         group = next((group for group in same if _has_same_data(group[0], entry)), None)
         group.append(entry) if group is not None else same.append([entry])
-    groups = [(group, _data_labels(same)[i]) for same in found.values() for i, group in enumerate(same)]
+    groups = [(key, group, _data_labels(same)[i]) for key, same in found.items() for i, group in enumerate(same)]
     common = set.intersection(*(set(entry.overrides) for entry in entries)) if len(entries) > 1 else set()
     rows = []
-    for runs, data in groups:
+    for key, runs, data in groups:
         own = [line for line in runs[0].overrides if line not in common and not line.startswith("--")]
         # A recipe is compared by the keys that it sets, and shown by its name.
         typed = [line for line in own if distinguishes(key_of(line)) or key_of(line) in ("experiment", "debug")]
         label = " ".join([*typed, *([f"({data})"] if data else [])])
         label = label or (str(runs[0].path) if len(groups) > 1 else "as configured")
-        rows.append(Row(label, typed, runs, data=data))
+        rows.append(Row(label, typed, runs, data=data, key=key))
     return rows
 
 
@@ -317,16 +408,6 @@ def distinguishes(key: str) -> bool:
 def is_number(value: object) -> TypeGuard[float]:
     """Returns whether the value is a finite number that can be averaged: sums of larger ones than 1e300 overflow."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
-
-
-def paired_difference(a: Mapping[Seeds, float], b: Mapping[Seeds, float], resolution: float = 0.0) -> Difference | None:
-    """Computes the mean of a - b over common seeds with its 95 % confidence interval; None without common seeds.
-
-    Pairing removes the variance that a seed causes in both. Seeds that only one side has, such as that of an optimizer
-    with noise, do not prevent it. `resolution`: see `mean_difference`.
-    """
-    a, b = of_common_seeds([a, b])
-    return mean_difference([a[key] - b[key] for key in a if key in b], resolution)
 
 
 def of_common_seeds(rows: Sequence[Mapping[Seeds, float]]) -> list[Mapping[Seeds, float]]:

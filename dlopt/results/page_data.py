@@ -54,7 +54,6 @@ from dlopt.results.ranking import (
 from dlopt.results.reading import is_number, short_key
 from dlopt.results.remarks import lines, mark, texts
 from dlopt.results.tables import Section, Table
-from dlopt.results.verdict import verdict
 
 _POINTS = 120_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12
@@ -86,7 +85,7 @@ def page_data(
         "expendable": [name for name in expendable if name in metrics.known and name != ranking.by],
         "ranked": _ranked_by(ranking),
         "remarks": lines(ranking.remarks, len(ranking.rows)),
-        "verdict": verdict(ranking.ranked, lower=ranking.lower),
+        "verdict": ranking.verdict,
         "rows": _rows(ranking, metrics, curves, shared, sections),
         "curves": curves,
         "config": shared,
@@ -125,16 +124,16 @@ class _Metrics:
         """The metrics that are columns."""
         return [*self.known, *self.tests] if self.is_test_of_all else list(self.known)
 
-    def tests_of(self, rank: int) -> Sequence[str]:
+    def tests_of(self, row: Configuration) -> Sequence[str]:
         """Returns the test metrics that are shown of a row."""
-        return self.tests if self.is_test_of_all or rank == 1 else []
+        return self.tests if self.is_test_of_all or row.is_first else []
 
 
 def _ranked_by(ranking: Ranking) -> str:
     has_spread = any(len(row.runs) > 1 for row in ranking.rows)
     spread = ": mean ± standard deviation over seeds" if has_spread else ""
     is_paired = any(row.difference is not None and row.difference.low is not None for row in ranking.rows)
-    note = " Differences to #1 are paired over seeds, with 95 % confidence intervals." if is_paired else ""
+    note = " Differences to #1 are paired over seeds, with 95 % intervals for the whole table." if is_paired else ""
     return f"Ranked by {in_words(ranking.by)} of the best epoch{spread}.{note}"
 
 
@@ -163,7 +162,8 @@ def _cells(
     ranking: Ranking, row: Configuration, rank: int, statistics: Mapping[str, Statistic | None]
 ) -> dict[str, list[Any]]:
     """Returns by `id` of a column the value to sort by and the text. `statistics`: of the metrics."""
-    cells: dict[str, list[Any]] = {"rank": [rank, str(rank)], "runs": [len(row.runs), row.count(ranking.by)]}
+    place = "-" if row.rank is None else str(row.rank)
+    cells: dict[str, list[Any]] = {"rank": [rank, place], "runs": [len(row.runs), row.count(ranking.by)]}
     if marked := mark(ranking.remarks, rank):
         cells["remarks"] = [marked, marked]
     else:
@@ -199,7 +199,7 @@ def _rows(
     log_size = _ALL_LOGS // max(1, len(ranking.records))
     rows = []
     for rank, row in enumerate(ranking.rows, 1):
-        is_test_shown = metrics.is_test_of_all or rank == 1
+        is_test_shown = metrics.is_test_of_all or row.is_first
         count = max(points * (_FINER if rank <= _FINE else 1), _FEWEST_POINTS)
         details = [name for name in dict.fromkeys([ranking.by, *listed_in("details")]) if _has(row, name)]
         distinct = {id(run) for run in row.distinct}
@@ -224,7 +224,7 @@ def _has(row: Configuration, name: str) -> bool:
 
 def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> dict[str, Any]:
     """Returns a configuration without its runs. `facts`: title and text."""
-    tests = metrics.tests_of(rank)
+    tests = metrics.tests_of(row)
     statistics = {name: row.statistic(name) for name in (*metrics.known, *tests)}
     facts = []
     for name, statistic in statistics.items():
@@ -240,16 +240,16 @@ def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> 
         "bad": row.failed > 0,
         "facts": facts + _labels(row),
         "remarks": texts(ranking.remarks, rank),
-        "about": _about_tests(rank, is_shown=bool(tests), is_all=metrics.is_test_of_all),
+        "about": _about_tests(row, is_shown=bool(tests), is_all=metrics.is_test_of_all),
         "command": row.command,
     }
 
 
-def _about_tests(rank: int, *, is_shown: bool, is_all: bool) -> str:
+def _about_tests(row: Configuration, *, is_shown: bool, is_all: bool) -> str:
     """Says why test metrics are hidden, or shown for #1 only."""
     if is_shown:
         return "" if is_all else "Test metrics are shown for #1 only, which was selected on the validation set."
-    if rank == 1:
+    if row.is_first:
         return ""
     return (
         "Test metrics are shown for the first row only, to avoid selection on the test set. Show all with "

@@ -18,7 +18,7 @@ from dlopt.results.tables import Bold, Table, escaped
 
 _LINE = 80  # characters of a remark below a table in LaTeX
 _NOTE = "mean ± sample standard deviation over seeds"
-_DIFFERENCE_NOTE = "difference to the first row: paired over seeds, with its 95 % confidence interval"
+_DIFFERENCE_NOTE = "difference to the first row: paired over seeds, with 95 % intervals for the whole table"
 
 
 def latex(ranking: Ranking, *, made: str, test: bool, top: int) -> str:
@@ -48,6 +48,7 @@ def _notes(ranking: Ranking, top: int) -> list[str]:
     notes += [_DIFFERENCE_NOTE] * _is_compared(ranking)
     counts = [row.count_with_failed(ranking.by) for row in ranking.rows[:top]]
     notes += ["1 of 3 runs: the metrics are those of one"] * any(" of " in count for count in counts)
+    notes += [ranking.verdict] * bool(ranking.verdict)
     return notes + [f"the first {top} of {len(ranking.rows)} configurations"] * (len(ranking.rows) > top)
 
 
@@ -71,7 +72,7 @@ def _table(ranking: Ranking, *, test: bool, top: int) -> Table:
         cells += [marks[number]] * is_marked
         cells.append(row.count_with_failed(ranking.by))
         cells.append(Bold(value) if row.value is not None and row.value.mean in best else value)
-        cells += [_statistic(name, row.statistic(name)) if test or number == 0 else "" for name in metrics[1:]]
+        cells += [_statistic(name, row.statistic(name)) if test or row.is_first else "" for name in metrics[1:]]
         cells += [difference_text(ranking.by, row.difference)] * _is_compared(ranking)
         rows.append(cells)
     return Table(heads, rows, texts=len(ranking.keys) + is_marked)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -24,12 +25,12 @@ from dlopt.results.columns import (
     tags_text,
     test_columns,
 )
-from dlopt.results.leaderboard import Leaderboard, Row
+from dlopt.results.leaderboard import Row
+from dlopt.results.looks import remember
 from dlopt.results.ranking import Ranking
 from dlopt.results.reading import short_key
-from dlopt.results.remarks import Remark, lines, mark, remarks
+from dlopt.results.remarks import Remark, lines, mark
 from dlopt.results.tables import Table
-from dlopt.results.verdict import verdict
 from dlopt.tracking.console import open_console
 from dlopt.tracking.terminal_text import FittedTable, plain_table
 
@@ -100,7 +101,7 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
     """Returns the leaderboard without the columns `dropped`: metrics, and "test"."""
     ranking = report.ranking
     rows = ranking.rows[: report.top]
-    columns = [_ranks("#", ranking.remarks, len(rows))]
+    columns = [_ranks("#", ranking.remarks, rows)]
     for key in list(ranking.keys)[:_MAX_KEYS]:
         values = [printable(brief(row.values[key])) if key in row.values else "-" for row in rows]
         columns.append(_Column(printable(short_key(key, ranking.keys)), values, _TEXTS))
@@ -112,16 +113,13 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
             columns.append(_Column(name.replace("_", " "), [_statistic(name, row) for row in rows], _NUMBERS))
     tests = [] if "test" in dropped else test_columns(ranking)[:1]
     for name in tests:
-        cells = [_statistic(name, row) if report.test or rank == 1 else "" for rank, row in enumerate(rows, 1)]
+        cells = [_statistic(name, row) if report.test or row.is_first else "" for row in rows]
         columns.append(_Column(name.replace("_", " "), cells, _NUMBERS))
     if any(row.difference is not None for row in ranking.rows):
         differences = [difference_text(ranking.by, row.difference) for row in rows]
-        interval = " [95 % CI]" if any("[" in text for text in differences) else ""
+        interval = " [95 %]" if any("[" in text for text in differences) else ""
         columns.append(_Column(f"vs. best{interval}", differences, _NUMBERS))
-    styles = [""] * len(rows)
-    if rows and rows[0].value is not None:
-        styles[0] = "bold"
-    return _filled(plain_table(), columns, styles)
+    return _filled(plain_table(), columns, ["bold" if row.is_first else "" for row in rows])
 
 
 def _statistic(name: str, row: Row) -> str:
@@ -155,13 +153,13 @@ def _notes(report: "ReportContent") -> list[str]:
         counts += f"; {format_count('more rows', len(ranking.rows) - report.top)} on the HTML page"
     notes = [counts]
     if ranking.ranked:
-        notes += [sentence] if (sentence := verdict(ranking.ranked, lower=ranking.lower)) else []
+        notes += [sentence] if (sentence := ranking.verdict) else []
         best = ranking.ranked[0]
         if best.failed:
             notes.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
-        if best.command is not None:
+        if best.command is not None and sum(row.is_first for row in ranking.rows) == 1:
             notes.append(f"best: {best.command}")
-        if (run := best_of(ranking.ranked, ranking.by, lower=ranking.lower)) is not None:
+        if (run := best_of(ranking.board)) is not None:
             notes.append(f"best run: {short_path(run.path)}")
     for run in ranking.failed[:_MAX_FAILED]:
         notes.append(f"{run.status}: {short_path(run.path)}: {failure_text(run)}")
@@ -178,52 +176,54 @@ def _notes(report: "ReportContent") -> list[str]:
 # -- results of a sweep: leaderboard or Pareto front
 
 
-def show_leaderboard(board: Leaderboard, *, stream: IO[str] | None = None) -> None:
-    """Prints the best rows, with their differences to the first.
+def show_leaderboard(ranking: Ranking, *, is_final: bool = True, stream: IO[str] | None = None) -> None:
+    """Prints the best rows, with their differences to the first, and the verdict of a sweep that `is_final`.
 
     Shows the test metric of the first row only: selecting a row by its test metric would be model selection on the test
     set.
     """
-    ranked = [row for row in board.rows if row.value is not None]
-    if not ranked:
+    if not ranking.ranked:
         return
-    rows = ranked[:_MAX_ROWS]
-    name = board.metric.replace("_", " ")
-    better = "higher" if board.direction == "maximize" else "lower"
-    is_paired = any(row.difference is not None and row.difference.count > 1 for row in ranked)
-    values = [statistic_text(board.metric, row.value) for row in rows]
-    found = remarks(board.rows, board.metric, board.direction)
+    rows, by = ranking.rows[:_MAX_ROWS], ranking.by
+    name = by.replace("_", " ")
+    better = "lower" if ranking.lower else "higher"
+    is_paired = any(row.difference is not None and row.difference.count > 1 for row in rows)
     columns = [
-        _ranks("", found, len(rows)),
+        _ranks("", ranking.remarks, rows),
         _Column("configuration", [formats.round_floats(row.label) for row in rows], _TEXTS),
-        _Column("mean ± std" if is_paired else name, values, _NUMBERS),
-        _Column("runs", [row.count_with_failed(board.metric) for row in rows], _COUNTS),
+        _Column("mean ± std" if is_paired else name, [statistic_text(by, row.value) for row in rows], _NUMBERS),
+        _Column("runs", [row.count_with_failed(by) for row in rows], _COUNTS),
     ]
     if is_paired:
-        differences = [difference_text(board.metric, row.difference) for row in rows]
-        columns.append(_Column("vs. best\n(95 % CI)", differences, _NUMBERS))
-    test = _test_text(board, rows[0])
-    test_column = _Column("test", [test, *[""] * (len(rows) - 1)], _NUMBERS)
+        differences = [difference_text(by, row.difference) for row in rows]
+        columns.append(_Column("vs. best\n[95 %]", differences, _NUMBERS))
+    tests = [_test_text(by, row) if row.is_first else "" for row in rows]
     title, styles = f"{name} ({better} is better)", [""] * len(rows)
-    table = _filled(plain_table(title), [*columns, test_column], styles)
-    more = [f"... and {len(ranked) - _MAX_ROWS} more"] if len(ranked) > _MAX_ROWS else []
+    table = _filled(plain_table(title), [*columns, _Column("test", tests, _NUMBERS)], styles)
+    more = [f"... and {len(ranking.rows) - _MAX_ROWS} more"] if len(ranking.rows) > _MAX_ROWS else []
     _, console, terminal = open_console(stream)
     if terminal and not table.fits(console, console.width, folded=True):
         table = _filled(plain_table(title), columns, styles)
-        more += [f"test of the best: {test}"] if test else []
-    more += lines(found, len(rows))
-    lower = board.direction == "minimize"
-    if sentence := verdict(ranked, lower=lower):
+        more += [f"test of the best: {tests[0]}"] if tests[0] else []
+    more += lines(ranking.remarks, len(rows))
+    if is_final and (sentence := ranking.verdict):
         more.append(sentence)
-    if (run := best_of(ranked, board.metric, lower=lower)) is not None:
+    if (run := best_of(ranking.board)) is not None:
         more.append(f"best run: {short_path(run.path)}")
     _print(table, stream, [*map(printable, more)])
 
 
-def _test_text(board: Leaderboard, row: Row) -> str:
+def show_end(ranking: Ranking, folder: Path, *, is_final: bool) -> None:
+    """Prints the leaderboard of a sweep that has ended, and records in its folder that it was seen."""
+    show_leaderboard(ranking, is_final=is_final)
+    if is_final:
+        remember(ranking.board, [folder], ranking.seen)
+
+
+def _test_text(by: str, row: Row) -> str:
     """Formats the mean of the test metric that belongs to the metric of the leaderboard; "" if there is none."""
-    ranked = Metric.of(board.metric)
-    test = board.metric if ranked is None else Metric("test", ranked.name).column
+    ranked = Metric.of(by)
+    test = by if ranked is None else Metric("test", ranked.name).column
     statistic = row.statistic(test)
     return "" if statistic is None else format_metric(test, statistic.mean)
 
@@ -252,10 +252,11 @@ class _Column:
     form: Mapping[str, Any]
 
 
-def _ranks(title: str, found: Sequence[Remark], rows: int) -> _Column:
-    """Returns the column with the ranks of the rows and the letters of the remarks on them: 1 a."""
-    width = len(str(rows))
-    cells = [f"{rank:>{width}} {mark(found, rank)}".rstrip() for rank in range(1, rows + 1)]
+def _ranks(title: str, found: Sequence[Remark], rows: Sequence[Row]) -> _Column:
+    """Returns the column with the ranks of the rows, which equal rows share, and the letters of the remarks: 1 a."""
+    width = len(str(len(rows)))
+    ranks = ["-" if row.rank is None else row.rank for row in rows]
+    cells = [f"{rank:>{width}} {mark(found, position)}".rstrip() for position, rank in enumerate(ranks, 1)]
     return _Column(title, cells, {})
 
 

@@ -9,9 +9,10 @@ import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from dlopt.metrics.names import column_of, direction_of, split_of
 from dlopt.results.history import columns
 from dlopt.results.intervals import Statistic, half_width, statistic
 from dlopt.results.leaderboard import (
+    Leaderboard,
+    Look,
     Row,
     directions_of,
     goal_of,
@@ -33,8 +36,10 @@ from dlopt.results.leaderboard import (
     leaderboard,
     monitored,
 )
-from dlopt.results.reading import OPEN, Damaged, Record, meant, short_key, varying_keys
+from dlopt.results.looks import looks
+from dlopt.results.reading import OPEN, Damaged, Record, RunReader, meant, short_key, varying_keys
 from dlopt.results.remarks import Remark, remarks
+from dlopt.results.verdict import verdict
 
 DATA = "data read"
 """A key of `Configuration.values`: names the data of rows that differ in nothing else."""
@@ -73,12 +78,29 @@ class Configuration(Row):
 class Ranking:
     """Data of the plots and the page. Rows without a value (failed or running) come last."""
 
-    by: str
-    lower: bool  # whether smaller values of `by` are better
+    board: Leaderboard
     keys: Sequence[str]
-    rows: Sequence[Configuration]
     records: Sequence[Record]
     damaged: Sequence[Damaged]
+    seen: Sequence[Look] = ()  # what was shown of the rows before
+
+    @property
+    def by(self) -> str:
+        return self.board.metric
+
+    @property
+    def lower(self) -> bool:
+        """Whether smaller values of `by` are better."""
+        return self.board.direction == "minimize"
+
+    @property
+    def rows(self) -> Sequence[Configuration]:
+        return cast("Sequence[Configuration]", self.board.rows)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on the rows; "" if there is nothing to compare."""
+        return verdict(self.board)
 
     @property
     def failed(self) -> list[Record]:
@@ -90,7 +112,7 @@ class Ranking:
 
     @cached_property
     def remarks(self) -> list[Remark]:
-        return remarks(self.rows, self.by, "minimize" if self.lower else "maximize")
+        return remarks(self.board)
 
     @property
     def most_seeds(self) -> int:
@@ -102,16 +124,24 @@ class Ranking:
         return dict(Counter(record.status for record in self.records).most_common())
 
 
-def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None) -> Ranking:
+def gather(
+    records: Sequence[Record], damaged: Sequence[Damaged], by: str | None = None, *, seen: Sequence[Look] = ()
+) -> Ranking:
     """Groups and ranks runs by metric `by`. Raises `UserError`.
 
-    `by`: None for the metric of `monitored`, else val_accuracy, or val_loss if no run has it.
+    `by`: None for the objective of a search, else the metric of `monitored`, else val_accuracy, or val_loss if no run
+    has it. `seen`: looks at the same rows, see `dlopt.results.looks`.
     """
-    by = _ranking_metric(records, by)
+    searches, direction = {record.search for record in records}, None
+    search = searches.pop() if by is None and len(searches) == 1 else None
+    if search is not None and search.direction is not None and split_of(search.objective or "test") != "test":
+        by, direction = column_of(str(search.objective)), search.direction
+    else:
+        by = _ranking_metric(records, by)
     # Runs on several devices form one configuration.
     keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]
     rows = []
-    board = leaderboard(records, metric=by)
+    board = leaderboard(records, metric=by, direction=direction, looks=seen)
     for row in board.rows:
         values = {key: row.runs[0].config[key] for key in keys if key in row.runs[0].config}
         values |= {DATA: row.data} if row.data else {}
@@ -119,7 +149,17 @@ def gather(records: Sequence[Record], damaged: Sequence[Damaged], by: str | None
         label = printable(label or short_path(row.runs[0].path))
         rows.append(Configuration(**vars(row) | {"label": label, "values": values}))
     keys += [DATA] * any(row.data for row in rows)
-    return Ranking(by, board.direction == "minimize", keys, rows, records, damaged)
+    return Ranking(replace(board, rows=rows), keys, records, damaged, seen)
+
+
+def of_folder(folder: Path, *others: Path) -> Ranking:
+    """Ranks the runs in a folder of a sweep, a search or several of them. `others`: further run folders.
+
+    The end of a sweep and of a search, `dlopt sweep wait` and the commands that take a folder for its best run have
+    this ranking, and `dlopt report` ranks the same way.
+    """
+    records, damaged = RunReader().read([folder, *others])
+    return gather(records, damaged, seen=looks([folder], records))
 
 
 def _ranking_metric(records: Sequence[Record], by: str | None) -> str:

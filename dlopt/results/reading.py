@@ -8,15 +8,15 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import read_json
-from dlopt.basics.folders import RunFolder, short_path
+from dlopt.basics.folders import SPACE, RunFolder, short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import choices_of_groups, flatten, load_json, load_yaml, parse_numbers, regular_lines
@@ -24,7 +24,7 @@ from dlopt.config.keys import LABELS
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
-from dlopt.results.leaderboard import ENDED, Record, canonical, distinguishes, is_number
+from dlopt.results.leaderboard import ENDED, Record, Search, canonical, distinguishes, is_number
 from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -35,6 +35,7 @@ STATUSES = (*ENDED, "pruned", *OPEN, "failed")
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb writes its own config.yaml
+_DEEPEST = 3  # folders of a job below that of its sweep: hydra.sweep.subdir may have several parts
 _STATE = [name for name, each in MEASURES.items() if each.is_state]
 
 
@@ -59,9 +60,30 @@ class RunReader:
             state = _fingerprint(path)
             cached = known.get(path)
             self._known[path] = cached if cached is not None and cached[0] == state else (state, read(path))
+        search_of = cache(_search_of)
+        for path, (state, result) in self._known.items():
+            if isinstance(result, Record):
+                of_run = next((found for each in path.parents[:_DEEPEST] if (found := search_of(each))), None)
+                if of_run != result.search:
+                    self._known[path] = state, replace(result, search=of_run)
         results = [cached for _, cached in self._known.values()]
         records = [result for result in results if isinstance(result, Record)]
         return records, [result for result in results if isinstance(result, Damaged)]
+
+
+def _search_of(folder: Path) -> Search | None:
+    """Reads what the sweep.yaml of a search says of its trials; None without one, or for a grid."""
+    try:
+        space = load_yaml(folder / SPACE)
+    except (OSError, ValueError):
+        return None
+    facts = space.get("facts") if isinstance(space, dict) else None
+    if not isinstance(facts, dict):
+        return None
+    seeds, names, goals = facts.get("seeds"), facts.get("objective"), space.get("directions")
+    objective = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else None
+    goal = goals[0] if isinstance(goals, list) and goals and goals[0] in ("minimize", "maximize") else None
+    return Search(objective, goal, len(seeds.split(",")) if isinstance(seeds, str) else 1)
 
 
 def find(folder: Path) -> Iterator[Path]:
@@ -125,11 +147,6 @@ def _read(path: Path) -> Record:
     return Record(path, status, flat, metrics, history, overrides, reason, commit, _origin(environment))
 
 
-def origin_of(folder: Path) -> dict[str, Any]:
-    """Returns `Record.origin` of the run in a folder."""
-    return _origin(read_json(folder / "environment.json") or {})
-
-
 def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `Record.origin`; without folders, which may have moved."""
     data, packages = environment.get("data"), environment.get("allow_packages")
@@ -138,7 +155,8 @@ def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
         for name, package in (packages.items() if isinstance(packages, dict) else ())
         if isinstance(package, dict)
     }
-    versions = {name: environment[name] for name in ("dlopt", "torch") if isinstance(environment.get(name), str)}
+    names = ("dlopt", "git_commit", "torch")
+    versions = {name: environment[name] for name in names if isinstance(environment.get(name), str)}
     facts = data if isinstance(data, dict) else {}
     validation = _validation(facts.get("validation"))
     return {"data": facts.get("identity"), "code": code, "versions": versions, "validation": validation}

@@ -5,7 +5,7 @@ A remark has a letter, which marks its rows in each table, and a line below the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import ascii_lowercase
+from string import ascii_letters
 from typing import Any
 
 from dlopt.basics.formats import brief
@@ -13,11 +13,8 @@ from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.keys import role_of
 from dlopt.metrics.names import Goal
-from dlopt.results.intervals import edge
-from dlopt.results.leaderboard import Row, differs, is_number, of_common_seeds, resolution
-
-_NOT_SHOWN = {"code": "code of allow_packages", "versions": "versions of dlopt or torch"}
-"""Of `Record.origin`: what a mean over runs does not show."""
+from dlopt.results.intervals import FEWEST, edge
+from dlopt.results.leaderboard import ORIGINS, Leaderboard, Row, differs, is_number, of_common_seeds, resolution
 
 
 @dataclass(frozen=True)
@@ -28,20 +25,20 @@ class Remark:
     ranks: Sequence[int]
 
 
-def remarks(rows: Sequence[Row], metric: str, direction: Goal) -> list[Remark]:
-    """Returns the remarks on ranked rows, in the order of the rows: other seeds, the resolution, the end of a grid."""
-    ranked = [(rank, row) for rank, row in enumerate(rows, 1) if row.value is not None]
+def remarks(board: Leaderboard) -> list[Remark]:
+    """Returns the remarks on ranked rows, in their order: seeds, data, the resolution, the end of a grid."""
+    ranked = [(rank, row) for rank, row in enumerate(board.rows, 1) if row.value is not None]
     if not ranked:
         return []
-    found = [*_seeds(ranked, metric, direction), *_origins(rows), *_resolution(ranked, metric)]
-    found.append(Remark(_end_of_grid([row for _, row in ranked], rows), [1]))
+    found = [*_seeds(ranked, board.metric, board.direction), *_origins(board.rows), *_resolution(ranked, board.metric)]
+    found += _ends_of_grids(ranked, board.rows)
     known = [remark for remark in found if remark.ranks and remark.text]
     return sorted(known, key=lambda remark: remark.ranks[0])
 
 
 def mark(found: Sequence[Remark], rank: int) -> str:
     """Returns the letters of the remarks on a row: "ac"."""
-    return "".join(letter for letter, remark in zip(ascii_lowercase, found, strict=False) if rank in remark.ranks)
+    return "".join(letter for letter, remark in zip(ascii_letters, found, strict=False) if rank in remark.ranks)
 
 
 def texts(found: Sequence[Remark], rank: int) -> list[str]:
@@ -53,7 +50,7 @@ def lines(found: Sequence[Remark], shown: int) -> list[str]:
     """Returns the lines below a table with the first `shown` rows; a remark on others begins with their ranks."""
     return [
         f"{letter if any(rank <= shown for rank in remark.ranks) else _named(remark.ranks)}: {remark.text}"
-        for letter, remark in zip(ascii_lowercase, found, strict=False)
+        for letter, remark in zip(ascii_letters, found, strict=False)
     ]
 
 
@@ -85,62 +82,68 @@ def _seeds(ranked: Sequence[tuple[int, Row]], metric: str, direction: Goal) -> l
 
 
 def _origins(rows: Sequence[Row]) -> list[Remark]:
-    """Compares the data of the rows, and the code and the versions of the runs of each row."""
-    unlike = [rank for rank, row in enumerate(rows, 1) if row.data]
-    found = [Remark("warning: differ in their data, so the metrics are not comparable", unlike)]
-    for key, name in _NOT_SHOWN.items():
+    """Compares the data, the code and the versions of the rows with those of the first one, and of the runs of each."""
+    found = []
+    for key, name in ORIGINS.items():
+        apart = [rank for rank, row in enumerate(rows, 1) if row.apart == name]
         mixed = [
             rank
             for rank, row in enumerate(rows, 1)
             if any(differs(run.origin.get(key), row.runs[0].origin.get(key)) for run in row.runs)
         ]
+        found.append(Remark(f"warning: other {name} than #1, so not comparable with it", apart))
         found.append(Remark(f"warning: runs with different {name} in one mean", mixed))
     return found
 
 
 def _resolution(ranked: Sequence[tuple[int, Row]], metric: str) -> list[Remark]:
-    """Names the rows whose differences are equal, and those whose interval was widened to the resolution."""
-    step = resolution([row for _, row in ranked], metric)
-    equal, widened = [], []
+    """Names the rows that equal the first one, those without an interval, and those whose interval was widened."""
+    step, first = resolution([row for _, row in ranked], metric), ranked[0][1]
+    same, constant, widened, lost = [], [], [], []
     for rank, row in ranked:
         difference = row.difference
+        if row.has_lost:
+            lost.append(rank)
         if difference is None or difference.count < 2:
             continue
-        if difference.low is None:
-            equal.append(rank)
+        if row.by_seeds(metric) == first.by_seeds(metric):
+            same.append(rank)
+        elif difference.low is None:
+            constant += [rank] * (difference.count >= FEWEST and not row.has_lost and not first.has_lost)
         elif step is not None and difference.mean - difference.low <= step.size * (1 + 1e-9):
             widened.append(rank)
-    if step is None:
-        return [Remark("the same difference in every seed, so no interval", equal)]
-    size = f"{100 * step.size:.2g} points"
-    limit = f"differences below {size} (1 of {step.count:,} {step.unit}) cannot be seen"
+    size = "" if step is None else f"{100 * step.size:.2g} points"
+    limit = "" if step is None else f"differences below {size} (1 of {step.count:,} {step.unit}) cannot be seen"
     return [
-        Remark(f"the same difference in every seed, so no interval: {limit}", equal),
+        Remark("equal to #1 in every run", same),
+        Remark("the same difference in every seed, so no interval" + (f": {limit}" if limit else ""), constant),
         Remark(f"interval widened to ± {size}: {limit}", widened),
+        Remark("warning: some of its runs failed, and the others are no fair sample: no interval", lost),
     ]
 
 
-def _end_of_grid(ranked: Sequence[Row], rows: Sequence[Row]) -> str:
-    """Names the numbers of the best row that are the smallest or the largest that its optimizer was tried with."""
+def _ends_of_grids(ranked: Sequence[tuple[int, Row]], rows: Sequence[Row]) -> list[Remark]:
+    """Names the numbers of each optimizer's best row that are the smallest or the largest that it was tried with."""
     names = ("optimizer", "optimizer._target_")
-    first, *configs = (flatten(row.runs[0].config) for row in (ranked[0], *rows))
-    tried, best = [], []
-    for row, config in zip(rows, configs, strict=True):
-        if any(config.get(name) != first.get(name) for name in names):
+    configs = [flatten(row.runs[0].config) for row in rows]
+    optimizers = [tuple(str(config.get(name)) for name in names) for config in configs]
+    found = {}
+    for rank, row in ranked:
+        optimizer = optimizers[rank - 1]
+        if optimizer in found:
             continue
-        tried.append(config)
-        if row.value is not None and ranked[0].value is not None and row.value.mean == ranked[0].value.mean:
-            best.append(config)
-    found = []
-    for key, value in first.items():
-        if not is_number(value) or role_of(key) is not Role.IDENTITY:
-            continue
-        end = edge(_numbers(best, key), _numbers(tried, key))
-        if end == "largest" or (end == "smallest" and value != 0):  # less than none cannot be tried
-            found.append(f"{key}={brief(value)} ({end})")
-    if not found:
-        return ""
-    return f"best at the end of what was tried, a better value may be beyond it: {', '.join(found)}"
+        tried = [config for config, other in zip(configs, optimizers, strict=True) if other == optimizer]
+        best = [configs[i - 1] for i, each in ranked if optimizers[i - 1] == optimizer and each.rank == row.rank]
+        ends = []
+        for key, value in configs[rank - 1].items():
+            if not is_number(value) or role_of(key) is not Role.IDENTITY:
+                continue
+            end = edge(_numbers(best, key), _numbers(tried, key))
+            if end == "largest" or (end == "smallest" and value != 0):  # less than none cannot be tried
+                ends.append(f"{key}={brief(value)} ({end})")
+        text = f"best at the end of what was tried, a better value may be beyond it: {', '.join(ends)}" if ends else ""
+        found[optimizer] = Remark(text, [rank])
+    return list(found.values())
 
 
 def _numbers(configs: Sequence[Mapping[str, Any]], key: str) -> list[float]:

@@ -16,70 +16,56 @@ Rows enter from `FEWEST` common seeds on. `scripts/verdict_simulations.py` has t
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dlopt.results.intervals import Difference, mean_difference
+from dlopt.results.intervals import FEWEST, Comparison, Difference, mean_difference
 
 RATE = 0.05
 """Of tables of equal rows, the fraction that may call any row better than another one, over all looks at a table."""
 _FIRST_LOOK = 0.04
 _COCHRAN = 0.05
-FEWEST = 3
-"""Common seeds without which a row is not compared."""
-
 Values = Mapping[Any, float]
 """Of a row, by seed."""
 
 
 def rate_of(look: int) -> float:
-    """Returns the error rate of look 1, 2, ... at a table whose seeds grow: 4 %, 0.5 %, 0.25 %, ... Their sum is 5 %."""
+    """Returns the error rate of look 1, 2, 3, ... at a table whose seeds grow: 4 %, 0.5 %, 0.25 %; the sum is 5 %."""
     return _FIRST_LOOK if look == 1 else (RATE - _FIRST_LOOK) / 2 ** (look - 1)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Differences of rows to the first one.
-
-    Attributes:
-        differences: of each other row; None without common seeds. Fewer than `FEWEST` have no interval.
-        rows: that were compared, with the first one.
-        look: 1 unless seeds were added after an earlier look.
-        half_width: of the interval of a row (its index in `differences`) with this many seeds, at a later look.
-    """
-
-    differences: Sequence[Difference | None] = ()
-    rows: int = 1
-    look: int = 1
-    half_width: Callable[[int, int], float] = lambda row, seeds: math.nan
-
-
-def compare(rows: Sequence[Values], *, look: int = 1, resolution: float = 0.0) -> Comparison:
+def compare(
+    rows: Sequence[Values], *, enters: Sequence[bool] = (), seen: Sequence[int] = (), resolution: float = 0.0
+) -> Comparison:
     """Compares the first row with each other one over common seeds.
 
-    resolution: the smallest difference between two runs, such as one sample of an accuracy. Intervals extend at least
-        as far to each side.
+    Args:
+        rows: the first one has the best mean.
+        enters: whether a row gets an interval; by default all do.
+        seen: see `Comparison`.
+        resolution: the smallest difference between two runs, such as one sample of an accuracy. Intervals extend at
+            least as far to each side.
     """
-    first = rows[0]
+    first, enters = rows[0], enters or [True] * len(rows)
     pairs = [np.array([row[seed] - first[seed] for seed in row if seed in first]) for row in rows[1:]]
     found = [None if (plain := mean_difference(each.tolist())) is None else plain.without_interval() for each in pairs]
-    # Equal rows have no spread, and no interval.
-    entered = [i for i, each in enumerate(pairs) if len(each) >= FEWEST and np.any(each)]
-    if len(first) < FEWEST or not entered:
-        return Comparison(found, look=look)
+    # A row that is equal to the first one in every run has no interval: nothing was compared.
+    entered = [i for i, each in enumerate(pairs) if enters[1 + i] and len(each) >= FEWEST and np.any(each)]
+    if not enters[0] or not entered:
+        return Comparison(found, seen)
     table = np.array([[row.get(seed, math.nan) for seed in first] for row in (first, *(rows[1 + i] for i in entered))])
     means, counts = (np.array([function(pairs[i]) for i in entered]) for function in (np.mean, len))
-    halves, half_width = _half_widths(table, [pairs[i] for i in entered], rate_of(look), rate_of(look + 1))
+    rates = rate_of(1 + len(seen)), rate_of(2 + len(seen))
+    halves, half_width = _half_widths(table, [pairs[i] for i in entered], *rates)
     for i, mean, half, count in zip(entered, means.tolist(), halves.tolist(), counts.tolist(), strict=True):
         if half > 0:
             half = max(half, resolution)
             found[i] = Difference(mean, mean - half, mean + half, count)
     positions = {i: position for position, i in enumerate(entered)}
-    return Comparison(found, len(table), look, lambda i, seeds: max(half_width(positions[i], seeds), resolution))
+    return Comparison(found, seen, lambda i, seeds: max(half_width(positions[i], seeds), resolution))
 
 
 def _half_widths(
@@ -94,14 +80,17 @@ def _half_widths(
     counts = np.array([len(each) for each in pairs])
     own = np.array([each.std(ddof=1) for each in pairs]) / unit
     pooled, each_row, freedom = _spreads(table / unit, counts)
-    smallest = 1e-9 * float(np.abs(means).max())  # differences that are equal up to rounding tell nothing of the spread
+    smallest = 1e-9 * np.abs(means)  # differences that are equal up to rounding tell nothing of the spread
     if rows > 2 and _is_noisier(each_row, int(counts.max())):
         own[own <= smallest] = 0.0
-        level = rate / (rows * (rows - 1) / 2), later / (rows * (rows - 1) / 2)
-        halves = np.array([_student(n - 1, level[0]) for n in counts.tolist()]) * own / np.sqrt(counts)
-        return halves * unit, lambda i, seeds: unit * _student(seeds - 1, level[1]) * own[i] / math.sqrt(seeds)
+        all_pairs = rows * (rows - 1) / 2
+        quantiles = np.array([_student(n - 1, rate / all_pairs) for n in counts.tolist()])
+        return (
+            quantiles * own / np.sqrt(counts) * unit,
+            lambda i, seeds: unit * _student(seeds - 1, later / all_pairs) * own[i] / math.sqrt(seeds),
+        )
     spreads = np.sqrt(np.maximum(pooled, (each_row[0] + each_row[1:]) / 2))
-    if math.sqrt(pooled) <= smallest:
+    if math.sqrt(pooled) <= smallest.max():
         return np.zeros(len(pairs)), lambda i, seeds: 0.0
     errors = spreads / np.sqrt(counts)
     factors, factor, is_open = np.zeros(len(pairs)), 0.0, False

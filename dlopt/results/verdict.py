@@ -1,52 +1,135 @@
 """The verdict of a leaderboard in one sentence: which rows the first one is better than."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dlopt.basics.formats import round_floats
-from dlopt.results.leaderboard import Row
+from dlopt.config.overrides import key_of, value_of
+from dlopt.metrics.shown import is_percent
+from dlopt.results.intervals import FEWEST
+from dlopt.results.leaderboard import Leaderboard, Row
 
 _MOST = 3  # names of rows in the sentence
 _SHORT = 24  # characters of a label
+_ENOUGH = 100  # seeds that are suggested at most
+
+Found = Literal["better", "worse", "equal", "unclear", "few", "lost"]
 
 
-def verdict(rows: Sequence[Row], *, lower: bool) -> str:
-    """Returns a sentence on ranked rows; "" if there is nothing to compare. `lower`: whether smaller values are better.
+def verdict(board: Leaderboard) -> str:
+    """Returns a sentence on ranked rows; "" if there is nothing to compare.
 
-    The first row is better than another one if the 95 % interval of their paired difference is on its side of 0. It may
-    be on the other side: with other seeds, the order of the means is not that of the paired differences.
+    The first row is better than another one if the interval of their difference is on its side of 0. It may be on the
+    other side: with other seeds, the order of the means is not that of the paired differences. Rows that a remark sets
+    apart, with other data or code, are not counted.
     """
-    ranked = [row for row in rows if row.value is not None]
-    if len(ranked) < 2 or any(row.data for row in ranked):  # a remark says that the data differ
+    ranked = [row for row in board.rows if row.value is not None]
+    others = [row for row in ranked[1:] if not row.apart]
+    if not others:
         return ""
-    labels = [round_floats(row.label) for row in ranked]
+    left = sum(run.status == "running" for row in board.rows for run in row.runs)
+    if left:
+        return f"verdict: after the last run; {left} {'is' if left == 1 else 'are'} running"
+    first, found = ranked[0], [_found(ranked[0], row, board) for row in others]
     # Labels of several keys would make the sentence unreadable: the table tells what #2 is.
-    names = labels if max(map(len, labels)) <= _SHORT else [f"#{rank}" for rank in range(1, len(ranked) + 1)]
-    values = [row.value for row in ranked if row.value is not None]
-    if all(value.count == 1 for value in values):
-        tied = [name for name, value in zip(names[1:], values[1:], strict=True) if value.mean == values[0].mean]
-        first = f"is tied with {_listed(tied)}" if tied else "is first"
-        return f"verdict: {names[0]} {first}, by one run each: repeat it with seed=0,1,2 to tell a gain from luck"
-    gains = [_gain(row, lower) for row in ranked[1:]]
-    better = [name for name, gain in zip(names[1:], gains, strict=True) if gain == "better"]
-    if better:
-        return f"verdict: {names[0]} has the best mean, but over common seeds it is worse than {_listed(better)}"
-    unclear = [name for name, gain in zip(names[1:], gains, strict=True) if gain == "unclear"]
-    if not unclear:
-        return f"verdict: {names[0]} is better than all others (95 % intervals of the paired differences)"
-    beaten = len(gains) - len(unclear)
-    first = f"is better than {beaten} of {len(gains)} others" if beaten else "is first"
-    return (
-        f"verdict: {names[0]} {first}, but not distinguishable from {_listed(unclear)}: more seeds narrow the intervals"
-    )
+    labels = [round_floats(row.label) for row in (first, *others)]
+    if max(map(len, labels)) > _SHORT:
+        labels = [f"#{row.rank}" for row in (first, *others)]
+    name, *names = labels
+    of: dict[Found, list[str]] = {}
+    for label, each in zip(names, found, strict=True):
+        of.setdefault(each, []).append(label)
+    if of.get("worse"):
+        return f"verdict: {name} has the best mean, but over common seeds it is worse than {_listed(of['worse'])}"
+    tied = [label for label, row in zip(names, others, strict=True) if row.is_first]
+    is_label = not name.startswith("#")
+    head = f"{name} is first"
+    if tied:
+        head = f"{name} is tied with {_listed(tied)}" if is_label else f"{1 + len(tied)} rows are tied for #1"
+    counts = {len(row.counted(board.metric)) for row in (first, *others)}
+    if max(counts) < FEWEST and "equal" not in of:
+        return f"verdict: {head}, by {_runs(counts)} each: {_advice(first, counts)}"
+    beaten = len(of.get("better", ()))
+    if beaten:
+        number = "all" if beaten == len(others) else f"{beaten} of {len(others)}"
+        looks = " and all looks at it" if board.comparison.seen else ""
+        head = f"{name} is better than {number} others (95 % for the whole table{looks})"
+    return f"verdict: {'; '.join([head, *_rest(of, board), *_looks(board)])}"
 
 
-def _gain(row: Row, lower: bool) -> Literal["better", "worse", "unclear"]:
-    """Says how a row compares with the first one, by the interval of their paired difference."""
-    found = row.difference
-    if found is None or found.low is None or found.high is None or found.low <= 0 <= found.high:
+def _found(first: Row, row: Row, board: Leaderboard) -> Found:
+    """Says how a row compares with the first one."""
+    difference = row.difference
+    one, other = first.by_seeds(board.metric), row.by_seeds(board.metric)
+    if one == other:
+        return "equal" if len(one) > 1 else "few"
+    if first.has_lost or row.has_lost:
+        return "lost"
+    if difference is None or difference.count < FEWEST:
+        return "few"
+    if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
         return "unclear"
-    return "better" if (found.mean < 0) == lower else "worse"
+    return "better" if (difference.mean < 0) == (board.direction == "maximize") else "worse"
+
+
+def _rest(of: Mapping[Found, Sequence[str]], board: Leaderboard) -> list[str]:
+    """Returns what is said of the rows that the first one is not better than."""
+    parts = []
+    if "unclear" in of:
+        parts.append(f"not distinguishable from {_listed(of['unclear'])}{_limit(board)}")
+    if "equal" in of:
+        parts.append(f"equal to {_listed(of['equal'])} in every run")
+    if "few" in of:
+        parts.append(f"not compared with {_listed(of['few'])}: fewer than {FEWEST} common seeds")
+    if "lost" in of:
+        parts.append(f"not compared with {_listed(of['lost'])}: some of the runs failed")
+    return parts
+
+
+def _limit(board: Leaderboard) -> str:
+    """Says which differences cannot be told, and how many seeds would tell half of that."""
+    compared = [row for row in board.rows[1:] if row.value is not None and not row.apart]
+    for i, row in enumerate(compared):
+        found = row.difference
+        if found is None or found.low is None or found.high is None or not found.low <= 0 <= found.high:
+            continue
+        half = found.high - found.mean
+        limit = f": {found.count} seeds cannot tell differences below {_size(board.metric, half)}"
+        for seeds in range(found.count + 1, _ENOUGH + 1):
+            later = board.comparison.half_width(i, seeds)
+            if later <= half / 2:
+                return f"{limit}; {seeds}, fixed now, would tell {_size(board.metric, later)}"
+        return limit
+    return ""
+
+
+def _looks(board: Leaderboard) -> list[str]:
+    from dlopt.results.simultaneous import rate_of  # imports NumPy, which the help does not need
+
+    seen = board.comparison.seen
+    if not seen:
+        return []
+    return [
+        f"seeds were added after a look at {' and '.join(map(str, seen))}, "
+        f"so this one has {100 * rate_of(1 + len(seen)):.2g} of the 5 % of errors"
+    ]
+
+
+def _advice(first: Row, counts: set[int]) -> str:
+    typed = [line for run in first.runs for line in run.overrides]
+    if any(key_of(line) == "resume" and value_of(line) != "auto" for line in typed):
+        return "branch from runs with other seeds, too, to tell a gain from luck"
+    if counts == {1}:
+        return "repeat it with seed=0,1,2 to tell a gain from luck"
+    return f"at least {FEWEST} seeds, fixed before, tell a gain from luck: seed=0,1,2"
+
+
+def _runs(counts: set[int]) -> str:
+    return "one run" if counts == {1} else "at most two runs"
+
+
+def _size(metric: str, value: float) -> str:
+    return f"{100 * value:.2g} points" if is_percent(metric) else f"{value:.2g}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resolve import choices_of
-from dlopt.results.leaderboard import Leaderboard, ParetoFront
+from dlopt.results.leaderboard import ParetoFront
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.branches import from_checkpoint
 from dlopt.sweeps.estimate import print_estimate
@@ -27,6 +27,7 @@ from dlopt.tracking.remote import check
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
+    from dlopt.results.ranking import Ranking
     from dlopt.sweeps.slurm import Slurm
 
 
@@ -34,12 +35,11 @@ if TYPE_CHECKING:
 class SweepEnd:
     """The end of a sweep: its exit code, and the leaderboard or the Pareto front of its jobs, as printed.
 
-    Has neither after an interruption, nor for a search that was already finished: dlopt then does not open the study,
-    which ranks the jobs.
+    A search with several objectives that was already finished has neither: dlopt then does not open its study.
     """
 
     code: int
-    board: Leaderboard | None = None
+    board: "Ranking | None" = None
     front: ParetoFront | None = None
     is_submitted: bool = False  # its jobs run without this process
 

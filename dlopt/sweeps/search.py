@@ -40,9 +40,10 @@ from dlopt.metrics.names import (
     direction_of,
     monitored_directions,
 )
-from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number, job_record, leaderboard
-from dlopt.results.printing import show_front, show_leaderboard
-from dlopt.results.reading import find, number_in
+from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number
+from dlopt.results.printing import show_end, show_front
+from dlopt.results.ranking import of_folder
+from dlopt.results.reading import find
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.array import WORKERS
 from dlopt.sweeps.jobs import Job, JobResult, build_job, record_dead
@@ -112,11 +113,11 @@ def search(request: SweepRequest) -> SweepEnd:
     saved = read_space(folder)
     if _jobs_left(saved, facts, spec.total) == 0:
         print_next(f"this sweep is already finished: {folder}", folder)
-        return SweepEnd(DONE)
+        return SweepEnd(DONE, None if len(spec.objectives) > 1 else of_folder(folder))
     try:
         if isinstance(request.launcher, Slurm):
             with storage_errors(spec.storage), closing(Study(folder, spec, facts)) as study:
-                _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
+                _write_sweep_file(folder, facts, study, spec)
             left = _jobs_left(saved, facts, spec.total)
             workers, total = spec.total if left is None else left, spec.total * spec.jobs_per_trial
             submit_search(request, request.launcher, folder, jobs[0], total, workers)
@@ -134,23 +135,25 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
     pools.warm_up()
     with storage_errors(spec.storage):
         study = Study(folder, spec, facts)
-        _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
+        _write_sweep_file(folder, facts, study, spec)
         source = Search(spec, study, partial(build_job, request.plan_job, folder))
         try:
             pools.run(source, request.launcher, source.overview)
         finally:
-            _write_sweep_file(folder, facts, study, spec.jobs_per_trial)
+            _write_sweep_file(folder, facts, study, spec)
             study.close()
         counts, finished = study.counts(), study.finished()
     if elsewhere := counts[TrialState.RUNNING] - source.interrupted:
         are = "is" if elsewhere == 1 else "are"
         print(f"{format_count('trials' if spec.seeds else 'jobs', elsewhere)} {are} still running in other processes")
     has_failed = counts[TrialState.FAIL] > 0
-    end = _ranked(spec, finished, FAILED if has_failed else INTERRUPTED if source.interrupted else DONE)
-    if end.board is not None:
-        show_leaderboard(end.board)
-    if end.front is not None:
-        show_front([(label, values) for label, _, values in end.front.rows], end.front.metrics)
+    code = FAILED if has_failed else INTERRUPTED if source.interrupted else DONE
+    if len(spec.objectives) > 1:
+        end = SweepEnd(code, front=(best := _front(spec, finished)))
+        show_front([(label, values) for label, _, values in best.rows], best.metrics)
+    else:
+        end = SweepEnd(code, ranking := of_folder(folder, *_runs_elsewhere(folder, finished)))
+        show_end(ranking, folder, is_final=not source.interrupted and not elsewhere)
     print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed=has_failed)
     return end
 
@@ -176,31 +179,19 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 
-def _ranked(spec: StudySpec, jobs: Sequence[FrozenTrial], code: int) -> SweepEnd:
-    """Returns the end of a search with the leaderboard of the finished jobs, or their Pareto front."""
+def _front(spec: StudySpec, jobs: Sequence[FrozenTrial]) -> ParetoFront:
+    """Returns the Pareto front of the finished jobs."""
     label, unit = spec.space.label, "trial" if spec.seeds else "job"
-    if len(spec.objectives) > 1:
-        best = [jobs[i] for i in front([job.values for job in jobs], spec.directions)]
-        rows = [(f"{unit} {job.number}: {label(job.params)}", Path(job.user_attrs["run"]), job.values) for job in best]
-        rows.sort(key=lambda row: list(row[2]))
-        return SweepEnd(code, front=ParetoFront(spec.objectives, spec.directions, rows))
-    metric, records = spec.objectives[0], []
-    for job in jobs:
-        words = [f"{unit} {job.number}:", label(job.params)]
-        # The job's number is a text: of numbers, the smallest and the largest value are named.
-        config = {key: _number(value) for key, value in job.params.items()} | {"job": str(job.number)}
-        for index, (folder, scores) in enumerate(job.user_attrs.get("runs") or [(job.user_attrs["run"], job.values)]):
-            run = RunFolder(Path(folder))
-            summary = {**(run.summary() or {"status": "finished"}), metric: scores[0]}
-            seed = {"seed": _number(value_of(spec.seeds[index]))} if spec.seeds else {}
-            records.append(job_record(run.path, config | seed, summary, words))
-    return SweepEnd(code, leaderboard(records, metric=metric, direction=spec.directions[0]))
+    best = [jobs[i] for i in front([job.values for job in jobs], spec.directions)]
+    rows = [(f"{unit} {job.number}: {label(job.params)}", Path(job.user_attrs["run"]), job.values) for job in best]
+    rows.sort(key=lambda row: list(row[2]))
+    return ParetoFront(spec.objectives, spec.directions, rows)
 
 
-def _number(value: Any) -> Any:
-    """Returns the number of a choice, which is a text as on the command line; other values are unchanged."""
-    number = number_in(str(value))
-    return value if number is None else number
+def _runs_elsewhere(folder: Path, jobs: Sequence[FrozenTrial]) -> list[Path]:
+    """Returns the run folders of trials that other processes, which share the study, have outside of `folder`."""
+    runs = [Path(run) for job in jobs for run, *_ in job.user_attrs.get("runs") or [(job.user_attrs["run"],)]]
+    return [run for run in runs if not run.is_relative_to(folder.absolute()) and run.is_dir()]
 
 
 # -- the search's config
@@ -409,15 +400,15 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
 # -- its jobs
 
 
-def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study, jobs_per_trial: int) -> None:
+def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study, spec: StudySpec) -> None:
     """Writes sweep.yaml, by which resume=auto finds the search."""
     with locked(folder / WORKERS / STUDY_LOCK):  # processes that share the study start and end at about the same time
         counts = study.counts()
         ended = sum(counts[state] for state in _STATES.values())
         total = sum(counts.values())
-        content = {"facts": dict(facts), "finished": ended, "total": total}
-        if jobs_per_trial > 1:
-            content["jobs"] = total * jobs_per_trial - study.left_out()
+        content = {"facts": dict(facts), "directions": list(spec.directions), "finished": ended, "total": total}
+        if spec.jobs_per_trial > 1:
+            content["jobs"] = total * spec.jobs_per_trial - study.left_out()
         write_yaml(folder / SPACE, content)
 
 

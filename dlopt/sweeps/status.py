@@ -18,7 +18,7 @@ from dlopt.sweeps.slurm_queue import Elements, ended_early, queued_elements
 from dlopt.sweeps.sweep_file import read_space
 
 if TYPE_CHECKING:  # status prints without them
-    from dlopt.results.leaderboard import Leaderboard
+    from dlopt.results.ranking import Ranking
     from dlopt.results.reading import Damaged, RunReader
     from dlopt.tracking.overview import Overview
 
@@ -199,35 +199,22 @@ def _total(space: object) -> int | None:
     return total if isinstance(total, int) else None
 
 
-def wait(sweep: Path) -> "tuple[SweepStatus, Leaderboard]":
+def wait(sweep: Path) -> "tuple[SweepStatus, Ranking]":
     """Shows the progress of a sweep of other processes, and then its leaderboard; returns its end, and the leaderboard.
 
     Waits for the last job, or until nothing is left that runs one. Raises `UserError`; on Ctrl-C, KeyboardInterrupt.
     """
-    from dlopt.results.printing import show_leaderboard
+    from dlopt.results.printing import show_end
+    from dlopt.results.ranking import of_folder
 
     try:
         status = _follow(sweep)
     except KeyboardInterrupt:
         print_line(f"the sweep continues; to stop it: dlopt sweep stop {short_path(sweep)}")
         raise
-    board = _board(sweep)
-    if board.rows:
-        show_leaderboard(board)
-    return status, board
-
-
-def _board(sweep: Path) -> "Leaderboard":
-    from dlopt.results.leaderboard import job_record, leaderboard
-    from dlopt.results.reading import RunReader
-
-    records, _ = RunReader().read([sweep.absolute()])
-    return leaderboard(
-        [
-            job_record(each.path, each.config, RunFolder(each.path).summary() or {}, each.overrides, each.origin)
-            for each in records
-        ]
-    )
+    ranking = of_folder(sweep.absolute())
+    show_end(ranking, sweep, is_final=status.code != INTERRUPTED)
+    return status, ranking
 
 
 def _follow(sweep: Path) -> SweepStatus:

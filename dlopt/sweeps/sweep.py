@@ -36,8 +36,7 @@ from dlopt.config.refusals import refused_together
 from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import in_folder, refuse_other_config, shortened
 from dlopt.parallel.processes.rendezvous import refuse_ranks
-from dlopt.results.leaderboard import Leaderboard, job_record, leaderboard
-from dlopt.results.reading import origin_of
+from dlopt.results.ranking import of_folder
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.array import is_submitted
@@ -176,7 +175,7 @@ def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[
 
 
 def _grid(request: SweepRequest) -> SweepEnd:
-    from dlopt.results.printing import show_leaderboard
+    from dlopt.results.printing import show_end
 
     plans = _plans(request)
     if request.config.dry_run:
@@ -200,7 +199,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
     jobs = _jobs(folder, plans)
     if jobs and all(job.is_done for job in jobs):
         print_next(f"this sweep is already finished: {folder}", folder)
-        return SweepEnd(DONE, _ranked(jobs))
+        return SweepEnd(DONE, of_folder(folder))
     # A second sweep in this folder would start the same jobs.
     with RunFolder(folder).lock():
         begin(jobs)
@@ -211,32 +210,21 @@ def _grid(request: SweepRequest) -> SweepEnd:
         for job in jobs:
             record_dead(job.folder)
         ended = _run_jobs(request, folder, jobs)
-    board = _ranked(jobs)
-    show_leaderboard(board)
     # The status of another package's job follows from its files. A job of ours that a signal ended before its first
     # update has left no files.
     runs = [job.folder for job in jobs] or [RunFolder(path.parent) for path in folder.glob("*/config.yaml")]
     statuses = set(ended.values()) or {
         (run.summary() or {}).get("status", "running" if run.is_live() else "failed") for run in runs
     }
+    ranking = of_folder(folder)
+    show_end(ranking, folder, is_final="interrupted" not in statuses)
     print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed="failed" in statuses)
     if statuses & {"failed", "interrupted"}:
         words = ["resume=auto"] if request.is_typed else in_folder(folder)
         print(f"{shlex.join(words)} added to this command runs the failed and interrupted jobs again")
     if not statuses or statuses & {"failed", "running"}:
-        return SweepEnd(FAILED, board)
-    return SweepEnd(INTERRUPTED if "interrupted" in statuses else DONE, board)
-
-
-def _ranked(jobs: Sequence[Job]) -> Leaderboard:
-    """Returns the leaderboard of a grid."""
-    rows = [(job.plan, job.folder) for job in jobs]
-    return leaderboard(
-        [
-            job_record(folder.path, plan.saved, folder.summary() or {}, storable(plan.texts), origin_of(folder.path))
-            for plan, folder in rows
-        ]
-    )
+        return SweepEnd(FAILED, ranking)
+    return SweepEnd(INTERRUPTED if "interrupted" in statuses else DONE, ranking)
 
 
 def _plans(request: SweepRequest) -> list[Plan]:

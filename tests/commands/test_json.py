@@ -66,7 +66,7 @@ def test_report(night: Path) -> None:
     found = document(dlopt(night, "report", "night", "target=0.65", "--json"))
     assert not (night / "night/report").exists()
     expected = {"by": "val_accuracy", "direction": "maximize", "target": 0.65, "files": []}
-    assert found.keys() == {*expected, "keys", "configurations", "statuses", "skipped"}
+    assert found.keys() == {*expected, "keys", "configurations", "verdict", "statuses", "skipped"}
     assert expected.items() <= found.items() and found["keys"] == ["optimizer.lr"]
     assert found["statuses"] == {"finished": 5, "failed": 1} and found["skipped"][0].keys() == {"folder", "reason"}
     best, second, last = found["configurations"]
@@ -148,8 +148,8 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["folder"], found["exit_code"], result.code) == (str(tmp_path / "sweep"), 1, 1)
     assert [job["status"] for job in found["jobs"]] == ["finished", "failed"] and found["jobs"][0].keys() == RUN
     board = found["leaderboard"]
-    assert board.keys() == {"metric", "direction", "rows"}
-    assert (board["metric"], board["direction"]) == ("best_val_accuracy", "maximize")
+    assert board.keys() == {"metric", "direction", "rows", "verdict"}
+    assert (board["metric"], board["direction"]) == ("val_accuracy", "maximize")
     first, last = board["rows"]
     assert first.keys() == ROW | {"value"} and first["value"].keys() == STATISTIC and last["value"] is None
     assert first["overrides"] == ["optimizer.lr=0.1"] and first["folders"] == [found["jobs"][0]["folder"]]

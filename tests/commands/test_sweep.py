@@ -59,7 +59,7 @@ def test_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statuses, "_POLL_SECONDS", 0.0)
     monkeypatch.setattr(statuses, "_LOST_SECONDS", 0.0)
     result = dlopt(tmp_path, "sweep", "wait", "s")
-    assert result.code == 0 and "3 jobs: 3 finished" in result.out and "best val accuracy" in result.out
+    assert result.code == 0 and "3 jobs: 3 finished" in result.out and "val accuracy (higher is better)" in result.out
     write_json(sweep / "2/summary.json", {"status": "interrupted"})
     result = dlopt(tmp_path, "sweep", "wait", "s")
     assert result.code == 75 and "nothing runs the jobs that are left" in result.out

@@ -35,11 +35,12 @@ def test_latex_has_booktabs_means_and_deviations(sweep: Path) -> None:
     best = r"$\mathbf{90.00 \pm 1.00}$"
     assert rows == [
         ["0.1", "", "3", best, r"$85.00 \pm 0.00$", ""],
-        ["0.3", "a", "3", best, "", "$+0.00$"],
-        ["0.2", "a", "3", r"$80.00 \pm 1.00$", "", "$-10.00$"],
+        ["0.3", "a", "3", best, r"$85.00 \pm 0.00$", "$+0.00$"],
+        ["0.2", "b", "3", r"$80.00 \pm 1.00$", "", "$-10.00$"],
     ]
-    remark = r"\footnotesize a: the same difference in every seed, so no interval"
-    assert lines[lines.index(r"\bottomrule") + 1 :] == [rf"\multicolumn{{7}}{{l}}{{{remark}}} \\", r"\end{tabular}"]
+    remarks = ("a: equal to \\#1 in every run", "b: the same difference in every seed, so no interval")
+    said = [rf"\multicolumn{{7}}{{l}}{{\footnotesize {remark}}} \\" for remark in remarks]
+    assert lines[lines.index(r"\bottomrule") + 1 :] == [*said, r"\end{tabular}"]
     assert r"$85.00 \pm 0.00$" in paper.latex(table(sweep), made="", test=True, top=20).split("& 0.3 &")[1]
     assert "the first 2 of 4 configurations" in paper.latex(table(sweep), made="", test=False, top=2)
 
@@ -54,13 +55,16 @@ def test_markdown(sweep: Path) -> None:
     assert lines[0].startswith("| hidden units | learning rate |  | runs |") and set(lines[1]) <= set("| -:")
     assert "| 90.00 ± 1.00 | 85.00 ± 0.00 |" in lines[2] and lines[-1].endswith("made now.")
     assert all(line.replace(r"\|", "").count("|") == lines[0].count("|") for line in lines[:6])
-    assert lines[6:9] == ["", "- a: the same difference in every seed, so no interval", ""]
+    assert lines[6:10] == [
+        "", "- a: equal to #1 in every run", "- b: the same difference in every seed, so no interval", "",
+    ]  # fmt: skip
+    assert "verdict: " in lines[-1]
 
 
 def test_lines_of_remarks_fit_a_page(tmp_path: Path) -> None:
     """The rows that are not shown are named."""
     for lr in (0.1, 0.2):
-        for seed in range(2 if lr == 0.1 else 3):
+        for seed in range(3 if lr == 0.1 else 4):
             make_run(tmp_path / f"{lr}-{seed}", lr=lr, seed=seed, accuracies=(0.5, 1 - lr + 0.01 * seed))
     text = paper.latex(table(tmp_path), made="", test=False, top=1)
     remarks = [line.partition("footnotesize ")[2].removesuffix(r"} \\") for line in text.splitlines()]
@@ -83,5 +87,7 @@ def test_runs_that_do_not_count_are_named(tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path / str(seed), seed=seed, status="finished" if seed else "failed")
     text = paper.markdown(table(tmp_path), made="", test=False, top=20)
-    assert text.startswith("| runs |") and "| 2 of 3, 1 failed | 80.00 ± 0.00 |" in text and "those of one" in text
+    assert (
+        text.startswith("|  | runs |") and "| a | 2 of 3, 1 failed | 80.00 ± 0.00 |" in text and "those of one" in text
+    )
     assert "2 of 3, 1 failed & " in paper.latex(table(tmp_path), made="", test=False, top=20)

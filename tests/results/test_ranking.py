@@ -108,8 +108,9 @@ def test_runs_of_different_data_are_different_rows_in_every_table(tmp_path: Path
     assert [[run.path.name for run in row.runs] for row in ranking.rows] == [["0", "2"], ["1"]]
     assert ranking.keys == ["data read"]
     assert [row["data read"] for row in read_csv(ranking)] == ["data.root=a", "data.root=b"]
-    [remark] = [each for each in ranking.remarks if "differ in their data" in each.text]
-    assert list(remark.ranks) == [1, 2] and [row["remarks"] != "" for row in read_csv(ranking)] == [True, True]
+    [remark] = [each for each in ranking.remarks if "other data than #1" in each.text]
+    assert list(remark.ranks) == [2] and [remark.text in row["remarks"] for row in read_csv(ranking)] == [False, True]
+    assert ranking.rows[1].difference is None and ranking.verdict == ""
 
 
 def test_importance_puts_each_value_in_the_middle_of_its_bin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from dlopt.results.reading import (
     RunReader,
     condition,
     find,
-    origin_of,
     read,
     short_key,
     varying_keys,
@@ -219,7 +218,7 @@ def test_what_a_validation_counts_is_checked(written: object, expected: object, 
     path = make_run(tmp_path / "0")
     facts = {"folder_format": FORMAT, "data": {"validation": written}}
     (path / "environment.json").write_text(json.dumps(facts))
-    assert origin_of(path)["validation"] == expected
+    assert record(path).origin["validation"] == expected
     assert len(table(tmp_path).rows) == 1
 
 

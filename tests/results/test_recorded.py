@@ -23,7 +23,6 @@ from dlopt.results import page as page_module
 from dlopt.results import page_data as page_data_module
 from dlopt.results.columns import summary_csv
 from dlopt.results.exports import ReportContent
-from dlopt.results.leaderboard import leaderboard
 from dlopt.results.listing import Query, print_values, show_table
 from dlopt.results.page_data import page_data
 from dlopt.results.paper import latex, markdown
@@ -179,9 +178,8 @@ def test_texts(table: Ranking, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for width in (210, 180, 150, 130, 40):
         found += [f"width {width}", *printed(table, width, top=3, style="standard" if width == 210 else None)]
     for by in ("val_accuracy", "val_loss"):
-        board = leaderboard(table.records, metric=by)
         stream = io.StringIO()
-        printing.show_leaderboard(board, stream=stream)
+        printing.show_leaderboard(gather(table.records, [], by), stream=stream)
         found += stream.getvalue().splitlines()
     printing.show_front([("lr=0.123456789", [0.5, 30.0]), ("b", [0.4, 20.0])], ["val_accuracy", "seconds"])
     found += capsys.readouterr().out.splitlines()
@@ -245,9 +243,9 @@ def test_many_values_are_thinned_and_many_keys_and_rows_are_cut(
             )
             for i in range(count)
         ]
-        printing.show_leaderboard(leaderboard(many, metric="val_accuracy"))
+        printing.show_leaderboard(gather(many, [], "val_accuracy"))
         found += capsys.readouterr().out.splitlines()[-2:]
-    printing.show_leaderboard(leaderboard([]))
+    printing.show_leaderboard(gather([], []))
     printing.show_front([], ["val_loss"])
     assert capsys.readouterr().out == ""
     check_recorded(FOLDER / "many.txt", found)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dlopt.results.leaderboard import Leaderboard, Record, job_record, leaderboard
+from dlopt.results.leaderboard import Leaderboard, Record, leaderboard
 from dlopt.results.remarks import Remark, lines, mark, remarks, texts
+from tests.support.records import record
 
 MISSING = "warning: without some seeds of other rows: compare by the difference over common seeds, not by the mean"
 REPEATED = "a seed was run more than once: its last run that has ended counts"
@@ -21,7 +22,7 @@ def entry(lr: float, seed: int, accuracy: float | None, status: str = "finished"
     metrics = {"status": status, "best_val_accuracy": accuracy, "best_val_loss": accuracy}
     origin = {"validation": {"count": 144, "unit": "images"}}
     settings = {"seed": seed, "optimizer": {"lr": lr}, "threads": seed + 1, "epochs": 2 + round(lr), **config}
-    return job_record(Path(f"{lr}/{seed}"), settings, metrics, [f"optimizer.lr={lr}"], origin)
+    return record(Path(f"{lr}/{seed}"), settings, metrics, [f"optimizer.lr={lr}"], origin)
 
 
 def rows(*values: Sequence[float], first: float = 0.1) -> list[Record]:
@@ -31,7 +32,7 @@ def rows(*values: Sequence[float], first: float = 0.1) -> list[Record]:
 
 
 def of(board: Leaderboard) -> list[Remark]:
-    return remarks(board.rows, board.metric, board.direction)
+    return remarks(board)
 
 
 def said(runs: Sequence[Record], **keys: Any) -> list[tuple[str, list[int]]]:
@@ -69,7 +70,7 @@ def test_a_row_that_is_better_over_common_seeds_is_named() -> None:
 
 def test_losses_are_better_when_smaller() -> None:
     runs = rows((1.0, 1.2, 3.0), (1.1, 1.4))
-    [missing, better] = said(runs, metric="best_val_loss")
+    [missing, better] = said(runs, metric="val_loss")
     assert missing == (MISSING, [1]) and better[0].startswith("warning: #2 is better than #1") and better[1] == [1, 2]
 
 
@@ -107,8 +108,8 @@ def test_intervals_of_one_sample_are_named() -> None:
 def test_the_resolution_is_known_of_fractions_only() -> None:
     """Neither of a loss, nor of an accuracy that is a mean over classes, nor if one run does not say it."""
     runs = rows(images(140, 138, 141), images(139, 137, 140))
-    assert said(runs, metric="best_val_loss")[0][0] == EQUAL
-    macro = rows((0.9, 0.8), (0.91, 0.81))
+    assert said(runs, metric="val_loss")[0][0] == EQUAL
+    macro = rows((0.9, 0.8, 0.85), (0.91, 0.81, 0.86))
     assert said(macro)[0][0] == EQUAL
     assert said([replace(runs[0], origin={}), *runs[1:]])[0][0] == EQUAL
     larger = [replace(run, origin={"validation": {"count": 288, "unit": "images"}}) for run in runs]
@@ -154,8 +155,8 @@ def test_different_data_code_and_versions_are_named() -> None:
         }
         return replace(made, config={**made.config, "data.root": root}, origin=origin)
 
-    data = ("warning: differ in their data, so the metrics are not comparable", [1, 2])
-    assert said([run("x", 0, "a"), run("y", 0, "b"), run("x", 1, "a"), run("y", 1, "b")])[0] == data
+    data = ("warning: other data than #1, so not comparable with it", [2])
+    assert said([run("x", 0, "a"), run("y", 0, "b"), run("x", 1, "a"), run("y", 1, "b")]) == [data]
     assert said([run("x", 0, "a"), run("x", 1, "a", "3")]) == [
         ("warning: runs with different code of allow_packages in one mean", [1]),
         ("warning: runs with different versions of dlopt or torch in one mean", [1]),
@@ -167,4 +168,4 @@ def test_letters_mark_the_rows() -> None:
     assert [mark(found, rank) for rank in range(1, 5)] == ["a", "", "ab", "c"]
     assert lines(found, 4) == ["a: first", "b: second", "c: third"]
     assert lines(found, 1) == ["a: first", "#3: second", "#4, #5, #6, #7, #8 and 2 more: third"]
-    assert texts(found, 3) == ["first", "second"] and remarks([], "val_loss", "minimize") == []
+    assert texts(found, 3) == ["first", "second"] and remarks(Leaderboard("val_loss", "minimize")) == []

@@ -58,7 +58,7 @@ def test_search_runs_resumes_and_grows(tmp_path: Path) -> None:
     )
     best = min(first, key=lambda number: float(str(first[number]["best_val_loss"])))
     board = result.out.partition("lowest first")[2] or result.out.partition("lower is better")[2]
-    assert f"job {best}: optimizer.lr=" in board.split("\n")[3]
+    assert f"lr={rates[int(best)]:.4g}"[:8] in board.split("\n")[3] and f"best run: sweep/{best}" in board
     tests = [line for line in board.splitlines() if f"{first[best]['test_loss']:.3f}"[:4] in line]
     assert tests and tests[0].startswith("1")
 
@@ -71,7 +71,7 @@ def test_search_runs_resumes_and_grows(tmp_path: Path) -> None:
     assert more.code == 0 and list(summaries(tmp_path)) == ["0", "1", "2", "3"]
     ranked = json.loads(more.out)["leaderboard"]
     losses = {str(tmp_path / "sweep" / i): each["best_val_loss"] for i, each in summaries(tmp_path).items()}
-    assert (ranked["metric"], ranked["direction"]) == ("best_val_loss", "minimize")
+    assert (ranked["metric"], ranked["direction"]) == ("val_loss", "minimize")
     assert [row["folders"] for row in ranked["rows"]] == [[path] for path in sorted(losses, key=losses.__getitem__)]
     other = "optimizer.lr=tag(log,interval(0.01,2))"
     message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, other, "optimizer=sgd,adamw", "resume=auto")
@@ -108,7 +108,7 @@ def test_processes_write_sweep_yaml_one_at_a_time(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(module, "write_yaml", written)
     study = study_of(tmp_path, make_spec(1, None))
-    module._write_sweep_file(tmp_path, {}, study, 1)
+    module._write_sweep_file(tmp_path, {}, study, make_spec(1, None))
     study.close()
     assert held == [1]
 
@@ -266,7 +266,7 @@ def test_a_failed_seed_fails_its_trial(tmp_path: Path, capfd: pytest.CaptureFixt
     trial = search._study._trials()[0]
     assert trial.state == TrialState.FAIL and trial.user_attrs["reason"] == "seed=0: diverged"
     assert cast(Job, search.next()).number == 3
-    module._write_sweep_file(tmp_path, {}, search._study, 3)
+    module._write_sweep_file(tmp_path, {}, search._study, search._spec)
     assert yaml.safe_load((tmp_path / "sweep.yaml").read_text())["jobs"] == 4 * 3 - 1  # never 12: `wait` would not end
 
 
@@ -390,3 +390,26 @@ def test_the_default_objective_is_what_the_runs_monitor(words: list[str], object
     typed = ["hydra/sweeper=dlopt_optuna", SPACE, *words]
     request = sweeps.request(composer().with_words(*typed), typed)
     assert module._monitored(request) == objective
+
+
+def test_one_ranking_of_a_search_with_seeds(tmp_path: Path) -> None:
+    """The end, the report, and the commands that take its folder name the same run: a trial of all its seeds."""
+    points = "hydra.sweeper.enqueue=[{optimizer.lr:0.5},{optimizer.lr:0.05},{optimizer.lr:0.1}]"
+    line = ["optimizer.lr=interval(0.01,1)", points, "seed=0,1", "hydra.sweeper.n_trials=3"]
+    ended = search(tmp_path, *line, "--json")
+    rows = json.loads(ended.out)["leaderboard"]["rows"]
+    assert [row["rank"] for row in rows] == [1, 2, 3] and all(row["ended"] == 2 for row in rows)
+    best = rows[0]["folders"]
+    number = int(Path(best[1]).name)
+    failed = json.loads((Path(best[1]) / "summary.json").read_text()) | {"status": "failed", "reason": "planted"}
+    (tmp_path / f"sweep/{number}/summary.json").write_text(json.dumps(failed))
+    report = json.loads(dlopt(tmp_path, "report", "sweep", "--json").out)
+    assert report["by"] == "val_loss" and report["direction"] == "minimize"
+    assert [row["rank"] for row in report["configurations"]] == [1, 2, None]
+    assert report["configurations"][2]["folders"] == best
+    again = json.loads(search(tmp_path, *line, "resume=auto", "--json").out)["leaderboard"]
+    assert [row["folders"] for row in again["rows"]] == [row["folders"] for row in report["configurations"]]
+    said = dlopt(tmp_path, "eval", "checkpoint=sweep")
+    assert any(
+        f"best of 6 runs: {Path(folder).relative_to(tmp_path)}" in said.out + said.err for folder in rows[1]["folders"]
+    )

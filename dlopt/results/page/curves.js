@@ -6,7 +6,7 @@ const MOST_SINGLES = 120; // single runs in a chart
 function plottedLines() {
   const lines = state.group ? groups().map((group, i) => ({ id: group.value, label: `${state.group}=${group.value}`,
     runs: group.rows.flatMap((row) => row.runs), style: state.colour === state.group ? styleOf(colourIndex(state.group).get(group.value)) : styleOf(i) }))
-    : plottedRows().map(({ row, style }) => ({ id: row.id, label: `#${row.rank} ${row.label}`, runs: row.runs, style }));
+    : plottedRows().map(({ row, style }) => ({ id: row.id, label: `#${row.cells.rank[1]} ${row.label}`, runs: row.runs, style }));
   return lines.map((line) => ({ ...line, runs: line.runs.filter((run) => run.distinct) }));
 }
 

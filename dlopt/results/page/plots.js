@@ -33,7 +33,7 @@ function renderParallel() {
   for (const line of [...lines].reverse()) {
     line.path.addEventListener("pointermove", (event) => {
       line.path.setAttribute("stroke-width", 3.5);
-      showTooltip(event.clientX, event.clientY, `#${line.row.rank} ${line.row.label}`, [["", title, line.row.cells[data.by][1]]]);
+      showTooltip(event.clientX, event.clientY, `#${line.row.cells.rank[1]} ${line.row.label}`, [["", title, line.row.cells[data.by][1]]]);
     });
     line.path.addEventListener("pointerleave", () => { paint(); hideTooltip(); });
     line.path.addEventListener("click", () => { location.hash = addressOf(line.row.id); });
@@ -159,7 +159,7 @@ function heatCell(cell, x, y, size, fraction) {
   const goodness = data.lower ? 1 - fraction : fraction, best = cell.rows[0];
   return svg("g", { class: "cell", onclick: () => { location.hash = addressOf(best.id); }, onpointerleave: hideTooltip,
     onpointermove: (event) => showTooltip(event.clientX, event.clientY, `${state.heatX}=${cell.x} ${state.heatY}=${cell.y}`,
-      [["", data.titles[data.by], formatMetric(data.by, cell.value)], ["", "configurations", String(cell.rows.length)], ["", `best: #${best.rank}`, best.cells[data.by][1]]]) },
+      [["", data.titles[data.by], formatMetric(data.by, cell.value)], ["", "configurations", String(cell.rows.length)], ["", `best: #${best.cells.rank[1]}`, best.cells[data.by][1]]]) },
     svg("rect", { x: x + 1, y: y + 1, width: size - 2, height: 28, fill: "var(--strong)", "fill-opacity": 0.06 + 0.9 * goodness }),
     svg("text", { x: x + size / 2, y: y + 19, "text-anchor": "middle", fill: goodness > 0.55 ? "var(--paper)" : "var(--ink)" }, isPercent(data.by) ? formatMetric(data.by, cell.value) : formatTick(data.by, Number(cell.value.toPrecision(4)))));
 }
@@ -173,7 +173,7 @@ function renderTimes(update) {
   const shown = entries.map(([row, ...entry]) => [data.rows[row], ...entry]).filter(([row]) => visible.includes(row));
   const cell = (value, colour, isPale) => html("td", { class: "number" }, !value ? "–" : html("span", { class: "swatch" }, value[0], bar(value[1], colour, isPale)));
   const rows = shown.slice(0, state.all ? shown.length : 20).map(([row, count, share, isPale, step, seconds]) => html("tr", {},
-    html("td", { class: "number" }, String(row.rank)), html("td", { class: "wrap" }, row.label), html("td", { class: "number" }, share),
+    html("td", { class: "number" }, row.cells.rank[1]), html("td", { class: "wrap" }, row.label), html("td", { class: "number" }, share),
     ...[step, seconds].map((value) => cell(value, styleOfRow(row)?.colour ?? "--soft", isPale))));
   const heads = [["#", "number"], ["configuration"], ["runs", "number"], ["updates", "number"], ["seconds", "number"]];
   sectionBody("times").replaceChildren(

@@ -20,7 +20,7 @@ function renderConfiguration(row, current) {
     ...run.metrics.map((text) => html("td", { class: "number" }, text)), html("td", {}, copyButton(run.command || run.from, "Copy command"))));
   const heads = [["run"], ["seed", "number"], ["status"], ...row.heads.map((name) => [name, "number"]), ["repeat"]];
   sectionBody("selected").replaceChildren(
-    html("p", {}, html("b", {}, `#${row.rank} `), row.label),
+    html("p", {}, html("b", {}, `#${row.cells.rank[1]} `), row.label),
     html("ul", { class: "facts" }, ...row.facts.map(([name, text]) => html("li", {}, `${name} `, html("b", {}, text)))),
     html("p", { class: "note" }, row.about),
     ...row.remarks.map((remark) => html("p", { class: "note" }, remark)),
@@ -91,7 +91,7 @@ function configTable(run) {
 // -- difference of two configs
 
 function renderDifference(row, run, update) {
-  const others = Object.fromEntries(data.rows.filter((each) => each !== row).map((each) => [each.id, `#${each.rank} ${each.label}`]));
+  const others = Object.fromEntries(data.rows.filter((each) => each !== row).map((each) => [each.id, `#${each.cells.rank[1]} ${each.label}`]));
   if (!(state.compare in others)) state.compare = "";
   const found = runOf(state.compare), choice = html("div", { class: "controls" }, selectControl("compare", "with", { "": "choose a configuration", ...others }, update));
   sectionBody("difference").replaceChildren(choice, ...(found ? [differenceTable({ row, run }, found)] : []));
@@ -103,5 +103,5 @@ function differenceTable(...found) {
   const line = (name, x, y, kind) => html("tr", {}, html("td", {}, name), html("td", { class: kind }, x ?? "–"), html("td", { class: kind }, y ?? "–"));
   const rows = [...keys.filter((key) => a[key] !== b[key]).map((key) => line(key, a[key], b[key], "wrap")),
     ...names.map((name) => line(name, facts[0][name], facts[1][name], "number"))];
-  return scrollable(tableOf([["key or metric"], ...found.map(({ row }) => [`#${row.rank} ${row.label}`])], rows), "Difference of two configurations");
+  return scrollable(tableOf([["key or metric"], ...found.map(({ row }) => [`#${row.cells.rank[1]} ${row.label}`])], rows), "Difference of two configurations");
 }
