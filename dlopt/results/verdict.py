@@ -87,7 +87,7 @@ def _rest(of: Mapping[Found, Sequence[str]], board: Leaderboard) -> list[str]:
 
 
 def _limit(board: Leaderboard) -> str:
-    """Says which differences cannot be told, and how many seeds would tell half of that."""
+    """Says how small a difference these seeds show, and how many seeds would show half of that."""
     compared = [row for row in board.rows[1:] if row.value is not None and not row.apart]
     for i, row in enumerate(compared):
         found = row.difference

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.special import stdtrit
 
-from dlopt.results.intervals import half_width
-from dlopt.results.leaderboard import Leaderboard, Record, leaderboard
-from dlopt.results.verdict import verdict
+from dlopt.results.leaderboard import Record
+from dlopt.results.ranking import Ranking, gather
+from dlopt.results.simultaneous import rate_of
 from tests.support.browser import NEEDS_BROWSER, narrow
 from tests.support.pages import ROOT
 
@@ -34,7 +35,10 @@ def test_the_numbers_in_the_page_are_the_recorded_ones() -> None:
     [line] = re.findall(r"HALF_WIDTH = \{(.*)\};", text)
     quantiles = re.findall(r"(\d+): ([\d.]+) / Math.sqrt\(\1\)", line)
     found = {int(count): float(quantile) / float(count) ** 0.5 for count, quantile in quantiles}
-    assert found == {n: pytest.approx(half_width(n), rel=1e-14) for n in (3, 20)}
+    expected = {n: float(stdtrit(n - 1, 1 - rate_of(1) / 2)) / n**0.5 for n in (3, 20)}
+    assert found == pytest.approx(expected, rel=1e-12)
+    [(enough, quantile)] = re.findall(r"ENOUGH = (\d+), LATER = ([\d.]+) / Math.sqrt\(\1\);", text)
+    assert float(quantile) == pytest.approx(float(stdtrit(int(enough) - 1, 1 - rate_of(2) / 2)), rel=1e-12)
 
 
 def test_the_page_is_one_small_file_without_network() -> None:
@@ -42,7 +46,7 @@ def test_the_page_is_one_small_file_without_network() -> None:
     assert not re.findall(r"\b(?:src|href)=|@import|url\(|fetch\(|https?:", PAGE.read_text(encoding="utf-8"))
 
 
-def board(seeds: tuple[int, ...]) -> Leaderboard:
+def board(seeds: tuple[int, ...]) -> Ranking:
     """The leaderboard of both learning rates over some of the seeds, counted from 0."""
     records = []
     for rate, accuracies in recorded().items():
@@ -58,7 +62,7 @@ def board(seeds: tuple[int, ...]) -> Leaderboard:
                     origin={"validation": {"count": IMAGES, "unit": "images"}},
                 )
             )
-    return leaderboard(records)
+    return gather(records, [])
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def test_intervals_and_verdicts_are_those_of_the_leaderboard(page: Any) -> None:
     assert len(shown) == len(choices) == 1141
     for seeds, (computed, sentence) in zip(choices, shown, strict=True):
         found = board(seeds)
-        assert sentence == verdict(found), seeds
+        assert sentence == found.verdict, seeds
         other = found.rows[1]
         assert other.difference is not None
         # The page subtracts the second rate from the first, a leaderboard the first row from the others.
@@ -87,7 +91,7 @@ def test_intervals_and_verdicts_are_those_of_the_leaderboard(page: Any) -> None:
         shown_ends = [computed["mean"], *((low, high) if sign > 0 else (high, low))]
         for one, each in zip(expected, shown_ends, strict=True):
             difference = each if one is None else sign * each / IMAGES
-            assert difference == (one if one is None else pytest.approx(one, rel=1e-9, abs=1e-12)), seeds
+            assert difference == (one if one is None else pytest.approx(one, rel=1e-6, abs=1e-8)), seeds
         decided += "is better" in sentence and len(seeds) == 3
     counts = page.execute_script("return COUNTS")
     assert sum(counts.values()) == 1140 and counts["0.005"] + counts["0.003"] == decided

@@ -1,4 +1,4 @@
-"""Seeds that are added after somebody has seen the table: the next verdict says so, and spends less."""
+"""Seeds that are added after a reader has seen the table: the next verdict says so, and spends less."""
 
 import json
 import os
