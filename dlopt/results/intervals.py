@@ -39,9 +39,6 @@ class Difference:
         interval = "" if self.low is None or self.high is None else f" [{form(self.low)}, {form(self.high)}]"
         return form(self.mean) + interval
 
-    def without_interval(self) -> "Difference":
-        return Difference(self.mean, None, None, self.count)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -68,13 +65,10 @@ def statistic(values: Sequence[float]) -> Statistic | None:
     return Statistic(mean, deviation / math.sqrt(count - 1) if count > 1 else None, count)
 
 
-def mean_difference(differences: Sequence[float], resolution: float = 0.0) -> Difference | None:
+def mean_difference(differences: Sequence[float]) -> Difference | None:
     """Computes the mean of paired differences with Student's 95 % confidence interval; None for no pairs.
 
     One pair has no interval, and neither have equal differences.
-
-    resolution: the smallest difference between two runs, such as one sample of an accuracy. The interval extends at
-        least as far to each side: Student's covers 89 to 95 % if most of the differences are equal, and this one 95 %.
     """
     found = statistic(differences)
     if found is None:
@@ -83,7 +77,7 @@ def mean_difference(differences: Sequence[float], resolution: float = 0.0) -> Di
     # spread. Those of equal fractions are equal up to rounding.
     if found.std is None or max(differences) - min(differences) <= 1e-9 * max(map(abs, differences)):
         return Difference(found.mean, None, None, found.count)
-    half = max(half_width(found.count) * found.std, resolution)
+    half = half_width(found.count) * found.std
     return Difference(found.mean, found.mean - half, found.mean + half, found.count)
 
 

@@ -133,11 +133,10 @@ def _statistic(name: str, row: Row) -> str:
 def _hidden(ranking: Ranking, dropped: Collection[str]) -> list[str]:
     """Names the parts missing from the printed table, and gives the best row's test metric if its column is hidden."""
     lines = []
-    if "test" in dropped and ranking.rows:
-        best = ranking.rows[0]
+    if "test" in dropped and ranking.best is not None:
         for name in test_columns(ranking)[:1]:
-            if best.statistic(name) is not None:
-                lines.append(f"{name.replace('_', ' ')} of the best: {_statistic(name, best)}")
+            if ranking.best.statistic(name) is not None:
+                lines.append(f"{name.replace('_', ' ')} of the best: {_statistic(name, ranking.best)}")
     names = list(ranking.keys)[_MAX_KEYS:]
     names += [name for name in in_terminal(ranking) if name in dropped and name != ranking.by]
     if names:
@@ -154,11 +153,11 @@ def _notes(report: "ReportContent") -> list[str]:
     notes = [counts]
     if ranking.ranked:
         notes += [sentence] if (sentence := ranking.verdict) else []
-        best = ranking.ranked[0]
-        if best.failed:
-            notes.append(f"#1: {best.failed} of {len(best.runs)} runs failed; its mean is that of the others")
-        if best.command is not None and sum(row.is_first for row in ranking.rows) == 1:
-            notes.append(f"best: {best.command}")
+        first = ranking.ranked[0]
+        if first.failed:
+            notes.append(f"#1: {first.failed} of {len(first.runs)} runs failed; its mean is that of the others")
+        if ranking.best is not None and ranking.best.command is not None:
+            notes.append(f"best: {ranking.best.command}")
         if (run := best_of(ranking.board)) is not None:
             notes.append(f"best run: {short_path(run.path)}")
     for run in ranking.failed[:_MAX_FAILED]:
@@ -204,7 +203,7 @@ def show_leaderboard(ranking: Ranking, *, is_final: bool = True, stream: IO[str]
     _, console, terminal = open_console(stream)
     if terminal and not table.fits(console, console.width, folded=True):
         table = _filled(plain_table(title), columns, styles)
-        more += [f"test of the best: {tests[0]}"] if tests[0] else []
+        more += [f"test of the best: {tests[0]}"] if tests[0] and ranking.best is not None else []
     more += lines(ranking.remarks, len(rows))
     if is_final and (sentence := ranking.verdict):
         more.append(sentence)

@@ -110,6 +110,12 @@ class Ranking:
     def ranked(self) -> list[Configuration]:
         return [row for row in self.rows if row.value is not None]
 
+    @property
+    def best(self) -> Configuration | None:
+        """The row that ranks first; None if several are tied: none of them is chosen by chance."""
+        first = [row for row in self.rows if row.is_first]
+        return first[0] if len(first) == 1 else None
+
     @cached_property
     def remarks(self) -> list[Remark]:
         return remarks(self.board)

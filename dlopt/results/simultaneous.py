@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dlopt.results.intervals import FEWEST, Comparison, Difference, mean_difference
+from dlopt.results.intervals import FEWEST, Comparison, Difference
 
 RATE = 0.05
 """Of tables of equal rows, the fraction that may call any row better than another one, over all looks at a table."""
@@ -51,19 +51,18 @@ def compare(
     """
     first, enters = rows[0], enters or [True] * len(rows)
     pairs = [np.array([row[seed] - first[seed] for seed in row if seed in first]) for row in rows[1:]]
-    found = [None if (plain := mean_difference(each.tolist())) is None else plain.without_interval() for each in pairs]
+    found = [Difference(float(each.mean()), None, None, len(each)) if len(each) else None for each in pairs]
     # A row that is equal to the first one in every run has no interval: nothing was compared.
     entered = [i for i, each in enumerate(pairs) if enters[1 + i] and len(each) >= FEWEST and np.any(each)]
     if not enters[0] or not entered:
         return Comparison(found, seen)
     table = np.array([[row.get(seed, math.nan) for seed in first] for row in (first, *(rows[1 + i] for i in entered))])
-    means, counts = (np.array([function(pairs[i]) for i in entered]) for function in (np.mean, len))
     rates = rate_of(1 + len(seen)), rate_of(2 + len(seen))
     halves, half_width = _half_widths(table, [pairs[i] for i in entered], *rates)
-    for i, mean, half, count in zip(entered, means.tolist(), halves.tolist(), counts.tolist(), strict=True):
+    for i, half in zip(entered, halves.tolist(), strict=True):
         if half > 0:
-            half = max(half, resolution)
-            found[i] = Difference(mean, mean - half, mean + half, count)
+            mean, half = float(pairs[i].mean()), max(half, resolution)
+            found[i] = Difference(mean, mean - half, mean + half, len(pairs[i]))
     positions = {i: position for position, i in enumerate(entered)}
     return Comparison(found, seen, lambda i, seeds: max(half_width(positions[i], seeds), resolution))
 
