@@ -35,9 +35,8 @@ class Run(Record):
             (`config["optimizer"]` is `"sgd"`). Lists are tuples.
         overrides: what was typed.
         commit: of the Git repository that the run started in; None without one.
-        metrics: those of the best epoch (`val_loss`, `val_accuracy`), of the last epoch (`train_loss`), of the run
-            (`epochs`, `steps`, `seconds`, `parameters`) and of the final test (`test_loss`). Missing and non-finite
-            values are left out.
+        metrics: those of the best epoch (`val_loss`, `val_accuracy`, `train_loss`), of the run (`epochs`, `steps`,
+            `seconds`, `parameters`) and of the final test (`test_loss`). Missing and non-finite values are left out.
         history: the evaluated epochs, as in metrics.jsonl, with the generalization gaps. `pandas.DataFrame(history)`
             has a row per epoch.
         reason: why a failed run failed.

@@ -37,6 +37,7 @@ _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb writes its own config.yaml
 _DEEPEST = 3  # folders of a job below that of its sweep: hydra.sweep.subdir may have several parts
 _STATE = [name for name, each in MEASURES.items() if each.is_state]
+_GAPS = [name for name, each in MEASURES.items() if each.of_line is not None]
 
 
 @dataclass(frozen=True)
@@ -239,16 +240,20 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
 
 
 def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics of the best epoch, and the costs of the whole run: a gap fits the metrics beside it.
+
+    Training metrics and gaps are those of the last epoch if no epoch is known to be the best one.
+    """
     metrics: dict[str, Any] = {}
     if history:
-        chosen = (i for i, epoch in enumerate(history.values("epoch")) if epoch == summary.get("best_epoch"))
-        at = next(chosen, None)
+        found = (i for i, epoch in enumerate(history.values("epoch")) if epoch == summary.get("best_epoch"))
+        at = next(found, None)
         last, best = history[-1], _best_line(history, config) if at is None else history[at]
-        metrics = {k: v for k, v in last.items() if split_of(k) != "val" and k not in _STATE}
-        metrics |= {"epochs": last["epoch"], "steps": last["step"]}
-        if best is not None:
-            metrics |= {k: v for k, v in best.items() if split_of(k) == "val"} | {"best_epoch": best["epoch"]}
-            metrics |= derived(best)
+        costs = {k: v for k, v in last.items() if split_of(k) is None and k not in (*_STATE, *_GAPS)}
+        metrics = costs | {"epochs": last["epoch"], "steps": last["step"]}
+        chosen = {k: v for k, v in last.items() if split_of(k) != "val"} if best is None else best
+        metrics |= {k: v for k, v in chosen.items() if split_of(k) is not None or k in _GAPS}
+        metrics |= {} if best is None else {"best_epoch": best["epoch"]}
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
             column = column_of(key)
@@ -297,8 +302,8 @@ def varying_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _is_determined_by_choice(key: str, configs: Iterable[Mapping[str, Any]]) -> bool:
     group, _, inner = key.partition(".")
-    pairs = {(text(config.get(group)), text(config[key])) for config in configs if key in config}
-    return inner != "" and len(pairs) == len({choice for choice, _ in pairs}) > 0
+    pairs = {(text(config.get(group)), text(config.get(key))) for config in configs}
+    return inner != "" and len(pairs) == len({choice for choice, _ in pairs})
 
 
 def short_key(key: str, keys: Iterable[str]) -> str:

@@ -36,7 +36,7 @@ def test_a_run_has_its_config_and_metrics(outputs: Path) -> None:
     assert run.config["model.widths"] == (64, 64)
     assert run.best == {"val_accuracy": 0.6, "val_loss": 0.4, "best_epoch": 2}
     assert run.test == {"test_accuracy": 0.75, "test_loss": 0.25}
-    assert run.metrics["train_accuracy"] == 0.25 and run.metrics["steps"] == 30  # of the last epoch, of the run
+    assert run.metrics["train_accuracy"] == 0.6 and run.metrics["steps"] == 30  # of the best epoch, of the run
     assert (failed.status, failed.reason, failed.test) == ("failed", "the loss is nan", {})
     with pytest.raises(FrozenInstanceError):
         run.status = "failed"  # type: ignore[misc]

@@ -38,7 +38,7 @@ def test_reads_config_metrics_and_history(tmp_path: Path) -> None:
     assert result.config["clip"] == "none" and result.config["model.widths"] == (64, 64)
     assert "optimizer._target_" not in result.config
     assert result.overrides == ("optimizer=adamw", "optimizer.lr=0.01", "seed=0")
-    expected = {"val_accuracy": 0.9, "val_loss": 0.1, "train_accuracy": 0.8, "epochs": 3, "steps": 30, "best_epoch": 2}
+    expected = {"val_accuracy": 0.9, "val_loss": 0.1, "train_accuracy": 0.9, "epochs": 3, "steps": 30, "best_epoch": 2}
     assert {key: result.metrics[key] for key in expected} == pytest.approx(expected)
     assert result.metrics["gap"] == result.metrics["accuracy_gap"] == 0  # of the best epoch
     assert result.metrics["test_accuracy"] == 0.75 and result.metrics["seconds"] == 3
@@ -71,14 +71,34 @@ def test_best_epoch_follows_monitor_and_ignores_non_finite_values(tmp_path: Path
     assert record(path).history[-1] == {"epoch": 3, "step": 30}
 
 
-def test_rates_of_the_last_epoch_are_no_metrics_of_the_run(tmp_path: Path) -> None:
+def test_rates_and_training_metrics_of_the_last_epoch_are_no_metrics_of_the_run(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
-    line = {"epoch": 9, "step": 90, "lr": 0.1, "weight_decay": 0.2, "train_loss": 0.3}
+    line = {"epoch": 9, "step": 90, "lr": 0.1, "weight_decay": 0.2, "train_top5": 0.3}
     with (path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     result = record(path)
     assert result.history[-1] == line
-    assert result.metrics["train_loss"] == 0.3 and not {"lr", "weight_decay"} & result.metrics.keys()
+    assert not {"lr", "weight_decay", "train_top5"} & result.metrics.keys()
+
+
+def test_all_metrics_are_of_the_best_epoch_and_costs_of_the_whole_run(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", status=None)
+    lines = [
+        {"epoch": i, "step": 10 * i, "seconds": 2.5 * i, "evaluations": 20 * i, "train_loss": 4.0 / i, "val_loss": loss}
+        | {"train_accuracy": 0.25 * i, "val_accuracy": accuracy}
+        for i, (loss, accuracy) in enumerate([(3.5, 0.5), (1.25, 0.875), (1.5, 0.625)], 1)
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = {"train_loss": 2.0, "val_loss": 1.25, "gap": -0.75, "train_accuracy": 0.5, "val_accuracy": 0.875}
+    expected |= {"accuracy_gap": -0.375, "best_epoch": 2, "epochs": 3, "steps": 30, "seconds": 7.5, "evaluations": 60}
+    assert record(path).metrics == expected
+    lines[1].pop("train_loss")  # it was not finite
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert record(path).metrics == {k: v for k, v in expected.items() if k not in ("train_loss", "gap")}
+    for line in lines:
+        del line["val_accuracy"], line["val_loss"]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert record(path).metrics["train_accuracy"] == 0.75, "without a validation, the last epoch"
 
 
 def test_ties_of_the_best_epoch_are_broken_by_the_loss_as_in_training(tmp_path: Path) -> None:
@@ -186,6 +206,18 @@ def test_varying_keys_exclude_seeds_and_keys_implied_by_choices() -> None:
         "optimizer.momentum",
     ]
     assert varying_keys(configs[:1]) == []
+
+
+def test_a_key_that_only_some_runs_of_a_choice_have_varies() -> None:
+    plain = {"model": "mlp", "optimizer": "lion", "optimizer.lr": 0.3, "epochs": 4}
+    more = {**plain, "optimizer.foo": 7, "model.extra": "on"}
+    assert varying_keys([plain, more]) == varying_keys([more, plain]) == ["optimizer.foo", "model.extra"]
+    other = {"model": "cnn", "optimizer": "rprop", "optimizer.lr": 0.3, "epochs": 4, "optimizer.etas": (0.5, 1.2)}
+    assert varying_keys([plain, other]) == ["model", "optimizer"], "etas follow from the optimizer"
+    assert varying_keys([plain, other, {**more, "model.extra": None}]) == ["model", "optimizer", "optimizer.foo"]
+    known = {"optimizer.foo": 7, "model.extra": "on"}
+    keys = ["model", "optimizer", "optimizer.foo"]
+    assert varying_keys([{**more, "model": "cnn"}, plain, {**other, **known}]) == keys, "extra follows from the model"
 
 
 def test_formats_values_as_in_overrides() -> None:
