@@ -280,6 +280,7 @@ def _refuse_protected(line: str, key: str) -> None:
 def _plans(comparison: Comparison, overrides: list[str], plan_job: PlanJob) -> Plans:
     """Composes and checks all runs. Raises `UserError`."""
     common = [line for line in overrides if key_of(line) != "seed" and group_of(line) not in ("comparison", "hydra")]
+    common.append("comparison=null")  # what a run records can be typed: with the recipe's comparison, it is refused
     plans = {
         cell: plan_job([*common, *parse_arguments(comparison.overrides(cell)).overrides], number)
         for number, cell in enumerate(comparison.cells())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import DONE
-from dlopt.config.overrides import quoted_plain
+from dlopt.config.overrides import key_of, quoted_plain
 from dlopt.config.saved import checkpoint_file
 from dlopt.extend import FAILED, INTERRUPTED, RunError, UserError, short_path
 from dlopt.lab.comparison.comparison import Comparison, VariantOutcome, VariantRun, format_final, read
@@ -120,9 +120,10 @@ class VariantJobs(pools.JobSource):
         folders = {key: self._jobs[run].folder.path for key, run in named.items()}
         paths = {key: folder if key == TEACHER else checkpoint_file(folder) for key, folder in folders.items()}
         lines = [f"{key}={quoted_plain(str(path))}" for key, path in paths.items()]
-        run_config = self._plan_job([*job.plan.texts, *lines], job.number).run_config
-        run_config = replace(run_config, config={**run_config.config, START: job.plan.saved[START]})
-        return replace(job, composed=replace(job.plan, run_config=run_config))
+        kept = [line for line in job.plan.texts if key_of(line) not in named]
+        plan = self._plan_job([*kept, *lines], job.number)  # whose overrides can be typed
+        run_config = replace(plan.run_config, config={**plan.run_config.config, START: job.plan.saved[START]})
+        return replace(job, composed=replace(job.plan, run_config=run_config, overrides=plan.overrides))
 
     def _start_here(self, slot: int, folder: Path, environment: Mapping[str, str]) -> pools.Process:
         assert self._newest is not None

@@ -1,6 +1,7 @@
 """`comparison` in an experiment file: runs, plot and overrides."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,7 +221,7 @@ def test_variants_from_the_shell_work_as_the_message_advises(folder: Path) -> No
     advised = "+comparison.variants.both=['model.widths=[4]','model.norm=none']"
     assert message.strip().endswith(f'inside the quotes for the shell: "{advised}"')
     result = compare(folder, advised, "dry_run=true", "seed=0")
-    assert "job 2: experiment=small model.widths=[4] model.norm=none seed=0" in result.out, result.err
+    assert "job 2: experiment=small comparison=null model.widths=[4] model.norm=none seed=0" in result.out, result.err
     message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "+comparison.variants.x='a=1'")
     assert "allowed: a block {name: a list [a,b,...], each a string}" in message
 
@@ -264,7 +265,7 @@ def test_variants_are_chosen_replaced_and_added_from_the_shell(folder: Path, typ
     result = compare(folder, typed, "dry_run=true", "seed=0")
     assert result.code == 0, result.err
     for number, lines in enumerate(runs):
-        assert f"job {number}: experiment=small {lines} seed=0\n" in result.out
+        assert f"job {number}: experiment=small comparison=null {lines} seed=0\n" in result.out
     assert f"job {len(runs)}: " not in result.out
 
 
@@ -273,7 +274,7 @@ def test_advice_on_variants_works(folder: Path) -> None:
     message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", line)
     advised = message.strip().rpartition("for the shell: ")[2].strip('"')
     assert advised == "comparison.variants={a:['model.widths=[3]'],b:[]}"
-    assert "job 1: experiment=small seed=0" in compare(folder, advised, "dry_run=true", "seed=0").out
+    assert "job 1: experiment=small comparison=null seed=0" in compare(folder, advised, "dry_run=true", "seed=0").out
 
 
 def test_comparison_null_trains_once(folder: Path) -> None:
@@ -438,6 +439,24 @@ def test_variants_start_from_runs_before_them(folder: Path) -> None:
     (folder / "out/5/summary.json").unlink()
     assert compare(folder, "hydra.run.dir=out", "resume=auto").code == 0
     assert (folder / "out/0/summary.json").read_bytes() == before
+
+
+def test_the_commands_of_a_report_can_be_typed(folder: Path) -> None:
+    change(folder, "  variants:", f"{BEFORE}  variants:")
+    change(folder, '    wide: ["model.widths=[8]"]', '    wide: ["model.widths=[8]", init_from=before:base]')
+    assert compare(folder, "hydra.run.dir=out", "data.batch_size=30").code == 0
+    found = json.loads(dlopt(folder, "report", "out", "--json").out)["configurations"]
+    commands = [shlex.split(row["command"]) for row in found]
+    assert len(commands) == 3  # with that of `base`; `wide` starts from another run for each seed
+    for program, *words in commands:
+        result = dlopt(folder, *words, "dry_run=true")
+        assert program == "dlopt" and result.code == 0 and "of about" in result.out, (words, result.err)
+    [line] = [words for words in commands if any("/out/0/checkpoints/best.pt" in word for word in words)]
+    assert {"model.widths=[8]", "data.batch_size=30", "seed=0"} < {*line}
+    assert not any("before:" in word for words in commands for word in words)
+    assert dlopt(folder, *line[1:], "hydra.run.dir=again").code == 0
+    again, first = (json.loads((folder / path / "summary.json").read_text()) for path in ("again", "out/4"))
+    assert again["best_val_loss"] == first["best_val_loss"]
 
 
 def test_refuses_a_start_from_an_unknown_run(folder: Path) -> None:
