@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -14,6 +13,7 @@ from reference import CATALOGUE
 
 from dlopt.config.choices import Choice
 from dlopt.lab.comparison.frozen import CHANGED, is_changed
+from dlopt.lab.comparison.intervals import average
 from dlopt.lab.comparison.labels import axis_label, scale
 
 FOLDER = "lecture/"
@@ -75,12 +75,12 @@ def _published(docs: Path, name: str) -> list[str]:
     metric = next(key for key in saved["rows"][0] if key not in ("variant", "at"))
     factor, rows = scale(metric), []
     for row, (point, value) in zip(saved["rows"], published["values"].items(), strict=True):
-        values = row[metric]
-        numbers = fmean(values), min(values), max(values)
-        mean, low, high = (f"{factor * each:.{2 if factor > 1 else 4}f}" for each in numbers)
-        rows.append((text(point), f"{factor * value:.4g}", f"{mean} ({low} to {high})"))
+        found = average(row[metric], is_ratio=True)  # as in the picture: the claims have factors
+        numbers = found.middle, found.low, found.high
+        middle, low, high = (f"{factor * each:.{2 if factor > 1 else 4}f}" for each in numbers)
+        rows.append((text(point), f"{factor * value:.4g}", f"{middle} ({low} to {high})"))
     [axis] = saved["rows"][0]["at"]
-    here = f"here: {axis_label(metric)}, {saved['rows'][0]['variant']}, mean and range over {len(saved['seeds'])} seeds"
+    here = f"here: {axis_label(metric)}, {saved['rows'][0]['variant']}, {found.label(len(saved['seeds']))}"
     correlation = f"Rank correlation of both columns (Spearman): {published['rank_correlation']:.2f}."
     columns = (text(axis), text(", ".join(published["label"].splitlines())), text(here))
     return [table(columns, rows), "", correlation, ""]

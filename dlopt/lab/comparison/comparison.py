@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dlopt.basics.formats import format_percent
 from dlopt.extend import Seed, show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
+from dlopt.lab.comparison.intervals import Average, average
 from dlopt.lab.comparison.labels import is_percent, label
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.metrics.measures import MEASURES, derived
@@ -45,6 +46,11 @@ class Comparison:
 
     def is_higher_better(self, metric: str) -> bool:
         return is_higher_better(metric, self.directions)
+
+    def average(self, metric: str, values: Sequence[float]) -> Average:
+        """Averages over seeds as the claims about the metric do: on a logarithmic scale if a margin is a factor."""
+        claims = [each for each in self.claims if each.metric == metric and each.measure == "value"]
+        return average(values, is_ratio=any(each.factor is not None for each in claims))
 
     @property
     def all_metrics(self) -> list[str]:
@@ -181,7 +187,7 @@ class Results:
     def finals(self, variant: str, name: str) -> dict[Any, list[float]]:
         """Returns point of the axes -> final values of the metric, one per seed.
 
-        Their mean is NaN if one of them is: a setting that diverges for one seed is not usable.
+        Their average is NaN if one of them is: a setting that diverges for one seed is not usable.
         """
         points = product(*self.comparison.along.values())
         return {point: [run.final(name) for run in self.over_seeds(variant, point)] for point in points}
@@ -207,12 +213,12 @@ class Results:
 
     def table(self) -> list[str]:
         """Formats a table: a line per variant and point of the axes, with final metrics averaged over seeds."""
-        metrics = self.comparison.metrics
+        metrics, average = self.comparison.metrics, self.comparison.average
         rows = [["variant", *self.comparison.along, *metrics]]
         for variant in self.comparison.variants:
             columns = [self.finals(variant, name) for name in metrics]
             for point in columns[0]:
-                finals = [fmean(column[point]) for column in columns]
+                finals = [average(name, column[point]).middle for name, column in zip(metrics, columns, strict=True)]
                 rows.append([variant, *map(show, point), *map(format_final, metrics, finals)])
         return align_columns(rows)
 

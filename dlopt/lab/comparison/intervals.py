@@ -1,4 +1,4 @@
-"""Confidence intervals of a few paired differences, which need not be normal."""
+"""Averages over seeds, and confidence intervals of a few paired differences, which need not be normal."""
 
 import math
 import statistics
@@ -50,6 +50,45 @@ def interval(differences: Sequence[Bounds]) -> Interval | None:
     if found is None or found.low is None or found.high is None:
         return Interval(min(lows), max(highs), min(lows), max(highs), "range")
     return Interval(found.mean, found.mean, found.low, found.high, "t")
+
+
+@dataclass(frozen=True)
+class Average:
+    """The average of a metric over seeds that the table, the picture and the sentences of a comparison show.
+
+    `low`, `high`: from six seeds on, its 95 % interval; otherwise the range over the seeds (`is_range`).
+    """
+
+    kind: str
+    middle: float
+    low: float
+    high: float
+    is_range: bool
+
+    def label(self, seeds: int) -> str:
+        """Names it in the legend of a picture."""
+        return f"{self.kind} and {'range' if self.is_range else '95 % interval'} over {seeds} seeds"
+
+
+def average(values: Sequence[float], *, is_ratio: bool, seeds: int | None = None) -> Average:
+    """Averages one value per seed; NaN if one is NaN.
+
+    `is_ratio`: on a logarithmic scale, unless a value is negative. `seeds`: with those that have no value.
+    """
+    seeds, is_ratio = seeds or len(values), is_ratio and min(values) >= 0
+    kind, has_interval = kind_of(seeds, is_ratio), len(values) >= RANKED
+    if any(map(math.isnan, values)):
+        return Average(kind, math.nan, math.nan, math.nan, not has_interval)
+    scaled = [math.log(value) if value > 0 else -math.inf for value in values] if is_ratio else values
+    middle = pseudomedian(scaled) if seeds >= RANKED else statistics.fmean(scaled)
+    low, high = signed_rank_interval(scaled) if has_interval else (min(scaled), max(scaled))
+    middle, low, high = (math.exp(each) if is_ratio else each for each in (middle, low, high))
+    return Average(kind, middle, low, high, not has_interval)
+
+
+def kind_of(seeds: int, is_ratio: bool) -> str:
+    """Names the average over seeds; `is_ratio`: on a logarithmic scale."""
+    return "robust mean" if seeds >= RANKED else "geometric mean" if is_ratio and seeds > 1 else "mean"
 
 
 def pseudomedian(values: Sequence[float], undefined: float = math.nan) -> float:

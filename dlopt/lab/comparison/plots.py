@@ -2,7 +2,8 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.extend import show
 from dlopt.lab.comparison.claims import TEST_METRICS, Value
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, are_numbers, on_axis
+from dlopt.lab.comparison.intervals import Average
 from dlopt.lab.comparison.labels import axis_label, is_percent, label, scale
 from dlopt.lab.comparison.published import draw_beside
 from dlopt.results import drawing
@@ -104,7 +106,7 @@ def _line(i: int) -> dict[str, Any]:
 
 
 def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str, Artist]":
-    """Plots means and ranges over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
+    """Plots averages over seeds; a cross marks the end of a diverged run. Returns entries for the legend."""
     comparison = results.comparison
     notes: dict[str, Artist] = {}
     ends: list[float] = []
@@ -114,17 +116,17 @@ def _curves(axes: "Axes", results: Results, name: str, x_axis: str) -> "dict[str
         runs = results.over_seeds(variant, ())
         points = _common(runs, name, x_axis)
         x = [fmean(positions) for positions, _ in points]
-        columns = [[scale(name) * value for value in values] for _, values in points]
-        drawn += axes.plot(x, [fmean(column) for column in columns], **line, label=variant)
+        averages = [comparison.average(name, [scale(name) * value for value in values]) for _, values in points]
+        drawn += axes.plot(x, [each.middle for each in averages], **line, label=variant)
         ends += x[-1:]
-        if len(runs) > 1:
-            low, high = [min(column) for column in columns], [max(column) for column in columns]
-            axes.fill_between(x, low, high, color=line["color"], alpha=0.15, linewidth=0)
-            notes[f"mean and range over {len(runs)} seeds"] = _band()
+        if len(runs) > 1 and averages:
+            low, high = [each.low for each in averages], [each.high for each in averages]
+            axes.fill_between(x, low, high, color=line["color"], alpha=0.2, linewidth=0)
+            notes[averages[0].label(len(runs))] = _band()
         if any(run.failed for run in runs):
             cross: dict[str, Any] = {"color": line["color"], "markersize": 12, "markeredgewidth": 3}
             if x:
-                axes.plot(x[-1], fmean(columns[-1]), "x", **cross)
+                axes.plot(x[-1], averages[-1].middle, "x", **cross)
             else:
                 axes.plot(0.03 + 0.05 * i, 0.94, "x", transform=axes.transAxes, **cross)
             notes["diverged"] = _cross()
@@ -207,20 +209,22 @@ def _draw_seeds(
     axes: "Axes",
     position: float,
     column: Sequence[float],
+    average: Callable[[Sequence[float]], Average],
     cross: tuple[float, str],
-    note: "tuple[str, Artist]",
+    note: "Artist",
     shift: float = 0.0,
     **style: Any,
 ) -> "dict[str, Artist]":
-    """Draws the range over the seeds, and a cross at (height, colour) if some diverged; returns the legend's entries.
+    """Draws the interval over seeds, and a cross at (height, colour) if some diverged; returns the legend's entries.
 
-    `note`: the entry of the range. `shift`: to the right, in points.
+    `note`: the mark of the interval. `shift`: to the right, in points.
     """
     finite = [value for value in column if not math.isnan(value)]
     notes: dict[str, Artist] = {}
     if len(finite) > 1:
-        _plot_shifted(axes, shift, [position, position], [min(finite), max(finite)], **style)
-        notes |= [note]
+        found = average(finite)
+        _plot_shifted(axes, shift, [position, position], [found.low, found.high], **style)
+        notes[found.label(len(column))] = note
     if len(finite) < len(column):
         height, colour = cross
         transform = _shifted(axes, axes.get_xaxis_transform(), shift)
@@ -251,7 +255,8 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     notes: dict[str, Artist] = {}
     of_variants = _columns(results, name, values)
     noise = _ROUNDING.get(name, 0.0)
-    means = {variant: [_above(fmean(each), noise) for each in columns] for variant, columns in of_variants.items()}
+    average = partial(comparison.average, name)
+    means = {variant: [_above(average(each).middle, noise) for each in found] for variant, found in of_variants.items()}
     edge = 0.02 if comparison.is_higher_better(name) else 0.98
     middle = (len(of_variants) - 1) / 2
     for i, (variant, columns) in enumerate(of_variants.items()):
@@ -260,9 +265,12 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
         shift = _DODGE * (i - middle)
         _plot_shifted(axes, shift, positions, means[variant], **line, **marker, label=variant)
         for position, column in zip(positions, columns, strict=True):
-            cross, note = (abs(edge - 0.035 * i), line["color"]), (f"mean and range over {len(column)} seeds", _band())
+            cross, style = (
+                (abs(edge - 0.035 * i), line["color"]),
+                {"color": line["color"], "linewidth": 4, "alpha": 0.3},
+            )
             seen = [value for value in column if not value <= noise] if noise else column
-            notes |= _draw_seeds(axes, position, seen, cross, note, shift, color=line["color"], linewidth=4, alpha=0.3)
+            notes |= _draw_seeds(axes, position, seen, average, cross, _band(), shift, **style)
     if min(positions) > 0 and max(positions) >= 8 * min(positions):
         axes.set_xscale("log")
     _label_ticks(axes, positions, [show(value) for value in values], _WIDTH / len(comparison.metrics))
@@ -300,7 +308,7 @@ def _label_ticks(axes: "Axes", positions: Sequence[float], texts: Sequence[str],
 
 
 def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
-    """Plots the final metric for each category as groups of bars, a bar per variant with the range over seeds."""
+    """Plots the final metric for each category as groups of bars, a bar per variant with the interval over seeds."""
     comparison = results.comparison
     [(key, settings)] = comparison.along.items()
     values, count = [*settings], len(comparison.variants)
@@ -310,18 +318,19 @@ def _bars(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
     for i, (variant, columns) in enumerate(_columns(results, name, values).items()):
         colour = drawing.COLOURS[i % len(drawing.COLOURS)]
         positions = [k + (i - (count - 1) / 2) * 0.8 / count for k in range(len(values))]
-        means = [*map(fmean, columns)]
+        averages = [comparison.average(name, column) for column in columns]
+        means = [each.middle for each in averages]
         heights += [value for value in means if not math.isnan(value)]
         hatch = ("", "//", "..", "xx")[i // len(drawing.COLOURS) % 4]
         axes.bar(positions, means, 0.74 / count, color=colour, label=variant, hatch=hatch, edgecolor="white")
-        for position, column, mean in zip(positions, columns, means, strict=True):
+        for position, column, found in zip(positions, columns, averages, strict=True):
             line: dict[str, Any] = {"color": "black", "linewidth": 1.5}
-            note = (f"range over {len(column)} seeds", _mark(**line))
-            notes |= _draw_seeds(axes, position, column, (0.03, colour), note, **line)
-            if has_room and not math.isnan(mean):
+            average, mark = partial(comparison.average, name), _mark(**line)
+            notes |= _draw_seeds(axes, position, column, average, (0.03, colour), mark, **line)
+            if has_room and not math.isnan(found.middle):
                 style = {"ha": "center", "va": "bottom", "fontsize": _TEXT - 1}
                 offset = {"textcoords": "offset points", "xytext": (0, 2)}
-                axes.annotate(f"{mean:.3g}", (position, max(column)), **style, **offset)  # type: ignore[arg-type]
+                axes.annotate(f"{found.middle:.3g}", (position, found.high), **style, **offset)  # type: ignore[arg-type]
     if heights and min(heights) > 0 and max(heights) > 30 * min(heights) and not comparison.is_higher_better(name):
         drawing.logarithmic(axes)
     axes.set_xticks(range(len(values)), [show(value) for value in values])
@@ -342,8 +351,8 @@ def _heat_maps(results: Results) -> "Figure":
     (row_key, rows), (column_key, columns) = comparison.along.items()
     maps = []
     for variant in comparison.variants:
-        points = results.finals(variant, name)
-        maps.append(np.array([[fmean(points[row, column]) for column in columns] for row in rows]))
+        found = {point: comparison.average(name, values) for point, values in results.finals(variant, name).items()}
+        maps.append(np.array([[found[row, column].middle for column in columns] for row in rows]))
     has_percent, is_higher = is_percent(name), comparison.is_higher_better(name)
     stacked = np.stack(maps)  # gaps may be negative, and errors 0: they have no logarithm
     has_logarithm = not is_higher and not (stacked <= 0).any()
@@ -380,7 +389,8 @@ def _heat_maps(results: Results) -> "Figure":
     notes = ["brighter is better", *(["×: diverged"] if np.isnan(shades).any() else [])]
     if chooser is not None:
         notes.append("frame: best" if chooser == name else f"frame: best {label(chooser)}")
-    seeds = f", mean of {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
+    kind, count = next(iter(found.values())).kind, len(comparison.seeds)
+    seeds = f", {kind} of {count} seeds" if count > 1 else ""
     figure.supxlabel(f"{axis_label(name)}{seeds}   {'; '.join(notes)}", fontsize=_TEXT)
     return figure
 

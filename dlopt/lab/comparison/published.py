@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,10 +30,11 @@ def check_published(comparison: Comparison) -> None:
 
 
 def values_beside(results: Results) -> tuple[list[float], list[float]]:
-    """Returns the published values, and the means over seeds of the first metric, one per point."""
-    [published], [variant] = results.comparison.published.values(), results.comparison.variants
-    finals = results.finals(variant, results.comparison.metrics[0])
-    return [*published.values()], [fmean(values) for values in finals.values()]
+    """Returns the published values, and the averages over seeds of the first metric, one per point."""
+    comparison = results.comparison
+    [published], [variant], metric = comparison.published.values(), comparison.variants, comparison.metrics[0]
+    finals = results.finals(variant, metric)
+    return [*published.values()], [comparison.average(metric, values).middle for values in finals.values()]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -71,14 +71,14 @@ def describe_published(results: Results) -> list[str]:
 
 
 def draw_beside(results: Results, figure: "Figure", fontsize: float) -> None:
-    """Plots two columns with a row per point: the published values, and the means and ranges over seeds here."""
+    """Plots two columns with a row per point: the published values, and averages over seeds with intervals here."""
     comparison = results.comparison
     [(name, _)], [variant] = comparison.published.items(), comparison.variants
     metric = comparison.metrics[0]
     factor = scale(metric)
-    columns = [[factor * value for value in values] for values in results.finals(variant, metric).values()]
+    averages = [comparison.average(metric, values) for values in results.finals(variant, metric).values()]
     panels = figure.subplots(1, 2, sharey=True)
-    rows = [*range(len(columns))]
+    rows = [*range(len(averages))]
     for axes, fractions, colour in zip(panels, values_beside(results), drawing.COLOURS, strict=False):
         values = [factor * value for value in fractions]
         axes.plot(values, rows, "o", color=colour, markersize=10, zorder=3)
@@ -88,13 +88,14 @@ def draw_beside(results: Results, figure: "Figure", fontsize: float) -> None:
         axes.tick_params(labelsize=fontsize)
         axes.margins(x=0.15)
         axes.locator_params("x", nbins=4)  # more labels overlap
-    for row, column in zip(rows, columns, strict=True):
-        panels[1].plot([min(column), max(column)], [row, row], color=drawing.COLOURS[1], linewidth=4, alpha=0.3)
+    for row, each in zip(rows, averages, strict=True):
+        ends = [factor * each.low, factor * each.high]
+        panels[1].plot(ends, [row, row], color=drawing.COLOURS[1], linewidth=4, alpha=0.3)
     [(key, points)] = comparison.along.items()
     panels[0].set_yticks(rows, [*points])
     panels[0].set(ylim=(len(rows) - 0.5, -0.7))
     panels[0].set_ylabel(label(key), fontsize=fontsize)
     panels[0].set_xlabel(name.replace(", ", "\n"), fontsize=fontsize)
-    seeds = f"mean and range over {len(comparison.seeds)} seeds"
+    seeds = averages[0].label(len(comparison.seeds)).replace(" over", "\nover")
     panels[1].set_xlabel(f"{axis_label(metric)}\n{variant}\n{seeds}", fontsize=fontsize)
     drawing.clean_axes(*panels)

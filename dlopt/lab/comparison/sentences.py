@@ -1,13 +1,13 @@
 """Writes the outcome of a claim: the verdict, the measured values of both sides, their ratio or difference."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dlopt.extend import show
+from dlopt.lab.comparison import intervals
 from dlopt.lab.comparison.claims import Claim, Finding, Measure, MeasuredSide, effects
-from dlopt.lab.comparison.intervals import RANKED, Bounds, Interval, pseudomedian
+from dlopt.lab.comparison.intervals import Bounds, Interval, kind_of
 from dlopt.lab.comparison.labels import is_percent, label, scale
 
 _LARGEST_RATIO = 1000.0  # larger ratios depend on the last digits of tiny values
@@ -51,9 +51,8 @@ def numbers(finding: Finding) -> str:
 
 def _kind(claim: Claim, seeds: int) -> str:
     """Names the average over the seeds, which is of the kind of the interval's estimate."""
-    if seeds >= RANKED:
-        return ", robust mean"
-    return ", geometric mean" if claim.factor is not None and seeds > 1 else ""
+    kind = kind_of(seeds, claim.factor is not None)
+    return "" if kind == "mean" else f", {kind}"
 
 
 def average(claim: Claim, measured: MeasuredSide) -> str:
@@ -68,9 +67,7 @@ def average(claim: Claim, measured: MeasuredSide) -> str:
             at_end |= math.isinf(most)  # of the grid
     if not known:
         return _missing(measured)
-    is_ratio = claim.factor is not None and min(known) >= 0
-    mean = pseudomedian if len(measured.values) >= RANKED else statistics.fmean
-    middle = _exp(mean([*map(_log, known)])) if is_ratio else mean(known)
+    middle = intervals.average(known, is_ratio=claim.factor is not None, seeds=len(measured.values)).middle
     of = f" ({lost} of {len(measured.values)} diverged or not reached)" if lost else ""
     # The ten digits in comparison.json must give the same text: unrounded, 0.9275 may become 0.927 or 0.928.
     shown = _digits(claim, float(f"{middle:.9g}"), 3)
@@ -95,14 +92,6 @@ def _target(claim: Claim) -> str:
         return ""
     unit = " %" if is_percent(claim.metric) else ""
     return f"{'at least' if claim.is_higher_better else 'at most'} {scale(claim.metric) * claim.target:g}{unit}"
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value > -math.inf else 0.0
 
 
 def _missing(measured: MeasuredSide) -> str:

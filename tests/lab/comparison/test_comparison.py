@@ -12,6 +12,7 @@ from dlopt.lab.comparison.claims import parse
 from dlopt.lab.comparison.comparison import Comparison, Results, VariantOutcome, VariantRun
 from dlopt.lab.comparison.findings import evaluate
 from dlopt.lab.comparison.plots import draw, restarts
+from dlopt.lab.comparison.sentences import numbers
 
 
 def comparison(**keys: Any) -> Comparison:
@@ -192,7 +193,32 @@ def test_categories_are_bars() -> None:
     assert [bar.get_height() for bar in axes.patches][::2] == [1.5, 1.5]  # of a and b with cosine
     assert axes.get_xscale() == axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert entries == {"a", "b", "range over 2 seeds", "a seed diverged"}
+    assert entries == {"a", "b", "mean and range over 2 seeds", "a seed diverged"}
+
+
+@pytest.mark.parametrize(("margin", "shown"), [({"factor": 1.5}, 32.0), ({"difference": 0.5}, 640.0)])
+def test_table_picture_and_sentence_show_the_same_average(margin: dict[str, float], shown: float) -> None:
+    """Over seeds, 2^k and one of 10^6: the arithmetic mean would be about 1.7e5."""
+    values = [1.0, 4.0, 16.0, 64.0, 256.0, 1e6] if margin.get("factor") else [630.0, 640.0, 650.0, 620.0, 660.0, 640.0]
+    written = {"claim": "b is worse", "metric": "test_loss", "higher": "b", "than": "a", **margin}
+    spec = comparison(along={"lr": [0.5]}, seeds=[*range(6)], metrics=["test_loss"], claims=[parse("", written)])
+    runs = {cell: outcome([9.0], test_loss=values[cell.seed] * (cell.variant == "b") or 1.0) for cell in spec.cells()}
+    results = Results(spec, runs)
+    average = results.comparison.average("test_loss", values)
+    assert average.middle == pytest.approx(shown)
+    [finding] = evaluate(results, spec.claims)
+    assert f": {average.middle:.3g} (b, learning rate 0.5) against 1 (a, learning rate 0.5)" in numbers(finding)
+    assert results.table()[2].split() == ["b", "0.5", f"{average.middle:.4g}"]
+    for along in ({"lr": [0.5]}, {"lr": ["p"]}):
+        kind = replace(spec, along=along)
+        other = {VariantRun(cell.variant, tuple(along["lr"]), cell.seed): run for cell, run in runs.items()}
+        [axes] = draw(Results(kind, other)).axes
+        heights = [bar.get_height() for bar in axes.patches]
+        lines = [list(line.get_ydata()) for line in axes.lines]
+        assert average.middle in [*heights, *(y for line in lines for y in line)]
+        assert [average.low, average.high] in [list(map(float, line)) for line in lines]
+        [legend] = axes.figure.legends
+        assert "robust mean and 95 % interval over 6 seeds" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_restarts_are_marked_but_not_warmup() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dlopt.lab.comparison.intervals import RANKED, interval, pseudomedian, signed_rank_interval
+from dlopt.lab.comparison.intervals import RANKED, Average, average, interval, pseudomedian, signed_rank_interval
 
 
 def draw(count: int, seed: int = 0) -> list[float]:
@@ -92,3 +92,29 @@ def test_infinite_differences_have_ranks() -> None:
     found = interval([(sign * math.inf,) * 2 for sign in (-1, 1) for _ in range(3)])
     assert found is not None and (found.low, found.high) == (-math.inf, math.inf)
     assert not math.isnan(found.least) and not math.isnan(found.most)
+
+
+def test_an_average_has_an_interval_from_six_seeds_on_and_the_range_below() -> None:
+    exponents = [40.0, 0.0, 8.0, 2.0, 6.0, 4.0]  # 11 of the 21 means of pairs are at most 5
+    assert average(exponents, is_ratio=False) == Average("robust mean", 5.0, 0.0, 40.0, False)
+    found = average([2.0**each for each in exponents], is_ratio=True)
+    assert (found.middle, found.low, found.high) == pytest.approx((32.0, 1.0, 2.0**40))
+    assert found.label(6) == "robust mean and 95 % interval over 6 seeds"
+    two = average([2.0, 18.0], is_ratio=True)
+    assert (two.kind, two.middle, two.is_range) == ("geometric mean", pytest.approx(6.0), True)
+    assert (two.low, two.high) == pytest.approx((2.0, 18.0))
+    assert average([2.0, 18.0], is_ratio=False) == Average("mean", 10.0, 2.0, 18.0, True)
+    assert average([-2.0, 18.0], is_ratio=True) == Average("mean", 8.0, -2.0, 18.0, True), (
+        "no ratios of negative values"
+    )
+    assert math.isnan(average([*exponents, math.nan], is_ratio=False).middle)
+    assert average([2.0, 18.0], is_ratio=False, seeds=6).kind == "robust mean", "four seeds have diverged"
+
+
+def test_the_interval_of_an_average_covers_the_center() -> None:
+    rng = np.random.default_rng(7)
+    covered = [0.0] * 600
+    for i in range(len(covered)):
+        found = average([math.exp(each) for each in rng.standard_t(2, size=9)], is_ratio=True)
+        covered[i] = found.low <= 1.0 <= found.high
+    assert 0.93 < sum(covered) / len(covered) < 0.99
