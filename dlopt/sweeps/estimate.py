@@ -32,6 +32,7 @@ _PROBE_MINUTES = 0.05  # maximum training time of a probe
 _PROBE_SHARE = 0.1  # fraction of the estimated training time after which a probe with two epochs ends
 _MARGIN = 1.5  # factor by which a probe may underestimate the mean update of the job: measured 0.7 to 1.35
 _PROBE_TIMEOUT = 120.0  # seconds, start-up included
+_SHORTEST = 0.5  # seconds before the first job that an estimate mentions
 _BUSY = 0.75  # processes per core (waiting or running) above which an estimate mentions the load
 
 
@@ -39,7 +40,7 @@ _BUSY = 0.75  # processes per core (waiting or running) above which an estimate 
 class Estimate:
     """Seconds of a job: training takes `low` to `high`, starting the process and loading the data `start_up`.
 
-    `once`: additional seconds before the first of several jobs.
+    `once`: additional seconds before the first job, in which the server that forks the jobs imports PyTorch.
     """
 
     low: float
@@ -123,9 +124,8 @@ def estimate_job(configs: Sequence[Mapping[str, Any]], choices: Mapping[str, str
     known = [estimate for estimate in estimates if estimate is not None]
     if not known:
         return None
-    # The first probe also starts the server that forks the jobs and imports PyTorch.
-    starts = [estimate.start_up for estimate in known]
-    return Estimate(mean(e.low for e in known), mean(e.high for e in known), min(starts), max(starts) - min(starts))
+    start_up, once = mean(e.start_up for e in known), max(e.once for e in known)
+    return Estimate(mean(e.low for e in known), mean(e.high for e in known), start_up, once)
 
 
 def _may_change_time(key: str) -> bool:
@@ -148,8 +148,9 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
     with scratch() as path:
         folder = RunFolder(path)
         describe(folder.path, probe_config, [], choices)
+        begin = time.monotonic()
+        process = pools.spawn(folder.path, {}, None)  # the first one waits for the server
         start = time.monotonic()
-        process = pools.spawn(folder.path, {}, None)
         while (code := process.poll()) is None:
             if time.monotonic() > start + _PROBE_TIMEOUT:
                 process.kill()
@@ -168,14 +169,15 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
             return None
         start_up = max(elapsed - seconds, 0.0)
         if result.status in ("finished", "stopped_early"):
-            return Estimate(seconds, seconds, start_up)
+            return Estimate(seconds, seconds, start_up, start - begin)
         checkpoint = Checkpoints(folder.checkpoints).load_newest()
         assert checkpoint is not None  # an interrupted run that has trained leaves one
         updates = checkpoint.horizon
         first = first_updates(read_times(folder.path / "tensorboard"), seconds, steps)
         fastest, average = per_update(read_metrics(folder.path), seconds, steps, first)
         rest = updates - first[0]
-        return Estimate(first[1] + fastest * rest, first[1] + _MARGIN * average * rest, start_up)
+        low, high = fastest * rest, _MARGIN * average * rest
+        return Estimate(first[1] + low, first[1] + high, start_up, start - begin)
 
 
 def print_estimate(
@@ -208,10 +210,10 @@ def estimate_line(estimate: Estimate | None, jobs: int, at_once: int) -> str:
     parallel = f", {at_once} at once" if at_once > 1 else ""
     if estimate is None:
         return f"{format_count('jobs', jobs)}{parallel}; the duration could not be estimated"
-    job = [round_duration(seconds) for seconds in estimate.total]
     if jobs == 1:
-        return f"1 job of about {format_range(*job)}"
-    once = round_duration(estimate.once) if estimate.once else 0.0
+        return f"1 job of about {format_range(*(round_duration(estimate.once + each) for each in estimate.total))}"
+    job = [round_duration(seconds) for seconds in estimate.total]
+    once = round_duration(estimate.once) if estimate.once >= _SHORTEST else 0.0
     total = [once + seconds * math.ceil(jobs / at_once) for seconds in job]
     start = f" and {format_duration(once)} to start" if once else ""
     each = f"{format_count('jobs', jobs)} of about {format_range(*job)} each{parallel}{start}"

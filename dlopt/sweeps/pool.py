@@ -246,6 +246,8 @@ class _Workers:
             self._overview.refresh()
         try:
             process = self._pool.start(slot, job.folder.path, job.checked.environment)
+            if isinstance(process, Forked) and not again:
+                self._overview.forked(job.number)
             self._has_started = True
         except OSError as error:
             self._ended(job, failed(job.folder, f"the process could not be started: {error}", died=True))

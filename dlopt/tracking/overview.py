@@ -65,6 +65,12 @@ class Overview(Screen):
         if self._live is None and not self._silent:
             self.message(f"job {number}: {label}")
 
+    def forked(self, number: int) -> None:
+        """Restarts the clock of a job that is running now: the server imported PyTorch before it, once for all jobs."""
+        now, running = time.monotonic(), self._running[number]
+        self._start_time += now - running.since
+        running.since = now
+
     def progress(self, number: int, metrics: Mapping[str, Any]) -> None:
         """Stores the newest line of a running job's metrics.jsonl."""
         self._running[number].metrics = metrics

@@ -77,7 +77,7 @@ def test_extrapolates_to_all_updates(
     monkeypatch.setattr("dlopt.sweeps.estimate.time", Clock())
     monkeypatch.setattr("dlopt.training.checkpoint.checkpoints.Checkpoints.load_newest", lambda self: checkpoint)
     estimate = estimate_job([{"seed": 0, "schedule_epochs": 5.0, "epochs": 1, "steps": None}], {})
-    assert estimate is not None and estimate.start_up == pytest.approx(0.4)
+    assert estimate is not None and (estimate.start_up, estimate.once) == pytest.approx((0.4, 1.0))
     assert (estimate.low, estimate.high) == pytest.approx((0.6, 0.6) if share is None else (2.4, 1.5 * 2.4))
 
 
@@ -145,6 +145,26 @@ def test_estimate_adds_up(estimate: Estimate | None, jobs: int, at_once: int, li
 def test_what_precedes_all_jobs_is_counted_once() -> None:
     line = estimate_line(Estimate(2.0, 3.0, once=5.0), 4, 1)
     assert line == "4 jobs of about 2.0 s to 3.0 s each and 5.0 s to start: about 13.0 s to 17.0 s in total"
+
+
+def test_the_imports_of_the_server_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    class AfterImports(Probe):
+        def __init__(self, folder: Path, *_: object) -> None:
+            super().__init__(folder)
+            clock.now += 30.0 if Probe.count == 1 else 0.0
+
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", AfterImports)
+    monkeypatch.setattr(Probe, "count", 0)
+    monkeypatch.setattr("dlopt.sweeps.estimate.time", clock)
+    jobs = [{"width": 0, "optimizer": i // 3, "seed": i} for i in range(6)]
+    estimate = estimate_job(jobs, {})
+    assert Probe.count == 2 and estimate is not None and estimate.once == pytest.approx(31.0)
+    assert estimate.start_up == 0.0 and estimate.total == (4.0, 4.0)
+    line = "6 jobs of about 4.0 s each and 31.0 s to start: about 55.0 s in total"
+    assert estimate_line(estimate, 6, 1) == line
+    assert estimate_line(estimate, 1, 1) == "1 job of about 35.0 s", "one job waits for them, too"
 
 
 def test_the_first_update_counts_once() -> None:

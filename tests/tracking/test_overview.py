@@ -82,6 +82,25 @@ def test_time_left_accounts_for_parallel_jobs(monkeypatch: pytest.MonkeyPatch) -
         assert abs(60 * int(hours) + int(rest) - minutes) <= 5
 
 
+def test_neither_jobs_nor_the_time_left_count_the_imports_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 70.0
+    monkeypatch.setattr("dlopt.tracking.overview.time.monotonic", lambda: now)
+    stream = io.StringIO()
+    overview = Overview(5, stream=stream)
+    overview.started(0, "")
+    now += 40  # of PyTorch's imports
+    overview.forked(0)
+    now += 6
+    overview.ended(0, "", "finished", {})
+    overview.started(1, "")
+    overview.forked(1)
+    now += 8
+    overview.ended(1, "", "finished", {})
+    first, second = (line for line in stream.getvalue().splitlines() if line.endswith(" left"))
+    assert "| in 0:06 |" in first and first.endswith(" | 0:24 left")
+    assert "| in 0:08 |" in second and second.endswith(" | 0:21 left")
+
+
 def test_live_overview_shows_running_and_best_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
