@@ -37,6 +37,7 @@ CASES: Cases = {
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
     "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=37", "accumulate=3", "epochs=2"], SYNC_DDP),
     "soap, gradients of low rank": ([*MLP, *WIDE, "optimizer=soap", "data.batch_size=19", "epochs=2"], DDP),
+    "distributed_shampoo": ([*MLP, *WIDE, "optimizer=distributed_shampoo", "data.batch_size=19", "epochs=2"], DDP),
     "no norm, empty shards": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=3"], DDP),
     "custom model that fails on an empty shard": ([*CUSTOM, f"{OWN}.ViewNet"], DDP),
     "custom model with batch norm, empty shards": ([*CUSTOM, f"{OWN}.FlattenNet", "+model.norm=true"], SYNC_DDP),
