@@ -22,6 +22,15 @@ def installed_memory() -> int | None:
         return None
 
 
+def process_memory(name: str) -> int:
+    """Returns the bytes in a line of /proc/self/status: VmRSS, or VmHWM, the peak. Without /proc, always the peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def available_memory() -> int:
     """Returns the bytes of main memory that this process can still allocate, within a container's limit."""
     free = [installed_memory() or _UNKNOWN_MEMORY]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.basics.formats import (
     format_amount,
+    format_bytes,
     format_clock,
     format_duration,
     format_gib,
@@ -219,6 +220,19 @@ OTHERS = (
     Measure(
         "parameters", "parameters", format_amount, is_cost=True, ranks=False, priority=140, shown={"leaderboard": 50},
         at_end=lambda model: sum(each.numel() for each in model.parameters()),
+    ),
+    # Of the updates, on all processes.
+    Measure(
+        "samples", "samples", format_amount, is_cost=True, ranks=False, priority=122, shown={"leaderboard": 47},
+        words="training samples",
+    ),
+    Measure(
+        "flops", "FLOPs", "{:.3g}".format, is_cost=True, ranks=False, priority=124, shown={"leaderboard": 65},
+        words="training FLOPs",
+    ),
+    Measure(
+        "peak_memory", "memory", format_bytes, is_cost=True, priority=150, shown={"leaderboard": 45}, varies=True,
+        words="peak memory",
     ),
     Measure("processes", "processes", ranks=False),
     Measure("found_lr", "found lr"),  # by a range test

@@ -58,6 +58,7 @@ class ClosureStep(Step):
     def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
         super().begin(batch, number, log_norm=log_norm)
         self.record = None  # the next evaluation is the first one of an update
+        self.passes = 0
 
     def __call__(self) -> Tensor:
         """Computes the mean loss of the batch, returned detached, and its clipped gradients, in the parameters."""
@@ -65,6 +66,7 @@ class ClosureStep(Step):
             with torch.inference_mode(False), torch.enable_grad():
                 return self()
         self.evaluations += 1
+        self.passes = None if self.passes is None else self.passes + 1
         if self.record is None:
             evaluated = self.record = self.evaluate()
         else:  # the batch has counted in the metrics and in the statistics of batch norm
@@ -114,6 +116,7 @@ class ClosureStep(Step):
                 "not averaged over ranks; use parallel=single or another optimizer"
             )
         self.evaluations += 1
+        self.passes = None  # products with the Hessian follow
         self.seed()
         with torch.enable_grad(), frozen_statistics(self.module):
             parts = self.mode.split.micro_batches(batch, self.accumulate)

@@ -15,7 +15,7 @@ from torch import nn
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.data.samplers import LossAwareSampler, Sampler
-from dlopt.machine.memory import frozen_objects
+from dlopt.machine.memory import frozen_objects, process_memory
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import Mode
@@ -115,6 +115,7 @@ class Trainer:
                         record = self.update(batch, progress.step, log_norm=logs)
                         progress.step += 1
                         progress.position += batch.count
+                        progress.count(batch.total, self.step.passes)
                         after_update()
                         self.tracking.advance(progress.step)
                         if record.loss is not None:
@@ -282,7 +283,16 @@ class Trainer:
         # All ranks call this: the check and the state of a sharded model are collectives. Then rank 0 writes, or with
         # sharded checkpoints every rank.
         self.step.check_weights()
+        self.measure_memory()
         self.checkpoints.save(self.state_dict(), best=best, snapshot=self._snapshot_name())
+
+    def measure_memory(self) -> None:
+        """Keeps the peak so far of the process that needed most memory: of a GPU's, else of the process. Collective."""
+        device = self.mode.device
+        of_gpu = device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(device) if of_gpu else process_memory("VmHWM")
+        peak = int(self.mode.ranks.maximum(torch.tensor([peak])))
+        self.progress.peak_memory = max(self.progress.peak_memory, peak)
 
     def _is_save_due(self) -> bool:
         """Returns whether to save after this update, within an epoch."""
@@ -350,7 +360,8 @@ class Trainer:
         self.best.load_state_dict(progress.pop("best"))
         self.recovery.load_state_dict(progress.pop("recovery"))
         kept = {"horizon": self.progress.horizon, "data": self.progress.data}
-        self.progress = Progress(**{**progress, **kept})
+        uncounted = {"samples": None, "evaluated_samples": None}  # of a checkpoint that does not count them
+        self.progress = Progress(**{**uncounted, **progress, **kept})
         if self.best.epoch is not None and self.best.epoch == self.progress.evaluated == self._fractional_epoch():
             self.checkpoints.restore_best(Checkpoint(state).with_run_id(self.config.get("run_id")))
         # Rank 0 looks for best.pt: other nodes may not see the folder.

@@ -163,11 +163,20 @@ class Progress:
     position: int = 0  # completed batches of the current epoch
     step: int = 0  # completed updates
     seconds: float = 0.0
+    samples: int | None = 0  # of the updates, of all processes; None: of a checkpoint that does not count them
+    evaluated_samples: int | None = 0  # forward and backward; None if an optimizer also computes other things of them
+    peak_memory: int = 0  # bytes, of the process that needed most
     horizon: int = 0  # batches over which the schedule runs
     resumed_from: list[int] = field(default_factory=list)
     data: Mapping[str, Any] = field(default_factory=dict)  # see `build.data_spec`
     found_lr: float | None = None  # learning rate of a range test
     evaluated: float = 0  # epoch of the latest line of metrics.jsonl; a fraction within an epoch
+
+    def count(self, samples: int, passes: int | None) -> None:
+        """Counts the samples of an update. `passes`: see `Step.passes`."""
+        unknown = self.evaluated_samples is None or passes is None
+        self.evaluated_samples = None if unknown else (self.evaluated_samples or 0) + samples * (passes or 0)
+        self.samples = None if self.samples is None else self.samples + samples
 
 
 @dataclass(frozen=True)

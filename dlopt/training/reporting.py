@@ -189,6 +189,7 @@ def _sizes(workload: Workload) -> dict[str, int]:
 
 def summarize(workload: Workload, status: Status, progress: Progress, best: Best, recovery: Recovery) -> dict[str, Any]:
     """Returns the content of summary.json before the test; accuracies are left out where the task has none."""
+    flops, evaluated = workload.computed_flops, progress.evaluated_samples
     summary = {
         "status": status,
         **({} if (run_id := workload.run_config.config.get("run_id")) is None else {"run_id": run_id}),
@@ -200,6 +201,10 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         "test_loss": None,
         "test_accuracy": None,
         "seconds": progress.seconds,
+        "samples": progress.samples,
+        "flops": None if flops is None or evaluated is None else round(flops * evaluated),
+        "peak_memory": progress.peak_memory,
+        "peak_memory_of": "device" if workload.device.type == "cuda" else "process",
         **at_end(workload.module),
         "parallel": workload.parallel.name,
         "processes": workload.parallel.ranks.processes,

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import Interruption
@@ -82,6 +84,8 @@ def train_run(
     # 1. Join the processes of the run, and build data, model and loss.
     settings = run.run_config.settings
     mode = build_mode(run.run_config)
+    if mode.device.type == "cuda":  # this process may have trained other runs
+        torch.cuda.reset_peak_memory_stats(mode.device)
     checkpoint = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
     workload = build_workload(run.run_config, checkpoint, parallel=mode, identified=SPLITS)
     if run.run_config.validation:
@@ -145,6 +149,7 @@ def train_run(
 
         # 7. Record the results. Last, because summary.json marks the run as finished: one that is killed before, in
         #    the test, is tested again when it is resumed.
+        trainer.measure_memory()
         summary = {**summarize(workload, status, trainer.progress, trainer.best, trainer.recovery), **tested}
         user_observers.at_end(summary)
         pictures = None

@@ -130,7 +130,10 @@ class Step:
     Attributes:
         seeds: whether evaluations seed the random numbers of the model's layers.
         rate: learning rate of the latest update.
+        passes: forward and backward passes of the latest update; None if it had others.
     """
+
+    passes: int | None = 1
 
     def __init__(
         self,

@@ -37,7 +37,8 @@ def test_every_column_of_a_run_is_declared(name: str, tmp_path: Path) -> None:
         overrides += (f"data.file={tmp_path / 'text.txt'}",)
     summary = start(tmp_path / "run", *overrides)
     columns = {key: value for line in metrics(tmp_path / "run") for key, value in line.items()} | summary
-    assert columns.keys() >= own | {"seconds", "train_loss", "best_val_loss", "parameters"}
+    costs = {"seconds", "parameters", "samples", "flops", "peak_memory"}
+    assert columns.keys() >= own | costs | {"train_loss", "best_val_loss"}
     found = {key: Metric.of(key) for key, value in columns.items() if isinstance(value, int | float)}
     assert {key for key, each in found.items() if each is None} <= MEASURES.keys(), "declare it in dlopt.metrics"
     assert {each.base for each in found.values() if each is not None} <= DECLARED.keys()

@@ -124,7 +124,7 @@ def without_time(line: Mapping[str, Any]) -> dict[str, Any]:
 def result(folder: Path, name: str = "last.pt") -> dict[str, Any]:
     """Returns the state that must not depend on interruptions."""
     state = checkpoints.load(folder / "checkpoints" / name).state
-    progress = {k: v for k, v in state["progress"].items() if k not in ("seconds", "resumed_from")}
+    progress = {k: v for k, v in state["progress"].items() if k not in ("seconds", "peak_memory", "resumed_from")}
     return {**{key: state[key] for key in ("model", "optimizer", "schedule", "ema", "normalize")}, "progress": progress}
 
 

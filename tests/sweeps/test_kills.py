@@ -58,6 +58,6 @@ def test_kills_at_random_moments(whole: tuple[Path, float], tmp_path: Path) -> N
         metrics = [dict(RunFolder(folder).summary() or {}) for folder in (ours, theirs)]
         for each in metrics:
             assert each.pop("status") == "finished" and each.pop("seconds") > 0
-            each.pop("resumed_from"), each.pop("run_id")
+            each.pop("resumed_from"), each.pop("run_id"), each.pop("peak_memory")
         assert metrics[0] == metrics[1]
         assert same(*(load(folder / "checkpoints/last.pt").model for folder in (ours, theirs)))

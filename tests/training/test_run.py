@@ -315,7 +315,7 @@ def test_a_signal_in_the_final_test(keys: list[str], tmp_path: Path, capfd: pyte
     assert {**summary, **DIFFERENT} == {**whole, **DIFFERENT} and whole["test_loss"] is not None
 
 
-DIFFERENT: dict[str, Any] = {"seconds": 0.0, "resumed_from": [], "run_id": ""}
+DIFFERENT: dict[str, Any] = {"seconds": 0.0, "peak_memory": 0, "resumed_from": [], "run_id": ""}
 
 
 def test_nonfinite_loss_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from dlopt.extend import RunConfig, Trainer, UserError, build_workload, probe_tr
 from dlopt.instruments.measuring_ranks import RankOutcome, run_rank
 from dlopt.instruments.profiling import collective_times
 from dlopt.lab.scaling.communication import Traffic
-from dlopt.machine.memory import keep_freed_memory
+from dlopt.machine.memory import keep_freed_memory, process_memory
 from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes import rendezvous
@@ -85,7 +85,7 @@ def measure(run_config: RunConfig, folder: Path, settings: ScalingSettings, rank
         start = time.perf_counter()
         samples += update()
         steps.append(time.perf_counter() - start)
-    peak = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _status("VmHWM")
+    peak = float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else float(process_memory("VmHWM"))
     with Traffic() as traffic:
         for _ in range(settings.profiled):
             update()
@@ -151,21 +151,12 @@ def _barrier(parallel: Mode) -> None:
         distributed.barrier()
 
 
-def _status(name: str) -> float:
-    """Returns the bytes in one line of /proc/self/status."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux: only the peak over the process's lifetime is available
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.0
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 def _memory(device: torch.device) -> float:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
-    return _status("VmRSS")
+    return float(process_memory("VmRSS"))
 
 
 def _limit(megabytes: float, device: torch.device) -> None:
@@ -174,7 +165,7 @@ def _limit(megabytes: float, device: torch.device) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(megabytes * MIB / total, 1.0), device)
         return
-    data = int(_status("VmData") + megabytes * MIB)
+    data = int(process_memory("VmData") + megabytes * MIB)
     resource.setrlimit(resource.RLIMIT_DATA, (data, data))
 
 

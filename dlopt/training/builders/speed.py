@@ -1,16 +1,19 @@
 """Decides about torch.compile and CUDA graphs where a key is `auto`."""
 
 import os
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
@@ -27,6 +30,11 @@ _WORTH_THREADS = 4e6  # FLOPs of a layer for a batch: about 100 microseconds of 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # torch.compile's modes that record CUDA graphs themselves
 _SAMPLES = 2  # some models squeeze a batch of one
 _SHAPES = 64  # batch shapes that torch compiles a graph for, before it gives up and runs the model eagerly
+# Products and decompositions of torch that its counter of FLOPs ignores, by the start of their name.
+_UNCOUNTED = (
+    "mv", "addmv", "dot", "vdot", "addr", "addbmm", "_trilinear", "_cdist", "_fft", "linalg_", "_linalg_", "cholesky",
+    "triangular_solve", "lu_", "qr", "svd", "_native_multi_head", "_transformer_enc",
+)  # fmt: skip
 _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compiling takes longer than it saves
 
 
@@ -145,10 +153,24 @@ def prefers_one_thread(module: nn.Module, shape: tuple[int, ...], samples: int) 
     return bool(work) and sum(work) * samples < _WORTH_THREADS * len(work)
 
 
+class _Uncounted(TorchDispatchMode):
+    """Raises NotImplementedError for an operation whose FLOPs are not known: a sum without it would be too small."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, is_torch = function.overloadpacket.__name__, function.namespace in ("aten", "prim", "prims")
+        if function.overloadpacket not in flop_registry and (name.startswith(_UNCOUNTED) or not is_torch):
+            raise NotImplementedError(f"the FLOPs of {function} are not known")
+        return function(*args, **(kwargs or {}))
+
+
 def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
-    """Counts the FLOPs of one sample in matrix products and convolutions, on the meta device (nothing is computed)."""
+    """Counts the FLOPs of one sample in matrix products and convolutions, on the meta device (nothing is computed).
+
+    Raises NotImplementedError for an operation whose FLOPs are not known.
+    """
     inputs = example_inputs(module, shape, count=2, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The counter, which is asked first, breaks operations into those that it knows.
+    with torch.no_grad(), _Uncounted(), FlopCounterMode(display=False) as counter:
         torch.func.functional_call(module, copied_state(module, "meta"), (inputs,))
     return counter.get_total_flops() / len(inputs)
 
@@ -156,13 +178,17 @@ def forward_flops(module: nn.Module, shape: tuple[int, ...]) -> float:
 def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
     """Returns the FLOPs of one training sample, counting the backward pass as two forward passes.
 
-    None if the model does not run on the meta device (a third-party model).
+    None if the model does not run on the meta device (a third-party model), or has operations that are not counted.
     """
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([]):
             return 3 * forward_flops(module, shape)
     except Exception:
         return None
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def data_recorder(run_config: RunConfig, device: torch.device, parts: Sequence[object]) -> Recorder | None:

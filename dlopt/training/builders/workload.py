@@ -73,7 +73,7 @@ class Workload:
     augment: Pipeline | None
     uses: Sequence[str] | None = None  # execution order of the layers, if the config needs it; None: registration
     compile_obstacle: str = ""  # why the model is not compiled; empty if it is
-    flops: float | None = None  # of a training sample; None if unknown, or on a CPU
+    flops: float | None = None  # of a training sample; None if unknown
     validation_sets: Mapping[str, Dataset] = field(default_factory=dict)  # see `with_validation_sets`
     notes: Sequence[str] = ()  # about its parts; the data's notes are separate
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
@@ -110,6 +110,16 @@ class Workload:
         # The backward pass of frozen layers computes less than `flops` counts.
         flops = self.flops if all(parameter.requires_grad for parameter in self.module.parameters()) else None
         return Throughput.on(self.precision, self.task.tokens, flops, self.parallel.ranks.processes)
+
+    @property
+    def computed_flops(self) -> float | None:
+        """`flops` if an update computes exactly these: no frozen layers, recomputed activations or teacher."""
+        settings, rules = self.run_config.settings, self.run_config.grouping.groups
+        freezes = any(rule.horizon is not None for rule in rules) or not all(
+            parameter.requires_grad for parameter in self.module.parameters()
+        )
+        others = settings.activation_checkpointing != "none" or isinstance(self.loss, Distillation)
+        return None if freezes or others else self.flops
 
     @property
     def network(self) -> Network:
@@ -221,9 +231,8 @@ def build_workload(
             set_threads(1)
 
     # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the
-    #    model, and not on a CPU, where nothing needs them: counting takes 1 s of imports.
-    has_flops = precision.device.type == "cuda" and not isinstance(task, OwnTask)
-    flops = speed.training_flops(module, shape) if has_flops else None
+    #    model: in milliseconds, beside 1 s of imports that the optimizer needs, too.
+    flops = None if isinstance(task, OwnTask) else speed.training_flops(module, shape)
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)

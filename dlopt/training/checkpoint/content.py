@@ -237,6 +237,9 @@ class _Progress(TypedDict):
     position: _Count
     step: _Count
     seconds: _Number
+    samples: NotRequired[_Count | None]
+    evaluated_samples: NotRequired[_Count | None]
+    peak_memory: NotRequired[_Count]
     horizon: _Count
     resumed_from: list[_Count]
     found_lr: _Number | None
