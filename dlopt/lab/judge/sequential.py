@@ -55,13 +55,16 @@ def evidence(differences: ArrayLike, center: ArrayLike = 0.0) -> NDArray[np.floa
 def interval(differences: Sequence[float], rate: float, *centers: float) -> tuple[float, float]:
     """Returns the smallest and largest center that is not rejected at `rate`; infinite with few pairs.
 
-    They are found on a grid that contains the differences, where ties weaken the evidence, and `centers`. Over all n,
-    the intervals contain the center of symmetry with probability 1 - `rate`: a confidence sequence.
+    They are found on a grid that contains the differences, where ties weaken the evidence and the evidence jumps, and
+    `centers`. An end at such a jump is this number exactly, and may itself be rejected. Over all n, the intervals
+    contain the center of symmetry with probability 1 - `rate`: a confidence sequence.
     """
     finite = sorted(each for each in differences if math.isfinite(each)) or [0.0]
     reach = max(finite[-1] - finite[0], abs(finite[0]) * 1e-9, 1e-300)
+    exact = np.array([*finite, *centers])
     inner = np.linspace(finite[0] - 2 * reach, finite[-1] + 2 * reach, _GRID)
-    grid = np.sort([finite[0] - 1e6 * reach, *inner, *finite, *centers, finite[-1] + 1e6 * reach])
+    inner = inner[(np.abs(inner[:, None] - exact) > 1e-9 * reach).all(axis=1)]  # rounded, they would hide the jump
+    grid = np.sort([finite[0] - 1e6 * reach, *inner, *exact, finite[-1] + 1e6 * reach])
     kept = _is_kept(differences, grid, rate)
     if not kept.any():  # all of them are infinite
         return differences[0], differences[0]
@@ -78,12 +81,16 @@ def _is_kept(differences: Sequence[float], centers: NDArray[np.float64], rate: f
 
 
 def _edge(differences: Sequence[float], rate: float, rejected: float, kept: float) -> float:
-    """Returns the end of the interval between a rejected center and one that is not, by finer and finer grids."""
+    """Returns the end of the interval between a rejected center and one that is not, by finer and finer grids.
+
+    An end that no grid tells from `rejected` is this center: all centers next to it are kept, and it alone is not.
+    """
+    start = rejected
     for _ in range(6):
         grid = np.linspace(rejected, kept, _GRID)
         first = int(np.append(_is_kept(differences, grid[:-1], rate), True).argmax())
         rejected, kept = float(grid[max(first - 1, 0)]), float(grid[first])
-    return kept
+    return start if rejected == start else kept
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,10 @@ def looks(differences: Sequence[float], rate: float, margin: float = 0.0, first:
     for pairs in range(first, len(differences) + 1):
         low, high = interval(differences[:pairs], rate, margin, -margin)
         verdict: Verdict = "undecided"
-        if low > margin:
+        loss_is_kept, gain_is_kept = _is_kept(differences[:pairs], np.array([-margin, margin]), rate)
+        if low >= margin and not gain_is_kept:
             verdict = "better"
-        elif high < -margin:
+        elif high <= -margin and not loss_is_kept:
             verdict = "worse"
         elif margin and -margin <= low and high <= margin:
             verdict = "equal"

@@ -2,12 +2,15 @@
 
 import itertools
 import math
+import random
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from dlopt.lab.judge.sequential import evidence, fewest_pairs, interval, looks, rate_of
+from dlopt.lab.judge.sequential import SIZE, evidence, fewest_pairs, interval, looks, rate_of
+from dlopt.lab.judge.wording import interval_text, pair_line
 
 RATE = 0.05
 RUNS, PAIRS = 4000, 40
@@ -99,3 +102,83 @@ def test_the_rates_of_all_proposals_sum_to_that_of_the_ledger() -> None:
     rates = [rate_of(number, RATE) for number in range(1, 100_000)]
     assert 0.0499 < math.fsum(rates) <= RATE
     assert [fewest_pairs(rate_of(number, RATE)) for number in (1, 10, 100)] == [7, 14, 22]
+
+
+# -- ends of intervals, against exact fractions
+
+NEXT = Fraction(1, 10**40)  # beside a jump of the evidence
+
+
+def exact_evidence(gains: list[Fraction], center: Fraction) -> float:
+    """log M_n of the module's docstring, with exact differences and squares."""
+    gain = loss = 0.0
+    squares = Fraction(0)
+    for number, each in enumerate(gains, 1):
+        x = each - center
+        squares += x * x
+        z = math.copysign(math.sqrt(x * x * number / squares), x) if x else 0.0
+        k = SIZE * math.sqrt(1 + SIZE**2)
+        gain += math.log(2) - float(np.logaddexp(0, -2 * k * z))
+        loss += math.log(2) - float(np.logaddexp(0, 2 * k * z))
+    return float(np.logaddexp(gain, loss)) - math.log(2)
+
+
+def exact_end(gains: list[Fraction], rate: float, sign: int) -> Fraction | float:
+    """Returns an end of the interval: from far outside to the first center that is kept, then by bisection."""
+    jumps = sorted({*gains, Fraction(0)})
+    reach = max(jumps[-1] - jumps[0], Fraction(1, 144))
+    low, high = jumps[0] - 2 * reach, jumps[-1] + 2 * reach
+    centers = [each + beside for each in jumps for beside in (-NEXT, 0, NEXT)]
+    centers += [low + (high - low) * Fraction(i, 63) for i in range(64)]
+    centers = sorted({*centers, low - 10**6 * reach, high + 10**6 * reach}, reverse=sign > 0)
+    rejected = None
+    for center in centers:
+        if exact_evidence(gains, center) < math.log(1 / rate):
+            break
+        rejected = center
+    if rejected is None:
+        return sign * math.inf
+    for jump in (center, rejected):
+        if jump in jumps and abs(center - rejected) <= NEXT:
+            return jump
+    for _ in range(50):
+        middle = (rejected + center) / 2
+        if exact_evidence(gains, middle) < math.log(1 / rate):
+            center = middle
+        else:
+            rejected = middle
+    return center
+
+
+def test_no_end_of_an_interval_is_rounding_noise() -> None:
+    """Accuracies of 144 samples, many of them equal. The numbers are those of two runs, whose difference is rounded."""
+    draw = random.Random(11)
+    decided = at_a_jump = 0
+    for _ in range(250):
+        middle, spread = draw.choice([0, 0, 1, 2, -2, -3]), draw.choice([1, 2, 3, 6])
+        counts = [round(draw.gauss(middle, spread)) for _ in range(draw.randint(4, 20))]
+        base = [draw.randint(100, 130) for _ in counts]
+        rate, exact = draw.choice([0.05, 0.0304, 0.0076]), [Fraction(each, 144) for each in counts]
+        gains = [(number + each) / 144 - number / 144 for number, each in zip(base, counts, strict=True)]
+        ends = interval(gains, rate, 0.0)
+        for end, sign in zip(ends, (-1, 1), strict=True):
+            expected = exact_end(exact, rate, sign)
+            assert end == expected or end == pytest.approx(float(expected), rel=1e-4, abs=1e-12), counts
+            is_jump = expected in (*exact, 0)
+            at_a_jump += is_jump
+            if expected == 0:
+                assert end == 0, counts
+        shown = interval_text("val_accuracy", *ends) + pair_line("val_accuracy", 1, gains[-1], *ends)
+        assert "e-" not in shown, (counts, shown)
+        *_, look = looks(gains, rate, first=len(gains))
+        assert (look.verdict != "undecided") == (exact_evidence(exact, Fraction(0)) >= math.log(1 / rate)), counts
+        assert look.verdict == "undecided" or (look.verdict == "better") == (sum(ends) > 0)
+        decided += look.verdict != "undecided"
+    assert decided > 30 and at_a_jump > 30
+
+
+def test_an_open_end_at_zero_is_zero() -> None:
+    """The example of an audit: it was printed as "4.936e-12 to 4.98"."""
+    gains = [each / 144 for each in (0, -7, -2, -2, -5, -4, -1, -7, -5)]
+    *_, look = looks(gains, rate_of(1, 0.05))
+    assert look.verdict == "worse" and look.high == 0 and look.low == pytest.approx(-0.0498, abs=1e-4)
