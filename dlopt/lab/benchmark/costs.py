@@ -22,6 +22,7 @@ from dlopt.instruments.profiling import state_bytes
 from dlopt.lab.benchmark.reading import TEST
 from dlopt.lab.benchmark.results import UpdateCost
 from dlopt.lab.scaling.rank import seconds_of, updates_of
+from dlopt.trained.distillation import with_teacher
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.evaluate import test_metrics
 
@@ -31,7 +32,7 @@ _UPDATES = 20  # of each of a pair; SOAP, Shampoo and Kron update their precondi
 
 
 def measure(baseline: RunConfig, run_config: RunConfig, scratch: Path) -> UpdateCost:
-    """Measures updates of both configs in turn, which differ in their optimizers only, in this process.
+    """Measures updates of both configs in turn, in this process.
 
     Updates are replayed from CUDA graphs if those of both can be: launches from the host are no cost of an optimizer.
     """
@@ -52,7 +53,7 @@ def measure(baseline: RunConfig, run_config: RunConfig, scratch: Path) -> Update
 
 
 def _trainer(run_config: RunConfig, scratch: Path) -> Trainer:
-    return probe_trainer(build_workload(run_config), scratch, checks=False)
+    return probe_trainer(with_teacher(build_workload(run_config)), scratch, checks=False)
 
 
 def _without_graphs(run_config: RunConfig) -> RunConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.folders import LOCK, make, refuse_url
+from dlopt.basics.formats import format_count
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.command_line import read_line, with_document
@@ -23,19 +24,32 @@ from dlopt.extend import (
     NonNegative,
     Positive,
     Probability,
+    Role,
     RunFolder,
     UserError,
     keys_of_train,
     read_json,
+    role_of,
     short_path,
     show,
     without,
     write_json,
 )
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, build_pool
-from dlopt.lab.judge.proposal import CODE, Side, hash_of, read_base, read_change, words_of
-from dlopt.lab.judge.running import SIDES, Judgement, run, trained_on
-from dlopt.lab.judge.wording import sentences
+from dlopt.lab.judge.equal import Equal, check_equal, equal_length
+from dlopt.lab.judge.proposal import (
+    CODE,
+    SIDES,
+    Side,
+    differing,
+    hash_of,
+    read_base,
+    read_change,
+    with_length,
+    words_of,
+)
+from dlopt.lab.judge.running import Judgement, run, trained_on
+from dlopt.lab.judge.wording import COSTS, cost_lines, cost_warning, sentences
 from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results import drawing
 from dlopt.run.environment import changed_versions
@@ -53,12 +67,14 @@ Examples:
   dlopt judge outputs/train/DATE optimizer.lr=0.2
   dlopt judge "model=mlp epochs=3" "optimizer=adamw optimizer.lr=0.003"
   dlopt judge autoencoder_digits optimizer.lr=0.002 margin=0.001 seeds=30
+  dlopt judge outputs/train/DATE optimizer=sam equal=time
   dlopt judge outputs/train/DATE code=../my-branch
 
 Trains the base and the change with the same seed, then with the next one, until it is clear whether the change gains
 or loses more than the margin in the monitored metric, or the budget ends. However many changes are judged against one
 base, the probability of a wrong verdict is at most error_rate. A change that was judged before is answered from the
-ledger. Exit code: 0 better, 3 worse, 4 undecided; 1 a run failed; 2 wrong input.
+ledger. Below the verdict are the costs of both sides. Exit code: 0 better, 3 worse, 4 undecided; 1 a run failed; 2
+wrong input.
 
   BASE :: the folder of a finished run, a recipe, or overrides in quotes
   CHANGE :: overrides of the base, or the folder of another run
@@ -109,6 +125,9 @@ def _judge(
     margin: Annotated[
         NonNegative, "X: better is a gain above X, worse below -X, in the metric; 0.01 is one point of accuracy"
     ] = 0.0,
+    equal: Annotated[
+        Equal | None, "updates|flops|time: train the change to this cost of the base (default: each its own length)"
+    ] = None,
     seeds: Annotated[Count, "N: pairs of runs after which the change stays undecided"] = 20,
     minutes: Annotated[Positive | None, "N: start no pair after N minutes; the same command continues"] = None,
     error_rate: Annotated[
@@ -121,6 +140,8 @@ def _judge(
 
     if not 0 < error_rate < 1:
         raise UserError(f"error_rate={error_rate:g}: must be between 0 and 1")
+    if equal is not None:
+        check_equal(base, change, equal)
     start = time.monotonic()
     pool, plan_job, _ = build_pool(line, base.lines)
     if not isinstance(pool, Pool) or (change.code is not None and line.overrides):
@@ -130,8 +151,18 @@ def _judge(
     ledger = Ledger(root.absolute(), base.lines, error_rate)
     ledger.entries()  # damage is reported before the data are read
     data = _data_of(base)
-    key, data_hash = hash_of([base.hash, change.identity, margin]), hash_of(trained_on(data))
-    entry = ledger.propose(key, typed, change.identity.get(CODE), margin, seeds, data_hash)
+    what = [base.hash, change.identity, margin, *([] if equal is None else [equal])]
+    key, data_hash = hash_of(what), hash_of(trained_on(data))
+    lengths = [each for each in differing(base, change) if role_of(each) is Role.LENGTH]
+    length: dict[str, Any] = {}
+    if equal is not None and not any((each.key, each.data) == (key, data_hash) for each in ledger.entries()):
+        with waiting("measuring the costs of both sides ..."):
+            length = equal_length(base, change, equal)
+    entry = ledger.propose(key, typed, change.identity.get(CODE), margin, seeds, data_hash, **length)
+    if entry.updates is not None:
+        cost = f"an update of the change costs {entry.update_cost:.3g} times that of the base"
+        print(f"equal={entry.equal}: {cost}; the change trains {format_count('updates', entry.updates)}")
+        change = with_length(line.composer, change, entry.updates)
     for former in ledger.entries()[: entry.number - 1]:
         if former.key == key:
             print(f"proposal {former.number} was this change with other data: its verdict and its runs do not count")
@@ -157,7 +188,9 @@ def _judge(
                 entry = judgement.concluded()
                 ledger.record(entry)
                 _draw(judgement, entry)
-    print("\n".join(sentences(entry, error_rate)))
+    print("\n".join([*sentences(entry, error_rate), *(cost_lines(entry) if entry.pairs else [])]))
+    if (warning := cost_warning(entry, lengths)) is not None:
+        print(warning, file=sys.stderr)
     if is_answered:
         print(f"from the ledger: proposal {entry.number}, {short_path(home)}")
     elif not entry.is_final:
@@ -244,6 +277,13 @@ def _document(entry: "Entry", ledger: "Ledger", folder: Path) -> dict[str, Any]:
         "ledger_error_rate": ledger.rate,
         "change": list(entry.change),
         "code_sha256": entry.code_sha256,
+        "equal": entry.equal,
+        "update_cost": entry.update_cost,
+        "updates": entry.updates,
+        "costs": {
+            **{side: {name: entry.cost(side, name) for name in COSTS} for side in SIDES},
+            "ratio": {name: entry.times(name) for name in COSTS},
+        },
         "method": METHOD,
         "folder": str(folder),
     }

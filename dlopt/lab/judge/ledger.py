@@ -6,7 +6,7 @@ is damaged or missing, and checked like a file of a stranger.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,6 +40,10 @@ class Entry:
         verdict: better, worse, or equal, which are final; same (bitwise, so far), or undecided.
         gains: of the pairs, positive for the better run.
         data: hash of the data that its runs read.
+        equal: what the change costs as much of as the base; None: its length is the base's, or its own.
+        update_cost: of an update of the change, relative to the base's.
+        updates: of the change, from these two.
+        costs: by side and name of summary.json, medians over the runs of the pairs; None: unknown.
     """
 
     __pydantic_config__: ClassVar[Any] = _STRICT
@@ -57,10 +61,22 @@ class Entry:
     low: _Finite | None = None
     high: _Finite | None = None
     gains: Sequence[float] = ()
+    equal: Literal["updates", "flops", "time"] | None = None
+    update_cost: Annotated[_Finite, Field(gt=0)] | None = None
+    updates: Annotated[int, Field(ge=1)] | None = None
+    costs: Mapping[str, Mapping[str, Annotated[_Finite, Field(ge=0)] | None]] | None = None
 
     @property
     def pairs(self) -> int:
         return len(self.gains)
+
+    def cost(self, side: str, name: str) -> float | None:
+        return (self.costs or {}).get(side, {}).get(name)
+
+    def times(self, name: str) -> float | None:
+        """Returns the cost of the change relative to the base's; None if it is unknown."""
+        base, change = self.cost("base", name), self.cost("change", name)
+        return change / base if base and change is not None else None
 
     @property
     def is_final(self) -> bool:
@@ -96,23 +112,39 @@ class Ledger:
     rate: float
 
     def propose(
-        self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int, data: str
+        self,
+        key: str,
+        change: Sequence[str],
+        code_sha256: str | None,
+        margin: float,
+        seeds: int,
+        data: str,
+        **length: Any,
     ) -> Entry:
         """Returns the entry of a change, a new one if it was not proposed before, or with other data.
+
+        `length`: `equal`, `update_cost` and `updates` of a new entry.
 
         Raises `UserError`, and leaves no file, if `seeds` pairs cannot decide, or the ledger has another error rate or
         is damaged.
         """
-        entry = self._entry(key, change, code_sha256, margin, seeds, data)
+        entry = self._entry(key, change, code_sha256, margin, seeds, data, length)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / _LOCK):  # another process may have proposed a change in the meantime
-            entry = self._entry(key, change, code_sha256, margin, seeds, data)
+            entry = self._entry(key, change, code_sha256, margin, seeds, data, length)
             if entry.number > len(self.entries()):
                 self._append(entry)
         return entry
 
     def _entry(
-        self, key: str, change: Sequence[str], code_sha256: str | None, margin: float, seeds: int, data: str
+        self,
+        key: str,
+        change: Sequence[str],
+        code_sha256: str | None,
+        margin: float,
+        seeds: int,
+        data: str,
+        length: Mapping[str, Any],
     ) -> Entry:
         from dlopt.lab.judge.sequential import fewest_pairs, rate_of  # imports NumPy, which the help does not need
 
@@ -121,7 +153,7 @@ class Ledger:
             reason = f"the changes in {self.folder} share {rate}; keep it, or start another ledger with output=DIR"
             raise UserError(f"error_rate={self.rate:g}: {reason}")
         number = len(entries) + 1
-        new = Entry(number, key, list(change), code_sha256, rate_of(number, self.rate), margin, data=data)
+        new = Entry(number, key, list(change), code_sha256, rate_of(number, self.rate), margin, data=data, **length)
         entry = next((each for each in entries if (each.key, each.data) == (key, data)), new)
         if not entry.is_final and seeds < (least := fewest_pairs(entry.rate)):
             reason = f"proposal {entry.number} against this base takes {least} pairs or more"
@@ -217,7 +249,7 @@ def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
     if printable(entry.metric) != entry.metric:
         raise ValueError("metric: is not the name of a metric")
     former = entries[entry.number - 1] if entry.number <= len(entries) else entry
-    for name in ("key", "data", "margin", "code_sha256"):
+    for name in ("key", "data", "margin", "code_sha256", "equal", "update_cost", "updates"):
         if getattr(former, name) != getattr(entry, name):
             raise ValueError(f"{name}: is not that of the former line of proposal {entry.number}")
     entries[entry.number - 1 :] = [replace(entry, gains=tuple(entry.gains)), *entries[entry.number :]]

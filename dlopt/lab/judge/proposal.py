@@ -30,6 +30,7 @@ from dlopt.run.environment import code_sha256, packages
 if TYPE_CHECKING:
     from dlopt.extend import Composer, Plan
 
+SIDES = ("base", "change")
 CODE = "code"
 SEEDS = tuple(key for key, role in ROLES.items() if role is Role.SEED and "." not in key)
 _OF_BATCHES = ("data.batch_size", "data.drop_last")  # the only keys of the data that a change may set
@@ -114,6 +115,12 @@ def read_change(composer: "Composer", base: Side, words: Sequence[str]) -> Side:
     change = _side(composer, lines, code[-1].absolute() if code else None)
     _check(base, change)
     return change
+
+
+def with_length(composer: "Composer", side: Side, updates: int) -> Side:
+    """Returns the side with runs of a number of updates."""
+    line = f"steps={updates}"
+    return _side(composer.with_words(line), _combined(composer, side.lines, [line]), side.code)
 
 
 def _lines_of(composer: "Composer", run: str) -> list[str]:

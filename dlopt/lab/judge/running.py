@@ -3,10 +3,11 @@
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ from dlopt.extend import (
     without,
 )
 from dlopt.lab.claimed_trials import ClaimedTrials, has_ended
-from dlopt.lab.judge.proposal import SEEDS, Side, refuse_loss
-from dlopt.lab.judge.wording import pair_line
+from dlopt.lab.judge.proposal import SEEDS, SIDES, Side, refuse_loss
+from dlopt.lab.judge.wording import COSTS, pair_line
 from dlopt.metrics.names import monitored_directions, resolve_monitor, split_of
 from dlopt.metrics.shown import words
 from dlopt.run.environment import code_sha256
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from dlopt.lab.judge.ledger import Entry, Verdict
     from dlopt.lab.judge.sequential import Look  # imports NumPy, which the help does not need
 
-SIDES = ("base", "change")
 _APART = 1000  # seeds between two proposals: each has its own seeds, independent of earlier verdicts
 
 
@@ -65,6 +65,7 @@ class Judgement:
         ahead: pairs that run at once.
         data: identity of the data.
         same: number of pairs with bitwise equal metrics.
+        costs: what the runs of each side cost, by the names of `COSTS`; not of those that diverged.
     """
 
     folder: Path
@@ -77,6 +78,7 @@ class Judgement:
     gains: list[float] = field(default_factory=list)
     looks: "list[Look]" = field(default_factory=list)
     same: int = 0
+    costs: dict[str, list[dict[str, float]]] = field(default_factory=lambda: {side: [] for side in SIDES})
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def pair(self, number: int) -> list[PairedRun]:
@@ -104,7 +106,10 @@ class Judgement:
         """
         is_same = self.verdict == "undecided" and 0 < len(self.gains) == self.same
         verdict: Verdict = "same" if is_same else self.verdict
-        entry = replace(self.entry, verdict=verdict, metric=self.metric, gains=tuple(self.gains))
+        costs = {
+            side: {name: _median(run.get(name) for run in runs) for name in COSTS} for side, runs in self.costs.items()
+        }
+        entry = replace(self.entry, verdict=verdict, metric=self.metric, gains=tuple(self.gains), costs=costs)
         if not self.looks:
             return entry
         look = self.looks[-1]
@@ -136,6 +141,8 @@ class Judgement:
                 return
             base, change = map(self._read, pair)
             self.gains.append(self._gain(base, change))
+            for side, record in zip(SIDES, (base, change), strict=True):
+                self.costs[side] += [dict(record.metrics)] if record.status != "failed" else []
             self.same += _curves(base) == _curves(change)
             self.looks += looks(self.gains, self.entry.rate, self.entry.margin, first=len(self.gains))
 
@@ -207,6 +214,12 @@ def _best(record: Record, metric: str) -> float:
     sign = -1 if lower_is_better(metric or "val_loss", monitored_directions(record.config)) else 1
     values = [sign * line[metric] for line in record.history if line.get(metric) is not None]
     return max(values, default=-math.inf) if record.status != "failed" else -math.inf
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Returns the median of the known values; None if there are none."""
+    known = [each for each in values if each is not None]
+    return float(statistics.median(known)) if known else None
 
 
 def _curves(record: Record) -> list[list[tuple[str, float]]]:

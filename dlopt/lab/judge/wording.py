@@ -1,10 +1,19 @@
 """The words of a judgement: gains in the unit of the metric, the verdict, and how often such a verdict is wrong."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dlopt.basics.formats import format_count
+from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.shown import is_percent, words
+
+COSTS = {
+    "steps": "updates", "samples": "samples", "parameters": "parameters", "flops": "FLOPs", "seconds": "time",
+    "peak_memory": "memory",
+}  # fmt: skip
+"""What a run costs, by its name in summary.json."""
+_WORTH_A_WARNING = 1.1
 
 if TYPE_CHECKING:
     from dlopt.lab.judge.ledger import Entry
@@ -18,8 +27,9 @@ def scale(metric: str) -> float:
 def size(metric: str, value: float) -> str:
     """Formats the size of a gain without its unit: 0.42 of an accuracy in points, 0.01234 of a loss."""
     shown = scale(metric) * abs(value)
-    is_two_decimals = is_percent(metric) and (shown >= 0.005 or shown == 0)
-    return f"{shown:.2f}" if is_two_decimals else f"{shown:.4g}"
+    if not is_percent(metric):
+        return f"{shown:.4g}"
+    return f"{shown:.2f}" if shown >= 0.005 or shown < 0.00005 else f"{shown:.4f}"
 
 
 def signed(metric: str, value: float) -> str:
@@ -73,6 +83,36 @@ def sentences(entry: "Entry", ledger_rate: float) -> list[str]:
         return [f"{verdict}no interval of the gain after {pairs}."]
     gain = f"a gain of {signed(entry.metric, entry.estimate)}{_of_metric(entry.metric)} ({ends})"
     return [f"{verdict}{gain} in {pairs}.", f"Of {of} such intervals, at most {few} miss the true gain."]
+
+
+def cost_lines(entry: "Entry") -> list[str]:
+    """Returns a table of the costs of both sides."""
+    rows: list[Sequence[str]] = [("cost of a run (median)", "base", "change", "ratio")]
+    for name, title in COSTS.items():
+        times = entry.times(name)
+        values = [entry.cost(side, name) for side in ("base", "change")]
+        shown = ["unknown" if each is None else MEASURES[name].show(each) for each in values]
+        rows.append((title, *shown, "unknown" if times is None else f"{times:.3g}"))
+    names, *numbers = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([title.ljust(names), *(each.rjust(width) for each, width in zip(row, numbers, strict=True))])
+        for title, *row in rows
+    ]
+
+
+def cost_warning(entry: "Entry", lengths: Sequence[str]) -> str | None:
+    """Returns a warning of a change that costs more than the base; None if it does not. `lengths`: keys it changes."""
+    known = {name: times for name in COSTS if (times := entry.times(name)) is not None}
+    ways = {"updates": "steps", "flops": "flops" if "flops" in known else "samples", "time": "seconds"}
+    more = {way: name for way, name in ways.items() if known.get(name, 0) > _WORTH_A_WARNING}
+    if not more:
+        return None
+    way = next((way for way, name in more.items() if name != "samples"), "time")
+    advice = "" if entry.equal else f": judge it at equal cost with equal={way}"
+    if lengths:
+        advice = f": a longer training may be all that it gains; leave out {', '.join(lengths)} to judge the rest"
+    shown = ", ".join(f"{known[name]:.3g} times the {COSTS[name]}" for name in more.values())
+    return f"warning: the change costs {shown}{advice}"
 
 
 def _amount(entry: "Entry") -> str:

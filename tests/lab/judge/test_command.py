@@ -24,6 +24,7 @@ from dlopt.sweeps.pool import Pool, find_local
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.workload import build_workload
 from tests.support.folders import make_run
+from tests.support.judging import make_pair
 from tests.support.line import dlopt, refused
 
 BASE = "model=mlp epochs=2 device=cpu"
@@ -47,15 +48,6 @@ def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[PairedR
         return made
 
     return install
-
-
-def make_pair(judgement: Judgement, trial: PairedRun, **more: Any) -> Path:
-    """Makes a run as the judgement would train it."""
-    path = make_run(judgement.run_folder(trial).path, **more)
-    seeds = dict.fromkeys(("seed", "init_seed", "order_seed", "augmentation_seed"), trial.seed)
-    saved = {**judgement.sides[trial.side].plan.saved, **seeds, "tags": [judgement.entry.name]}
-    (path / "config.yaml").write_text(yaml.safe_dump(saved))
-    return path
 
 
 def better(trial: PairedRun) -> float:

@@ -102,7 +102,7 @@ def test_the_command_decides_as_simulated(tmp_path: Path, monkeypatch: pytest.Mo
         def record(judgement: Judgement, trial: PairedRun, row: Any = row) -> Any:
             gain = row[trial.seed - 1000] if trial.side == "change" else 0.0
             history = [{"epoch": 1, "val_accuracy": 0.5 + gain}]
-            return SimpleNamespace(history=history, status="finished", config=base.plan.saved)
+            return SimpleNamespace(history=history, status="finished", config=base.plan.saved, metrics={})
 
         monkeypatch.setattr(Judgement, "_read", record)
         judgement = Judgement(tmp_path, sides, replace(entry), PAIRS)

@@ -1,0 +1,99 @@
+"""The length of a change that costs as much as the base: `dlopt judge BASE CHANGE equal=updates|flops|time`."""
+
+import math
+import tempfile
+from bisect import bisect_left
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dlopt.extend import Role, UserError, role_of, show
+from dlopt.lab.judge.proposal import CODE, SIDES, Side, differing
+
+if TYPE_CHECKING:
+    from dlopt.data.batches import Batches
+    from dlopt.extend import RunConfig, Workload
+    from dlopt.training.progress import Length
+
+Equal = Literal["updates", "flops", "time"]
+
+
+def check_equal(base: Side, change: Side, equal: Equal) -> None:
+    """Raises `UserError` if the length of the change cannot be set, or its cost not be measured."""
+    for key in differing(base, change):
+        if role_of(key) is Role.LENGTH:
+            value = show(change.identity.get(key))
+            raise UserError(f"{key}={value}: equal={equal} sets the length of the change; leave one of the two out")
+    if (epochs := base.plan.saved["schedule_epochs"]) is not None:
+        reason = f"fixes the schedule, which equal={equal} fits to the length of the change"
+        raise UserError(f"schedule_epochs={epochs}: {reason}; leave it out of the base")
+    if change.code is not None and equal != "updates":
+        raise UserError(f"{CODE}={change.code}: equal={equal} cannot measure other code; use equal=updates")
+
+
+def equal_length(base: Side, change: Side, equal: Equal) -> dict[str, Any]:
+    """Returns the fields of an `Entry` for a change that is trained to the cost of the base, to a whole update.
+
+    Reads the data and builds both models; for equal=time, trains both for some seconds. Raises `UserError`.
+    """
+    from dlopt.extend import build_workload, training_batches
+    from dlopt.training.progress import length_of_run
+
+    configs = [_with_a_rate(side.plan.run_config) for side in (base, change)]
+    workloads = [build_workload(config) for config in configs]
+    batches = [training_batches(each) for each in workloads]
+    lengths = [length_of_run(config.settings, each, None) for config, each in zip(configs, batches, strict=True)]
+    steps = updates = lengths[0].steps
+    cost = 1.0
+    if equal == "time":
+        cost = _seconds_ratio(*configs)
+        updates = max(round(steps / cost), 1)
+    elif equal == "flops":
+        of_base, of_change = (_flops(side, workload) for side, workload in zip(SIDES, workloads, strict=True))
+        wanted = _samples(batches[0], lengths[0], steps) * of_base / of_change  # samples
+
+        def trained(number: int) -> int:
+            return _samples(batches[1], lengths[1], number)
+
+        updates = bisect_left(range(math.ceil(wanted)), wanted, key=trained)  # an update has a sample or more
+        updates = max(min(updates - 1, updates, key=lambda number: abs(trained(number) - wanted)), 1)
+        cost = steps / updates
+    for each in workloads:
+        each.close()
+    return {"equal": equal, "update_cost": cost, "updates": updates}
+
+
+def _with_a_rate(config: "RunConfig") -> "RunConfig":
+    """Returns the config with any learning rate in place of optimizer.lr=auto: the cost does not depend on it."""
+    if not config.auto_lr:
+        return config
+    return replace(config, optimizer=config.optimizer.partial(lr=1e-3), auto_lr=False)
+
+
+def _flops(side: str, workload: "Workload") -> float:
+    """Returns the FLOPs of a sample in an update. Raises `UserError` if they are unknown, or vary by update."""
+    from dlopt.optim.traits import optimizer_traits
+    from dlopt.training.builders.optimizer import build_optimizer
+
+    flops = workload.computed_flops
+    if not flops or optimizer_traits(build_optimizer(workload)).evaluations != "once":
+        raise UserError(f"equal=flops: those of the {side} are not known; use equal=time or equal=updates")
+    return flops
+
+
+def _samples(batches: "Batches", length: "Length", updates: int) -> int:
+    """Returns the samples of the first updates of a run."""
+    epochs, rest = divmod(length.batches(updates), len(batches))
+    return epochs * batches.count + rest * batches.batch_size
+
+
+def _seconds_ratio(*configs: "RunConfig") -> float:
+    """Returns the time of an update of the second config relative to the first: a median. Raises `UserError`."""
+    from dlopt.lab.benchmark.costs import measure
+    from dlopt.parallel.processes.launch import count_processes
+
+    for config in configs:
+        if count_processes(config.parallel.arguments, config.settings.device) > 1:
+            raise UserError("equal=time: runs of several processes cannot be measured here; use equal=flops")
+    with tempfile.TemporaryDirectory() as scratch:
+        return measure(configs[0], configs[1], Path(scratch)).time
