@@ -50,13 +50,13 @@ def equal_length(base: Side, change: Side, equal: Equal) -> dict[str, Any]:
         updates = max(round(steps / cost), 1)
     elif equal == "flops":
         of_base, of_change = (_flops(side, workload) for side, workload in zip(SIDES, workloads, strict=True))
-        wanted = _samples(batches[0], lengths[0], steps) * of_base / of_change  # samples
+        requested = _samples(batches[0], lengths[0], steps) * of_base / of_change  # samples
 
         def trained(number: int) -> int:
             return _samples(batches[1], lengths[1], number)
 
-        updates = bisect_left(range(math.ceil(wanted)), wanted, key=trained)  # an update has a sample or more
-        updates = max(min(updates - 1, updates, key=lambda number: abs(trained(number) - wanted)), 1)
+        updates = bisect_left(range(math.ceil(requested)), requested, key=trained)  # an update has a sample or more
+        updates = max(min(updates - 1, updates, key=lambda number: abs(trained(number) - requested)), 1)
         cost = steps / updates
     for each in workloads:
         each.close()
