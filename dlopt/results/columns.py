@@ -24,8 +24,8 @@ from dlopt.results.tables import Table, spreadsheet_cell
 
 _SHOWN = listed_in("leaderboard")
 _TEST = [name for name in _SHOWN if split_of(name) == "test"]
-_COST = [name for name in _SHOWN if COLUMNS[name].is_cost]
-FIRST = [name for name in _SHOWN if name not in (*_TEST, *_COST)]
+COSTS = [name for name in _SHOWN if COLUMNS[name].is_cost]
+FIRST = [name for name in _SHOWN if name not in (*_TEST, *COSTS)]
 """Metrics of validation and training, the most important first."""
 # Titles in the CSV file of the parts of a `Difference`.
 _DIFFERENCE = {"mean": "difference", "low": "difference_low", "high": "difference_high", "count": "pairs"}
@@ -39,7 +39,7 @@ def metric_columns(ranking: Ranking) -> list[str]:
     known = {name for record in ranking.records for name in record.metrics}
     # Omit costs that are equal for all ended runs; failed runs cost less in any case.
     ended = [record.metrics for record in ranking.records if record.status in ENDED]
-    costs = [name for name in _COST if len({metrics.get(name) for metrics in ended}) > 1]
+    costs = [name for name in COSTS if len({metrics.get(name) for metrics in ended}) > 1]
     metrics = [ranking.by, *FIRST, *on_named_sets(ranking, FIRST)]
     return list(dict.fromkeys([*(name for name in metrics if name in known), *costs]))
 

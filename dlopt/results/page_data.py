@@ -20,6 +20,7 @@ from dlopt.metrics.names import direction_of, in_words
 from dlopt.metrics.shown import expendable_in, format_metric, is_percent, listed_in, words
 from dlopt.results import drawing
 from dlopt.results.columns import (
+    COSTS,
     FIRST,
     difference_text,
     failure_text,
@@ -174,7 +175,9 @@ def _cells(
         else:
             cells[_key_id(key)] = [None, "-"]
     for name, statistic in statistics.items():
-        cells[name] = [None if statistic is None else statistic.mean, statistic_text(name, statistic)]
+        is_unknown = statistic is None and row.value is not None and name in COSTS  # of an older run
+        shown = "unknown" if is_unknown else statistic_text(name, statistic)
+        cells[name] = [None if statistic is None else statistic.mean, shown]
     if row.difference is None:
         cells["difference"] = [None, "" if rank == 1 else "-"]
     else:

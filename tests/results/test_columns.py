@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.results.columns import in_terminal, metric_columns
+from dlopt.results.page_data import page_data
 from tests.support.folders import make_run, table
 
 
@@ -34,3 +35,17 @@ def test_a_report_ranked_by_a_validation_set(runs: Path) -> None:
     ranking = table(runs, "val_shaded_loss")
     assert metric_columns(ranking)[0] == "val_shaded_loss" == in_terminal(ranking)[0]
     assert metric_columns(ranking).count("val_shaded_loss") == 1
+
+
+def test_costs_of_older_runs_are_unknown(tmp_path: Path) -> None:
+    for number in range(2):
+        folder = make_run(tmp_path / str(number), lr=0.1 + number, accuracies=(0.5, 0.9 - number / 10))
+        if number == 0:
+            summary = json.loads((folder / "summary.json").read_text())
+            costs = {"samples": 640, "flops": 3e9, "peak_memory": 2**30}
+            (folder / "summary.json").write_text(json.dumps(summary | costs))
+    ranking = table(tmp_path)
+    assert {"samples", "flops", "peak_memory"} <= set(metric_columns(ranking))
+    first, second = page_data(ranking, target=None, test=False, refresh=None)["rows"]
+    assert [first["cells"][name][0] for name in ("samples", "flops", "peak_memory")] == [640, 3e9, 2**30]
+    assert [second["cells"][name] for name in ("samples", "flops", "peak_memory")] == [[None, "unknown"]] * 3
