@@ -177,6 +177,7 @@ def test_the_cost_of_an_update_is_the_median_of_pairs_in_turn(monkeypatch: pytes
         step=SimpleNamespace(optimizer=None), module=model, mode=SimpleNamespace(device="cpu"), graph_obstacle="none"
     )
     monkeypatch.setattr(costs, "build_workload", lambda config: SimpleNamespace(device="cpu", name=config))
+    monkeypatch.setattr(costs, "with_teacher", lambda workload: workload)
     monkeypatch.setattr(costs, "probe_trainer", lambda workload, scratch, checks: trainer)
     names = iter(("baseline", "own"))
     monkeypatch.setattr(costs, "updates_of", lambda trainer, device: next(names))
@@ -236,6 +237,7 @@ def test_both_updates_of_a_pair_are_captured_or_neither(
         timed.append(trainer.cuda_graphs)
 
     monkeypatch.setattr(costs, "build_workload", lambda config: config)
+    monkeypatch.setattr(costs, "with_teacher", lambda workload: workload)
     monkeypatch.setattr(costs, "probe_trainer", build)
     monkeypatch.setattr(costs, "updates_of", updates_of)
     monkeypatch.setattr(costs, "seconds_of", lambda update, count: 1.0)
