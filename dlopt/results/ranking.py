@@ -34,7 +34,6 @@ from dlopt.results.leaderboard import (
     goal_of,
     is_number,
     leaderboard,
-    monitored,
 )
 from dlopt.results.looks import looks
 from dlopt.results.reading import OPEN, Damaged, Record, RunReader, meant, short_key, varying_keys
@@ -142,8 +141,8 @@ def gather(
     search = searches.pop() if by is None and len(searches) == 1 else None
     if search is not None and search.direction is not None and split_of(search.objective or "test") != "test":
         by, direction = column_of(str(search.objective)), search.direction
-    else:
-        by = _ranking_metric(records, by)
+    elif by is not None:
+        by = _checked(by, records)
     # Runs on several devices form one configuration.
     keys = [key for key in varying_keys([record.config for record in records]) if key != "device"]
     rows = []
@@ -168,13 +167,10 @@ def of_folder(folder: Path, *others: Path) -> Ranking:
     return gather(records, damaged, seen=looks([folder], records))
 
 
-def _ranking_metric(records: Sequence[Record], by: str | None) -> str:
+def _checked(by: str, records: Sequence[Record]) -> str:
+    """Returns the column of a metric by which the runs can be ranked. Raises `UserError` for another one."""
     names = dict.fromkeys(name for record in records for name in record.metrics)
     allowed = [name for name in names if name not in _NOT_RANKED and split_of(name) != "test"]
-    if by is None and (own := monitored(records)) in names:
-        return str(own)
-    if by is None:
-        return "val_accuracy" if "val_accuracy" in names or "val_loss" not in names else "val_loss"
     by = column_of(by)
     if split_of(by) == "test":
         raise UserError(f"by={by}: ranking by a test metric would select on the test set; set by=val_accuracy")
