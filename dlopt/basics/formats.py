@@ -46,6 +46,11 @@ def format_bytes(count: float) -> str:
     return f"{float(f'{count / 1024**power:.3g}'):,g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
+def format_mib(count: float) -> str:
+    """460 MiB: a unit that values of different sizes share."""
+    return f"{count / 1024**2:,.0f} MiB"
+
+
 def format_duration(seconds: float) -> str:
     """7.2 s, 12:34, 1:02:03."""
     return f"{seconds:.1f} s" if seconds < 60 else format_clock(seconds)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.basics.formats import (
     format_amount,
-    format_bytes,
     format_clock,
     format_duration,
     format_gib,
     format_lr,
+    format_mib,
     format_number,
     format_percent,
     format_rate,
@@ -231,7 +231,7 @@ OTHERS = (
         words="training FLOPs",
     ),
     Measure(
-        "peak_memory", "memory", format_bytes, is_cost=True, priority=150, shown={"leaderboard": 45}, varies=True,
+        "peak_memory", "memory", format_mib, is_cost=True, priority=150, shown={"leaderboard": 45}, varies=True,
         words="peak memory",
     ),
     Measure("processes", "processes", ranks=False),

@@ -40,5 +40,7 @@ def best_run(folder: Path, key: str) -> tuple[Path, str] | None:
     tied = [row for row in ranking.rows if row.is_first]
     value = format_metric(ranking.by, best.metric(ranking.by))
     label = "" if len(ranking.rows) == 1 else f", {next(row.label for row in tied if best in row.runs)}"
-    note = f"; {len(tied)} configurations are tied, this run has the smallest validation loss" if len(tied) > 1 else ""
+    note = (
+        f"; {len(tied)} configurations are tied: of equal runs, the smallest validation loss" if len(tied) > 1 else ""
+    )
     return best.path, f"best of {runs}: {short_path(best.path)} ({ranking.by} {value}{label}{note})"

@@ -72,7 +72,7 @@ def statistic_text(name: str, statistic: Statistic | None) -> str:
     if statistic is None:
         return "-"
     shown = statistic.show(_form(name, [statistic.mean, statistic.std or 0.0]))
-    return shown.replace(" % ±", " ±").replace(" s ±", " ±")
+    return shown.replace(" % ±", " ±").replace(" s ±", " ±").replace(" MiB ±", " ±")
 
 
 def difference_text(name: str, difference: Difference | None) -> str:

@@ -269,7 +269,7 @@ def _compared(rows: Sequence[Row], metric: str, looks: Sequence[Look]) -> tuple[
     rows = [first, *(replace(row, apart=_apart(first, row)) for row in rows[1:])]
     known = [i for i, row in enumerate(rows) if row.value is not None and not row.apart]
     values = of_common_seeds([rows[i].by_seeds(metric) for i in known])
-    enters = [not rows[i].has_lost and not first.has_lost and not _apart(first, first) for i in known]
+    enters = [not rows[i].has_lost and not first.has_lost for i in known]
     counts = {rows[i].key: len(each) for i, each, is_in in zip(known, values, enters, strict=True) if is_in}
     comparison = compare(
         values, enters=enters, seen=_seen(looks, counts), resolution=0.0 if step is None else step.size
@@ -289,18 +289,23 @@ def _seen(looks: Sequence[Look], counts: Mapping[str, int]) -> list[int]:
 
 
 def look_of(board: Leaderboard) -> Look:
-    """Returns what a reader of this table sees; {} if no row has enough seeds for a verdict."""
-    counts = {row.key: len(row.counted(board.metric)) for row in board.rows if row.value is not None}
-    return {key: count for key, count in counts.items() if count >= FEWEST} if len(counts) > 1 else {}
+    """Returns what a reader of this table sees; {} if no row was compared."""
+    shown = [row for row in board.rows if row.difference is not None and row.difference.low is not None]
+    return {row.key: len(row.counted(board.metric)) for row in (board.rows[0], *shown)} if shown else {}
 
 
 def _apart(one: Row, other: Row) -> str:
-    """Names what differs between the runs of two rows, so that their metrics are not comparable; "" if nothing does."""
-    runs = [*one.runs, *other.runs]
+    """Names what differs between the runs of two rows, so that they are not comparable; "" if nothing does.
+
+    Runs of the same seed are compared: all rows may have later seeds of a later version.
+    """
+    own = {run.seeds: run for run in one.distinct}
+    pairs = [(own[run.seeds], run) for run in other.distinct if run.seeds in own]
+    pairs = pairs or [(one.runs[0], run) for run in other.runs]
     for key, name in ORIGINS.items():
-        if key == "data" and not all(_has_same_data(runs[0], run) for run in runs[1:]):
+        if key == "data" and not all(_has_same_data(*pair) for pair in pairs):
             return name
-        if key != "data" and any(differs(run.origin.get(key), runs[0].origin.get(key)) for run in runs):
+        if key != "data" and any(differs(a.origin.get(key), b.origin.get(key)) for a, b in pairs):
             return name
     return ""
 

@@ -163,8 +163,8 @@ def _cells(
     ranking: Ranking, row: Configuration, rank: int, statistics: Mapping[str, Statistic | None]
 ) -> dict[str, list[Any]]:
     """Returns by `id` of a column the value to sort by and the text. `statistics`: of the metrics."""
-    place = "-" if row.rank is None else str(row.rank)
-    cells: dict[str, list[Any]] = {"rank": [rank, place], "runs": [len(row.runs), row.count(ranking.by)]}
+    place = [None, "-"] if row.rank is None else [rank, str(row.rank)]
+    cells: dict[str, list[Any]] = {"rank": place, "runs": [len(row.runs), row.count(ranking.by)]}
     if marked := mark(ranking.remarks, rank):
         cells["remarks"] = [marked, marked]
     else:

@@ -79,7 +79,7 @@ def _half_widths(
     counts = np.array([len(each) for each in pairs])
     own = np.array([(each / unit).std(ddof=1) for each in pairs])
     pooled, each_row, freedom = _spreads(table / unit, counts)
-    smallest = 1e-9 * np.abs(means)  # differences that are equal up to rounding tell nothing of the spread
+    smallest = 1e-6 * np.abs(means)  # differences that are equal up to rounding tell nothing of the spread
     if rows > 2 and _is_noisier(each_row, int(counts.max())):
         own[own <= smallest] = 0.0
         all_pairs = rows * (rows - 1) / 2
@@ -152,6 +152,7 @@ def studentized_range(rows: int, freedom: int, level: float) -> float:
     That of `scipy.stats.studentized_range.isf` to six digits, in a tenth of the time, and without importing all of
     `scipy.stats`.
     """
+
     def excess(value: float) -> float:
         return math.log(max(_exceeds(value, rows, freedom), 1e-12) / level)
 

@@ -13,7 +13,7 @@ _MOST = 3  # names of rows in the sentence
 _SHORT = 24  # characters of a label
 _ENOUGH = 100  # seeds that are suggested at most
 
-Found = Literal["better", "worse", "equal", "unclear", "few", "lost"]
+Found = Literal["better", "worse", "equal", "tied", "unclear", "few", "lost"]
 
 
 def verdict(board: Leaderboard) -> str:
@@ -41,19 +41,18 @@ def verdict(board: Leaderboard) -> str:
         of.setdefault(each, []).append(label)
     if of.get("worse"):
         return f"verdict: {name} has the best mean, but over common seeds it is worse than {_listed(of['worse'])}"
-    tied = [label for label, row in zip(names, others, strict=True) if row.is_first]
-    is_label = not name.startswith("#")
-    head = f"{name} is first"
+    head, tied = f"{name} is first", of.get("tied", [])
     if tied:
+        is_label = not name.startswith("#")
         head = f"{name} is tied with {_listed(tied)}" if is_label else f"{1 + len(tied)} rows are tied for #1"
     counts = {len(row.counted(board.metric)) for row in (first, *others)}
     if max(counts) < FEWEST and "equal" not in of:
-        return f"verdict: {head}, by {_runs(counts)} each: {_advice(first, counts)}"
+        return f"verdict: {head}, by {_runs(counts)} each: {_advice(first, counts, is_tied=bool(tied))}"
     beaten = len(of.get("better", ()))
     if beaten:
-        number = "all" if beaten == len(others) else f"{beaten} of {len(others)}"
+        number = "all others" if beaten == len(others) else f"{beaten} of {len(others)} others"
         looks = " and all looks at it" if board.comparison.seen else ""
-        head = f"{name} is better than {number} others (95 % for the whole table{looks})"
+        head = f"{name} is better than {names[0] if len(others) == 1 else number} (95 % for the whole table{looks})"
     return f"verdict: {'; '.join([head, *_rest(of, board), *_looks(board)])}"
 
 
@@ -62,13 +61,13 @@ def _found(first: Row, row: Row, board: Leaderboard) -> Found:
     difference = row.difference
     one, other = first.by_seeds(board.metric), row.by_seeds(board.metric)
     if one == other:
-        return "equal" if len(one) > 1 else "few"
+        return "equal" if len(one) > 1 else "tied"
     if first.has_lost or row.has_lost:
         return "lost"
     if difference is None or difference.count < FEWEST:
-        return "few"
+        return "tied" if row.is_first else "few"
     if difference.low is None or difference.high is None or difference.low <= 0 <= difference.high:
-        return "unclear"
+        return "tied" if row.is_first else "unclear"
     return "better" if (difference.mean < 0) == (board.direction == "maximize") else "worse"
 
 
@@ -76,7 +75,9 @@ def _rest(of: Mapping[Found, Sequence[str]], board: Leaderboard) -> list[str]:
     """Returns what is said of the rows that the first one is not better than."""
     parts = []
     if "unclear" in of:
-        parts.append(f"not distinguishable from {_listed(of['unclear'])}{_limit(board)}")
+        parts.append(f"not distinguishable from {_listed(of['unclear'])}: {_limit(board)}".removesuffix(": "))
+    elif "tied" in of:
+        parts += [_limit(board)] if _limit(board) else []
     if "equal" in of:
         parts.append(f"equal to {_listed(of['equal'])} in every run")
     if "few" in of:
@@ -94,7 +95,7 @@ def _limit(board: Leaderboard) -> str:
         if found is None or found.low is None or found.high is None or not found.low <= 0 <= found.high:
             continue
         half = found.high - found.mean
-        limit = f": {found.count} seeds cannot tell differences below {_size(board.metric, half)}"
+        limit = f"{found.count} seeds cannot tell differences below {_size(board.metric, half)}"
         for seeds in range(found.count + 1, _ENOUGH + 1):
             later = board.comparison.half_width(i, seeds)
             if later <= half / 2:
@@ -115,12 +116,12 @@ def _looks(board: Leaderboard) -> list[str]:
     ]
 
 
-def _advice(first: Row, counts: set[int]) -> str:
+def _advice(first: Row, counts: set[int], *, is_tied: bool) -> str:
     typed = [line for run in first.runs for line in run.overrides]
     if any(key_of(line) == "resume" and value_of(line) != "auto" for line in typed):
         return "branch from runs with other seeds, too, to tell a gain from luck"
     if counts == {1}:
-        return "repeat it with seed=0,1,2 to tell a gain from luck"
+        return f"repeat {'them' if is_tied else 'it'} with seed=0,1,2 to tell a gain from luck"
     return f"at least {FEWEST} seeds, fixed before, tell a gain from luck: seed=0,1,2"
 
 
@@ -129,7 +130,10 @@ def _runs(counts: set[int]) -> str:
 
 
 def _size(metric: str, value: float) -> str:
-    return f"{100 * value:.2g} points" if is_percent(metric) else f"{value:.2g}"
+    if not is_percent(metric):
+        return f"{value:.2g}"
+    points = f"{100 * value:.2g}"
+    return f"{points} point{'' if points == '1' else 's'}"
 
 
 def _listed(names: Sequence[str]) -> str:

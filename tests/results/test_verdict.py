@@ -55,13 +55,13 @@ def test_rows_that_are_equal_in_every_run(tmp_path: Path) -> None:
 
 def test_equal_means(tmp_path: Path) -> None:
     found = sentence(tmp_path, lr1=(0.90, 0.91, 0.92), lr2=(0.92, 0.91, 0.90))
-    assert found.startswith("verdict: lr=1 is tied with lr=2; not distinguishable from lr=2: 3 seeds cannot tell")
+    assert found.startswith("verdict: lr=1 is tied with lr=2; 3 seeds cannot tell differences below")
 
 
 def test_equal_values_of_one_run_each_are_a_tie(tmp_path: Path) -> None:
     found = sentence(tmp_path, lr1=(0.9,), lr2=(0.9,), lr3=(0.8,))
     assert found == (
-        "verdict: lr=1 is tied with lr=2, by one run each: repeat it with seed=0,1,2 to tell a gain from luck"
+        "verdict: lr=1 is tied with lr=2, by one run each: repeat them with seed=0,1,2 to tell a gain from luck"
     )
 
 
@@ -85,7 +85,7 @@ def test_losses(tmp_path: Path) -> None:
     for number, losses in enumerate([(0.5, 0.51, 0.52), (0.8, 0.815, 0.82)]):
         for seed, loss in enumerate(losses):
             make_run(tmp_path / f"{number}-{seed}", lr=number + 1.0, seed=seed, accuracies=(0.5,), losses=(loss,))
-    assert table(tmp_path, "val_loss").verdict.startswith("verdict: lr=1 is better than all others")
+    assert table(tmp_path, "val_loss").verdict.startswith("verdict: lr=1 is better than lr=2 (95 %")
 
 
 def test_names_few_of_many(tmp_path: Path) -> None:

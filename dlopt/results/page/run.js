@@ -13,7 +13,9 @@ function urgentOf(run) {
 // Shows a configuration with its runs: the best one, or that of a run.
 function renderConfiguration(row, current) {
   if (!setVisible("selected", Boolean(row) && (state.run === null || Boolean(current)))) return;
-  document.querySelector("#selected h2").textContent = current ? "Configuration" : "Best configuration";
+  const first = data.rows.filter((each) => each.cells.rank[1] === "1").length;
+  const best = first > 1 ? `One of ${first} configurations that are tied for #1` : "Best configuration";
+  document.querySelector("#selected h2").textContent = current ? "Configuration" : best;
   const runs = row.runs.map((run) => html("tr", { class: "row", "aria-selected": String(run === current), onclick: (event) => { if (!event.target.closest("a, button")) location.hash = addressOf(run.id); } },
     html("td", {}, html("a", { href: addressOf(run.id) }, run.id)), html("td", { class: "number" }, run.seed),
     html("td", {}, html("span", { class: run.status === "failed" ? "bad" : "" }, run.status)),
