@@ -36,10 +36,11 @@ from dlopt.extend import (
     write_json,
 )
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, build_pool
-from dlopt.lab.judge.equal import Equal, check_equal, equal_length
+from dlopt.lab.judge.equal import check_equal, equal_length
 from dlopt.lab.judge.proposal import (
     CODE,
     SIDES,
+    Equal,
     Side,
     differing,
     hash_of,

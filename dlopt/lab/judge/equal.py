@@ -5,18 +5,15 @@ import tempfile
 from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dlopt.extend import Role, UserError, role_of, show
-from dlopt.lab.judge.proposal import CODE, SIDES, Side, differing
+from dlopt.lab.judge.proposal import CODE, SIDES, Equal, Side, differing
 
 if TYPE_CHECKING:
     from dlopt.data.batches import Batches
     from dlopt.extend import RunConfig, Workload
     from dlopt.training.progress import Length
-
-Equal = Literal["updates", "flops", "time"]
-
 
 def check_equal(base: Side, change: Side, equal: Equal) -> None:
     """Raises `UserError` if the length of the change cannot be set, or its cost not be measured."""

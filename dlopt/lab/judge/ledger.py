@@ -17,6 +17,7 @@ from dlopt.basics.formats import printable
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import parse_json, read_regular
 from dlopt.extend import UserError, short_path, write_atomically
+from dlopt.lab.judge.proposal import Equal
 from dlopt.tracking.metrics import to_json
 
 LEDGER = "ledger.jsonl"
@@ -61,7 +62,7 @@ class Entry:
     low: _Finite | None = None
     high: _Finite | None = None
     gains: Sequence[float] = ()
-    equal: Literal["updates", "flops", "time"] | None = None
+    equal: Equal | None = None
     update_cost: Annotated[_Finite, Field(gt=0)] | None = None
     updates: Annotated[int, Field(ge=1)] | None = None
     costs: Mapping[str, Mapping[str, Annotated[_Finite, Field(ge=0)] | None]] | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.basics.plain_values import flatten
 from dlopt.commands.shared.command_line import of_run
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dlopt.extend import Composer, Plan
 
 SIDES = ("base", "change")
+Equal = Literal["updates", "flops", "time"]
+"""What a change may cost as much of as the base."""
 CODE = "code"
 SEEDS = tuple(key for key, role in ROLES.items() if role is Role.SEED and "." not in key)
 _OF_BATCHES = ("data.batch_size", "data.drop_last")  # the only keys of the data that a change may set
