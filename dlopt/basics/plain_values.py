@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,13 @@ _MAX_DEPTH = 100
 _MAX_DIGITS = 100
 _INTEGER = re.compile(r"[-+]?(0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_]*(:[0-5]?[0-9])*(\.[0-9_]*)?)")  # of YAML; 59:59 and
 # 59:59.5 are sexagesimal: the time for converting one is quadratic in its length
+_TYPED = re.compile(  # numbers and truth values that the command line reads as YAML does; .inf, ~, = and << are YAML's
+    r"(?i:null|true|false)|[~=]?|<<|[-+]?\.(?i:inf)|\.(?i:nan)|"
+    r"[-+]?((0|[1-9](_?\d)*)(\.(\d(_?\d)*)?)?|\.\d(_?\d)*)([eE][-+]?\d(_?\d)*)?"
+)
+_EXPONENT = re.compile(r"[-+]?\d+(_\d+)*(\.[\d_]*)?[eE][-+]?\d+")  # a float for OmegaConf, a text for YAML 1.1
+_EXACT = re.compile(r"-?(0|[1-9]\d*)|null|~?")  # the text of such a number is as it is written
+_TEXT_TAGS = ("!", "tag:yaml.org,2002:str")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's loader is 5x faster
 
@@ -203,12 +210,12 @@ _STRICT = json.JSONDecoder(parse_int=_integer, parse_float=_float, parse_constan
 _FAST = json.JSONDecoder()
 
 
-def load_yaml(path: Path, limit: int = _MAX_BYTES, nodes: int = _MAX_NODES) -> Any:
+def load_yaml(path: Path, limit: int = _MAX_BYTES, nodes: int = _MAX_NODES, texts: Sequence[str] = ()) -> Any:
     """Loads a YAML file that `check_yaml` accepts, of plain values and without a key that is given twice.
 
     Raises ValueError and OSError.
     """
-    text = check_yaml(path, limit, nodes).decode("utf-8")
+    text = check_yaml(path, limit, nodes, texts).decode("utf-8")
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, LookupError, AttributeError, TypeError, ArithmeticError) as error:  # of tags: !!int ''
@@ -217,24 +224,30 @@ def load_yaml(path: Path, limit: int = _MAX_BYTES, nodes: int = _MAX_NODES) -> A
     return value
 
 
-def check_yaml(path: Path, limit: int = _MAX_BYTES, nodes: int = _MAX_NODES) -> bytes:
+def check_yaml(path: Path, limit: int = _MAX_BYTES, nodes: int = _MAX_NODES, texts: Sequence[str] = ()) -> bytes:
     """Returns the content of a YAML file that is safe to load.
 
     Raises OSError, and ValueError for a file that is not regular, for one that is too large, as it is or with its
-    aliases expanded, for deep nesting, on which libyaml's loader crashes, and for integers of more than 100 digits.
+    aliases expanded, for deep nesting, on which libyaml's loader crashes, for integers of more than 100 digits, and
+    for a value that means something else on the command line: 010 (8 in YAML 1.1), 1:30 (90), no (false).
     Nested aliases expand exponentially ("billion laughs"): `a: [*b, *b]`, `b: [*c, *c]`.
+
+    Args:
+        texts: keys whose values are texts, also where a file has only their last parts; YAML reads 2024_11_26 as
+            20241126, and 1.10 as 1.1.
     """
     content = read_regular(path, limit)
-    if expanded_size(content.decode("utf-8", "replace"), nodes) > nodes:
+    if expanded_size(content.decode("utf-8", "replace"), nodes, texts) > nodes:
         raise ValueError(f"has aliases that expand to more than {nodes} values, or is too large")
     return content
 
 
-def expanded_size(text: str, nodes: int = _MAX_NODES) -> int:
+def expanded_size(text: str, nodes: int = _MAX_NODES, texts: Sequence[str] = ()) -> int:
     """Counts the values of a YAML text with all aliases expanded; recursive aliases exceed any limit.
 
     Stops counting above `nodes` and at a syntax error, which loading the file reports. Raises ValueError for deep
-    nesting, long integers, and a key that is given twice, of which loading would take the last.
+    nesting, long integers, a key that is given twice, of which loading would take the last, and values that the command
+    line reads otherwise. `texts`: see `check_yaml`.
     """
     anchors: dict[str | None, int] = {}
     open_nodes: list[_OpenNode] = []
@@ -250,6 +263,8 @@ def expanded_size(text: str, nodes: int = _MAX_NODES) -> int:
                 is_plain = not event.style or event.tag is not None
                 if is_plain and len(event.value) > _MAX_DIGITS and _INTEGER.fullmatch(event.value):
                     raise ValueError(f"has an integer of more than {_MAX_DIGITS} digits")
+                if is_plain and event.tag not in _TEXT_TAGS:
+                    _refuse_misread(event, [node.key for node in open_nodes if node.key], texts)
                 total += 1
                 anchors[anchor] = 1
             elif isinstance(event, yaml.CollectionStartEvent):
@@ -270,6 +285,23 @@ def expanded_size(text: str, nodes: int = _MAX_NODES) -> int:
     return total
 
 
+def _refuse_misread(event: yaml.ScalarEvent, keys: list[str], texts: Sequence[str]) -> None:
+    """Raises ValueError for a value that YAML reads otherwise than the command line. `keys`: those that lead to it."""
+    text = event.value
+    is_text = bool(keys) and keys[-1].rpartition(".")[2] in [key.rpartition(".")[2] for key in texts]
+    patterns = [pattern for _, pattern in _Loader.yaml_implicit_resolvers.get(text[:1], [])]
+    is_number = bool(texts) and _EXPONENT.fullmatch(text) is not None  # OmegaConf reads config files, and no others
+    if (_EXACT if is_text else _TYPED).fullmatch(text) or not (is_number or any(each.match(text) for each in patterns)):
+        return
+    value = float(text.replace("_", "")) if is_number else yaml.load(text, Loader=_Loader)
+    form = "true or false" if isinstance(value, bool) else "the number in decimal digits, without leading zeros"
+    written = "" if is_text else f"{form}, or "
+    raise ValueError(
+        f"line {event.start_mark.line + 1}: {'.'.join(keys)}: {text} is {json.dumps(value)} in YAML; "
+        f"write {written}a text in quotes: '{text}'"
+    )
+
+
 @dataclass
 class _OpenNode:
     """A list or mapping that is being parsed. `before`: values before it; `keys`: so far; None for a list."""
@@ -278,6 +310,7 @@ class _OpenNode:
     before: int
     keys: set[str] | None
     is_at_key: bool = False
+    key: str = ""  # the last one
 
     def add(self, event: yaml.NodeEvent) -> None:
         if self.keys is None:
@@ -287,6 +320,7 @@ class _OpenNode:
             if event.value in self.keys:
                 raise ValueError(f"has the key {event.value[:40]!r} twice")
             self.keys.add(event.value)
+            self.key = event.value
 
 
 def choices_of_groups(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, str]:

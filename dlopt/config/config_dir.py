@@ -11,13 +11,14 @@ from hydra.core.override_parser.types import Override
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import check_yaml
 from dlopt.config.choices import config_folders
+from dlopt.config.overrides import TEXTS
 
 
 class ConfigDir:
     """The user's folder of config files; remembers which of its files are checked.
 
-    Raises `UserError` for a file that is too large for a config, includes a file outside of the folder, or has the name
-    of a different file of dlopt, which Hydra would read instead.
+    Raises `UserError` for a file that is too large for a config, has a value that the command line reads otherwise,
+    includes a file outside of the folder, or has the name of a different file of dlopt, which Hydra would read instead.
     """
 
     def __init__(self, folder: Path, config_name: str) -> None:
@@ -53,7 +54,7 @@ class ConfigDir:
     def _included(self, path: Path) -> list[Path]:
         """Returns the files that the defaults list of a file names, whether or not they exist."""
         try:
-            text = check_yaml(path).decode()
+            text = check_yaml(path, texts=TEXTS).decode()
         except OSError as error:
             raise UserError(f"{self._shown(path)} cannot be read: {error}") from None
         except ValueError as error:  # includes UnicodeDecodeError

@@ -164,7 +164,7 @@ def _sections(
     if not path.is_file():
         raise UserError(f"{space}: no such file; allowed: {', '.join([*entries('dlopt.spaces'), 'a YAML file'])}")
     try:
-        content = load_yaml(path)
+        content = load_yaml(path, texts=TEXTS)
     except (OSError, ValueError) as error:
         raise UserError(f"{space}: cannot be read: {' '.join(str(error).split())}") from None
     example = 'optimizer=sgd: {optimizer.lr: "0.1,0.3"}'
@@ -174,11 +174,9 @@ def _sections(
         if not isinstance(when, str) or "=" not in when or not isinstance(block, dict) or not block:
             raise UserError(f"{space}: {when}: must be a condition with keys and values: {example}")
         refuse_several(composer.parse([when]), "a condition has one value")
-        for key, value in block.items():
+        for key in block:
             if key_of(str(key)).startswith("hydra") or key in SWEEP_WORDS:
                 raise UserError(f"{space}: {when}: {key}: only keys of the jobs")
-            if key in TEXTS and isinstance(value, int | float):  # YAML has read 2024_11_26 as 20241126
-                raise UserError(f"{space}: {when}: {key}: {value}: is a number in YAML; write a text in quotes")
     return {when: [quoted(f"{key}={show(value)}") for key, value in block.items()] for when, block in content.items()}
 
 

@@ -2,14 +2,20 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.plain_values import check_yaml, expanded_size, load_yaml, parse_json, read_regular, regular_tail
+from dlopt.config.choices import config_folder
+from dlopt.config.overrides import TEXTS
 from tests.support.line import refused
 from tests.support.sizes import TINY
 
@@ -156,3 +162,58 @@ def test_text_and_numbers_of_any_length_below_the_limit_are_accepted(tmp_path: P
     path = tmp_path / "mine.yaml"
     path.write_text(f"a: '{'9' * 500}'\nb: {'word ' * 500}\nc: 18446744073709551616\n")
     assert load_yaml(path)["c"] == 2**64
+
+
+SCALARS = (
+    "0", "00", "010", "08", "-010", "+1", "-1", "1_000", "1__0", "1_", "0_1", "0x1F", "0o10", "0b11", "1:30",
+    "190:20:30", "1:30.5", "2024-01-01", "2024_11_26", "1.10", "01.5", "1.", "0.5_", "-.0", "1e5", "1E-05",
+    "01e5", "1.0e-05", "09.e9", "1.e5", "yes", "no", "on", "off", "Yes", "NO", "On", "y", "n", "true", "True",
+    "FALSE", "null", "NULL", "1.2.3", "adamw", "${x}", "a:b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SCALARS)
+def test_values_of_a_file_are_those_of_the_command_line(tmp_path: Path, text: str) -> None:
+    """Hydra's two readers: of overrides, and of files (YAML 1.1, where 010 is 8, 1:30 is 90 and no is false)."""
+    typed = OverridesParser.create().parse_override(f"key={text}").value()
+    [read] = OmegaConf.to_container(OmegaConf.create(f"key: {text}"), resolve=False).values()  # type: ignore[union-attr]
+    path = tmp_path / "mine.yaml"
+    for content in (f"block:\n  key: {text}\n", f"block: {{key: [{text}]}}\n"):
+        path.write_text(content)
+        if repr(read) in (repr(typed), repr(text)):
+            check_yaml(path, texts=("name",))
+        else:
+            line = content.count("\n", 0, content.index(text)) + 1
+            with pytest.raises(ValueError, match=rf"^line {line}: block\.key: {re.escape(text)} is .* in YAML; write"):
+                check_yaml(path, texts=("name",))
+    path.write_text(f"key: '{text}'\nother: !!str {text}\n")
+    check_yaml(path)
+
+
+@pytest.mark.parametrize("content", ["010: 1", "key: !!int '010'", "key: !!bool off", "- 1:30", "key: &x 0x10"])
+def test_misread_values_in_other_places(tmp_path: Path, content: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ValueError, match="in YAML; write"):
+        load_yaml(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(("text", "is_read"), [("2024_11_26", False), ("1.10", False), ("007", False), ("12", True)])
+def test_texts_are_not_read_as_numbers(tmp_path: Path, text: str, is_read: bool) -> None:
+    path = tmp_path / "mine.yaml"
+    for key in ("name", "tags", "hydra.run.dir", "root"):
+        path.write_text(f"{key}: {text}")
+        if is_read:
+            check_yaml(path, texts=TEXTS)
+        else:
+            with pytest.raises(ValueError, match=rf"{key}: {text} is .*; write a text in quotes: '{text}'"):
+                check_yaml(path, texts=TEXTS)
+
+
+def test_shipped_and_written_files_are_read(tmp_path: Path) -> None:
+    for path in config_folder().rglob("*.yaml"):
+        check_yaml(path, texts=TEXTS)
+    values = [*SCALARS, 1e-5, 1e22, float("inf"), -0.0, True, None, 10**20]
+    (tmp_path / "dumped.yaml").write_text(yaml.safe_dump(values))
+    assert load_yaml(tmp_path / "dumped.yaml") == values
+    OmegaConf.save({"key": values}, tmp_path / "saved.yaml")
+    check_yaml(tmp_path / "saved.yaml")
