@@ -23,6 +23,7 @@ from dlopt.basics.ranges import Count, NonNegative, Positive
 from dlopt.models.alexnet import AlexNet, TwoColumnAlexNet
 from dlopt.models.layers import ACTIVATIONS, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
+from dlopt.models.order import forward_order, output_layer
 from dlopt.optim.parameters import NORMS
 
 Fan = Literal["fan_in", "fan_out"]
@@ -284,19 +285,19 @@ def whitening(
         inputs: [B, C, H, W], normalized, on the model's device; a few thousand suffice.
         dirac: filter i of every other convolution copies input channel i (of each group separately); filters beyond
             the number of input channels are not changed.
-        head_std: rescales the weights of the last linear layer to this standard deviation (both: Jordan 2024, sections
-            3.2 and 3.3, and its code).
+        head_std: rescales the weights of the last layer (`output_layer`) to this standard deviation (both: Jordan 2024,
+            sections 3.2 and 3.3, and its code).
 
     Errors: UserError if the model has no 2-d convolution over all channels of its input, or see `weights`.
     """
     _refuse_computed_weights(model)
     try:
-        with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=()):
-            called = [weight.layer for weight in _in_forward_order(model, inputs[:2])]
+        uses = forward_order(model, inputs[:2])
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"init=whitening: the model fails on training data: {reason}; use another init") from None
-    layer = next((module for module in called if isinstance(module, nn.Conv2d)), None)
+    modules = dict(model.named_modules())
+    layer = next((modules[path] for path in uses if isinstance(modules.get(path), nn.Conv2d)), None)
     if layer is None or layer.groups != 1 or inputs.dim() != 4 or inputs.shape[1] != layer.in_channels:
         raise UserError("init=whitening: the model does not start with a convolution of the image; use another init")
     height, width = layer.kernel_size
@@ -319,10 +320,10 @@ def whitening(
                 for group in other.weight.chunk(other.groups):
                     nn.init.dirac_(group[: group.shape[1]])
         if head_std is not None:
-            heads = [module for module in called if isinstance(module, nn.Linear)]
-            if not heads:
-                raise UserError(f"init.head_std={head_std:g}: the model has no linear layer; set init.head_std=null")
-            heads[-1].weight.mul_(head_std / heads[-1].weight.std())
+            head: Any = output_layer(model, uses)
+            if head is layer:
+                raise UserError(f"init.head_std={head_std:g}: the model has one layer only; set init.head_std=null")
+            head.weight.mul_(head_std / head.weight.std())
     _finish(model, zero_last_gamma)
 
 

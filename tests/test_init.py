@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from dlopt import init
 from dlopt.basics.errors import UserError
@@ -264,9 +264,30 @@ def test_weights_computed_from_other_parameters_are_refused(wrap: Callable[..., 
     apply("default", model)
 
 
-def test_head_std_requires_a_linear_layer() -> None:
-    with pytest.raises(UserError, match=r"init\.head_std=1: the model has no linear layer"):
+def test_head_std_requires_another_layer() -> None:
+    with pytest.raises(UserError, match=r"init\.head_std=1: the model has one layer only"):
         apply("whitening_dirac", nn.Sequential(nn.Conv2d(3, 8, 3)))
+
+
+class _GatedConvolutions(nn.Module):
+    """Its linear layer is a gate, registered last and called before the head, a 1x1 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.stem, self.gate = nn.Conv2d(8, 5, 1), nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.stem(x)
+        gates = self.gate(maps.mean((2, 3))).sigmoid()[:, :, None, None]
+        return self.head(maps * gates).mean((2, 3))
+
+
+def test_head_std_rescales_the_layer_of_the_outputs() -> None:
+    model = _GatedConvolutions()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    apply("whitening", model, head_std=0.5)
+    assert model.head.weight.std().item() == pytest.approx(0.5)
+    torch.testing.assert_close(model.gate.weight, before["gate.weight"], rtol=0, atol=0)
 
 
 def test_whitening_requires_a_convolution_of_the_image() -> None:

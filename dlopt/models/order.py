@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dlopt.models.layers import evaluation_mode
+from dlopt.optim.parameters import NORMS, is_usually_exempt, registration_order
 
 # Functions that read the type or the shape of a tensor, not its values.
 _READ_NO_VALUES = {"to", "type_as", "expand_as", "view_as", "reshape_as", "is_same_size"}
@@ -64,3 +65,22 @@ def forward_order(model: nn.Module, inputs: Tensor) -> list[str]:
                 if name in buffers:
                     buffer.copy_(buffers[name])
     return uses
+
+
+def output_layer(model: nn.Module, uses: Sequence[str] | None = None) -> nn.Module | None:
+    """Returns the layer that the outputs come from: the last one with a matrix or kernel, of any type of layer.
+
+    `uses`: as `forward_order` returns it; None: the order of registration. Weights that two layers share count for the
+    one that is called last. None for a model without matrices.
+    """
+    uses = registration_order(model) if uses is None else uses
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for number in reversed(range(len(uses))):
+        weight = parameters.get(uses[number])
+        if weight is None or weight.ndim < 2 or is_usually_exempt(model, uses[number], weight):
+            continue
+        owners = [path for path, module in modules.items() if any(each is weight for each in module.parameters(False))]
+        if not isinstance(modules[owners[0]], NORMS):
+            called = next((path for path in reversed(uses[:number]) if path in owners), owners[0])
+            return modules[called.partition(".parametrizations")[0]]
+    return None

@@ -152,7 +152,7 @@ def _decays(model: nn.Module, decay_norm_and_bias: bool) -> dict[str, float]:
     for name, parameter in names.items():
         own = [(prefix, patterns) for prefix, patterns in lists.items() if name.startswith(prefix)]
         is_listed = any(fnmatchcase(name, f"{prefix}{pattern}") for prefix, patterns in own for pattern in patterns)
-        is_named = not own and _is_usually_exempt(model, name, parameter)
+        is_named = not own and is_usually_exempt(model, name, parameter)
         is_bias = "bias" in name.rpartition(".")[2]
         is_exempt = parameter.ndim <= 1 or is_bias or parameter in exempt or is_listed or is_named
         decays[name] = 0.0 if is_exempt else 1.0
@@ -202,7 +202,8 @@ _POSITIONS_AND_TOKENS = (
 _MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def _is_usually_exempt(model: nn.Module, name: str, parameter: Tensor) -> bool:
+def is_usually_exempt(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Returns whether the name or the shape is that of positions, a token or a vector, not of a layer's matrix."""
     path, _, last = name.rpartition(".")
     if last in _POSITIONS_AND_TOKENS:
         return True
@@ -236,7 +237,7 @@ def _layers(model: nn.Module, uses: Sequence[str] | None) -> dict[str, int]:
     units = [prefix for prefix, module in model.named_modules() if getattr(module, "is_one_layer", False)]
     numbers: dict[str, int] = {}  # of the units
     layer, found = -1, dict.fromkeys((name for name, _ in model.named_parameters()), 0)
-    for name in _ordered(model, uses):
+    for name in in_order(model, uses):
         owner = next((prefix for prefix in units if is_below(name, (prefix,))), "")
         if owner:
             layer += owner not in numbers
@@ -253,7 +254,7 @@ def has_own_layers(model: nn.Module) -> bool:
     return hasattr(model, "group_matcher") and find_spec("timm") is not None
 
 
-def _ordered(model: nn.Module, uses: Sequence[str] | None) -> list[str]:
+def in_order(model: nn.Module, uses: Sequence[str] | None) -> list[str]:
     """Returns the names of the parameters in the order of their first use.
 
     A parameter that no function of torch takes (weights of recurrent layers) is where its module is called. Unused ones

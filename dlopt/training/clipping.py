@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.ranges import NonNegative, Positive
+from dlopt.models.order import output_layer
 from dlopt.optim.parameters import real_views
 from dlopt.parallel.shards import local, plain_norm, unit_norm
 
@@ -74,8 +75,8 @@ class Adaptive:
     """Scales each unit's gradient to at most `clipping` times its weight norm (AGC; Brock et al. 2021, eq. 3).
 
     A unit is one output of a linear or convolutional layer (one row of the weight); a bias or gain is a single unit, as
-    in the authors' code. As in the paper, the final linear layer is not clipped: the last in execution order by `uses`
-    (see `dlopt.models.order`), or the last registered one.
+    in the authors' code. As in the paper, the final layer is not clipped: see `output_layer`. `uses`: the order of
+    execution, or None for that of registration.
     """
 
     def __init__(
@@ -83,9 +84,8 @@ class Adaptive:
     ) -> None:
         self.clipping = clipping
         self.eps = eps
-        linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-        called = [path for path in (uses or linears) if path in linears] or [*linears]
-        self.exempt = set(linears[called[-1]].parameters()) if called else set()
+        final = output_layer(model, uses)
+        self.exempt = set() if final is None else set(final.parameters(recurse=final is not model))
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> None:

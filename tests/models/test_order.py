@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlopt.models.order import forward_order
+from dlopt.models.order import forward_order, output_layer
 from dlopt.optim.parameters import Grouping, normalized_weights, parameter_groups, unused_parameters
 from dlopt.training.clipping import Adaptive
 
@@ -152,3 +152,80 @@ def test_dlopts_models_register_layers_in_the_order_of_the_computation(choice: s
     ]
     assert [[*map(id, group["params"])] for group in found] == [[*map(id, group["params"])] for group in registered]
     assert normalized_weights(model, uses) == normalized_weights(model)
+
+
+def _gated(head: nn.Module) -> Net:
+    """A head, then a squeeze-and-excitation block whose gates are registered last and called before it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        maps = self.stem(x)
+        gates = self.gate(self.squeeze(maps.mean((2, 3))).relu()).sigmoid()
+        return self.head(maps * gates[:, :, None, None]).mean((2, 3))
+
+    parts: dict[str, nn.Module | nn.Parameter] = {"head": head, "stem": nn.Conv2d(1, 4, 3)}
+    return Net(parts | {"squeeze": nn.Linear(4, 2), "gate": nn.Linear(2, 4)}, forward)
+
+
+def _tied() -> Net:
+    tokens = nn.Embedding(5, 4)
+    head = nn.Linear(4, 5)
+    head.weight = tokens.weight
+    return Net(
+        {"head": head, "tokens": tokens, "mlp": nn.Linear(4, 4)}, lambda self, x: self.head(self.mlp(self.tokens(x)))
+    )
+
+
+def _functional() -> Net:
+    parts = {"tokens": nn.Embedding(5, 4), "mlp": nn.Linear(4, 4)}
+    return Net(parts, lambda self, x: self.mlp(self.tokens(x)) @ self.tokens.weight.T)
+
+
+def _listed() -> Net:
+    layers = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(4, 4)])
+    return Net({"layers": layers}, lambda self, x: self.layers[0](self.layers[1](self.layers[2](x))))
+
+
+def _scaled() -> Net:
+    """What follows the head has no matrix: a gain of each output, in a shape that broadcasts, and a norm of maps."""
+    parts: dict[str, nn.Module | nn.Parameter] = {
+        "head": nn.Conv2d(1, 2, 1), "gain": nn.Parameter(torch.ones(1, 2, 1, 1)), "norm": nn.LayerNorm([2, 4, 4]),
+    }  # fmt: skip
+    return Net(parts, lambda self, x: self.norm(self.head(x) * self.gain).mean((2, 3)))
+
+
+IMAGES, TOKENS = torch.zeros(2, 1, 4, 4), torch.zeros(2, 3, dtype=torch.int64)
+HEADS: dict[str, tuple[nn.Module, Tensor, str]] = {
+    "convolution": (_gated(nn.Conv2d(4, 3, 1)), IMAGES, "head"),
+    "transposed": (_gated(nn.ConvTranspose2d(4, 3, 2)), IMAGES, "head"),
+    "weight norm": (_gated(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 3, 1))), IMAGES, "head"),
+    "spectral norm": (_gated(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 3, 1))), IMAGES, "head"),
+    "tied": (_tied(), TOKENS, "head"),
+    "functional": (_functional(), TOKENS, "tokens"),
+    "list": (_listed(), torch.zeros(2, 4), "layers.0"),
+    "gain": (_scaled(), IMAGES, "head"),
+    "one output": (Net({"head": nn.Linear(4, 1), "body": nn.Linear(4, 4)}, lambda s, x: s.head(s.body(x))),
+                   torch.zeros(2, 4), "head"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_outputs_come_from(name: str) -> None:
+    model, inputs, head = HEADS[name]
+    uses = forward_order(model, inputs)
+    assert output_layer(model, uses) is model.get_submodule(head)
+    exempt = Adaptive(model, clipping=0.1, eps=0.0, uses=uses).exempt
+    assert exempt == {*model.get_submodule(head).parameters()}
+
+
+def test_the_outputs_of_a_parameter_of_the_model_itself() -> None:
+    """Of what the model holds itself, only its direct parameters are those of the head."""
+    parts: dict[str, nn.Module | nn.Parameter] = {"matrix": nn.Parameter(torch.ones(4, 2)), "body": nn.Linear(4, 4)}
+    model = Net(parts, lambda self, x: self.body(x) @ self.matrix)
+    clip = Adaptive(model, clipping=0.1, eps=0.0, uses=forward_order(model, torch.zeros(2, 4)))
+    assert clip.exempt == {model.matrix}
+
+
+def test_a_model_without_matrices_has_no_head() -> None:
+    model = nn.Sequential(nn.LayerNorm([2, 4]))
+    assert output_layer(model, forward_order(model, torch.zeros(2, 2, 4))) is None
+    assert Adaptive(model, clipping=0.1, eps=0.0).exempt == set()

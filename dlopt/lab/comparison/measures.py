@@ -13,6 +13,8 @@ from dlopt.instruments.curvature import hessian_product, largest_eigenvalues, lo
 from dlopt.instruments.layers import LayerProbe, LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLagProbe
 from dlopt.models.layers import frozen_statistics
+from dlopt.models.order import forward_order
+from dlopt.optim.parameters import in_order
 
 _SAMPLES = 256  # training samples of a measurement
 _COMPANIES = 8  # batches in which a sample's gradient is measured
@@ -110,7 +112,9 @@ def condition_number(workload: Workload) -> float:
 def gradient_ratio(workload: Workload) -> float:
     """Measures the gradient norm of the first weight matrix relative to the last one's: small if gradients vanish."""
     inputs, targets = spread_samples(workload)
-    matrices = [p for p in workload.module.parameters() if p.requires_grad and p.ndim > 1]
+    uses, parameters = forward_order(workload.module, inputs[:2]), dict(workload.module.named_parameters())
+    ordered = (parameters[name] for name in in_order(workload.module, uses))
+    matrices = [p for p in ordered if p.requires_grad and p.ndim > 1]
     workload.module.train()
     with frozen_statistics(workload.module):
         loss = workload.loss(workload.module(inputs), targets)

@@ -1,6 +1,7 @@
 """Measures of networks against their definitions on networks with known answers."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +38,18 @@ def test_only_batch_norm_makes_samples_dependent() -> None:
 def test_gradient_ratio_of_a_deep_network_vanishes() -> None:
     deep = workload("model.norm=none", f"model.widths={[8] * 12}", "model.activation=sigmoid")
     assert measures.gradient_ratio(deep) < 1e-6 < 0.1 < measures.gradient_ratio(workload("model.norm=none"))
+
+
+def test_gradient_ratio_follows_the_order_of_execution() -> None:
+    made = workload("model.norm=none", "model.widths=[8,8,8]", "model.activation=sigmoid")
+    expected = measures.gradient_ratio(made)
+    layers, forward = made.module, type(made.module).forward
+    names = [*layers._modules]
+    turned = nn.Module()
+    for name in reversed(names):
+        turned.add_module(name, layers.get_submodule(name))
+    turned.forward = lambda x: forward(layers, x)  # type: ignore[method-assign]
+    assert measures.gradient_ratio(replace(made, module=turned)) == expected
 
 
 def test_the_condition_number_of_a_linear_regression_is_that_of_its_inputs() -> None:
