@@ -145,8 +145,8 @@ class SweepRequest:
         return SweepEnd(DONE)
 
 
-def print_next(title: str, sweep: Path, *, has_failed: bool = False) -> None:
-    """Prints `title` and the next commands."""
-    path = shlex.quote(short_path(sweep))
+def print_next(title: str, sweep: Path, *others: Path, has_failed: bool = False) -> None:
+    """Prints `title` and the next commands. `others`: folders with further runs of the same study."""
+    path = shlex.join(map(short_path, (sweep, *others)))
     failed = [f"  dlopt runs {path} status=failed"] if has_failed else []
     print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
-from dlopt.basics.formats import format_count
+from dlopt.basics.formats import format_count, printable
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import flatten, is_below, load_yaml
 from dlopt.basics.ranges import Count, Seed
@@ -58,6 +58,7 @@ from dlopt.sweeps.study import (
     Study,
     StudySpec,
     describe_differences,
+    hide_password,
     is_fact,
     storage_errors,
 )
@@ -116,25 +117,51 @@ def search(request: SweepRequest) -> SweepEnd:
         return SweepEnd(DONE, None if len(spec.objectives) > 1 else of_folder(folder))
     try:
         if isinstance(request.launcher, Slurm):
-            with storage_errors(spec.storage), closing(Study(folder, spec, facts)) as study:
+            with storage_errors(spec.storage), closing(_joined(folder, spec, facts, is_new=saved is None)) as study:
                 _write_sweep_file(folder, facts, study, spec)
             left = _jobs_left(saved, facts, spec.total)
             workers, total = spec.total if left is None else left, spec.total * spec.jobs_per_trial
             submit_search(request, request.launcher, folder, jobs[0], total, workers)
             return SweepEnd(DONE, is_submitted=True)
-        return _run(request, spec, facts, folder)
+        return _run(request, spec, facts, folder, is_new=saved is None)
     except UserError:
         if saved is None:
             before.erase(folder)
         raise
 
 
-def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path) -> SweepEnd:
+def _joined(folder: Path, spec: StudySpec, facts: Mapping[str, Any], *, is_new: bool) -> Study:
+    """Creates or joins the study, and says what other folders have of it. Raises `UserError`.
+
+    `is_new`: the folder has no jobs of the study, so that it would stay empty where the others leave none.
+    """
+    study = Study(folder, spec, facts)
+    if not (others := study.elsewhere()):
+        return study
+    folders = printable(", ".join(map(str, _folders(others))))
+    name = f"the study {spec.name} of {hide_password(spec.storage)}"
+    if is_new and len(others) == spec.total and all(trial.state.is_finished() for trial in others):
+        study.close()
+        raise UserError(
+            f"hydra.sweeper.study_name={spec.name}: {name} has ended with {spec.total} trials in {folders}; to extend "
+            "it, raise hydra.sweeper.n_trials; for a new search, set another study_name"
+        )
+    print(f"joins {name}: {len(others)} of {spec.total} trials are in {folders}")
+    return study
+
+
+def _folders(trials: Sequence[FrozenTrial]) -> list[Path]:
+    return sorted({Path(str(trial.user_attrs["folder"])) for trial in trials})
+
+
+def _run(
+    request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path, *, is_new: bool
+) -> SweepEnd:
     """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
     assert isinstance(request.launcher, pools.Pool)  # has refused and submitted others
     pools.warm_up()
     with storage_errors(spec.storage):
-        study = Study(folder, spec, facts)
+        study = _joined(folder, spec, facts, is_new=is_new)
         _write_sweep_file(folder, facts, study, spec)
         source = Search(spec, study, partial(build_job, request.plan_job, folder))
         try:
@@ -143,6 +170,7 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
             _write_sweep_file(folder, facts, study, spec)
             study.close()
         counts, finished = study.counts(), study.finished()
+        others = [each for each in _folders(study.elsewhere()) if each.is_dir()]
     if elsewhere := counts[TrialState.RUNNING] - source.interrupted:
         are = "is" if elsewhere == 1 else "are"
         print(f"{format_count('trials' if spec.seeds else 'jobs', elsewhere)} {are} still running in other processes")
@@ -154,7 +182,7 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
     else:
         end = SweepEnd(code, ranking := of_folder(folder, *_runs_elsewhere(folder, finished)))
         show_end(ranking, folder, is_final=not source.interrupted and not elsewhere)
-    print_next(f"\nsweep folder: {short_path(folder)}", folder, has_failed=has_failed)
+    print_next(f"\nsweep folder: {short_path(folder)}", folder, *others, has_failed=has_failed)
     return end
 
 
@@ -173,7 +201,8 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
     if not isinstance(saved, dict):
         raise UserError(f"{key}: this folder contains a grid sweep, not a search")
     if different := describe_differences(saved.get("facts", {}), facts):
-        raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
+        only = "; points are enqueued when a search begins: repeat them" if different.startswith("enqueue: ") else ""
+        raise UserError(f"{key}: this folder contains a different search ({different}){only}; use another folder")
     has_begun = any(RunFolder(path).has_begun() for path in find(sweep))
     if resume != "auto" and has_begun and not live_workers(sweep):
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
@@ -407,9 +436,7 @@ def _write_sweep_file(folder: Path, facts: Mapping[str, Any], study: Study, spec
         ended = sum(counts[state] for state in _STATES.values())
         total = sum(counts.values())
         content = {"facts": dict(facts), "directions": list(spec.directions), "finished": ended, "total": total}
-        if spec.jobs_per_trial > 1:
-            content["jobs"] = total * spec.jobs_per_trial - study.left_out()
-        write_yaml(folder / SPACE, content)
+        write_yaml(folder / SPACE, content | {"jobs": study.jobs_here(spec.jobs_per_trial)})
 
 
 @dataclass

@@ -149,7 +149,7 @@ class Study:
         """Creates the study, or joins it. Raises `UserError` if it has other `facts` (JSON values)."""
         self.folder, self.space, self.total = folder, spec.space, spec.total
         self._storage, self._sampler = open_storage(spec.storage, folder), spec.sampler
-        self._enqueued = spec.enqueued
+        self._enqueued, self._is_shared = spec.enqueued, spec.storage is not None
         self._workers = folder / WORKERS
         self.worker = name_worker()
         self._claimed: set[int] = set()
@@ -276,9 +276,16 @@ class Study:
     def counts(self) -> Counter[TrialState]:
         return Counter(trial.state for trial in self._trials())
 
-    def left_out(self) -> int:
-        """Returns how many jobs of pruned and failed trials were not started."""
-        return sum(trial.user_attrs.get("left_out", 0) for trial in self._trials())
+    def elsewhere(self) -> list[FrozenTrial]:
+        """Returns the trials of a database that other folders have claimed: those whose worker has no lock here."""
+        claimed = [trial for trial in self._trials() if self._is_shared and "worker" in trial.user_attrs]
+        return [each for each in claimed if not (self._workers / f"{each.user_attrs['worker']}.lock").exists()]
+
+    def jobs_here(self, per_trial: int) -> int:
+        """Returns the number of jobs but those of other folders, and those of pruned and failed trials not started."""
+        others = {trial.number for trial in self.elsewhere()}
+        own = [trial for trial in self._trials() if trial.number not in others]
+        return sum(per_trial - trial.user_attrs.get("left_out", 0) for trial in own)
 
     def finished(self) -> list[FrozenTrial]:
         """Returns the trials with objectives, of this and other processes.

@@ -196,6 +196,31 @@ def test_password_is_not_written_to_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert not [path for path in files if b"sesame" in path.read_bytes()]
 
 
+def test_folders_that_share_a_database(tmp_path: Path) -> None:
+    def run(place: str, total: int, *more: str) -> Result:
+        words = [SPACE, "hydra.sweeper.storage=sqlite:///study.db", f"hydra.sweeper.n_trials={total}"]
+        return dlopt(tmp_path, "train", "-m", *TINY, *SEARCH, *words, f"hydra.sweep.dir={place}", *more)
+
+    def status(place: str) -> dict[str, Any]:
+        return cast(dict[str, Any], json.loads(dlopt(tmp_path, "sweep", "status", place, "--json").out))
+
+    assert "joins" not in run("first", 2).out
+    late = run("second", 2)
+    assert late.code == 2 and not (tmp_path / "second").exists()
+    assert f"study.db has ended with 2 trials in {tmp_path / 'first'}; to extend it" in late.err
+    later = run("second", 3)
+    assert later.code == 0, later.err
+    assert f"study.db: 2 of 3 trials are in {tmp_path / 'first'}\n" in later.out
+    assert "  dlopt report second first\n" in later.out
+    assert sorted(each.name for each in (tmp_path / "second").glob("[0-9]*")) == ["2"]
+    for place, numbers in {"first": [0, 1], "second": [2]}.items():
+        found = status(place)
+        assert found["exit_code"] == 0 and found["counts"] == {"finished": len(numbers)}
+        assert [job["number"] for job in found["jobs"]] == numbers
+    (tmp_path / "first").rename(tmp_path / "moved")  # its own trials are still its own
+    assert run("moved", 3, "resume=auto").code == 0 and status("moved")["counts"] == {"finished": 2}
+
+
 def test_each_trial_runs_with_all_seeds_and_counts_by_their_mean(tmp_path: Path) -> None:
     (tmp_path / "points.yaml").write_text("- {optimizer.lr: 3e-1}\n- optimizer.lr: 0.02\n")
     line = [SPACE, "seeds=2", "hydra.sweeper.enqueue=points.yaml", "hydra.sweeper.n_trials=3"]
@@ -215,6 +240,7 @@ def test_each_trial_runs_with_all_seeds_and_counts_by_their_mean(tmp_path: Path)
     assert "seeds: saved 0,1, now nothing" in message
     message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, *line[:2], line[3], "resume=auto")
     assert "enqueue: saved optimizer.lr=0.3; optimizer.lr=0.02, now nothing" in message
+    assert "points are enqueued when a search begins: repeat them" in message
 
 
 def study_of_sweep(sweep: Path) -> list[float]:
