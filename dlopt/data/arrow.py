@@ -16,7 +16,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.images import decode_bytes
+from dlopt.data.images import Size, decode_bytes
 from dlopt.data.parquet import Parts, innermost, library, read_parquet, refuse_unnamed, stored_names, without_large
 from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
@@ -203,8 +203,8 @@ class Columns:
         is_struct = library(self._key).types.is_struct(column.type)
         return self.encoded and is_struct and any(chunk.field("bytes").null_count for chunk in column.chunks)
 
-    def value(self, row: int, channels: Channels) -> Any:
-        return _value(self.table, self._names, row, channels, self._key, self._roots)
+    def value(self, row: int, channels: Channels, size: Size = None) -> Any:
+        return _value(self.table, self._names, row, channels, size, self._key, self._roots)
 
     def place(self, row: int) -> str:
         return f"{self._key}, row {row}"
@@ -225,24 +225,24 @@ class Columns:
 
 
 def _value(
-    table: Any, names: Sequence[str], index: int, channels: Channels, key: str, roots: Sequence[str] = ()
+    table: Any, names: Sequence[str], index: int, channels: Channels, size: Size, key: str, roots: Sequence[str]
 ) -> Any:
-    """Returns the input in a row: an image uint8 [C, H, W], or an array as `Wrapped` reads it."""
+    """Returns the input in a row, see `RowSource.value`."""
     if len(names) > 1 or _is_number(table.schema.field(names[0]).type):
         return np.array([_number(table, name, index, key) for name in names], dtype=np.float64)  # `Wrapped` rounds them
     (name,) = names
     where = f"{key}, row {index}: {name}"
     stored = table.column(name)[index]
     inner = getattr(getattr(stored, "value", stored), "values", None)  # the former of a type of the package datasets
-    if (size := getattr(inner, "nbytes", 0)) > _MAX_VALUE:
-        raise UserError(f"{where} has {format_bytes(size)} of numbers; at most {format_bytes(_MAX_VALUE)} are allowed")
+    if (taken := getattr(inner, "nbytes", 0)) > _MAX_VALUE:
+        raise UserError(f"{where} has {format_bytes(taken)} of numbers; at most {format_bytes(_MAX_VALUE)} are allowed")
     value = stored.as_py()
     if isinstance(value, Mapping):
         value = _file(value, where, roots)
     if value is None:
         raise UserError(f"{where} is missing")
     if isinstance(value, bytes):
-        return decode_bytes(value, channels, where)
+        return decode_bytes(value, size, channels, where)
     kind = table.schema.field(name).type
     if not isinstance(value, list):
         raise UserError(

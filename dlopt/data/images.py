@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
@@ -29,11 +28,13 @@ _ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
+Size = tuple[int, int] | None
+"""Height, width; None for an image's own."""
 Boxes = Callable[[Tensor, Tensor], Tensor]
 """Returns a `Box` of each image, [n, 4], given their heights and widths [n]."""
 
 
-def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def size_pair(size: int | Size) -> Size:
     """Returns `image_size` as (height, width); a single number means a square."""
     return (size, size) if isinstance(size, int) else size
 
@@ -57,13 +58,13 @@ def describe(source: str | bytes, name: str) -> Stored:
         return EncodedImage(source).stored(checks_alpha=True)
 
 
-def decode_bytes(content: bytes, channels: int | None, name: str) -> Tensor:
-    """Decodes the content of an image file like `decode`, without resizing; `channels` None for the file's own.
+def decode_bytes(content: bytes, size: Size, channels: int | None, name: str) -> Tensor:
+    """Decodes the content of an image file like `decode`; `channels` None for the file's own.
 
     Raises `UserError` that starts with `name`.
     """
     with _naming(name):
-        return EncodedImage(content).decode(None, channels)
+        return EncodedImage(content).decode(size, channels)
 
 
 def has_colour(content: bytes, name: str) -> bool:
@@ -79,11 +80,11 @@ def has_colour(content: bytes, name: str) -> bool:
     return bool((pixels != pixels[:1]).any())
 
 
-def decode(path: str, size: tuple[int, int] | None, channels: int) -> Tensor:
+def decode(path: str, size: Size, channels: int) -> Tensor:
     """Decodes the image in `path` to uint8 [channels, H, W], rotated as its EXIF data says.
 
-    If `size` = (H, W) is given, scales the image to cover it, keeping the aspect ratio, and crops the centre. Drops
-    transparency, uses the first frame of animations, and keeps the upper 8 bits of 16-bit grey.
+    If `size` = (H, W) is given, scales the image to cover it, keeping the aspect ratio, and crops the centre. Lays
+    transparent images on white, uses the first frame of animations, and keeps the upper 8 bits of 16-bit grey.
 
     Raises:
         UserError: the file cannot be read as an image, or its pixels are numbers without a white (see `from_pil`).
@@ -149,6 +150,8 @@ def from_pil(image: "Image", channels: int | None = None) -> Tensor:
     Raises `ValueError` for floating-point, 32-bit and signed pixels: nothing defines which of their values is white, so
     0..1 or 100..400 would become black or white images.
     """
+    from PIL import Image
+
     if image.mode == "F" or (image.mode == "I" and image.format not in _UNSIGNED_16_BITS):
         low, high = image.getextrema()
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
@@ -156,30 +159,19 @@ def from_pil(image: "Image", channels: int | None = None) -> Tensor:
     if channels is None:
         channels = 1 if image.mode in _GREY else 3
     if image.mode.startswith("I"):  # 16-bit grey: converting would clip at 255 instead of scaling
-        from PIL import Image
-
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+    if _has_alpha(image):  # converting would show the colours of invisible pixels
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
-        if image.mode == "P":  # a palette with transparency warns unless it goes through RGBA
-            image = image.convert("RGBA")
         image = image.convert(mode)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scales images [B, C, H, W] to cover `size` = (H', W'), keeping the aspect ratio, and crops the centre.
-
-    Bilinear with anti-aliasing; keeps the dtype.
-    """
-    if tuple(images.shape[-2:]) == size:
-        return images
-    height, width = images.shape[-2:]
-    left, top, right, bottom = (round(edge) for edge in _centre_box(width, height, size))
-    crop = images[..., top : max(bottom, top + 1), left : max(right, left + 1)]
-    result = interpolate(crop.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-    return result.round_().clamp_(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else result.to(images.dtype)
+def _has_alpha(image: "Image") -> bool:
+    """Returns whether an image may have transparent pixels."""
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
 class EncodedImage:
@@ -203,7 +195,7 @@ class EncodedImage:
     def stored(self, *, checks_alpha: bool = False) -> Stored:
         """Returns how the image is stored. `checks_alpha`: decodes transparency, which may be nowhere."""
         image = self._image
-        has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+        has_alpha = _has_alpha(image)
         # The mode in the file, such as RGB;16B, which Pillow reduces to 8 bits.
         _, _, _, raw = next(iter(getattr(image, "tile", None) or [(None, None, None, "")]))
         raw = raw[0] if isinstance(raw, tuple) and raw else raw
@@ -213,7 +205,7 @@ class EncodedImage:
             self.height, self.width, self.mode in _GREY, has_alpha, image.mode.startswith("I") or ";16" in str(raw)
         )
 
-    def decode(self, size: tuple[int, int] | None, channels: int | None, box: Box | None = None) -> Tensor:
+    def decode(self, size: Size, channels: int | None, box: Box | None = None) -> Tensor:
         """Returns `box` (left, top, right, bottom; None: the largest centred one) as uint8 [channels, *size].
 
         `size` None for the whole image, unchanged. Call once.
@@ -222,30 +214,36 @@ class EncodedImage:
 
         image = self._image
         is_whole = box is None and size in (None, (self.height, self.width))
+        left, top, shrink = 0.0, 0.0, 1.0
         if size is not None and not is_whole:
-            left, top, right, bottom = _centre_box(self.width, self.height, size) if box is None else box
-            # Pillow refuses a box that rounding has moved out of the image.
-            box = max(left, 0.0), max(top, 0.0), min(right, self.width), min(bottom, self.height)
+            box = centre_box(self.width, self.height, size) if box is None else box
             if image.format == "JPEG":
                 # Lets the decoder downscale large images by powers of two, to no less than twice the target size.
                 scale = 2 * max(size[0] / (box[3] - box[1]), size[1] / (box[2] - box[0]))
                 width, height = image.size
                 if scale < 1 and (draft := image.draft(None, (round(width * scale), round(height * scale)))):
-                    left, top, right, bottom = (edge * draft[1][2] / width for edge in box)
-                    box = left, top, right, bottom
+                    shrink = draft[1][2] / width
+                    # The draft has a part of a pixel too much at the right and the bottom; mirroring moves it.
+                    sizes = image.size if self._orientation < 5 else image.size[::-1]
+                    left = (sizes[0] - self.width * shrink) * (self._orientation in (2, 3, 6, 7))
+                    top = (sizes[1] - self.height * shrink) * (self._orientation in (3, 4, 7, 8))
         if self._orientation > 1:
             image = ImageOps.exif_transpose(image)
             image.format = self._image.format
         if size is None or is_whole:
             return from_pil(image, channels)
-        if image.mode not in ("L", "RGB"):
+        assert box is not None
+        edges = [start + edge * shrink for start, edge in zip((left, top) * 2, box, strict=True)]
+        # Pillow refuses a box that rounding has moved out of the image.
+        box = max(edges[0], 0.0), max(edges[1], 0.0), min(edges[2], image.width), min(edges[3], image.height)
+        if image.mode not in ("L", "RGB") or _has_alpha(image):
             pixels = from_pil(image, channels).permute(1, 2, 0)
             image = Image.fromarray(pixels.squeeze(-1).contiguous().numpy())
         return from_pil(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box), channels)
 
 
-def _centre_box(width: int, height: int, size: tuple[int, int]) -> Box:
-    """Returns the largest centred box (left, top, right, bottom) with the aspect ratio of `size` = (H, W)."""
+def centre_box(width: int, height: int, size: tuple[int, int]) -> Box:
+    """Returns the largest centred box of an image that has the aspect ratio of `size` = (H, W)."""
     scale = min(height / size[0], width / size[1])
     box_width, box_height = scale * size[1], scale * size[0]
     left, top = (width - box_width) / 2, (height - box_height) / 2

@@ -101,7 +101,7 @@ def _losses(dataset: Dataset) -> list[str]:
                     continue
                 total += 1
                 losses["the colour"] += samples.shape[0] == 1 and not stored.is_grey
-                losses["the transparency"] += stored.has_alpha
+                losses["the transparency (now white)"] += stored.has_alpha
                 losses["the lower 8 of 16 bits"] += stored.has_16_bits
     found = [
         f"{LEFT_OUT}{name} of {count:,} of {format_count('images', total)} that were looked at"

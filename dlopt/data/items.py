@@ -15,10 +15,10 @@ def name_of(dataset: Any, key: str) -> str:
     return name
 
 
-def read_item(dataset: Any, index: int, name: str) -> Any:
-    """Returns an item as the dataset has it. Raises `UserError`."""
+def read_item(dataset: Any, index: int, name: str, size: tuple[int, int] | None = None) -> Any:
+    """Returns an item as the dataset has it; `size`: of images that it can decode at a size. Raises `UserError`."""
     try:
-        return dataset[index]
+        return dataset.read_resized(index, size) if size and hasattr(dataset, "read_resized") else dataset[index]
     except UserError:
         raise
     except Exception as error:  # user code may raise anything; name the sample

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dlopt.data.images import Box
+from dlopt.data.images import Box, centre_box
 
 Taps = list[tuple[Tensor, Tensor]]
 """Input pixels and their weights, each [b or 1, n]: an output pixel is the weighted sum over the list."""
@@ -52,16 +53,33 @@ def _weighted_sum(images: Tensor, axis: int, taps: Taps) -> Tensor:
     return result
 
 
-def resize_box(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Resizes the box (left, top, right, bottom) of an image [C, H, W] to [C, *size]; keeps the dtype."""
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scales images [..., H, W] to cover `size` = (H', W'), keeping the aspect ratio, and crops the centre.
+
+    Keeps the dtype: uint8 as Pillow reads image files, others without rounding.
+    """
+    height, width = images.shape[-2:]
+    return images if (height, width) == size else resize_box(images, centre_box(width, height, size), size)
+
+
+def resize_box(images: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """Resizes the box (left, top, right, bottom) of images [..., H, W] to [..., *size]; keeps the dtype."""
+    planes = images.reshape(-1, *images.shape[-2:])
+    if images.dtype == torch.uint8:  # as image files: Pillow rounds after each axis
+        from PIL import Image
+
+        height, width = images.shape[-2:]
+        box = max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height)  # see `EncodedImage.decode`
+        resized = torch.empty((len(planes), *size), dtype=torch.uint8)
+        for plane, target in zip(planes.cpu().numpy(), resized.numpy(), strict=True):
+            target[:] = np.asarray(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR, box=box))
+        return resized.view(*images.shape[:-2], *size)
     left, top, right, bottom = box
     rows, columns = (
-        filter_taps(start + step * (torch.arange(n)[None] + 0.5), step, length, step)
+        filter_taps(start + step * (torch.arange(n, device=images.device)[None] + 0.5), step, length, step)
         for start, step, n, length in (
-            (top, (bottom - top) / size[0], size[0], image.shape[1]),
-            (left, (right - left) / size[1], size[1], image.shape[2]),
+            (top, (bottom - top) / size[0], size[0], images.shape[-2]),
+            (left, (right - left) / size[1], size[1], images.shape[-1]),
         )
     )
-    result = resample(image[None].float(), rows, columns)[0]
-    # Averages of pixels stay within 0..255.
-    return result.round_().to(torch.uint8) if image.dtype == torch.uint8 else result.to(image.dtype)
+    return resample(planes[None].float(), rows, columns)[0].view(*images.shape[:-2], *size).to(images.dtype)

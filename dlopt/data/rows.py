@@ -23,7 +23,7 @@ from dlopt.data.checks import (
     refuse_values,
     rounding_warnings,
 )
-from dlopt.data.images import Stored, describe, has_colour, size_pair
+from dlopt.data.images import Size, Stored, describe, has_colour, size_pair
 from dlopt.data.samples import Dataset, Wrapped
 
 Labels = Literal["class", "several", "value"]
@@ -54,8 +54,11 @@ class RowSource(Protocol):
         """Returns the labels of all rows."""
         ...
 
-    def value(self, row: int, channels: Channels) -> Any:
-        """Returns an input: an image uint8 [C, H, W], or an array as `Wrapped` reads it. Raises `UserError`."""
+    def value(self, row: int, channels: Channels, size: Size = None) -> Any:
+        """Returns an input: an image uint8 [C, H, W], or an array as `Wrapped` reads it. Raises `UserError`.
+
+        `size`: of images in files, which are scaled and cropped as in image folders; None for their own.
+        """
         ...
 
     def read(self, start: int, stop: int) -> bytes:
@@ -181,25 +184,29 @@ class RowDataset:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.read_resized(index, None)
+
+    def read_resized(self, index: int, size: Size) -> tuple[Any, Any]:
+        """Returns an item; see `RowSource.value` for `size`."""
         label = self.targets[index]
-        return self._value(index), label if label.ndim else label.item()
+        return self._value(index, size), label if label.ndim else label.item()
 
     def stored(self, index: int) -> Stored | None:
         """Returns how an image is stored; None if it is missing, or no file. Raises `UserError`."""
         content = self.table.content(index) if self.table.encoded else None
         return None if content is None else describe(content, self.table.place(index))
 
-    def _value(self, index: int) -> Any:
+    def _value(self, index: int, size: Size) -> Any:
         if not self._is_checked:
-            return self.table.value(index, self._channels)
-        image = self.table.value(index, None)
+            return self.table.value(index, self._channels, size)
+        image = self.table.value(index, None, size)
         if isinstance(image, torch.Tensor) and len(image) > 1:
             if bool((image != image[:1]).any()):
                 raise UserError(
                     f"data.channels=null: {self.table.place(index)}: has colour, the images looked at in advance are "
                     "grey; set data.channels=3, or 1 to read all of them as grey"
                 )
-            return self.table.value(index, self._channels)
+            return self.table.value(index, self._channels, size)
         return image
 
 

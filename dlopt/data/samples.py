@@ -20,9 +20,9 @@ from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
 from dlopt.data.checks import column_warnings, rounding_warnings, sampled
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.images import Boxes, decode, decode_boxes, from_pil, header_size, orientation, resize
+from dlopt.data.images import Boxes, Size, decode, decode_boxes, from_pil, header_size, orientation
 from dlopt.data.items import name_of, read_item
-from dlopt.data.resampling import resize_box
+from dlopt.data.resampling import resize, resize_box
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.data.windows import Windows
 from dlopt.tasks import kinds
@@ -264,6 +264,12 @@ class Files(ImageList):
         selected.digests = None if self.digests is None else self.digests[indices]
         return selected
 
+    def at_size(self, size: tuple[int, int]) -> "Files":
+        """Returns the same images, of which `fetch` returns the centre at another size."""
+        resized = copy(self)
+        resized.image_size = resized._size = size
+        return resized
+
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
         """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
         result = torch.empty((len(indices), self.channels, *size), dtype=torch.uint8)
@@ -374,6 +380,11 @@ class Wrapped:
         results = [resize_box(image, box, size) for image, box in zip(images, edges, strict=True)]
         return torch.stack(results) if results else self.fetch(indices).new_empty((0, self.shape[0], *size))
 
+    def at_size(self, size: tuple[int, int]) -> "Wrapped":
+        resized = copy(self)
+        resized.image_size, resized.shape = size, (self.shape[0], *size)
+        return resized
+
     def select(self, indices: Tensor) -> "Wrapped":
         selected = copy(self)
         selected._indices = self._indices[indices]
@@ -392,15 +403,16 @@ class Wrapped:
         return (*column_warnings(columns, "leave it out", "feature"), *self.target_warnings)
 
     def _item(self, index: int, *, resized: bool = True) -> tuple[Tensor, Any]:
-        item = self._pair(index)
+        # Image files in tables and archives are decoded at their size, as those in folders.
+        item = self._pair(index, self.image_size if resized else None)
         value = self._input(item[0], index)
         if resized and self.image_size is not None and value.dim() == 3:
-            value = resize(value.unsqueeze(0), self.image_size).squeeze(0)
+            value = resize(value, self.image_size)
         return value.contiguous(), item[1]
 
-    def _pair(self, index: int) -> Sequence[Any]:
-        """Returns an item as the dataset has it. Raises `UserError`."""
-        item = read_item(self.dataset, index, self._name)
+    def _pair(self, index: int, size: Size = None) -> Sequence[Any]:
+        """Returns an item, see `read_item`. Raises `UserError`."""
+        item = read_item(self.dataset, index, self._name, size)
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"{self._name}[{index}]: is {_describe(item)}; expected a pair (input, label)")
         return item

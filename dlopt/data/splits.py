@@ -11,10 +11,11 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.data.equal_samples import contents, equal_sample_warnings
-from dlopt.data.images import resize, size_pair
+from dlopt.data.images import size_pair
 from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
 from dlopt.data.records import Records
+from dlopt.data.resampling import resize
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, white, whole_images
 from dlopt.data.settings import DataSettings as DataSettings
 from dlopt.data.table_rows import TableRows, encoded

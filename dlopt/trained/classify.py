@@ -106,7 +106,7 @@ def changes(images: Counter[Stored], sample: tuple[int, ...]) -> str | None:
     for text, count in (
         ("from colour to grey", sum(n for each, n in images.items() if channels == 1 and not each.is_grey)),
         ("from grey to colour", sum(n for each, n in images.items() if channels == 3 and each.is_grey)),
-        ("without their transparency", sum(n for each, n in images.items() if each.has_alpha)),
+        ("transparent, laid on white", sum(n for each, n in images.items() if each.has_alpha)),
         ("from 16 to 8 bits", sum(n for each, n in images.items() if each.has_16_bits)),
     ):
         found += [f"{count:,} {text}"] if count else []

@@ -16,8 +16,8 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch, Batches, Delivery
-from dlopt.data.samples import Dataset, Files, Samples
-from dlopt.data.splits import evaluation_subset, prepare
+from dlopt.data.samples import Samples, whole_images
+from dlopt.data.splits import evaluation_subset
 from dlopt.losses import CrossEntropy, processes_in_chunks
 from dlopt.metrics.accumulators import Accumulator, accumulators
 from dlopt.metrics.declaration import Declaration
@@ -475,12 +475,8 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
     run_config, in_memory = workload.run_config, workload.dataset.in_memory
     data = run_config.data_settings
     size = transform.image_size
-    if isinstance(samples, Files) and data.image_size is not None and min(size) > min(samples.shape[1:]):
-        larger = replace(data, image_size=size, memory=False)
-        source: Dataset = run_config.read_data(larger)
-        decoded = prepare(source, larger, compare=False).test
-        assert decoded is not None
-        samples, in_memory = decoded, False
+    if (images := whole_images(samples)) is not None and min(size) > min(samples.shape[1:]):
+        samples, in_memory = images.at_size(size), False
     mode, dtype = workload.parallel, workload.precision.data_dtype
     delivery = Delivery(workload.device, in_memory, data.workers, dtype=dtype, processes=mode.ranks.local_processes)
     return Batches(samples, delivery, batch_size=data.batch_size, shard=mode.split.evaluation_shard)

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
-from dlopt.data.images import resize
+from dlopt.data.resampling import resize
 
 Size = tuple[int, int]  # height, width
 Crops = Callable[[Tensor], Iterator[tuple[float, Tensor]]]
@@ -128,7 +128,7 @@ def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> Te
 
     def crops(images: Tensor) -> Iterator[tuple[float, Tensor]]:
         for size in sizes:
-            for weight, cropped in ten_crop(resize(images, size), crop):
+            for weight, cropped in ten_crop(resize(images.float(), size), crop):
                 yield weight / len(sizes), cropped
 
     return TestTransform(crop, max(sizes), crops)

@@ -79,7 +79,7 @@ READ: dict[str, tuple[Callable[[Path], None], Callable[[Tensor], bool]]] = {
         lambda image: bool((image == 200).all()),
     ),
     "one_bit": (png(Image.new("1", SIZE[::-1], 1)), lambda image: bool((image == 255).all())),
-    "palette_with_transparency": (png(plain().quantize(2), transparency=bytes(range(256))), is_colour),
+    "palette_with_transparency": (png(plain().quantize(2), transparency=bytes([255] * 256)), is_colour),
     "animation": (animation, is_colour),
     "rotated": (rotated, is_upright),
     "one_pixel": (png(Image.new("RGB", (1, 1), COLOUR)), is_colour),

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import IMAGE_EXTENSIONS
-from dlopt.data.images import _centre_box, _formats, decode, decode_boxes, from_pil, header_size, resize
+from dlopt.data.images import _formats, centre_box, decode, decode_boxes, decode_bytes, from_pil, header_size
+from dlopt.data.resampling import resize
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -39,14 +39,86 @@ def test_scales_to_cover_and_crops_the_centre(tmp_path: Path, height: int, width
     assert (ours[1, 0, inner] - columns[inner] * 255 / width).abs().max() <= 1.5
 
 
-@pytest.mark.parametrize("height, width", [(40, 90), (33, 33), (8, 8), (300, 520)])
-@pytest.mark.parametrize("size", [(32, 32), (16, 24)])
-def test_resize_matches_torchvision(height: int, width: int, size: tuple[int, int]) -> None:
-    images = torch.from_numpy(gradient(height, width)).permute(2, 0, 1)[None]
-    left, top, right, bottom = (round(edge) for edge in _centre_box(width, height, size))
-    expected = v2.functional.resize(images[..., top:bottom, left:right].float(), list(size), antialias=True)
-    assert (resize(images, size).float() - expected).abs().max() <= 0.5
-    assert (resize(images.float(), size) - expected).abs().max() == 0
+def in_pillow(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Scales an image to cover `size` and crops the centre, to fractions of a pixel: [*size] or [*size, 3]."""
+    scale = min(image.height / size[0], image.width / size[1])
+    top, left = (image.height - scale * size[0]) / 2, (image.width - scale * size[1]) / 2
+    box = (left, top, left + scale * size[1], top + scale * size[0])
+    box = (max(box[0], 0), max(box[1], 0), min(box[2], image.width), min(box[3], image.height))
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box))
+
+
+@pytest.mark.parametrize("size", [(6, 6), (28, 28), (11, 7), (5, 16)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_and_arrays_are_scaled_alike(tmp_path: Path, channels: int, size: tuple[int, int]) -> None:
+    """Small images, whose centre is not at whole pixels: equal to Pillow to the last bit."""
+    generator = np.random.default_rng(0)
+    for height, width in ((8, 19), (19, 8), (9, 14), (13, 11), (17, 16)):
+        shape = (height, width) if channels == 1 else (height, width, 3)
+        image = Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8))
+        image.save(tmp_path / "a.png")
+        expected = torch.from_numpy(in_pillow(image, size).copy()).view(*size, channels).permute(2, 0, 1)
+        pixels = from_pil(image)
+        content = (tmp_path / "a.png").read_bytes()
+        assert torch.equal(decode(str(tmp_path / "a.png"), size, channels), expected)
+        assert torch.equal(decode_bytes(content, size, None, "a"), expected)
+        assert torch.equal(resize(torch.stack([pixels, 255 - pixels])[:1], size)[0], expected)
+        assert (resize(pixels.double(), size) - expected).abs().max() <= 1  # Pillow rounds after each axis
+
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}  # fmt: skip
+"""How an upright image is stored with each EXIF orientation."""
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_a_large_jpeg_is_cropped_alike_in_every_orientation(tmp_path: Path, size: tuple[int, int]) -> None:
+    """The decoder downscales 1201 columns to 151, of which the last one is an eighth."""
+    rows, columns = np.mgrid[0:803, 0:1201]
+    pixels = [127 + 120 * np.sin(columns / 97) * np.cos(rows / 71), 127 + 120 * np.cos(columns / 53 + rows / 91)]
+    upright = Image.fromarray(np.stack([*pixels, columns * 255 / 1201], -1).astype(np.uint8))
+    expected = in_pillow(upright, size).astype(int)
+    for orientation in range(1, 9):
+        image = upright if orientation == 1 else upright.transpose(ORIENTATIONS[orientation])
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+        found = decode(str(tmp_path / "a.jpg"), size, 3).permute(1, 2, 0).numpy()
+        assert np.abs(found - expected).mean() < 0.5, orientation
+        assert np.abs(found - expected).max() <= 6, orientation
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+@pytest.mark.parametrize("size", [None, (2, 2), (3, 5)])
+def test_hidden_colours_stay_hidden(tmp_path: Path, mode: str, size: tuple[int, int] | None) -> None:
+    """Two images that look alike, with other colours where they are transparent."""
+    pixels = {}
+    for name, hidden in (("black", 0), ("grey", 90)):
+        shown = np.full((6, 6), 200, np.uint8)
+        shown[:, 3:] = hidden
+        image = Image.fromarray(shown)
+        keys = {}
+        if mode in ("L", "RGB", "P"):
+            image = image.convert(mode)
+            keys["transparency"] = (hidden,) * 3 if mode == "RGB" else hidden
+        else:
+            image = Image.merge("LA", (image, Image.fromarray(np.uint8(shown == 200) * 255))).convert(mode)
+        image.save(tmp_path / f"{name}.png", **keys)
+        pixels[name] = decode(str(tmp_path / f"{name}.png"), size, 3)
+    assert torch.equal(pixels["black"], pixels["grey"])
+    if size is None:
+        assert pixels["grey"].unique().tolist() == [200, 255] and pixels["grey"][:, :, 3:].unique().tolist() == [255]
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path: Path) -> None:
+    pixels = np.zeros((1, 3, 4), np.uint8)
+    pixels[0, :, 0], pixels[0, :, 3] = 100, (0, 51, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    red, green, _ = decode(str(tmp_path / "a.png"), None, 3)[:, 0].tolist()
+    assert red == [255, 255 - 31, 100] and green == [255, 204, 0]
 
 
 def test_a_large_jpeg_is_decoded_at_reduced_size_without_visible_change(tmp_path: Path) -> None:
@@ -187,11 +259,8 @@ def test_a_box_that_rounding_moves_out_of_the_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(2, 100), (100, 2)])
-def test_a_crop_has_at_least_one_row_and_column(size: tuple[int, int]) -> None:
-    """A box that is narrower than a pixel is that pixel, without its neighbour."""
-    images = torch.arange(100, dtype=torch.float32).view(1, 1, 10, 10)
-    resized = resize(images, size)
-    assert resized.shape == (1, 1, *size)
-    line = images[0, 0, 5] if size[0] == 2 else images[0, 0, :, 5]
-    for each in resized[0, 0] if size[0] == 2 else resized[0, 0].T:
-        assert each[0] == line[0] and each[-1] == line[-1]
+def test_a_box_may_be_narrower_than_a_pixel(size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.arange(100, dtype=np.uint8).reshape(10, 10))
+    left, top, right, bottom = centre_box(10, 10, size)
+    assert min(right - left, bottom - top) < 1
+    assert np.array_equal(resize(from_pil(image), size)[0], in_pillow(image, size))

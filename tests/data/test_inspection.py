@@ -122,8 +122,8 @@ def test_what_decoding_drops_is_counted(tmp_path: Path) -> None:
     Image.new("RGBA", (5, 6), (9, 99, 199, 255)).save(tmp_path / "opaque.png")
     paths = sorted(map(str, tmp_path.glob("*.png")))
     for channels, expected in (
-        (1, ["the colour of 4 of 6", "the transparency of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
-        (3, ["the transparency of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
+        (1, ["the colour of 4 of 6", "the transparency (now white) of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
+        (3, ["the transparency (now white) of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
     ):
         files = Files(paths, torch.tensor([0, 1, 2] * 2), None, channels)
         lines = notes(Dataset(files, None, None, ("a", "b", "c")))

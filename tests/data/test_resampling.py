@@ -9,14 +9,16 @@ from dlopt.data.resampling import resize_box
 
 
 @pytest.mark.parametrize("size", [(5, 4), (23, 31), (7, 40), (13, 17)])
-@pytest.mark.parametrize("box", [(0, 0, 17, 13), (2, 3, 16, 9), (16, 12, 17, 13)])
-def test_boxes_are_resized_as_in_pillow(box: tuple[int, int, int, int], size: tuple[int, int]) -> None:
-    """Pillow rounds after each axis: a difference of 1."""
+@pytest.mark.parametrize("box", [(0, 0, 17, 13), (2, 3, 16, 9), (16, 12, 17, 13), (0.4, 1.3, 15.9, 8.75)])
+def test_boxes_are_resized_as_in_pillow(box: tuple[float, float, float, float], size: tuple[int, int]) -> None:
+    """Of floating-point images without the rounding of Pillow after each axis."""
     pixels = np.random.default_rng(0).integers(0, 256, (13, 17, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=box))
     found = resize_box(torch.from_numpy(pixels).permute(2, 0, 1), box, size)
     assert found.dtype == torch.uint8 and found.shape == (3, *size)
-    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+    assert np.array_equal(found.permute(1, 2, 0), expected)
+    found = resize_box(torch.from_numpy(pixels).permute(2, 0, 1).float(), box, size)
+    assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
 @pytest.mark.parametrize("shape, size", [((600, 900), (7, 11)), ((5, 6), (64, 48))])

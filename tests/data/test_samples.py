@@ -1,3 +1,4 @@
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
+from dlopt.data.arrow import parquet
+from dlopt.data.images import decode, from_pil
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, white
+from dlopt.data.webdataset import webdataset
 
 WriteImages = Callable[..., list[Path]]
 
@@ -265,3 +269,43 @@ def test_types_of_items_are_not_mixed() -> None:
         UserError, match=r"data\.train .*\[1\]: has the type torch\.uint8, the first item torch\.float32"
     ):
         samples.fetch(torch.tensor([1]))
+
+
+def test_every_source_reads_the_pixels_of_predict(tmp_path: Path) -> None:
+    """Parquet, WebDataset and arrays of one's own have the pixels that image files have, to the last bit."""
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    generator = np.random.default_rng(0)
+    smooth = np.linspace(0, 255, 1201 * 803 * 3).reshape(803, 1201, 3).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = [generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((8, 19), (15, 9), (12, 13))]
+    kinds: list[tuple[np.ndarray, str, dict[str, Any]]] = [(each, "png", {}) for each in images]
+    kinds += [(images[0], "png", {"exif": exif}), (smooth, "jpg", {"exif": exif}), (smooth, "jpg", {})]
+    kinds += [(np.concatenate([images[1], images[1][..., :1]], 2), "png", {})]
+    (tmp_path / "tar").mkdir()
+    paths = []
+    for number, (pixels, suffix, keys) in enumerate(kinds):
+        paths.append(tmp_path / "tar" / f"{number}.{suffix}")
+        Image.fromarray(pixels).save(paths[-1], **keys)
+        (tmp_path / "tar" / f"{number}.cls").write_text(str(number % 2))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in sorted((tmp_path / "tar").iterdir()):
+            tar.add(path, path.name)
+    rows = {"image": [path.read_bytes() for path in paths], "label": [number % 2 for number in range(len(paths))]}
+    writer.write_table(arrow.table(rows), tmp_path / "a.parquet")
+    keys: dict[str, Any] = dict.fromkeys(("val_file", "test_file"))
+    keys |= {"labels": "class", "image_size": (10, 7)}
+    for channels in (1, 3):
+        files = Files([*map(str, paths)], torch.zeros(len(paths)), (10, 7), channels).fetch(torch.arange(len(paths)))
+        tables = parquet(file=str(tmp_path / "a.parquet"), input="image", target="label", channels=channels, **keys)
+        archives = webdataset(
+            file=str(tmp_path / "a.tar"), input=["png", "jpg"], target="cls", channels=channels, **keys
+        )
+        for found in (tables, archives):
+            assert torch.equal(found.train.fetch(torch.arange(len(paths))), files)
+            larger = found.train.at_size((31, 30)).fetch(torch.arange(len(paths)))
+            assert torch.equal(larger[0], decode(str(paths[0]), (31, 30), channels))
+    own = Wrapped(Items([(each, 0) for each in images]), (10, 7), "data.train")
+    assert torch.equal(own.fetch(torch.arange(3)), files[:3])
+    tensors = Wrapped(Items([(from_pil(Image.open(path)), 0) for path in paths[:3]]), (10, 7), "data.train")
+    assert torch.equal(tensors.fetch(torch.arange(3)), files[:3])

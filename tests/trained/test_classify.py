@@ -37,7 +37,7 @@ def test_what_was_done_to_images_is_one_line() -> None:
     assert changes(Counter({digit: 9}), (1, 8, 8)) is None
     assert changes(Counter({photo: 2, Stored(16, 16, False, False, True): 1, digit: 3}), (1, 8, 8)) == (
         "of 6 images: 3 resized and cropped to the centre, from 16x16 .. 480x640 to 8x8 (height x width); "
-        "3 from colour to grey; 2 without their transparency; 1 from 16 to 8 bits"
+        "3 from colour to grey; 2 transparent, laid on white; 1 from 16 to 8 bits"
     )
     assert changes(Counter({Stored(4, 4, True, False, False): 1}), (3, 8, 8)) == (
         "of 1 image: 1 resized, from 4x4 to 8x8 (height x width); 1 from grey to colour"
