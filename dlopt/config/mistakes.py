@@ -13,7 +13,7 @@ from dlopt.basics.errors import UserError, shorten, suggest
 from dlopt.basics.plain_values import flatten, is_below, join
 from dlopt.config.choices import CONFIG_NAME, Catalogue, Choice, Key, config_folder
 from dlopt.config.overrides import SWEEP_WORDS, text_of, value_of
-from dlopt.config.parameters import show
+from dlopt.config.parameters import several_values, show
 from dlopt.config.resolve import first_lines
 from dlopt.config.synonyms import for_choice, for_key
 
@@ -72,7 +72,8 @@ def _check_single(override: Override, is_group: bool, known: Known) -> None:
         raise UserError(f"{line}: keys and groups cannot be deleted; {hint}")
     if is_group and not isinstance(value, str):
         typed = show(value)
-        hint = for_choice(key, typed) or _choice_hint(key, "", known)
+        hint = several_values(value) if isinstance(value, list) else for_choice(key, typed)
+        hint = hint or _choice_hint(key, "", known)
         raise UserError(f"{key}={typed}: must be one of the choices; {hint}")
     if is_group and str(value).split("/")[-1].startswith("_"):  # a fragment
         raise UserError(f"{line}: unknown choice; {_choice_hint(key, str(value), known)}")

@@ -39,3 +39,8 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)  # JSON has no nan
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def several_values(values: list[Any]) -> str:
+    """Returns how the values of a list become an axis of a sweep, for the message that refuses the list."""
+    return f"a list is one value; several values, one run each, with -m: {','.join(map(show, values))}"

@@ -29,7 +29,7 @@ from dlopt.basics.plain_values import is_below, join
 from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folders, extensions
 from dlopt.config.packages import entries, leave_working_folder
-from dlopt.config.parameters import named_parameters, parameters_of, show
+from dlopt.config.parameters import named_parameters, parameters_of, several_values, show
 from dlopt.config.synonyms import for_key
 
 T = TypeVar("T")
@@ -296,6 +296,8 @@ def check_value(
             hint = "; a text is no number: of an environment variable, type ${oc.decode:${oc.env:NAME}}"
         if key == "seed":
             hint = "; several seeds, one run each: dlopt train -m seeds=5"
+        if isinstance(value, list) and not _takes_list(annotation):
+            hint = f"; {several_values(value)}"
         if key == "model.weights":  # an enumeration in torchvision
             hint = "; pretrained weights: model=torchvision model.name=NAME model.pretrained=true"
         raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}") from None

@@ -12,8 +12,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dlopt.basics.errors import UserError, install, suggest
 from dlopt.basics.plain_values import load_yaml
@@ -31,6 +32,7 @@ from dlopt.config.overrides import (
     parse_axes,
     parts_of,
     quoted,
+    quoted_plain,
     refuse_several,
     replaced,
     text_of,
@@ -56,7 +58,8 @@ def read_axes(composer: Composer, words: Sequence[str]) -> tuple[DictConfig, lis
     """
     typed = parse_axes(without(words, SPACE, TRIALS), composer)
     config = composer.compose([override for axis in typed for override in axis.overrides], multirun=True)
-    params = [f"{key}={show(value)}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    of_config: Any = OmegaConf.to_container(OmegaConf.create(config.hydra.sweeper.get("params") or {}), resolve=True)
+    params = [_line(key, value) for key, value in of_config.items()]
     of_file = parse_axes(without(params, SPACE, TRIALS), composer)
     _refuse_untyped(composer, of_file, "hydra.sweeper.params")
     axes = replaced(of_file, typed)
@@ -177,7 +180,12 @@ def _sections(
         for key in block:
             if key_of(str(key)).startswith("hydra") or key in SWEEP_WORDS:
                 raise UserError(f"{space}: {when}: {key}: only keys of the jobs")
-    return {when: [quoted(f"{key}={show(value)}") for key, value in block.items()] for when, block in content.items()}
+    return {when: [quoted(_line(key, value)) for key, value in block.items()] for when, block in content.items()}
+
+
+def _line(key: str, value: Any) -> str:
+    """Returns the override of a key in a file: a text as typed, with its values; a list or a block is one value."""
+    return f"{key}={quoted_plain(value) if isinstance(value, list | dict) else show(value)}"
 
 
 def _of_section(composer: Composer, space: str, when: str, words: Sequence[str], taken: set[str]) -> list[Axis]:

@@ -154,9 +154,7 @@ def _folders(trials: Sequence[FrozenTrial]) -> list[Path]:
     return sorted({Path(str(trial.user_attrs["folder"])) for trial in trials})
 
 
-def _run(
-    request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path, *, is_new: bool
-) -> SweepEnd:
+def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folder: Path, *, is_new: bool) -> SweepEnd:
     """Runs jobs of the study until none is left to claim. Raises `UserError` before the first job starts."""
     assert isinstance(request.launcher, pools.Pool)  # has refused and submitted others
     pools.warm_up()

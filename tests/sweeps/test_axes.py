@@ -10,10 +10,11 @@ from hypothesis import given
 
 from dlopt.basics.errors import UserError
 from dlopt.commands.grid import overrides_of
-from dlopt.config.overrides import Axis, grid, parse_axes, parse_overrides, replaced
+from dlopt.config.overrides import Axis, grid, key_of, parse_axes, parse_overrides, replaced
 from dlopt.sweeps.axes import read_axes
 from dlopt.sweeps.search import probes
 from dlopt.sweeps.space import parse_space
+from tests.support.line import refused
 from tests.sweeps.spaces import composer, space
 
 ZIP = "rates=zip(optimizer=choice(adamw,sgd),optimizer.lr=[1e-3,0.1])"
@@ -211,6 +212,42 @@ def test_axes_of_a_recipe(tmp_path: Path) -> None:
     line = [f"--config-dir={tmp_path}", "experiment=night"]
     assert overrides_of(3, line)[1:4] == ["optimizer=adamw", "optimizer.lr=0.001", "seed=1"]
     assert overrides_of(1, [*line, "seeds=1"])[1:4] == ["optimizer=adamw", "optimizer.lr=0.001", "seed=0"]
+
+
+def test_lists_of_a_file_are_values(tmp_path: Path) -> None:
+    values = "model.widths: [64, 64], tags: [a, größe], +data.y: [x, '1', null], +data.x: [[1, [2.5]], {a: 'b,c'}]"
+    (tmp_path / "experiment").mkdir()
+    recipe = f"# @package _global_\nhydra: {{sweeper: {{params: {{{values}, seed: '0,1'}}}}}}\n"
+    (tmp_path / "experiment/lists.yaml").write_text(recipe)
+    (tmp_path / "space.yaml").write_text(f"optimizer=sgd: {{{values}, seed: '0,1'}}\n")
+    for line in ([f"--config-dir={tmp_path}", "experiment=lists"], ["optimizer=sgd", f"space={tmp_path}/space.yaml"]):
+        for number in range(2):
+            words = [each for each in overrides_of(number, line) if not each.startswith("--")]
+            row = {key_of(each): parse_overrides([each])[0].value() for each in words}  # as `yaml.safe_load` reads them
+            assert row["model.widths"] == [64, 64] and row["tags"] == ["a", "größe"] and row["data.y"] == ["x", "1", None]
+            assert row["data.x"] == [[1, [2.5]], {"a": "b,c"}] and row["seed"] == number
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ("seed: [0, 1]", "seed=[0, 1]: input should be a valid integer; allowed: an integer >= 0"),
+        (
+            "optimizer.lr: [0.03, 0.1]",
+            "optimizer.lr=[0.03, 0.1]: input should be a valid number; allowed: a number > 0",
+        ),
+        ("optimizer: [sgd, adamw]", 'optimizer=["sgd", "adamw"]: must be one of the choices'),
+    ],
+)
+def test_a_list_is_no_axis(params: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    recipe = f"# @package _global_\nhydra: {{mode: MULTIRUN, sweeper: {{params: {{{params}}}}}}}\n"
+    (tmp_path / "experiment/lists.yaml").write_text(recipe)
+    (tmp_path / "space.yaml").write_text(f"model=mlp: {{{params}}}\n")
+    values = params.partition("[")[2].removesuffix("]").replace(" ", "")
+    for line in ([f"--config-dir={tmp_path}", "experiment=lists"], ["-m", "model=mlp", f"space={tmp_path}/space.yaml"]):
+        message = refused(tmp_path, "train", *line, "dry_run=true")
+        assert said in message and message.endswith(f"several values, one run each, with -m: {values}"), message
 
 
 # -- a space
