@@ -22,8 +22,8 @@ class CrossEntropy(nn.Module):
     replaces q by q (1 - e) + e / K (Szegedy et al. 2016); class weights multiply the terms. Both apply in training
     only: evaluation uses the plain loss, so that runs can be compared.
 
-    `class_weights`: one per class, or balanced (see `balanced_weights`). `class_counts`: training samples per class;
-    None if the data are not loaded, so the loss is used for evaluation.
+    `class_weights`: one per class, or balanced (see `balanced_weights`). `class_counts`: training samples per class,
+    as the sampler draws them; None if the data are not loaded, so the loss is used for evaluation.
 
     Large outputs (text with a large vocabulary) are processed in chunks: see `processes_in_chunks`.
     """
@@ -254,8 +254,8 @@ class BinaryCrossEntropy(nn.Module):
     evaluation uses the plain loss, so that runs can be compared.
 
     `pos_weight`: one per label, or balanced: the number of training samples without the label, divided by the number
-    with it. `label_fractions`: of the training samples; None if the data are not loaded, so the loss is used for
-    evaluation.
+    with it. `label_fractions`: of the training samples, as the sampler draws them; None if the data are not loaded, so
+    the loss is used for evaluation.
     """
 
     pos_weight: Tensor | None

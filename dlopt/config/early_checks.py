@@ -49,7 +49,8 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     `config`: resolved, as plain dicts and lists.
     """
     settings = run_settings(config)
-    task = flatten(config).get("task._target_")
+    values = flatten(config)
+    task = values.get("task._target_")
     if task in (None, AUTO_TASK):
         check_run_monitor(settings)
     elif typed := [key for key in map(key_of, overrides) if key.partition(".")[0] == "loss"]:
@@ -60,6 +61,12 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
         raise UserError("directions: the class of a task declares them, as the attribute `values`")
     for key in map(key_of, overrides):
         _check_argument(config, key)
+    for key in ("loss.class_weights", "loss.pos_weight"):
+        if values.get(key) == "balanced" and values.get("sampler._target_") == "dlopt.data.samplers.HardExamples":
+            raise UserError(
+                f"{key}=balanced: sampler=hard_examples draws by the losses: no fixed weights balance its draws; "
+                f"set {key} to null or to a list, or use another sampler"
+            )
     data = config.get("data")
     if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.features.table":
         from dlopt.data.table_columns import check_table

@@ -116,11 +116,24 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
         if isinstance(size, int) and size > samples
         else None
     )
-    lines = (describe(workload.module), chosen, pretrained, rates, *workload.notes, workload.throughput.note, small)
+    balance = _describe_balance(workload)
+    lines = (
+        describe(workload.module), chosen, pretrained, rates, balance, *workload.notes, workload.throughput.note, small
+    )  # fmt: skip
     described = [line for line in lines if line]
     norms = [*frozen_norms_note(workload.module), *small_batch_warnings(workload)]
     of_sets = [f"{KEY}.{name}: {line}" for name, each in workload.validation_sets.items() for line in each.notes]
     return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norms]
+
+
+def _describe_balance(workload: Workload) -> str | None:
+    """Describes the weights of a balanced loss of dlopt; None for other losses."""
+    keys = [key for key, value in workload.run_config.loss.arguments.items() if value == "balanced"]
+    weights = next(workload.loss.buffers(), None)
+    if not keys or weights is None:
+        return None
+    draws = f"by the draws of {workload.run_config.sampler.choice}"
+    return f"loss.{keys[0]}=balanced: weights of {weights.min():.3g} to {weights.max():.3g}, {draws}"
 
 
 def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:

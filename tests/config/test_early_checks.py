@@ -58,6 +58,9 @@ def test_errors_of_values_come_before_torch() -> None:
         "integer >= 1]",
         "train evaluate.every_steps=3 evaluate.every_epochs=2": "evaluate.every_steps=3 and evaluate.every_epochs=2: "
         "exclude each other; set evaluate.every_epochs=1 or evaluate.every_steps=null",
+        "train loss.class_weights=balanced sampler=hard_examples": "loss.class_weights=balanced: sampler=hard_examples "
+        "draws by the losses: no fixed weights balance its draws; set loss.class_weights to null or to a list, "
+        "or use another sampler",
         "train compile=reduce-overhead cuda_graphs=true": "cuda_graphs=true: compile=reduce-overhead records CUDA "
         "graphs of its own; use compile=max-autotune-no-cudagraphs",
     }

@@ -10,13 +10,13 @@ from dlopt.augment.pipeline import CentreCrop, Pipeline, crop_when_reading
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, Sampler, shifted
+from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, shifted
 from dlopt.data.samples import Samples
 from dlopt.data.windows import Windows
 from dlopt.losses import Distillation
 from dlopt.models.known import treats_samples_alone
 from dlopt.training.builders import speed
-from dlopt.training.builders.workload import Workload
+from dlopt.training.builders.workload import Workload, build_sampler
 from dlopt.training.rng import AUGMENTATION, ORDER
 
 _MIN_EVALUATION_BATCH = 1024  # on a GPU, where kernel launches limit the speed of smaller batches
@@ -26,13 +26,7 @@ def training_batches(workload: Workload) -> Batches:
     """Returns the sampled and augmented training batches of this rank."""
     run_config, samples, mode = workload.run_config, workload.dataset.train, workload.parallel
     settings, data = run_config.settings, run_config.data_settings
-    sampler = run_config.sampler.build_as(
-        Sampler,  # type: ignore[type-abstract]
-        targets=samples.targets,
-        samples=samples,
-        batch_size=data.batch_size,
-        seed=stream(settings.order_seed, ORDER),
-    )
+    sampler = build_sampler(run_config, samples)
     if isinstance(samples, Windows):
         if isinstance(sampler, BY_SAMPLE):
             raise UserError(

@@ -10,18 +10,22 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from dlopt._version import __version__
 from dlopt.adapt import adapted_layers
 from dlopt.adapt import none as no_adapters
 from dlopt.augment import Pipeline
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator, stream
+from dlopt.config.resuming import FILES, differences
 from dlopt.config.run_config import RunConfig
 from dlopt.config.validation_sets import KEY
 from dlopt.data.batches import Batches
 from dlopt.data.identity import difference
 from dlopt.data.normalization import Nothing, fit
+from dlopt.data.samplers import ClassBalanced, Sampler
 from dlopt.data.samples import Dataset, Samples
+from dlopt.data.settings import SPLITS
 from dlopt.init import WidthGrowth
 from dlopt.losses import Distillation
 from dlopt.machine.device import choose_device, set_deterministic
@@ -31,6 +35,7 @@ from dlopt.optim.parameters import freeze
 from dlopt.parallel.empty_shards import accept_empty_batches
 from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.processes.rendezvous import current
+from dlopt.parallel.ranks import Ranks
 from dlopt.tasks.task import Task
 from dlopt.tasks.user import OwnTask, TaskLoss
 from dlopt.training import rng
@@ -52,7 +57,7 @@ from dlopt.training.builders.recompute import recompute, repeated_blocks
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.micro_loss import Network
-from dlopt.training.rng import ADAPTERS, SCHEME, WEIGHTS
+from dlopt.training.rng import ADAPTERS, ORDER, SCHEME, WEIGHTS
 from dlopt.training.throughput import Throughput
 
 
@@ -189,7 +194,8 @@ def build_workload(
     Args:
         saved: a checkpoint with the normalization and the tokenizer; None to compute them on the training split.
         parallel: see `build_mode`; None for one process.
-        identified: the splits whose content rank 0 identifies, see `dlopt.data.identity`; empty for none.
+        identified: the splits whose content is identified, see `dlopt.data.identity`; empty for none. Several ranks
+            identify all of them, by default, and compare.
     """
     # 1. The machine: device, threads, kernels and precision.
     settings = run_config.settings
@@ -197,7 +203,9 @@ def build_workload(
     precision = _prepare_machine(run_config, parallel)
 
     # 2. Data, augmentation, and the task.
+    identified = identified or (SPLITS if parallel.ranks.processes > 1 else ())
     dataset, augment = prepare_data(run_config, saved, parallel, identified)
+    _compare_ranks(run_config, dataset, parallel.ranks)
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
 
@@ -262,8 +270,26 @@ def with_validation_sets(workload: Workload, *, identifies: bool = False) -> Wor
     `identifies`: see `read_validation_sets`. Raises `UserError`.
     """
     run_config, mode = workload.run_config, workload.parallel
+    identifies |= mode.ranks.processes > 1
     sets = read_validation_sets(run_config, workload.dataset, mode, identifies=identifies)
+    identities = {name: each.identity["train"] for name, each in sets.items() if each.identity is not None}
+    mode.ranks.refuse_difference(KEY, identities, difference)
     return replace(workload, validation_sets=sets)
+
+
+def _compare_ranks(run_config: RunConfig, dataset: Dataset, ranks: Ranks) -> None:
+    """Raises `UserError` on all ranks if they run other code or another config, or read other data."""
+    versions = {"dlopt": __version__, "torch": str(torch.__version__)}
+    ranks.refuse_difference("config", {**run_config.config, **versions}, _other_key)
+    data = run_config.config["data"]
+    places = (f"data.{key}={data[key]}" for key in ("file", "root") if data.get(key))
+    ranks.refuse_difference(next(places, run_config.data.choice), dataset.identity, difference)
+
+
+def _other_key(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Describes the first key in which two configs differ, other than where the data are: they are compared."""
+    found = {key: pair for key, pair in differences(first, other).items() if key not in FILES}
+    return next((f"{key}={new}, not {old}" for key, (old, new) in found.items()), None)
 
 
 def _prepare_machine(run_config: RunConfig, parallel: Mode) -> Precision:
@@ -346,8 +372,10 @@ def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tup
 
 def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
     """Builds the loss. A loss of another package raises `UserError` if its result is no mean or has no gradient."""
-    component, task = run_config.loss, dataset.task
-    balance = task.balance(component.arguments, dataset.train.targets)
+    component, task, targets = run_config.loss, dataset.task, dataset.train.targets
+    if "balanced" in component.arguments.values():
+        targets = _drawn_targets(run_config, dataset.train)
+    balance = task.balance(component.arguments, targets)
     loss = component.build_as(nn.Module, **task.target_arguments, **balance)
 
     def check(loss: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
@@ -360,6 +388,31 @@ def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
     if not component.target.__module__.startswith("dlopt."):
         loss.register_forward_hook(check)
     return loss
+
+
+def build_sampler(run_config: RunConfig, samples: Samples) -> Sampler:
+    """Builds the sampler of the training `samples`."""
+    return run_config.sampler.build_as(
+        Sampler,  # type: ignore[type-abstract]
+        targets=samples.targets,
+        samples=samples,
+        batch_size=run_config.data_settings.batch_size,
+        seed=stream(run_config.settings.order_seed, ORDER),
+    )
+
+
+def _drawn_targets(run_config: RunConfig, samples: Samples) -> Tensor:
+    """Returns the targets that a balanced loss counts: in the proportions in which the sampler draws them.
+
+    These are the targets of the samples, unless the sampler is `ClassBalanced`, whose first draws have each class once,
+    or the user's own: its first epoch counts.
+    """
+    sampler, targets = run_config.sampler, samples.targets
+    if sampler.is_a(ClassBalanced):
+        return targets[build_sampler(run_config, samples).order(0)[: len(targets.unique())]]
+    if not sampler.target.__module__.startswith("dlopt."):
+        return targets[build_sampler(run_config, samples).order(0)]
+    return targets
 
 
 def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
@@ -404,6 +457,8 @@ def load_weights(
     reported, or refused with `complete`. Raises `UserError` if no weight matches, or with `complete` if one is missing.
     """
     match = match_weights(path, module)
+    mode = mode or Mode(torch.device("cpu"))
+    mode.ranks.refuse_other_file("init_from", path)
     other = other_class(match.classes, classes)
     if complete and other is not None:
         raise UserError(f"init_from={path}: trained with other classes than those of the data: {other}")
@@ -412,7 +467,7 @@ def load_weights(
             f"init_from={path}: an untrained part cannot be tested; the file lacks, or has with another shape: "
             f"{', '.join(match.missing)}"
         )
-    (mode or Mode(torch.device("cpu"))).sharding.load_model(module, match.weights, strict=False)
+    mode.sharding.load_model(module, match.weights, strict=False)
     if other is not None and len(match.classes or ()) == len(classes or ()):  # otherwise the last layer does not fit
         warning = f"  warning: the last layer, too, although it was trained with other classes: {other}"
         return [*match.lines, warning]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlopt.basics.errors import UserError
@@ -349,6 +349,39 @@ def test_balanced_class_weights_count_the_training_split(tmp_path: Path) -> None
     assert len(set(workload.loss.weight.tolist())) > 1
     start(tmp_path, *lines)
     load(tmp_path / "checkpoints" / "best.pt")  # without the data
+
+
+class Doubled:
+    """A sampler of the user, which draws every sample of class 3 twice."""
+
+    def __init__(self, *, targets: Tensor) -> None:
+        self._order = torch.cat([torch.arange(len(targets)), (targets == 3).nonzero().flatten()])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def order(self, epoch: int) -> Tensor:
+        return self._order
+
+
+OWN = [f"sampler._target_={__name__}.Doubled", f"allow_packages=[{__name__}]"]
+BALANCED = {
+    "each class once": (["sampler=class_balanced"], lambda counts: torch.ones(10)),
+    "a part of the samples": (["sampler=random", "sampler.epoch_size=20"], lambda counts: 90 / (10 * counts)),
+    "replacement": (["sampler=with_replacement"], lambda counts: 90 / (10 * counts)),
+    "batches": (["sampler=diverse"], lambda counts: 90 / (10 * counts)),
+    "own": (OWN, lambda counts: (90 + counts[3]) / (10 * torch.where(torch.arange(10) == 3, 2 * counts, counts))),
+}
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_balanced_class_weights_count_the_draws(name: str) -> None:
+    """A weight times the fraction of the draws that its class has is 1 / K."""
+    keys, expected = BALANCED[name]
+    workload = small_workload("loss.class_weights=balanced", *keys)
+    counts = workload.dataset.train.targets.bincount(minlength=10).double()
+    assert isinstance(workload.loss, CrossEntropy) and workload.loss.weight is not None
+    torch.testing.assert_close(workload.loss.weight.double(), expected(counts).double(), rtol=1e-6, atol=0)
 
 
 def test_balanced_class_weights_need_labels() -> None:
