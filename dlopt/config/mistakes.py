@@ -72,7 +72,7 @@ def _check_single(override: Override, is_group: bool, known: Known) -> None:
         raise UserError(f"{line}: keys and groups cannot be deleted; {hint}")
     if is_group and not isinstance(value, str):
         typed = show(value)
-        hint = several_values(value) if isinstance(value, list) else for_choice(key, typed)
+        hint = several_values(value) if value and isinstance(value, list) else for_choice(key, typed)
         hint = hint or _choice_hint(key, "", known)
         raise UserError(f"{key}={typed}: must be one of the choices; {hint}")
     if is_group and str(value).split("/")[-1].startswith("_"):  # a fragment

@@ -296,7 +296,7 @@ def check_value(
             hint = "; a text is no number: of an environment variable, type ${oc.decode:${oc.env:NAME}}"
         if key == "seed":
             hint = "; several seeds, one run each: dlopt train -m seeds=5"
-        if isinstance(value, list) and not _takes_list(annotation):
+        if value and isinstance(value, list) and not _takes_list(annotation):
             hint = f"; {several_values(value)}"
         if key == "model.weights":  # an enumeration in torchvision
             hint = "; pretrained weights: model=torchvision model.name=NAME model.pretrained=true"

@@ -224,7 +224,9 @@ def test_lists_of_a_file_are_values(tmp_path: Path) -> None:
         for number in range(2):
             words = [each for each in overrides_of(number, line) if not each.startswith("--")]
             row = {key_of(each): parse_overrides([each])[0].value() for each in words}  # as `yaml.safe_load` reads them
-            assert row["model.widths"] == [64, 64] and row["tags"] == ["a", "größe"] and row["data.y"] == ["x", "1", None]
+            assert (
+                row["model.widths"] == [64, 64] and row["tags"] == ["a", "größe"] and row["data.y"] == ["x", "1", None]
+            )
             assert row["data.x"] == [[1, [2.5]], {"a": "b,c"}] and row["seed"] == number
 
 
