@@ -23,6 +23,7 @@ from dlopt.basics.errors import (
     refused_path,
     suggest,
 )
+from dlopt.basics.formats import drop_bad_size, terminal_width
 from dlopt.basics.interruption import (
     Interrupted,
     end_on_signals,
@@ -92,8 +93,8 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Redirects closed standard streams (`<&- >&-`, some cron daemons) to /dev/null, and keeps texts from controlling
-    the terminal.
+    """Redirects closed standard streams (`<&- >&-`, some cron daemons) to /dev/null, keeps texts from controlling the
+    terminal, and drops a COLUMNS or LINES that is no size.
 
     Otherwise the next opened files get descriptors 0 to 2, and a library that writes to stderr corrupts them.
     """
@@ -106,6 +107,7 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode))
     if sys.stdout.isatty():
         sys.stdout = cast(TextIO, TerminalStream(sys.stdout))
+    drop_bad_size()
 
 
 Command = Callable[[list[str]], int]
@@ -117,11 +119,9 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     if arguments[:1] == ["help"] and len(arguments) > 1:  # dlopt help train
         arguments[:2] = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        from dlopt.basics.formats import terminal_width
         from dlopt.commands.listing import sections
 
-        columns = terminal_width(sys.stdout)
-        return partial(_print, _USAGE % sections(every_command(), columns)), []
+        return partial(_print, _USAGE % sections(every_command())), []
     if arguments[0] in ("-V", "--version"):
         return partial(_print, f"dlopt {__version__}\n"), []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
@@ -150,5 +150,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
 
 
 def _print(text: str, _: list[str]) -> int:
-    print(text, end="")
+    from dlopt.commands.shared.text_columns import fitted
+
+    print(fitted(text, terminal_width(sys.stdout)), end="")
     return DONE

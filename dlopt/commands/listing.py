@@ -10,25 +10,20 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from dlopt.commands.shared.text_columns import wrap_row
-
 _SUMMARY = re.compile(r'^USAGE = """(?:\\\n)?(.+)$', re.MULTILINE)
 _TITLE = re.compile(r'"""(\w+): ')  # docstring of a room of dlopt: """Laboratory: ..."""
 
 
-def sections(commands: Mapping[str, str], columns: int | None = None) -> str:
-    """Returns a paragraph per room: its title, and a line per command. `commands`: name -> module:function.
-
-    `columns`: the width of the terminal, at which lines are wrapped; None for no limit.
-    """
+def sections(commands: Mapping[str, str]) -> str:
+    """Returns a paragraph per room: its title, and a line per command. `commands`: name -> module:function."""
     rooms: dict[str, list[str]] = {}
     for name, path in commands.items():
         parts = path.split(".")
         rooms.setdefault(".".join(parts[:2]) if parts[0] == "dlopt" else parts[0].partition(":")[0], []).append(name)
-    column, width = max(map(len, commands)) + 2, None if columns is None else max(columns, 60)
+    column = max(map(len, commands)) + 2
     paragraphs = []
     for room, names in rooms.items():
-        lines = [line for name in names for line in wrap_row(f"  {name}", summary(commands[name]), column, width)]
+        lines = [f"  {name:{column}}{summary(commands[name])}".rstrip() for name in names]
         paragraphs.append("\n".join([f"{_title(room)}:", *lines, ""]))
     return "\n".join(paragraphs)
 

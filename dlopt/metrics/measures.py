@@ -154,7 +154,7 @@ def _utilization(training: Training) -> float | None:
 PROGRESS = (
     Measure("epoch", "epoch", brief=str, shown={"sweep": KEPT}, is_state=True),  # the table's first column in any case
     Measure("step", "step", brief=str, width=8, shown={"table": 10}, is_state=True),
-    Measure("evaluations", "evaluations"),  # of the loss so far, by optimizers with several per update
+    Measure("evaluations", "evaluations", format_amount),  # of the loss so far, by optimizers with several per update
     Measure(
         "epochs", "epochs", format_amount, is_cost=True, ranks=False, priority=110,
         shown={"leaderboard": 60, "runs": KEPT, "details": KEPT, "python": KEPT},
@@ -182,6 +182,7 @@ OTHERS = (
 
     Measure("lr", "lr", format_lr, shown={"table": 50, "log": KEPT, "live": KEPT}, is_state=True),
     Measure("weight_decay", "weight decay", is_state=True),
+    Measure("momentum", "momentum", shown={"table": 55, "log": KEPT, "live": KEPT}, is_state=True),
     Measure(
         "epoch_seconds", "epoch time", format_duration, width=7, shown={"table": 20}, needs=("seconds",),
         of_row=lambda row: row.line["seconds"] - row.previous["seconds"],
@@ -200,12 +201,12 @@ OTHERS = (
     ),
     # A run has one of these two.
     Measure(
-        "samples_per_second", "{unit}/s", direction="max", brief=format_rate, width=8, text="{value} samples/s",
+        "samples_per_second", "{unit}/s", format_rate, "max", width=8, text="{value} samples/s",
         shown={"table": 30, "log": KEPT}, varies=True,
         of_training=lambda training: training.rate if training.tokens is None else None,
     ),
     Measure(
-        "tokens_per_second", "{unit}/s", direction="max", brief=format_rate, width=8, text="{value} tokens/s",
+        "tokens_per_second", "{unit}/s", format_rate, "max", width=8, text="{value} tokens/s",
         shown={"table": 40, "log": KEPT}, varies=True,
         of_training=lambda training: None if training.tokens is None else training.rate * training.tokens,
     ),
@@ -234,12 +235,12 @@ OTHERS = (
         "peak_memory", "memory", format_mib, is_cost=True, priority=150, shown={"leaderboard": 45}, varies=True,
         words="peak memory",
     ),
-    Measure("processes", "processes", ranks=False),
-    Measure("found_lr", "found lr"),  # by a range test
+    Measure("processes", "processes", format_amount, ranks=False),
+    Measure("found_lr", "found lr", format_lr),  # by a range test
     Measure("batch_variation", "batch variation"),  # of the diverse sampler
-    Measure("rollbacks", "rollbacks"),
-    Measure("skipped_updates", "skipped updates"),
-    Measure("pruned_at_epoch", "pruned at epoch"),
+    Measure("rollbacks", "rollbacks", format_amount),
+    Measure("skipped_updates", "skipped updates", format_amount),
+    Measure("pruned_at_epoch", "pruned at epoch", format_amount),
     Measure("decay_correlation", "decay correlation", direction="max"),  # of the laboratory
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Compares two runs: the keys of their configs that differ, and their metrics."""
 
 from dlopt.basics.formats import format_value as text
-from dlopt.metrics.shown import format_metric
+from dlopt.metrics.shown import format_metric, words
 from dlopt.results.leaderboard import Record
 
 Row = tuple[str, str, str]
@@ -20,7 +20,10 @@ def config_rows(first: Record, second: Record) -> list[Row]:
 
 
 def metric_rows(first: Record, second: Record, *, brief: bool) -> list[Row]:
-    """Returns the metrics of both runs, the main ones first; "-" where a run has no such metric."""
+    """Returns the metrics of both runs, the main ones first; "-" where a run has no such metric.
+
+    `brief`: named and rounded as on the page of a report; otherwise by their keys, with all digits.
+    """
     from dlopt.results.columns import FIRST  # imports NumPy, which the help of `dlopt runs` does not need
 
     known = dict.fromkeys([*first.metrics, *second.metrics])
@@ -30,4 +33,4 @@ def metric_rows(first: Record, second: Record, *, brief: bool) -> list[Row]:
         value = record.metrics.get(name)
         return "-" if value is None else format_metric(name, value) if brief else text(value)
 
-    return [(name, cell(name, first), cell(name, second)) for name in names]
+    return [(words(name) if brief else name, cell(name, first), cell(name, second)) for name in names]

@@ -171,6 +171,7 @@ class _Cleaned:
 
 def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]:
     """Opens a console on `stream` (default: stdout) that never raises on output; also returns whether it can redraw."""
+    formats.drop_bad_size()  # of a notebook, too
     chosen: Any = sys.stdout if stream is None else stream
     output = _Output(getattr(chosen, "unfiltered", chosen))
     terminal = output.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")

@@ -6,6 +6,7 @@ import pytest
 
 from dlopt.commands.command_table import every_command
 from dlopt.commands.listing import sections, summary
+from dlopt.commands.shared.text_columns import fitted
 
 COMMANDS = every_command()
 
@@ -44,5 +45,5 @@ def test_a_section_per_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lines_are_as_wide_as_the_terminal() -> None:
-    lines = sections(COMMANDS, 60).splitlines()
+    lines = fitted(sections(COMMANDS), 60).splitlines()
     assert max(map(len, lines)) <= 60 and sum(line.startswith(" " * 15) for line in lines) > 3

@@ -1,5 +1,6 @@
 """`dlopt runs diff`: keys and metrics of two runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def test_table_in_a_terminal(outputs: Path, width: int) -> None:
     code, shown = in_terminal(outputs, width, "runs", "diff", "a", "b")
     text = plain(shown)
     assert code == 0 and max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    words = re.sub(r"\b[ab] (?=\d)", "", words) if width == 40 else words  # a line per cell
+    assert "validation accuracy 50.00 % 75.00 %" in words and "val_accuracy" not in text
+    assert "processes 1 1" in words and "training − validation accuracy" in words and "best epoch 2 2" in words
     assert "50.00 %" in text and "75.00 %" in text and "optimizer.momentum" in text
 
 

@@ -1,4 +1,5 @@
 import importlib
+import io
 import re
 import types
 from collections.abc import Callable
@@ -7,10 +8,12 @@ from typing import Annotated, Any
 
 import pytest
 
+from dlopt import cli
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.commands.command_table import every_command
 from dlopt.commands.shared.command_line import take_command_keys
+from dlopt.commands.shared.text_columns import fitted
 from dlopt.commands.shared.usage import command_keys, declaring, reads_of, two_columns, typed_words, usage
 
 MODULES = {
@@ -99,3 +102,31 @@ def test_every_declared_key_is_in_the_help(name: str) -> None:
         except (TypeError, ValueError):  # a helper without keys of a command
             continue
         assert {key.name for key in keys} <= shown, function
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("name", ["", *every_command()])
+def test_help_fits_the_terminal(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No word is cut at the end of a line, and no word is lost."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stdout", shown)
+    for is_terminal in (False, True):
+        monkeypatch.setattr(shown, "isatty", lambda answer=is_terminal: answer, raising=False)
+        command, arguments = cli.find([name, "--help"] if name else ["--help"])
+        command(arguments)
+        shown.write("\0")
+    piped, text, _ = shown.getvalue().split("\0")
+    assert [line for line in text.splitlines() if len(line) > width and len(line.split()) > 3] == []
+    assert text.replace(" \\\n", "\n").split() == piped.split()
+
+
+def test_a_broken_command_can_be_pasted() -> None:
+    text = "  dlopt train model=resnet20 optimizer=adamw optimizer.lr=0.1 # slow\n"
+    assert fitted(text, 40) == (
+        "  dlopt train model=resnet20 \\\n      optimizer=adamw optimizer.lr=0.1\n      # slow\n"
+    )
+    assert fitted(text, None) == fitted(text, 80) == text
+    assert fitted("One two three\nfour.\n\n  key=N   a key\n", 10) == (
+        "One two\nthree\nfour.\n\n  key=N   a\n          key\n"
+    )

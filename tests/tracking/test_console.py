@@ -1,5 +1,6 @@
 """The console as a user meets it: in a pipe, in dumb terminals, and in a real one (tmux)."""
 
+import io
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics import formats
+from dlopt.tracking.console import open_console
 from dlopt.tracking.metrics import read_metrics, read_summary
 from tests.support.requires import requires
 
@@ -194,3 +196,16 @@ def test_a_dumb_terminal_of_60_columns_gets_short_lines(tmp_path: Path, terminal
     rows = [line for line in screen.splitlines() if re.match(r" +\d/3 ", line)]
     assert [row.split()[:2] for row in rows] == [[f"{n}/3", formats.format_number(0.23 / n)] for n in (1, 2, 3)]
     assert all(row.endswith("*") and len(row) <= 60 for row in rows)
+
+
+@pytest.mark.parametrize("columns", ["0", "00", "-1", "abc", "", "²", "99999999999"])
+def test_a_width_that_is_none_counts_as_unset(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With COLUMNS=0, Rich folds every text into lines without characters."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("LINES", columns)
+    stream = io.StringIO()
+    console = open_console(stream)[1]
+    console.print("a header")
+    assert stream.getvalue() == "a header\n" and console.width >= 40
+    monkeypatch.setenv("COLUMNS", "0120")
+    assert open_console(stream)[1].width == 120

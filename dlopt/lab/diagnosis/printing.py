@@ -3,12 +3,13 @@
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from dlopt.basics.formats import format_count
+from dlopt.basics.formats import format_count, terminal_width, wrap
 from dlopt.config.overrides import key_of
 from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot
 from dlopt.lab.diagnosis.verdicts import (
@@ -61,8 +62,8 @@ def _first_lines(
     count = len(diagnosis.before.layers)
     return [
         f"healthy: all {count} layers, {' and '.join(_when(diagnosis, each) for each in diagnosis.snapshots)}",
-        f"why: signals and gradients are {SMALL:g}x to {LARGE:g}x those of the first and the last layer; at most "
-        f"{100 * max(DEAD, SATURATED):.0f} % of a layer is dead or saturated",
+        f"why: signals and gradients are {SMALL:g}x to {LARGE:g}x those of the first and the last layer with an "
+        f"activation; at most {100 * max(DEAD, SATURATED):.0f} % of a layer is dead or saturated",
         "if it does not learn: type dlopt find-lr with the same keys, for the learning rate",
     ]
 
@@ -83,7 +84,7 @@ def print_diagnosis(diagnosis: Diagnosis, facts: Facts, label: str, again: Calla
         console.print(f"\n{label}", style="bold")
     layer_verdicts = [verdicts(snapshot.layers, snapshot.lags) for snapshot in diagnosis.snapshots]
     for line in [*_first_lines(diagnosis, layer_verdicts, facts, again), ""]:
-        console.print(line, soft_wrap=True)
+        _print(line)
     table = FittedTable(_table(diagnosis, layer_verdicts))
     brief = FittedTable(_table(diagnosis, layer_verdicts, is_brief=True))
     console.print(table if table.fits(console, console.width) else brief)
@@ -98,14 +99,14 @@ def print_diagnosis(diagnosis: Diagnosis, facts: Facts, label: str, again: Calla
         for lag in snapshot.lags:
             first, last = lag.states[0], lag.states[-1]
             metrics.append(f"{lag.name}: gradient {first:.2g} at lag 1, {last:.2g} at lag {len(lag.states)}")
-        console.print(f"{_when(diagnosis, snapshot)}: {'; '.join(metrics)}", soft_wrap=True)
+        _print(f"{_when(diagnosis, snapshot)}: {'; '.join(metrics)}")
         for line in advice(judged, facts):
-            console.print(f"  {line}", soft_wrap=True)
+            _print(line, "  ")
     after = diagnosis.after
     if diagnosis.trace.rates and not any(diagnosis.trace.rates):
-        console.print("the updates changed nothing: the schedule has ended, the learning rate is 0; use updates=0")
+        _print("the updates changed nothing: the schedule has ended, the learning rate is 0; use updates=0")
     elif after is not None and not after.loss < diagnosis.before.loss:
-        console.print(f"the loss did not fall: {diagnosis.before.loss:.4g} before, {after.loss:.4g} after the updates")
+        _print(f"the loss did not fall: {diagnosis.before.loss:.4g} before, {after.loss:.4g} after the updates")
     norms = diagnosis.trace.norms
     if norms:
         count = format_count("updates", len(norms))
@@ -115,9 +116,14 @@ def print_diagnosis(diagnosis: Diagnosis, facts: Facts, label: str, again: Calla
             first = len(healthy(norms))
             which = "the updates" if first == len(norms) else f"the first {first} updates, before the gradient exploded"
             line += f"; to clip half of {which}: clip=norm clip.max_norm={typed(usual)}"
-        console.print(line, soft_wrap=True)
+        _print(line)
     if diagnosis.trace.ended:
-        console.print(f"training stopped early: {diagnosis.trace.ended}", soft_wrap=True)
+        _print(f"training stopped early: {diagnosis.trace.ended}")
+
+
+def _print(line: str, indent: str = "") -> None:
+    """Prints a line, on a terminal wrapped between its words."""
+    print(*wrap(line, terminal_width(sys.stdout), first=indent, indent=f"{indent}  "), sep="\n")
 
 
 def _when(diagnosis: Diagnosis, snapshot: Snapshot) -> str:

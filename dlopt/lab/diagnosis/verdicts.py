@@ -10,6 +10,8 @@ from dlopt.instruments.layers import LayerStatistics
 from dlopt.lab.diagnosis.probes import TimeLag
 
 Label = Literal["healthy", "vanishing", "exploding", "saturated", "dead"]
+Compared = tuple[Literal["gradient", "signal"], str]
+"""What is compared, and the name of the layer that it is compared with."""
 
 SMALL, LARGE = 0.01, 100.0
 """Ratios to the other end of the network below and above which a signal or gradient is vanishing or exploding."""
@@ -60,21 +62,30 @@ def verdicts(layers: Sequence[LayerStatistics], lags: Sequence[TimeLag] = ()) ->
     trained = [layer for layer in layers if layer.gradients.count]  # not frozen
     last = ([layer for layer in trained if layer.activation is not None] or trained)[-1:]
     first = (active or list(layers))[:1]
-    gradient = last[0].gradients.norm if last else math.nan
-    signal = first[0].inputs.rms if first else math.nan
+    ratios = [_ratios(layer, first, last) for layer in layers]
     over_time = {lag.name: lag for lag in lags}
-    results = [_verdict(layer, gradient, signal) for layer in layers]
+    is_zero = bool(last) and last[0].gradients.norm == 0
+    results = [_verdict(layer, own, is_zero) for layer, own in zip(layers, ratios, strict=True)]
     for i, layer in enumerate(layers):
         if results[i].label == "healthy" and layer.name in over_time:
             results[i] = _over_time(over_time[layer.name]) or results[i]
-    for i, layer in enumerate(layers):
+    for i in range(len(layers)):
         if results[i].label == "healthy":
-            ratios = {"signal": _signal_ratio(layer, signal), "gradient": _gradient_ratio(layer, gradient)}
-            results[i] = _between(results[:i], results[i + 1 :], ratios) or results[i]
+            results[i] = _between(results[:i], results[i + 1 :], ratios[i]) or results[i]
     return results
 
 
-def _between(before: Sequence[Verdict], after: Sequence[Verdict], ratios: Mapping[str, float]) -> Verdict | None:
+def _ratios(
+    layer: LayerStatistics, first: Sequence[LayerStatistics], last: Sequence[LayerStatistics]
+) -> dict[Compared, float]:
+    """Compares the gradient of a layer with the last one, and its signal with the first one."""
+    gradient = _ratio(layer.gradients.norm, last[0].gradients.norm) if layer.gradients.count else 1.0
+    is_compared = layer.inputs.rms != 0 or layer.activation is not None
+    signal = _ratio(layer.inputs.rms, first[0].inputs.rms) if is_compared else 1.0
+    return {("gradient", last[0].name if last else ""): gradient, ("signal", first[0].name): signal}
+
+
+def _between(before: Sequence[Verdict], after: Sequence[Verdict], ratios: Mapping[Compared, float]) -> Verdict | None:
     """Returns the label of the nearest layers with a problem on both sides, if one of the ratios is close to it."""
     sides = (before[::-1], after)
     neighbours = {next((each.label for each in side if each.label != "healthy"), None) for side in sides}
@@ -87,14 +98,6 @@ def _between(before: Sequence[Verdict], after: Sequence[Verdict], ratios: Mappin
     return None
 
 
-def _signal_ratio(layer: LayerStatistics, first: float) -> float:
-    return _ratio(layer.inputs.rms, first) if layer.inputs.rms != 0 or layer.activation is not None else 1.0
-
-
-def _gradient_ratio(layer: LayerStatistics, last: float) -> float:
-    return _ratio(layer.gradients.norm, last) if layer.gradients.count else 1.0
-
-
 def _over_time(lag: TimeLag) -> Verdict | None:
     steps = len(lag.states) - 1
     ratio = _ratio(lag.states[-1], lag.states[0]) if lag.states else 1.0
@@ -102,29 +105,31 @@ def _over_time(lag: TimeLag) -> Verdict | None:
     return Verdict("exploding", reason) if ratio > LARGE else Verdict("vanishing", reason) if ratio < SMALL else None
 
 
-def _verdict(layer: LayerStatistics, last_gradient: float, first_signal: float) -> Verdict:
+def _verdict(layer: LayerStatistics, ratios: Mapping[Compared, float], is_zero: bool) -> Verdict:
+    """Judges a layer by itself. `is_zero`: whether the gradient that it is compared with is 0."""
     if not math.isfinite(layer.outputs.rms) or (layer.gradients.count and not math.isfinite(layer.gradients.norm)):
         return Verdict("exploding", "non-finite values")
     if layer.saturated is not None and layer.saturated > SATURATED:
         return Verdict("saturated", f"{100 * layer.saturated:.0f} % of the values")
     if layer.dead is not None and layer.dead > DEAD:
         return Verdict("dead", f"{100 * layer.dead:.0f} % of the units")
-    signal, gradient = _signal_ratio(layer, first_signal), _gradient_ratio(layer, last_gradient)
-    if last_gradient == 0 and layer.gradients.count:
+    if is_zero and layer.gradients.count:
         return Verdict("vanishing", "the gradient is zero")
-    if gradient > LARGE or signal > LARGE:
-        return Verdict("exploding", _reason("gradient", gradient) if gradient > LARGE else _reason("signal", signal))
-    if gradient < SMALL or signal < SMALL:
-        return Verdict("vanishing", _reason("gradient", gradient) if gradient < SMALL else _reason("signal", signal))
-    return Verdict("healthy", _reason("gradient", gradient) if layer.gradients.count else "requires no gradient")
+    for what, ratio in ratios.items():
+        if ratio > LARGE:
+            return Verdict("exploding", _reason(what, ratio))
+    for what, ratio in ratios.items():
+        if ratio < SMALL:
+            return Verdict("vanishing", _reason(what, ratio))
+    return Verdict("healthy", _reason(*next(iter(ratios.items()))) if layer.gradients.count else "requires no gradient")
 
 
 def _ratio(value: float, reference: float) -> float:
     return value / reference if reference > 0 else math.inf if value > 0 else 1.0
 
 
-def _reason(what: str, ratio: float) -> str:
-    return f"{what} {ratio:.2g}x that of the {'last' if what == 'gradient' else 'first'} layer"
+def _reason(what: Compared, ratio: float) -> str:
+    return f"{what[0]} {ratio:.2g}x that of {what[1]}"
 
 
 def advice(results: Sequence[Verdict], facts: Facts) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.lab.diagnosis import printing
 from tests.support.line import SMALL, dlopt, only, refused
 
 NET = ("model=mlp", "model.widths=[6,6]", "model.activation=tanh", "model.norm=none", "data.subset=60", "threads=1")
@@ -134,3 +135,15 @@ def test_refused(tmp_path: Path) -> None:
     assert "classes=2, vocabulary=3: set one of them" in refused(tmp_path, "summary", *both)
     assert "input_shape=[]: the model does" in refused(tmp_path, "summary", *NET[:-1], "input_shape=[]", "classes=2")
     assert "input_shape=[5, 0]" in refused(tmp_path, "summary", "input_shape=[5,0]", "classes=2")
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_lines_in_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Words and numbers stay whole, which a terminal cuts at its edge."""
+    line = "before: loss 2.33; gradient norm 1.07; largest Hessian eigenvalues 57.1, 39.6, 35.4 (lower bounds); end"
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    printing._print(line, "  ")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width and len(lines) > 1
+    assert " ".join(lines).split() == line.split()

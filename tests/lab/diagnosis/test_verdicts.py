@@ -1,6 +1,7 @@
 """Verdicts follow the statistics, and advice omits what is already set."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -42,6 +43,20 @@ def test_returns_a_verdict_per_layer(activation: type[nn.Module], std: float, la
     assert label in {verdict.label for verdict in result}
     if label == "healthy":
         assert {verdict.label for verdict in result} == {"healthy"}
+
+
+def test_names_the_layer_of_the_reference() -> None:
+    """Of the gradient the last layer with an activation, not the head; of the signal the first one."""
+    layers = _probed(nn.Tanh, 0.1)
+    vanishing = next(each for each in verdicts(layers) if each.label == "vanishing")
+    found = re.fullmatch(r"gradient (\S+)x that of (\S+)", vanishing.reason)
+    assert found is not None and found[2] == layers[-2].name != layers[-1].name
+    expected = layers[0].gradients.norm / layers[-2].gradients.norm
+    assert float(found[1]) == pytest.approx(expected, rel=0.05)
+    layers = _probed(nn.Tanh, 1.0)
+    layers[3].inputs = Moments()
+    layers[3].inputs.add(torch.full((4,), 1e-6))
+    assert re.fullmatch(rf"signal \S+x that of {layers[0].name}", verdicts(layers)[3].reason)
 
 
 def test_dead_units() -> None:
