@@ -15,6 +15,12 @@ from dlopt.data.samples import Reader, Samples
 from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
 from dlopt.tasks.task import Task
 
+STAND_IN = slice(0, 1)
+"""The shard of a training batch for a rank without samples: the first one of the batch, with weight 0.
+
+The other ranks wait in collectives for this one to run something: a real sample, which gives finite values.
+"""
+
 
 class Position(TypedDict):
     """Which samples of a global batch one rank augments, and with which random numbers.
@@ -43,7 +49,7 @@ class Batch:
         total: samples of the batch on all processes.
         shard: the positions of this process's samples among them; None for all of them, or for several slices.
         start: position of its first sample, of all processes, in the batch of the update.
-        weight: of its mean loss in the loss of the update.
+        weight: of its mean loss in the loss of the update; 0: this process has no samples, and one stands in for them.
         teacher_inputs: `inputs` in the normalization of a teacher; None if it is the same, or there is no teacher.
         is_last: whether it is the last micro-batch of its update.
         joined: totals of the batches of data.batch_size that a larger one consists of; empty if it is a single one.
@@ -218,10 +224,11 @@ class Batches:
             else:
                 rng = None if self._augment is None else generator(self._device, self._seed, step + number)
                 samples = self._build(inputs, indices, rng, total, shard, epoch)
-            if loss_aware is not None:
+            weight = float(shard is not STAND_IN)
+            if loss_aware is not None and weight:
                 loss_aware.serve(step + number, order[number * self.batch_size :][shard])
             local_inputs, targets, *others = samples
-            yield Batch(local_inputs, targets, total, teacher_inputs=others[0] if others else None)
+            yield Batch(local_inputs, targets, total, weight=weight, teacher_inputs=others[0] if others else None)
 
     def _build(
         self,

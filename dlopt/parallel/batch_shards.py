@@ -8,7 +8,7 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from dlopt.data.batches import Augment, Batch, Position
+from dlopt.data.batches import STAND_IN, Augment, Batch, Position
 
 BatchShard = Callable[[int], slice | Tensor]
 """Maps the size of a global batch to the positions of this rank's samples."""
@@ -76,8 +76,8 @@ def joined(slices: Sequence[slice]) -> list[slice]:
 
 
 def local_index(total: int, accumulate: int, rank: int, ranks: int) -> slice | Tensor:
-    """Returns the slices of all micro-batches as one index into the global batch."""
-    slices = local_slices(total, accumulate, rank, ranks)
+    """Returns the slices of all micro-batches as one index into the global batch; `STAND_IN` if all are empty."""
+    slices = joined(local_slices(total, accumulate, rank, ranks)) or [STAND_IN]
     return slices[0] if len(slices) == 1 else torch.cat([torch.arange(s.start, s.stop) for s in slices])
 
 
@@ -93,7 +93,7 @@ def micro_batch_shards(total: int, accumulate: int, rank: int, ranks: int) -> li
 
 @dataclass(frozen=True)
 class ShardedAugment:
-    """Augments a rank's samples where they are several slices of the global batch, or none."""
+    """Augments a rank's samples where they are several slices of the global batch, or the one that stands in."""
 
     augment: Augment
     accumulate: int
@@ -113,12 +113,9 @@ class ShardedAugment:
 
         generator, indices = position["generator"], position["indices"]
         seed = generator.initial_seed()
-        if len(inputs) == 0:  # one dummy sample yields the shape and dtype that the other ranks get
-            zeros = inputs.new_zeros(1, *inputs.shape[1:]), targets.new_zeros(1, *targets.shape[1:])
-            inputs, targets = augmented(*zeros, slice(0, 1), indices.new_zeros(1))
-            return inputs[:0], targets[:0]
         results, start = [], 0
-        for local in joined(local_slices(position["total"], self.accumulate, self.rank, self.ranks)):
+        slices = joined(local_slices(position["total"], self.accumulate, self.rank, self.ranks))
+        for local in slices or [STAND_IN]:
             stop = start + local.stop - local.start
             results.append(augmented(inputs[start:stop], targets[start:stop], local, indices[start:stop]))
             start = stop
@@ -158,7 +155,9 @@ class BatchSplit:
         return ShardedAugment(augment, self.accumulate, self.rank, self.ranks)
 
     def micro_batches(self, batch: Batch, accumulate: int) -> Sequence[Batch]:
-        """Returns this rank's part of each of `accumulate` micro-batches; it may be empty.
+        """Returns this rank's part of each of `accumulate` micro-batches.
+
+        If it has no samples of one, its first sample of the batch stands in for them with weight 0.
 
         A part is weighted by its fraction of the samples of the global batch: shards may be unequal. Of a batch that
         has grown, each of the joined batches is split as if it were alone: micro-batches keep their sizes.
@@ -169,13 +168,13 @@ class BatchSplit:
         totals = batch.joined or (batch.total,)
         shards = [each for total in totals for each in micro_batch_shards(total, accumulate, self.rank, self.ranks)]
         for number, shard in enumerate(shards, 1):
-            samples = slice(start, start + shard.samples)
+            samples = slice(start, start + shard.samples) if shard.samples else STAND_IN
             parts.append(
                 Batch(
                     batch.inputs[samples],
                     batch.targets[samples],
                     shard.total,
-                    shard.local,
+                    shard.local if shard.samples else STAND_IN,
                     first,
                     weight=shard.samples * self.scale / batch.total,
                     is_last=number == len(shards),

@@ -15,4 +15,4 @@ A choice is a factory that takes the `Horizon` of the run and returns the functi
 from dlopt.schedules.curves import constant, cosine, exponential, linear, multistep, polynomial, step, time_decay, wsd
 from dlopt.schedules.cycles import OneCycle, cosine_restarts, cosine_warmup_restarts
 from dlopt.schedules.horizon import Factor, Horizon, WarmedUp, Warmup, build
-from dlopt.schedules.scheduler import Plateau, Scheduler
+from dlopt.schedules.scheduler import Plateau, Scheduler, momentum_of

@@ -43,17 +43,19 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self.factor = factor
         self._scale = scale
         self._component: Any = getattr(factor, "component", factor)
-        cycle_momentum = getattr(self._component, "cycle_momentum", False)
+        momentum = momentum_of(factor)
+        is_auto = getattr(self._component, "cycle_momentum", True) == "auto"
         groups = optimizer.param_groups
         # Schedule-free optimizers use this key to interpolate between points: changed, it would move their average.
         averages = is_schedule_free(type(optimizer))
-        if cycle_momentum is True and (averages or not all("momentum" in g or "betas" in g for g in groups)):
+        is_required = momentum is not None and not is_auto
+        if is_required and (averages or not all("momentum" in g or "betas" in g for g in groups)):
             raise UserError(
                 f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas to cycle; "
-                f"set auto or false"
+                "set auto or false (the attribute cycle_momentum of a schedule of your own that has momentum(t))"
             )
         # auto leaves a momentum of 0 off: gradient descent must not become another method.
-        self._cycles = [cycle_momentum is True or bool(cycle_momentum and _momentum(g)) for g in groups]
+        self._cycles = [momentum is not None and (not is_auto or _momentum(g) != 0) for g in groups]
         self.cycles_momentum = any(self._cycles) and not averages
         self.decay = decay
         # (index, weight decay, peak rate) of each group whose decay it sets. Kept here: a restored optimizer has the
@@ -143,6 +145,16 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         t = update / self._horizons[i]
         return base * self.decay.factor(t, self.factor(t), peak)
 
+    def momentum(self, update: int) -> float | None:
+        """Returns the momentum, or betas[0], in an update (from 0); None if the schedule sets none.
+
+        Belongs to the group of `rate`, or to the first group whose momentum the schedule sets.
+        """
+        if not self.cycles_momentum:
+            return None
+        i = self._shown if self._cycles[self._shown] else self._cycles.index(True)
+        return float(self._component.momentum(update / self._horizons[i]))
+
     def _factors(self) -> list[float]:
         """Returns the factor of each group, computed once per horizon."""
         factors = {horizon: self.factor(self.last_epoch / horizon) for horizon in set(self._horizons)}
@@ -208,6 +220,13 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         if state_dict["component"] is not None:
             self._component.load_state_dict(state_dict["component"])
         self._apply()
+
+
+def momentum_of(factor: Factor) -> Factor | None:
+    """Returns the momentum that a schedule sets, as a function of the update t; None if it sets none."""
+    component = getattr(factor, "component", factor)
+    momentum: Factor | None = getattr(component, "momentum", None)
+    return momentum if callable(momentum) and getattr(component, "cycle_momentum", True) else None
 
 
 def _momentum(group: Mapping[str, Any]) -> float:

@@ -30,6 +30,7 @@ from dlopt.config.overrides import (
 )
 from dlopt.config.plan import checked
 from dlopt.config.resuming import differences, refuse_other_config
+from dlopt.config.settings_rules import shown_accumulate
 from dlopt.tracking.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from dlopt.training.checkpoint.content import Checkpoint
 
 Factors = Callable[[int], tuple[float, ...]]
-"""Returns the factors of learning rate and weight decay in an update, from 0."""
+"""Returns the factors of learning rate and weight decay, and the momentum if the schedule sets it, in an update, from
+0."""
+
+_MOST = 4_000_000  # updates of a branch: its schedule is compared with that of its stem update by update
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class _Stem:
         run_config: that of the branches, which may have another schedule.
         is_changed: whether the two differ.
         checkpoints: the kept ones, by completed updates.
-        horizon: updates of its schedule.
+        horizon: updates of its schedule; `steps_per_epoch`: of an epoch.
         updates: those that it has completed.
     """
 
@@ -62,7 +66,7 @@ class _Stem:
     is_changed: bool
     checkpoints: dict[int, Path]
     horizon: int
-    steps_per_epoch: float
+    steps_per_epoch: int
     updates: int
 
     @property
@@ -72,10 +76,10 @@ class _Stem:
     @property
     def length(self) -> int:
         """In its unit."""
-        return self.updates if self.unit == "steps" else int(self.updates / self.steps_per_epoch)
+        return self.updates if self.unit == "steps" else self.updates // self.steps_per_epoch
 
     def updates_of(self, length: int) -> int:
-        return length if self.unit == "steps" else round(length * self.steps_per_epoch)
+        return length if self.unit == "steps" else length * self.steps_per_epoch
 
 
 def _factors(run_config: "RunConfig", horizon: int, steps_per_epoch: float) -> Factors:
@@ -84,12 +88,15 @@ def _factors(run_config: "RunConfig", horizon: int, steps_per_epoch: float) -> F
 
     rate = schedules.build(run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=steps_per_epoch)
     decay = run_config.decay.build(horizon=schedules.Horizon(0, horizon, steps_per_epoch))
+    momentum = schedules.momentum_of(rate)
     parts = [1.0, *(rule.horizon for rule in run_config.grouping.groups if rule.horizon is not None)]
 
     def of(update: int) -> tuple[float, ...]:
         factors = [rate(update / part) for part in parts]
         if decay is not None:
             factors += [decay.factor(update / part, f, 1.0) for part, f in zip(parts, factors, strict=True)]
+        if momentum is not None:
+            factors += [momentum(update / part) for part in parts]
         return tuple(factors)
 
     return of
@@ -128,19 +135,13 @@ def branched(composer: Composer, words: Sequence[str]) -> list[str]:
     starts = [_start(stem, length) for length in lengths]
     updates = [stem.updates_of(length) for length in lengths]
     print(f"branches: {sum(updates) - sum(starts):,} updates instead of {sum(updates):,}, after {stem.source}")
-    columns: dict[str, Sequence[float]] = {
-        stem.unit: lengths,
-        "schedule_epochs": [_epochs(stem, length) for length in lengths],
-    }
+    # With steps, `begin` sets the length of the schedule: as a number of epochs, it would be rounded.
+    in_epochs = lengths if stem.unit == "epochs" else ["null"] * len(lengths)
+    columns: dict[str, Sequence[object]] = {stem.unit: lengths, "schedule_epochs": in_epochs}
     items = [f"{key}=[{','.join(map(str, values))}]" for key, values in columns.items()]
-    if not is_set("resume", rest):  # resume=auto: the folders of the jobs have the checkpoints
-        items.append(f"resume=[{','.join(quoted_plain(str(stem.checkpoints[start])) for start in starts)}]")
+    items.append(f"resume=[{','.join(quoted_plain(str(stem.checkpoints[start])) for start in starts)}]")
     kept = without(inherit(composer, rest), *columns)
     return [*kept, f"{BRANCH}=zip({','.join(items)})"]
-
-
-def _epochs(stem: _Stem, length: int) -> float:
-    return length if stem.unit == "epochs" else length / stem.steps_per_epoch
 
 
 def _lengths(composer: Composer, word: str) -> list[int]:
@@ -160,6 +161,9 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
     folder = RunFolder(folder.path.parent) if folder.path.name == "config.yaml" else folder
     single = [each for each in composer.parse(overrides) if not each.is_sweep_override()]
     run_config = checked(composer.compose(single), single).run_config
+    if run_config.settings.batch_growth is not None:
+        grows = f"its batch grows: accumulate={shown_accumulate(run_config.settings)}"
+        raise UserError(f"{source}: {grows}; branches need a constant one: train each length from its start")
     checkpoints = {}
     for path in folder.checkpoints.glob("step-*.pt"):
         if (number := path.stem.removeprefix("step-")).isdecimal():
@@ -169,17 +173,32 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
         raise UserError(f"{source}: has no checkpoints/last.pt")
     checkpoint = load(last)
     checkpoints[checkpoint.step] = last
-    whole = next((line for line in read_metrics(folder.path) if isinstance(line.get("epoch"), int)), None)
-    if whole is None:
-        raise UserError(f"{source}: has not completed an epoch")
+    if not (steps_per_epoch := checkpoint.steps_per_epoch):
+        raise UserError(f"{source}: its checkpoints, of an earlier version, cannot be branched; train it again")
+    _check_history(source, folder, checkpoint, steps_per_epoch)
     new, typed = run_config.config, folder.typed()
     refuse_other_config(checkpoint.config, new, str(last), typed, has_identity=True, free=("schedule",))
     is_changed = bool(differences(checkpoint.config, new))  # in the schedule
     own = _own_config(folder, checkpoint.config) if is_changed else run_config
-    steps_per_epoch = whole["step"] / whole["epoch"]
     return _Stem(
         source, own, run_config, is_changed, checkpoints, checkpoint.horizon, steps_per_epoch, checkpoint.step
     )  # fmt: skip
+
+
+def _check_history(source: str, folder: RunFolder, checkpoint: "Checkpoint", steps_per_epoch: int) -> None:
+    """Raises `UserError` if metrics.jsonl is damaged, or a straight run would have other batches."""
+    epoch: Any = 0
+    for line in read_metrics(folder.path):
+        epoch, step = line.get("epoch"), line.get("step")
+        if type(step) is not int or type(epoch) not in (int, float) or not step > 0 < epoch:
+            raise UserError(f"{source}: metrics.jsonl is damaged: epoch {epoch}, step {step}")
+        if type(epoch) is int and step != epoch * steps_per_epoch and step < checkpoint.step:
+            raise UserError(
+                f"{source}: ended within epoch {epoch}, after update {step}, and was lengthened: its next update is "
+                "the first of another epoch, unlike that of a straight run; train the whole length at once"
+            )
+    if epoch < checkpoint.evaluated_epoch:
+        raise UserError(f"{source}: metrics.jsonl is damaged: it ends after epoch {epoch}, the run later")
 
 
 def _own_config(folder: RunFolder, config: Mapping[str, Any]) -> "RunConfig":
@@ -202,6 +221,8 @@ def _start(stem: _Stem, length: int) -> int:
     if updates > stem.updates:
         end = f"{stem.length} {stem.unit}"
         raise UserError(f"{word}: {stem.source} ends after {end}; allowed: 1 to {stem.length}")
+    if updates > _MOST:
+        raise UserError(f"{word}: {updates:,} updates; a branch has at most {_MOST:,}")
     most, differ = shared_updates(stem.own, stem.run_config, stem.horizon, updates, stem.steps_per_epoch)
     if most is None and stem.is_changed:
         saved, new = stem.own.config["schedule"], stem.run_config.config["schedule"]
@@ -278,7 +299,7 @@ def begin(jobs: "Sequence[Job]") -> None:
 
     for job in jobs:
         plan, folder = job.plan, job.folder
-        if not plan.branches_from or folder.has_begun():
+        if not plan.branches_from or folder.has_begun(resumed=True):
             continue
         path = Path(plan.branches_from)
         source, checkpoint = RunFolder(path.absolute().parent.parent), load(path)

@@ -172,7 +172,9 @@ def _probe(config: Mapping[str, Any], choices: Mapping[str, str]) -> Estimate | 
             return Estimate(seconds, seconds, start_up, start - begin)
         checkpoint = Checkpoints(folder.checkpoints).load_newest()
         assert checkpoint is not None  # an interrupted run that has trained leaves one
-        updates = checkpoint.horizon
+        # The horizon counts batches. A batch that grows makes updates longer: as many batches take as long.
+        batches = checkpoint.epoch * (checkpoint.steps_per_epoch or 0) + checkpoint.position
+        updates = checkpoint.horizon * steps / (batches or steps)
         first = first_updates(read_times(folder.path / "tensorboard"), seconds, steps)
         fastest, average = per_update(read_metrics(folder.path), seconds, steps, first)
         rest = updates - first[0]

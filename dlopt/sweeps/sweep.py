@@ -20,6 +20,7 @@ from dlopt.basics.status_line import waiting
 from dlopt.config.compose import Composer, typed_folder
 from dlopt.config.flags import hydra_main
 from dlopt.config.overrides import (
+    BRANCH,
     WAIT,
     grid,
     is_hydra,
@@ -63,8 +64,11 @@ _READS_OF_HYDRA = (
 def request(composer: Composer, words: Sequence[str]) -> SweepRequest:
     """Composes and checks a sweep, except its jobs. Raises `UserError`."""
     refuse_ranks("-m", "the sweep")
-    with refused_together(composer, words, multirun=True):
-        config, typed, axes = read_axes(composer, without(words, WAIT))
+    # Branches that have begun continue, and the others begin with the checkpoint of their axis.
+    resumed = ["resume"] if "resume=auto" in words and BRANCH in map(key_of, words) else []
+    with refused_together(composer, without(words, *resumed), multirun=True):
+        config, typed, axes = read_axes(composer, without(words, WAIT, *resumed))
+    config.resume = "auto" if resumed else config.resume
     overrides = [override for axis in typed for override in axis.overrides]
     refuse_unread_hydra(overrides, "a sweep", _READS_OF_HYDRA, {"hydra.run": "use hydra.sweep.dir"})
     if config.hydra.job.chdir:

@@ -153,8 +153,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """Joins batches to one; the only one is returned as it is."""
     if len(batches) == 1:
         return batches[0]
-    teacher_inputs = [each.teacher_inputs for each in batches if each.teacher_inputs is not None]
     totals = tuple(each.total for each in batches)
+    batches = [each for each in batches if each.weight] or batches[:1]  # this process's own samples, if it has any
+    teacher_inputs = [each.teacher_inputs for each in batches if each.teacher_inputs is not None]
     return Batch(
         torch.cat([each.inputs for each in batches]),
         torch.cat([each.targets for each in batches]),

@@ -109,18 +109,21 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     data, count = workload.run_config.data_settings, batches.count
     micro_batches = max(workload.run_config.settings.micro_batches, workload.parallel.traits.micro_batches)
     smallest = _smallest_micro_batch(count, batches.batch_size, micro_batches)
-    shards = workload.parallel.traits.batch_norm_shards
+    shards, is_own = workload.parallel.traits.batch_norm_shards, isinstance(workload.task, OwnTask)
+    if is_own:  # its loss calls the model with the sample that stands in for none, which even a synchronized one counts
+        shards = workload.parallel.split.ranks
     if shards > 1:
         slices = [local_slice(start, start + smallest, rank, shards) for rank in range(shards) for start in (0, 1)]
         smallest = min(each.stop - each.start for each in slices)
         if smallest == 0 and any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
             raise UserError(
                 f"data.batch_size={data.batch_size}: with {count} training samples, a (micro-)batch is too small for "
-                f"{shards} processes, and batch norm fails on an empty shard; use parallel.sync_batchnorm=true, "
-                "larger batches, data.drop_last=true, or model.norm=group"
+                f"{shards} processes, and batch norm fails on an empty shard; use "
+                f"{'' if is_own else 'parallel.sync_batchnorm=true, '}larger batches, data.drop_last=true, or "
+                "model.norm=group"
             )
     ghost = min((getattr(m, "ghost_batch", 2) for m in workload.module.modules()), default=2)
-    if min(smallest, ghost) > 1 or isinstance(workload.task, OwnTask):  # its loss calls the model as it likes
+    if min(smallest, ghost) > 1 or is_own:  # its loss calls the model as it likes
         return
     # A batch of one has one value per channel in a linear layer, and many in a convolution: find out with one sample.
     names = {m: name for name, m in workload.module.named_modules() if isinstance(m, _BatchNorm)}

@@ -72,7 +72,6 @@ class ClosureStep(Step):
         else:  # the batch has counted in the metrics and in the statistics of batch norm
             with frozen_statistics(self.module):
                 evaluated = self.evaluate(checks=self._checks_all)
-            self.record.norm = evaluated.norm
             self.record.flags += evaluated.flags
         assert evaluated.loss is not None
         return evaluated.loss

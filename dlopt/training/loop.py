@@ -223,10 +223,10 @@ class Trainer:
         return "done"
 
     def _rates(self) -> dict[str, float]:
-        """Returns what the schedules have set for the latest update: lr, and weight_decay unless decay=constant."""
-        latest = self.length.batches(self.progress.step - 1)
-        rates, decay = {"lr": float(self.step.rate)}, self.step.schedule.weight_decay(latest)
-        return rates if decay is None else {**rates, "weight_decay": decay}
+        """Returns what the schedules have set for the latest update: lr, weight_decay unless constant, momentum."""
+        latest, schedule = self.length.batches(self.progress.step - 1), self.step.schedule
+        others = {"weight_decay": schedule.weight_decay(latest), "momentum": schedule.momentum(latest)}
+        return {"lr": float(self.step.rate), **{key: value for key, value in others.items() if value is not None}}
 
     def _fractional_epoch(self) -> float:
         """Returns completed epochs, with the fraction of the current one."""
@@ -359,7 +359,7 @@ class Trainer:
         self.stopping.load_state_dict(progress.pop("stopping"))
         self.best.load_state_dict(progress.pop("best"))
         self.recovery.load_state_dict(progress.pop("recovery"))
-        kept = {"horizon": self.progress.horizon, "data": self.progress.data}
+        kept = {key: getattr(self.progress, key) for key in ("horizon", "steps_per_epoch", "data")}
         uncounted = {"samples": None, "evaluated_samples": None}  # of a checkpoint that does not count them
         self.progress = Progress(**{**uncounted, **progress, **kept})
         if self.best.epoch is not None and self.best.epoch == self.progress.evaluated == self._fractional_epoch():
@@ -368,7 +368,7 @@ class Trainer:
         has_best = self.best.epoch is None or self.checkpoints.has_best(self.best.epoch, self.config.get("run_id"))
         if not self.mode.ranks.broadcast(has_best):
             log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", self.best.epoch)
-            self.best = Best(self.best.monitor, direction=self.best.direction, sets=self.best.sets)
+            self.best = Best(self.best.monitor, direction=self.best.direction)
         self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
         rng.restore(state["rng"])  # last: nothing above may draw random numbers after it
 

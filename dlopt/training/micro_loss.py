@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
@@ -88,6 +89,9 @@ class MicroLoss:
         self._forward = _forward(self._model, self._loss, metrics.keep)
         if network.compile is not None:
             self._forward = network.compile(self._forward)
+        # Batch norm would count the sample that stands in for none. Other models may fail on an empty batch.
+        normalizes = any(isinstance(each, _BatchNorm) for each in network.module.modules())
+        self._stand_in = slice(0, 0 if normalizes else 1)
 
     def __call__(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
         """Returns the weighted loss of a micro-batch with its graph, and what the metrics need of it.
@@ -95,8 +99,8 @@ class MicroLoss:
         Micro-batches differ in size: each loss is weighted by its number of samples, because a mean of means would
         weight the samples of small micro-batches more.
         """
-        if not part.targets.shape[0]:  # the other ranks wait for this one in collectives; its gradients are zero
-            loss = self._model(part.inputs).sum() * 0.0
+        if not part.weight:  # the other ranks wait for this one in collectives; its gradients are zero
+            loss = self._model(part.inputs[self._stand_in]).sum() * 0.0
             return loss, Kept.of_no_samples(loss)
         loss, kept = self._forward(*part, *self._further(part))
         return (loss if part.weight == 1.0 else loss * part.weight), kept
@@ -138,11 +142,8 @@ class TaskMicroLoss(MicroLoss):
 
     def _evaluated(self, task_loss: TaskLossCall, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
         """Returns the mean loss of a micro-batch with its graph, and what the metrics need of it."""
-        (inputs, targets), positions, samples = part, part.positions, len(part.targets)
-        if not samples:  # the other ranks wait in collectives: one sample of zeros, whose loss has no weight
-            inputs, targets = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in (inputs, targets))
-            positions = slice(0, 1)
-        draws = Draws.of_update(self._device, update.task_seed, update.batch.total, self._dtype, positions)
+        (inputs, targets), samples = part, len(part.targets) if part.weight else 0
+        draws = Draws.of_update(self._device, update.task_seed, update.batch.total, self._dtype, part.positions)
         parts = task_loss(self._task.batch(inputs, targets, self._dtype), draws)
         loss = torch.stack([*parts.values()]).sum()
         named = {name: value.detach() for name, value in parts.items() if name}

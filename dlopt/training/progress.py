@@ -167,6 +167,7 @@ class Progress:
     evaluated_samples: int | None = 0  # forward and backward; None if an optimizer also computes other things of them
     peak_memory: int = 0  # bytes, of the process that needed most
     horizon: int = 0  # batches over which the schedule runs
+    steps_per_epoch: int = 0  # batches of an epoch
     resumed_from: list[int] = field(default_factory=list)
     data: Mapping[str, Any] = field(default_factory=dict)  # see `build.data_spec`
     found_lr: float | None = None  # learning rate of a range test

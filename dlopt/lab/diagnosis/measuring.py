@@ -77,7 +77,10 @@ class UpdateTrace:
 
 
 class ClippedNorm(Observer):
-    """Measures the norm of the clipped gradients before the optimizer: schedule-free AdamW overwrites them."""
+    """Measures the norm of the clipped gradients before the optimizer: schedule-free AdamW overwrites them.
+
+    Of an update's first evaluation, at the weights of its loss, if `norm` is NaN before the update.
+    """
 
     def __init__(self) -> None:
         self.norm = math.nan
@@ -88,7 +91,8 @@ class ClippedNorm(Observer):
 
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm) -> Tensor | None:
         total = self._clip(parameters, norm)
-        self.norm = float(gradient_norm(parameters, norm))
+        if math.isnan(self.norm):
+            self.norm = float(gradient_norm(parameters, norm))
         return total
 
 
@@ -209,7 +213,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
     curvature_updates = {round(i * (updates - 1) / 7) for i in range(8)} if with_curvature else set()
     workload.module.train()
     for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), updates)):
-        before = {p: p.detach().clone() for p in parameters}
+        before, clipped.norm = {p: p.detach().clone() for p in parameters}, math.nan
         try:
             record = trainer.update(batch, progress.step + number, log_norm=True)
             training_step.check_updates()

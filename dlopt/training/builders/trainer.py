@@ -109,12 +109,12 @@ def build_trainer(
         update=update,
         batches=observed,
         length=length,
-        progress=Progress(horizon=length.horizon, data=data_spec(workload), found_lr=found_lr),
+        progress=Progress(
+            horizon=length.horizon, steps_per_epoch=length.steps_per_epoch, data=data_spec(workload), found_lr=found_lr
+        ),
         intervals=build_intervals(workload, schedule, length),
         validate=validation(workload, optimizer, average, tracking.evaluating),
-        best=Best(
-            settings.monitor, direction=direction_of(settings.monitor), sets=tuple(workload.run_config.validation)
-        ),
+        best=Best(settings.monitor, direction=direction_of(settings.monitor)),
         stopping=stopping,
         recovery=recovery,
         train_metrics=train_metrics,
@@ -201,7 +201,7 @@ def build_intervals(workload: Workload, schedule: Scheduler, length: Length) -> 
         save_every_epochs=settings.checkpoint.every_epochs,
         save_every_steps=settings.checkpoint.every_steps,
         log_every_steps=settings.log_every_steps,
-        snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else None,
+        snapshot=snapshot_names(schedule, length) if settings.checkpoint.at_restarts else None,
     )
 
 

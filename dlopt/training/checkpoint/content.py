@@ -118,8 +118,13 @@ class Checkpoint:
 
     @property
     def horizon(self) -> int:
-        """Updates over which the schedule runs."""
+        """Batches over which the schedule runs: updates, unless the batch grows."""
         return int(self._progress["horizon"])
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Batches of an epoch; None if an earlier version wrote the checkpoint."""
+        return self._progress.get("steps_per_epoch")
 
     @property
     def found_lr(self) -> float | None:
@@ -229,7 +234,8 @@ class _Best(TypedDict):
     val_loss: _Float | None
     val_accuracy: _Float | None
     direction: Direction | None
-    on_sets: NotRequired[dict[StrictStr, _Float]]
+    others: NotRequired[dict[StrictStr, _Float]]
+    on_sets: NotRequired[dict[StrictStr, _Float]]  # of earlier versions
 
 
 class _Progress(TypedDict):
@@ -241,6 +247,7 @@ class _Progress(TypedDict):
     evaluated_samples: NotRequired[_Count | None]
     peak_memory: NotRequired[_Count]
     horizon: _Count
+    steps_per_epoch: NotRequired[_Count]
     resumed_from: list[_Count]
     found_lr: _Number | None
     evaluated: _Number
