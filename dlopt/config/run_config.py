@@ -97,29 +97,30 @@ class RunConfig:
         known = None if metric == monitor else known_direction(metric)
         return known or self.settings.monitor_mode
 
-    def read_data(
-        self,
-        settings: DataSettings | None = None,
-        *,
-        saved_tokenizer: str | None = None,
-        saved_columns: FeatureColumns | None = None,
-    ) -> Any:
+    def read_data(self, *, saved_tokenizer: str | None = None, saved_columns: FeatureColumns | None = None) -> Any:
         """Returns the `Dataset`, before the settings of all datasets are applied. Raises `UserError`.
 
-        `settings`: None for the config's. `saved_tokenizer`: of a checkpoint; None for the config's.
-        `saved_columns`: of the table of a checkpoint; None to learn what the columns are.
+        `saved_tokenizer`: of a checkpoint; None for the config's. `saved_columns`: of the table, or of the scale of the
+        targets, of a checkpoint; None to learn what the columns are.
         """
-        keys = vars(self.data_settings if settings is None else settings)
-        dataset = self.data.build(**keys, saved_tokenizer=saved_tokenizer, saved_columns=saved_columns)
-        forget(dataset.classes or ())
-        return dataset
+        return self._read(self.data, self.data_settings, saved_tokenizer, saved_columns)
 
-    def read_validation_set(self, name: str, **trained: Any) -> Any:
+    def read_validation_set(self, name: str, saved_tokenizer: str | None, saved_columns: FeatureColumns | None) -> Any:
         """Returns the `Dataset` of `validation.NAME`, of which no part is split off. Raises `UserError`.
 
-        `trained`: what is known only from the training data: `saved_tokenizer`, `saved_columns`.
+        `saved_tokenizer`, `saved_columns`: of the training data.
         """
-        keys = vars(replace(self.data_settings, val_split=0.0, subset=None, label_noise=0.0))
-        dataset = self.validation[name].data.build(**keys, **trained)
+        settings = replace(self.data_settings, val_split=0.0, subset=None, label_noise=0.0)
+        return self._read(self.validation[name].data, settings, saved_tokenizer, saved_columns)
+
+    def _read(
+        self, data: Component, settings: DataSettings, tokenizer: str | None, columns: FeatureColumns | None
+    ) -> Any:
+        dataset = data.build(**vars(settings), saved_tokenizer=tokenizer, saved_columns=columns)
         forget(dataset.classes or ())
+        if settings.standardize_target and not data.takes("standardize_target"):  # tables do it themselves
+            from dlopt.data.targets import standardized
+
+            label = data.arguments.get("label_column", data.arguments.get("target", "target"))
+            dataset = standardized(dataset, label, columns)
         return dataset

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 Size = tuple[int, int] | None
 """Height, width; None for an image's own."""
+Source = Union[str, bytes, "Image"]
+"""Path or content of an image file, or a PIL image."""
 Boxes = Callable[[Tensor, Tensor], Tensor]
 """Returns a `Box` of each image, [n, 4], given their heights and widths [n]."""
 
@@ -93,10 +95,10 @@ def decode(path: str, size: Size, channels: int) -> Tensor:
         return EncodedImage(path).decode(size, channels)
 
 
-def decode_described(path: str, size: tuple[int, int], channels: int) -> tuple[Tensor, Stored]:
-    """Like `decode`; also returns how the image is stored, according to its header."""
-    with _naming(path):
-        image = EncodedImage(path)
+def decode_described(source: Source, name: str, size: tuple[int, int], channels: int) -> tuple[Tensor, Stored]:
+    """Like `decode`; also returns how the image is stored, according to its header. `name`: for messages."""
+    with _naming(name):
+        image = EncodedImage(source)
         stored = image.stored()
         return image.decode(size, channels), stored
 
@@ -177,16 +179,18 @@ def _has_alpha(image: "Image") -> bool:
 class EncodedImage:
     """An image file in memory: its size after EXIF rotation is known, its pixels are decoded later.
 
-    `source`: the path of the file, or its content.
+    `source`: the path of the file, or its content; or an image that Pillow has opened, which stays as it is.
     """
 
-    def __init__(self, source: str | bytes) -> None:
+    def __init__(self, source: Source) -> None:
         from PIL import Image
 
         if isinstance(source, str):
             refuse_special(source)
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        self._image: Image.Image = Image.open(io.BytesIO(content), formats=_formats())
+            source = Path(source).read_bytes()
+        opened = Image.open(io.BytesIO(source), formats=_formats()) if isinstance(source, bytes) else source.copy()
+        self._image: Image.Image = opened
+        self._image.format = opened.format if isinstance(source, bytes) else source.format
         self._orientation = orientation(self._image)
         self.mode = self._image.mode
         width, height = self._image.size

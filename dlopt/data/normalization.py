@@ -318,7 +318,7 @@ def finite_chunks(samples: Samples) -> Iterator[Tensor]:
         yield chunk
 
 
-_VERSION = "1"
+_VERSION = "2"
 _CACHE_MIN_SAMPLES = 1000  # fewer are quickly read again
 
 

@@ -414,7 +414,7 @@ class Wrapped:
         """Returns an item, see `read_item`. Raises `UserError`."""
         item = read_item(self.dataset, index, self._name, size)
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise UserError(f"{self._name}[{index}]: is {_describe(item)}; expected a pair (input, label)")
+            raise UserError(f"{self._name}[{index}]: is {described(item)}; expected a pair (input, label)")
         return item
 
     def _input(self, value: Any, index: int) -> Tensor:
@@ -430,7 +430,7 @@ class Wrapped:
             value = _as_tensor(value)
         if not isinstance(value, Tensor) or not 1 <= value.dim() <= 3 or value.is_complex():
             raise UserError(
-                f"{self._name}[{index}]: the input is {_describe(value)}; expected a PIL image, an array, or a tensor "
+                f"{self._name}[{index}]: the input is {described(value)}; expected a PIL image, an array, or a tensor "
                 "[F], [H, W] or [C, H, W]"
             )
         value = value.detach().cpu()
@@ -468,7 +468,7 @@ class Wrapped:
             targets = targets.squeeze(1)
         if targets.dim() != 1 or targets.is_complex():
             raise UserError(
-                f"{self._name}: class labels must be one integer per sample, got {_describe(targets[0])}; several "
+                f"{self._name}: class labels must be one integer per sample, got {described(targets[0])}; several "
                 "labels per sample must be float zeros and ones, with data.classes"
             )
         return targets.to(torch.int64)
@@ -479,7 +479,7 @@ def _as_tensor(value: Tensor | np.ndarray) -> Tensor:
     return tensor.detach().cpu()
 
 
-def _describe(value: Any) -> str:
+def described(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
         return f"a {type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
     return f"of type {type(value).__name__}"

@@ -26,6 +26,7 @@ class DataSettings:
     subset: Annotated[Count | PositiveFraction | None, Role.IDENTITY]
     split_seed: Annotated[Seed, Role.SEED]
     label_noise: Annotated[Fraction, Role.IDENTITY] = 0.0
+    standardize_target: Annotated[bool, Role.IDENTITY] = False
     image_size: Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, Role.IDENTITY] = None
     memory: Annotated[bool | Literal["auto"], Role.PLACE]
     workers: Annotated[Natural | Literal["auto"], Role.PLACE]

@@ -11,14 +11,16 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import global_state_held
-from dlopt.data.feature_columns import FeatureColumns, texts_of
-from dlopt.data.images import Stored
+from dlopt.data.feature_columns import texts_of
+from dlopt.data.images import Source, Stored
+from dlopt.data.samples import channels_first, described
 from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads
@@ -34,11 +36,11 @@ class Prediction:
     """A prediction for an image, or for a row of a table.
 
     Attributes:
-        image: its path; empty for a row.
+        image: its path, or images[NUMBER] without one; empty for a row.
         label: the most probable class; None for a regression, for a model of several labels per image, and where an
             output of the model is NaN.
         values: the probabilities of the classes, or of the labels, in the order of `Model.classes`; the outputs of a
-            regression, for a row in the unit of the label.
+            regression, in the unit of the label.
         labels: of a model of several labels per image: those with a probability of at least 0.5.
     """
 
@@ -114,14 +116,15 @@ class Model(nn.Module):
         batch_size: int = 64,
         max_errors: int = 10,
     ) -> list[Prediction]:
-        """Classifies image files like `dlopt predict`, in the order of their paths or of the list, or rows of a table.
+        """Classifies images like `dlopt predict`, in the order of their paths or of the list, or rows of a table.
 
         Scales the images to the size of the training images and takes the centre crop. Warns of what was done to the
         images, and of unreadable files, which are skipped.
 
         Args:
-            images: a file, a folder (searched recursively), or a list of files. Of a model of a table: its rows, see
-                `features`.
+            images: a file, a folder (searched recursively), the content of a file as bytes, a PIL image, an array of
+                uint8 (as the items of `data=custom`), or a list of these but folders. Of a model of a table: its rows,
+                see `features`.
             batch_size: images or rows per forward pass.
             max_errors: maximum number of files to skip.
 
@@ -134,14 +137,15 @@ class Model(nn.Module):
         for name, value, least in (("batch_size", batch_size, 1), ("max_errors", max_errors, 0)):
             if value < least:
                 raise UserError(f"predict({name}={value}): must be >= {least}")
-        if self._trained.columns is not None:
-            return self._predict_rows(images, self._trained.columns, batch_size)
-        try:
-            files = image_files(fspath(images))[0] if isinstance(images, str | PathLike) else [*map(fspath, images)]
-        except TypeError:
-            raise UserError("predict(): the model reads images: a file, a folder, or a list of files") from None
+        if self._trained.columns is not None and len(self._sample) == 1:
+            return self._predict_rows(images, batch_size)
+        if isinstance(images, str | PathLike):
+            files: Sequence[Source] = image_files(fspath(images))[0]
+        else:
+            several = images if isinstance(images, list | tuple) else [images]
+            files = [_source(each, f"images[{number}]") for number, each in enumerate(several)]
         if not files:
-            raise UserError("predict(images=[]): needs at least one file")
+            raise UserError("predict(images=[]): needs at least one image")
         refuse_other_inputs(self._trained, self._path)
         predictions, errors, stored = [], 0, Counter[Stored]()
         for path, values in classify(files, self._placed(), batch_size):
@@ -157,7 +161,7 @@ class Model(nn.Module):
             warnings.warn(changed, stacklevel=2)
         return predictions
 
-    def _predict_rows(self, table: Any, columns: FeatureColumns, batch_size: int) -> list[Prediction]:
+    def _predict_rows(self, table: Any, batch_size: int) -> list[Prediction]:
         if isinstance(table, str | PathLike):
             raise UserError(
                 "predict(): the model reads rows of a table, not images; read the file with pandas, or use "
@@ -165,7 +169,7 @@ class Model(nn.Module):
             )
         trained, predictions = self._placed(), list[Prediction]()
         for batch in self.features(table).split(batch_size):
-            predictions += [self._prediction("", values, best) for values, best in predicted(trained, columns, batch)]
+            predictions += [self._prediction("", values, best) for values, best in predicted(trained, batch)]
         return predictions
 
     def _prediction(self, path: str, values: Sequence[float], best: int) -> Prediction:
@@ -177,6 +181,24 @@ class Model(nn.Module):
         device = next((parameter.device for parameter in self.parameters()), self._trained.precision.device)
         self._trained.loss.to(device)
         return replace(self._trained, precision=Precision(self._trained.precision.name, device))
+
+
+def _source(image: Any, name: str) -> Source:
+    """Returns an image as `classify` reads it. Raises `UserError`."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        from PIL import Image
+
+        pixels = image if image.ndim == 2 else channels_first(image, f"predict(): {name}").transpose(1, 2, 0)
+        return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2:] != (1,) else pixels[..., 0]))
+    if isinstance(image, bytes) or (hasattr(image, "tobytes") and hasattr(image, "mode")):  # avoids importing PIL
+        return image  # type: ignore[no-any-return]
+    try:
+        return fspath(image)
+    except TypeError:
+        raise UserError(
+            f"predict(): {name}: is {described(image)}; the model reads images: paths, bytes of files, PIL images, or "
+            "arrays of uint8"
+        ) from None
 
 
 def load(run: str | PathLike[str], *, allow_packages: Sequence[str] = ()) -> Model:

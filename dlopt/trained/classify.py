@@ -16,7 +16,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import left_out_note
 from dlopt.data.folder import images_below, reading
-from dlopt.data.images import Stored, decode_described
+from dlopt.data.images import Source, Stored, decode_described
 from dlopt.machine.threads import usable_cores
 from dlopt.trained.predict_output import Column
 from dlopt.trained.restore import Trained
@@ -64,31 +64,35 @@ class Classified(NamedTuple):
     stored: Stored
 
 
-def classify(files: Sequence[str], trained: Trained, batch_size: int) -> Iterator[tuple[str, Classified | str]]:
+def classify(files: Sequence[Source], trained: Trained, batch_size: int) -> Iterator[tuple[str, Classified | str]]:
     """Yields each path with the probabilities of its classes, or with the error of an unreadable file.
+
+    Images that are not given by a path are called images[NUMBER].
 
     A model of several labels has the probability of each; a regression has the outputs. Each process classifies its
     shard of a batch; all of them yield all results.
     """
     channels, height, width = trained.sample
 
-    def read(path: str) -> tuple[Tensor, Stored] | UserError:
+    def read(image: tuple[str, Source]) -> tuple[Tensor, Stored] | UserError:
+        name, source = image
         try:
-            return decode_described(path, (height, width), channels)
+            return decode_described(source, name, (height, width), channels)
         except UserError as error:
             return error
 
     shard = trained.mode.split.evaluation_shard
-    batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
+    named = [(each if isinstance(each, str) else f"images[{number}]", each) for number, each in enumerate(files)]
+    batches = [named[start : start + batch_size] for start in range(0, len(named), batch_size)]
     if shard is not None:
         batches = [batch[cast(slice, shard(len(batch)))] for batch in batches]
     with ThreadPoolExecutor(max(1, usable_cores() // trained.mode.ranks.local_processes)) as pool:
         upcoming = pool.map(read, batches[0])
-        for paths, following in zip(batches, [*batches[1:], []], strict=True):
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
             images, upcoming = upcoming, pool.map(read, following)  # decodes the next batch while this one is computed
             # Rank 0 writes the results of all ranks, in the order of the files: the ranks hold adjacent slices of a
             # batch.
-            yield from trained.mode.ranks.gather(_classify(paths, list(images), trained))
+            yield from trained.mode.ranks.gather(_classify([name for name, _ in batch], list(images), trained))
 
 
 def changes(images: Counter[Stored], sample: tuple[int, ...]) -> str | None:
@@ -123,7 +127,7 @@ def _classify(
         # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
         best = trained.task.predicted(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
         found = map(
-            Classified, trained.task.values(outputs, trained.loss).tolist(), best, [stored for _, stored in readable]
+            Classified, trained.values(outputs).tolist(), best, [stored for _, stored in readable]
         )
     return [
         (path, str(image) if isinstance(image, UserError) else next(found))

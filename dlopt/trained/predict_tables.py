@@ -144,7 +144,8 @@ def _feature_columns(trained: Trained, path: Path) -> FeatureColumns:
     """Returns the columns that the model of the checkpoint reads. Raises `UserError`."""
     if trained.columns is not None:
         return trained.columns
-    if "standardize_target" in trained.config["data"]:
+    data = trained.config["data"]
+    if "standardize_target" in data and data["_target_"].startswith("dlopt.data.features."):
         raise UserError(
             f"checkpoint={path}: is of a version of dlopt that did not store the columns of tables; train again"
         )
@@ -178,7 +179,7 @@ class TablePredictions:
                 )
             cells: list[list[str | float]] = []
             for batch in inputs.split(self.batch_size):
-                for values, best in predicted(self.trained, self.features, batch):
+                for values, best in predicted(self.trained, batch):
                     without_class += any(map(math.isnan, values))
                     cells.append(self._cells(values, best))
                 show(f"{format_count('rows', self.count + len(cells))} predicted")
@@ -199,7 +200,7 @@ class TablePredictions:
         return f"{format_count('rows', self.count)} predicted" if self.count else ""
 
 
-def predicted(trained: Trained, features: FeatureColumns, batch: torch.Tensor) -> list[tuple[list[float], int]]:
+def predicted(trained: Trained, batch: torch.Tensor) -> list[tuple[list[float], int]]:
     """Returns the values of each row [B, F] and its class; each process computes its shard.
 
     The values of a regression are in the unit of the label.
@@ -211,9 +212,7 @@ def predicted(trained: Trained, features: FeatureColumns, batch: torch.Tensor) -
         outputs = trained.outputs(batch)
         # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
         best = trained.task.predicted(outputs)
-        values = trained.task.values(outputs, trained.loss).double()
-        if isinstance(trained.task, Regression):
-            values = values * features.scale + features.mean
+        values = trained.values(outputs)
         found = list(zip(values.reshape(len(batch), -1).tolist(), best.tolist(), strict=True))
     return trained.mode.ranks.gather(found)
 

@@ -22,6 +22,7 @@ from dlopt.data.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
 from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
+from dlopt.tasks.regression import Regression
 from dlopt.tasks.task import Task
 from dlopt.training.builders.model_check import build_module
 from dlopt.training.builders.precision import Precision, choose_precision
@@ -73,6 +74,13 @@ class Trained:
         model: Callable[[Tensor], Tensor] = self.precision.autocast(self.module)
         outputs = model(self.task.normalized(inputs, self.normalize, self.precision.dtype))
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def values(self, outputs: Tensor) -> Tensor:
+        """Returns what a prediction shows of outputs, float64; the values of a regression in the unit of the label."""
+        values = self.task.values(outputs, self.loss).double()
+        if self.columns is None or not isinstance(self.task, Regression):
+            return values
+        return values * self.columns.scale + self.columns.mean
 
 
 def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.device], Mode] = Mode) -> Trained:

@@ -272,7 +272,7 @@ def test_types_of_items_are_not_mixed() -> None:
 
 
 def test_every_source_reads_the_pixels_of_predict(tmp_path: Path) -> None:
-    """Parquet, WebDataset and arrays of one's own have the pixels that image files have, to the last bit."""
+    """Parquet, WebDataset and arrays have the pixels that image files have, to the last bit."""
     arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     generator = np.random.default_rng(0)
     smooth = np.linspace(0, 255, 1201 * 803 * 3).reshape(803, 1201, 3).astype(np.uint8)

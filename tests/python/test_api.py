@@ -404,6 +404,50 @@ def test_predict_is_that_of_the_command(photos: Path) -> None:
         model(torch.zeros(1, 192))
 
 
+def test_predict_reads_images_in_memory_as_files(photos: Path) -> None:
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour, clear = (generator.integers(0, 256, (9, 18, channels), dtype=np.uint8) for channels in (3, 4))
+    for name, pixels, keys in (
+        ("a", colour, {}),
+        ("b", clear, {}),
+        ("c", colour[..., 0], {}),
+        ("d", colour, {"exif": exif}),
+    ):
+        Image.fromarray(pixels).save(photos / f"{name}.png", **keys)
+    model = load("run")
+    for name, array in (("a", colour), ("b", clear), ("c", colour[..., 0]), ("d", np.rot90(colour, -1))):
+        [expected] = model.predict(f"{name}.png")
+        content = (photos / f"{name}.png").read_bytes()
+        with Image.open(io.BytesIO(content)) as opened:
+            for each in (content, array, opened):
+                [found] = model.predict(each)
+                assert found.values == expected.values and found.image == "images[0]"
+    found = model.predict([colour, photos / "b.png", colour.transpose(2, 0, 1), colour[..., :1]])
+    names = [model.predict(f"{name}.png")[0].values for name in "abac"]
+    assert np.allclose([each.values for each in found], names, rtol=0, atol=1e-6)
+    assert [each.image for each in found] == ["images[0]", str(photos / "b.png"), "images[2]", "images[3]"]
+    with pytest.warns(UserWarning, match=r"skipped: images\[1\]: cannot be read as an image"):
+        assert len(model.predict([colour, b"no image"])) == 1
+    with pytest.raises(UserError, match=r"images\[0\]: is a ndarray of shape \(9, 18, 3\) and type float64; .* uint8"):
+        model.predict(colour / 255)
+
+
+def test_predict_returns_values_in_the_unit_of_the_label(tmp_path: Path) -> None:
+    """The targets are 1005 and 1007: with a model of one weight that is 0, all predictions are their mean."""
+    Image.new("L", (4, 4)).save("a.png")
+    Path("a.csv").write_text("path,label\n" + "a.png,1005\na.png,1007\n" * 4)
+    keys = ["data=csv", "data.file=a.csv", "data.labels=value", "data.channels=1", "data.val_split=0", "loss=mse"]
+    keys += ["model=mlp", "model.widths=[]", "init=normal", "init.std=1e-9", "optimizer.lr=1e-9", "epochs=1", "tracking=[]", "threads=1"]
+    train([*keys, "hydra.run.dir=run"])
+    assert load("run").predict("a.png")[0].values == pytest.approx((1006.0,), abs=1e-4)
+    assert shell(tmp_path, "predict", "run", "images=a.png").code == 0
+    assert float((tmp_path / "predictions.csv").read_text().split(",")[-1]) == pytest.approx(1006.0, abs=1e-4)
+    train([*keys, "data.standardize_target=false", "hydra.run.dir=raw"])
+    assert load("raw").predict("a.png")[0].values == pytest.approx((0.0,), abs=1e-2)
+
+
 def test_predict_skips_unreadable_files(photos: Path) -> None:
     (photos / "data/train/dark/0.png").write_bytes(b"no image")
     model = load("run")
@@ -411,7 +455,7 @@ def test_predict_skips_unreadable_files(photos: Path) -> None:
         assert len(model.predict("data/train")) == 9
     with pytest.raises(RunError, match="max_errors=0: exceeded by unreadable files"):
         model.predict("data/train", max_errors=0)
-    for images, message in [("nowhere", "images=nowhere: no such file"), ([], "needs at least one file"),
+    for images, message in [("nowhere", "images=nowhere: no such file"), ([], "needs at least one image"),
                             (torch.zeros(1, 3, 8, 8), "call the model")]:  # fmt: skip
         with pytest.raises(UserError, match=message):
             model.predict(images)  # type: ignore[arg-type]
