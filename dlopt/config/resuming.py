@@ -100,8 +100,8 @@ def distance(saved: Mapping[str, Any] | None, current: Mapping[str, Any]) -> int
         return None
     old, new = flatten(redacted(saved)), flatten(redacted(current))
     changed = {key for key in old | new if old.get(key) != new.get(key) and role_of(key) is not Role.COMMAND}
-    has_other_length = any(role_of(key) is Role.LENGTH for key in changed)
-    return 4 * has_other_length + 2 * bool(changed - {*LABELS}) + bool(changed & {*LABELS})
+    lengths = {key for key in changed if role_of(key) is Role.LENGTH}
+    return 4 * bool(lengths) + 2 * bool(changed - lengths - {*LABELS}) + bool(changed & {*LABELS})
 
 
 def differences(

@@ -269,9 +269,9 @@ def _not_ended(row: Configuration) -> str:
 
 
 def _labels(row: Configuration) -> list[list[str]]:
-    """Returns the tags and the notes of the runs, with their titles."""
+    """Returns the tags and the notes of the runs, and what their command leaves out, with their titles."""
     notes = [printable(str(run.config["note"])) for run in row.runs if run.config.get("note")]
-    texts = {"tags": tags_text(row), "note": "; ".join(dict.fromkeys(notes))}
+    texts = {"tags": tags_text(row), "note": "; ".join(dict.fromkeys(notes)), "command needs": row.needs}
     return [[title, text] for title, text in texts.items() if text]
 
 

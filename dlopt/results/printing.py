@@ -158,6 +158,7 @@ def _notes(report: "ReportContent") -> list[str]:
             notes.append(f"#1: {first.failed} of {len(first.runs)} runs failed; its mean is that of the others")
         if ranking.best is not None and ranking.best.command is not None:
             notes.append(f"best: {ranking.best.command}")
+            notes += [f"it needs {ranking.best.needs}"] if ranking.best.needs else []
         if (run := best_of(ranking.board)) is not None:
             notes.append(f"best run: {short_path(run.path)}")
     for run in ranking.failed[:_MAX_FAILED]:

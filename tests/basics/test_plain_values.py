@@ -191,7 +191,7 @@ def test_values_of_a_file_are_those_of_the_command_line(tmp_path: Path, text: st
 
 
 @pytest.mark.parametrize("content", ["010: 1", "key: !!int '010'", "key: !!bool off", "- 1:30", "key: &x 0x10"])
-def test_misread_values_in_other_places(tmp_path: Path, content: str) -> None:
+def test_misread_values_elsewhere(tmp_path: Path, content: str) -> None:
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(ValueError, match="in YAML; write"):
         load_yaml(tmp_path / "mine.yaml")

@@ -332,3 +332,12 @@ def test_pareto_front(capsys: pytest.CaptureFixture[str]) -> None:
     show_front([("job 1: lr=0.1", [0.5, 10.0])], ["best_val_accuracy", "seconds"])
     said = capsys.readouterr().out
     assert "50.00 %" in said and "job 1: lr=0.1" in said
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_best_command_names_the_packages_to_trust(tmp_path: Path) -> None:
+    typed = ["model=mine.Net", "allow_packages=[mine]"]
+    make_run(tmp_path / "runs/a", overrides=typed)
+    lines = dlopt(tmp_path, "report", "runs").out.splitlines()
+    at = lines.index("best: dlopt train model=mine.Net")
+    assert lines[at + 1] == "it needs allow_packages=[mine], if you trust this code"

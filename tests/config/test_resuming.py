@@ -37,7 +37,7 @@ def interrupted(folder: Path, saved: dict[str, Any], *typed: str) -> RunFolder:
         (["epochs=400"], "02"),
         (["epochs=200", "device=cpu", "data.workers=0"], "01"),  # the same length before the newest
         (["epochs=400", "check=step"], "03"),
-        (["epochs=300"], "03"),  # none is nearer: the newest
+        (["epochs=300"], "02"),  # the same other keys before the newest
         (["epochs=200", "tags=[a]"], "01"),
         (["epochs=200", "seed=1"], None),
     ],

@@ -172,6 +172,24 @@ def test_commands_repeat_rows_and_runs(tmp_path: Path) -> None:
     assert [rows[0.3 + i].command for i in range(4)] == [None] * 4
 
 
+@pytest.mark.parametrize(
+    ("typed", "needs"),
+    [
+        ("allow_packages=[mine,other.lab]", "allow_packages=[mine,other.lab], if you trust this code"),
+        ("allow_packages=[mine];rm -r x", ""),
+        ("optimizer.lr=0.1", ""),
+    ],
+)
+def test_names_the_packages_that_a_command_leaves_out(typed: str, needs: str, tmp_path: Path) -> None:
+    """Whoever pastes the command of a stranger's run does not trust its packages by that."""
+    make_run(tmp_path / "a", overrides=["model=mlp", typed])
+    ranking = table(tmp_path)
+    assert ranking.best is not None
+    assert ranking.best.needs == needs and "allow_packages" not in str(ranking.best.command)
+    facts = page_data(ranking, target=None, test=False, refresh=None)["rows"][0]["facts"]
+    assert (["command needs", needs] in facts) == (needs != "")
+
+
 def test_summary_csv(sweep: Path) -> None:
     rows = read_csv(table(sweep))
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]

@@ -40,12 +40,14 @@ from dlopt.lab.judge.equal import check_equal, equal_length
 from dlopt.lab.judge.proposal import (
     CODE,
     SIDES,
+    TRUST,
     Equal,
     Side,
     differing,
     hash_of,
     read_base,
     read_change,
+    trusting,
     with_length,
     words_of,
 )
@@ -79,6 +81,7 @@ wrong input.
 
   BASE :: the folder of a finished run, a recipe, or overrides in quotes
   CHANGE :: overrides of the base, or the folder of another run
+  allow_packages=[a,b] :: packages that BASE or CHANGE names callables of
   code=FOLDER :: (as CHANGE, or with overrides) folder of another checkout of a package, which the change imports first
   {_judge}
   --json :: print one JSON document; progress goes to stderr
@@ -105,11 +108,13 @@ def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
     refuse_ranks("dlopt judge", "all runs")
     values, rest = line.take(_judge)
     refuse_unread_hydra(rest.overrides, "dlopt judge", READS_OF_HYDRA, {}, command_key_names(_judge))
-    sides = [each for each in rest.overrides if not is_hydra(each)]
+    typed = [each for each in rest.overrides if not is_hydra(each)]
+    sides = without(typed, TRUST)
     if len(sides) < 2:
         missing = "CHANGE" if sides else "BASE and CHANGE"
         raise UserError(f"{missing} missing: dlopt judge outputs/train/DATE optimizer.lr=0.2; see `dlopt judge --help`")
-    line = replace(line, composer=line.composer.with_words(*(word for side in sides for word in words_of(side))))
+    composer = line.composer.with_words(*(word for side in typed for word in words_of(side)))
+    line = replace(line, composer=composer.with_words(*trusting(composer)))
     with waiting("loading PyTorch ..."):
         base = read_base(line.composer, sides[0])
         change = read_change(line.composer, base, sides[1:])

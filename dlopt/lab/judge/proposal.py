@@ -34,6 +34,7 @@ SIDES = ("base", "change")
 Equal = Literal["updates", "flops", "time"]
 """What a change may cost as much of as the base."""
 CODE = "code"
+TRUST = "allow_packages"
 SEEDS = tuple(key for key, role in ROLES.items() if role is Role.SEED and "." not in key)
 _OF_BATCHES = ("data.batch_size", "data.drop_last")  # the only keys of the data that a change may set
 _WHERE = ("data.memory", "data.workers", "data.offline")
@@ -62,8 +63,10 @@ class Side:
 
     @cached_property
     def packages(self) -> dict[str, str | None]:
-        """The hashes of the packages of `allow_packages`, as the base imports them; None: installed, or not found."""
-        trusted = self.plan.run_config.settings.allow_packages
+        """The hashes of the trusted packages that its config names, as the base imports them; None: installed, or not
+        found."""
+        named = str({key: value for key, value in self.plan.saved.items() if key != TRUST})
+        trusted = [name for name in self.plan.run_config.settings.allow_packages if f"{name}." in named]
         return {name: (found or {}).get("sha256") for name, found in packages(trusted).items()}
 
     @property
@@ -119,6 +122,19 @@ def read_change(composer: "Composer", base: Side, words: Sequence[str]) -> Side:
     return change
 
 
+def trusting(composer: "Composer") -> list[str]:
+    """Returns the override that trusts the packages typed anywhere on the command line; none if there are none.
+
+    Raises `UserError` for a value that is no list.
+    """
+    names: list[str] = []
+    for override in composer.parse(each for each in composer.command_line.words if key_of(each) == TRUST):
+        if not isinstance(value := override.value(), list):
+            raise UserError(f"{override.input_line}: must be a list: {TRUST}=[mine]")
+        names += value
+    return [f"{TRUST}={show([*dict.fromkeys(names)])}"] if names else []
+
+
 def with_length(composer: "Composer", side: Side, updates: int) -> Side:
     """Returns the side with runs of a number of updates."""
     line = f"steps={updates}"
@@ -129,7 +145,7 @@ def _lines_of(composer: "Composer", run: str) -> list[str]:
     """Returns the overrides of a run, without the seeds. Raises `UserError`."""
     if RunFolder(Path(run).parent if Path(run).is_file() else Path(run)).config() is None:
         raise UserError(f"{run}: not the folder of a run, which has a readable config.yaml")
-    return without(of_run(composer, run), *SEEDS)
+    return without(of_run(composer, run, trusting(composer)), *SEEDS)
 
 
 def words_of(side: str) -> list[str]:
@@ -153,7 +169,7 @@ def _combined(composer: "Composer", lines: Sequence[str], change: Sequence[str])
 def _side(composer: "Composer", lines: Sequence[str], code: Path | None = None) -> Side:
     from dlopt.extend import plan  # with Hydra and pydantic, which the help does not need
 
-    lines = _combined(composer, lines, UNRECORDED)
+    lines = _combined(composer, lines, [*UNRECORDED, *trusting(composer)])
     config = composer.compose(lines)
     if config.get("comparison") is not None:
         recipe = next((each for each in lines if key_of(each) == "experiment"), "comparison")

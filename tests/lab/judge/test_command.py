@@ -323,6 +323,51 @@ def test_the_code_of_a_change_is_part_of_it(tmp_path: Path) -> None:
         pool.start(0, tmp_path / "change" / "1000", {})
 
 
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        (BASE, ["optimizer=of_trust.Mine", "allow_packages=[of_trust]"]),
+        (BASE, ["allow_packages=[of_trust]", "optimizer=of_trust.Mine optimizer.lr=0.1"]),
+        (f"{BASE} optimizer=of_trust.Mine", ["optimizer.lr=0.1", "allow_packages=[of_trust]"]),
+        (f"{BASE} optimizer=of_trust.Mine allow_packages=[of_trust]", ["optimizer.lr=0.1"]),
+        (f"{BASE} allow_packages=[dlopt] optimizer=of_trust.Mine", ["optimizer.lr=0.1", "allow_packages=[of_trust]"]),
+    ],
+)
+def test_trust_holds_for_both_sides(
+    base: str, change: list[str], tmp_path: Path, trains: Callable[[Accuracy], list[PairedRun]]
+) -> None:
+    (tmp_path / "of_trust.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    trains(better)
+    result = dlopt(tmp_path, "judge", base, *change)
+    assert result.code == 0 and "Better by" in result.out, result.err
+    assert not any("allow_packages" in word for word in ledger_of(tmp_path)[0]["change"])
+
+
+def test_trust_of_a_change_is_no_other_base(tmp_path: Path, trains: Callable[[Accuracy], list[PairedRun]]) -> None:
+    """All changes of a base share its ledger, whatever packages they need."""
+    trains(better)
+    for name in ("of_trust_1", "of_trust_2"):
+        (tmp_path / f"{name}.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+        change = [f"optimizer={name}.Mine", f"allow_packages=[{name}]"]
+        assert dlopt(tmp_path, "judge", BASE, *change).code == 0
+    assert dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.01").code == 0
+    assert [entry["proposal"] for entry in ledger_of(tmp_path)] == [1, 2, 3]
+
+
+def test_trust_that_is_no_list(tmp_path: Path) -> None:
+    message = refused(tmp_path, "judge", BASE, "optimizer.lr=0.1", "allow_packages=mine")
+    assert message.strip() == "dlopt: allow_packages=mine: must be a list: allow_packages=[mine]"
+
+
+def ledger_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns the documents of the proposals of the only ledger below `folder`."""
+    [ledger] = (folder / "outputs/judge").iterdir()
+    return [
+        json.loads((ledger / name / "judge.json").read_text())
+        for name in sorted(each.name for each in ledger.iterdir() if each.is_dir())
+    ]
+
+
 @pytest.mark.slow
 def test_runs_of_a_change_import_its_code_first(tmp_path: Path) -> None:
     model = (
