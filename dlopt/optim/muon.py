@@ -166,7 +166,8 @@ class Muon(torch.optim.Optimizer):
             # inner one shares groups and state, so that nothing has to be copied between them, in either direction.
             self._rest.state = self.state  # one state, which is saved
             for group in self._rest.param_groups:
-                if group.get("momentum"):  # torch's fused SGD fails if only some parameters of a group have a momentum
+                # torch's fused SGD fails if only some parameters of a group have a momentum.
+                if self._rest_class is torch.optim.SGD and group["momentum"]:
                     buffers(self, [p for p in group["params"] if p.grad is not None], "momentum_buffer")
             with without_global_step_hooks():
                 self._rest.step()

@@ -288,6 +288,17 @@ def test_muon_does_not_depend_on_the_layout_of_kernels() -> None:
     assert float((second["kernel"] - torch.tensor(START["kernel"])).detach().norm()) > 0.1
 
 
+def test_a_group_with_a_momentum_of_its_own_updates_vectors_by_adamw() -> None:
+    vectors = [nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    ours = Muon([{"params": vectors[:1], "momentum": 0.8}], rest_lr=0.03, weight_decay=0.3)
+    torchs = torch.optim.AdamW(vectors[1:], lr=0.03, weight_decay=0.3)
+    for t in range(4):
+        for p, optimizer in zip(vectors, (ours, torchs), strict=True):
+            p.grad = torch.tensor([0.5, t - 1.0])
+            optimizer.step()
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-6, atol=0)
+
+
 def test_muon_with_sgd_takes_gradients_that_begin_later() -> None:
     vectors = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
     optimizer = Muon(vectors, rest="sgd", rest_lr=0.1, rest_momentum=0.5, weight_decay=0.0)
