@@ -137,7 +137,7 @@ def _evaluate_weights(
     workload = build_workload(run_config, parallel=mode)
     if run_config.validation:
         workload = with_validation_sets(workload)
-    lines = load_weights(workload.module, path, complete=True, classes=workload.class_names)
+    lines = load_weights(workload.module, path, mode, complete=True, classes=workload.class_names)
     with _counted(mode.ranks.is_main) as on_batch:
         tested = test([path], [workload], average, views, tta, on_batch)
     if tested.report.confusion is not None:
@@ -166,7 +166,8 @@ def _finish(
     is_averaged = views is not None or isinstance(source.get("checkpoint"), list)
     crops = {"name": tta, **({} if views is None else vars(views))}
     record = {**source, "tta": crops, "average": tested.average if is_averaged else None}
-    lines += [*tested.problems, *evaluation.set_lines(tested), *evaluation.class_lines(tested)]
+    classes = evaluation.class_lines(tested)
+    lines += [*tested.problems, *evaluation.set_lines(tested), *classes]
     if folder is not None:
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)
@@ -174,7 +175,8 @@ def _finish(
     from dlopt.tracking.console import ConsoleView
 
     epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}
-    ConsoleView().finish({"status": "tested", **epoch, **tested.report.metrics}, lines)
+    shown = {key: value for key, value in tested.report.metrics.items() if "/" not in key or not classes}
+    ConsoleView().finish({"status": "tested", **epoch, **shown}, lines)
     return DONE
 
 

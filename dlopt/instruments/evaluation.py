@@ -16,31 +16,19 @@ from dlopt.metrics.names import set_of, without_set
 from dlopt.metrics.shown import format_metric, live_name
 from dlopt.parallel.mode import Mode
 from dlopt.results.confusion import confusion_table, plot_confusion
+from dlopt.tracking import terminal_text
 from dlopt.trained.ensemble import Tested
-
-_MAX_LISTED_CLASSES = 20
-_WIDTH = 80  # characters of a line
 
 
 def class_lines(tested: Tested) -> list[str]:
-    """Returns lines with the accuracy of each class, or the average precision of each label; of many the lowest."""
+    """Returns lines with the accuracy of each class, or the average precision of each label."""
     if not (per_class := tested.per_class):
         return []
     is_label = "average_precision" in per_class[0]
     name = "average_precision" if is_label else "accuracy"
     show = format_number if is_label else format_percent
-    rows = [row for row in per_class if row[name] is not None]
-    title = "average precision per label" if is_label else "accuracy per class"
-    if len(per_class) > _MAX_LISTED_CLASSES:
-        title = "lowest average precisions" if is_label else "lowest accuracies"
-        rows = sorted(rows, key=lambda row: row[name])[:5]
-    lines = [f"{title}:"]
-    for number, row in enumerate(rows, 1):
-        text = f"{row['class']} {show(row[name])}" + ("," if number < len(rows) else "")
-        if len(f"{lines[-1]} {text}") > _WIDTH:
-            lines.append(" ")
-        lines[-1] += f" {text}"
-    return lines
+    values = {row["class"]: row[name] for row in per_class if row[name] is not None}
+    return terminal_text.class_lines("average precision per label" if is_label else "accuracy per class", values, show)
 
 
 def set_lines(tested: Tested) -> list[str]:

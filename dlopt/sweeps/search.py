@@ -28,6 +28,7 @@ from dlopt.config.overrides import Axis, key_of, value_of
 from dlopt.config.parameters import show
 from dlopt.config.plan import Plan
 from dlopt.config.refusals import refused_together
+from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import check_arguments, component
 from dlopt.metrics.names import (
     VAL_ACCURACY,
@@ -95,6 +96,7 @@ def search(request: SweepRequest) -> SweepEnd:
         spec = build_study_spec(request.config, request.axes, monitored)
         with waiting("checking the search space ..."):
             jobs = plan_probes(request, spec)
+            _check_objectives(spec.objectives, jobs[0].run_config)
     facts = study_facts(spec, jobs[0].saved)
     if request.config.dry_run:
         for key, values in facts["space"].items():
@@ -222,6 +224,20 @@ def _runs_elsewhere(folder: Path, jobs: Sequence[FrozenTrial]) -> list[Path]:
 
 
 # -- the search's config
+
+
+def _check_objectives(objectives: Sequence[str], run_config: RunConfig) -> None:
+    """Raises `UserError` for a key that summary.json will not have; the runs themselves refuse data."""
+    from dlopt.training.builders.dataset import read_source, with_task
+    from dlopt.training.requested_metrics import check_objective
+
+    try:
+        source = read_source(run_config)
+        dataset = with_task(run_config, source, source.train.shape)
+    except UserError:
+        return
+    for key in objectives:
+        check_objective(f"hydra.sweeper.objective={key}", key, run_config, dataset)
 
 
 def _monitored(request: SweepRequest) -> str:

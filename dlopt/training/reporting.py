@@ -26,7 +26,6 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Length, Progress, Status, TrainingRun
-from dlopt.training.requested_metrics import monitored_name
 from dlopt.training.step import EpochBatches
 from dlopt.training.stopping import Best
 
@@ -225,12 +224,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
         **recovery.summary(),
     }
-    summary |= {best_key(column): value for column, value in best.on_sets.items()}
-    if monitored_name(best.monitor) is not None and best.epoch is not None:
-        summary[best_key(best.monitor)] = best.metric
+    summary |= {best_key(column): value for column, value in best.others.items()}
     if workload.task.accuracy != VAL_ACCURACY.name and best.val_accuracy is None:
         summary = {key: value for key, value in summary.items() if key not in (VAL_ACCURACY.best, "test_accuracy")}
-    derived: dict[str, float] = {}
-    if best.val_loss is not None and workload.dataset.val is not None:
-        derived = workload.dataset.task_on(workload.dataset.val).loss_metrics(best.val_loss)
-    return summary | {Metric("val", name).best: value for name, value in derived.items()}
+    return summary

@@ -9,7 +9,8 @@ from dlopt.config.settings_rules import MONITORS
 from dlopt.data.samples import Dataset
 from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.declared import DECLARED, REQUESTABLE, named
-from dlopt.metrics.names import Metric, lower_is_better, set_of, without_set
+from dlopt.metrics.measures import MEASURES
+from dlopt.metrics.names import Metric, column_of, lower_is_better, set_of, without_set
 from dlopt.tasks.task import Task
 from dlopt.training.stopping import Target
 
@@ -42,6 +43,28 @@ def monitored_name(monitor: str) -> str | None:
     declared = DECLARED.get(metric.base)
     is_of_a_class = declared is not None and declared.by_class and declared.name == metric.base
     return metric.base if is_of_a_class else metric.name
+
+
+def check_objective(setting: str, key: str, run_config: RunConfig, dataset: Dataset) -> None:
+    """Raises `UserError` for a key of summary.json that the run of `dataset`, as it is read, will not write."""
+    if run_config.user_observers:  # which may write any key
+        return
+    task, sets, measure = dataset.task, run_config.validation, MEASURES.get(key)
+    metric = Metric.of(without_set(column_of(key), sets))
+    if measure is not None and not (measure.is_state or measure.of_training or measure.of_line or measure.of_row):
+        return
+    has_val = dataset.val is not None or run_config.data_settings.val_split > 0
+    if metric is not None and not (has_val or set_of(column_of(key), sets)):
+        raise UserError(f"{setting}: needs a validation set; set data.val_split=0.1")
+    declared = tested_metrics(run_config, task)
+    names = ["loss", task.accuracy, *task.loss_metrics(0.0), *run_config.own_metrics]
+    names += [name for each in task.computed(declared) for name in each.names]
+    if metric is None or key == metric.column or (monitored_name(metric.column) or metric.name) not in names:
+        allowed = ", ".join(Metric("val", name).best for name in names if name is not None)
+        others = ",".join(each.name for each in task.metrics if each.needs and each.name not in names)
+        more = f"; with evaluate.metrics=[{others}], these, too" if others else ""
+        raise UserError(f"{setting}: summary.json will have no such metric; allowed: {allowed}{more}")
+    _check_classes({setting.partition("=")[0]: metric.best}, dataset)
 
 
 def _monitors(run_config: RunConfig) -> dict[str, str]:

@@ -19,7 +19,6 @@ from dlopt.metrics.names import (
     lower_is_better,
     resolve_monitor,
     selection_key,
-    set_of,
     split_of,
 )
 from dlopt.parallel.shards import local, plain_norm
@@ -153,8 +152,7 @@ class Tolerance(Stopping):
 class Best:
     """The best evaluation so far. Ties are broken by the smaller loss, then by the earlier epoch.
 
-    `direction` of a metric that is not dlopt's own. `sets`: names of validation sets; `on_sets`: their metrics, by
-    column.
+    `direction` of a metric that is not dlopt's own. `others`: all other metrics of the evaluation, by column.
     """
 
     monitor: str
@@ -163,8 +161,7 @@ class Best:
     val_loss: float | None = None
     val_accuracy: float | None = None
     direction: Direction | None = None
-    sets: tuple[str, ...] = ()
-    on_sets: dict[str, float] = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
 
     def update(self, metrics: Mapping[str, Any]) -> bool:
         """Returns whether these metrics are the best so far."""
@@ -173,13 +170,8 @@ class Best:
             return False
         self.value, self.epoch = key[0], metrics["epoch"]
         self.val_loss, self.val_accuracy = metrics.get("val_loss"), metrics.get("val_accuracy")
-        self.on_sets = {column: value for column, value in metrics.items() if set_of(column, self.sets)}
+        self.others = {k: v for k, v in metrics.items() if split_of(k) == "val" and k not in self.metrics}
         return True
-
-    @property
-    def metric(self) -> float:
-        """The monitored metric as logged, without negation."""
-        return self.value if lower_is_better(self.monitor, _directions(self.monitor, self.direction)) else -self.value
 
     @property
     def metrics(self) -> dict[str, float | None]:
@@ -187,12 +179,8 @@ class Best:
         return {VAL_LOSS.column: self.val_loss, VAL_ACCURACY.column: self.val_accuracy}
 
     def state_dict(self) -> dict[str, Any]:
-        state = asdict(self)
-        del state["sets"]  # of the config
-        if not self.sets:
-            del state["on_sets"]
-        return state
+        return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in state:
-            setattr(self, name, state[name])
+            setattr(self, "others" if name == "on_sets" else name, state[name])  # the name in earlier checkpoints

@@ -125,14 +125,20 @@ def test_a_search_does_not_select_on_the_test_set(tmp_path: Path) -> None:
     assert "set hydra.sweeper.objective=best_val_accuracy" in result.err and not summaries(tmp_path)
 
 
-def test_unknown_objective_needs_a_direction_and_ends_the_search_after_the_first_job(tmp_path: Path) -> None:
-    line = (SPACE, "hydra.sweeper.n_trials=3", "hydra.sweeper.objective=best_val_f2")
-    result = search(tmp_path, *line)
+def test_unknown_objective_needs_a_direction(tmp_path: Path) -> None:
+    result = search(tmp_path, SPACE, "hydra.sweeper.n_trials=3", "hydra.sweeper.objective=best_val_f2")
     assert result.code == 2 and "hydra.sweeper.objective=best_val_f2: not a metric of dlopt; " in result.err
-    result = search(tmp_path, *line, "hydra.sweeper.direction=maximize")
-    assert result.code == 1 and list(summaries(tmp_path)) == ["0"]
-    assert result.err.startswith("dlopt: hydra.sweeper.objective=best_val_f2: no such metric in summary.json, which ")
-    assert "best_val_loss" in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("objective", ["best_val_f2", "best_val_macro_f1", "val_loss", "train_loss", "gap", "score"])
+def test_an_objective_that_no_summary_has_is_refused_before_the_first_job(objective: str, tmp_path: Path) -> None:
+    line = (SPACE, "hydra.sweeper.n_trials=3", f"hydra.sweeper.objective={objective}")
+    result = search(tmp_path, *line, *(["hydra.sweeper.direction=maximize"] if objective == "best_val_f2" else []))
+    assert result.code == 2 and not summaries(tmp_path) and result.err.count("\n") == 1
+    assert result.err.startswith(
+        f"dlopt: hydra.sweeper.objective={objective}: summary.json will have no such metric; allowed: best_val_loss, "
+        "best_val_accuracy; with evaluate.metrics=[top5_accuracy,macro_f1,"
+    )
 
 
 def test_unknown_metric_of_the_pruner_is_refused(tmp_path: Path) -> None:

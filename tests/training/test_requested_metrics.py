@@ -1,28 +1,36 @@
 """Tests of requesting and monitoring metrics, in runs and by `dlopt eval`."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import special
 from sklearn import metrics as reference
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.formats import format_percent
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.metrics.declared import REQUESTABLE
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.labels import MultiLabel
 from dlopt.tasks.regression import Regression
+from dlopt.tracking.terminal_text import format_result
+from dlopt.training.builders.dataset import read_source, with_task
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.evaluate import predict_test_set
-from dlopt.training.requested_metrics import _check_names, requested_metrics
+from dlopt.training.requested_metrics import _check_names, check_objective, requested_metrics
 from dlopt.training.tta import CHOICES
 from tests.support.line import dlopt
 from tests.support.runs import REGRESSION, metrics, run_config, start
-from tests.support.sizes import SMALL
+from tests.support.sizes import SMALL, without
+
+PARTS = "tests.support.user_parts"
+OWN = f"{PARTS}.squared_error"
 
 
 @pytest.mark.parametrize("monitor", ["auto", "val_accuracy", "val_macro_f1"])
@@ -111,6 +119,64 @@ def test_the_epoch_of_an_early_stop_is_evaluated(tmp_path: Path) -> None:
     summary = start(tmp_path, *SMALL, *stop, "epochs=9", "evaluate.every_epochs=5")
     [line] = metrics(tmp_path)
     assert summary["status"] == "stopped_early" and line["epoch"] == 2 and line["val_loss"] > 0
+
+
+OBJECTIVES: dict[str, tuple[list[str], list[str], str]] = {
+    "labels": (
+        [*SMALL, "evaluate.metrics=[class_accuracy]", "stopping=early", "stopping.monitor=val_macro_f1"],
+        ["best_val_class_accuracy/3", "best_val_worst_class_accuracy", "best_val_macro_f1", "steps"],
+        "best_val_r2",
+    ),
+    "regression": ([*REGRESSION, "monitor=val_r2"], ["best_val_r2", "best_val_loss", "seconds"], "best_val_accuracy"),
+    "text": (
+        ["data=python_source", "model=gpt_nano", "device=cpu"],
+        ["best_val_bits_per_byte", "best_val_token_accuracy"], "best_val_accuracy",
+    ),
+    "reconstruction": (
+        [*without(SMALL, "model"), "model=autoencoder"], ["best_val_loss", "parameters"], "best_val_accuracy",
+    ),
+    "named": (
+        [*SMALL, "data.val_split=0", "+validation.whole.use=test", "monitor=val_whole_macro_f1"],
+        ["best_val_whole_macro_f1", "best_val_whole_loss"], "best_val_other_loss",
+    ),
+    "own": (
+        [*SMALL, f"evaluate.metrics=[{OWN}]", f"allow_packages=[{PARTS}]"], ["best_val_squared_error"], "best_val_f2",
+    ),
+    "no class": ([*SMALL, "evaluate.metrics=[class_accuracy]"], [], "best_val_class_accuracy/11"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_those_of_the_summary(name: str, tmp_path: Path) -> None:
+    """Of every kind of task: a search may select by what the summary of such a run has, and by nothing else."""
+    keys, allowed, refused = OBJECTIVES[name]
+    checked = run_config(*keys)
+    source = read_source(checked)
+    dataset = with_task(checked, source, source.train.shape)
+    for key in allowed:
+        check_objective("objective", key, checked, dataset)
+    with pytest.raises(UserError, match=r"^objective"):
+        check_objective("objective", refused, checked, dataset)
+    if name != "text":
+        summary = start(tmp_path, *keys, "epochs=1")
+        assert {*allowed} <= summary.keys() and refused not in summary
+
+
+def test_the_summary_has_all_metrics_of_the_best_epoch(tmp_path: Path) -> None:
+    asked = f"evaluate.metrics=[matthews_correlation,class_accuracy,{OWN}]"
+    keys = [*SMALL, asked, f"allow_packages=[{PARTS}]", "epochs=3", "monitor=val_macro_f1", "optimizer.lr=0.3"]
+    summary = start(tmp_path, *keys)
+    lines = {line["epoch"]: line for line in metrics(tmp_path)}
+    best = {f"best_{key}": value for key, value in lines[summary["best_epoch"]].items() if key.startswith("val_")}
+    assert len(best) == 2 + 3 + len([key for key in best if "class_accuracy" in key]) > 12
+    assert {key: value for key, value in summary.items() if key.startswith("best_val_")} == best
+    table = format_result(summary)
+    printed = Console(width=200, file=(out := io.StringIO()))
+    printed.print(table)
+    row = next(line for line in out.getvalue().splitlines() if line.startswith("best validation"))
+    assert " - " not in row and f"{best['best_val_matthews_correlation']:.4f}" in row
+    shown = [f"{i} {format_percent(best[f'best_val_class_accuracy/{i}'])}" for i in range(10)]
+    assert f"class accuracy, best validation: {', '.join(shown[:4])}," in out.getvalue()
 
 
 DATA_OF = {

@@ -161,7 +161,7 @@ def test_a_users_metric_follows_its_direction_and_not_its_name(
         best.update(metrics), early.update(metrics), target.update(metrics)
         stopped += [epoch] * early.should_stop
         reached += [epoch] * target.should_stop
-    assert (best.epoch, best.metric) == (best_epoch, 0.2 if direction == "min" else 0.6)
+    assert (best.epoch, best.others) == (best_epoch, {"val_brier_score": 0.2 if direction == "min" else 0.6})
     assert stopped[0] == stops_after and reached == ([2] if direction == "min" else [])
 
 
