@@ -182,6 +182,7 @@ class MLflow:
 
 def _check_mlflow(key: str, name: str) -> None:
     """Raises `UserError` unless the store has the experiment `name`, or can create it."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read by the import; INFO disturbs the waiting line
     from mlflow import MlflowClient, get_tracking_uri
 
     uri = get_tracking_uri()

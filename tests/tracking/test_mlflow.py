@@ -196,3 +196,13 @@ def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     message = refused(tmp_path, "train", "tracking=[tensorboard,mlflow]")
     assert "tracking=[tensorboard,mlflow]: the package mlflow is not installed; " in message
     assert "[mlflow]'" in message.partition("pip install ")[2]
+
+
+def test_the_check_prints_nothing(tmp_path: Path) -> None:
+    """MLflow reports at INFO, into the waiting line, that it creates a database."""
+    code = "from dlopt.tracking.remote import check; check(['mlflow'], 'train')"
+    variables = {key: value for key, value in os.environ.items() if key != "MLFLOW_LOGGING_LEVEL"}
+    environment = variables | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (0, "") and "INFO" not in shown.stderr
+    assert (tmp_path / "m.db").exists()
