@@ -23,6 +23,7 @@ from annotated_types import Interval
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUndefinedAnnotation
 
+from dlopt.basics.calls import can_call
 from dlopt.basics.errors import UserError, suggest
 from dlopt.basics.folders import SUBMITTED
 from dlopt.basics.plain_values import is_below, join
@@ -113,6 +114,11 @@ class Component:
             expected = f"{kind.__module__.partition('.')[0]} {kind.__name__}"
             raise UserError(f"{self.choice}: returns {type(result).__name__}; must return a {expected}")
         return result
+
+    def check_call(self, function: object, signature: str) -> None:
+        """Raises `UserError` unless a part can be called with the arguments of `signature`, by position."""
+        if not can_call(function, signature.count(",") + 1):
+            raise UserError(f"{self.choice}: must be callable as {signature}")
 
     @property
     def choice(self) -> str:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from dlopt.basics.calls import can_call
 from dlopt.basics.errors import UserError, did_you_mean
 from dlopt.config.parameters import show
 from dlopt.config.schema import Component, component, dotted_name, resolve_target
@@ -35,7 +36,7 @@ def user_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, C
                 f"{', '.join(REQUESTABLE)}, or a function of your own: mine.metrics.{entry}"
             )
         function = resolve_target("evaluate.metrics", entry, packages)
-        if inspect.isclass(function) or not _takes_two(function):
+        if inspect.isclass(function) or not can_call(function, 2):
             raise UserError(f"{setting}: must be a function of (outputs, targets) that returns a number")
         if name in EVALUATED:
             raise UserError(f"{setting}: dlopt has a metric {name}; give the function another name")
@@ -43,16 +44,6 @@ def user_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, C
             raise UserError(f"{setting}: another metric is called {name}, too; give one of the functions another name")
         functions[name] = function
     return functions
-
-
-def _takes_two(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None, None)
-    except ValueError:  # a function of an extension without a signature
-        return True
-    except TypeError:
-        return False
-    return True
 
 
 # -- observers

@@ -209,6 +209,8 @@ class Batches:
         if loss_aware is not None:
             loss_aware.begin()
         order = self.sampler.order(epoch)[start * self.batch_size : self.count]
+        if not isinstance(order, Tensor) or order.is_floating_point():
+            raise UserError(f"sampler: {type(self.sampler).__name__}.order must return indices, a tensor of integers")
         if not len(order):
             return
         totals = [len(batch) for batch in order.split(self.batch_size)]

@@ -22,7 +22,7 @@ from dlopt.optim.common import (
     refuse_complex,
 )
 from dlopt.optim.hyperball import keeps_norm, move_on_sphere, radius, refuse_with_hyperball
-from dlopt.optim.traits import ADAPTIVE, DECOUPLED, ELEMENTWISE, OptimizerTraits, is_decoupled
+from dlopt.optim.traits import ADAPTIVE, AS_ADAMW, DECOUPLED, ELEMENTWISE, OptimizerTraits, is_decoupled
 
 
 def adamw(
@@ -84,9 +84,7 @@ class HyperballAdamW(_OwnAdamW):
     updated by AdamW.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(
-        DECOUPLED, scope="tensor", normalizes_entries=False, rests_at_zero_lr=False, rounds_state=True
-    )
+    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rests_at_zero_lr=False, rounds_state=True)
 
     def __init__(self, params: ParamsT, **keys: Any) -> None:
         super().__init__(params, **keys, hyperball=True)
@@ -113,7 +111,7 @@ class CautiousAdamW(_OwnAdamW):
     """
 
     # The number of kept entries is counted over the whole tensor.
-    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rounds_state=True)
+    traits: ClassVar[OptimizerTraits] = replace(AS_ADAMW, scope="tensor", rounds_state=True)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads = gradients(params)
@@ -176,7 +174,7 @@ class AdaBelief(RealOptimizer):
     With their 1e-8 for image classification, sqrt(s) is at least 0.003, often more than the gradients.
     """
 
-    traits: ClassVar[OptimizerTraits] = DECOUPLED
+    traits: ClassVar[OptimizerTraits] = AS_ADAMW
 
     def __init__(
         self,
@@ -284,7 +282,7 @@ class Adan(RealOptimizer):
     group: the first update of a parameter without an earlier gradient comes out too short.)
     """
 
-    traits: ClassVar[OptimizerTraits] = DECOUPLED
+    traits: ClassVar[OptimizerTraits] = AS_ADAMW
 
     def __init__(
         self,
@@ -325,7 +323,7 @@ class AdEMAMix(RealOptimizer):
     of the run.
     """
 
-    traits: ClassVar[OptimizerTraits] = DECOUPLED
+    traits: ClassVar[OptimizerTraits] = AS_ADAMW
 
     def __init__(
         self,
@@ -371,7 +369,7 @@ class ADOPT(RealOptimizer):
     updates after it. (pytorch-optimizer's ADOPT clips at (t + 1)^(1/4) and has one count for all parameters.)
     """
 
-    traits: ClassVar[OptimizerTraits] = DECOUPLED
+    traits: ClassVar[OptimizerTraits] = AS_ADAMW
 
     def __init__(
         self,
@@ -419,7 +417,7 @@ class MARS(RealOptimizer):
     also updates kernels and vectors, as in the algorithm, and the first gradient counts as unchanged.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor")
+    traits: ClassVar[OptimizerTraits] = replace(AS_ADAMW, scope="tensor")
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from dlopt.basics.ranges import Fraction, NonNegative, OpenFraction, Positive
 from dlopt.optim.common import ForeachOptimizer, RealOptimizer, buffers, gradients, make_cautious, move, signs
-from dlopt.optim.traits import DECOUPLED, ELEMENTWISE, OptimizerTraits, is_decoupled
+from dlopt.optim.traits import AS_ADAMW, ELEMENTWISE, OptimizerTraits, is_decoupled
 
 
 class SGDW(ForeachOptimizer):
@@ -126,7 +126,7 @@ class Lion(RealOptimizer):
     @property
     def traits(self) -> OptimizerTraits:
         cautious = any(group["cautious"] for group in self.param_groups)  # counts entries of the whole tensor
-        return replace(DECOUPLED, scope="tensor" if cautious else "element", rounds_state=True, capturable=True)
+        return replace(AS_ADAMW, scope="tensor" if cautious else "element", rounds_state=True, capturable=True)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -146,7 +146,7 @@ class Signum(RealOptimizer):
     signSGD (algorithm 1).
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, rounds_state=True, capturable=True)
+    traits: ClassVar[OptimizerTraits] = replace(AS_ADAMW, rounds_state=True, capturable=True)
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.0001, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0

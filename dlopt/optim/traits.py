@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch.torch_version import TorchVersion
 
+from dlopt.basics.calls import can_call
 from dlopt.basics.errors import UserError
 
 Shape = tuple[float, ...]
@@ -86,7 +87,8 @@ _UNKNOWN = OptimizerTraits()
 _UNKNOWN_WITH_CLOSURE = OptimizerTraits(evaluations="many")
 ELEMENTWISE = OptimizerTraits(scope="element", rests_at_zero_lr=True, separable=True)  # as SGD
 ADAPTIVE = replace(ELEMENTWISE, normalizes_entries=True)  # as Adam
-DECOUPLED = replace(ADAPTIVE, decoupled_decay=True)  # as AdamW
+DECOUPLED = replace(ELEMENTWISE, decoupled_decay=True)  # whatever becomes of the gradient
+AS_ADAMW = replace(ADAPTIVE, decoupled_decay=True)
 
 # torch's Rprop assigns to selected elements, which torch 2.11 does not support for shards.
 _RPROP_SCOPE: Literal["element", "tensor"] = "element" if TorchVersion(torch.__version__) >= "2.12" else "tensor"
@@ -95,7 +97,7 @@ _OF_TORCH = {
     "Adagrad": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
     "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # its first five updates are gradient descent
     "SGD": replace(ELEMENTWISE, rounds_state=True),
-    "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(DECOUPLED, rounds_state=True),
+    "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(AS_ADAMW, rounds_state=True),
     "Rprop": OptimizerTraits(scope=_RPROP_SCOPE, separable=True),  # its step sizes start at lr, and do not follow it
     "Adafactor": replace(ELEMENTWISE, scope="tensor", decoupled_decay=True),
     "Muon": replace(ELEMENTWISE, scope="tensor", decoupled_decay=True),
@@ -119,8 +121,8 @@ def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
         fused = all(group.get("fused") for group in groups)  # torch's fused kernels for CUDA
         return replace(traits, capturable=fused, decoupled_decay=traits.decoupled_decay or is_decoupled(groups))
     signature = inspect.signature(optimizer.step)
-    ways = {"once": (), "many": (None,)}  # positional arguments of `step`
-    callable_ways = [way for way, arguments in ways.items() if _accepts(signature, arguments)]
+    ways = {"once": 0, "many": 1}  # number of arguments of `step`
+    callable_ways = [way for way, count in ways.items() if can_call(optimizer.step, count)]
     if declared is None and callable_ways:
         return _UNKNOWN if callable_ways[0] == "once" else _UNKNOWN_WITH_CLOSURE
     if declared is None or declared.evaluations not in callable_ways:
@@ -130,14 +132,6 @@ def optimizer_traits(optimizer: torch.optim.Optimizer) -> OptimizerTraits:
             "step(closure) where evaluations='many' or the argument has no default"
         )
     return declared
-
-
-def _accepts(signature: inspect.Signature, arguments: tuple[Any, ...]) -> bool:
-    try:
-        signature.bind(*arguments)
-    except TypeError:
-        return False
-    return True
 
 
 def not_evaluated(optimizer: torch.optim.Optimizer) -> UserError:

@@ -14,5 +14,5 @@ A choice is a factory that takes the `Horizon` of the run and returns the functi
 
 from dlopt.schedules.curves import constant, cosine, exponential, linear, multistep, polynomial, step, time_decay, wsd
 from dlopt.schedules.cycles import OneCycle, cosine_restarts, cosine_warmup_restarts
-from dlopt.schedules.horizon import Factor, Horizon, WarmedUp, Warmup, build
-from dlopt.schedules.scheduler import Plateau, Scheduler, momentum_of
+from dlopt.schedules.horizon import Factor, Horizon, WarmedUp, Warmup, build, momentum_of
+from dlopt.schedules.scheduler import Plateau, Scheduler

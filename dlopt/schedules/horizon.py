@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from dlopt.basics.calls import can_call
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Natural, NonNegative, Probability
 
@@ -83,6 +84,13 @@ class Warmup:
         return length
 
 
+def momentum_of(factor: Factor) -> Factor | None:
+    """Returns the momentum that a schedule sets, as a function of the update t; None if it sets none."""
+    component = getattr(factor, "component", factor)
+    momentum: Factor | None = getattr(component, "momentum", None)
+    return momentum if callable(momentum) and getattr(component, "cycle_momentum", True) else None
+
+
 class WarmedUp:
     """A schedule multiplied by a warmup factor over the first `length` updates.
 
@@ -106,13 +114,14 @@ class WarmedUp:
 def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_per_epoch: float) -> Factor:
     """Builds the schedule of a run of `steps` updates. `factory`: a choice with all arguments bound but `horizon`.
 
-    Raises `UserError` if the choice returns no function.
+    Raises `UserError` if the choice returns no function of t, or one that returns no number.
     """
     length = warmup.length(steps, steps_per_epoch)
     component = factory(horizon=Horizon(length, steps, steps_per_epoch))
-    if not callable(component):
-        raise UserError(
-            f"schedule: returns {type(component).__name__}; must return a function from the update to a factor of the "
-            "learning rate"
-        )
+    for function in (component, momentum_of(component) or component):
+        if not can_call(function, 1) or not hasattr(function(0.0), "__float__"):
+            raise UserError(
+                f"schedule: returns {type(component).__name__}; must return a function from the update t, its only "
+                "argument, to a factor of the learning rate, a number (momentum(t): to the momentum)"
+            )
     return WarmedUp(component, length, warmup.warmup_start, warmup.warmup_shape) if length else component

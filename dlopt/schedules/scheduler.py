@@ -11,7 +11,7 @@ from dlopt.basics.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.metrics.names import Direction, known_direction, lower_is_better
 from dlopt.optim.traits import is_schedule_free
 from dlopt.schedules.decay import WeightDecay
-from dlopt.schedules.horizon import Factor, Horizon
+from dlopt.schedules.horizon import Factor, Horizon, momentum_of
 
 
 class Scheduler(torch.optim.lr_scheduler.LRScheduler):
@@ -220,13 +220,6 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         if state_dict["component"] is not None:
             self._component.load_state_dict(state_dict["component"])
         self._apply()
-
-
-def momentum_of(factor: Factor) -> Factor | None:
-    """Returns the momentum that a schedule sets, as a function of the update t; None if it sets none."""
-    component = getattr(factor, "component", factor)
-    momentum: Factor | None = getattr(component, "momentum", None)
-    return momentum if callable(momentum) and getattr(component, "cycle_momentum", True) else None
 
 
 def _momentum(group: Mapping[str, Any]) -> float:

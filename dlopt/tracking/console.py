@@ -256,7 +256,8 @@ class ConsoleView(Screen):
         seconds: float,
     ) -> None:
         """Shows the header and starts the display; `facts`: see `terminal_text.header_rows`."""
-        per_step, unit = (facts.get("train") or 0) / max(facts["steps_per_epoch"], 1), facts.get("unit", "samples")
+        drawn, unit = facts.get("drawn", facts.get("train")) or 0, facts.get("unit", "samples")
+        per_step = drawn / max(facts["steps_per_epoch"], 1)
         self._batches = facts.get("batches", int)
         self._rows = terminal_text.EpochRows(
             facts["epochs"],

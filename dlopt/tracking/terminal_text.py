@@ -74,10 +74,12 @@ def header_rows(
 
     `facts`: facts beside the config: `overrides` (of the command line), `parameters`, `trainable`, `train`,
     `val`, `test` (samples), `sets` (samples of each named validation set), `all_val` (if `val` is a subset), `unit`
-    (of their counts), `inputs` (3x32x32, 10 classes), `epochs`, `steps_per_epoch`, `steps`, `device`, `precision`,
-    `threads`, `folder`. Empty rows are left out.
+    (of their counts), `drawn` (of an epoch), `batch_size` (as drawn), `inputs` (3x32x32, 10 classes), `epochs`,
+    `steps_per_epoch`, `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
     """
     names, values = choices_of_groups(config, choices), settings(config)
+    if values.get("data.batch_size") != "full":
+        values["data.batch_size"] = facts.get("batch_size", values.get("data.batch_size"))
 
     def settings_of(*keys: str) -> list[str]:
         return [f"{key.rpartition('.')[2]} {format_value(values[key])}" for key in keys if values.get(key) is not None]
@@ -363,6 +365,7 @@ def _total_width(columns: Sequence[_Column]) -> int:
     return sum(each.characters + len(" ") for each in columns) + len(" *")
 
 
+_ROWS = {"val": "validation", "evaluated_train": "training", "test": "test"}  # of a test, by split
 _STATUS_COLOURS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
 
 
@@ -376,10 +379,10 @@ def format_result(summary: Mapping[str, Any]) -> Group:
     if summary.get("seconds") is not None:
         line.append(f" in {format_duration(summary['seconds'])}", "none")
 
-    metrics: dict[str, dict[str, float]] = {"best validation": {}, "test": {}}
+    metrics: dict[str, dict[str, float]] = {each: {} for each in ("best validation", *_ROWS.values())}
     for key, metric in final_metrics(summary).items():
         if isinstance(value := summary[key], int | float):
-            metrics["test" if metric.split == "test" else "best validation"][metric.name] = value
+            metrics["best validation" if key == metric.best else _ROWS[metric.split]][metric.name] = value
     classes = [line for split, row in metrics.items() for line in _class_lines(row, split)]
     names = list(dict.fromkeys(name for row in metrics.values() for name in row if "/" not in name))
     if not names:

@@ -19,7 +19,7 @@ from dlopt.parallel.batch_shards import local_slice
 from dlopt.parallel.shards import local
 from dlopt.tasks.user import OwnTask
 from dlopt.training.builders.batches import evaluation_batches
-from dlopt.training.builders.workload import Workload
+from dlopt.training.builders.workload import Workload, batch_size
 
 
 @contextmanager
@@ -197,10 +197,8 @@ class LaggingStatistics:
 
 def small_batch_warnings(workload: Workload) -> list[str]:
     """Returns a warning if batch norm averages over few samples per device, which is allowed but rarely intended."""
-    data, settings = workload.run_config.data_settings, workload.run_config.settings
-    count = len(workload.dataset.train)
-    size = count if data.batch_size == "full" else min(data.batch_size, count)
-    mode = workload.parallel
+    settings, mode = workload.run_config.settings, workload.parallel
+    size = batch_size(workload.run_config, workload.dataset.train)
     device_batch = size // mode.traits.batch_norm_shards // max(settings.micro_batches, mode.traits.micro_batches)
     if device_batch >= SMALL_NORM_BATCH or not any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
         return []

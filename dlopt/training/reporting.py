@@ -21,7 +21,7 @@ from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
-from dlopt.training.builders.workload import Workload, data_spec
+from dlopt.training.builders.workload import Workload, batch_size, build_sampler, data_spec
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.nonfinite import Recovery
@@ -62,6 +62,8 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
         "train": len(dataset.train) * tokens,
         "val": len(dataset.val) * tokens if dataset.val is not None else 0,
         "test": len(dataset.test) * tokens if dataset.test is not None else 0,
+        "drawn": len(build_sampler(workload.run_config, dataset.train)) * tokens,
+        "batch_size": batch_size(workload.run_config, dataset.train),
         "device": str(workload.device),
         "precision": workload.precision.name,
         "parallel": workload.parallel.name,
@@ -109,10 +111,10 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
     pretrained = describe_pretrained(workload.run_config, data_spec(workload)["window"])
     growth, init = workload.growth, workload.run_config.init.arguments
     rates = None if growth is None else describe_rates(workload.module, optimizer, growth, init["base_width"])
-    size, samples = workload.run_config.data_settings.batch_size, len(dataset.train)
+    size, drawn = workload.run_config.data_settings.batch_size, batch_size(workload.run_config, dataset.train)
     small = (
-        f"warning: data.batch_size={size} exceeds the {samples:,} training samples: every epoch is one update"
-        if isinstance(size, int) and size > samples
+        f"warning: data.batch_size={size} exceeds the {drawn:,} training samples of an epoch: every epoch is one update"
+        if isinstance(size, int) and size > drawn
         else None
     )
     balance = _describe_balance(workload)

@@ -1,11 +1,11 @@
 """Calls the observers of the user's own (`observers`) during a run."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dlopt.basics.calls import can_call
 from dlopt.basics.errors import RunError, UserError
 from dlopt.config.schema import Component, dotted_name
 from dlopt.config.user_parts import METHODS, check_methods
@@ -46,7 +46,7 @@ class UserObservers:
             for name, arguments in METHODS.items():
                 method = getattr(observer, name, None)
                 if callable(method):
-                    if not _takes(method, len(arguments)):
+                    if not can_call(method, len(arguments)):
                         raise UserError(f"{entry.key}._target_={path}: {name} must take ({', '.join(arguments)})")
                     self._calls[name].append((f"{entry.key}: {path}.{name}", method))
 
@@ -69,11 +69,3 @@ class UserObservers:
 
 
 NO_OBSERVERS = UserObservers(())
-
-
-def _takes(method: Callable[..., Any], count: int) -> bool:
-    try:
-        inspect.signature(method).bind(*[None] * count)
-    except TypeError:
-        return False
-    return True

@@ -30,7 +30,7 @@ from dlopt.training import rng
 from dlopt.training.builders import mup
 from dlopt.training.builders.speed import GRAPH_MODES
 from dlopt.training.builders.state_dtype import keep_state_in_bf16, round_updates
-from dlopt.training.builders.workload import Workload
+from dlopt.training.builders.workload import Workload, batch_size
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
 from dlopt.training.progress import Length
 
@@ -51,8 +51,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         base = arguments["base"]
         arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
-        size, count = run_config.data_settings.batch_size, len(workload.dataset.train)
-        ratio = (count if size == "full" else min(size, count)) / settings.scale_lr_reference
+        ratio = batch_size(run_config, workload.dataset.train) / settings.scale_lr_reference
         arguments["lr"] *= _LR_SCALES[settings.scale_lr](ratio)
     growth, grouping = workload.growth, run_config.grouping
     build = partial(_build, workload, base, arguments)

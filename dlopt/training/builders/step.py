@@ -48,6 +48,8 @@ def build_step(
             f"{stopping.choice}: precision=bf16_pure rounds weights by more than small updates; "
             "use precision=bf16, or stopping=early"
         )
+    built = clip.build(model=workload.module, uses=workload.uses)
+    clip.check_call(built, "clip(parameters, norm)")
     halves = settings.on_out_of_memory == "halve"
     if halves and (processes := mode.ranks.processes) > 1:
         raise UserError(
@@ -70,7 +72,7 @@ def build_step(
         ),
         precision=workload.precision,
         metrics=metrics,
-        clip=clip.build(model=workload.module, uses=workload.uses),
+        clip=built,
         synchronize_buffers=workload.placed.after_update,
         average=None if average is None else average.update,
         observers=observers,

@@ -17,7 +17,7 @@ from dlopt.augment import Pipeline
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator, stream
-from dlopt.config.resuming import FILES, differences
+from dlopt.config.resuming import differences
 from dlopt.config.run_config import RunConfig
 from dlopt.config.validation_sets import KEY
 from dlopt.data.batches import Batches
@@ -188,6 +188,7 @@ def build_workload(
     *,
     parallel: Mode | None = None,
     identified: Sequence[str] = (),
+    tests: bool = False,
 ) -> Workload:
     """Loads the data and builds normalization, model and loss.
 
@@ -196,6 +197,7 @@ def build_workload(
         parallel: see `build_mode`; None for one process.
         identified: the splits whose content is identified, see `dlopt.data.identity`; empty for none. Several ranks
             identify all of them, by default, and compare.
+        tests: the workload is for a test of `saved`, also on other data than those of its run.
     """
     # 1. The machine: device, threads, kernels and precision.
     settings = run_config.settings
@@ -204,7 +206,7 @@ def build_workload(
 
     # 2. Data, augmentation, and the task.
     identified = identified or (SPLITS if parallel.ranks.processes > 1 else ())
-    dataset, augment = prepare_data(run_config, saved, parallel, identified)
+    dataset, augment = prepare_data(run_config, saved, parallel, identified, tests=tests)
     _compare_ranks(run_config, dataset, parallel.ranks)
     task = dataset.task
     shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
@@ -233,8 +235,7 @@ def build_workload(
     check_adapters(run_config, module, precision, shape, task)
     loss: nn.Module = TaskLoss(module, task) if isinstance(task, OwnTask) else _build_loss(run_config, dataset)
     if settings.threads == "auto" and is_alone:
-        size = run_config.data_settings.batch_size
-        samples = len(dataset.train) if size == "full" else size
+        samples = batch_size(run_config, dataset.train)
         if speed.prefers_one_thread(module, shape, samples // settings.micro_batches):
             set_threads(1)
 
@@ -278,18 +279,17 @@ def with_validation_sets(workload: Workload, *, identifies: bool = False) -> Wor
 
 
 def _compare_ranks(run_config: RunConfig, dataset: Dataset, ranks: Ranks) -> None:
-    """Raises `UserError` on all ranks if they run other code or another config, or read other data."""
-    versions = {"dlopt": __version__, "torch": str(torch.__version__)}
-    ranks.refuse_difference("config", {**run_config.config, **versions}, _other_key)
+    """Raises `UserError` on all ranks if they run other versions or another config, or read other data."""
+    facts = {**run_config.config, "dlopt": __version__, "torch": str(torch.__version__)}
+    ranks.refuse_difference("config", facts, _other_key)
     data = run_config.config["data"]
-    places = (f"data.{key}={data[key]}" for key in ("file", "root") if data.get(key))
-    ranks.refuse_difference(next(places, run_config.data.choice), dataset.identity, difference)
+    place = next((f"data.{key}={data[key]}" for key in ("file", "root") if data.get(key)), run_config.data.choice)
+    ranks.refuse_difference(place, dataset.identity, difference)
 
 
 def _other_key(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Describes the first key in which two configs differ, other than where the data are: they are compared."""
-    found = {key: pair for key, pair in differences(first, other).items() if key not in FILES}
-    return next((f"{key}={new}, not {old}" for key, (old, new) in found.items()), None)
+    """Describes the first key in which two configs differ; None if none does."""
+    return next((f"{key}={new}, not {old}" for key, (old, new) in differences(first, other).items()), None)
 
 
 def _prepare_machine(run_config: RunConfig, parallel: Mode) -> Precision:
@@ -377,6 +377,7 @@ def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
         targets = _drawn_targets(run_config, dataset.train)
     balance = task.balance(component.arguments, targets)
     loss = component.build_as(nn.Module, **task.target_arguments, **balance)
+    component.check_call(loss.forward, "forward(outputs, targets)")
 
     def check(loss: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim:
@@ -392,13 +393,21 @@ def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
 
 def build_sampler(run_config: RunConfig, samples: Samples) -> Sampler:
     """Builds the sampler of the training `samples`."""
-    return run_config.sampler.build_as(
+    sampler = run_config.sampler.build_as(
         Sampler,  # type: ignore[type-abstract]
         targets=samples.targets,
         samples=samples,
         batch_size=run_config.data_settings.batch_size,
         seed=stream(run_config.settings.order_seed, ORDER),
     )
+    run_config.sampler.check_call(sampler.order, "order(epoch)")
+    return sampler
+
+
+def batch_size(run_config: RunConfig, samples: Samples) -> int:
+    """Returns the samples of a training batch as they are drawn: all of an epoch if data.batch_size is larger."""
+    size, drawn = run_config.data_settings.batch_size, len(build_sampler(run_config, samples))
+    return drawn if size == "full" else min(size, drawn)
 
 
 def _drawn_targets(run_config: RunConfig, samples: Samples) -> Tensor:
