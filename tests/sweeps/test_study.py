@@ -198,6 +198,23 @@ def test_takeover_draws_the_same_remaining_values(sampler: str, enqueued: list[d
         study.close()
 
 
+@pytest.mark.parametrize(("sampler", "options"), [("sobol", {"scramble": True}), ("halton", {"scramble": False})])
+def test_enqueued_points_leave_out_no_point_of_a_sequence(
+    sampler: str, options: dict[str, bool], tmp_path: Path
+) -> None:
+    spec = make_spec(4, None, "lr=tag(log,interval(0.001,1))", "width=interval(0.0,1.0)")
+    spec = replace(spec, sampler=getattr(samplers, sampler)(space=spec.space, seed=0, **options))
+    point = {"lr": 0.1, "width": 0.5}
+    drawn = {}
+    for name, enqueued in {"plain": [], "enqueued": [point]}.items():
+        (tmp_path / name).mkdir()
+        study = study_of(tmp_path / name, replace(spec, enqueued=enqueued, total=4 + len(enqueued)))
+        claims = [study.claim() for _ in range(study.total)]
+        drawn[name] = [claim.values for claim in claims if claim is not None]
+        study.close()
+    assert drawn["enqueued"] == [point, *drawn["plain"]] and len(drawn["plain"]) == 4
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe", "sobol", "grid"])
 def test_draws_only_the_axes_that_a_job_has(sampler: str, tmp_path: Path) -> None:
     always = parse_axes(["pair=zip(width=[1,2],depth=[3,4])", "kind=a,b"])

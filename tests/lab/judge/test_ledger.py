@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.locks import locked
 from dlopt.lab.judge.ledger import LEDGER, Entry, Ledger
 from dlopt.lab.judge.sequential import looks, rate_of
 
@@ -37,6 +40,22 @@ def test_later_proposals_have_smaller_rates_and_known_ones_keep_theirs(tmp_path:
     ledger.record(decided)
     assert propose(ledger, "2") == replace(decided, change=["optimizer.lr=2"])
     assert [each.verdict for each in ledger.entries()] == ["undecided", "better", "undecided"]
+
+
+def test_two_processes_that_propose_at_once_have_two_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path / "base", ["model=mlp"], 0.05)
+
+    @contextmanager
+    def after_another(path: Path) -> Iterator[None]:
+        monkeypatch.undo()
+        assert propose(ledger, "1").number == 1  # of the process that has the lock first
+        with locked(path):
+            yield
+
+    monkeypatch.setattr("dlopt.lab.judge.ledger.locked", after_another)
+    second = propose(ledger, "2")
+    assert (second.number, second.rate) == (2, rate_of(2, 0.05))
+    assert [each.key for each in ledger.entries()] == ["1", "2"]
 
 
 def test_a_refused_proposal_takes_no_number_and_leaves_no_file(tmp_path: Path) -> None:

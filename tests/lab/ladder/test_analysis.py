@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_rel
 
-from dlopt.lab.ladder.analysis import RungLosses, analyze, band, difference
+from dlopt.lab.ladder.analysis import RungLosses, _noise, analyze, band, difference
 
 COMPUTE = np.geomspace(2e12, 7e14, 6)
 SEEDS = 3
@@ -193,3 +193,12 @@ def test_runs_that_failed_count_in_no_fit_and_a_missing_baseline_gives_no_analys
     assert alone is not None and not alone.gains
     measured.losses["adamw"][:] = np.nan
     assert analyze(measured) is None
+
+
+def test_noise_has_the_variance_of_single_runs() -> None:
+    """Deviations from a mean of three have 2/3 of it. Runs that failed, and rungs with one run, count for nothing."""
+    table = np.exp(np.random.default_rng(0).normal(0.3, 0.1, (4000, 3)))
+    assert _noise(table).var() == pytest.approx(0.01, rel=0.03)
+    table[::2, 2] = math.nan  # half of the rungs have two runs
+    table[:100, 1:] = math.inf
+    assert _noise(table).var() == pytest.approx(0.01, rel=0.04) and len(_noise(table)) == 2 * 1950 + 3 * 1950
