@@ -106,6 +106,11 @@ def _predict(
 
     keys = take_process_keys(changes, "predict")
     trained = restore(path, changes, lambda device: join_processes(device, keys))
+    if file is not None and Path(file).is_file():
+        trained.mode.ranks.refuse_other_file("file", file)
+    if found is not None:
+        listed = f"{len(found[0])} images of {sum(map(os.path.getsize, found[0])):,} bytes"
+        trained.mode.ranks.refuse_difference(f"images={images}", listed)
     given = {"max_errors": max_errors, "probabilities": probabilities, "per": per, "batch_size": batch_size}
     predictions = _predictions(trained, path, found, file, given)
     if not trained.mode.ranks.is_main:

@@ -46,12 +46,29 @@ _HINTS = dict.fromkeys(("hydra.sweep", "hydra.sweeper", "hydra.launcher"), "add 
 def start(parsed: Namespace, show: Show | None) -> int:
     """Starts what the parsed arguments request; `show` prints the JSON document of the result. Raises `UserError`."""
     world = current()
-    if world is not None:
-        prepare_rank()
-        if world.restarts and not is_set("resume", parsed.overrides):
-            parsed.overrides.append("resume=auto")  # torchrun has restarted the run
-    if world is not None and not world.is_main:
-        return _follow(parsed, world)
+    if world is None:
+        return _start(parsed, show, None)
+    prepare_rank()
+    if world.restarts and not is_set("resume", parsed.overrides):
+        parsed.overrides.append("resume=auto")  # torchrun has restarted the run
+    if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
+        if world.is_main:
+            return _start(parsed, show, None)
+        return _refused_by_main() if parsed.multirun else DONE
+    try:
+        address = _typed_address(parsed.overrides)
+    except UserError:
+        if not (world.is_main or world.is_started_by_hand):
+            _refused_by_main()
+        raise
+    store = _join_store(address, world)
+    if world.is_main:
+        _lead(parsed, show, store)
+    end_process(follow(store, parsed.overrides))
+
+
+def _start(parsed: Namespace, show: Show | None, store: "Store | None") -> int:
+    """Starts it in this process, or in the ranks that wait at the store. Raises `UserError` and `ReportedError`."""
     typed = parsed.overrides
     composer = Composer(parsed.config_name, parsed.config_dir, typed)
     if parsed.multirun:
@@ -74,10 +91,10 @@ def start(parsed: Namespace, show: Show | None) -> int:
     if (key := series_of(config)) is not None:
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
-    if world is not None:
-        return _lead(composer, config, overrides, world, show)
+    if store is not None:
+        _refuse_address_of_file(config, composer.command_line)
     plan = _planned(composer, config, overrides)
-    return DONE if plan is None else _run(plan, show)
+    return DONE if plan is None else _run(plan, show, store)
 
 
 def _run(plan: Plan, show: Show | None, store: "Store | None" = None) -> int:
@@ -148,36 +165,19 @@ def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) 
     return plan
 
 
-def _lead(
-    composer: Composer, config: DictConfig, overrides: list[Override], world: World, show: Show | None
-) -> int:
+def _lead(parsed: Namespace, show: Show | None, store: "Store") -> NoReturn:
     """Rank 0 of a launcher's processes: checks the run, chooses the folder and sends the run to the other ranks."""
-    store = _join_store(config.parallel, world)
-    code = FAILED
+    code, reason = FAILED, {}
     try:
-        _refuse_address_of_file(config, composer.command_line)
-        plan = _planned(composer, config, overrides)
-        code = DONE if plan is None else _run(plan, show, store)
+        code = _start(parsed, show, store)
     except UserError as error:
         print_message(str(error))
-        code = USER_ERROR
+        code, reason = USER_ERROR, {"reason": str(error)}
     except ReportedError as error:
         code = error.code
     finally:
-        release(store, code)
+        release(store, code, **reason)
     end_process(code)
-
-
-def _follow(parsed: Namespace, world: World) -> int:
-    """Ranks > 0: receive the run from rank 0, which also composes it and reports config errors."""
-    if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
-        return _refused_by_main() if parsed.multirun else DONE
-    try:
-        typed = {override.key_or_group: override.value() for override in parse_overrides(parsed.overrides)}
-    except UserError:
-        _refused_by_main()
-    store = _join_store({key.partition(".")[2]: value for key, value in typed.items() if key in _ADDRESS}, world)
-    end_process(follow(store, parsed.overrides))
 
 
 def _refused_by_main() -> NoReturn:
@@ -194,11 +194,19 @@ def _refuse_address_of_file(config: DictConfig, command_line: CommandLine) -> No
     refuse_untyped({key: value for key, value in values.items() if value is not None}, command_line)
 
 
-def _join_store(parallel: Mapping[str, Any] | DictConfig, world: World) -> "Store":
+def _typed_address(overrides: list[str]) -> dict[str, Any]:
+    """Returns the typed keys of `_ADDRESS`, without the name of their group. Raises `UserError`."""
+    typed = {override.key_or_group: override.value() for override in parse_overrides(overrides)}
+    return {key.partition(".")[2]: value for key, value in typed.items() if key in _ADDRESS}
+
+
+def _join_store(address: Mapping[str, Any], world: World) -> "Store":
+    minutes = address.get("timeout_minutes", 10.0)
+    is_valid = isinstance(minutes, int | float) and 0 < minutes < 1e6  # else refused with the config
     with killed_by_signals():
         return join_store(
             world,
-            minutes=parallel.get("timeout_minutes", 10.0),
-            address=parallel.get("master_addr"),
-            port=parallel.get("master_port"),
+            minutes=minutes if is_valid else 10.0,
+            address=address.get("master_addr"),
+            port=address.get("master_port"),
         )

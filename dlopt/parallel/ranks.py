@@ -1,19 +1,26 @@
 """The processes of a run, and the collectives among them: `Ranks` is one process, `GroupRanks` a process group."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import sha256
 from dlopt.basics.interruption import Interruption
 from dlopt.parallel.processes.process_group import ProcessGroup
 
 T = TypeVar("T")
 
 _LAG = 8  # updates after which a GPU's stop flag is read; the host seldom runs further ahead than that
+
+
+def _difference(first: object, other: object) -> str | None:
+    return None if other == first else f"{other}, not {first}"
 
 
 class Ranks:
@@ -40,6 +47,21 @@ class Ranks:
     def broadcast(self, value: T) -> T:
         """Returns rank 0's value on all ranks."""
         return value
+
+    def refuse_difference(self, what: str, value: T, difference: Callable[[T, T], str | None] = _difference) -> None:
+        """Raises `UserError` on all ranks if a rank's value of `what` is not that of rank 0.
+
+        `difference`: describes how the second of two values differs from the first; None if it does not.
+        """
+        first, *others = self.gather([value])
+        for rank, other in enumerate(others, 1):
+            if (found := difference(first, other)) is not None:
+                raise UserError(f"{what}: rank {rank} differs from rank 0: {found}")
+
+    def refuse_other_file(self, key: str, path: Path | str) -> None:
+        """Raises `UserError` on all ranks if a rank reads another file at the path that a key names."""
+        if self.processes > 1:
+            self.refuse_difference(f"{key}={path}", f"SHA-256 {sha256(Path(path))[:12]}")
 
     def synchronized_stop(self, stop: T) -> T:
         """Returns a stop flag that becomes true on all ranks after the same update."""

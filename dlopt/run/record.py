@@ -47,7 +47,7 @@ def report(
             print_message(str(error))
         return error.code
     code, reason = failure(error)
-    if not rendezvous.first_to_fail():
+    if not rendezvous.first_to_fail(code, reason):
         return code
     diverged, frames = isinstance(error, Diverged), None
     ids = {RunFolder(run.folder).run_id(), run.run_config.config.get("run_id")}
@@ -79,10 +79,7 @@ def failure(error: Exception) -> tuple[int, str | None]:
         return error.code, f"{_rank_prefix()}{error}"
     if (reason := disk_failure(error)) is not None:
         return FAILED, f"{_rank_prefix()}{reason}"
-    if missing := rendezvous.missing_ranks(error):
-        ranks = ", ".join(map(str, missing))
-        return FAILED, f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"
-    return FAILED, None
+    return rendezvous.failure_of_peers(error) or (FAILED, None)
 
 
 def _rank_prefix() -> str:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.utils import configure_log, env_override
 from omegaconf import DictConfig
 
-from dlopt.basics.errors import DONE, INTERRUPTED, USER_ERROR, ReportedError, UserError
+from dlopt.basics.errors import DONE, INTERRUPTED, USER_ERROR, ReportedError, RunError, UserError
 from dlopt.basics.folders import LAUNCHER_LOCK, SHELL_FOLDER, RunFolder
-from dlopt.basics.interruption import Interruption, killed_by_signals, streams_kept
+from dlopt.basics.interruption import Interruption, killed_by_signals, print_message, streams_kept
 from dlopt.basics.locks import global_state_held
 from dlopt.config.plan import Plan
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
@@ -182,18 +182,23 @@ def follow(store: "Store", overrides: list[str]) -> int:
     from dlopt.config.parsing import parse
     from dlopt.training.progress import TrainingRun
 
-    with killed_by_signals():
-        message = json.loads(store.get("run"))
+    try:
+        with killed_by_signals():
+            message = json.loads(store.get("run"))
+    except RuntimeError:
+        raise RunError("rank 0 exited, or did not start the run within parallel.timeout_minutes") from None
     if "exit" in message:
+        if (world := rendezvous.current()) and world.is_started_by_hand and message["exit"] != DONE:
+            print_message(message["reason"])
         return int(message["exit"])
     run_config = parse(resolve_saved(message["config"]), message["config"], message["choices"])
     return exit_code(TrainingRun(run_config, Path(message["folder"]), None, message["choices"], overrides))
 
 
-def release(store: "Store", code: int) -> None:
+def release(store: "Store", code: int, reason: str = "rank 0 has started no run; its output says why") -> None:
     """Ends the ranks that wait in `follow`, with exit code `code`, if rank 0 has not sent a run."""
     with contextlib.suppress(RuntimeError):  # the launcher that hosts the store may be gone
-        store.compare_set("run", "", json.dumps({"exit": code}))
+        store.compare_set("run", "", json.dumps({"exit": code, "reason": reason}))
 
 
 def _show_finished(folder: RunFolder, length: str | None) -> None:

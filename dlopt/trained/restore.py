@@ -93,6 +93,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
     run_config = parse(resolve_saved(with_changes(checkpoint.config, overrides, path)))
     settings = run_config.settings
     mode = join(choose_device(settings.device))
+    mode.ranks.refuse_other_file("checkpoint", path)
     set_threads(settings.threads, mode.ranks.local_processes)
     device = mode.device
     precision = choose_precision(settings.precision, device)

@@ -96,6 +96,7 @@ def train_run(
         workload = add_teacher(workload)
     check_crops(workload)
     batches = training_batches(workload)
+    mode.ranks.refuse_difference("batches of an epoch", len(batches))
     length = length_of_run(settings, batches, checkpoint)
     horizon_note = None if checkpoint is None else check_horizon(run.run_config, length, checkpoint, run.overrides)
     is_shown = mode.ranks.is_main

@@ -1,4 +1,5 @@
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from dlopt.parallel.processes.rendezvous import (
     missing_ranks,
     slurm_master,
 )
+from dlopt.run.record import failure
 from tests.support.line import refused
+from tests.support.processes import run_by_hand
 from tests.support.ranks import run_ranks
 from tests.support.sizes import TINY
 
@@ -30,6 +33,7 @@ SRUN = {
 
 def test_single_processes_have_no_world() -> None:
     assert current({}) is None
+    assert current({"LOCAL_RANK": "0"}) is None
     assert current(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}) is None
     assert current({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None  # a batch script, not one of srun's tasks
 
@@ -63,6 +67,14 @@ def test_processes_of_launchers_without_local_ranks() -> None:
 def test_invalid_environments_raise(broken: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         current(TORCHRUN | broken)
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
+def test_half_of_a_rank(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with torch's env://, which expects both."""
+    monkeypatch.setenv(variable, "0")
+    missing = "WORLD_SIZE" if variable == "RANK" else "RANK"
+    assert refused(tmp_path, "train", *TINY).startswith(f"dlopt: {missing}: not set; set both")
 
 
 @pytest.mark.parametrize(
@@ -142,3 +154,99 @@ def test_one_rank_reports_a_failure_of_all(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(rendezvous, "current", lambda: World("dlopt", 0, 2, 0, 2))
     monkeypatch.setattr(rendezvous, "_store", distributed.HashStore())
     assert first_to_fail() and not first_to_fail()
+
+
+def message(stderr: str) -> str:
+    """Returns the line of a rank; torch warns of lost connections, as these tests load it before its level is set."""
+    assert "Traceback" not in stderr
+    [line] = [line for line in stderr.splitlines() if line.startswith("dlopt: ")]
+    return line
+
+
+TABLE = [
+    "train", "data=table", "data.file=t.csv", "data.target=y", "data.batch_size=8", "model=mlp", "model.widths=[4]",
+    "epochs=1", "tracking=[]", "threads=1", "device=cpu", "parallel=ddp", "parallel.timeout_minutes=0.05", "output=run",
+]  # fmt: skip
+
+
+def tables(folder: Path, *shifts: float) -> None:
+    """Writes the table of each rank, whose 40 rows are those of rank 0, with `shift` added to the first input."""
+    for rank, shift in enumerate(shifts):
+        rows = [f"{i % 7 + shift},{i % 5},{'uv'[i % 2]}" for i in range(40)]
+        (folder / str(rank)).mkdir()
+        (folder / f"{rank}/t.csv").write_text("\n".join(["a,b,y", *rows]))
+
+
+def test_the_ranks_read_other_data(tmp_path: Path) -> None:
+    """The same number of rows: no collective fails, and both would train a mixture."""
+    tables(tmp_path, 0, 1)
+    for rank, done in enumerate(run_by_hand(tmp_path, *TABLE, ranks=[{}, {}])):
+        other = "data.file=t.csv: rank 1 differs from rank 0: the training set has other inputs"
+        assert done.returncode == 2 and other in message(done.stderr)
+        assert not (tmp_path / f"{rank}/run").exists()
+
+
+def test_a_rank_without_the_data(tmp_path: Path) -> None:
+    """Rank 0, which hosts the store, keeps it until the others have read why it ends."""
+    tables(tmp_path, 0, 0)
+    (tmp_path / "0/t.csv").unlink()
+    for done in run_by_hand(tmp_path, *TABLE, ranks=[{}, {}]):
+        assert done.returncode == 2 and message(done.stderr).startswith("dlopt: data.file=t.csv: cannot be read in ")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([{}, {"WORLD_SIZE": "3"}], "dlopt: WORLD_SIZE=3 on rank 1, but WORLD_SIZE=2 on rank 0; set one number"),
+        (
+            [{"WORLD_SIZE": "3"}, {"WORLD_SIZE": "3"}],
+            "dlopt: parallel.timeout_minutes=0.05: not all of the 3 ranks have joined within this time (rank 2 has "
+            "not)",
+        ),
+    ],
+)
+def test_the_roll_call(ranks: list[dict[str, str | None]], expected: str, tmp_path: Path) -> None:
+    ended = run_by_hand(tmp_path, *TABLE, ranks=ranks)
+    assert [(done.returncode, message(done.stderr)) for done in ended] == [(2, expected)] * 2
+
+
+def test_rank_0_refuses_the_config(tmp_path: Path) -> None:
+    """The others do not look at it: they read the refusal from the store, and do not wait for the timeout."""
+    for done in run_by_hand(tmp_path, *TABLE[:-2], "data.targett=y", ranks=[{}, {}]):
+        assert done.returncode == 2
+        assert message(done.stderr).startswith("dlopt: data.targett=y: unknown key; did you mean data.target?")
+
+
+def wait_in_different_collectives() -> None:
+    """Called on all ranks: rank 1 comes later than the timeout, but responds."""
+    keys = {"processes": None, "timeout_minutes": 0.02, "master_addr": None, "master_port": None}
+    join("ddp", torch.device("cpu"), **keys)  # type: ignore[arg-type]
+    if os.environ["DLOPT_RANK"] == "1":
+        time.sleep(2)
+    with pytest.raises(RuntimeError) as error:
+        distributed.all_reduce(torch.zeros(1))
+    code, reason = failure(error.value)
+    assert code == 1 and str(reason).startswith("all ranks respond, but wait in different collectives: check that all")
+    os._exit(0)
+
+
+def test_a_timeout_of_ranks_that_respond(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_rendezvous:wait_in_different_collectives", 2, tmp_path)
+
+
+def post_a_failure() -> None:
+    """Called on all ranks: rank 1 refuses something that rank 0 accepts."""
+    rendezvous._ROLL_CALL = 0.1
+    keys = {"processes": None, "timeout_minutes": 1.0, "master_addr": None, "master_port": None}
+    join("ddp", torch.device("cpu"), **keys)  # type: ignore[arg-type]
+    if os.environ["DLOPT_RANK"] == "1":
+        assert first_to_fail(*failure(UserError("data.file=t.csv: no such file")))
+        os._exit(0)
+    with pytest.raises(RuntimeError) as lost:
+        distributed.barrier()
+    assert failure(lost.value) == (2, "rank 1: data.file=t.csv: no such file")
+    os._exit(0)
+
+
+def test_the_others_report_why_a_rank_has_failed(tmp_path: Path) -> None:
+    run_ranks("tests.parallel.test_rendezvous:post_a_failure", 2, tmp_path)

@@ -21,6 +21,7 @@ from typing import Any
 from dlopt.basics.interruption import SIGNALS
 from dlopt.parallel.processes import launch
 from dlopt.sweeps.pool import warm_up
+from tests.support.ports import free_port
 
 _WORKER = os.getpid()  # the process of the tests; another one in the jobs of a sweep
 start_rank_in_new_interpreter = launch.start_rank
@@ -78,6 +79,28 @@ class Done:
 def run_dlopt(folder: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> Done:
     """Runs `dlopt ARGUMENTS` in a process of its own; PYTHONPATH is honoured."""
     return _run_to_end(_dlopt, (arguments,), environment, folder)
+
+
+def run_by_hand(folder: Path, *arguments: str, ranks: Sequence[Mapping[str, str | None]]) -> list[Done]:
+    """Runs `dlopt ARGUMENTS` as ranks that no launcher has started, rank r in FOLDER/r; `ranks`: further variables.
+
+    None removes one of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """
+    address = {"WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank, own in enumerate(ranks):
+        (folder / str(rank)).mkdir(parents=True, exist_ok=True)
+        variables = {**os.environ, **address, "RANK": str(rank), **own}
+        environment = {name: value for name, value in variables.items() if value is not None}
+        files = {1: folder / f"stdout{rank}", 2: folder / f"stderr{rank}"}
+        for file in files.values():
+            file.write_text("")
+        processes.append((start(_dlopt, (arguments,), environment, folder / str(rank), files), files))
+    for process, _ in processes:
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+    return [Done(process.exitcode or 0, files[1].read_text(), files[2].read_text()) for process, files in processes]
 
 
 def run(function: Callable[..., object], *arguments: Any) -> Done:

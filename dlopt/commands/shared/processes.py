@@ -96,7 +96,7 @@ def run_rank(run: Callable[[], int]) -> NoReturn:
         leave()
     except Exception as error:
         code, reason = failure(error)
-        if first_to_fail():
+        if first_to_fail(code, reason):
             if reason is None:
                 raise
             print_message(reason)

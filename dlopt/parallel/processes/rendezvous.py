@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import gc
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from dlopt.basics.errors import DONE, INTERRUPTED, UserError
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, UserError
+from dlopt.basics.interruption import print_message
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -36,6 +39,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_started_by_hand(self) -> bool:
+        """Returns whether nothing but its variables makes this process a rank: nobody collects their outputs."""
+        return self.launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in os.environ
+
 
 def current(environment: Mapping[str, str] = os.environ) -> World | None:
     """Returns the world that the launcher describes; None in a single process, even if a launcher started it."""
@@ -49,8 +57,11 @@ def current(environment: Mapping[str, str] = os.environ) -> World | None:
     if RANK in environment:
         rank, size = number(RANK), number(PROCESSES)
         return World("dlopt", rank, size, rank, size)
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = "RANK", "WORLD_SIZE"
+    names = "RANK", "WORLD_SIZE"
+    missing = [name for name in names if name not in environment]
+    if len(missing) == 1:
+        raise UserError(f"{missing[0]}: not set; set both of RANK and WORLD_SIZE, or none to train in one process")
+    if not missing:
         rank, size = map(number, names)
         # Without these, processes that meet at another host's address (PyTorchJob) have a machine each.
         host = environment.get("MASTER_ADDR") or "localhost"
@@ -130,41 +141,59 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
     from torch import distributed
 
     limit = timedelta(minutes=minutes)
-    host, number = "127.0.0.1", 0
+    host, number, has_agent = "127.0.0.1", 0, False
     try:
         if world.launcher == "dlopt":
-            store: Store = distributed.FileStore(os.environ[STORE], world.size)
-            store.set_timeout(limit)
-        elif world.launcher == "torchrun":
+            _store = distributed.FileStore(os.environ[STORE], world.size)
+            _store.set_timeout(limit)
+            return _store
+        if world.launcher == "torchrun":
+            # torchrun's agent hosts a store at its own address.
+            has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not address and not port
             os.environ.update({k: str(v) for k, v in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if v})
             host, number = _master(os.environ)
-            agents, _, _ = next(iter(distributed.rendezvous("env://", timeout=limit)))
-            # The agent's store outlives a failed attempt: without a prefix a restart would read its stale keys.
-            store = distributed.PrefixStore(f"attempt{world.restarts}", agents)
         else:
             master = slurm_master(os.environ)
             host, number = address or master[0], port or master[1]
-            # Rank 0 waits for the others: if it failed before they joined, they would wait for its store in vain.
-            store = distributed.TCPStore(
-                host, number, world.size, is_master=world.is_main, timeout=limit, wait_for_workers=True
-            )
-        _store = store
-    except (RuntimeError, ValueError, OSError) as error:
+        hosts = world.is_main and not has_agent
+        server = distributed.TCPStore(host, number, world.size, hosts, timeout=limit, wait_for_workers=False)
+        # The agent's store outlives a failed attempt: without a prefix a restart would read its stale keys.
+        _store = distributed.PrefixStore(f"attempt{world.restarts}", server)
+        if not has_agent:  # which starts all ranks or none
+            _call_roll(_store, world, minutes)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
         endpoint = "the rendezvous file" if world.launcher == "dlopt" else f"{host}:{number}"
         if world.is_main and number and _is_port_in_use(number):
             key = "MASTER_PORT" if world.launcher == "torchrun" else "parallel.master_port"
             raise UserError(f"{key}={number}: port in use at {host}; choose another one") from None
-        if world.is_main:
-            raise UserError(
-                f"parallel.timeout_minutes={minutes:g}: not all of the {world.size} ranks have joined within this time "
-                f"({str(error).splitlines()[0]})"
-            ) from None
         raise UserError(
             f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {endpoint} within "
             f"parallel.timeout_minutes={minutes:g} ({str(error).splitlines()[0]}); "
             "set parallel.master_addr and parallel.master_port"
         ) from None
     return _store
+
+
+def _call_roll(store: "Store", world: World, minutes: float) -> None:
+    """Waits until all ranks have joined. Raises `UserError` on each if one has not, or has another WORLD_SIZE."""
+    store.set(f"joined{world.rank}", str(world.size))
+    if world.is_main:
+        rank, refusal, end = 1, "", time.monotonic() + 60 * minutes
+        while rank < world.size and not refusal:
+            try:
+                store.wait([f"joined{rank}"], timedelta(seconds=max(0.01, end - time.monotonic())))
+                if (size := int(store.get(f"joined{rank}"))) != world.size:
+                    refusal = f"WORLD_SIZE={size} on rank {rank}, but WORLD_SIZE={world.size} on rank 0; set one number"
+            except RuntimeError:
+                refusal = f"parallel.timeout_minutes={minutes:g}: not all of the {world.size} ranks have joined within "
+                refusal += f"this time (rank {rank} has not)"
+            rank += 1
+        store.set("roll", refusal)
+        time.sleep(0.5 if refusal else 0)  # the others read it
+    # Rank 0 hosts the store, so it has begun before this rank: its answer comes within these minutes.
+    store.wait(["roll"], timedelta(minutes=minutes, seconds=_ROLL_CALL))
+    if refusal := store.get("roll").decode():
+        raise UserError(refusal)
 
 
 def _is_port_in_use(port: int) -> bool:
@@ -240,8 +269,31 @@ def is_launched() -> bool:
     return world is not None and world.launcher != "dlopt"
 
 
-def first_to_fail() -> bool:
-    """Returns whether this rank is the first to report a failure.
+def failure_of_peers(error: Exception) -> tuple[int, str] | None:
+    """Returns exit code and message of a rank for an error that other ranks have caused; None for one of its own.
+
+    They are those of the first rank that has failed, if it has posted why.
+    """
+    missing = missing_ranks(error)
+    if not missing and not caused_by_peer(error):
+        return None
+    with contextlib.suppress(Exception):  # the store is gone
+        if _store is not None and _store.check(["failure"]):
+            code, reason = json.loads(_store.get("failure"))
+            return code, reason
+    if missing:
+        ranks = ", ".join(map(str, missing))
+        return FAILED, f"rank {ranks} exited, or did not respond within parallel.timeout_minutes (hung or overloaded)"
+    if not re.search("timed? ?out|connection", str(error), re.IGNORECASE):
+        return None
+    return FAILED, (
+        "all ranks respond, but wait in different collectives: check that all have the same command, code and data, "
+        f"or raise parallel.timeout_minutes ({str(error).splitlines()[0]})"
+    )
+
+
+def first_to_fail(code: int = FAILED, reason: str | None = None) -> bool:
+    """Returns whether this rank is the first to report a failure, which it then posts for the others.
 
     One failure makes all ranks fail, and one message is enough.
 
@@ -253,7 +305,13 @@ def first_to_fail() -> bool:
     if not world.is_main:
         time.sleep(0.5)  # an error that occurs on all ranks is reported by rank 0
     try:
-        return bool(join_store(world, minutes=1.0).add("failures", 1) == 1)
+        store = join_store(world, minutes=1.0)
+        is_first = bool(store.add("failures", 1) == 1)
+        if is_first and reason is not None:
+            store.set("failure", json.dumps([code, reason]))
+        elif reason is not None and world.is_started_by_hand:
+            print_message(reason)
+        return is_first
     except Exception:  # rank 0, which hosts the store, is gone; it or its launcher reports the failure
         return False
 
@@ -274,6 +332,13 @@ def end_process(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    if code not in (DONE, INTERRUPTED) and _store is not None and current() is not None:
-        time.sleep(0.2)  # other ranks may still query the store in `first_to_fail`
+    world = current()
+    if code not in (DONE, INTERRUPTED) and _store is not None and world is not None:
+        from torch import distributed
+
+        # Rank 0 hosts the store: the other ranks notice its end, and read the reason there.
+        is_read = code == USER_ERROR and world.is_main and is_launched() and distributed.is_initialized()
+        if is_read:
+            distributed.destroy_process_group()
+        time.sleep(_ROLL_CALL + 1 if is_read else 0.2)  # others may still query the store in `first_to_fail`
     os._exit(code)
