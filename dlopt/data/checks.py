@@ -230,13 +230,10 @@ def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: boo
     `may_be_values`: numbers may be the target of a regression.
     """
     names = sorted((name for name in counts if counts[name]), key=natural)
-    found = []
-    forms = collections.defaultdict(list)
-    for name in names:
-        forms[_form(name)].append(name)
-    for group in forms.values():
-        if len(group) > 1:
-            found.append(f"{WARNING}{column} has classes that differ in form only: {', '.join(map(repr, group))}")
+    found = [
+        f"{WARNING}{column} has classes that differ in form only: {', '.join(map(repr, group))}"
+        for group in equal_forms(names)
+    ]
     if single := [name for name in names if counts[name] == 1]:
         plural = "es" * (len(single) > 1)
         found.append(f"{WARNING}{column} has {len(single)} class{plural} with one sample: {listed(single)}")
@@ -250,7 +247,15 @@ def label_warnings(column: str, counts: Mapping[str, int], *, may_be_values: boo
     return tuple(found)
 
 
-def _form(name: str) -> str:
+def equal_forms(names: Iterable[str]) -> list[list[str]]:
+    """Returns the names that differ in form only, such as Red and red, or 1 and 01, in groups."""
+    forms = collections.defaultdict(list)
+    for name in names:
+        forms[form(name)].append(name)
+    return [group for group in forms.values() if len(group) > 1]
+
+
+def form(name: str) -> str:
     """Normalizes a name: drops case, separators, quotes, invisible characters and the notation of numbers."""
     value = number(name)
     if not math.isnan(value):

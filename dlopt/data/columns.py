@@ -7,9 +7,9 @@ torch.
 import datetime
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NotRequired, get_args
 
 import numpy as np
 from pydantic import ConfigDict, StrictBool, StrictStr, TypeAdapter, ValidationError, with_config
@@ -18,11 +18,22 @@ from typing_extensions import TypedDict
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
 from dlopt.data.checks import GAPS, LARGEST, WARNING, listed, natural, number
+from dlopt.data.csv_file import not_a_number
 
 Kind = Literal["number", "category", "date"]
 _DECIMALS = re.compile(r"([+-]?[0-9]+)\.0*")  # of an integer, as pandas writes a column of integers with gaps
+Form = Literal["2024-01-31", "31/1/2024", "1/31/2024", "2024-01-31T14:05Z"]
+"""How a column writes dates, by an example: without slashes, with one of two orders, or with an offset from UTC."""
+_PLAIN, _DAY_FIRST, _MONTH_FIRST, _UTC = _FORMS = get_args(Form)
 _ISO = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?")
-_PARTS = re.compile(r"(\d{1,4})([./])(\d{1,2})\2(\d{1,4})")
+_PARTS = re.compile(r"(\d{1,4})([./-])(\d{1,2})\2(\d{1,4})(?:,?[T ]+(\d{1,2}:\d\d(?::\d\d)?)(?: ?([AaPp])[Mm])?)?")
+# Texts that are meant as dates, also of forms that are not read.
+_DATE_LIKE = re.compile(
+    r"(\d{4}([./-])\d\d?\2\d\d?|\d\d?([/-])\d\d?\3(\d\d|\d{4})|\d\d?\.\d\d?\.\d{4}|\d\d\.\d\d\.\d\d)(\D.*)?|"
+    r"(.*\W)?\d*(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|"
+    r"nov(ember)?|dec(ember)?)\W*\d.*",
+    re.IGNORECASE,
+)
 _EPOCH = datetime.datetime(1970, 1, 1)
 _DAY = 86400.0  # seconds
 _SHOWN = 48  # columns in a description
@@ -36,15 +47,17 @@ class Column:
     Attributes:
         values: float64 [N], NaN for a gap: numbers; dates, as seconds since 1970; or positions in `texts`.
         texts: the different values of a category, sorted.
+        form: of dates.
     """
 
     name: str
     kind: Kind
     values: np.ndarray
     texts: tuple[str, ...] = ()
+    form: Form = _PLAIN
 
     def select(self, rows: np.ndarray) -> "Column":
-        return Column(self.name, self.kind, self.values[rows], self.texts)
+        return replace(self, values=self.values[rows])
 
 
 def numeric(name: str, values: np.ndarray) -> Column:
@@ -69,46 +82,64 @@ def _plain(field: str) -> str:
 # -- dates
 
 
-def as_dates(name: str, fields: Sequence[str]) -> Column | None:
+def as_dates(name: str, fields: Sequence[str], form: Form | None = None) -> Column | None:
     """Returns a column of dates; None if a field is neither a date nor a gap, or if no field is a date.
 
-    2024-01-31, also with a time, 2024/1/31 and 31.1.2024. 31/1/2024 and 1/31/2024 if only one reading fits all fields.
+    2024-01-31, 2024/1/31 and 31.1.2024, also with a time; 31/1/2024 and 1/31/2024 (or with -) if only one order fits
+    all fields. Times with an offset are in UTC, and no other date is among them.
+
+    `form`: of the training rows; None to find it.
     """
     distinct = {field for field in fields if field.lower() not in GAPS}
-    for is_day_first in (True, False):
-        seconds = {field: _seconds(field, is_day_first=is_day_first) for field in distinct}
-        if seconds and None not in seconds.values():
-            if is_day_first and is_ambiguous(distinct):
-                return None
-            return Column(name, "date", np.array([seconds.get(field, np.nan) for field in fields], dtype=np.float64))
-    return None
-
-
-def is_ambiguous(fields: set[str]) -> bool:
-    """Returns whether dates with slashes fit day/month and month/day, and differ between them."""
-    readings = [{field: _seconds(field, is_day_first=day_first) for field in fields} for day_first in (True, False)]
-    return all(None not in each.values() for each in readings) and readings[0] != readings[1]
-
-
-def _seconds(field: str, *, is_day_first: bool) -> float | None:
-    """Returns the seconds since 1970 of a date, by the clock that wrote it; None for other texts."""
-    try:
-        if _ISO.fullmatch(field):
-            return (datetime.datetime.fromisoformat(field).replace(tzinfo=None) - _EPOCH).total_seconds()
-        if (parts := _PARTS.fullmatch(field)) is None:
-            return None
-        first, middle, last = int(parts[1]), int(parts[3]), int(parts[4])
-        if len(parts[1]) == 4:
-            date = datetime.datetime(first, middle, last)
-        elif len(parts[4]) != 4:
-            return None
-        elif is_day_first or parts[2] == ".":
-            date = datetime.datetime(last, middle, first)
-        else:
-            date = datetime.datetime(last, first, middle)
-    except ValueError:
+    found = {each: seconds for each in ((form,) if form else _FORMS) if (seconds := _read(distinct, each))}
+    if not found or [*found] == [_DAY_FIRST, _MONTH_FIRST]:
         return None
-    return (date - _EPOCH).total_seconds()
+    chosen, known = next(iter(found.items()))
+    return Column(name, "date", np.array([known.get(field, np.nan) for field in fields], np.float64), form=chosen)
+
+
+def date_problem(present: Counter[str]) -> str | None:
+    """Says why a column has no dates although most of its texts, which are no gaps, look like dates; else None."""
+    if 2 * sum(count for field, count in present.items() if _DATE_LIKE.fullmatch(field)) <= present.total():
+        return None
+    if (field := _unread([*present])) is not None:
+        return f"has dates, and {field!r} of a form that is not read, or not that of the first; write 2024-01-31"
+    return f"has dates that may be day/month or month/day, such as {next(iter(present))}; write 2024-01-31"
+
+
+def _unread(fields: Sequence[str], form: Form | None = None) -> str | None:
+    """Returns the first field that is no date of the form; None: of those of the first field."""
+    forms = [form] if form else [each for each in _FORMS if _read(fields[:1], each)]
+    return next((field for field in fields if not any(_read([field], each) for each in forms)), None)
+
+
+def _read(fields: Iterable[str], form: Form) -> dict[str, float] | None:
+    """Returns the seconds since 1970 of dates of a form; None if a field is another text."""
+    found = {}
+    for field in fields:
+        try:
+            found[field] = _seconds(field, form)
+        except (ValueError, TypeError):  # no such day, or only one of two times has an offset
+            return None
+    return found
+
+
+def _seconds(field: str, form: Form) -> float:
+    """Returns the seconds since 1970 of a date, by the clock that wrote it or in UTC. Raises ValueError, TypeError."""
+    if _ISO.fullmatch(field):
+        epoch = _EPOCH.replace(tzinfo=datetime.UTC) if form == _UTC else _EPOCH
+        return (datetime.datetime.fromisoformat(field) - epoch).total_seconds()
+    if (parts := _PARTS.fullmatch(field)) is None or form == _UTC:
+        raise ValueError
+    date = [int(parts[1]), int(parts[3]), int(parts[4])]
+    if len(parts[1]) != 4:
+        if len(parts[4]) != 4 or (parts[2] != "." and form == _PLAIN):
+            raise ValueError
+        date = [date[2], date[0], date[1]] if parts[2] != "." and form == _MONTH_FIRST else date[::-1]
+    hour, *others = map(int, (parts[5] or "0:0").split(":"))
+    if parts[6]:  # 12 AM is midnight
+        hour = hour % 12 + 12 * (parts[6] in "Pp") if 1 <= hour <= 12 else 24  # 24 raises ValueError
+    return (datetime.datetime(*date, hour, *others) - _EPOCH).total_seconds()
 
 
 # -- encodings
@@ -122,6 +153,7 @@ class _Saved(TypedDict):
     fill: float | StrictStr | None
     has_gaps: StrictBool
     has_times: StrictBool
+    form: NotRequired[Form]  # older checkpoints have none
 
 
 _saved = TypeAdapter(list[_Saved])
@@ -137,6 +169,7 @@ class ColumnEncoding:
             have no value.
         has_gaps: the training rows have gaps; a feature marks them, 0 or 1.
         has_times: dates have times of day in the training rows.
+        form: of dates in the training rows.
     """
 
     name: str
@@ -145,6 +178,7 @@ class ColumnEncoding:
     fill: float | str | None
     has_gaps: bool
     has_times: bool
+    form: Form = _PLAIN
 
     @classmethod
     def fitted(cls, column: Column) -> "ColumnEncoding":
@@ -159,13 +193,11 @@ class ColumnEncoding:
         elif len(known):
             fill = float(np.median(known))
         has_times = column.kind == "date" and bool((known % _DAY).any())
-        return cls(column.name, column.kind, values, fill, len(known) < len(column.values), has_times)
+        return cls(column.name, column.kind, values, fill, len(known) < len(column.values), has_times, column.form)
 
     @classmethod
     def restored(cls, saved: _Saved) -> "ColumnEncoding":
-        return cls(
-            saved["name"], saved["kind"], tuple(saved["values"]), saved["fill"], saved["has_gaps"], saved["has_times"]
-        )
+        return cls(**{**saved, "values": tuple(saved["values"])})
 
     @property
     def features(self) -> list[str]:
@@ -258,7 +290,8 @@ class ColumnEncoding:
             values = printable(", ".join(self.values))
             parts.append(f"{len(self.values)} value{'s' * (len(self.values) != 1)}: {values}")
         elif self.kind == "date":
-            parts.append(f"year, month, day, weekday{', hour' if self.has_times else ''}")
+            form = f" (of {self.form})" if self.form != _PLAIN else ""
+            parts.append(f"year, month, day, weekday{', hour' if self.has_times else ''}{form}")
         return "; ".join(parts)
 
 
@@ -332,26 +365,24 @@ def field_of(value: Any) -> str:
     return str(value).strip()
 
 
-def column_of(name: str, kind: Kind, fields: Sequence[str], place: Callable[[int], str]) -> Column:
-    """Returns a column of a known kind. Raises `UserError` for a field of another kind, with the `place` of its row."""
+def column_of(
+    name: str, kind: Kind, fields: Sequence[str], place: Callable[[int], str], form: Form | None = None
+) -> Column:
+    """Returns a column of a known kind, and of a known form of dates.
+
+    Raises `UserError` for a field of another kind, with the `place` of its row.
+    """
     if kind == "category":
         return categorical(name, fields)
     if kind == "date":
-        found = as_dates(name, fields)
-        if found is not None:
-            return found
-        wrong = first_of(fields, lambda field: as_dates(name, [field]) is None)
-        if wrong is not None:
-            raise UserError(f"{place(wrong)}: {name} is {fields[wrong]!r}, not a date in the form 2024-01-31")
-        return Column(name, "date", np.full(len(fields), np.nan))
+        found = as_dates(name, fields, form)
+        present = [field for field in fields if field.lower() not in GAPS]
+        if found is None and present:
+            wrong = fields.index(_unread(present, form) or present[0])
+            raise UserError(f"{place(wrong)}: {name} is {fields[wrong]!r}, not a date in the form {form or _PLAIN}")
+        return found or Column(name, "date", np.full(len(fields), np.nan))
     values = np.array([number(field) for field in fields], dtype=np.float64)
-    wrong = first_of(fields, lambda field: not abs(number(field)) <= LARGEST)
-    if wrong is not None:
-        raise UserError(f"{place(wrong)}: {name} is {fields[wrong]!r}, not a finite number")
+    for row in np.flatnonzero(~(np.abs(values) <= LARGEST)).tolist():
+        if fields[row].lower() not in GAPS:
+            raise not_a_number(place(row), name, fields[row], "the model reads numbers in this column")
     return numeric(name, values)
-
-
-def first_of(fields: Sequence[str], is_wrong: Callable[[str], bool]) -> int | None:
-    """Returns the first row that has no gap and is wrong; None without one."""
-    wrong = {field for field in set(fields) if field.lower() not in GAPS and is_wrong(field)}
-    return next((row for row, field in enumerate(fields) if field in wrong), None)

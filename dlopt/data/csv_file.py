@@ -30,7 +30,8 @@ _POINTS, _HUNDREDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+"), re.compil
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _WITH_UNIT = re.compile(r"[^\w\s.,+-]{0,3}\s?[+-]?[0-9][0-9.,]*\s?[^\d\s.,+-]{0,5}")  # $5, 5 %, 12 kg
 _INTEGER = re.compile(r"[+-]?[0-9]{1,39}")
-_EXACT = 2.0**53  # up to which float64 has every integer
+_LEADING_ZERO = re.compile(r"^[+-]?0[0-9]+$", re.MULTILINE)
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip, or Excel", b"BZh": "bzip2", b"\xfd7zX": "xz", b"(\xb5/\xfd": "zstd"}
 _CHUNK = 1024  # rows that are converted at once
 _SPECTRUM = 8  # columns; a row has as few numbers in order by chance
 _MANY_TEXTS = 10_000
@@ -84,11 +85,13 @@ class NoNumbers:
     """The fields of a column that are no finite numbers.
 
     `gaps`: how many are gaps, see `GAPS`; `others`: how many are not. `first`: the row and the text of the first other.
+    `zero`: an integer that begins with 0, as a code does: 00501.
     """
 
     gaps: int = 0
     others: int = 0
     first: tuple[int, str] | None = None
+    zero: str | None = None
 
     def add(self, row: int, field: str) -> None:
         if field.lower() in GAPS:
@@ -134,10 +137,10 @@ class TableFile:
             raise UserError(f"{self.place(fields.index(''))}: {name} is empty{more}; fill it in or remove the line")
         return fields
 
-    def splits(self, column: str | None) -> list[str] | None:
+    def splits(self, column: str | None, *, trains: bool = True) -> list[str] | None:
         """Returns train, val or test for each row; None without a column.
 
-        Raises `UserError` for another value, or if no row is for training.
+        Raises `UserError` for another value, or if no row is for training and it `trains`.
         """
         if column is None:
             return None
@@ -145,7 +148,7 @@ class TableFile:
         for row, name in enumerate(names):
             if name not in SPLITS:
                 raise UserError(f"{self.place(row)}: {column} is {name!r}; must be train, val or test")
-        if "train" not in names:
+        if trains and "train" not in names:
             raise UserError(f"data.file={self.path}: has no training rows")
         return names
 
@@ -161,11 +164,11 @@ class TableFile:
         return known
 
 
-def read_header(file: str, delimiter: str = ",") -> Header:
+def read_header(file: str, delimiter: str = ",", *, may_have_units: bool = True) -> Header:
     """Reads the header line of a file in UTF-8, or in UTF-16 with a byte order mark.
 
     Leaves out columns without a name, or with the name that pandas gives them: an index. Also leaves out lines above
-    the names (sep=; and comments, #) and a row of units below them.
+    the names (sep=; and comments, #) and a row of units below them, if it `may_have_units`.
 
     Raises:
         UserError: the file cannot be read, has no header line, or has two columns of one name.
@@ -174,16 +177,20 @@ def read_header(file: str, delimiter: str = ",") -> Header:
     with _reading(path):
         refuse_special(path)
         with path.open("rb") as binary:
-            mark = binary.read(2)
-    encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+            mark = binary.read(4)
+    refuse_packed(f"data.file={path}", mark)
+    encoding = "utf-16" if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     delimiter, above, notes = _separator(path, delimiter, encoding)
-    first = list(itertools.islice(_lines(path, delimiter, encoding, above), _FIRST + 1))
+    rows_below = _lines(path, delimiter, encoding, above)
+    first = list(itertools.islice(rows_below, _FIRST + 1))
+    while first and first[-1][1][0].startswith("#") and (more := list(itertools.islice(rows_below, _FIRST))):
+        first += more
     comments = _comments(first)
     if comments:
         count, above = len(comments), first[len(comments) - 1][0]
         lines = "1 line" if count == 1 else f"{count} lines"
         notes += (f"{LEFT_OUT}{lines} above the names of the columns ({_shown(comments[0])})",)
-    line, fields = first[len(comments)] if first else (1, [])
+    line, fields = first[len(comments)] if len(first) > len(comments) else (1, [])
     below = first[len(comments) + 1 :]
     if any("\0" in name for name in fields):
         raise UserError(f"data.file={path}: has zero bytes, as UTF-16 without a byte order mark; save it as UTF-8")
@@ -193,7 +200,7 @@ def read_header(file: str, delimiter: str = ",") -> Header:
             f"{_place(path, line)}: has {len(fields)} fields ({_shown(fields)}), the lines below have {width}; remove "
             "the lines above the names of the columns"
         )
-    if has_units := _are_units(fields, rows):
+    if has_units := may_have_units and _are_units(fields, rows):
         if lacking := [name for field, name in zip(fields, rows[0], strict=True) if name and not field]:
             raise UserError(f"{_place(path, line)}: lacks the name {lacking[0]!r} of line {below[0][0]}; remove a line")
         notes += (f"{LEFT_OUT}line {below[0][0]}, the units of the columns ({_shown(rows[0])})",)
@@ -215,6 +222,13 @@ def read_header(file: str, delimiter: str = ",") -> Header:
     return Header(
         path, delimiter, encoding, tuple(names), tuple(kept), len(fields), above, has_units, notes, tuple(fields)
     )
+
+
+def refuse_packed(where: str, mark: bytes) -> None:
+    """Raises `UserError` that starts with `where` if these first bytes are those of a compressed file."""
+    for first, kind in _PACKED.items():
+        if mark.startswith(first):
+            raise UserError(f"{where}: is compressed ({kind}); unpack it, or save it as a text in UTF-8")
 
 
 def _shown(fields: Sequence[str]) -> str:
@@ -284,7 +298,8 @@ def read_columns(
     lines = array.array("q")
     values = np.empty((_CHUNK, len(numbers)))
     notes: tuple[str, ...] = ()
-    merged: dict[str, str] = {}  # the warning of each column whose integers float64 merges
+    seen: dict[str, dict[float, str]] = {name: {} for name in numbers}  # the first text of each number
+    merged: dict[str, str] = {}  # the warning of each column that has two texts of one number
     doubts = Doubts()
     for chunk in read_chunks(header, doubts):
         for name, fields in kept.items():
@@ -305,11 +320,13 @@ def read_columns(
                 no_numbers[name].add(start + row, fields[row])
                 column[row] = np.nan
             values[start : start + len(chunk), position] = column
-            if name not in merged and (pair := _merged_integers(fields, column)) is not None:
-                merged[name] = (
-                    f"{WARNING}column {name}: float64 makes {pair[0]} and {pair[1]} equal; subtract a constant from "
-                    "them in the file"
-                )
+            if advice is None and (zero := _LEADING_ZERO.search("\n".join(fields))):
+                no_numbers[name].zero = zero[0]
+            elif name not in merged and (pair := _one_number(fields, column, seen[name])) is not None:
+                differ = all(map(_INTEGER.fullmatch, pair)) and int(pair[0]) != int(pair[1])
+                then = "subtract a constant from them in the file" if differ else f"codes: data.categories=[{name}]"
+                if differ or advice is None:
+                    merged[name] = f"{WARNING}column {name}: float64 makes {pair[0]} and {pair[1]} equal; {then}"
     if not lines:
         raise UserError(f"data.file={header.path}: has no rows")
     values.resize((len(lines), len(numbers)), refcheck=False)
@@ -510,14 +527,16 @@ def finite_numbers(fields: list[str], name: str, place: Callable[[int], str], ad
     return column
 
 
-def _merged_integers(fields: Sequence[str], column: np.ndarray) -> tuple[int, int] | None:
-    """Returns two different integers of the texts whose numbers in `column` are equal; None if there are none."""
-    if not (np.abs(column) > _EXACT).any():
-        return None
-    first: dict[float, int] = {}
+def _one_number(fields: Sequence[str], column: np.ndarray, seen: dict[float, str]) -> tuple[str, str] | None:
+    """Returns two different texts whose numbers in `column` are equal, but for 0 and -0; None if there are none.
+
+    `seen`: the first text of each number of earlier rows, of not too many; changed.
+    """
+    if len(seen) > _MANY_TEXTS:
+        seen.clear()
     for field, value in zip(fields, column.tolist(), strict=True):
-        if _INTEGER.fullmatch(field) and first.setdefault(value, int(field)) != int(field):
-            return first[value], int(field)
+        if abs(value) > 0 and seen.setdefault(value, field) != field:
+            return seen[value], field
     return None
 
 

@@ -25,6 +25,7 @@ class FeatureColumns:
         delimiter: of a CSV file.
         mean: of the targets of a regression; its outputs are (value - mean) / scale.
         encoding: of columns that are not all numbers without gaps, once it is learned; None: they are the features.
+        has_units: a row of the file has the units of the columns.
     """
 
     features: tuple[str, ...]
@@ -34,6 +35,7 @@ class FeatureColumns:
     mean: float = 0.0
     scale: float = 1.0
     encoding: TableEncoding | None = None
+    has_units: bool = False
 
     @property
     def saved(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class FeatureColumns:
             float(saved["mean"]),
             float(saved["scale"]),
             TableEncoding.restored(saved["encoding"]) if "encoding" in saved else None,
+            bool(saved.get("has_units", True)),  # older checkpoints do not know
         )
 
     @property
@@ -78,7 +81,8 @@ class FeatureColumns:
     @property
     def numeric(self) -> Collection[str]:
         """Columns that are read as numbers."""
-        return () if self.encoding is not None else self.features
+        kinds = {} if self.encoding is None else self.encoding.kinds
+        return [name for name in self.features if kinds.get(name, "number") == "number"]
 
     def matrix(
         self, fields: Mapping[str, Any], place: Callable[[int], str], unknown: dict[str, Counter[str]] | None = None
@@ -94,8 +98,10 @@ class FeatureColumns:
             UserError: a value is missing without an encoding that fills it in, or is of another kind.
         """
         if self.encoding is not None:
-            kinds = self.encoding.kinds
-            columns = [column_of(name, kind, texts_of(fields[name]), place) for name, kind in kinds.items()]
+            columns = [
+                column_of(each.name, each.kind, texts_of(fields[each.name]), place, each.form)
+                for each in self.encoding.columns
+            ]
             for own, column in zip(self.encoding.columns, columns, strict=True):
                 if unknown is not None:
                     unknown.setdefault(own.name, Counter()).update(own.unknown(column))

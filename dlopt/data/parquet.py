@@ -31,13 +31,20 @@ def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: s
     `held`: the column that will be in memory as a whole. Raises `UserError`, also for rows that expand to more than
     memory and disk can hold.
     """
+    parts: list[tuple[int, Any]] = []
+    folder = cache_file("parquet").parent
+    with bounded(key, f"a batch of rows (or the whole table: {folder} may have no space)") as most:
+        return _read(key, paths, columns, held, most, parts), parts
+
+
+@contextmanager
+def bounded(key: str, what: str) -> Iterator[int]:
+    """Limits the memory to `half_of_memory`, which it yields. Raises `UserError` if `what` takes more."""
     try:
-        parts: list[tuple[int, Any]] = []
         with half_of_memory() as most:
-            return _read(key, paths, columns, held, most, parts), parts
-    except MemoryError:
-        folder = cache_file("parquet").parent
-        raise _too_large(key, f"a batch of rows (or the whole table: {folder} may have no space)", most) from None
+            yield most
+    except MemoryError:  # Arrow's, too
+        raise _too_large(key, what, most) from None
 
 
 def is_parquet(path: str) -> bool:
@@ -170,8 +177,11 @@ def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) 
 
 
 def open_parquet(key: str, path: str) -> tuple[Any, Iterator[Any]]:
-    """Returns the schema of a file, and its rows, a few at a time. Raises `UserError`."""
-    library(key)
+    """Returns the schema of a file, and its rows, a few at a time.
+
+    Raises `UserError`, also for rows whose texts take more than a quarter of the memory: the caller copies them.
+    """
+    is_dictionary = library(key).types.is_dictionary
     from pyarrow import parquet as reader
 
     with _reading(key, path):
@@ -184,8 +194,17 @@ def open_parquet(key: str, path: str) -> tuple[Any, Iterator[Any]]:
 
     def batches() -> Iterator[Any]:
         with _reading(key, path):
-            at_once = _rows_at_once(opened.metadata)
-            yield from opened.iter_batches(at_once)
+            rows = opened.iter_batches(_rows_at_once(opened.metadata))
+            while True:
+                with bounded(key, f"a batch of rows of {path}") as most:
+                    if (batch := next(rows, None)) is None:
+                        return
+                    # A dictionary holds a repeated text once.
+                    kinds = [field.type.value_type if is_dictionary(field.type) else field.type for field in schema]
+                    size = sum(column.cast(kind).nbytes for column, kind in zip(batch, kinds, strict=True))
+                    if size > most / 2:
+                        raise MemoryError
+                yield batch
 
     return schema, batches()
 

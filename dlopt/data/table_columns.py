@@ -5,6 +5,7 @@ The values of a Parquet file are read as the texts that pandas writes to a CSV f
 
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from dlopt.data.checks import (
     LARGEST,
     LEFT_OUT,
     MISSING,
+    WARNING,
     column_warnings,
     count_rows,
+    equal_forms,
     label_warnings,
     listed,
     number,
@@ -30,7 +33,7 @@ from dlopt.data.checks import (
     rounding_warnings,
     without_decimals,
 )
-from dlopt.data.columns import Column, Kind, as_dates, categorical, column_of, field_of, is_ambiguous, numeric
+from dlopt.data.columns import Column, Form, Kind, as_dates, categorical, column_of, date_problem, field_of, numeric
 from dlopt.data.csv_file import (
     Header,
     NoNumbers,
@@ -42,14 +45,15 @@ from dlopt.data.csv_file import (
     require_columns,
 )
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.parquet import is_parquet, library, open_parquet, read_parquet, stored_names, with_names
+from dlopt.data.parquet import bounded, is_parquet, library, open_parquet, read_parquet, stored_names, with_names
 
 Labels = Literal["class", "value"]
 _FEW = 20  # rows, in which values may differ, or decide the label, by chance
 _MOST_VALUES = 1000  # of a category, each of which is a feature
 _FEW_UNITS = 20  # texts such as 1st, 2nd, 3rd that are categories, not numbers with a unit
-_ID_ENDINGS = ("id", "key", "uuid", "guid", "index", "number", "no", "nr")
+_ID_WORDS = ("id", "key", "uuid", "guid", "index", "number", "no", "nr")
 _KEYS: Mapping[Kind, str] = {"category": "categories", "date": "dates", "number": "numbers"}
+_TEXTS = ("string", "large_string", "string_view")  # types of Parquet files
 _EARLY = 1 << 24  # bytes of a file that is read before torch is imported
 
 
@@ -62,6 +66,7 @@ class Table:
         answers: classes, or values float64 [N].
         parts: train, val or test for each row; None without a column of them.
         others: columns that are no features: they are ignored, or name the split.
+        has_units: a row below the names of the columns has their units.
         notes: what was left out, and what looks wrong.
     """
 
@@ -72,6 +77,7 @@ class Table:
     parts: list[str] | None
     others: tuple[str, ...]
     delimiter: str
+    has_units: bool
     notes: tuple[str, ...]
 
 
@@ -90,9 +96,11 @@ def read_table(
     trained: FeatureColumns | None = None,
 ) -> Table:
     """Reads a table; see `dlopt.data.features.table`. `trained`: the columns that a trained model reads."""
-    reader = _ParquetReader(file) if is_parquet(os.path.expanduser(file)) else _CsvReader(file, delimiter)
+    reader = _ParquetReader(file) if is_parquet(os.path.expanduser(file)) else _CsvReader(file, delimiter, trained)
     names = reader.names
-    kinds = None if trained is None or trained.encoding is None else trained.encoding.kinds
+    encoding = None if trained is None else trained.encoding
+    kinds = None if encoding is None else encoding.kinds
+    forms = {} if encoding is None else {each.name: each.form for each in encoding.columns}
     if target is None:
         target = names[-1] if trained is None else trained.target
     split_columns = [] if split_column is None else [split_column]
@@ -106,8 +114,10 @@ def read_table(
     if not features:
         raise UserError(f"data.file={file}: no column is left as a feature")
     chosen = _chosen(features, categories, dates, numbers) if kinds is None else kinds
-    stored = [name for name in reader.categories if name in features and name not in chosen and trained is None]
-    as_text = [*stored, *(name for name in features if chosen.get(name, "number") != "number")]
+    open_names = {name for name in features if name not in chosen and trained is None}
+    stored = [name for name in reader.categories if name in open_names]
+    as_text = [name for name in reader.texts if name in open_names]
+    as_text += [name for name in features if chosen.get(name, "number") != "number"]
     texts = [*split_columns, *as_text] if labels == "value" else [target, *split_columns, *as_text]
     advice: dict[str, str | None] = dict.fromkeys(name for name in features if name not in as_text)
     if labels == "value":
@@ -124,19 +134,25 @@ def read_table(
         answers, merged = without_decimals(_labelled(content, target), target)
         warnings = (*merged, *label_warnings(target, Counter(answers)))
         refuse_values(target, answers, len(answers))
-    parts = content.splits(split_column)
-    if parts is not None and not isinstance(answers, np.ndarray):
+    parts = content.splits(split_column, trains=trained is None)
+    if parts is not None and trained is None and not isinstance(answers, np.ndarray):
         content.refuse_unknown(target, [[label] for label in answers], parts)
-    is_plain = not as_text and not any(each.gaps or each.others for each in content.no_numbers.values())
+    doubts = content.no_numbers.items()
+    zeros = [name for name, each in doubts if each.zero and name in open_names]
+    codes = [name for name in zeros if not (np.nan_to_num(by_number[name]) % 1).any()]  # 007 beside 1.5 is a number
+    is_plain = not as_text and not codes and not any(each.gaps or each.others for _, each in doubts)
+    unclear = [name for name, each in doubts if (each.others and name not in chosen) or name in codes]
+    more = reader.read(unclear, {}).texts if unclear else {}
+    decision = _Decision(content, {**content.texts, **more}, by_number, chosen, forms, stored, answers)
     found: np.ndarray | list[Column]
     if kinds is None and is_plain:
         found = content.numbers[:, : len(features)]
         ignored = "leave it out with data.ignore=[{name}]"
-        warnings = (*column_warnings(zip(features, found.T, strict=True), ignored), *warnings)
+        if trained is None and len(features) > 1:
+            decision.look_for_leaks([numeric(name, by_number[name]) for name in features], target)
+        leaks = (f"{WARNING}{each}" for each in decision.problems)
+        warnings = (*column_warnings(zip(features, found.T, strict=True), ignored), *leaks, *warnings)
     else:
-        unclear = [name for name, each in content.no_numbers.items() if each.others and name not in chosen]
-        more = reader.read(unclear, {}).texts if unclear else {}
-        decision = _Decision(content, {**content.texts, **more}, by_number, chosen, stored, answers)
         found = [decision.column(name) for name in features]
         if kinds is None and len(features) > 1:
             decision.look_for_identifiers(found)
@@ -144,11 +160,11 @@ def read_table(
         decision.refuse(f"data.file={file}")
         measured = [(f"column {each.name}", each.values[~np.isnan(each.values)]) for each in found
                     if each.kind == "number"]  # fmt: skip
-        warnings = (*rounding_warnings(measured), *warnings)
+        warnings = (*rounding_warnings(measured), *decision.notes, *warnings)
     others = tuple(name for name in names if name in (*ignore, *split_columns))
     left_out = (f"{LEFT_OUT}columns that the model does not read: {listed(unread)}",) if unread else ()
     notes = (*reader.notes, *left_out, *content.notes, *warnings)
-    return Table(tuple(features), target, found, answers, parts, others, reader.delimiter, notes)
+    return Table(tuple(features), target, found, answers, parts, others, reader.delimiter, reader.has_units, notes)
 
 
 def _labelled(content: TableFile, target: str) -> list[str]:
@@ -191,14 +207,16 @@ class _Decision:
         texts: Mapping[str, list[str]],
         numbers: Mapping[str, np.ndarray],
         chosen: Mapping[str, Kind],
+        forms: Mapping[str, Form],
         stored: Collection[str],
         answers: Sequence[str] | np.ndarray,
     ) -> None:
-        """`chosen`: what keys say of columns; `stored`: columns that the file stores as categories."""
+        """`chosen`: what keys say of columns; `forms`: of dates in a training table; `stored`: as categories."""
         self._content, self._texts, self._numbers, self._chosen = content, texts, numbers, chosen
-        self._stored = stored
+        self._forms, self._stored = forms, stored
         self._labels = np.unique(np.asarray(answers), return_inverse=True)[1]
-        self._problems: list[str] = []
+        self.notes: list[str] = []
+        self.problems: list[str] = []
         self._to_ignore: list[str] = []
 
     def column(self, name: str) -> Column:
@@ -207,7 +225,7 @@ class _Decision:
         if found is None:
             return numeric(name, np.full(len(self._content), np.nan))
         if np.isnan(found.values).all() and name not in self._chosen:
-            self._problems.append(f"{name} has no values; leave it out with {_override('ignore', [name])}")
+            self.problems.append(f"{name} has no values; leave it out with {_override('ignore', [name])}")
             self._to_ignore.append(name)
         return found
 
@@ -220,29 +238,35 @@ class _Decision:
             return numeric(name, self._numbers[name])
         if kind is not None:
             try:
-                return column_of(name, kind, fields, lambda row: f"{self._content.unit} {self._content.lines[row]}")
+                return column_of(name, kind, fields, self._line, self._forms.get(name))
             except UserError as error:
-                self._problems.append(str(error))
+                self.problems.append(str(error))
                 return None
         if name in self._stored:
             return categorical(name, fields)
         if (found := as_dates(name, fields)) is not None:
             return found
         present = Counter(field for field in fields if field.lower() not in GAPS)
-        if present and is_ambiguous(set(present)):
-            self._problems.append(
-                f"{name} has dates that may be day/month or month/day, such as {next(iter(present))}; write "
-                f"2024-01-31, or use {_override('categories', [name])}"
-            )
+        if (problem := date_problem(present)) is not None:
+            self.problems.append(f"{name} {problem}; or use {_override('categories', [name])}")
             return None
+        for group in equal_forms(present):
+            self.notes.append(f"{WARNING}{name} has categories that differ in form only: {', '.join(map(repr, group))}")
+        if present and all(abs(number(field)) <= LARGEST for field in present):
+            key = _override("numbers", [name])
+            self.notes.append(f"{name}: texts such as {min(present)} are read as categories; for numbers, use {key}")
+            return categorical(name, fields)
         if (wrong := _typing_error(present)) is not None:
             self._report(name, fields.index(wrong), wrong, f"correct it, or use {_override('categories', [name])}")
             return None
         return categorical(name, fields)
 
     def _report(self, name: str, row: int, field: str, advice: str) -> None:
-        place = f"{self._content.unit} {self._content.lines[row]}"
-        self._problems.append(str(not_a_number(place, name, field, advice or "the column is one of numbers")))
+        error = not_a_number(self._line(row), name, field, advice or "the column is one of numbers")
+        self.problems.append(str(error))
+
+    def _line(self, row: int) -> str:
+        return f"{self._content.unit} {self._content.lines[row]}"
 
     def look_for_identifiers(self, columns: Sequence[Column]) -> None:
         """Notes columns that number or name the rows."""
@@ -272,17 +296,19 @@ class _Decision:
 
     def _advise(self, column: Column, problem: str) -> None:
         leave, keep = _override("ignore", [column.name]), _override(_KEYS[column.kind], [column.name])
-        self._problems.append(f"{column.name} {problem}: {leave}, or keep it with {keep}")
+        if column.texts and all(abs(number(text)) <= LARGEST for text in column.texts):
+            keep += f" or {_override('numbers', [column.name])}"
+        self.problems.append(f"{column.name} {problem}: {leave}, or keep it with {keep}")
         self._to_ignore.append(column.name)
 
     def refuse(self, where: str) -> None:
         """Raises `UserError` with all problems."""
-        if not self._problems:
+        if not self.problems:
             return
-        if len(self._problems) == 1:
-            between = ", " if self._problems[0].startswith((f"{self._content.unit} ",)) else ": "
-            raise UserError(f"{where}{between}{printable(self._problems[0])}")
-        lines = [f"{where}: {len(self._problems)} problems", *(f"  {printable(each)}" for each in self._problems)]
+        if len(self.problems) == 1:
+            between = ", " if self.problems[0].startswith((f"{self._content.unit} ",)) else ": "
+            raise UserError(f"{where}{between}{printable(self.problems[0])}")
+        lines = [f"{where}: {len(self.problems)} problems", *(f"  {printable(each)}" for each in self.problems)]
         if len(self._to_ignore) > 1:
             lines.append(f"  to leave all of them out: {_override('ignore', self._to_ignore)}")
         raise UserError("\n".join(lines))
@@ -299,7 +325,8 @@ def _is_identifier(name: str, values: np.ndarray) -> bool:
     """Returns whether numbers count the rows, or are different integers in a column with the name of an identifier."""
     if count_rows(values):
         return True
-    is_named = name.lower().rstrip("0123456789").endswith(_ID_ENDINGS) and len(values) >= _FEW
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)  # patient_id, PatientID; not humid
+    is_named = words[-1:] and words[-1].lower() in _ID_WORDS and len(values) >= _FEW
     return is_named and bool((values == np.round(values)).all()) and len(np.unique(values)) == len(values)
 
 
@@ -350,12 +377,14 @@ class _CsvReader:
     """The columns of a CSV file."""
 
     categories: Collection[str] = ()
+    texts: Collection[str] = ()
 
-    def __init__(self, file: str, delimiter: str) -> None:
+    def __init__(self, file: str, delimiter: str, trained: FeatureColumns | None) -> None:
         delimiter = "\t" if delimiter == r"\t" else delimiter
         if len(delimiter) != 1:
             raise UserError(f"data.delimiter={delimiter!r}: must be one character, or \\t for a tab")
-        self._header: Header = read_header(file, delimiter)
+        self._header: Header = read_header(file, delimiter, may_have_units=trained is None or trained.has_units)
+        self.has_units = self._header.has_units
         self.names, self.notes, self.delimiter = self._header.names, self._header.notes, self._header.delimiter
         if delimiter not in (",", self.delimiter):
             raise UserError(
@@ -376,17 +405,19 @@ class _CsvReader:
 class _ParquetReader:
     """The columns of a Parquet file.
 
-    `categories`: of pandas, and numbers with names that the package datasets stores.
+    `categories`: of pandas, and numbers with names that the package datasets stores. `texts`: also columns of texts.
     """
 
     notes: tuple[str, ...] = ()
-    delimiter = ","
+    delimiter, has_units = ",", False
 
     def __init__(self, file: str) -> None:
         self._path = Path(os.path.expanduser(file))
         self._schema, _ = open_parquet(f"data.file={self._path}", str(self._path))
         self.names = tuple(name for name in self._schema.names if not name.startswith("__index_level_"))  # pandas'
         self.categories = [name for name in self.names if self._is_categorical(name)]
+        texts = {field.name for field in self._schema if str(field.type) in _TEXTS}
+        self.texts = [name for name in self.names if name in texts or name in self.categories]
 
     def _is_categorical(self, name: str) -> bool:
         is_dictionary = library("data.file").types.is_dictionary(self._schema.field(name).type)
@@ -399,23 +430,24 @@ class _ParquetReader:
         columns = [*texts, *numbers]
         for name in columns:
             self._refuse_nested(name)
-        table, _ = read_parquet("data.file", [str(self._path)], columns, columns[0])
-        if len(table) == 0:
-            raise UserError(f"data.file={self._path}: has no rows")
-        values = np.empty((len(table), len(numbers)))
-        lines = range(len(table))
-        no_numbers = {name: NoNumbers() for name, advice in numbers.items() if advice is None}
-        for position, (name, advice) in enumerate(numbers.items()):
-            column = _decoded(table.column(name))
-            values[:, position] = _numbers_of(column)
-            for row in np.flatnonzero(~(np.abs(values[:, position]) <= LARGEST)).tolist():
-                field = field_of(column[row].as_py())
-                if advice is not None:
-                    raise not_a_number(self._place(row), name, field, advice)
-                no_numbers[name].add(row, field)
-                values[row, position] = np.nan
-        fields = {name: self._texts(table, name) for name in texts}
-        return TableFile(self._path, fields, values, lines, (), no_numbers, "row")
+        with bounded("data.file", f"the table {self._path}"):  # a dictionary may repeat a long text
+            table, _ = read_parquet("data.file", [str(self._path)], columns, columns[0])
+            if len(table) == 0:
+                raise UserError(f"data.file={self._path}: has no rows")
+            values = np.empty((len(table), len(numbers)))
+            lines = range(len(table))
+            no_numbers = {name: NoNumbers() for name, advice in numbers.items() if advice is None}
+            for position, (name, advice) in enumerate(numbers.items()):
+                column = _decoded(table.column(name))
+                values[:, position] = _numbers_of(column)
+                for row in np.flatnonzero(~(np.abs(values[:, position]) <= LARGEST)).tolist():
+                    field = field_of(column[row].as_py())
+                    if advice is not None:
+                        raise not_a_number(self._place(row), name, field, advice)
+                    no_numbers[name].add(row, field)
+                    values[row, position] = np.nan
+            fields = {name: self._texts(table, name) for name in texts}
+            return TableFile(self._path, fields, values, lines, (), no_numbers, "row")
 
     def _place(self, row: int) -> str:
         return f"data.file={self._path}, row {row}"

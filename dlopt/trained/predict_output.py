@@ -3,24 +3,26 @@
 import csv
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dlopt.basics.errors import UserError
-from dlopt.data.checks import number
-from dlopt.data.parquet import library
+from dlopt.data.checks import GAPS, number
+from dlopt.data.parquet import is_parquet, library
 
 _GROUP = 1 << 16  # rows of a row group
+_INTEGER = re.compile(r"[+-]?[0-9]{1,300}")
 
 
 class Column(NamedTuple):
-    """A column of the output. `format`: of its computed numbers in a CSV file; `kind`: its type in a Parquet file."""
+    """A column of the output. `is_integer`: counts, int64 in a Parquet file; `kind`: its type in a Parquet file."""
 
     name: str
     is_number: bool = False
-    format: str = ".6g"
+    is_integer: bool = False
     kind: Any = None
 
 
@@ -68,16 +70,15 @@ def _csv(path: Path, columns: Sequence[Column], delimiter: str) -> Iterator[Writ
         rows.writerow([column.name for column in columns])
 
         def write(values: Sequence[Any]) -> None:
-            texts = [_texts(each, column) for each, column in zip(values, columns, strict=True)]
-            rows.writerows(zip(*texts, strict=True))  # not redacted: paths and classes are data
+            rows.writerows(zip(*map(_texts, values), strict=True))  # not redacted: paths and classes are data
 
         yield write
 
 
-def _texts(values: Any, column: Column) -> list[str]:
-    if isinstance(values, list):
-        return [value if isinstance(value, str) else format(value, column.format) for value in values]
-    return ["" if value is None else str(value) for value in values.to_pylist()]
+def _texts(values: Any) -> list[str]:
+    """Returns the fields of a CSV file: of a number the fewest digits that read back as the same float64."""
+    items = values if isinstance(values, list) else values.to_pylist()
+    return ["" if value is None else str(value) for value in items]
 
 
 def _refuse_nested(column: Column) -> None:
@@ -132,10 +133,28 @@ def _parquet(path: Path, columns: Sequence[Column]) -> Iterator[Write]:
 def _array(values: Any, column: Column, arrow: Any) -> Any:
     if not isinstance(values, list):
         return values
-    if column.format == "d":
+    if column.is_integer:
         return arrow.array(values, arrow.int64())
     if column.is_number:
-        found = [number(value) if isinstance(value, str) else float(value) for value in values]
+        found = [_number(value, column) if isinstance(value, str) else float(value) for value in values]
         return arrow.array([None if math.isnan(value) else value for value in found], arrow.float64())
     # Arrow has no texts that are not UTF-8, as the names of files may be.
     return arrow.array([os.fsencode(value).decode(errors="replace") for value in values], arrow.string())
+
+
+def _number(text: str, column: Column) -> float:
+    """Returns the number of a field, NaN for a gap. Raises `UserError` for one that float64 cannot hold."""
+    value = number(text)
+    if (math.isnan(value) and text.lower() not in GAPS) or (_INTEGER.fullmatch(text) and int(value) != int(text)):
+        raise UserError(f"output: {column.name} has {text!r}, no number of float64; use output=predictions.csv")
+    return value
+
+
+def is_table_of_parquet(file: str) -> bool:
+    """Returns whether a file is a Parquet file. Raises `UserError` if it cannot be read."""
+    if os.path.isdir(file):
+        raise UserError(f"file={file}: is a folder; must be a file")
+    if not os.access(file, os.R_OK):
+        reason = "Permission denied" if os.path.exists(file) else "No such file or directory"
+        raise UserError(f"file={file}: cannot be read ({reason})")
+    return is_parquet(file)

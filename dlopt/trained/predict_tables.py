@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +15,13 @@ from dlopt.basics.formats import format_count
 from dlopt.data.checks import LEFT_OUT, listed
 from dlopt.data.csv_file import Doubts, Header, read_chunks, read_header
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.parquet import is_parquet, open_parquet, stored_names, with_names
+from dlopt.data.parquet import open_parquet, stored_names, with_names
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.regression import Regression
-from dlopt.trained.predict_output import Column, refuse_taken
+from dlopt.trained.predict_output import Column, is_table_of_parquet, refuse_taken
 from dlopt.trained.restore import Trained
 
 _DELIMITERS = ",;\t|"
-_DIGITS = ".7g"  # of values: float32 has seven
 
 Probabilities = Literal["predicted", "all"]
 
@@ -53,25 +51,15 @@ def naming_the_key() -> Iterator[None]:
         raise UserError(text.replace("data.file", "file", 1)) from None
 
 
-def is_table_of_parquet(file: str) -> bool:
-    """Returns whether a file is a Parquet file. Raises `UserError` if it cannot be read."""
-    if os.path.isdir(file):
-        raise UserError(f"file={file}: is a folder; must be a file")
-    if not os.access(file, os.R_OK):
-        reason = "Permission denied" if os.path.exists(file) else "No such file or directory"
-        raise UserError(f"file={file}: cannot be read ({reason})")
-    return is_parquet(file)
-
-
 class CsvTable:
     """The rows of a CSV file.
 
-    Raises `UserError`. `delimiter`: the likely one; another one is tried if a column of `required` is missing.
+    Raises `UserError`. `features`: of the training; another delimiter than theirs is tried if one of them is missing.
     `numeric`: columns of numbers.
     """
 
-    def __init__(self, file: str, delimiter: str, required: Sequence[str], numeric: Collection[str]) -> None:
-        self._header = _header(file, delimiter, required)
+    def __init__(self, file: str, features: FeatureColumns, numeric: Collection[str]) -> None:
+        self._header = _header(file, features)
         self._doubts = Doubts()
         self.delimiter = self._header.delimiter
         self.names = self._header.line
@@ -97,13 +85,14 @@ class CsvTable:
                 yield Rows(values, dict(zip(self.names, values, strict=True)), len(chunk), place)
 
 
-def _header(file: str, delimiter: str, required: Sequence[str]) -> Header:
+def _header(file: str, features: FeatureColumns) -> Header:
+    required = {*features.features}
     with naming_the_key():
-        header = read_header(file, delimiter)
-    for other in _DELIMITERS if {*required} - {*header.names} else ():
+        header = read_header(file, features.delimiter, may_have_units=features.has_units)
+    for other in _DELIMITERS if required - {*header.names} else ():
         with contextlib.suppress(UserError):
-            found = read_header(file, other)
-            if not {*required} - {*found.names}:
+            found = read_header(file, other, may_have_units=features.has_units)
+            if not required - {*found.names}:
                 return found
     return header
 
@@ -237,7 +226,8 @@ def predict_table(
         kinds = {} if features.encoding is None else features.encoding.kinds
         table = ParquetTable(file, [name for name, kind in kinds.items() if kind == "category"])
     else:
-        table = CsvTable(file, features.delimiter, features.features, features.numeric)
+        values = [features.target] if isinstance(trained.task, Regression) else []
+        table = CsvTable(file, features, [*features.numeric, *values])
     notes = [*table.notes]
     if features.features:
         features.require(table.names, f"file={file}")
@@ -267,7 +257,7 @@ def _columns(trained: Trained, *, shows_all: bool) -> list[Column]:
     """Returns the columns of a prediction; the first one, or all of a regression, are called prediction."""
     titles = trained.task.columns(trained.classes)
     if isinstance(trained.task, Regression):
-        return [Column(title.replace("value", "prediction", 1), True, _DIGITS) for title in titles]
+        return [Column(title.replace("value", "prediction", 1), True) for title in titles]
     first, *others = titles if shows_all else titles[:2]
     del first
     return [Column("prediction"), *(Column(title, True) for title in others)]

@@ -16,14 +16,13 @@ from dlopt.data.token_files import read_tokens
 from dlopt.losses import MSE
 from dlopt.metrics.text import bits_per_byte
 from dlopt.tasks.text import NextToken
-from dlopt.trained.predict_output import Column, refuse_taken
-from dlopt.trained.predict_tables import ParquetTable, is_table_of_parquet, naming_the_key
+from dlopt.trained.predict_output import Column, is_table_of_parquet, refuse_taken
+from dlopt.trained.predict_tables import ParquetTable, naming_the_key
 from dlopt.trained.restore import Trained
 
 Unit = Literal["line", "document", "window"]
 
 _MAX_OUTPUTS = 1 << 26  # numbers of a batch, if its size is not set: 256 MiB in fp32
-_DIGITS = ".7g"
 _SHOWN = {"line": "lines", "document": "documents", "window": "windows"}
 
 
@@ -91,7 +90,7 @@ class TextPredictions:
     def added(self) -> Sequence[Column]:
         metrics = ["loss", *(["bits_per_byte"] if self._has_bytes else [])]
         metrics += ["perplexity"] if self._task.unit == "token" else []
-        return [*(Column(name, True, "d") for name in self._counts), *(Column(name, True, _DIGITS) for name in metrics)]
+        return [*(Column(name, True, True) for name in self._counts), *(Column(name, True) for name in metrics)]
 
     def chunks(self, warn: Callable[[str], None], show: Callable[[str], None]) -> Iterator[Sequence[Any]]:
         units = len(self.text.firsts)

@@ -74,7 +74,7 @@ def test_predictions_match_the_model(workdir: Path, trained: Path) -> None:
     with torch.no_grad():
         expected = workload.module(workload.normalize(images)).softmax(1)
     probabilities = np.array([[float(cell) for cell in row[3:]] for row in rows])
-    np.testing.assert_allclose(probabilities, expected.numpy(), rtol=1e-4)  # six digits are written
+    np.testing.assert_allclose(probabilities, expected.numpy(), rtol=1e-4)
     assert [row[1] for row in rows] == [["bright, very", "dark"][i] for i in expected.argmax(1)]
     assert {row[1] for row in rows} == {"bright, very", "dark"}
     assert [float(row[2]) for row in rows] == probabilities.max(1).tolist()
@@ -92,7 +92,10 @@ def test_processes_divide_the_images(workdir: Path) -> None:
     )
     assert others == ["", ""]
     assert sorted(first.splitlines()) == sorted((one.err + one.out.replace("one", "three")).splitlines())
-    assert (workdir / "three.csv").read_text() == (workdir / "one.csv").read_text()
+    (head, rows), (other, expected) = table(workdir / "three.csv"), table(workdir / "one.csv")
+    assert head == other and [row[:2] for row in rows] == [row[:2] for row in expected]
+    # Batches of another size round otherwise.
+    assert np.array([row[2:] for row in rows], float) == pytest.approx(np.array([row[2:] for row in expected], float))
     assert not [path for path in workdir.iterdir() if path.suffix not in (".csv", "")]
 
 
@@ -207,7 +210,114 @@ def test_a_table_gets_its_columns_back(tmp_path: Path, labels: str) -> None:
     assert "lacks the column bmi" in refused(tmp_path, "predict", "run", "file=lacks.csv")
 
 
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on dates with slashes, codes with zeros and numbers, of a target of 1e9 that differs by about 2."""
+    folder, draws = tmp_path_factory.mktemp("survey"), np.random.default_rng(0)
+    x = draws.normal(size=1500)
+    days = [f"{1 + i % 28}/{1 + i * 12 // 1500}/2024" for i in range(1500)]  # of many rows, both orders are possible
+    rows = zip(days, ["00501", "1234", "01234"] * 500, x.tolist(), (1e9 + 2 * x).tolist(), range(1500), strict=True)
+    lines = [f"{day},{code},{a!r},{y!r},{number:05}" for day, code, a, y, number in rows]
+    (folder / "t.csv").write_text("\n".join(["when,code,x,y,row", *lines, ""]))
+    line = ["data=table", "data.file=t.csv", "data.target=y", "data.ignore=[row]", "data.labels=value", "loss=mse"]
+    line += ["model=mlp", "model.widths=[8]", "epochs=3", "threads=1", "device=cpu", "tracking=[]", "hydra.run.dir=run"]
+    result = dlopt(folder, "train", *line, "optimizer=adamw", "optimizer.lr=0.01")
+    assert result.code == 0, result.err
+    return folder
+
+
+def test_predictions_have_all_digits(survey: Path) -> None:
+    """CSV and Parquet have the same float64: the outputs of the model in the unit of the label."""
+    pytest.importorskip("pyarrow")
+    pandas = pytest.importorskip("pandas")
+    for name in ("p.csv", "p.parquet"):
+        result = dlopt(survey, "predict", "run", "file=t.csv", f"output={name}", "precision=fp64")
+        assert result.code == 0, result.err
+    text = pandas.read_csv(survey / "p.csv", dtype={"code": str, "row": str}, float_precision="round_trip")
+    typed = pandas.read_parquet(survey / "p.parquet")
+    trained = restore(survey / "run/checkpoints/best.pt", {"precision": "fp64"})
+    assert trained.columns is not None
+    with torch.no_grad():
+        inputs = trained.columns.matrix({name: list(text[name].astype(str)) for name in trained.columns.features}, str)
+        outputs = trained.module(trained.normalize(torch.from_numpy(inputs).float().double()))[:, 0].numpy()
+    expected = outputs * trained.columns.scale + trained.columns.mean
+    assert len(np.unique(expected)) > 1000 and 1 < expected.std() < 3
+    np.testing.assert_allclose(text.prediction - 1e9, expected - 1e9, atol=1e-5)
+    assert np.array_equal(text.prediction, typed.prediction)
+    assert [typed[name].dtype for name in ("x", "y", "prediction")] == [np.float64] * 3
+    assert np.array_equal(typed.x, text.x) and np.array_equal(typed.y, text.y)
+    assert typed.code.tolist() == ["00501", "1234", "01234"] * 500 and typed.row[7] == "00007"
+
+
+def test_one_row_is_read_as_the_table_of_the_training(survey: Path) -> None:
+    """Also the order of day and month, which the row alone does not show; the numbers of its codes keep their zeros."""
+    whole = dlopt(survey, "predict", "run", "file=t.csv", "output=whole.csv", "precision=fp64")
+    assert whole.code == 0, whole.err
+    head, *lines = (survey / "t.csv").read_text().splitlines()
+    _, rows = table(survey / "whole.csv")
+    for number in (4, 900):  # 5/1/2024 and 5/8/2024
+        (survey / "one.csv").write_text(f"{head}\n{lines[number]}\n")
+        assert lines[number].startswith("5/")
+        assert dlopt(survey, "predict", "run", "file=one.csv", "output=p1.csv", "precision=fp64").code == 0
+        [row] = table(survey / "p1.csv")[1]
+        assert float(row[-1]) - 1e9 == pytest.approx(float(rows[number][-1]) - 1e9, abs=1e-5)
+    (survey / "us.csv").write_text(f"{head}\n3/25/2024,00501,1,1,1\n")
+    message = refused(survey, "predict", "run", "file=us.csv", "output=p1.csv")
+    assert "us.csv, line 2: when is '3/25/2024', not a date in the form 31/1/2024" in message
+    (survey / "comma.csv").write_text(f'{head}\n1/1/2024,00501,"1,5",1,1\n')
+    message = refused(survey, "predict", "run", "file=comma.csv", "output=p1.csv")
+    assert "line 2: x is '1,5', not a finite number; write a decimal point" in message
+    (survey / "large.csv").write_text(f"{head}\n1/1/2024,00501,{2**53 + 1},1,1\n")
+    pytest.importorskip("pyarrow")
+    message = refused(survey, "predict", "run", "file=large.csv", "output=large.parquet")
+    assert "output: x has '9007199254740993', no number of float64; use output=predictions.csv" in message
+
+
+def test_a_first_row_of_words_is_a_row(survey: Path) -> None:
+    """As the training table had no units below its names."""
+    (survey / "words.csv").write_text("when,code,x\nday,number,unknown\n" + "1/1/2024,00501,1\n" * 5)
+    message = refused(survey, "predict", "run", "file=words.csv", "output=p1.csv")
+    assert "words.csv, line 2: when is 'day', not a date" in message
+
+
 # -- texts
+
+
+def test_units_of_tokens_that_span_lines(tmp_path: Path) -> None:
+    """A token belongs to the line of its first byte; perplexity and bits per byte follow from its losses."""
+    pytest.importorskip("tokenizers")
+    text = "ab\n\ncd\n\n\n" * 60 + "ab cd\n" * 5
+    (tmp_path / "train.txt").write_text(text)
+    line = ["data=text", "data.file=train.txt", "data.tokenizer=bpe", "data.vocabulary=280", "data.sequence_length=8"]
+    line += ["model=gpt_nano", "steps=2", "threads=1", "device=cpu", "tracking=[]", "hydra.run.dir=run"]
+    result = dlopt(tmp_path, "train", *line)
+    assert result.code == 0, result.err
+    trained = restore(tmp_path / "run/checkpoints/best.pt", {"precision": "fp64"})
+    assert trained.tokenizer is not None
+    new = "ab\n\ncd\nab cd\n\n\nab\ncd\n\nab\n"
+    (tmp_path / "new.txt").write_text(new)
+    tokens, lengths = trained.tokenizer.encode(new.encode(), "new"), trained.tokenizer.lengths
+    ends = np.cumsum(lengths[tokens])
+    starts = ends - lengths[tokens]
+    assert ends[-1] == len(new) and any("\n" in new[a : b - 1] for a, b in zip(starts, ends, strict=True))
+    losses = np.zeros(len(tokens))  # the first one has no prediction
+    for first in range(0, len(tokens) - 1, 8):
+        window = torch.from_numpy(tokens[first : first + 9].astype(np.int64))[None]
+        outputs = trained.outputs(window[:, :-1])[0]
+        losses[first + 1 : first + 9] = torch.nn.functional.cross_entropy(outputs, window[0, 1:], reduction="none")
+    owner = [new[:start].count("\n") for start in starts]
+    assert dlopt(tmp_path, "predict", "run", "file=new.txt", "per=line", "precision=fp64").code == 0
+    head, rows = table(tmp_path / "predictions.csv")
+    assert head == ["line", "tokens", "bytes", "loss", "bits_per_byte", "perplexity"]
+    for number, row in enumerate(rows):
+        mine = [i for i in range(1, len(tokens)) if owner[i] == number]
+        size = int(lengths[tokens[mine]].sum())
+        assert [int(cell) for cell in row[:3]] == [number + 1, len(mine), size]
+        if mine:
+            mean = losses[mine].mean()
+            expected = [mean, losses[mine].sum() / size / np.log(2), np.exp(mean)]
+            assert [float(cell) for cell in row[3:]] == pytest.approx(expected, rel=1e-6)
+    assert len(rows) == new.count("\n")
 
 
 def test_losses_of_a_text_are_those_of_eval(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Columns of a table as features: what is learned, compared with scikit-learn and pandas."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,16 @@ def test_dates_become_the_numbers_of_pandas(is_timed: bool) -> None:
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        (["2024-01-31", "", "2024-02-01T12:30:00Z"], [1706659200.0, None, 1706790600.0]),
+        (["2024-01-31", "", "2024-02-01T12:30:00"], [1706659200.0, None, 1706790600.0]),
+        (["2024-02-01T14:30:00+02:00", "2024-02-01T12:30:00Z"], [1706790600.0, 1706790600.0]),
+        (["2024-02-01T12:30:00", "2024-02-01T12:30:00Z"], None),  # of which one has no offset
+        (["2024-01-31", "2024-02-01T12:30:00Z"], None),
+        (["31.1.2024 14:05", "1.2.2024 4:05:30"], [1706709900.0, 1706760330.0]),
+        (["1/31/2024 2:05 PM", "1/5/2024 12:00 AM"], [1706709900.0, 1704412800.0]),
+        (["31-1-2024 14:05", "1-2-2024"], [1706709900.0, 1706745600.0]),
+        (["1/31/2024 14:05", "31/1/2024 14:05"], None),
+        (["1/1/2024", "2/2/2024"], None),  # equal in both orders, which later dates are not
+        (["1/31/2024 13:05 PM"], None),
         (["2024/1/31", "2024/02/01"], [1706659200.0, 1706745600.0]),
         (["31.1.2024", "1.2.2024"], [1706659200.0, 1706745600.0]),
         (["31/1/2024", "1/2/2024"], [1706659200.0, 1706745600.0]),
@@ -98,6 +108,40 @@ def test_forms_of_dates(texts: list[str], expected: list[float | None] | None) -
     column = as_dates("x", texts)
     found = None if column is None else [None if np.isnan(value) else value for value in column.values.tolist()]
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("trained", "later", "expected"),
+    [
+        (["31/1/2024", "1/2/2024"], "5/3/2024", "2024-03-05"),
+        (["1/31/2024 9:00", "2/1/2024 8:00"], "5/3/2024 14:05", "2024-05-03 14:05"),
+        (["2024-01-31T12:00+02:00"], "2024-07-01T00:30+02:00", "2024-06-30 22:30"),
+        (["2024-01-31"], "31.1.2024", "2024-01-31"),
+        (["31/1/2024", "1/2/2024"], "3/25/2024", "31/1/2024"),
+        (["2024-01-31"], "5/3/2024", "2024-01-31"),
+        (["2024-01-31"], "2024-01-31T12:00Z", "2024-01-31"),
+        (["2024-01-31T12:00Z"], "2024-01-31T12:00", "2024-01-31T14:05Z"),
+    ],
+)
+def test_one_row_is_read_in_the_form_of_the_training_rows(trained: list[str], later: str, expected: str) -> None:
+    """As pandas reads it with a format, also after the encoding was stored; another form is refused."""
+    encoding = ColumnEncoding.fitted(column_of("x", "date", trained, "row {}".format))
+    [encoding] = TableEncoding.restored(TableEncoding((encoding,)).saved).columns
+    place = "row {}".format
+    if expected in ("31/1/2024", "2024-01-31", "2024-01-31T14:05Z") and later != "31.1.2024":
+        with pytest.raises(UserError, match=rf"row 0: x is '.*', not a date in the form {re.escape(expected)}$"):
+            column_of("x", "date", [later], place, encoding.form)
+        return
+    [seconds] = column_of("x", "date", [later], place, encoding.form).values
+    assert seconds == pandas.Timestamp(expected).timestamp()
+
+
+def test_dates_of_a_key_have_one_form() -> None:
+    with pytest.raises(UserError, match="row 1: x is '1/31/2024', not a date in the form 2024-01-31"):
+        fields(["31/1/2024", "1/31/2024"], "date")
+    older = [{key: value for key, value in TableEncoding.fitted([fields(["2024-01-31"], "date")]).saved[0].items()
+              if key != "form"}]  # fmt: skip
+    assert TableEncoding.restored(older).columns[0].form == "2024-01-31"
 
 
 def test_an_encoding_is_plain_values() -> None:

@@ -1,6 +1,7 @@
 """The reader of CSV files: any table survives, and what is no table of names and values is refused or reported."""
 
 import csv
+import importlib
 import io
 import itertools
 import re
@@ -69,6 +70,34 @@ def test_integers_that_float64_makes_equal(tmp_path: Path) -> None:
         assert content.notes == lines
     again = read(write(tmp_path, "x\n" + f"{2**60}\n{2**60}.0\n1152921504606846976e0\n" * 3), [], ["x"])
     assert again.notes == (), "one number in several forms"
+
+
+@pytest.mark.parametrize("count", [1000, 1001, 3500])
+def test_many_comments_above_the_names(tmp_path: Path, count: int) -> None:
+    file = write(tmp_path, "# of an instrument\n" * count + "x,y\n1,a\n2,b\n")
+    content = read(file, ["y"], ["x"])
+    assert content.numbers.tolist() == [[1.0], [2.0]] and content.texts == {"y": ["a", "b"]}
+    assert read_header(write(tmp_path, "# of an instrument\n" * count)).names == ()
+
+
+@pytest.mark.parametrize("module", ["gzip", "bz2", "lzma", "zipfile"])
+def test_a_compressed_file_is_named(tmp_path: Path, module: str) -> None:
+    path, kind = tmp_path / "t.csv", {"gzip": "gzip", "bz2": "bzip2", "lzma": "xz", "zipfile": "zip"}[module]
+    packer = importlib.import_module(module)
+    if module == "zipfile":
+        with packer.ZipFile(path, "w") as archive:
+            archive.writestr("t.csv", "x,y\n1,2\n")
+    else:
+        path.write_bytes(packer.compress(b"x,y\n1,2\n", **({"format": packer.FORMAT_XZ} if module == "lzma" else {})))
+    with pytest.raises(UserError, match=rf"t\.csv: is compressed \({kind}.*\); unpack it"):
+        read_header(str(path))
+
+
+def test_units_are_left_out_only_where_they_may_be(tmp_path: Path) -> None:
+    file = write(tmp_path, "a,b\nunknown,missing\n" + "1,2\n" * 5)
+    assert read_header(file).has_units and not read_header(file, may_have_units=False).has_units
+    with pytest.raises(UserError, match="line 2: a is 'unknown', not a finite number"):
+        read_columns(read_header(file, may_have_units=False), [], {"a": "ADVICE"})
 
 
 def test_an_index_is_left_out(tmp_path: Path) -> None:

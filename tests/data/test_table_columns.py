@@ -135,10 +135,70 @@ def test_labels_and_categories_as_other_packages_store_them(tmp_path: Path) -> N
         (["1", "2", "", "NA"] * 5, "number"),
         (["2024-01-31", "2024-02-28"] * 10, "date"),
         (["2020", "2021", "?", "2022"] * 5, "number"),
+        (["00501", "1234", "01234", "10115"] * 5, "category"),
+        (["05112025", "", "28022025", "28022025"] * 5, "category"),
+        (["+0049", "+0033"] * 10, "category"),
+        (["007", "1.5", "", "2"] * 5, "number"),
+        (["0.5", "0", "-0", ""] * 5, "number"),
+        (["1/31/2024 14:05", "2/1/2024 9:00"] * 10, "date"),
     ],
 )
 def test_what_a_column_is(tmp_path: Path, fields: list[str], kind: str) -> None:
     assert of_column(tmp_path, fields).kind == kind
+
+
+def test_codes_are_categories_unless_a_key_says_numbers(tmp_path: Path) -> None:
+    """Integers that begin with 0, also in a table of numbers without gaps, and texts of a Parquet file."""
+    codes, rng = ["00501", "1234", "01234", "10115"] * 10, np.random.default_rng(0)
+    frame = pandas.DataFrame({"zip": codes, "x": rng.normal(size=40).round(2), "y": rng.choice([*"ab"], 40)})
+    assert {*map(float, codes)} == {501, 1234, 10115}  # as numbers, two codes are one
+    for suffix in ("csv", "parquet"):
+        file = str(tmp_path / f"t.{suffix}")
+        if suffix == "csv":
+            frame.to_csv(file, index=False)
+        else:
+            pytest.importorskip("pyarrow")
+            frame.to_parquet(file)
+        found = read(file)
+        assert isinstance(found.features, list)
+        column = found.features[0]
+        assert [column.texts[int(code)] for code in column.values] == codes
+        assert "zip: texts such as 00501 are read as categories; for numbers, use data.numbers=[zip]" in found.notes
+        assert "warning: zip has categories that differ in form only: '1234', '01234'" in found.notes
+        numbers = read(file, numbers=("zip",))
+        assert isinstance(numbers.features, np.ndarray) and numbers.features[:, 0].tolist() == [*map(float, codes)]
+    frame.assign(zip=frame.zip.str.lstrip("0")).to_parquet(file)  # texts, whatever they look like
+    found = read(file)
+    assert isinstance(found.features, list) and found.features[0].texts == ("501", "1234", "10115")
+
+
+@pytest.mark.parametrize("pair", [("1.1", "1.10"), ("1e3", "1000"), ("+1", "1"), ("1.0", "1")])
+def test_texts_of_one_number_are_said(tmp_path: Path, pair: tuple[str, str]) -> None:
+    """Such as versions and codes; measured numbers have them, too, and stay numbers."""
+    rows = "".join(f"{(*pair, '2')[i % 3]},{i * i % 7},{'ab'[i % 5 % 2]}\n" for i in range(3000))
+    found = read(write(tmp_path, "x,z,y\n" + rows))
+    line = f"warning: column x: float64 makes {pair[0]} and {pair[1]} equal; codes: data.categories=[x]"
+    assert isinstance(found.features, np.ndarray) and line in found.notes
+
+
+def test_a_column_of_numbers_that_determines_the_label_is_said(tmp_path: Path) -> None:
+    labels = [i * 7 % 3 % 2 for i in range(60)]
+    text = "a,b,y\n" + "".join(f"{i * i % 11},{2.5 * label + 1},{label}\n" for i, label in enumerate(labels))
+    [line] = [note for note in read(write(tmp_path, text)).notes if "alone determines" in note]
+    assert line.startswith("warning: b alone determines y, as a copy of the answer does: data.ignore=[b]")
+
+
+def test_the_word_of_an_identifier_stands_alone(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).permutation(3000)[:40]
+    for name, refused in (("humid", False), ("turkey", False), ("casino", False), ("acid", False),
+                          ("patient_id", True), ("PatientID", True), ("id2", True), ("rowKey", True)):  # fmt: skip
+        rows = [f"{value},{'' if i == 5 else i % 7},{'ab'[i % 3 % 2]}" for i, value in enumerate(values)]
+        file = write(tmp_path, "\n".join([f"{name},z,y", *rows, ""]))
+        if not refused:
+            assert read(file).names == (name, "z")
+            continue
+        with pytest.raises(UserError, match=f"{name} has 40 different integers, as an identifier"):
+            read(file)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +209,14 @@ def test_what_a_column_is(tmp_path: Path, fields: list[str], kind: str) -> None:
         (["5 %", "7 %"] * 10, {}, r"line 2: x is '5 %', not a finite number; write the number without its unit"),
         (["1", "1e39", "3"] * 7, {}, r"line 3: x is '1e39', not a finite number"),
         (["1/2/2024", "3/2/2024"] * 10, {}, r": x has dates that may be day/month or month/day, such as 1/2/2024"),
+        (["01.01.00", "02.01.00"] * 10, {}, r": x has dates, and '01\.01\.00' of a form that is not read"),
+        (["31 Jan 2024", "1 Feb 2024"] * 10, {}, r": x has dates, and '31 Jan 2024' of a form that is not read"),
+        (
+            ["2024-01-31"] * 15 + ["soon"] * 5,
+            {},
+            r": x has dates, and 'soon' of a form .*; write 2024-01-31; or use data",
+        ),
+        (["2024-01-31T12:00Z", "2024-01-31"] * 10, {}, r": x has dates, and '2024-01-31' of .*not that of the first"),
         (["red", "blue"] * 10, {"numbers": ("x",)}, r"line 2: x is 'red', not a finite number"),
         (["2024-01-31", "soon"] * 10, {"dates": ("x",)}, r"line 3: x is 'soon', not a date in the form 2024-01-31"),
         ([""] * 20, {}, r": x has no values; leave it out with data\.ignore=\[x\]"),
