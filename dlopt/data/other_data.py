@@ -1,12 +1,13 @@
 """Fits samples of other data to the data that a model was trained on: columns, class numbers, kinds of targets."""
 
+from collections.abc import Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.checks import listed
+from dlopt.data.checks import LEFT_OUT, WARNING, form, listed
 from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.table_rows import TableRows
 from dlopt.data.windows import Windows
@@ -69,14 +70,47 @@ def _targets(targets: Tensor, source: Dataset, trained: Dataset) -> Tensor:
     unknown = [name for name, used in zip(names, is_used.tolist(), strict=True) if used and name not in known]
     if unknown:
         raise UserError(f"has the classes {listed(unknown)}, which the training data lack: {listed([*known])}")
-    if targets.ndim == 2:
-        fitted = torch.zeros(len(targets), len(known), dtype=targets.dtype)
-        for number, name in enumerate(names):
-            if name in known:
-                fitted[:, known.index(name)] = targets[:, number]
-        return fitted
-    numbers = torch.tensor([known.index(name) if name in known else -1 for name in names])
-    return numbers[targets]
+    return _renumbered(targets, [known.index(name) if name in known else -1 for name in names], len(known))
+
+
+def _renumbered(targets: Tensor, numbers: Sequence[int], count: int) -> Tensor:
+    """Returns the targets with other `numbers` of their classes; -1: a class that is not among the `count`."""
+    if targets.ndim == 1:
+        return torch.tensor(numbers)[targets]
+    fitted = torch.zeros(len(targets), count, dtype=targets.dtype)
+    for old, new in enumerate(numbers):
+        if new >= 0:
+            fitted[:, new] = targets[:, old]
+    return fitted
+
+
+def as_tested(
+    samples: Samples, names: Sequence[str] | None, known: Sequence[str] | None
+) -> tuple[Samples, tuple[str, ...]]:
+    """Returns samples of the classes `names` with the numbers of the `known` ones of a model, and notes.
+
+    A name that the model does not know may be one of its classes in another form, such as TRUE for True. Samples of
+    other classes, which it cannot predict, are left out. Raises `UserError` if these are all.
+    """
+    if names is None or known is None or [*names] == [*known]:
+        return samples, ()
+    forms = {form(name): name for name in known if sum(form(name) == form(other) for other in known) == 1}
+    same = {name: name if name in known else forms.get(form(name), "") for name in names}
+    targets = _renumbered(samples.targets, [known.index(each) if each else -1 for each in same.values()], len(known))
+    lacking = [name for name in names if not same[name]]
+    others = samples.targets[:, [names.index(name) for name in lacking]].any(1) if targets.ndim == 2 else targets < 0
+    if others.all():
+        raise UserError(f"data: have the classes {listed(lacking)}, which the training data lack: {listed([*known])}")
+    read_as = ((name, each) for name, each in same.items() if each and each != name)
+    notes = tuple(f"{WARNING}{name} is read as the class {each}" for name, each in read_as)
+    if others.any():
+        notes += (
+            f"{LEFT_OUT}{int(others.sum()):,} of {len(samples):,} samples, of classes that the model does not know "
+            f"({listed(lacking)}) and cannot predict",
+        )
+    kept = samples.select((~others).nonzero().squeeze(1))
+    kept.targets = targets[~others]  # type: ignore[misc]
+    return kept, notes
 
 
 def _kind(dataset: Dataset) -> str:

@@ -75,7 +75,8 @@ def prepare(
             raise UserError(
                 f"data.label_noise={settings.label_noise}: the targets are not classes, one per sample; use 0"
             )
-        assert isinstance(train, InMemory | Files | Wrapped)  # the sources with class labels
+        if not isinstance(train, InMemory | Files | Wrapped):  # a kind of samples that a package adds
+            raise UserError(f"data.label_noise={settings.label_noise}: {type(train).__name__} keeps its labels; use 0")
         train = copy(train)
         train.targets = corrupted(train.targets, len(dataset.classes or ()), settings)
     size = size_pair(settings.image_size)
@@ -93,7 +94,7 @@ def prepare(
                 "data.memory=true: keeps the centre of each image only, but the augmentation crops from the whole "
                 "image; use data.memory=auto"
             )
-        found = _equal_samples(dataset, stored) if compare else ()
+        found = equal_samples(dataset, stored) if compare else ()
         return replace(dataset, train=train, val=val, test=test, notes=(*dataset.notes, *found))
     present = [samples for samples in (train, val, test) if samples is not None]
     in_memory = _load_into_memory(present, settings, torch.device(device), processes)
@@ -101,7 +102,7 @@ def prepare(
         train = materialize(train, worker_count(settings.workers, train, processes))
         val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
     loaded = stored | {"train": train, "val": val} if contents(stored["train"]) is None else stored
-    found = _equal_samples(dataset, loaded, stored) if compare else ()
+    found = equal_samples(dataset, loaded, stored) if compare else ()
     return replace(dataset, train=train, val=val, test=test, in_memory=in_memory, notes=(*dataset.notes, *found))
 
 
@@ -123,7 +124,7 @@ def with_validation_set(
     return replace(dataset, val=samples, in_memory=in_memory)
 
 
-def _equal_samples(
+def equal_samples(
     dataset: Dataset, splits: Mapping[str, Samples | None], labelled: Mapping[str, Samples | None] | None = None
 ) -> tuple[str, ...]:
     """Returns the warnings of equal samples; none of generated data, whose inputs may be few by design.
@@ -231,8 +232,10 @@ def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
     if len(samples.shape) != 3:
         kind = "text" if isinstance(samples, Windows) else "vectors"
         raise UserError(f"data.image_size={list(size)}: the samples are {kind}, not images; use data.image_size=null")
-    if not isinstance(samples, InMemory) or samples.shape[1:] == size:
+    if samples.shape[1:] == size:
         return samples
+    if not isinstance(samples, InMemory):
+        raise UserError(f"data.image_size={list(size)}: {type(samples).__name__} resizes no images; use null")
     needed = len(samples) * samples.shape[0] * size[0] * size[1]
     if needed > available_memory():
         raise UserError(

@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn import metrics
 from torch.nn import functional as F
 
+import dlopt as package
 from dlopt import cli
 from dlopt.config.parsing import parse
 from dlopt.results.confusion import confusion_table, plot_confusion
@@ -257,6 +258,79 @@ def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     assert report["test_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def image_folder(folder: Path) -> None:
+    draws = np.random.default_rng(1)
+    for label in ("dark", "light"):
+        (folder / "photos" / label).mkdir(parents=True)
+        for i in range(20):
+            pixels = draws.integers(0, 200, (8, 8, 3), dtype=np.uint8) + np.uint8(50 * (label == "light"))
+            Image.fromarray(pixels).save(folder / "photos" / label / f"{i:02}.png")
+
+
+PHOTOS = (
+    "data=image_folder", "data.root=photos", "data.batch_size=16", "model=mlp", "model.widths=[8]", "epochs=2",
+    "threads=1", "device=cpu", "tracking=[]", "evaluate.metrics=[class_accuracy]",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_a_test_set_the_validation_set_is_evaluated(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    for seed in (0, 1):
+        trained = dlopt(tmp_path, "train", *PHOTOS, "data.val_split=0.3", f"seed={seed}", f"output=run{seed}")
+        assert trained.code == 0 and f"  dlopt eval checkpoint=run{seed}" in trained.out
+    summary = json.loads((tmp_path / "run0/summary.json").read_text())
+    result = dlopt(tmp_path, "eval", "run0")
+    report = json.loads((tmp_path / "run0/eval.json").read_text())
+    assert result.code == 0 and report["split"] == "validation, which chose the epoch: optimistic"
+    assert "split: validation, which chose the epoch: optimistic\n" in result.out and "test " not in result.out
+    found = {key: value for key, value in report.items() if key.startswith("val_") and f"best_{key}" in summary}
+    assert len(found) == 5
+    assert found == pytest.approx({key: summary[f"best_{key}"] for key in found}, rel=1e-6)
+    assert result.out.count("dark ") == 1, "the accuracies of the classes are printed once"
+    assert report["samples"] == sum(each["samples"] for each in report["classes"]) == 12
+
+    with contextlib.chdir(tmp_path):
+        workload = build_workload(parse((checkpoint := load(tmp_path / "run0/checkpoints/best.pt")).config), checkpoint)
+    workload.module.load_state_dict(checkpoint.model)
+    train = workload.dataset.train
+    with torch.no_grad():
+        outputs = workload.module.eval()(workload.normalize(train.fetch(torch.arange(len(train)))))
+    expected = F.cross_entropy(outputs, train.targets).item()
+    report = metrics_of(tmp_path, "run0", "split=train", run="run0")
+    assert report["split"] == "training, which chose the weights: optimistic" and report["samples"] == 28
+    assert report["evaluated_train_loss"] == pytest.approx(expected, rel=1e-6)
+
+    other = refused(dlopt(tmp_path, "eval", "checkpoint=[run0,run1]"))
+    assert other == (
+        "dlopt: checkpoint=run1/checkpoints/best.pt: its validation set differs from that of run0/checkpoints/best.pt"
+    )
+    assert refused(dlopt(tmp_path, "eval", "run0", "split=test")) == (
+        "dlopt: split=test: data=image_folder has no test set; the data have a validation and a training set here"
+    )
+
+
+def test_without_any_split_no_command_is_recommended(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    keys = [each for each in PHOTOS if not each.startswith("evaluate")]
+    trained = dlopt(tmp_path, "train", *keys, "data.val_split=0", "output=run")
+    assert trained.code == 0 and "dlopt report" in trained.out and "dlopt eval" not in trained.out
+    assert refused(dlopt(tmp_path, "eval", "run")).endswith("has no test set; the data have a training set here")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_validation_set_of_a_run_with_a_test_set(folder: Path, tmp_path: Path) -> None:
+    summary = json.loads((folder / "a/summary.json").read_text())
+    report = metrics_of(folder, "a", "split=val", "tta=none")
+    assert report["val_loss"] == pytest.approx(summary["best_val_loss"], rel=1e-6)
+    assert report["val_accuracy"] == summary["best_val_accuracy"] and report["samples"] == 30
+    keys = ("model=autoencoder", "data.subset=60", "epochs=1", "threads=1", "tracking=[]")
+    assert dlopt(tmp_path, "train", *keys, "output=run").code == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    report = metrics_of(tmp_path, "run", "split=val", run="run")
+    assert report["val_loss"] == pytest.approx(summary["best_val_loss"], rel=1e-6)
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_samples_of_another_shape_are_reported(folder: Path) -> None:
     """Also with crops and in an ensemble: a fully convolutional model evaluates any size."""
@@ -365,10 +439,78 @@ def test_data_with_other_classes(tmp_path: Path) -> None:
     line = [each for each in SMALL if not each.startswith("data")]
     typed = ("data=image_folder", "data.root=one", "data.image_size=4", "data.val_split=0.3", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line, *typed).code == 0
-    message = refused(tmp_path, "eval", "checkpoint=run", "data.root=two")
-    assert "other classes than those of the data: class 0 is a in the checkpoint, b in the data" in message
-    message = refused(tmp_path, "eval", "checkpoint=run", "data.root=three")
-    assert "class 2 is missing in the checkpoint, c in the data" in message
+    for root, left_out, samples in (("two", 1, 1), ("three", 1, 2)):  # of the test set, an image of each class
+        result = dlopt(tmp_path, "eval", "checkpoint=run", f"data.root={root}", "output=tested")
+        assert f"left out: {left_out} of {samples + left_out} samples, of classes that the model does not" in result.out
+        assert "other data than those of the run: their test set is tested" in result.out, result.err
+        report = json.loads((tmp_path / "tested/eval.json").read_text())
+        assert report["samples"] == samples and [each["class"] for each in report["classes"]] == ["a", "b"]
+        assert [each["samples"] for each in report["classes"]] == [samples - 1, 1]
+
+
+def test_other_tables_are_tested_as_a_whole(tmp_path: Path) -> None:
+    """Unless they are the training table; classes by name; rows of the training are counted."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(400, 2)).round(3)
+    names = np.array(["low", "mid", "top"])[np.digitize(inputs.sum(1), [-0.5, 0.5])]
+    rows = [f"{a},{b},{name}" for (a, b), name in zip(inputs, names, strict=True)]
+
+    def write(name: str, rows: list[str], head: str = "a,b,y") -> None:
+        (tmp_path / name).write_text("\n".join([head, *rows, ""]))
+
+    write("t.csv", rows[:200])
+    line = ["data=table", "data.file=t.csv", "model=mlp", "model.widths=[8]", "epochs=2", "optimizer=adamw"]
+    line += ["threads=1", "device=cpu", "tracking=[]", "precision=fp64", "hydra.run.dir=run"]
+    assert dlopt(tmp_path, "train", *line).code == 0
+    trained = package.load(tmp_path / "run")
+
+    def accuracy(chosen: list[int]) -> float:
+        with torch.no_grad():
+            found = trained(torch.tensor(inputs[chosen], dtype=torch.float64)).argmax(1)
+        return float(np.mean(np.array(trained.classes or ())[found.numpy()] == names[chosen]))
+
+    def tested(*more: str) -> tuple[dict[str, Any], str]:
+        result = dlopt(tmp_path, "eval", "run", "output=tested", *more)
+        assert result.code == 0, result.err
+        report: dict[str, Any] = json.loads((tmp_path / "tested/eval.json").read_text())
+        assert f"samples: {report['samples']}\n" in result.out
+        return report, result.out
+
+    own, text = tested()
+    assert own["samples"] == 40 and "other data" not in text
+    write("same.csv", rows[:200])
+    assert tested("data.file=same.csv")[0]["test_loss"] == own["test_loss"]
+
+    new = [*range(200, 400)]
+    write("new.csv", [rows[i] for i in new])
+    report, text = tested("data.file=new.csv")
+    assert (report["samples"], report["test_accuracy"]) == (200, pytest.approx(accuracy(new)))
+    assert "other data than those of the run: their whole set is tested" in text and "equal to training" not in text
+    write("new2.csv", [f"{rows[i]},{'test' if i < 260 else 'train'}" for i in new], "a,b,y,part")
+    report, text = tested("data.file=new2.csv", "data.split_column=part")
+    assert (report["samples"], report["test_accuracy"]) == (60, pytest.approx(accuracy(new[:60])))
+    write("new3.csv", [f"{rows[i]},test" for i in new[:30]], "a,b,y,part")
+    report, _ = tested("data.file=new3.csv", "data.split_column=part")
+    assert (report["samples"], report["test_accuracy"]) == (30, pytest.approx(accuracy(new[:30])))
+
+    lacking = [i for i in new if names[i] != "low"]
+    write("lacks.csv", [rows[i].replace("top", "TOP") for i in lacking])
+    report, text = tested("data.file=lacks.csv")
+    assert (report["samples"], report["test_accuracy"]) == (len(lacking), pytest.approx(accuracy(lacking)))
+    assert "warning: TOP is read as the class top" in text
+    write("more.csv", [*(rows[i] for i in new), *(f"{i / 7:.3f},1,odd" for i in range(9)), *rows[:200]])
+    report, text = tested("data.file=more.csv")
+    assert (report["samples"], report["test_accuracy"]) == (400, pytest.approx(accuracy([*new, *range(200)])))
+    assert "left out: 9 of 409 samples, of classes that the model does not know (odd)" in text
+    assert "warning: 144 of 400 test samples are equal to training samples" in text  # 200 - 40 - 16
+    write("odd.csv", ["1,2,odd", "2,1,even"])
+    message = refused(tmp_path, "eval", "run", "data.file=odd.csv")
+    assert "have the classes even, odd, which the training data lack: low, mid, top" in message
+    assert "norm_statistics=exact: needs the training data" in refused(
+        tmp_path, "eval", "run", "data.file=new.csv", "norm_statistics=exact"
+    )
+    (tmp_path / "t.csv").unlink()
+    assert "the training data cannot be read as they were" in tested("data.file=new.csv")[1]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -3,35 +3,49 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 
 from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
 from dlopt.basics.errors import UserError, refused_path
 from dlopt.config import validation_sets
+from dlopt.config.parsing import parse
+from dlopt.config.resolve import resolve_saved
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
-from dlopt.data.checks import problems
+from dlopt.data.checks import WARNING, problems
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.identity import identify
+from dlopt.data.identity import difference, identify
 from dlopt.data.normalization import Nothing
-from dlopt.data.other_data import NOT_ENCODED, as_trained
+from dlopt.data.other_data import NOT_ENCODED, as_tested, as_trained
 from dlopt.data.samples import Dataset, Samples
-from dlopt.data.splits import prepare, with_validation_set
+from dlopt.data.settings import SPLITS
+from dlopt.data.splits import equal_samples, prepare, with_validation_set
 from dlopt.data.table_rows import TableRows
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.kinds import chosen
 from dlopt.tasks.user import OwnTask, UserTask
 from dlopt.training.checkpoint.content import Checkpoint
 
+# Keys that name the data, and keys of their splits, which are not those of other data.
+_SOURCES, _SPLITS = ("file", "root", "name", "split", "train"), ("val", "test", "val_file", "test_file", "test_split")
+
 
 def prepare_data(
-    run_config: RunConfig, saved: Checkpoint | None, parallel: Mode, identified: Sequence[str]
+    run_config: RunConfig, saved: Checkpoint | None, parallel: Mode, identified: Sequence[str], *, tests: bool = False
 ) -> tuple[Dataset, Pipeline | None]:
-    """Returns the dataset with its splits and its task, and the augmentation. `identified`: see `build_workload`."""
+    """Returns the dataset with its splits and its task, and the augmentation.
+
+    `identified`, `tests`: see `build_workload`.
+    """
     ranks = parallel.ranks
     columns = None if saved is None else saved.columns
-    source = read_source(run_config, saved_tokenizer(run_config, saved), identified if ranks.is_main else (), columns)
+    if tests and saved is not None:
+        run_config, source, is_other = _tested(run_config, saved)
+    else:
+        source = read_source(run_config, saved_tokenizer(run_config, saved), identified, columns)
+        is_other = False
     if saved is not None and (columns is None or columns.encoding is None) and isinstance(source.train, TableRows):
         raise UserError(f"data: {NOT_ENCODED}")
     dataset = prepare(
@@ -40,12 +54,59 @@ def prepare_data(
         device=parallel.device,
         processes=ranks.local_processes,
         random_crops=_crops_at_random(run_config),
-        compare=ranks.is_main,
+        compare=ranks.is_main and not is_other,
     )
+    if is_other and ranks.is_main and saved is not None:
+        dataset = replace(dataset, notes=(*dataset.notes, *_equal_to_training(saved, dataset)))
     if dataset.layout is not None and run_config.normalize.target is not Nothing:
         raise UserError(f"{run_config.normalize.choice}: {_records_of(run_config, dataset)}; use normalize=none")
     augment = _build_augmentation(run_config, dataset)
     return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
+
+
+def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Dataset, bool]:
+    """Returns the config and the data of a test, and whether the training data are others.
+
+    Of other data, the samples of the test set, or else all samples, are both the training and the test set.
+    """
+    own, chosen = saved.config["data"], run_config.config["data"]
+    tokenizer = saved_tokenizer(run_config, saved)
+    is_other = any(own.get(key) != chosen.get(key) for key in _SOURCES)
+    with contextlib.suppress(*[UserError] * is_other):  # a small text has no splits
+        source = read_source(run_config, tokenizer, ("test",), saved.columns)
+        is_same = source.classes == saved.classes and difference(saved.identity or {}, source.identity) is None
+        is_other = is_other and not is_same
+    if is_other:
+        settings = replace(run_config.data_settings, val_split=0.0, subset=None, label_noise=0.0, memory=False)
+        reset = {key: 0.0 if key == "test_split" else None for key in _SPLITS if key in own and own[key] == chosen[key]}
+        data = replace(run_config.data, arguments={**run_config.data.arguments, **reset})
+        run_config = replace(run_config, data=data, data_settings=settings)
+        source = read_source(run_config, tokenizer, SPLITS, saved.columns)
+    whole = () if chosen.get("split_column") or not is_other else (source.val, source.train)
+    samples = next((each for each in (source.test, *whole) if each is not None), None)
+    if samples is None or (not is_other and saved.classes in (None, source.classes)):
+        return run_config, source, False
+    if run_config.settings.norm_statistics != "running":
+        raise UserError("norm_statistics=exact: needs the training data, but other data are tested; use running")
+    tested, notes = as_tested(samples, source.classes, saved.classes)
+    if is_other:
+        which = "test" if samples is source.test else "validation" if samples is source.val else "whole"
+        notes += (f"{WARNING}other data than those of the run: their {which} set is tested",)
+    source = replace(source, train=tested, val=None, test=copy(tested), notes=(*source.notes, *notes))
+    settings = replace(run_config.data_settings, val_split=0.0, subset=None)  # no part of the test is another split
+    return replace(run_config, data_settings=settings), replace(source, classes=saved.classes), True
+
+
+def _equal_to_training(saved: Checkpoint, dataset: Dataset) -> tuple[str, ...]:
+    """Returns a line about test samples of other data that equal training samples."""
+    with contextlib.suppress(UserError, OSError):
+        own = parse(resolve_saved(saved.config))
+        settings = replace(own.data_settings, label_noise=0.0, memory=False)
+        trained = prepare(read_source(own, saved.tokenizer, SPLITS, saved.columns), settings, compare=False)
+        if difference(saved.identity, trained.identity) is None:
+            splits = {"train": trained.train, "val": None, "test": dataset.test}
+            return tuple(line for line in equal_samples(trained, splits) if " test samples " in line)
+    return (f"{WARNING}the training data cannot be read as they were: test samples equal to them are not counted",)
 
 
 def read_validation_sets(
@@ -57,7 +118,7 @@ def read_validation_sets(
     of each are what was left out, and what looks wrong.
 
     Args:
-        identifies: compute the identity of each set, on rank 0.
+        identifies: compute the identity of each set.
 
     Raises:
         UserError: a set cannot be read, or is not of the task.
@@ -84,7 +145,7 @@ def read_validation_sets(
                 processes=parallel.ranks.local_processes,
             )
             of_set = replace(source, train=samples, val=None, test=None)
-            identity = identify(of_set) if identifies and parallel.ranks.is_main else None
+            identity = identify(of_set) if identifies else None
             found[name] = replace(found[name], identity=identity, notes=tuple(problems(source.notes)))
     return found
 
