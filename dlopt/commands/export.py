@@ -23,7 +23,7 @@ Examples:
 
 Exports the fp32 model together with its input normalization. Inputs: images with values 0..255 in the size of the
 training, any batch size; of a text: tokens, whose tokenizer is written to NAME.tokenizer.json; of a table with
-categories, dates or gaps: its features, which NAME.columns.json describes. Outputs: logits.
+categories, dates or gaps: its features. NAME.columns.json and the metadata describe how to make them. Outputs: logits.
 Verifies the file: compares its outputs with the model's on test images.
 
   format=safetensors :: tensors model.* and normalize.*; classes, input shape and config in the metadata
@@ -56,7 +56,7 @@ def export(
     ] = None,
 ) -> int:
     """Writes and verifies the file. Raises `UserError`; `RunError` if the model cannot be converted."""
-    from dlopt.trained.exporting import convert, samples, verify, write
+    from dlopt.trained.exporting import convert, preparation, samples, verify, write
     from dlopt.trained.restore import restore
 
     suffix, packages = _FORMATS[format]
@@ -81,6 +81,7 @@ def export(
         "input": {"shape": list(trained.window), "type": dtype},
         "config": trained.config,
         "dlopt": __version__,
+        **preparation(trained),
     }
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,8 @@ def export(
         print(f"tokenizer: {short_path(tokenizer)}")
     if has_encoding:
         print(f"columns: {short_path(columns)}")
-    print(f"input: {dtype} [batch, {', '.join(map(str, trained.window))}]")
+    centre = "" if trained.window == trained.sample else f", the centre of [{', '.join(map(str, trained.sample))}]"
+    print(f"input: {dtype} [batch, {', '.join(map(str, trained.window))}]{centre}")
     if difference is None:
         print(f"not verified: requires onnxruntime; {install('dlopt[export]')}")
     else:

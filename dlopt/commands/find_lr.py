@@ -47,8 +47,10 @@ _HINTS = {
 def learning_rates(lines: list[str]) -> "LearningRates":
     """Returns the result of the test, of the arguments of `dlopt find-lr` without `output`. Raises `UserError`."""
     from dlopt.config.compose import Composer
+    from dlopt.config.flags import parse_arguments
 
-    line, several = Line(Composer(words=lines), lines), "find_lr() runs one test at a time"
+    parsed, several = parse_arguments(lines), "find_lr() runs one test at a time"
+    line = Line(Composer(config_dir=parsed.config_dir, words=parsed.overrides), parsed.overrides)
     result, _ = line.call(_measure, "find_lr()", _READS, hints=_HINTS, several=several)
     assert result is not None  # not on one of several ranks
     return result

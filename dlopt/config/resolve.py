@@ -21,6 +21,7 @@ from dlopt.config.overrides import key_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.parameters import show
 from dlopt.config.trust import check_expansion, leaves
+from dlopt.data.settings import REQUIRED
 
 _TARGET = "._target_"
 _IS_NAME = re.compile(r".*\._target_|name|data\.classes|hydra\.runtime\.choices\..*")
@@ -84,6 +85,9 @@ def to_plain(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             group = key.partition(".")[0]
             choice = choices_of(config).get(group, "") if "hydra" in config else ""
             raise UserError(f"{key}: a value is required; set {key}=VALUE{_meaning(group, choice, key)}")
+    if lacking := [name for name in REQUIRED if name not in raw["data"]]:
+        name = choices_of(config)["data"]
+        raise UserError(f"data={name}: lacks {', '.join(lacking)}; begin its file with: defaults: [_common, _self_]")
     try:
         plain: Any = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:

@@ -116,11 +116,12 @@ class RunConfig:
     def _read(
         self, data: Component, settings: DataSettings, tokenizer: str | None, columns: FeatureColumns | None
     ) -> Any:
-        dataset = data.build(**vars(settings), saved_tokenizer=tokenizer, saved_columns=columns)
+        from dlopt.data.samples import Dataset
+
+        dataset = data.build_as(Dataset, **vars(settings), saved_tokenizer=tokenizer, saved_columns=columns)
         forget(dataset.classes or ())
         if settings.standardize_target and not data.takes("standardize_target"):  # tables do it themselves
             from dlopt.data.targets import standardized
 
-            label = data.arguments.get("label_column", data.arguments.get("target", "target"))
-            dataset = standardized(dataset, label, columns)
+            dataset = standardized(dataset, dataset.columns or FeatureColumns((), "target"), columns)
         return dataset

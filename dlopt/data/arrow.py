@@ -16,7 +16,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_bytes, printable
 from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.images import Size, decode_bytes
+from dlopt.data.images import Size, decode
 from dlopt.data.parquet import Parts, innermost, library, read_parquet, refuse_unnamed, stored_names, without_large
 from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
@@ -242,7 +242,7 @@ def _value(
     if value is None:
         raise UserError(f"{where} is missing")
     if isinstance(value, bytes):
-        return decode_bytes(value, size, channels, where)
+        return decode(value, size, channels, where)
     kind = table.schema.field(name).type
     if not isinstance(value, list):
         raise UserError(

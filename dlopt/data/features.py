@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,12 +12,12 @@ from dlopt.data.checks import natural
 from dlopt.data.columns import Column
 from dlopt.data.digits import read_bundled
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.settings import SPLITS
 from dlopt.data.splits import split
 from dlopt.data.table_columns import Labels, read_table
 from dlopt.data.table_rows import TableRows
+from dlopt.data.targets import standardized
 
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
 _UNNAMED = FeatureColumns((), "target")  # the names that scikit-learn gives the columns are not in its files
@@ -71,7 +70,9 @@ def table(
         split_column=split_column,
         trained=saved_columns,
     )
-    described = FeatureColumns(read.names, read.target, read.others, read.delimiter, encoding=encoding)
+    described = FeatureColumns(
+        read.names, read.target, read.others, read.delimiter, encoding=encoding, has_units=read.has_units
+    )
     dataset = _dataset(
         read.features,
         read.answers,
@@ -136,10 +137,10 @@ def _dataset(
             A constant only becomes 0. Loss and outputs are then in these units; the notes name the constants.
         saved: columns of the training data, whose scale of the targets holds for other data, too.
     """
-    notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+    is_scaled = standardize_target or (saved is not None and saved.scale != 1.0)
     if isinstance(answers, np.ndarray):
-        targets = torch.from_numpy(answers)
+        targets = torch.from_numpy(answers if is_scaled else answers.astype(np.float32))
     else:
         classes = tuple(sorted(set(answers), key=natural))
         numbers = {name: number for number, name in enumerate(classes)}
@@ -154,18 +155,7 @@ def _dataset(
         count = max(1, round(test_split * len(samples)))
         names[split(samples, count, _TEST_SEED, keep_one=True)[0].numpy()] = "test"
     rows = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in SPLITS}
-    if classes is None:
-        if saved is not None:
-            columns = replace(columns, mean=saved.mean, scale=saved.scale)
-        elif standardize_target:
-            known = targets[rows["train"]]
-            mean, deviation = moments(InMemory(known[:, None], known))
-            columns = replace(columns, mean=mean.item(), scale=deviation.item())
-        if standardize_target:
-            notes = (
-                f"targets and outputs: (value - {columns.mean:.6g}) / {columns.scale:.6g} (data.standardize_target)",
-            )
-        samples.targets = ((targets - columns.mean) / columns.scale).float()
     train = samples.select(rows["train"])
     val, test = (samples.select(rows[part]) if len(rows[part]) else None for part in ("val", "test"))
-    return Dataset(train, val, test, classes, notes=notes, columns=columns)
+    dataset = Dataset(train, val, test, classes, columns=columns)
+    return standardized(dataset, columns, saved) if is_scaled else dataset

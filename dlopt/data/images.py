@@ -60,15 +60,6 @@ def describe(source: str | bytes, name: str) -> Stored:
         return EncodedImage(source).stored(checks_alpha=True)
 
 
-def decode_bytes(content: bytes, size: Size, channels: int | None, name: str) -> Tensor:
-    """Decodes the content of an image file like `decode`; `channels` None for the file's own.
-
-    Raises `UserError` that starts with `name`.
-    """
-    with _naming(name):
-        return EncodedImage(content).decode(size, channels)
-
-
 def has_colour(content: bytes, name: str) -> bool:
     """Returns whether a pixel of an image has a colour; decodes only images that are not stored as grey.
 
@@ -82,17 +73,18 @@ def has_colour(content: bytes, name: str) -> bool:
     return bool((pixels != pixels[:1]).any())
 
 
-def decode(path: str, size: Size, channels: int) -> Tensor:
-    """Decodes the image in `path` to uint8 [channels, H, W], rotated as its EXIF data says.
+def decode(source: str | bytes, size: Size, channels: int | None, name: str = "") -> Tensor:
+    """Decodes an image, or that of the file `source`, to uint8 [channels, H, W], rotated as its EXIF data says.
 
     If `size` = (H, W) is given, scales the image to cover it, keeping the aspect ratio, and crops the centre. Lays
     transparent images on white, uses the first frame of animations, and keeps the upper 8 bits of 16-bit grey.
+    `channels`: None for the image's own. `name`: for messages, if the source is the content of a file.
 
     Raises:
         UserError: the file cannot be read as an image, or its pixels are numbers without a white (see `from_pil`).
     """
-    with _naming(path):
-        return EncodedImage(path).decode(size, channels)
+    with _naming(name or str(source)):
+        return EncodedImage(source).decode(size, channels)
 
 
 def decode_described(source: Source, name: str, size: tuple[int, int], channels: int) -> tuple[Tensor, Stored]:
@@ -218,7 +210,7 @@ class EncodedImage:
 
         image = self._image
         is_whole = box is None and size in (None, (self.height, self.width))
-        left, top, shrink = 0.0, 0.0, 1.0
+        shrink = 1.0
         if size is not None and not is_whole:
             box = centre_box(self.width, self.height, size) if box is None else box
             if image.format == "JPEG":
@@ -227,16 +219,15 @@ class EncodedImage:
                 width, height = image.size
                 if scale < 1 and (draft := image.draft(None, (round(width * scale), round(height * scale)))):
                     shrink = draft[1][2] / width
-                    # The draft has a part of a pixel too much at the right and the bottom; mirroring moves it.
-                    sizes = image.size if self._orientation < 5 else image.size[::-1]
-                    left = (sizes[0] - self.width * shrink) * (self._orientation in (2, 3, 6, 7))
-                    top = (sizes[1] - self.height * shrink) * (self._orientation in (3, 4, 7, 8))
         if self._orientation > 1:
             image = ImageOps.exif_transpose(image)
             image.format = self._image.format
         if size is None or is_whole:
             return from_pil(image, channels)
         assert box is not None
+        # A draft has a part of a pixel too much at the right and the bottom, which mirroring moves.
+        left = (image.width - self.width * shrink) * (self._orientation in (2, 3, 6, 7))
+        top = (image.height - self.height * shrink) * (self._orientation in (3, 4, 7, 8))
         edges = [start + edge * shrink for start, edge in zip((left, top) * 2, box, strict=True)]
         # Pillow refuses a box that rounding has moved out of the image.
         box = max(edges[0], 0.0), max(edges[1], 0.0), min(edges[2], image.width), min(edges[3], image.height)

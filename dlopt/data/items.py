@@ -2,12 +2,16 @@
 
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from dlopt.basics.errors import UserError
 
 
 def name_of(dataset: Any, key: str) -> str:
     """Returns the name of the dataset at `key` of the config, for messages. Raises `UserError` if it has no items."""
     name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
+    if any(isinstance(each, DataLoader) for each in (dataset if isinstance(dataset, list | tuple) else [dataset])):
+        raise UserError(f"{name}: takes no DataLoader; give its .dataset: data.batch_size and sampler draw the batches")
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise UserError(f"{name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
     if len(dataset) == 0:

@@ -68,12 +68,11 @@ def resize_box(images: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     if images.dtype == torch.uint8:  # as image files: Pillow rounds after each axis
         from PIL import Image
 
-        height, width = images.shape[-2:]
-        box = max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height)  # see `EncodedImage.decode`
-        resized = torch.empty((len(planes), *size), dtype=torch.uint8)
-        for plane, target in zip(planes.cpu().numpy(), resized.numpy(), strict=True):
-            target[:] = np.asarray(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR, box=box))
-        return resized.view(*images.shape[:-2], *size)
+        # As in `EncodedImage.decode`, within the image.
+        box = max(box[0], 0.0), max(box[1], 0.0), min(box[2], images.shape[-1]), min(box[3], images.shape[-2])
+        pictures = (Image.fromarray(plane) for plane in planes.cpu().numpy())
+        resized = np.stack([each.resize(size[::-1], Image.Resampling.BILINEAR, box=box) for each in pictures])
+        return torch.from_numpy(resized).view(*images.shape[:-2], *size)
     left, top, right, bottom = box
     rows, columns = (
         filter_taps(start + step * (torch.arange(n, device=images.device)[None] + 0.5), step, length, step)

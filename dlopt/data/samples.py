@@ -77,6 +77,13 @@ def whole_images(samples: Samples) -> "Files | Wrapped | None":
     return None
 
 
+def at_size(samples: "Files | Wrapped", size: tuple[int, int]) -> "Files | Wrapped":
+    """Returns the same images, of which `fetch` returns the centre at another size."""
+    resized = copy(samples)
+    resized.image_size, resized.shape = size, (samples.shape[0], *size)
+    return resized
+
+
 @dataclass
 class Dataset:
     """The three `SPLITS` of a dataset; `classes` has the names of the labels, None if they are numbers.
@@ -242,11 +249,7 @@ class Files(ImageList):
         super().__init__(array, targets, folder)
         self.image_size = image_size
         self.channels = channels
-        self._size = image_size if image_size is not None else self._native_size()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.channels, *self._size)
+        self.shape: tuple[int, ...] = (channels, *(self._native_size() if image_size is None else image_size))
 
     def fetch(self, indices: Tensor) -> Tensor:
         result = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
@@ -264,12 +267,6 @@ class Files(ImageList):
         selected.digests = None if self.digests is None else self.digests[indices]
         return selected
 
-    def at_size(self, size: tuple[int, int]) -> "Files":
-        """Returns the same images, of which `fetch` returns the centre at another size."""
-        resized = copy(self)
-        resized.image_size = resized._size = size
-        return resized
-
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
         """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
         result = torch.empty((len(indices), self.channels, *size), dtype=torch.uint8)
@@ -281,17 +278,17 @@ class Files(ImageList):
 
     def _native_size(self) -> tuple[int, int]:
         with _naming_the_key():
-            self._size = header_size(self.path(0))
+            self.shape = (self.channels, *header_size(self.path(0)))
         for index in np.unique(np.linspace(0, len(self) - 1, _HEADERS_CHECKED, dtype=np.int64)).tolist():
             path = self.path(index)
             with _naming_the_key():
                 size = header_size(path)
-            if size != self._size:
+            if size != self.shape[1:]:
                 raise self._mismatch(path, size)
-        return self._size
+        return self.shape[1], self.shape[2]
 
     def _mismatch(self, path: str, size: tuple[int, int]) -> UserError:
-        (height, width), (expected_height, expected_width) = size, self._size
+        (height, width), (_, expected_height, expected_width) = size, self.shape
         return UserError(
             f"data.image_size=null: the images have different sizes ({path} is {height}x{width}, others are "
             f"{expected_height}x{expected_width}, height x width); give one, for example data.image_size=224"
@@ -379,11 +376,6 @@ class Wrapped:
         edges = boxes(heights, widths).tolist()
         results = [resize_box(image, box, size) for image, box in zip(images, edges, strict=True)]
         return torch.stack(results) if results else self.fetch(indices).new_empty((0, self.shape[0], *size))
-
-    def at_size(self, size: tuple[int, int]) -> "Wrapped":
-        resized = copy(self)
-        resized.image_size, resized.shape = size, (self.shape[0], *size)
-        return resized
 
     def select(self, indices: Tensor) -> "Wrapped":
         selected = copy(self)

@@ -1,6 +1,6 @@
 """The keys that every data set has. Imports no torch: the roles of keys are looked up without it."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Literal
 
 from annotated_types import Interval
@@ -32,3 +32,6 @@ class DataSettings:
     workers: Annotated[Natural | Literal["auto"], Role.PLACE]
     statistics_samples: Annotated[Count | None, Role.IDENTITY] = 5000
     drop_last: Annotated[bool, Role.IDENTITY]
+
+
+REQUIRED = [each.name for each in fields(DataSettings) if each.default is MISSING]

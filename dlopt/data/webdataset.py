@@ -22,7 +22,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note, numbers
-from dlopt.data.images import Size, decode_bytes
+from dlopt.data.images import Size, decode
 from dlopt.data.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
 
@@ -116,7 +116,7 @@ class Shards:
         name = self._input(row)
         content, where = self.content(row), f"{self.place(row)}: {name}"
         if _is_image(name):
-            return decode_bytes(content, size, channels, where)
+            return decode(content, size, channels, where)
         array = np.atleast_1d(numbers(_decode(content, name, where), where, "in npy or json"))
         return array if array.dtype == np.uint8 else array.astype(np.float64)  # `Wrapped` rounds them
 

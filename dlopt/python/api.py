@@ -46,7 +46,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
     status `interrupted`.
 
     Args:
-        overrides: the arguments of `dlopt train`.
+        overrides: the arguments of `dlopt train`, also `--config-dir=DIR` for a folder of your own choices.
         keys: none; refused with the way to write them: `train(["optimizer=adamw"])`, not `train(optimizer="adamw")`.
         console: print the same progress as the command.
 
@@ -57,8 +57,9 @@ def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
     lines = _checked("train", overrides, keys, "use dlopt.sweep for sweeps, and `dlopt train` for flags")
     try:
         with preserve_global_state("train()"):
-            lines = with_folder(lines, multirun=False)
-            config = Composer(words=lines).compose(lines)
+            parsed = parse_arguments(lines)
+            lines = with_folder(parsed.overrides, multirun=False)
+            config = Composer(config_dir=parsed.config_dir, words=lines).compose(lines)
             if (series := series_of(config)) is not None or config.hydra.mode == RunMode.MULTIRUN:
                 way = "dlopt.sweep" if series is None else f"`dlopt train` for a {series}"
                 raise UserError(f"train(): runs one experiment at a time; use {way}")
@@ -89,8 +90,9 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
     out, err = (sys.stdout, sys.stderr) if console else (io.StringIO(), io.StringIO())
     redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with preserve_global_state("sweep()"), _hidden_main(), redirected[0], redirected[1]:
-        typed = parse_arguments(["-m", *lines]).overrides
-        composer = Composer(words=typed)
+        parsed = parse_arguments(["-m", *lines])
+        typed = parsed.overrides
+        composer = Composer(config_dir=parsed.config_dir, words=typed)
         words = branched(composer, with_folder(typed, multirun=True))
         request = sweeps.request(composer, words)
         if request.config.dry_run:
@@ -128,12 +130,12 @@ def _checked(function: str, overrides: Sequence[str], keys: Mapping[str, object]
     if isinstance(overrides, str):  # would be read letter by letter
         raise UserError(f"{function}({overrides!r}): must be a list: {function}({overrides.split()})")
     for line in overrides:
-        if not isinstance(line, str) or line.startswith("-"):
-            raise UserError(f"{function}([{line!r}]): must be key=value; {hint}")
+        if not isinstance(line, str) or (line.startswith("-") and not line.startswith("--config-dir=")):
+            raise UserError(f"{function}([{line!r}]): must be key=value; {hint}; the flag --config-dir=DIR is allowed")
     if current() is not None:
         command = function.replace("_", "-") if function == "find_lr" else "train"
         raise UserError(f"{function}(): cannot run inside torchrun or srun; use the command `dlopt {command}`")
-    return [quoted(line) for line in overrides]
+    return [line if line.startswith("-") else quoted(line) for line in overrides]
 
 
 @contextlib.contextmanager

@@ -142,8 +142,8 @@ class Model(nn.Module):
         if isinstance(images, str | PathLike):
             files: Sequence[Source] = image_files(fspath(images))[0]
         else:
-            several = images if isinstance(images, list | tuple) else [images]
-            files = [_source(each, f"images[{number}]") for number, each in enumerate(several)]
+            several = enumerate(images if isinstance(images, list | tuple) else [images])
+            files = [_source(each, f"images[{number}]") for number, each in several]
         if not files:
             raise UserError("predict(images=[]): needs at least one image")
         refuse_other_inputs(self._trained, self._path)
@@ -185,20 +185,18 @@ class Model(nn.Module):
 
 def _source(image: Any, name: str) -> Source:
     """Returns an image as `classify` reads it. Raises `UserError`."""
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+    if isinstance(image, np.ndarray):
         from PIL import Image
 
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise UserError(f"predict(): {name}: is {described(image)}; must be uint8 [H, W] or [H, W, C]")
         pixels = image if image.ndim == 2 else channels_first(image, f"predict(): {name}").transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(pixels if pixels.shape[2:] != (1,) else pixels[..., 0]))
-    if isinstance(image, bytes) or (hasattr(image, "tobytes") and hasattr(image, "mode")):  # avoids importing PIL
-        return image  # type: ignore[no-any-return]
-    try:
+    if isinstance(image, str | PathLike):
         return fspath(image)
-    except TypeError:
-        raise UserError(
-            f"predict(): {name}: is {described(image)}; the model reads images: paths, bytes of files, PIL images, or "
-            "arrays of uint8"
-        ) from None
+    if not isinstance(image, bytes) and not hasattr(image, "tobytes"):  # of a PIL image: avoids importing PIL
+        raise UserError(f"predict(): {name}: is {described(image)}; must be a path, bytes, a PIL image or uint8")
+    return image  # type: ignore[no-any-return]
 
 
 def load(run: str | PathLike[str], *, allow_packages: Sequence[str] = ()) -> Model:

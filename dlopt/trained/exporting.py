@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.secrets import redacted
+from dlopt.data.normalization import ScaleShift
 from dlopt.trained.restore import Trained
 from dlopt.training.builders.dataset import read_dataset
 
@@ -64,6 +65,22 @@ def samples(trained: Trained, *, needs_data: bool) -> tuple[Tensor, str]:
     if not trained.task.accepts(tuple(inputs.shape[1:]), trained.window):
         inputs = CentreCrop(trained.window).crop(inputs)
     return inputs.contiguous(), source
+
+
+def preparation(trained: Trained) -> dict[str, Any]:
+    """Returns how images or rows of a table become inputs of the model, for the metadata of its file."""
+    facts: dict[str, Any] = {}
+    channels, *size = trained.sample
+    if len(size) == 2 and channels in (1, 3) and trained.task.white == 255:
+        rule = {"mode": "L" if channels == 1 else "RGB", "background": "white", "resize": "cover", "filter": "bilinear"}
+        facts["image"] = {**rule, "size": size, "crop": list(trained.window[1:])}
+    if trained.columns is not None:
+        facts["columns"] = trained.columns.description
+    if isinstance(trained.normalize, ScaleShift):
+        saved = {name: each.double().flatten() for name, each in trained.normalize.state_dict().items()}
+        mean, std = saved.get("center", 0.0) - saved["shift"] / saved["scale"], 1 / saved["scale"]
+        facts["normalize"] = {"mean": mean.tolist(), "std": std.tolist()}
+    return facts
 
 
 def convert(inputs: Tensor, dtype: str | None) -> Tensor:

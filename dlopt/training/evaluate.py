@@ -16,7 +16,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch, Batches, Delivery
-from dlopt.data.samples import Samples, whole_images
+from dlopt.data.samples import Samples, at_size, whole_images
 from dlopt.data.splits import evaluation_subset
 from dlopt.losses import CrossEntropy, processes_in_chunks
 from dlopt.metrics.accumulators import Accumulator, accumulators
@@ -476,7 +476,7 @@ def _image_batches(workload: Workload, samples: Samples, transform: TestTransfor
     data = run_config.data_settings
     size = transform.image_size
     if (images := whole_images(samples)) is not None and min(size) > min(samples.shape[1:]):
-        samples, in_memory = images.at_size(size), False
+        samples, in_memory = at_size(images, size), False
     mode, dtype = workload.parallel, workload.precision.data_dtype
     delivery = Delivery(workload.device, in_memory, data.workers, dtype=dtype, processes=mode.ranks.local_processes)
     return Batches(samples, delivery, batch_size=data.batch_size, shard=mode.split.evaluation_shard)

@@ -1,6 +1,10 @@
 """`dlopt export`: outputs of the exported files, loaded without dlopt."""
 
+import contextlib
+import csv
+import io
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -90,6 +94,96 @@ def test_onnx(run: Path, kind: str, tmp_path: Path) -> None:
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == [str(digit) for digit in range(10)]
     assert entries(tmp_path) == {"model.onnx"}
+
+
+PAGE = Path(__file__).parents[2] / "docs/howto/export.md"
+EXTRA = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs dlopt[export]"
+)
+
+
+def lines_of_the_page(number: int) -> str:
+    """Returns a Python block of the page."""
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[number]
+
+
+def predictions(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@EXTRA
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_lines_of_the_page_read_images_as_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    """The model reads centres of 8x8 of images of 10x14. Pillow mixes colours to grey before or after it scales."""
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for part, count in (("train", 12), ("new", 1)):
+        for label, level in (("dark", 0), ("light", 120)):
+            (tmp_path / part / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(level, level + 135, (11, 22, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(
+                    tmp_path / part / label / f"{number}.png", exif=exif if number % 3 else None
+                )
+    new, pixels = tmp_path / "new", generator.integers(0, 256, (40, 20, 4), dtype=np.uint8)
+    colours = pixels[..., :3]
+    images = {
+        "wide": colours[:10],
+        "clear": pixels,
+        "grey": pixels[..., 0],
+        "rotated": colours,
+        "small": colours[:7, :5],
+    }
+    for name, image in images.items():
+        Image.fromarray(image).save(new / f"{name}.png", exif=exif if name == "rotated" else None)
+    crop = "augmentation.operations=[{_target_: dlopt.augment.RandomCrop, size: 8}]"
+    line = [
+        "data=image_folder",
+        "data.root=.",
+        f"data.channels={channels}",
+        "data.image_size=[10,14]",
+        "model=mlp",
+        crop,
+    ]
+    line += ["model.widths=[8]", "epochs=2", "threads=1", "device=cpu", "tracking=[]", "hydra.run.dir=run"]
+    assert dlopt(tmp_path, "train", *line).code == 0
+    assert "input: uint8 [batch" in (found := dlopt(tmp_path, "export", "run", "format=onnx", "output=best.onnx")).out
+    assert f", 8, 8], the centre of [{channels}, 10, 14]\n" in found.out
+    assert dlopt(tmp_path, "predict", "run", "images=new").code == 0
+    monkeypatch.chdir(tmp_path)
+    code = compile(lines_of_the_page(0).replace('"photo.png"', "photo"), "export.md", "exec")
+    for row in predictions(tmp_path):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, {"photo": row["image"]})
+        label, probability = printed.getvalue().split()
+        mixed = channels == 1 and "clear" in row["image"]
+        assert label == row["class"], row
+        assert float(probability) == pytest.approx(float(row["probability"]), abs=0.01 if mixed else 1e-5), row
+
+
+@EXTRA
+def test_metadata_of_images(run: Path, tmp_path: Path) -> None:
+    """The digits of scikit-learn: 0 to 255, of one channel; the model has their mean and deviation."""
+    import onnxruntime
+
+    exported(run, "format=onnx", f"output={tmp_path / 'model.onnx'}")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    rule = {"mode": "L", "background": "white", "resize": "cover", "filter": "bilinear", "size": [8, 8], "crop": [8, 8]}
+    assert json.loads(metadata["image"]) == rule and "columns" not in metadata
+    checkpoint = load(run / CHECKPOINT)
+    workload = build_workload(parse(checkpoint.config), checkpoint)
+    images = workload.dataset.train.fetch(torch.arange(len(workload.dataset.train))).double()
+    found = json.loads(metadata["normalize"])
+    assert found["mean"] == pytest.approx([images.mean().item()], rel=1e-5)
+    assert found["std"] == pytest.approx([images.std(correction=0).item()], rel=1e-5)
 
 
 def test_removes_file_with_wrong_outputs(run: Path) -> None:

@@ -269,3 +269,18 @@ def test_random_files(tmp_path: Path) -> None:
         except Exception as error:
             pytest.fail(f"{type(error).__name__} for {changed[:2000]!r}: {error!s:.200}")
     assert ends["accepted"] > 50 and ends["refused"] > 5
+
+
+def test_a_file_of_data_without_the_common_keys(tmp_path: Path) -> None:
+    write(tmp_path / "conf/data/mine.yaml", "_target_: dlopt.data.custom.custom\ntrain: null\nbatch_size: 8\n")
+    message = refused(tmp_path, "train", "--config-dir", "conf", "data=mine", "model=mlp")
+    assert message == (
+        "dlopt: data=mine: lacks subset, split_seed, memory, workers, drop_last; begin its file with: "
+        "defaults: [_common, _self_]\n"
+    )
+
+
+def test_a_file_of_data_that_returns_something_else(tmp_path: Path) -> None:
+    write(tmp_path / "conf/data/mine.yaml", "defaults: [_common, _self_]\n_target_: torch.nn.Identity\n")
+    message = refused(tmp_path, "train", "--config-dir", "conf", "data=mine", "model=mlp", "hydra.run.dir=run")
+    assert message == "dlopt: data=mine: returns Identity; must return a dlopt Dataset\n"

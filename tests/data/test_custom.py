@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from dlopt.basics.errors import UserError
 from dlopt.data.custom import custom
@@ -58,6 +58,8 @@ def test_floating_point_labels_mean_regression() -> None:
     "changed, message",
     [
         ({"train": None}, "data.train=null: a dataset is required"),
+        ({"train": DataLoader(Points([0, 1]))}, r"data.train .*: takes no DataLoader; give its \.dataset"),
+        ({"train": (DataLoader(Points([0, 1])),) * 2}, r"data.train \(builtins.tuple\): takes no DataLoader"),
         ({"train": 3}, r"data.train \(builtins.int\): has no __getitem__"),
         ({"classes": 2}, "data.train: has labels from 0 to 2; with 2 classes 0 to 1 are allowed"),
         ({"classes": ["a"]}, "with 1 classes"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import IMAGE_EXTENSIONS
-from dlopt.data.images import _formats, centre_box, decode, decode_boxes, decode_bytes, from_pil, header_size
+from dlopt.data.images import _formats, centre_box, decode, decode_boxes, from_pil, header_size
 from dlopt.data.resampling import resize
 
 
@@ -61,7 +61,7 @@ def test_files_and_arrays_are_scaled_alike(tmp_path: Path, channels: int, size: 
         pixels = from_pil(image)
         content = (tmp_path / "a.png").read_bytes()
         assert torch.equal(decode(str(tmp_path / "a.png"), size, channels), expected)
-        assert torch.equal(decode_bytes(content, size, None, "a"), expected)
+        assert torch.equal(decode(content, size, None, "a"), expected)
         assert torch.equal(resize(torch.stack([pixels, 255 - pixels])[:1], size)[0], expected)
         assert (resize(pixels.double(), size) - expected).abs().max() <= 1  # Pillow rounds after each axis
 

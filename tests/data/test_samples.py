@@ -12,7 +12,7 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.data.arrow import parquet
 from dlopt.data.images import decode, from_pil
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, white
+from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, at_size, white
 from dlopt.data.webdataset import webdataset
 
 WriteImages = Callable[..., list[Path]]
@@ -303,7 +303,7 @@ def test_every_source_reads_the_pixels_of_predict(tmp_path: Path) -> None:
         )
         for found in (tables, archives):
             assert torch.equal(found.train.fetch(torch.arange(len(paths))), files)
-            larger = found.train.at_size((31, 30)).fetch(torch.arange(len(paths)))
+            larger = at_size(found.train, (31, 30)).fetch(torch.arange(len(paths)))
             assert torch.equal(larger[0], decode(str(paths[0]), (31, 30), channels))
     own = Wrapped(Items([(each, 0) for each in images]), (10, 7), "data.train")
     assert torch.equal(own.fetch(torch.arange(3)), files[:3])

@@ -1,6 +1,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,39 @@ def test_label_noise_changes_a_fraction_of_the_training_labels_only(settings: Ma
     assert noisy.val is not None and clean.val is not None and torch.equal(noisy.val.targets, clean.val.targets)
     again = prepare(dataset, settings(val_split=0.1, label_noise=0.3))
     assert torch.equal(again.train.targets, noisy.train.targets)
+
+
+class Theirs:
+    """Samples of a kind that a package adds: it has no files, and its labels cannot be set."""
+
+    shape = (1, 4, 4)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        return torch.arange(20) % 2
+
+    def __len__(self) -> int:
+        return 20
+
+    def fetch(self, indices: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((len(indices), *self.shape), dtype=torch.uint8)
+
+    def select(self, indices: torch.Tensor) -> "Theirs":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image_size": 8}, r"data\.image_size=\[8, 8\]: Theirs resizes no images; use null"),
+        ({"label_noise": 0.5}, r"data\.label_noise=0\.5: Theirs keeps its labels; use 0"),
+    ],
+)
+def test_refuses_what_another_kind_of_samples_cannot_do(settings: Make, changed: Any, message: str) -> None:
+    dataset = Dataset(Theirs(), None, None, ("a", "b"))
+    assert prepare(dataset, settings(memory=False, image_size=4)).train.shape == (1, 4, 4)
+    with pytest.raises(UserError, match=message):
+        prepare(dataset, settings(memory=False, **changed))
 
 
 def test_label_noise_needs_classes(settings: Make) -> None:

@@ -70,7 +70,7 @@ def build_module(model: Component, arguments: Mapping[str, Any]) -> nn.Module:
     except Exception as error:
         if device.type == "meta":  # the operation may have no meta implementation
             raise
-        raise UserError(f"{path}: fails for inputs of shape {_batch(size[1:])}: {_first_line(error)}") from None
+        raise _failed(path, size[1:], error) from None
     if lazy := _lazy_names(module):
         raise UserError(f"{path}: the size of {lazy[0]} is not known, because the forward pass does not use this layer")
     return module
@@ -191,7 +191,7 @@ def check_outputs(
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{path}: fails for inputs of shape {_batch(shape)}: {_first_line(error)}") from None
+            raise _failed(path, shape, error) from None
     if not isinstance(outputs, Tensor):
         raise UserError(f"{path}: returns {type(outputs).__name__}; must return a tensor {_batch(expected)}")
     fits = outputs.shape == (_BATCH, *expected) or (expected == (1,) and outputs.shape == (_BATCH,))
@@ -274,6 +274,12 @@ def _outputs(
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _failed(path: str, shape: tuple[int, ...], error: Exception) -> UserError:
+    read = f"; items {list(shape[1:])} are read as grey images [H, W]: for [channels, length], begin with x = x[:, 0]"
+    advice = read * (len(shape) == 3 and shape[0] == 1)
+    return UserError(f"{path}: fails for inputs of shape {_batch(shape)}: {_first_line(error)}{advice}")
 
 
 def _batch(shape: Sequence[int]) -> str:
