@@ -9,7 +9,7 @@ from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
 from dlopt.basics.status_line import status_line
-from dlopt.commands.shared.command_line import Line, on_checkpoint, on_config, saved_run_config, writing
+from dlopt.commands.shared.command_line import Line, load_torch, on_checkpoint, on_config, saved_run_config, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
 from dlopt.config.parameters import show
@@ -26,7 +26,7 @@ _READS = (
 # Keys that a test of weights depends on; they are composed and checked as in `dlopt train`.
 _READS_OF_WEIGHTS = (*_READS, "model", "normalize", "augmentation", "loss", "experiment", "seed", "init_from")
 USAGE = """\
-Evaluate a checkpoint, an ensemble or the weights of another tool on the test set and the named validation sets
+Evaluate a checkpoint, an ensemble or the weights of another tool on a split of the data and named validation sets
 
 Usage: dlopt eval RUN [tta=CHOICE] [key=value]                    # RUN: a run, a checkpoint, or a sweep
        dlopt eval init_from=FILE model=CHOICE data=CHOICE [tta=CHOICE] [key=value]
@@ -60,6 +60,10 @@ _AverageKey = Annotated[
     Literal["probabilities", "logits"] | None,
     "NAME: what to average over crops and checkpoints: probabilities or logits (default: probabilities)",
 ]
+_SplitKey = Annotated[
+    Literal["test", "val", "train"] | None,
+    "test|val|train: split of the data (default: test, or val without a test set)",
+]
 _OutputKey = Annotated[
     str | None,
     "DIR: folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an autoencoder "
@@ -83,9 +87,11 @@ def _evaluate_checkpoints(
     *,
     tta: _TtaKey = "none",
     average: _AverageKey = None,
+    split: _SplitKey = None,
     output: _OutputKey = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
+    load_torch()
     from dlopt.machine.device import choose_device
     from dlopt.trained.ensemble import restored, test
     from dlopt.training.checkpoint.checkpoints import load
@@ -100,7 +106,7 @@ def _evaluate_checkpoints(
     mode = join_processes(choose_device(run_configs[0].settings.device), processes)
     models = restored(paths, checkpoints, run_configs, mode, print_message)
     with _counted(mode.ranks.is_main) as on_batch:
-        tested = test(paths, models, average, views, tta, on_batch)
+        tested = test(paths, models, average, views, tta, on_batch, split)
     if not mode.ranks.is_main:
         return DONE
     names = [str(path) for path in paths]
@@ -119,10 +125,12 @@ def _evaluate_weights(
     *,
     tta: _TtaKey = "none",
     average: _AverageKey = None,
+    split: _SplitKey = None,
     output: _OutputKey = None,
 ) -> int:
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
     from dlopt.machine.device import choose_device
+    from dlopt.metrics.names import Metric
     from dlopt.models.foreign import advice
     from dlopt.trained.ensemble import test
     from dlopt.training.builders.workload import build_workload, load_weights, with_validation_sets
@@ -139,9 +147,10 @@ def _evaluate_weights(
         workload = with_validation_sets(workload)
     lines = load_weights(workload.module, path, mode, complete=True, classes=workload.class_names)
     with _counted(mode.ranks.is_main) as on_batch:
-        tested = test([path], [workload], average, views, tta, on_batch)
+        tested = test([path], [workload], average, views, tta, on_batch, split)
     if tested.report.confusion is not None:
-        lines += advice(workload.module, tested.report.metrics["test_accuracy"], len(tested.report.confusion))
+        accuracy = tested.report.metrics[Metric(tested.split, "accuracy").column]
+        lines += advice(workload.module, accuracy, len(tested.report.confusion))
     return _finish({"init_from": str(path)}, tta, views, tested, output, lines) if mode.ranks.is_main else DONE
 
 
@@ -162,10 +171,17 @@ def _finish(
 ) -> int:
     """Prints the metrics and writes them to `folder`, if any, with the `source` of the weights."""
     from dlopt.instruments import evaluation
+    from dlopt.metrics.names import set_of
 
     is_averaged = views is not None or isinstance(source.get("checkpoint"), list)
     crops = {"name": tta, **({} if views is None else vars(views))}
-    record = {**source, "tta": crops, "average": tested.average if is_averaged else None}
+    record = {**source, "tta": crops, "average": tested.average if is_averaged else None, "samples": tested.samples}
+    lines.append(f"samples: {tested.samples:,}")
+    if (split := evaluation.WORDS[tested.split]) != "test":
+        if split == "training" or "best.pt" in str(source.get("checkpoint")):
+            split += f", which chose the {'weights' if split == 'training' else 'epoch'}: optimistic"
+        lines.append(f"split: {split}")
+    record["split"] = split
     classes = evaluation.class_lines(tested)
     lines += [*tested.problems, *evaluation.set_lines(tested), *classes]
     if folder is not None:
@@ -175,7 +191,11 @@ def _finish(
     from dlopt.tracking.console import ConsoleView
 
     epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}
-    shown = {key: value for key, value in tested.report.metrics.items() if "/" not in key or not classes}
+    shown = {
+        key: value
+        for key, value in tested.report.metrics.items()
+        if not set_of(key, tested.sets) and ("/" not in key or not classes)
+    }
     ConsoleView().finish({"status": "tested", **epoch, **shown}, lines)
     return DONE
 

@@ -12,12 +12,12 @@ from dlopt.basics.formats import format_number, format_percent
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redacted
 from dlopt.instruments import reconstructions
-from dlopt.metrics.names import set_of, without_set
+from dlopt.metrics.names import Metric, set_of, without_set
 from dlopt.metrics.shown import format_metric, live_name
 from dlopt.parallel.mode import Mode
 from dlopt.results.confusion import confusion_table, plot_confusion
 from dlopt.tracking import terminal_text
-from dlopt.trained.ensemble import Tested
+from dlopt.trained.ensemble import WORDS, Tested
 
 
 def class_lines(tested: Tested) -> list[str]:
@@ -56,8 +56,8 @@ def write(folder: Path, record: Mapping[str, Any], tested: Tested) -> dict[str, 
         plot = io.BytesIO()
         samples, count = int(confusion.sum()) + tested.report.unpredicted, tested.report.unpredicted
         unpredicted = f", {count} of them with NaN outputs and no cell" if count else ""
-        accuracy = format_percent(tested.report.metrics["test_accuracy"])
-        title = f"Test accuracy {accuracy} ({samples} samples{unpredicted})"
+        accuracy = format_percent(tested.report.metrics[Metric(tested.split, "accuracy").column])
+        title = f"{WORDS[tested.split].capitalize()} accuracy {accuracy} ({samples} samples{unpredicted})"
         plot_confusion(confusion, classes, title).savefig(plot, dpi=150, format="png")
         table = confusion_table(confusion, classes)
         files["confusion matrix"] = ("confusion.csv", table)

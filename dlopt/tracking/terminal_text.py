@@ -26,8 +26,8 @@ from dlopt.metrics.measures import Measure, Row
 from dlopt.metrics.names import (
     VAL_ACCURACY,
     VAL_LOSS,
+    Metric,
     direction_of,
-    final_metrics,
     monitored_directions,
     set_of,
     split_of,
@@ -380,9 +380,10 @@ def format_result(summary: Mapping[str, Any]) -> Group:
         line.append(f" in {format_duration(summary['seconds'])}", "none")
 
     metrics: dict[str, dict[str, float]] = {each: {} for each in ("best validation", *_ROWS.values())}
-    for key, metric in final_metrics(summary).items():
-        if isinstance(value := summary[key], int | float):
-            metrics["best validation" if key == metric.best else _ROWS[metric.split]][metric.name] = value
+    for key, value in summary.items():
+        metric = Metric.of(key)
+        if metric is not None and metric.split in _ROWS and isinstance(value, int | float):
+            metrics[_ROWS[metric.split] if key == metric.column else "best validation"][metric.name] = value
     classes = [line for split, row in metrics.items() for line in _class_lines(row, split)]
     names = list(dict.fromkeys(name for row in metrics.values() for name in row if "/" not in name))
     if not names:

@@ -128,7 +128,7 @@ class Tracking:
         self.log_every_steps = log_every_steps
         self._folder = folder
         self._packages = packages
-        self._predicts = predicts
+        self._predicts, self._can_evaluate = predicts, False
         self._console = ConsoleView() if console else None
         self._epochs = 0
         self._sets: tuple[str, ...] = ()  # named validation sets
@@ -177,6 +177,7 @@ class Tracking:
         steps_per_epoch). `choices`: group -> name of its YAML file; default: the last part of `_target_`.
         """
         self._epochs, self._sets = epochs, tuple(facts.get("sets", ()))
+        self._can_evaluate = bool(facts.get("test") or facts.get("val"))
         choices = choices or {}
         total = epochs * steps_per_epoch if steps is None else steps
         folder = None if self._folder is None else f"{short_path(self._folder)} (config.yaml lists every key)"
@@ -317,7 +318,7 @@ class Tracking:
         lines += [f"{description}: {short_path(picture)}" for description, picture in pictures.items()]
         lines.append("next:")
         has_checkpoint = any((folder / "checkpoints" / name).exists() for name in ("best.pt", "last.pt"))
-        if has_checkpoint:
+        if has_checkpoint and self._can_evaluate:
             trusted = f" allow_packages=[{','.join(self._packages)}]" if self._packages else ""
             lines.append(f"  dlopt eval checkpoint={shlex.quote(path)}{trusted}")
         lines.append(f"  dlopt report {shlex.quote(short_path(folder.parent))}")

@@ -1,10 +1,10 @@
 """Tests one model, or the average of several (an ensemble), on the test set."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,8 +13,9 @@ from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
 from dlopt.data.checks import problems
 from dlopt.data.identity import difference
+from dlopt.data.samples import Samples
 from dlopt.metrics.declaration import Declaration
-from dlopt.metrics.names import on_set
+from dlopt.metrics.names import Metric, Split, on_set
 from dlopt.metrics.user import UserMetric
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.report import TestReport
@@ -33,21 +34,28 @@ from dlopt.training.evaluate import (
 )
 from dlopt.training.requested_metrics import tested_metrics
 
+WORDS: Mapping[object, str] = {"test": "test", "val": "validation", "evaluated_train": "training"}
+"""The splits that can be tested."""
+
 
 @dataclass(frozen=True)
 class Tested:
     """The result of a checkpoint, an ensemble, or a file of weights.
 
-    `average`: the quantity averaged over crops and models. `problems`: data that were left out, or look wrong.
+    `samples`: how many were tested. `average`: the quantity averaged over crops and models. `problems`: data that were
+    left out, or look wrong.
     `workload`: of a task without labels, whose outputs are too large to keep. `sets`: names of validation sets.
+    `split`: of the samples, after which the metrics are named.
     """
 
     report: TestReport
     average: Average
     classes: tuple[str, ...] | None
     problems: Sequence[str]
+    samples: int
     workload: Workload | None = None
     sets: Sequence[str] = ()
+    split: Split = "test"
 
     @property
     def per_class(self) -> list[dict[str, Any]]:
@@ -65,6 +73,7 @@ class _Predictions:
     user_metrics: Mapping[str, UserMetric]
     metrics: Sequence[Declaration]
     batches: Sequence[Outputs]
+    split: tuple[object, ...]  # the split, and unless it is the test set, what divides the data
     on_sets: Mapping[str, Sequence[Outputs]]  # of the named validation sets
 
     def check_matches(self, first: "_Predictions") -> None:
@@ -78,8 +87,8 @@ class _Predictions:
         same = len(self.batches) == len(first.batches) and all(
             torch.equal(a, b) for (_, a), (_, b) in zip(self.batches, first.batches, strict=True)
         )
-        if not same:
-            raise UserError(f"checkpoint={self.path}: its test set differs from that of {first.path}")
+        if not same or self.split != first.split:
+            raise UserError(f"checkpoint={self.path}: its {WORDS[self.split[0]]} set differs from that of {first.path}")
 
 
 def test(
@@ -89,6 +98,7 @@ def test(
     views: Any,
     tta: str,
     on_batch: Callable[[int, int], None] | None = None,
+    split: str | None = None,
 ) -> Tested:
     """Tests the models one by one, and reports the metrics of the average of their outputs. Raises `UserError`.
 
@@ -97,14 +107,18 @@ def test(
         workloads: built one by one, because an ensemble may not fit into memory.
         views: test-time augmentation, the choice `tta`; None for none.
         on_batch: called with (done, total) after each batch of a model.
+        split: train, val or test; None: the test set, or without one the validation set.
     """
     models: list[_Predictions] = []
     found: list[str] = []
     for path, workload in zip(paths, workloads, strict=True):
+        workload, used = _on_split(workload, split)
         chosen = workload.task.choose_average(average, workload.loss, "average")
         if not workload.task.keeps_outputs:
             tested = streamed_report(workload, tta=tta, members=len(paths), on_batch=on_batch)
-            return Tested(tested, chosen, None, problems(workload.dataset.notes), workload, [*workload.validation_sets])
+            found, count = problems(workload.dataset.notes), len(workload.dataset.test or ())
+            sets = [*workload.validation_sets]
+            return Tested(_named(tested, used), chosen, None, found, count, workload, sets, used)
         batches = predict_test_set(workload, views, chosen, on_batch=on_batch)
         assert batches is not None  # nothing interrupts it
         kind = (workload.dataset.classes, workload.loss, workload.task)
@@ -112,7 +126,9 @@ def test(
         on_sets = {}
         for name, dataset in workload.validation_sets.items():
             on_sets[name] = predict_test_set(workload, views, chosen, samples=dataset.val) or []
-        models.append(_Predictions(path, chosen, *kind, workload.run_config.user_metrics, metrics, batches, on_sets))
+        data, functions = workload.run_config.data_settings, workload.run_config.user_metrics
+        division = (used, *((data.val_split, data.subset, data.split_seed) if used != "test" else ()))
+        models.append(_Predictions(path, chosen, *kind, functions, metrics, batches, division, on_sets))
         models[-1].check_matches(models[0])
         found += [line for line in problems(workload.dataset.notes) if line not in found]
     first = models[0]
@@ -129,7 +145,32 @@ def test(
     for name in first.on_sets:
         combined = _combine([model.on_sets[name] for model in models], first.average)
         tested.metrics.update(on_set(name, computed(combined, split="val").metrics))
-    return Tested(tested, first.average, first.classes, found, sets=[*first.on_sets])
+    count = sum(len(targets) for _, targets in first.batches)
+    named = _named(tested, used)
+    return Tested(named, first.average, first.classes, found, count, sets=[*first.on_sets], split=used)
+
+
+def _on_split(workload: Workload, split: str | None) -> tuple[Workload, Split]:
+    """Returns the workload with a split of its data as its test set, and the split. Raises `UserError`."""
+    dataset = workload.dataset
+    splits: dict[Split, Samples | None] = {"test": dataset.test, "val": dataset.val, "evaluated_train": dataset.train}
+    if dataset.val is None and dataset.test is not None and torch.equal(dataset.test.targets, dataset.train.targets):
+        splits["evaluated_train"] = None  # other data than those of the run, which are tested whole
+    words = [WORDS[name] for name, each in splits.items() if each is not None]
+    used: Split = "val" if dataset.test is None and dataset.val is not None else "test"
+    if split is not None:
+        used = "evaluated_train" if split == "train" else cast(Split, split)
+    if (samples := splits[used]) is None:
+        has = f"the data have a {' and a '.join(words)} set here"
+        raise UserError(f"split={split or 'test'}: {workload.run_config.data.choice} has no {WORDS[used]} set; {has}")
+    return replace(workload, dataset=replace(dataset, test=samples)), used
+
+
+def _named(tested: TestReport, split: Split) -> TestReport:
+    """Returns the report with its test metrics named after the split."""
+    columns = {key: each for key in tested.metrics if (each := Metric.of(key)) is not None and each.split == "test"}
+    names = {key: Metric(split, each.name).column for key, each in columns.items()}
+    return replace(tested, metrics={names.get(key, key): value for key, value in tested.metrics.items()})
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:
@@ -157,10 +198,11 @@ def restored(
     for path, checkpoint, run_config in zip(paths, checkpoints, run_configs, strict=True):
         with fitting(path):
             # Of the training set, which is not read here, only the number of samples and the labels are compared.
-            workload = build_workload(run_config, checkpoint, parallel=mode, identified=("test",))
+            workload = build_workload(run_config, checkpoint, parallel=mode, tests=True)
             _check_classes(path, checkpoint.classes, workload.dataset.classes)
             if run_config.validation:
                 workload = with_validation_sets(workload, identifies=True)
+            mode.ranks.refuse_other_file("checkpoint", path)
             workload.load(checkpoint)
         shape = workload.dataset.train.shape
         if not workload.task.accepts(shape, checkpoint.sample):

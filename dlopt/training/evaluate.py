@@ -130,8 +130,6 @@ def streamed_report(
     if members > 1:
         kind = workload.task.name
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
-    if workload.dataset.test is None:
-        raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
     tested = TestReport(test_metrics(workload, on_batch) or {})
     for name, dataset in workload.validation_sets.items():
         evaluation = _of_set(replace(workload, dataset=dataset), name, lambda done, total: None)
