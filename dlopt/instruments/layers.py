@@ -83,6 +83,24 @@ class Moments:
         return torch.cat(self._kept) if self._kept else torch.empty(0)
 
 
+def moments_of(inputs: Sequence[Any]) -> Moments | None:
+    """Returns the moments of a model's inputs, one tensor per batch; None if they are no real numbers."""
+    moments = Moments()
+    for each in inputs:
+        if not isinstance(each, Tensor) or not each.is_floating_point():
+            return None
+        moments.add(each)
+    return moments
+
+
+def is_off_scale(inputs: Moments) -> bool:
+    """Whether inputs are far from mean 0 and standard deviation 1, for which initializations are derived.
+
+    Images in [0, 1] are not: half of their standard deviation may be 0.1.
+    """
+    return abs(inputs.mean) > 2 or not 0.05 < inputs.std < 3
+
+
 def _wide(device: torch.device) -> torch.dtype:
     """Returns the widest floating-point type of a device.
 

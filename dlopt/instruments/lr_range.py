@@ -22,6 +22,7 @@ from dlopt.basics.scratch import scratch
 from dlopt.basics.status_line import status_line
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component
+from dlopt.instruments.layers import is_off_scale, moments_of
 from dlopt.instruments.lr_range_keys import RangeTest
 from dlopt.instruments.measuring_ranks import RankOutcome, run_rank, run_ranks
 from dlopt.parallel.processes import rendezvous
@@ -47,7 +48,8 @@ class LearningRates:
     """Result of a range test: rates, and the loss of each update's batch before the update.
 
     `steepest`: the rate at which the smoothed loss falls fastest against log(rate); `valley`: the middle of the longest
-    descent, which is more conservative. None if the loss never fell.
+    descent, which is more conservative. None if the loss never fell. `off_scale`: mean and standard deviation of inputs
+    that are far from 0 and 1, else None.
     """
 
     rates: list[float]
@@ -56,6 +58,7 @@ class LearningRates:
     steepest: float | None
     valley: float | None
     diverged: bool
+    off_scale: list[float] | None = None
 
 
 def check(keys: RangeTest) -> None:
@@ -116,10 +119,12 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
         trainer = probe_trainer(with_teacher(workload), folder, checks=False)
         constant = _independent_rates(workload)
         rates, losses, smoothed = [], [], []
-        average, best, diverged = 0.0, math.inf, False
+        average, best, diverged, off_scale = 0.0, math.inf, False, None
         workload.module.train()
         for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), keys.updates)):
             rates.append(keys.rate(number))
+            if number == 0 and (inputs := moments_of([batch.inputs])) is not None and is_off_scale(inputs):
+                off_scale = [inputs.mean, inputs.std]
             if is_main:
                 show(f"update {number + 1}/{keys.updates}, learning rate {rates[-1]:.2g}")
             for index, rate in constant.items():
@@ -138,7 +143,7 @@ def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
     finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     rates, losses, smoothed = rates[:finite], losses[:finite], smoothed[:finite]
     steepest, valley = steepest_slope(rates, smoothed), middle_of_descent(rates, smoothed)
-    return LearningRates(rates, losses, smoothed, steepest, valley, diverged)
+    return LearningRates(rates, losses, smoothed, steepest, valley, diverged, off_scale)
 
 
 def _independent_rates(workload: Workload) -> dict[int, float]:
@@ -193,6 +198,9 @@ def describe(result: LearningRates) -> list[str]:
     """Describes the test and its suggestions, a sentence each."""
     reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
     course = f"{len(result.rates)} updates{reached}; {describe_end(result)}"
+    if result.off_scale is not None:
+        mean, std = result.off_scale
+        course += f"; inputs have mean {mean:.2g} and standard deviation {std:.2g}: first try normalize=standardize"
     if result.valley is None or result.steepest is None:
         advice = "try other values of min_lr and max_lr, or more updates"
         return [course, f"no suggestion, because the loss never decreased; {advice}"]

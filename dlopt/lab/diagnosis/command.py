@@ -148,8 +148,9 @@ def _check(subject: _Subject) -> None:
 
 def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "Facts"]:
     from dlopt.lab.diagnosis import measuring
+    from dlopt.lab.diagnosis.causes import Recipe, find_cause
     from dlopt.lab.diagnosis.measuring import has_skips, prepare
-    from dlopt.lab.diagnosis.verdicts import Facts
+    from dlopt.lab.diagnosis.verdicts import Facts, verdicts
     from dlopt.models.recurrent import LSTM
     from dlopt.training.clipping import Unclipped
 
@@ -158,17 +159,40 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
     model = subject.run_config.model
     layers = diagnosis.before.layers
     activations = [layer.activation for layer in layers if layer.activation is not None]
+    activation = max(activations, key=activations.count) if activations else None
+    run_config = subject.run_config
+    recipe = Recipe(
+        init=subject.choices.get("init", run_config.init.target.__name__),
+        normalize=subject.choices.get("normalize", run_config.normalize.target.__name__),
+        lr=run_config.optimizer.arguments.get("lr"),
+        activation=activation,
+    )
+    judged = [verdicts(each.layers, each.lags) for each in diagnosis.snapshots]
     facts = Facts(
-        init=subject.choices.get("init", subject.run_config.init.target.__name__),
+        init=recipe.init,
         norm=model.arguments.get("norm"),
-        activation=max(activations, key=activations.count) if activations else None,
+        activation=activation,
         has_skips=has_skips(model),
         is_recurrent=bool(diagnosis.before.lags),
         is_gated=model.is_a(LSTM),
         clip="none" if subject.run_config.clip.is_a(Unclipped) else "some",
         gradient_norms=diagnosis.trace.norms or diagnosis.before.total_norms,
+        cause=find_cause(diagnosis, judged, recipe, partial(_found_lr, subject)),
     )
     return diagnosis, facts
+
+
+def _found_lr(subject: _Subject) -> float | None:
+    """Returns the learning rate that `dlopt find-lr` finds; None for a checkpoint, whose weights it does not load."""
+    from dlopt.instruments.lr_range import test_range
+    from dlopt.instruments.lr_range_keys import RangeTest
+
+    if subject.checkpoint is not None:
+        return None
+    try:
+        return test_range(subject.run_config, RangeTest(), Path(os.devnull)).steepest
+    except UserError:  # no learning rate, or a line search
+        return None
 
 
 def _command(line: Line, overrides: Sequence[str], change: str) -> str:

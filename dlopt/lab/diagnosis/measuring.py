@@ -33,8 +33,17 @@ from dlopt.instruments.curvature import (
     restoring,
 )
 from dlopt.instruments.diagnostics import loss_of, preserved_state
-from dlopt.instruments.layers import LayerProbe, LayerStatistics, layer_parameters, norms, norms_by_layer
+from dlopt.instruments.layers import (
+    LayerProbe,
+    LayerStatistics,
+    Moments,
+    layer_parameters,
+    moments_of,
+    norms,
+    norms_by_layer,
+)
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
+from dlopt.losses import CrossEntropy
 from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.builders.workload import load_weights
@@ -102,6 +111,8 @@ class Diagnosis:
     before: Snapshot
     trace: UpdateTrace
     after: Snapshot | None  # None without updates, or if the first update failed
+    inputs: Moments | None = None  # None for tokens
+    chance: float | None = None  # the cross-entropy of equal probabilities; None for other losses
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -146,11 +157,13 @@ def diagnose(
     mini_batches = list(islice(trainer.batches.epoch(progress.epoch, 0, 0), batches))
     before = snapshot(workload, mini_batches, progress.step, eigenvalues=eigenvalues, iterations=iterations)
     trace = trace_updates(workload, trainer, updates, with_curvature=eigenvalues > 0)
+    inputs = moments_of([batch.inputs for batch in mini_batches])
+    chance = math.log(workload.task.outputs) if workload.run_config.loss.is_a(CrossEntropy) else None
     if not trace.losses:
-        return Diagnosis(label, before, trace, None)
+        return Diagnosis(label, before, trace, None, inputs, chance)
     done = progress.step + len(trace.losses)
     after = snapshot(workload, mini_batches, done, eigenvalues=eigenvalues, iterations=iterations)
-    return Diagnosis(label, before, trace, after)
+    return Diagnosis(label, before, trace, after, inputs, chance)
 
 
 def snapshot(

@@ -45,6 +45,7 @@ def _first_lines(
 
     `again`: see `print_diagnosis`.
     """
+    cause = facts.cause
     for snapshot, judged in zip(diagnosis.snapshots, layer_verdicts, strict=True):
         found = remedies(judged, facts)
         if not found:
@@ -54,18 +55,27 @@ def _first_lines(
         named = {each: [name for name, verdict in layers if verdict.label == each] for each in found}
         which = [f"{each}: {_names(names)} ({len(names)} of {len(layers)} layers)" for each, names in named.items()]
         name, worst = next((name, verdict) for name, verdict in layers if verdict.label == label)
-        # Not another model, which may lack the keys that were typed.
-        changes = (each for each in found[label] if re.match(r"[\w.]+=", each) and key_of(each) != "model")
-        change = next(changes, None)
-        advice = f"try: {', '.join(found[label])}" if change is None or again is None else f"type: {again(change)}"
-        return [f"{'; '.join(which)}, {_when(diagnosis, snapshot)}", f"why: {name} is {label}: {worst.reason}", advice]
+        why = f"{name} is {label}: {worst.reason}" if cause is None else cause.reason
+        return [f"{'; '.join(which)}, {_when(diagnosis, snapshot)}", f"why: {why}", _advice(found[label], again)]
     count = len(diagnosis.before.layers)
+    are_healthy = f"all {count} layers, {' and '.join(_when(diagnosis, each) for each in diagnosis.snapshots)}"
+    if cause is not None:
+        before, after = diagnosis.before.loss, diagnosis.after.loss if diagnosis.after is not None else math.nan
+        course = f"starts at {before:.3g}" if after <= before else f"goes from {before:.3g} to {after:.3g}"
+        return [f"the loss {course}; healthy: {are_healthy}", f"why: {cause.reason}", _advice([cause.change], again)]
     return [
-        f"healthy: all {count} layers, {' and '.join(_when(diagnosis, each) for each in diagnosis.snapshots)}",
+        f"healthy: {are_healthy}",
         f"why: signals and gradients are {SMALL:g}x to {LARGE:g}x those of the first and the last layer with an "
         f"activation; at most {100 * max(DEAD, SATURATED):.0f} % of a layer is dead or saturated",
         "if it does not learn: type dlopt find-lr with the same keys, for the learning rate",
     ]
+
+
+def _advice(found: Sequence[str], again: Callable[[str], str] | None) -> str:
+    # Not another model, which may lack the keys that were typed.
+    changes = (each for each in found if re.match(r"[\w.]+=", each) and key_of(each) != "model")
+    change = next(changes, None)
+    return f"try: {', '.join(found)}" if change is None or again is None else f"type: {again(change)}"
 
 
 def _names(names: Sequence[str]) -> str:

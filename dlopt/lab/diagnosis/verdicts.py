@@ -35,8 +35,16 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """What broke the layers, with its values, and what to change: an override, or in words."""
+
+    reason: str
+    change: str
+
+
+@dataclass(frozen=True)
 class Facts:
-    """Context used to suppress redundant advice."""
+    """Context used to suppress redundant advice. `cause`: what to blame before the layers, if anything is wrong."""
 
     init: str  # the choice
     norm: str | None  # model.norm; None if the model has no such key
@@ -46,6 +54,7 @@ class Facts:
     is_gated: bool  # an LSTM
     clip: str
     gradient_norms: Sequence[float]  # observed, of all parameters together, before clipping
+    cause: Cause | None = None
 
 
 def verdicts(layers: Sequence[LayerStatistics], lags: Sequence[TimeLag] = ()) -> list[Verdict]:
@@ -147,6 +156,8 @@ def remedies(results: Sequence[Verdict], facts: Facts) -> dict[Label, list[str]]
     Clipping is the last recommendation, with a norm from the healthy updates: clipping bounds single large updates. A
     threshold from gradients that explode in every update would bound nothing.
     """
+    if facts.cause is not None:
+        return {verdict.label: [facts.cause.change] for verdict in results if verdict.label != "healthy"}
     init = recommended_init(facts.activation)
     if facts.init.rpartition("_")[0] == init.rpartition("_")[0] or facts.init in ("lsuv", "orthogonal"):
         initialization = ""

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from sklearn.datasets import load_digits
 
 from dlopt.lab.diagnosis import printing
 from tests.support.line import SMALL, dlopt, only, refused
@@ -94,6 +95,15 @@ def test_find_lr(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "lr" / "find_lr.json").read_text())
     assert f"valley: optimizer.lr={record['valley']:.2g}" in result.out
     assert {path.name for path in (tmp_path / "lr").iterdir()} == {"find_lr.png", "find_lr.svg", "find_lr.json"}
+    assert record["off_scale"] is None and "standardize" not in result.out
+
+
+def test_find_lr_names_inputs_that_are_off_scale(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "find-lr", *NET, "data.batch_size=20", "normalize=none", "updates=10", "output=lr")
+    mean, std = json.loads((tmp_path / "lr" / "find_lr.json").read_text())["off_scale"]
+    pixels = load_digits().images * 255 / 16  # the mean and the deviation of 20 images are within 15 % of those of all
+    assert mean == pytest.approx(pixels.mean(), rel=0.15) and std == pytest.approx(pixels.std(), rel=0.15)
+    assert f"inputs have mean {mean:.2g} and standard deviation {std:.2g}: first try normalize=standardize" in result.out
 
 
 def test_find_lr_help_mentions_auto(tmp_path: Path) -> None:

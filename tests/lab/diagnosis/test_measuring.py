@@ -120,6 +120,13 @@ def test_clipped_norms_are_measured_before_the_optimizer(tmp_path: Path) -> None
     assert len(trace.rates) == 3
 
 
+def test_clipped_norms_of_several_evaluations_belong_to_the_first(tmp_path: Path) -> None:
+    """As the norms before clipping: SAM's second gradient is of other weights."""
+    workload, training = prepare(run_config(*MLP, "optimizer=sam", "optimizer.rho=2"), tmp_path)
+    trace = trace_updates(workload, training, 3, with_curvature=False)
+    assert trace.clipped == pytest.approx(trace.norms, rel=1e-6)
+
+
 def test_plots_frozen_layers_at_their_depth(tmp_path: Path) -> None:
     result = _diagnosed(tmp_path, "optimizer.groups=[{match: 'layer1*', freeze: true}]", eigenvalues=0)
     depth = plots([result], "title")["depth"]
