@@ -59,7 +59,7 @@ from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
 from dlopt.lab.claimed_trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
 from dlopt.parallel.processes.rendezvous import refuse_ranks
-from dlopt.results.leaderboard import distinguishes
+from dlopt.results.leaderboard import distinguishes, is_number
 from dlopt.run import environment
 from dlopt.sweeps.estimate import Estimate, estimate_job
 
@@ -368,7 +368,7 @@ def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
     return {
         "command": "; ".join(manifest.commands),
         "date": date.today().isoformat(),
-        "core_hours": round(sum(summary.get("seconds") or 0.0 for summary in summaries) / 3600, 2),
+        "core_hours": round(sum(filter(is_number, (summary.get("seconds") for summary in summaries))) / 3600, 2),
         **{name: versions[name] for name in ("dlopt", "python", "torch")},
         **{name: machine[name] for name in ("processor", "cpu_count", "gpu") if machine[name]},
     }
@@ -394,10 +394,10 @@ def _on_folder(action: str, line: Line) -> int:
         if missing or not manifest.full:
             which = f"; missing: {', '.join(missing)}" if missing else ""
             raise UserError(f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true{which}")
-        trials = [*trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)]
-        waiting = sum(not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials)
-        if waiting:
-            message = f"{waiting} of {len(trials)} trials have not ended: the targets are preliminary"
+        trials = trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)
+        waiting = [not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials]
+        if any(waiting):
+            message = f"{sum(waiting)} of {len(waiting)} trials have not ended: the targets are preliminary"
             print(f"dlopt: warning: {message}", file=sys.stderr)
         none = "none, because most studies have no finite value in time"
         for name, target in targets(folder, manifest).items():

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from dlopt.basics.plain_values import load_yaml
 from dlopt.extend import UserError, show, suggest
@@ -36,7 +38,7 @@ class WorkloadSpec:
 
     experiment: str
     metric: str
-    target: float | None
+    target: Annotated[float, Interval(ge=-1e30, le=1e30)] | None
     overrides: list[str] = field(default_factory=list)
 
 

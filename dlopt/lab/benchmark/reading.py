@@ -1,22 +1,22 @@
 """Reads the folder of a benchmark: the manifest, which states what is compared, and the trials' run folders."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dlopt.basics.locks import locked
+from dlopt.basics.plain_values import parse_json
 from dlopt.extend import (
     Record,
     RunFolder,
     UserError,
     key_of,
     lower_is_better,
-    read_json,
     read_run,
     value_of,
     write_json,
@@ -24,13 +24,17 @@ from dlopt.extend import (
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
 from dlopt.lab.claimed_trials import has_ended
+from dlopt.lab.stored import MOST_RUNS, Name, Number, damaged, read_stored
+from dlopt.results.leaderboard import is_number
 from dlopt.results.reading import Damaged
 
 MANIFEST = "benchmark.json"
 COST = "cost.json"  # in the folder of an optimizer and a workload
 TEST = "test.json"  # in the folder of a trial
+_TRIAL = re.compile("(0|[1-9][0-9]{0,6})-(0|[1-9][0-9]{0,6})")  # the folder of a trial
 
 Curve = tuple[tuple[int, float], ...]
+_Tests = dict[str, Any] | None  # None: of an interrupted test
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class Manifest:
     """
 
     tier: str
-    studies: int
-    trials: int
-    workloads: Mapping[str, WorkloadSpec]
-    optimizers: Mapping[str, Mapping[str, str]]
+    studies: Number
+    trials: Number
+    workloads: Mapping[Name, WorkloadSpec]
+    optimizers: Mapping[Name, Mapping[str, str]]
     overrides: Sequence[str]
     full: bool
     commands: Sequence[str] = ()
@@ -80,14 +84,14 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """Reads the manifest; None if there is none. Raises `UserError` for a damaged one."""
     path = folder / MANIFEST
-    if not path.exists():
-        return None
-    content = read_json(path) or {}
-    try:
-        workloads = {name: WorkloadSpec(**spec) for name, spec in content["workloads"].items()}
-        return Manifest(**{**content, "workloads": workloads})
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is damaged; restore it, or remove it and repeat the command") from None
+    manifest: Manifest | None = read_stored(path, Manifest)
+    if manifest is not None:
+        cells = len(manifest.workloads) * len(manifest.optimizers)
+        if not cells or manifest.studies * manifest.trials * cells > MOST_RUNS:
+            raise damaged(path, f"must plan 1 to {MOST_RUNS:,} trials")
+        for spec in manifest.workloads.values():
+            lower_is_better(spec.metric)
+    return manifest
 
 
 def update_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -113,22 +117,29 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
             updates = updates or next(filter(None, (_full_length(run) for run in runs.values())), 0)
             records = [_record(run, trial, space, spec) for trial, run in runs.items()]
             best = best_trial(records, spec.metric)
-            cost = read_json(folder / optimizer / name / COST)
             tests = {
-                study: read_json(folder / Trial(name, optimizer, study, record.trial).subfolder / TEST)
+                study: read_stored(folder / Trial(name, optimizer, study, record.trial).subfolder / TEST, _Tests)
                 for study, record in best_trials(records, spec.metric).items()
             }
             cells[optimizer, name] = Cell(
                 tuple(records),
-                None if cost is None else UpdateCost(**cost),
+                read_stored(folder / optimizer / name / COST, UpdateCost),
                 () if best is None else _curve(runs[Trial(name, optimizer, best.study, best.trial)], spec.metric),
-                {study: test for study, test in tests.items() if test is not None},
+                {
+                    study: {k: v for k, v in test.items() if is_number(v)}
+                    for study, test in tests.items()
+                    if test is not None
+                },
             )
         workloads[name] = WorkloadTarget(spec.metric, math.nan if spec.target is None else spec.target, updates)
     spaces = {name: dict(space) for name, space in manifest.optimizers.items()}
     return Results(
         manifest.tier, manifest.studies, manifest.trials, workloads, cells, spaces, facts=facts, track=manifest.track
     )
+
+
+def _numbers(test: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in test.items() if is_number(value)}
 
 
 def targets(folder: Path, manifest: Manifest) -> dict[str, float]:
@@ -147,10 +158,11 @@ def targets(folder: Path, manifest: Manifest) -> dict[str, float]:
 
 def _ended(folder: Path, manifest: Manifest, workload: str, optimizer: str) -> Iterator[tuple[Trial, Record]]:
     """Yields the trials that have ended, study by study."""
-    for study, number in product(range(manifest.studies), range(manifest.trials)):
+    names = [_TRIAL.fullmatch(path.name) for path in (folder / optimizer / workload).glob("*-*")]
+    for study, number in sorted((int(name[1]), int(name[2])) for name in names if name):
         trial = Trial(workload, optimizer, study, number)
         path = folder / trial.subfolder
-        if not has_ended(RunFolder(path)):
+        if study >= manifest.studies or number >= manifest.trials or not has_ended(RunFolder(path)):
             continue
         run = read_run(path)
         if isinstance(run, Damaged):
@@ -165,10 +177,12 @@ def _curve(run: Record, metric: str) -> Curve:
 
 def _full_length(run: Record) -> int:
     """Returns the updates of a run without early end; 0 if it failed before its first validation."""
-    if (steps := run.config.get("steps")) is not None:
+    if is_number(steps := run.config.get("steps")):
         return int(steps)
-    first = run.history[0]["step"] if run.history else 0
-    return round(run.config.get("epochs", 0) / run.config.get("evaluate.every_epochs", 1) * first)
+    epochs, every = run.config.get("epochs"), run.config.get("evaluate.every_epochs", 1)
+    if not (run.history and is_number(epochs) and is_number(every) and every):
+        return 0
+    return round(min(epochs / every * run.history[0]["step"], 1e300))
 
 
 def _record(run: Record, trial: Trial, space: Mapping[str, str], spec: WorkloadSpec) -> TrialRecord:
@@ -189,7 +203,15 @@ def _record(run: Record, trial: Trial, space: Mapping[str, str], spec: WorkloadS
 def _values(run: Record, space: Mapping[str, str]) -> dict[str, Any]:
     """Returns the drawn values of a trial, from its overrides."""
     typed = {key_of(line): value_of(line) for line in run.overrides}
-    return {key: yaml.safe_load(typed[key]) for key, text in space.items() if key in typed and typed[key] != text}
+    return {key: _value(typed[key]) for key, text in space.items() if key in typed and typed[key] != text}
+
+
+def _value(text: str) -> Any:
+    """Returns a drawn value: a number, true, false, a list, or else a text."""
+    with suppress(ValueError):
+        value = parse_json(text)
+        return value if is_number(value) or isinstance(value, bool | list) else text
+    return text
 
 
 def best_trials(records: Sequence[TrialRecord], metric: str) -> dict[int, TrialRecord]:

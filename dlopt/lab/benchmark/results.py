@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dlopt.basics.plain_values import parse_json, read_regular
+from dlopt.basics.ranges import NonNegative, Positive
 from dlopt.extend import UserError, lower_is_better
 from dlopt.lab.benchmark.protocol import Track
 
@@ -76,10 +77,10 @@ class UpdateCost:
         state: memory of the optimizer's state relative to the parameters.
     """
 
-    time: float
-    low: float
-    high: float
-    state: float
+    time: Positive
+    low: Positive
+    high: Positive
+    state: NonNegative
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from dlopt.basics.formats import printable
 from dlopt.basics.locks import locked
 from dlopt.basics.plain_values import parse_json, read_regular
 from dlopt.extend import UserError, short_path, write_atomically
 from dlopt.lab.judge.proposal import Equal
+from dlopt.lab.stored import reason_of
 from dlopt.tracking.metrics import to_json
 
 LEDGER = "ledger.jsonl"
@@ -206,7 +207,7 @@ class Ledger:
                     assert rate is not None
                     _add(entries, _parsed(_ENTRY, line), rate)
             except ValueError as error:
-                raise _damage(path, f"line {number}: {_reason(error)}") from None
+                raise _damage(path, f"line {number}: {reason_of(error)}") from None
         if numbers and max(numbers) > len(entries):
             what = "is missing" if rate is None else "is incomplete"
             raise _damage(path, f"{what}: {short_path(self.folder / str(max(numbers)))} has the runs of a proposal")
@@ -219,13 +220,6 @@ _BASE, _ENTRY = TypeAdapter(_Base), TypeAdapter(Entry)
 def _damage(path: Path, reason: str) -> UserError:
     advice = "restore it, for it holds the error rate that all proposals share, or start another with output=DIR"
     return UserError(f"{short_path(path)}: {printable(reason)}; {advice}")
-
-
-def _reason(error: ValueError) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
-    return "is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)[:200]
 
 
 def _parsed(adapter: TypeAdapter[Any], line: str) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.plain_values import read_regular
 from dlopt.extend import write_atomically
+from dlopt.results.leaderboard import is_number
 from dlopt.tracking.metrics import AppendFile, parse_metrics, to_json
 
 if TYPE_CHECKING:  # the help of the command needs no torch
@@ -77,7 +78,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def read_curve(folder: Path, updates: int) -> list[float]:
     """Reads the points of a run of so many updates, to six digits; [] if one is missing or not finite."""
     lines, every = _lines(folder / _FILE), interval(updates)
-    known = [line["step"] for line in lines if line["sum"] is not None]
+    known = [line["step"] for line in lines if all(is_number(line.get(key)) for key in ("step", "updates", "sum"))]
     if known != [min(end, updates) for end in range(every, updates + every, every)]:
         return []
-    return [float(f"{line['sum'] / line['updates']:.6g}") for line in lines]
+    return [float(f"{line['sum'] / max(line['updates'], 1):.6g}") for line in lines]

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import MinLen
+from annotated_types import Interval, MinLen
 
 from dlopt.basics.plain_values import load_yaml
 from dlopt.extend import (
     Line,
+    Natural,
+    NonNegative,
     Positive,
     UserError,
     group_of,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = "ladder"  # in the laboratory and in a --config-dir
 _Text = Annotated[str, MinLen(1)]
+_Size = Annotated[int, Interval(ge=1, le=10**18)]
 _COPIES = 4  # of the parameters, in fp32: themselves, gradients, and two of an optimizer's state
 
 
@@ -80,8 +83,8 @@ class _FamilyFile:
 class Branch:
     """A shorter run of a rung, which continues its run. `shared`: updates until which the two are equal."""
 
-    updates: int
-    shared: int
+    updates: _Size
+    shared: Natural
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,13 @@ class Rung:
     """
 
     overrides: Sequence[str]
-    parameters: int
-    updates: int
-    samples: int
-    compute: float
-    epochs: float
-    warmup: int | None = None
-    branches: Sequence[Branch] = ()
+    parameters: _Size
+    updates: _Size
+    samples: _Size
+    compute: Positive
+    epochs: NonNegative
+    warmup: Natural | None = None
+    branches: tuple[Branch, ...] = ()
 
     @property
     def width(self) -> float | None:

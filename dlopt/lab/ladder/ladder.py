@@ -4,13 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from dlopt.basics.locks import locked
 from dlopt.config.overrides import parse_overrides, quoted_plain, single_values
-from dlopt.extend import RunFolder, UserError, key_of, read_json, write_json
+from dlopt.extend import NonNegative, Positive, RunFolder, UserError, key_of, write_json
 from dlopt.lab.claimed_trials import UNRECORDED, has_ended
-from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, DecaySearch, decay_search, missing_decays
+from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, Arm, DecaySearch, decay_search, missing_decays
 from dlopt.lab.ladder.curve import interval, read_curve
 from dlopt.lab.ladder.family import Branch, Rules, Rung
 from dlopt.lab.ladder.rates import (
@@ -26,6 +28,8 @@ from dlopt.lab.ladder.rates import (
     optimum,
     rate,
 )
+from dlopt.lab.stored import MOST_RUNS, Name, read_stored
+from dlopt.results.leaderboard import is_number
 from dlopt.tracking.metrics import read_metrics
 
 MANIFEST = "ladder.json"
@@ -49,11 +53,11 @@ class Contestant:
         arm: how its weight decay follows the width (`arms.py`); None if it keeps its default.
     """
 
-    rates: Mapping[str, float]
-    lr: float | None
+    rates: Mapping[str, Positive]
+    lr: Positive | None
     overrides: Sequence[str]
-    choice: str | None = None
-    arm: str | None = None
+    choice: Name | None = None
+    arm: Arm | None = None
 
     def lines(self, lr: float) -> list[str]:
         """Returns the overrides of all rates for a learning rate."""
@@ -126,14 +130,29 @@ class Ladder:
     metric: str
     unit: str
     rules: Rules
-    tokens_per_parameter: float
-    rungs: Mapping[str, Rung]
+    tokens_per_parameter: Positive
+    rungs: Mapping[Name, Rung]
     searched: Sequence[str]
-    seeds: int
-    optimizers: Mapping[str, Contestant]
+    seeds: Annotated[int, Interval(ge=1, le=1000)]
+    optimizers: Mapping[Name, Contestant]
     overrides: Sequence[str]
     commands: Sequence[str] = ()
-    shorter: Sequence[float] = ()
+    shorter: tuple[Positive, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for parts that contradict each other."""
+        lr_free = [each for each in self.optimizers.values() if each.lr is None]
+        if (
+            not (self.rungs and self.optimizers)
+            or self.seeds * len(self.rungs) * len(self.optimizers) * len(self.lengths) > MOST_RUNS
+        ):
+            raise ValueError(f"must plan 1 to {MOST_RUNS:,} runs")
+        if not {*self.searched} <= {*self.rungs} or (lr_free and not self.searched):
+            raise ValueError("searched: must name rungs")
+        if any("optimizer.lr" not in each.rates for each in lr_free):
+            raise ValueError("optimizers: a rate is missing")
+        if any(len(rung.branches) != len(self.shorter) for rung in self.rungs.values()):
+            raise ValueError("branches: each length needs one")
 
     @property
     def lengths(self) -> list[float]:
@@ -273,29 +292,10 @@ def read_ladder(folder: Path) -> Ladder | None:
 
     Raises `UserError` for a damaged one.
     """
-    path = folder / MANIFEST
-    if path.exists():
-        content: dict[str, Any] = read_json(path, _MAX_BYTES) or {}
-    elif (found := _results(folder).get("ladder")) is not None:
-        path, content = folder / RESULTS, found
-    else:
-        return None
-    try:
-        return Ladder(
-            **{
-                **content,
-                "rules": Rules(**content["rules"]),
-                "rungs": {name: _rung(each) for name, each in content["rungs"].items()},
-                "optimizers": {name: Contestant(**each) for name, each in content["optimizers"].items()},
-                "shorter": tuple(content.get("shorter", ())),
-            }
-        )
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is damaged; restore it, or remove it and repeat the command") from None
-
-
-def _rung(content: Mapping[str, Any]) -> Rung:
-    return Rung(**{**content, "branches": tuple(Branch(**each) for each in content.get("branches", []))})
+    found: Ladder | None = read_stored(folder / MANIFEST, Ladder)
+    if found is None and (results := _results(folder)) is not None:
+        found = results.ladder
+    return found
 
 
 def update_ladder(folder: Path, ladder: Ladder) -> Ladder:
@@ -307,45 +307,52 @@ def update_ladder(folder: Path, ladder: Ladder) -> Ladder:
     return merged
 
 
-def _results(folder: Path) -> dict[str, Any]:
-    """Reads results.json; {} if the folder has none. Raises `UserError` if it is damaged."""
+@dataclass(frozen=True)
+class _SavedRun:
+    """A run of results.json. `loss`: None for infinity."""
+
+    optimizer: str
+    rung: str
+    seed: int
+    index: int | None
+    decay: int | None
+    loss: Positive | None
+    seconds: NonNegative
+    failure: str
+    curve: tuple[float, ...]
+    length: float | None = None
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What is read of results.json."""
+
+    ladder: Ladder
+    runs: Sequence[_SavedRun]
+    search_runs: Sequence[_SavedRun]
+
+
+def _results(folder: Path) -> _Saved | None:
+    """Reads results.json; None if the folder has none. Raises `UserError` if it is damaged."""
     path = folder / RESULTS
-    if not path.exists():
-        return {}
-    content = read_json(path, _MAX_BYTES)
-    if not isinstance(content, dict):
-        raise _damaged(path)
-    if content.get("format") != FORMAT:
+    version = read_stored(path, dict[str, Any], _MAX_BYTES)
+    if version is not None and version.get("format") != FORMAT:
         raise UserError(
             f"{path}: is from another version of dlopt (without loss curves); remove it: the folders of the runs have "
             "their results"
         )
-    return content
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: is damaged; remove it: the folders of the runs have their results")
+    return read_stored(path, _Saved, _MAX_BYTES)
 
 
 def recorded(folder: Path) -> dict[Trial, Outcome]:
     """Reads the trials of results.json. Raises `UserError` for a damaged one."""
-    content = _results(folder)
-    if not content:
-        return {}
-    try:
-        return {
-            Trial(
-                each["optimizer"], each["rung"], each["seed"], each["index"], each["decay"], each.get("length")
-            ): Outcome(
-                math.inf if each["loss"] is None else each["loss"],
-                each["seconds"],
-                each["failure"],
-                tuple(each["curve"]),
-            )
-            for each in [*content["runs"], *content["search_runs"]]
-        }
-    except (KeyError, TypeError):
-        raise _damaged(folder / RESULTS) from None
+    found = _results(folder)
+    return {
+        Trial(each.optimizer, each.rung, each.seed, each.index, each.decay, each.length): Outcome(
+            math.inf if each.loss is None else each.loss, each.seconds, each.failure, each.curve
+        )
+        for each in (() if found is None else [*found.runs, *found.search_runs])
+    }
 
 
 # -- the trials
@@ -404,12 +411,13 @@ class LadderRequest:
     def _read(self, trial: Trial, folder: RunFolder) -> Outcome:
         summary, lines = folder.summary() or {}, read_metrics(folder.path)
         value = lines[-1].get(self.ladder.metric) if lines else None
-        is_good = summary["status"] != "failed" and isinstance(value, int | float)
-        loss = float(value) if is_good and math.isfinite(float(value)) else math.inf  # type: ignore[arg-type]
-        reason = "" if math.isfinite(loss) else " ".join(str(summary.get("reason") or "diverged").split())
+        is_good = summary["status"] != "failed" and is_number(value) and value > 0
+        loss, seconds = float(value) if is_good and value else math.inf, summary.get("seconds")
+        default = f"{self.ladder.metric}={value} is not above 0" if is_number(value) and value <= 0 else "diverged"
+        reason = "" if is_good else " ".join(str(summary.get("reason") or default).split())
         has_curve = trial.index is None and trial.length is None and not reason
         curve = read_curve(folder.path, self.ladder.rungs[trial.rung].updates) if has_curve else []
-        return Outcome(loss, float(summary.get("seconds") or 0.0), reason, tuple(curve))
+        return Outcome(loss, float(seconds) if is_number(seconds) else 0.0, reason, tuple(curve))
 
     def known(self) -> dict[Trial, Outcome]:
         """Returns the results of all trials that have been read."""

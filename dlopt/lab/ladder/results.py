@@ -178,7 +178,7 @@ def measured(ladder: Ladder, outcomes: Mapping[Trial, Outcome], length: float | 
 
 def _by_arm(ladder: Ladder, whole: RungLosses) -> dict[str, Analysis]:
     """Compares the optimizers of each arm."""
-    found = {}
+    found: dict[str, Analysis] = {}
     for arm in dict.fromkeys(each.arm for each in ladder.optimizers.values()):
         losses = {name: each for name, each in whole.losses.items() if ladder.optimizers[name].arm == arm}
         if arm is None or len(losses) < 2:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from dlopt.basics.errors import UserError
 from dlopt.lab.benchmark.costs import state_memory
 from dlopt.lab.benchmark.protocol import BASELINES, WorkloadSpec, target_of
 from dlopt.lab.benchmark.reading import Manifest, collect, read_manifest, targets, update_manifest
+from dlopt.lab.benchmark.results import to_json
 
 LOSS = WorkloadSpec(experiment="e", metric="val_loss", target=0.5)
 ACCURACY = WorkloadSpec(experiment="e", metric="val_accuracy", target=0.5)
@@ -89,6 +91,68 @@ def test_manifests_of_one_folder_are_merged_or_refused(tmp_path: Path) -> None:
         (tmp_path / "benchmark.json").write_text(damaged)
         with pytest.raises(UserError, match=r"benchmark\.json: is damaged"):
             update_manifest(tmp_path, manifest())
+
+
+LEVELS = [f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 9)]
+BOMB = f"{{a0: &a0 [1,1], {', '.join(LEVELS)}}}"
+FILES: dict[str, list[tuple[str, Any]]] = {
+    "benchmark.json": [
+        *((key, value) for key in ("studies", "trials") for value in ("x", 10**9, 10**18, 0, True, 1.5, None)),
+        ("metric", 5), ("target", "q"), ("target", 1e300), ("optimizers", {"sgd": 5}), ("optimizers", {}),
+        ("optimizers", {"../../x": {}}), ("optimizers", {"a\0": {}}), ("commands", 5), ("commands", [5]), ("full", "x"),
+        ("track", "x"), ("workloads", []), ("workloads", {f"w{i}": asdict(LOSS) for i in range(3000)}),
+    ],
+    "sgd/w/cost.json": [("time", "x"), ("time", 0), ("low", None), ("state", [1])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [(name, *each) for name, several in FILES.items() for each in several]
+)
+def test_files_of_strangers_are_refused_in_one_line(name: str, key: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path / "sgd/w/0-0", [0.9, 0.4])
+    contents: dict[str, dict[str, Any]] = {
+        "benchmark.json": asdict(manifest(trials=1000)),
+        "sgd/w/cost.json": {"time": 1.0, "low": 1.0, "high": 1.0, "state": 0.0},
+    }
+    of_workload = contents["benchmark.json"]["workloads"]["w"]
+    (of_workload if key in of_workload else contents[name])[key] = value
+    for path, content in contents.items():
+        (tmp_path / path).write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        found = read_manifest(tmp_path)
+        assert found is not None and name != "benchmark.json"
+        collect(tmp_path, found, {})
+    assert f"{name}: is damaged: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "value", "updates"),
+    [
+        ({"overrides.yaml": f'["optimizer.lr={BOMB}"]'}, BOMB, 40),
+        ({"overrides.yaml": "['optimizer.lr={[1]: 2}']"}, "{[1]: 2}", 40),
+        ({"overrides.yaml": "['optimizer.lr=!!python/object/apply:os.system [id]']"}, None, 40),
+        ({"overrides.yaml": "[optimizer.lr=1e-05]"}, 1e-05, 40),
+        ({"overrides.yaml": f"[optimizer.lr={'9' * 99}]"}, 10**99 - 1, 40),
+        ({"config.yaml": "epochs: x"}, 0.1, 0),
+        ({"config.yaml": "steps: x"}, 0.1, 0),
+        ({"config.yaml": "steps: 77"}, 0.1, 77),
+        ({"config.yaml": "epochs: 4\nevaluate: {every_epochs: 0}"}, 0.1, 0),
+        ({"summary.json": '{"status": "finished", "seconds": "x"}'}, 0.1, 40),
+        ({"test.json": '{"test_loss": "x", "test_accuracy": 0.5, "a": {"b": [1]}}'}, 0.1, 40),
+    ],
+)
+def test_trials_of_strangers(files: dict[str, str], value: Any, updates: int, tmp_path: Path) -> None:
+    write(tmp_path / "sgd/w/0-0", [0.9, 0.4])
+    for name, text in files.items():
+        (tmp_path / "sgd/w/0-0" / name).write_text(text)
+    for name in ("00-1", "0-\u0661", "9-0", "0-99", "x-y"):  # no trials of the manifest
+        (tmp_path / "sgd/w" / name).mkdir()
+    results = collect(tmp_path, manifest(), {})
+    [record] = results.cell("sgd", "w").records
+    assert len(to_json(results)) < 10_000 and results.workloads["w"].updates == updates
+    assert value is None or record.values == {"optimizer.lr": value}
+    assert results.cell("sgd", "w").tests == ({0: {"test_accuracy": 0.5}} if "test.json" in files else {})
 
 
 @pytest.mark.parametrize(("optimizer", "expected"), [("SGD", 1.0), ("Adam", 2.0)])

@@ -1,8 +1,10 @@
 """The trials of a ladder."""
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from dlopt.basics.errors import UserError
 from dlopt.lab.ladder.family import Branch
 from dlopt.lab.ladder.ladder import LadderRequest, Outcome, Search, Trial, read_ladder, save_every, update_ladder
 from dlopt.lab.ladder.rates import Optimum, RateFit
+from dlopt.lab.ladder.results import to_json
 from tests.support.ladders import results, simulate, with_arms
 
 
@@ -136,3 +139,54 @@ def test_branches_begin_with_a_checkpoint_of_the_longest_run(tmp_path: Path) -> 
     request._known[short] = Outcome(1.0, 1.0)
     request.remove_unneeded()
     assert {each.name for each in kept.iterdir()} == {"step-400.pt", "step-600.pt"}
+
+
+CHANGES: list[tuple[str, list[str], Any]] = [
+    *(("ladder.json", ["seeds"], value) for value in ("x", 10**4, 10**9, 10**18, 0, True, 1.5)),
+    *(("ladder.json", ["rungs", "r0", "updates"], value) for value in ("x", 0, -1, 10**99, None)),
+    ("ladder.json", ["searched"], 5), ("ladder.json", ["searched"], ["zz"]), ("ladder.json", ["shorter"], ["x"]),
+    ("ladder.json", ["shorter"], [5.0]), ("ladder.json", ["rungs", "r0", "parameters"], "x"),
+    ("ladder.json", ["rungs", "r0", "compute"], 0), ("ladder.json", ["rungs"], {}),
+    ("ladder.json", ["optimizers", "mine", "rates"], "x"), ("ladder.json", ["optimizers", "mine", "lr"], None),
+    ("ladder.json", ["optimizers", "mine", "arm"], "x"), ("ladder.json", ["optimizers"], {"../x": {}}),
+    ("results.json", ["runs"], 5), ("results.json", ["runs"], [5]), ("results.json", ["ladder"], 5),
+    *(("results.json", ["runs", "0", key], "x") for key in ("loss", "seconds", "curve", "seed")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "keys", "value"), CHANGES)
+def test_files_of_strangers_are_refused_in_one_line(name: str, keys: list[str], value: Any, tmp_path: Path) -> None:
+    made = results(1.5, rungs=3)
+    contents = {"ladder.json": asdict(made.ladder), "results.json": json.loads(to_json(made))}
+    node: Any = contents[name]
+    for key in keys[:-1]:
+        node = node[int(key) if isinstance(node, list) else key]
+    node[keys[-1]] = value
+    for each, content in contents.items():
+        (tmp_path / each).write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        found = read_ladder(tmp_path)
+        assert found is not None and name != "ladder.json" and found.rungs == made.ladder.rungs
+        LadderRequest(tmp_path, found)
+    assert f"{name}: is damaged: " in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "summary", "expected"),
+    [
+        (2.5, {"status": "finished", "seconds": "x"}, (2.5, 0.0, "")),
+        (-1.0, {"status": "finished", "seconds": 3.0}, (math.inf, 3.0, "val_loss=-1.0 is not above 0")),
+        ("x", {"status": "finished", "seconds": [1]}, (math.inf, 0.0, "diverged")),
+        (2.5, {"status": "failed", "reason": {"a": 1}}, (math.inf, 0.0, "{'a': 1}")),
+    ],
+)
+def test_runs_of_strangers(value: Any, summary: Any, expected: Any, tmp_path: Path) -> None:
+    ladder, trial = results(1.5, rungs=2).ladder, Trial("adamw", "r0", 0)
+    folder = tmp_path / trial.subfolder
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "step": 100, "val_loss": value}))
+    lines = [{"step": 2 * (i + 1), "updates": 2, "sum": 1.0} for i in range(49)]
+    (folder / "curve.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"step": 100, "updates": "x", "sum": 1.0}])))
+    found = LadderRequest(tmp_path, ladder).outcome(trial)
+    assert found is not None and (found.loss, found.seconds, found.failure) == expected and found.curve == ()
