@@ -87,6 +87,8 @@ def test_rejects_weights_of_another_model(tmp_path: Path) -> None:
         (["model.norm=batch", "data.batch_size=8"], False),
         (["model.norm=batch", "data.batch_size=16", "accumulate=4"], True),
         (["model.norm=layer", "data.batch_size=4"], False),
+        (["model.norm=batch", "data.batch_size=256", "sampler.epoch_size=4"], True),
+        (["model.norm=batch", "data.batch_size=full", "sampler.epoch_size=12"], False),
     ],
 )
 def test_warns_about_small_norm_batches(overrides: list[str], warned: bool) -> None:

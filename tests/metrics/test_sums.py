@@ -149,3 +149,19 @@ def test_low_precision_losses_add_up_in_float64(dtype: Any) -> None:
     for _ in range(3000):
         sums.add(sums.keep(value, torch.zeros(1, 1), torch.zeros(1)))
     assert sums.means("train")["train_loss"] == 1.0078125
+
+
+def test_parts_of_an_interval_that_begins_in_the_epoch_before() -> None:
+    """Means of the parts (a, b) over 4 + 4 samples, of which the first 4 were reported, and 4 of the next epoch."""
+    sums = MetricSum(REGRESSION)
+
+    def add(a: float, b: float) -> None:
+        sums.add(sums.keep_parts(torch.tensor(a + b), {"a": torch.tensor(a), "b": torch.tensor(b)}, 4))
+
+    add(1.0, 2.0)
+    sums.since_last()
+    add(3.0, 5.0)
+    assert sums.means("train") == {"train_loss": 5.5, "train_a": 2.0, "train_b": 3.5}
+    sums.start_epoch()
+    add(5.0, 2.0)
+    assert sums.since_last() == {"loss": 7.5, "a": 4.0, "b": 3.5}

@@ -1,10 +1,12 @@
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dlopt.data.batches import STAND_IN, Batch
 from dlopt.parallel.batch_shards import (
     BatchSplit,
     ShardedAugment,
@@ -64,6 +66,23 @@ def test_micro_batch_shards_match_local_slices(total: int, ranks: int, accumulat
             assert shard.total == stop - start
             assert (shard.local.start + start, shard.local.stop + start) == (local.start, local.stop)
             assert shard.samples == local.stop - local.start
+
+
+@given(total=totals, ranks=ranks, accumulate=st.integers(1, 5))
+def test_positions_are_those_of_the_global_batch(total: int, ranks: int, accumulate: int) -> None:
+    """Every sample is at its place, on one rank; a rank without samples of a micro-batch has one with weight 0."""
+    found: dict[int, int] = {}
+    for rank in range(ranks):
+        split = BatchSplit(accumulate, rank, ranks)
+        samples = torch.arange(total) if split.shard is None else torch.arange(total)[split.shard(total)]
+        weight = 1.0 if split.shard is None or split.shard(total) is not STAND_IN else 0.0
+        parts = split.micro_batches(Batch(samples, samples, total, weight=weight), accumulate)
+        assert sum(part.weight for part in parts) == pytest.approx(len(samples) * weight / total)
+        for part in parts:
+            assert len(part.inputs) == part.positions.stop - part.positions.start >= 1
+            if part.weight:
+                found |= dict(zip(part.inputs.tolist(), range(total)[part.positions], strict=True))
+    assert found == {number: number for number in range(total)}
 
 
 def noisy(inputs: Tensor, targets: Tensor, **position: Any) -> tuple[Tensor, Tensor]:

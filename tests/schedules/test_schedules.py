@@ -73,6 +73,46 @@ def test_numbers_of_numpy_become_those_of_python() -> None:
     assert type(group["lr"]) is type(group["momentum"]) is type(scheduler.rate) is float
 
 
+class OwnMomentum:
+    """A schedule of the user without a key cycle_momentum."""
+
+    def __call__(self, t: float) -> Any:
+        return 1.0
+
+    def momentum(self, t: float) -> Any:
+        return 0.5 + t / 10
+
+
+@pytest.mark.parametrize("kind", [partial(torch.optim.SGD, momentum=0.0), torch.optim.AdamW])
+def test_the_momentum_of_a_schedule_of_ones_own_is_set(kind: Any) -> None:
+    optimizer = kind([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = Scheduler(optimizer, WarmedUp(OwnMomentum(), 2, 0.0, "linear"))
+    for t in range(4):
+        group = optimizer.param_groups[0]
+        assert (group["betas"][0] if "betas" in group else group["momentum"]) == 0.5 + t / 10 == scheduler.momentum(t)
+        scheduler.step()
+
+
+def test_the_momentum_of_a_schedule_of_ones_own_needs_an_optimizer_that_has_one() -> None:
+    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(UserError, match=r"^schedule\.cycle_momentum=true: Adagrad has neither momentum nor betas"):
+        Scheduler(optimizer, OwnMomentum())
+    off = OwnMomentum()
+    off.cycle_momentum = False  # type: ignore[attr-defined]
+    assert Scheduler(optimizer, off).momentum(0) is None
+
+
+class WrongMomentum(OwnMomentum):
+    def momentum(self) -> float:  # type: ignore[override]
+        return 0.9
+
+
+@pytest.mark.parametrize("own", [lambda t, u: 1.0, lambda: 1.0, lambda t: "x", lambda t: None, WrongMomentum(), None])
+def test_refuses_a_schedule_that_is_no_function_of_the_update(own: Any) -> None:
+    with pytest.raises(UserError, match=r"^schedule: returns \w+; must return a function from the update t, its only"):
+        schedules.build(lambda horizon: own, NO_WARMUP, steps=1, steps_per_epoch=1)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_yaml_and_signature_name_the_same_keys(name: str) -> None:
     keys = set(values(name)) - {"_target_"} - set(Warmup.__dataclass_fields__)

@@ -32,6 +32,16 @@ class Noisy(UserTask):
         return {"spread": outputs.std(), "accuracy": float(len(draws) == len(outputs))}
 
 
+class Direction(Noisy):
+    """Depends on the directions of image and output: their norms are divided by."""
+
+    def loss(self, model, batch, draws):
+        images, labels = batch
+        units = images / images.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        outputs = model(units)
+        return (outputs / outputs.norm(dim=1, keepdim=True) - labels.to(outputs).unsqueeze(1)).square().mean()
+
+
 class Coupled(Noisy):
     couples_batch = True
 

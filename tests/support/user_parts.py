@@ -106,6 +106,13 @@ class ViewNet(nn.Module):
         return maps.view(maps.size(0), -1)
 
 
+class UnitNet(ViewNet):
+    """Divides by the norm of the image: of one without any light, NaN."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images / images.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+
+
 class FlattenNet(ViewNet):
     """Reads maps in both memory formats, and empty batches."""
 

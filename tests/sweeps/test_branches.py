@@ -1,20 +1,27 @@
 """Tests of `from=RUN at=LENGTHS`: each branch equals the straight run of its length, bit for bit."""
 
+import json
 import math
 import re
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import with_folder
+from dlopt.schedules import Horizon
 from dlopt.sweeps import sweep as sweeps
 from dlopt.sweeps.branches import begin, branched
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.matching import distance_of_jobs
-from dlopt.training.checkpoint.checkpoints import load_of_run
+from dlopt.training.checkpoint.checkpoints import Checkpoints, load_of_run
 from dlopt.training.progress import TrainingRun
 from tests.support.line import dlopt, refused
 from tests.support.runs import metrics, result, run_job, same, timeless
@@ -73,6 +80,18 @@ def test_each_branch_equals_the_straight_run(more: list[str], tmp_path: Path) ->
         assert start == min(first, updates - 1, updates - updates // 4 if "ema=tail" in more else updates)
 
 
+def test_a_run_that_is_shorter_than_an_epoch(tmp_path: Path) -> None:
+    """Of 18 updates an epoch, 14: the length of an epoch does not follow from them."""
+    parts = [*WSD, "data.batch_size=5"]
+    stem = train(tmp_path / "stem", *parts, "steps=14")
+    [job] = jobs_of(tmp_path / "sweep", f"from={stem}", "at=10")
+    run(job)
+    straight = train(tmp_path / "straight", *parts, "steps=10")
+    assert timeless(job.folder.path) == timeless(straight)
+    assert same(result(job.folder.path), result(straight))
+    assert (job.folder.summary() or {})["resumed_from"] == [9]  # floor(10 - 0.25 (10 - 4)) + 1
+
+
 @pytest.mark.parametrize(
     ("schedule", "cooldown", "starts"),
     [
@@ -105,6 +124,105 @@ def test_lengths_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.Capture
     assert "branches: 4 updates instead of 56" in capsys.readouterr().out
     resumed = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)", "resume=auto")
     assert distance_of_jobs(RunFolder(tmp_path / "sweep"), resumed) == 0
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_killed_while_branches_are_prepared(after: int, tmp_path: Path) -> None:
+    """resume=auto gives those without a checkpoint theirs; one that is added later begins like the first ones."""
+    stem = train(tmp_path / "stem", *WSD, "epochs=5")
+    calls, adopt = iter(range(9)), Checkpoints.adopt
+
+    def killed(*arguments: Any, **keys: Any) -> None:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        adopt(*arguments, **keys)
+
+    words = [f"from={stem}", "at=2,4"]
+    with mock.patch.object(Checkpoints, "adopt", killed), pytest.raises(KeyboardInterrupt):
+        jobs_of(tmp_path / "sweep", *words)
+    assert [metrics(tmp_path / "sweep/0")[0]["epoch"]] == [1]
+    jobs = jobs_of(tmp_path / "sweep", *words, "resume=auto")
+    run(jobs[1])
+    jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=2,4,5", "resume=auto")
+    steps = [result(job.folder.path)["progress"]["step"] for job in jobs]
+    assert steps == [7, 16, 20]  # the second one has ended, and stays as it is
+    assert (jobs[1].folder.summary() or {})["resumed_from"] == [14]  # floor(16 - 0.25 (16 - 4)) + 1
+
+
+def _lines(*changed: tuple[str, Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        lines = metrics(folder)
+        for key, value in changed:
+            lines[0][key] = value
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    return damage
+
+
+def _forge(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text('{"epoch": 5.0, "step": 20}\n')
+    path = folder / "checkpoints/last.pt"
+    state = torch.load(path, weights_only=True)
+    state["progress"] |= {"step": 10**11, "horizon": 10**11, "steps_per_epoch": 10**10}
+    Checkpoints(folder / "checkpoints")._write(path, state)
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "epoch 0": (_lines(("epoch", 0)), "metrics.jsonl is damaged: epoch 0, step 4"),
+    "no number": (_lines(("step", "x")), "metrics.jsonl is damaged: epoch 1, step x"),
+    "list": (_lines(("step", [1])), r"metrics.jsonl is damaged: epoch 1, step \[1\]"),
+    "no step": (lambda folder: (folder / "metrics.jsonl").write_text('{"epoch": 1}\n'), "damaged: epoch 1, step None"),
+    "cut off": (
+        lambda folder: (folder / "metrics.jsonl").write_text("{"),
+        "damaged: it ends after epoch 0",
+    ),
+    "forged": (_forge, "at=2: 20,000,000,000 updates; a branch has at most 4,000,000"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_refuses_a_damaged_run(name: str, stems: Path, tmp_path: Path) -> None:
+    change, message = DAMAGED[name]
+    shutil.copytree(stems / "stem", tmp_path / "stem")
+    change(tmp_path / "stem")
+    assert re.search(message, refused(tmp_path, "train", "-m", "from=stem", "at=2"))
+
+
+def test_refuses_a_batch_that_grows(tmp_path: Path) -> None:
+    """Its checkpoints count updates, its schedule batches."""
+    train(tmp_path / "stem", *WSD, "epochs=4", "accumulate={micro_batches:[1,2],epochs:[2]}")
+    message = refused(tmp_path, "train", "-m", "from=stem", "at=3")
+    assert "from=stem: its batch grows: accumulate={micro_batches: [1, 2], epochs: [2.0]}; branches need a" in message
+
+
+def test_refuses_a_run_that_was_lengthened_within_an_epoch(tmp_path: Path) -> None:
+    """Update 7 is the first of epoch 3, and the third of epoch 2 in a straight run."""
+    stem = train(tmp_path / "stem", *WSD, "steps=6", "schedule_epochs=5")
+    train(stem, *WSD, "steps=16", "schedule_epochs=5", "resume=auto")
+    message = refused(tmp_path, "train", "-m", "from=stem", "at=12")
+    assert "from=stem: ended within epoch 2, after update 6, and was lengthened" in message
+
+
+class RisingMomentum:
+    """A schedule whose rate does not depend on the length of the run, but whose momentum does."""
+
+    def __init__(self, *, horizon: Horizon) -> None:
+        self.steps = horizon.steps
+
+    def __call__(self, t: float) -> float:
+        return 1.0
+
+    def momentum(self, t: float) -> float:
+        return 0.5 + 0.4 * t / self.steps
+
+
+def test_refuses_a_momentum_that_depends_on_the_length(tmp_path: Path) -> None:
+    own = [f"schedule._target_={__name__}.RisingMomentum", f"allow_packages=[{__name__.partition('.')[0]}]"]
+    train(tmp_path / "stem", *own, "epochs=2")
+    lines = metrics(tmp_path / "stem")
+    assert [line["momentum"] for line in lines] == pytest.approx([0.5 + 0.4 * 3 / 8, 0.5 + 0.4 * 7 / 8])
+    message = refused(tmp_path, "train", "-m", "from=stem", "at=1", own[1])
+    assert "depends on the length of the run from update 1 on" in message
 
 
 BAD = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,17 @@ import pytest
 import torch
 
 from dlopt.basics.errors import RunError, UserError
+from dlopt.config.schema import Component
+from dlopt.parallel.batch_shards import BatchSplit
 from dlopt.tasks.draws import Draws
+from dlopt.training.batch_norm import check_norm_batches
+from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from tests.support.equality import compare
 from tests.support.line import dlopt, refused
 from tests.support.runs import assert_same_run, at_update, metrics, resume, run_config, start, terminate, timeless
+from tests.support.user_parts import UnitNet
 
 PACKAGE = "tests.support.own_tasks"
 MODEL = ["model=mlp", "model.widths=[8]", "model.norm=none", "optimizer=adamw", "data.subset=60", "data.batch_size=16"]
@@ -45,6 +51,56 @@ def test_losses_do_not_depend_on_the_micro_batches(tmp_path: Path, changed: list
         assert one.keys() == other.keys() and {"train_fit", "train_shift", "val_spread"} <= one.keys()
         for key in one:
             assert other[key] == pytest.approx(one[key], rel=1e-9), key
+
+
+def test_the_validation_loss_does_not_depend_on_the_size_of_its_batches(tmp_path: Path) -> None:
+    """A sample has the draws of its place in the whole set: of 30 samples in batches of 16, or in one."""
+    losses = []
+    for size in (16, 40):
+        lines = [*task(), *FP64, "data.val_split=0.5", "optimizer.lr=1e-12", "epochs=1", f"data.batch_size={size}"]
+        start(tmp_path / str(size), *lines)
+        losses.append(metrics(tmp_path / str(size))[0]["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def _gradients(trainer: Any, split: BatchSplit) -> list[torch.Tensor]:
+    """Returns the gradients of the batches of an epoch on one rank, summed as an all-reduce does."""
+    trainer.mode.split = split
+    trainer.batches._shard = split.shard
+    sums = [torch.zeros_like(p) for p in trainer.step.parameters]
+    for number, batch in enumerate(trainer.batches.epoch(0)):
+        trainer.step.zero_grad()
+        trainer.step.begin(batch, number, log_norm=False)
+        _, kept = trainer.step.forward_backward(batch)
+        assert all(bool(each.loss.isfinite()) for each in kept)
+        for total, p in zip(sums, trainer.step.parameters, strict=True):
+            total += p.grad
+    return sums
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", ["Direction", None])
+def test_a_rank_without_samples_adds_nothing(name: str | None, accumulate: int) -> None:
+    """Of 50 samples in batches of 16, the last 2 leave three of four ranks none: not NaN, but a gradient of zero.
+
+    Also of a model that divides by the norm of its input, and reads no empty batch.
+    """
+    lines = [*MODEL, *FP64, "tracking=[]", f"accumulate={accumulate}"]
+    config = run_config(*task(name), *lines) if name else run_config(*lines)
+    config = config if name else replace(config, model=Component("model", UnitNet, {}))
+    trainer: Any = probe_trainer(build_workload(config), Path())
+    alone = _gradients(trainer, BatchSplit(accumulate))
+    ranks = [_gradients(trainer, BatchSplit(accumulate, rank, 4)) for rank in range(4)]
+    for expected, *parts in zip(alone, *ranks, strict=True):
+        torch.testing.assert_close(torch.stack(parts).sum(0), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_batch_norm_does_not_count_the_sample_that_stands_in() -> None:
+    workload = build_workload(run_config(*task("Direction"), "model.norm=batch"))
+    workload.parallel.split = BatchSplit(1, 0, 4)
+    message = r"^data.batch_size=16: .*batch norm fails on an empty shard; use larger batches, data.drop_last=true, or"
+    with pytest.raises(UserError, match=message):
+        check_norm_batches(workload, training_batches(workload))
 
 
 @pytest.mark.slow

@@ -184,6 +184,12 @@ def test_header_reports_what_is_missing_or_overruled() -> None:
     assert len(terminal_text.header_rows({"epochs": 2, "steps": 3}, {}, {**facts, "overrides": []})["run"]) == 1
 
 
+def test_header_shows_the_batch_as_it_is_drawn() -> None:
+    for size, drawn, shown in ((256, 20, "batch_size 20"), (64, 64, "batch_size 64"), ("full", 90, "batch_size full")):
+        rows = terminal_text.header_rows({"data": {"batch_size": size}}, {}, {"batch_size": drawn})
+        assert shown in rows["data"]
+
+
 def test_header_of_a_run_that_is_not_built() -> None:
     assert terminal_text.header_rows({}, {}, {}) == {}
 

@@ -126,6 +126,14 @@ def test_milestones_in_every_unit(milestones: str) -> None:
     assert (built.starts, built.counts) == ([0, 4, 6], [1, 2, 3])
 
 
+def test_a_milestone_within_a_batch_takes_effect_with_the_next_one() -> None:
+    """Of 90 samples in batches of 25, 100 samples end within batch 5 (from 0: 4), and 140 with batch 6."""
+    workload = small_workload("accumulate={micro_batches:[1,2,3],samples:[100,140]}")
+    growth = workload.run_config.settings.batch_growth
+    assert growth is not None
+    assert batch_growth(growth, training_batches(workload)).starts == [0, 5, 6]
+
+
 def test_a_batch_that_is_larger_than_an_epoch() -> None:
     workload = small_workload("accumulate={micro_batches:[1,5],steps:[9]}")
     growth = workload.run_config.settings.batch_growth

@@ -20,7 +20,7 @@ from dlopt import losses
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.metrics.sums import MetricSum
-from dlopt.optim import SAM
+from dlopt.optim import SAM, NewtonCG
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
@@ -334,6 +334,30 @@ def test_reports_the_gradient_norm_before_clipping() -> None:
     assert norms[0] is not None and norms[1] is not None
     assert torch.equal(norms[0], norms[1])
     assert float(gradient_norm(evaluate.parameters)) < float(norms[1]) / 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("clip", [None, ByNorm(max_norm=1e-2), ByValue(max_value=1e-3)])
+@pytest.mark.parametrize("kind", ["sam", "lbfgs", "newton_cg"])
+def test_the_norm_belongs_to_the_weights_of_the_loss(kind: str, clip: Any, accumulate: int) -> None:
+    """Both are of the weights before the update, however many evaluations follow."""
+    if kind == "newton_cg" and clip is not None:
+        pytest.skip("is refused")
+    model = net(dropout=0.0, norm=False).double()
+    given = batch(0, dtype=torch.float64)
+    loss = F.cross_entropy(model(given.inputs), given.targets)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    optimizer: Any = {
+        "sam": lambda p: SAM(base=torch.optim.SGD(p, lr=0.1), rho=2.0),
+        "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=5),
+        "newton_cg": lambda p: NewtonCG(p, lr=1.0),
+    }[kind](list(model.parameters()))
+    step = make_step(model, optimizer, clip=clip, evaluates_once=False, accumulate=accumulate)
+    record = train(step, given, 0, MetricSum(CLASSIFICATION), log_norm=True)
+    assert record.loss is not None and record.norm is not None
+    assert float(record.loss) == pytest.approx(float(loss.detach()), rel=1e-12)
+    expected = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    assert float(record.norm) == pytest.approx(expected, rel=1e-12)
 
 
 class GradientPasses(TorchDispatchMode):

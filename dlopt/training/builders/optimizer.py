@@ -329,7 +329,7 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     return Scheduler(optimizer, factor, freezes=freezes, decay=decay, scale=scale)
 
 
-def snapshot_names(schedule: Scheduler, length: Length) -> Callable[[int], str | None]:
+def snapshot_names(schedule: Scheduler) -> Callable[[int], str | None]:
     """Returns a function from the number of updates done to the name of the snapshot to keep after them, or None.
 
     A snapshot is a checkpoint at the end of a cycle of the schedule (Huang et al. 2017, "Snapshot Ensembles").
@@ -342,8 +342,7 @@ def snapshot_names(schedule: Scheduler, length: Length) -> Callable[[int], str |
         )
 
     def snapshot(step: int) -> str | None:
-        batches = range(length.batches(step - 1), length.batches(step))  # of the update
-        cycle = next(filter(None, map(ended_cycle, batches)), None)
+        cycle = ended_cycle(step - 1)
         return None if cycle is None else f"restart-{cycle}"
 
     return snapshot

@@ -202,7 +202,7 @@ def build_intervals(workload: Workload, schedule: Scheduler, length: Length) -> 
         save_every_epochs=settings.checkpoint.every_epochs,
         save_every_steps=settings.checkpoint.every_steps,
         log_every_steps=settings.log_every_steps,
-        snapshot=snapshot_names(schedule, length) if settings.checkpoint.at_restarts else None,
+        snapshot=snapshot_names(schedule) if settings.checkpoint.at_restarts else None,
     )
 
 

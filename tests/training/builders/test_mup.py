@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from dlopt.config.schema import Component
 from dlopt.init import mup
 from dlopt.optim import SOAP, DistributedShampoo, Muon, Scion, Shampoo
 from dlopt.optim.parameters import Grouping, Rule, parameter_groups
+from dlopt.optim.traits import DECOUPLED
 from dlopt.training.builders.mup import describe_rates, width_factors, width_growth
 from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.trainer import probe_trainer
@@ -309,6 +311,19 @@ def test_a_run_saves_its_rates(gpt: list[str], tmp_path: Path) -> None:
 def test_refusals(extra: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_optimizer(build_workload(run_config("data.subset=60", "device=cpu", *MUP, *extra)))
+
+
+class TrustRatio(torch.optim.SGD):
+    """Scales each step to the norm of its tensor: nobody says how its steps grow."""
+
+    traits = replace(DECOUPLED, scope="tensor")
+
+
+def test_decoupled_decay_does_not_say_how_steps_grow() -> None:
+    config = run_config("data.subset=60", "device=cpu", *MUP, "model=mlp", "model.norm=none")
+    config = replace(config, optimizer=Component("optimizer", TrustRatio, {"lr": 0.1, "weight_decay": 0.0}))
+    with pytest.raises(UserError, match=r"^init=mup: .*TrustRatio"):
+        build_optimizer(build_workload(config))
 
 
 def test_the_best_rates_at_four_widths() -> None:

@@ -37,6 +37,9 @@ from tests.support.sizes import SMALL, without
         (["scale_lr=linear", "scale_lr_reference=5"], 5.0),
         (["scale_lr=linear", "data.batch_size=full", "scale_lr_reference=45"], 2.0),
         (["scale_lr=linear", "data.batch_size=512", "scale_lr_reference=45"], 2.0),  # 90 samples are one batch
+        (["scale_lr=linear", "sampler.epoch_size=9", "data.batch_size=512", "scale_lr_reference=45"], 0.2),
+        (["scale_lr=linear", "sampler.epoch_size=9", "data.batch_size=full", "scale_lr_reference=45"], 0.2),
+        (["scale_lr=linear", "sampler.epoch_size=30", "scale_lr_reference=5"], 5.0),  # batches of 25 and 5
     ],
 )
 def test_learning_rate_by_batch_size(overrides: list[str], factor: float) -> None:

@@ -23,6 +23,7 @@ from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.content import Checkpoint
+from dlopt.training.stopping import Stopping
 from tests.support import own_optimizers
 from tests.support.runs import run_config, same, small_workload, start
 from tests.support.sizes import SMALL, without
@@ -409,3 +410,45 @@ def test_attributes_of_a_users_loss_mean_nothing_to_a_run(tmp_path: Path) -> Non
     batch = next(iter(trainer.batches.epoch(0)))
     loss = trainer.update(batch, 0).loss
     assert loss is not None and math.isfinite(loss)
+
+
+class _ThreeArguments(nn.Module):
+    def forward(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return outputs.mean()
+
+
+class _OtherOrder(Doubled):
+    def order(self) -> Tensor:  # type: ignore[override]
+        return self._order
+
+
+class _ListOrder(Doubled):
+    def order(self, epoch: int) -> Any:
+        return self._order.tolist()
+
+
+class _OtherUpdate(Stopping):
+    def update(self) -> None:  # type: ignore[override]
+        pass
+
+
+def _norm_only() -> Any:
+    return lambda parameters: None
+
+
+@pytest.mark.parametrize(
+    ("group", "target", "message"),
+    [
+        ("loss", _ThreeArguments, "must be callable as forward(outputs, targets)"),
+        ("sampler", _OtherOrder, "must be callable as order(epoch)"),
+        ("sampler", _ListOrder, "_ListOrder.order must return indices, a tensor of integers"),
+        ("stopping", _OtherUpdate, "must be callable as update(metrics)"),
+        ("stopping", object, "must be callable as update(metrics)"),
+        ("clip", _norm_only, "must be callable as clip(parameters, norm)"),
+    ],
+)
+def test_refuses_parts_of_ones_own_that_cannot_be_called(group: str, target: Any, message: str) -> None:
+    config = replace(run_config(*SMALL), **{group: Component(group, target, {})})
+    with pytest.raises(UserError) as error:
+        next(iter(probe_trainer(build_workload(config), Path()).batches.epoch(0)))
+    assert message in str(error.value)
