@@ -24,6 +24,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.basics.ranges import Fraction
 from dlopt.data.cache import cache_file, exclusive, file_state
 from dlopt.data.checks import WARNING, ending, left_out_note
+from dlopt.data.csv_file import refuse_packed
 from dlopt.data.parquet import read_parquet, text_column
 from dlopt.data.rows import Files, find_files
 from dlopt.data.samples import Dataset
@@ -274,7 +275,7 @@ _ZEROS = 0.4  # of the bytes at even, or at odd positions; UTF-16 has more in th
 def _format_warnings(tokens: np.ndarray, ends: Sequence[int], paths: Sequence[Path]) -> tuple[str, ...]:
     """Returns a warning if a text has zeros at every other byte.
 
-    Raises `UserError` for the byte order mark of UTF-16, and for a Parquet file.
+    Raises `UserError` for the byte order mark of UTF-16, for a compressed file, and for a Parquet file.
 
     As bytes, or for a tokenizer, half of such a text means nothing.
     """
@@ -286,6 +287,7 @@ def _format_warnings(tokens: np.ndarray, ends: Sequence[int], paths: Sequence[Pa
         first = tokens[start : min(start + _LOOKED_AT, end)].tobytes().removesuffix(SEPARATOR)
         if first[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise UserError(f"data.file: {path} is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+        refuse_packed(f"data.file: {path}", first)
         if first[:4] == _PARQUET:
             raise UserError(f"data.file: {path} is a Parquet file; name the column of its documents: data.column=text")
         zeros = sorted(2 * first[parity::2].count(0) / max(len(first), 1) for parity in (0, 1))
@@ -342,7 +344,8 @@ def _rows(key: str, paths: Sequence[Path], column: str) -> tuple[np.ndarray, lis
         document = value.as_py()
         if not isinstance(document, str | bytes):
             kind = table.schema.field(column).type
-            raise UserError(f"data.column={column}: row {row} of the type {kind} is no text; strings are allowed")
+            what = "is missing (null): remove the row" if document is None else f"is no text, but of the type {kind}"
+            raise UserError(f"{key}: row {row}: {column} {what}")
         joined += (document.encode() if isinstance(document, str) else document) + SEPARATOR
         ends.append(len(joined))
     return np.frombuffer(joined, dtype=np.uint8), ends

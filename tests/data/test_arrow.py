@@ -103,6 +103,25 @@ def test_large_tables_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert reading.read_parquet("data.file", [file], ["image", "label"], "label")[0].equals(table)
 
 
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_a_text_that_a_file_repeats_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_schema: bool
+) -> None:
+    """Of which a Parquet file has one copy, and a batch of rows one (with Arrow's schema) or one for each row."""
+    path = str(tmp_path / "a.parquet")
+    texts = arrow.DictionaryArray.from_arrays(arrow.array([0] * 1024, arrow.int32()), arrow.array(["x" * 2000]))
+    writer.write_table(arrow.table({"x": [1.0] * 1024, "text": texts}), path, store_schema=store_schema)
+    assert Path(path).stat().st_size < 1 << 14 < 1024 * 2000
+    for most, fits in ((1 << 24, True), (1 << 21, False)):
+        monkeypatch.setattr(reading, "half_of_memory", lambda most=most: contextlib.nullcontext(most))
+        _, batches = reading.open_parquet("file=a.parquet", path)
+        if fits:
+            assert sum(map(len, batches)) == 1024
+            continue
+        with pytest.raises(UserError, match=r"^file=a\.parquet: a batch of rows .* takes more than half of the avail"):
+            next(batches)
+
+
 def test_numbers_and_lists_of_numbers(tmp_path: Path) -> None:
     path = str(tmp_path / "a.parquet")
     columns = {

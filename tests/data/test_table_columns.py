@@ -147,7 +147,7 @@ def test_what_a_column_is(tmp_path: Path, fields: list[str], kind: str) -> None:
     assert of_column(tmp_path, fields).kind == kind
 
 
-def test_codes_are_categories_unless_a_key_says_numbers(tmp_path: Path) -> None:
+def test_codes_are_categories_unless_a_key_chooses_numbers(tmp_path: Path) -> None:
     """Integers that begin with 0, also in a table of numbers without gaps, and texts of a Parquet file."""
     codes, rng = ["00501", "1234", "01234", "10115"] * 10, np.random.default_rng(0)
     frame = pandas.DataFrame({"zip": codes, "x": rng.normal(size=40).round(2), "y": rng.choice([*"ab"], 40)})

@@ -1,5 +1,6 @@
 """Texts: windows, documents, splits, files of tokens."""
 
+import gzip
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -394,3 +395,18 @@ def test_validation_files_are_left_out_of_training(tmp_path: Path) -> None:
         text(file=str(files[3]), **{**keys, "val_file": str(files[3])})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"shard_00000\.parquet is a Parquet file; name the column"):
         text(file=str(files[0]), **{**keys, "column": None})  # type: ignore[arg-type]
+
+
+def test_what_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a text " * 100))
+    with pytest.raises(UserError, match=r"a\.txt\.gz: is compressed \(gzip\); unpack it"):
+        texts.read_text(str(tmp_path / "a.txt.gz"), None, is_table=False)
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    for values, message in (
+        (["a", None], r"data\.file: row 1: text is missing \(null\): remove the row$"),
+        ([1, 2], r"data\.file: row 0: text is no text, but of the type int64$"),
+    ):
+        parquet.write_table(arrow.table({"text": values}), path)
+        with pytest.raises(UserError, match=message):
+            texts.read_text(str(path), "text", is_table=True)
