@@ -4,7 +4,9 @@ import contextlib
 import csv
 import io
 import json
+import random
 import re
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -166,6 +168,51 @@ def test_the_lines_of_the_page_read_images_as_predict(
         mixed = channels == 1 and "clear" in row["image"]
         assert label == row["class"], row
         assert float(probability) == pytest.approx(float(row["probability"]), abs=0.01 if mixed else 1e-5), row
+
+
+def write_table(path: Path, rows: int, dates: str, seed: int, *, is_new: bool = False) -> None:
+    """Writes numbers, codes, categories and dates with gaps, and what depends on them. A new table has more towns."""
+    draws = random.Random(seed)
+    lines = ["age,code,town,day,price,bought"]
+    for _ in range(rows):
+        age, code, town = draws.randint(18, 80), draws.choice("12"), draws.choice(["Bern", "Basel", "Chur"])
+        day = datetime(2024, 1, 1) + timedelta(days=draws.randrange(360), hours=draws.randrange(24))
+        price = 1000 + age + 50 * (town == "Chur") + 5 * day.month + draws.random()
+        row = [str(age), f"{code}.0" if draws.random() < 0.5 else code, town, day.strftime(dates)]
+        row = ["NA" if draws.random() < 0.1 else each for each in row]
+        row[2] = "Genf" if is_new and draws.random() < 0.2 else row[2]
+        lines.append(",".join([*row, f"{price:.3f}", "yes" if price > 1110 else "no"]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@EXTRA
+@pytest.mark.parametrize(("dates", "target"), [("%d/%m/%Y %H:%M", "price"), ("%Y-%m-%dT%H:%M+02:00", "bought")])
+def test_the_lines_of_the_page_read_tables_as_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dates: str, target: str
+) -> None:
+    write_table(tmp_path / "train.csv", 120, dates, 0)
+    write_table(tmp_path / "new.csv", 60, dates, 1, is_new=True)
+    other = "bought" if target == "price" else "price"
+    line = [
+        "data=table",
+        "data.file=train.csv",
+        f"data.target={target}",
+        f"data.ignore=[{other}]",
+        "data.categories=[code]",
+    ]
+    line += ["data.labels=value", "loss=mse"] if target == "price" else []
+    line += ["model=mlp", "model.widths=[8]", "epochs=3", "threads=1", "tracking=[]", "hydra.run.dir=run"]
+    assert dlopt(tmp_path, "train", *line).code == 0
+    assert dlopt(tmp_path, "export", "run", "format=onnx", "output=best.onnx").code == 0
+    assert dlopt(tmp_path, "predict", "run", "file=new.csv").code == 0
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(lines_of_the_page(1), {})
+    expected = [row["prediction"] for row in predictions(tmp_path)]
+    found = printed.getvalue().split()
+    assert len({*expected}) > 1
+    assert found == expected if target == "bought" else [*map(float, found)] == pytest.approx([*map(float, expected)])
 
 
 @EXTRA
