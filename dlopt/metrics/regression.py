@@ -33,7 +33,9 @@ SUMS = Sum(lambda outputs: 2 + 3 * outputs, _sums)
 
 def _r2(sums: "Tensor", _: object) -> float:
     residual, total, squares = sums[2:].view(3, -1)
-    return (1 - residual / (squares - total.square() / sums[0])).mean().item()
+    spread = squares - total.square() / sums[0]
+    # Constant targets: as in scikit-learn, 1 for exact predictions, else 0.
+    return (1 - residual / spread).where(spread > 0, (residual == 0) + 0 * residual).mean().item()
 
 
 def _mae(sums: "Tensor", _: object) -> float:
@@ -43,8 +45,8 @@ def _mae(sums: "Tensor", _: object) -> float:
 
 METRICS = (
     Declaration(
-        "r2", "max", "", "1 - squared residuals / variance of the targets, mean over the columns; -inf for constant "
-        "targets", "tested", (SUMS,), _r2,
+        "r2", "max", "", "1 - squared residuals / variance of the targets, mean over the columns; of constant "
+        "targets 0, or 1 if all predictions are exact", "tested", (SUMS,), _r2,
     ),
     Declaration("mae", "min", "", "mean absolute error, mean over the columns", "tested", (SUMS,), _mae),
 )  # fmt: skip

@@ -101,13 +101,17 @@ def test_regression_metrics_equal_scikit_learn(columns: int) -> None:
     assert means["mae"] == pytest.approx(reference.mean_absolute_error(targets.double(), outputs.double()), rel=1e-9)
 
 
-def test_r2_of_constant_targets_is_never_the_best() -> None:
-    """Rounding left a variance of either sign: R^2 was 1.4e14 for 100 targets of 0.7."""
-    targets = torch.full((100, 1), 0.7)
-    counter = sums(["r2"], Regression(1), origin=targets[:1])
-    for batch in batches(targets + 0.1, targets, 64):
+@pytest.mark.parametrize("error", [0.0, 0.1, math.nan])
+def test_r2_of_constant_targets(error: float) -> None:
+    """Rounding left a variance of either sign: R^2 was 1.4e14 for 100 targets of 0.7; then it was -inf."""
+    targets = torch.full((100, 2), 0.7)
+    targets[:, 1] = torch.linspace(0, 1, 100)
+    outputs = targets + torch.tensor([error, 0.1])
+    counter = sums(["r2"], Regression(2), origin=targets[:1])
+    for batch in batches(outputs, targets, 64):
         counter.add(*batch)
-    assert counter.means(None)["r2"] == -math.inf
+    expected = math.nan if math.isnan(error) else reference.r2_score(targets - targets[0], outputs - targets[0])
+    assert counter.means(None)["r2"] == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 def test_regression_metrics_of_a_model_that_returns_one_number_per_sample() -> None:

@@ -159,7 +159,7 @@ REFERENCES: dict[str, Callable[[Case], float | dict[str, float]]] = {
     "calibration_error": calibration_error,
     "class_accuracy": class_accuracy,
     "worst_class_accuracy": lambda case: min(class_accuracy(case).values()),
-    "r2": of_values(partial(reference.r2_score, force_finite=False)),
+    "r2": of_values(reference.r2_score),
     "mae": of_values(reference.mean_absolute_error),
     "mean_average_precision": mean_average_precision,
     "micro_f1": f1("micro"),
