@@ -71,8 +71,8 @@ def resize_box(images: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
         # As in `EncodedImage.decode`, within the image.
         box = max(box[0], 0.0), max(box[1], 0.0), min(box[2], images.shape[-1]), min(box[3], images.shape[-2])
         pictures = (Image.fromarray(plane) for plane in planes.cpu().numpy())
-        resized = np.stack([each.resize(size[::-1], Image.Resampling.BILINEAR, box=box) for each in pictures])
-        return torch.from_numpy(resized).view(*images.shape[:-2], *size)
+        resized = [np.array(each.resize(size[::-1], Image.Resampling.BILINEAR, box=box)) for each in pictures]
+        return torch.from_numpy(np.stack(resized)).view(*images.shape[:-2], *size)
     left, top, right, bottom = box
     rows, columns = (
         filter_taps(start + step * (torch.arange(n, device=images.device)[None] + 0.5), step, length, step)

@@ -196,7 +196,7 @@ def _source(image: Any, name: str) -> Source:
         return fspath(image)
     if not isinstance(image, bytes) and not hasattr(image, "tobytes"):  # of a PIL image: avoids importing PIL
         raise UserError(f"predict(): {name}: is {described(image)}; must be a path, bytes, a PIL image or uint8")
-    return image  # type: ignore[no-any-return]
+    return image
 
 
 def load(run: str | PathLike[str], *, allow_packages: Sequence[str] = ()) -> Model:

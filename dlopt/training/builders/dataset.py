@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
@@ -124,7 +125,7 @@ def read_validation_sets(
         UserError: a set cannot be read, or is not of the task.
     """
     found = {}
-    trained = {
+    trained: dict[str, Any] = {
         "saved_tokenizer": None if dataset.tokenizer is None else dataset.tokenizer.description,
         "saved_columns": dataset.columns,
     }
