@@ -131,15 +131,16 @@ def _seconds(field: str, form: Form) -> float:
         return (datetime.datetime.fromisoformat(field) - epoch).total_seconds()
     if (parts := _PARTS.fullmatch(field)) is None or form == _UTC:
         raise ValueError
-    date = [int(parts[1]), int(parts[3]), int(parts[4])]
+    year, month, day = int(parts[1]), int(parts[3]), int(parts[4])
     if len(parts[1]) != 4:
         if len(parts[4]) != 4 or (parts[2] != "." and form == _PLAIN):
             raise ValueError
-        date = [date[2], date[0], date[1]] if parts[2] != "." and form == _MONTH_FIRST else date[::-1]
-    hour, *others = map(int, (parts[5] or "0:0").split(":"))
+        first, second, year = year, month, day
+        month, day = (first, second) if parts[2] != "." and form == _MONTH_FIRST else (second, first)
+    hour, minute, seconds = [*map(int, (parts[5] or "0:0").split(":")), 0][:3]
     if parts[6]:  # 12 AM is midnight
         hour = hour % 12 + 12 * (parts[6] in "Pp") if 1 <= hour <= 12 else 24  # 24 raises ValueError
-    return (datetime.datetime(*date, hour, *others) - _EPOCH).total_seconds()
+    return (datetime.datetime(year, month, day, hour, minute, seconds) - _EPOCH).total_seconds()
 
 
 # -- encodings
@@ -197,7 +198,8 @@ class ColumnEncoding:
 
     @classmethod
     def restored(cls, saved: _Saved) -> "ColumnEncoding":
-        return cls(**{**saved, "values": tuple(saved["values"])})
+        values: Any = {**saved, "values": tuple(saved["values"])}
+        return cls(**values)
 
     @property
     def features(self) -> list[str]:

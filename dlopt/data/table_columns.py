@@ -325,8 +325,8 @@ def _is_identifier(name: str, values: np.ndarray) -> bool:
     """Returns whether numbers count the rows, or are different integers in a column with the name of an identifier."""
     if count_rows(values):
         return True
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)  # patient_id, PatientID; not humid
-    is_named = words[-1:] and words[-1].lower() in _ID_WORDS and len(values) >= _FEW
+    *_, word = ["", *re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]  # patient_id, PatientID; not humid
+    is_named = word.lower() in _ID_WORDS and len(values) >= _FEW
     return is_named and bool((values == np.round(values)).all()) and len(np.unique(values)) == len(values)
 
 
