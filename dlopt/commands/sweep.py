@@ -114,14 +114,14 @@ def _print(folder: Path, status: "SweepStatus") -> None:
     for job in failed[:_MOST_FAILURES]:
         print(printable(f"  {short_path(job.folder)} failed: {' '.join(job.reason.split())[:200]}"))
     if len(failed) > _MOST_FAILURES:
-        print(f"  and {len(failed) - _MOST_FAILURES} more: dlopt runs {short_path(folder)} status=failed")
+        print(f"  and {len(failed) - _MOST_FAILURES} more: dlopt runs {_quoted(folder)} status=failed")
     if status.stop_reason is not None:
         print(printable(f"stopped: {status.stop_reason}"))
     if not status.answers:
         print("warning: squeue does not answer")
     if status.early:
         print(printable("ended early: " + ", ".join(f"{name} {state}" for name, state in status.early.items())))
-    path = short_path(folder)
+    path = _quoted(folder)
     if status.is_lost:
         from dlopt.sweeps.array import is_submitted
 
@@ -131,6 +131,10 @@ def _print(folder: Path, status: "SweepStatus") -> None:
         print(f"nothing runs the jobs that are left; to continue: {how}")
     elif status.code == DONE and (folder / SPACE).exists():  # not the folder of another command
         print(f"next:\n  dlopt report {path}")
+
+
+def _quoted(folder: Path) -> str:
+    return shlex.quote(short_path(folder))
 
 
 def _document(folder: Path, status: "SweepStatus") -> dict[str, Any]:
@@ -148,12 +152,16 @@ def _document(folder: Path, status: "SweepStatus") -> dict[str, Any]:
                 "label": job.label,
                 "status": job.status,
                 "worker": job.worker or None,
+                "reason": job.reason or None,
             }
             for job in status.jobs
         ],
         "workers": list(status.workers),
         "waiting_workers": status.waiting,
         "pending_reasons": dict(status.pending),
+        "slurm_jobs": list(status.slurm),
+        "slurm_answers": status.answers,
+        "ended_early": dict(status.early),
         "stop_reason": status.stop_reason,
         "skipped": documents.skipped_entries(status.damaged),
     }
@@ -175,7 +183,7 @@ def _stop(folder: Path) -> int:
 
     submitted, _ = submission.read_own(folder, "stop")
     cancelled = submission.stop(folder, submitted, "dlopt sweep stop")
-    resume = f"to continue: dlopt sweep resume {short_path(folder)}"
+    resume = f"to continue: dlopt sweep resume {_quoted(folder)}"
     if submitted.command is None:
         print(f"cancelled {format_count('elements', cancelled)}, whose jobs write checkpoints; {resume}")
     else:
@@ -189,7 +197,7 @@ def _resume(folder: Path) -> int:
 
     count, job_id = submission.resume(folder)
     how = "none was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
-    print(f"resumed: {format_count('elements', count)}, {how}\nnext:\n  dlopt sweep status {short_path(folder)}")
+    print(f"resumed: {format_count('elements', count)}, {how}\nnext:\n  dlopt sweep status {_quoted(folder)}")
     return DONE
 
 

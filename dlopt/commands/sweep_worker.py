@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, ReportedError, RunError, UserError
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, ReportedError, RunError, UserError, disk_failure
 from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.interruption import end_on_signals, flush_streams, print_message
 from dlopt.commands.command_table import every_command
@@ -21,7 +21,7 @@ from dlopt.config.packages import function
 from dlopt.run.job import redact_output
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps import slurm, submission
-from dlopt.sweeps.array import own_numbers
+from dlopt.sweeps.array import WORKERS, own_numbers, stop_reason
 from dlopt.sweeps.element import Element
 from dlopt.sweeps.submission import Submission
 
@@ -41,6 +41,7 @@ def main() -> int:
     end_on_signals()
     redact_output()  # Slurm stores it beside the sweep
     sweep, digest, options = Path(sys.argv[1]), sys.argv[2], Options(**json.loads(sys.argv[3]))
+    slurm.note_start(sweep / WORKERS)
     try:
         with submission.in_use(sweep):
             submitted = submission.read(sweep)
@@ -54,10 +55,15 @@ def main() -> int:
         return error.code
     except ReportedError as error:
         return error.code
+    except OSError as error:
+        if (reason := disk_failure(error)) is None:
+            raise
+        print_message(reason)
+        return FAILED
     except KeyboardInterrupt as error:  # before the first job
         print_message(str(error) or "interrupted")
         code = INTERRUPTED
-    if code == INTERRUPTED and submission.stop_reason(sweep) is None:
+    if code == INTERRUPTED and stop_reason(sweep) is None:
         flush_streams()
         slurm.requeue_element()
     return code
@@ -80,12 +86,12 @@ def work(sweep: Path, submitted: Submission, options: Options) -> int:
             return _run_element(sweep, submitted, options, pool, allocation)
         if RunFolder(sweep).is_live():
             raise UserError(f"{sweep}: another sweep is active in this folder")
-        pool = replace(pool, stop_reason=lambda: submission.stop_reason(sweep) or allocation.reason)
+        pool = replace(pool, stop_reason=lambda: stop_reason(sweep) or allocation.reason)
         pools.of_worker.set(pool)
         os.environ.update(submitted.environment)
         name, *words = submitted.command
         code: int = function(every_command()[name])(words)
-    if code == FAILED and options.stop_on_failure and submission.stop_reason(sweep) is None:
+    if code == FAILED and options.stop_on_failure and stop_reason(sweep) is None:
         submission.stop(sweep, submitted, "a job failed")
     return code
 

@@ -455,7 +455,7 @@ def _misspelled(key: str, value: str) -> str | None:
     if re.fullmatch(r"\([^()]*,[^()]*\)", value):
         return f"lists have square brackets: {key}=[{value[1:-1].strip(', ')}]"
     others = re.split(r"[ ,;]+(?=[A-Za-z_][\w./]*=)", value)
-    if len(others) > 1 and not re.search(r"""[][(){}'"]""", value):
+    if len(others) > 1 and not re.search(r"""[][(){}'"]""", value) and not key.endswith((".dir", "output")):
         return f"several overrides are separate words: {key}={' '.join(each.strip(' ,;') for each in others)}"
     return None
 

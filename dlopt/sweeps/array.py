@@ -13,10 +13,10 @@ from pathlib import Path
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_json
 from dlopt.basics.folders import RunFolder, inside, short_path
-from dlopt.basics.plain_values import load_json
+from dlopt.basics.plain_values import load_json, read_regular
 
 WORKERS = "workers"  # in the folder of a sweep: the files of a submitted one, and the locks of a search's processes
-JOBS, SUBMISSION = "jobs.json", "submission.json"  # in that folder
+JOBS, SUBMISSION, STOP = "jobs.json", "submission.json", "stop"  # in that folder
 _MAX_BYTES = 1 << 28  # 10,000 jobs have 1 MB
 _ELEMENTS_PER_SLOT = 4  # by default: few enough for Slurm, and enough to keep all slots busy until the end
 _INDEX_VARIABLES = {  # of a scheduler -> its first index
@@ -79,6 +79,16 @@ class JobArray:
 
 def is_submitted(sweep: Path) -> bool:
     return (sweep / WORKERS / SUBMISSION).is_file()
+
+
+def stop_reason(sweep: Path) -> str | None:
+    """Returns why the workers of a search must stop; None to continue."""
+    try:
+        return read_regular(sweep / WORKERS / STOP).decode(errors="replace")[:200]
+    except OSError:
+        return None
+    except ValueError as error:
+        return f"{WORKERS}/{STOP} {error}"
 
 
 def read_array(sweep: Path) -> JobArray | None:

@@ -112,7 +112,7 @@ def copy_code(
                     (part / name / path.name).mkdir(parents=True, exist_ok=True)
             part.rename(folder)
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be copied beside the sweep: {error.strerror}") from None
+        raise UserError(f"{error.filename or target}: cannot be copied beside the sweep: {error.strerror}") from None
     paths = dict.fromkeys(str(Path(each.name, each.entry)) for each in sources if each.entry is not None)
     return CopiedCode(folder, tuple(paths), digest, tuple(dict.fromkeys(left_out)))
 

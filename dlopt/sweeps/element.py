@@ -5,9 +5,10 @@ An element skips what has ended and continues what was interrupted, so it may be
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.errors import DONE, UserError, disk_failure
 from dlopt.basics.files import digest_file, read_json, write_json
 from dlopt.basics.folders import LOCK, RunFolder
 from dlopt.basics.locks import taken
@@ -48,8 +49,13 @@ class Element(JobSource):
         while self._left:
             number = next(iter(self._left))
             job = self._job(number, self._left.pop(number))
-            if isinstance(job.composed, UserError) or (ended := self._check_out(job)) is None:
-                return job  # the pool records the error
+            try:
+                if isinstance(job.composed, UserError) or (ended := self._check_out(job)) is None:
+                    return job  # the pool records the error
+            except OSError as error:
+                if (reason := disk_failure(error)) is None:
+                    raise
+                return replace(job, composed=UserError(reason))
             self.has_failed |= ended.status == "failed"
             is_known = ended.status != "interrupted"
             self.overview.ended(number, job.label, ended.status, ended.metrics, ended.reason, known=is_known)

@@ -209,6 +209,7 @@ def _load() -> str:
 
 def estimate_line(estimate: Estimate | None, jobs: int, at_once: int) -> str:
     """Formats the estimate. The total is computed from the rounded time of a job, so that the line adds up."""
+    at_once = min(at_once, jobs)
     parallel = f", {at_once} at once" if at_once > 1 else ""
     if estimate is None:
         return f"{format_count('jobs', jobs)}{parallel}; the duration could not be estimated"

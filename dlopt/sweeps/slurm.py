@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,6 +24,24 @@ from dlopt.sweeps.slurm_queue import is_job_id, run_tool
 
 _SIGNAL_SECONDS = 120  # before its time limit, an element gets a signal to write the checkpoint of its job
 _REQUEUED_SECONDS = 60.0  # until Slurm kills a process that has requeued its job
+_STARTING = ".starting_"  # a file in the folder of the workers; its name ends with that of the element
+# Slurm's signals end an element that is loading Python: the shell then requeues it, as often as a job is started again
+# without progress. The file says that the element has not come further; see `note_start`.
+_SCRIPT = f"""\
+#!/bin/sh
+trap : USR1 TERM
+job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
+starting=%(folder)s/{_STARTING}$job
+echo >>"$starting"
+%(command)s
+code=$?
+case $code in 138 | 143) ;; *) exit $code ;; esac
+[ -e "$starting" ] && [ "$(wc -l <"$starting")" -le %(requeue)s ] || exit $code
+state=$(squeue --noheader --jobs="$job" --format=%%T/%%r) && [ -z "$state" ] && exit $code
+case $state in CANCELLED/* | COMPLETING/None) exit $code ;; esac
+scontrol requeue "$job" && sleep {_REQUEUED_SECONDS:g}
+exit $code
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +92,7 @@ class Slurm:
             "output": f"{str(log).replace('%', '%%')}/%A_%a.log",
             "open-mode": "append",
             "chdir": cwd,
-            "signal": f"USR1@{_SIGNAL_SECONDS}",
+            "signal": f"USR1@{min(_SIGNAL_SECONDS, 15 * self.time)}",  # at least three quarters of the time are left
             "requeue": True,
             "partition": self.partition,
             "nodes": self.nodes,
@@ -90,18 +109,31 @@ class Slurm:
         # In a step: Slurm signals no batch script on preemption. Jobs with several processes have their own steps.
         # srun does not inherit --cpus-per-task since Slurm 22.05.
         step = [] if self.tasks > 1 else ["srun", "--nodes=1", "--ntasks=1", f"--cpus-per-task={self.cpus_per_task}"]
-        script = f"#!/bin/sh\nexec {shlex.join([*step, *command])}\n"
+        script = f"#!/bin/sh\nexec {shlex.join(command)}\n"
+        if step:
+            line = shlex.join([*step, *command])
+            script = _SCRIPT % {"folder": shlex.quote(str(log)), "command": line, "requeue": self.requeue}
         from hydra.core.utils import env_override
 
         with env_override(dict(secrets)):
             done = run_tool("sbatch", "--parsable", *flags, text=script)
         if done is None or done.returncode:
             reason = "does not answer" if done is None else " ".join(done.stderr.split())
+            if re.search("configuration source|fetch_config|contact slurm controller", reason):
+                reason = "no Slurm cluster is configured here (SLURM_CONF), or it does not answer; "
+                reason += "hydra.launcher.n_jobs=0 writes the sweep without one"
             raise UserError(f"hydra/launcher=slurm: sbatch: {reason}")
         job_id = done.stdout.strip().partition(";")[0]
         if not is_job_id(job_id):
             raise UserError(f"hydra/launcher=slurm: sbatch: answers {done.stdout[:200]!r} instead of a job id")
         return job_id
+
+
+def note_start(log: Path) -> None:
+    """Notes that this element handles Slurm's signals itself. `log`: the folder of the elements' output."""
+    job = "_".join(os.environ.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
+    with contextlib.suppress(OSError):
+        (log / f"{_STARTING}{job}").unlink(missing_ok=True)
 
 
 def requeue_element() -> None:
@@ -161,7 +193,9 @@ class _Step:
     def poll(self) -> int | None:
         code = self._process.poll()
         has_limit = (RunFolder(self._folder).config() or {}).get("max_time") is not None  # the job has its own limit
-        if code == INTERRUPTED and not self._is_stopped and not has_limit:
+        # Slurm's signals end ranks that are loading Python.
+        is_signalled = code in (INTERRUPTED, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+        if is_signalled and not self._is_stopped and not has_limit:
             self._allocation.reason = "Slurm has signalled the job"
             return None  # until the element stops, to be requeued
         return code if code is None or code <= 128 else 128 - code  # srun's code for a signal

@@ -1,6 +1,7 @@
 """The progress of a sweep, from its run folders and from Slurm: the jobs and their statuses, what runs them."""
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.basics.folders import LOCK, SPACE, RunFolder, short_path
 from dlopt.basics.interruption import print_line
 from dlopt.basics.plain_values import parse_numbers, read_regular
-from dlopt.sweeps.array import JobArray, is_submitted, read_array
+from dlopt.sweeps.array import JobArray, is_submitted, read_array, stop_reason
 from dlopt.sweeps.live import live_workers
 from dlopt.sweeps.slurm_queue import Elements, ended_early, queued_elements
 from dlopt.sweeps.sweep_file import read_space
@@ -53,7 +54,7 @@ class SweepStatus:
         pending: Slurm's reason -> the number of elements that wait for it.
         slurm: the ids of the Slurm jobs that have not ended.
         answers: whether Slurm has answered.
-        stop_reason: why the workers of a search must stop.
+        stop_reason: why the sweep was stopped.
         early: elements that Slurm has ended -> how, for jobs that are left.
     """
 
@@ -129,8 +130,9 @@ class StatusReader:
             workers.append("the command that started it")
         workers += dict.fromkeys(job.worker for job in jobs if job.worker and job.worker not in workers)
         status = SweepStatus(
-            jobs, len(jobs), workers, elements.pending, elements.reasons, [*elements.states], elements.answers
-        )
+            jobs, len(jobs), workers, elements.pending, elements.reasons, [*elements.states], elements.answers,
+            stop_reason(self._sweep),
+        )  # fmt: skip
         return replace(status, early=ended_early(self._sweep)) if status.is_lost else status
 
     def _of_job(self, number: int, array: JobArray, state: str, elements: Elements) -> JobStatus:
@@ -157,7 +159,6 @@ class StatusReader:
     def _of_records(self, elements: Elements) -> SweepStatus:
         """Reads a sweep that was not submitted, or whose workers choose jobs at run time."""
         from dlopt.results.reading import RunReader
-        from dlopt.sweeps.submission import stop_reason
 
         self._runs = self._runs or RunReader()
         records, damaged = self._runs.read([self._sweep])
@@ -210,7 +211,7 @@ def wait(sweep: Path) -> "tuple[SweepStatus, Ranking]":
     try:
         status = _follow(sweep)
     except KeyboardInterrupt:
-        print_line(f"the sweep continues; to stop it: dlopt sweep stop {short_path(sweep)}")
+        print_line(f"the sweep continues; to stop it: dlopt sweep stop {shlex.quote(short_path(sweep))}")
         raise
     ranking = of_folder(sweep.absolute())
     show_end(ranking, sweep, is_final=status.code != INTERRUPTED)

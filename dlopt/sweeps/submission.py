@@ -27,17 +27,17 @@ from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.folders import SUBMITTED, RunFolder, inside, short_path
-from dlopt.basics.locks import shared, taken
+from dlopt.basics.locks import locked, shared, taken
 from dlopt.basics.plain_values import read_regular
 from dlopt.parallel.processes.launch import python_module
-from dlopt.sweeps.array import JOBS, SUBMISSION, WORKERS, JobArray, format_indices, own_numbers, read_array
+from dlopt.sweeps.array import JOBS, STOP, SUBMISSION, WORKERS, JobArray, format_indices, own_numbers, read_array
 from dlopt.sweeps.code_copy import is_unchanged
 from dlopt.sweeps.element import RESTARTS
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.slurm_queue import Elements, cancel, note_array, queued_elements
 
 T = TypeVar("T")
-LAUNCHER, STOP, _IN_USE = "launcher.json", "stop", "in_use.lock"  # in the folder of the workers
+LAUNCHER, SUBMIT_LOCK, _IN_USE = "launcher.json", "submit.lock", "in_use.lock"  # in the folder of the workers
 
 
 @dataclass(frozen=True)
@@ -214,28 +214,17 @@ def recorded_code(sweep: Path) -> Iterator[None]:
         yield
 
 
-def stop_reason(sweep: Path) -> str | None:
-    """Returns why the workers of a search must stop; None to continue."""
-    try:
-        return read_regular(sweep / WORKERS / STOP).decode(errors="replace")[:200]
-    except OSError:
-        return None
-    except ValueError as error:
-        return f"{WORKERS}/{STOP} {error}"
-
-
 def stop(sweep: Path, submission: Submission, reason: str) -> int:
     """Stops a sweep: cancels the elements of a grid, which write checkpoints; returns how many.
 
     The workers of a search may run elsewhere, too, and read the file STOP; those that wait for Slurm are cancelled.
     """
+    queued = queued_elements(sweep)
     if submission.command is None:
-        queued = queued_elements(sweep)
         refuse_silence(queued)
-        return cancel(queued)
     # The file first: a worker that starts while the others are cancelled reads it, and takes no job.
     write_atomically(sweep / WORKERS / STOP, reason)
-    return cancel(queued_elements(sweep), pending_only=True)
+    return cancel(queued, pending_only=submission.command is not None)
 
 
 def resume(sweep: Path) -> tuple[int, str | None]:
@@ -246,13 +235,21 @@ def resume(sweep: Path) -> tuple[int, str | None]:
     submission, launcher = read_own(sweep, "resume")
     submission.check(sweep)
     launcher.require()
+    with locked(sweep / WORKERS / SUBMIT_LOCK):  # the second of two commands finds the array of the first
+        return _resume(sweep, submission, launcher)
+
+
+def _resume(sweep: Path, submission: Submission, launcher: Slurm) -> tuple[int, str | None]:
     secrets = {name: os.environ[name] for name in submission.secrets}
-    if submission.command is not None:
-        (sweep / WORKERS / STOP).unlink(missing_ok=True)
-        return launcher.slots, start_elements(sweep, submission, launcher, range(launcher.slots), secrets)
-    array = own_array(sweep, submission)
     queued = queued_elements(sweep)
     refuse_silence(queued)
+    if submission.command is not None:
+        count = launcher.slots - len(queued.running) - queued.pending
+        if count <= 0:
+            raise UserError(f"{short_path(sweep)}: its workers are queued or running")
+        (sweep / WORKERS / STOP).unlink(missing_ok=True)
+        return count, start_elements(sweep, submission, launcher, range(count), secrets)
+    array = own_array(sweep, submission)
     unfinished = elements_left(sweep, array)
     elements = [element for element in unfinished if element not in queued.by_index]
     if not elements:
@@ -261,6 +258,7 @@ def resume(sweep: Path) -> tuple[int, str | None]:
             left = f"all jobs that are left are queued or running (Slurm job {', '.join(queued.states)})"
         raise UserError(f"{short_path(sweep)}: {left}")
     runs = [array.jobs[number].run(sweep) for element in elements for number in array.jobs_of(element)]
+    (sweep / WORKERS / STOP).unlink(missing_ok=True)
     with _failures_removed([run for run in runs if not array.has_diverged(run)]):
         return len(elements), start_elements(sweep, submission, launcher, elements, secrets)
 

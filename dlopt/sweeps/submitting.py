@@ -25,7 +25,7 @@ from dlopt.config.keys import role_of
 from dlopt.config.overrides import SPACE, WAIT, key_of, quoted_plain, storable, value_of, without
 from dlopt.config.plan import Plan
 from dlopt.run import environment as environments
-from dlopt.sweeps.array import SUBMISSION, WORKERS, JobArray, JobEntry, count_elements, is_submitted, read_array
+from dlopt.sweeps.array import STOP, SUBMISSION, WORKERS, JobArray, JobEntry, count_elements, is_submitted, read_array
 from dlopt.sweeps.code_copy import CopiedCode, copy_code
 from dlopt.sweeps.element import RESTARTS
 from dlopt.sweeps.jobs import Job, list_jobs, prepare
@@ -35,7 +35,7 @@ from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.slurm_queue import cancel, describe_counts, max_array_size, queued_elements
 from dlopt.sweeps.submission import (
     LAUNCHER,
-    STOP,
+    SUBMIT_LOCK,
     Submission,
     digest_of,
     elements_left,
@@ -47,7 +47,7 @@ from dlopt.sweeps.submission import (
     unused,
 )
 
-_CODE, _LOCK = ".code", "submit.lock"  # in the folder of the workers; hidden, because it holds no runs
+_CODE = ".code"  # in the folder of the workers; hidden, because it holds no runs
 _NOT_COPIED = "not_copied"  # there, too: the files beside the code that were not copied
 
 
@@ -59,7 +59,7 @@ def submit_grid(request: SweepRequest, folder: Path, jobs: Sequence[Job], before
     is_new = not (folder / SPACE_FILE).exists()
     try:
         _submit_grid(request, folder, jobs)
-    except UserError:
+    except (UserError, OSError):
         if is_new:
             before.erase(folder)
         raise
@@ -138,7 +138,7 @@ def _refuse_difference(folder: Path, submission: Submission, entries: Sequence[J
     path = short_path(folder)
     raise UserError(
         f"{path}: elements of this sweep are queued or running with {what}; stop them with `dlopt sweep stop "
-        f"{path}`, wait for them, or use another folder"
+        f"{shlex.quote(path)}`, wait for them, or use another folder"
     )
 
 
@@ -233,12 +233,11 @@ def submit_command(
             what = "code" if former is not None and former.sha256 != submission.sha256 else "settings"
             raise UserError(
                 f"{short_path(folder)}: workers of this sweep are running with other {what}; wait for them, stop them "
-                f"with `dlopt sweep stop {short_path(folder)}`, or use another folder"
+                f"with `dlopt sweep stop {shlex.quote(short_path(folder))}`, or use another folder"
             )
         if not is_same:
             cancel(queued_elements(folder), pending_only=True)  # they would find another sweep
         _write(folder, submission, launcher)
-        (folder / WORKERS / STOP).unlink(missing_ok=True)
     _print_header(header)
     count = min(launcher.n_jobs, jobs if workers is None else workers)
     job_id = start_elements(folder, submission, launcher, range(count), secrets)
@@ -251,7 +250,7 @@ def _submitting(folder: Path) -> Iterator[bool]:
 
     Of two submissions at the same time, the second finds the first.
     """
-    with locked(folder / WORKERS / _LOCK), unused(folder) as is_unused:
+    with locked(folder / WORKERS / SUBMIT_LOCK), unused(folder) as is_unused:
         yield is_unused
 
 
@@ -330,6 +329,7 @@ def _with_files(word: str, code: CopiedCode, files: Mapping[str, Path]) -> str:
 
 def _write(sweep: Path, submission: Submission, launcher: Slurm) -> None:
     folder = sweep / WORKERS
+    (folder / STOP).unlink(missing_ok=True)
     settings = asdict(launcher)
     code, diff = environments.repository()
     write_atomically(folder / SUBMISSION, json.dumps(asdict(submission), indent=1).encode())  # paths are not redacted

@@ -273,8 +273,12 @@ def check_folder(
         raise UserError(f"{key}: another {what} is active in this folder")
     space = read_space(sweep.path)
     axes = swept_keys(space, jobs)
-    if is_submitted(sweep.path) and not has_jobs(space, jobs, axes):
-        raise UserError(f"{key}: another sweep was submitted in this folder; use another one")
+    former = len(space) if isinstance(space, list) and not working else len(jobs)
+    if is_submitted(sweep.path) and not has_jobs(space, jobs[:former], axes):
+        raise UserError(
+            f"{key}: another sweep was submitted in this folder; use another one. More values of the first axis extend "
+            "a grid whose elements have ended"
+        )
     if working:  # the submission compares all of its jobs with these
         return
     for job in jobs:

@@ -50,6 +50,13 @@ def test_a_sweep_of_another_shell(runs: list[str | None], code: int, line: str, 
     assert document["workers"] == ["the command that started it"] and len(document["jobs"]) == len(runs)
 
 
+def test_a_folder_with_a_blank_is_quoted(tmp_path: Path) -> None:
+    """The commands that are printed can be pasted."""
+    write_run(tmp_path / "a b%c/0", "finished")
+    write_yaml(tmp_path / "a b%c" / SPACE, [["seed=0"]])
+    assert dlopt(tmp_path, "sweep", "status", "a b%c").out.endswith("next:\n  dlopt report 'a b%c'\n")
+
+
 def test_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until all jobs have ended, or until nobody is left to run them."""
     sweep = tmp_path / "s"

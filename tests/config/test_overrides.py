@@ -82,6 +82,12 @@ def test_lines_that_nobody_means_as_a_text_get_advice_that_works(line: str, advi
     parse_overrides(advice.rpartition(": ")[2].split())
 
 
+def test_a_folder_with_a_comma_and_an_equals_sign() -> None:
+    with pytest.raises(UserError, match="the value must be quoted for Hydra") as caught:
+        parse_overrides(["hydra.sweep.dir=q n,m=1"])
+    assert str(caught.value).endswith("\"hydra.sweep.dir='q n,m=1'\"")
+
+
 def test_the_folder_of_a_run_or_a_sweep() -> None:
     assert with_folder(["seed=1", "output=a/b"], multirun=False) == ["seed=1", "hydra.run.dir=a/b"]
     assert with_folder(["output=a/b"], multirun=True) == ["hydra.sweep.dir=a/b"]

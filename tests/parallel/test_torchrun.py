@@ -32,7 +32,7 @@ class KilledOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
         self.loaded += 1
         is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and os.environ.get("RANK") == "1"
         is_first = is_first and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
-        if is_first and self.loaded > 5 * self.count:  # before the first update: targets, identity, and what looks wrong
+        if is_first and self.loaded > 5 * self.count:  # fewer before the first update: targets, identity, equal samples
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.tensor([index / self.count, 1.0, (index % 5) / 5]), (index % 7) / 7
 

@@ -28,7 +28,7 @@ from dlopt.basics.folders import SPACE, RunFolder, refuse_links
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.sweeps import submission
-from dlopt.sweeps.array import SUBMISSION, WORKERS, JobArray, JobEntry, read_array
+from dlopt.sweeps.array import SUBMISSION, WORKERS, JobArray, JobEntry, read_array, stop_reason
 from dlopt.sweeps.slurm_queue import array_ids, note_array
 from dlopt.sweeps.status import StatusReader
 from dlopt.sweeps.sweep_file import read_space
@@ -276,7 +276,7 @@ def read_all(path: Path) -> None:
     for reader in (
         lambda: StatusReader(path).read().counts,
         lambda: submission.read(path),
-        lambda: submission.stop_reason(path),
+        lambda: stop_reason(path),
         lambda: submission.read_own(path, "stop"),
         lambda: read_space(path),
         lambda: read_array(path),

@@ -1,5 +1,6 @@
 """The jobs of an element of the array of a submitted grid."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.locks import hold
+from dlopt.sweeps import element as elements
 from dlopt.sweeps.array import JobEntry
 from dlopt.sweeps.element import RESTARTS, Element
 from dlopt.sweeps.jobs import Job, JobResult
@@ -48,6 +50,23 @@ def test_what_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "1/summary.json").exists() and (tmp_path / "3/summary.json").exists()
     lock.close()
     assert [job.number for job in take(element(tmp_path, 4))] == [4]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job that cannot be started fails by name, and the element takes the next one."""
+    write_job(tmp_path, 0)
+    write_job(tmp_path, 1)
+    write_json = elements.write_json
+
+    def write(path: Path, value: Any) -> None:
+        if path.parent.name == "0":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_json(path, value)
+
+    monkeypatch.setattr(elements, "write_json", write)
+    first, second = take(element(tmp_path, 0, 1))
+    assert str(first.composed) == f"{tmp_path}/0/{RESTARTS}: No space left on device"
+    assert second.number == 1 and not isinstance(second.composed, UserError)
 
 
 def test_a_stopped_job_is_left(tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_probes_different_configs_and_fewer_than_there_are_jobs(
         (Estimate(0.01, 0.02), 1, 1, "1 job of about 0.1 s"),
         (Estimate(50.0, 70.0), 1, 1, "1 job of about 50.0 s to 1:10"),
         (None, 3, 2, "3 jobs, 2 at once; the duration could not be estimated"),
+        (Estimate(5, 5), 2, 16, "2 jobs of about 5.0 s each, 2 at once: about 5.0 s in total"),
     ],
 )
 def test_estimate_adds_up(estimate: Estimate | None, jobs: int, at_once: int, line: str) -> None:

@@ -1,5 +1,6 @@
 """What `hydra/launcher=slurm` asks of Slurm's commands."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,82 @@ def test_options_of_sbatch(write_tool: WriteTool, tmp_path: Path) -> None:
     script = (tmp_path / "script").read_text()
     assert "exec python 'a b'" in script
     assert "secret-1" not in script + " ".join(flags) and (tmp_path / "token").read_text() == "secret-1\n"
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(1, 15), (2, 30), (8, 120), (60, 120)])
+def test_a_short_element_is_not_signalled_at_its_start(
+    minutes: int, seconds: int, write_tool: WriteTool, tmp_path: Path
+) -> None:
+    """A quarter of its time is left, or two minutes."""
+    write_tool("sbatch", f'echo "$@" >{tmp_path}/flags; echo 7')
+    Slurm(**{**SETTINGS, "time": minutes}).submit("0-1", ["python"], tmp_path, tmp_path, {})
+    assert f"--signal=USR1@{seconds} " in (tmp_path / "flags").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "is_started", "requeued"),
+    [
+        (143, "RUNNING/None", False, [True, True, False]),
+        (138, "RUNNING/None", False, [True, True, False]),
+        (143, "CANCELLED/None", False, [False]),
+        (143, "", False, [False]),
+        (143, "RUNNING/None", True, [False]),
+        (75, "RUNNING/None", False, [False]),
+        (1, "RUNNING/None", False, [False]),
+    ],
+)
+def test_a_signal_while_an_element_starts(
+    code: int, state: str, is_started: bool, requeued: list[bool], write_tool: WriteTool, tmp_path: Path
+) -> None:
+    """The shell requeues it, up to `requeue` times, unless it was cancelled, or had its own handlers."""
+    log = tmp_path / "50% done"
+    log.mkdir()
+    write_tool("sbatch", f"cat >{tmp_path}/script; echo 7")
+    Slurm(**{**SETTINGS, "requeue": 2}).submit("0-1", ["python"], log, tmp_path, {})
+    variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    monkeypatch = pytest.MonkeyPatch()
+    started = "" if not is_started else f"rm '{log}/.starting_7_1'; "
+    write_tool("srun", f"{started}exit {code}")
+    write_tool("squeue", f"echo '{state}'" if state else "true")
+    write_tool("scontrol", f'echo "$@" >>{tmp_path}/requeued')
+    write_tool("sleep", "true")
+    with monkeypatch.context() as context:
+        for name, value in variables.items():
+            context.setenv(name, value)
+        for is_requeued in requeued:
+            (tmp_path / "requeued").write_text("")
+            assert subprocess.run(["sh", tmp_path / "script"]).returncode == code
+            assert (tmp_path / "requeued").read_text() == ("requeue 7_1\n" if is_requeued else "")
+        (log / ".starting_7_1").touch()
+        slurm.note_start(log)
+        assert not (log / ".starting_7_1").exists()
+
+
+def test_a_signal_while_the_ranks_of_a_job_start(write_tool: WriteTool, tmp_path: Path) -> None:
+    """They end by the signal, and not with 75; the element stops, and is requeued."""
+    (tmp_path / "0").mkdir()
+    for code, expected in ((138, None), (143, None), (75, None), (139, -11)):
+        write_tool("srun", f"exit {code}")
+        allocation = slurm.Allocation(2)
+        step = allocation.start(0, tmp_path / "0", {})
+        step._process.wait()  # type: ignore[attr-defined]
+        assert step.poll() == expected
+        assert (allocation.reason is None) == (expected is not None)
+
+
+def test_no_cluster(write_tool: WriteTool, tmp_path: Path) -> None:
+    """Slurm's five errors become one sentence."""
+    lines = [
+        "resolve_ctls_from_dns_srv: res_nsearch error: Unknown host", "fetch_config: DNS SRV lookup failed",
+        "_establish_config_source: failed to fetch config", "Could not establish a configuration source",
+    ]  # fmt: skip
+    write_tool("sbatch", "\n".join([*(f"echo 'sbatch: error: {line}' >&2" for line in lines), "exit 1"]))
+    with pytest.raises(UserError) as error:
+        Slurm(**SETTINGS).submit("0-1", ["python"], tmp_path, tmp_path, {})
+    sentence = (
+        "no Slurm cluster is configured here (SLURM_CONF), or it does not answer; hydra.launcher.n_jobs=0 writes "
+    )
+    assert str(error.value) == f"hydra/launcher=slurm: sbatch: {sentence}the sweep without one"
 
 
 def write_recipe(folder: Path, launcher: dict[str, Any]) -> list[str]:

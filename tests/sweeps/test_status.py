@@ -49,6 +49,8 @@ def test_a_submitted_sweep(tmp_path: Path, write_tool: WriteTool) -> None:
     ]
     assert document["workers"] == ["21_0", "21_2", "another process"] and document["waiting_workers"] == 1
     assert document["pending_reasons"] == {"QOSMaxJobsPerUserLimit": 1}
+    assert (document["slurm_jobs"], document["slurm_answers"], document["ended_early"]) == (["21"], True, {})
+    assert [job["reason"] for job in document["jobs"]] == [*[None] * 4, "disk full", *[None] * 3]
     assert [job["worker"] for job in document["jobs"]] == [None, "21_0", *[None] * 4, "another process", None]
     write_tool("squeue", "true")
     write_tool("sacct", "echo '21_0|TIMEOUT\n21_1|COMPLETED\n21_2|NODE_FAIL'")
@@ -58,7 +60,10 @@ def test_a_submitted_sweep(tmp_path: Path, write_tool: WriteTool) -> None:
         "ended early: 21_0 TIMEOUT, 21_2 NODE_FAIL",
         "nothing runs the jobs that are left; to continue: dlopt sweep resume s",
     ]
+    document = json.loads(dlopt(tmp_path, "sweep", "status", "s", "--json").out)
+    assert document["ended_early"] == {"21_0": "TIMEOUT", "21_2": "NODE_FAIL"}
     write_tool("squeue", "exit 1")
+    assert json.loads(dlopt(tmp_path, "sweep", "status", "s", "--json").out)["slurm_answers"] is False
     assert "warning: squeue does not answer\n" in dlopt(tmp_path, "sweep", "status", "s").out
 
 

@@ -1,10 +1,12 @@
 """A submitted sweep: what its folder holds, who may run it, and a second submission."""
 
+import errno
 import io
 import json
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from dlopt.sweeps.element import RESTARTS
 from dlopt.sweeps.slurm_queue import array_ids, note_array
 from dlopt.sweeps.status import StatusReader
 from tests.support.line import Result, dlopt
+from tests.support.processes import run_dlopt
 from tests.support.requires import requires
 from tests.sweeps.fake_slurm import SMALL, SUBMIT, WriteTool
 
@@ -75,8 +78,9 @@ def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "optimizer=adam" in (tmp_path / PLACE / "2/overrides.yaml").read_text()
     for path in (tmp_path / PLACE).rglob("*"):
         assert not path.is_file() or b"a-secret-of-mine" not in path.read_bytes(), path
-    script = shlex.split((tmp_path / "script").read_text().splitlines()[1])
-    assert script[:3] == ["exec", "srun", "--nodes=1"] and script[-2] == stored.digest
+    [line] = [line for line in (tmp_path / "script").read_text().splitlines() if line.startswith("srun ")]
+    script = shlex.split(line)
+    assert script[:2] == ["srun", "--nodes=1"] and script[-2] == stored.digest
     paths = next(word for word in script if word.startswith("PYTHONPATH=")).partition("=")[2].split(":")
     assert (Path(paths[0]) / "dlopt/cli.py").is_file() and Path(paths[0]).is_relative_to(tmp_path / PLACE)
 
@@ -305,6 +309,54 @@ def test_stop_and_resume(submitted: Path, slurm: Path, write_tool: WriteTool, tm
     assert not (submitted / "1" / RESTARTS).exists()
     (submitted / "1/summary.json").write_text('{"status": "stopped_early"}')
     assert "no job is left to run" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
+
+
+def test_two_resumes_submit_one_array(submitted: Path, slurm: Path, write_tool: WriteTool, tmp_path: Path) -> None:
+    """The second waits for the first, and finds its elements in the queue."""
+    settings = submitted / WORKERS / submission.LAUNCHER
+    settings.write_text(settings.read_text().replace('"n_jobs": 0', '"n_jobs": 8'))
+    submission.trust(submission.digest_of(json.loads(settings.read_text())))
+    rows = [f"{1:<24}{index:<12}{'PENDING':<24}{'None':<96}{submitted}/workers/%A_%a.log" for index in (0, 1)]
+    listed = "; ".join(f"echo '{row}'" for row in rows)
+    write_tool("squeue", f"[ ! -e {tmp_path}/queued ] || {{ {listed}; }}")
+    write_tool("sbatch", f"echo called >>{slurm}; sleep 1; touch {tmp_path}/queued; echo 1")
+    with ThreadPoolExecutor(2) as pool:
+        ended = [*pool.map(lambda _: run_dlopt(tmp_path, "sweep", "resume", PLACE), range(2))]
+    assert slurm.read_text() == "called\n"
+    assert sorted(done.returncode for done in ended) == [0, 2]
+    assert "all jobs that are left are queued or running (Slurm job 1)" in "".join(done.stderr for done in ended)
+
+
+def test_why_a_grid_was_stopped(submitted: Path, slurm: Path, tmp_path: Path) -> None:
+    """Until it is resumed."""
+    stored = submission.read(submitted)
+    submission.stop(submitted, stored, "job 0 failed")
+    assert "stopped: job 0 failed\n" in dlopt(tmp_path, "sweep", "status", PLACE).out
+    assert json.loads(dlopt(tmp_path, "sweep", "status", PLACE, "--json").out)["stop_reason"] == "job 0 failed"
+    assert dlopt(tmp_path, "sweep", "resume", PLACE).code == 0
+    assert "stopped" not in dlopt(tmp_path, "sweep", "status", PLACE).out
+
+
+def test_more_values_of_the_first_axis(submitted: Path, tmp_path: Path) -> None:
+    """Extend a submitted grid, as a local one."""
+    result = dlopt(tmp_path, *SUBMIT, "seed=0,1,2", "resume=auto", *SMALL)
+    assert result.code == 0, result
+    assert jobs(tmp_path) == ["queued"] * 3 and submission.read(submitted).elements == 3
+    other = said(dlopt(tmp_path, *SUBMIT, "seed=3,4,5", "resume=auto", *SMALL))
+    assert "another sweep was submitted in this folder; use another one. More values of the first axis extend" in other
+
+
+def test_a_full_disk_while_submitting(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a write names no file."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    message = said(dlopt(tmp_path, *SUBMIT, "seed=0,1", *SMALL))
+    place = tmp_path / PLACE / WORKERS / ".code"
+    assert message == f"dlopt: {place}: cannot be copied beside the sweep: No space left on device\n"
+    assert not (tmp_path / PLACE).exists()
 
 
 def test_stop_of_a_stranger(submitted: Path, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
