@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.files import reason, write
 from dlopt.basics.folders import short_path
-from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder
+from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder
 
 USAGE = """\
 Merge a sharded checkpoint into one file
@@ -33,7 +33,7 @@ def consolidate(
     target = refuse_folder(path.with_name(f"{path.stem}-whole.pt") if output is None else Path(output))
     if target.exists() and os.path.samefile(target, path):
         raise UserError(f"output={target}: is the checkpoint itself; must be another file")
-
+    load_torch()
     import torch
 
     from dlopt.training.checkpoint import sharded

@@ -11,7 +11,7 @@ from dlopt.basics.files import temporary_sibling, write_atomically, write_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
 from dlopt.basics.status_line import waiting
-from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
+from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
 
 USAGE = """\
 Export a checkpoint to safetensors, ONNX or torch.export
@@ -56,9 +56,6 @@ def export(
     ] = None,
 ) -> int:
     """Writes and verifies the file. Raises `UserError`; `RunError` if the model cannot be converted."""
-    from dlopt.trained.exporting import convert, preparation, samples, verify, write
-    from dlopt.trained.restore import restore
-
     suffix, packages = _FORMATS[format]
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
@@ -67,6 +64,10 @@ def export(
     target = _target(output, path, suffix)
     tokenizer = target.with_name(f"{target.stem}.tokenizer.json")
     columns = target.with_name(f"{target.stem}.columns.json")
+    load_torch()
+    from dlopt.trained.exporting import convert, preparation, samples, verify, write
+    from dlopt.trained.restore import restore
+
     with waiting("loading the model ..."):
         trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"})
     if trained.warning is not None:

@@ -12,7 +12,7 @@ from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
 from dlopt.basics.interruption import print_message
 from dlopt.basics.ranges import Count, Natural
-from dlopt.commands.shared.command_line import on_checkpoint, refuse_folder, writing
+from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.reads import INFERENCE
 
@@ -94,16 +94,18 @@ def _predict(
     ] = None,
 ) -> int:
     """Writes the predictions. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
-    from dlopt.trained.classify import image_files
-    from dlopt.trained.predict_output import writer
-    from dlopt.trained.predict_tables import is_table_of_parquet
-    from dlopt.trained.restore import restore
+    from dlopt.trained.predict_output import is_table_of_parquet, writer
 
     if (images is None) == (file is None):
         raise UserError("images, file: one of them is required: images=FOLDER, or file=FILE for a table or a text")
-    found = None if images is None else image_files(images)
+    if images is not None and not os.path.exists(images):
+        raise UserError(f"images={images}: no such file or folder")
     target = _target(output, file, is_table=file is not None and is_table_of_parquet(file))
+    load_torch()
+    from dlopt.trained.classify import image_files
+    from dlopt.trained.restore import restore
 
+    found = None if images is None else image_files(images)
     keys = take_process_keys(changes, "predict")
     trained = restore(path, changes, lambda device: join_processes(device, keys))
     if file is not None and Path(file).is_file():

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.ranges import Count, NonNegative, Seed
-from dlopt.commands.shared.command_line import on_checkpoint
+from dlopt.commands.shared.command_line import load_torch, on_checkpoint
 from dlopt.config.reads import INFERENCE
 
 _READS = (*INFERENCE, "allow_packages")
@@ -45,17 +45,18 @@ def sample(
     samples: Annotated[Count, "N: number of continuations"] = 1,
 ) -> int:
     """Prints the prompt and its continuations. Raises `UserError`."""
+    if changes.get("precision") in ("bf16", "bf16_pure", "fp16"):
+        raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")
+    text = _text(prompt, file)
+    load_torch()
     from dlopt.basics.random import generator
     from dlopt.tasks.text import NextToken
     from dlopt.trained.continuation import decoded, encode
     from dlopt.trained.restore import restore
 
-    if changes.get("precision") in ("bf16", "bf16_pure", "fp16"):
-        raise UserError(f"precision={changes['precision']}: samples are computed in fp32; use fp32, tf32 or fp64")
     trained = restore(path, changes)
     if not isinstance(trained.task, NextToken):
         raise UserError(f"checkpoint={path}: its model predicts no text; it was trained with other data")
-    text = _text(prompt, file)
     tokens = encode(trained, text)
     for number in range(samples):
         if number:

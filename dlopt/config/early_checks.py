@@ -3,6 +3,7 @@
 `parsing.parse` checks everything again, with the signatures themselves.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,10 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     """
     settings = run_settings(config)
     values = flatten(config)
+    for key, path in {"init_from": settings.init_from, "resume": settings.resume}.items():
+        if path not in (None, "auto") and not os.path.lexists(path):
+            hint = "; resume=auto resumes the newest unfinished run" if key == "resume" else ""
+            raise UserError(f"{key}={path}: no such file{hint}")
     task = values.get("task._target_")
     if task in (None, AUTO_TASK):
         check_run_monitor(settings)

@@ -17,6 +17,7 @@ from dlopt.config.parameters import parameters_of
 from dlopt.config.run_config import GROUPS, RunConfig
 from dlopt.config.schema import Component, resolve_target
 from dlopt.config.signatures import annotations_of
+from tests.support.folders import make_run
 from tests.support.line import refused
 
 _RUN = """
@@ -68,6 +69,63 @@ def test_errors_of_values_come_before_torch() -> None:
         [sys.executable, "-c", _RUN], input="\n".join(lines), capture_output=True, text=True, check=True
     )
     assert printed.stdout.splitlines() == [f"False {message}" for message in lines.values()]
+
+
+def test_errors_of_commands_come_before_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", overrides=["model=mlp"])
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/best.pt").touch()
+    lines = {
+        "eval nowhere": "checkpoint=nowhere: no such file",
+        "export nowhere format=safetensors": "checkpoint=nowhere: no such file",
+        "export run format=safetensors output=run": "output=run: is a folder; must be a file",
+        "predict nowhere images=run": "checkpoint=nowhere: no such file",
+        "predict run": "images, file: one of them is required: images=FOLDER, or file=FILE for a table or a text",
+        "predict run images=nowhere": "images=nowhere: no such file or folder",
+        "predict run file=a.csv": "file=a.csv: cannot be read (No such file or directory)",
+        "predict run file=run": "file=run: is a folder; must be a file",
+        "sample run file=nowhere": "file=nowhere: cannot be read (No such file or directory)",
+        "sample run prompt=": "prompt=: is empty; give at least one character",
+        "consolidate run output=run": "output=run: is a folder; must be a file",
+        "trajectory checkpoint=nowhere": "checkpoint=nowhere: no such file",
+        "train resume=nowhere": "resume=nowhere: no such file; resume=auto resumes the newest unfinished run",
+        "train init_from=nowhere": "init_from=nowhere: no such file",
+        "train from=nowhere": "from=nowhere: not a run folder: nowhere has no readable config.yaml",
+        "train data=table": "data.file: a value is required; set data.file=VALUE: ",
+        "train tracking=[nope]": 'tracking=["nope"]: unknown value; allowed: a list [a,b,...], each tensorboard | ',
+        "train --config-dir=conf experiment=octal": "--config-dir=conf: experiment/octal.yaml line 2: epochs: 010 is 8",
+        "judge model=mlp optimizer.lr=x": "optimizer.lr=x: input should be a valid number; allowed: a number > 0",
+        "judge model=mlp optimizer.lrr=1": "optimizer.lrr=1: unknown key; did you mean optimizer.lr? ",
+        "judge model=mlp data.batch_size=0": "data.batch_size=0: input should be greater than or equal to 1; ",
+        "judge model=mlp data=nope": "data=nope: unknown choice; ",
+        "judge model=mlp seed=1": "seed=1: `dlopt judge` sets the seeds: every pair of runs has its own",
+        "judge model=mlp code=nowhere": "code=nowhere: must be a folder with Python files",
+        "judge model=mlpp optimizer.lr=1": "model=mlpp: unknown choice; ",
+    }
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/octal.yaml").write_text("# @package _global_\nepochs: 010\n")
+    printed = subprocess.run(
+        [sys.executable, "-c", f"{_RUN}    sys.stdout.flush()"], input="\n".join(lines), cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    for shown, (line, message) in zip(printed.stdout.splitlines(), lines.items(), strict=True):
+        assert shown.startswith(f"False {message}"), (line, shown)
+
+
+def test_a_missing_extra_is_reported_before_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/best.pt").touch()
+    lines = {"export run format=onnx": "format=onnx: requires onnx and onnxscript; "}
+    lines["train tracking=[wandb]"] = "tracking=[wandb]: the package wandb is not installed; "
+    hide = "import importlib.util as u\nreal = u.find_spec\nHIDDEN = ('onnx', 'onnxscript', 'wandb')\n"
+    hide += "u.find_spec = lambda name, *more: None if name in HIDDEN else real(name, *more)\n"
+    hide += "import sys\nsys.modules.update(dict.fromkeys(HIDDEN))\n"
+    printed = subprocess.run(
+        [sys.executable, "-c", hide + _RUN], input="\n".join(lines), cwd=tmp_path, capture_output=True, text=True
+    )
+    for shown, (line, message) in zip(printed.stdout.splitlines(), lines.items(), strict=True):
+        assert shown.startswith(f"False {message}"), (line, shown)
 
 
 def test_annotations_are_those_of_the_signatures() -> None:

@@ -293,6 +293,7 @@ def on_checkpoint(
 ) -> Callable[[Callable[..., int]], Command]:
     """Turns `function(path, changes, **command_keys)` into a command on a checkpoint and the config saved in it.
 
+    The function calls `load_torch` after the checks that need no torch.
     The command has the key `checkpoint` in addition to the keys of the function.
 
     Args:
@@ -333,8 +334,6 @@ def on_checkpoint(
                     f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
                 )
             command_values = check_command_keys(function, command_values)
-            with waiting("loading PyTorch ..."):
-                import torch as _  # noqa: F401  the command needs it, and it takes seconds
             return function(paths if several else paths[0], values, **command_values, **texts)
 
         signature = inspect.signature(function)
@@ -345,6 +344,12 @@ def on_checkpoint(
         return command
 
     return decorate
+
+
+def load_torch() -> None:
+    """Imports torch, which takes seconds."""
+    with waiting("loading PyTorch ..."):
+        import torch as _  # noqa: F401
 
 
 def _with_best_runs(checkpoint: Any) -> Any:

@@ -115,9 +115,8 @@ def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
         raise UserError(f"{missing} missing: dlopt judge outputs/train/DATE optimizer.lr=0.2; see `dlopt judge --help`")
     composer = line.composer.with_words(*(word for side in typed for word in words_of(side)))
     line = replace(line, composer=composer.with_words(*trusting(composer)))
-    with waiting("loading PyTorch ..."):
-        base = read_base(line.composer, sides[0])
-        change = read_change(line.composer, base, sides[1:])
+    base = read_base(line.composer, sides[0])
+    change = read_change(line.composer, base, sides[1:])
     hydra = replace(line, overrides=[each for each in rest.overrides if is_hydra(each)])
     return _judge(hydra, base, change, sides[1:], **values)
 

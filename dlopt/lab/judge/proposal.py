@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlopt.basics.plain_values import flatten
+from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.command_line import of_run
 from dlopt.config.keys import ROLES
 from dlopt.extend import (
@@ -50,8 +51,14 @@ class Side:
     """
 
     lines: Sequence[str]
-    plan: "Plan"
+    composer: "Composer"
     code: Path | None = None
+
+    @cached_property
+    def plan(self) -> "Plan":
+        from dlopt.extend import plan  # imports torch
+
+        return plan(self.composer, self.lines)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -118,7 +125,8 @@ def read_change(composer: "Composer", base: Side, words: Sequence[str]) -> Side:
         _refuse_seeds(overrides)
         lines = _combined(composer, base.lines, overrides)
     change = _side(composer, lines, code[-1].absolute() if code else None)
-    _check(base, change)
+    with waiting("loading PyTorch ..."):
+        _check(base, change)
     return change
 
 
@@ -167,14 +175,16 @@ def _combined(composer: "Composer", lines: Sequence[str], change: Sequence[str])
 
 
 def _side(composer: "Composer", lines: Sequence[str], code: Path | None = None) -> Side:
-    from dlopt.extend import plan  # with Hydra and pydantic, which the help does not need
+    from dlopt.config.early_checks import check_early  # with pydantic, which the help does not need
+    from dlopt.config.resolve import to_plain
 
     lines = _combined(composer, lines, [*UNRECORDED, *trusting(composer)])
     config = composer.compose(lines)
     if config.get("comparison") is not None:
         recipe = next((each for each in lines if key_of(each) == "experiment"), "comparison")
         raise UserError(f"{recipe}: a comparison of several runs, which has its own claims; name a single run")
-    return Side(lines, plan(composer, lines), code)
+    check_early(to_plain(config)[0], lines)  # of both sides, before torch is imported
+    return Side(lines, composer, code)
 
 
 def _check(base: Side, change: Side) -> None:

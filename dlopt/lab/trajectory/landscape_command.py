@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Interval
 
 from dlopt.basics.status_line import status_line
-from dlopt.commands.shared.command_line import saved_run_config
+from dlopt.commands.shared.command_line import load_torch, saved_run_config
 from dlopt.extend import DONE, Count, Positive, Seed, UserError, on_checkpoint, output_folder, writing
 from dlopt.lab.trajectory.output import Output
 from dlopt.results import drawing
@@ -36,6 +36,7 @@ def draw_landscape(
     seed: Annotated[Seed, "N: seed of random directions"] = 0,
     output: Output = None,
 ) -> int:
+    load_torch()
     from dlopt.basics.random import generator
     from dlopt.extend import build_workload, load_checkpoint
     from dlopt.lab.comparison.measures import spread_samples
