@@ -1,13 +1,18 @@
 """Tests of validation sets with names: whose samples they are, what is logged, and what they select."""
 
 import csv
+import io
 import json
 import re
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
@@ -64,6 +69,69 @@ def test_equal_samples_have_equal_metrics_whatever_the_order_of_columns_and_clas
         assert "loss" in names and len(names) == 2
         assert [line[f"val_copy_{name}"] for name in names] == [line[f"val_{name}"] for name in names]
     assert summary["best_val_copy_loss"] == summary["best_val_loss"]
+
+
+def _text(folder: Path, name: str, seed: int) -> str:
+    letters = np.random.default_rng(seed).choice(list("abcdefgh"[: 2 + 2 * seed]), 900)
+    (folder / f"{name}.txt").write_text("".join(letters))
+    return str(folder / f"{name}.txt")
+
+
+def _png(seed: int, label: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(40 * label, 150 + 40 * label, (6, 6), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+    return file.getvalue()
+
+
+def _parquet(folder: Path, name: str, seed: int) -> str:
+    labels = [0, 1, 2] * 6
+    images = [{"bytes": _png(100 * seed + i, label)} for i, label in enumerate(labels)]
+    parquet.write_table(pyarrow.table({"image": images, "label": labels}), folder / f"{name}.parquet")
+    return str(folder / f"{name}.parquet")
+
+
+def _webdataset(folder: Path, name: str, seed: int) -> str:
+    with tarfile.open(folder / f"{name}.tar", "w") as tar:
+        for i, label in enumerate([0, 1, 2] * 6):
+            for ending, content in (("png", _png(100 * seed + i, label)), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{i:03}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(folder / f"{name}.tar")
+
+
+_IMAGES = [
+    "data.image_size=6",
+    "data.channels=1",
+    "data.batch_size=6",
+    "model=mlp",
+    "model.widths=[8]",
+    "model.norm=none",
+]
+FILES: dict[str, tuple[Callable[[Path, str, int], str], list[str]]] = {
+    "text": (_text, ["data.sequence_length=16", "model=gpt_nano", "model.width=18", "model.depth=1"]),
+    "parquet": (_parquet, _IMAGES),
+    "webdataset": (_webdataset, [*_IMAGES, "data.input=png"]),
+}
+
+
+@pytest.mark.parametrize("data", FILES)
+def test_a_named_set_is_its_own_file_beside_the_files_of_other_splits(data: str, tmp_path: Path) -> None:
+    """Its metrics are those of a run that is validated on this file: the training is the same."""
+    write, keys = FILES[data]
+    train, val, test, other = (write(tmp_path, name, seed) for seed, name in enumerate(("a", "b", "t", "c"), 1))
+    tests = [] if data == "text" else [f"data.test_file={test}"]
+    line = [f"data={data}", f"data.file={train}", *keys, "epochs=2", "tracking=[]", "threads=1", "device=cpu"]
+    start(tmp_path / "named", *line, *tests, f"data.val_file={val}", f"validation.other.file={other}")
+    start(tmp_path / "other", *line, f"data.val_file={other}")
+    start(
+        tmp_path / "only", *line, *tests, "data.val_split=0", f"validation.other.file={other}", "monitor=val_other_loss"
+    )
+    expected = [each["val_loss"] for each in metrics(tmp_path / "other")]
+    named = metrics(tmp_path / "named")
+    assert [each["val_other_loss"] for each in named] == expected
+    assert [each["val_other_loss"] for each in metrics(tmp_path / "only")] == expected
+    assert all(abs(each["val_loss"] - value) > 1e-3 for each, value in zip(named, expected, strict=True))
 
 
 def test_a_named_set_changes_no_other_number_of_the_run(tmp_path: Path) -> None:
