@@ -127,3 +127,10 @@ class KeepsItsStateInFloat32(AdamW):
 class HidesNaN(AdamW):
     def update(self, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         super().update(group, p, grad.nan_to_num(), state)
+
+
+class ReadsItsDefaults(AdamW):
+    """Takes betas from the constructor, not from the group."""
+
+    def update(self, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        super().update({**group, "betas": self.defaults["betas"]}, p, grad, state)

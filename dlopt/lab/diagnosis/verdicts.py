@@ -115,7 +115,7 @@ def _over_time(lag: TimeLag) -> Verdict | None:
 
 
 def _verdict(layer: LayerStatistics, ratios: Mapping[Compared, float], is_zero: bool) -> Verdict:
-    """Judges a layer by itself. `is_zero`: whether the gradient that it is compared with is 0."""
+    """Judges a layer alone. `is_zero`: whether the gradient that it is compared with is 0."""
     if not math.isfinite(layer.outputs.rms) or (layer.gradients.count and not math.isfinite(layer.gradients.norm)):
         return Verdict("exploding", "non-finite values")
     if layer.saturated is not None and layer.saturated > SATURATED:

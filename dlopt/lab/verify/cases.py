@@ -47,26 +47,33 @@ def pseudo_huber(params: Any) -> Any:
 PROBLEMS: tuple[Loss, ...] = (sphere, ill_conditioned, least_squares, logistic, pseudo_huber)
 
 
-SHAPES = (3, 2), (3,), (3, 2), (2, 3), (4,)
-MATRIX_SHAPES = (8, 4), (4, 6), (8, 4), (5, 4), (4, 4)
-ABSENT = (), (2, 5), (), (0, 1, 2), ()  # parameter 1 has no gradient in updates 3 and 6, parameter 3 joins at update 4
+SHAPES = (3, 2), (3, 2), (2, 3), (4,), (4,), ()
+MATRIX_SHAPES = (8, 4), (8, 4), (4, 6), (5, 4), (4, 4)
+ABSENT = (), (2, 5), (), (0, 1, 2), (), ()  # parameter 1 has no gradient in updates 3 and 6, 3 joins at update 4
 
 
-def ten_updates(make: Any, shapes: Any, absent: Any, groups: Any, sign: int = 1) -> Iterator[list[torch.Tensor]]:
-    """Yields the weights after each update of groups with two parameters each; the last one has one.
+def updates_in_groups(
+    make: Any, shapes: Any, absent: Any, groups: Any, signs: Any = (1, 1, 1), turned: Any = (2,), steps: int = 10
+) -> Iterator[list[torch.Tensor]]:
+    """Yields the weights after each update of three groups with two parameters each; the last one may have one.
 
-    `absent` has for each parameter the updates without a gradient. The third parameter is transposed in memory.
+    `absent` has for each parameter the updates without a gradient; `signs` multiply the gradients of the groups, whose
+    sizes go through eight powers of ten in more than ten updates. The third parameter is transposed in memory;
+    `turned`: whose gradients are.
     """
     draw = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=draw, dtype=torch.float64)) for s in shapes]
     params[2:3] = [torch.nn.Parameter(p.detach().t().contiguous().t()) for p in params[2:3]]
     o = make([{"params": params[2 * i : 2 * i + 2], **keys} for i, keys in enumerate(groups)])
-    for t in range(10):
+    for t in range(steps):
         for i, p in enumerate(params):
             p.grad = (
                 None
                 if t in absent[i]
-                else torch.empty_like(p).copy_(sign * torch.randn(p.shape, generator=draw, dtype=torch.float64))
+                else (torch.zeros_like(p.t().contiguous()).t() if i in turned else torch.zeros_like(p)).add_(
+                    torch.randn(p.shape, generator=draw, dtype=torch.float64),
+                    alpha=signs[i // 2] * 10.0 ** ((t % 9 - 4) * (steps > 10)),
+                )
             )
         torch.manual_seed(t)
         o.step()
@@ -119,7 +126,7 @@ def rests_where_the_rate_is_zero(make: Make, update: Update, fresh: Fresh) -> No
     params = fresh()
     o = make([{"params": [p]} for p in params])
     for group in o.param_groups:
-        group["lr"] *= any(p is params[0] for p in group["params"])
+        group["lr"] = group["lr"] * any(p is params[0] for p in group["params"])
     before = [p.detach().clone() for p in params]
     for _ in range(2):
         update(o, params)
@@ -147,11 +154,11 @@ def decays_by_group(
 def decays_apart_from_the_gradient(make: Make, update: Update, fresh: Fresh, flag: Flag) -> None:
     params, seen = fresh(), []
     o = make(params, weight_decay=0.1, **flag)
-    for _ in range(15):
+    for _ in range(300):
         update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
         seen.append([p.detach().clone() for p in params])
-    for a, b, c in zip(*seen[-3:], strict=True):
-        first, last = 1 - b / a, 1 - c / b
+    for a, b, c, d in zip(*seen[12:14], *seen[-2:], strict=True):
+        first, last = 1 - b / a, 1 - d / c
         assert first.min() >= 0 or first.max() > 0, "at zero gradients, the weights grow"
         assert first.max() > 0, "at zero gradients, the weights do not shrink"
         assert first.max() - first.min() < 1e-6 * first.mean(), "the weights of a tensor do not shrink by one factor"
@@ -176,6 +183,21 @@ def decays_by_the_rate(make: Make, update: Update, fresh: Fresh, flag: Flag) -> 
         update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
     size = float((1 - params[0] / before).mean()) / (0.1 * o.param_groups[0]["lr"])
     assert abs(size - 1) < 1e-3, f"at zero gradients, the decay is {size:.4g} lr weight_decay w"
+
+
+def decays_with_the_schedule(make: Make, update: Update, fresh: Fresh, flag: Flag) -> None:
+    shrunk = []
+    for factor in (1.0, 0.25):
+        params = fresh()
+        o = make(params, weight_decay=0.1, **flag)
+        s = torch.optim.lr_scheduler.StepLR(o, 3, factor)
+        for _ in range(4):
+            before = params[0].detach().clone()
+            update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
+            s.step()
+        shrunk.append(float((1 - params[0] / before).mean()))
+    ratio = shrunk[1] / shrunk[0]
+    assert min(abs(ratio - 1), abs(ratio - 0.25)) < 1e-3, f"at a quarter of the rate, {ratio:.4g} of the decay is left"
 
 
 # -- missing gradients
@@ -217,17 +239,19 @@ def takes_no_gradients_at_all(make: Make, update: Update, fresh: Fresh) -> None:
 # -- resume
 
 
-def resumes_from_its_state_dict(make: Make, update: Update, fresh: Fresh) -> None:
+def resumes_from_its_state_dict(make: Make, update: Update, fresh: Fresh, keys: Flag | None) -> None:
     params, file = fresh(torch.float32), io.BytesIO()
-    o = make(params)
+    o = make(params if keys is None else [{"params": params[:1]}, {"params": params[1:], **keys}])
     for _ in range(12):
         update(o, params)
     torch.save(([p.detach() for p in params], o.state_dict()), file)
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
-    others = [torch.nn.Parameter(w) for w in weights]
-    r = make(others)
+    others = fresh(torch.float32)
+    r = make(others if keys is None else [{"params": [p]} for p in others])
+    update(r, others)
     r.load_state_dict(state)
+    [p.data.copy_(w) for p, w in zip(others, weights, strict=True)]
     for optimizer, its in 3 * [(o, params), (r, others)]:
         torch.manual_seed(1)
         update(optimizer, its)
@@ -235,9 +259,9 @@ def resumes_from_its_state_dict(make: Make, update: Update, fresh: Fresh) -> Non
     assert gap == 0, f"3 updates after a resume, the weights differ by {gap:.2g}"
 
 
-def resumes_from_a_deepcopy(make: Make, update: Update, fresh: Fresh) -> None:
+def resumes_from_a_deepcopy(make: Make, update: Update, fresh: Fresh, keys: Flag | None) -> None:
     params = fresh(torch.float32)
-    o = make(params)
+    o = make(params if keys is None else [{"params": params[:1]}, {"params": params[1:], **keys}])
     for _ in range(12):
         update(o, params)
     others, r = copy.deepcopy((params, o))
@@ -248,15 +272,92 @@ def resumes_from_a_deepcopy(make: Make, update: Update, fresh: Fresh) -> None:
     assert gap == 0, f"3 updates after a deepcopy, the weights differ by {gap:.2g}"
 
 
-def trains_an_added_group(make: Make, update: Update, fresh: Fresh) -> None:
-    params = fresh()
-    o = make(params[:1])
-    before = params[1].detach().clone()
-    update(o, params[:1])
-    o.add_param_group({"params": params[1:]})
-    for _ in range(12):
+# -- groups
+
+
+def moves_as_alone(make: Make, update: Update, fresh: Fresh, keys: Flag) -> None:
+    params, others = fresh()[::-1], fresh()[::-1]
+    o = make([{"params": params[:1]}, {"params": params[1:], **keys}])
+    own = make(others[:1]), make(others[1:], **keys)
+    for t in range(20):
+        for optimizer, its in (o, params), (own[0], others[:1]), (own[1], others[1:]):
+            torch.manual_seed(t)
+            update(optimizer, its)
+    gap = max(float((a - b).abs().max()) for a, b in zip(params, others, strict=True))
+    assert gap < 1e-9, f"{keys} in group 1: weights differ by {gap:.2g} from those of an optimizer per group"
+
+
+def moves_as_alone_if_added(make: Make, update: Update, fresh: Fresh, keys: Flag) -> None:
+    params, others = fresh()[::-1], fresh()[:1]
+    o, own = make(params[:1]), make(others, **keys)
+    for _ in range(5):
+        update(o, params[:1])
+    o.add_param_group({"params": params[1:], **keys})
+    for _ in range(5):
         update(o, params)
-    assert not torch.equal(params[1], before), "a parameter added by add_param_group does not move"
+        update(own, others)
+    gap = float((params[1] - others[0]).abs().max())
+    assert gap < 1e-9, f"a group added with {keys}: weights differ by {gap:.2g} from those of an optimizer of its own"
+
+
+def obeys_changed_keys(make: Make, update: Update, fresh: Fresh, keys: Flag) -> None:
+    params = fresh()
+    o = make(params)
+    for _ in range(5):
+        update(o, params)
+    others, state = copy.deepcopy(params), copy.deepcopy(o.state_dict())
+    r = make(others, **keys)
+    r.load_state_dict({**state, "param_groups": [{**g, **keys} for g in state["param_groups"]]})
+    for g in o.param_groups:
+        g.update(keys)
+    for optimizer, its in 3 * [(o, params), (r, others)]:
+        torch.manual_seed(1)
+        update(optimizer, its)
+    gap = max(float((a - b).abs().max()) for a, b in zip(params, others, strict=True))
+    assert gap < 1e-9, f"{keys} set after 5 updates: weights differ by {gap:.2g} from an optimizer made with them"
+
+
+def ignores_the_order(make: Make, update: Update, fresh: Fresh, twins: bool) -> None:
+    ends = []
+    for order in (1, -1):
+        params = [*fresh(), torch.nn.Parameter(fresh()[0].detach().cos())][: 2 + twins]
+        o = make(params[::order])
+        for _ in range(6):
+            update(o, params)
+        ends.append(params)
+    gap = max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True))
+    assert gap < 1e-6, f"two parameters of one shape in another order: weights differ by {gap:.2g}"
+
+
+def ignores_the_memory_layout(make: Make, fresh: Fresh) -> None:
+    ends = []
+    for turned in (lambda p: p, lambda p: p.t().contiguous().t()):
+        p = fresh()[0]
+        o = make([p])
+        for t in range(3):
+            p.grad = turned(p.detach().cos() + t)
+            torch.manual_seed(t)
+            o.step()
+        ends.append(p)
+    gap = float((ends[0] - ends[1]).abs().max())
+    assert gap < 1e-9, f"gradients that are transposed in memory change the weights by {gap:.2g}"
+
+
+def leaves_the_generator(make: Make, update: Update, fresh: Fresh) -> None:
+    params, ends = fresh(), []
+    o = make(params)
+    before = torch.get_rng_state()
+    update(o, params)
+    drawn = not torch.equal(before, torch.get_rng_state())
+    for seed in (1, 2) if drawn else ():
+        params = fresh()
+        o = make(params)
+        for t in range(3):
+            torch.manual_seed(seed + t)
+            update(o, params)
+        ends.append(params)
+    random = drawn and any(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert random or not drawn, "draws from torch's global generator without need, which changes masks of dropout"
 
 
 def evaluates_without_a_trace(make: Callable[..., Any], update: Update, fresh: Fresh) -> None:
@@ -289,13 +390,16 @@ def equals_the_loop(make: Make, update: Update, fresh: Fresh, loss: Loss, flag: 
     assert gap < 1e-9, f"{flag}: weights differ by {gap:.2g} from those of the loop"
 
 
-def equals_the_loop_in_groups(make: Make, shapes: Any, absent: Any, groups: Any, flag: Flag) -> None:
-    runs = ((dict.fromkeys(flag, False), 1), (flag, -1 if "maximize" in flag else 1))
+def equals_the_loop_in_groups(
+    make: Make, shapes: Any, absent: Any, groups: Any, flag: Flag, others: Any, signs: Any
+) -> None:
+    runs = (dict.fromkeys(flag, False), groups, (1, 1, 1)), (flag, others, signs)
     ends = [
-        list(ten_updates(lambda g, keys=keys: make(g, **keys), shapes, absent, groups, sign))[-1] for keys, sign in runs
+        list(updates_in_groups(lambda g, keys=keys: make(g, **keys), shapes, absent, own, signs))[-1]
+        for keys, own, signs in runs
     ]
     gaps = [float((a - b).abs().max()) for a, b in zip(*ends, strict=True)]
-    assert max(gaps) < 1e-7, f"{flag}, in groups: weights differ by {gaps}"
+    assert max(gaps) < 1e-7, f"{flag or others}, in groups: weights differ by {gaps}"
 
 
 # -- precision
@@ -313,6 +417,18 @@ def stays_within_rounding(
     rounding = 10 * torch.finfo(dtype).eps * sum(float(p.abs().sum()) for p in fresh())
     bound = share * abs(exact - before) + rounding
     assert abs(found - exact) <= bound, f"{dtype}: loss {found:.6g}, in float64 {exact:.6g}; bound {bound:.2g}"
+
+
+def counts_all_updates(make: Make, update: Update, fresh: Fresh) -> None:
+    params = fresh(torch.bfloat16)
+    o, seen = make(params), []
+    for t in range(300):
+        update(o, params)
+        if t in (10, 11, 299):
+            seen.append({(i, k): float(v) for i, p in enumerate(params) for k, v in o.state[p].items()
+                         if torch.is_tensor(v) and v.numel() == 1 and p.numel() > 1})  # fmt: skip
+    wrong = {k: seen[2][k] for k in seen[0] if seen[1][k] == seen[0][k] + 1 and seen[2][k] != seen[0][k] + 289}
+    assert not wrong, f"after 300 updates in bfloat16, a counter is {next(iter(wrong.values()))}"
 
 
 # -- unusual input
@@ -336,6 +452,16 @@ def trains_scalars(make: Make, update: Update, fresh: Fresh) -> None:
     assert p.isfinite() and p != 0.5, f"a parameter of shape [] is {float(p)} after 12 updates from 0.5"
 
 
+def trains_complex_weights(make: Make) -> None:
+    p, goal = torch.nn.Parameter(torch.ones(3, dtype=torch.complex128)), torch.full((3,), 1 - 2j)
+    o = make([p])
+    for _ in range(20):
+        o.zero_grad()
+        (p - goal).abs().square().sum().backward()
+        o.step()
+    assert (p.imag < 0).all(), f"a weight goes from 1 to {complex(p.detach()[0]):.4g}, at gradients towards 1 - 2j"
+
+
 def takes_sparse_gradients(make: Make, keys: Flag) -> None:
     ends = []
     for is_sparse in (False, True):
@@ -356,6 +482,23 @@ def calls_its_closure_once(make: Callable[..., Any], fresh: Fresh, loss: Loss) -
         returned = o.step(lambda: (o.zero_grad(), seen.extend([loss(params)]), seen[-1].backward(), seen[-1])[-1])  # type: ignore[func-returns-value]
     assert len(seen) == 2, f"{len(seen)} calls of the closure in 2 updates"
     assert returned is not None and float(returned) == float(seen[-1]), f"step returned {returned}, not the loss"
+
+
+def steps_by_its_closure(make: Callable[..., Any], fresh: Fresh, loss: Loss) -> None:
+    ends = []
+    for by_closure in (False, True):
+        params = fresh()
+        o = make(params)
+        for t in range(4):
+            torch.manual_seed(t)
+            (
+                o.step(lambda o=o, its=params: (o.zero_grad(), seen := loss(its), seen.backward(), seen)[-1])
+                if by_closure
+                else (o.zero_grad(), loss(params).backward(), o.step())
+            )
+        ends.append(params)
+    gap = max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True))
+    assert gap < 1e-12, f"step(closure) and backward() with step() lead to weights that differ by {gap:.2g}"
 
 
 def takes_empty_tensors(make: Make, update: Update, fresh: Fresh) -> None:

@@ -27,10 +27,10 @@ Examples:
   dlopt verify optimizer=torch.optim.ASGD
   dlopt verify optimizer=lion optimizer.cautious=true
 
-Runs twelve checks on small tensors, on a CPU: updates beside the paper's, descent, the learning rate, weight decay,
-missing gradients, resume, fused implementations, precision, NaN and other unusual input, cost, and defaults. A check
-passes, fails, is undecided, or does not apply; a failure comes with at most ten lines of PyTorch that show it. Exit
-code 1 if a check fails.
+Runs thirteen checks on small tensors, on a CPU: updates beside the paper's, descent, the learning rate, weight decay,
+missing gradients, resume, groups, fused implementations, precision, NaN and other unusual input, cost, and defaults. A
+check passes, fails, is undecided, or does not apply; a failure comes with at most ten lines of PyTorch that show it.
+Exit code 1 if a check fails.
 
   optimizer=NAME :: a choice of the group optimizer, or the dotted name of a class, with allow_packages
   {_verify}

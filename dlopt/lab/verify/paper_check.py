@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlopt.lab.verify.cases import ABSENT, MATRIX_SHAPES, SHAPES, ten_updates
+from dlopt.lab.verify.cases import ABSENT, MATRIX_SHAPES, SHAPES, updates_in_groups
 from dlopt.lab.verify.methods import DECOUPLED, Method, arguments_of, name_in
 from dlopt.lab.verify.outcome import CheckOutcome
 from dlopt.lab.verify.references import Array, Formula, decoupled, penalized
@@ -33,6 +33,7 @@ class Scenario:
     keys: Mapping[str, Any]
     groups: list[dict[str, Any]]
     formulas: list[dict[str, Any]]
+    steps: int
 
     def name(self, place: int) -> str:
         """Describes a parameter."""
@@ -77,15 +78,17 @@ def _formulas(subject: Subject, method: Method, keys: Mapping[str, Any]) -> list
     return {"decoupled": [apart], "l2": [coupled], None: [coupled, apart]}[method.decay]
 
 
-def _scenarios(subject: Subject, method: Method, keys: Mapping[str, Any]) -> Iterator[Scenario]:
+def _scenarios(subject: Subject, method: Method, keys: Mapping[str, Any], steps: int) -> Iterator[Scenario]:
     """Yields two groups and a third without decay; parameters alone if the method couples all of them."""
+    if steps > 10 and "lr" in keys:  # the weights keep their size while gradients grow to 1e4
+        keys = {**keys, "lr": 0.01 * keys["lr"]}
     shapes = MATRIX_SHAPES if method.matrices else SHAPES
     first = {"lr": keys.get("lr", 0.1), "wd": keys.get("weight_decay", 0.0)}
     first |= {name: method.keys[name] for name in method.second if name in method.keys}
     options = {name: subject.default(name) for name in method.options if subject.takes(name)}
     if method.couples or not subject.takes_groups:
-        for shape in shapes[:2]:
-            yield Scenario((shape,), ((),), keys, [{}], [first | options])
+        for shape in (shapes[0], shapes[3]):
+            yield Scenario((shape,), ((),), keys, [{}], [first | options], steps)
         return
     held = subject.make([torch.nn.Parameter(torch.ones(shapes[0]))], **keys).param_groups[0]
     group, second = {}, dict(first)
@@ -100,20 +103,20 @@ def _scenarios(subject: Subject, method: Method, keys: Mapping[str, Any]) -> Ite
             second["wd" if name == "weight_decay" else name] = value
     absent = ((),) * len(shapes) if method.counts_groups else ABSENT
     none = {"weight_decay": 0.0} if "weight_decay" in keys else {}
-    yield Scenario(
-        shapes, absent, keys, [{}, group, none], [first | options, second | options, first | options | {"wd": 0.0}]
-    )
+    formulas = [first | options, second | options, first | options | {"wd": 0.0}]
+    yield Scenario(shapes, absent, keys, [{}, group, none], formulas, steps)
 
 
 def _draws(scenario: Scenario) -> tuple[list[Array], list[list[Array]]]:
-    """Returns the weights at the start and each parameter's gradients in `ten_updates`."""
+    """Returns the weights at the start and each parameter's gradients in `updates_in_groups`."""
     draw = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=draw, dtype=torch.float64).numpy() for shape in scenario.shapes]
     gradients: list[list[Array]] = [[] for _ in starts]
-    for t in range(10):
+    for t in range(scenario.steps):
         for place, shape in enumerate(scenario.shapes):
             if t not in scenario.absent[place]:
-                gradients[place].append(torch.randn(shape, generator=draw, dtype=torch.float64).numpy())
+                size = 10.0 ** (t % 9 - 4) if scenario.steps > 10 else 1.0
+                gradients[place].append(size * torch.randn(shape, generator=draw, dtype=torch.float64).numpy())
     return starts, gradients
 
 
@@ -124,7 +127,7 @@ def _expected(scenario: Scenario, formula: Formula, sign: int) -> Iterator[tuple
     for place, (start, own) in enumerate(zip(starts, gradients, strict=True)):
         updates.append(formula(start, [sign * g for g in own], **scenario.formulas[place // 2]))
     weights = list(starts)
-    for t in range(10):
+    for t in range(scenario.steps):
         for place, update in enumerate(updates):
             if t not in scenario.absent[place]:
                 weights[place] = next(update)
@@ -132,9 +135,10 @@ def _expected(scenario: Scenario, formula: Formula, sign: int) -> Iterator[tuple
 
 
 def _compare(subject: Subject, method: Method, formula: Formula, keys: Mapping[str, Any]) -> CheckOutcome:
-    for scenario in _scenarios(subject, method, keys):
-        make = partial(subject.make, **keys)
-        seen = ten_updates(make, scenario.shapes, scenario.absent, scenario.groups)
+    for scenario in (each for steps in (10, 300) for each in _scenarios(subject, method, keys, steps)):
+        make = partial(subject.make, **scenario.keys)
+        of = scenario
+        seen = updates_in_groups(make, of.shapes, of.absent, of.groups, turned=(0, 2), steps=of.steps)
         expected = _expected(scenario, formula, -1 if subject.maximizes else 1)
         for number, (found, (starts, weights)) in enumerate(zip(seen, expected, strict=True), 1):
             for place, (ours, theirs) in enumerate(zip(found, weights, strict=True)):
@@ -157,9 +161,9 @@ def _text(subject: Subject, scenario: Scenario, number: int, place: int, expecte
     return [
         imports,
         make,
-        *definition(ten_updates),
-        f"seen = list(ten_updates(lambda groups: make(groups, **{literal(scenario.keys)}), {scenario.shapes}, "
-        f"{scenario.absent}, [{groups}]))",
+        *definition(updates_in_groups),
+        f"seen = list(updates_in_groups(lambda groups: make(groups, **{literal(scenario.keys)}), {scenario.shapes}, "
+        f"{scenario.absent}, [{groups}], turned=(0, 2), steps={scenario.steps}))",
         f"gap = (seen[{number - 1}][{place}] - torch.tensor({expected.tolist()}, dtype=torch.float64)).norm(); "
         f"assert gap <= {bound:.3g}, gap",
     ]

@@ -332,7 +332,7 @@ def adafactor(w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY) -> Ite
 
 
 def unfold(x: Array, mode: int) -> Array:
-    return np.moveaxis(x, mode, 0).reshape(x.shape[mode], -1)
+    return np.moveaxis(np.atleast_1d(x), mode, 0).reshape(np.atleast_1d(x).shape[mode], -1)
 
 
 def times(x: Array, mode: int, matrix: Array) -> Array:
@@ -347,6 +347,7 @@ def inverse_root(h: Array, order: int) -> Array:
 
 
 def shampoo(w: Array, gs: Gradients, lr: float = LR, wd: float = DECAY) -> Iterator[Array]:
+    w = np.atleast_1d(w)  # a scalar as a vector of one entry
     h, m = [1e-4 * np.eye(n) for n in w.shape], np.zeros_like(w)
     for t, g in enumerate(gs):
         m = 0.9 * m + 0.1 * g

@@ -103,7 +103,9 @@ def test_find_lr_names_inputs_that_are_off_scale(tmp_path: Path) -> None:
     mean, std = json.loads((tmp_path / "lr" / "find_lr.json").read_text())["off_scale"]
     pixels = load_digits().images * 255 / 16  # the mean and the deviation of 20 images are within 15 % of those of all
     assert mean == pytest.approx(pixels.mean(), rel=0.15) and std == pytest.approx(pixels.std(), rel=0.15)
-    assert f"inputs have mean {mean:.2g} and standard deviation {std:.2g}: first try normalize=standardize" in result.out
+    assert (
+        f"inputs have mean {mean:.2g} and standard deviation {std:.2g}: first try normalize=standardize" in result.out
+    )
 
 
 def test_find_lr_help_mentions_auto(tmp_path: Path) -> None:
