@@ -18,8 +18,10 @@ from dlopt.trained.restore import Trained
 
 def trained(outputs: torch.Tensor, loss: nn.Module) -> Trained:
     names = [str(number) for number in range(outputs.shape[1])]
-    fields: dict[str, Any] = {"outputs": lambda _: outputs, "loss": loss, "classes": names}
-    return cast(Trained, SimpleNamespace(task=Classification(len(names)), **fields))
+    fields: dict[str, Any] = {"outputs": lambda _: outputs, "loss": loss, "classes": names, "columns": None}
+    found = SimpleNamespace(task=Classification(len(names)), **fields)
+    found.values = lambda outputs: Trained.values(cast(Trained, found), outputs)
+    return cast(Trained, found)
 
 
 def test_classes_are_those_that_eval_counts() -> None:
