@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from copy import copy
 
 import torch
-from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import LEFT_OUT, WARNING, form, listed
@@ -31,12 +30,10 @@ def as_trained(samples: Samples, source: Dataset, trained: Dataset) -> Samples:
         _check_tokens(source, trained)
         return samples
     samples = _encoded(samples, trained)
-    targets = _targets(samples.targets, source, trained)
-    if targets is samples.targets:
-        return samples
-    fitted = copy(samples)
-    fitted.targets = targets  # type: ignore[misc]
-    return fitted
+    kinds = [_kind(each) for each in (source, trained)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"its targets are {kinds[0]}, those of the training data {kinds[1]}")
+    return with_classes(samples, source.classes, trained.classes)[0]
 
 
 def _check_tokens(source: Dataset, trained: Dataset) -> None:
@@ -58,58 +55,33 @@ def _encoded(samples: Samples, dataset: Dataset) -> Samples:
     return samples
 
 
-def _targets(targets: Tensor, source: Dataset, trained: Dataset) -> Tensor:
-    """Returns the targets with the numbers that the classes have in the training data."""
-    kinds = [_kind(each) for each in (source, trained)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"its targets are {kinds[0]}, those of the training data {kinds[1]}")
-    names, known = source.classes, trained.classes
-    if names is None or known is None or names == known:
-        return targets
-    is_used = targets.any(0) if targets.ndim == 2 else torch.bincount(targets, minlength=len(names)) > 0
-    unknown = [name for name, used in zip(names, is_used.tolist(), strict=True) if used and name not in known]
-    if unknown:
-        raise UserError(f"has the classes {listed(unknown)}, which the training data lack: {listed([*known])}")
-    return _renumbered(targets, [known.index(name) if name in known else -1 for name in names], len(known))
-
-
-def _renumbered(targets: Tensor, numbers: Sequence[int], count: int) -> Tensor:
-    """Returns the targets with other `numbers` of their classes; -1: a class that is not among the `count`."""
-    if targets.ndim == 1:
-        return torch.tensor(numbers)[targets]
-    fitted = torch.zeros(len(targets), count, dtype=targets.dtype)
-    for old, new in enumerate(numbers):
-        if new >= 0:
-            fitted[:, new] = targets[:, old]
-    return fitted
-
-
-def as_tested(
-    samples: Samples, names: Sequence[str] | None, known: Sequence[str] | None
+def with_classes(
+    samples: Samples, names: Sequence[str] | None, known: Sequence[str] | None, *, leaves_out: bool = False
 ) -> tuple[Samples, tuple[str, ...]]:
     """Returns samples of the classes `names` with the numbers of the `known` ones of a model, and notes.
 
-    A name that the model does not know may be one of its classes in another form, such as TRUE for True. Samples of
-    other classes, which it cannot predict, are left out. Raises `UserError` if these are all.
+    `leaves_out`: samples of other classes, which the model cannot predict, but for a name that is one of its classes in
+    another form, such as TRUE for True. Raises `UserError` if these are all samples; otherwise for any other class.
     """
     if names is None or known is None or [*names] == [*known]:
         return samples, ()
-    forms = {form(name): name for name in known if sum(form(name) == form(other) for other in known) == 1}
-    same = {name: name if name in known else forms.get(form(name), "") for name in names}
-    targets = _renumbered(samples.targets, [known.index(each) if each else -1 for each in same.values()], len(known))
-    lacking = [name for name in names if not same[name]]
-    others = samples.targets[:, [names.index(name) for name in lacking]].any(1) if targets.ndim == 2 else targets < 0
-    if others.all():
-        raise UserError(f"data: have the classes {listed(lacking)}, which the training data lack: {listed([*known])}")
-    read_as = ((name, each) for name, each in same.items() if each and each != name)
-    notes = tuple(f"{WARNING}{name} is read as the class {each}" for name, each in read_as)
-    if others.any():
-        notes += (
-            f"{LEFT_OUT}{int(others.sum()):,} of {len(samples):,} samples, of classes that the model does not know "
-            f"({listed(lacking)}) and cannot predict",
-        )
-    kept = samples.select((~others).nonzero().squeeze(1))
-    kept.targets = targets[~others]  # type: ignore[misc]
+    targets, alike = samples.targets, [*map(form, known)]
+    forms = {form(name): name for name in known if leaves_out and alike.count(form(name)) == 1}
+    same = [name if name in known else forms.get(form(name), "") for name in names]
+    numbers = torch.tensor([known.index(each) if each else -1 for each in same])
+    used = targets.any(0) if targets.ndim == 2 else torch.bincount(targets, minlength=len(names)) > 0
+    lacking = [name for name, each, is_used in zip(names, same, used.tolist(), strict=True) if is_used and not each]
+    others = targets[:, numbers < 0].any(1) if targets.ndim == 2 else numbers[targets] < 0
+    if others.all() or (lacking and not leaves_out):
+        raise UserError(f"the data have the classes {listed(lacking)}, those of the training are {listed([*known])}")
+    renamed = [(name, each) for name, each in zip(names, same, strict=True) if each and each != name]
+    notes = tuple(f"{WARNING}{name} is read as the class {each}" for name, each in renamed)
+    if lacking:
+        count = f"{int(others.sum()):,} of {len(samples):,} samples"
+        notes += (f"{LEFT_OUT}{count}, of classes that the model does not know ({listed(lacking)})",)
+    kept = samples.select((~others).nonzero().squeeze(1)) if lacking else copy(samples)
+    hot = torch.eye(len(known) + 1)[numbers, :-1]  # of a class that the model does not know: zeros
+    kept.targets = (targets @ hot).clamp(max=1)[~others] if targets.ndim == 2 else numbers[targets][~others]  # type: ignore[misc]
     return kept, notes
 
 

@@ -51,7 +51,7 @@ Labels = Literal["class", "value"]
 _FEW = 20  # rows, in which values may differ, or decide the label, by chance
 _MOST_VALUES = 1000  # of a category, each of which is a feature
 _FEW_UNITS = 20  # texts such as 1st, 2nd, 3rd that are categories, not numbers with a unit
-_ID_WORDS = ("id", "key", "uuid", "guid", "index", "number", "no", "nr")
+_ID = re.compile(r"(row|user|customer|client|patient|order|item|product|sample|uu|gu)?id|key|index|number|no|nr")
 _KEYS: Mapping[Kind, str] = {"category": "categories", "date": "dates", "number": "numbers"}
 _TEXTS = ("string", "large_string", "string_view")  # types of Parquet files
 _EARLY = 1 << 24  # bytes of a file that is read before torch is imported
@@ -325,8 +325,8 @@ def _is_identifier(name: str, values: np.ndarray) -> bool:
     """Returns whether numbers count the rows, or are different integers in a column with the name of an identifier."""
     if count_rows(values):
         return True
-    *_, word = ["", *re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]  # patient_id, PatientID; not humid
-    is_named = word.lower() in _ID_WORDS and len(values) >= _FEW
+    *_, word = ["", *re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]  # patient_id, PatientID, patientid; not humid
+    is_named = _ID.fullmatch(word.lower()) is not None and len(values) >= _FEW
     return is_named and bool((values == np.round(values)).all()) and len(np.unique(values)) == len(values)
 
 

@@ -306,7 +306,7 @@ def test_without_a_test_set_the_validation_set_is_evaluated(tmp_path: Path) -> N
         "dlopt: checkpoint=run1/checkpoints/best.pt: its validation set differs from that of run0/checkpoints/best.pt"
     )
     assert refused(tmp_path, "eval", "run0", "split=test").rstrip() == (
-        "dlopt: split=test: data=image_folder has no test set; the data have a validation and a training set here"
+        "dlopt: split=test: data=image_folder has no test set; allowed: val, train"
     )
 
 
@@ -315,7 +315,7 @@ def test_without_any_split_no_command_is_recommended(tmp_path: Path) -> None:
     keys = [each for each in PHOTOS if not each.startswith("evaluate")]
     trained = dlopt(tmp_path, "train", *keys, "data.val_split=0", "output=run")
     assert trained.code == 0 and "dlopt report" in trained.out and "dlopt eval" not in trained.out
-    assert refused(tmp_path, "eval", "run").rstrip().endswith("has no test set; the data have a training set here")
+    assert refused(tmp_path, "eval", "run").rstrip().endswith("has no test set; allowed: train")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -501,11 +501,11 @@ def test_other_tables_are_tested_as_a_whole(tmp_path: Path) -> None:
     write("more.csv", [*(rows[i] for i in new), *(f"{i / 7:.3f},1,odd" for i in range(9)), *rows[:200]])
     report, text = tested("data.file=more.csv")
     assert (report["samples"], report["test_accuracy"]) == (400, pytest.approx(accuracy([*new, *range(200)])))
-    assert "left out: 9 of 409 samples, of classes that the model does not know (odd)" in text
+    assert "left out: 9 of 409 samples, of classes that the model does not know (odd)\n" in text
     assert "warning: 144 of 400 test samples are equal to training samples" in text  # 200 - 40 - 16
     write("odd.csv", ["1,2,odd", "2,1,even"])
     message = refused(tmp_path, "eval", "run", "data.file=odd.csv")
-    assert "have the classes even, odd, which the training data lack: low, mid, top" in message
+    assert "the data have the classes even, odd, those of the training are low, mid, top" in message
     assert "norm_statistics=exact: needs the training data" in refused(
         tmp_path, "eval", "run", "data.file=new.csv", "norm_statistics=exact"
     )

@@ -191,7 +191,7 @@ def test_a_column_of_numbers_that_determines_the_label_is_said(tmp_path: Path) -
 def test_the_word_of_an_identifier_stands_alone(tmp_path: Path) -> None:
     values = np.random.default_rng(0).permutation(3000)[:40]
     for name, refused in (("humid", False), ("turkey", False), ("casino", False), ("acid", False),
-                          ("patient_id", True), ("PatientID", True), ("id2", True), ("rowKey", True)):  # fmt: skip
+                          ("patient_id", True), ("PatientID", True), ("id2", True), ("userid", True)):  # fmt: skip
         rows = [f"{value},{'' if i == 5 else i % 7},{'ab'[i % 3 % 2]}" for i, value in enumerate(values)]
         file = write(tmp_path, "\n".join([f"{name},z,y", *rows, ""]))
         if not refused:

@@ -174,7 +174,10 @@ def test_eval_shows_all_sets(tmp_path: Path) -> None:
 
 
 BAD = {
-    "digits": (["validation.other.data=breast_cancer"], "validation.other: has the classes benign, malignant, which"),
+    "digits": (
+        ["validation.other.data=breast_cancer"],
+        "validation.other: the data have the classes benign, malignant, those",
+    ),
     "choice": (["validation.other.data=foo"], "validation.other.data=foo: unknown choice; choices: "),
     "text": (["validation.other.data=python_source"], "validation.other: is text, the training data are no text"),
     "values": (["validation.other.data=diabetes"], "validation.other: its targets are numbers, those of the training"),

@@ -19,7 +19,7 @@ from dlopt.data.checks import WARNING, problems
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.identity import difference, identify
 from dlopt.data.normalization import Nothing
-from dlopt.data.other_data import NOT_ENCODED, as_tested, as_trained
+from dlopt.data.other_data import NOT_ENCODED, as_trained, with_classes
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.settings import SPLITS
 from dlopt.data.splits import equal_samples, prepare, with_validation_set
@@ -89,7 +89,7 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
         return run_config, source, False
     if run_config.settings.norm_statistics != "running":
         raise UserError("norm_statistics=exact: needs the training data, but other data are tested; use running")
-    tested, notes = as_tested(samples, source.classes, saved.classes)
+    tested, notes = with_classes(samples, source.classes, saved.classes, leaves_out=True)
     if is_other:
         which = "test" if samples is source.test else "validation" if samples is source.val else "whole"
         notes += (f"{WARNING}other data than those of the run: their {which} set is tested",)
