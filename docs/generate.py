@@ -26,6 +26,7 @@ import gallery  # noqa: E402
 import judge  # noqa: E402
 import ladder  # noqa: E402
 import lectures  # noqa: E402
+import modes  # noqa: E402
 import reference  # noqa: E402
 import verified  # noqa: E402
 
@@ -45,6 +46,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "ladder_decay": lambda: ladder.ladder(DOCS / "ladder/gpt_decay"),
     "self_tuning": benchmark.self_tuning,
     "lectures": lambda: gallery.lectures(DOCS),
+    "modes": modes.table_of_modes,
     "versions": extras.versions,
     "verified": lambda: verified.matrix(DOCS / "verify"),
     "overview": lambda: lectures.overview(DOCS),
@@ -54,6 +56,7 @@ PAGES = (
     *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "tried", "verified")),
     *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "metrics", "settings")),
     DOCS / "howto" / "judge.md",
+    DOCS / "howto" / "parallel.md",
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),
 )
 

@@ -43,7 +43,7 @@ class FailingLossOnRank1(MSE):
 
 
 class FailingOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
-    """A regression whose samples fail to load on rank 1 after three epochs."""
+    """A regression whose samples fail to load on rank 1 after some epochs."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -54,7 +54,7 @@ class FailingOnRank1(torch.utils.data.Dataset[tuple[Tensor, float]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, float]:
         self.loaded += 1
-        if is_rank_1() and self.loaded > 3 * self.count:
+        if is_rank_1() and self.loaded > 6 * self.count:
             raise ZeroDivisionError(f"nothing at {time.time()}")
         return torch.full((3,), index / self.count), index / self.count
 
