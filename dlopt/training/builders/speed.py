@@ -71,7 +71,7 @@ def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None,
     if find_spec("triton") is None or compiler is None:
         return "Triton or a C compiler is missing"
     size = run_config.data_settings.batch_size
-    batch_size = samples if size == "full" else size
+    batch_size = samples if size == "full" else min(size, samples)
     total = settings.steps * batch_size if settings.steps else settings.epochs * samples
     if flops is None:
         return "the FLOPs of the model cannot be counted"

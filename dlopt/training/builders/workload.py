@@ -242,7 +242,8 @@ def build_workload(
     # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the
     #    model: in milliseconds, beside 1 s of imports that the optimizer needs, too.
     flops = None if isinstance(task, OwnTask) else speed.training_flops(module, shape)
-    compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, len(dataset.train))
+    epoch = len(build_sampler(run_config, dataset.train))
+    compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, epoch)
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
     recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
     placed = parallel.place(module, shape)
@@ -417,11 +418,10 @@ def _drawn_targets(run_config: RunConfig, samples: Samples) -> Tensor:
     or the user's own: its first epoch counts.
     """
     sampler, targets = run_config.sampler, samples.targets
-    if sampler.is_a(ClassBalanced):
-        return targets[build_sampler(run_config, samples).order(0)[: len(targets.unique())]]
-    if not sampler.target.__module__.startswith("dlopt."):
-        return targets[build_sampler(run_config, samples).order(0)]
-    return targets
+    if sampler.target is not ClassBalanced and sampler.target.__module__.startswith("dlopt."):
+        return targets
+    order = build_sampler(run_config, samples).order(0)
+    return targets[order[: len(targets.unique())] if sampler.is_a(ClassBalanced) else order]
 
 
 def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
