@@ -86,6 +86,18 @@ def has_jobs(space: Any, jobs: Sequence[Job], axes: Collection[str]) -> bool:
     return all(_has_values(lines, job, axes) for lines, job in zip(space, jobs, strict=True))
 
 
+def refuse_other_order(space: Any, jobs: Sequence[Job], axes: Collection[str], key: str) -> None:
+    """Raises `UserError` if a started job has the values of the axes of another job in `space`: jobs are numbered."""
+    own = [[line for line in job.plan.texts if key_of(line) in axes] for job in jobs]
+    for lines, job in zip(space if isinstance(space, list) else [], jobs, strict=False):
+        before = [line for line in lines if key_of(line) in axes]
+        if job.folder.has_begun() and before != own[job.number] and before in own:
+            raise UserError(
+                f"{key}: job {job.number} has {' '.join(before)}, and now {' '.join(own[job.number])}: jobs are "
+                "numbered, and only the first axis can get more values, after its own; or use another folder"
+            )
+
+
 def refuse_other_labels(job: Job, axes: Collection[str]) -> None:
     """Raises `UserError` for a job that was started with another swept tag or note.
 

@@ -1,6 +1,7 @@
 """A composed sweep, grid or search: its folder, its jobs, and what it prints at its end."""
 
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,15 @@ class SweepRequest:
             with env_override(dict(self.config.hydra.job.env_set)):
                 for sinks, name in dict.fromkeys((tuple(each.tracking), each.name) for each in settings):
                     check(sinks, name)
+
+    def warn_of_fixed_rates(self, plans: Iterable[Plan]) -> None:
+        """Prints a warning if the sweep has several learning rates, but one of those for other parameters (Muon)."""
+        keys = {key: axis.is_swept for axis in self.axes for key in axis.keys}
+        rates = {str(plan.saved["optimizer"].get("rest_lr")) for plan in plans} - {"None"}
+        if keys.get("optimizer.lr") and "optimizer.rest_lr" not in keys and rates:
+            stays = f"optimizer.lr is swept, but optimizer.rest_lr stays at {', '.join(sorted(rates))}"
+            both = "rates=zip(optimizer.lr=[A,B],optimizer.rest_lr=[C,D])"
+            print(f"dlopt: warning: {stays}; to sweep both: {both}", file=sys.stderr)
 
     def plan_job(self, overrides: Sequence[str], number: int) -> Plan:
         """Composes and checks a job. Raises `UserError`."""

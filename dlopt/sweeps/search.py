@@ -28,7 +28,6 @@ from dlopt.config.overrides import Axis, key_of, value_of
 from dlopt.config.parameters import show
 from dlopt.config.plan import Plan
 from dlopt.config.refusals import refused_together
-from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import check_arguments, component
 from dlopt.metrics.names import (
     VAL_ACCURACY,
@@ -96,8 +95,9 @@ def search(request: SweepRequest) -> SweepEnd:
         spec = build_study_spec(request.config, request.axes, monitored)
         with waiting("checking the search space ..."):
             jobs = plan_probes(request, spec)
-            _check_objectives(spec.objectives, jobs[0].run_config)
+            _check_objectives(spec.objectives, jobs[0])
     facts = study_facts(spec, jobs[0].saved)
+    request.warn_of_fixed_rates(jobs)
     if request.config.dry_run:
         for key, values in facts["space"].items():
             print(f"{key}: {values}")
@@ -226,18 +226,24 @@ def _runs_elsewhere(folder: Path, jobs: Sequence[FrozenTrial]) -> list[Path]:
 # -- the search's config
 
 
-def _check_objectives(objectives: Sequence[str], run_config: RunConfig) -> None:
-    """Raises `UserError` for a key that summary.json will not have; the runs themselves refuse data."""
-    from dlopt.training.builders.dataset import read_source, with_task
+def _check_objectives(objectives: Sequence[str], job: Plan) -> None:
+    """Raises `UserError` for a key that summary.json will not have."""
     from dlopt.training.requested_metrics import check_objective
 
+    if (dataset := _dataset(job)) is not None:
+        for key in objectives:
+            check_objective(f"hydra.sweeper.objective={key}", key, job.run_config, dataset)
+
+
+def _dataset(job: Plan) -> Any:
+    """Returns the data as they are stored, with their task; None if they cannot be read, which the runs report."""
+    from dlopt.training.builders.dataset import read_source, with_task
+
     try:
-        source = read_source(run_config)
-        dataset = with_task(run_config, source, source.train.shape)
+        source = read_source(job.run_config)
+        return with_task(job.run_config, source, source.train.shape)
     except UserError:
-        return
-    for key in objectives:
-        check_objective(f"hydra.sweeper.objective={key}", key, run_config, dataset)
+        return None
 
 
 def _monitored(request: SweepRequest) -> str:
@@ -247,14 +253,8 @@ def _monitored(request: SweepRequest) -> str:
     """
     if (monitor := str(request.config.monitor)) != _AUTO:
         return best_key(monitor)
-    from dlopt.training.builders.dataset import read_source, with_task
-
-    run_config = request.plan_job(probes(parse_space(request.axes))[0], 0).run_config
-    try:
-        dataset = read_source(run_config)
-        return best_key(with_task(run_config, dataset, dataset.train.shape).task.monitor)
-    except UserError:
-        return VAL_ACCURACY.best
+    dataset = _dataset(request.plan_job(probes(parse_space(request.axes))[0], 0))
+    return VAL_ACCURACY.best if dataset is None else best_key(dataset.task.monitor)
 
 
 def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = VAL_ACCURACY.best) -> StudySpec:

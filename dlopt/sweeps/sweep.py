@@ -45,7 +45,13 @@ from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.branches import begin
 from dlopt.sweeps.jobs import Job, labels, list_jobs, record_dead
 from dlopt.sweeps.live import live_workers
-from dlopt.sweeps.matching import distance_of_unfinished, has_jobs, refuse_other_labels, swept_keys
+from dlopt.sweeps.matching import (
+    distance_of_unfinished,
+    has_jobs,
+    refuse_other_labels,
+    refuse_other_order,
+    swept_keys,
+)
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_working
@@ -182,6 +188,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
     from dlopt.results.printing import show_end
 
     plans = _plans(request)
+    request.warn_of_fixed_rates(plans)
     if request.config.dry_run:
         for number, label in enumerate(labels([plan.texts for plan in plans])):
             print(f"job {number}: {label}")
@@ -273,8 +280,8 @@ def check_folder(
         raise UserError(f"{key}: another {what} is active in this folder")
     space = read_space(sweep.path)
     axes = swept_keys(space, jobs)
-    former = len(space) if isinstance(space, list) and not working else len(jobs)
-    if is_submitted(sweep.path) and not has_jobs(space, jobs[:former], axes):
+    submitted = len(space) if isinstance(space, list) and not working else len(jobs)
+    if is_submitted(sweep.path) and not has_jobs(space, jobs[:submitted], axes):
         raise UserError(
             f"{key}: another sweep was submitted in this folder; use another one. More values of the first axis extend "
             "a grid whose elements have ended"
@@ -283,6 +290,8 @@ def check_folder(
         return
     for job in jobs:
         job.folder.refuse_other_format(key)
+    if resume == "auto" and what == "sweep":
+        refuse_other_order(space, jobs, axes, key)
     for job in [job for job in jobs if job.folder.has_begun()]:
         if resume != "auto":
             found = "a sweep; resume it" if what == "sweep" else "runs; resume them"

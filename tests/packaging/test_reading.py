@@ -64,7 +64,6 @@ EXCEPTIONS = {
     "instruments/measuring_ranks.py": SCRATCH,
     "lab/benchmark/agreement.py": OWN,
     "lab/benchmark/page.py": OWN,
-    "lab/benchmark/reading.py:_values": MEMORY,
     "lab/judge/running.py": WRITES,
     "lab/report.py": OWN,
     "lab/scaling": SCRATCH,

@@ -56,7 +56,7 @@ def sweep(folder: Path, *words: str) -> Result:
         ("device=cpu,auto", "device=auto,cpu", "device"),
         ("epochs=1,2", "epochs=2,1", "epochs"),
         ("check=auto,step", "check=step,auto", "check"),
-        ("parallel=ddp,fsdp", "parallel=fsdp,ddp", "parallel._target_"),
+        ("parallel=ddp,fsdp", "parallel=fsdp,ddp", "parallel"),
         ("a=zip(log_every_steps=[1,2],name=[a,b])", "a=zip(log_every_steps=[1,2],name=[c,b])", "name"),
         ("data.memory=auto,true", "data.memory=false,true", "data.memory"),
         ("data.root=a,b", "data.root=c,b", "data.root"),
@@ -152,3 +152,42 @@ def test_the_printed_words_continue_this_sweep(tmp_path: Path, monkeypatch: pyte
     )
     sweep(tmp_path, "seed=1,2", *words)
     assert seen == [older / "0", older / "1"]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        (
+            "optimizer=sgd,adamw seed=0,1",
+            "optimizer=sgd,adamw seed=0,1,2",
+            "job 2 has optimizer=adamw seed=0, and now ",
+        ),
+        ("seed=1,2", "seed=0,1,2", "job 0 has seed=1, and now seed=0: "),
+        ("seed=0,1 optimizer=sgd", "seed=0,1 optimizer=sgd,adamw", "job 1 has seed=1 optimizer=sgd, and now "),
+    ],
+)
+def test_a_grid_is_extended_by_its_first_axis(first: str, then: str, said: str, tmp_path: Path) -> None:
+    assert sweep(tmp_path, HERE, *first.split()).code == 0
+    result = sweep(tmp_path, HERE, *then.split(), "resume=auto")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert said in result.err and "only the first axis can get more values, after its own" in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "warns"),
+    [
+        (["optimizer=sgd,muon", "optimizer.lr=0.01,0.1"], True),
+        (["optimizer=muon", "hydra/sweeper=dlopt_optuna", "optimizer.lr=interval(0.01,0.1)"], True),
+        (["optimizer=muon", "optimizer.lr=0.01,0.1", "optimizer.rest_lr=0.002"], False),
+        (["optimizer=muon", "rates=zip(optimizer.lr=[0.01,0.1],optimizer.rest_lr=[0.001,0.01])"], False),
+        (["optimizer=muon", "seed=0,1"], False),
+        (["optimizer=dmuon", "optimizer.lr=0.01,0.1"], False),  # whose other parameters have lr
+    ],
+)
+def test_a_rate_that_stays_is_said(
+    words: list[str], warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlopt.sweeps.request.print_estimate", lambda *_, **__: None)
+    result = sweep(tmp_path, *words, "dry_run=true", "threads=1")
+    assert result.code == 0, result.err
+    assert ("warning: optimizer.lr is swept, but optimizer.rest_lr stays at 0.001; " in result.err) == warns

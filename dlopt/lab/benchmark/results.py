@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dlopt.basics.plain_values import parse_json, read_regular
-from dlopt.basics.ranges import NonNegative, Positive
-from dlopt.extend import UserError, lower_is_better
+from dlopt.extend import NonNegative, Positive, UserError, lower_is_better
 from dlopt.lab.benchmark.protocol import Track
 
 FORMAT = 1
