@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlopt._version import ROOT
 from dlopt.basics.errors import INTERRUPTED, UserError
 from dlopt.basics.files import open_to_append
 from dlopt.basics.folders import RunFolder
@@ -25,23 +26,6 @@ from dlopt.sweeps.slurm_queue import is_job_id, run_tool
 _SIGNAL_SECONDS = 120  # before its time limit, an element gets a signal to write the checkpoint of its job
 _REQUEUED_SECONDS = 60.0  # until Slurm kills a process that has requeued its job
 _STARTING = ".starting_"  # a file in the folder of the workers; its name ends with that of the element
-# Slurm's signals end an element that is loading Python: the shell then requeues it, as often as a job is started again
-# without progress. The file says that the element has not come further; see `note_start`.
-_SCRIPT = f"""\
-#!/bin/sh
-trap : USR1 TERM
-job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
-starting=%(folder)s/{_STARTING}$job
-echo >>"$starting"
-%(command)s
-code=$?
-case $code in 138 | 143) ;; *) exit $code ;; esac
-[ -e "$starting" ] && [ "$(wc -l <"$starting")" -le %(requeue)s ] || exit $code
-state=$(squeue --noheader --jobs="$job" --format=%%T/%%r) && [ -z "$state" ] && exit $code
-case $state in CANCELLED/* | COMPLETING/None) exit $code ;; esac
-scontrol requeue "$job" && sleep {_REQUEUED_SECONDS:g}
-exit $code
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +96,8 @@ class Slurm:
         script = f"#!/bin/sh\nexec {shlex.join(command)}\n"
         if step:
             line = shlex.join([*step, *command])
-            script = _SCRIPT % {"folder": shlex.quote(str(log)), "command": line, "requeue": self.requeue}
+            values = {"folder": shlex.quote(str(log)), "starting": _STARTING, "command": line, "requeue": self.requeue}
+            script = (ROOT / "templates/element.sh").read_text(encoding="utf-8") % values
         from hydra.core.utils import env_override
 
         with env_override(dict(secrets)):
