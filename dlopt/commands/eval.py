@@ -130,7 +130,6 @@ def _evaluate_weights(
 ) -> int:
     """Evaluates the weights `init_from` in the model of the command line, without a checkpoint."""
     from dlopt.machine.device import choose_device
-    from dlopt.metrics.names import Metric
     from dlopt.models.foreign import advice
     from dlopt.trained.ensemble import test
     from dlopt.training.builders.workload import build_workload, load_weights, with_validation_sets
@@ -149,7 +148,7 @@ def _evaluate_weights(
     with _counted(mode.ranks.is_main) as on_batch:
         tested = test([path], [workload], average, views, tta, on_batch, split)
     if tested.report.confusion is not None:
-        accuracy = tested.report.metrics[Metric(tested.split, "accuracy").column]
+        accuracy = tested.report.metrics[f"{tested.split}_accuracy"]
         lines += advice(workload.module, accuracy, len(tested.report.confusion))
     return _finish({"init_from": str(path)}, tta, views, tested, output, lines) if mode.ranks.is_main else DONE
 
@@ -177,11 +176,8 @@ def _finish(
     crops = {"name": tta, **({} if views is None else vars(views))}
     record = {**source, "tta": crops, "average": tested.average if is_averaged else None, "samples": tested.samples}
     lines.append(f"samples: {tested.samples:,}")
-    if (split := evaluation.WORDS[tested.split]) != "test":
-        if split == "training" or "best.pt" in str(source.get("checkpoint")):
-            split += f", which chose the {'weights' if split == 'training' else 'epoch'}: optimistic"
-        lines.append(f"split: {split}")
-    record["split"] = split
+    record["split"] = split = evaluation.SPLITS[tested.split]
+    lines += [f"split: {split}"] if split != "test" else []
     classes = evaluation.class_lines(tested)
     lines += [*tested.problems, *evaluation.set_lines(tested), *classes]
     if folder is not None:
@@ -191,11 +187,8 @@ def _finish(
     from dlopt.tracking.console import ConsoleView
 
     epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}
-    shown = {
-        key: value
-        for key, value in tested.report.metrics.items()
-        if not set_of(key, tested.sets) and ("/" not in key or not classes)
-    }
+    metrics = tested.report.metrics.items()
+    shown = {key: value for key, value in metrics if not (set_of(key, tested.sets) or (classes and "/" in key))}
     ConsoleView().finish({"status": "tested", **epoch, **shown}, lines)
     return DONE
 

@@ -12,23 +12,35 @@ from dlopt.basics.formats import format_number, format_percent
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redacted
 from dlopt.instruments import reconstructions
-from dlopt.metrics.names import Metric, set_of, without_set
+from dlopt.metrics.names import set_of, without_set
 from dlopt.metrics.shown import format_metric, live_name
 from dlopt.parallel.mode import Mode
 from dlopt.results.confusion import confusion_table, plot_confusion
-from dlopt.tracking import terminal_text
-from dlopt.trained.ensemble import WORDS, Tested
+from dlopt.trained.ensemble import SPLITS, Tested
+
+_MAX_LISTED_CLASSES = 20
+_WIDTH = 80  # characters of a line
 
 
 def class_lines(tested: Tested) -> list[str]:
-    """Returns lines with the accuracy of each class, or the average precision of each label."""
+    """Returns lines with the accuracy of each class, or the average precision of each label; of many the lowest."""
     if not (per_class := tested.per_class):
         return []
     is_label = "average_precision" in per_class[0]
     name = "average_precision" if is_label else "accuracy"
     show = format_number if is_label else format_percent
-    values = {row["class"]: row[name] for row in per_class if row[name] is not None}
-    return terminal_text.class_lines("average precision per label" if is_label else "accuracy per class", values, show)
+    rows = [row for row in per_class if row[name] is not None]
+    title = "average precision per label" if is_label else "accuracy per class"
+    if len(per_class) > _MAX_LISTED_CLASSES:
+        title = "lowest average precisions" if is_label else "lowest accuracies"
+        rows = sorted(rows, key=lambda row: row[name])[:5]
+    lines = [f"{title}:"]
+    for number, row in enumerate(rows, 1):
+        text = f"{row['class']} {show(row[name])}" + ("," if number < len(rows) else "")
+        if len(f"{lines[-1]} {text}") > _WIDTH:
+            lines.append(" ")
+        lines[-1] += f" {text}"
+    return lines
 
 
 def set_lines(tested: Tested) -> list[str]:
@@ -56,8 +68,9 @@ def write(folder: Path, record: Mapping[str, Any], tested: Tested) -> dict[str, 
         plot = io.BytesIO()
         samples, count = int(confusion.sum()) + tested.report.unpredicted, tested.report.unpredicted
         unpredicted = f", {count} of them with NaN outputs and no cell" if count else ""
-        accuracy = format_percent(tested.report.metrics[Metric(tested.split, "accuracy").column])
-        title = f"{WORDS[tested.split].capitalize()} accuracy {accuracy} ({samples} samples{unpredicted})"
+        accuracy = format_percent(tested.report.metrics[f"{tested.split}_accuracy"])
+        split = SPLITS[tested.split].partition(",")[0].capitalize()
+        title = f"{split} accuracy {accuracy} ({samples} samples{unpredicted})"
         plot_confusion(confusion, classes, title).savefig(plot, dpi=150, format="png")
         table = confusion_table(confusion, classes)
         files["confusion matrix"] = ("confusion.csv", table)

@@ -5,7 +5,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from rich import box
@@ -40,8 +39,6 @@ _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
 # The keys that define an optimizer of dlopt or torch; its other keys are rarely set.
 _DEFINING = ("lr", "momentum", "nesterov", "betas", "amsgrad", "cautious", "hyperball", "weight_decay")
 _AVERAGING = "dlopt.optim.SGDW"  # its momentum is an average: its steps are torch's SGD steps times 1 - momentum
-_MAX_LISTED_CLASSES = 20
-_CLASSES_WIDTH = 80  # characters of a line
 _REPORT_KEYS = ("published", "tags", "note")  # read by `dlopt report` and `dlopt runs` only: not shown as settings
 
 
@@ -384,8 +381,7 @@ def format_result(summary: Mapping[str, Any]) -> Group:
         metric = Metric.of(key)
         if metric is not None and metric.split in _ROWS and isinstance(value, int | float):
             metrics[_ROWS[metric.split] if key == metric.column else "best validation"][metric.name] = value
-    classes = [line for split, row in metrics.items() for line in _class_lines(row, split)]
-    names = list(dict.fromkeys(name for row in metrics.values() for name in row if "/" not in name))
+    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
     if not names:
         return Group(line)
     best_epoch = summary.get("best_epoch")
@@ -396,34 +392,7 @@ def format_result(summary: Mapping[str, Any]) -> Group:
         if row:
             cells = [format_metric(name, row.get(name)) for name in names]
             table.add_row(Text(split, "bold"), *cells, *epoch)
-    return Group(line, Text(""), FittedTable(table), *map(Text, classes))
-
-
-def _class_lines(row: Mapping[str, float], split: str) -> list[str]:
-    """Returns lines with the metrics of single classes in a row of results: class_accuracy/NAME."""
-    by_name: dict[str, dict[str, float]] = {}
-    for key, value in row.items():
-        name, is_of_class, of = key.partition("/")
-        if is_of_class:
-            by_name.setdefault(name, {})[of] = value
-    lines = []
-    for name, values in by_name.items():
-        lines += class_lines(f"{name.replace('_', ' ')}, {split}", values, partial(format_metric, name))
-    return lines
-
-
-def class_lines(title: str, values: Mapping[str, float], show: Callable[[float], str]) -> list[str]:
-    """Returns lines with the value of each class; of many classes the lowest ones."""
-    rows = [*values.items()]
-    if len(rows) > _MAX_LISTED_CLASSES:
-        title, rows = f"{title}, lowest 5 of {len(rows)}", sorted(rows, key=lambda row: row[1])[:5]
-    lines = [f"{title}:"]
-    for number, (name, value) in enumerate(rows, 1):
-        text = f"{name} {show(value)}" + ("," if number < len(rows) else "")
-        if len(f"{lines[-1]} {text}") > _CLASSES_WIDTH:
-            lines.append(" ")
-        lines[-1] += f" {text}"
-    return lines
+    return Group(line, Text(""), FittedTable(table))
 
 
 # -- tables

@@ -1,5 +1,6 @@
 """Tests one model, or the average of several (an ensemble), on the test set."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +14,8 @@ from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
 from dlopt.data.checks import problems
 from dlopt.data.identity import difference
-from dlopt.data.samples import Samples
 from dlopt.metrics.declaration import Declaration
-from dlopt.metrics.names import Metric, Split, on_set
+from dlopt.metrics.names import Split, on_set
 from dlopt.metrics.user import UserMetric
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.report import TestReport
@@ -34,8 +34,11 @@ from dlopt.training.evaluate import (
 )
 from dlopt.training.requested_metrics import tested_metrics
 
-WORDS: Mapping[object, str] = {"test": "test", "val": "validation", "evaluated_train": "training"}
-"""The splits that can be tested."""
+SPLITS: Mapping[Split, str] = {
+    "test": "test", "val": "validation, which chose the epoch: optimistic",
+    "evaluated_train": "training, which chose the weights: optimistic",
+}  # fmt: skip
+"""The splits that can be tested, in words."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _Predictions:
             torch.equal(a, b) for (_, a), (_, b) in zip(self.batches, first.batches, strict=True)
         )
         if not same or self.split != first.split:
-            raise UserError(f"checkpoint={self.path}: its {WORDS[self.split[0]]} set differs from that of {first.path}")
+            raise UserError(f"checkpoint={self.path}: its {self.split[0]} set differs from that of {first.path}")
 
 
 def test(
@@ -153,24 +156,21 @@ def test(
 def _on_split(workload: Workload, split: str | None) -> tuple[Workload, Split]:
     """Returns the workload with a split of its data as its test set, and the split. Raises `UserError`."""
     dataset = workload.dataset
-    splits: dict[Split, Samples | None] = {"test": dataset.test, "val": dataset.val, "evaluated_train": dataset.train}
+    splits = {"test": dataset.test, "val": dataset.val, "train": dataset.train}
+    # Other data than those of the run are tested whole: they are the training set, too.
     if dataset.val is None and dataset.test is not None and torch.equal(dataset.test.targets, dataset.train.targets):
-        splits["evaluated_train"] = None  # other data than those of the run, which are tested whole
-    words = [WORDS[name] for name, each in splits.items() if each is not None]
-    used: Split = "val" if dataset.test is None and dataset.val is not None else "test"
-    if split is not None:
-        used = "evaluated_train" if split == "train" else cast(Split, split)
-    if (samples := splits[used]) is None:
-        has = f"the data have a {' and a '.join(words)} set here"
-        raise UserError(f"split={split or 'test'}: {workload.run_config.data.choice} has no {WORDS[used]} set; {has}")
-    return replace(workload, dataset=replace(dataset, test=samples)), used
+        del splits["train"]
+    chosen = split or ("val" if dataset.test is None and dataset.val is not None else "test")
+    if splits.get(chosen) is None:
+        allowed = ", ".join(name for name, samples in splits.items() if samples is not None)
+        raise UserError(f"split={chosen}: {workload.run_config.data.choice} has no {chosen} set; allowed: {allowed}")
+    used = "evaluated_train" if chosen == "train" else chosen
+    return replace(workload, dataset=replace(dataset, test=splits[chosen])), cast(Split, used)
 
 
 def _named(tested: TestReport, split: Split) -> TestReport:
     """Returns the report with its test metrics named after the split."""
-    columns = {key: each for key in tested.metrics if (each := Metric.of(key)) is not None and each.split == "test"}
-    names = {key: Metric(split, each.name).column for key, each in columns.items()}
-    return replace(tested, metrics={names.get(key, key): value for key, value in tested.metrics.items()})
+    return replace(tested, metrics={re.sub("^test_", f"{split}_", key): each for key, each in tested.metrics.items()})
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:

@@ -117,24 +117,17 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
         if isinstance(size, int) and size > drawn
         else None
     )
-    balance = _describe_balance(workload)
-    lines = (
-        describe(workload.module), chosen, pretrained, rates, balance, *workload.notes, workload.throughput.note, small
-    )  # fmt: skip
+    balanced = [
+        f"loss.{key}=balanced: weights of {weights.min():.3g} to {weights.max():.3g}, by the draws of the sampler"
+        for key, value in workload.run_config.loss.arguments.items() if value == "balanced"
+        for weights in workload.loss.buffers()
+    ]  # fmt: skip
+    notes = (*balanced, *workload.notes, workload.throughput.note, small)
+    lines = (describe(workload.module), chosen, pretrained, rates, *notes)
     described = [line for line in lines if line]
     norms = [*frozen_norms_note(workload.module), *small_batch_warnings(workload)]
     of_sets = [f"{KEY}.{name}: {line}" for name, each in workload.validation_sets.items() for line in each.notes]
     return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norms]
-
-
-def _describe_balance(workload: Workload) -> str | None:
-    """Describes the weights of a balanced loss of dlopt; None for other losses."""
-    keys = [key for key, value in workload.run_config.loss.arguments.items() if value == "balanced"]
-    weights = next(workload.loss.buffers(), None)
-    if not keys or weights is None:
-        return None
-    draws = f"by the draws of {workload.run_config.sampler.choice}"
-    return f"loss.{keys[0]}=balanced: weights of {weights.min():.3g} to {weights.max():.3g}, {draws}"
 
 
 def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:

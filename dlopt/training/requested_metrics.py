@@ -47,23 +47,20 @@ def monitored_name(monitor: str) -> str | None:
 
 def check_objective(setting: str, key: str, run_config: RunConfig, dataset: Dataset) -> None:
     """Raises `UserError` for a key of summary.json that the run of `dataset`, as it is read, will not write."""
-    if run_config.user_observers:  # which may write any key
-        return
     task, sets, measure = dataset.task, run_config.validation, MEASURES.get(key)
-    metric = Metric.of(without_set(column_of(key), sets))
-    if measure is not None and not (measure.is_state or measure.of_training or measure.of_line or measure.of_row):
+    is_final = measure is not None and not (
+        measure.is_state or measure.of_training or measure.of_line or measure.of_row
+    )
+    if is_final or run_config.user_observers:  # an observer may write any key
         return
-    has_val = dataset.val is not None or run_config.data_settings.val_split > 0
-    if metric is not None and not (has_val or set_of(column_of(key), sets)):
-        raise UserError(f"{setting}: needs a validation set; set data.val_split=0.1")
-    declared = tested_metrics(run_config, task)
-    names = ["loss", task.accuracy, *task.loss_metrics(0.0), *run_config.own_metrics]
-    names += [name for each in task.computed(declared) for name in each.names]
+    metric = Metric.of(without_set(column_of(key), sets))
+    names = ["loss", task.accuracy or "loss", *task.loss_metrics(0.0), *run_config.own_metrics]
+    names += [name for each in task.computed(tested_metrics(run_config, task)) for name in each.names]
+    if dataset.val is None and not run_config.data_settings.val_split and not set_of(column_of(key), sets):
+        names = []
     if metric is None or key == metric.column or (monitored_name(metric.column) or metric.name) not in names:
-        allowed = ", ".join(Metric("val", name).best for name in names if name is not None)
-        others = ",".join(each.name for each in task.metrics if each.needs and each.name not in names)
-        more = f"; with evaluate.metrics=[{others}], these, too" if others else ""
-        raise UserError(f"{setting}: summary.json will have no such metric; allowed: {allowed}{more}")
+        allowed = ", ".join(Metric("val", name).best for name in dict.fromkeys(names)) or "none without validation set"
+        raise UserError(f"{setting}: summary.json will not have it; allowed: {allowed}; evaluate.metrics adds others")
     _check_classes({setting.partition("=")[0]: metric.best}, dataset)
 
 

@@ -303,7 +303,7 @@ def test_without_a_test_set_the_validation_set_is_evaluated(tmp_path: Path) -> N
 
     other = refused(tmp_path, "eval", "checkpoint=[run0,run1]")
     assert other.rstrip() == (
-        "dlopt: checkpoint=run1/checkpoints/best.pt: its validation set differs from that of run0/checkpoints/best.pt"
+        "dlopt: checkpoint=run1/checkpoints/best.pt: its val set differs from that of run0/checkpoints/best.pt"
     )
     assert refused(tmp_path, "eval", "run0", "split=test").rstrip() == (
         "dlopt: split=test: data=image_folder has no test set; allowed: val, train"

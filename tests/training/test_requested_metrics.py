@@ -171,12 +171,11 @@ def test_the_summary_has_all_metrics_of_the_best_epoch(tmp_path: Path) -> None:
     assert len(best) == 2 + 3 + len([key for key in best if "class_accuracy" in key]) > 12
     assert {key: value for key, value in summary.items() if key.startswith("best_val_")} == best
     table = format_result(summary)
-    printed = Console(width=200, file=(out := io.StringIO()))
+    printed = Console(width=400, file=(out := io.StringIO()))
     printed.print(table)
     row = next(line for line in out.getvalue().splitlines() if line.startswith("best validation"))
     assert " - " not in row and f"{best['best_val_matthews_correlation']:.4f}" in row
-    shown = [f"{i} {format_percent(best[f'best_val_class_accuracy/{i}'])}" for i in range(10)]
-    assert f"class accuracy, best validation: {', '.join(shown[:4])}," in out.getvalue()
+    assert f"{format_percent(best['best_val_class_accuracy/3'])} " in row
 
 
 DATA_OF = {

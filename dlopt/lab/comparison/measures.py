@@ -112,9 +112,8 @@ def condition_number(workload: Workload) -> float:
 def gradient_ratio(workload: Workload) -> float:
     """Measures the gradient norm of the first weight matrix relative to the last one's: small if gradients vanish."""
     inputs, targets = spread_samples(workload)
-    uses, parameters = forward_order(workload.module, inputs[:2]), dict(workload.module.named_parameters())
-    ordered = (parameters[name] for name in in_order(workload.module, uses))
-    matrices = [p for p in ordered if p.requires_grad and p.ndim > 1]
+    names = in_order(workload.module, forward_order(workload.module, inputs[:2]))
+    matrices = [p for p in map(workload.module.get_parameter, names) if p.requires_grad and p.ndim > 1]
     workload.module.train()
     with frozen_statistics(workload.module):
         loss = workload.loss(workload.module(inputs), targets)
