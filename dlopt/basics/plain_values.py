@@ -285,7 +285,7 @@ def expanded_size(text: str, nodes: int = _MAX_NODES, texts: Sequence[str] = ())
     return total
 
 
-def _refuse_misread(event: yaml.ScalarEvent, keys: list[str], texts: Sequence[str]) -> None:
+def _refuse_misread(event: Any, keys: list[str], texts: Sequence[str]) -> None:
     """Raises ValueError for a value that YAML reads otherwise than the command line. `keys`: those that lead to it."""
     text = event.value
     is_text = bool(keys) and keys[-1].rpartition(".")[2] in [key.rpartition(".")[2] for key in texts]

@@ -29,7 +29,7 @@ from dlopt.config.choices import CONFIG_NAME, config_folder, search, version_bas
 from dlopt.config.config_dir import ConfigDir
 from dlopt.config.flags import register_plugins
 from dlopt.config.mistakes import check_overrides, explain_override
-from dlopt.config.overrides import TEXTS, group_of, is_hydra, is_set, key_of, parse_overrides, text_of
+from dlopt.config.overrides import group_of, is_hydra, is_set, key_of, parse_overrides, text_of
 from dlopt.config.packages import entries
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.recall import has_remembered, recall, replace_choices
@@ -196,7 +196,6 @@ class Composer:
             check_hydra(config, raw["hydra"])
             if self.config_dir is not None or raw["hydra"]["searchpath"]:  # else all files are dlopt's, or of packages
                 self.check_origin(config)
-                _check_searched(raw["hydra"]["runtime"]["config_sources"])
             more = [] if multirun else pretrained_overrides(config, parsed)
             if more:
                 config = self._compose([*parsed, *self.parse(more)])
@@ -354,16 +353,6 @@ class Composer:
             if source.is_group(group):
                 names.update(source.list(group, kind))
         return sorted(names)
-
-
-def _check_searched(sources: Iterable[Mapping[str, str]]) -> None:
-    """Raises `UserError` for a file of `hydra.searchpath` that is no safe config; see `check_yaml`."""
-    folders = [each["path"] for each in sources if each["provider"].startswith("hydra.searchpath")]
-    for file in (file for folder in folders for file in sorted(Path(folder).rglob("*.yaml"))):
-        try:
-            check_yaml(file, texts=TEXTS)
-        except (OSError, ValueError) as error:
-            raise UserError(f"hydra.searchpath: {file}: {error}") from None
 
 
 @functools.cache

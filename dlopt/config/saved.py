@@ -68,10 +68,8 @@ def take_checkpoints(values: dict[str, Any], command: str, several: bool) -> lis
 def checkpoint_file(path: Path, key: str = "checkpoint") -> Path:
     """Returns the checkpoint file for a path to a file, a run folder or its checkpoints folder.
 
-    In a folder: best.pt, or else last.pt. Raises `UserError` for a folder without either, and if there is no file.
+    In a folder: best.pt, or else last.pt. Raises `UserError` for a folder without either.
     """
-    if not os.path.lexists(path):
-        raise UserError(f"{key}={path}: no such file")
     if not path.is_dir():
         return path
     if (found := _checkpoint_in(path)) is None:

@@ -10,7 +10,8 @@ from tests.sweeps.fake_slurm import WriteTool
 
 @pytest.fixture(autouse=True)
 def own_state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps the list of submitted sweeps out of the user's home."""
+    """Keeps the list of submitted sweeps out of the user's home, and PYTHONPATH out of what a submission prints."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
 
 

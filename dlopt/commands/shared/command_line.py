@@ -334,6 +334,8 @@ def on_checkpoint(
                     f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
                 )
             command_values = check_command_keys(function, command_values)
+            if missing := [path for path in paths if not os.path.lexists(path)]:
+                raise UserError(f"checkpoint={missing[0]}: no such file")
             return function(paths if several else paths[0], values, **command_values, **texts)
 
         signature = inspect.signature(function)
