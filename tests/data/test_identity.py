@@ -111,7 +111,7 @@ def read_table(folder: Path, images: np.ndarray, labels: np.ndarray) -> Dataset:
     rows = [",".join(map(str, [*row, "ab"[label]])) for row, label in zip(numbers, labels, strict=True)]
     (folder / "a.csv").write_text("\n".join(["p,q,r,s,label", *rows]))
     keys = run_config("data=table", f"data.file={folder / 'a.csv'}", "data.target=label", "model=mlp").data.arguments
-    return table(**keys, saved_columns=None)
+    return table(**keys, standardize_target=True, saved_columns=None)
 
 
 READERS = {
