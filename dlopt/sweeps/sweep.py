@@ -45,13 +45,7 @@ from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.branches import begin
 from dlopt.sweeps.jobs import Job, labels, list_jobs, record_dead
 from dlopt.sweeps.live import live_workers
-from dlopt.sweeps.matching import (
-    distance_of_unfinished,
-    has_jobs,
-    refuse_other_labels,
-    refuse_other_order,
-    swept_keys,
-)
+from dlopt.sweeps.matching import distance_of_unfinished, has_jobs, refuse_other_labels, refuse_other_order, swept_keys
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_working
