@@ -72,14 +72,16 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
     """
     own, chosen = saved.config["data"], run_config.config["data"]
     tokenizer = saved_tokenizer(run_config, saved)
-    is_other = any(own.get(key) != chosen.get(key) for key in _SOURCES)
+    typed = {key for key in own if own[key] != chosen.get(key)}
+    is_other = not typed.isdisjoint(_SOURCES)
     with contextlib.suppress(*[UserError] * is_other):  # a small text has no splits
         source = read_source(run_config, tokenizer, ("test",), saved.columns)
         is_same = source.classes == saved.classes and difference(saved.identity or {}, source.identity) is None
         is_other = is_other and not is_same
+    # No part of the test is another split.
+    settings = replace(run_config.data_settings, val_split=0.0, subset=None, label_noise=0.0, memory=False)
     if is_other:
-        settings = replace(run_config.data_settings, val_split=0.0, subset=None, label_noise=0.0, memory=False)
-        reset = {key: 0.0 if key == "test_split" else None for key in _SPLITS if key in own and own[key] == chosen[key]}
+        reset = {key: 0.0 if key == "test_split" else None for key in _SPLITS if key in own and key not in typed}
         data = replace(run_config.data, arguments={**run_config.data.arguments, **reset})
         run_config = replace(run_config, data=data, data_settings=settings)
         source = read_source(run_config, tokenizer, SPLITS, saved.columns)
@@ -94,7 +96,6 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
         which = "test" if samples is source.test else "validation" if samples is source.val else "whole"
         notes += (f"{WARNING}other data than those of the run: their {which} set is tested",)
     source = replace(source, train=tested, val=None, test=copy(tested), notes=(*source.notes, *notes))
-    settings = replace(run_config.data_settings, val_split=0.0, subset=None)  # no part of the test is another split
     return replace(run_config, data_settings=settings), replace(source, classes=saved.classes), True
 
 
