@@ -203,7 +203,7 @@ def test_a_column_of_texts(tmp_path: Path) -> None:
     load = partial(text, file=path, val_file=None, pattern="*.txt", val_split=0, test_split=0, **keys)
     dataset = load(column="text")
     assert bytes(dataset.train.tokens).decode() == "".join(f"{each}\0" for each in documents)  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"data\.column=n: row 0 of the type int64 is no text"):
+    with pytest.raises(UserError, match=r"data\.file: row 0: n is no text, but of the type int64"):
         load(column="n")
     with pytest.raises(UserError, match=r"has no column 'body'; it has text, n"):
         load(column="body")
