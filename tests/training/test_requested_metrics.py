@@ -163,8 +163,8 @@ def test_objectives_are_those_of_the_summary(name: str, tmp_path: Path) -> None:
 
 
 def test_the_summary_has_all_metrics_of_the_best_epoch(tmp_path: Path) -> None:
-    asked = f"evaluate.metrics=[matthews_correlation,class_accuracy,{OWN}]"
-    keys = [*SMALL, asked, f"allow_packages=[{PARTS}]", "epochs=3", "monitor=val_macro_f1", "optimizer.lr=0.3"]
+    requested = f"evaluate.metrics=[matthews_correlation,class_accuracy,{OWN}]"
+    keys = [*SMALL, requested, f"allow_packages=[{PARTS}]", "epochs=3", "monitor=val_macro_f1", "optimizer.lr=0.3"]
     summary = start(tmp_path, *keys)
     lines = {line["epoch"]: line for line in metrics(tmp_path)}
     best = {f"best_{key}": value for key, value in lines[summary["best_epoch"]].items() if key.startswith("val_")}

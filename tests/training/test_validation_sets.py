@@ -94,9 +94,9 @@ def _webdataset(folder: Path, name: str, seed: int) -> str:
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
         for i, label in enumerate([0, 1, 2] * 6):
             for ending, content in (("png", _png(100 * seed + i, label)), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{i:03}.{ending}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                entry = tarfile.TarInfo(f"{i:03}.{ending}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
     return str(folder / f"{name}.tar")
 
 
