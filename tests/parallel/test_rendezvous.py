@@ -165,7 +165,7 @@ def message(stderr: str) -> str:
 
 TABLE = [
     "train", "data=table", "data.file=t.csv", "data.target=y", "data.batch_size=8", "model=mlp", "model.widths=[4]",
-    "epochs=1", "tracking=[]", "threads=1", "device=cpu", "parallel=ddp", "parallel.timeout_minutes=0.05", "output=run",
+    "epochs=1", "tracking=[]", "threads=1", "device=cpu", "parallel=ddp", "output=run",
 ]  # fmt: skip
 
 
@@ -200,19 +200,19 @@ def test_a_rank_without_the_data(tmp_path: Path) -> None:
         ([{}, {"WORLD_SIZE": "3"}], "dlopt: WORLD_SIZE=3 on rank 1, but WORLD_SIZE=2 on rank 0; set one number"),
         (
             [{"WORLD_SIZE": "3"}, {"WORLD_SIZE": "3"}],
-            "dlopt: parallel.timeout_minutes=0.05: not all of the 3 ranks have joined within this time (rank 2 has "
+            "dlopt: parallel.timeout_minutes=0.15: not all of the 3 ranks have joined within this time (rank 2 has "
             "not)",
         ),
     ],
 )
 def test_the_roll_call(ranks: list[dict[str, str | None]], expected: str, tmp_path: Path) -> None:
-    ended = run_by_hand(tmp_path, *TABLE, ranks=ranks)
+    ended = run_by_hand(tmp_path, *TABLE, "parallel.timeout_minutes=0.15", ranks=ranks)
     assert [(done.returncode, message(done.stderr)) for done in ended] == [(2, expected)] * 2
 
 
 def test_rank_0_refuses_the_config(tmp_path: Path) -> None:
     """The others do not look at it: they read the refusal from the store, and do not wait for the timeout."""
-    for done in run_by_hand(tmp_path, *TABLE[:-2], "data.targett=y", ranks=[{}, {}]):
+    for done in run_by_hand(tmp_path, *TABLE, "data.targett=y", ranks=[{}, {}]):
         assert done.returncode == 2
         assert message(done.stderr).startswith("dlopt: data.targett=y: unknown key; did you mean data.target?")
 
