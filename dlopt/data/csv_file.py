@@ -30,6 +30,7 @@ _POINTS, _HUNDREDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(\.[0-9]{3})+"), re.compil
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
 _WITH_UNIT = re.compile(r"[^\w\s.,+-]{0,3}\s?[+-]?[0-9][0-9.,]*\s?[^\d\s.,+-]{0,5}")  # $5, 5 %, 12 kg
 _INTEGER = re.compile(r"[+-]?[0-9]{1,39}")
+_WHOLE = re.compile(r"-?[0-9]+(\.0*)?")  # 1 and 1.0 are one integer, which pandas writes in two ways
 _LEADING_ZERO = re.compile(r"^[+-]?0[0-9]+$", re.MULTILINE)
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip, or Excel", b"BZh": "bzip2", b"\xfd7zX": "xz", b"(\xb5/\xfd": "zstd"}
 _CHUNK = 1024  # rows that are converted at once
@@ -85,13 +86,14 @@ class NoNumbers:
     """The fields of a column that are no finite numbers.
 
     `gaps`: how many are gaps, see `GAPS`; `others`: how many are not. `first`: the row and the text of the first other.
-    `zero`: an integer that begins with 0, as a code does: 00501.
+    `zero`: an integer that begins with 0, as a code does: 00501. `has_twins`: two texts are one number: 1.1 and 1.10.
     """
 
     gaps: int = 0
     others: int = 0
     first: tuple[int, str] | None = None
     zero: str | None = None
+    has_twins: bool = False
 
     def add(self, row: int, field: str) -> None:
         if field.lower() in GAPS:
@@ -324,9 +326,11 @@ def read_columns(
                 no_numbers[name].zero = zero[0]
             elif name not in merged and (pair := _one_number(fields, column, seen[name])) is not None:
                 differ = all(map(_INTEGER.fullmatch, pair)) and int(pair[0]) != int(pair[1])
-                then = "subtract a constant from them in the file" if differ else f"codes: data.categories=[{name}]"
-                if differ or advice is None:
+                if differ:
+                    then = "subtract a constant from them in the file"
                     merged[name] = f"{WARNING}column {name}: float64 makes {pair[0]} and {pair[1]} equal; {then}"
+                elif advice is None and not all(map(_WHOLE.fullmatch, pair)):
+                    no_numbers[name].has_twins = True
     if not lines:
         raise UserError(f"data.file={header.path}: has no rows")
     values.resize((len(lines), len(numbers)), refcheck=False)

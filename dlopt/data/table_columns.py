@@ -140,6 +140,7 @@ def read_table(
     doubts = content.no_numbers.items()
     zeros = [name for name, each in doubts if each.zero and name in open_names]
     codes = [name for name in zeros if not (np.nan_to_num(by_number[name]) % 1).any()]  # 007 beside 1.5 is a number
+    codes += [name for name, each in doubts if each.has_twins and name in open_names and name not in codes]
     is_plain = not as_text and not codes and not any(each.gaps or each.others for _, each in doubts)
     unclear = [name for name, each in doubts if (each.others and name not in chosen) or name in codes]
     more = reader.read(unclear, {}).texts if unclear else {}
