@@ -115,7 +115,7 @@ class Component:
             raise UserError(f"{self.choice}: returns {type(result).__name__}; must return a {expected}")
         return result
 
-    def check_call(self, function: object, signature: str) -> None:
+    def require_call(self, function: object, signature: str) -> None:
         """Raises `UserError` unless a part can be called with the arguments of `signature`, by position."""
         if not can_call(function, signature.count(",") + 1):
             raise UserError(f"{self.choice}: must be callable as {signature}")

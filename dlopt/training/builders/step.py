@@ -49,7 +49,7 @@ def build_step(
             "use precision=bf16, or stopping=early"
         )
     built = clip.build(model=workload.module, uses=workload.uses)
-    clip.check_call(built, "clip(parameters, norm)")
+    clip.require_call(built, "clip(parameters, norm)")
     halves = settings.on_out_of_memory == "halve"
     if halves and (processes := mode.ranks.processes) > 1:
         raise UserError(

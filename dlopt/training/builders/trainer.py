@@ -70,7 +70,7 @@ def build_trainer(
         norm=workload.parallel.sharding.norm,
         monitor_mode=direction_of(rule.arguments.get("monitor", "auto")),
     )
-    rule.check_call(getattr(stopping, "update", None), "update(metrics)")
+    rule.require_call(getattr(stopping, "update", None), "update(metrics)")
     checkpoints = build_checkpoints(workload, folder)
     recovery = build_recovery(workload, checkpoints, tracking)
 

@@ -378,7 +378,7 @@ def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
         targets = _drawn_targets(run_config, dataset.train)
     balance = task.balance(component.arguments, targets)
     loss = component.build_as(nn.Module, **task.target_arguments, **balance)
-    component.check_call(loss.forward, "forward(outputs, targets)")
+    component.require_call(loss.forward, "forward(outputs, targets)")
 
     def check(loss: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim:
@@ -401,7 +401,7 @@ def build_sampler(run_config: RunConfig, samples: Samples) -> Sampler:
         batch_size=run_config.data_settings.batch_size,
         seed=stream(run_config.settings.order_seed, ORDER),
     )
-    run_config.sampler.check_call(sampler.order, "order(epoch)")
+    run_config.sampler.require_call(sampler.order, "order(epoch)")
     return sampler
 
 
