@@ -85,8 +85,8 @@ def to_plain(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             group = key.partition(".")[0]
             choice = choices_of(config).get(group, "") if "hydra" in config else ""
             raise UserError(f"{key}: a value is required; set {key}=VALUE{_meaning(group, choice, key)}")
-    if lacking := [name for name in REQUIRED if name not in raw["data"]]:
-        name = choices_of(config)["data"]
+    lacking = [name for name in REQUIRED if name not in (raw.get("data") or REQUIRED)]
+    if lacking and (name := choices_of(config).get("data")) is not None:  # not of `dlopt trajectory`
         raise UserError(f"data={name}: lacks {', '.join(lacking)}; begin its file with: defaults: [_common, _self_]")
     try:
         plain: Any = OmegaConf.to_container(task, resolve=True)

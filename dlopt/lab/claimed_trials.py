@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from dlopt.extend import Plan
+    from dlopt.tracking.overview import Overview
 
 READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
 # Part of the protocol in addition to the keys of a role: workloads and families name the first two groups, and every
@@ -167,15 +168,22 @@ class ClaimedTrials(JobSource, Generic[T]):
 
     Args:
         kept: returns whether a file among a trial's checkpoints is needed after its end.
+        overview: of the progress; a second one would stay on the terminal.
     """
 
-    def __init__(self, request: Request[T], plan_job: PlanJob, kept: Callable[[Path], bool]) -> None:
+    def __init__(
+        self,
+        request: Request[T],
+        plan_job: PlanJob,
+        kept: Callable[[Path], bool],
+        overview: "Overview | None" = None,
+    ) -> None:
         from dlopt.tracking.overview import Overview
 
         self.request, self._plan_job, self._kept = request, plan_job, kept
         self.waiting: dict[T, None] = dict.fromkeys(request.waiting())  # in order
         # There is no best job: trials of different workloads are not comparable.
-        self.overview = Overview(len(self.waiting), metric="")
+        self.overview = overview or Overview(len(self.waiting), metric="")
         self._claims: dict[int, IO[str]] = {}
         self._number = 0
 

@@ -236,8 +236,8 @@ class _Pairs(ClaimedTrials[PairedRun]):
         """`show` replaces the current line of a terminal."""
         from dlopt.tracking.overview import Overview
 
-        super().__init__(request, plan_job, kept=lambda _: False)
-        self.overview = Overview(2 * request.seeds, metric="", silent=True)
+        overview = Overview(2 * request.seeds, metric="", silent=True)
+        super().__init__(request, plan_job, lambda _: False, overview)
         self._shown, self._show = len(request.looks), show
 
     def next(self) -> Job | None:

@@ -14,9 +14,9 @@ class _Ladder(ClaimedTrials[Trial]):
     request: LadderRequest
 
     def __init__(self, request: LadderRequest, plan_job: PlanJob) -> None:
-        super().__init__(request, plan_job, kept=request.is_needed)
+        overview = Overview(request.expected(), metric="", similar=False)
+        super().__init__(request, plan_job, request.is_needed, overview)
         request.remove_unneeded()  # of a command that was killed
-        self.overview = Overview(request.expected(), metric="", similar=False)
         self.overview.update_shared({"finished": len(request.known())}, [])
         self._seen = set(self.waiting)  # a trial whose process died is left to the next command
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,3 +113,14 @@ def test_runs_of_other_conditions_are_named(at_once: Callable[[int], list[int]],
     config = tmp_path / "out/1/base/1000/config.yaml"
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"threads": 5}))
     assert "threads=1 (was 5)" in dlopt(tmp_path, *words, "minutes=1e-9").err
+
+
+def test_pairs_are_shown_without_a_display_of_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second overview would leave its bar on the terminal until the end."""
+    from dlopt.tracking import overview
+
+    made = []
+    monkeypatch.setattr(overview.Overview, "__init__", lambda self, *_, silent=False, **__: made.append(silent))
+    judgement = SimpleNamespace(waiting=list, looks=[], seeds=3)
+    running._Pairs(judgement, None, print)  # type: ignore[arg-type]
+    assert made == [True]
