@@ -308,6 +308,14 @@ def _measure_in_ranks(run_config: RunConfig, keys: RangeTest, processes: int) ->
     return LearningRates(**results[0])
 
 
+def steepest_rate(run_config: RunConfig) -> float | None:
+    """Returns the learning rate at which the loss falls fastest; None if it never falls, or none can be tested."""
+    try:
+        return test_range(run_config, RangeTest(), Path(os.devnull)).steepest
+    except UserError:  # no learning rate, or a line search
+        return None
+
+
 def test_range(run_config: RunConfig, keys: RangeTest, folder: Path) -> LearningRates:
     """Runs a range test in this process, or as one rank of several. `folder` is not written."""
     return find(build_workload(run_config, parallel=build_mode(run_config)), keys, folder)

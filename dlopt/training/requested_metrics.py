@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from dlopt.basics.errors import UserError
+from dlopt.config.overrides import key_of
 from dlopt.config.rules import check_direction
 from dlopt.config.run_config import RunConfig
 from dlopt.config.settings_rules import MONITORS
@@ -61,7 +62,7 @@ def check_objective(setting: str, key: str, run_config: RunConfig, dataset: Data
     if metric is None or key == metric.column or (monitored_name(metric.column) or metric.name) not in names:
         allowed = ", ".join(Metric("val", name).best for name in dict.fromkeys(names)) or "none without validation set"
         raise UserError(f"{setting}: summary.json will not have it; allowed: {allowed}; evaluate.metrics adds others")
-    _check_classes({setting.partition("=")[0]: metric.best}, dataset)
+    _check_classes({key_of(setting): metric.best}, dataset)
 
 
 def _monitors(run_config: RunConfig) -> dict[str, str]:

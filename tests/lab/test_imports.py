@@ -9,10 +9,10 @@ STILL_IMPORTED = """
 _version basics.errors basics.folders basics.formats basics.locks basics.plain_values basics.random basics.scratch
 basics.status_line commands.shared.command_line commands.shared.processes commands.shared.usage config.choices
 config.run_config config.flags config.keys config.overrides config.parameters config.parsing config.plan config.reads
-config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
+config.early_checks config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits data.generated
 data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers instruments.lr_range
 instruments.profiling instruments.measuring_ranks machine.device machine.memory machine.threads metrics.measures
-metrics.names metrics.shown models.gpt models.layers models.locally_connected models.recurrent models.vit optim
+metrics.names metrics.shown models.order models.gpt models.layers models.locally_connected models.recurrent models.vit optim
 optim.adam optim.common optim.newton optim.parameters optim.traits parallel.collectives parallel.mode
 parallel.modes.chain parallel.processes.launch parallel.processes.process_group parallel.processes.rendezvous
 results.drawing results.intervals results.leaderboard results.page results.reading results.tables run.environment

@@ -184,15 +184,9 @@ def _measure(subject: _Subject, keys: Mapping[str, int]) -> tuple["Diagnosis", "
 
 def _found_lr(subject: _Subject) -> float | None:
     """Returns the learning rate that `dlopt find-lr` finds; None for a checkpoint, whose weights it does not load."""
-    from dlopt.instruments.lr_range import test_range
-    from dlopt.instruments.lr_range_keys import RangeTest
+    from dlopt.instruments.lr_range import steepest_rate
 
-    if subject.checkpoint is not None:
-        return None
-    try:
-        return test_range(subject.run_config, RangeTest(), Path(os.devnull)).steepest
-    except UserError:  # no learning rate, or a line search
-        return None
+    return steepest_rate(subject.run_config) if subject.checkpoint is None else None
 
 
 def _command(line: Line, overrides: Sequence[str], change: str) -> str:

@@ -43,7 +43,6 @@ from dlopt.instruments.layers import (
     norms_by_layer,
 )
 from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag, TimeLagProbe
-from dlopt.losses import CrossEntropy
 from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.builders.workload import load_weights
@@ -158,7 +157,7 @@ def diagnose(
     before = snapshot(workload, mini_batches, progress.step, eigenvalues=eigenvalues, iterations=iterations)
     trace = trace_updates(workload, trainer, updates, with_curvature=eigenvalues > 0)
     inputs = moments_of([batch.inputs for batch in mini_batches])
-    chance = math.log(workload.task.outputs) if workload.run_config.loss.is_a(CrossEntropy) else None
+    chance = math.log(workload.task.outputs) if workload.run_config.loss.target.__name__ == "CrossEntropy" else None
     if not trace.losses:
         return Diagnosis(label, before, trace, None, inputs, chance)
     done = progress.step + len(trace.losses)

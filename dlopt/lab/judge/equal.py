@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dlopt.extend import RunConfig, Workload
     from dlopt.training.progress import Length
 
+
 def check_equal(base: Side, change: Side, equal: Equal) -> None:
     """Raises `UserError` if the length of the change cannot be set, or its cost not be measured."""
     for key in differing(base, change):
