@@ -173,8 +173,9 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
         raise UserError(f"{source}: has no checkpoints/last.pt")
     checkpoint = load(last)
     checkpoints[checkpoint.step] = last
-    if not (steps_per_epoch := checkpoint.steps_per_epoch):
-        raise UserError(f"{source}: its checkpoints, of an earlier version, cannot be branched; train it again")
+    steps_per_epoch = checkpoint.steps_per_epoch or _steps_of_older(folder, checkpoint)
+    if not steps_per_epoch:
+        raise UserError(f"{source}: an earlier version ended it within its first epoch; train it again")
     _check_history(source, folder, checkpoint, steps_per_epoch)
     new, typed = run_config.config, folder.typed()
     refuse_other_config(checkpoint.config, new, str(last), typed, has_identity=True, free=("schedule",))
@@ -183,6 +184,16 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
     return _Stem(
         source, own, run_config, is_changed, checkpoints, checkpoint.horizon, steps_per_epoch, checkpoint.step
     )  # fmt: skip
+
+
+def _steps_of_older(folder: RunFolder, checkpoint: "Checkpoint") -> int:
+    """Returns the updates of an epoch, of which checkpoints of earlier versions say nothing; 0 if none was whole."""
+    for line in read_metrics(folder.path):
+        epoch, step = line.get("epoch"), line.get("step")
+        is_whole = checkpoint.config.get("steps") is None or (type(step) is int and step < checkpoint.step)
+        if is_whole and type(epoch) is type(step) is int and epoch > 0 and step % epoch == 0:
+            return step // epoch
+    return 0
 
 
 def _check_history(source: str, folder: RunFolder, checkpoint: "Checkpoint", steps_per_epoch: int) -> None:

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
+from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import with_folder
@@ -22,6 +23,7 @@ from dlopt.sweeps.branches import begin, branched
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.matching import distance_of_jobs
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load_of_run
+from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.progress import TrainingRun
 from tests.support.line import dlopt, refused
 from tests.support.runs import metrics, result, run_job, same, timeless
@@ -124,6 +126,13 @@ def test_lengths_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.Capture
     assert "branches: 4 updates instead of 56" in capsys.readouterr().out
     resumed = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)", "resume=auto")
     assert distance_of_jobs(RunFolder(tmp_path / "sweep"), resumed) == 0
+    # Checkpoints of earlier versions do not say how many updates an epoch has.
+    with mock.patch.object(Checkpoint, "steps_per_epoch", None):
+        former = jobs_of(tmp_path / "former", f"from={stem}", "at=range(2,6)")
+        short = train(tmp_path / "short", *WSD, "data.batch_size=5", "steps=14")
+        with pytest.raises(UserError, match="ended it within its first epoch; train it again"):
+            jobs_of(tmp_path / "none", f"from={short}", "at=10")
+    assert [job.plan.branches_from for job in former] == [job.plan.branches_from for job in jobs]
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
