@@ -93,7 +93,7 @@ def micro_batch_shards(total: int, accumulate: int, rank: int, ranks: int) -> li
 
 @dataclass(frozen=True)
 class ShardedAugment:
-    """Augments a rank's samples where they are several slices of the global batch, or the one that stands in."""
+    """Augments a rank's samples where they are several slices of the global batch, or the placeholder of none."""
 
     augment: Augment
     accumulate: int
@@ -157,7 +157,7 @@ class BatchSplit:
     def micro_batches(self, batch: Batch, accumulate: int) -> Sequence[Batch]:
         """Returns this rank's part of each of `accumulate` micro-batches.
 
-        If it has no samples of one, its first sample of the batch stands in for them with weight 0.
+        If it has no samples of one, its first sample of the batch is their placeholder, with weight 0.
 
         A part is weighted by its fraction of the samples of the global batch: shards may be unequal. Of a batch that
         has grown, each of the joined batches is split as if it were alone: micro-batches keep their sizes.

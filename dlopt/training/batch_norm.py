@@ -110,7 +110,7 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     micro_batches = max(workload.run_config.settings.micro_batches, workload.parallel.traits.micro_batches)
     smallest = _smallest_micro_batch(count, batches.batch_size, micro_batches)
     shards, is_own = workload.parallel.traits.batch_norm_shards, isinstance(workload.task, OwnTask)
-    if is_own:  # its loss calls the model with the sample that stands in for none, which even a synchronized one counts
+    if is_own:  # its loss calls the model with the placeholder of no samples, which even a synchronized one counts
         shards = workload.parallel.split.ranks
     if shards > 1:
         slices = [local_slice(start, start + smallest, rank, shards) for rank in range(shards) for start in (0, 1)]

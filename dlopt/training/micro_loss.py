@@ -89,7 +89,7 @@ class MicroLoss:
         self._forward = _forward(self._model, self._loss, metrics.keep)
         if network.compile is not None:
             self._forward = network.compile(self._forward)
-        # Batch norm would count the sample that stands in for none. Other models may fail on an empty batch.
+        # Batch norm would count the placeholder of no samples. Other models may fail on an empty batch.
         normalizes = any(isinstance(each, _BatchNorm) for each in network.module.modules())
         self._stand_in = slice(0, 0 if normalizes else 1)
 

@@ -34,7 +34,7 @@ def wrap_row(left: str, right: str, column: int, width: int | None) -> list[str]
 
 
 def fitted(text: str, width: int | None) -> str:
-    """Wraps a help to `width` characters (None for no limit): paragraphs anew, and each longer line by itself."""
+    """Wraps a help to `width` characters (None for no limit): paragraphs again, and each longer line alone."""
     lines: list[str] = []
     for indent, group in groupby(text.splitlines(), lambda line: (match := _PROSE.fullmatch(line)) and match[1]):
         together = [*group]

@@ -135,7 +135,11 @@ def _check_copy(place: Path) -> None:
     for content in ("[]", json.dumps({**second, "runs": [{"index": None}]})):
         (place / "copy/results.json").write_text(content)
         damaged = dlopt(place, "ladder", "report", "copy")
-        assert damaged.code == 2 and "results.json: is damaged: " in damaged.err and "restore it, or remove it" in damaged.err
+        assert (
+            damaged.code == 2
+            and "results.json: is damaged: " in damaged.err
+            and "restore it, or remove it" in damaged.err
+        )
     (place / "copy/results.json").write_text(json.dumps({**second, "format": 1}))
     former = dlopt(place, "ladder", "report", "copy")
     assert former.code == 2 and "is from another version of dlopt (without loss curves); remove it" in former.err

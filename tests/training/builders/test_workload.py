@@ -187,7 +187,7 @@ def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
 
 
 @pytest.mark.parametrize("model", [nn.Conv1d, nn.LazyConv1d])
-def test_says_that_signals_are_read_as_images(model: type[nn.Module]) -> None:
+def test_warns_of_signals_that_are_read_as_images(model: type[nn.Module]) -> None:
     keys = {"out_channels": 10, "kernel_size": 1} | ({"in_channels": 1} if model is nn.Conv1d else {})
     advice = r"items \[8, 8\] are read as grey images \[H, W\]: for \[channels, length\], begin with x = x\[:, 0\]"
     with pytest.raises(UserError, match=rf"fails for inputs of shape \[batch, 1, 8, 8\]: .*; {advice}$"):
