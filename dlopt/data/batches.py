@@ -49,7 +49,8 @@ class Batch:
         total: samples of the batch on all processes.
         shard: the positions of this process's samples among them; None for all of them, or for several slices.
         start: position of its first sample, of all processes, in the batch of the update.
-        weight: of its mean loss in the loss of the update; 0: this process has no samples, and one of the batch is their placeholder.
+        weight: of its mean loss in the loss of the update; 0: this process has no samples, and one of the batch is
+            their placeholder.
         teacher_inputs: `inputs` in the normalization of a teacher; None if it is the same, or there is no teacher.
         is_last: whether it is the last micro-batch of its update.
         joined: totals of the batches of data.batch_size that a larger one consists of; empty if it is a single one.
