@@ -23,7 +23,6 @@ from dlopt.basics.errors import (
     refused_path,
     suggest,
 )
-from dlopt.basics.formats import drop_bad_size, terminal_width
 from dlopt.basics.interruption import (
     Interrupted,
     end_on_signals,
@@ -32,7 +31,7 @@ from dlopt.basics.interruption import (
     leave_closed_terminal,
     print_message,
 )
-from dlopt.basics.terminal_controls import TerminalStream
+from dlopt.basics.terminal_controls import TerminalStream, drop_bad_size
 from dlopt.commands.command_table import COMMANDS, every_command
 from dlopt.config.packages import entries
 
@@ -123,7 +122,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
 
         return partial(_print, _USAGE % sections(every_command())), []
     if arguments[0] in ("-V", "--version"):
-        return partial(_print, f"dlopt {__version__}\n"), []
+        return _print_version, []
     for index, argument in enumerate(arguments):  # before or, as in Hydra, after the sub-command
         if argument in ("-sc", "--shell-completion"):
             from dlopt.commands.completion import complete
@@ -149,7 +148,13 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
     return command, list(arguments[1:])
 
 
+def _print_version(_: list[str]) -> int:
+    print(f"dlopt {__version__}")
+    return DONE
+
+
 def _print(text: str, _: list[str]) -> int:
+    from dlopt.basics.formats import terminal_width
     from dlopt.commands.shared.text_columns import fitted
 
     print(fitted(text, terminal_width(sys.stdout)), end="")

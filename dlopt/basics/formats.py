@@ -1,7 +1,6 @@
 """Formats numbers and values: one form for each kind, on terminals, pages and in files."""
 
 import math
-import os
 import re
 import shutil
 import textwrap
@@ -119,13 +118,6 @@ def terminal_width(stream: TextIO | None) -> int | None:
     """Returns the characters of a line of the terminal; None for a pipe or a file, whose lines have no limit."""
     is_terminal = stream is not None and stream.isatty()
     return shutil.get_terminal_size().columns if is_terminal else None
-
-
-def drop_bad_size() -> None:
-    """Removes COLUMNS and LINES from the environment where they are no size: with COLUMNS=0, Rich prints nothing."""
-    for name in ("COLUMNS", "LINES"):
-        if not re.fullmatch(r"0*[1-9][0-9]{0,3}", os.environ.get(name, "1")):
-            del os.environ[name]
 
 
 def wrap(text: str, width: int | None, *, first: str = "", indent: str = "") -> list[str]:

@@ -1,5 +1,6 @@
 """Keeps texts of strangers, such as names of classes, columns and files, from controlling the user's terminal."""
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -33,3 +34,10 @@ class TerminalStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unfiltered, name)
+
+
+def drop_bad_size() -> None:
+    """Removes COLUMNS and LINES from the environment where they are no size: with COLUMNS=0, Rich prints nothing."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch(r"0*[1-9][0-9]{0,3}", os.environ.get(name, "1")):
+            del os.environ[name]

@@ -86,7 +86,9 @@ def to_plain(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             choice = choices_of(config).get(group, "") if "hydra" in config else ""
             raise UserError(f"{key}: a value is required; set {key}=VALUE{_meaning(group, choice, key)}")
     lacking = [name for name in REQUIRED if name not in (raw.get("data") or REQUIRED)]
-    if lacking and (name := choices_of(config).get("data")) is not None:  # not of `dlopt trajectory`
+    if (
+        lacking and "hydra" in config and (name := choices_of(config).get("data")) is not None
+    ):  # not of `dlopt trajectory`
         raise UserError(f"data={name}: lacks {', '.join(lacking)}; begin its file with: defaults: [_common, _self_]")
     try:
         plain: Any = OmegaConf.to_container(task, resolve=True)

@@ -81,6 +81,8 @@ class GlobalDropout(_DropoutNd):
         spec = None if self.feature_spec is None else self.feature_spec(inputs)
         shape = self._mask_shape(inputs.shape, spec)
         shard = self.current.shard or MicroBatchShard(len(inputs), slice(0, len(inputs)))
+        if not len(inputs):  # of a rank without samples: it draws as the others do
+            shard = shard._replace(local=slice(0, 0))
         if len(inputs) != shard.samples:
             raise RuntimeError(
                 f"dropout got {len(inputs)} samples on a rank that has {shard.samples}: the leading dimension must be "

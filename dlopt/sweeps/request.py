@@ -100,7 +100,8 @@ class SweepRequest:
     def warn_of_fixed_rates(self, plans: Iterable[Plan]) -> None:
         """Prints a warning if the sweep has several learning rates, but one of those for other parameters (Muon)."""
         keys = {key: axis.is_swept for axis in self.axes for key in axis.keys}
-        rates = {str(plan.saved["optimizer"].get("rest_lr")) for plan in plans} - {"None"}
+        configs = [plan.saved for plan in plans]
+        rates = {str(config["optimizer"].get("rest_lr")) for config in configs} - {"None"}
         if keys.get("optimizer.lr") and "optimizer.rest_lr" not in keys and rates:
             stays = f"optimizer.lr is swept, but optimizer.rest_lr stays at {', '.join(sorted(rates))}"
             both = "rates=zip(optimizer.lr=[A,B],optimizer.rest_lr=[C,D])"

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
-from dlopt.basics.terminal_controls import without_controls
+from dlopt.basics.terminal_controls import drop_bad_size, without_controls
 from dlopt.metrics.measures import seconds_left
 from dlopt.metrics.names import split_of, tag_of
 from dlopt.metrics.shown import format_metric, live_name, shown_in
@@ -171,7 +171,7 @@ class _Cleaned:
 
 def open_console(stream: IO[str] | None = None) -> tuple[_Output, Console, bool]:
     """Opens a console on `stream` (default: stdout) that never raises on output; also returns whether it can redraw."""
-    formats.drop_bad_size()  # of a notebook, too
+    drop_bad_size()  # of a notebook, too
     chosen: Any = sys.stdout if stream is None else stream
     output = _Output(getattr(chosen, "unfiltered", chosen))
     terminal = output.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")

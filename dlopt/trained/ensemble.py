@@ -1,6 +1,5 @@
 """Tests one model, or the average of several (an ensemble), on the test set."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ from dlopt.config.run_config import RunConfig
 from dlopt.data.checks import problems
 from dlopt.data.identity import difference
 from dlopt.metrics.declaration import Declaration
-from dlopt.metrics.names import Split, on_set
+from dlopt.metrics.names import Metric, Split, on_set
 from dlopt.metrics.user import UserMetric
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.report import TestReport
@@ -170,7 +169,9 @@ def _on_split(workload: Workload, split: str | None) -> tuple[Workload, Split]:
 
 def _named(tested: TestReport, split: Split) -> TestReport:
     """Returns the report with its test metrics named after the split."""
-    return replace(tested, metrics={re.sub("^test_", f"{split}_", key): each for key, each in tested.metrics.items()})
+    metrics = {Metric.of(key): each for key, each in tested.metrics.items()}
+    named = {replace(key, split=split).column: each for key, each in metrics.items() if key is not None}
+    return replace(tested, metrics=named)
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:

@@ -79,7 +79,7 @@ def preparation(trained: Trained) -> dict[str, Any]:
     if isinstance(trained.normalize, ScaleShift):
         saved = {name: each.double().flatten() for name, each in trained.normalize.state_dict().items()}
         mean, std = saved.get("center", 0.0) - saved["shift"] / saved["scale"], 1 / saved["scale"]
-        facts["normalize"] = {"mean": mean.tolist(), "std": std.tolist()}
+        facts |= {"normalize": {"mean": mean.tolist(), "std": std.tolist()}}
     return facts
 
 

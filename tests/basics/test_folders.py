@@ -211,6 +211,7 @@ def test_data_on_another_disk_are_the_same_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changed", ["precision=bf16", "deterministic=true", "init_from=x.pt", "monitor=val_loss"])
 def test_other_keys_make_another_run(changed: str, tmp_path: Path) -> None:
     stop_after_first_epoch(tmp_path, IN_RUN)
+    (tmp_path / "x.pt").touch()
     message = refused(tmp_path, "train", *TINY, IN_RUN, "resume=auto", "schedule_epochs=2", changed)
     assert f"has another config ({changed.partition('=')[0]}: saved " in message
 

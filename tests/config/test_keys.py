@@ -29,7 +29,7 @@ def test_every_key_of_a_run_declares_its_role() -> None:
 def test_every_declared_key_exists() -> None:
     plain, _ = to_plain(Composer().compose(["data=image_folder", "data.root=x"]))
     others = {"hydra", "experiment", "debug", "from", "run_id", "directions"}  # the last two: dlopt sets them
-    others |= {"data.offline", "loss.teacher"}  # of a choice
+    others |= {"data.offline", "data.standardize_target", "loss.teacher"}  # of a choice
     assert set(ROLES) - others <= {*flatten(plain), *GROUPS}
 
 

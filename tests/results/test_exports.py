@@ -108,4 +108,6 @@ def test_names_of_others_are_data_in_every_format(tmp_path: Path) -> None:
         confusion_table(torch.eye(2, dtype=torch.int64), ["=x", "-1"]) == "true \\ predicted,'=x,-1\n'=x,1,0\n-1,0,1\n"
     )
     [page] = render(destination(tmp_path, str(tmp_path / "a.html"), None, None), report).values()
-    assert b"allow_packages" not in page and b"<img src=x" not in page
+    assert b"<img src=x" not in page
+    # It is named, but part of no command that the page offers.
+    assert page.count(b"allow_packages") == page.count(b'["command needs","allow_packages=[evil], if you trust') > 0

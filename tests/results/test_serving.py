@@ -104,7 +104,7 @@ def test_differences_between_two_runs() -> None:
     assert config_rows(first, second) == [("y", "2", "3"), ("z", "[1]", "-"), ("w", "-", "null")]
     assert config_rows(first, first) == []
     assert metric_rows(first, second, brief=True) == [
-        ("val_accuracy", "-", "50.00 %"), ("val_loss", "0.1235", "-"), ("steps", "10", "-"),
+        ("validation accuracy", "-", "50.00 %"), ("validation loss", "0.1235", "-"), ("steps", "10", "-"),
     ]  # fmt: skip
     assert metric_rows(first, second, brief=False)[1] == ("val_loss", "0.123456", "-")
 

@@ -61,7 +61,7 @@ def test_extrapolates_to_all_updates(
 ) -> None:
     """Two of eight updates in 0.6 s give an estimate from 2.4 s, with a margin; a finished run needs neither."""
     summary = {"status": "finished" if share is None else "interrupted", "seconds": 0.6, "steps": 2}
-    checkpoint = Checkpoint({"progress": {"horizon": horizon}})
+    checkpoint = Checkpoint({"progress": {"horizon": horizon, "epoch": 1, "position": 0, "steps_per_epoch": 2}})
 
     class Stopped:
         def __init__(self, folder: Path, *_: object) -> None:

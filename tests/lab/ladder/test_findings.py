@@ -132,7 +132,8 @@ def test_a_rung_whose_runs_have_no_curve_counts_in_no_verdict() -> None:
 def searched(made: Results, *names: str) -> Results:
     """Returns a ladder on which one search found the rates of these optimizers; the others have a typed one."""
     contestants = {
-        name: replace(each, lr=None if name in names else 0.1) for name, each in made.ladder.optimizers.items()
+        name: replace(each, lr=None if name in names else 0.1, rates={"optimizer.lr": 0.1})
+        for name, each in made.ladder.optimizers.items()
     }
     return replace(made, ladder=replace(made.ladder, searched=["r0"], optimizers=contestants))
 
