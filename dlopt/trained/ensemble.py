@@ -169,9 +169,12 @@ def _on_split(workload: Workload, split: str | None) -> tuple[Workload, Split]:
 
 def _named(tested: TestReport, split: Split) -> TestReport:
     """Returns the report with its test metrics named after the split."""
-    metrics = {Metric.of(key): each for key, each in tested.metrics.items()}
-    named = {replace(key, split=split).column: each for key, each in metrics.items() if key is not None}
-    return replace(tested, metrics=named)
+
+    def column(key: str) -> str:
+        metric = Metric.of(key)
+        return replace(metric, split=split).column if metric is not None and metric.split == "test" else key
+
+    return replace(tested, metrics={column(key): each for key, each in tested.metrics.items()})
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:
