@@ -65,7 +65,8 @@ def simulate_cluster(
         for count in sorted(set(devices)):
             estimates[name] += simulation.estimates(costs, batch, count, cluster)
         samples, described = _TRAININGS[MODELS[name][-1] if training == "paper" else training]
-        title = f"{name}: {simulation.size(costs)}\ndays: {described}"
+        of_one = simulation.of_one_device(costs, batch, cluster)
+        title = f"{name}: {simulation.size(costs)}\n{of_one}\ndays: {described}"
         show_table(_table(title, estimates[name], samples / batch))
     points = _validate(validate) if validate else []
     folder = output_folder(output, "scaling")

@@ -386,6 +386,15 @@ def size(layers: Sequence[Layer]) -> str:
     return f"{parameters(layers) / 1e6:.1f} M parameters, {3 * operations(layers) / 1e9:.1f} GFLOP per sample"
 
 
+def of_one_device(layers: Sequence[Layer], batch: float, cluster: Cluster) -> str:
+    """Says how long an update takes on one device, and which part of it the operations would take alone."""
+    computes = (1 + _BACKWARD) * operations(layers) * batch / (cluster.tflops * 1e12)
+    return (
+        f"one device: {1e3 * single(layers, batch, cluster):.1f} ms per update, where the FLOPs alone take "
+        f"{1e3 * computes:.1f} ms: norms, activations and the optimizer wait for the memory"
+    )
+
+
 # -- plot: efficiency and memory per device against the number of devices
 
 _MARKS = "os^Dv*P"

@@ -28,7 +28,7 @@ def simulate_speedup(
     output: Output = None,
 ) -> int:
     from dlopt.lab.scaling import speedup as limits
-    from dlopt.lab.scaling.simulation import size
+    from dlopt.lab.scaling.simulation import of_one_device, size
 
     arguments, rest = line.take(Cluster)
     cluster = Cluster(**arguments)
@@ -41,7 +41,10 @@ def simulate_speedup(
     serial = limits.serial_fraction(layers, batch, max(devices), cluster)
     title = f"Speed-up of data parallelism, {batch:,} samples per update"
     described = f"{model}: {size(layers)}; {describe(cluster)}"
-    show_table(_table(f"{title}\n{described}\nserial fraction {serial:.3g}: at most {1 / serial:.3g}x", found))
+    described_one = of_one_device(layers, batch, cluster)
+    show_table(
+        _table(f"{title}\n{described}\n{described_one}\nserial fraction {serial:.3g}: at most {1 / serial:.3g}x", found)
+    )
     figure = limits.draw(found, serial, title=title, subtitle=described)
     records = {"cluster": asdict(cluster), "serial_fraction": serial, "points": [asdict(each) for each in found]}
     save(figure, output_folder(output, "scaling"), "speedup", records)

@@ -42,6 +42,17 @@ def efficiency(cost: simulation.ModeCost, layers: Sequence[Layer] = CHAIN, clust
     return single(layers, 64, cluster) / cost.step
 
 
+def test_says_which_part_of_an_update_the_operations_take() -> None:
+    """16 layers of 1 GFLOP, and as many that only move 1 GB in and out, at 100 TFLOP/s and 2 TB/s."""
+    memory_bound = [layer(operations=0.0, inputs=2.5e8, outputs=2.5e8, parameters=0) for _ in range(16)]
+    cluster = replace(IDEAL, memory_bandwidth=2000.0)
+    computes = 16 * 3 * 1e9 * 64 / 100e12  # forward and backward
+    moves = 16 * 3 * 64 * 5e8 * 2 / 2e12 + 5 * 16 * 10**6 * 4 / 2e12  # and the optimizer: five floats per parameter
+    said = simulation.of_one_device([*CHAIN, *memory_bound], 64, cluster)
+    assert said.startswith(f"one device: {1e3 * (computes + moves):.1f} ms per update, where the FLOPs alone take ")
+    assert f"take {1e3 * computes:.1f} ms" in said
+
+
 @pytest.mark.parametrize(
     ("model", "millions", "gmacs"),
     [
