@@ -134,11 +134,16 @@ def _expected(scenario: Scenario, formula: Formula, sign: int) -> Iterator[tuple
         yield starts, list(weights)
 
 
+def _turned(subject: Subject) -> tuple[int, ...]:
+    """Returns which gradients are transposed: torch's fused kernels read them in the layout of their parameter."""
+    return (2,) if subject.default("fused") else (0, 2)
+
+
 def _compare(subject: Subject, method: Method, formula: Formula, keys: Mapping[str, Any]) -> CheckOutcome:
     for scenario in (each for steps in (10, 300) for each in _scenarios(subject, method, keys, steps)):
         make = partial(subject.make, **scenario.keys)
         of = scenario
-        seen = updates_in_groups(make, of.shapes, of.absent, of.groups, turned=(0, 2), steps=of.steps)
+        seen = updates_in_groups(make, of.shapes, of.absent, of.groups, turned=_turned(subject), steps=of.steps)
         expected = _expected(scenario, formula, -1 if subject.maximizes else 1)
         for number, (found, (starts, weights)) in enumerate(zip(seen, expected, strict=True), 1):
             for place, (ours, theirs) in enumerate(zip(found, weights, strict=True)):
@@ -163,7 +168,7 @@ def _text(subject: Subject, scenario: Scenario, number: int, place: int, expecte
         make,
         *definition(updates_in_groups),
         f"seen = list(updates_in_groups(lambda groups: make(groups, **{literal(scenario.keys)}), {scenario.shapes}, "
-        f"{scenario.absent}, [{groups}], turned=(0, 2), steps={scenario.steps}))",
+        f"{scenario.absent}, [{groups}], turned={_turned(subject)}, steps={scenario.steps}))",
         f"gap = (seen[{number - 1}][{place}] - torch.tensor({expected.tolist()}, dtype=torch.float64)).norm(); "
         f"assert gap <= {bound:.3g}, gap",
     ]
