@@ -102,7 +102,8 @@ def export(
         print(f"tokenizer: {short_path(tokenizer)}")
     if has_encoding:
         print(f"columns: {short_path(columns)}")
-    centre = "" if trained.window == trained.sample else f", the centre of [{', '.join(map(str, trained.sample))}]"
+    is_cropped = len(trained.sample) == 3 and trained.window != trained.sample
+    centre = "" if not is_cropped else f", the centre of [{', '.join(map(str, trained.sample))}]"
     print(f"input: {dtype} [batch, {', '.join(map(str, trained.window))}]{centre}")
     if difference is None:
         print(f"not verified: requires onnxruntime; {install('dlopt[export]')}")

@@ -44,16 +44,6 @@ def _typed_settings(config: Mapping[str, Any]) -> Settings:
     return Settings(**check_arguments("", Settings, keys, related=tuple(GROUPS)))
 
 
-def _is_missing(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return True
-    except OSError:  # said where it is opened
-        return False
-    return False
-
-
 def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:
     """Checks the run's own keys, and what `overrides` set in components of dlopt and torch. Raises `UserError`.
 
@@ -61,11 +51,8 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     """
     settings = run_settings(config)
     values = flatten(config)
-    for key, path in {"init_from": settings.init_from, "resume": settings.resume}.items():
-        # A comparison names its own runs: before:NAME.
-        if path not in (None, "auto") and not path.startswith("before:") and _is_missing(path):
-            hint = "; resume=auto resumes the newest unfinished run" if key == "resume" else ""
-            raise UserError(f"{key}={path}: no such file{hint}")
+    if settings.resume not in (None, "auto") and not os.path.lexists(settings.resume):
+        raise UserError(f"resume={settings.resume}: no such file; resume=auto resumes the newest unfinished run")
     task = values.get("task._target_")
     if task in (None, AUTO_TASK):
         check_run_monitor(settings)

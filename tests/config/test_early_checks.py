@@ -89,7 +89,6 @@ def test_errors_of_commands_come_before_torch(tmp_path: Path) -> None:
         "consolidate run output=run": "output=run: is a folder; must be a file",
         "trajectory checkpoint=nowhere": "checkpoint=nowhere: no such file",
         "train resume=nowhere": "resume=nowhere: no such file; resume=auto resumes the newest unfinished run",
-        "train init_from=nowhere": "init_from=nowhere: no such file",
         "train from=nowhere": "from=nowhere: not a run folder: nowhere has no readable config.yaml",
         "train data=table": "data.file: a value is required; set data.file=VALUE: ",
         "train tracking=[nope]": 'tracking=["nope"]: unknown value; allowed: a list [a,b,...], each tensorboard | ',
