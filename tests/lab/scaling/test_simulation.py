@@ -42,7 +42,7 @@ def efficiency(cost: simulation.ModeCost, layers: Sequence[Layer] = CHAIN, clust
     return single(layers, 64, cluster) / cost.step
 
 
-def test_says_which_part_of_an_update_the_operations_take() -> None:
+def test_reports_which_part_of_an_update_the_operations_take() -> None:
     """16 layers of 1 GFLOP, and as many that only move 1 GB in and out, at 100 TFLOP/s and 2 TB/s."""
     memory_bound = [layer(operations=0.0, inputs=2.5e8, outputs=2.5e8, parameters=0) for _ in range(16)]
     cluster = replace(IDEAL, memory_bandwidth=2000.0)
