@@ -196,7 +196,7 @@ def decays_with_the_schedule(make: Make, update: Update, fresh: Fresh, flag: Fla
             update(o, params, lambda params: sum((0 * p**2).sum() for p in params))
             s.step()
         shrunk.append(float((1 - params[0] / before).mean()))
-    ratio = shrunk[1] / shrunk[0]
+    ratio = shrunk[1] / shrunk[0] if shrunk[0] else 1.0
     assert min(abs(ratio - 1), abs(ratio - 0.25)) < 1e-3, f"at a quarter of the rate, {ratio:.4g} of the decay is left"
 
 

