@@ -37,7 +37,8 @@ def find_cause(
     before, after, trace = diagnosis.before, diagnosis.after, diagnosis.trace
     are_healthy = [all(verdict.label == "healthy" for verdict in verdicts) for verdicts in judged]
     has_risen = bool(trace.ended) or (after is not None and not after.loss <= before.loss)
-    is_large = diagnosis.chance is not None and not before.loss <= _ABOVE_CHANCE * diagnosis.chance
+    is_initial = before.updates == 0 and diagnosis.chance is not None  # a checkpoint's weights are not those of `init`
+    is_large = is_initial and not before.loss <= _ABOVE_CHANCE * (diagnosis.chance or 0.0)
     if all(are_healthy) and not has_risen and not is_large:
         return None
     start = f"the loss is {before.loss:.3g} at the start"
