@@ -7,6 +7,7 @@ Types of arguments and keys, with ranges
     Count, Natural (from 0), Seed; Positive, NonNegative, Fraction (below 1), Probability.
 Files
     RunFolder: the paths and states of a run. read_json, write_json, write_atomically: None or whole files.
+    Stored: a file of dlopt's own, read by its type.
 Commands
     on_config, on_checkpoint: turn a function into a command; its keyword-only parameters are the command's keys.
     Line: its overrides, parsed and composed. output_folder, writing, refuse_empty: what commands share.
@@ -37,6 +38,7 @@ from dlopt.basics.roles import Role
 
 if TYPE_CHECKING:
     from dlopt.basics.folders import short_path
+    from dlopt.basics.stored import Stored
     from dlopt.commands.completion import keys_of_train
     from dlopt.commands.shared.command_line import (
         Line,
@@ -90,6 +92,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.tasks.draws": "Draws",
     "dlopt.tasks.user": "UserTask",
     "dlopt.basics.folders": "short_path",
+    "dlopt.basics.stored": "Stored",
     "dlopt.training.builders.batches": "evaluation_batches training_batches",
     "dlopt.training.builders.workload": "Workload build_workload",
     "dlopt.training.checkpoint.checkpoints": "load_checkpoint:load",

@@ -14,6 +14,7 @@ from dlopt.basics.plain_values import parse_json
 from dlopt.extend import (
     Record,
     RunFolder,
+    Stored,
     UserError,
     key_of,
     lower_is_better,
@@ -24,7 +25,7 @@ from dlopt.extend import (
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
 from dlopt.lab.claimed_trials import has_ended
-from dlopt.lab.stored import MOST_RUNS, Name, Number, damaged, read_stored
+from dlopt.lab.stored import MOST_RUNS, Name, Number
 from dlopt.results.leaderboard import is_number
 from dlopt.results.reading import Damaged
 
@@ -83,12 +84,12 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """Reads the manifest; None if there is none. Raises `UserError` for a damaged one."""
-    path = folder / MANIFEST
-    manifest: Manifest | None = read_stored(path, Manifest)
+    stored = Stored(folder / MANIFEST, Manifest)
+    manifest = stored.read()
     if manifest is not None:
         cells = len(manifest.workloads) * len(manifest.optimizers)
         if not cells or manifest.studies * manifest.trials * cells > MOST_RUNS:
-            raise damaged(path, f"must plan 1 to {MOST_RUNS:,} trials")
+            raise stored.damaged(f"must plan 1 to {MOST_RUNS:,} trials")
         for spec in manifest.workloads.values():
             lower_is_better(spec.metric)
     return manifest
@@ -118,12 +119,14 @@ def collect(folder: Path, manifest: Manifest, facts: Mapping[str, Any]) -> Resul
             records = [_record(run, trial, space, spec) for trial, run in runs.items()]
             best = best_trial(records, spec.metric)
             tests = {
-                study: read_stored(folder / Trial(name, optimizer, study, record.trial).subfolder / TEST, _Tests)
+                study: Stored[dict[str, Any]](
+                    folder / Trial(name, optimizer, study, record.trial).subfolder / TEST, _Tests
+                ).read()
                 for study, record in best_trials(records, spec.metric).items()
             }
             cells[optimizer, name] = Cell(
                 tuple(records),
-                read_stored(folder / optimizer / name / COST, UpdateCost),
+                Stored(folder / optimizer / name / COST, UpdateCost).read(),
                 () if best is None else _curve(runs[Trial(name, optimizer, best.study, best.trial)], spec.metric),
                 {
                     study: {k: v for k, v in test.items() if is_number(v)}

@@ -10,7 +10,7 @@ from annotated_types import Interval
 
 from dlopt.basics.locks import locked
 from dlopt.config.overrides import parse_overrides, quoted_plain, single_values
-from dlopt.extend import NonNegative, Positive, RunFolder, UserError, key_of, write_json
+from dlopt.extend import NonNegative, Positive, RunFolder, Stored, UserError, key_of, write_json
 from dlopt.lab.claimed_trials import UNRECORDED, has_ended
 from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, Arm, DecaySearch, decay_search, missing_decays
 from dlopt.lab.ladder.curve import interval, read_curve
@@ -28,7 +28,7 @@ from dlopt.lab.ladder.rates import (
     optimum,
     rate,
 )
-from dlopt.lab.stored import MOST_RUNS, Name, read_stored
+from dlopt.lab.stored import MOST_RUNS, Name
 from dlopt.results.leaderboard import is_number
 from dlopt.tracking.metrics import read_metrics
 
@@ -292,7 +292,7 @@ def read_ladder(folder: Path) -> Ladder | None:
 
     Raises `UserError` for a damaged one.
     """
-    found: Ladder | None = read_stored(folder / MANIFEST, Ladder)
+    found = Stored(folder / MANIFEST, Ladder).read()
     if found is None and (results := _results(folder)) is not None:
         found = results.ladder
     return found
@@ -335,13 +335,13 @@ class _Saved:
 def _results(folder: Path) -> _Saved | None:
     """Reads results.json; None if the folder has none. Raises `UserError` if it is damaged."""
     path = folder / RESULTS
-    version = read_stored(path, dict[str, Any], _MAX_BYTES)
+    version = Stored(path, dict[str, Any], _MAX_BYTES).read()
     if version is not None and version.get("format") != FORMAT:
         raise UserError(
             f"{path}: is from another version of dlopt (without loss curves); remove it: the folders of the runs have "
             "their results"
         )
-    return read_stored(path, _Saved, _MAX_BYTES)
+    return Stored(path, _Saved, _MAX_BYTES).read()
 
 
 def recorded(folder: Path) -> dict[Trial, Outcome]:
