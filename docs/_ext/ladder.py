@@ -15,7 +15,7 @@ from dlopt.lab.ladder.results import Results, measured
 from dlopt.lab.ladder.scaling_laws import PowerLaw, ScalingLaws
 from dlopt.lab.ladder.table import tables
 
-_OMITTED = ("Laws", "Normalized loss curves", "Seconds", "Weight decay")  # tables that only the report has
+_OMITTED = ("Laws", "Seconds", "Weight decay")  # tables that only the report has
 _OF_ARMS = ("Loss at", "Learning rates")  # with arms, in addition to the comparisons within an arm
 
 

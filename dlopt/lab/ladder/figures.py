@@ -1,7 +1,7 @@
 """Draws the figures of a ladder; a figure without data is missing."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from dlopt.lab.benchmark.figures import label
 from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import Analysis
-from dlopt.lab.ladder.collapse import FIRST, TENTHS, Collapse
 from dlopt.lab.ladder.rates import FITTED
 from dlopt.lab.ladder.results import Results
 from dlopt.results import drawing
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 4  # of a legend
-_PANELS = 3  # in a row
 
 
 def draw(results: Results) -> dict[str, "Figure"]:
@@ -29,9 +27,6 @@ def draw(results: Results) -> dict[str, "Figure"]:
         found["loss"] = loss(results, results.analysis)
         if results.stated(results.analysis):
             found["speed_up"] = speed_up(results, results.analysis)
-    collapses = {name: each for name in results.ladder.optimizers if (each := results.collapse(name)) is not None}
-    if collapses:
-        found["collapse"] = collapse(collapses)
     if any(search.losses for search in results.searches.values()):
         found["rates"] = rates(results)
     return found
@@ -81,29 +76,6 @@ def speed_up(results: Results, analysis: Analysis) -> "Figure":
     axes.set_ylabel(f"speed-up over {label(analysis.measured.baseline)} in compute")
     drawing.clean_axes(axes)
     drawing.legend_below(figure, axes, min(_COLUMNS, len(analysis.gains)), fontsize=13)
-    return figure
-
-
-def collapse(collapses: Mapping[str, Collapse]) -> "Figure":
-    """Draws the normalized loss curves of each optimizer, a line per rung."""
-    columns = min(_PANELS, len(collapses))
-    rows = -(-len(collapses) // columns)
-    figure = drawing.figure(3.6 * columns + 0.6, 3.2 * rows + 1.2, "Normalized loss curves of the rungs", fontsize=15)
-    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flat
-    x = (np.arange(TENTHS) + 0.5) / TENTHS
-    rungs = [*dict.fromkeys(rung for each in collapses.values() for rung in each.rungs)]
-    for axes, (name, found) in zip(panels, collapses.items(), strict=False):
-        for rung, curve in zip(found.rungs, found.curves, strict=True):
-            axes.plot(x, curve, label=rung, **drawing.style(rungs.index(rung), linewidth=1.8))
-        axes.axvspan(0, FIRST / TENTHS, color="0.5", alpha=0.15, linewidth=0)  # not compared
-        axes.set_ylim(0.95, 1.1 * float(found.curves[:, FIRST - 1].max()))
-        axes.set_xlabel("fraction of the training (grey: not compared)")
-        axes.set_ylabel("(loss - E) / (loss at the end - E)")
-        axes.set_title(f"{label(name)}: {'collapse' if found.holds else 'no collapse'}", fontsize=12)
-        drawing.clean_axes(axes)
-    for axes in panels:  # of the last row
-        axes.set_visible(False)
-    drawing.legend_below(figure, figure.axes[0], min(_COLUMNS, len(rungs)), fontsize=12)
     return figure
 
 

@@ -8,7 +8,6 @@ from dlopt.extend import key_of
 from dlopt.lab.benchmark.formats import interval, names
 from dlopt.lab.benchmark.scores import Interval
 from dlopt.lab.ladder.analysis import FEWEST, HELD_OUT, Analysis
-from dlopt.lab.ladder.collapse import FEWEST as FEWEST_CURVES
 from dlopt.lab.ladder.results import Results
 from dlopt.lab.report import Observation, observations
 
@@ -23,9 +22,7 @@ def findings(results: Results) -> list[Observation]:
     return observations(
         Path(__file__).with_name("findings.txt"),
         analysis=analysis, **({} if analysis is None else _doubts(analysis)), missing=results.missing,
-        **_stated(results), collapses={name: results.collapse(name) for name in _with_runs(results)},
-        fewest_curves=FEWEST_CURVES, without_curve=results.without_curve,
-        untrained=results.untrained,
+        **_stated(results), untrained=results.untrained,
         rates=[_rate(results, name) for name in ladder.optimizers
                if ladder.optimizers[name].lr is not None or results.searches[name].fit is not None],
         decays=results.decays,
@@ -61,10 +58,6 @@ def _doubts(analysis: Analysis) -> dict[str, Any]:
         "missed": [name for name, each in analysis.predictions.items() if not each.holds],
         "has_no_constant": analysis.scaling_laws.irreducible < _NO_CONSTANT * smallest,
     }
-
-
-def _with_runs(results: Results) -> list[str]:
-    return [*dict.fromkeys(trial.optimizer for trial in results.outcomes)]
 
 
 def _stated(results: Results) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dlopt._version import __version__
 from dlopt.lab import report
 from dlopt.lab.ladder.analysis import FEWEST, RESAMPLES
 from dlopt.lab.ladder.arms import RUNGS as DECAY_RUNGS
-from dlopt.lab.ladder.collapse import FIRST, TENTHS, THRESHOLD
 from dlopt.lab.ladder.figures import draw
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import RESULTS
@@ -20,7 +19,6 @@ from dlopt.results.page import render
 _DESCRIPTIONS = {
     "loss": "Loss at the end of training against compute, with the fitted laws",
     "speed_up": "Speed-up over the baseline against the number of parameters",
-    "collapse": "Normalized loss curves of the rungs: where hyperparameters are scaled rightly, they are one curve",
     "rates": "Best learning rates of the searched rungs, and their fits",
 }
 
@@ -42,5 +40,5 @@ def page(results: Results, pictures: Mapping[str, Mapping[str, Any]]) -> str:
         script=None, results=results, facts=facts, rules=vars(results.ladder.rules), tables=tables(results),
         findings=findings(results), pictures=pictures, descriptions=_DESCRIPTIONS, resamples=RESAMPLES, fewest=FEWEST,
         grid=len(GRID), fitted=FITTED, spacing=f"{SPACING:.2f}", limit=f"{SPACING ** (LIMIT / 2):.0f}",
-        decay_rungs=DECAY_RUNGS, tenths=TENTHS, first=FIRST + 1, threshold=f"{THRESHOLD:g}",
+        decay_rungs=DECAY_RUNGS,
     )  # fmt: skip

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from dlopt.lab.ladder.analysis import Analysis, Gain, RungLosses, analyze
 from dlopt.lab.ladder.arms import SEARCHED, DecaySearch
-from dlopt.lab.ladder.collapse import Collapse, collapse, tenths
 from dlopt.lab.ladder.ladder import FORMAT, Ladder, LadderRequest, Outcome, Search, Trial
 from dlopt.run import environment
 
@@ -79,24 +78,6 @@ class Results:
         if lr is None or decay is None:
             return None
         return lr / 2 * decay * self.ladder.rungs[rung].updates
-
-    def collapse(self, optimizer: str) -> Collapse | None:
-        """Compares the normalized loss curves of the rungs; None if too few have curves."""
-        curves = []
-        for rung, size in self.ladder.rungs.items():
-            found = [
-                each.curve
-                for trial, each in self.outcomes.items()
-                if (trial.optimizer, trial.rung) == (optimizer, rung)
-            ]
-            curves.append(np.array([tenths(each, size.updates) for each in found if each]))
-        return collapse([*self.ladder.rungs], curves)
-
-    @property
-    def without_curve(self) -> list[str]:
-        """Rungs with runs that have ended, but have no loss curve."""
-        absent = {trial.rung for trial, each in self.outcomes.items() if not each.failure and not each.curve}
-        return [rung for rung in self.ladder.rungs if rung in absent]
 
     def searched_once(self, *optimizers: str) -> list[str]:
         """Returns those of the optimizers whose rates, of all rungs, were found by a single search."""
@@ -220,8 +201,6 @@ def to_json(results: Results) -> str:
         "search_runs": [asdict(trial) | asdict(outcome) for trial, outcome in results.searched.items()],
         "analysis": None if results.analysis is None else _analysis(results.analysis),
     }
-    collapses = {name: results.collapse(name) for name in results.ladder.optimizers}
-    content["collapse"] = {name: _collapse(each) for name, each in collapses.items() if each is not None}
     if results.decays:
         content["decays"] = {name: _decays(each) for name, each in results.decays.items()}
     if results.shorter:
@@ -258,10 +237,6 @@ def _decays(search: DecaySearch) -> dict[str, Any]:
         "constant": search.constant,
         "per_width": search.per_width,
     }
-
-
-def _collapse(found: Collapse) -> dict[str, Any]:
-    return asdict(found) | {"curves": found.curves.tolist(), "holds": found.holds}
 
 
 def _with_text_keys(losses: Mapping[str, Mapping[float, float]]) -> dict[str, dict[str, float]]:

@@ -21,7 +21,7 @@ def tables(results: Results) -> list[Table]:
     if results.analysis is not None:
         of_length = f"{ladder.tokens_per_parameter:g} {ladder.unit} per parameter: " if ladder.shorter else ""
         found += [_losses(results.analysis, of_length), *_gains(results, results.analysis, of_length)]
-        found += [_laws(results.analysis), *_collapses(results), _seconds(results.analysis)]
+        found += [_laws(results.analysis), _seconds(results.analysis)]
     found += _arms(results)
     return [*found, _rates(results), *_decays(results)]
 
@@ -71,19 +71,6 @@ def _gains(results: Results, analysis: Analysis, of_length: str) -> list[Table]:
         Table(["optimizer", *rungs], loss, title=minus),
     ]
     return [each for each in tables if each.rows]
-
-
-def _collapses(results: Results) -> list[Table]:
-    """Returns the spread of the normalized loss curves of each optimizer beside the noise of seeds."""
-    rows = []
-    for name in results.ladder.optimizers:
-        found = results.collapse(name)
-        if found is not None:
-            numbers = [f"{found.irreducible:.3g}", f"{100 * found.spread:.2g} %", f"{100 * found.noise:.2g} %"]
-            rows.append([_name(name), ", ".join(found.rungs), *numbers, "yes" if found.holds else "no"])
-    heads = ["optimizer", "rungs", "E", "spread", "of seeds", "collapse"]
-    title = "Normalized loss curves: spread of the rungs, and what seeds explain of it"
-    return [Table(heads, rows, title=title)] if rows else []
 
 
 def _arms(results: Results) -> list[Table]:

@@ -1,12 +1,9 @@
 """What a ladder says about its results."""
 
-import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from dlopt.lab.benchmark.scores import Interval
@@ -14,7 +11,7 @@ from dlopt.lab.ladder.figures import draw
 from dlopt.lab.ladder.findings import findings
 from dlopt.lab.ladder.ladder import Contestant, Outcome, Search
 from dlopt.lab.ladder.rates import Optimum, RateFit
-from dlopt.lab.ladder.results import Results, to_json
+from dlopt.lab.ladder.results import Results
 from dlopt.lab.ladder.table import tables
 from tests.support.ladders import results
 
@@ -70,9 +67,6 @@ def test_learning_rates_and_their_doubts_are_stated() -> None:
     assert [each.text for each in found if each.is_warning] == [
         "no run at r0, r1, r2, r3 and r4: lost and new.",
         "1 runs at the best rates have not ended: the results are preliminary.",
-        "No verdict on the collapse of the loss curves of adamw and mine: it needs 3 rungs with the curves of two "
-        "seeds.",
-        "Loss curves were not recorded by all runs at r0, r1, r2, r3 and r4: an older version of dlopt made them.",
         "mine: the best rate of r0 is at the end of the searched range.",
         "mine: learning rates are extrapolated poorly (1.7x); search more rungs.",
         "mine: 1 runs failed or diverged, and count in no fit.",
@@ -89,44 +83,6 @@ def test_a_changing_speed_up_has_its_exponent() -> None:
         gains = {"mine": replace(gain, trend=Interval(*trend))}
         found = [each.text for each in findings(replace(made, analysis=replace(made.analysis, gains=gains)))]
         assert f"By the laws, the speed-up {words} (exponent {trend[0]:+.2f} [" in found[0]
-
-
-def with_curves(exponents: Sequence[float]) -> Results:
-    """Returns a ladder whose runs have curves x^-exponent: `mine` with an exponent per rung, `adamw` with the first."""
-    made = results(1.5)
-    x = np.arange(1, 51) / 50
-    rng = np.random.default_rng(0)
-    outcomes = {}
-    for trial, each in made.outcomes.items():
-        place = [*made.ladder.rungs].index(trial.rung) if trial.optimizer == "mine" else 0
-        curve = x ** -exponents[place] * np.exp(0.005 * rng.standard_normal(50))
-        outcomes[trial] = replace(each, curve=tuple(curve.tolist()))
-    return replace(made, outcomes=outcomes)
-
-
-def test_each_optimizer_has_a_verdict_on_its_curves() -> None:
-    made = with_curves([0.3, 0.3, 0.3, 0.3, 0.5])
-    found = findings(made)
-    right, wrong = [each for each in found if "the normalized loss curves of r0, r1, r2, r3 and r4" in each.text]
-    assert not right.is_warning and wrong.is_warning
-    assert re.search(r"^adamw: .* collapse: spread 1\.\d %, of which seeds explain [\d.]+ %\.", right.text)
-    assert re.search(r"^mine: .* do not collapse: spread [\d.]+ %, of which seeds .*; r4 is the farthest", wrong.text)
-    [table] = [each for each in tables(made) if str(each.title).startswith("Normalized loss curves")]
-    assert [row[-1] for row in table.rows] == ["yes", "no"]
-    content = json.loads(to_json(made))["collapse"]
-    assert [content[name]["holds"] for name in ("adamw", "mine")] == [True, False]
-    figure = draw(made)["collapse"]
-    drawn = [each for each in figure.axes if each.get_visible()]
-    assert [each.get_title() for each in drawn] == ["adamw: collapse", "mine: no collapse"]
-    assert [each.get_label() for each in drawn[0].lines] == ["r0", "r1", "r2", "r3", "r4"]
-
-
-def test_a_rung_whose_runs_have_no_curve_counts_in_no_verdict() -> None:
-    made = with_curves([0.3] * 5)
-    outcomes = {trial: replace(each, curve=()) if trial.rung == "r4" else each for trial, each in made.outcomes.items()}
-    texts = [each.text for each in findings(replace(made, outcomes=outcomes))]
-    assert any(text.startswith("adamw: the normalized loss curves of r0, r1, r2 and r3 collapse") for text in texts)
-    assert "Loss curves were not recorded by all runs at r4: an older version of dlopt made them." in texts
 
 
 def searched(made: Results, *names: str) -> Results:
