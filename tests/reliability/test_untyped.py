@@ -313,7 +313,6 @@ NOT_COMPOSED = {
     "config/saved.py": SHIPPED,
     "config/synonyms.py": SHIPPED,
     "instruments/measuring_ranks.py": DESCRIBED,
-    "lab/benchmark/agreement.py": SHIPPED,
     "lab/benchmark/costs.py": DESCRIBED,
     "lab/benchmark/results.py": RESULTS,
     "lab/benchmark/trials.py": COMPARED,
@@ -342,7 +341,6 @@ NOT_COMPOSED = {
     "sweeps/submission.py": SUBMITTED,
     "sweeps/sweep.py": COMPARED,
     "sweeps/sweep_file.py": COMPARED,
-    "training/builders/state_dtype.py": SHIPPED,
     "training/checkpoint/checkpoints.py": COMPARED,
     "training/reporting.py": COMPARED,
 }
