@@ -33,7 +33,6 @@ import verified  # noqa: E402
 LECTURES = list(lectures.plan(DOCS))
 PARTS: dict[str, Callable[[], str]] = {
     "benchmark": benchmark.results,
-    "agreement": benchmark.predicts,
     "commands": reference.commands_table,
     "groups": reference.choices_table,
     "settings": reference.settings,

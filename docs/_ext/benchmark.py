@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from markup import code, table, text
 
-from dlopt.lab.benchmark import agreement, formats, tuning
+from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.results import Results, load_reference
 from dlopt.lab.benchmark.scores import Interval, Summary, summarize
@@ -46,24 +46,6 @@ def results() -> str:
         *_ends(found, summary),
         "",
         f"{trials:,} trials, made by {' and '.join(map(code, commands))}, with {text(made)}.",
-    ])  # fmt: skip
-
-
-def predicts() -> str:
-    """The rank correlation of the scores with published leagues, what it means, and the sources."""
-    found = load_reference("small")
-    if found is None:
-        return ""
-    agreed = agreement.agreements(found)
-    return "\n".join([
-        table(agreement.HEADS, [list(map(text, map(_unbroken, row))) for row in agreement.rows(agreed)]),
-        *map(text, agreement.texts(found, agreed, "note")),
-        "",
-        *(f"- {text(each)}" for each in agreement.texts(found, agreed, "findings")),
-        "",
-        "The published results:",
-        "",
-        *(f"- {text(each)}" for each in agreement.texts(found, agreed, "sources")),
     ])  # fmt: skip
 
 

@@ -62,7 +62,6 @@ EXCEPTIONS = {
     "data": DATA,
     "instruments/lr_range.py": SCRATCH,
     "instruments/measuring_ranks.py": SCRATCH,
-    "lab/benchmark/agreement.py": OWN,
     "lab/benchmark/page.py": OWN,
     "lab/judge/running.py": WRITES,
     "lab/report.py": OWN,

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from dlopt._version import __version__
 from dlopt.extend import printable
 from dlopt.lab import report
-from dlopt.lab.benchmark import agreement, formats, tuning
+from dlopt.lab.benchmark import formats, tuning
 from dlopt.lab.benchmark.figures import draw
 from dlopt.lab.benchmark.findings import findings
 from dlopt.lab.benchmark.protocol import SELF_TUNING_LENGTH
@@ -69,7 +69,6 @@ def _fact(value: Any) -> str:
 
 def _tables(results: Results, summary: Summary) -> dict[str, Any]:
     """Returns the values of page.html that need a summary."""
-    agreed = agreement.agreements(results)
     tuned = tuning.tuning(results)
     tested = _tested(results)
     return {
@@ -81,11 +80,6 @@ def _tables(results: Results, summary: Summary) -> dict[str, Any]:
         "scores": _scores(results, summary),
         "findings": findings(results, summary),
         "updates": _updates(results, summary),
-        "agreement_heads": agreement.HEADS,
-        "agreement": agreement.rows(agreed),
-        "agreement_findings": agreement.texts(results, agreed, "findings"),
-        "agreement_note": " ".join(agreement.texts(results, agreed, "note")),
-        "agreement_sources": agreement.texts(results, agreed, "sources"),
         "hyperparameters": _hyperparameters(results, summary),
         "range_heads": RANGE_HEADS,
         "range_ends": range_rows(results, summary.order),

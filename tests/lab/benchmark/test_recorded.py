@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dlopt.lab.benchmark import agreement, figures, page, symptoms, table, tuning
+from dlopt.lab.benchmark import figures, page, symptoms, table, tuning
 from dlopt.lab.benchmark.results import Results, WorkloadTarget, to_json
 from dlopt.lab.benchmark.scores import summarize
 from tests.lab.benchmark.synthetic import flipped, healthy, ignores_both, ignores_lr, make
@@ -51,10 +51,6 @@ def rounded(results: Results) -> Iterator[str]:
     yield from flat([summary.standings["updates"], summary.comparisons["updates"]], "updates")
     found = tuning.tuning(results)
     yield from flat(found, "tuning")
-    agreed = agreement.agreements(results)
-    yield from flat(agreement.rows(agreed), "agreement")
-    for part in ("findings", "note", "sources"):
-        yield from agreement.texts(results, agreed, part)
 
 
 @pytest.mark.parametrize("results", [own_and_shipped(), many()], ids=["own", "many"])
