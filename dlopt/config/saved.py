@@ -87,6 +87,11 @@ def _checkpoint_in(path: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def unwatched(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved config without the services and observers of its training, which this machine may not have."""
+    return {**saved, "tracking": [], "observers": [], "diagnostics": []}
+
+
 def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Returns the saved config with `overrides` applied and with parallel=single, whatever the run was trained with.
 
@@ -98,7 +103,7 @@ def with_changes(saved: Mapping[str, Any], overrides: Mapping[str, Any], path: P
         names = ",".join(saved["allow_packages"])
         raise UserError(f"checkpoint={path}: names callables of {names}; to trust them, set allow_packages=[{names}]")
     single = OmegaConf.to_container(OmegaConf.load(config_folder() / "parallel" / "single.yaml"))
-    config = OmegaConf.create({**saved, "parallel": single, "allow_packages": trusted})
+    config = OmegaConf.create({**unwatched(saved), "parallel": single, "allow_packages": trusted})
     OmegaConf.set_struct(config, True)
     for key, value in changes.items():
         if isinstance(saved.get(key), Mapping) and (key, value) != (KEY, None):  # null: without the validation sets

@@ -31,7 +31,7 @@ from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Posi
 from dlopt.config.choices import config_folders, extensions
 from dlopt.config.packages import entries, leave_working_folder
 from dlopt.config.parameters import named_parameters, parameters_of, several_values, show
-from dlopt.config.synonyms import for_key
+from dlopt.config.synonyms import for_choice, for_key
 
 T = TypeVar("T")
 
@@ -297,7 +297,10 @@ def check_value(
         if isinstance(value, str | int | float) and _takes_list(annotation):  # tracking=wandb
             with contextlib.suppress(UserError):
                 return check_value(key, [value], annotation)
-        hint = f"; quote a text that looks like a number: \"{key}='...'\"" if _has_number_for_text(error) else ""
+        items = value if isinstance(value, list) else [value]
+        hint = "".join(f"; {advice}" for each in items if (advice := for_choice(key, str(each))))
+        if _has_number_for_text(error):
+            hint = f"; quote a text that looks like a number: \"{key}='...'\""
         if isinstance(value, str) and _is_number(value):
             hint = "; a text is no number: of an environment variable, type ${oc.decode:${oc.env:NAME}}"
         if key == "seed":

@@ -1,9 +1,8 @@
-"""Sends metrics to MLflow, Weights & Biases and Trackio, from a thread.
+"""Sends metrics to MLflow and Weights & Biases, from a thread.
 
 Training neither waits for them nor fails with them.
 """
 
-import contextlib
 import json
 import os
 import queue
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +19,6 @@ from hydra.core.utils import env_override
 
 from dlopt.basics.errors import UserError, install
 from dlopt.basics.files import read_json, write_atomically
-from dlopt.basics.folders import RunFolder, new_run_id
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
 from dlopt.basics.status_line import waiting
@@ -312,80 +310,6 @@ def _require_account() -> None:
         raise PermissionError("no account: set WANDB_API_KEY, or WANDB_MODE=offline")
 
 
-class Trackio:
-    """A run of Trackio, configured by TRACKIO_DIR, TRACKIO_SPACE_ID, ... The project is named after `name`.
-
-    By default Trackio writes to a folder of the user, without a network. A resumed run continues under the same name;
-    repeated epochs appear twice, as in MLflow.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._run: Any = None
-
-    def begin(self, hparams: HParams) -> None:
-        import trackio
-
-        name_file = self._folder / "trackio.name"
-        if not name_file.exists():
-            # Trackio resumes runs by their names, and each sweep has a run `0`.
-            run_id = RunFolder(self._folder).run_id() or new_run_id()
-            write_atomically(name_file, f"{self._folder.name}-{run_id}\n".encode())
-        name = _read_id(name_file)
-        with _silent_trackio():
-            # `embed`: in a notebook, Trackio would start a server and show its page.
-            self._run = trackio.init(
-                project=str(hparams["name"]), name=name, resume="allow", config=dict(hparams), embed=False
-            )
-
-    def send(self, scalars: list[Scalars]) -> None:
-        for step, _, values in scalars:
-            self._run.log(dict(values), step=step)
-
-    def end(self, status: str) -> None:
-        with _silent_trackio():
-            self._run.finish()
-
-
-@contextlib.contextmanager
-def _silent_trackio() -> Iterator[None]:
-    """Hides what Trackio prints, which has no setting for it: it would be in the middle of the table of epochs.
-
-    `contextlib.redirect_stdout` would also redirect what other threads print.
-    """
-    modules = [vars(module) for name, module in [*sys.modules.items()] if name.partition(".")[0] == "trackio"]
-    for names in modules:
-        names["print"] = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        for names in modules:
-            names.pop("print", None)
-
-
-def _check_trackio(key: str, name: str) -> None:
-    """Raises `UserError` without a folder, a token or a server that Trackio needs."""
-    space, server = os.environ.get("TRACKIO_SPACE_ID"), os.environ.get("TRACKIO_SERVER_URL")
-    try:
-        if space:
-            from huggingface_hub import get_token
-
-            if get_token() is None:
-                raise PermissionError(f"TRACKIO_SPACE_ID={space}: no account: set HF_TOKEN, or type `hf auth login`")
-        elif server:
-            if "write_token=" not in server and not os.environ.get("TRACKIO_WRITE_TOKEN"):
-                raise PermissionError("TRACKIO_SERVER_URL: no write token: set TRACKIO_WRITE_TOKEN")
-        else:
-            from trackio.utils import TRACKIO_DIR
-
-            with contextlib.suppress(OSError):
-                TRACKIO_DIR.mkdir(parents=True, exist_ok=True)
-            if not (TRACKIO_DIR.is_dir() and os.access(TRACKIO_DIR, os.W_OK)):
-                raise PermissionError(f"TRACKIO_DIR={TRACKIO_DIR}: cannot write to this folder")
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{key}: {_reason(error)}") from None
-
-
 class _Supported(NamedTuple):
     """`start` opens the record of the run in a folder; `check` of (key, name of the run) raises `UserError` before."""
 
@@ -396,6 +320,5 @@ class _Supported(NamedTuple):
 SERVICES: dict[str, _Supported] = {
     "mlflow": _Supported(MLflow, _check_mlflow),
     "wandb": _Supported(Wandb, _check_wandb),
-    "trackio": _Supported(Trackio, _check_trackio),
 }
 """All of `Sink` except TensorBoard."""

@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Sink = Literal["tensorboard", "mlflow", "wandb", "trackio"]
+Sink = Literal["tensorboard", "mlflow", "wandb"]

@@ -17,7 +17,6 @@ PURPOSES = {  # extra -> what it adds
     "timm": "the models of timm (`model=timm model.name=resnet18`)",
     "mlflow": "logging to MLflow (`tracking=[mlflow]`)",
     "wandb": "logging to Weights & Biases (`tracking=[wandb]`)",
-    "trackio": "logging to Trackio (`tracking=[trackio]`)",
     "export": "`dlopt export format=onnx`",
     "text": "byte-pair tokenizers (`data=text data.tokenizer=bpe`)",
     "hub": "`data=parquet`, `data=huggingface`, and Parquet files of `data=text`",

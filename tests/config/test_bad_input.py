@@ -126,6 +126,7 @@ TYPES = {
     "precision=FP32": ("precision=FP32", "fp32 | tf32"),
     "tracking=tensorbord": ("tracking=tensorbord", "a list"),
     "tracking=[nope]": ("tracking", "tensorboard"),
+    "tracking=[wandb,trackio]": ('"trackio"]: unknown value', "use tracking=[wandb] (or mlflow, or observers="),
     "name=true": ("name=true", "a string"),
     "resume=false": ("resume=false", "a string | null"),
     "allow_packages=1": ("allow_packages=1", "a list"),

@@ -9,7 +9,7 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import resolve_saved, to_plain
-from dlopt.config.saved import take_paths, typed_values, with_changes
+from dlopt.config.saved import take_paths, typed_values, unwatched, with_changes
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import SMALL, dlopt, refused
 
@@ -22,6 +22,7 @@ def saved() -> dict[str, Any]:
 
 
 def test_changes_only_the_given_keys(saved: dict[str, Any]) -> None:
+    saved = unwatched(saved)
     assert with_changes(saved, {}, PATH) == saved
     changed = with_changes(saved, {"data.batch_size": 7, "device": "cpu"}, PATH)
     assert changed["data"]["batch_size"] == 7 and changed["device"] == "cpu"
@@ -29,9 +30,11 @@ def test_changes_only_the_given_keys(saved: dict[str, Any]) -> None:
     assert changed == saved
 
 
-def test_sets_parallel_single(saved: dict[str, Any]) -> None:
-    several = {**saved, "parallel": {"_target_": "dlopt.parallel.modes.ddp.DDP", "processes": 8}}
-    assert with_changes(several, {}, PATH) == saved
+def test_one_process_that_nothing_watches(saved: dict[str, Any]) -> None:
+    """Services of other versions, and packages of other machines, do not keep a model from being tested."""
+    several = {"_target_": "dlopt.parallel.modes.ddp.DDP", "processes": 8}
+    watched = {"tracking": ["gone"], "observers": [{"_target_": "gone.Watch"}], "diagnostics": ["gradients"]}
+    assert with_changes({**saved, **watched, "parallel": several}, {}, PATH) == unwatched(saved)
 
 
 def test_accepts_paths_with_letters_of_any_language() -> None:

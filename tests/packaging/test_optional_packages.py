@@ -24,7 +24,6 @@ NEEDING = {  # extra -> command lines that need it
     "timm": ["train model=timm model.name=resnet18 data=csv data.file=list.csv"],
     "mlflow": ["train tracking=[mlflow]"],
     "wandb": ["train tracking=[wandb]"],
-    "trackio": ["train tracking=[trackio]"],
     "export": ["export checkpoint=run/checkpoints/last.pt format=onnx"],
 }
 

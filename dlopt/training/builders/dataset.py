@@ -14,6 +14,7 @@ from dlopt.config import validation_sets
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.run_config import RunConfig
+from dlopt.config.saved import unwatched
 from dlopt.config.schema import Component, dotted_name
 from dlopt.data.checks import WARNING, problems
 from dlopt.data.feature_columns import FeatureColumns
@@ -102,7 +103,7 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
 def _equal_to_training(saved: Checkpoint, dataset: Dataset) -> tuple[str, ...]:
     """Returns a line about test samples of other data that equal training samples."""
     with contextlib.suppress(UserError, OSError):
-        own = parse(resolve_saved(saved.config))
+        own = parse(resolve_saved(unwatched(saved.config)))
         settings = replace(own.data_settings, label_noise=0.0, memory=False)
         trained = prepare(read_source(own, saved.tokenizer, SPLITS, saved.columns), settings, compare=False)
         if difference(saved.identity, trained.identity) is None:
