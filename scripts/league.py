@@ -64,6 +64,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     try:
         own = read(folder / "results.json")
+        if own is None:
+            sys.exit(f"{folder}: has no results.json")
         shipped = load_reference(own.tier, own.track)
         if shipped is None:
             sys.exit(f"{own.tier}: no results come with dlopt")

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dlopt.basics.plain_values import parse_json, read_regular
-from dlopt.extend import NonNegative, Positive, UserError, lower_is_better
+from dlopt.extend import NonNegative, Positive, Stored, UserError, lower_is_better
 from dlopt.lab.benchmark.protocol import Track
 
 FORMAT = 1
@@ -244,12 +243,15 @@ def _rounded(value: float | None) -> float | None:
     return float(f"{value:.5g}")
 
 
-def from_json(text: bytes | str, name: str) -> Results:
-    """Reads the results written by `to_json`; `name`: the file, for errors. Raises `UserError`."""
+def read(path: Path) -> Results | None:
+    """Reads the results written by `to_json`; None if there is no file. Raises `UserError`."""
+    stored = Stored[dict[str, Any]](path, dict, _MAX_BYTES)
+    content = stored.read()
+    if content is None:
+        return None
     try:
-        content = parse_json(text)
         if content["format"] != FORMAT:
-            raise UserError(f"{name}: format {content['format']} is not supported; this dlopt reads {FORMAT}")
+            raise UserError(f"{path}: format {content['format']} is not supported; this dlopt reads {FORMAT}")
         cells = {(each["optimizer"], each["workload"]): _cell(each) for each in content["cells"]}
         return Results(
             content["tier"],
@@ -262,7 +264,7 @@ def from_json(text: bytes | str, name: str) -> Results:
             track=content["track"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name}: not the results of a benchmark ({type(error).__name__}: {error})") from None
+        raise stored.damaged(f"not the results of a benchmark ({type(error).__name__}: {error})") from None
 
 
 def _cell(content: Mapping[str, Any]) -> Cell:
@@ -284,13 +286,4 @@ def _record(row: Mapping[str, Any]) -> TrialRecord:
 
 def load_reference(tier: str, track: Track = "external_tuning") -> Results | None:
     """Returns the shipped results of a tier; None if there are none. Raises `UserError` for a damaged file."""
-    path = REFERENCE / (f"{tier}.json" if track == "external_tuning" else f"{tier}_{track}.json")
-    return read(path) if path.is_file() else None
-
-
-def read(path: Path) -> Results:
-    """Reads a file of results. Raises `UserError`."""
-    try:
-        return from_json(read_regular(path, _MAX_BYTES), str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    return read(REFERENCE / (f"{tier}.json" if track == "external_tuning" else f"{tier}_{track}.json"))

@@ -4,30 +4,30 @@ It is all that keeps the error rate of many proposals. It is therefore replaced 
 is damaged or missing, and checked like a file of a stranger.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from dlopt.basics.formats import printable
 from dlopt.basics.locks import locked
-from dlopt.basics.plain_values import parse_json, read_regular
-from dlopt.extend import UserError, short_path, write_atomically
+from dlopt.extend import Stored, UserError, short_path, write_atomically
 from dlopt.lab.judge.proposal import Equal
-from dlopt.lab.stored import reason_of
 from dlopt.tracking.metrics import to_json
 
 LEDGER = "ledger.jsonl"
 _LOCK = ".ledger.lock"
 _MAX_BYTES = 1 << 26
+_CURE = "restore it, for it holds the error rate that all proposals share, or start another with output=DIR"
 _STRICT = {"extra": "forbid", "strict": True}
 
 Verdict = Literal["better", "worse", "equal", "same", "undecided"]  # those of `sequential`, which imports SciPy
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
+# JSON has no infinity: the gain of a pair of which one run diverged.
+_Gain = Annotated[float, BeforeValidator(lambda value: float(value) if value in ("inf", "-inf") else value)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Entry:
     estimate: _Finite | None = None
     low: _Finite | None = None
     high: _Finite | None = None
-    gains: Sequence[float] = ()
+    gains: Sequence[_Gain] = ()
     equal: Equal | None = None
     update_cost: Annotated[_Finite, Field(gt=0)] | None = None
     updates: Annotated[int, Field(ge=1)] | None = None
@@ -99,6 +99,12 @@ class _Base:
 
     base: Sequence[str]
     error_rate: Annotated[float, Field(gt=0, lt=1)]
+
+
+_Line = Annotated[
+    Annotated[_Base, Tag("base")] | Annotated[Entry, Tag("proposal")],
+    Discriminator(lambda value: "base" if isinstance(value, dict) and "base" in value else "proposal"),
+]
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Ledger:
         if not entry.is_final and seeds < (least := fewest_pairs(entry.rate)):
             reason = f"proposal {entry.number} against this base takes {least} pairs or more"
             raise UserError(f"seeds={seeds}: {reason}: seeds={max(20, 2 * least)}")
-        _check_verdict(entry, self.folder / LEDGER)
+        self._check_verdict(entry)
         return entry
 
     def record(self, entry: Entry) -> None:
@@ -173,64 +179,54 @@ class Ledger:
         return self._read()[1]
 
     def _append(self, entry: Entry) -> None:
-        # JSON has no infinity: the gain of a pair of which one run diverged.
-        gains = [gain if math.isfinite(gain) else str(gain) for gain in entry.gains]
-        lines = self._lines() or [to_json({"base": list(self.base), "error_rate": self.rate})]
-        lines.append(to_json({**asdict(entry), "gains": gains}))
-        write_atomically(self.folder / LEDGER, "".join(f"{line}\n" for line in lines))
-
-    def _lines(self) -> list[str]:
-        """Reads the lines; [] if there is no ledger."""
-        path = self.folder / LEDGER
-        try:
-            text = read_regular(path, _MAX_BYTES).decode()
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except (ValueError, OSError) as error:
-            reason = "is not text in UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise _damage(path, getattr(error, "strerror", None) or reason) from None
-        if not text:
-            raise _damage(path, "is empty")
-        return text.removesuffix("\n").split("\n")
+        lines = [*(self._file.lines() or [_Base(self.base, self.rate)]), entry]
+        write_atomically(self._file.path, "".join(f"{_to_json(line)}\n" for line in lines))
 
     def _read(self) -> tuple[float | None, list[Entry]]:
         """Returns the error rate and the entries; None and [] if there is no ledger. Raises `UserError`."""
-        path, rate = self.folder / LEDGER, None
+        rate: float | None = None
         entries: list[Entry] = []
         # Before the lines: another process may propose a change between the two, and make its folder.
         numbers = [int(each.name) for each in self.folder.glob("[1-9]*") if each.name.isdecimal() and each.is_dir()]
-        for number, line in enumerate(self._lines(), 1):
+        for number, line in enumerate(self._file.lines(), 1):
             try:
-                if number == 1:
-                    rate = _parsed(_BASE, line).error_rate
-                else:
-                    assert rate is not None
-                    _add(entries, _parsed(_ENTRY, line), rate)
+                if (number == 1) is not isinstance(line, _Base):
+                    raise ValueError("the base must be the first line, and no other")
+                if isinstance(line, _Base):
+                    rate = line.error_rate
+                elif rate is not None:
+                    _add(entries, line, rate)
             except ValueError as error:
-                raise _damage(path, f"line {number}: {reason_of(error)}") from None
-        if numbers and max(numbers) > len(entries):
-            what = "is missing" if rate is None else "is incomplete"
-            raise _damage(path, f"{what}: {short_path(self.folder / str(max(numbers)))} has the runs of a proposal")
+                raise self._file.damaged(f"line {number}: {error}") from None
+        if numbers and (last := max(numbers)) > len(entries):
+            runs = f"{short_path(self.folder / str(last))} has the runs of proposal {last}"
+            raise self._file.damaged(f"has {len(entries)} proposals, but {runs}")
         return rate, entries
 
+    @property
+    def _file(self) -> Stored[_Base | Entry]:
+        return Stored(self.folder / LEDGER, _Line, _MAX_BYTES, _CURE)
 
-_BASE, _ENTRY = TypeAdapter(_Base), TypeAdapter(Entry)
+    def _check_verdict(self, entry: Entry) -> None:
+        """Raises `UserError` if the verdict, the estimate or the interval do not follow from the gains."""
+        from dlopt.lab.judge.sequential import looks
+
+        for look in looks(entry.gains, entry.rate, entry.margin, max(entry.pairs, 1)):
+            named = {each: getattr(look, each) for each in ("estimate", "low", "high")}
+            saved = {each: getattr(entry, each) for each in named}
+            verdict = "undecided" if entry.verdict == "same" and not any(entry.gains) else entry.verdict
+            if verdict == look.verdict and all(_is_saved(value, saved[name]) for name, value in named.items()):
+                return
+            raise self._file.damaged(f"proposal {entry.number}: its verdict or its interval are not those of its gains")
+        if entry.verdict != "undecided":
+            raise self._file.damaged(f"proposal {entry.number}: the verdict {entry.verdict} without gains")
 
 
-def _damage(path: Path, reason: str) -> UserError:
-    advice = "restore it, for it holds the error rate that all proposals share, or start another with output=DIR"
-    return UserError(f"{short_path(path)}: {printable(reason)}; {advice}")
-
-
-def _parsed(adapter: TypeAdapter[Any], line: str) -> Any:
-    """Parses and checks a line. Raises ValueError."""
-    values = parse_json(line)
-    if not isinstance(values, dict):
-        raise ValueError("is not a JSON object")
-    if isinstance(gains := values.get("gains"), list):
-        values["gains"] = [float(each) if each in ("inf", "-inf") else each for each in gains]
-    # As JSON: in Python, the strict mode does not take a list for a sequence, or a dict for a dataclass.
-    return adapter.validate_json(json.dumps(values))
+def _to_json(line: _Base | Entry) -> str:
+    values = asdict(line)
+    if isinstance(line, Entry):
+        values["gains"] = [gain if math.isfinite(gain) else str(gain) for gain in line.gains]
+    return to_json(values)
 
 
 def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
@@ -248,21 +244,6 @@ def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
         if getattr(former, name) != getattr(entry, name):
             raise ValueError(f"{name}: is not that of the former line of proposal {entry.number}")
     entries[entry.number - 1 :] = [replace(entry, gains=tuple(entry.gains)), *entries[entry.number :]]
-
-
-def _check_verdict(entry: Entry, path: Path) -> None:
-    """Raises `UserError` if the verdict, the estimate or the interval do not follow from the gains."""
-    from dlopt.lab.judge.sequential import looks
-
-    for look in looks(entry.gains, entry.rate, entry.margin, max(entry.pairs, 1)):
-        named = {each: getattr(look, each) for each in ("estimate", "low", "high")}
-        saved = {each: getattr(entry, each) for each in named}
-        verdict = "undecided" if entry.verdict == "same" and not any(entry.gains) else entry.verdict
-        if verdict == look.verdict and all(_is_saved(value, saved[name]) for name, value in named.items()):
-            return
-        raise _damage(path, f"proposal {entry.number}: its verdict or its interval are not those of its gains")
-    if entry.verdict != "undecided":
-        raise _damage(path, f"proposal {entry.number}: the verdict {entry.verdict} without gains")
 
 
 def _is_saved(value: float, saved: float | None) -> bool:

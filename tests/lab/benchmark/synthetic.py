@@ -3,8 +3,9 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget
+from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, read, to_json
 
 NINE = ("mlp", "resnet", "plain", "vit", "autoencoder", "regression", "noisy_labels", "gpt", "lstm")
 SPEEDS = {
@@ -117,3 +118,10 @@ def _trial(
         "" if math.isfinite(losses[-1]) else "the loss became nan at update 20 with a learning rate of 0.6",
     )
     return record, [((i + 1) * UPDATES // POINTS, loss) for i, loss in enumerate(losses)]
+
+
+def saved_and_read(results: Results, folder: Path) -> Results:
+    (folder / "r.json").write_text(to_json(results))
+    found = read(folder / "r.json")
+    assert found is not None
+    return found

@@ -2,13 +2,14 @@
 
 import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dlopt.lab.benchmark.findings import findings
-from dlopt.lab.benchmark.results import Results, from_json, to_json
+from dlopt.lab.benchmark.results import Results
 from dlopt.lab.benchmark.scores import study_times, summarize
-from tests.lab.benchmark.synthetic import make
+from tests.lab.benchmark.synthetic import make, saved_and_read
 from tests.support.pages import ROOT
 
 MERGED = runpy.run_path(str(ROOT / "scripts/league.py"))["merged"]
@@ -19,7 +20,7 @@ def results(speeds: dict[str, float], command: str) -> Results:
     return replace(make(speeds, ("mlp", "gpt"), 2, 3), facts=facts)
 
 
-def test_complete_optimizers_are_added_or_replaced() -> None:
+def test_complete_optimizers_are_added_or_replaced(tmp_path: Path) -> None:
     shipped = results({"adamw": 1.0, "sgd": 0.5}, "dlopt benchmark optimizer=adamw,sgd full=true")
     own = results(
         {"sgd": 0.9, "muon": 2.0, "sam": 1.0},
@@ -34,7 +35,7 @@ def test_complete_optimizers_are_added_or_replaced() -> None:
     )
     command = "dlopt benchmark optimizer=adamw,sgd,muon full=true"
     assert found.facts == {"command": command, "core_hours": 3.0, "torch": own.facts["torch"]}
-    assert from_json(to_json(found), "x").optimizers == found.optimizers
+    assert saved_and_read(found, tmp_path).optimizers == found.optimizers
 
 
 def test_results_of_another_budget_are_refused() -> None:
@@ -45,12 +46,12 @@ def test_results_of_another_budget_are_refused() -> None:
         MERGED(shipped, replace(shipped, studies=1))
 
 
-def test_some_optimizers_may_have_more_studies() -> None:
+def test_some_optimizers_may_have_more_studies(tmp_path: Path) -> None:
     """The optimizers keep the number of their own studies in the medians, the bootstrap and the file."""
     shipped = results({"adamw": 1.0, "muon": 2.0}, "dlopt benchmark optimizer=adamw,muon full=true")
     typed = "dlopt benchmark optimizer=muon studies=5 full=true"
     own = replace(make({"muon": 2.0}, ("mlp", "gpt"), 5, 3), facts={**shipped.facts, "command": typed})
-    found = from_json(to_json(MERGED(shipped, own)), "x")
+    found = saved_and_read(MERGED(shipped, own), tmp_path)
     assert found.studies == 2 and (found.studies_of("adamw"), found.studies_of("muon")) == (2, 5)
     assert found.missing() == 0
     assert found.facts["command"] == (

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from dlopt.basics.errors import UserError
-from dlopt.lab.benchmark.results import best_trial, from_json, read, to_json
-from tests.lab.benchmark.synthetic import flipped, make
+from dlopt.lab.benchmark.results import best_trial, read, to_json
+from tests.lab.benchmark.synthetic import flipped, make, saved_and_read
 
 SMALL = make({"muon": 2.0, "sgd": 0.7, "bad": 1.0}, ("mlp", "gpt"), 2, 4, {"bad": flipped})
 
 
-def test_json_round_trip() -> None:
+def test_json_round_trip(tmp_path: Path) -> None:
     text = to_json(SMALL)
-    read_back = from_json(text, "r.json")
+    read_back = saved_and_read(SMALL, tmp_path)
     assert to_json(read_back) == text
     assert "Infinity" not in text and "NaN" not in text
     assert (read_back.workloads, read_back.spaces, read_back.facts) == (SMALL.workloads, SMALL.spaces, SMALL.facts)
@@ -42,7 +42,7 @@ def test_other_files_are_refused(tmp_path: Path, change: dict[str, object]) -> N
         read(path)
 
 
-def test_shipped_optimizers_are_added_with_the_same_budget() -> None:
+def test_shipped_optimizers_are_added_with_the_same_budget(tmp_path: Path) -> None:
     own = make({"mine": 1.0, "sgd": 5.0}, ("mlp",), 1, 2)
     merged = own.with_reference(SMALL)
     assert merged.optimizers == ["mine", "sgd", "muon", "bad"] and merged.shipped == {"muon", "bad"}
@@ -50,7 +50,7 @@ def test_shipped_optimizers_are_added_with_the_same_budget() -> None:
     assert [(each.study, each.trial) for each in merged.cell("muon", "mlp").records] == [(0, 0), (0, 1)]
     assert ("muon", "gpt") not in merged.cells and merged.missing() == 0
     assert merged.facts["reference"]["studies"] == 2 and merged.facts["reference"]["command"]
-    assert from_json(to_json(merged), "").optimizers == ["mine", "sgd"]  # a file has the own results only
+    assert saved_and_read(merged, tmp_path).optimizers == ["mine", "sgd"]  # a file has the own results only
 
 
 def test_curves_and_tests_of_shipped_trials_outside_the_budget_are_omitted() -> None:

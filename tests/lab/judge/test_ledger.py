@@ -14,6 +14,7 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.locks import locked
+from dlopt.basics.stored import Stored
 from dlopt.lab.judge.ledger import LEDGER, Entry, Ledger
 from dlopt.lab.judge.sequential import looks, rate_of
 
@@ -88,42 +89,43 @@ def lines(*values: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty"),
+        ("", "line 1: is not JSON"),
         ('{"base": [], "er', "line 1: is not JSON"),
-        (lines(FIRST), "line 1: base: "),
-        (lines({**HEADER, "error_rate": True}), "line 1: error_rate: "),
-        (lines({**HEADER, "error_rate": 2.0}), "line 1: error_rate: "),
-        (lines([]), "line 1: is not a JSON object"),
+        (lines(FIRST), "line 1: the base must be the first line, and no other"),
+        (lines(HEADER, HEADER), "line 2: the base must be the first line, and no other"),
+        (lines({**HEADER, "error_rate": True}), "line 1: base.error_rate: "),
+        (lines({**HEADER, "error_rate": 2.0}), "line 1: base.error_rate: "),
+        (lines([]), "line 1: proposal: Input should be "),
         (lines('{"base": [], "base": [], "error_rate": 0.05}'), "line 1: has a key twice"),
         (lines(HEADER, FIRST, "garbage"), "line 3: is not JSON"),
         (lines(HEADER, "", FIRST), "line 2: is not JSON"),
         (lines(HEADER, "[" * 100_000), "line 2: is nested more than 100 levels deep"),
         (lines(HEADER, {**FIRST, "number": 2}), "line 2: number: 2 follows 0"),
-        (lines(HEADER, {**FIRST, "number": True}), "line 2: number: "),
-        (lines(HEADER, {**FIRST, "number": 1.0}), "line 2: number: "),
+        (lines(HEADER, {**FIRST, "number": True}), "line 2: proposal.number: "),
+        (lines(HEADER, {**FIRST, "number": 1.0}), "line 2: proposal.number: "),
         (lines(HEADER, {**FIRST, "number": 10**400}), "line 2: has an integer of more than 100 digits"),
         (lines(HEADER, f'{{"number": {"9" * 5000}}}'), "line 2: has an integer of more than 100 digits"),
-        (lines(HEADER, {**FIRST, "key": 7}), "line 2: key: "),
-        (lines(HEADER, {**FIRST, "key": "../.."}), "line 2: key: "),
-        (lines(HEADER, {**FIRST, "change": "x=1"}), "line 2: change: "),
-        (lines(HEADER, {**FIRST, "code_sha256": "x"}), "line 2: code_sha256: "),
-        (lines(HEADER, {**FIRST, "rate": -0.03}), "line 2: rate: "),
+        (lines(HEADER, {**FIRST, "key": 7}), "line 2: proposal.key: "),
+        (lines(HEADER, {**FIRST, "key": "../.."}), "line 2: proposal.key: "),
+        (lines(HEADER, {**FIRST, "change": "x=1"}), "line 2: proposal.change: "),
+        (lines(HEADER, {**FIRST, "code_sha256": "x"}), "line 2: proposal.code_sha256: "),
+        (lines(HEADER, {**FIRST, "rate": -0.03}), "line 2: proposal.rate: "),
         (lines(HEADER, {**FIRST, "rate": 0.04}), "line 2: rate: 0.04 is not that of proposal 1 of 0.05"),
         (lines(HEADER, {**FIRST, "margin": math.nan}), "line 2: has the number NaN, which is not finite"),
         (lines(HEADER, {**FIRST, "margin": math.inf}), "line 2: has the number Infinity, which is not finite"),
-        (lines(HEADER, {**FIRST, "margin": None}), "line 2: margin: "),
-        (lines(HEADER, {**FIRST, "gains": ["nan"]}), "line 2: gains.0: "),
-        (lines(HEADER, {**FIRST, "gains": [[]]}), "line 2: gains.0: "),
+        (lines(HEADER, {**FIRST, "margin": None}), "line 2: proposal.margin: "),
+        (lines(HEADER, {**FIRST, "gains": ["nan"]}), "line 2: proposal.gains.0: "),
+        (lines(HEADER, {**FIRST, "gains": [[]]}), "line 2: proposal.gains.0: "),
         (lines(HEADER, json.dumps({**FIRST, "gains": [7]}).replace("[7]", "[1e999]")), "line 2: has the number 1e999"),
-        (lines(HEADER, {**FIRST, "verdict": "good"}), "line 2: verdict: "),
+        (lines(HEADER, {**FIRST, "verdict": "good"}), "line 2: proposal.verdict: "),
         (lines(HEADER, {**FIRST, "metric": "\x1b[2J"}), "line 2: metric: "),
-        (lines(HEADER, {**FIRST, "pairs": 3}), "line 2: pairs: "),
-        (lines(HEADER, {key: value for key, value in FIRST.items() if key != "key"}), "line 2: key: "),
+        (lines(HEADER, {**FIRST, "pairs": 3}), "line 2: proposal.pairs: "),
+        (lines(HEADER, {key: value for key, value in FIRST.items() if key != "key"}), "line 2: proposal.key: "),
         (lines(HEADER, FIRST, {**FIRST, "key": "b"}), "line 3: key: is not that of the former line"),
         (lines(HEADER, {**FIRST, "verdict": "better"}), "proposal 1: the verdict better without gains"),
         (lines(HEADER, {**FIRST, "verdict": "better", "gains": [0.1, 0.1]}), "proposal 1: its verdict or its interval"),
         (lines(HEADER, {**FIRST, "gains": [0.1] * 9}), "proposal 1: its verdict or its interval"),
-        ("\udcff\n", "is not text in UTF-8"),
+        ("\udcff\n", "line 1: is not text in UTF-8"),
     ],
 )  # fmt: skip
 def test_a_damaged_ledger_is_refused_and_stays_as_it_is(text: str, message: str, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_a_damaged_ledger_is_refused_and_stays_as_it_is(text: str, message: str,
     path.write_bytes(data := text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError) as error:
         Ledger(tmp_path, [], 0.05).propose("a", ["x=1"], None, 0.0, 20, "d")
-    assert f"{LEDGER}: {message}" in str(error.value) and "\n" not in str(error.value)
+    assert f"{LEDGER}: is damaged: {message}" in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).isprintable() and str(error.value).endswith("or start another with output=DIR")
     assert path.read_bytes() == data
 
@@ -153,10 +155,10 @@ def test_runs_without_their_ledger_are_refused(tmp_path: Path) -> None:
     (tmp_path / "2").mkdir()
     whole = (tmp_path / LEDGER).read_text()
     (tmp_path / LEDGER).write_text("".join(whole.splitlines(keepends=True)[:2]))
-    with pytest.raises(UserError, match=f"{LEDGER}: is incomplete: .*2 has the runs of a proposal"):
+    with pytest.raises(UserError, match=f"{LEDGER}: is damaged: has 1 proposals, but .*2 has the runs of proposal 2"):
         propose(ledger, "1")
     (tmp_path / LEDGER).unlink()
-    with pytest.raises(UserError, match=f"{LEDGER}: is missing: .*2 has the runs of a proposal"):
+    with pytest.raises(UserError, match=f"{LEDGER}: is damaged: has 0 proposals, but .*2 has the runs of proposal 2"):
         propose(ledger, "1")
     (tmp_path / LEDGER).write_text(whole)
     assert propose(ledger, "1").number == 1
@@ -165,18 +167,18 @@ def test_runs_without_their_ledger_are_refused(tmp_path: Path) -> None:
 def test_a_proposal_of_another_process_while_the_ledger_is_read_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger, read = Ledger(tmp_path, [], 0.05), Ledger._lines
+    ledger, lines = Ledger(tmp_path, [], 0.05), Stored.lines
     propose(ledger, "1")
 
-    def then_proposed(self: Ledger) -> list[str]:
-        lines = read(self)
+    def then_proposed(self: Stored[Any]) -> list[Any]:
+        read = lines(self)
         with monkeypatch.context() as other:
-            other.setattr(Ledger, "_lines", read)
+            other.setattr(Stored, "lines", lines)
             (tmp_path / str(propose(ledger, "2").number)).mkdir(exist_ok=True)
-        return lines
+        return read
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "_lines", then_proposed)
+        patch.setattr(Stored, "lines", then_proposed)
         assert len(ledger.entries()) == 1
     assert len(ledger.entries()) == 2
 
