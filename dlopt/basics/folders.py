@@ -24,6 +24,7 @@ LOCK = ".lock"
 LAUNCHER_LOCK = ".launcher.lock"  # of the process that starts the ranks of a run; rank 0 takes `LOCK`
 SPACE = "sweep.yaml"  # in a sweep's folder; grid: the overrides of each job; search: its space and config
 SUBMITTED = "DLOPT_SUBMITTED"  # in the environment: the folder `workers` of a submitted sweep, while its jobs are run
+IN_PLACE = "DLOPT_IN_PLACE"  # in the environment, with SUBMITTED: folders of code that is not copied beside the sweep
 SHELL_FOLDER = "DLOPT_SHELL_FOLDER"  # in the environment: for which paths are printed, also if hydra.job.chdir is set
 _AFTER = ".after"  # in a dated folder that is newer than its name: the name of an older one, and a number
 _DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")

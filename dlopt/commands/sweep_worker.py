@@ -81,7 +81,7 @@ def work(sweep: Path, submitted: Submission, options: Options) -> int:
         pool = replace(pool, slots=1, start=allocation.start)
     # Once a second, because the folder may be on a network file system; the end of a job is noticed at once.
     pool = replace(pool, poll_seconds=1.0, stop_reason=lambda: allocation.reason)
-    with submission.recorded_code(sweep):
+    with submission.recorded_code(sweep, submitted):
         if submitted.command is None:
             return _run_element(sweep, submitted, options, pool, allocation)
         if RunFolder(sweep).is_live():

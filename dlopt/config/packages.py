@@ -63,20 +63,24 @@ def function(path: str) -> Callable[..., Any]:
 def leave_working_folder(names: Iterable[str], kept: Path) -> None:
     """Removes the current folder from sys.path, and folders outside of `kept` that have one of these packages.
 
-    What was edited there since the sweep was submitted must not run, nor what was not copied. An entry of
-    PYTHONPATH or of an editable installation may lead there.
+    What was edited there since the sweep was submitted must not run, nor what was not copied, except in the folders of
+    the variable `IN_PLACE`. An entry of PYTHONPATH or of an editable installation may lead there.
     """
+    import os
     import sysconfig  # every command imports this module
 
-    installed = [Path(path).resolve() for path in set(sysconfig.get_paths().values())]
+    from dlopt.basics.folders import IN_PLACE
+
+    in_place = filter(None, os.environ.get(IN_PLACE, "").split(os.pathsep))
+    others = [Path(path).resolve() for path in {*sysconfig.get_paths().values(), *in_place, kept}]
     packages = {name.partition(".")[0] for name in names} | ({"dlopt"} if ROOT.is_relative_to(kept) else set())
 
     def is_left(entry: str) -> bool:
         path = Path(entry).resolve()
-        if {"site-packages", "dist-packages"} & set(path.parts) or any(map(path.is_relative_to, installed)):
+        if {"site-packages", "dist-packages"} & set(path.parts) or any(map(path.is_relative_to, others)):
             return False
         has_package = any((path / name).exists() or (path / f"{name}.py").exists() for name in packages)
-        return not path.is_relative_to(kept.resolve()) and (path.is_relative_to(Path.cwd().resolve()) or has_package)
+        return path.is_relative_to(Path.cwd().resolve()) or has_package
 
     sys.path[:] = [entry for entry in sys.path if not is_left(entry)]
 

@@ -1,9 +1,9 @@
 """Copies the code of a submitted sweep beside it, so that later edits do not change its jobs.
 
-Copies dlopt, if it is a checkout, and the packages of `allow_packages`. In a Git repository: the tracked files, and the
-Python, YAML, JSON and TOML files that are neither tracked nor ignored. Outside of a repository: such files of the
-package and of the imported modules beside it. Does not copy installed packages, which belong to the environment, files
-with names of secrets, and links to other places.
+Copies dlopt, if it is a checkout, and the Git repositories of the packages of `allow_packages`: the tracked files as
+they are in the working tree, and the Python files of the packages that are neither tracked nor ignored. Of the latter
+it leaves out what is hidden, private by its mode, or named like a secret. Does not copy installed packages, which
+belong to the environment, links to other places, and folders that are in no repository: the jobs run the code there.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,47 +27,63 @@ MAX_BYTES = 100_000_000
 _MAX_FILES = 20_000
 _INSTALLED = {"site-packages", "dist-packages"}
 _CACHE = "__pycache__"
-_IGNORED = shutil.ignore_patterns(_CACHE, ".*")
-_CODE = (".py", ".yaml", ".yml", ".json", ".toml")  # of files that Git does not track
-_SECRET = re.compile(  # a part of a path
-    r"(?i)\.env|\.env\..*|.*\.env|.*\.env\..*|\.envrc|id_(rsa|dsa|ecdsa|ed25519).*|.*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|gpg|asc)"
-    r"|\.?(secrets?|credentials?|passwords?|passwd)([._-].*)?|.*[._-](secrets?|credentials?|passwords?)(\.[^.]*)?"
-    r"|((.*[._-])?(api[._-]?keys?|tokens?)(\.[^.]*)?|(api[._-]?key|token)s?[._-].*)(?<!\.py)"
-    r"|service[._-]?account.*|\.aws|\.ssh|\.gnupg|\.kube|\.docker|\.netrc|_netrc|\.pgpass|\.pypirc|\.npmrc|\.htpasswd"
-    r"|\.git-credentials|\.s3cfg|\.boto|kubeconfig"
+_UNTRACKED = ("--others", "--exclude-standard")
+_SECRET = re.compile(  # a part of the path of an untracked file
+    r"(?i)(.*[._-])?(secrets?|credentials?|passwords?|passwd|(api|access|private)[._-]?keys?)([._-].*)?"
+    r"|.*\.(env|pem|key)(\..*)?|id_(rsa|dsa|ecdsa|ed25519).*|(.*[._-])?(token|keys?)\.ya?ml|service[._-]?account.*"
+    r"|kubeconfig.*"
 )
 
 
 @dataclass(frozen=True)
 class CopiedCode:
-    """`folder`: the copy; `paths`: entries of sys.path, relative to it; `sha256`: of the names and contents.
+    """The copy of the code of a sweep.
 
-    left_out: files and folders beside the code that were not copied.
+    Attributes:
+        paths: entries of sys.path: relative to `folder`, or absolute for code that is not copied.
+        sha256: of the names and contents of the files.
+        left_out: repository -> its untracked files and folders that are not copied, relative to it.
+        in_place: folders of code or configs that are not copied, because they are in no repository.
     """
 
     folder: Path
     paths: tuple[str, ...]
     sha256: str
-    left_out: tuple[str, ...]
+    left_out: Mapping[Path, Sequence[str]]
+    in_place: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A folder to copy as `name`.
+    """Files that Git lists.
 
     Attributes:
-        only: its entries to copy; empty for all.
-        entry: the entry of sys.path, relative to the folder.
-        package: the path of a package in it.
-        is_typed: the entries of `only` are copied whatever their names: the user typed them, or they are dlopt.
+        name: of the folder of the copy.
+        folder: the repository, or a folder in it.
+        only: what to copy of the folder; empty for all.
+        own: the package or module, whose untracked files are copied if they end with one of `suffixes`; "" for all.
+        imported: modules that this process has imported, and that the jobs need as well.
     """
 
-    folder: Path
     name: str
+    folder: Path
     only: tuple[str, ...] = ()
-    entry: str | None = None
-    package: str | None = None
-    is_typed: bool = False
+    own: str = ""
+    suffixes: tuple[str, ...] = (".py",)
+    imported: frozenset[str] = frozenset()
+
+    def has(self, name: str) -> bool:
+        """Returns whether a file is a regular one, or a link to one in this folder."""
+        path = self.folder / name
+        return path.is_file() and path.resolve().is_relative_to(self.folder)
+
+    def is_code(self, name: str) -> bool:
+        """Returns whether an untracked file is copied."""
+        is_own = self.own in ("", name) or name.startswith(f"{self.own}/") or name in self.imported
+        if not (is_own and name.endswith(self.suffixes) and self.has(name)):
+            return False
+        is_private = not (self.folder / name).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+        return not is_private and not any(each[0] == "." or _SECRET.fullmatch(each) for each in Path(name).parts)
 
 
 def copy_code(
@@ -77,44 +93,67 @@ def copy_code(
 
     Args:
         packages: dotted names, as in `allow_packages`.
-        others: additional files and folders; each goes into a folder of this name.
+        others: files, and folders of configs; each goes into a folder of this name.
         excluded: folders that are never copied: the results.
 
     Raises:
-        UserError: too much to copy, or a file that cannot be copied, or a package without some of its code.
+        UserError: too much to copy, or a file that cannot be copied, or code without an imported module.
     """
-    more = [_Source(path.parent, name, (path.name,), is_typed=path.is_file()) for name, path in others.items()]
-    sources = [*dict.fromkeys(_sources(packages)), *more]
-    files: dict[str, Path] = {}
-    left_out: list[str] = []
-    for source in sources:
-        for name, is_code in _names(source).items():
-            path = source.folder / name
-            if any(path.is_relative_to(folder) for folder in excluded):
-                continue
-            if is_code:
-                files[f"{source.name}/{name}"] = path
-            else:
-                left_out.append(str(path))
-        _refuse_incomplete(source, files, excluded)
+    files, sources, paths = {}, [], []
+    in_place: list[Path] = []
+    for name, place in _packages(packages).items():
+        if (repository := _repository(place.parent)) is None:
+            in_place.append(place.parent)
+            paths.append(str(place.parent))
+        else:
+            sources.append(_package_source(name, place, repository))
+            paths.append(str(Path(sources[-1].name, sources[-1].own).parent))
+    for name, path in others.items():
+        if path.is_file():
+            files[f"{name}/{path.name}"] = path
+        elif _repository(path) is None:
+            in_place.append(path)
+        else:
+            sources.append(_Source(f"{name}/{path.name}", path.resolve(), suffixes=(".yaml", ".yml")))
+    untracked = {source: _listed(source, *_UNTRACKED) for source in sources}
+    for source, listed in untracked.items():
+        for name in (*_listed(source, "--cached", "--recurse-submodules"), *filter(source.is_code, listed)):
+            if source.has(name):
+                files[f"{source.name}/{name}"] = source.folder / name
+        if missing := sorted(name for name in source.imported if f"{source.name}/{name}" not in files):
+            raise UserError(_explain_missing(source.folder, missing))
+    results = [folder.resolve() for folder in excluded]
+    files = {name: path for name, path in files.items() if not any(map(path.is_relative_to, results))}
     _check_size(files)
+    known, folders = {*files.values(), *results}, {source.folder for source in sources}
+    left_out = {
+        source.folder: _left_out(source, listed, known)
+        for source, listed in untracked.items()
+        if folders.isdisjoint(source.folder.parents)  # otherwise listed there as well
+    }
+    folder, digest = _copy(files, [source.name for source in sources], target)
+    return CopiedCode(folder, tuple(dict.fromkeys(paths)), digest, left_out, tuple(dict.fromkeys(in_place)))
+
+
+def _copy(files: Mapping[str, Path], folders: Iterable[str], target: Path) -> tuple[Path, str]:
+    """Copies files, with their modes, into a folder of `target`; returns it and the hash. `folders`: even if empty."""
     try:
         contents = {name: path.read_bytes() for name, path in files.items()}
         digest = _digest(contents)
         folder = target / digest[:12]
         if not folder.exists():
             part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)  # of a killed command
+            for name in ("", *folders):
+                (part / name).mkdir(parents=True, exist_ok=True)
             for name, data in contents.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(data)
-            for name, path in {"": Path(), **others}.items():  # also empty folders
-                if path.is_dir():
-                    (part / name / path.name).mkdir(parents=True, exist_ok=True)
+                shutil.copymode(files[name], part / name)
             part.rename(folder)
     except OSError as error:
         raise UserError(f"{error.filename or target}: cannot be copied beside the sweep: {error.strerror}") from None
-    paths = dict.fromkeys(str(Path(each.name, each.entry)) for each in sources if each.entry is not None)
-    return CopiedCode(folder, tuple(paths), digest, tuple(dict.fromkeys(left_out)))
+    return folder, digest
 
 
 def is_unchanged(folder: Path, sha256: str) -> bool:
@@ -145,57 +184,13 @@ def _digest(contents: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def _sources(packages: Iterable[str]) -> Iterator[_Source]:
-    """Yields dlopt and the packages, each with the path from which it is imported. Raises `UserError`."""
-    if not _INSTALLED & set(ROOT.parts):
-        yield _Source(ROOT.parent, "dlopt", ("dlopt", "conf"), "", is_typed=True)
-    names = (each.partition(".")[0] for each in (*packages, *extensions()))
-    for name in dict.fromkeys(names):
-        if name == "dlopt" or (place := _place(name)) is None or _INSTALLED & set(place.parts):
-            continue
-        entry = place.parent.resolve()
-        top = git("-C", str(entry), "rev-parse", "--show-toplevel")
-        if top is None:
-            yield _Source(entry, name, (place.name, *_imported_from(entry, place.name)), "", place.name)
-        else:
-            folder = Path(os.fsdecode(top.removesuffix(b"\n")))
-            below = entry.relative_to(folder)
-            yield _Source(folder, folder.name or name, entry=str(below), package=str(below / place.name))
-
-
-def _imported_from(entry: Path, package: str) -> list[str]:
-    """Returns the other modules and packages in a folder of sys.path that this process has imported."""
-    found = set()
-    for module in list(sys.modules.values()):
-        with contextlib.suppress(AttributeError, ValueError, OSError, TypeError):
-            file = Path(module.__file__ or os.devnull).resolve()
-            if not _INSTALLED & set(file.parts):
-                found.add(file.relative_to(entry).parts[0])
-    return sorted(found - {package})
-
-
-def _refuse_incomplete(source: _Source, files: Mapping[str, Path], excluded: Sequence[Path]) -> None:
-    """Raises `UserError` for a package with modules that are not copied: its jobs would run without them."""
-    if source.package is None:
-        return
-    place = source.folder / source.package
-    modules = [place]
-    if place.is_dir():
-        modules = []
-        for folder, subfolders, names in os.walk(place):
-            # Only importable names: skips .ipynb_checkpoints.
-            subfolders[:] = sorted(name for name in subfolders if name.isidentifier() and name != _CACHE)
-            modules += [
-                Path(folder, name) for name in sorted(names) if name.endswith(".py") and name[:-3].isidentifier()
-            ]
-    known = set(files.values())
-    missing = [path for path in modules if path not in known and not any(map(path.is_relative_to, excluded))]
-    if missing:
-        count = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(
-            f"hydra/launcher=slurm: {missing[0]}{count}: not copied with the code, because Git ignores it, its name is "
-            "that of a secret, or it is a link; workers would run without it: add it to Git, or rename it"
-        )
+def _packages(names: Iterable[str]) -> dict[str, Path]:
+    """Returns dlopt and the packages that are not installed, each with its folder or its module."""
+    found = {"dlopt": ROOT}
+    for name in (each.partition(".")[0] for each in (*names, *extensions())):
+        if name not in found and (place := _place(name)) is not None:
+            found[name] = place
+    return {name: place for name, place in found.items() if not _INSTALLED & {*place.parts}}
 
 
 def _place(name: str) -> Path | None:
@@ -208,57 +203,56 @@ def _place(name: str) -> Path | None:
     return Path(spec.origin) if spec.has_location and spec.origin else None
 
 
-def _names(source: _Source) -> dict[str, bool]:
-    """Returns the files of a source, relative to its folder: whether each is to be copied."""
-    tracked = _listed(source, "--cached")
-    if tracked is None:
-        return {name: _is_code(source, name, is_tracked=False) for name in _walk(source)}
-    found: dict[str, bool] = {}
-    others, ignored = (
-        # Python recreates its caches, so they are not reported as missing, with or without a .gitignore.
-        {name for name in _listed(source, "--others", *options, "--exclude-standard") or () if _CACHE not in name}
-        for options in ((), ("--ignored", "--directory"))
-    )
-    for name in sorted({*tracked, *others}):
-        path = source.folder / name
-        if path.is_dir() and not path.is_symlink():  # a submodule, or a repository in the repository
-            inner = _names(_Source(path, "", is_typed=source.is_typed))
-            found |= {f"{name.rstrip('/')}/{each}": is_code for each, is_code in inner.items()}
-        elif os.path.lexists(path):  # tracked files may have been removed
-            found[name] = _is_code(source, name, is_tracked=name in tracked)
-    unknown = (name for name in ignored if name not in found)
-    return found | dict.fromkeys(unknown, False)
+def _repository(folder: Path) -> Path | None:
+    """Returns the root of the Git repository of a folder; None if there is none, or no Git."""
+    top = git("-C", str(folder), "rev-parse", "--show-toplevel")
+    return None if top is None else Path(os.fsdecode(top.removesuffix(b"\n")))
 
 
-def _listed(source: _Source, *options: str) -> set[str] | None:
-    """Returns what `git ls-files` lists; None if the folder is in no repository."""
+def _package_source(name: str, place: Path, repository: Path) -> _Source:
+    entry = place.parent.resolve().relative_to(repository)
+    own = str(entry / place.name)
+    if name == "dlopt":
+        return _Source(name, repository, (own, str(entry / "conf")), own)
+    imported = frozenset(str(entry / path) for path in _imported_from(place.parent))
+    return _Source(repository.name or name, repository, own=own, imported=imported)
+
+
+def _imported_from(entry: Path) -> set[Path]:
+    """Returns the files of the modules that this process has imported from a folder of sys.path, relative to it."""
+    found = set()
+    for name, module in [*sys.modules.items()]:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            path = Path(vars(module)["__file__"]).relative_to(entry)
+            if path.parts[0].removesuffix(".py") == name.partition(".")[0]:
+                found.add(path)
+    return found
+
+
+def _listed(source: _Source, *options: str) -> list[str]:
+    """Returns what `git ls-files` lists, without Python's caches. Raises `UserError`."""
     listed = git("-C", str(source.folder), "ls-files", "-z", *options, "--", *source.only)
-    return None if listed is None else {*os.fsdecode(listed).split("\0")} - {""}
+    if listed is None:
+        raise UserError(
+            f"{source.folder}: `git ls-files` fails or takes several seconds, so the code of the sweep cannot be "
+            "copied; add folders of data to .gitignore"
+        )
+    return [name for name in os.fsdecode(listed).split("\0") if name and _CACHE not in name]
 
 
-def _is_code(source: _Source, name: str, *, is_tracked: bool) -> bool:
-    """Returns whether a file is to be copied."""
-    path = source.folder / name
-    if not path.is_file() or not path.resolve().is_relative_to(source.folder.resolve()):  # a pipe; a link elsewhere
-        return False
-    if source.is_typed:
-        return True
-    if is_tracked and path.suffix == ".py":  # a module such as secrets.py, which others import
-        return True
-    is_secret = any(_SECRET.fullmatch(part) for part in Path(name).parts)
-    return not is_secret and (is_tracked or path.suffix.lower() in _CODE)
+def _left_out(source: _Source, untracked: Iterable[str], known: set[Path]) -> list[str]:
+    """Returns the untracked files that are not known; those of a folder without tracked files as one entry."""
+    rest = [name for name in untracked if known.isdisjoint([source.folder / name, *(source.folder / name).parents])]
+    entries = _listed(source, *_UNTRACKED, "--directory")
+    return [entry for entry in entries if any(name.startswith(entry) for name in rest)]
 
 
-def _walk(source: _Source) -> Iterator[str]:
-    """Yields the files of a folder that is in no repository."""
-    for only in source.only or (".",):
-        path = source.folder / only
-        if path.is_file():
-            yield only
-        for folder, subfolders, files in os.walk(path):
-            subfolders[:] = sorted(set(subfolders) - set(_IGNORED(folder, subfolders)))
-            for name in sorted(set(files) - set(_IGNORED(folder, files))):
-                yield str(Path(folder, name).relative_to(source.folder))
+def _explain_missing(folder: Path, modules: Sequence[str]) -> str:
+    more = f", and {len(modules) - 1} more" if len(modules) > 1 else ""
+    return (
+        f"hydra/launcher=slurm: {folder / modules[0]}{more}: imported, but not copied with the code, because it is "
+        "ignored by Git, private (hidden, for you only, or named like a secret), or a link; add it to Git, or rename it"
+    )
 
 
 def _check_size(files: dict[str, Path]) -> None:
@@ -269,5 +263,5 @@ def _check_size(files: dict[str, Path]) -> None:
         raise UserError(
             f"hydra/launcher=slurm: copies the code of the sweep: {len(sizes)} files, "
             f"{format_bytes(sum(sizes.values()))}, more than {_MAX_FILES} files or {format_bytes(MAX_BYTES)} (largest: "
-            f"{largest}, {format_bytes(sizes[largest])}); add what is no code to .gitignore"
+            f"{largest}, {format_bytes(sizes[largest])}); move what is no code out of the repository"
         )

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import read_json, write_atomically
-from dlopt.basics.folders import SUBMITTED, RunFolder, inside, short_path
+from dlopt.basics.folders import IN_PLACE, SUBMITTED, RunFolder, inside, short_path
 from dlopt.basics.locks import locked, shared, taken
 from dlopt.basics.plain_values import read_regular
 from dlopt.parallel.processes.launch import python_module
@@ -47,7 +47,7 @@ class Submission:
     Attributes:
         dlopt, torch: versions.
         cwd: the folder in which the sweep was submitted, where the jobs run.
-        code: the folder of the copied code, relative to the sweep's folder; `paths`: entries of sys.path in it.
+        code: the folder of the copied code, relative to the sweep's folder; `paths`: see `CopiedCode`.
         sha256: of the copied code.
         packages: packages that the configs of jobs may name in `allow_packages`.
         environment: additional variables of the jobs; `secrets`: variables that no file may hold.
@@ -79,9 +79,14 @@ class Submission:
         """Returns the entries of sys.path of a worker."""
         return [os.path.abspath(sweep / self.code / path) for path in self.paths]
 
+    @property
+    def in_place(self) -> list[str]:
+        """Returns the entries of sys.path whose code is not copied."""
+        return [path for path in self.paths if os.path.isabs(path)]
+
     def check(self, sweep: Path) -> None:
         """Raises `UserError` if this environment differs from the submission's."""
-        here = {"dlopt": self.dlopt if self.paths else __version__, "torch": version("torch")}
+        here = {"dlopt": self.dlopt if "dlopt" in self.paths else __version__, "torch": version("torch")}
         for name, submitted in {"dlopt": self.dlopt, "torch": self.torch}.items():
             if here[name] != submitted:
                 raise UserError(
@@ -206,11 +211,12 @@ def unused(sweep: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def recorded_code(sweep: Path) -> Iterator[None]:
-    """Makes runs that are described in the block record the code of the submission."""
+def recorded_code(sweep: Path, submission: Submission) -> Iterator[None]:
+    """Makes runs that are described in the block record the code of the submission, and import nothing else."""
     from hydra.core.utils import env_override
 
-    with env_override({SUBMITTED: str((sweep / WORKERS).absolute())}):
+    in_place = os.pathsep.join(submission.in_place)
+    with env_override({SUBMITTED: str((sweep / WORKERS).absolute()), IN_PLACE: in_place}):
         yield
 
 
@@ -299,8 +305,13 @@ def become_worker(sweep: Path, typed: str | None, slots: int, part: tuple[int, i
     Raises `UserError`, also for a sweep that another user has submitted, unless its SHA-256 was `typed`.
     """
     submission = read(sweep)
-    digest = submission.digest
-    if digest not in _trusted() and not (typed is not None and len(typed) >= 12 and digest.startswith(typed)):
+    digest, is_own = submission.digest, submission.digest in _trusted()
+    if not is_own and submission.in_place:
+        raise UserError(
+            f"{short_path(sweep)}: only the user who has submitted this sweep can start its workers, because its code "
+            f"is in no Git repository and was not copied: {', '.join(submission.in_place)}"
+        )
+    if not is_own and not (typed is not None and len(typed) >= 12 and digest.startswith(typed)):
         raise UserError(
             f"{short_path(sweep)}: you have not submitted this sweep, whose code would run; if you trust it, add "
             f"trust={digest[:16]}"

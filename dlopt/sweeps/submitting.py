@@ -48,7 +48,6 @@ from dlopt.sweeps.submission import (
 )
 
 _CODE = ".code"  # in the folder of the workers; hidden, because it holds no runs
-_NOT_COPIED = "not_copied"  # there, too: the files beside the code that were not copied
 
 
 def submit_grid(request: SweepRequest, folder: Path, jobs: Sequence[Job], before: FolderSnapshot) -> None:
@@ -97,7 +96,7 @@ def _submit_grid(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> No
         array = JobArray(entries, count, counts_diverged=bool(request.series))
         array.write(folder)
         _write(folder, submission, launcher)
-        with recorded_code(folder):
+        with recorded_code(folder, submission):
             for job in jobs:
                 if array.has_diverged(job.folder):
                     continue
@@ -271,25 +270,21 @@ def _print_next(folder: Path, parts: Sequence[str]) -> None:
 
 
 def _copy(sweep: Path, packages: Sequence[str], files: Mapping[str, Path]) -> CopiedCode:
-    """Copies the code of a sweep into its folder, and reports what was left out. Raises `UserError`."""
-    folder = sweep / WORKERS
-    code = copy_code(packages, files, folder / _CODE, [sweep.absolute(), Path("outputs").absolute()])
-    _report_left_out(code, folder / _NOT_COPIED)
+    """Copies the code of a sweep into its folder, and prints what was not copied. Raises `UserError`."""
+    code = copy_code(packages, files, sweep / WORKERS / _CODE, [sweep, Path("outputs")])
+    for repository, names in code.left_out.items():
+        if names:
+            first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            git = "git" if repository == Path.cwd() else f"git -C {shlex.quote(short_path(repository))}"
+            count = format_count("untracked files or folders", len(names))
+            print(printable(redact(f"not copied with the code: {count} ({first}); to copy one: {git} add NAME")))
+    entries = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
+    known = Path.cwd(), *code.left_out
+    outside = {entry: "PYTHONPATH" for entry in entries if not any(map(entry.is_relative_to, known))}
+    for folder, what in {**outside, **dict.fromkeys(code.in_place, "in no Git repository")}.items():
+        if not {"site-packages", "dist-packages"} & {*folder.parts}:
+            print(printable(f"not copied: {folder} ({what}); what you edit there changes the jobs"))
     return code
-
-
-def _report_left_out(code: CopiedCode, path: Path) -> None:
-    """Prints files of the code that were not copied, and lists them in a file."""
-    write_atomically(path, redact("".join(f"{name}\n" for name in code.left_out)))
-    if code.left_out:
-        first = ", ".join(short_path(Path(name)) for name in code.left_out[:3])
-        more = ", ..." if len(code.left_out) > 3 else ""
-        count = format_count("files or folders", len(code.left_out))
-        print(printable(redact(f"not copied with the code: {count} ({first}{more}), listed in {short_path(path)}")))
-    for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-        is_installed = {"site-packages", "dist-packages"} & set(Path(entry).parts)
-        if os.path.isabs(entry) and not is_installed and not Path(entry).is_relative_to(Path.cwd()):
-            print(printable(f"not copied with the code: {entry} of PYTHONPATH; what you edit there changes the jobs"))
 
 
 def _facts(
@@ -323,7 +318,8 @@ def _split(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, st
 
 def _with_files(word: str, code: CopiedCode, files: Mapping[str, Path]) -> str:
     for name, path in files.items():
-        word = word.replace(f"{{{name}}}", str((code.folder / name / path.name).absolute()))
+        copy = path if path in code.in_place else code.folder / name / path.name
+        word = word.replace(f"{{{name}}}", str(copy.absolute()))
     return word
 
 

@@ -38,7 +38,7 @@ STARTED = {
     "run/environment.py:machine": PYTHON,
     "run/environment.py:repository": FIXED,
     "sweeps/code_copy.py:_listed": f"{FOLDER}; names of files after --",
-    "sweeps/code_copy.py:_sources": FOLDER,
+    "sweeps/code_copy.py:_repository": FOLDER,
     "sweeps/pool.py:warm_up": PYTHON,
     "sweeps/slurm.py:Slurm.submit": "the launcher, of which a file sets LAUNCHER_OPTIONS only: --key=value",
     "sweeps/slurm.py:_Step.__init__": OWN,

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -47,17 +48,16 @@ def test_tracked_and_untracked_files_are_copied(repository: Path, tmp_path: Path
     settings = repository.parent / "settings"
     settings.mkdir()
     (settings / "a.yaml").write_text("a: 1\n")
-    copied = copy_code(
-        ["mine_copied.optim", "torch"], {"config": settings}, tmp_path / "code", [repository / "outputs"]
-    )
+    others = {"space": settings / "a.yaml"}
+    copied = copy_code(["mine_copied.optim", "torch"], others, tmp_path / "code", [repository / "outputs"])
     names = {str(path.relative_to(copied.folder)) for path in copied.folder.rglob("*") if path.is_file()}
     others = {name for name in names if not name.startswith("dlopt/")}
     assert others == {
         "project/.gitignore", "project/data.csv", "project/src/mine_copied/__init__.py",
-        "project/src/mine_copied/new.py", "config/settings/a.yaml",
+        "project/src/mine_copied/new.py", "space/a.yaml",
     }  # fmt: skip
     assert {"dlopt/dlopt/cli.py", "dlopt/conf/train.yaml"} <= names and "dlopt/tests/conftest.py" not in names
-    assert copied.paths == ("dlopt", "project/src")
+    assert copied.paths == ("dlopt", "project/src") and copied.left_out[repository] == []
 
 
 def test_an_edit_changes_the_hash_and_not_the_copy(repository: Path, tmp_path: Path) -> None:
@@ -72,96 +72,138 @@ def test_an_edit_changes_the_hash_and_not_the_copy(repository: Path, tmp_path: P
         assert subprocess.run(program, env=environment, capture_output=True, text=True).stdout == f"{rate}\n"
 
 
-def test_a_module_outside_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine_alone.py").write_text("")
-    (tmp_path / "other.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    copied = copy_code(["mine_alone"], {}, tmp_path / "code", [])
-    assert [path.name for path in (copied.folder / "mine_alone").iterdir()] == ["mine_alone.py"]
-
-
 def copied_names(copied: CopiedCode, source: str) -> set[str]:
     folder = copied.folder / source
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_modules_beside_one_outside_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that were imported are part of the code; the others are not."""
+def test_code_in_no_repository_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs import it from its folder, and take configs from theirs."""
     project = tmp_path / "project"
-    (project / "beside_package").mkdir(parents=True)
-    (project / "mine_importing.py").write_text("import beside_module, beside_package.inner")
-    for name in ("beside_module.py", "unrelated.py", "beside_package/__init__.py", "beside_package/inner.py"):
-        (project / name).write_text("")
+    (project / "conf").mkdir(parents=True)
+    (project / "mine_alone.py").write_text("")
+    (tmp_path / "space.yaml").write_text("{}")
     monkeypatch.syspath_prepend(project)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    importlib.import_module("mine_importing")
-    copied = copy_code(["mine_importing"], {}, tmp_path / "code", [])
-    assert copied_names(copied, "mine_importing") == {
-        "mine_importing.py", "beside_module.py", "beside_package/__init__.py", "beside_package/inner.py",
-    }  # fmt: skip
+    others = {"config": project / "conf", "space": tmp_path / "space.yaml"}
+    copied = copy_code(["mine_alone"], others, tmp_path / "code", [])
+    assert copied.paths == ("dlopt", str(project)) and copied.in_place == (project, project / "conf")
+    assert {path.name for path in copied.folder.iterdir()} == {"dlopt", "space"}
+    assert copied_names(copied, "space") == {"space.yaml"}
 
 
-def test_a_package_that_git_ignores_is_refused(repository: Path, tmp_path: Path) -> None:
-    (repository / ".gitignore").write_text(".ipynb_checkpoints/\nnew.py\n")
+@mock.patch.dict(sys.modules)
+def test_a_module_that_jobs_need_is_copied_or_refused(repository: Path, tmp_path: Path) -> None:
+    """Whatever this process has imported from the folder of the package, also if it is not of the package."""
+    (repository / ".gitignore").write_text(".ipynb_checkpoints/\nignored*\n*.pt\n")
+    for name in ("beside.py", "unrelated.py", "beside_package/inner.py", "ignored_module.py"):
+        (repository / "src" / name).parent.mkdir(exist_ok=True)
+        (repository / "src" / name).write_text("")
     (repository / "src/mine_copied/.ipynb_checkpoints").mkdir()
     (repository / "src/mine_copied/.ipynb_checkpoints/new.py").write_text("")
-    with pytest.raises(UserError, match=r"/src/mine_copied/new.py: not copied with the code, because Git ignores it"):
+    (repository / "src/mine_copied/__init__.py").write_text("import beside, beside_package.inner")
+    importlib.import_module("mine_copied")
+    copied = copy_code(["mine_copied"], {}, tmp_path / "code", [])
+    modules = {"beside.py", "beside_package/inner.py", "mine_copied/__init__.py", "mine_copied/new.py"}
+    assert copied_names(copied, "project/src") == modules
+    assert copied.left_out[repository] == ["src/unrelated.py"]
+    importlib.import_module("ignored_module")
+    with pytest.raises(UserError, match=r"/src/ignored_module\.py: imported, but not copied .* ignored by Git"):
         copy_code(["mine_copied"], {}, tmp_path / "code", [])
-    (repository / "src/mine_copied/new.py").rename(repository / "src/mine_copied/secrets.py")
-    with pytest.raises(UserError, match=r"mine_copied/secrets\.py: not copied"):
-        copy_code(["mine_copied"], {}, tmp_path / "code", [])
-    subprocess.run(["git", "-C", repository, "add", "-f", "src"], check=True)
-    assert "src/mine_copied/secrets.py" in copied_names(
-        copy_code(["mine_copied"], {}, tmp_path / "code", []), "project"
-    )
+    subprocess.run(["git", "-C", repository, "add", "-f", "src/ignored_module.py"], check=True)
+    assert "ignored_module.py" in copied_names(copy_code(["mine_copied"], {}, tmp_path / "code", []), "project/src")
 
 
-SECRETS = (
+SECRETS = (  # none of a package or a module that runs
     ".env", "prod.env", "a.env.yaml", ".env.local.json", "id_rsa", "keys/id_ed25519.json", "server.pem", "a.key",
     "credentials.json", "my_credentials.yaml", "gcp-credentials.json", "secrets.toml", "secret.py", ".aws/config.toml",
     ".ssh/config.yaml", ".netrc", "token.json", "hf_token.json", "tokens.yaml", "api_key.json", "passwords.json",
-    "service_account.json", ".docker/config.json", "sub/.kube/config.yaml",
+    "service_account.json", ".docker/config.json", "sub/.kube/config.yaml", "kaggle.json", ".mcp.json",
+    ".cursor/mcp.json", ".claude/settings.local.json", ".vscode/settings.json", ".config/gh/hosts.yml", ".npmrc.json",
+    "gcp-sa.json", "firebase-adminsdk.json", "oauth.json", "auth.toml", "terraform.tfstate.json", "config/prod.json",
+    "db.yaml", "wandb_key.yaml", "mykey.yaml", "keys.json", "login.yaml", "api_key.py", "settings.toml",
 )  # fmt: skip
-OTHERS = ("notes.txt", "a.csv", "b.so", "w.pt", "run.sh", "no_suffix")
-COPIED = (
-    "a.py",
-    "b.yaml",
-    "c.yml",
-    "d.json",
-    "e.toml",
-    "tokenizer.json",
-    "environment.yaml",
-    "token_mixer.py",
-    "monkeys.yaml",
+PRIVATE = (
+    "secret.py",
+    "my_credentials.py",
+    "api_key.py",
+    "keys.env/a.py",
+    ".hidden.py",
+    ".local/a.py",
+    "passwords/a.py",
 )
+CODE = ("tokens.py", "token_mixer.py", "environment.py", "sub/keyboard.py")
 
 
-@pytest.mark.parametrize("is_tracked", [False, True])
-def test_secrets_and_data_are_not_copied(is_tracked: bool, repository: Path, tmp_path: Path) -> None:
-    """Of files that Git does not track, code and settings are copied; tracked ones too, but no secrets except code."""
-    for name in (*SECRETS, *OTHERS, *COPIED):
-        path = repository / "more" / name
+def test_untracked_secrets_are_not_copied(repository: Path, tmp_path: Path) -> None:
+    """Of untracked files, only Python ones of the package are copied: none hidden, private or named like a secret."""
+    package = repository / "src/mine_copied"
+    for path in (*(repository / name for name in SECRETS), *(package / name for name in (*PRIVATE, *CODE))):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("SECRET-MARKER" if name in SECRETS else "text")
-    os.mkfifo(repository / "more/pipe.py")
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "there.py").write_text("SECRET-MARKER")
-    (repository / "more/link.py").symlink_to(outside / "there.py")
-    (repository / "more/folder").symlink_to(outside)
-    (repository / "more/dangling.py").symlink_to(outside / "missing.py")
-    (repository / "more/inside.py").symlink_to(repository / "more/a.py")
-    if is_tracked:
-        subprocess.run(["git", "-C", repository, "add", "-f", "more"], check=True)
+        path.write_text("text")
+    (package / "for_me.py").write_text("")
+    (package / "for_me.py").chmod(0o600)
     copied = copy_code(["mine_copied"], {}, tmp_path / "code", [])
-    names = {name.removeprefix("more/") for name in copied_names(copied, "project") if name.startswith("more/")}
-    expected = {*COPIED, "inside.py"} | ({*OTHERS, "secret.py"} if is_tracked else set())
-    assert names == expected
+    modules = {f"src/mine_copied/{name}" for name in (*CODE, "__init__.py", "new.py")}
+    assert copied_names(copied, "project") == {".gitignore", "data.csv", *modules}
+    private = [f"src/mine_copied/{name}" for name in (*PRIVATE, "for_me.py")]
+    left_out = copied.left_out[repository]
+    assert ".aws/" in left_out and "src/mine_copied/keys.env/" in left_out
+    assert all(any(name.startswith(entry) for entry in left_out) for name in (*SECRETS, *private))
+    assert not [name for name in CODE if f"src/mine_copied/{name}".startswith(tuple(left_out))]
+
+
+def test_tracked_files_are_copied_with_their_modes(repository: Path, tmp_path: Path) -> None:
+    """As they are in the working tree, with submodules; no links to other places, and no pipes."""
+    subprocess.run(["git", "init", "-q", tmp_path / "library"], check=True)
+    (tmp_path / "library/inner.py").write_text("")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=b", "-c", "protocol.file.allow=always", "-C")
+    for line in (["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, tmp_path / "library", *line], check=True)
+    subprocess.run([*git, repository, "submodule", "--quiet", "add", tmp_path / "library", "library"], check=True)
+    modes = {"run.sh": 0o755, "for_me.json": 0o600, "fixed.txt": 0o444, "removed.py": 0o644, "pipe.py": 0o644}
+    for name, mode in modes.items():
+        (repository / name).write_text("before")
+        (repository / name).chmod(mode)
+    (tmp_path / "there.py").write_text("SECRET-MARKER")
+    for name, target in {"link.py": tmp_path / "there.py", "dangling.py": "missing", "inside.py": "run.sh"}.items():
+        (repository / name).symlink_to(target)
+    subprocess.run(["git", "-C", repository, "add", "."], check=True)
+    (repository / "run.sh").write_text("after")
+    for name in ("removed.py", "pipe.py"):
+        (repository / name).unlink()
+    os.mkfifo(repository / "pipe.py")
+    copied = copy_code(["mine_copied"], {}, tmp_path / "code", [])
+    names = {"run.sh", "for_me.json", "fixed.txt", "inside.py", "library/inner.py"}
+    tracked = {".gitignore", ".gitmodules", "data.csv", "src/mine_copied/__init__.py", "src/mine_copied/new.py"}
+    assert copied_names(copied, "project") == names | tracked
+    project = copied.folder / "project"
     assert not any(path.is_symlink() for path in copied.folder.rglob("*"))
-    left = {str(Path(name).relative_to(repository)) for name in copied.left_out if name.startswith(f"{repository}/")}
-    every = {*SECRETS, *OTHERS, "link.py", "folder", "dangling.py"} - names
-    assert left == {f"more/{name}" for name in every} | {"ignored", "weights.pt"}
+    assert {name: (project / name).stat().st_mode & 0o777 for name in modes if name in names} == {
+        "run.sh": 0o755, "for_me.json": 0o600, "fixed.txt": 0o444
+    }  # fmt: skip
+    assert (project / "run.sh").read_text() == (project / "inside.py").read_text() == "after"
+
+
+def test_configs_that_are_typed(repository: Path, tmp_path: Path) -> None:
+    """Also untracked ones; a folder without any still exists in the copy."""
+    for name in ("conf/experiment/mine.yaml", "conf/secrets.yaml", "conf/notes.txt"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("a: 1\n")
+    (repository / "empty").mkdir()
+    others = {"config": repository / "conf", "other": repository / "empty"}
+    copied = copy_code(["mine_copied"], others, tmp_path / "code", [])
+    assert copied_names(copied, "config/conf") == {"experiment/mine.yaml"} and (copied.folder / "other/empty").is_dir()
+    assert copied.left_out[repository] == ["conf/"]
+    assert {*copied.left_out} == {repository, ROOT.parent}
+
+
+def test_git_does_not_answer(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied, instead of a part of the code."""
+    git = code_copy.git
+    monkeypatch.setattr(code_copy, "git", lambda *words: None if "--others" in words else git(*words))
+    with pytest.raises(UserError, match=r"`git ls-files` fails or takes several seconds, .* \.gitignore$"):
+        copy_code(["mine_copied"], {}, tmp_path / "code", [])
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "empty folder", "dangling", "fifo", "bytecode", "changed", "top"])
@@ -199,15 +241,21 @@ def test_a_copy_with_something_else_in_it_is_refused(kind: str, repository: Path
 def test_workers_do_not_look_into_the_working_folder(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by the current folder, PYTHONPATH or an editable installation, which may hold other code by then."""
+    """Not by the current folder, PYTHONPATH or an editable installation, which may hold other code by then.
+
+    They import what is in no repository from its folder.
+    """
     workers, shared = tmp_path / "sweep/workers", tmp_path / "shared"
     shared.mkdir()
     copied = copy_code(["mine_copied"], {}, workers / ".code", [])
-    entries = [str(copied.folder / path) for path in copied.paths]
+    in_place = tmp_path / "plain"
+    (in_place / "dlopt").mkdir(parents=True)
+    entries = [*(str(copied.folder / path) for path in copied.paths), str(in_place)]
     others = ["", ".", str(repository), str(repository / "src"), str(repository.parent / "project/src/..")]
     installed = [str(Path(torch.__file__).parents[1]), *(path for path in sys.path if path.endswith("lib-dynload"))]
     monkeypatch.setattr(sys, "path", [*others, *entries, str(shared), *installed])
     monkeypatch.setenv("DLOPT_SUBMITTED", str(workers))
+    monkeypatch.setenv("DLOPT_IN_PLACE", str(in_place))
     monkeypatch.chdir(repository)
     assert "mine_copied" in trusted_packages(["mine_copied"])
     assert sys.path == [*entries, str(shared), *installed]
@@ -223,8 +271,8 @@ def test_too_much(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(code_copy, "ROOT", ROOT.parents[1] / "site-packages/dlopt")
     monkeypatch.setattr(code_copy, "MAX_BYTES", 900)
     copy_code(["mine_copied"], {}, tmp_path / "code", [])
-    (repository / "large.py").write_bytes(bytes(2000))
-    with pytest.raises(
-        UserError, match=r"more than .*\(largest: .*large.py, 1.95 KiB\); add what is no code to .gitig"
-    ):
+    (repository / "large.csv").write_bytes(bytes(2000))
+    subprocess.run(["git", "-C", repository, "add", "large.csv"], check=True)
+    advice = "move what is no code out of the repository"
+    with pytest.raises(UserError, match=rf"more than .*\(largest: .*large\.csv, 1\.95 KiB\); {advice}$"):
         copy_code(["mine_copied"], {}, tmp_path / "code", [])

@@ -89,7 +89,7 @@ def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_no_file_of_a_submitted_sweep_has_a_secret(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither labels, nor the code, its diff, and the list of what was not copied."""
+    """Neither labels, nor the code and its diff."""
     project = tmp_path / "project"
     project.mkdir()
     subprocess.run(["git", "init", "-q", project], check=True)
@@ -111,12 +111,15 @@ def test_no_file_of_a_submitted_sweep_has_a_secret(
     words = [word if word != f"hydra.sweep.dir={PLACE}" else "hydra.sweep.dir=sweep" for word in SUBMIT]
     result = dlopt(project, *words, "hydra.launcher.n_jobs=1", axis, *own, *SMALL)
     assert result.code == 0, result
-    assert "not copied with the code: 4 files" in result.out and "Canary" not in result.out
+    left_out = ".env, ${oc.env:LATER_TOKEN}.txt, id_rsa, ..."
+    assert (
+        f"not copied with the code: 4 untracked files or folders ({left_out}); to copy one: git add NAME\n"
+        in result.out
+    )
+    assert "Canary" not in result.out
     folder = project / PLACE
     [copy] = (folder / WORKERS / ".code").glob("*/project")
     assert sorted(path.name for path in copy.iterdir()) == [f"{module}.py", "settings.yaml"]
-    left = (folder / WORKERS / "not_copied").read_text().splitlines()
-    assert [Path(each).name for each in left] == [".env", "${oc.env:LATER_TOKEN}.txt", "id_rsa", "secrets.toml"]
     for path in folder.rglob("*"):
         if path.is_file() and path != copy / "settings.yaml":  # code is copied as it is
             assert b"Canary" not in path.read_bytes(), path
@@ -368,10 +371,12 @@ def test_stop_of_a_stranger(submitted: Path, slurm: Path, tmp_path: Path, monkey
     assert not slurm.exists()
 
 
+@requires("git")
 def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
     """Workers run its command in its folder, with copies of the files that it names."""
     (tmp_path / "space.yaml").write_text('optimizer=sgd: {optimizer.lr: "0.1,0.2"}\n')
     (tmp_path / "mine/experiment").mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", tmp_path / "mine"], check=True)
     words = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=3", "optimizer=sgd", "space=space.yaml", *SMALL]
     result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *words)
     assert result.code == 0 and "submitted 3 jobs: no job array" in result.out, result
@@ -383,6 +388,29 @@ def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
         path = Path(word.partition("=")[2])
         assert path.exists() and path.is_relative_to(tmp_path / PLACE / WORKERS)
     assert command[-2:] == ("resume=auto", f"hydra.sweep.dir='{tmp_path / PLACE}'")
+
+
+def test_code_and_configs_in_no_repository(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs use them where they are, which the command says; another user, who cannot check them, runs nothing."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"plain_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text("import torch\nclass Opt(torch.optim.SGD): pass\n")
+    (tmp_path / "mine").mkdir()
+    own = ["optimizer=custom", f"optimizer._target_={module}.Opt", f"allow_packages=[{module}]"]
+    search = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=1", "+optimizer.lr=tag(log,interval(0.01,1))"]
+    result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *search, *own, *SMALL)
+    for folder in (tmp_path, tmp_path / "mine"):
+        line = f"not copied: {folder} (in no Git repository); what you edit there changes the jobs"
+        assert line in result.out.splitlines(), result
+    stored = submission.read(tmp_path / PLACE)
+    assert stored.import_paths(tmp_path / PLACE)[1:] == stored.in_place == [str(tmp_path)]
+    assert stored.command is not None and f"--config-dir={tmp_path / 'mine'}" in stored.command
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of-another-user"))
+    refused = said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{stored.digest[:16]}'"))
+    assert (
+        f"can start its workers, because its code is in no Git repository and was not copied: {tmp_path}\n" in refused
+    )
 
 
 def test_the_folder_of_no_submission(tmp_path: Path) -> None:
