@@ -8,18 +8,18 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NoReturn
 
-from dlopt.basics.errors import DONE, UserError, shorten, suggest
+from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.formats import wrap
+from dlopt.basics.names import Names
 from dlopt.commands.shared.document import print_document
 from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.flags import documented_flags
 from dlopt.config.overrides import parts_of
-from dlopt.config.synonyms import for_key
+from dlopt.config.synonyms import choice_names, for_key
 from dlopt.metrics.declared import REQUESTABLE
 
 USAGE = """\
@@ -91,7 +91,7 @@ def _lines(catalogue: Catalogue, names: Sequence[str]) -> list[str]:
         is_term = len(names) > 1 and _add_term(catalogue, " ".join(names), page)
         for name in () if is_term else names:
             if not _add_term(catalogue, name, page):
-                _refuse_unknown(catalogue, name)
+                raise _known_names(catalogue).unknown(parts_of(name)[0], name)
     return page.lines
 
 
@@ -136,15 +136,13 @@ def _selected(catalogue: Catalogue, name: str) -> _Selection:
     group, pattern = parts_of(name)
     groups = every_group(catalogue)
     if group not in groups:
-        raise UserError(f"{name}: unknown group; {_similar(catalogue, group)}")
+        raise _known_names(catalogue).unknown(group, name)
     choices = choices_of(catalogue, group)
     if "=" not in name:
         return _Selection(group, groups[group], choices)
     matching = [each for each in choices if fnmatchcase(each.name, pattern)]
     if not matching:
-        known = [choice.name for choice in choices]
-        hint = suggest(pattern, known, f"dlopt options {group}", prefix=f"{group}=", title="choices")
-        raise UserError(f"{name}: unknown choice; {hint}")
+        raise choice_names(group, [choice.name for choice in choices]).unknown(pattern)
     return _Selection(group, groups[group], matching, has_pattern=True)
 
 
@@ -296,12 +294,6 @@ def _more(rows: Sequence[object]) -> list[tuple[str, str]]:
     return [(f"  ... and {len(rows) - _MAX_FOUND} more", "")] if len(rows) > _MAX_FOUND else []
 
 
-def _refuse_unknown(catalogue: Catalogue, name: str) -> NoReturn:
-    if "=" in name:
-        raise UserError(f"{name}: unknown group; {_similar(catalogue, parts_of(name)[0])}")
-    raise UserError(f"{name}: no group, choice or key; {_similar(catalogue, name, [*_keys_by_name(catalogue)])}")
-
-
 def _keys_by_name(catalogue: Catalogue) -> dict[str, list[_Found]]:
     """Returns all keys: those of train.yaml, then those of each group, its default choice first."""
     found = {key.name: [_Found(key)] for key in keys_of_runs(catalogue)}
@@ -374,16 +366,12 @@ def _refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; `dlopt options --help` shows what is allowed")
 
 
-def _similar(catalogue: Catalogue, name: str, keys: Sequence[str] = ()) -> str:
-    """Returns the group, choice or key that is most similar to an unknown group, and groups."""
-    groups = list(_groups(catalogue))
-    lines: dict[str, str] = {}  # what to type for a choice
-    for group in groups:
-        for choice in catalogue.choices(group):
-            lines[choice.name] = f"{group}={choice.name}"
-    close = get_close_matches(name.lower(), [*groups, *lines, *keys], n=1, cutoff=0.6)
-    hint = f"did you mean {lines.get(close[0], close[0])}? " if close else ""
-    return hint + shorten(name, groups, "dlopt options", title="groups", has_hint=bool(hint))
+def _known_names(catalogue: Catalogue) -> Names:
+    """Returns the groups, and what to type for each choice and key."""
+    groups = _groups(catalogue)
+    forms = {key: key for key in _keys_by_name(catalogue)}
+    forms |= {choice.name: f"{group}={choice.name}" for group in groups for choice in catalogue.choices(group)}
+    return Names("group, choice or key", groups, "dlopt options", forms=forms)
 
 
 # -- the help of `dlopt train`

@@ -20,9 +20,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.basics.errors import UserError, suggest
+from dlopt.basics.errors import UserError
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.interruption import signals_deferred
+from dlopt.basics.names import Names
 from dlopt.basics.plain_values import check_yaml, flatten, load_yaml
 from dlopt.config import validation_sets
 from dlopt.config.choices import CONFIG_NAME, config_folder, search, version_base
@@ -34,6 +35,7 @@ from dlopt.config.packages import entries
 from dlopt.config.pretrained import pretrained_overrides
 from dlopt.config.recall import has_remembered, recall, replace_choices
 from dlopt.config.resolve import first_lines, note_secrets
+from dlopt.config.synonyms import choice_names
 from dlopt.config.trust import check_expansion, check_hydra
 from dlopt.config.typed import (
     CommandLine,
@@ -216,9 +218,7 @@ class Composer:
 
     def _data_of(self, choice: str, key: str) -> DictConfig:
         """Returns the block of a choice of the group data with its default values. `key`: of the choice, for errors."""
-        if choice not in (names := self.choices("data")):
-            hint = suggest(choice, names, "dlopt options data", prefix=f"{key}=", title="choices")
-            raise UserError(f"{key}={choice}: unknown choice; {hint}")
+        self.names("data", key).check(choice)
         return self._compose(self.parse([f"data={choice}"])).data
 
     def _compose(self, overrides: list[Override], multirun: bool = False) -> DictConfig:
@@ -327,6 +327,10 @@ class Composer:
         for folder in self._listed(group, ObjectType.GROUP):
             names += [f"{folder}/{name}" for name in self.choices(f"{group}/{folder}")]
         return names
+
+    def names(self, group: str, key: str = "") -> Names:
+        """Returns the names of a group's choices. `key`: what is typed for the group, if not its name."""
+        return choice_names(group, self.choices(group), key)
 
     def get_group_options(self, group: str, results_filter: ObjectType = ObjectType.CONFIG) -> list[str]:
         """Lists the choices of a group for glob(*): without `custom`, which needs a callable."""

@@ -1,10 +1,11 @@
 """What to type in dlopt for the keys, choices and flags of other tools, as listed in synonyms.yaml."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from dlopt.basics.names import Names
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.overrides import parts_of
 
@@ -29,6 +30,21 @@ def for_choice(group: str, choice: str) -> str:
     """Returns what to type instead of an unknown choice; '' if there is no row for it."""
     rows = (row for pattern, row in table("choices").items() if fnmatchcase(f"{group}={choice}", pattern))
     return _format(next(rows, ""), choice)
+
+
+def choice_names(group: str, choices: Iterable[str], key: str = "") -> Names:
+    """Returns the names of a group's choices. `key`: what is typed for the group, if not its name."""
+    names = [name for name in choices if not group.startswith("hydra/") or "/" not in name]  # hydra/sweeper/sampler
+    instead = functools.partial(_for_unknown_choice, group, names)
+    return Names("choice", names, f"dlopt options {group}", f"{key or group}=", instead=instead)
+
+
+def _for_unknown_choice(group: str, names: Sequence[str], choice: str) -> str:
+    inside = [name for name in names if choice and name.startswith(f"{choice}/")]
+    if inside:
+        example = f"{group}={inside[0]}"
+        return f"a folder of choices, such as {example}; `dlopt options '{group}={choice}/*'` lists them"
+    return for_choice(group, choice)
 
 
 def for_flag(arguments: Iterable[str], flags: Iterable[str]) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlopt.basics.calls import can_call
-from dlopt.basics.errors import UserError, did_you_mean
+from dlopt.basics.errors import UserError
+from dlopt.basics.names import Names
 from dlopt.config.parameters import show
 from dlopt.config.schema import Component, component, dotted_name, resolve_target
 from dlopt.metrics.declared import REQUESTABLE
@@ -31,10 +32,8 @@ def user_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, C
         if entry in REQUESTABLE:
             continue
         if "." not in entry:
-            raise UserError(
-                f"{setting}: there is no metric of this name; {did_you_mean(entry, REQUESTABLE)}allowed: "
-                f"{', '.join(REQUESTABLE)}, or a function of your own: mine.metrics.{entry}"
-            )
+            hint = Names("metric", REQUESTABLE).hint(entry)
+            raise UserError(f"{setting}: unknown metric; {hint}, or a function of your own: mine.metrics.{entry}")
         function = resolve_target("evaluate.metrics", entry, packages)
         if inspect.isclass(function) or not can_call(function, 2):
             raise UserError(f"{setting}: must be a function of (outputs, targets) that returns a number")

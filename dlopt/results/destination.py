@@ -7,6 +7,7 @@ from typing import Literal
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import inside, refuse_url
+from dlopt.basics.names import Names
 
 Format = Literal["html", "csv", "latex", "markdown", "pdf", "png", "svg"]
 SUFFIXES: Mapping[str, Format] = {
@@ -41,8 +42,7 @@ def destination(
     if plot is not None:
         from dlopt.results.plots import PLOTS  # with NumPy, which the help of the report does not need
 
-        if plot not in PLOTS:
-            raise UserError(f"plot={plot}: there is no such plot; allowed: {', '.join(PLOTS)}")
+        Names("plot", PLOTS, prefix="plot=").check(plot)
     chosen: Sequence[Format] | None = (formats,) if isinstance(formats, str) else formats
     if chosen is not None and not chosen:
         raise UserError("format=[]: needs at least one format")

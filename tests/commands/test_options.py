@@ -92,10 +92,10 @@ def test_lists_config_dir(printed: Callable[..., str], tmp_path: Path) -> None:
     ("typed", "message"),
     [
         ("optimiser", "did you mean optimizer? `dlopt options` lists all"),
-        ("zzzz", "no group, choice or key; groups: model, data, optimizer, "),
+        ("zzzz", "zzzz: unknown group, choice or key; allowed: model, data, optimizer, "),
         ("weight_decai", "did you mean optimizer.weight_decay? "),
         ("adamv", "did you mean optimizer=adam? "),
-        ("optimizer=adamv", "optimizer=adamv: unknown choice; did you mean optimizer=adam? choices: "),
+        ("optimizer=adamv", "optimizer=adamv: unknown choice; did you mean optimizer=adam? allowed: "),
         ("optimizer=_full_batch", "unknown choice"),
         ("--width=3", "unrecognized arguments: --width=3"),
     ],

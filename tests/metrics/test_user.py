@@ -108,7 +108,7 @@ def test_resumed(tmp_path: Path) -> None:
         ([f"evaluate.metrics=[{OWN}one_argument]"], "one_argument: must be a function of (outputs, targets)"),
         ([f"evaluate.metrics=[{OWN}accuracy]"], f"evaluate.metrics={OWN}accuracy: dlopt has a metric accuracy"),
         ([f"evaluate.metrics=[{OWN}spread,{OWN}spread]"], "spread: another metric is called spread, too"),
-        (["evaluate.metrics=[macro_f2]"], "evaluate.metrics=macro_f2: there is no metric of this name; did you mean m"),
+        (["evaluate.metrics=[macro_f2]"], "evaluate.metrics=macro_f2: unknown metric; did you mean m"),
         ([f"evaluate.metrics=[{OWN}spread]", "monitor=val_spread"], "monitor=val_spread: whether smaller or larger va"),
         ([f"evaluate.metrics=[{OWN}mean_rank_score]", "monitor=val_mean_rank_score"], "must be set: monitor_mode=min"),
         ([f"evaluate.metrics=[{OWN}spread]", "stopping=early", "stopping.monitor=val_spread"], "stopping.monitor=val"),

@@ -67,7 +67,7 @@ def test_pdf_has_a_page_per_plot_and_is_reproducible(report: ReportContent, tmp_
         ("a.pdf", "csv", None, "output=a.pdf: a .pdf file, but format=csv; leave out format"),
         ("s3://b/a.pdf", None, None, "must be a path, not a URL"),
         (None, [], None, r"format=\[\]: needs at least one"),
-        (None, None, "curves", "plot=curves: there is no such plot; allowed: learning_curves, "),
+        (None, None, "curves", "plot=curves: unknown plot; did you mean plot=learning_curves?"),
         (None, "csv", "learning_curves", "plot=learning_curves: needs a format of plots"),
     ],
 )
