@@ -2,15 +2,16 @@
 
 import math
 from abc import abstractmethod
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dlopt.augment.operation import DrawnStep, Draws, Operation, Shape, check_intervals, first_fitting
+from dlopt.augment.operation import DrawnStep, Draws, Operation, Shape, first_fitting
 from dlopt.augment.warp import Affine
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
-from dlopt.basics.ranges import Count, Positive, PositiveFraction
+from dlopt.basics.ranges import NOT_DECREASING, Count, Positive, PositiveFraction
 from dlopt.data.samples import Files, Wrapped
 
 
@@ -120,9 +121,12 @@ class RandomResizedCrop(ResizingCrop):
     """
 
     def __init__(
-        self, *, size: Count | None, scale: tuple[PositiveFraction, PositiveFraction], ratio: tuple[Positive, Positive]
+        self,
+        *,
+        size: Count | None,
+        scale: Annotated[tuple[PositiveFraction, PositiveFraction], NOT_DECREASING],
+        ratio: Annotated[tuple[Positive, Positive], NOT_DECREASING],
     ) -> None:
-        check_intervals(scale=scale, ratio=ratio)
         self.size = size
         self.scale = scale
         self.ratio = ratio

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +14,10 @@ from dlopt.augment.operation import (
     Operation,
     PixelStep,
     Shape,
-    check_intervals,
     first_fitting,
     image_shape,
 )
-from dlopt.basics.ranges import Positive, PositiveFraction, Probability
+from dlopt.basics.ranges import NOT_DECREASING, Positive, PositiveFraction, Probability
 from dlopt.data.samples import Samples
 
 
@@ -111,12 +110,11 @@ class RandomErase(Operation):
         self,
         *,
         p: Probability,
-        area: tuple[PositiveFraction, PositiveFraction],
-        ratio: tuple[Positive, Positive],
+        area: Annotated[tuple[PositiveFraction, PositiveFraction], NOT_DECREASING],
+        ratio: Annotated[tuple[Positive, Positive], NOT_DECREASING],
         fill: Literal["zero", "mean", "random"],
         train: Samples,
     ) -> None:
-        check_intervals(area=area, ratio=ratio)
         self.p = p
         self.area = area
         self.ratio = ratio

@@ -205,13 +205,6 @@ def leaves(operation: Operation, shape: Shape) -> list[Operation]:
     return choices if choices == [operation] else [leaf for choice in choices for leaf in leaves(choice, shape)]
 
 
-def check_intervals(**intervals: tuple[float, float]) -> None:
-    """Raises `UserError` for an interval (low, high) with low > high."""
-    for name, (low, high) in intervals.items():
-        if low > high:
-            raise UserError(f"{name}=[{low:g},{high:g}]: must be increasing")
-
-
 def first_fitting(fits: Tensor, *sizes: Tensor) -> list[Tensor]:
     """Returns the sizes [n] of the first fitting trial, given `fits` and `sizes` [n, trials]; trial 0 if none fits."""
     first = fits.int().argmax(1, keepdim=True)

@@ -1,6 +1,7 @@
 """Exit codes, exceptions that end a command with one line instead of a traceback, and phrases of such lines."""
 
 import errno
+import importlib.util
 import os
 import shlex
 import shutil
@@ -87,6 +88,25 @@ def shorten(name: str, names: Sequence[str], more: str, *, title: str, has_hint:
     if has_hint and len(shown) < 2:
         return f"`{more}` lists all"
     return f"{title}: {', '.join(shown or names[:_MAX_NAMES])}, ...; `{more}` lists all"
+
+
+def require_package(place: str, package: str, extra: str) -> None:
+    """Raises `UserError` unless an optional package is installed, which is not imported.
+
+    `place`: key=value or the command that needs it; `extra`: of dlopt, which installs it (hub).
+    """
+    if not is_installed(package):
+        raise UserError(f"{place}: {not_installed(package, extra)}")
+
+
+def is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    # A folder of this name in the current folder, of logs (wandb), looks like a namespace package, without an origin.
+    return spec is not None and spec.origin is not None
+
+
+def not_installed(package: str, extra: str) -> str:
+    return f"the package {package} is not installed; {install(f'dlopt[{extra}]')}"
 
 
 def install(package: str) -> str:

@@ -1,12 +1,11 @@
 """`dlopt export`: exports a trained model with its input normalization."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dlopt._version import __version__
-from dlopt.basics.errors import DONE, UserError, install
+from dlopt.basics.errors import DONE, install, require_package
 from dlopt.basics.files import temporary_sibling, write_atomically, write_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
@@ -57,10 +56,8 @@ def export(
 ) -> int:
     """Writes and verifies the file. Raises `UserError`; `RunError` if the model cannot be converted."""
     suffix, packages = _FORMATS[format]
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        names = " and ".join(missing)
-        raise UserError(f"format={format}: requires {names}; {install('dlopt[export]')}")
+    for package in packages:
+        require_package(f"format={format}", package, "export")
     target = _target(output, path, suffix)
     tokenizer = target.with_name(f"{target.stem}.tokenizer.json")
     columns = target.with_name(f"{target.stem}.columns.json")

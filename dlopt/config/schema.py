@@ -297,6 +297,8 @@ def check_value(
         if isinstance(value, str | int | float) and _takes_list(annotation):  # tracking=wandb
             with contextlib.suppress(UserError):
                 return check_value(key, [value], annotation)
+        if (refusal := _unmet_condition(error)) is not None:
+            raise UserError(f"{key}={show(value)}: {refusal}") from None
         items = value if isinstance(value, list) else [value]
         hint = "".join(f"; {advice}" for each in items if (advice := for_choice(key, str(each))))
         if _has_number_for_text(error):
@@ -378,6 +380,13 @@ def _build_adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return TypeAdapter(annotation)
 
 
+def _unmet_condition(error: ValidationError) -> str | None:
+    """Returns what a `dlopt.basics.ranges.Condition` refuses; None if the type or the range is wrong."""
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    refused = (each["msg"] for each in details if each["type"] == "value_error")
+    return next((message.removeprefix("Value error, ") for message in refused), None)
+
+
 def _reason(error: ValidationError) -> str:
     """Returns the most useful of pydantic's messages: pydantic gives one per member of a union.
 
@@ -389,7 +398,7 @@ def _reason(error: ValidationError) -> str:
         return "too few values"
     if ranked[0]["type"] in ("literal_error", "enum"):  # pydantic's message repeats the allowed values
         return "unknown value"
-    message = ranked[0]["msg"]
+    message = ranked[0]["msg"].replace("Tuple should", "List should").replace(" after validation", "")
     return message[0].lower() + message[1:].replace("Input should", "should") if message else "not valid"
 
 

@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Iterable
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
-from dlopt.basics.errors import UserError, did_you_mean, install
+from dlopt.basics.errors import UserError, did_you_mean, require_package
 from dlopt.config.parameters import show
 from dlopt.config.settings import Settings
 from dlopt.metrics.declared import DECLARED
@@ -58,13 +57,8 @@ def _check_name(name: str) -> None:
 
 def _check_tracking(sinks: list[Any]) -> None:
     for sink in sinks:
-        if sink == "tensorboard":
-            continue
-        spec = find_spec(sink)
-        # A folder `wandb` of logs in the current folder looks like a namespace package, which has no origin.
-        if spec is None or spec.origin is None:
-            shown = ",".join(sinks)
-            raise UserError(f"tracking=[{shown}]: the package {sink} is not installed; {install(f'dlopt[{sink}]')}")
+        if sink != "tensorboard":
+            require_package(f"tracking=[{','.join(sinks)}]", sink, sink)
 
 
 def check_run_monitor(settings: Settings, values: Iterable[str] = ()) -> None:

@@ -39,7 +39,7 @@ def _read(module: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     source = next((each.read_bytes() for each in sources if each.is_file()), b"")
     for node in ast.parse(source).body:
         match node:
-            case ast.ImportFrom(module=str(other), names=names, level=0):
+            case ast.ImportFrom(module=str(other), names=names, level=0) if other != ranges.__name__:  # all known
                 for known, imported in zip((types, callables), _read(other), strict=True):
                     known |= {each.asname or each.name: imported[each.name] for each in names if each.name in imported}
             case ast.Assign(targets=[ast.Name(name)], value=value):

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from dlopt.basics.errors import UserError, install
+from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_bytes, printable
+from dlopt.basics.ranges import NotEmpty, installed
 from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.images import Size, decode
@@ -28,10 +29,10 @@ _FILE_BYTES = 1 << 17  # estimated size of an image file outside of the table
 
 def parquet(
     *,
-    file: Files,
+    file: Annotated[Files, installed("pyarrow", "hub")],
     val_file: Files | None,
     test_file: Files | None,
-    input: str | list[str],
+    input: str | NotEmpty[str],
     target: str,
     labels: Labels,
     channels: Channels,
@@ -91,8 +92,6 @@ def _dataset(
     None if it is one.
     """
     names = [input] if isinstance(input, str) else list(input)
-    if not names:
-        raise UserError("data.input=[]: name at least one column")
     for key, table in splits:
         if table is None:
             continue
@@ -291,14 +290,14 @@ def _number(table: Any, name: str, index: int, key: str) -> float:
 
 def huggingface(
     *,
-    name: str,
+    name: Annotated[str, installed("datasets", "hub")],
     configuration: str | None,
     revision: str | None,
     split: str,
     val: str | None,
     test: str | None,
     offline: bool,
-    input: str | list[str],
+    input: str | NotEmpty[str],
     target: str,
     labels: Labels,
     channels: Channels,
@@ -342,12 +341,8 @@ class _Hub:
         return loaded.data.table
 
     def _load(self, key: str, split: str) -> Any:
-        try:
-            import datasets
-        except ImportError:
-            raise UserError(
-                f"data.name={self.name}: the package datasets is not installed; {install('dlopt[hub]')}"
-            ) from None
+        import datasets
+
         path = os.path.expanduser(self.name)
         self._refuse_other_names(path)
         try:

@@ -5,14 +5,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 from torch.nn import functional as F
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, Natural, NonNegative
+from dlopt.basics.ranges import INCREASING, Count, Natural, NonNegative
 from dlopt.data.samples import Dataset, InMemory, SplitKeys, generated
 
 Function = Literal["sine", "runge", "cubic", "step"]
@@ -26,18 +26,17 @@ FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
 
 
 def polynomial(
-    *, function: Function, interval: tuple[float, float], noise: NonNegative, **keys: Unpack[SplitKeys]
+    *,
+    function: Function,
+    interval: Annotated[tuple[float, float], INCREASING],
+    noise: NonNegative,
+    **keys: Unpack[SplitKeys],
 ) -> Dataset:
     """Samples y = f(x) + noise * N(0, 1) for x uniform in `interval`: inputs float32 [N, 1], targets float32 [N].
 
     The lowest expected loss (mean squared error) is noise^2 on every split. A size of 0 omits a split.
-
-    Raises:
-        UserError: the interval is empty.
     """
     low, high = interval
-    if low >= high:
-        raise UserError(f"data.interval={list(interval)}: is empty; use [low,high] with low < high")
 
     def draw(size: int, rng: torch.Generator) -> InMemory:
         x = low + (high - low) * torch.rand(size, generator=rng, dtype=torch.float64)
@@ -56,20 +55,17 @@ def drawn(*, train_size: Count, val_size: Natural, test_size: Natural) -> Datase
     return generated(draw, train_size=train_size, val_size=val_size, test_size=test_size, seed=0)
 
 
-def linear(*, intervals: tuple[tuple[float, float], ...], noise: NonNegative, **keys: Unpack[SplitKeys]) -> Dataset:
+def linear(
+    *,
+    intervals: Annotated[tuple[Annotated[tuple[float, float], INCREASING], ...], MinLen(1)],
+    noise: NonNegative,
+    **keys: Unpack[SplitKeys],
+) -> Dataset:
     """Samples y = sum_i u_i + noise * N(0, 1), where u_i in -1..1 is the position of feature x_i in its interval.
 
     Features are uniform and independent; every feature is equally important, whatever its range. Inputs float32 [N, F],
     targets float32 [N]. The lowest expected loss (mean squared error) is noise^2. A size of 0 omits a split.
-
-    Raises:
-        UserError: an interval is empty, or there is none.
     """
-    for low, high in intervals:
-        if low >= high:
-            raise UserError(f"data.intervals: [{low},{high}] is empty; use [low,high] with low < high")
-    if not intervals:
-        raise UserError("data.intervals=[]: needs the interval of at least one feature: [[1,2],[100,200]]")
     lows, highs = torch.tensor(intervals, dtype=torch.float64).unbind(1)
 
     def draw(size: int, rng: torch.Generator) -> InMemory:

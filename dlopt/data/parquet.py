@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dlopt.basics.errors import UserError, install
+from dlopt.basics.errors import UserError, require_package
 from dlopt.basics.files import reason, refuse_special, temporary_sibling
 from dlopt.basics.formats import format_bytes
 from dlopt.data.cache import cache_file, exclusive, file_state
@@ -345,12 +345,11 @@ def refuse_unnamed(
 
 
 def library(key: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.types
-    except ImportError:
-        raise UserError(f"{key}: the package pyarrow is not installed; {install('dlopt[hub]')}") from None
+    require_package(key, "pyarrow", "hub")
+    import pyarrow
+    import pyarrow.ipc
+    import pyarrow.types
+
     return pyarrow
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import NotEmpty
 from dlopt.data.checks import (
     WARNING,
     column_warnings,
@@ -29,7 +30,7 @@ from dlopt.data.samples import Dataset, Wrapped
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
 SLOW_ROWS = 10_000  # that are read one at a time within a second
-Files = str | list[str]
+Files = str | NotEmpty[str]
 _LOOKED_AT = 256  # images of each split, if the first one is grey
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
 
@@ -379,7 +380,7 @@ def find_files(key: str, files: Files, suffix: str) -> tuple[list[str], Counter[
                 )
             paths += found
     if not paths:
-        raise UserError(f"{key}={'[]' if files == [] else files}: at least one file is required")
+        raise UserError(f"{key}={files}: at least one file is required")
     return paths, others
 
 

@@ -4,10 +4,11 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Annotated, Any, Literal, Unpack
 
 import numpy as np
 import torch
+from annotated_types import MinLen
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
@@ -28,7 +29,7 @@ def csv(
     split_column: str | None,
     labels: Labels,
     channels: Literal[1, 3],
-    label_separator: str,
+    label_separator: Annotated[str, MinLen(1)],
     **keys: Unpack[ImageKeys],
 ) -> Dataset:
     """Loads images whose paths and labels are listed in a CSV file with a header line.
@@ -43,8 +44,6 @@ def csv(
         UserError: the file, an image or a column is missing, a field is empty or invalid, or a split has a class that
             no training row has.
     """
-    if not label_separator:
-        raise UserError("data.label_separator=: must be at least one character, such as ;")
     header = read_header(file)
     other = [path_column, *([] if split_column is None else [split_column])]
     header.require([*other, label_column], " (for a table of numbers and categories: data=table)")

@@ -237,8 +237,6 @@ def _files(key: str, files: Files, pattern: str, others: Counter[str]) -> list[P
     for entry in [files] if isinstance(files, str) else files:
         path = Path(os.path.expanduser(entry))
         paths += _in_folder(entry, path, pattern, others) if path.is_dir() else map(Path, find_files(key, entry, "")[0])
-    if not paths:
-        raise UserError(f"{key}=[]: at least one file or folder is required")
     return paths
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dlopt.basics.errors import UserError, install
+from dlopt.basics.errors import UserError, require_package
 from dlopt.basics.files import reason
 from dlopt.basics.plain_values import read_regular
 from dlopt.data.cache import cache_file, exclusive, load_arrays, save_arrays
@@ -187,10 +187,9 @@ def _decoded(chunk: bytes, name: str) -> str:
 
 
 def _library(source: str) -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError(f"{source}: the package tokenizers is not installed; {install('dlopt[text]')}") from None
+    require_package(source, "tokenizers", "text")
+    import tokenizers
+
     # Its threads do not survive a fork, with which loader workers and the jobs of a sweep start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return tokenizers

@@ -20,6 +20,7 @@ import numpy as np
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
+from dlopt.basics.ranges import NotEmpty
 from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note, numbers
 from dlopt.data.images import Size, decode
@@ -42,7 +43,7 @@ def webdataset(
     file: Files,
     val_file: Files | None,
     test_file: Files | None,
-    input: str | list[str],
+    input: str | NotEmpty[str],
     target: str,
     labels: Labels,
     channels: Channels,
@@ -64,8 +65,6 @@ def webdataset(
         UserError: a file is missing, damaged or compressed, or a sample lacks a member or has an invalid one.
     """
     names = [input] if isinstance(input, str) else list(input)
-    if not names:
-        raise UserError("data.input=[]: name at least one extension")
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     others: Counter[str] = Counter()
     shards = [

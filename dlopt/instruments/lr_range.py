@@ -65,8 +65,6 @@ def check(keys: RangeTest) -> None:
     """Raises `UserError` for inconsistent keys."""
     if keys.max_lr <= keys.min_lr:
         raise UserError(f"max_lr={keys.max_lr:g}: must be > min_lr={keys.min_lr:g}")
-    if keys.updates < 2 * _FEWEST:
-        raise UserError(f"updates={keys.updates}: must be >= {2 * _FEWEST}")
 
 
 def uses_line_search(optimizer: Component) -> str | None:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
-from dlopt.basics.ranges import Count, Fraction, Positive
+from dlopt.basics.ranges import Fraction, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class RangeTest:
 
     min_lr: Annotated[Positive, "X: first learning rate"] = 1e-6
     max_lr: Annotated[Positive, "X: last learning rate"] = 10.0
-    updates: Annotated[Count, "N: number of updates"] = 100
+    updates: Annotated[int, Ge(10), "N: number of updates"] = 100
     smoothing: Annotated[Fraction, "X: weight of the past in the exponential moving average of the losses"] = 0.9
     diverge: Annotated[float, Gt(1), "X: stop when the smoothed loss exceeds X times its minimum"] = 4.0
 

@@ -1,14 +1,13 @@
 """A network of locally connected layers: convolutions with separate filters at every position."""
 
 from collections import OrderedDict
-from typing import Unpack
+from typing import Annotated, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, Fraction
+from dlopt.basics.ranges import ODD, Count, Fraction
 from dlopt.models.layers import Activation, Norm, NormKeys, check_instance_norm, image_shape
 from dlopt.models.layers import activation as make_activation
 
@@ -51,7 +50,7 @@ class LocallyConnectedNet(nn.Sequential):
 
     Compare it with a convolutional network of the same connections to measure the effect of weight sharing. Images
     [B, C, H, W] of one fixed size -> [B, classes].
-    Errors: UserError for an even kernel, or samples that are not images.
+    Errors: UserError for samples that are not images.
     """
 
     def __init__(
@@ -60,15 +59,13 @@ class LocallyConnectedNet(nn.Sequential):
         input_shape: tuple[int, ...],
         classes: int,
         channels: tuple[Count, ...],
-        kernel: Count,
+        kernel: Annotated[Count, ODD],
         stride: Count,
         activation: Activation,
         dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         inputs, height, width = image_shape(input_shape, "a locally connected net")
-        if kernel % 2 == 0:
-            raise UserError(f"model.kernel={kernel}: must be odd")
         normalize = Norm(**norm)
         extent = (height, width)
         modules: OrderedDict[str, nn.Module] = OrderedDict()

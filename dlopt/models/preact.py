@@ -5,14 +5,15 @@ Normalization and ReLU precede each convolution; nothing follows the sum of bran
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Literal, Unpack
+from typing import Annotated, Literal, Unpack
 
 from torch import Tensor, nn
 
-from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, Depth, Fraction
+from dlopt.basics.ranges import Count, Depth, Fraction, layers
 from dlopt.models.layers import GlobalAveragePool, Norm, NormKeys, check_instance_norm, conv, image_shape, zero_branch
 from dlopt.models.resnet import ZeroPadShortcut, add_stages
+
+_LAYERS = layers(6, 4)  # of a wide network
 
 
 class PreActBlock(nn.Module):
@@ -112,19 +113,15 @@ class PreActResNet(nn.Sequential):
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a ResNet")
-        layers = 6 if block == "basic" else 9
-        if depth < layers + 2 or (depth - 2) % layers:
-            raise UserError(
-                f"model.depth={depth}: must be {layers}n+2 with model.block={block}, "
-                f"for example {', '.join(str(layers * n + 2) for n in (2, 3, 9, 18, 111))}"
-            )
+        per_block = 6 if block == "basic" else 9
+        layers(per_block, 2).require(f"model.block={block}, model.depth", depth)
         normalize = Norm(**norm)
         kind = PreActBlock if block == "basic" else PreActBottleneck
 
         def build(inputs: int, width: int, stride: int) -> PreActBlock | PreActBottleneck:
             return kind(inputs, width, stride, projection=block == "bottleneck", dropout=dropout, norm=normalize)
 
-        super().__init__(_network(channels, classes, (depth - 2) // layers, 16, build, kind.expansion, normalize))
+        super().__init__(_network(channels, classes, (depth - 2) // per_block, 16, build, kind.expansion, normalize))
         check_instance_norm(self, input_shape, norm["norm"])
 
 
@@ -142,14 +139,13 @@ class WideResNet(nn.Sequential):
         *,
         input_shape: tuple[int, ...],
         classes: int,
-        depth: Depth,
+        depth: Annotated[Depth, _LAYERS],
         widen: Count,
         dropout: Fraction,
         **norm: Unpack[NormKeys],
     ) -> None:
         channels, _, _ = image_shape(input_shape, "a wide ResNet")
-        if depth < 10 or depth % 6 != 4:
-            raise UserError(f"model.depth={depth}: must be 6n+4, for example 10, 16, 22, 28, 34 or 40")
+        _LAYERS.require("model.depth", depth)
         normalize = Norm(**norm)
 
         def build(inputs: int, width: int, stride: int) -> PreActBlock:

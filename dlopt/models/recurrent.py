@@ -2,15 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Fraction
-from dlopt.models.layers import Norm, NormKind, image_shape
+from dlopt.models.layers import Norm, image_shape
 from dlopt.models.linear import WideLinear
+
+# Batch statistics differ between time steps, which have no pixels and no groups of channels.
+RecurrentNorm = Literal["layer", "none"]
 
 
 class Rows(nn.Module):
@@ -89,7 +91,7 @@ class RecurrentKeys(TypedDict):
     hidden: Count
     layers: Count
     dropout: Fraction
-    norm: NormKind
+    norm: RecurrentNorm
     norm_affine: bool
 
 
@@ -98,8 +100,7 @@ class RNN(nn.Sequential):
 
     Images [B, C, H, W] -> [B, classes]. For text, classifies every time step: tokens [B, T] -> [B, T, classes],
     with an embedding of each token in place of the rows. Does not use torch's fused kernels, which do not support
-    second derivatives and every precision. Errors: UserError for a norm other than layer or none, or samples that are
-    not images or tokens.
+    second derivatives and every precision. Errors: UserError for samples that are not images or tokens.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class LSTM(nn.Sequential):
 
     `forget_bias` is added to the forget gate. It is not a parameter, so that no init scheme overwrites it (1:
     Jozefowicz et al. 2015). Images [B, C, H, W] -> [B, classes], tokens [B, T] -> [B, T, classes].
-    Errors: UserError for a norm other than layer or none, or samples that are not images.
+    Errors: UserError for samples that are not images.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ def _network(
     hidden: int,
     layers: int,
     dropout: float,
-    norm: NormKind,
+    norm: RecurrentNorm,
     norm_affine: bool,
 ) -> OrderedDict[str, nn.Module]:
     """Builds the modules; `layer` builds a recurrent layer from (inputs, hidden units, normalization)."""
@@ -155,13 +156,6 @@ def _network(
     if vocabulary is None:
         channels, _, width = image_shape(input_shape, "a recurrent net")
         inputs = channels * width
-    if norm not in ("layer", "none"):
-        reason = {
-            "batch": "batch statistics differ between time steps",
-            "group": "a recurrent layer has no channel groups",
-            "instance": "a time step has no pixels to average over",
-        }[norm]
-        raise UserError(f"model.norm={norm}: {reason}; recurrent networks support layer or none")
     normalize = Norm(
         norm=norm, norm_affine=norm_affine, norm_groups=1, norm_ghost_batch=None, norm_eps=1e-5, norm_momentum=0.1
     )

@@ -2,13 +2,13 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal, Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, Depth, Fraction
+from dlopt.basics.ranges import Count, Depth, Fraction, layers
 from dlopt.models.layers import (
     GlobalAveragePool,
     Norm,
@@ -21,6 +21,7 @@ from dlopt.models.layers import (
 )
 
 ShortcutPadding = Literal["end", "both"]
+_LAYERS = layers(6, 2)
 
 
 class ZeroPadShortcut(nn.Module):
@@ -131,7 +132,7 @@ class CifarResNet(nn.Sequential):
         *,
         input_shape: tuple[int, ...],
         classes: int,
-        depth: Depth,
+        depth: Annotated[Depth, _LAYERS],
         width: Count,
         residual: bool,
         shortcut_padding: ShortcutPadding,
@@ -143,8 +144,7 @@ class CifarResNet(nn.Sequential):
             raise UserError(
                 f"model.shortcut_padding={shortcut_padding}: a plain network has no shortcuts; set model.residual=true"
             )
-        if depth < 8 or depth % 6 != 2:
-            raise UserError(f"model.depth={depth}: must be 6n+2, for example 8, 14, 20, 32, 44, 56, 110 or 1202")
+        _LAYERS.require("model.depth", depth)
         normalize = Norm(**norm)
 
         def block(inputs: int, outputs: int, stride: int) -> BasicBlock:

@@ -1,35 +1,35 @@
 """Models from other packages: timm and torchvision."""
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from dlopt.basics.errors import UserError, install
-from dlopt.basics.ranges import Fraction
+from dlopt.basics.errors import UserError
+from dlopt.basics.names import Names
+from dlopt.basics.ranges import Fraction, installed
 from dlopt.models.layers import image_shape
 
 
 def timm_model(
-    *, input_shape: tuple[int, ...], classes: int, name: str, pretrained: bool, dropout: Fraction
+    *,
+    input_shape: tuple[int, ...],
+    classes: int,
+    name: Annotated[str, installed("timm", "timm")],
+    pretrained: bool,
+    dropout: Fraction,
 ) -> nn.Module:
     """Builds a model of the timm package: images [B, C, H, W] of the data's size -> [B, classes].
 
-    Errors: UserError if timm is not installed, does not have the model, or does not support the image size or
-    pretrained weights for it.
+    Errors: UserError if timm does not have the model, or does not support the image size or pretrained weights for it.
     """
     channels, height, width = image_shape(input_shape, "a timm model")
-    try:
-        import timm
-    except ImportError as error:
-        hint = install("dlopt[timm]")
-        raise UserError(f"model=timm model.name={name}: the package timm is not installed; {hint}") from error
+    import timm
+
     if not timm.is_model(name):
-        raise UserError(f"model.name={name}: timm has no such model; {_similar(name, timm.list_models())}")
+        raise Names("model of timm", timm.list_models(), "timm.list_models()", "model.name=").unknown(name)
     arguments: dict[str, Any] = {"num_classes": classes, "in_chans": channels, "drop_rate": dropout}
     # Only models with a fixed image size accept this argument.
     configuration = timm.get_pretrained_cfg(name, allow_unregistered=False)
@@ -59,8 +59,7 @@ def torchvision_model(*, input_shape: tuple[int, ...], classes: int, name: str, 
     from torchvision import models
 
     names = models.list_models(module=models)
-    if name not in names:
-        raise UserError(f"model.name={name}: torchvision has no such classifier; {_similar(name, names)}")
+    Names("classifier of torchvision", names, "torchvision.models.list_models()", "model.name=").check(name)
     weights = _torchvision_weights(name, pretrained)
     arguments: dict[str, Any] = {"weights": weights}
     if weights is None:
@@ -99,9 +98,8 @@ def _torchvision_weights(name: str, pretrained: bool | str) -> Any:
         return None
     choices = models.get_model_weights(name)
     key = "DEFAULT" if pretrained is True else pretrained
-    if key not in choices.__members__:
-        allowed = ", ".join(choices.__members__) or "none"
-        raise UserError(f"model.pretrained={pretrained}: torchvision has no such weights of {name}; it has {allowed}")
+    names = Names(f"weights of {name} in torchvision", choices.__members__, prefix="model.pretrained=")
+    names.check(key, f"model.pretrained={pretrained}")
     return choices[key]
 
 
@@ -145,11 +143,6 @@ def _set_channels(model: nn.Module, channels: int, *, keep: bool) -> None:
             if first.bias is not None and convolution.bias is not None:
                 convolution.bias.copy_(first.bias)
     model.set_submodule(name, convolution)
-
-
-def _similar(name: str, names: Sequence[str]) -> str:
-    close = get_close_matches(name, names, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"for example {', '.join(names[:: len(names) // 3])}"
 
 
 def _cannot_build(

@@ -11,17 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import ParamsT
 
-from dlopt.basics.errors import UserError, install
+from dlopt.basics.errors import require_package
 from dlopt.basics.ranges import Fraction, NonNegative, OpenFraction, Positive
 from dlopt.optim.common import fill_defaults, refuse_complex
 from dlopt.optim.traits import OptimizerTraits
 
-try:
-    import schedulefree
-except ModuleNotFoundError:
-    raise UserError(
-        f"optimizer=schedule_free_*: the package schedulefree is not installed; {install('dlopt[schedulefree]')}"
-    ) from None
+require_package("optimizer=schedule_free_*", "schedulefree", "schedulefree")
+import schedulefree  # noqa: E402
 
 
 class _KeepsTrainingPoint:

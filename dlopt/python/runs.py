@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.errors import UserError, install
+from dlopt.basics.errors import UserError, require_package
 from dlopt.basics.files import read_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_value
@@ -120,12 +120,9 @@ class Runs(list[Run]):
         A key with the name of a metric is `config.KEY`: `epochs` are the epochs trained, `config.epochs` those of the
         config. Raises `UserError` without pandas.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            if error.name != "pandas":
-                raise
-            raise UserError(f"to_pandas(): requires pandas; {install('dlopt[pandas]')}") from None
+        require_package("to_pandas()", "pandas", "pandas")
+        import pandas
+
         metrics = {name for run in self for name in run.metrics}
         rows = [
             {

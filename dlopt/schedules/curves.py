@@ -1,16 +1,13 @@
 """Schedules without restarts: constant, step, exponential, cosine, ... Pure functions of the update t."""
 
-import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, NonNegative, Positive, PositiveFraction, Probability
+from dlopt.basics.ranges import INCREASING, Count, NonNegative, Positive, PositiveFraction, Probability
 from dlopt.schedules.horizon import Factor, Horizon, half_cosine, length_of, one_unit, progress, whole
-
-Lengths = tuple[Positive, ...]
 
 
 def constant(*, horizon: Horizon) -> Factor:
@@ -37,9 +34,9 @@ def step(
 def multistep(
     *,
     gamma: PositiveFraction,
-    milestones_epochs: Lengths | None,
-    milestones_steps: tuple[Count, ...] | None,
-    milestones_fraction: tuple[PositiveFraction, ...],
+    milestones_epochs: Annotated[tuple[Positive, ...], INCREASING] | None,
+    milestones_steps: Annotated[tuple[Count, ...], INCREASING] | None,
+    milestones_fraction: Annotated[tuple[PositiveFraction, ...], INCREASING],
     horizon: Horizon,
 ) -> Factor:
     """gamma^(number of milestones <= t), t counted from the start of training; torch's MultiStepLR."""
@@ -51,10 +48,6 @@ def multistep(
         milestones = [whole(m * horizon.steps_per_epoch) for m in milestones_epochs]
     else:
         milestones = [whole(m * horizon.steps) for m in milestones_fraction]
-    if any(b <= a for a, b in itertools.pairwise(milestones)):
-        raise UserError(
-            f"schedule.milestones_*={list(milestones_steps or milestones_epochs or milestones_fraction)}: must increase"
-        )
     return lambda t: gamma ** bisect_right(milestones, min(t, horizon.steps))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.basics.errors import UserError, install, suggest
+from dlopt.basics.errors import UserError, require_package, suggest
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import (
@@ -207,11 +207,10 @@ def _drawn(composer: Composer, axes: Sequence[Axis], space: str, trials: str | N
     count = _TRIALS if trials is None else value_of(trials)
     if not str(count).isdecimal() or not 0 < int(count) <= 10_000:
         raise UserError(f"{trials}: must be the number of jobs of each optimizer, from 1 to 10000")
-    try:
-        from dlopt.sweeps.samplers import draw
-        from dlopt.sweeps.space import parse_space
-    except ModuleNotFoundError:
-        raise UserError(f"{space}: its ranges are drawn, which requires optuna; {install('dlopt[sweep]')}") from None
+    require_package(f"{space}: its ranges are drawn", "optuna", "sweep")
+    from dlopt.sweeps.samplers import draw
+    from dlopt.sweeps.space import parse_space
+
     points = parse_space([axis for axis in axes if axis.is_swept])
     jobs = dict.fromkeys(tuple(points.overrides(draw(points, 0, number))) for number in range(int(count)))
     columns = [(parts_of(lines[0])[0], [value_of(line) for line in lines]) for lines in zip(*jobs, strict=True)]

@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dlopt.basics.errors import UserError, install
+from dlopt.basics.errors import UserError, require_package
 from dlopt.basics.ranges import Count, Natural, Positive
 from dlopt.sweeps.space import Space, grid_values
 
@@ -54,10 +54,7 @@ def cmaes(
     *, space: Space, seed: int, startup_trials: Count, sigma: Positive | None, population: Annotated[int, Ge(3)] | None
 ) -> Sampler:
     """Covariance matrix adaptation (Hansen 2016) over numeric keys; choices and the first jobs are drawn at random."""
-    try:
-        import cmaes as _  # noqa: F401
-    except ImportError:
-        raise UserError(f"hydra/sweeper/sampler=cmaes: needs the package cmaes: {install('dlopt[sweep]')}") from None
+    require_package("hydra/sweeper/sampler=cmaes", "cmaes", "sweep")
     if all(isinstance(each, CategoricalDistribution) or space.axes[key].when for key, each in space.searched.items()):
         raise UserError(
             "hydra/sweeper/sampler=cmaes: needs numbers to search, in every job; for choices and conditions alone use "

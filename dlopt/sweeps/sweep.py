@@ -11,7 +11,7 @@ from hydra.core.utils import env_override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, install
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, require_package
 from dlopt.basics.folders import FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
@@ -116,6 +116,7 @@ def run(request: SweepRequest) -> SweepEnd:
         request.launcher.require()
     try:
         if str(request.config.hydra.sweeper._target_) == SEARCH:
+            require_package("hydra/sweeper=dlopt_optuna", "optuna", "sweep")
             from dlopt.sweeps.search import search
 
             end = search(request)
@@ -127,10 +128,6 @@ def run(request: SweepRequest) -> SweepEnd:
             status, board = wait(request.found[0])
             end = SweepEnd(status.code, board)
         return end
-    except ModuleNotFoundError as error:
-        if error.name != "optuna":
-            raise
-        raise UserError(f"hydra/sweeper=dlopt_optuna: requires optuna; {install('dlopt[sweep]')}") from None
     except Interrupted:  # before the first job
         raise
     except KeyboardInterrupt:

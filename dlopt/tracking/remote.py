@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from hydra.core.utils import env_override
 
-from dlopt.basics.errors import UserError, install
+from dlopt.basics.errors import UserError, require_package
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
@@ -202,10 +202,9 @@ def _check_mlflow(key: str, name: str) -> None:
 
 def _connect(uri: str) -> None:
     """Connects to a database once: MLflow retries for 100 s. Creates the folder of an SQLite file, as MLflow does."""
-    try:
-        from sqlalchemy import create_engine, make_url
-    except ModuleNotFoundError:
-        raise UserError(f"a database requires the package sqlalchemy; {install('dlopt[mlflow]')}") from None
+    require_package("a database", "sqlalchemy", "mlflow")
+    from sqlalchemy import create_engine, make_url
+
     url = make_url(uri)
     if url.get_backend_name() == "sqlite":
         if url.database in (None, "", ":memory:"):
@@ -282,7 +281,7 @@ class Wandb:
             # W&B's own `git diff` starts programs that a repository configures (`environment.repository` does not).
             settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
-        # W&B drops values of steps before its last one, such as epochs repeated after a rollback or a resume.
+        # W&B drops values of steps before its last one, such as epochs repeated after a resume.
         # Its own steps therefore only count the calls, and charts are drawn against the number of updates.
         self._run.define_metric(_UPDATE)
         self._run.define_metric("*", step_metric=_UPDATE)

@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import MinLen
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -90,7 +92,7 @@ class MultiScaleTenCrop:
     crop: see ten_crop.
     """
 
-    scales: tuple[Count, ...] | None = None
+    scales: Annotated[tuple[Count, ...], MinLen(1)] | None = None
     crop: Count | None = None
 
     def build(self, window: Size, image: Size) -> TestTransform:
@@ -123,8 +125,6 @@ def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> Te
             raise UserError(
                 f"{key}={scale}: resized images ({size[0]}x{size[1]}) are smaller than the crops ({crop[0]}x{crop[1]})"
             )
-    if not sizes:
-        raise UserError(f"{key}=[]: set at least one scale")
 
     def crops(images: Tensor) -> Iterator[tuple[float, Tensor]]:
         for size in sizes:

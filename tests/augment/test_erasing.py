@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from dlopt.augment import Erase, RandomErase
-from dlopt.basics.errors import UserError
 from tests.augment.helpers import Images, pictures, run
 
 
@@ -72,8 +71,3 @@ def test_random_values_fill_the_box() -> None:
     values = run([erase], images)
     values = values[values > 0]
     assert abs(values.mean() - 127.5) < 1 and abs(values.std() - 255 / 12**0.5) < 1
-
-
-def test_rejects_decreasing_ranges() -> None:
-    with pytest.raises(UserError, match="area"):
-        RandomErase(p=1.0, area=(0.4, 0.02), ratio=(0.3, 3.3), fill="zero", train=Images(torch.ones(2, 1, 4, 4)))

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlopt.basics.errors import UserError
 from dlopt.data.generated import copying, linear, polynomial, recall
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import DataSettings, prepare
@@ -106,12 +105,6 @@ def test_size_of_zero_omits_a_split(settings: Callable[..., DataSettings]) -> No
     assert cut.val is not None and (len(cut.train), len(cut.val)) == (15, 5)
 
 
-@pytest.mark.parametrize("interval", [(1.0, 1.0), (1.0, -1.0)])
-def test_rejects_an_empty_interval(interval: tuple[float, float]) -> None:
-    with pytest.raises(UserError, match=r"data\.interval=\[1\.0, .*low < high"):
-        make_polynomial(interval=interval)
-
-
 def test_regression_has_no_accuracy(tmp_path: Path) -> None:
     keys = "data=polynomial model=polynomial normalize=none loss=mse data.batch_size=full epochs=3 threads=1"
     done = dlopt(tmp_path, "train", *keys.split(), "hydra.run.dir=run")
@@ -175,9 +168,3 @@ def test_linear_features_have_their_ranges_and_equal_weight() -> None:
     noisy = tensors(linear(intervals=intervals, noise=0.3, **{**SIZES, "train_size": 5000}).train)
     residual = noisy[1] - (2 * noisy[0][:, 0] - 3) - (noisy[0][:, 1] - 150) / 50
     assert float(residual.std()) == pytest.approx(0.3, rel=0.04)
-
-
-@pytest.mark.parametrize(("intervals", "message"), [(((2.0, 2.0),), "is empty"), ((), "at least one feature")])
-def test_linear_refuses_empty_intervals(intervals: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        linear(intervals=intervals, noise=0.0, **SIZES)

@@ -119,7 +119,6 @@ def test_several_labels_per_image(table: Callable[..., Dataset]) -> None:
     [
         (SEVERAL, {"labels": "class"}, "line 3: label is empty"),
         ("path,label\nimages/000.png,\n", {}, "no training row has a label in label"),
-        (SEVERAL, {"label_separator": ""}, "data.label_separator=: must be at least one character"),
         (
             "path,label,split\nimages/000.png,red,train\nimages/001.png,red;blue,test\n",
             {"split_column": "split"},

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from dlopt import init
-from dlopt.basics.errors import UserError
 from dlopt.models.locally_connected import LocallyConnected2d
 
 Build = Callable[..., nn.Module]
@@ -47,8 +46,3 @@ def test_parameters(build: Build) -> None:
     model = build("locally_connected", "channels=[4,6]", "norm=none", input_shape=(1, 8, 8), classes=10)
     expected = 16 * 4 * (9 + 1) + 4 * 6 * (4 * 9 + 1) + 4 * 6 * 10 + 10
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
-
-
-def test_rejects_an_even_kernel(build: Build) -> None:
-    with pytest.raises(UserError, match=r"model\.kernel=4"):
-        build("locally_connected", "kernel=4", input_shape=(1, 8, 8), classes=3)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from dlopt.basics.errors import UserError
 from dlopt.models.layers import Norm
 from dlopt.models.recurrent import LSTMLayer, RecurrentLayer, Rows
 
@@ -73,10 +72,3 @@ def test_layer_norm_in_the_lstm() -> None:
         cell = (f + 0.5).sigmoid() * cell + i.sigmoid() * g.tanh()
         state = o.sigmoid() * nn.functional.layer_norm(cell, (6,)).tanh()
     torch.testing.assert_close(layer(sequence())[:, -1], state)
-
-
-@pytest.mark.parametrize("choice", ["rnn", "lstm"])
-@pytest.mark.parametrize("kind", ["batch", "group", "instance"])
-def test_rejects_other_norms(build: Build, choice: str, kind: str) -> None:
-    with pytest.raises(UserError, match=rf"model\.norm={kind}: .*layer or none"):
-        build(choice, f"norm={kind}", input_shape=(1, 8, 8), classes=4)

@@ -411,7 +411,6 @@ def test_curve_depends_only_on_the_fraction_of_the_run(a: int, b: int) -> None:
     [
         ("step", {"every_epochs": 2, "every_steps": 3}, r"schedule\.every_epochs=2 and schedule\.every_steps=3"),
         ("multistep", {"milestones_epochs": [1], "milestones_steps": [2]}, "milestones_epochs"),
-        ("multistep", {"milestones_epochs": [7, 5]}, r"milestones_.*must increase"),
         ("cosine", {"warmup_epochs": 1, "warmup_steps": 3}, "warmup_epochs=1"),
         ("cosine", {"warmup_epochs": 11}, r"schedule\.warmup_epochs=11.*264 steps.*240"),
         ("cosine_warmup", {"warmup_steps": 241}, r"schedule\.warmup_steps=241"),
@@ -561,7 +560,7 @@ def test_freezes_groups_at_zero_learning_rate() -> None:
     assert requires_grad == [[True, True]] * 10 + [[True, False]] * 10
     assert scheduler.resting == 1
     early = {**scheduler.state_dict(), "last_epoch": 3}
-    scheduler.load_state_dict(early)  # a rollback
+    scheduler.load_state_dict(early)
     assert [p.requires_grad for p in parameters] == [True, True] and scheduler.resting == 0
 
 

@@ -99,7 +99,6 @@ def test_default_scales_equal_those_of_the_paper() -> None:
     [
         (TenCrop(scale=20), "tta.scale=20"),
         (MultiScaleTenCrop(scales=(40, 31)), "tta.scales=31"),
-        (MultiScaleTenCrop(scales=()), "tta.scales"),
         (ShiftFlip(shift=32), "tta.shift=32"),
     ],
 )

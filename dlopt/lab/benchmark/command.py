@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.basics.errors import install
+from dlopt.basics.errors import require_package
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
@@ -114,10 +114,7 @@ def benchmark(arguments: list[str]) -> int:
     checks = "--check" in arguments
     line = read_line([each for each in arguments if each != "--check"], several="list the optimizers")
     refuse_ranks("dlopt benchmark", "all trials")
-    try:
-        import optuna as _  # noqa: F401
-    except ModuleNotFoundError:
-        raise UserError(f"dlopt benchmark: requires optuna; {install('dlopt[sweep]')}") from None
+    require_package("dlopt benchmark", "optuna", "sweep")
     if checks:
         return line.call(check)
     names, rest = take_optimizers(line, "dlopt benchmark")
