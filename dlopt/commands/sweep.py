@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.formats import format_count, printable
+from dlopt.basics.names import Names
 from dlopt.basics.ranges import Count
 from dlopt.commands.completion import folders
 from dlopt.commands.shared.command_line import take_command_keys
@@ -75,7 +76,7 @@ def _start(arguments: Sequence[str], parts: Iterable[str]) -> str:
     if any("=" in each for each in arguments):
         return f"sweep {' '.join(arguments)}: use `dlopt train -m {' '.join(arguments)}`"
     typed = arguments[0] if arguments else ""
-    return f"sweep {typed}: needs one of these words; {suggest(typed, parts, 'dlopt sweep --help')}"
+    return f"sweep {typed}: needs one of these words; {Names('word', [*parts]).hint(typed)}"
 
 
 def _status(folder: Path, *, json: Annotated[bool, "--: print a JSON document"] = False) -> int:
@@ -95,7 +96,7 @@ def _read(folder: Path) -> "SweepStatus":
 
 
 def _print(folder: Path, status: "SweepStatus") -> None:
-    from dlopt.sweeps.slurm_queue import array_ids, describe_counts, explain
+    from dlopt.sweeps.slurm_queue import array_ids, describe_counts
 
     counts = status.counts
     names = ("finished", "stopped_early", "pruned", "running", "queued", "interrupted", "unfinished", "failed")
@@ -105,8 +106,7 @@ def _print(folder: Path, status: "SweepStatus") -> None:
         what = f"elements of Slurm job {', '.join(status.slurm)}" if status.slurm else "workers"
         print(f"{what}: {workers}")
     for reason, count in status.pending.items():
-        meaning = explain(reason)
-        print(printable(f"  {count} pending: {reason}" + (f": {meaning}" if meaning else "")))
+        print(printable(f"  {count} pending: {reason}"))
     for job in status.jobs:
         if job.status == "running":
             print(printable(f"  job {job.number}: {job.label}" + (f"  ({job.worker})" if job.worker else "")))

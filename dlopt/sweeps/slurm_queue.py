@@ -21,37 +21,6 @@ _IDS = "slurm"  # in the folder `WORKERS`
 _COMMAND_SECONDS = 60.0  # maximum for a Slurm command
 # Of squeue, with their widths.
 _COLUMNS = {"ArrayJobID": 24, "ArrayTaskID": 12, "State": 24, "Reason": 96, "StdOut": 1024}
-_REASONS = {  # why Slurm does not start an element, by the beginning of its word: see "JOB REASON CODES" in squeue(1)
-    "None": "Slurm has not looked at it yet",
-    "Resources": "waits for free nodes",
-    "Priority": "jobs of higher priority are first",
-    "JobArrayTaskLimit": "hydra.launcher.n_jobs elements are running",
-    "BeginTime": "starts later, for example two minutes after a requeue",
-    "DependencyNeverSatisfied": "never starts: the job that it depends on has failed",
-    "Dependency": "waits for the job that it depends on",
-    "ReqNodeNotAvail": "its nodes are down, drained or reserved",
-    "Nodes required for job are": "its nodes are down, drained or reserved",
-    "NodeDown": "its nodes are down",
-    "BadConstraints": "never starts: no node offers what hydra.launcher requests",
-    "PartitionConfig": "requests more than the partition allows; see hydra.launcher",
-    "PartitionNodeLimit": "requests more nodes than the partition allows",
-    "PartitionTimeLimit": "hydra.launcher.time is longer than the partition allows",
-    "PartitionDown": "the partition is closed; see hydra.launcher.partition",
-    "PartitionInactive": "the partition is closed; see hydra.launcher.partition",
-    "InvalidAccount": "never starts: the account is not valid; see hydra.launcher.account",
-    "AccountNotAllowed": "never starts: the partition does not accept the account",
-    "InvalidQOS": "never starts: the quality of service is not valid; see hydra.launcher.extra",
-    "QOSNotAllowed": "never starts: the partition does not accept the quality of service",
-    "QOS": "a limit of the quality of service is reached",
-    "Assoc": "a limit of the account or user is reached",
-    "MaxJobsPerAccount": "a limit of the account or user is reached",
-    "Reservation": "waits for its reservation",
-    "Licenses": "waits for a license",
-    "JobHeldUser": "held; to release it: scontrol release",
-    "JobHeldAdmin": "held by an administrator",
-    "JobHoldMaxRequeue": "held after too many requeues; to release it: scontrol release",
-    "launch failed requeued held": "held because a node could not start it; to release it: scontrol release",
-}
 
 
 @dataclass(frozen=True)
@@ -139,11 +108,6 @@ def queued_elements(sweep: Path) -> Elements:
             found.setdefault(array, {})[int(index)] = state
             reasons.update([reason] if state == "PENDING" else [])
     return Elements(found, reasons=reasons)
-
-
-def explain(reason: str) -> str:
-    """Returns the meaning of Slurm's reason for a pending element; "" for one that is unknown here."""
-    return next((meaning for word, meaning in _REASONS.items() if reason.startswith(word)), "")
 
 
 def _cells(line: str) -> list[str]:

@@ -15,7 +15,9 @@ from tests.sweeps.fake_slurm import WriteTool
 
 def submit(sweep: Path, count: int, elements: int) -> None:
     (sweep / WORKERS).mkdir(parents=True, exist_ok=True)
-    JobArray([JobEntry(str(number), f"seed={number}", "epochs=1") for number in range(count)], elements).write(sweep)
+    JobArray(tuple(JobEntry(str(number), f"seed={number}", "epochs=1") for number in range(count)), elements).write(
+        sweep
+    )
     (sweep / WORKERS / SUBMISSION).write_text("{}")
 
 
@@ -42,7 +44,7 @@ def test_a_submitted_sweep(tmp_path: Path, write_tool: WriteTool) -> None:
     assert result.code == 75 and result.out.splitlines() == [
         "8 jobs: 1 finished, 2 running, 4 queued, 1 failed",
         "elements of Slurm job 21: 3 running, 1 pending",
-        "  1 pending: QOSMaxJobsPerUserLimit: a limit of the quality of service is reached",
+        "  1 pending: QOSMaxJobsPerUserLimit",
         "  job 1: seed=1  (21_0)",
         "  job 6: seed=6  (another process)",
         "  s/4 failed: disk full",
