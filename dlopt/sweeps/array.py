@@ -6,17 +6,20 @@ What has happened to a job is in its run folder only.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_json
-from dlopt.basics.folders import RunFolder, inside, short_path
-from dlopt.basics.plain_values import load_json, read_regular
+from dlopt.basics.folders import RunFolder, inside
+from dlopt.basics.plain_values import read_regular
+from dlopt.basics.stored import Stored
 
 WORKERS = "workers"  # in the folder of a sweep: the files of a submitted one, and the locks of a search's processes
 JOBS, SUBMISSION, STOP = "jobs.json", "submission.json", "stop"  # in that folder
+SUBMIT_AGAIN = "restore it, or submit the sweep again with this version of dlopt"
 _MAX_BYTES = 1 << 28  # 10,000 jobs have 1 MB
 _ELEMENTS_PER_SLOT = 4  # by default: few enough for Slurm, and enough to keep all slots busy until the end
 _INDEX_VARIABLES = {  # of a scheduler -> its first index
@@ -31,8 +34,7 @@ _INDEX_VARIABLES = {  # of a scheduler -> its first index
 _NO_INDEX = {"SGE_TASK_ID": "undefined", "LSB_JOBINDEX": "0"}  # their values in a job that is no array
 
 
-@dataclass(frozen=True)
-class JobEntry:
+class JobEntry(NamedTuple):
     """A job of the array. `folder`: relative to the sweep's; `length`: its overrides of epochs and steps."""
 
     folder: str
@@ -51,7 +53,7 @@ class JobArray:
     `counts_diverged`: a diverged run is a result, as in a comparison: it does not run again.
     """
 
-    jobs: Sequence[JobEntry]
+    jobs: tuple[JobEntry, ...]
     elements: int
     counts_diverged: bool = False
 
@@ -72,9 +74,7 @@ class JobArray:
         return self.counts_diverged and (run.summary() or {}).get("diverged") is True
 
     def write(self, sweep: Path) -> None:
-        jobs = [[job.folder, job.label, job.length] for job in self.jobs]
-        content = {"elements": self.elements, "counts_diverged": self.counts_diverged, "jobs": jobs}
-        write_json(sweep / WORKERS / JOBS, content, indent=None)
+        write_json(sweep / WORKERS / JOBS, asdict(self), indent=None)
 
 
 def is_submitted(sweep: Path) -> bool:
@@ -93,20 +93,12 @@ def stop_reason(sweep: Path) -> str | None:
 
 def read_array(sweep: Path) -> JobArray | None:
     """Reads the jobs of a submitted grid; None for another sweep. Raises `UserError` for a damaged file."""
-    try:
-        found = load_json(sweep / WORKERS / JOBS, _MAX_BYTES)
-    except FileNotFoundError:
+    stored = Stored(sweep / WORKERS / JOBS, JobArray, _MAX_BYTES, SUBMIT_AGAIN)
+    if (array := stored.read()) is None:
         return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{short_path(sweep)}: {WORKERS}/{JOBS} is damaged: {reason}") from None
-    match found:
-        case {"elements": int(elements), "jobs": list(entries)} if 0 < elements <= len(entries):
-            if all(isinstance(entry, list) and list(map(type, entry)) == [str] * 3 for entry in entries):
-                jobs = [JobEntry(*entry) for entry in entries]
-                if all(_is_below(job.folder) for job in jobs):
-                    return JobArray(jobs, elements, counts_diverged=found.get("counts_diverged") is True)
-    raise UserError(f"{short_path(sweep)}: {WORKERS}/{JOBS} is damaged: it holds no jobs of this sweep")
+    if not (0 < array.elements <= len(array.jobs) and all(_is_below(job.folder) for job in array.jobs)):
+        raise stored.damaged("it holds no jobs of this sweep")
+    return array
 
 
 def _is_below(folder: str) -> bool:

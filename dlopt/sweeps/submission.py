@@ -17,20 +17,31 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dlopt._version import __version__
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import IN_PLACE, SUBMITTED, RunFolder, inside, short_path
 from dlopt.basics.locks import locked, shared, taken
 from dlopt.basics.plain_values import read_regular
+from dlopt.basics.stored import Stored
 from dlopt.parallel.processes.launch import python_module
-from dlopt.sweeps.array import JOBS, STOP, SUBMISSION, WORKERS, JobArray, format_indices, own_numbers, read_array
+from dlopt.sweeps.array import (
+    JOBS,
+    STOP,
+    SUBMISSION,
+    SUBMIT_AGAIN,
+    WORKERS,
+    JobArray,
+    format_indices,
+    own_numbers,
+    read_array,
+)
 from dlopt.sweeps.code_copy import is_unchanged
 from dlopt.sweeps.element import RESTARTS
 from dlopt.sweeps.slurm import Slurm
@@ -71,6 +82,8 @@ class Submission:
     jobs: str | None
     elements: int
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # such as those of another version
+
     @property
     def digest(self) -> str:
         return digest_of(asdict(self))
@@ -105,31 +118,19 @@ class Submission:
 
 def read(sweep: Path) -> Submission:
     """Reads the submission in the folder of a sweep. Raises `UserError`."""
-    found = read_json(sweep / WORKERS / SUBMISSION)
+    return _read(sweep, SUBMISSION, Submission)
+
+
+def _read(sweep: Path, name: str, kind: type[T]) -> T:
+    found = Stored(sweep / WORKERS / name, kind, cure=SUBMIT_AGAIN).read()
     if found is None:
         raise UserError(f"{short_path(sweep)}: no sweep was submitted in this folder (hydra/launcher=slurm)")
-    if found.keys() != {each.name for each in fields(Submission)}:
-        raise UserError(f"{short_path(sweep)}: submitted with another version of dlopt, or damaged ({SUBMISSION})")
-    return _checked(sweep, SUBMISSION, Submission, found)
-
-
-def _launcher(sweep: Path) -> Slurm:
-    """Reads the settings of the launcher. Raises `UserError`."""
-    return _checked(sweep, LAUNCHER, Slurm, read_json(sweep / WORKERS / LAUNCHER) or {})
-
-
-def _checked(sweep: Path, name: str, kind: Callable[..., T], found: Mapping[str, Any]) -> T:
-    from dlopt.config.schema import check_arguments  # with pydantic, which the status of a sweep does not need
-
-    try:
-        return kind(**check_arguments(name, kind, found))
-    except UserError as error:
-        raise UserError(f"{short_path(sweep)}: damaged: {error}") from None
+    return found
 
 
 def read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
     """Reads a submission of this user. Raises `UserError`, also for a sweep of another user."""
-    submission, launcher = read(sweep), _launcher(sweep)
+    submission, launcher = read(sweep), _read(sweep, LAUNCHER, Slurm)
     if not {submission.digest, digest_of(asdict(launcher))} <= _trusted():
         raise UserError(f"{short_path(sweep)}: only the user who has submitted this sweep can {verb} it")
     return submission, launcher
@@ -323,7 +324,7 @@ def become_worker(sweep: Path, typed: str | None, slots: int, part: tuple[int, i
         own_numbers(own_array(sweep, submission), part, os.environ)  # refuses an index out of range
     if submission.tasks > 1 and "SLURM_JOB_ID" not in os.environ:
         raise UserError(f"{short_path(sweep)}: its jobs have {submission.tasks} processes, which srun starts")
-    command = worker_command(sweep, submission, _launcher(sweep), slots, part)
+    command = worker_command(sweep, submission, _read(sweep, LAUNCHER, Slurm), slots, part)
     sys.stdout.flush()
     os.execv(command[0], command)
 

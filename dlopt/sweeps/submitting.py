@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def _submit_grid(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> No
             _print_next(folder, ["status", "wait", "stop"])
             return
         list_jobs(folder, jobs)
-        array = JobArray(entries, count, counts_diverged=bool(request.series))
+        array = JobArray(tuple(entries), count, counts_diverged=bool(request.series))
         array.write(folder)
         _write(folder, submission, launcher)
         with recorded_code(folder, submission):
@@ -121,7 +121,7 @@ def _digest_of_jobs(entries: Sequence[JobEntry], plans: Sequence[Plan]) -> str:
         {key: value for key, value in flatten(redacted(plan.saved)).items() if role_of(key) is not Role.COMMAND}
         for plan in plans
     ]
-    return digest_of({"jobs": [astuple(entry) for entry in entries], "configs": configs})
+    return digest_of({"jobs": [*entries], "configs": configs})
 
 
 def _refuse_difference(folder: Path, submission: Submission, entries: Sequence[JobEntry]) -> None:

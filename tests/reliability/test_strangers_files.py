@@ -262,7 +262,7 @@ def sweep_folder(path: Path) -> None:
         make_run(path / str(number), seed=number)
     write_yaml(path / SPACE, [["seed=0"], ["seed=1"]])
     (path / WORKERS).mkdir()
-    JobArray([JobEntry(str(number), f"seed={number}", "epochs=1") for number in (0, 1)], 2).write(path)
+    JobArray(tuple(JobEntry(str(number), f"seed={number}", "epochs=1") for number in (0, 1)), 2).write(path)
     note_array(path, "7")
     (path / WORKERS / SUBMISSION).write_text("{}")
     (path / WORKERS / submission.STOP).write_text("a job failed")

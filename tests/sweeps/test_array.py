@@ -20,7 +20,7 @@ from dlopt.sweeps.array import (
 
 
 def array(jobs: int, elements: int) -> JobArray:
-    return JobArray([JobEntry(str(number), f"seed={number}", "epochs=1") for number in range(jobs)], elements)
+    return JobArray(tuple(JobEntry(str(number), f"seed={number}", "epochs=1") for number in range(jobs)), elements)
 
 
 def test_every_job_is_in_one_element() -> None:
@@ -107,5 +107,5 @@ def test_the_file_of_the_jobs(tmp_path: Path) -> None:
         *(json.dumps({"elements": 1, "jobs": [[folder, "", ""]]}) for folder in ("/tmp", "../0", "", "a/../../b")),
     ):  # fmt: skip
         (tmp_path / WORKERS / JOBS).write_text(content)
-        with pytest.raises(UserError, match=r"workers/jobs.json is damaged"):
+        with pytest.raises(UserError, match=r"workers/jobs\.json: is damaged: .*; restore it, or submit"):
             read_array(tmp_path)

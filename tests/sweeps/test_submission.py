@@ -266,7 +266,10 @@ def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("cwd", "/no/such/folder"): "submitted in /no/such/folder, a folder that this machine does not have",
         ("elements", 3): "workers/jobs.json is missing, or not of this submission",
         ("tasks", 4): "its jobs have 4 processes, which srun starts",
-        ("more", 1): "submitted with another version of dlopt, or damaged",
+        (
+            "more",
+            1,
+        ): "submission.json: is damaged: more: Unexpected keyword argument; restore it, or submit the sweep a",
     }.items():
         path.write_text(json.dumps({**content, change[0]: change[1]}))
         assert message in said(dlopt(tmp_path, "sweep", "work", PLACE))
@@ -278,9 +281,12 @@ def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "the copy of its code has changed since it was submitted" in said(dlopt(tmp_path, "sweep", "work", PLACE))
     for name, value in {"paths": 5, "environment": [], "tasks": "many"}.items():
         path.write_text(json.dumps({**content, name: value}))
-        assert "sweep: damaged: submission.json." in said(dlopt(tmp_path, "sweep", "work", PLACE))
+        assert f"sweep/workers/submission.json: is damaged: {name}" in said(dlopt(tmp_path, "sweep", "work", PLACE))
     path.write_text("{")
-    assert "no sweep was submitted in this folder" in said(dlopt(tmp_path, "sweep", "work", PLACE))
+    assert "submission.json: is damaged: is not JSON" in said(dlopt(tmp_path, "sweep", "work", PLACE))
+    path.write_text(json.dumps(content))
+    path.with_name(submission.LAUNCHER).unlink()
+    assert "no sweep was submitted in this folder" in said(dlopt(tmp_path, "sweep", "resume", PLACE))
 
 
 def test_stop_and_resume(submitted: Path, slurm: Path, write_tool: WriteTool, tmp_path: Path) -> None:
