@@ -4,13 +4,13 @@ Errors and exit codes
     UserError, RunError: one line for the user; exit code 2, and 1. DONE, FAILED, INTERRUPTED: codes of a command.
     suggest: "did you mean ...?" for a name that is unknown.
 Types of arguments and keys, with ranges
-    Count, Natural (from 0), Seed; Positive, NonNegative, Fraction (below 1), Probability.
+    Count, Natural (from 0), Seed; Positive, NonNegative, Fraction (below 1), Probability; NotEmpty[Count]: a list.
 Files
     RunFolder: the paths and states of a run. read_json, write_json, write_atomically: None or whole files.
     Stored: a file of dlopt's own, read by its type.
 Commands
     on_config, on_checkpoint: turn a function into a command; its keyword-only parameters are the command's keys.
-    Line: its overrides, parsed and composed. output_folder, writing, refuse_empty: what commands share.
+    Line: its overrides, parsed and composed. output_folder, writing: what commands share.
     key_of, group_of, value_of, without: take overrides apart. keys_of_train: completes them.
 Configs
     Composer, Plan, plan, RunConfig: from overrides to a checked config. Component: a callable with checked arguments.
@@ -33,7 +33,7 @@ from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError, 
 from dlopt.basics.files import read_json, write_atomically, write_json
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import printable
-from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, Positive, Probability, Seed
+from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, NotEmpty, Positive, Probability, Seed
 from dlopt.basics.roles import Role
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
         on_checkpoint,
         on_config,
         output_folder,
-        refuse_empty,
         writing,
     )
     from dlopt.config.compose import Composer
@@ -74,7 +73,7 @@ if TYPE_CHECKING:
 
 _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.commands.completion": "keys_of_train",
-    "dlopt.commands.shared.command_line": "Line on_checkpoint on_config output_folder refuse_empty writing",
+    "dlopt.commands.shared.command_line": "Line on_checkpoint on_config output_folder writing",
     "dlopt.config.compose": "Composer",
     "dlopt.config.run_config": "RunConfig",
     "dlopt.config.keys": "role_of",

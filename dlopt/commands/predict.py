@@ -1,10 +1,6 @@
 """`dlopt predict`: predictions of a trained model for images, the rows of a table, or a text."""
 
-import contextlib
 import os
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +8,7 @@ from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
 from dlopt.basics.interruption import print_message
 from dlopt.basics.ranges import Count, Natural
+from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.reads import INFERENCE
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 
 _READS = (*INFERENCE, "allow_packages", "parallel")
 _SUFFIXES = (".csv", ".txt", "", ".parquet")
-_SILENT = 2  # seconds without a line of progress
 USAGE = """\
 Predict images, the rows of a table, or a text with a checkpoint
 
@@ -66,7 +62,9 @@ def _predict(
     changes: dict[str, Any],
     *,
     images: Annotated[
-        str | None, "PATH: an image, or a folder of images (recursively, without hidden files and folders)"
+        str | None,
+        "PATH: an image, or a folder of images (recursively, without hidden files and folders)",
+        "required without file",
     ] = None,
     file: Annotated[
         str | None,
@@ -79,14 +77,16 @@ def _predict(
     probabilities: Annotated[
         Literal["predicted", "all"] | None,
         "NAME: of a table: predicted: of the predicted class; all: also p(CLASS) for each class (default: predicted)",
+        "needs file",
     ] = None,
     per: Annotated[
         Literal["line", "document", "window"] | None,
         "NAME: of a text: what a row is: line, document (texts with a zero byte between them, or rows of a Parquet "
         "file), or window of the training's length (default: line; document in Parquet; window of tokens)",
+        "needs file",
     ] = None,
     max_errors: Annotated[
-        Natural | None, "N: maximum number of unreadable images to skip with a warning (default: 10)"
+        Natural | None, "N: maximum number of unreadable images to skip with a warning (default: 10)", "needs images"
     ] = None,
     batch_size: Annotated[
         Count | None,
@@ -96,8 +96,6 @@ def _predict(
     """Writes the predictions. Raises `UserError` for wrong input, `RunError` if too many files are unreadable."""
     from dlopt.trained.predict_output import is_table_of_parquet, writer
 
-    if (images is None) == (file is None):
-        raise UserError("images, file: one of them is required: images=FOLDER, or file=FILE for a table or a text")
     if images is not None and not os.path.exists(images):
         raise UserError(f"images={images}: no such file or folder")
     target = _target(output, file, is_table=file is not None and is_table_of_parquet(file))
@@ -121,7 +119,12 @@ def _predict(
         return DONE
     for note in (*([] if trained.warning is None else [trained.warning]), *predictions.notes):
         print_message(note)
-    with writing(target), _progress() as (warn, show):
+    with writing(target), status_line() as show:
+
+        def warn(message: str) -> None:
+            show("")
+            print_message(message)
+
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(target) as temporary:
             with writer(temporary, target.suffix, predictions.columns, predictions.delimiter) as write:
@@ -158,50 +161,22 @@ def _predictions(
     file: str | None,
     given: dict[str, Any],
 ) -> "Predictions":
-    """Returns the predictions of images, a table or a text. Raises `UserError` for a key that they do not have."""
+    """Returns the predictions of images, a table or a text. Raises `UserError` for a key of the other kind of file."""
     from dlopt.tasks.text import NextToken
     from dlopt.trained.classify import ImagePredictions, refuse_other_inputs
     from dlopt.trained.predict_tables import predict_table
     from dlopt.trained.predict_texts import predict_text
 
-    is_text = isinstance(trained.task, NextToken)
-    what, own = ("images", "max_errors") if images else ("a text", "per") if is_text else ("a table", "probabilities")
-    for name, value in given.items():
-        if value is not None and name not in (own, "batch_size"):
-            raise UserError(f"{name}={value}: predictions of {what} do not have this key; leave it out")
-    value, batch_size = given[own], given["batch_size"]
+    batch_size, max_errors = given["batch_size"], given["max_errors"]
     if images is not None:
         refuse_other_inputs(trained, path)
         files, notes = images
-        return ImagePredictions(trained, files, batch_size or 64, 10 if value is None else value, notes)
+        return ImagePredictions(trained, files, batch_size or 64, 10 if max_errors is None else max_errors, notes)
     assert file is not None
+    is_text = isinstance(trained.task, NextToken)
+    what, other = ("a text", "probabilities") if is_text else ("a table", "per")
+    if given[other] is not None:
+        raise UserError(f"{other}={given[other]}: predictions of {what} do not have this key; leave it out")
     if is_text:
-        return predict_text(trained, path, file, batch_size, value)
-    return predict_table(trained, path, file, batch_size or 64, value)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """Yields functions that print a message, and that show the progress in the last line of a terminal after 2 s."""
-    start, is_shown = time.monotonic(), False
-
-    def clear() -> None:
-        nonlocal is_shown
-        if is_shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        is_shown = False
-
-    def warn(message: str) -> None:
-        clear()
-        print_message(message)
-
-    def show(text: str) -> None:
-        nonlocal is_shown
-        if sys.stderr.isatty() and time.monotonic() - start > _SILENT:
-            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
-            is_shown = True
-
-    try:
-        yield warn, show
-    finally:
-        clear()
+        return predict_text(trained, path, file, batch_size, given["per"])
+    return predict_table(trained, path, file, batch_size or 64, given["probabilities"])

@@ -78,7 +78,9 @@ class _Options:
     watch: Annotated[bool, "--: update the report whenever a run writes, until interrupted"] = False
     open: Annotated[bool, "--: serve the page on localhost and open it in the browser, until interrupted"] = False
     json: Annotated[
-        bool, "--: print the leaderboard as a JSON document; write files only if output, format or plot is set"
+        bool,
+        "--: print the leaderboard as a JSON document; write files only if output, format or plot is set",
+        "not with watch or open",
     ] = False
 
 
@@ -93,8 +95,6 @@ def report(arguments: list[str]) -> int:
     if not folders:
         raise UserError("report: needs a folder of runs: dlopt report outputs/NAME")
     to = destination(folders[0], options.output, options.format, options.plot)
-    if options.json and (options.watch or options.open):
-        raise UserError("--json: prints one document; not with --watch and --open")
     if options.open and to.page is None:
         raise UserError("--open: shows the page; needs a folder with html among its formats")
     reader, console = RunReader(), Console(highlight=False)

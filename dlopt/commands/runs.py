@@ -86,11 +86,11 @@ def _list(
     ] = None,
     limit: Annotated[Count | None, "N: show only the first N runs"] = None,
     paths: Annotated[bool, "--: print only the folders"] = False,
-    json: Annotated[bool, "--: print a JSON document with all keys and metrics, or with those of columns"] = False,
+    json: Annotated[
+        bool, "--: print a JSON document with all keys and metrics, or with those of columns", "not with paths"
+    ] = False,
 ) -> int:
     """Lists runs: a table on a terminal, tab-separated values elsewhere. Raises `UserError`."""
-    if paths and json:
-        raise UserError("--paths --json: only one of these can be used at a time")
     query = Query(folders, conditions, sort, columns, limit)
     records, damaged = query.find()
     if paths:

@@ -37,7 +37,7 @@ def sample(
         str | None,
         "TEXT: the text to continue (default: a line break); token numbers for data=tokens: prompt=[464,1266]",
     ] = None,
-    file: Annotated[str | None, "PATH: read the prompt from a file"] = None,
+    file: Annotated[str | None, "PATH: read the prompt from a file", "not with prompt"] = None,
     length: Annotated[Count, "N: number of tokens to sample"] = 200,
     temperature: Annotated[NonNegative, "T: divides the logits; 0: always the most probable token"] = 0.8,
     top_k: Annotated[Count | None, "N: sample from the N most probable tokens (default: from all)"] = None,
@@ -70,8 +70,6 @@ def sample(
 
 def _text(prompt: str | None, file: str | None) -> bytes:
     """Returns the prompt, a line break by default."""
-    if prompt is not None and file is not None:
-        raise UserError("prompt, file: set one of them")
     if file is None:
         text = b"\n" if prompt is None else os.fsencode(prompt)
     else:

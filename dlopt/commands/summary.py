@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.errors import DONE
 from dlopt.basics.ranges import Count
 from dlopt.commands.shared.command_line import Line, on_config
 from dlopt.config.reads import RECIPE
@@ -37,11 +37,15 @@ def summary(
     line: Line,
     *,
     input_shape: Annotated[
-        list[Count] | None, "[C,H,W]: shape of the input; requires classes or vocabulary (default: of the data set)"
+        list[Count] | None,
+        "[C,H,W]: shape of the input, of a text [TOKENS] (default: of the data set)",
+        "needs classes or vocabulary",
     ] = None,
-    classes: Annotated[Count | None, "N: number of outputs; requires input_shape (default: of the data set)"] = None,
+    classes: Annotated[
+        Count | None, "N: number of outputs (default: of the data set)", "needs input_shape", "not with vocabulary"
+    ] = None,
     vocabulary: Annotated[
-        Count | None, "N: number of tokens of a text; requires input_shape=[TOKENS] (default: of the data set)"
+        Count | None, "N: number of tokens of a text (default: of the data set)", "needs input_shape"
     ] = None,
 ) -> int:
     """Prints the table. Raises `UserError`."""
@@ -50,12 +54,7 @@ def summary(
     from dlopt.tasks.classification import Classification
     from dlopt.tasks.text import NextToken
 
-    if classes is not None and vocabulary is not None:
-        raise UserError(f"classes={classes}, vocabulary={vocabulary}: set one of them")
     outputs = classes if vocabulary is None else vocabulary
-    if (input_shape is None) != (outputs is None):
-        missing = "classes=N or vocabulary=N" if outputs is None else "input_shape=[C,H,W]"
-        raise UserError(f"input_shape, classes: need each other; add {missing}, or omit both to use the data set")
     if input_shape is None or outputs is None:
         shape, task, samples = _sizes(run_config)
     else:

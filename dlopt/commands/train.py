@@ -42,12 +42,10 @@ def help_page(arguments: list[str]) -> str:
 
 
 def _check_flags(parsed: Namespace) -> None:
-    modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
-    if len(modes) > 1:
-        raise UserError(f"{' '.join(modes)}: only one of these can be used at a time")
-    for name in ("cfg", "info", "hydra_help"):
-        if parsed.json and getattr(parsed, name):
-            raise UserError(f"--json --{name.replace('_', '-')}: only one of these can be used at a time")
+    for names in (("run", "multirun", "cfg", "info"), ("json", "cfg"), ("json", "info"), ("json", "hydra_help")):
+        typed = [f"--{name.replace('_', '-')}" for name in names if getattr(parsed, name)]
+        if len(typed) > 1:
+            raise UserError(f"{' with '.join(typed)}: only one of them may be set")
     for name in ("resolve", "package"):
         if getattr(parsed, name) and not parsed.cfg:
-            raise UserError(f"--{name}: only valid with --cfg")
+            raise UserError(f"--{name}: needs --cfg")

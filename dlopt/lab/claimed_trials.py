@@ -1,4 +1,4 @@
-"""What `dlopt benchmark` and `dlopt ladder` share: optimizers of a command line, fixed keys, claimed trials.
+"""What `dlopt benchmark`, `dlopt ladder` and `dlopt judge` share: their command lines, fixed keys, claimed trials.
 
 A trial is a job in its own folder below the output folder. Several processes share the trials: each claims one by
 a lock, which the kernel releases when the process dies.
@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from dlopt.basics.folders import inside
+from dlopt.basics.folders import inside, refuse_url
 from dlopt.basics.locks import hold
+from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra, is_set
+from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import Line, Role, RunFolder, UserError, group_of, key_of, role_of, without
 from dlopt.results.leaderboard import ENDED
 from dlopt.sweeps import pool as pools
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from dlopt.extend import Plan
     from dlopt.tracking.overview import Overview
 
-READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
+_READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
 # Part of the protocol in addition to the keys of a role: workloads and families name the first two groups, and every
 # trial runs to its end and writes only the data for the results.
 _FIXED = ("schedule", "stopping", "checkpoint", "tracking", "log_every_steps", "max_time")
@@ -33,6 +35,7 @@ UNRECORDED = (
 )  # fmt: skip
 """Overrides of every trial: it writes what the results need and nothing else."""
 _LAUNCHER = "hydra/launcher=joblib"  # by default
+S = TypeVar("S")
 _CLAIM = ".claim"  # in a trial's folder, locked by the process that runs the trial
 
 
@@ -51,6 +54,32 @@ def take_optimizers(line: Line, command: str) -> tuple[list[str], Line]:
     if len(set(names)) < len(names):
         raise UserError(f"{typed[0]}: an optimizer is listed twice")
     return names, replace(line, overrides=[each for each in line.overrides if each not in typed])
+
+
+def without_hydra(line: Line, command: str, function: Callable[..., Any]) -> list[str]:
+    """Returns the overrides without those of the launcher. Raises `UserError` for other keys of Hydra.
+
+    `function`: declares the keys of the command.
+    """
+    refuse_unread_hydra(line.overrides, command, _READS_OF_HYDRA, {}, command_key_names(function))
+    return [each for each in line.overrides if not is_hydra(each)]
+
+
+def results_folder(output: str | None, *default: str) -> Path:
+    """Returns the absolute path of the folder `output`, by default one in outputs/. Raises `UserError` for a URL."""
+    refuse_url(output or "", "output")
+    return (Path("outputs", *default) if output is None else Path(output)).absolute()
+
+
+def saved_series(line: Line, command: str, read: Callable[[Path], S | None], manifest: str) -> tuple[Path, S]:
+    """Returns the folder that the line of a report names, with the contents of its manifest. Raises `UserError`."""
+    if len(line.overrides) != 1:
+        raise UserError(f"{command}: one folder is needed: {command} FOLDER")
+    folder = Path(line.overrides[0]).absolute()
+    found = read(folder) if folder.is_dir() else None
+    if found is None:
+        raise UserError(f"{line.overrides[0]}: not a folder for `{command}`: it has no {manifest}")
+    return folder, found
 
 
 def is_fixed(override: str) -> bool:

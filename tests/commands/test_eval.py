@@ -599,7 +599,6 @@ def test_refused_weights(folder: Path) -> None:
         ((*config, "init_from=none.pt"), "init_from=none.pt: no such file"),
         ((*config, "init_from=headless.pt", "optimizer.lr=0.1"), "optimizer.lr=0.1: dlopt eval does not read this key"),
         ((*config, "init_from=headless.pt", "tta.crop=4"), "tta.crop=4: unknown key of tta=none"),
-        (("init_from=headless.pt", "checkpoint=a"), "set one of them"),
         (("checkpoint=headless.pt",), "for weights of another tool: init_from=headless.pt with the model and data"),
     ):
         assert error in refused(folder, "eval", *line)

@@ -59,7 +59,6 @@ def test_runs(night: Path) -> None:
     assert run["config"] == {"optimizer.lr": 9} and run["metrics"].keys() == {"val_loss"}
     none = dlopt(night, "runs", "night", "optimizer.lr=7", "--json")
     assert (none.code, document(none)) == (0, {"runs": [], "skipped": skipped}) and "no run matches" in none.err
-    assert "--paths --json" in refused(night, "runs", "night", "--paths", "--json")
 
 
 def test_report(night: Path) -> None:

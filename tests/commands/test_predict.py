@@ -139,8 +139,6 @@ def test_skips_and_reports_unreadable_files(workdir: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ([], ["images", "required"]),
-        (["images=images", "per=line"], ["per=line", "images"]),
         (["image=x.png"], ["image: did you mean images?"]),
         (["images=nowhere"], ["images=nowhere"]),
         (["images=run/tensorboard"], ["images=run/tensorboard", "no images"]),

@@ -174,7 +174,6 @@ def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("", "needs a folder of runs"),
         ("nowhere", "nowhere: no such folder"),
         ("night --wach", "--wach: unknown flag"),
         ("night by=test_loss", "by=test_loss: ranking by a test metric"),

@@ -52,8 +52,6 @@ def test_table_in_a_terminal(outputs: Path, width: int) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("", "needs two run folders, not 0"),
-        ("a b c", "needs two run folders, not 3"),
         ("a nowhere", "nowhere: no such folder"),
         ("a .", "config.yaml is missing"),
         ("a b --full", "--full: unknown flag"),

@@ -99,7 +99,6 @@ def test_tag_changes_nothing_else(outputs: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("", "needs the folder of a run"),
         ("nowhere good", "nowhere: no such folder; runs tag needs"),
         ("outputs/a", "needs tags to add, or note=TEXT"),
         ("outputs/a --remove", "needs tags"),

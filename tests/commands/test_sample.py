@@ -57,7 +57,6 @@ def test_continues_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_errors(run: Path, tmp_path: Path) -> None:
     for keys, message in (
         (["prompt="], "prompt=: is empty"),
-        (["prompt=a", "file=b"], "set one of them"),
         (["file=missing.txt"], "file=missing.txt: cannot be read"),
         (["temperature=-1"], "temperature=-1"),
         (["words=3"], "words"),

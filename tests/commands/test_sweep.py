@@ -78,8 +78,6 @@ def test_refusals(tmp_path: Path) -> None:
         (): "needs one of these words; allowed: status, wait, stop, resume, work",
         ("stat", "empty"): "did you mean status?",
         ("optimizer=sgd,adamw", "seed=0,1"): "use `dlopt train -m optimizer=sgd,adamw seed=0,1`",
-        ("status",): "sweep status: needs the folder of one sweep",
-        ("status", "a", "b"): "sweep status: needs the folder of one sweep",
         ("status", "none"): "none: no such folder",
         ("status", "empty"): "empty: not the folder of a sweep (sweep.yaml is missing)",
         ("status", "empty", "--paths"): "--paths: unknown flag",

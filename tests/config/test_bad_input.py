@@ -96,7 +96,7 @@ KEYS = {
     "--batch-size=32 --nope": ("--batch-size=32", "use data.batch_size=32"),
     "seed=1 --lr 0.1": ("--lr 0.1", "use optimizer.lr=0.1"),
     "--cfg nope": ("--cfg", "nope", "job"),
-    "--package model": ("--package: only valid with --cfg",),
+    "--package model": ("--package: needs --cfg",),
     "--config-dir nowhere": ("--config-dir=nowhere", "no such folder"),
     "--config-name nope": ("--config-name=nope", "no such file"),
     "--config-path .": ("--config-path", "--config-dir"),

@@ -24,7 +24,7 @@ from dlopt.basics.interruption import print_message
 from dlopt.basics.plain_values import is_below
 from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.document import document_only
-from dlopt.commands.shared.usage import command_key_names, command_keys
+from dlopt.commands.shared.usage import check_forms, command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.flags import parse_arguments
 from dlopt.config.overrides import (
@@ -333,6 +333,7 @@ def on_checkpoint(
                     f"{key}: {did_you_mean(key, [*names, *reads])}the config is the checkpoint's; only "
                     f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
                 )
+            check_forms(function, {**command_values, **texts})
             command_values = check_command_keys(function, command_values)
             if missing := [path for path in paths if not os.path.lexists(path)]:
                 raise UserError(f"checkpoint={missing[0]}: no such file")
@@ -375,6 +376,7 @@ def _with_best_runs(checkpoint: Any) -> Any:
 def check_command_keys(target: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Validates values of keyword-only parameters against their annotations. Raises `UserError`."""
     names, parameters = command_key_names(target), parameters_of(target)
+    check_forms(target, values)
     if not values and all(parameters[name].default is not inspect.Parameter.empty for name in names):
         return {}  # nothing to check, without pydantic
     from dlopt.config.schema import check_arguments
@@ -401,13 +403,6 @@ def take_command_keys(
 
         values = typed_values(typed)
     return check_command_keys(function, values | given), rest
-
-
-def refuse_empty(**lists: Sequence[Any]) -> None:
-    """Raises `UserError` for an empty list."""
-    for name, values in lists.items():
-        if not values:
-            raise UserError(f"{name}=[]: needs at least one value")
 
 
 # -- data and output

@@ -3,33 +3,44 @@
 A command declares a key of its own once, as a keyword-only parameter with a type and one line of help:
 `updates: Annotated[Count, "N: timed updates"] = 20`. Parsing checks the value against the type; `--help`, shell
 completion and the reference show the line. "N" is a placeholder; "--" instead makes the key a flag: `--paths`.
+
+How the key goes with others follows the help: `file: Annotated[str | None, "PATH: the text", "not with prompt"]`, or
+"needs size or shape", or "required without images". The help shows these words, and parsing checks what they say.
 """
 
 import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
+from dlopt.basics.errors import UserError
 from dlopt.commands.shared.text_columns import two_columns
 
 _WIDTH = 118  # columns of a table in a wide terminal
+_FORM = re.compile(r"(not with|needs|required without) (\w+(?: or \w+)*)")
 _TABLE = re.compile(r"( *)(?:\{(\w+)\}|(\S.*?) :: (.*))")  # a line of a table: declared keys, or a written row
 
 
 class CommandKey(NamedTuple):
-    """A key of a command. `line`: as typed, updates=N or --paths."""
+    """A key of a command. `line`: as typed, updates=N or --paths; `forms`: a rule, and the keys that it names."""
 
     name: str
     line: str
     help: str
+    forms: Sequence[tuple[str, list[str]]] = ()
 
     @property
     def is_flag(self) -> bool:
         return self.line.startswith("-")
+
+    @property
+    def label(self) -> str:
+        """The key in messages: updates, --paths."""
+        return self.line if self.is_flag else self.name
 
 
 def command_key_names(target: Callable[..., Any]) -> list[str]:
@@ -45,6 +56,22 @@ def command_keys(target: Callable[..., Any]) -> list[CommandKey]:
 
     parameters = parameters_of(target)
     return [_key(name, parameters[name]) for name in command_key_names(target)]
+
+
+def check_forms(target: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Raises `UserError` for keys that are set together, or that are missing, against what `target` declares."""
+    keys = {key.name: key for key in command_keys(target)}
+    typed = [name for name, value in values.items() if value is not None and value is not False]
+    for key in keys.values():
+        for rule, others in key.forms:
+            found = [keys[name].label for name in others if name in typed]
+            lines = " or ".join(keys[name].line for name in others)
+            if key.name in typed and rule == "needs" and not found:
+                raise UserError(f"{key.label}: needs {lines}")
+            if key.name in typed and rule != "needs" and found:
+                raise UserError(f"{' with '.join([key.label, *found])}: only one of them may be set")
+            if key.name not in typed and rule == "required without" and not found:
+                raise UserError(f"{key.line} or {lines}: one of them is required")
 
 
 def usage(module: ModuleType) -> str:
@@ -84,15 +111,14 @@ def _named(module: ModuleType) -> list[Any]:
 
 def _key(name: str, parameter: inspect.Parameter) -> CommandKey:
     documented = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
-    text = next((each for each in documented if isinstance(each, str)), None)
-    if text is None:
+    text, *forms = [each for each in documented if isinstance(each, str)] or [None]
+    if text is None or not all(map(_FORM.fullmatch, forms)):
         raise TypeError(f'{name}: declare its help: Annotated[TYPE, "VALUE: help"]')
     value, _, line = text.partition(": ")
-    if value == "--":
-        return CommandKey(name, f"--{name}", line)
-    if parameter.default not in (parameter.empty, None) and "default: " not in line:
+    if value != "--" and parameter.default not in (parameter.empty, None) and "default: " not in line:
         line += f" (default: {_format(parameter.default)})"
-    return CommandKey(name, f"{name}={value}", line)
+    rules = [(rule, others.split(" or ")) for form in forms for rule, others in _FORM.findall(form)]
+    return CommandKey(name, f"--{name}" if value == "--" else f"{name}={value}", "; ".join([line, *forms]), rules)
 
 
 def _format(default: Any) -> str:

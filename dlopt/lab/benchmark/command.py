@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import require_package
-from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_range
 from dlopt.basics.locks import locked
 from dlopt.basics.scratch import scratch
 from dlopt.commands.shared.command_line import read_line
-from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.keys import ROUNDING
-from dlopt.config.overrides import is_hydra
-from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import (
     DONE,
     FAILED,
     INTERRUPTED,
     Count,
     Line,
+    NotEmpty,
     Role,
     RunFolder,
     UserError,
@@ -34,7 +31,6 @@ from dlopt.extend import (
     key_of,
     keys_of_train,
     output_folder,
-    refuse_empty,
     role_of,
     short_path,
     value_of,
@@ -57,7 +53,16 @@ from dlopt.lab.benchmark.protocol import (
 )
 from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
-from dlopt.lab.claimed_trials import READS_OF_HYDRA, has_ended, is_fixed, launcher, refuse_protocol, take_optimizers
+from dlopt.lab.claimed_trials import (
+    has_ended,
+    is_fixed,
+    launcher,
+    refuse_protocol,
+    results_folder,
+    saved_series,
+    take_optimizers,
+    without_hydra,
+)
 from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results.leaderboard import distinguishes, is_number
 from dlopt.run import environment
@@ -170,7 +175,7 @@ def _run(
     *,
     tier: _Tier = "small",
     track: _Track = "external_tuning",
-    workloads: Annotated[list[str] | None, "[a,b]: some of its workloads (default: all)"] = None,
+    workloads: Annotated[NotEmpty[str] | None, "[a,b]: some of its workloads (default: all)"] = None,
     budget: Annotated[Budget, "NAME: tiny (1 study of 3 trials), small (3 of 10) or large (5 of 20)"] = "small",
     studies: Annotated[Count | None, "N: number of studies, instead of the budget's"] = None,
     trials: Annotated[Count | None, "N: trials per study, instead of the budget's"] = None,
@@ -187,11 +192,8 @@ def _run(
     is_tuned = track == "external_tuning"
     if not is_tuned and trials not in (None, 1):
         raise UserError(f"trials={trials}: track=self_tuning has one trial per study; for more seeds, set studies=N")
-    if workloads is not None:
-        refuse_empty(workloads=workloads)
     refuse_protocol(line.overrides, _ADVICE)
-    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, command_key_names(_run))
-    overrides = [each for each in line.overrides if not is_hydra(each)]
+    overrides = without_hydra(line, "dlopt benchmark", _run)
     chosen = load_tier(tier, line.composer.config_dir).select(workloads)
     unset = [name for name, spec in chosen.workloads.items() if spec.target is None]
     if unset and not full:
@@ -203,11 +205,8 @@ def _run(
     candidates = {name: candidate(line.composer, name, overrides, track) for name in names}
     _refuse_drawn(overrides, candidates)
     shipped, note = _reference(tier, track, overrides) if reference and not full else (None, "")
-    default = tier if is_tuned else f"{tier}_{track}"
-    folder = Path("outputs") / "benchmark" / default if output is None else Path(output)
-    refuse_url(str(folder), "output")
     request = TrialRequest(
-        folder.absolute(),
+        results_folder(output, "benchmark", tier if is_tuned else f"{tier}_{track}"),
         chosen.workloads,
         candidates,
         list(trials_of(list(chosen.workloads), list(candidates), *counts)),
@@ -376,15 +375,9 @@ def _facts(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _on_folder(action: str, line: Line) -> int:
     """`report` and `targets`."""
-    if len(line.overrides) != 1:
-        example = f"dlopt benchmark {action} outputs/benchmark/small"
-        raise UserError(f"dlopt benchmark {action}: one folder is needed: {example}")
-    [typed] = line.overrides
-    folder = Path(typed).absolute()
-    manifest = reading.read_manifest(folder) if folder.is_dir() else None
-    if manifest is None:
-        raise UserError(f"{typed}: not the folder of a benchmark (it has no benchmark.json)")
+    folder, manifest = saved_series(line, f"dlopt benchmark {action}", reading.read_manifest, "benchmark.json")
     if action == "targets":
+        typed = short_path(folder)
         missing = [name for name in BASELINES if name not in manifest.optimizers]
         if manifest.track == "self_tuning":
             raise UserError(f"{typed}: targets need track=external_tuning; this folder has track=self_tuning")
@@ -418,7 +411,7 @@ def check(
     """Repeats two random trials of the shipped results; returns `FAILED` if one of them differs."""
     from dlopt.lab.benchmark.trials import TrialRequest, candidate, lengths_of
 
-    refuse_unread_hydra(line.overrides, "dlopt benchmark", READS_OF_HYDRA, {}, command_key_names(check))
+    overrides = without_hydra(line, "dlopt benchmark", check)
     for override in line.overrides:
         if is_fixed(override) or not _is_of_machine(override):
             reason = "--check repeats shipped trials, of which only the machine may differ (device, precision, ...)"
@@ -434,7 +427,6 @@ def check(
         if record.reached
     }
     chosen = {trial: reached[trial] for trial in random.Random(seed).sample(list(reached), min(_CHECKED, len(reached)))}
-    overrides = [each for each in line.overrides if not is_hydra(each)]
     candidates = {trial.optimizer: candidate(line.composer, trial.optimizer, overrides, track) for trial in chosen}
     workloads = load_tier(tier, None).select([trial.workload for trial in chosen]).workloads
     folder = output_folder(output, "benchmark-check").absolute()

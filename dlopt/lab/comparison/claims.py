@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import Ge
 
 from dlopt.extend import Count, NonNegative, UserError, check_arguments, lower_is_better
 from dlopt.lab.comparison.intervals import Bounds, Interval, interval
@@ -107,8 +109,6 @@ def parse(key: str, written: Mapping[str, Any], directions: Directions = NONE) -
         raise UserError(f"{key}.target={target}: set it exactly if measure is not value (measure={claim.measure})")
     if (factor is None) == (claim.difference is None):
         raise UserError(f"{key}: set factor (1.5: at least 1.5x) or difference (0.01), one of them, as margin")
-    if factor is not None and factor < 1:
-        raise UserError(f"{key}.factor={factor}: must be >= 1")
     if factor is not None and claim.measure == "value" and "gap" in claim.metric:
         raise UserError(f"{key}.factor={factor}: a gap may be negative; set difference instead")
     return claim
@@ -126,7 +126,7 @@ def _schema(
     value: When = "last",
     measure: Measure = "value",
     target: float | None = None,
-    factor: float | None = None,
+    factor: Annotated[float, Ge(1)] | None = None,
     difference: NonNegative | None = None,
     when_not: str = "",
 ) -> None:

@@ -217,9 +217,6 @@ def comparison_of(composer: Composer, config: DictConfig, overrides: list[str]) 
 
 def _refuse_invalid(comparison: Comparison) -> None:
     """Raises `UserError` for values that contradict each other."""
-    for name in ("variants", "seeds", "metrics"):
-        if not getattr(comparison, name):
-            raise UserError(f"comparison.{name}: needs at least one entry")
     for metric in comparison.all_metrics:
         if metric not in (*_METRICS, *PROBES) and split_of(metric) != "val":
             allowed = ", ".join((*_METRICS, *PROBES))

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
 
 from dlopt.basics.formats import format_percent
-from dlopt.extend import Seed, show
+from dlopt.extend import NotEmpty, Seed, show
 from dlopt.lab.comparison.claims import Claim, Value, is_higher_better
 from dlopt.lab.comparison.intervals import Average, average
 from dlopt.lab.comparison.labels import is_percent, label
@@ -26,10 +28,10 @@ class Comparison:
 
     title: str
     see: str
-    variants: dict[str, list[str]]
+    variants: Annotated[dict[str, list[str]], MinLen(1)]
     along: dict[str, list[Value] | dict[str, list[str]]]
-    seeds: list[Seed]
-    metrics: list[str]
+    seeds: NotEmpty[Seed]
+    metrics: NotEmpty[str]
     x: Literal[
         "epoch", "step", "evaluation", "seconds", "step_and_seconds", "epoch_and_step_and_seconds",
         "step_and_evaluation_and_seconds",

@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from dlopt.basics.folders import LOCK, make, refuse_url
+from annotated_types import Interval
+
+from dlopt.basics.folders import LOCK, make
 from dlopt.basics.formats import format_count
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.command_line import read_line, with_document
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra
-from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import (
     DONE,
     INTERRUPTED,
@@ -23,7 +24,6 @@ from dlopt.extend import (
     Line,
     NonNegative,
     Positive,
-    Probability,
     Role,
     RunFolder,
     UserError,
@@ -35,7 +35,7 @@ from dlopt.extend import (
     without,
     write_json,
 )
-from dlopt.lab.claimed_trials import READS_OF_HYDRA, build_pool
+from dlopt.lab.claimed_trials import build_pool, results_folder, without_hydra
 from dlopt.lab.judge.equal import check_equal, equal_length
 from dlopt.lab.judge.proposal import (
     CODE,
@@ -107,8 +107,7 @@ def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
     line = read_line(words, several="a change is one config; judge one after the other")
     refuse_ranks("dlopt judge", "all runs")
     values, rest = line.take(_judge)
-    refuse_unread_hydra(rest.overrides, "dlopt judge", READS_OF_HYDRA, {}, command_key_names(_judge))
-    typed = [each for each in rest.overrides if not is_hydra(each)]
+    typed = without_hydra(rest, "dlopt judge", _judge)
     sides = without(typed, TRUST)
     if len(sides) < 2:
         missing = "CHANGE" if sides else "BASE and CHANGE"
@@ -136,24 +135,22 @@ def _judge(
     seeds: Annotated[Count, "N: pairs of runs after which the change stays undecided"] = 20,
     minutes: Annotated[Positive | None, "N: start no pair after N minutes; the same command continues"] = None,
     error_rate: Annotated[
-        Probability, "X: probability of a wrong verdict among all changes proposed against this base"
+        float,
+        Interval(gt=0, lt=1),
+        "X: probability of a wrong verdict among all changes proposed against this base",
     ] = 0.05,
     output: Annotated[str | None, "DIR: folder of the ledger and the runs (default: outputs/judge/HASH)"] = None,
 ) -> tuple[int, dict[str, Any]]:
     """Judges a change; returns the exit code and the document. Raises `UserError` and `RunError`."""
     from dlopt.lab.judge.ledger import Ledger  # with pydantic, which the help does not need
 
-    if not 0 < error_rate < 1:
-        raise UserError(f"error_rate={error_rate:g}: must be between 0 and 1")
     if equal is not None:
         check_equal(base, change, equal)
     start = time.monotonic()
     pool, plan_job, _ = build_pool(line, base.lines)
     if not isinstance(pool, Pool) or (change.code is not None and line.overrides):
         raise UserError(f"{line.overrides[0]}: the runs are started on this machine, one per core; leave it out")
-    root = Path("outputs") / "judge" / base.hash if output is None else Path(output)
-    refuse_url(str(root), "output")
-    ledger = Ledger(root.absolute(), base.lines, error_rate)
+    ledger = Ledger(results_folder(output, "judge", base.hash), base.lines, error_rate)
     ledger.entries()  # damage is reported before the data are read
     data = _data_of(base)
     what = [base.hash, change.identity, margin, *([] if equal is None else [equal])]

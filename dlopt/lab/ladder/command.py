@@ -9,32 +9,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from dlopt.basics.folders import refuse_url
 from dlopt.basics.formats import format_count, format_range
 from dlopt.basics.locks import locked
 from dlopt.commands.shared.command_line import read_line
-from dlopt.commands.shared.usage import command_key_names
-from dlopt.config.overrides import is_hydra
 from dlopt.config.parameters import parameters_of
-from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import (
     DONE,
     INTERRUPTED,
     Count,
     Line,
+    NotEmpty,
     Positive,
     UserError,
     group_of,
     key_of,
     keys_of_train,
     output_folder,
-    refuse_empty,
     short_path,
     value_of,
     without,
 )
 from dlopt.lab.benchmark.protocol import has_space, load_space
-from dlopt.lab.claimed_trials import READS_OF_HYDRA, launcher, refuse_protocol, take_optimizers
+from dlopt.lab.claimed_trials import (
+    launcher,
+    refuse_protocol,
+    results_folder,
+    saved_series,
+    take_optimizers,
+    without_hydra,
+)
 from dlopt.lab.ladder.arms import KEYS, OVERRIDES, RUNGS, SEARCHED, Arm
 from dlopt.lab.ladder.family import Family, Rules, Rung, chosen_rungs, load_family, measure
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, Trial, read_ladder, update_ladder
@@ -107,30 +110,26 @@ def _run(
     family: Family,
     command: str,
     *,
-    rungs: Annotated[Count | list[str] | None, "N|[a,b]: the smallest N rungs, or these (default: all)"] = None,
+    rungs: Annotated[Count | NotEmpty[str] | None, "N|[a,b]: the smallest N rungs, or these (default: all)"] = None,
     tokens_per_parameter: Annotated[
-        Positive | list[Positive] | None,
+        Positive | NotEmpty[Positive] | None,
         "N|[a,b]: training tokens (or images) per parameter, as 5, 20 or 80 (default: the family's)",
     ] = None,
     search: Annotated[Count, "N: smallest rungs on which learning rates are searched"] = 4,
     seeds: Annotated[Count, "N: runs of each rung at its best rate"] = 3,
     arms: Annotated[
-        list[Arm] | None, "[constant,inverse,zero,hyperball]: weight decays of each optimizer (default: its default)"
+        NotEmpty[Arm] | None,
+        "[constant,inverse,zero,hyperball]: weight decays of each optimizer (default: its default)",
     ] = None,
     output: Annotated[str | None, "DIR: folder of the runs and results (default: outputs/ladder/FAMILY)"] = None,
     dry_run: Annotated[bool, "BOOL: only list the runs and estimate their time"] = False,
 ) -> int:
     """Checks the ladder and runs its trials. Raises `UserError`."""
-    if isinstance(rungs, list):
-        refuse_empty(rungs=rungs)
     refuse_protocol([each for each in line.overrides if group_of(each) != "schedule"], _ADVICE)
-    refuse_unread_hydra(line.overrides, "dlopt ladder", READS_OF_HYDRA, {}, command_key_names(_run))
-    overrides = [each for each in line.overrides if not is_hydra(each)]
+    overrides = without_hydra(line, "dlopt ladder", _run)
     _refuse_sizes(overrides, family)
     chosen = chosen_rungs(family, rungs)
-    folder = Path("outputs") / "ladder" / family.name if output is None else Path(output)
-    refuse_url(str(folder), "output")
-    folder = folder.absolute()
+    folder = results_folder(output, "ladder", family.name)
     shared = [each for each in overrides if group_of(each) != "optimizer"]
     of_optimizer = [each for each in overrides if group_of(each) == "optimizer"]
     if arms is not None:
@@ -176,7 +175,6 @@ def _lengths(tokens_per_parameter: float | Sequence[float]) -> list[float]:
     """Returns the lengths of the runs in tokens per parameter, ascending. Raises `UserError`."""
     if not isinstance(tokens_per_parameter, Sequence):
         return [float(tokens_per_parameter)]
-    refuse_empty(tokens_per_parameter=tokens_per_parameter)
     if len(set(tokens_per_parameter)) < len(tokens_per_parameter):
         listed = ",".join(f"{each:g}" for each in tokens_per_parameter)
         raise UserError(f"tokens_per_parameter=[{listed}]: a length is listed twice")
@@ -202,7 +200,6 @@ def _refuse_sizes(overrides: Sequence[str], family: Family) -> None:
 
 def _check_arms(arms: Sequence[Arm], overrides: Sequence[str], family: Family, rungs: Sequence[str]) -> None:
     """Raises `UserError` for arms that contradict the overrides of the optimizer or the family."""
-    refuse_empty(arms=arms)
     for override in overrides:
         if key_of(override) in (*KEYS, _PLAIN):
             raise UserError(f"{override}: the arms set weight decays and search the rates; leave it out")
@@ -338,13 +335,7 @@ def _list(line: Line, request: LadderRequest) -> int:
 
 
 def _report(line: Line) -> int:
-    if len(line.overrides) != 1:
-        raise UserError("dlopt ladder report: one folder is needed: dlopt ladder report outputs/ladder/gpt")
-    folder = Path(line.overrides[0]).absolute()
-    found = read_ladder(folder) if folder.is_dir() else None
-    if found is None:
-        raise UserError(f"{line.overrides[0]}: not the folder of a ladder (it has no {MANIFEST})")
-    return _finish(folder, found)
+    return _finish(*saved_series(line, "dlopt ladder report", read_ladder, MANIFEST))
 
 
 def _finish(folder: Path, ladder: Ladder) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 
-from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_empty
+from dlopt.extend import DONE, Count, Line, NotEmpty, UserError, output_folder
 from dlopt.lab.scaling.cluster import Cluster
 from dlopt.lab.scaling.saving import Output, save
 from dlopt.tracking.terminal_text import plain_table, show_table
@@ -38,8 +38,8 @@ def simulate_cluster(
     line: Line,
     *,
     simulate: Annotated[Literal[True], "true: simulate instead of measuring"],
-    devices: Annotated[list[Count], "[N,...]: numbers of devices"] = _DEVICES,
-    models: Annotated[list[Model], "[NAME,...]: models"] = _MODELS,
+    devices: Annotated[NotEmpty[Count], "[N,...]: numbers of devices"] = _DEVICES,
+    models: Annotated[NotEmpty[Model], "[NAME,...]: models"] = _MODELS,
     batch: Annotated[Count, "N: samples per device, in all modes"] = 64,
     training: Annotated[
         Training | Literal["paper"],
@@ -57,7 +57,6 @@ def simulate_cluster(
     arguments, rest = line.take(Cluster)
     cluster = Cluster(**arguments)
     rest.refuse_rest("dlopt scaling simulate=true", simulate_cluster, Cluster)
-    refuse_empty(devices=devices, models=models)
     estimates: dict[str, list[ModeEstimate]] = {}
     for name in dict.fromkeys(models):
         costs = layers_of_model(line, name)

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Annotated, Literal
 
-from dlopt.extend import DONE, Count, Line, Positive, output_folder, refuse_empty
+from dlopt.extend import DONE, Count, Line, NotEmpty, Positive, output_folder
 from dlopt.lab.scaling.saving import Output, save
 
 _Precision = Literal["fp32", "bf16", "fp16", "fp64"]
@@ -15,16 +15,15 @@ _CHANNELS = [8, 16, 32, 64, 128, 256]
 def time_devices(
     line: Line,
     *,
-    device: Annotated[list[Literal["cpu", "cuda"]], "[NAME,...]: cpu and cuda"],
-    precision: Annotated[list[_Precision], "[NAME,...]: any of fp32, bf16, fp16, fp64"] = _PRECISIONS,
-    sizes: Annotated[list[Count], "[N,...]: rows of the square matrices"] = _SIZES,
-    channels: Annotated[list[Count], "[N,...]: channels of the convolutions"] = _CHANNELS,
+    device: Annotated[NotEmpty[Literal["cpu", "cuda"]], "[NAME,...]: cpu and cuda"],
+    precision: Annotated[NotEmpty[_Precision], "[NAME,...]: any of fp32, bf16, fp16, fp64"] = _PRECISIONS,
+    sizes: Annotated[NotEmpty[Count], "[N,...]: rows of the square matrices"] = _SIZES,
+    channels: Annotated[NotEmpty[Count], "[N,...]: channels of the convolutions"] = _CHANNELS,
     threads: Annotated[Count | Literal["auto"], "N: CPU threads"] = "auto",
     seconds: Annotated[Positive, "X: time per measurement"] = 0.5,
     output: Output = None,
 ) -> int:
     line.refuse_rest("dlopt scaling device=[...]", time_devices)
-    refuse_empty(device=device, precision=precision, sizes=sizes, channels=channels)
     import torch
 
     from dlopt.lab.scaling import device as device_throughput

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from dlopt.commands.shared.processes import run_rank
-from dlopt.extend import DONE, Count, Line, Positive, UserError, refuse_empty
+from dlopt.extend import DONE, Count, Line, NotEmpty, Positive, UserError
 from dlopt.lab.scaling.modes_command import process_count
 from dlopt.parallel.processes import launch
 from dlopt.parallel.processes.rendezvous import current
@@ -13,13 +13,12 @@ from dlopt.tracking.terminal_text import plain_table, show_table
 def time_all_reduce(
     line: Line,
     *,
-    allreduce: Annotated[list[Positive], "[X,...]: sizes in MiB"],
+    allreduce: Annotated[NotEmpty[Positive], "[X,...]: sizes in MiB"],
     processes: Annotated[Count | None, "N: processes on this machine (default: 2); srun and torchrun set it"] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], "NAME: cuda uses NCCL, cpu uses gloo"] = "auto",
 ) -> int:
     """Runs in the processes of a launcher, or starts `processes` that do."""
     line.refuse_rest("dlopt scaling allreduce=[...]", time_all_reduce)
-    refuse_empty(allreduce=allreduce)
     world = current()
     if world is None:
         count = process_count(f"processes={2 if processes is None else processes}")

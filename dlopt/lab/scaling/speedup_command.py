@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.table import Table
 
-from dlopt.extend import DONE, Count, Line, UserError, output_folder, refuse_empty
+from dlopt.extend import DONE, Count, Line, NotEmpty, UserError, output_folder
 from dlopt.lab.scaling.cluster import Cluster
 from dlopt.lab.scaling.cluster_command import Model, describe, layers_of_model
 from dlopt.lab.scaling.saving import Output, save
@@ -22,7 +22,7 @@ def simulate_speedup(
     line: Line,
     *,
     speedup: Annotated[Literal[True], "true: simulate data parallelism at a fixed global batch"],
-    devices: Annotated[list[Count], "[N,...]: numbers of devices"] = _DEVICES,
+    devices: Annotated[NotEmpty[Count], "[N,...]: numbers of devices"] = _DEVICES,
     model: Annotated[Model, "NAME: model"] = "wrn_28_10",
     batch: Annotated[Count, "N: samples per update, over all devices"] = 4096,
     output: Output = None,
@@ -33,7 +33,6 @@ def simulate_speedup(
     arguments, rest = line.take(Cluster)
     cluster = Cluster(**arguments)
     rest.refuse_rest("dlopt scaling speedup=true", simulate_speedup, Cluster)
-    refuse_empty(devices=devices)
     if max(devices) > batch:
         raise UserError(f"devices=[{max(devices)}]: must be <= batch={batch}; each device needs a sample")
     layers = layers_of_model(line, model)

@@ -15,6 +15,7 @@ from dlopt.basics.status_line import status_line, waiting
 from dlopt.commands.shared.command_line import Combination, skipped_keys
 from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.choices import CONFIG_NAME
+from dlopt.config.overrides import refuse_several
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import (
     DONE,
@@ -95,13 +96,11 @@ def draw_paths(line: Line) -> int:
     if line.composer.config_name == CONFIG_NAME:
         line = replace(line, composer=Composer("trajectory", line.composer.config_dir, line.typed))
     _refuse_others(line.overrides)
+    own = [each for each in line.overrides if group_of(each) in PathSettings.__dataclass_fields__]
+    refuse_several(line.composer.parse(own), "one value is needed, the same for all paths")
     jobs = line.jobs(_GROUPS, len(drawing.COLOURS))
     path_jobs = [_check_job(line.composer.compose(job.overrides), job) for job in jobs]
     settings = path_jobs[0].settings
-    if any(path_job.settings != settings for path_job in path_jobs):
-        raise UserError(
-            "steps, seed, tune_lr, tolerances, animation, output: one value is needed, the same for all paths"
-        )
     if settings.animation == "mp4" and shutil.which("ffmpeg") is None:
         raise UserError("animation=mp4: ffmpeg is not installed; use animation=gif")
     function = _common_function(path_jobs)

@@ -315,7 +315,7 @@ def test_record_is_json_with_rows_and_verdicts() -> None:
         ({"lower": None}, "set exactly one of lower, higher, equal"),
         ({"than": None}, "than: a value is required"),
         ({"factor": None}, "set factor (1.5: at least 1.5x) or difference"),
-        ({"factor": 0.5}, "factor=0.5: must be >= 1"),
+        ({"factor": 0.5}, "factor=0.5: input should be greater than or equal to 1"),
         ({"target": 1.0}, "target=1.0: set it exactly if measure is not value"),
         ({"metric": "gap"}, "a gap may be negative; set difference instead"),
         ({"lower": {"variant": "a", "when": "last"}}, "lower.when=last: unknown key"),

@@ -287,7 +287,7 @@ def test_comparison_null_trains_once(folder: Path) -> None:
     ("typed", "message"),
     [
         ("model.widths=[4]", "model.widths: cannot be overridden; varied by narrow (model.widths=[2])"),
-        ("comparison.metrics=[]", "comparison.metrics: needs at least one entry"),
+        ("comparison.metrics=[]", "comparison.metrics=[]: list should have at least 1 item"),
         ("comparison.x=hours", "comparison.x=hours: "),
         ("comparison.sees=x", "comparison.sees"),
         (

@@ -142,9 +142,6 @@ def test_refused(tmp_path: Path) -> None:
     assert "diagnose runs in one process" in refused(tmp_path, "diagnose", "parallel=ddp", "parallel.processes=2")
     assert "only `dlopt train` runs a range test" in refused(tmp_path, "diagnose", *NET, "optimizer.lr=auto")
     assert "max_lr=0.1: must be > min_lr=1" in refused(tmp_path, "find-lr", "min_lr=1", "max_lr=0.1")
-    assert "add classes=N" in refused(tmp_path, "summary", "input_shape=[3,8,8]")
-    both = ("input_shape=[8]", "classes=2", "vocabulary=3")
-    assert "classes=2, vocabulary=3: set one of them" in refused(tmp_path, "summary", *both)
     assert "input_shape=[]: the model does" in refused(tmp_path, "summary", *NET[:-1], "input_shape=[]", "classes=2")
     assert "input_shape=[5, 0]" in refused(tmp_path, "summary", "input_shape=[5,0]", "classes=2")
 

@@ -69,7 +69,7 @@ def better(trial: PairedRun) -> float:
         ([BASE, "data=breast_cancer"], "data._target_=dlopt.data.features.breast_cancer: other data than "),
         ([f"{BASE} monitor=val_loss", "loss.label_smoothing=0.1"], "loss.label_smoothing=0.1: alters the metric val_"),
         ([BASE, "optimizer.lr=0.2", "seeds=3"], "seeds=3: proposal 1 against this base takes 7 pairs or more: "),
-        ([BASE, "optimizer.lr=0.2", "error_rate=1"], "error_rate=1: must be between 0 and 1"),
+        ([BASE, "optimizer.lr=0.2", "error_rate=1"], "error_rate=1: input should be less than 1; "),
         ([BASE, "optimizer.lr=0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: the runs are started on this "),
         ([BASE, "code=nowhere"], "code=nowhere: must be a folder with Python files"),
         ([BASE, "unfinished", "optimizer.lr=0.2"], "unfinished optimizer.lr=0.2: a change is one run, or overrides"),

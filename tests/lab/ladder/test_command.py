@@ -288,14 +288,12 @@ def _ladder(*arguments: str) -> None:
         (("optimizer=sgd", "model=tiny", "rungs=1"), "rungs=1: a fit needs at least two rungs"),
         (("optimizer=sgd", "model=tiny", "rungs=[two]"), "rungs=[two]: a fit needs at least two rungs"),
         (("optimizer=sgd", "model=tiny", "rungs=4"), "rungs=4: model=tiny has 3 rungs: one, two, three"),
-        (("optimizer=sgd", "model=tiny", "rungs=[on,two]"), "rungs=on: unknown; did you mean one?"),
-        (("optimizer=sgd", "model=tiny", "rungs=[]"), "rungs=[]: needs at least one value"),
+        (("optimizer=sgd", "model=tiny", "rungs=[on,two]"), "rungs=on: unknown rung; did you mean rungs=one?"),
         (("optimizer=sgd", "model=tiny", "seeds=0"), "seeds=0"),
         (("optimizer=sgd", "model=tiny", "tokens_per_parameter=0"), "tokens_per_parameter=0"),
         (("optimizer=sgd", "model=tiny", "steps=3"), "steps=3: part of the protocol"),
         (("optimizer=sgd", "model=tiny", "seed=3"), "seed=3: part of the protocol"),
         (("optimizer=sgd", "model=tiny", "schedule=plateau"), "schedule=plateau: follows evaluations"),
-        (("optimizer=sgd", "model=tiny", "tokens_per_parameter=[]"), "tokens_per_parameter=[]: needs at least one"),
         (
             ("optimizer=sgd", "model=tiny", "tokens_per_parameter=[5,5]"),
             "tokens_per_parameter=[5,5]: a length is listed",
@@ -327,19 +325,14 @@ def _ladder(*arguments: str) -> None:
         (("optimizer=sgd", "model=tiny", "optimizer.lr=-1"), "optimizer.lr=-1"),
         (("optimizer=prodigy", "model=tiny"), "optimizer=prodigy: has no learning rate to search"),
         (("optimizer=sgd", "model=tiny", "data.batch_size=full"), "data.batch_size=full: a ladder needs a number"),
-        (("optimizer=adamw", "model=tiny", "arms=[]"), "arms=[]: needs at least one value"),
         (("optimizer=adamw", "model=tiny", "arms=[half]"), "each constant | inverse | zero | hyperball"),
         (("optimizer=adamw", "model=tiny", "arms=[inverse]"), "arms=inverse: the rungs of model=tiny have no"),
         (("optimizer=lion", "model=tiny", "arms=[zero,hyperball]"), "optimizer.hyperball"),
         (("optimizer=adamw", "model=tiny", "arms=[zero]", "optimizer.lr=0.1"), "optimizer.lr=0.1: the arms set weight"),
-        (("report", "conf"), "conf: not the folder of a ladder"),
-        (("report",), "one folder is needed"),
     ],
 )
 def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
-    flags = () if typed[0] == "report" else ("--config-dir", "conf", "output=out")
-    action, rest = (typed[:1], typed[1:]) if typed[0] == "report" else ((), typed)
-    assert message in refused(place, "ladder", *action, *flags, *rest)
+    assert message in refused(place, "ladder", "--config-dir", "conf", "output=out", *typed)
 
 
 @pytest.mark.parametrize(

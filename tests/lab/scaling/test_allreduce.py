@@ -60,6 +60,5 @@ def test_a_killed_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_errors(tmp_path: Path) -> None:
-    assert "allreduce=[]: needs at least one value" in refused(tmp_path, "scaling", "allreduce=[]")
     assert "processes=100000: this machine has" in refused(tmp_path, "scaling", "allreduce=[1]", "processes=100000")
     assert "model=mlp: unknown key of dlopt scaling" in refused(tmp_path, "scaling", "allreduce=[1]", "model=mlp")
