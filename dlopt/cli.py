@@ -21,7 +21,6 @@ from dlopt.basics.errors import (
     UserError,
     disk_failure,
     refused_path,
-    suggest,
 )
 from dlopt.basics.interruption import (
     Interrupted,
@@ -129,13 +128,14 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
 
             return complete, list(arguments[index:])
     name = arguments[0] if arguments[0] in COMMANDS else arguments[0].replace("_", "-")  # find_lr is find-lr
-    if name in SYNONYMS:
-        raise UserError(f"{name}: unknown command; use dlopt {SYNONYMS[name]}")
-    commands = COMMANDS if name in COMMANDS else every_command()
+    commands = COMMANDS
     if name not in commands:
-        if (renamed := entries("dlopt.renamed").get(name)) is not None:
-            raise UserError(f"{name}: unknown command; use dlopt {renamed}")
-        raise UserError(f"{name}: unknown command; {suggest(name, commands, 'dlopt --help')}")
+        from dlopt.basics.names import Names  # with dataclasses, which a known command need not load
+
+        commands = every_command()
+        renamed = {**SYNONYMS, **entries("dlopt.renamed")}
+        forms = {old: f"dlopt {new}" for old, new in renamed.items()}
+        Names("command", commands, "dlopt --help", forms=forms).check(name)
     path, _, function = commands[name].partition(":")
     module = importlib.import_module(path)
     if _HELP & set(arguments[1:]) and hasattr(module, "USAGE"):

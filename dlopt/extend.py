@@ -2,7 +2,7 @@
 
 Errors and exit codes
     UserError, RunError: one line for the user; exit code 2, and 1. DONE, FAILED, INTERRUPTED: codes of a command.
-    suggest: "did you mean ...?" for a name that is unknown.
+    Names: the names that are allowed in a place, and what to type instead of an unknown one.
 Types of arguments and keys, with ranges
     Count, Natural (from 0), Seed; Positive, NonNegative, Fraction (below 1), Probability; NotEmpty[Count]: a list.
 Files
@@ -29,10 +29,11 @@ Components
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError, suggest
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
 from dlopt.basics.files import read_json, write_atomically, write_json
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.formats import printable
+from dlopt.basics.names import Names
 from dlopt.basics.ranges import Count, Fraction, Natural, NonNegative, NotEmpty, Positive, Probability, Seed
 from dlopt.basics.roles import Role
 

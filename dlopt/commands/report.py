@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import Interruption
+from dlopt.basics.names import Names
 from dlopt.basics.ranges import Count
 from dlopt.basics.status_line import waiting
 from dlopt.commands.completion import folders
@@ -118,15 +119,6 @@ def report(arguments: list[str]) -> int:
     return DONE
 
 
-def _refuse_unknown(conditions: Sequence[Condition], records: Sequence[Record]) -> None:
-    """Raises `UserError` for a condition on a key that no run has: a misspelled key of the command, or of a run."""
-    for condition in conditions:
-        if records and not reading.is_known(condition.key, records):
-            names = [key.line if key.is_flag else key.name for key in command_keys(_Options)]
-            hint = suggest(condition.key, [*names, *reading.known_keys(records)], "dlopt report --help")
-            raise UserError(f"{condition.line}: unknown key; {hint}")
-
-
 def _update(
     reader: RunReader,
     folders: Sequence[Path],
@@ -154,8 +146,8 @@ def _update(
     state: list[Record | Damaged] = [*records, *damaged]
     if state == before:  # the reader returns the same records
         return state
-    _refuse_unknown(conditions, records)
-    records = reading.select(records, conditions)
+    keys = Names("key", [key.label for key in command_keys(_Options)], "dlopt report --help")
+    records = reading.select(records, conditions, keys)
     if not records and not options.watch:
         raise UserError(f"{' '.join(map(str, folders))}: no run matches {where}")
     is_early = options.watch and not any(record.metrics for record in records)  # `by` cannot be checked yet

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from dlopt._version import ROOT
-from dlopt.basics.errors import DONE, UserError, suggest
+from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.names import Names
 from dlopt.commands.shared.command_line import read_line
 from dlopt.config.overrides import parts_of
 
@@ -64,7 +65,6 @@ def template(arguments: list[str]) -> int:
         print(text(line.composer.config_dir), end="")
         return DONE
     line.refuse_config_files("by this template; `dlopt template schema` reads it")
-    if name not in TEMPLATES:
-        raise UserError(f"{name}: unknown template; {suggest(name, names, 'dlopt template --help')}")
+    Names("template", names).check(name)
     print((ROOT / "templates" / TEMPLATES[name]).read_text(encoding="utf-8"), end="")
     return DONE

@@ -15,7 +15,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -24,8 +24,9 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from pydantic.errors import PydanticUndefinedAnnotation
 
 from dlopt.basics.calls import can_call
-from dlopt.basics.errors import UserError, suggest
+from dlopt.basics.errors import UserError
 from dlopt.basics.folders import SUBMITTED
+from dlopt.basics.names import Names
 from dlopt.basics.plain_values import is_below, join
 from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folders, extensions
@@ -245,7 +246,7 @@ def check_arguments(
     allowed = [name for name in named_parameters(target) if name not in runtime]
     for name, value in values.items():
         if name not in allowed and not (takes_any_key and name not in runtime):
-            raise UserError(_explain_unknown_key(join(key, str(name)), str(name), value, (*allowed, *related)))
+            raise _unknown_key(join(key, str(name)), str(name), value, (*allowed, *related))
     for name in allowed:
         if name not in values and parameters[name].default is _EMPTY:
             raise UserError(f"{join(key, name)}: a value is required ({describe_type(parameters[name].annotation)})")
@@ -261,13 +262,14 @@ def annotation_of(target: Callable[..., Any], name: str) -> Any:
     return annotation if target.__module__.startswith("dlopt") else RANGES.get(name, annotation)
 
 
-def _explain_unknown_key(key: str, name: str, value: Any, allowed: Iterable[str]) -> str:
+def _unknown_key(key: str, name: str, value: Any, allowed: Collection[str]) -> UserError:
     parents = key.split(".")[:-1]
     groups = ["/".join(parents[:length]) for length in range(len(parents), 0, -1)]  # hydra/launcher before hydra
     group = next((group for group in groups if any(os.path.isdir(each / group) for each in config_folders())), None)
     command = "dlopt train --help" if group is None else f"dlopt options {group}"
-    hint = for_key(key, show(value)) or suggest(name, allowed, command, prefix=key.removesuffix(name))
-    return f"{key}={show(value)}: unknown key; {hint}"
+    advice = for_key(key, show(value))
+    names = Names("key", allowed, command, prefix=key.removesuffix(name), instead=lambda _: advice)
+    return names.unknown(name, f"{key}={show(value)}")
 
 
 def check_value(

@@ -20,6 +20,7 @@ from dlopt.basics.errors import UserError, install
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
+from dlopt.basics.names import Names
 from dlopt.basics.plain_values import is_below
 from dlopt.config.overrides import group_of, key_of
 from dlopt.metrics.measures import MEASURES
@@ -36,7 +37,7 @@ from dlopt.results.leaderboard import (
     leaderboard,
 )
 from dlopt.results.looks import looks
-from dlopt.results.reading import OPEN, Damaged, Record, RunReader, meant, short_key, varying_keys
+from dlopt.results.reading import OPEN, Damaged, Record, RunReader, short_key, varying_keys
 from dlopt.results.remarks import Remark, remarks
 from dlopt.results.verdict import verdict
 
@@ -180,9 +181,7 @@ def _checked(by: str, records: Sequence[Record]) -> str:
     by = column_of(by)
     if split_of(by) == "test":
         raise UserError(f"by={by}: ranking by a test metric would select on the test set; set by=val_accuracy")
-    if by not in allowed:
-        hint = meant(by, allowed)
-        raise UserError(f"by={by}: the runs have no such metric; {hint}allowed: {', '.join(allowed) or 'none'}")
+    Names("metric of these runs", allowed, prefix="by=").check(by)
     if direction_of(by, directions_of(records)) is None:
         raise UserError(
             f"by={by}: no run says whether smaller or larger values of your own metric are better, or the runs "

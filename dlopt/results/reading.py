@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import SPACE, RunFolder, short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
+from dlopt.basics.names import Names
 from dlopt.basics.plain_values import choices_of_groups, flatten, load_json, load_yaml, parse_numbers, regular_lines
 from dlopt.config.keys import LABELS
 from dlopt.metrics.measures import MEASURES, derived
@@ -35,6 +35,7 @@ STATUSES = (*ENDED, "pruned", *OPEN, "failed")
 _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb writes its own config.yaml
+_NO_KEYS = Names("key", ())
 _DEEPEST = 3  # folders of a job below that of its sweep: hydra.sweep.subdir may have several parts
 _STATE = [name for name, each in MEASURES.items() if each.is_state]
 _GAPS = [name for name, each in MEASURES.items() if each.of_line is not None]
@@ -351,18 +352,13 @@ def condition(line: str) -> Condition | None:
     return parsed
 
 
-def select(records: Sequence[Record], conditions: Sequence[Condition]) -> list[Record]:
-    """Returns the runs that satisfy all conditions. Raises `UserError` for a key that no run has."""
+def select(records: Sequence[Record], conditions: Sequence[Condition], of_command: Names = _NO_KEYS) -> list[Record]:
+    """Returns the runs that satisfy all conditions. Raises `UserError` for a key that no run has; see `check_key`."""
     for condition in conditions:
-        check_key(condition.key, condition.line, records)
+        check_key(condition.key, condition.line, records, of_command)
         if condition.key == "status" and not any(fnmatchcase(status, _pattern(condition.value)) for status in STATUSES):
-            raise UserError(f"{condition.line}: unknown status; allowed: {', '.join(STATUSES)}")
+            raise Names("status", STATUSES, prefix="status=").unknown(condition.value, condition.line)
     return [record for record in records if all(condition.holds(record) for condition in conditions)]
-
-
-def known_keys(records: Sequence[Record]) -> list[str]:
-    """Returns the keys that a condition can name: status, metrics, keys of the config."""
-    return list(dict.fromkeys(["status", *(k for r in records for k in (*r.metrics, *r.config))]))
 
 
 def is_known(key: str, records: Sequence[Record]) -> bool:
@@ -371,23 +367,13 @@ def is_known(key: str, records: Sequence[Record]) -> bool:
     return key in known or column_of(key) in known
 
 
-def meant(key: str, known: Sequence[str]) -> str:
-    """Returns "did you mean NAME? " for a key that no run has: acc, val_acc, lr; "" if none is similar."""
-    names = [name for name in known if name.rpartition(".")[2] == key]
-    names += [name for name in ("val_accuracy", *known) if name in known and key in name] if len(key) > 2 else []
-    names += get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"did you mean {names[0]}? " if names else ""
-
-
-def check_key(key: str, line: str, records: Sequence[Record]) -> None:
-    """Raises `UserError` if no run has this key or metric."""
-    if not records or is_known(key, records):
-        return
-    known = known_keys(records)
-    hint = meant(key, known)
-    metrics = dict.fromkeys(name for record in records for name in record.metrics)
-    allowed = ", ".join(["status", "a key of the config", *metrics])
-    raise UserError(f"{line}: no run has {key}; {hint}allowed: {allowed}")
+def check_key(key: str, line: str, records: Sequence[Record], of_command: Names = _NO_KEYS) -> None:
+    """Raises `UserError` if no run has this key or metric. `of_command`: its keys, one of which may be misspelled."""
+    if records and not is_known(key, records):
+        metrics = dict.fromkeys(name for record in records for name in record.metrics)
+        of_config = {name: name for record in records for name in record.config}
+        known = [*of_command.known, "status", "a key of the config", *metrics]
+        raise replace(of_command, known=known, forms=of_config).unknown(key, line)
 
 
 def tags_of(record: Record) -> tuple[str, ...]:

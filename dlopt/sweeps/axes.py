@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.basics.errors import UserError, require_package, suggest
+from dlopt.basics.errors import UserError, require_package
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import (
@@ -140,10 +140,9 @@ def _check_condition(composer: Composer, space: str, when: str, axes: Sequence[A
     if group not in composer.groups():
         if not is_typed:
             raise UserError(f"{space}: {when}: no job sets {group}")
-    elif choice not in composer.choices(group):
-        hint = suggest(choice, composer.choices(group), f"dlopt options {group}", prefix=f"{group}=")
-        raise UserError(f"{space}: {when}: unknown choice; {hint}")
-    elif not is_typed and any(axis.is_swept and "experiment" in axis.keys for axis in axes):
+        return
+    composer.names(group).check(choice, f"{space}: {when}")
+    if not is_typed and any(axis.is_swept and "experiment" in axis.keys for axis in axes):
         raise UserError(f"{space}: {when}: each recipe may choose another {group}; type {group}=")
 
 

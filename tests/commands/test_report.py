@@ -177,7 +177,7 @@ def test_piped_table_is_complete_without_trailing_spaces(paired: Path) -> None:
         ("nowhere", "nowhere: no such folder"),
         ("night --wach", "--wach: unknown flag"),
         ("night by=test_loss", "by=test_loss: ranking by a test metric"),
-        ("night by=speed", "by=speed: the runs have no such metric; allowed: "),
+        ("night by=speed", "by=speed: unknown metric of these runs; allowed: "),
         ("night top=0", "top=0: "),
         ("night target=high", "target=high: "),
         ("night targt=1", "did you mean target?"),

@@ -47,11 +47,11 @@ def test_columns_that_a_run_has_are_accepted(folder: Path, columns: list[str] | 
 @pytest.mark.parametrize(
     ("sort", "columns", "message"),
     [
-        (None, ["foo"], "columns=foo: no run has foo"),
-        (None, ["optimizer.lr", "foo"], "columns=foo: no run has foo"),
-        ("foo", None, "sort=foo: no run has foo"),
-        ("foo", ["foo"], "sort=foo: no run has foo"),
-        ("optimizer.lr", ["optimizer.lr", "foo"], "columns=foo: no run has foo"),
+        (None, ["foo"], "columns=foo: unknown key; "),
+        (None, ["optimizer.lr", "foo"], "columns=foo: unknown key; "),
+        ("foo", None, "sort=foo: unknown key; "),
+        ("foo", ["foo"], "sort=foo: unknown key; "),
+        ("optimizer.lr", ["optimizer.lr", "foo"], "columns=foo: unknown key; "),
     ],
 )
 def test_names_the_key_that_no_run_has(folder: Path, sort: str | None, columns: list[str] | None, message: str) -> None:

@@ -151,7 +151,7 @@ def test_ranks_by_validation_metrics_only(sweep: Path) -> None:
     assert table(sweep, "best_val_loss").by == "val_loss"
     with pytest.raises(UserError, match="by=test_accuracy: ranking by a test metric"):
         table(sweep, "test_accuracy")
-    with pytest.raises(UserError, match=r"by=val_f1: the runs have no such metric; allowed: .*val_accuracy") as caught:
+    with pytest.raises(UserError, match=r"by=val_f1: unknown metric of these runs; allowed: .*val_accuracy") as caught:
         table(sweep, "val_f1")
     assert not {"parameters", "processes", "epochs", "steps"} & set(re.findall(r"\w+", str(caught.value)))
 

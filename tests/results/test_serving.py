@@ -92,7 +92,7 @@ def test_conditions_on_the_status_and_on_keys(tmp_path: Path) -> None:
     assert selected() == ["finished", "failed"] == selected("x=1", "val_loss<1") and selected("x>1") == []
     with pytest.raises(UserError, match="status=done: unknown status; allowed: finished, "):
         selected("status=done")
-    with pytest.raises(UserError, match="y=2: no run has y"):
+    with pytest.raises(UserError, match="y=2: unknown key; "):
         selected("y=2")
 
 

@@ -178,7 +178,7 @@ BAD = {
         ["validation.other.data=breast_cancer"],
         "validation.other: the data have the classes benign, malignant, those",
     ),
-    "choice": (["validation.other.data=foo"], "validation.other.data=foo: unknown choice; choices: "),
+    "choice": (["validation.other.data=foo"], "validation.other.data=foo: unknown choice; allowed: "),
     "text": (["validation.other.data=python_source"], "validation.other: is text, the training data are no text"),
     "values": (["validation.other.data=diabetes"], "validation.other: its targets are numbers, those of the training"),
     "shape": (["validation.other.data=digit_pairs"], "validation.other: its targets are several labels per sample"),

@@ -18,9 +18,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from dlopt.basics.errors import UserError, did_you_mean, suggest
+from dlopt.basics.errors import UserError
 from dlopt.basics.folders import make, make_new, refuse_url
 from dlopt.basics.interruption import print_message
+from dlopt.basics.names import Names
 from dlopt.basics.plain_values import is_below
 from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.document import document_only
@@ -131,8 +132,8 @@ class Line:
         if self.overrides:
             names = [name for target in targets for name in command_key_names(target)]
             refuse_unread_hydra(self.overrides, command, (), {}, names)
-            hint = suggest(key_of(self.overrides[0]), names, f"{' '.join(command.split()[:2])} --help")
-            raise UserError(f"{self.overrides[0]}: unknown key of {command}; {hint}")
+            known = Names(f"key of {command}", names, f"{' '.join(command.split()[:2])} --help")
+            raise known.unknown(key_of(self.overrides[0]), self.overrides[0])
 
     def run_config(self, overrides: list[str] | None = None) -> tuple["RunConfig", Mapping[str, str]]:
         """Returns the checked config of `overrides` (default: all of the line) and its choices: group -> name."""
@@ -327,10 +328,9 @@ def on_checkpoint(
                 if key.split(".")[0] in (*names, *reads):  # tta.crop belongs to tta
                     continue
                 if not reads:
-                    hint = suggest(key, ["checkpoint", *names], f"dlopt {name} --help")
-                    raise UserError(f"{key}: unknown key; {hint}")
+                    raise Names("key", ["checkpoint", *names], f"dlopt {name} --help").unknown(key)
                 raise UserError(
-                    f"{key}: {did_you_mean(key, [*names, *reads])}the config is the checkpoint's; only "
+                    f"{key}: {Names('key', [*names, *reads]).question(key)}the config is the checkpoint's; only "
                     f"{', '.join(reads)} may be changed; keys of this command: {', '.join(names)}"
                 )
             check_forms(function, {**command_values, **texts})

@@ -7,7 +7,7 @@ In self-tuning, nothing is searched: each study is one trial with fixed keys, an
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from dlopt.basics.plain_values import load_yaml
-from dlopt.extend import UserError, show, suggest
+from dlopt.extend import Names, UserError, show
 
 FOLDER = "benchmark"  # in the laboratory and in a --config-dir
 Budget = Literal["tiny", "small", "large"]
@@ -52,8 +52,7 @@ class Tier:
     def select(self, names: Sequence[str] | None) -> "Tier":
         """Returns the tier with the named workloads (None for all). Raises `UserError` for an unknown name."""
         for name in names or ():
-            if name not in self.workloads:
-                raise UserError(f"workloads={name}: unknown; {_suggest(name, self.workloads, 'workloads')}")
+            Names("workload", self.workloads, "dlopt benchmark --help", "workloads=").check(name)
         kept = {key: value for key, value in self.workloads.items() if names is None or key in names}
         return Tier(name=self.name, workloads=kept)
 
@@ -96,7 +95,7 @@ def load_tier(name: str, config_dir: str | None) -> Tier:
 
     path = _find("tier", name, config_dir)
     if path is None:
-        raise UserError(f"tier={name}: unknown; {_suggest(name, _names('tier', config_dir), 'tiers')}")
+        raise Names("tier", _names("tier", config_dir), "dlopt benchmark --help", "tier=").unknown(name)
     content = check_arguments(f"{path.name}", _TierFile, _load(path))
     version = content.get("version", 1)
     workloads = {
@@ -113,10 +112,6 @@ def _workload(name: str, version: int, content: Mapping[str, Any]) -> WorkloadSp
     fields = dict(content)
     variants = fields.pop("variants", None)
     return WorkloadSpec(**fields, overrides=random.Random(f"{version} {name}").choice(variants) if variants else [])
-
-
-def _suggest(name: str, names: Iterable[str], title: str) -> str:
-    return suggest(name, names, "dlopt benchmark --help", title=title)
 
 
 def load_space(optimizer: str, config_dir: str | None) -> list[str]:

@@ -10,6 +10,7 @@ from annotated_types import Interval, MinLen
 from dlopt.basics.plain_values import load_yaml
 from dlopt.extend import (
     Line,
+    Names,
     Natural,
     NonNegative,
     Positive,
@@ -17,7 +18,6 @@ from dlopt.extend import (
     group_of,
     key_of,
     lower_is_better,
-    suggest,
     value_of,
 )
 from dlopt.lab.ladder.arms import Arm
@@ -136,8 +136,7 @@ def load_family(name: str, composer: "Composer") -> Family:
     own = composer.config_dir
     folders = [*([] if own is None else [Path(own)]), Path(__file__).parents[1]]
     paths = {path.stem: path for folder in reversed(folders) for path in sorted((folder / FOLDER).glob("*.yaml"))}
-    if name not in paths:
-        raise UserError(f"model={name}: not a family; {suggest(name, paths, 'dlopt ladder --help', title='families')}")
+    Names("family", paths, "dlopt ladder --help", "model=").check(name)
     path = paths[name]
     try:
         content = check_arguments(path.name, _FamilyFile, load_yaml(path))
@@ -151,12 +150,9 @@ def load_family(name: str, composer: "Composer") -> Family:
     rules = Rules(**check_arguments(f"{path.name}: rules", Rules, content["rules"]))
     if not lower_is_better(content["metric"]):
         raise UserError(f"model={name}: metric={content['metric']} of {path} is not a loss; a ladder needs one")
-    known = composer.choices("optimizer")
     for optimizer in content.get("optimizers", {}):
-        if "." not in optimizer and optimizer not in known:
-            raise UserError(
-                f"model={name}: optimizers.{optimizer}: unknown; {suggest(optimizer, known, 'dlopt options optimizer')}"
-            )
+        if "." not in optimizer:
+            composer.names("optimizer").check(optimizer, f"model={name}: optimizers.{optimizer}")
     for key in ("optimizers", "arms"):
         for owner, lines in content.get(key, {}).items():
             _check_lines(f"model={name}: {key}.{owner}", lines)
@@ -180,8 +176,7 @@ def chosen_rungs(family: Family, rungs: int | Sequence[str] | None) -> list[str]
         chosen = names[:rungs]
     else:
         for name in rungs:
-            if name not in names:
-                raise UserError(f"rungs={name}: unknown; {suggest(name, names, 'dlopt ladder --help', title='rungs')}")
+            Names("rung", names, "dlopt ladder --help", "rungs=").check(name)
         chosen = [name for name in names if name in rungs]
     if len(chosen) < 2:
         shown = rungs if isinstance(rungs, int) else f"[{','.join(chosen)}]"

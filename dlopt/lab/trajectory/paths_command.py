@@ -20,13 +20,13 @@ from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import (
     DONE,
     Line,
+    Names,
     Positive,
     Seed,
     UserError,
     group_of,
     key_of,
     output_folder,
-    suggest,
     without,
     writing,
 )
@@ -169,8 +169,7 @@ def _refuse_others(overrides: Sequence[str]) -> None:
     for line in overrides:
         key = group_of(line)
         if key not in (*allowed, "hydra"):
-            hint = suggest(key, allowed, "dlopt trajectory --help")
-            raise UserError(f"{line}: unknown key of optimizer paths; {hint}")
+            raise Names("key of optimizer paths", allowed, "dlopt trajectory --help").unknown(key, line)
 
 
 def _check_job(config: "DictConfig", job: Combination) -> _PathJob:

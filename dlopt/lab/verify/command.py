@@ -3,10 +3,9 @@
 import platform
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dlopt.basics.errors import did_you_mean
 from dlopt.basics.status_line import status_line, waiting
 from dlopt.commands.shared.command_line import read_line, with_document
-from dlopt.extend import DONE, FAILED, Line, UserError, key_of
+from dlopt.extend import DONE, FAILED, Line, Names, UserError, key_of
 
 if TYPE_CHECKING:
     from dlopt.extend import Component
@@ -76,8 +75,8 @@ def _verify(
     with waiting("loading the methods ..."):
         from dlopt.lab.verify.methods import METHODS, known
 
-    if paper is not None and paper not in METHODS:
-        raise UserError(f"paper={paper}: unknown method; {did_you_mean(paper, [*METHODS])}known: {', '.join(METHODS)}")
+    if paper is not None:
+        Names("method", METHODS, prefix="paper=").check(paper)
     subject = subject_of(run_config.optimizer)
     method = METHODS[paper] if paper is not None else known(subject.target, subject.keys)
     return subject, paper, certify(subject, method)

@@ -30,7 +30,7 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("", "name the optimizer"),
         ("optimizer=adamw,sgd", "one optimizer at a time"),
-        ("optimizer=adamw paper=muom", "did you mean muon"),
+        ("optimizer=adamw paper=muom", "did you mean paper=muon"),
         ("optimizer=adamw model=mlp", "does not read this key"),
         ("optimizer=adamw optimizer.groups=[]", "makes its own parameters"),
         ("optimizer=mine.Optimizer", r"allow_packages=\[mine\]"),
