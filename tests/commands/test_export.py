@@ -275,12 +275,6 @@ def test_exact_statistics_are_not_exported(tmp_path: Path) -> None:
     assert result.code == 0 and "norm_statistics=exact: needs the training data" in result.err
 
 
-def test_reports_missing_packages(run: Path) -> None:
-    with mock.patch("dlopt.commands.export.find_spec", lambda name: None):
-        message = refused(run, "export", f"checkpoint={CHECKPOINT}", "format=onnx")
-    assert "onnx and onnxscript" in message and "[export]" in message
-
-
 def test_verifies_on_random_images_without_data(tmp_path: Path) -> None:
     from PIL import Image
 

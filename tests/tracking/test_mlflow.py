@@ -17,7 +17,7 @@ from dlopt import cli
 from dlopt.basics.errors import UserError
 from dlopt.tracking import remote
 from dlopt.tracking.tracking import Tracking
-from tests.support.line import SMALL, dlopt, refused
+from tests.support.line import SMALL, dlopt
 from tests.support.ports import free_port
 from tests.support.processes import start
 from tests.support.runs import at_update
@@ -189,13 +189,6 @@ def test_unreachable_server_is_reported_once(tmp_path: Path, monkeypatch: pytest
         tracking.finish({"status": "finished", "steps": 1})
     log = (tmp_path / "train.log").read_text()
     assert log.count("tracking=mlflow: ") == 1 and "training continues without it" in log
-
-
-def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: None)
-    message = refused(tmp_path, "train", "tracking=[tensorboard,mlflow]")
-    assert "tracking=[tensorboard,mlflow]: the package mlflow is not installed; " in message
-    assert "[mlflow]'" in message.partition("pip install ")[2]
 
 
 def test_the_check_prints_nothing(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def _refuse(key: str, name: str) -> None:
 def test_a_service_that_cannot_record_is_refused_before_the_run(
     line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: pytest.__spec__)  # installed
+    monkeypatch.setattr("dlopt.basics.errors.is_installed", lambda name: True)
     monkeypatch.setitem(SERVICES, "mlflow", SERVICES["mlflow"]._replace(check=_refuse))
     message = refused(tmp_path, *line, "tracking=[tensorboard,mlflow]", "name=x")
     assert "tracking=[tensorboard,mlflow]: name=x: no store" in message
