@@ -62,6 +62,19 @@ def test_errors_of_values_come_before_torch() -> None:
         "train loss.class_weights=balanced sampler=hard_examples": "loss.class_weights=balanced: sampler=hard_examples "
         "draws by the losses: no fixed weights balance its draws; set loss.class_weights to null or to a list, "
         "or use another sampler",
+        "train model=resnet20 model.depth=9": "model.depth=9: must be 6n+2, for example 8, 14, 20, 26, 38, 56, 110",
+        "train model=wrn_16_4 model.depth=4": "model.depth=4: must be 6n+4, for example 10, 16, 22, 28, 40, 58, 112",
+        "train model=lstm model.norm=batch": "model.norm=batch: unknown value; allowed: layer | none",
+        "train model=locally_connected model.kernel=4": "model.kernel=4: must be odd",
+        "train schedule=multistep schedule.milestones_epochs=[7,7]": "schedule.milestones_epochs=[7, 7]: must increase",
+        "train data=polynomial data.interval=[1,-1]": "data.interval=[1, -1]: must increase",
+        "train data=linear data.intervals=[[1,2],[2,2]]": "data.intervals=[[1, 2], [2, 2]]: must increase",
+        "train data=linear data.intervals=[]": "data.intervals=[]: list should have at least 1 item, not 0; allowed: a "
+        "list [a list [a number,a number]]",
+        "train data=webdataset data.file=a data.input=[]": "data.input=[]: list should have at least 1 item, "
+        "not 0; allowed: a string | a list [a,b,...], each a string",
+        "train data=csv data.file=a data.label_separator=": "data.label_separator=: string should have at least 1 "
+        "character; allowed: a string",
         "train compile=reduce-overhead cuda_graphs=true": "cuda_graphs=true: compile=reduce-overhead records CUDA "
         "graphs of its own; use compile=max-autotune-no-cudagraphs",
     }
@@ -116,16 +129,23 @@ def test_a_missing_extra_is_reported_before_torch(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "checkpoints").mkdir()
     (run / "checkpoints/best.pt").touch()
-    lines = {"export run format=onnx": "format=onnx: requires onnx and onnxscript; "}
-    lines["train tracking=[wandb]"] = "tracking=[wandb]: the package wandb is not installed; "
-    hide = "import importlib.util as u\nreal = u.find_spec\nHIDDEN = ('onnx', 'onnxscript', 'wandb')\n"
+    lines = {
+        "export run format=onnx": ("format=onnx", "onnx", "export"),
+        "train tracking=[tensorboard,wandb]": ("tracking=[tensorboard,wandb]", "wandb", "wandb"),
+        "train model=timm model.name=resnet18": ("model.name=resnet18", "timm", "timm"),
+        "train data=huggingface data.name=mnist": ("data.name=mnist", "datasets", "hub"),
+        "train data=parquet data.file=[a,b]": ('data.file=["a", "b"]', "pyarrow", "hub"),
+        "train data=parquet data.file=a": ("data.file=a", "pyarrow", "hub"),
+    }
+    hide = f"import importlib.util as u\nreal = u.find_spec\nHIDDEN = {[package for _, package, _ in lines.values()]}\n"
     hide += "u.find_spec = lambda name, *more: None if name in HIDDEN else real(name, *more)\n"
     hide += "import sys\nsys.modules.update(dict.fromkeys(HIDDEN))\n"
     printed = subprocess.run(
         [sys.executable, "-c", hide + _RUN], input="\n".join(lines), cwd=tmp_path, capture_output=True, text=True
     )
-    for shown, (line, message) in zip(printed.stdout.splitlines(), lines.items(), strict=True):
-        assert shown.startswith(f"False {message}"), (line, shown)
+    for shown, (line, (place, package, extra)) in zip(printed.stdout.splitlines(), lines.items(), strict=True):
+        assert shown.startswith(f"False {place}: the package {package} is not installed; "), (line, shown)
+        assert shown.endswith(f"[{extra}]'"), (line, shown)
 
 
 def test_annotations_are_those_of_the_signatures() -> None:
