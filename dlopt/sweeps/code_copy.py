@@ -43,14 +43,12 @@ class CopiedCode:
         paths: entries of sys.path: relative to `folder`, or absolute for code that is not copied.
         sha256: of the names and contents of the files.
         left_out: repository -> its untracked files and folders that are not copied, relative to it.
-        in_place: folders of code or configs that are not copied, because they are in no repository.
     """
 
     folder: Path
     paths: tuple[str, ...]
     sha256: str
     left_out: Mapping[Path, Sequence[str]]
-    in_place: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,15 @@ class _Source:
     Attributes:
         name: of the folder of the copy.
         folder: the repository, or a folder in it.
-        only: what to copy of the folder; empty for all.
-        own: the package or module, whose untracked files are copied if they end with one of `suffixes`; "" for all.
-        imported: modules that this process has imported, and that the jobs need as well.
+        own: packages, modules and folders whose untracked files are copied if they end with one of `suffixes`.
+        only: what to copy; empty for all.
     """
 
     name: str
     folder: Path
-    only: tuple[str, ...] = ()
-    own: str = ""
+    own: frozenset[str]
     suffixes: tuple[str, ...] = (".py",)
-    imported: frozenset[str] = frozenset()
+    only: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
         """Returns whether a file is a regular one, or a link to one in this folder."""
@@ -79,7 +75,7 @@ class _Source:
 
     def is_code(self, name: str) -> bool:
         """Returns whether an untracked file is copied."""
-        is_own = self.own in ("", name) or name.startswith(f"{self.own}/") or name in self.imported
+        is_own = not self.own.isdisjoint([name, *map(str, Path(name).parents)])
         if not (is_own and name.endswith(self.suffixes) and self.has(name)):
             return False
         is_private = not (self.folder / name).stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
@@ -93,34 +89,36 @@ def copy_code(
 
     Args:
         packages: dotted names, as in `allow_packages`.
-        others: files, and folders of configs; each goes into a folder of this name.
+        others: files, and folders of configs, which are copied from repositories; each goes into a folder of this name.
         excluded: folders that are never copied: the results.
 
     Raises:
         UserError: too much to copy, or a file that cannot be copied, or code without an imported module.
     """
-    files, sources, paths = {}, [], []
-    in_place: list[Path] = []
+    sources, paths = [], []
     for name, place in _packages(packages).items():
         if (repository := _repository(place.parent)) is None:
-            in_place.append(place.parent)
             paths.append(str(place.parent))
+            continue
+        entry = place.parent.resolve().relative_to(repository)
+        if name == "dlopt":
+            only = str(entry / place.name), str(entry / "conf")
+            sources.append(_Source(name, repository, frozenset(only), only=only))
         else:
-            sources.append(_package_source(name, place, repository))
-            paths.append(str(Path(sources[-1].name, sources[-1].own).parent))
+            modules = {place.name, *_imported_from(place.parent)}
+            sources.append(_Source(repository.name, repository, frozenset(str(entry / each) for each in modules)))
+        paths.append(str(Path(sources[-1].name, entry)))
+    files = {f"{name}/{path.name}": path for name, path in others.items() if path.is_file()}
     for name, path in others.items():
-        if path.is_file():
-            files[f"{name}/{path.name}"] = path
-        elif _repository(path) is None:
-            in_place.append(path)
-        else:
-            sources.append(_Source(f"{name}/{path.name}", path.resolve(), suffixes=(".yaml", ".yml")))
+        if path.is_dir() and _repository(path) is not None:
+            sources.append(_Source(f"{name}/{path.name}", path.resolve(), frozenset(["."]), (".yaml", ".yml")))
     untracked = {source: _listed(source, *_UNTRACKED) for source in sources}
     for source, listed in untracked.items():
         for name in (*_listed(source, "--cached", "--recurse-submodules"), *filter(source.is_code, listed)):
             if source.has(name):
                 files[f"{source.name}/{name}"] = source.folder / name
-        if missing := sorted(name for name in source.imported if f"{source.name}/{name}" not in files):
+        needed = [name for name in sorted(source.own) if (source.folder / name).is_file()]
+        if missing := [name for name in needed if f"{source.name}/{name}" not in files]:
             raise UserError(_explain_missing(source.folder, missing))
     results = [folder.resolve() for folder in excluded]
     files = {name: path for name, path in files.items() if not any(map(path.is_relative_to, results))}
@@ -131,12 +129,12 @@ def copy_code(
         for source, listed in untracked.items()
         if folders.isdisjoint(source.folder.parents)  # otherwise listed there as well
     }
-    folder, digest = _copy(files, [source.name for source in sources], target)
-    return CopiedCode(folder, tuple(dict.fromkeys(paths)), digest, left_out, tuple(dict.fromkeys(in_place)))
+    folder, digest = _copy(files, target)
+    return CopiedCode(folder, tuple(dict.fromkeys(paths)), digest, left_out)
 
 
-def _copy(files: Mapping[str, Path], folders: Iterable[str], target: Path) -> tuple[Path, str]:
-    """Copies files, with their modes, into a folder of `target`; returns it and the hash. `folders`: even if empty."""
+def _copy(files: Mapping[str, Path], target: Path) -> tuple[Path, str]:
+    """Copies files, with their modes, into a folder of `target` that is named after their hash; returns both."""
     try:
         contents = {name: path.read_bytes() for name, path in files.items()}
         digest = _digest(contents)
@@ -144,8 +142,7 @@ def _copy(files: Mapping[str, Path], folders: Iterable[str], target: Path) -> tu
         if not folder.exists():
             part = folder.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)  # of a killed command
-            for name in ("", *folders):
-                (part / name).mkdir(parents=True, exist_ok=True)
+            part.mkdir(parents=True)
             for name, data in contents.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_bytes(data)
@@ -209,23 +206,14 @@ def _repository(folder: Path) -> Path | None:
     return None if top is None else Path(os.fsdecode(top.removesuffix(b"\n")))
 
 
-def _package_source(name: str, place: Path, repository: Path) -> _Source:
-    entry = place.parent.resolve().relative_to(repository)
-    own = str(entry / place.name)
-    if name == "dlopt":
-        return _Source(name, repository, (own, str(entry / "conf")), own)
-    imported = frozenset(str(entry / path) for path in _imported_from(place.parent))
-    return _Source(repository.name or name, repository, own=own, imported=imported)
-
-
-def _imported_from(entry: Path) -> set[Path]:
+def _imported_from(entry: Path) -> set[str]:
     """Returns the files of the modules that this process has imported from a folder of sys.path, relative to it."""
     found = set()
     for name, module in [*sys.modules.items()]:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             path = Path(vars(module)["__file__"]).relative_to(entry)
             if path.parts[0].removesuffix(".py") == name.partition(".")[0]:
-                found.add(path)
+                found.add(str(path))
     return found
 
 
@@ -243,8 +231,8 @@ def _listed(source: _Source, *options: str) -> list[str]:
 def _left_out(source: _Source, untracked: Iterable[str], known: set[Path]) -> list[str]:
     """Returns the untracked files that are not known; those of a folder without tracked files as one entry."""
     rest = [name for name in untracked if known.isdisjoint([source.folder / name, *(source.folder / name).parents])]
-    entries = _listed(source, *_UNTRACKED, "--directory")
-    return [entry for entry in entries if any(name.startswith(entry) for name in rest)]
+    entries = {*rest, *(f"{parent}/" for name in rest for parent in Path(name).parents)}
+    return [entry for entry in _listed(source, *_UNTRACKED, "--directory") if entry in entries]
 
 
 def _explain_missing(folder: Path, modules: Sequence[str]) -> str:

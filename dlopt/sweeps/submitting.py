@@ -281,7 +281,9 @@ def _copy(sweep: Path, packages: Sequence[str], files: Mapping[str, Path]) -> Co
     entries = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
     known = Path.cwd(), *code.left_out
     outside = {entry: "PYTHONPATH" for entry in entries if not any(map(entry.is_relative_to, known))}
-    for folder, what in {**outside, **dict.fromkeys(code.in_place, "in no Git repository")}.items():
+    in_place = [Path(path) for path in code.paths if os.path.isabs(path)]
+    in_place += [path for name, path in files.items() if not (code.folder / name / path.name).exists()]
+    for folder, what in {**outside, **dict.fromkeys(in_place, "not in a Git repository")}.items():
         if not {"site-packages", "dist-packages"} & {*folder.parts}:
             print(printable(f"not copied: {folder} ({what}); what you edit there changes the jobs"))
     return code
@@ -318,8 +320,8 @@ def _split(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, st
 
 def _with_files(word: str, code: CopiedCode, files: Mapping[str, Path]) -> str:
     for name, path in files.items():
-        copy = path if path in code.in_place else code.folder / name / path.name
-        word = word.replace(f"{{{name}}}", str(copy.absolute()))
+        copy = code.folder / name / path.name
+        word = word.replace(f"{{{name}}}", str((copy if copy.exists() else path).absolute()))
     return word
 
 

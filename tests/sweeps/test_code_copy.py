@@ -87,7 +87,7 @@ def test_code_in_no_repository_is_not_copied(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     others = {"config": project / "conf", "space": tmp_path / "space.yaml"}
     copied = copy_code(["mine_alone"], others, tmp_path / "code", [])
-    assert copied.paths == ("dlopt", str(project)) and copied.in_place == (project, project / "conf")
+    assert copied.paths == ("dlopt", str(project))
     assert {path.name for path in copied.folder.iterdir()} == {"dlopt", "space"}
     assert copied_names(copied, "space") == {"space.yaml"}
 
@@ -186,14 +186,12 @@ def test_tracked_files_are_copied_with_their_modes(repository: Path, tmp_path: P
 
 
 def test_configs_that_are_typed(repository: Path, tmp_path: Path) -> None:
-    """Also untracked ones; a folder without any still exists in the copy."""
+    """Also untracked ones."""
     for name in ("conf/experiment/mine.yaml", "conf/secrets.yaml", "conf/notes.txt"):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_text("a: 1\n")
-    (repository / "empty").mkdir()
-    others = {"config": repository / "conf", "other": repository / "empty"}
-    copied = copy_code(["mine_copied"], others, tmp_path / "code", [])
-    assert copied_names(copied, "config/conf") == {"experiment/mine.yaml"} and (copied.folder / "other/empty").is_dir()
+    copied = copy_code(["mine_copied"], {"config": repository / "conf"}, tmp_path / "code", [])
+    assert copied_names(copied, "config/conf") == {"experiment/mine.yaml"}
     assert copied.left_out[repository] == ["conf/"]
     assert {*copied.left_out} == {repository, ROOT.parent}
 

@@ -382,6 +382,7 @@ def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
     """Workers run its command in its folder, with copies of the files that it names."""
     (tmp_path / "space.yaml").write_text('optimizer=sgd: {optimizer.lr: "0.1,0.2"}\n')
     (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/own.yaml").write_text("# @package _global_\n")
     subprocess.run(["git", "init", "-q", tmp_path / "mine"], check=True)
     words = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=3", "optimizer=sgd", "space=space.yaml", *SMALL]
     result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *words)
@@ -407,7 +408,7 @@ def test_code_and_configs_in_no_repository(slurm: Path, tmp_path: Path, monkeypa
     search = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=1", "+optimizer.lr=tag(log,interval(0.01,1))"]
     result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *search, *own, *SMALL)
     for folder in (tmp_path, tmp_path / "mine"):
-        line = f"not copied: {folder} (in no Git repository); what you edit there changes the jobs"
+        line = f"not copied: {folder} (not in a Git repository); what you edit there changes the jobs"
         assert line in result.out.splitlines(), result
     stored = submission.read(tmp_path / PLACE)
     assert stored.import_paths(tmp_path / PLACE)[1:] == stored.in_place == [str(tmp_path)]
