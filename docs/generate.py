@@ -21,6 +21,7 @@ COMMAND = ".venv/bin/python docs/generate.py"
 sys.path[:0] = [str(ROOT), str(DOCS / "_ext")]
 
 import benchmark  # noqa: E402
+import conflicts  # noqa: E402
 import extras  # noqa: E402
 import gallery  # noqa: E402
 import judge  # noqa: E402
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "groups": reference.choices_table,
     "settings": reference.settings,
     "metrics": reference.metrics,
+    "conflicts": conflicts.table_of_conflicts,
     "claims": lambda: gallery.claims(DOCS),
     "extras": extras.extras,
     "judge": lambda: judge.evidence(DOCS / "judge"),
@@ -53,7 +55,7 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     *(DOCS / f"{name}.md" for name in ("claims", "gallery", "quickstart", "results", "tried", "verified")),
-    *(DOCS / "reference" / f"{name}.md" for name in ("commands", "groups", "metrics", "settings")),
+    *(DOCS / "reference" / f"{name}.md" for name in ("commands", "conflicts", "groups", "metrics", "settings")),
     DOCS / "howto" / "judge.md",
     DOCS / "howto" / "parallel.md",
     *(DOCS / "lectures" / f"{name}.md" for name in ("index", *LECTURES)),

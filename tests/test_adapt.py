@@ -14,7 +14,6 @@ from dlopt.basics.errors import UserError
 from dlopt.commands.eval import evaluate
 from dlopt.commands.export import export
 from dlopt.models.linear import Linear
-from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.python.api import load
 from dlopt.training.builders.optimizer import build_optimizer
 from dlopt.training.builders.precision import Precision
@@ -221,21 +220,11 @@ def test_rules_of_the_optimizer_apply_afterwards() -> None:
         (["adapt.train=[tail]"], r"^adapt\.train=\[tail\]: matches no parameter; the model has layer1\.linear\.weight"),
         (["adapt.targets=[head]"], r"^adapt\.targets=\[head\]: no layer to adapt is left; .* not in adapt\.train"),
         (["adapt.rank=0"], r"^adapt\.rank=0: .* allowed: an integer >= 1"),
-        (["init=mup", "optimizer=adam"], r"^init=mup: sets learning rates .* freezes; use another init"),
     ],
 )
 def test_refusals(lines: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_workload(run_config(*SMALL, *NET, *LORA, *lines))
-
-
-def test_refuses_modes_that_split_layers() -> None:
-    mode = Mode(torch.device("cpu"), "filter")
-    mode.traits = ModeTraits()
-    with pytest.raises(
-        UserError, match=r"^adapt=lora: not supported with parallel=filter, .*; use parallel=single, ddp or fsdp$"
-    ):
-        build_workload(run_config(*SMALL, *NET, *LORA), parallel=mode)
 
 
 # -- precision

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import flatten, is_below
+from dlopt.config.conflicts import Run, refuse_conflicts
 from dlopt.config.overrides import key_of
 from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import AUTO_TASK, GROUPS, Settings
@@ -31,6 +32,7 @@ def run_settings(config: Mapping[str, Any]) -> Settings:
     """Returns the checked keys of a config that belong to no group. Raises `UserError`."""
     settings = _typed_settings(config)
     check_settings(settings)
+    refuse_conflicts(Run(settings, config))
     return settings
 
 
@@ -50,10 +52,9 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     `config`: resolved, as plain dicts and lists.
     """
     settings = run_settings(config)
-    values = flatten(config)
     if settings.resume not in (None, "auto") and not os.path.lexists(settings.resume):
         raise UserError(f"resume={settings.resume}: no such file; resume=auto resumes the newest unfinished run")
-    task = values.get("task._target_")
+    task = flatten(config).get("task._target_")
     if task in (None, AUTO_TASK):
         check_run_monitor(settings)
     elif typed := [key for key in map(key_of, overrides) if key.partition(".")[0] == "loss"]:
@@ -64,12 +65,6 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
         raise UserError("directions: the class of a task declares them, as the attribute `values`")
     for key in map(key_of, overrides):
         _check_argument(config, key)
-    for key in ("loss.class_weights", "loss.pos_weight"):
-        if values.get(key) == "balanced" and values.get("sampler._target_") == "dlopt.data.samplers.HardExamples":
-            raise UserError(
-                f"{key}=balanced: sampler=hard_examples draws by the losses: no fixed weights balance its draws; "
-                f"set {key} to null or to a list, or use another sampler"
-            )
     data = config.get("data")
     if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.features.table":
         from dlopt.data.table_columns import check_table

@@ -1,5 +1,6 @@
 """Parameters of callables, and values as typed: what the help of commands needs, without pydantic."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -39,6 +40,13 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)  # JSON has no nan
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def as_typed(value: Any) -> str:
+    """Like `show`, also of a list and of a block of keys: without quotes, and without keys that are null."""
+    if dataclasses.is_dataclass(value):
+        return f"{{{', '.join(f'{key}: {show(each)}' for key, each in vars(value).items() if each is not None)}}}"
+    return f"[{','.join(map(show, value))}]" if isinstance(value, list) else show(value)
 
 
 def several_values(values: list[Any]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 from dlopt.basics.errors import UserError
+from dlopt.config.conflicts import Run, refuse_conflicts
 from dlopt.config.early_checks import run_settings
 from dlopt.config.parameters import show
 from dlopt.config.rules import check_combinations
@@ -71,6 +72,7 @@ def parse(
         **components,
     )
     check_names(run_config.validation, [*run_config.user_metrics, *run_config.directions])
+    refuse_conflicts(Run(run_config.settings, config, run_config))
     check_combinations(run_config)
     return run_config
 

@@ -12,7 +12,8 @@ The path of an override, `optimizer.lr=0.1`, from the command line to its use:
    `typed` checks that only the command line says whom to trust and what to start.
 5. `resolve.to_plain` resolves the config to plain values; the form to save keeps secrets as interpolations.
 6. `early_checks.check_early` checks what it can before torch is imported, which takes seconds; then
-   `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`rules`).
+   `parsing.parse` checks each value against the signature of its callable (`schema`), then combinations (`conflicts`,
+   `rules`).
 7. The result, a `RunConfig` of components, is part of the `Plan`.
 
 How `_target_` becomes a call: `conf/optimizer/sgdw.yaml` has `_target_: dlopt.optim.SGDW` and values for its arguments.

@@ -1,13 +1,14 @@
-"""Checks combinations of the keys of a run that belong to no group. Imports no torch."""
+"""Checks the keys of a run that belong to no group, each alone (`conflicts`: two of them). Imports no torch."""
 
 import re
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from dlopt.basics.errors import UserError, did_you_mean, require_package
-from dlopt.config.parameters import show
-from dlopt.config.settings import Settings
+from dlopt.basics.errors import UserError, require_package
+from dlopt.basics.names import Names
+from dlopt.config.parameters import as_typed
+from dlopt.config.settings import Growth, Settings
 from dlopt.metrics.declared import DECLARED
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Direction, Metric, without_set
 
@@ -19,24 +20,16 @@ _TAG = re.compile(r"\w[\w.+-]*")
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises `UserError` for values that exclude each other, and for invalid values that no type rejects."""
+    """Raises `UserError` for invalid values that no type rejects."""
     check_tags(settings.tags)
     _check_name(settings.name)
     for key, path in (("resume", settings.resume), ("init_from", settings.init_from)):
         if path == "":
             raise UserError(f"{key}=: the path of a checkpoint is needed, or {key}=null")
-    if settings.dry_run and settings.resume is not None:
-        raise UserError(f"dry_run=true: estimates a whole run, not the rest of one; leave out resume={settings.resume}")
     _check_tracking(settings.tracking)
-    _check_diagnostics(settings)
-    every = settings.evaluate
-    if every.every_steps is not None and every.every_epochs != 1:
-        raise UserError(
-            f"evaluate.every_steps={every.every_steps} and evaluate.every_epochs={every.every_epochs}: exclude each "
-            "other; set evaluate.every_epochs=1 or evaluate.every_steps=null"
-        )
-    _check_compile(settings)
-    _check_growth(settings)
+    _check_profile(*settings.profile_steps)
+    if settings.batch_growth is not None:
+        _check_growth(settings.batch_growth)
 
 
 def check_tags(tags: Iterable[str]) -> None:
@@ -84,17 +77,11 @@ def check_monitor(
             "monitor_mode=min or monitor_mode=max"
         )
     if metric not in allowed and not metric.startswith(_OF_CLASSES):
-        raise UserError(
-            f"{key}={monitor}: there is no validation metric of this name; {did_you_mean(monitor, allowed)}"
-            f"allowed: {', '.join([*allowed, *(f'{each}NAME' for each in _OF_CLASSES)])}"
-        )
+        patterns = [f"{each}NAME" for each in _OF_CLASSES]
+        raise Names("validation metric", [*allowed, *patterns], prefix=f"{key}=").unknown(monitor)
 
 
-def _check_diagnostics(settings: Settings) -> None:
-    if settings.diagnostics and not settings.tracking:
-        shown = ",".join(settings.diagnostics)
-        raise UserError(f"diagnostics=[{shown}]: requires a tracker; set tracking=[tensorboard]")
-    first, last = settings.profile_steps
+def _check_profile(first: int, last: int) -> None:
     if last < first + 2:
         raise UserError(
             f"profile_steps=[{first},{last}]: too short, since the first update profiles memory and the others time; "
@@ -102,19 +89,8 @@ def _check_diagnostics(settings: Settings) -> None:
         )
 
 
-def shown_accumulate(settings: Settings) -> str:
-    """Shows the value of `accumulate` as it is typed."""
-    if settings.batch_growth is None:
-        return str(settings.micro_batches)
-    keys = [f"{name}: {show(value)}" for name, value in vars(settings.batch_growth).items() if value is not None]
-    return f"{{{', '.join(keys)}}}"
-
-
-def _check_growth(settings: Settings) -> None:
-    growth = settings.batch_growth
-    if growth is None:
-        return
-    key, numbers = f"accumulate={shown_accumulate(settings)}", growth.micro_batches
+def _check_growth(growth: Growth) -> None:
+    key, numbers = f"accumulate={as_typed(growth)}", growth.micro_batches
     units = {unit: milestones for unit, milestones in vars(growth).items() if unit != "micro_batches"}
     given = {unit: milestones for unit, milestones in units.items() if milestones is not None}
     if len(given) != 1:
@@ -131,28 +107,4 @@ def _check_growth(settings: Settings) -> None:
         raise UserError(
             f"{key}: {odd} is no multiple of {numbers[0]}, the micro-batches of data.batch_size samples; a batch grows "
             "by whole multiples"
-        )
-    if settings.checkpoint.at_restarts:
-        raise UserError(
-            f"checkpoint.at_restarts=true: an update of a batch that grows may cross a restart ({key}); set it to false"
-        )
-
-
-def _check_compile(settings: Settings) -> None:
-    """Refuses what torch.compile and its CUDA graphs, in which each pass overwrites the previous, do not support."""
-    if settings.activation_checkpointing != "none" and settings.compile not in (False, "auto"):
-        raise UserError(
-            f"activation_checkpointing={settings.activation_checkpointing}: not supported with "
-            f"compile={str(settings.compile).lower()}, whose compiler decides what to recompute; use compile=false, or "
-            "activation_checkpointing=none"
-        )
-    if settings.compile not in ("reduce-overhead", "max-autotune"):
-        return
-    advice = "use compile=max-autotune-no-cudagraphs"
-    if settings.cuda_graphs is True:
-        raise UserError(f"cuda_graphs=true: compile={settings.compile} records CUDA graphs of its own; {advice}")
-    if settings.batch_growth is not None or settings.micro_batches > 1:
-        raise UserError(
-            f"accumulate={shown_accumulate(settings)}: the CUDA graphs of compile={settings.compile} overwrite the "
-            f"gradients of the previous micro-batch; {advice}"
         )

@@ -40,11 +40,6 @@ _KEPT = 2000  # values of a histogram
 
 def check(workload: Workload, kinds: Sequence[Diagnostic]) -> None:
     """Raises `UserError` for diagnostics that the parallel mode or torch.compile does not support."""
-    if workload.parallel.sharding.kind != "replicated":
-        raise UserError(
-            f"diagnostics=[{','.join(kinds)}]: with parallel={workload.parallel.name} no process has the whole model; "
-            "use parallel=single or ddp"
-        )
     if not workload.compile_obstacle and set(kinds) - {"curvature"}:
         raise UserError(f"diagnostics=[{','.join(kinds)}]: hooks do not run in a compiled model; set compile=false")
     if "curvature" in kinds and workload.parallel.ranks.processes > 1:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlopt.basics.errors import UserError
 from dlopt.data.batches import Batch
 from dlopt.parallel.batch_shards import BatchSplit
 from dlopt.parallel.dropout import CurrentShard, convert_dropout
@@ -40,20 +39,12 @@ class ModeTraits:
     """What training has to know about a mode before the model is placed.
 
     Attributes:
-        compiles: the model can be compiled as a whole.
-        observes_losses: every rank computes the losses of its own samples, as loss-aware samplers need.
         batch_norm_shards: shards of a batch that batch norm normalizes separately.
         micro_batches: number of micro-batches into which the mode itself splits a batch.
-        recomputes: a part of the model can run again in the backward pass (activation checkpointing).
-        adapters: linear layers may have additional parameters (adapt=lora).
     """
 
-    compiles: bool = True
-    observes_losses: bool = True
     batch_norm_shards: int = 1
     micro_batches: int = 1
-    recomputes: bool = False
-    adapters: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ class Mode:
         self.ranks = Ranks()
         self.sharding: Sharding = Sharding()
         self.split = BatchSplit()
-        self.traits = ModeTraits(recomputes=True, adapters=True)
+        self.traits = ModeTraits()
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
         """Places `model` on the processes, for samples of `input_shape`.
@@ -147,7 +138,6 @@ class GroupMode(Mode):
         rank, degree = group.rank if data_rank is None else data_rank, data_degree or group.size
         self.split = BatchSplit(accumulate, rank, degree)
         self.dropout = CurrentShard()
-        self.traits = ModeTraits()
 
     def micro_batch(self, micro_batch: Batch) -> AbstractContextManager[Any]:
         return self.dropout.of(micro_batch)
@@ -159,21 +149,3 @@ def join_mode(
     """Joins the process group (see `join`) and builds its mode; in a single process, returns `Mode`."""
     joined = join(name, device, **keys)
     return Mode(device, name) if joined is None else build(*joined)
-
-
-def check_precision(mode: str, precision: str) -> None:
-    """Raises `UserError` for precisions that a mode with a sharded model does not support.
-
-    fp16: the loss scaler of each rank detects overflows in its own shards only. bf16_pure: shards of fp32 norm layers
-    and bf16 weights do not share a buffer.
-    """
-    if precision == "fp16":
-        raise UserError(
-            f"precision=fp16: not supported with parallel={mode}, whose ranks would diverge in their loss scales; "
-            "use precision=bf16"
-        )
-    if precision == "bf16_pure":
-        raise UserError(
-            f"precision=bf16_pure: not supported with parallel={mode}, which shards all layers in one dtype; "
-            "use precision=bf16, or parallel=ddp"
-        )

@@ -28,9 +28,9 @@ from dlopt.config.overrides import (
     quoted_plain,
     without,
 )
+from dlopt.config.parameters import as_typed
 from dlopt.config.plan import checked
 from dlopt.config.resuming import differences, refuse_other_config
-from dlopt.config.settings_rules import shown_accumulate
 from dlopt.tracking.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def branched(composer: Composer, words: Sequence[str]) -> list[str]:
         raise UserError(f"{' '.join(given)}: needs one run from which to branch, and one list: from=RUN at=5,10,20")
     rest = without(words, AT)
     if is_set("dry_run", rest):
-        raise UserError(f"{given[0]}: dry_run=true estimates whole runs, not branches; leave out one of them")
+        raise UserError(f"{given[0]}: dry_run describes whole runs, not branches; leave out one of them")
     taken = [word for word in rest if key_of(word) in ("epochs", "steps", "schedule_epochs")]
     if taken:
         raise UserError(f"{taken[0]}: {given[0]} sets the lengths; leave out one of them")
@@ -161,8 +161,8 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
     folder = RunFolder(folder.path.parent) if folder.path.name == "config.yaml" else folder
     single = [each for each in composer.parse(overrides) if not each.is_sweep_override()]
     run_config = checked(composer.compose(single), single).run_config
-    if run_config.settings.batch_growth is not None:
-        grows = f"its batch grows: accumulate={shown_accumulate(run_config.settings)}"
+    if (growth := run_config.settings.batch_growth) is not None:
+        grows = f"its batch grows: accumulate={as_typed(growth)}"
         raise UserError(f"{source}: {grows}; branches need a constant one: train each length from its start")
     checkpoints = {}
     for path in folder.checkpoints.glob("step-*.pt"):

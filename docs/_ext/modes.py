@@ -1,4 +1,4 @@
-"""The table of the parallel modes and what they do not take, from the functions and traits that refuse it."""
+"""The table of the parallel modes and what they do not take, from the functions and the table that refuse it."""
 
 import functools
 from dataclasses import replace
@@ -12,8 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dlopt.basics.errors import UserError
 from dlopt.config.choices import Catalogue
 from dlopt.config.compose import Composer
+from dlopt.config.conflicts import CONFLICTS, Run
 from dlopt.config.plan import plan
-from dlopt.config.rules import _check_distillation
 from dlopt.config.run_config import RunConfig
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes.process_group import ProcessGroup
@@ -23,7 +23,6 @@ from dlopt.training.builders.workload import Workload, build_mode, build_workloa
 
 SMALL = ("device=cpu", "threads=1", "model=mlp", "model.widths=[4]", "data.subset=100")
 MODES = ("ddp", "fsdp", "filter", "hybrid", "spatial", "columns", "pipeline")
-FEATURES = {"observes_losses": "sampler=hard_examples", "adapters": "adapt=lora", "compiles": "compile"}
 
 
 def run_config(*overrides: str) -> RunConfig:
@@ -68,15 +67,19 @@ def takes(mode: Mode, optimizer: torch.optim.Optimizer, workload: Workload) -> b
     return True
 
 
+def conflicts_of(mode: str) -> list[str]:
+    """Returns the names of the features that exclude a mode."""
+    config = run_config(f"parallel={mode}")
+    run = Run(config.settings, config.config, config)
+    sides = [pair for row in CONFLICTS for pair in ((row.one, row.other), (row.other, row.one))]
+    return [feature.name for feature, other in sides if other.find(run) == f"parallel={mode}"]
+
+
 def table_of_modes() -> str:
     """A row for each mode: the optimizers and the features that it refuses."""
     rows = []
     for name, mode in modes().items():
         refused = [code(each) for each, *built in optimizers() if not takes(mode, *built)]
-        missing = [code(what) for trait, what in FEATURES.items() if not getattr(mode.traits, trait)]
-        try:
-            _check_distillation(run_config(f"parallel={name}"))
-        except UserError:
-            missing.append(code("loss=distillation"))
+        missing = [code(each) for each in conflicts_of(name)]
         rows.append((code(name), ", ".join(refused) or "none", ", ".join(missing) or "none"))
     return table(("Mode", "Optimizers that it does not take", "Other things that it does not take"), rows)

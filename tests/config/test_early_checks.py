@@ -57,11 +57,11 @@ def test_errors_of_values_come_before_torch() -> None:
         "train -m optimizer.lr=-1,0.1": "optimizer.lr=-1: input should be greater than 0; allowed: a number > 0",
         "summary model=mlp model.widths=x": "model.widths=x: input should be a valid array; allowed: a list [an "
         "integer >= 1]",
-        "train evaluate.every_steps=3 evaluate.every_epochs=2": "evaluate.every_steps=3 and evaluate.every_epochs=2: "
-        "exclude each other; set evaluate.every_epochs=1 or evaluate.every_steps=null",
-        "train loss.class_weights=balanced sampler=hard_examples": "loss.class_weights=balanced: sampler=hard_examples "
-        "draws by the losses: no fixed weights balance its draws; set loss.class_weights to null or to a list, "
-        "or use another sampler",
+        "train evaluate.every_steps=3 evaluate.every_epochs=2": "evaluate.every_steps=3 with evaluate.every_epochs=2: "
+        "only one of them may be set; use evaluate.every_epochs=1 or evaluate.every_steps=null",
+        "train loss.class_weights=balanced sampler=hard_examples": "loss.class_weights=balanced with "
+        "sampler=hard_examples: the sampler draws by the losses: no fixed weights balance its draws; "
+        "use loss.class_weights=null or a list, or another sampler",
         "train model=resnet20 model.depth=9": "model.depth=9: must be 6n+2, for example 8, 14, 20, 26, 38, 56, 110",
         "train model=wrn_16_4 model.depth=4": "model.depth=4: must be 6n+4, for example 10, 16, 22, 28, 40, 58, 112",
         "train model=lstm model.norm=batch": "model.norm=batch: unknown value; allowed: layer | none",
@@ -75,8 +75,10 @@ def test_errors_of_values_come_before_torch() -> None:
         "not 0; allowed: a string | a list [a,b,...], each a string",
         "train data=csv data.file=a data.label_separator=": "data.label_separator=: string should have at least 1 "
         "character; allowed: a string",
-        "train compile=reduce-overhead cuda_graphs=true": "cuda_graphs=true: compile=reduce-overhead records CUDA "
-        "graphs of its own; use compile=max-autotune-no-cudagraphs",
+        "train compile=reduce-overhead cuda_graphs=true": "cuda_graphs=true with compile=reduce-overhead: "
+        "torch.compile then records CUDA graphs of its own; use compile=max-autotune-no-cudagraphs",
+        "train parallel=filter adapt=lora": "adapt=lora with parallel=filter: the mode splits the layers themselves; "
+        "use parallel=single, ddp or fsdp",
     }
     printed = subprocess.run(
         [sys.executable, "-c", _RUN], input="\n".join(lines), capture_output=True, text=True, check=True

@@ -9,7 +9,7 @@ import torchvision
 from dlopt.config.compose import Composer
 from dlopt.config.resolve import choices_of
 from dlopt.training.reporting import describe_pretrained
-from tests.support.line import dlopt, refused
+from tests.support.line import dlopt
 from tests.support.runs import run_config
 
 PRETRAINED = ("model=torchvision", "model.name=efficientnet_b3", "model.pretrained=true")
@@ -60,4 +60,3 @@ def test_a_run_reports_the_images_of_the_pretraining(tmp_path: Path, monkeypatch
     result = dlopt(tmp_path, *line, "tracking=[]", "hydra.run.dir=run", "threads=1")
     assert result.code == 0, result.err
     assert "pretrained on images of 224x224" in result.out and "this run uses images of 32x32" in result.out
-    assert "overwrite the pretrained weights" in refused(tmp_path, *line, "init=kaiming_normal")

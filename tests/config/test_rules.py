@@ -1,4 +1,4 @@
-"""Combinations that depend on the machine, which the tests pretend to have."""
+"""Values that depend on the machine, which the tests pretend to have."""
 
 from types import SimpleNamespace
 
@@ -16,17 +16,11 @@ def test_precisions_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
         run_config("device=mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert run_config("device=mps", "precision=fp16").settings.precision == "fp16"
-    for precision in ("fp64", "tf32"):
-        with pytest.raises(UserError, match=f"precision={precision}: not supported on an Apple GPU"):
-            run_config("device=mps", f"precision={precision}")
     for available in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)  # noqa: B023
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)  # noqa: B023
         for device in ("auto", "cuda") if available else ():
             assert run_config(f"device={device}", "precision=fp16").settings.device == device
-    for device in ("auto", "cpu"):
-        with pytest.raises(UserError, match="precision=fp16: not supported on a CPU"):
-            run_config(f"device={device}", "precision=fp16")
     with pytest.raises(UserError, match="device=cuda: no CUDA device is available"):
         run_config("device=cuda")
 
@@ -42,9 +36,3 @@ def test_counts_are_limited_by_the_cores(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(UserError, match=message):
             run_config(*line)
-
-
-def test_scale_lr_needs_a_learning_rate() -> None:
-    with pytest.raises(UserError, match=r"scale_lr=linear: optimizer=torch.optim.sgd.SGD has no learning rate"):
-        run_config("optimizer=custom", "optimizer._target_=torch.optim.SGD", "scale_lr=linear")
-    assert run_config("optimizer=sam", "scale_lr=linear").settings.scale_lr == "linear"

@@ -120,6 +120,5 @@ def test_unsupported_combinations_raise_one_line(tmp_path: Path) -> None:
             "parallel=hybrid: data_degree x model_degree = 2 x 2 = 4, but there are 2",
         ),
         ([*SPATIAL, "model=locally_connected", "model.norm=group"], "parallel=spatial: layer1.1 is a GroupNorm, which"),
-        ([*SPATIAL, "compile=true"], "compile=true: parallel=spatial communicates between layers"),
     ]
     run_ranks("tests.parallel.test_model_parallel:refused", 2, tmp_path, cases)

@@ -19,22 +19,18 @@ MPS = torch.device("mps")
     ("mode", "started", "arguments", "message"),
     [
         ("ddp", 2, {"processes": 3}, "parallel.processes=3: torchrun started 2 processes"),
-        ("ddp", 2, {"static_graph": True, "accumulate": 2}, "parallel.static_graph=true: not supported with accumula"),
         ("ddp", 2, {"device": MPS}, "parallel=ddp: device=mps is not supported"),
         ("ddp", 1, {"processes": 2}, "parallel.processes=2: "),
         ("fsdp", 4, {"processes": 3}, "parallel.processes=3: torchrun started 4 processes"),
         ("fsdp", 4, {"shards": 3}, "parallel.shards=3: must divide the number of processes (4)"),
         ("fsdp", 4, {"shards": 8}, "parallel.shards=8: must divide the number of processes (4)"),
         ("fsdp", 4, {"cpu_offload": True}, "parallel.cpu_offload=true: requires a GPU"),
-        ("fsdp", 4, {"precision": "fp16"}, "precision=fp16: not supported with parallel=fsdp"),
         ("fsdp", 4, {"device": MPS}, "parallel=fsdp: device=mps is not supported"),
         ("pipeline", 2, {"processes": 3}, "parallel.processes=3: torchrun started 2 processes"),
         ("pipeline", 2, {"micro_batches": 4, "accumulate": 2}, "parallel.micro_batches=4: conflicts with accumulate=2"),
         ("pipeline", 2, {"micro_batches": 33}, "parallel.micro_batches=33: must be at most data.batch_size=32"),
-        ("pipeline", 2, {"precision": "fp16"}, "precision=fp16: not supported with parallel=pipeline"),
         ("hybrid", 1, {}, "parallel=hybrid: data_degree x model_degree = 1 x 2 = 2, but there is 1 process; set paral"),
         ("hybrid", 1, {"data_degree": 3}, "parallel=hybrid: data_degree x model_degree = 3 x 2 = 6, but there is 1 pr"),
-        ("hybrid", 1, {"precision": "fp16"}, "precision=fp16: not supported with parallel=hybrid"),
     ],
 )
 def test_invalid_setups_raise_one_line(

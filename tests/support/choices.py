@@ -29,6 +29,7 @@ def values(group: str, name: str) -> dict[str, Any]:
 # Optimizers that precision=bf16_pure refuses, and the class that the message names.
 REFUSED_IN_PURE_BF16 = {
     "bfgs": "BFGS", "dfp": "BFGS", "lbfgs": "LBFGS", "newton": "Newton", "newton_cg": "NewtonCG",
-    "newton_undamped": "UndampedNewton", "prodigy": "Prodigy", "sam": "SAM", "schedule_free_adamw": "ScheduleFreeAdamW",
-    "schedule_free_sgd": "ScheduleFreeSGD", "sophia": "Sophia",
+    "newton_undamped": "UndampedNewton", "prodigy": "optimizer=prodigy", "sam": "SAM",
+    "schedule_free_adamw": "optimizer=schedule_free_adamw", "schedule_free_sgd": "optimizer=schedule_free_sgd",
+    "sophia": "Sophia",
 }  # fmt: skip

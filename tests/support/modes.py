@@ -28,7 +28,7 @@ _BUILD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
                              "sync_every_micro_batch": False, "cpu_offload": False, "sync_batchnorm": True}),
     "pipeline": (pipeline, {"batch_size": 32, "precision": "fp32", "threads": 1, "micro_batches": None,
                             "schedule": "1f1b", "split": None}),
-    "hybrid": (hybrid, {"precision": "fp64", "data_degree": None, "model_degree": 2, "inside": "filter",
+    "hybrid": (hybrid, {"data_degree": None, "model_degree": 2, "inside": "filter",
                         "sync_batchnorm": True}),
 }  # fmt: skip
 

@@ -188,12 +188,6 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "typed", "message"),
     [
-        ("Noisy", ["parallel=filter"], "parallel=filter: splits tensors, which"),
-        ("Noisy", ["norm_statistics=exact"], "norm_statistics=exact: "),
-        ("Noisy", ["sampler=hard_examples"], "sampler=hard_examples: needs losses of single samples"),
-        ("Coupled", ["accumulate=2"], "accumulate=2: the loss of"),
-        ("Coupled", ["on_out_of_memory=halve"], "on_out_of_memory=halve: the loss of"),
-        ("Coupled", ["parallel=ddp"], "parallel=ddp: the loss of"),
         ("WrongDirection", [], "values: the direction of dlopt's metric accuracy is not min"),
         ("ValueLoss", [], "values: 'loss' cannot name a value"),
         ("Noisy", ["monitor=val_width"], "monitor=val_width: there is no validation metric of this name"),

@@ -188,17 +188,11 @@ def test_another_teacher_is_detected(teacher: Path, tmp_path: Path) -> None:
         (["data=text", "data.file=a.txt", "model=gpt_nano"], "its task is classification, that of this run is next"),
         (["data=diabetes"], "loss=distillation: a teacher's predictions are classes"),
         (["data=digit_pairs", "loss=distillation"], "loss=distillation: a teacher's predictions are classes"),
-        (["sampler=hard_examples"], "sampler=hard_examples: needs losses of single samples"),
         (
             ["optimizer=sophia", "optimizer.hessian=gnb"],
             "loss=distillation: labels drawn from the model say nothing about the teacher",
         ),
         (["loss.temperature=0"], "loss.temperature=0: "),
-        (
-            ["diagnostics=[curvature]", "tracking=[tensorboard]"],
-            "diagnostics=[curvature]: computed without the teacher",
-        ),
-        (["parallel=pipeline"], "parallel=pipeline: loss=distillation needs whole samples"),
     ],
 )
 def test_refused(more: list[str], message: str, teacher: Path, tmp_path: Path) -> None:

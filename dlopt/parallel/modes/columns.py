@@ -15,7 +15,7 @@ from dlopt.basics.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
 from dlopt.parallel.collectives import ModelGroup, with_adjoint
 from dlopt.parallel.dropout import CurrentShard, GlobalDropout, convert_dropout
-from dlopt.parallel.mode import Mode, check_precision, join_mode
+from dlopt.parallel.mode import Mode, join_mode
 from dlopt.parallel.modes.model_parallel import ModelParallel, ShardingPlan
 from dlopt.parallel.modes.split_layers import convert
 from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
@@ -104,7 +104,6 @@ def split_columns(model: nn.Module, input_shape: tuple[int, ...], model_group: M
     return ShardingPlan({}, {})
 
 
-def columns(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
-    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
-    check_precision("columns", precision)
+def columns(*, device: torch.device, accumulate: int, **keys: Unpack[ProcessKeys]) -> Mode:
+    """Joins the process group and builds the mode."""
     return join_mode("columns", device, partial(ColumnParallel, name="columns", accumulate=accumulate), keys)

@@ -19,7 +19,6 @@ from dlopt.parallel.dropout import convert_dropout
 from dlopt.parallel.mode import GroupMode, Mode, ModeTraits, Placed, join_mode
 from dlopt.parallel.modes.sync_batchnorm import buffer_averaging, synchronize
 from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
-from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.step_timing import StepTiming, SyncWaitTimer
 
 _HAS_FORWARD_SYNC_BUFFERS = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
@@ -39,12 +38,7 @@ def data_parallel(
     sync_batchnorm: bool,
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
-    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
-    if static_graph and accumulate > 1 and current() is not None:
-        raise UserError(
-            f"parallel.static_graph=true: not supported with accumulate={accumulate}, where only the last backward "
-            "averages gradients; set parallel.static_graph=false"
-        )
+    """Joins the process group and builds the mode."""
     build = partial(
         DataParallel,
         accumulate=accumulate,
@@ -81,7 +75,7 @@ class DataParallel(GroupMode):
         self.options: Mapping[str, Any] = options  # of DistributedDataParallel
         self.split = replace(self.split, scale=group.size)
         shards = 1 if sync_batchnorm else group.size
-        self.traits = ModeTraits(batch_norm_shards=shards, recomputes=True, adapters=True)
+        self.traits = ModeTraits(batch_norm_shards=shards)
         self._wait_timer: SyncWaitTimer | None = None
         self._no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext  # backward without gradient averaging
 

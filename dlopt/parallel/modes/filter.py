@@ -27,7 +27,7 @@ from dlopt.models.linear import Linear
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.mlp import ResidualPair
 from dlopt.parallel.collectives import ModelGroup, ShardSpec
-from dlopt.parallel.mode import Mode, check_precision, join_mode
+from dlopt.parallel.mode import Mode, join_mode
 from dlopt.parallel.modes.chain import is_sequential
 from dlopt.parallel.modes.model_parallel import ModelParallel, ShardingPlan
 from dlopt.parallel.modes.split_layers import (
@@ -255,9 +255,8 @@ def split_filters(model: nn.Module, input_shape: tuple[int, ...], model_group: M
     return ShardingPlan(splitter.shard_specs, splitter.dropouts)
 
 
-def filters(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
-    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
-    check_precision("filter", precision)
+def filters(*, device: torch.device, accumulate: int, **keys: Unpack[ProcessKeys]) -> Mode:
+    """Joins the process group and builds the mode."""
     build = partial(ModelParallel, name="filter", accumulate=accumulate, split=split_filters)
     return join_mode("filter", device, build, keys)
 

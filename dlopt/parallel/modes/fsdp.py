@@ -18,7 +18,7 @@ from dlopt.basics.ranges import Count, Natural
 from dlopt.models.known import is_container
 from dlopt.optim.parameters import NORMS
 from dlopt.parallel.dropout import convert_dropout
-from dlopt.parallel.mode import Mode, Placed, check_precision, join_mode
+from dlopt.parallel.mode import Mode, Placed, join_mode
 from dlopt.parallel.modes.ddp import DataParallel
 from dlopt.parallel.modes.sync_batchnorm import buffer_averaging, synchronize
 from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
@@ -41,16 +41,20 @@ class ShardingKeys(ProcessKeys):
 
 def fully_sharded(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ShardingKeys]) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
-    check_precision("fsdp", precision)
     if keys["cpu_offload"] and device.type != "cuda":
         raise UserError("parallel.cpu_offload=true: requires a GPU; set parallel.cpu_offload=false")
-    world, shards = current(), keys["shards"]
-    if world is not None and shards is not None and world.size % shards:
-        raise UserError(
-            f"parallel.shards={shards}: must divide the number of processes ({world.size}); null: all processes"
-        )
+    if (world := current()) is not None:
+        check_shards(keys["shards"], world.size)
     build = partial(FullySharded, accumulate=accumulate, low_precision=precision == "bf16", keys=keys)
     return join_mode("fsdp", device, build, keys)
+
+
+def check_shards(shards: int | None, processes: int) -> None:
+    """Raises `UserError` if shards of equal size need another number of processes."""
+    if shards is not None and processes % shards:
+        raise UserError(
+            f"parallel.shards={shards}: must divide the number of processes ({processes}); null: all processes"
+        )
 
 
 class FullySharded(DataParallel):

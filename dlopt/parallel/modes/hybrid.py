@@ -11,7 +11,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
-from dlopt.parallel.mode import Mode, check_precision
+from dlopt.parallel.mode import Mode
 from dlopt.parallel.modes.columns import ColumnParallel
 from dlopt.parallel.modes.filter import split_filters
 from dlopt.parallel.modes.model_parallel import ModelParallel
@@ -22,7 +22,6 @@ def hybrid(
     *,
     device: torch.device,
     accumulate: int,
-    precision: str,
     data_degree: Count | None,
     model_degree: Count,
     inside: Literal["filter", "columns"],
@@ -30,9 +29,17 @@ def hybrid(
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
-    check_precision("hybrid", precision)
     joined = join("hybrid", device, **keys)
     size = 1 if joined is None else joined[0].size
+    groups = data_groups(size, data_degree, model_degree)
+    if joined is None:
+        return Mode(device, "hybrid")
+    build = ColumnParallel if inside == "columns" else partial(ModelParallel, split=split_filters)
+    return build(*joined, name="hybrid", accumulate=accumulate, data_degree=groups, sync_batchnorm=sync_batchnorm)
+
+
+def data_groups(size: int, data_degree: int | None, model_degree: int) -> int:
+    """Returns the number of groups that share a batch. Raises `UserError` if they need other processes than `size`."""
     groups = max(size // model_degree, 1) if data_degree is None else data_degree
     needed = groups * model_degree
     if needed != size:
@@ -41,7 +48,4 @@ def hybrid(
             f"{'is 1 process' if size == 1 else f'are {size} processes'}; set parallel.processes={needed}, or change "
             "the degrees"
         )
-    if joined is None:
-        return Mode(device, "hybrid")
-    build = ColumnParallel if inside == "columns" else partial(ModelParallel, split=split_filters)
-    return build(*joined, name="hybrid", accumulate=accumulate, data_degree=groups, sync_batchnorm=sync_batchnorm)
+    return groups

@@ -67,7 +67,7 @@ class ModelParallel(GroupMode):
         self.ranks.is_counted = self.model_group.rank == 0  # all ranks of a model group have the same losses
         self.sync_batchnorm = sync_batchnorm and data_degree > 1
         batch_norm_shards = 1 if sync_batchnorm else data_degree
-        self.traits = ModeTraits(compiles=False, observes_losses=False, batch_norm_shards=batch_norm_shards)
+        self.traits = ModeTraits(batch_norm_shards=batch_norm_shards)
         self._partial_grads: list[nn.Parameter] = []
         self._parameters: list[nn.Parameter] = []
 

@@ -20,7 +20,7 @@ from dlopt.data.batches import Augment, Batch
 from dlopt.machine.threads import usable_cores
 from dlopt.parallel.batch_shards import BatchShard, BatchSplit, ShardedAugment, micro_batch_bounds
 from dlopt.parallel.dropout import GlobalDropout, convert_dropout
-from dlopt.parallel.mode import GroupMode, MicroLoss, Mode, ModeTraits, Placed, check_precision, join_mode
+from dlopt.parallel.mode import GroupMode, MicroLoss, Mode, ModeTraits, Placed, join_mode
 from dlopt.parallel.modes import chain as chains
 from dlopt.parallel.modes.chain import ActivationSpec, ChainLayer, ForwardContext
 from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
@@ -45,7 +45,6 @@ def pipeline(
     **keys: Unpack[ProcessKeys],
 ) -> Mode:
     """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
-    check_precision("pipeline", precision)
     if micro_batches is not None and accumulate not in (1, micro_batches):
         raise UserError(
             f"parallel.micro_batches={micro_batches}: conflicts with accumulate={accumulate}, which also splits the "
@@ -91,7 +90,7 @@ class PipelineMode(GroupMode):
         self.is_last = self.ranks.is_counted = group.rank == group.size - 1  # it computes the losses
         self.split = StageSplit(needs_samples=group.rank == 0 or self.is_last)
         self.sharding = LayerShards(group, device)
-        self.traits = ModeTraits(compiles=False, observes_losses=False, micro_batches=in_flight)
+        self.traits = ModeTraits(micro_batches=in_flight)
         self.schedule = schedule
         self.first_layers = split
         self.probe_samples = probe_samples

@@ -23,7 +23,7 @@ from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool, evaluation_mode
 from dlopt.models.locally_connected import LocallyConnected2d
 from dlopt.models.resnet import ZeroPadShortcut
 from dlopt.parallel.collectives import ModelGroup, ShardSpec, is_channels_last, with_adjoint
-from dlopt.parallel.mode import Mode, check_precision, join_mode
+from dlopt.parallel.mode import Mode, join_mode
 from dlopt.parallel.modes.chain import is_sequential
 from dlopt.parallel.modes.filter import Splitter, named_children, replace_by_shard
 from dlopt.parallel.modes.model_parallel import ModelParallel, ShardingPlan
@@ -402,8 +402,7 @@ def split_rows(model: nn.Module, input_shape: tuple[int, ...], model_group: Mode
     return ShardingPlan(splitter.features.shard_specs, splitter.features.dropouts, splitter.partial_grads, notes)
 
 
-def spatial(*, device: torch.device, accumulate: int, precision: str, **keys: Unpack[ProcessKeys]) -> Mode:
-    """Joins the process group and builds the mode. Raises `UserError` for keys that contradict each other."""
-    check_precision("spatial", precision)
+def spatial(*, device: torch.device, accumulate: int, **keys: Unpack[ProcessKeys]) -> Mode:
+    """Joins the process group and builds the mode."""
     build = partial(ModelParallel, name="spatial", accumulate=accumulate, split=split_rows)
     return join_mode("spatial", device, build, keys)

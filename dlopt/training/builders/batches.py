@@ -121,22 +121,11 @@ def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
 
 
 def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler | None:
-    """Returns the sampler of `batches` if it is loss-aware. Raises `UserError` if the mode does not support it."""
-    sampler, run_config, mode = batches.sampler, workload.run_config, workload.parallel
+    """Returns the sampler of `batches` if it is loss-aware."""
+    sampler = batches.sampler
     if not isinstance(sampler, LossAwareSampler):
         return None
-    choice = run_config.sampler.choice
-    if not mode.traits.observes_losses:
-        raise UserError(
-            f"{choice}: parallel={mode.name} does not exchange the losses that it needs; "
-            "use parallel=ddp or another sampler"
-        )
-    if run_config.settings.on_divergence == "skip":
-        raise UserError(
-            f"on_divergence=skip: {choice} needs the losses of every update; "
-            "use on_divergence=rollback or another sampler"
-        )
     # Each rank observes the losses of its own samples only: the sampler merges them before it plans an epoch and before
     # it is saved, on all ranks together.
-    sampler.maximum = mode.ranks.maximum
+    sampler.maximum = workload.parallel.ranks.maximum
     return sampler

@@ -22,7 +22,6 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.mixin import mix_in
 from dlopt.config.settings import Recomputation
 from dlopt.models.known import is_container, is_stochastic
-from dlopt.parallel.mode import Mode
 
 _running = 0  # recomputations in progress
 
@@ -109,26 +108,16 @@ def _run(layers: list[nn.Module], inputs: Any) -> Any:
     return inputs
 
 
-def recompute(model: nn.Module, setting: Recomputation, mode: Mode, *, choice: str) -> None:
+def recompute(model: nn.Module, setting: Recomputation, *, choice: str) -> None:
     """Makes `model` recompute activations, in place. `choice`: the config choice of the model, for messages.
 
     Call before the model is placed on the processes: FSDP gathers the weights of a block around its recomputation.
-    Raises `UserError` for a model or a parallel mode without support.
+    Raises `UserError` for a model without support.
     """
     if setting == "none":
         return
     key = f"activation_checkpointing={setting}"
-    if not mode.traits.recomputes:
-        raise UserError(
-            f"{key}: parallel={mode.name} communicates between layers; use parallel=single, ddp or fsdp, or "
-            "activation_checkpointing=none"
-        )
     if setting == "all":
-        if mode.sharding.kind != "replicated":
-            raise UserError(
-                f"{key}: parallel={mode.name} gathers the weights block by block, a segment has several blocks; "
-                "use activation_checkpointing=blocks"
-            )
         is_sequence = type(model).forward is nn.Sequential.forward
         if not isinstance(model, nn.Sequential) or not is_sequence or len(_parts(model)) < 2:
             raise UserError(f"{key}: {choice} is not a sequence of layers; use activation_checkpointing=blocks")

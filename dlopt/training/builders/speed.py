@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dlopt.basics.errors import UserError
+from dlopt.config.conflicts import splits_model
 from dlopt.config.run_config import RunConfig
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.models.known import unknown_part
@@ -42,15 +43,13 @@ def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None,
     """Returns why the model is not compiled; empty if it is.
 
     `flops`: of a training sample, for compile=auto on a GPU; None if unknown. `samples`: number of samples in an epoch.
-    Raises `UserError` for a requested compilation that the parallel mode or the device does not support.
+    Raises `UserError` for a requested compilation that several processes or the device do not support.
     """
     settings = run_config.settings
     if settings.compile is False:
         return "compile=false"
     requested = None if settings.compile == "auto" else f"compile={str(settings.compile).lower()}"
-    if not parallel.traits.compiles:
-        if requested is not None:
-            raise UserError(f"{requested}: parallel={parallel.name} communicates between layers; use compile=auto")
+    if splits_model(run_config.parallel) and parallel.ranks.processes > 1:
         return f"parallel={parallel.name} communicates between layers"
     if settings.compile in GRAPH_MODES and parallel.ranks.processes > 1:
         raise UserError(

@@ -21,7 +21,7 @@ from dlopt.training.graphed_update import Capture, GraphedUpdate
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Observer, Step, StepSettings, Update
-from dlopt.training.stopping import Stopping, Tolerance
+from dlopt.training.stopping import Stopping
 
 
 def build_step(
@@ -37,16 +37,11 @@ def build_step(
 ) -> Step:
     """Builds the step. `checks`: false disables the non-finite check. Raises `UserError`."""
     settings, mode, device = workload.run_config.settings, workload.parallel, workload.device
-    clip, stopping = workload.run_config.clip, workload.run_config.stopping
+    clip = workload.run_config.clip
     if optimizer_traits(optimizer).ignores_clipping and clip.target is not Unclipped:
         raise UserError(
             f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
             "of its step itself, which would not be clipped; use clip=none or another optimizer"
-        )
-    if workload.precision.name == "bf16_pure" and stopping.target is Tolerance:
-        raise UserError(
-            f"{stopping.choice}: precision=bf16_pure rounds weights by more than small updates; "
-            "use precision=bf16, or stopping=early"
         )
     built = clip.build(model=workload.module, uses=workload.uses)
     clip.require_call(built, "clip(parameters, norm)")

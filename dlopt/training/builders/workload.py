@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dlopt._version import __version__
-from dlopt.adapt import adapted_layers
 from dlopt.adapt import none as no_adapters
 from dlopt.augment import Pipeline
 from dlopt.augment.pipeline import CentreCrop
@@ -233,7 +232,7 @@ def build_workload(
     if has_convolutions(module, shape):
         module = module.to(memory_format=memory_format)
     check_adapters(run_config, module, precision, shape, task)
-    loss: nn.Module = TaskLoss(module, task) if isinstance(task, OwnTask) else _build_loss(run_config, dataset)
+    loss = build_loss(run_config, dataset, module)
     if settings.threads == "auto" and is_alone:
         samples = batch_size(run_config, dataset.train)
         if speed.prefers_one_thread(module, shape, samples // settings.micro_batches):
@@ -245,7 +244,7 @@ def build_workload(
     epoch = len(build_sampler(run_config, dataset.train))
     compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, epoch)
     freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
-    recompute(module, settings.activation_checkpointing, parallel, choice=run_config.model.choice)
+    recompute(module, settings.activation_checkpointing, choice=run_config.model.choice)
     placed = parallel.place(module, shape)
     model = parallel.around(placed, loss) if isinstance(loss, TaskLoss) else placed.model
     return Workload(
@@ -351,11 +350,6 @@ def _check_model(
         normalize=None if run_config.normalize.target is Nothing else run_config.normalize.choice,
         augments=run_config.augmentation.arguments.get("operations") != [],
     )
-    if adapted_layers(module) and not parallel.traits.adapters:
-        raise UserError(
-            f"{run_config.adapt.choice}: not supported with parallel={parallel.name}, which splits the layers "
-            "themselves; use parallel=single, ddp or fsdp"
-        )
     if is_new and not isinstance(task, OwnTask):  # a checkpoint can be used although its model has other outputs
         check_outputs(run_config, module, shape, dataset, parallel.device)
 
@@ -371,9 +365,11 @@ def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tup
         ) from None
 
 
-def _build_loss(run_config: RunConfig, dataset: Dataset) -> nn.Module:
+def build_loss(run_config: RunConfig, dataset: Dataset, module: nn.Module) -> nn.Module:
     """Builds the loss. A loss of another package raises `UserError` if its result is no mean or has no gradient."""
     component, task, targets = run_config.loss, dataset.task, dataset.train.targets
+    if isinstance(task, OwnTask):
+        return TaskLoss(module, task)
     if "balanced" in component.arguments.values():
         targets = _drawn_targets(run_config, dataset.train)
     balance = task.balance(component.arguments, targets)

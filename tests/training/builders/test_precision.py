@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.parallel.mode import check_precision
 from dlopt.training.builders.precision import Precision, bf16_slowdown, choose_precision
 from dlopt.training.checkpoint import checkpoints
 from tests.support.choices import REFUSED_IN_PURE_BF16
@@ -154,7 +153,7 @@ def test_a_pure_bf16_checkpoint_is_evaluated(tmp_path: Path, typed: list[str]) -
 def test_every_optimizer_trains_and_resumes_in_pure_bf16_or_is_refused(tmp_path: Path, optimizer: str) -> None:
     keys = [*PURE, f"optimizer={optimizer}", "schedule=constant", "epochs=2", "evaluate.test=false"]
     if optimizer in REFUSED_IN_PURE_BF16:
-        with pytest.raises(UserError, match=f"precision=bf16_pure: {REFUSED_IN_PURE_BF16[optimizer]}"):
+        with pytest.raises(UserError, match=f"precision=bf16_pure.* {REFUSED_IN_PURE_BF16[optimizer]}"):
             start(tmp_path, *keys)
         return
     start(tmp_path / "whole", *keys)
@@ -166,26 +165,10 @@ def test_every_optimizer_trains_and_resumes_in_pure_bf16_or_is_refused(tmp_path:
     assert same(result(tmp_path / "whole"), result(tmp_path / "resumed"))
 
 
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        ("stopping=tolerance", "stopping=tolerance: precision=bf16_pure rounds weights by more than small updates"),
-        ("ema=0.9", "ema=0.9: the average moves by less than the weights of precision=bf16_pure resolve"),
-        ("diagnostics=[curvature]", "diagnostics=[curvature]: precision=bf16_pure does not resolve second derivatives"),
-        ("model=alexnet", "precision=bf16_pure: torch has no LocalResponseNorm in bf16 on a CPU"),
-    ],
-)
-def test_pure_bf16_refuses_what_it_cannot_resolve(tmp_path: Path, typed: str, message: str) -> None:
+def test_pure_bf16_refuses_layers_that_torch_does_not_have(tmp_path: Path) -> None:
     keys = [key for key in SMALL if not key.startswith("model.")]
-    if typed.startswith("diagnostics"):
-        keys.remove("tracking=[]")
-    assert message in refused(tmp_path, "train", *keys, "precision=bf16_pure", typed, "hydra.run.dir=run")
-
-
-@pytest.mark.parametrize("mode", ["fsdp", "filter", "columns", "pipeline", "spatial", "hybrid"])
-def test_pure_bf16_refuses_modes_that_shard_the_model(mode: str) -> None:
-    with pytest.raises(UserError, match=f"precision=bf16_pure: not supported with parallel={mode}"):
-        check_precision(mode, "bf16_pure")
+    message = refused(tmp_path, "train", *keys, "precision=bf16_pure", "model=alexnet", "hydra.run.dir=run")
+    assert "precision=bf16_pure: torch has no LocalResponseNorm in bf16 on a CPU" in message
 
 
 def test_slowdown_of_pure_bf16_is_measured_with_bf16_weights() -> None:

@@ -12,7 +12,6 @@ from dlopt.instruments.layers import LayerProbe
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.models.layers import frozen_statistics
 from dlopt.models.mlp import MLP as MLPModel
-from dlopt.parallel.mode import Mode, ModeTraits
 from dlopt.training import graphed_update
 from dlopt.training.builders.recompute import recompute, repeated_blocks
 from dlopt.training.builders.workload import Workload, build_workload
@@ -80,7 +79,7 @@ def test_keeps_the_inputs_of_blocks_only() -> None:
     deep, deeper = gpt(depth=6), gpt(depth=12)
     plain = bytes_kept(gpt(depth=12), tokens) - bytes_kept(gpt(depth=6), tokens)
     for model in (deep, deeper):
-        recompute(model, "blocks", Mode(CPU), choice="model=gpt")
+        recompute(model, "blocks", choice="model=gpt")
     block_input = 8 * CONTEXT * 12 * 8  # fp64
     assert bytes_kept(deeper, tokens) - bytes_kept(deep, tokens) == 6 * block_input
     assert plain > 6 * 16 * block_input
@@ -91,13 +90,13 @@ def test_keeps_the_inputs_of_segments() -> None:
     tokens = torch.randint(VOCABULARY, (8, CONTEXT))
     model = gpt(depth=13)
     whole = bytes_kept(model, tokens)
-    recompute(model, "all", Mode(CPU), choice="model=gpt")
+    recompute(model, "all", choice="model=gpt")
     assert bytes_kept(model, tokens) < whole / 3
 
 
 def test_names_state_and_evaluation_stay() -> None:
     plain, model = gpt(dropout=0.1), gpt(dropout=0.1)
-    recompute(model, "blocks", Mode(CPU), choice="model=gpt")
+    recompute(model, "blocks", choice="model=gpt")
     assert list(plain.state_dict()) == list(model.state_dict())
     tokens = torch.randint(VOCABULARY, (2, CONTEXT))
     with torch.no_grad():
@@ -120,7 +119,7 @@ def test_buffers_that_enter_the_output() -> None:
     for setting in ("none", "blocks"):
         torch.manual_seed(0)
         model = nn.Sequential(SpectralBlock(), SpectralBlock()).double()
-        recompute(model, setting, Mode(CPU), choice="model=custom")  # type: ignore[arg-type]
+        recompute(model, setting, choice="model=custom")  # type: ignore[arg-type]
         for _ in range(2):
             model(torch.ones(4, 3, dtype=torch.float64)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -132,7 +131,7 @@ def test_buffers_that_enter_the_output() -> None:
 
 def test_backward_outside_of_frozen_statistics() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3))
-    recompute(model, "all", Mode(CPU), choice="model=custom")
+    recompute(model, "all", choice="model=custom")
     with frozen_statistics(model):
         loss = model(torch.randn(5, 3)).square().sum()
     loss.backward()
@@ -144,7 +143,7 @@ def test_diagnostics_record_each_activation_once() -> None:
     calls = []
     for setting in ("none", "blocks"):
         model = gpt()
-        recompute(model, setting, Mode(CPU), choice="model=gpt")  # type: ignore[arg-type]
+        recompute(model, setting, choice="model=gpt")  # type: ignore[arg-type]
         probe = LayerProbe(model)
         with probe.recording():
             model(torch.randint(VOCABULARY, (2, CONTEXT), generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -185,34 +184,11 @@ def test_attribute_blocks() -> None:
     assert repeated_blocks(model) == list(model.blocks)
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["model=mlp", "activation_checkpointing=blocks"],
-         "activation_checkpointing=blocks: model=mlp has no repeated blocks; use activation_checkpointing=all or none"),
-        (["activation_checkpointing=blocks", "compile=true"],
-         "activation_checkpointing=blocks: not supported with compile=true, whose compiler decides what to recompute; "
-         "use compile=false, or activation_checkpointing=none"),
-    ],
-)  # fmt: skip
-def test_refusals(lines: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        workload(*lines)
-    assert str(error.value) == message
-
-
 def test_a_model_that_is_no_sequence() -> None:
     with pytest.raises(
         UserError, match=r"^activation_checkpointing=all: model=custom is not a sequence of layers; use"
     ):
-        recompute(WithBlocks(), "all", Mode(CPU), choice="model=custom")
-
-
-def test_modes_that_communicate_between_layers() -> None:
-    mode = Mode(CPU, "pipeline")
-    mode.traits = ModeTraits(compiles=False)
-    with pytest.raises(UserError, match=r"^activation_checkpointing=all: parallel=pipeline communicates between"):
-        recompute(gpt(), "all", mode, choice="model=gpt")
+        recompute(WithBlocks(), "all", choice="model=custom")
 
 
 def test_cuda_graphs_do_not_record_it() -> None:
@@ -222,5 +198,5 @@ def test_cuda_graphs_do_not_record_it() -> None:
     }  # fmt: skip
     model = MLPModel(**arguments)
     assert graphed_update.layer_obstacle(model) is None
-    recompute(model, "all", Mode(CPU), choice="model=mlp")
+    recompute(model, "all", choice="model=mlp")
     assert "activation checkpointing" in str(graphed_update.layer_obstacle(model))

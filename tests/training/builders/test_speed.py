@@ -19,7 +19,7 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
 from dlopt.config.run_config import RunConfig
 from dlopt.models.known import treats_samples_alone
-from dlopt.parallel.mode import Mode, ModeTraits
+from dlopt.parallel.mode import Mode
 from dlopt.training.builders import speed
 from dlopt.training.builders.batches import evaluation_batches, evaluation_model, training_batches
 from dlopt.training.builders.precision import Precision
@@ -37,9 +37,9 @@ def run_config(*overrides: str) -> RunConfig:
     return parse(to_plain(Composer().compose(list(overrides)))[0])
 
 
-def mode(device: str = "cuda", *, compiles: bool = True) -> Any:
+def mode(device: str = "cuda", processes: int = 1) -> Any:
     mode = Mode(torch.device(device), "filter")
-    mode.traits = ModeTraits(compiles=compiles)
+    mode.ranks.processes = processes
     return mode
 
 
@@ -90,7 +90,7 @@ LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
         (("compile=false", *LONG), mode(), "compile=false"),
         (("compile=true", *SHORT), mode("cpu"), ""),
         (("compile=auto", *LONG), mode("cpu"), "saves on cpu"),
-        (("compile=auto", *LONG), mode(compiles=False), "parallel=filter"),
+        (("compile=auto", *LONG, "parallel=filter"), mode(processes=2), "parallel=filter communicates between layers"),
         (("compile=auto", *LONG), mode(), ""),
         (("compile=auto", *SHORT), mode(), "this short"),
         (("compile=auto", *LONG, "steps=100"), mode(), "this short"),
@@ -111,19 +111,9 @@ def test_compile_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Triton" in obstacle
 
 
-def test_compile_true_rejects_modes_that_communicate_between_layers() -> None:
-    with pytest.raises(UserError, match="compile=true: parallel=filter communicates between layers"):
-        speed.compile_obstacle(run_config("compile=true"), mode(compiles=False), None, 100)
-
-
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        (
-            "compile=max-autotune cuda_graphs=true",
-            "cuda_graphs=true: compile=max-autotune records CUDA graphs of its own",
-        ),
-        ("compile=reduce-overhead accumulate=2", "accumulate=2: the CUDA graphs of compile=reduce-overhead overwrite"),
         ("compile=reduce-overhead device=cpu", "compile=reduce-overhead: replays CUDA graphs, which cpu does not have"),
         ("compile=max-autotune optimizer=lbfgs", "compile=max-autotune: LBFGS evaluates the loss several times"),
         ("compile=blocks", "compile=blocks: model=mlp has no repeated blocks; use compile=true"),
@@ -139,8 +129,7 @@ def test_modes_of_compilation_refuse_what_they_cannot_do(tmp_path: Path, typed: 
 
 
 def test_torch_graphs_are_refused_with_communication() -> None:
-    parallel = mode()
-    parallel.ranks.processes = 2
+    parallel = mode(processes=2)
     for name in speed.GRAPH_MODES:
         with pytest.raises(UserError, match=f"compile={name}: its CUDA graphs cannot contain the communication"):
             speed.compile_obstacle(run_config(f"compile={name}"), parallel, None, 100)
