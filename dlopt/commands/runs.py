@@ -54,8 +54,8 @@ dlopt runs diff:
   Prints the keys of the config in which two runs differ, and their metrics side by side.
 
 dlopt runs clean:
-  Lists the checkpoints step-N.pt and abandoned-*.pt and removes them after confirmation. Keeps best.pt and last.pt, and
-  all checkpoints of runs that are running or have a damaged last.pt.
+  Lists the checkpoints step-N.pt (and abandoned-*.pt of older versions) and removes them after confirmation. Keeps
+  best.pt and last.pt, and all checkpoints of runs that are running or have a damaged last.pt.
 
   {_clean}
 """

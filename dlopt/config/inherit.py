@@ -17,6 +17,7 @@ from dlopt.basics.plain_values import flatten, load_json
 from dlopt.basics.roles import Role
 from dlopt.config.compose import Composer
 from dlopt.config.keys import LABELS, role_of
+from dlopt.config.older import of_today
 from dlopt.config.overrides import SPACE, key_of, keys_of, quoted_plain
 from dlopt.config.packages import entries
 from dlopt.config.settings import AUTO_TASK
@@ -41,6 +42,7 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     config = folder.config()
     if config is None:
         raise UserError(f"{source}: not a run folder: {folder.path} has no readable config.yaml")
+    config = of_today(config, trains="on_divergence" not in keys)
     saved = flatten(config)
     _check(saved, config.get("allow_packages"), source, {key: line for line in typed for key in keys_of(line)})
     groups = [group for group in composer.groups() if role_of(group) is not Role.COMMAND]

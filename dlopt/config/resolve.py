@@ -17,6 +17,7 @@ from dlopt.basics.plain_values import flatten, is_below, load_yaml
 from dlopt.basics.secrets import forget, has_hidden, is_secret_name, note, note_environment, redact, references
 from dlopt.config.choices import Catalogue
 from dlopt.config.keys import LABELS
+from dlopt.config.older import of_today
 from dlopt.config.overrides import key_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.parameters import show
@@ -226,7 +227,11 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
 
 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolves the environment variables in a saved config again, except in its labels. Raises `UserError`."""
+    """Resolves the environment variables in a saved config again, except in its labels. Raises `UserError`.
+
+    The config may be one of an older version.
+    """
+    saved = of_today(saved)
     check_expansion({key: value for key, value in saved.items() if key not in LABELS})
     labels = {key: _escaped(saved[key]) for key in LABELS if key in saved}
     return to_plain(OmegaConf.create({**saved, **labels}))[0]

@@ -14,6 +14,7 @@ from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.basics.secrets import redacted
 from dlopt.config.keys import LABELS, role_of
+from dlopt.config.older import of_today
 from dlopt.config.overrides import OUTPUT, quoted_plain, without
 from dlopt.tracking.metrics import read_metrics
 
@@ -34,9 +35,13 @@ def may_change(key: str) -> bool:
 
 def in_folder(folder: Path) -> list[str]:
     """Returns the overrides that resume the run or sweep in this folder, and no other of the same config."""
-    path = os.path.abspath(folder)
-    plain = path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else quoted_plain(path)
-    return [f"{OUTPUT}={plain}", "resume=auto"]
+    return [f"{OUTPUT}={_typed_path(folder)}", "resume=auto"]
+
+
+def _typed_path(path: Path) -> str:
+    """Returns the absolute path as the value of an override."""
+    text = os.path.abspath(path)
+    return text if re.fullmatch(r"[\w./-]+", text, re.ASCII) else quoted_plain(text)
 
 
 def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
@@ -46,6 +51,23 @@ def how_to_resume(folder: RunFolder, is_ranks: bool = False) -> str:
     launcher = "the same launcher, and " if is_ranks else ""
     words = without(folder.typed(), "resume", OUTPUT, "hydra.run.dir")
     return f"resume with: {launcher}{shlex.join(['dlopt', 'train', *words, *in_folder(folder.path)])}"
+
+
+def with_smaller_lr(folder: RunFolder) -> str:
+    """Returns the command that starts a run from the last checkpoint of a diverged one, with half its learning rate.
+
+    '' for a run whose config sets no learning rate: a resumed run could not have another one.
+    """
+    optimizer, last = (folder.config() or {}).get("optimizer", {}), folder.checkpoints / "last.pt"
+    lr = optimizer.get("lr") or optimizer.get("base", {}).get("lr")  # SAM has that of its base
+    if not isinstance(lr, int | float):  # auto, or none
+        return ""
+    words = without(folder.typed(), "resume", OUTPUT, "hydra.run.dir", "optimizer.lr")
+    start = "again"
+    if last.is_file():
+        words, start = [*without(words, "init_from"), f"init_from={_typed_path(last)}"], "from its last checkpoint"
+    command = shlex.join(["dlopt", "train", *words, f"optimizer.lr={lr / 2:g}"])
+    return f"; to start {start} with half the rate: {command}"
 
 
 def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -147,6 +169,7 @@ def refuse_other_config(
         has_identity: the identity of the data will be compared, so their files may have moved.
         free: groups that may differ.
     """
+    old = of_today(old, trains=True)
     different = {key: pair for key, pair in differences(old, new, axes).items() if not is_below(key, free)}
     if has_identity:
         different = {key: pair for key, pair in different.items() if key not in _FILES}

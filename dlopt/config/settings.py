@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 else:
     RequestedMetric = Literal[REQUESTABLE]  # for lists of what a key takes
 Diagnostic = Literal["gradients", "activations", "curvature"]
-Divergence = Literal["stop", "skip", "rollback"]
 Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
+DryRun = bool | Literal["timed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,6 @@ class CheckpointSettings:
 @dataclass(frozen=True, kw_only=True)
 class RecoverySettings:
     attempts: Annotated[Count, Role.WATCH]
-    lr_factor: Annotated[OpenFraction, Role.WATCH]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ class Settings:
     init_seed: Annotated[Seed, Role.SEED]
     order_seed: Annotated[Seed, Role.SEED]
     augmentation_seed: Annotated[Seed, Role.SEED]
-    dry_run: Annotated[bool, Role.COMMAND]
+    dry_run: Annotated[DryRun, Role.COMMAND]
     resume: Annotated[Literal["auto"] | str | None, Role.COMMAND]
     init_from: Annotated[str | None, Role.IDENTITY]
     allow_packages: Annotated[list[str], Role.COMMAND]
@@ -136,7 +135,7 @@ class Settings:
     ema: Annotated[OpenFraction | Literal["tail"] | None, Role.IDENTITY]
     ema_warmup: Annotated[bool, Role.IDENTITY]
     check: Annotated[Literal["auto", "step"], Role.WATCH]
-    on_divergence: Annotated[Divergence, Role.WATCH]
+    on_divergence: Annotated[Literal["stop", "skip"], Role.WATCH]
     recovery: RecoverySettings
     on_out_of_memory: Annotated[Literal["stop", "halve"], Role.WATCH]
     norm_statistics: Annotated[Literal["running", "exact"], Role.PROTOCOL]
@@ -165,5 +164,5 @@ class Settings:
         return None if isinstance(self.accumulate, int) else self.accumulate
 
 
-SWITCHES = tuple(name for name, hint in get_type_hints(Settings).items() if hint is bool)
-"""The keys that are only true or false."""
+SWITCHES = tuple(name for name, hint in get_type_hints(Settings).items() if hint in (bool, DryRun))
+"""The keys of which a flag without a value sets true."""

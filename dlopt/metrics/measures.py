@@ -238,7 +238,6 @@ OTHERS = (
     Measure("processes", "processes", format_amount, ranks=False),
     Measure("found_lr", "found lr", format_lr),  # by a range test
     Measure("batch_variation", "batch variation"),  # of the diverse sampler
-    Measure("rollbacks", "rollbacks", format_amount),
     Measure("skipped_updates", "skipped updates", format_amount),
     Measure("pruned_at_epoch", "pruned at epoch", format_amount),
     Measure("decay_correlation", "decay correlation", direction="max"),  # of the laboratory

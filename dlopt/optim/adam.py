@@ -84,7 +84,7 @@ class HyperballAdamW(_OwnAdamW):
     updated by AdamW.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rests_at_zero_lr=False, rounds_state=True)
+    traits: ClassVar[OptimizerTraits] = replace(DECOUPLED, scope="tensor", rests_at_zero_lr=False)
 
     def __init__(self, params: ParamsT, **keys: Any) -> None:
         super().__init__(params, **keys, hyperball=True)
@@ -111,7 +111,7 @@ class CautiousAdamW(_OwnAdamW):
     """
 
     # The number of kept entries is counted over the whole tensor.
-    traits: ClassVar[OptimizerTraits] = replace(AS_ADAMW, scope="tensor", rounds_state=True)
+    traits: ClassVar[OptimizerTraits] = replace(AS_ADAMW, scope="tensor")
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads = gradients(params)

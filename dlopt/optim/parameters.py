@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,6 @@ class Grouping:
 
     groups: list[Rule]
     layer_decay: PositiveFraction | None
-    state_dtype: Literal["bf16"] | None  # see `dlopt.training.builders.state_dtype`
 
 
 def freeze(model: nn.Module, grouping: Grouping) -> None:

@@ -27,7 +27,7 @@ class SGDW(ForeachOptimizer):
     with alpha = lr * (1 - momentum) and lambda = lr * weight_decay.
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, rounds_state=True, decoupled_decay=True, capturable=True)
+    traits: ClassVar[OptimizerTraits] = replace(ELEMENTWISE, decoupled_decay=True, capturable=True)
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.1, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0005
@@ -126,7 +126,7 @@ class Lion(RealOptimizer):
     @property
     def traits(self) -> OptimizerTraits:
         cautious = any(group["cautious"] for group in self.param_groups)  # counts entries of the whole tensor
-        return replace(AS_ADAMW, scope="tensor" if cautious else "element", rounds_state=True, capturable=True)
+        return replace(AS_ADAMW, scope="tensor" if cautious else "element", capturable=True)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
@@ -146,7 +146,7 @@ class Signum(RealOptimizer):
     signSGD (algorithm 1).
     """
 
-    traits: ClassVar[OptimizerTraits] = replace(AS_ADAMW, rounds_state=True, capturable=True)
+    traits: ClassVar[OptimizerTraits] = replace(AS_ADAMW, capturable=True)
 
     def __init__(
         self, params: ParamsT, *, lr: Positive = 0.0001, momentum: Fraction = 0.9, weight_decay: NonNegative = 0.0

@@ -60,7 +60,6 @@ class OptimizerTraits:
         samples_labels: `step` calls `closure.sampled_loss`.
         rests_at_zero_lr: at a learning rate of zero an update changes no weight.
         normalizes_entries: the update is invariant to per-coordinate rescaling of the gradient, as for Adam.
-        rounds_state: its state may be kept in bf16 (`optimizer.state_dtype`): averages, which forget rounding errors.
         separable: updating some tensors and then the others, in two calls of `step`, equals updating all in one: the
             scope is a tensor at most, and nothing is counted per call.
         capturable: a CUDA graph can capture an update: none of its decisions depends on the value of a tensor.
@@ -76,7 +75,6 @@ class OptimizerTraits:
     samples_labels: bool = False
     rests_at_zero_lr: bool = False
     normalizes_entries: bool = False
-    rounds_state: bool = False
     separable: bool = False
     capturable: bool = False
     decoupled_decay: bool = False
@@ -96,8 +94,7 @@ _OF_TORCH = {
     "ASGD": ELEMENTWISE, "SparseAdam": ELEMENTWISE, "Adadelta": ELEMENTWISE,
     "Adagrad": ADAPTIVE, "Adamax": ADAPTIVE, "NAdam": ADAPTIVE,
     "RMSprop": ADAPTIVE, "RAdam": ELEMENTWISE,  # its first five updates are gradient descent
-    "SGD": replace(ELEMENTWISE, rounds_state=True),
-    "Adam": replace(ADAPTIVE, rounds_state=True), "AdamW": replace(AS_ADAMW, rounds_state=True),
+    "SGD": ELEMENTWISE, "Adam": ADAPTIVE, "AdamW": AS_ADAMW,
     "Rprop": OptimizerTraits(scope=_RPROP_SCOPE, separable=True),  # its step sizes start at lr, and do not follow it
     "Adafactor": replace(ELEMENTWISE, scope="tensor", decoupled_decay=True),
     "Muon": replace(ELEMENTWISE, scope="tensor", decoupled_decay=True),

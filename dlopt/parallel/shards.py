@@ -49,21 +49,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return split.full_tensor().flatten(dim, dim + 1)
 
 
-def element_numbers(tensor: Tensor) -> Tensor:
-    """Returns the row-major index of each local element in the full tensor, modulo 2^32, as int32."""
-    counts, starts = tuple(tensor.shape), (0,) * tensor.ndim
-    if is_sharded_tensor(tensor):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        counts, starts = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    numbers = torch.zeros((), dtype=torch.int32, device=tensor.device)
-    for size, start, count in zip(tensor.shape, starts, counts, strict=True):
-        positions = torch.arange(start, start + count, dtype=torch.int32, device=tensor.device)
-        numbers = numbers.unsqueeze(-1) * size + positions
-    return numbers
-
-
 def _shard_like(value: Any, like: Tensor | None) -> Any:
     if like is not None and like.is_meta:
         return like

@@ -344,7 +344,8 @@ def _grouped(entries: Sequence[Record]) -> list[Row]:
     found: dict[str, list[list[Record]]] = {}
     for entry in entries:
         flat = flatten(entry.config)
-        kept = {key: canonical(value) for key, value in flat.items() if distinguishes(key)}
+        # null is as good as no key: configs of older versions have other ones.
+        kept = {key: canonical(value) for key, value in flat.items() if distinguishes(key) and value is not None}
         key = hashlib.sha256(repr(sorted(kept.items(), key=lambda pair: pair[0])).encode()).hexdigest()[:16]
         same = found.setdefault(key, [])
         group = next((group for group in same if _has_same_data(group[0], entry)), None)

@@ -81,7 +81,7 @@ def _find_folder(
         path: hydra.run.dir; `is_typed`: given on the command line.
         saved: the config to save; typed: the command line.
     """
-    from dlopt.training.checkpoint.checkpoints import load_of_run
+    from dlopt.training.checkpoint.checkpoints import Checkpoints, load_of_run
 
     target, resume = RunFolder(path), saved["resume"]
     if resume not in (None, "auto"):
@@ -100,7 +100,7 @@ def _find_folder(
     source = earlier = None
     if resume not in (None, "auto"):
         source, earlier = RunFolder(Path(resume).absolute().parent.parent), _earlier_attempt(path, is_typed, saved)
-    if earlier is not None and earlier != source:
+    if earlier is not None:
         newest = load_of_run(earlier, saved)
         if newest is not None:
             return earlier, newest, _run_id(earlier, newest)
@@ -116,6 +116,11 @@ def _find_folder(
         checkpoint = _load(resume)
         has_identity = checkpoint.identity is not None
         refuse_other_config(checkpoint.config, saved, resume, source.typed(), has_identity=has_identity)
+        if is_typed and target == source and Checkpoints(target.checkpoints).has_later(checkpoint.step):
+            raise UserError(
+                f"resume: the run has a later checkpoint than {Path(resume).name}; use resume=auto, or leave out "
+                f"hydra.run.dir={path} to resume from {Path(resume).name} in a new folder"
+            )
     if not is_typed:
         target = RunFolder(make_new(path))
     elif not path.is_dir():

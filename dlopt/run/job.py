@@ -33,6 +33,7 @@ def main() -> int:
     """Runs the job given by `sys.argv` and returns its exit code."""
     if rendezvous.RANK in os.environ:
         launch.end_rank_with_parent()
+    from dlopt.config.older import of_today
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import refuse_hidden, resolve_saved
     from dlopt.training.checkpoint.checkpoints import load, load_of_run
@@ -45,6 +46,7 @@ def main() -> int:
         refuse_hidden(config or {}, "a process reads its config from a file, which must not hold the password or token")
         if config is None:
             raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
+        config = of_today(config, trains=True)
         choices = (read_json(folder.path / "environment.json") or {}).get("choices")
         if not isinstance(choices, dict):
             raise UserError(f"{folder.path}: environment.json is missing or damaged")

@@ -16,7 +16,7 @@ from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact_bytes
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_set, storable
-from dlopt.config.resuming import how_to_resume
+from dlopt.config.resuming import how_to_resume, with_smaller_lr
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.run import environment
 
@@ -61,7 +61,7 @@ def report(
         reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
         message = f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}"
     if prints and not (may_diverge and diverged):
-        print_message(str(message))
+        print_message(f"{message}{with_smaller_lr(RunFolder(run.folder)) if diverged else ''}")
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
     if is_own and (code == FAILED or is_job_of_sweep(run)):
         record_failure(run.folder, reason, diverged=diverged)

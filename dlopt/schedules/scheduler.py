@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.names import Names
 from dlopt.basics.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.metrics.names import Direction, known_direction, lower_is_better
 from dlopt.optim.traits import is_schedule_free
@@ -196,12 +197,6 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             self._component.update(metrics)
             self._apply()
 
-    def scale(self, ratio: float) -> None:
-        """Multiplies the learning rates by `ratio` from now on."""
-        self.base_lrs = [base * ratio for base in self.base_lrs]
-        self._base_floats = []
-        self._apply()
-
     def get_lr(self) -> list[float | torch.Tensor]:
         scale = 1.0 if self._scale is None else self._scale(self.last_epoch)
         return [base * factor * scale for base, factor in zip(self.base_lrs, self._factors(), strict=True)]
@@ -260,9 +255,7 @@ class Plateau:
 
     def update(self, metrics: Mapping[str, float]) -> None:
         """Receives the metrics of an evaluation. Raises `UserError` if the monitored one is missing."""
-        if self.monitor not in metrics:
-            names = ", ".join(sorted(metrics)) or "none"
-            raise UserError(f"schedule.monitor={self.monitor}: not among the evaluated metrics; allowed: {names}")
+        Names("evaluated metric", sorted(metrics), prefix="schedule.monitor=").check(self.monitor)
         is_lower = lower_is_better(self.monitor) if self._direction is None else self._direction == "min"
         metric = metrics[self.monitor] if is_lower else -metrics[self.monitor]
         margin = self._threshold * (abs(self.best) if self._relative else 1.0) if math.isfinite(self.best) else 0.0

@@ -142,19 +142,14 @@ class MetricsFile:
         self._file = AppendFile(self._path, warn)
         self._warn = warn
         epoch, step = resume_from or (0, 0)
-        self._truncate(epoch, step, "lines after the checkpoint")
+        self._truncate(epoch, step)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         self._file.write(redact(to_json(metrics)).encode() + b"\n")
         self._file.flush()
 
-    def rewind(self, epoch: float, step: int) -> None:
-        """Removes the lines after `epoch` evaluated epochs or `step` updates."""
-        self._file.close()  # the atomic write replaces the file: reopen it for the next line
-        self._truncate(epoch, step, f"lines after update {step}")
-
-    def _truncate(self, epoch: float, step: int, lines: str) -> None:
-        """Also removes an incomplete last line."""
+    def _truncate(self, epoch: float, step: int) -> None:
+        """Removes the lines after `epoch` evaluated epochs or `step` updates, and an incomplete last line."""
         try:
             data = read_regular(self._path, sys.maxsize) if self._path.exists() else b""
             kept = [
@@ -164,7 +159,8 @@ class MetricsFile:
             if content != data:
                 write_atomically(self._path, content)
         except (OSError, ValueError) as error:
-            self._warn(f"{self._path}: {lines} could not be removed ({getattr(error, 'strerror', error)})")
+            reason = getattr(error, "strerror", error)
+            self._warn(f"{self._path}: lines after the checkpoint could not be removed ({reason})")
 
     def close(self) -> None:
         self._file.close()

@@ -9,9 +9,8 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
-from dlopt.basics.errors import UserError
 from dlopt.basics.folders import short_path
 from dlopt.basics.secrets import redact, redacted
 from dlopt.metrics.measures import MEASURES
@@ -113,18 +112,13 @@ class Tracking:
         self,
         folder: Path | None,
         *,
-        sinks: Sequence[str],
+        sinks: Sequence[Sink],
         console: bool,
         log_every_steps: int | None = None,
         resume_from: tuple[float, int] | None = None,
         packages: Sequence[str] = (),
         predicts: bool = True,
     ) -> None:
-        unknown = set(sinks) - {*get_args(Sink)}
-        if unknown:
-            raise UserError(
-                f"sinks={list(sinks)}: {sorted(unknown)[0]} is unknown; allowed: {', '.join(get_args(Sink))}"
-            )
         self.log_every_steps = log_every_steps
         self._folder = folder
         self._packages = packages
@@ -254,13 +248,6 @@ class Tracking:
             self._log.write(terminal_text.format_epoch(metrics, self._epochs, best=improved, sets=self._sets))
         if self._console is not None:
             self._console.epoch(metrics, improved)
-
-    def rewind(self, epoch: float, step: int) -> None:
-        """Removes the entries after `epoch` evaluated epochs and `step` updates, to which the run has rolled back."""
-        if self._metrics is not None:
-            self._metrics.rewind(epoch, step)
-        if self._tensorboard is not None:
-            self._tensorboard.purge(step + 1)
 
     def message(self, text: str) -> None:
         """Prints a line above the progress display and writes it to train.log."""

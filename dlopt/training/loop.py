@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
@@ -19,14 +20,15 @@ from dlopt.machine.memory import frozen_objects, process_memory
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim.traits import is_schedule_free
 from dlopt.parallel.mode import Mode
+from dlopt.parallel.shards import local
 from dlopt.tracking.tracking import Tracking
 from dlopt.training import rng
 from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import LaggingStatistics
 from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.checkpoint.content import Checkpoint
+from dlopt.training.checkpoint.content import Checkpoint, unreadable
 from dlopt.training.evaluate import Validate
-from dlopt.training.nonfinite import Diverged, Recovery
+from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Clock, Intervals, Length, Progress, Status
 from dlopt.training.step import EpochBatches, Step, Update
 from dlopt.training.stopping import Best, Stopping
@@ -84,79 +86,77 @@ class Trainer:
         an update but the first, which may compile the model for minutes (`after_update` says when it is done). Invalid
         data (a damaged image) raises `UserError` before the first update, and `RunError` later.
         """
-        steps, log_every = self.length.steps, self.intervals.log_every_steps
+        steps, log_every, progress = self.length.steps, self.intervals.log_every_steps, self.progress
+        first = progress.step + 1
         # On a GPU, reference cycles of earlier runs in this process (CUDA graphs) may hold gigabytes.
         frozen = frozen_objects(collect_first=self.mode.device.type == "cuda")
         with self._error_handling(), frozen as self._collect_garbage:
-            if self.recovery.policy == "rollback" or self.progress.resumed_from:
-                # A checkpoint to roll back to; or, if the run was resumed in a new folder, to resume from. Rank 0 looks
-                # for the file, because other nodes may not see the folder; then all ranks save together.
+            if self.progress.resumed_from:
+                # A checkpoint to resume from, if the run was resumed in a new folder. Rank 0 looks for the file,
+                # because other nodes may not see the folder; then all ranks save together.
                 has_checkpoint = self.mode.ranks.broadcast(self.checkpoints.last.exists())
                 if not has_checkpoint:
                     self.save()
-            clock = self.clock(self.progress, self.train_metrics)
+            clock = self.clock(progress, self.train_metrics)
             # position > 0 after the last update: the run was interrupted before it evaluated the last epoch.
             while self.progress.step < steps or self.progress.position > 0:
                 self.module.train()
-                progress = self.progress  # replaced by a rollback
-                try:
-                    # 1. A run that resumes just before an evaluation within the epoch, or during it, evaluates first.
-                    interrupted = False
-                    if self._is_evaluation_due():
-                        interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
 
-                    # 2. The updates of an epoch, or the rest of it. After the last one, only the evaluation or the
-                    #    summary may be missing.
-                    for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
-                        if interrupted or progress.step == steps or self.stopping.should_stop:
-                            break
-                        is_last = progress.step + 1 == steps
-                        logs = log_every is not None and (is_last or (progress.step + 1) % log_every == 0)
-                        record = self.update(batch, progress.step, log_norm=logs)
-                        progress.step += 1
-                        progress.position += batch.count
-                        progress.count(batch.total, self.step.passes)
-                        after_update()
-                        self.tracking.advance(progress.step)
-                        if record.loss is not None:
-                            self.user_observers.after_update(progress.step, record.loss, self.module)
-                        # The check and the metrics wait for the device. Only at logging points: if the host waited in
-                        # every update, it could not queue the next one meanwhile.
-                        if logs:
-                            self.step.check_updates()  # before metrics that may be NaN are logged
-                            self.tracking.step(progress.step, clock.metrics(self._rates(), record.norm))
-                        # Between updates only: all ranks have counted the same updates when they read the flag, and
-                        # a checkpoint never holds half an update.
-                        interrupted = bool(stop)
+                # 1. A run that resumes just before an evaluation within the epoch, or during it, evaluates first.
+                interrupted = False
+                if self._is_evaluation_due():
+                    interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
+
+                # 2. The updates of an epoch, or the rest of it. After the last one, only the evaluation or the
+                #    summary may be missing.
+                for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
+                    if interrupted or progress.step == steps or self.stopping.should_stop:
+                        break
+                    is_last = progress.step + 1 == steps
+                    logs = log_every is not None and (is_last or (progress.step + 1) % log_every == 0)
+                    record = self.update(batch, progress.step, log_norm=logs)
+                    progress.step += 1
+                    progress.position += batch.count
+                    progress.count(batch.total, self.step.passes)
+                    after_update()
+                    if progress.step == first:
+                        self._refuse_unreadable()
+                    self.tracking.advance(progress.step)
+                    if record.loss is not None:
+                        self.user_observers.after_update(progress.step, record.loss, self.module)
+                    # The check and the metrics wait for the device. Only at logging points: if the host waited in
+                    # every update, it could not queue the next one meanwhile.
+                    if logs:
+                        self.step.check_updates()  # before metrics that may be NaN are logged
+                        self.tracking.step(progress.step, clock.metrics(self._rates(), record.norm))
+                    # Between updates only: all ranks have counted the same updates when they read the flag, and
+                    # a checkpoint never holds half an update.
+                    interrupted = bool(stop)
+                    if interrupted or self.stopping.should_stop:
+                        break
+                    if self._is_evaluation_due():
+                        # Before the evaluation, which waits for the device anyway: NaN weights are not evaluated.
+                        self.step.check_weights()
+                        interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
                         if interrupted or self.stopping.should_stop:
                             break
-                        if self._is_evaluation_due():
-                            # Before the evaluation, which waits for the device anyway: NaN weights are not evaluated.
-                            self.step.check_weights()
-                            interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
-                            if interrupted or self.stopping.should_stop:
-                                break
-                        elif self._is_save_due():
-                            clock.stop()
-                            self.save()
-                            clock.stop(training=False)
-                    # Waits for the device, as the evaluation or the save that follows does.
-                    self.step.check_weights()
-
-                    # 3. Evaluate the epoch, unless an evaluation within it has stopped the run and ended it.
-                    interrupted = interrupted or bool(stop)
-                    if not interrupted and progress.position > 0:
-                        interrupted = self._evaluate(clock, stop, ends_epoch=True) == "interrupted"
-
-                    # 4. An interrupted run is saved as it is: its time is limited, and it resumes right here.
-                    if interrupted:
+                    elif self._is_save_due():
                         clock.stop()
                         self.save()
-                        return "interrupted"
-                except Diverged as error:
-                    self._roll_back(error)
-                    clock = self.clock(self.progress, self.train_metrics)
-                    continue
+                        clock.stop(training=False)
+                # Waits for the device, as the evaluation or the save that follows does.
+                self.step.check_weights()
+
+                # 3. Evaluate the epoch, unless an evaluation within it has stopped the run and ended it.
+                interrupted = interrupted or bool(stop)
+                if not interrupted and progress.position > 0:
+                    interrupted = self._evaluate(clock, stop, ends_epoch=True) == "interrupted"
+
+                # 4. An interrupted run is saved as it is: its time is limited, and it resumes right here.
+                if interrupted:
+                    clock.stop()
+                    self.save()
+                    return "interrupted"
                 if self.stopping.should_stop and progress.step < steps:
                     if log_every is not None and progress.step % log_every:
                         self.tracking.step(progress.step, clock.training_metrics(self._rates()))
@@ -261,21 +261,6 @@ class Trainer:
                 ) from error
             raise
 
-    def _roll_back(self, error: Diverged) -> None:
-        """Loads the newest checkpoint and reduces the learning rate; raises `error` if rollbacks are not enabled."""
-        recovery = self.recovery
-        state = recovery.rollback(error).state
-        # These two must survive: the checkpoint has their values from before the rollback.
-        recovery_state, resumed_from = recovery.state_dict(), self.progress.resumed_from
-        # The sums are of updates that the checkpoint does not have, and that will be made again.
-        self.train_metrics.clear()
-        self.load_state_dict(state)
-        self.progress.resumed_from = resumed_from
-        # The checkpoint may include the factors of earlier rollbacks: multiply by the missing ones only.
-        self.step.schedule.scale(recovery_state["lr_scale"] / recovery.lr_scale)
-        recovery.load_state_dict(recovery_state)
-        self.tracking.rewind(self.progress.evaluated, self.progress.step)
-
     # -- saving and resuming
 
     def save(self, *, best: bool = False) -> None:
@@ -285,6 +270,12 @@ class Trainer:
         self.step.check_weights()
         self.measure_memory()
         self.checkpoints.save(self.state_dict(), best=best, snapshot=self._snapshot_name())
+
+    def _refuse_unreadable(self) -> None:
+        """Raises `RunError` for a state of the optimizer that no checkpoint can hold, before hours of training."""
+        state = tree_map_only(Tensor, local, self.step.optimizer.state_dict())
+        if (found := unreadable(state, "optimizer")) is not None:
+            raise RunError(f"no checkpoint can hold the state of {type(self.step.optimizer).__name__}: {found}")
 
     def measure_memory(self) -> None:
         """Keeps the peak so far of the process that needed most memory: of a GPU's, else of the process. Collective."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from dlopt.basics.errors import RunError
-from dlopt.config.settings import Divergence
 from dlopt.models.layers import evaluation_mode, without_fused_layers
 from dlopt.optim.parameters import real_views
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.shards import local
-from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.clipping import Norm
 
 _MAX_PENDING = 128  # updates
@@ -274,70 +272,32 @@ def first_nonfinite_output(module: nn.Module, forward: Callable[[], object]) -> 
 
 @dataclass
 class Recovery:
-    """Policy for non-finite updates: stop, skip the update, or roll back to a checkpoint.
+    """Decides which non-finite updates are skipped (`on_divergence=skip`), and counts them.
 
     Args:
-        attempts: maximum number of rollbacks of a run, or of skipped updates in a row.
-        lr_factor: multiplies the learning rate in each rollback.
-        load_newest: loads the newest checkpoint on all ranks; None if there is none.
+        attempts: maximum number of skipped updates in a row.
         log: shows a line to the user.
     """
 
-    policy: Divergence
-    _: KW_ONLY
     attempts: int
-    lr_factor: float
-    load_newest: Callable[[], Checkpoint | None]
     log: Callable[[str], None]
-    rollbacks: int = 0
     skipped: int = 0
-    lr_scale: float = 1.0  # product of the lr_factors of all rollbacks
     in_a_row: int = 0
     last_skipped: int = 0
 
     def skip(self, error: Diverged) -> bool:
         """Returns whether to skip the update, and counts it."""
-        if self.policy != "skip":
-            return False
         self.in_a_row = self.in_a_row + 1 if error.step == self.last_skipped + 1 else 1
         if self.in_a_row > self.attempts:
             return False
         self.skipped += 1
         self.last_skipped = error.step
-        self.log(f"update {error.step} is skipped: {_without_advice(error)}")
+        self.log(f"update {error.step} is skipped: {str(error).partition('; try ')[0]}")
         return True
 
-    def rollback(self, error: Diverged) -> Checkpoint:
-        """Returns the checkpoint to load, counts the rollback and lowers `lr_scale`; raises `error` if not allowed."""
-        if self.policy != "rollback":
-            raise error
-        if self.rollbacks == self.attempts:
-            raise Diverged(
-                f"{error}; {self.attempts} rollbacks (recovery.attempts) did not help", error.step, before_update=False
-            ) from error
-        checkpoint = self.load_newest()
-        if checkpoint is None:
-            raise error
-        self.rollbacks += 1
-        self.lr_scale *= self.lr_factor
-        self.log(
-            f"{_without_advice(error)}; rollback {self.rollbacks} of {self.attempts} to update "
-            f"{checkpoint.step}, with {self.lr_scale:g} times the configured learning rate"
-        )
-        return checkpoint
-
-    def summary(self) -> dict[str, int]:
-        counts = {"rollback": {"rollbacks": self.rollbacks}, "skip": {"skipped_updates": self.skipped}}
-        return counts.get(self.policy, {})
-
     def state_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("rollbacks", "skipped", "lr_scale", "in_a_row", "last_skipped")}
+        return {key: getattr(self, key) for key in ("skipped", "in_a_row", "last_skipped")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key in self.state_dict():
             setattr(self, key, state[key])
-
-
-def _without_advice(error: Diverged) -> str:
-    """Returns the message without its advice, which the recovery is about to follow."""
-    return str(error).partition("; try ")[0]

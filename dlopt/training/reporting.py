@@ -22,7 +22,6 @@ from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, batch_size, build_sampler, data_spec
-from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Length, Progress, Status, TrainingRun
@@ -34,9 +33,7 @@ TOKENIZER = "tokenizer.json"  # of a text that is not read byte by byte
 
 def open_tracking(run: TrainingRun, checkpoint: Checkpoint | None, console: bool) -> Tracking:
     settings = run.run_config.settings
-    # Before metrics are removed, because last.pt must never be of a later update than these.
-    abandoned = None if checkpoint is None else Checkpoints(run.folder / "checkpoints").set_aside(checkpoint.state)
-    tracking = Tracking(
+    return Tracking(
         run.folder,
         sinks=settings.tracking,
         console=console,
@@ -45,39 +42,12 @@ def open_tracking(run: TrainingRun, checkpoint: Checkpoint | None, console: bool
         packages=settings.allow_packages,
         predicts=not run.run_config.task.is_a(UserTask),
     )
-    if abandoned is not None and checkpoint is not None:
-        tracking.message(f"the checkpoints after update {checkpoint.step} are kept as checkpoints/{abandoned}-*.pt")
-    return tracking
 
 
 def log_header(run: TrainingRun, workload: Workload, length: Length, progress: Progress, tracking: Tracking) -> None:
     """Logs data, model and device."""
-    dataset = workload.dataset
-    parameters = list(workload.module.parameters())
-    tokens = workload.task.predictions  # of a sample; 1 for labels
-    facts: dict[str, Any] = {
-        "overrides": RunFolder(run.folder).typed() if run.overrides is None else storable(run.overrides),
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "train": len(dataset.train) * tokens,
-        "val": len(dataset.val) * tokens if dataset.val is not None else 0,
-        "test": len(dataset.test) * tokens if dataset.test is not None else 0,
-        "drawn": len(build_sampler(workload.run_config, dataset.train)) * tokens,
-        "batch_size": batch_size(workload.run_config, dataset.train),
-        "device": str(workload.device),
-        "precision": workload.precision.name,
-        "parallel": workload.parallel.name,
-        "processes": workload.parallel.ranks.processes,
-        "unit": workload.task.counted_as(dataset.train.shape),
-        "inputs": workload.task.describe(tuple(data_spec(workload)["window"])),
-        "metrics": [*(Metric("val", name).column for name in _shown_metrics(workload)), *_of_sets(workload)],
-        "sets": {name: size * tokens for name, size in _sizes(workload).items()},
-    }
-    if length.growth is not None:
-        facts["batches"] = length.batches
-    samples = workload.run_config.settings.evaluate.samples
-    if samples is not None and dataset.val is not None and samples < len(dataset.val):
-        facts |= {"val": samples * tokens, "all_val": facts["val"]}
+    dataset, facts = workload.dataset, header_facts(workload, length)
+    facts["overrides"] = RunFolder(run.folder).typed() if run.overrides is None else storable(run.overrides)
     if workload.device.type == "cpu":
         facts["threads"] = torch.get_num_threads()
     environment = read_json(run.folder / "environment.json")
@@ -99,6 +69,36 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
         choices=run.choices,
         seconds=progress.seconds,
     )
+
+
+def header_facts(workload: Workload, length: Length) -> dict[str, Any]:
+    """Returns the facts of `terminal_text.header_rows` that follow from the config and its data."""
+    dataset = workload.dataset
+    parameters = list(workload.module.parameters())
+    tokens = workload.task.predictions  # of a sample; 1 for labels
+    facts: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "train": len(dataset.train) * tokens,
+        "val": len(dataset.val) * tokens if dataset.val is not None else 0,
+        "test": len(dataset.test) * tokens if dataset.test is not None else 0,
+        "drawn": len(build_sampler(workload.run_config, dataset.train)) * tokens,
+        "batch_size": batch_size(workload.run_config, dataset.train),
+        "device": str(workload.device),
+        "precision": workload.precision.name,
+        "parallel": workload.parallel.name,
+        "processes": workload.parallel.ranks.processes,
+        "unit": workload.task.counted_as(dataset.train.shape),
+        "inputs": workload.task.describe(tuple(data_spec(workload)["window"])),
+        "metrics": [*(Metric("val", name).column for name in _shown_metrics(workload)), *_of_sets(workload)],
+        "sets": {name: size * tokens for name, size in _sizes(workload).items()},
+    }
+    if length.growth is not None:
+        facts["batches"] = length.batches
+    samples = workload.run_config.settings.evaluate.samples
+    if samples is not None and dataset.val is not None and samples < len(dataset.val):
+        facts |= {"val": samples * tokens, "all_val": facts["val"]}
+    return facts
 
 
 def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) -> list[str]:
@@ -197,6 +197,7 @@ def _sizes(workload: Workload) -> dict[str, int]:
 def summarize(workload: Workload, status: Status, progress: Progress, best: Best, recovery: Recovery) -> dict[str, Any]:
     """Returns the content of summary.json before the test; accuracies are left out where the task has none."""
     flops, evaluated = workload.computed_flops, progress.evaluated_samples
+    settings = workload.run_config.settings
     summary = {
         "status": status,
         **({} if (run_id := workload.run_config.config.get("run_id")) is None else {"run_id": run_id}),
@@ -217,7 +218,7 @@ def summarize(workload: Workload, status: Status, progress: Progress, best: Best
         "processes": workload.parallel.ranks.processes,
         "resumed_from": progress.resumed_from,
         **({} if progress.found_lr is None else {"found_lr": progress.found_lr}),
-        **recovery.summary(),
+        **({"skipped_updates": recovery.skipped} if settings.on_divergence == "skip" else {}),
     }
     summary |= {best_key(column): value for column, value in best.others.items()}
     if workload.task.accuracy != VAL_ACCURACY.name and best.val_accuracy is None:

@@ -130,7 +130,7 @@ def training(
         best=Best("auto"),
         normalize=nn.Identity(),
         config={},
-        recovery=Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
+        recovery=Recovery(attempts=1, log=print),
         length=Length(steps, 1, steps, steps),
         intervals=Intervals(save_every_epochs=None, log_every_steps=log_every),
         progress=Progress(horizon=steps, data=DATA),

@@ -13,7 +13,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import single_values, with_folder
 from dlopt.config.plan import plan
-from dlopt.config.resuming import how_to_resume, newest_unfinished, refuse_other_config
+from dlopt.config.resuming import how_to_resume, newest_unfinished, refuse_other_config, with_smaller_lr
 
 LINE = ("model=mlp", "threads=1", "tracking=[]")
 
@@ -71,6 +71,27 @@ def test_the_words_for_a_job_name_its_sweep(tmp_path: Path) -> None:
     assert how_to_resume(interrupted(tmp_path / "1", {})) == (
         f"add output={tmp_path} resume=auto to the command of the sweep"
     )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "has_checkpoint", "expected"),
+    [
+        ({"lr": 0.1}, True, "from its last checkpoint with half the rate: {line} init_from={last} optimizer.lr=0.05"),
+        ({"lr": 3}, False, "again with half the rate: {line} init_from=x.pt optimizer.lr=1.5"),
+        ({"lr": None, "base": {"lr": 2}}, False, "again with half the rate: {line} init_from=x.pt optimizer.lr=1"),
+        ({"lr": "auto"}, False, ""),
+    ],
+)
+def test_the_command_with_a_smaller_rate(
+    optimizer: dict[str, Any], has_checkpoint: bool, expected: str, tmp_path: Path
+) -> None:
+    run = interrupted(tmp_path / "run", {"optimizer": optimizer}, "optimizer.lr=9", "init_from=x.pt", "output=run")
+    last = run.checkpoints / "last.pt"
+    if has_checkpoint:
+        run.checkpoints.mkdir()
+        last.touch()
+    line = "dlopt train model=mlp threads=1 'tracking=[]'"
+    assert with_smaller_lr(run) == (expected and f"; to start {expected.format(line=line, last=last)}")
 
 
 def test_files_may_move_if_the_data_are_identified() -> None:

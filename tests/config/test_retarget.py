@@ -37,13 +37,7 @@ def test_a_later_choice_replaces_a_callable() -> None:
 def test_a_new_callable_inherits_only_the_keys_of_its_group() -> None:
     typed = ["optimizer=adam", "optimizer._target_=torch.optim.RAdam", "optimizer.lr=0.1", "schedule=cosine"]
     optimizer = composed(*typed)["optimizer"]
-    assert optimizer == {
-        "groups": [],
-        "layer_decay": None,
-        "state_dtype": None,
-        "_target_": "torch.optim.RAdam",
-        "lr": 0.1,
-    }
+    assert optimizer == {"groups": [], "layer_decay": None, "_target_": "torch.optim.RAdam", "lr": 0.1}
     assert composed("model._target_=torch.nn.Flatten")["model"] == {"_target_": "torch.nn.Flatten"}  # no width
 
 

@@ -29,7 +29,7 @@ def rates(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     """Name of each parameter -> how many layers it is away from the last one."""
     groups = parameter_groups(
         model,
-        Grouping(groups=[], layer_decay=0.5, state_dtype=None),
+        Grouping(groups=[], layer_decay=0.5),
         {"lr": 1.0},
         decay_norm_and_bias=True,
         uses=forward_order(model, inputs),
@@ -143,7 +143,7 @@ def test_the_pass_changes_nothing() -> None:
 def test_dlopts_models_register_layers_in_the_order_of_the_computation(choice: str, build: Any) -> None:
     model = build(choice, input_shape=(3, 32, 32), classes=4)
     uses = forward_order(model, torch.zeros(2, 3, 32, 32))
-    grouping, keys = Grouping(groups=[], layer_decay=0.5, state_dtype=None), {"lr": 1.0}
+    grouping, keys = Grouping(groups=[], layer_decay=0.5), {"lr": 1.0}
     found, registered = (
         parameter_groups(model, grouping, keys, decay_norm_and_bias=True, uses=each) for each in (uses, None)
     )

@@ -16,7 +16,7 @@ VIT = ("depth=2", "patch=4", "width=8", "heads=2")
 def groups(model: nn.Module, layer_decay: float | None = None) -> dict[str, dict[str, Any]]:
     """Name of each parameter -> the settings of its group, with decay_norm_and_bias=false."""
     grouping, arguments = (
-        Grouping(groups=[], layer_decay=layer_decay, state_dtype=None),
+        Grouping(groups=[], layer_decay=layer_decay),
         {"lr": 0.1, "weight_decay": 0.2},
     )
     names = {parameter: name for name, parameter in model.named_parameters()}

@@ -25,7 +25,7 @@ def keys_of() -> Callable[..., dict[str, Any]]:
 
     def keys(name: str, *typed: str) -> dict[str, Any]:
         plain, _ = composed(f"optimizer={name}", *(f"optimizer.{each}" for each in typed))
-        every = ("groups", "layer_decay", "state_dtype")  # keys of every choice
+        every = ("groups", "layer_decay")  # keys of every choice
         return {key: copy.deepcopy(value) for key, value in plain["optimizer"].items() if key not in every}
 
     return keys

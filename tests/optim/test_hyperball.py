@@ -148,7 +148,7 @@ def test_traits_with_a_fixed_norm(make: Make) -> None:
 def test_rules_say_which_matrices_move_freely() -> None:
     model, grouping = (
         nn.Linear(3, 2),
-        Grouping(groups=[Rule(match="weight", rest=True)], layer_decay=None, state_dtype=None),
+        Grouping(groups=[Rule(match="weight", rest=True)], layer_decay=None),
     )
     keys: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "hyperball": True}
     groups = parameter_groups(model, grouping, keys, decay_norm_and_bias=True)

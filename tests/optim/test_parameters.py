@@ -26,7 +26,7 @@ def groups(model: nn.Module, *rules: Rule, decay: bool = True, layer_decay: floa
     """Name of each parameter -> the settings of its group."""
     found = parameter_groups(
         model,
-        Grouping(groups=list(rules), layer_decay=layer_decay, state_dtype=None),
+        Grouping(groups=list(rules), layer_decay=layer_decay),
         ARGUMENTS,
         decay_norm_and_bias=decay,
     )
@@ -35,9 +35,7 @@ def groups(model: nn.Module, *rules: Rule, decay: bool = True, layer_decay: floa
 
 
 def test_no_rules_give_one_group_in_model_order(model: nn.Module) -> None:
-    found = parameter_groups(
-        model, Grouping(groups=[], layer_decay=None, state_dtype=None), ARGUMENTS, decay_norm_and_bias=True
-    )
+    found = parameter_groups(model, Grouping(groups=[], layer_decay=None), ARGUMENTS, decay_norm_and_bias=True)
     assert found == [{"params": list(model.parameters())}]
 
 
@@ -75,9 +73,7 @@ def test_layer_decay(model: nn.Module) -> None:
 def test_groups_have_their_own_learning_rates(model: nn.Module) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rules = [Rule(match="stem*", freeze=True), Rule(match="head.*", lr=10.0)]
-    found = parameter_groups(
-        model, Grouping(groups=rules, layer_decay=None, state_dtype=None), ARGUMENTS, decay_norm_and_bias=True
-    )
+    found = parameter_groups(model, Grouping(groups=rules, layer_decay=None), ARGUMENTS, decay_norm_and_bias=True)
     optimizer = torch.optim.SGD(found, lr=0.1)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -102,17 +98,13 @@ def test_rejects_rules_without_effect(
     model: nn.Module, rules: list[Rule], arguments: dict[str, float], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        parameter_groups(
-            model, Grouping(groups=rules, layer_decay=None, state_dtype=None), arguments, decay_norm_and_bias=True
-        )
+        parameter_groups(model, Grouping(groups=rules, layer_decay=None), arguments, decay_norm_and_bias=True)
 
 
 def test_horizon_and_rest(model: nn.Module) -> None:
     arguments = {"lr": 0.2, "weight_decay": 0.0, "rest": "sgd", "rest_lr": 0.1}
     rules = [Rule(match="head.weight", rest=True, lr=3.0), Rule(match="stem.bias", horizon=0.5)]
-    found = parameter_groups(
-        model, Grouping(groups=rules, layer_decay=None, state_dtype=None), arguments, decay_norm_and_bias=True
-    )
+    found = parameter_groups(model, Grouping(groups=rules, layer_decay=None), arguments, decay_norm_and_bias=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     special = {names[g["params"][0]]: {k: v for k, v in g.items() if k != "params"} for g in found if len(g) > 1}
     assert special == {"head.weight": pytest.approx({"lr": 0.6, "use_muon": False}), "stem.bias": {"horizon": 0.5}}
@@ -124,9 +116,7 @@ def test_horizon_and_rest(model: nn.Module) -> None:
 
 
 def test_optimizer_without_weight_decay(model: nn.Module) -> None:
-    found = parameter_groups(
-        model, Grouping(groups=[], layer_decay=None, state_dtype=None), {"lr": 0.1}, decay_norm_and_bias=False
-    )
+    found = parameter_groups(model, Grouping(groups=[], layer_decay=None), {"lr": 0.1}, decay_norm_and_bias=False)
     assert all("weight_decay" not in group for group in found)
 
 
@@ -138,9 +128,7 @@ def test_embeddings_count_as_norm_and_bias() -> None:
 
     model = Tied()
     arguments = {"lr": 0.1, "weight_decay": 0.2}
-    groups = parameter_groups(
-        model, Grouping(groups=[], layer_decay=None, state_dtype=None), arguments, decay_norm_and_bias=False
-    )
+    groups = parameter_groups(model, Grouping(groups=[], layer_decay=None), arguments, decay_norm_and_bias=False)
     assert [len(group["params"]) for group in groups] == [4, 1]
     assert groups[1]["params"][0] is model[1].weight and groups[0]["weight_decay"] == 0.0
 

@@ -158,7 +158,7 @@ def test_the_shown_decay_is_that_of_the_group_of_the_shown_rate(name: str) -> No
         assert Scheduler(optimizer, RATE, decay=decay).weight_decay(0) is None
 
 
-def test_rollbacks_and_resumes_keep_the_base() -> None:
+def test_resumes_keep_the_base() -> None:
     """A restored optimizer has the decay of its last update, from which the schedule must not start again."""
     states: list[dict[str, Any]] = []
     for restored in (False, True):

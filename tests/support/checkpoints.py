@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dlopt.basics.files import sha256, write
 from dlopt.tasks.regression import Regression
@@ -114,3 +116,35 @@ def poison(path: Path, marker: Path) -> None:
     state["shards"] = {"folder": folder.name, "files": files, "tensors": {}}
     path.unlink()
     write(path, lambda file: torch.save(state, file))
+
+
+class Quantized(Tensor):
+    """A tensor of a class of its own around another, as the states of quantized optimizers are."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "Quantized":
+        made: Quantized = Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
+        made.values = values
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*tree_map_only(cls, lambda each: each.values, args), **(kwargs or {}))
+        return args[0] if found is getattr(args[0], "values", None) else found  # in place
+
+
+class QuantizedMomentum(torch.optim.Optimizer):
+    def __init__(self, params: Any, *, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", Quantized(torch.zeros_like(p)))
+                momentum.mul_(0.9).add_(p.grad)
+                p.sub_(momentum.values, alpha=group["lr"])
+        return loss

@@ -150,7 +150,7 @@ def test_jobs_have_their_own_environment_and_cores(tmp_path: Path) -> None:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config |= {
         "allow_packages": [name],
-        "optimizer": {"_target_": f"{name}.Sgd", "lr": 0.1, "groups": [], "layer_decay": None, "state_dtype": None},
+        "optimizer": {"_target_": f"{name}.Sgd", "lr": 0.1, "groups": [], "layer_decay": None},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     core = min(os.sched_getaffinity(0))

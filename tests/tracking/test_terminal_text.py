@@ -76,7 +76,7 @@ def test_rows_show_the_time_of_their_own_epochs_and_the_throughput() -> None:
         (1500, 300.0, "0:00"),
         (1600, 320.0, "0:00"),  # of a longer run, resumed with fewer updates
         (400, 40.0, "-"),  # the evaluation that the process before did not finish
-        (350, 60.0, "-"),  # after a rollback to an update before the resumed one
+        (350, 60.0, "-"),  # at an update before the resumed one
     ],
 )
 def test_time_left_is_at_the_speed_of_this_process(step: int, seconds: float, left: str) -> None:

@@ -169,20 +169,9 @@ def test_a_target_that_is_reached_within_an_epoch_keeps_its_model(tmp_path: Path
     assert load(tmp_path / "checkpoints/best.pt").step == 2
 
 
-def test_a_rollback_removes_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
-    from tests.support.runs import explosions
-
-    lines = [*RUN, "epochs=2", EVERY, "on_divergence=rollback", "checkpoint.every_epochs=null", "monitor=val_loss"]
-    with explosions(lambda number, lr: number == 7 and lr > 0.07):
-        summary = start(tmp_path, *lines)
-    assert summary["status"] == "finished"
-    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6, 8]
-
-
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["evaluate.every_epochs=2"], r"evaluate\.every_steps=2 and evaluate\.every_epochs=2: exclude each other"),
         (["evaluate.every_steps=4"], r"evaluate\.every_steps=4: the epoch has only 4 updates, and is evaluated at its"),
         (["steps=2"], r"evaluate\.every_steps=2: the run has only 2 updates, and is evaluated at its end"),
         (["evaluate.samples=31"], r"evaluate\.samples=31: the validation set has only 30 samples"),

@@ -169,7 +169,7 @@ def training(
         "checkpoints": Checkpoints(),
         "stopping": Never(),
         "best": Best("val_loss"),
-        "recovery": Recovery("stop", attempts=1, lr_factor=1.0, load_newest=lambda: None, log=print),
+        "recovery": Recovery(attempts=1, log=print),
     }
     return Trainer(
         step=step,

@@ -1,10 +1,10 @@
-"""Tests of the non-finite check, and of the recovery policies."""
+"""Tests of the non-finite check, and of skipped updates."""
 
 import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.errors import RunError
 from dlopt.data.batches import Batch
 from dlopt.metrics.sums import Kept, MetricSum
 from dlopt.parallel.mode import Mode
-from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
 from dlopt.training.clipping import ByNorm
 from dlopt.training.nonfinite import Diverged, NonFiniteCheck, Recovery, first_nonfinite_output, is_finite
@@ -29,7 +28,6 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import (
     at_update,
     explosions,
-    in_fork,
     result,
     resume,
     run_config,
@@ -39,7 +37,7 @@ from tests.support.runs import (
     terminate,
     timeless,
 )
-from tests.support.sizes import RUN, SMALL
+from tests.support.sizes import RUN
 from tests.support.steps import CPU, batch, begin, equal, make_closure, make_step, net, train, whole
 from tests.support.tasks import CLASSIFICATION
 
@@ -269,15 +267,11 @@ def test_updates_that_the_scaler_skips_do_not_count_as_small() -> None:
 # -- left out
 
 
-def recovery(policy: Any, attempts: int = 3, newest: Callable[[], Any] = lambda: None) -> Recovery:
-    return Recovery(policy, attempts=attempts, lr_factor=0.5, load_newest=newest, log=lambda line: None)
-
-
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_skipped_update_changes_nothing(how: str) -> None:
     """Weights, momentum, running statistics, metrics and the count of tiny changes; schedule and data advance."""
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
-    skipping, rule = recovery("skip"), Tolerance(model, tolerance=1e9, iterations=10)
+    skipping, rule = Recovery(3, log=print), Tolerance(model, tolerance=1e9, iterations=10)
     update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip, average=rule.after_update)
     sums = MetricSum(CLASSIFICATION)
     train(update, batch(0), 0, sums)
@@ -302,13 +296,13 @@ def test_skipped_update_changes_nothing(how: str) -> None:
 def test_limits_skipped_updates_in_a_row() -> None:
     model = net(norm=False)
     spoil(model[0].weight, NAN)  # type: ignore[arg-type]
-    skipping = recovery("skip", attempts=2)
+    skipping = Recovery(2, log=print)
     update = make_step(model, sgd(model), skip=skipping.skip)
     for step in (0, 1):
         update.update(batch(step), step)
     with pytest.raises(Diverged, match="at update 3 "):
         update.update(batch(2), 2)
-    other = recovery("skip", attempts=2)
+    other = Recovery(2, log=print)
     assert all(other.skip(Diverged("", step, before_update=True)) for step in (1, 2, 4, 5, 9))
     assert other.skipped == 5
 
@@ -327,77 +321,6 @@ def test_failed_run_has_a_finite_checkpoint(tmp_path: Path, on: str, check: str)
     assert same(result(tmp_path)["model"], result(tmp_path / "whole")["model"])
 
 
-def test_rollback_equals_resuming_with_a_smaller_lr(tmp_path: Path) -> None:
-    lines = [*RUN, "on_divergence=rollback", "recovery.lr_factor=0.25"]
-    with explosions(lambda step, lr: step == 10 and lr > 0.05):
-        summary = start(tmp_path / "run", *lines)
-    assert (summary["status"], summary["rollbacks"], summary["resumed_from"]) == ("finished", 1, [])
-    assert [line["lr"] for line in timeless(tmp_path / "run")] == [0.08, 0.08, 0.02, 0.02]
-    # by hand: two epochs, and two more from there at a quarter of the rate
-    start(tmp_path / "hand", *RUN, "epochs=2")
-    state = torch.load(tmp_path / "hand/checkpoints/last.pt", weights_only=True)
-    for group in state["optimizer"]["param_groups"]:
-        group["lr"] *= 0.25
-    state["schedule"]["base_lrs"] = [rate * 0.25 for rate in state["schedule"]["base_lrs"]]
-    from dlopt.training.checkpoint import checkpoints
-
-    checkpoints.write(tmp_path / "hand/checkpoints/last.pt", lambda file: torch.save(state, file))
-    resume(tmp_path / "hand", *RUN)
-    assert same(result(tmp_path / "run")["model"], result(tmp_path / "hand")["model"])
-    assert timeless(tmp_path / "run") == timeless(tmp_path / "hand")
-
-
-def test_rollback_in_the_first_epoch_rewinds_metrics(tmp_path: Path) -> None:
-    lines = [*RUN, "on_divergence=rollback", "checkpoint.every_epochs=null", "data.val_split=0"]
-    with explosions(lambda step, lr: step == 9 and lr > 0.05):
-        summary = start(tmp_path, *lines)
-    assert summary["rollbacks"] == 1
-    assert [(line["epoch"], line["lr"]) for line in timeless(tmp_path)] == [(e, 0.04) for e in (1, 2, 3, 4)]
-
-
-def test_limits_rollbacks(tmp_path: Path) -> None:
-    """Each rollback reduces the learning rate, even from the same checkpoint."""
-    rates: list[float] = []
-
-    def bad(step: int, lr: float) -> bool:
-        if step == 6:
-            rates.append(lr)
-        return step == 6
-
-    with explosions(bad), pytest.raises(RunError, match=r"2 rollbacks \(recovery\.attempts\) did not help"):
-        start(tmp_path, *RUN, "on_divergence=rollback", "recovery.attempts=2")
-    assert list(dict.fromkeys(rates)) == [0.08, 0.04, 0.02]
-
-
-def test_resumes_after_a_rollback(tmp_path: Path) -> None:
-    """Killed before and after the next checkpoint."""
-    import os
-    import signal
-
-    lines = [*RUN, "on_divergence=rollback", "recovery.lr_factor=0.25"]
-
-    def killed_at(step: int) -> None:
-        with at_update(step, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-            resume(tmp_path / "killed", *lines)
-
-    with explosions(lambda step, lr: step in (6, 10) and lr > 0.05 / 4 ** (step > 6)):
-        start(tmp_path / "whole", *lines)
-        for step in (7, 11, 14):
-            assert os.WTERMSIG(in_fork(lambda step=step: killed_at(step))) == signal.SIGKILL  # type: ignore[misc]
-        summary = resume(tmp_path / "killed", *lines)
-    assert summary["rollbacks"] == 2
-    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
-    assert same(result(tmp_path / "killed"), result(tmp_path / "whole"))
-    assert [line["lr"] for line in timeless(tmp_path / "whole")] == [0.08, 0.02, 0.005, 0.005]
-
-
-def test_diverging_run_recovers(tmp_path: Path) -> None:
-    lines = [*SMALL, "model.norm=none", "schedule=constant", "optimizer.lr=1e8", "epochs=3", "on_divergence=rollback"]
-    summary = start(tmp_path, *lines, "recovery.lr_factor=1e-5")
-    assert summary["status"] == "finished" and summary["rollbacks"] >= 1
-    assert math.isfinite(summary["test_loss"])
-
-
 def test_summary_counts_skipped_updates(tmp_path: Path) -> None:
     with explosions(lambda step, lr: step in (2, 3, 9), "gradient"):
         summary = start(tmp_path, *RUN, "on_divergence=skip")
@@ -414,17 +337,6 @@ def test_resumes_the_warmup_of_the_average_after_a_skipped_update(tmp_path: Path
             assert start(tmp_path / "stopped", *lines)["status"] == "interrupted"
         resume(tmp_path / "stopped", *lines)
     assert same(result(tmp_path / "whole"), result(tmp_path / "stopped"))
-
-
-def test_skip_rejects_loss_aware_samplers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"on_divergence=skip: .*on_divergence=rollback"):
-        start(tmp_path, *RUN, "on_divergence=skip", "sampler=hard_examples")
-
-
-def test_rollback_with_a_loss_aware_sampler(tmp_path: Path) -> None:
-    lines = [*RUN, "on_divergence=rollback", "sampler=hard_examples"]
-    with explosions(lambda step, lr: step == 7 and lr > 0.05):
-        assert start(tmp_path, *lines)["rollbacks"] == 1
 
 
 # -- memory
@@ -542,18 +454,6 @@ def test_all_ranks_raise_the_error_of_one(tmp_path: Path) -> None:
         assert skipped == [1]
     for kind in ("inputs", "gradient"):
         assert result(tmp_path / kind)["progress"]["step"] == 4
-
-
-def test_schedule_scale() -> None:
-    optimizer = sgd(net(), lr=0.5)
-    schedule = Scheduler(optimizer, lambda t: 1 / (1 + t))
-    schedule.step()
-    schedule.scale(0.1)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
-    state = schedule.state_dict()
-    other = Scheduler(sgd(net(), lr=0.5), lambda t: 1 / (1 + t))
-    other.load_state_dict(state)
-    assert other.get_last_lr() == [pytest.approx(0.025)]
 
 
 def test_locates_the_divergence_of_a_model_that_reads_tokens() -> None:

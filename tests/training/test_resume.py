@@ -438,19 +438,7 @@ def test_damaged_last_checkpoint_does_not_change_the_result(
     assert_same_run(tmp_path, whole)
 
 
-def test_does_not_test_the_best_model_of_an_abandoned_course(tmp_path: Path) -> None:
-    """The folder of a checkpoint before its best: best.pt is of another epoch."""
-    overrides = [*RICH, "checkpoint.keep=4"]
-    start(tmp_path, *overrides)
-    state = checkpoints.load(tmp_path / "checkpoints/step-12.pt")
-    state.state["progress"]["best"]["epoch"] = 1 if result(tmp_path, "best.pt")["progress"]["epoch"] > 1 else 2
-    with at_update(13, terminate):
-        assert run_job(TrainingRun(run_config(*overrides), tmp_path, state))["best_epoch"] is None
-
-
-@pytest.mark.parametrize("name", ["whole", "new"])
-def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(tmp_path: Path, name: str) -> None:
-    """In the folder of the run, whose later checkpoints it abandons, and in another folder, which has none."""
+def test_killed_before_the_first_save_after_resuming_in_a_new_folder(tmp_path: Path) -> None:
     overrides = [*RICH, "checkpoint.keep=4", "ema=null"]
     start(tmp_path / "whole", *overrides)
     ends, end = timeless(tmp_path / "whole"), result(tmp_path / "whole")
@@ -458,12 +446,12 @@ def test_killed_before_the_first_save_after_resuming_from_an_earlier_checkpoint(
 
     def until() -> None:
         with at_update(6, kill):
-            run_job(TrainingRun(run_config(*overrides), tmp_path / name, state))
+            run_job(TrainingRun(run_config(*overrides), tmp_path / "new", state))
 
     assert os.WTERMSIG(in_fork(until)) == signal.SIGKILL
-    assert set(resume(tmp_path / name, *overrides)["resumed_from"]) == {4}
-    assert same(result(tmp_path / name), end)
-    assert timeless(tmp_path / name) == ends[0 if name == "whole" else 1 :]
+    assert set(resume(tmp_path / "new", *overrides)["resumed_from"]) == {4}
+    assert same(result(tmp_path / "new"), end)
+    assert timeless(tmp_path / "new") == ends[1:]
 
 
 def test_never_restarts_if_all_checkpoints_are_damaged(stopped: Callable[[Path, int], None], tmp_path: Path) -> None:

@@ -34,13 +34,11 @@ from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.loop import Trainer
-from dlopt.training.nonfinite import Diverged
 from dlopt.training.progress import TrainingRun
 from dlopt.training.run import train_run
 from tests.support.runs import (
     at_update,
     execute,
-    explosions,
     in_fork,
     metrics,
     result,
@@ -491,20 +489,21 @@ def test_signals_to_a_process_group(
         assert same(left[key], right[key]), key
 
 
-def test_rollback_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path: Path) -> None:
+def test_resuming_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path: Path) -> None:
     """On another node without the run folder, whose ranks would go on with another best epoch."""
     epochs = []
-    original = Trainer._roll_back
+    original = Trainer.load_state_dict
 
-    def roll_back(self: Trainer, error: Diverged) -> None:
-        original(self, error)
+    def load_state_dict(self: Trainer, state: Any) -> None:
+        original(self, state)
         epochs.append(self.best.epoch)
 
+    with at_update(6, terminate):
+        start(tmp_path, *RUN)
     with (
-        explosions(lambda step, lr: step == 6 and lr > 0.05),
-        patch.object(Trainer, "_roll_back", roll_back),
+        patch.object(Trainer, "load_state_dict", load_state_dict),
         patch.object(Checkpoints, "has_best", lambda self, epoch, run_id: False),
         patch.object(Ranks, "broadcast", lambda self, value: True if value is False else value),
     ):
-        start(tmp_path, *RUN, "on_divergence=rollback")
+        resume(tmp_path, *RUN)
     assert epochs == [1]

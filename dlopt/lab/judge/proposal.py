@@ -64,7 +64,7 @@ class Side:
     def identity(self) -> dict[str, Any]:
         """What its runs compute, by dotted key, without their seeds, and the hashes of the code that is not dlopt's."""
         saved = flatten(self.plan.saved)
-        own = {key: canonical(value) for key, value in saved.items() if _is_compared(key)}
+        own = {key: canonical(value) for key, value in saved.items() if _is_compared(key) and value is not None}
         own |= {f"package {name}": sha256 for name, sha256 in self.packages.items()}
         return own if self.code is None else {**own, CODE: code_sha256(self.code)}
 

@@ -28,16 +28,16 @@ from dlopt.schedules.decay import constant, corrected, independent
 from dlopt.tasks.user import TaskLoss
 from dlopt.training import rng
 from dlopt.training.builders import mup
+from dlopt.training.builders.rounding import round_updates
 from dlopt.training.builders.speed import GRAPH_MODES
-from dlopt.training.builders.state_dtype import keep_state_in_bf16, round_updates
 from dlopt.training.builders.workload import Workload, batch_size
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
 from dlopt.training.progress import Length
 
 log = logging.getLogger(__name__)
 
-# Of scale_lr: the factor of the learning rate, by the ratio of two batch sizes.
-_LR_SCALES: Mapping[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt}
+LR_SCALES: Mapping[str, Callable[[float], float]] = {"linear": float, "sqrt": math.sqrt}
+"""Of scale_lr: the factor of the learning rate, by the ratio of two batch sizes."""
 
 
 def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
@@ -52,8 +52,8 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
         ratio = batch_size(run_config, workload.dataset.train) / settings.scale_lr_reference
-        arguments["lr"] *= _LR_SCALES[settings.scale_lr](ratio)
-    growth, grouping = workload.growth, run_config.grouping
+        arguments["lr"] *= LR_SCALES[settings.scale_lr](ratio)
+    growth = workload.growth
     build = partial(_build, workload, base, arguments)
     optimizer, fused = build()
     if growth is not None:  # the factors depend on the optimizer, and the groups on the factors
@@ -70,11 +70,6 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     check_optimizer(workload.parallel, optimizer)
     check_decay(workload, optimizer)
     if needs_whole_tensors(workload.parallel, optimizer):
-        if grouping.state_dtype is not None:
-            raise UserError(
-                f"optimizer.state_dtype=bf16: not with parallel={workload.parallel.name} and "
-                f"{type(optimizer).__name__}, whose tensors are updated by their owners; use optimizer.state_dtype=null"
-            )
         step_by_owners(optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
     if fused:
@@ -84,9 +79,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     if run_config.decay_settings.cautious:  # within the rounding of bf16 weights, which would hide small updates
         make_decay_cautious(optimizer)
     # After the hooks above, which may extend a loaded state.
-    if grouping.state_dtype is not None:
-        keep_state_in_bf16(optimizer, stream(settings.seed, rng.ROUNDING))
-    elif workload.precision.name == "bf16_pure" and optimizer_traits(optimizer).evaluations == "once":
+    if workload.precision.name == "bf16_pure" and optimizer_traits(optimizer).evaluations == "once":
         round_updates(optimizer, stream(settings.seed, rng.ROUNDING))
     return optimizer
 
@@ -324,7 +317,7 @@ def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> 
     freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr
     horizon = schedules.Horizon(0, length.horizon, length.steps_per_epoch)
     decay, growth = run_config.decay.build(horizon=horizon), length.growth
-    ratio = _LR_SCALES.get(run_config.settings.scale_lr)
+    ratio = LR_SCALES.get(run_config.settings.scale_lr)
     scale = None if growth is None or ratio is None else lambda t: ratio(growth.count(t))
     return Scheduler(optimizer, factor, freezes=freezes, decay=decay, scale=scale)
 

@@ -24,7 +24,7 @@ class Precision:
     """fp32, tf32 and fp64 compute in the dtype of the weights; bf16 and fp16 keep fp32 weights and use autocast.
 
     bf16_pure computes in bf16 without autocast: weights and gradients are bf16, too. An update is computed in fp32,
-    with a state in fp32, and rounded stochastically (`dlopt.training.builders.state_dtype`). Batch and instance norm
+    with a state in fp32, and rounded stochastically (`dlopt.training.builders.rounding`). Batch and instance norm
     keep fp32 parameters and statistics (running averages move by less than bf16 resolves), and losses and metrics are
     computed from fp32 outputs. There is no fp16_pure: the gradients of a mean loss underflow, and torch's
     GradScaler accepts no fp16 gradients.

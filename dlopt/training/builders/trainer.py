@@ -72,7 +72,7 @@ def build_trainer(
     )
     rule.require_call(getattr(stopping, "update", None), "update(metrics)")
     checkpoints = build_checkpoints(workload, folder)
-    recovery = build_recovery(workload, checkpoints, tracking)
+    recovery = Recovery(settings.recovery.attempts, tracking.message)
 
     # 3. The update: of the network as the observers wrap it, with the metrics that it adds up.
     network: Network = workload.network
@@ -166,19 +166,6 @@ def build_checkpoints(workload: Workload, folder: Path) -> Checkpoints:
         writes=workload.parallel.ranks.is_main,
         asynchronous=settings.asynchronous,
         shards=checkpoint_writer(workload),
-    )
-
-
-def build_recovery(workload: Workload, checkpoints: Checkpoints, tracking: Tracking) -> Recovery:
-    settings, ranks = workload.run_config.settings, workload.parallel.ranks
-    return Recovery(
-        settings.on_divergence,
-        attempts=settings.recovery.attempts,
-        lr_factor=settings.recovery.lr_factor,
-        # Rank 0 reads the file, because other nodes may not see the folder. All ranks call this: they find the same
-        # non-finite number, and go back to the same state.
-        load_newest=lambda: ranks.broadcast(checkpoints.load_newest() if ranks.is_main else None),
-        log=tracking.message,
     )
 
 

@@ -1,14 +1,12 @@
 """Checkpoints, written atomically: temporary file, fsync, rename, fsync of the folder. A second file has the SHA-256.
 
 `last.pt` is the newest checkpoint, `step-N.pt` are earlier ones, `best.pt` has the best evaluation.
-`abandoned-N-NAME.pt` are checkpoints that a run abandoned by resuming from an earlier one.
 """
 
 import contextlib
 import logging
 import re
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
@@ -34,8 +32,6 @@ from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import content, sharded
 from dlopt.training.checkpoint.content import KEYS, Checkpoint
-
-_OWN_NAMES = re.compile(r"last|best|(step|restart)-\d+")  # of files that runs replace
 
 log = logging.getLogger(__name__)
 
@@ -175,28 +171,9 @@ class Checkpoints:
         return None
 
     @disk_in_use()
-    def set_aside(self, state: Mapping[str, Any]) -> str | None:
-        """Makes `state` last.pt, and renames the checkpoints after it to abandoned-N-NAME.pt; returns abandoned-N.
-
-        Call before a run resumes. A run that resumes from an earlier checkpoint in its own folder could otherwise load
-        abandoned checkpoints, or count them among the newest. Returns None if there are none.
-        """
-        step = Checkpoint(state).step
-        later = [p for p in self.folder.glob("*.pt") if _OWN_NAMES.fullmatch(p.stem) and _step(p) > step]
-        # Also renames a damaged last.pt, and a snapshot that a killed run wrote before its last.pt.
-        if not any(path in (self.last, *self._earlier_checkpoints()) and is_intact(path) for path in later):
-            return None
-        prefixes = (f"abandoned-{i}" for i in count(1))
-        prefix = next(each for each in prefixes if not any(self.folder.glob(f"{each}-*")))
-        # Links first, then last.pt, and the old names last: a crash in between leaves a checkpoint under two names, but
-        # none without a name.
-        for path in later:
-            link(path, path.with_name(f"{prefix}-{path.name}"))
-        self._write(self.last, state)
-        for path in later:
-            if path != self.last:
-                remove(path)
-        return prefix
+    def has_later(self, step: int) -> bool:
+        """Returns whether the folder has an intact checkpoint of a later update than `step`."""
+        return any(_step(path) > step and is_intact(path) for path in (self.last, *self._earlier_checkpoints()))
 
     def has_best(self, epoch: float, run_id: str | None) -> bool:
         """Returns whether best.pt has this epoch and this run: a run may resume from a checkpoint before its best."""
@@ -265,7 +242,7 @@ def _step(path: Path) -> int:
 
 
 def removable(folder: Path) -> list[Path]:
-    """Returns the step-N.pt and abandoned-*.pt in a folder of checkpoints; [] for a link to a folder."""
+    """Returns the step-N.pt in a folder of checkpoints, and the abandoned-*.pt of older versions; [] for a link."""
     names = re.compile(r"(step-\d+|abandoned-.+)\.pt")
     if folder.is_symlink() or not folder.is_dir():
         return []

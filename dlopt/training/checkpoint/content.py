@@ -9,7 +9,7 @@ from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from dlopt.adapt import merged
@@ -290,16 +290,18 @@ def damage(state: Mapping[str, Any], *, whole: bool = True) -> str | None:
 
 
 _READABLE = {
-    NoneType, bool, int, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device,
+    Tensor, nn.Parameter, NoneType, bool, int, float, complex, str, bytes, bytearray, torch.Size, torch.dtype,
+    torch.device,
 }  # fmt: skip
 
 
 def unreadable(value: Any, key: str = "") -> str | None:
     """Returns which value in the content of a checkpoint `torch.load(weights_only=True)` would refuse, or None.
 
-    Call before writing: a user's component may have any state, and a value that cannot be read again is lost.
+    Call before writing: a user's component may have any state, such as quantized tensors of a class of its own, and a
+    value that cannot be read again is lost.
     """
-    if isinstance(value, Tensor) or type(value) in _READABLE:
+    if type(value) in _READABLE:
         return None
     if type(value) in (dict, OrderedDict):
         items = [(join(key, str(name)), item) for name, item in value.items()]
@@ -307,7 +309,7 @@ def unreadable(value: Any, key: str = "") -> str | None:
         items = [(join(key, str(i)), item) for i, item in enumerate(value)]
     else:
         path = f"{type(value).__module__}.{type(value).__qualname__}"
-        return f"{key} has the type {path}, which cannot be read again; use tensors, and numbers and lists of Python"
+        return f"{key} has the type {path}, which cannot be read again; use plain tensors, numbers and lists of Python"
     return next((found for name, item in items if (found := unreadable(item, name))), None)
 
 

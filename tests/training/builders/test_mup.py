@@ -154,7 +154,7 @@ def factors_of(case: Case, net: nn.Module, width: int, **decay: bool) -> tuple[d
     growth = width_growth(Component("model", Net, {"width": width}), {})
 
     def build(factors: dict[str, dict[str, float]] | None = None) -> torch.optim.Optimizer:
-        grouping = Grouping(groups=rules, layer_decay=None, state_dtype=None)
+        grouping = Grouping(groups=rules, layer_decay=None)
         return kind(parameter_groups(net, grouping, keys, decay_norm_and_bias=True, factors=factors), **keys)
 
     return width_factors(net, build(), growth, BASE, keys, **decay), build

@@ -14,7 +14,7 @@ import torch
 
 from dlopt.basics import files as durable
 from dlopt.basics.errors import RunError, UserError
-from dlopt.basics.files import link, sha256, write_digests
+from dlopt.basics.files import sha256, write_digests
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.checkpoint.weight_files import read_weights
@@ -38,28 +38,18 @@ def newest_step(checkpoints: Checkpoints) -> int | None:
 # -- contents
 
 
-def test_sets_later_checkpoints_aside(tmp_path: Path) -> None:
-    checkpoints = folder_of(tmp_path, 3, 9, 10, keep=3, best=True)
-    link(checkpoints.folder / "step-3.pt", checkpoints.folder / "chosen.pt")
-    resumed = Checkpoints(checkpoints.folder, keep=2)
-    assert (resumed.set_aside(state(3)), resumed.set_aside(state(3))) == ("abandoned-1", None)
-    abandoned = {f"abandoned-1-{name}.pt": step for name, step in (("last", 10), ("best", 10), ("step-9", 9))}
-    assert names(checkpoints) == with_checksums("last.pt", "step-3.pt", "chosen.pt", *abandoned)
-    resumed.save(state(5), best=False)
-    assert names(checkpoints) == with_checksums("last.pt", "step-3.pt", "chosen.pt", *abandoned), (
-        "step 9 was newer than 3"
-    )
-    damage(resumed.last)
-    assert newest_step(checkpoints) == 3
-    assert {name: load(checkpoints.folder / name).step for name in abandoned} == abandoned
-
-
 def test_truncated_files_are_damaged_checkpoints(tmp_path: Path) -> None:
     checkpoints = folder_of(tmp_path, 3, best=True)
     torch.save(torch.zeros(3000), checkpoints.best)
     checkpoints.best.write_bytes(checkpoints.best.read_bytes()[:-1])  # torch reports an invalid argument
-    assert Checkpoints(checkpoints.folder).set_aside(state(3)) is None
     assert checkpoints.has_best(0, None)  # the epoch of a damaged file is not known
+
+
+def test_later_checkpoints_are_known(tmp_path: Path) -> None:
+    checkpoints = folder_of(tmp_path, 3, 9, 10, keep=3)
+    assert [checkpoints.has_later(step) for step in (3, 9, 10)] == [True, True, False]
+    damage(checkpoints.last)
+    assert [checkpoints.has_later(step) for step in (3, 9)] == [True, False]
 
 
 def test_roundtrip_is_bitwise_identical(tmp_path: Path) -> None:

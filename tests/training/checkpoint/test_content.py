@@ -18,7 +18,9 @@ import dlopt
 from dlopt.basics.errors import RunError, UserError
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint, blamed, damage, is_checkpoint, unreadable
-from tests.support.checkpoints import state
+from tests.support.checkpoints import Quantized, state
+from tests.support.runs import start
+from tests.support.sizes import SMALL, without
 
 # Keys that only a checkpoint has, and those of a config or a choice, too, of what is named like a checkpoint.
 APART = re.compile(
@@ -89,6 +91,7 @@ READABLE = [
 ]  # fmt: skip
 UNREADABLE = [
     np.float64(1), np.int64(1), np.zeros(1), defaultdict(int), frozenset({1}), range(1), Path("a"), Fraction(1),
+    Quantized(torch.zeros(1)),
 ]  # fmt: skip
 
 
@@ -127,3 +130,12 @@ def test_an_error_of_its_parts_names_the_checkpoint() -> None:
     for passed in (torch.OutOfMemoryError(), UserError("x")):
         with pytest.raises(type(passed)), blamed("a"):
             raise passed
+
+
+def test_a_state_of_other_tensors_is_refused_after_the_first_update(tmp_path: Path) -> None:
+    """Not by the first checkpoint, hours later."""
+    keys = ["optimizer=tests.support.checkpoints.QuantizedMomentum", "optimizer.lr=0.1", "allow_packages=[tests]"]
+    message = r"no checkpoint can hold the state of QuantizedMomentum: optimizer\.state\.0\.momentum has the type"
+    with pytest.raises(RunError, match=message):
+        start(tmp_path, *without(SMALL, "optimizer.lr"), *keys, "checkpoint.every_epochs=null")
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -71,10 +71,15 @@ def test_changed_data_are_refused(
 
 def test_a_checkpoint_of_choice_is_compared_too(tmp_path: Path, stopped: list[str], rows: list[str]) -> None:
     save(tmp_path / "data/rows.csv", rows[::-1])
-    for line in (stopped, stopped[:-1]):
-        message = refused(tmp_path, *line, "resume=run/checkpoints/step-4.pt")
-        assert "the data have changed since the checkpoint was written: the training set has" in message
+    chosen = (*stopped[:-1], "resume=run/checkpoints/step-4.pt")
+    expected = "the data have changed since the checkpoint was written: the training set has"
+    assert expected in refused(tmp_path, *chosen)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_an_earlier_checkpoint_is_not_resumed_in_the_folder_of_later_ones(tmp_path: Path, stopped: list[str]) -> None:
+    message = refused(tmp_path, *stopped, "resume=run/checkpoints/step-4.pt")
+    assert "resume: the run has a later checkpoint than step-4.pt" in message
 
 
 def test_moved_data_are_the_same(tmp_path: Path, stopped: list[str], rows: list[str]) -> None:

@@ -1,25 +1,21 @@
-"""Stochastic rounding of bf16: weights (`precision=bf16_pure`) and optimizer state (`optimizer.state_dtype=bf16`).
+"""Stochastic rounding of bf16 weights (`precision=bf16_pure`).
 
 bf16 has 8 significant bits, and rounding to nearest loses changes below half a unit in the last place, 2^-9 to 2^-8 of
-a value. A weight would not move by smaller updates. With beta2 = 0.999, the second moment v changes by
-0.001 * (g^2 - v): after the gradients have grown or shrunk, it would stop far from their square.
+a value: a weight would not move by smaller updates.
 
-An update is therefore computed in fp32: it widens some weights, with their gradients and state, runs the optimizer on
-them, and rounds the new values. A value is rounded up with a probability equal to the discarded
-fraction, and down otherwise (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"). Its expectation is
-exact, and an average with decay beta forgets the errors as it forgets gradients.
+An update is therefore computed in fp32: it widens some weights with their gradients, runs the optimizer on them, and
+rounds the new values. A value is rounded up with a probability equal to the discarded fraction, and down otherwise
+(Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"). Its expectation is exact. The optimizer's state
+stays in fp32: it may hold slow averages, sums, or matrices to invert.
 
-The state of bf16 weights stays in fp32 unless `state_dtype` is bf16, too: it may hold sums, or matrices to invert.
-
-Random numbers are a hash of seed, update, parameter and element: resumed runs, and runs on any number of processes,
-round alike. The noise of a parameter costs no memory after its update. Updates are counted on the device, so that a
-CUDA graph can repeat them.
+Random numbers are a hash of seed, update, parameter and element: resumed runs round alike. The noise of a parameter
+costs no memory after its update. Updates are counted on the device, so that a CUDA graph can repeat them.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,35 +25,31 @@ from torch.optim import Optimizer
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.mixin import mix_in
-from dlopt.basics.plain_values import load_yaml
 from dlopt.basics.random import hashed, stream
-from dlopt.config.choices import Catalogue
-from dlopt.config.schema import ALLOWED_PACKAGES, component
 from dlopt.optim.common import evaluate, gradients, is_dense, without_hooks
 from dlopt.optim.traits import optimizer_traits
-from dlopt.parallel.shards import element_numbers, local
+from dlopt.parallel.shards import local
 
 _UPDATES = "rounded_updates"  # key of a parameter group: updates so far, saved with the state
 _CHUNK = {"cpu": 1 << 18}  # elements that are widened at once: on a CPU as many as fit into the cache
 _CHUNK_ON_ACCELERATORS = 1 << 24
-_WEIGHTS = 1 << 8  # the random stream of weights, after those of moments
+_STREAM = 1 << 8  # the random stream, as in runs of earlier versions
 _ALIGNMENT = 16  # elements; vectorized kernels need aligned tensors
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some parameters of a group that have gradients. `numbers`: their positions among all parameters."""
+    """Some parameters of a group that have gradients. `number`: the position of the first among all parameters."""
 
     group: dict[str, Any]
     params: list[Tensor]
-    numbers: list[int]
+    number: int
 
 
 class RoundedUpdate(Optimizer):
-    """Mixed into the class of an optimizer whose weights or moments are bf16."""
+    """Mixed into the class of an optimizer of bf16 weights."""
 
     rounding_seed: int
-    rounds_moments: bool
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -85,7 +77,7 @@ class RoundedUpdate(Optimizer):
                 group[_UPDATES] = torch.tensor(group.get(_UPDATES, 0), dtype=torch.int32, device=device)
             group[_UPDATES].add_(1)
             for indices in _chunks(params):
-                chunks.append(_Chunk(group, [params[i] for i in indices], [start + i for i in indices]))
+                chunks.append(_Chunk(group, [params[i] for i in indices], start + indices[0]))
             start += len(params)
         return chunks
 
@@ -100,7 +92,7 @@ class RoundedUpdate(Optimizer):
         versions = [p._version for p in wide]
         for group, params in zip(self.param_groups, members, strict=True):
             group["params"] = [wide.get(p, p) for p in params]
-        with self._state_of(wide), self._wide_moments(chunks, wide):
+        with self._state_of(wide):
             update()
         if versions != [p._version for p in wide]:
             raise UserError(
@@ -109,7 +101,7 @@ class RoundedUpdate(Optimizer):
             )
         for chunk, params, (copies, values) in zip(chunks, low, buffers, strict=True):
             if params:
-                key = stream(self.rounding_seed, chunk.numbers[0], _WEIGHTS)
+                key = stream(self.rounding_seed, chunk.number, _STREAM)
                 _write_back(params, copies, values, random_bits(chunk.group[_UPDATES], key))
 
     @contextmanager
@@ -124,37 +116,6 @@ class RoundedUpdate(Optimizer):
             for p, copy in wide.items():
                 if copy in self.state:
                     self.state[p] = self.state.pop(copy)
-
-    @contextmanager
-    def _wide_moments(self, chunks: list[_Chunk], wide: dict[Tensor, nn.Parameter]) -> Iterator[None]:
-        """Context in which moments have the dtype of the parameters; rounds them afterwards, if they are bf16."""
-        if not self.rounds_moments:
-            yield
-            return
-        narrow: dict[Tensor, dict[str, Tensor]] = {}
-        of_chunks = [
-            (chunk, number, wide.get(p, p))
-            for chunk in chunks
-            for number, p in zip(chunk.numbers, chunk.params, strict=True)
-        ]
-        for _, _, p in of_chunks:
-            narrow[p] = {name: value for name, value in _moments(self, p) if value.dtype == torch.bfloat16}
-            self.state[p].update({name: value.to(p.dtype) for name, value in narrow[p].items()})
-        try:
-            yield
-            for chunk, number, p in of_chunks:
-                indices = element_numbers(p)
-                for place, (name, value) in enumerate(_moments(self, p)):
-                    if place % 2 == 0:
-                        key = random_bits(chunk.group[_UPDATES], stream(self.rounding_seed, number, place // 2))
-                        noise = random_bits(indices, key)
-                    if name not in narrow[p]:
-                        narrow[p][name] = torch.empty_like(value, dtype=torch.bfloat16)
-                    bits = noise if place % 2 == 0 else noise >> 16  # 16 bits for each of two moments
-                    local(narrow[p][name]).copy_(round_stochastically(local(value), bits))
-        finally:
-            for p, values in narrow.items():
-                self.state[p].update(values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state. torch converts it to the dtype of the parameters: here fp32 also for bf16 ones."""
@@ -172,63 +133,21 @@ class RoundedUpdate(Optimizer):
             self.state = defaultdict(dict, {former.get(p, p): values for p, values in self.state.items()})
 
 
-def keep_state_in_bf16(optimizer: Optimizer, seed: int) -> None:
-    """Makes an optimizer keep its moments in bf16, in place. Raises `UserError` if its state does not allow it."""
-    key, kind = "optimizer.state_dtype=bf16", type(optimizer)
-    if not _rounds_state(optimizer):
-        raise UserError(
-            f"{key}: {kind.__name__} needs its state in the dtype of the weights; use optimizer.state_dtype=null, or "
-            f"optimizer={'|'.join(choices_with_moments_in_bf16())}"
-        )
-    if any(group.get("amsgrad") for group in optimizer.param_groups):
-        raise UserError(f"{key}: the maxima of amsgrad=true would add up the rounding errors; use amsgrad=false")
-    if not _has_momentum(optimizer):
-        raise UserError(f"{key}: {kind.__name__} with momentum=0 has no state; use optimizer.state_dtype=null")
-    round_updates(optimizer, seed, moments=True)
-
-
-def _rounds_state(optimizer: Optimizer) -> bool:
-    traits = optimizer_traits(optimizer)
-    return traits.rounds_state and traits.scope != "model"
-
-
-def _has_momentum(optimizer: Optimizer) -> bool:
-    return any(group.get("momentum", True) for group in optimizer.param_groups)
-
-
-def choices_with_moments_in_bf16() -> list[str]:
-    """Returns the choices of the group optimizer that `keep_state_in_bf16` accepts."""
-    names = []
-    for choice in Catalogue().choices("optimizer"):
-        values = {key: value for key, value in load_yaml(choice.path).items() if key != "defaults"}
-        with suppress(UserError):  # of `custom`, and of SAM, which has another choice inside
-            optimizer = component("optimizer", values, ("params",), ALLOWED_PACKAGES).build(
-                params=[nn.Parameter(torch.zeros(2, 2))]
-            )
-            if _rounds_state(optimizer) and _has_momentum(optimizer):
-                names.append(choice.name)
-    return names
-
-
-def round_updates(optimizer: Optimizer, seed: int, *, moments: bool = False) -> None:
-    """Makes an optimizer update bf16 weights in fp32 and round them, in place. `moments`: keep these in bf16, too."""
+def round_updates(optimizer: Optimizer, seed: int) -> None:
+    """Makes an optimizer update bf16 weights in fp32 and round them, in place."""
     # In place, around the `step` of any class: optimizers have no hook between two parameters.
-    mix_in(RoundedUpdate, optimizer, rounding_seed=seed, rounds_moments=moments)
+    mix_in(RoundedUpdate, optimizer, rounding_seed=seed)
     optimizer._patch_step_function()  # torch adds the hooks of a step to each class
-    _convert_state(optimizer)
-    optimizer.register_load_state_dict_post_hook(_convert_state)
+    _widen_state(optimizer)
+    optimizer.register_load_state_dict_post_hook(_widen_state)
     optimizer.register_state_dict_post_hook(_convert_counts)
 
 
-def _convert_state(optimizer: Optimizer) -> None:
-    """Converts moments to bf16 if they are kept in bf16, and the other state of bf16 weights to fp32."""
-    assert isinstance(optimizer, RoundedUpdate)
-    for p, values in optimizer.state.items():
-        moments = {name for name, _ in _moments(optimizer, p)} if optimizer.rounds_moments else set()
+def _widen_state(optimizer: Optimizer) -> None:
+    """Converts the state of bf16 weights to fp32."""
+    for values in optimizer.state.values():
         for name, value in values.items():
-            if name in moments:  # exact for a loaded moment, whose values are bf16 numbers
-                values[name] = value.to(torch.bfloat16)
-            elif isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+            if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
                 values[name] = value.float()
 
 
@@ -236,12 +155,6 @@ def _convert_counts(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Makes a saved state independent of the device."""
     for group in state["param_groups"]:
         group[_UPDATES] = int(group.get(_UPDATES, 0))
-
-
-def _moments(optimizer: Optimizer, p: Tensor) -> list[tuple[str, Tensor]]:
-    """Returns the state tensors of the parameter's shape, by name; leaves out scalars, which may be counts."""
-    values = sorted(optimizer.state.get(p, {}).items())
-    return [(k, v) for k, v in values if isinstance(v, Tensor) and v.ndim and v.shape == p.shape]
 
 
 def _chunks(params: list[Tensor]) -> Iterator[list[int]]:

@@ -1,0 +1,32 @@
+"""Configs that older versions of dlopt have saved, in today's form."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dlopt.basics.errors import UserError
+
+
+def of_today(saved: Mapping[str, Any], *, trains: bool = False) -> dict[str, Any]:
+    """Returns a saved config without the keys that are gone. Raises `UserError` if one of them changed the run.
+
+    `trains`: also if one would change its further training.
+    """
+    config, recovery = dict(saved), saved.get("recovery")
+    if not isinstance(recovery, Mapping) or "lr_factor" not in recovery:  # a config of today
+        return config
+    config["recovery"] = {key: value for key, value in recovery.items() if key != "lr_factor"}
+    if saved.get("on_divergence") == "rollback":
+        if trains:
+            raise UserError(
+                "on_divergence=rollback: the run began with it, and it is gone; start a new run: from=RUN "
+                "on_divergence=stop, with init_from=RUN for its weights"
+            )
+        config["on_divergence"] = "stop"
+    if isinstance(optimizer := saved.get("optimizer"), Mapping):
+        if (dtype := optimizer.get("state_dtype")) is not None:
+            raise UserError(
+                f"optimizer.state_dtype={dtype}: the run was trained with it, and it is gone; train it again, with "
+                "precision=bf16_pure where memory is short, or use the version of dlopt in its environment.json"
+            )
+        config["optimizer"] = {key: value for key, value in optimizer.items() if key != "state_dtype"}
+    return config
