@@ -22,6 +22,5 @@ ENTRY_POINTS = {
         "data": "dlopt.lab.data",
         "optimizers": "dlopt.lab.optimizers",
         "functions": "dlopt.lab.trajectory.functions",
-        "curves": "dlopt.lab.ladder.curve",
     },
 }

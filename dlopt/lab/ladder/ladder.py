@@ -9,11 +9,10 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from dlopt.basics.locks import locked
-from dlopt.config.overrides import parse_overrides, quoted_plain, single_values
-from dlopt.extend import NonNegative, Positive, RunFolder, Stored, UserError, key_of, write_json
+from dlopt.config.overrides import quoted_plain
+from dlopt.extend import NonNegative, Positive, RunFolder, Stored, UserError, write_json
 from dlopt.lab.claimed_trials import UNRECORDED, has_ended
 from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, Arm, DecaySearch, decay_search, missing_decays
-from dlopt.lab.ladder.curve import interval, read_curve
 from dlopt.lab.ladder.family import Branch, Rules, Rung
 from dlopt.lab.ladder.rates import (
     FITTED,
@@ -38,7 +37,7 @@ FORMAT = 2  # of results.json
 _MAX_BYTES = 1 << 26  # of ladder.json and results.json: 300 runs have 0.2 MB
 _SAVE_EVERY = 1000  # updates: about so many are lost when a process is killed
 _REPEATED = 0.05  # of the updates of a run: so many may its branches repeat, because checkpoints are rare
-_OBSERVER = "dlopt.lab.ladder.curve.LossCurve"
+_PARTS = 50  # of a run, at whose ends checkpoints are kept: some of them, if the run is long
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,11 @@ class Outcome:
     Attributes:
         loss: at the end of training; infinity if failed.
         seconds: of the training.
-        curve: of a run at the best rate, see `read_curve`; empty: not recorded.
     """
 
     loss: float
     seconds: float
     failure: str = ""
-    curve: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -231,11 +228,10 @@ class Ladder:
         """Returns the overrides of a run, evaluated at its end only.
 
         `decay`: None keeps the optimizer's; `shared`: as typed, with the machine's overrides; `folder`: of the ladder,
-        whose runs record their loss curves.
+        where a branch finds its checkpoint.
         """
         contestant, rung, branch = self.contestant(trial), self.rungs[trial.rung], self.branch(trial)
-        every = interval(rung.updates)
-        own = [] if folder is None or branch is not None else _with_curve(shared, folder / trial.subfolder, every)
+        own = []
         if rung.branches and branch is None and trial.index is None:
             own.append("checkpoint.keep=1000")
         if rung.warmup is not None:
@@ -267,24 +263,14 @@ class Ladder:
 
 
 def save_every(rung: Rung) -> int:
-    """Returns the updates between checkpoints: a multiple of those between points of the curve.
-
-    A killed run then resumes between two points. Branches begin with a checkpoint, and repeat the updates after it.
-    """
-    every = interval(rung.updates)
+    """Returns the updates between checkpoints. Branches begin with one, and repeat the updates after it."""
+    every = math.ceil(rung.updates / _PARTS)
     most = max(_SAVE_EVERY // every, 1)
     for count in range(most, 1, -1):
         repeated = sum(branch.shared % (every * count) for branch in rung.branches)
         if repeated <= _REPEATED * rung.updates:
             return every * count
     return every
-
-
-def _with_curve(shared: Sequence[str], folder: Path, every: int) -> list[str]:
-    """Returns the observers of a run: those of `shared`, and the one that records its loss curve."""
-    typed = single_values(parse_overrides(each for each in shared if key_of(each) == "observers"))
-    own = {"_target_": _OBSERVER, "folder": str(folder), "every": every}
-    return [f"observers={quoted_plain([*typed.get('observers', []), own])}"]
 
 
 def read_ladder(folder: Path) -> Ladder | None:
@@ -319,7 +305,6 @@ class _SavedRun:
     loss: Positive | None
     seconds: NonNegative
     failure: str
-    curve: tuple[float, ...]
     length: float | None = None
 
 
@@ -338,8 +323,7 @@ def _results(folder: Path) -> _Saved | None:
     version = Stored(path, dict[str, Any], _MAX_BYTES).read()
     if version is not None and version.get("format") != FORMAT:
         raise UserError(
-            f"{path}: is from another version of dlopt (without loss curves); remove it: the folders of the runs have "
-            "their results"
+            f"{path}: is from another version of dlopt; remove it: the folders of the runs have their results"
         )
     return Stored(path, _Saved, _MAX_BYTES).read()
 
@@ -349,7 +333,7 @@ def recorded(folder: Path) -> dict[Trial, Outcome]:
     found = _results(folder)
     return {
         Trial(each.optimizer, each.rung, each.seed, each.index, each.decay, each.length): Outcome(
-            math.inf if each.loss is None else each.loss, each.seconds, each.failure, each.curve
+            math.inf if each.loss is None else each.loss, each.seconds, each.failure
         )
         for each in (() if found is None else [*found.runs, *found.search_runs])
     }
@@ -415,9 +399,7 @@ class LadderRequest:
         loss, seconds = float(value) if is_good and value else math.inf, summary.get("seconds")
         default = f"{self.ladder.metric}={value} is not above 0" if is_number(value) and value <= 0 else "diverged"
         reason = "" if is_good else " ".join(str(summary.get("reason") or default).split())
-        has_curve = trial.index is None and trial.length is None and not reason
-        curve = read_curve(folder.path, self.ladder.rungs[trial.rung].updates) if has_curve else []
-        return Outcome(loss, float(seconds) if is_number(seconds) else 0.0, reason, tuple(curve))
+        return Outcome(loss, float(seconds) if is_number(seconds) else 0.0, reason)
 
     def known(self) -> dict[Trial, Outcome]:
         """Returns the results of all trials that have been read."""

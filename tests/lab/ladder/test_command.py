@@ -91,9 +91,6 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
         [record] = [each for each in content["runs"] if each["rung"] == rung]
         assert record["loss"] == json.loads(lines[0])["val_loss"]
         assert not [*run.path.glob("checkpoints/*.pt")]
-        assert len(record["curve"]) == size["updates"] < 50
-        last = record["curve"][-((size["updates"] - 1) % 4 + 1) :]  # of the last epoch, which has up to four updates
-        assert sum(last) / len(last) == pytest.approx(json.loads(lines[0])["train_loss"], rel=1e-4)
     assert content["analysis"]["laws"]["sgd"]["exponent"]["value"] >= 0 and (place / "out/figures/loss.svg").is_file()
     before = {path: path.stat().st_mtime_ns for path in place.glob("out/*/*/*/summary.json")}
     second = dlopt(place, "ladder", "optimizer=sgd,adamw", *LINE, "rungs=2", "optimizer.lr=0.01")
@@ -142,7 +139,7 @@ def _check_copy(place: Path) -> None:
         )
     (place / "copy/results.json").write_text(json.dumps({**second, "format": 1}))
     former = dlopt(place, "ladder", "report", "copy")
-    assert former.code == 2 and "is from another version of dlopt (without loss curves); remove it" in former.err
+    assert former.code == 2 and "is from another version of dlopt; remove it" in former.err
 
 
 @pytest.mark.slow
@@ -164,7 +161,7 @@ def test_shorter_runs_branch_off_and_equal_those_of_their_length(place: Path) ->
         [straight] = [
             each for each in json.loads((place / folder / "results.json").read_text())["runs"] if each["rung"] == rung
         ]
-        assert run["loss"] == straight["loss"] and (length or run["curve"] == straight["curve"])
+        assert run["loss"] == straight["loss"]
     added = 0
     for branch in place.glob("out/sgd/*/*-length-*"):
         [start] = (RunFolder(branch).summary() or {})["resumed_from"]

@@ -100,23 +100,12 @@ def test_a_rung_trains_as_soon_as_its_own_search_has_ended(tmp_path: Path) -> No
     assert {each.rung for each in waiting if each.index is not None} == {"r1", "r2"}
 
 
-def test_a_run_has_the_users_observers_and_its_curve(tmp_path: Path) -> None:
-    ladder, trial = results(1.5).ladder, Trial("adamw", "r0", 0)
-    lines = ladder.line(trial, 0.1, None, ["observers=[{_target_:mine.Watch,every_steps:5}]"], tmp_path)
-    last = [each for each in lines if each.startswith("observers=")][-1]
-    assert last == (
-        "observers=[{_target_:'mine.Watch',every_steps:5},{_target_:'dlopt.lab.ladder.curve.LossCurve',"
-        f"folder:'{tmp_path}/adamw/r0/seed-0',every:2}}]"
-    )
-    assert "checkpoint.every_steps=1000" in lines  # a multiple of `every`
-
-
 def test_branches_begin_with_a_checkpoint_of_the_longest_run(tmp_path: Path) -> None:
     ladder = results(1.5, rungs=2).ladder
     rungs = {name: replace(rung, updates=1000, warmup=25) for name, rung in ladder.rungs.items()}
     rungs = {name: replace(rung, branches=(Branch(250, 205), Branch(500, 405))) for name, rung in rungs.items()}
     ladder = replace(ladder, rungs=rungs, shorter=(5.0, 10.0), seeds=1)
-    # 200: a multiple of the 20 updates between points of the curve; branches repeat 5 updates each.
+    # 200: a multiple of a fiftieth of the run; branches repeat 5 updates each.
     assert save_every(rungs["r0"]) == 200 and ladder.added("r0") == 50 + 100
     request = LadderRequest(tmp_path, ladder)
     update_ladder(tmp_path, ladder)
@@ -150,7 +139,7 @@ CHANGES: list[tuple[str, list[str], Any]] = [
     ("ladder.json", ["optimizers", "mine", "rates"], "x"), ("ladder.json", ["optimizers", "mine", "lr"], None),
     ("ladder.json", ["optimizers", "mine", "arm"], "x"), ("ladder.json", ["optimizers"], {"../x": {}}),
     ("results.json", ["runs"], 5), ("results.json", ["runs"], [5]), ("results.json", ["ladder"], 5),
-    *(("results.json", ["runs", "0", key], "x") for key in ("loss", "seconds", "curve", "seed")),
+    *(("results.json", ["runs", "0", key], "x") for key in ("loss", "seconds", "seed")),
 ]  # fmt: skip
 
 
@@ -186,7 +175,5 @@ def test_runs_of_strangers(value: Any, summary: Any, expected: Any, tmp_path: Pa
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "step": 100, "val_loss": value}))
-    lines = [{"step": 2 * (i + 1), "updates": 2, "sum": 1.0} for i in range(49)]
-    (folder / "curve.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"step": 100, "updates": "x", "sum": 1.0}])))
     found = LadderRequest(tmp_path, ladder).outcome(trial)
-    assert found is not None and (found.loss, found.seconds, found.failure) == expected and found.curve == ()
+    assert found is not None and (found.loss, found.seconds, found.failure) == expected
