@@ -45,7 +45,7 @@ class Condition:
 
     def _checked(self, value: Any) -> Any:
         if (refusal := self.refusal(value)) is not None:
-            raise ValueError(refusal)
+            raise UserError(refusal)
         return value
 
 

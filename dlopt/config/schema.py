@@ -295,12 +295,12 @@ def check_value(
     adapter = adapter_of(annotation)
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
+    except UserError as error:  # of a `dlopt.basics.ranges.Condition`
+        raise UserError(f"{key}={show(value)}: {error}") from None
     except ValidationError as error:
         if isinstance(value, str | int | float) and _takes_list(annotation):  # tracking=wandb
             with contextlib.suppress(UserError):
                 return check_value(key, [value], annotation)
-        if (refusal := _unmet_condition(error)) is not None:
-            raise UserError(f"{key}={show(value)}: {refusal}") from None
         items = value if isinstance(value, list) else [value]
         hint = "".join(f"; {advice}" for each in items if (advice := for_choice(key, str(each))))
         if _has_number_for_text(error):
@@ -380,13 +380,6 @@ def _build_adapter(annotation: Any) -> TypeAdapter[Any] | None:
         return None
     except PydanticUserError:  # a type with its own config
         return TypeAdapter(annotation)
-
-
-def _unmet_condition(error: ValidationError) -> str | None:
-    """Returns what a `dlopt.basics.ranges.Condition` refuses; None if the type or the range is wrong."""
-    details = error.errors(include_url=False, include_input=False, include_context=False)
-    refused = (each["msg"] for each in details if each["type"] == "value_error")
-    return next((message.removeprefix("Value error, ") for message in refused), None)
 
 
 def _reason(error: ValidationError) -> str:
