@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dlopt.extend import Plan
     from dlopt.tracking.overview import Overview
 
-_READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
+READS_OF_HYDRA = ("hydra.launcher", "hydra.job.env_set", "hydra.searchpath")
 # Part of the protocol in addition to the keys of a role: workloads and families name the first two groups, and every
 # trial runs to its end and writes only the data for the results.
 _FIXED = ("schedule", "stopping", "checkpoint", "tracking", "log_every_steps", "max_time")
@@ -61,7 +61,7 @@ def without_hydra(line: Line, command: str, function: Callable[..., Any]) -> lis
 
     `function`: declares the keys of the command.
     """
-    refuse_unread_hydra(line.overrides, command, _READS_OF_HYDRA, {}, command_key_names(function))
+    refuse_unread_hydra(line.overrides, command, READS_OF_HYDRA, {}, command_key_names(function))
     return [each for each in line.overrides if not is_hydra(each)]
 
 

@@ -111,8 +111,8 @@ def _named(module: ModuleType) -> list[Any]:
 
 def _key(name: str, parameter: inspect.Parameter) -> CommandKey:
     documented = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
-    text, *forms = [each for each in documented if isinstance(each, str)] or [None]
-    if text is None or not all(map(_FORM.fullmatch, forms)):
+    text, *forms = [each for each in documented if isinstance(each, str)] or [""]
+    if not text or not all(map(_FORM.fullmatch, forms)):
         raise TypeError(f'{name}: declare its help: Annotated[TYPE, "VALUE: help"]')
     value, _, line = text.partition(": ")
     if value != "--" and parameter.default not in (parameter.empty, None) and "default: " not in line:
