@@ -26,11 +26,11 @@ from dlopt.extend import (
     Plan,
     Role,
     RunFolder,
+    Stored,
     UserError,
     check_arguments,
     group_of,
     key_of,
-    read_json,
     role_of,
     short_path,
     show,
@@ -338,13 +338,14 @@ def _distance(folder: RunFolder, jobs: Sequence[Job]) -> int | None:
 def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Writes claims.json before the first run: the recipe and the hash of its claims, and returns its contents.
 
-    With `changed_after_results`, if the claims have changed since the first run.
+    With `changed_after_results`, if the claims have changed since the first run. Raises `UserError` if it is damaged.
     """
     node = OmegaConf.to_container(config.comparison, resolve=True)
     assert isinstance(node, dict)
     current = claims_hash({str(key): value for key, value in node.items()})
-    path = folder / FROZEN
-    if (frozen := read_json(path)) is None:
+    cure = "restore it, for it says which claims the runs were to test, or start again in another folder"
+    stored = Stored[dict[str, Any]](folder / FROZEN, dict, cure=cure)
+    if (frozen := stored.read()) is None:
         recipe = choices_of(config).get("experiment")
         frozen = {} if recipe is None else {"recipe": recipe}
         if recipe is not None and composer.config_dir is not None:
@@ -352,5 +353,5 @@ def _freeze(composer: Composer, config: DictConfig, folder: Path) -> dict[str, A
             frozen |= {"config_dir": str(own)} if recipe_path(recipe, str(own)).is_relative_to(own) else {}
         frozen |= {"claims_hash": current}
         frozen |= {} if recipe is None else {"recipe_hash": recipe_hash(recipe, frozen.get("config_dir"))}
-        write_json(path, frozen, indent=1)
+        write_json(stored.path, frozen, indent=1)
     return frozen if frozen.get("claims_hash") == current else frozen | {"changed_after_results": True}

@@ -383,7 +383,12 @@ def test_elements_run_a_submitted_comparison(folder: Path) -> None:
     submitted = compare(folder, *line)
     assert submitted.code == 0 and "submitted 3 jobs: no job array" in submitted.out, submitted
     assert "this command with hydra.run.dir=out resume=auto" in submitted.out
-    assert not (folder / "out/comparison.json").exists() and (folder / "out/claims.json").exists()
+    assert not (folder / "out/comparison.json").exists()
+    claims = (folder / "out/claims.json").read_bytes()
+    (folder / "out/claims.json").write_bytes(claims[:-9])  # not frozen again
+    damaged = compare(folder, *line, "resume=auto")
+    assert damaged.code == 2 and "out/claims.json: is damaged: is not JSON; restore it, for it says" in damaged.err
+    (folder / "out/claims.json").write_bytes(claims)
     assert dlopt(folder, "sweep", "status", "out").out.startswith("3 jobs: 3 queued")
     array = read_array(folder / "out")
     assert array is not None
