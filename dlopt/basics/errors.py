@@ -6,14 +6,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
 CHECKOUT = Path(__file__).parents[2]  # of the repository, unless dlopt is installed as a wheel
-_MAX_NAMES = 5
-_SIMILAR = 0.6  # ratio of difflib
 
 
 class UserError(Exception):
@@ -64,36 +60,10 @@ def disk_failure(error: BaseException) -> str | None:
     return f"{error.filename}: {error.strerror}" if is_of_disk else None  # type: ignore[attr-defined]
 
 
-def suggest(name: str, names: Iterable[str], more: str, *, prefix: str = "", title: str = "allowed") -> str:
-    """Returns the hint for an unknown name: "did you mean PREFIX+NAME? allowed: a, b". See `shorten` for `more`."""
-    names = list(names)
-    hint = did_you_mean(name, names, prefix)
-    return hint + shorten(name, names, more, title=title, has_hint=bool(hint))
-
-
-def did_you_mean(name: str, names: Sequence[str], prefix: str = "") -> str:
-    """Returns "did you mean PREFIX+NAME? " for the most similar of `names`; "" if none is similar."""
-    close = get_close_matches(name.lower(), names, n=1, cutoff=_SIMILAR)
-    return f"did you mean {prefix}{close[0]}? " if close else ""
-
-
-def shorten(name: str, names: Sequence[str], more: str, *, title: str, has_hint: bool) -> str:
-    """Lists `names`; of more than five, those like `name`, or the first, and the command `more` that lists all.
-
-    `has_hint`: the message suggests a name; then the list has no names that are not like `name`.
-    """
-    if len(names) <= _MAX_NAMES:
-        return f"{title}: {', '.join(names) or 'none'}"
-    shown = get_close_matches(name.lower(), names, n=_MAX_NAMES, cutoff=_SIMILAR)
-    if has_hint and len(shown) < 2:
-        return f"`{more}` lists all"
-    return f"{title}: {', '.join(shown or names[:_MAX_NAMES])}, ...; `{more}` lists all"
-
-
-def require_package(place: str, package: str, extra: str) -> None:
+def require_package(place: str, package: str, extra: str | None = None) -> None:
     """Raises `UserError` unless an optional package is installed, which is not imported.
 
-    `place`: key=value or the command that needs it; `extra`: of dlopt, which installs it (hub).
+    `place`: key=value or the command that needs it; `extra`: of dlopt, which installs it; None for the same name.
     """
     if not is_installed(package):
         raise UserError(f"{place}: {not_installed(package, extra)}")
@@ -105,8 +75,8 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def not_installed(package: str, extra: str) -> str:
-    return f"the package {package} is not installed; {install(f'dlopt[{extra}]')}"
+def not_installed(package: str, extra: str | None = None) -> str:
+    return f"the package {package} is not installed; {install(f'dlopt[{extra or package}]')}"
 
 
 def install(package: str) -> str:

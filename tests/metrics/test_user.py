@@ -127,7 +127,7 @@ def test_resumed(tmp_path: Path) -> None:
             ],
             "monitor_mode=min: cannot hold for val_spread and val_squared_error",
         ),
-        (["monitor=val_spread"], "monitor=val_spread: there is no validation metric of this name"),
+        (["monitor=val_spread"], "monitor=val_spread: unknown validation metric"),
         (
             [f"evaluate.metrics=[{OWN}spread]", "schedule=plateau", "schedule.monitor=val_spread"],
             "schedule.monitor=val",

@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     [
         ("WrongDirection", [], "values: the direction of dlopt's metric accuracy is not min"),
         ("ValueLoss", [], "values: 'loss' cannot name a value"),
-        ("Noisy", ["monitor=val_width"], "monitor=val_width: there is no validation metric of this name"),
+        ("Noisy", ["monitor=val_width"], "monitor=val_width: unknown validation metric"),
     ],
 )
 def test_refuses(name: str, typed: list[str], message: str) -> None:

@@ -188,7 +188,7 @@ BAD = {
     "key": ([SHADED, "validation.shaded.fille=3"], "validation.shaded.fille=3: unknown key"),
     "name": (["validation.macro.data=shaded_digits"], "validation.macro: val_macro_f1 is a metric of"),
     "names": ([SHADED, "validation.shaded_b.data=digits"], "validation.shaded: the metrics of validation.shaded_b"),
-    "monitor": (["monitor=val_shaded_loss"], "monitor=val_shaded_loss: there is no validation metric of this name"),
+    "monitor": (["monitor=val_shaded_loss"], "monitor=val_shaded_loss: unknown validation metric"),
     "direction": ([SHADED, "monitor=val_shaded_loss", "monitor_mode=max"], "monitor_mode=max: val_loss is better when"),
     "auto": (
         [SHADED, "data.val_split=0"],
