@@ -25,3 +25,8 @@ def waiting(text: str) -> Iterator[None]:
     with status_line() as show:
         show(text)
         yield
+
+
+def announce_dry_run() -> None:
+    """Prints the first line of a dry run, before PyTorch is imported."""
+    print("dry run: nothing is trained", flush=True)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import killed_by_signals, print_message
-from dlopt.basics.status_line import waiting
+from dlopt.basics.status_line import announce_dry_run, waiting
 from dlopt.commands.shared.document import Show
 from dlopt.commands.shared.processes import prepare_rank
 from dlopt.config.compose import Composer
@@ -88,6 +88,8 @@ def _start(parsed: Namespace, show: Show | None, store: "Store | None") -> int:
     if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
         return _sweep(composer, inherit(composer, with_folder(typed, multirun=True)), show)
     _refuse_document(show, config)
+    if config.dry_run:
+        announce_dry_run()
     if (key := series_of(config)) is not None:
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
@@ -118,6 +120,8 @@ def _sweep(composer: Composer, words: list[str], show: Show | None) -> int:
 
     request = sweeps.request(composer, words)
     _refuse_document(show, request.config)
+    if request.config.dry_run:
+        announce_dry_run()
     end = sweeps.run(request)
     if show is not None and request.found:
         show(_of_sweep(request.found[0], end))
@@ -152,15 +156,15 @@ def _refuse_document(show: Show | None, config: DictConfig) -> None:
 
 
 def _planned(composer: Composer, config: DictConfig, overrides: list[Override]) -> Plan | None:
-    """Checks a composed config; None if its time is only estimated, and printed. Raises `UserError`."""
+    """Checks a composed config; None if it is only described, and printed. Raises `UserError`."""
     refuse_unread_hydra(overrides, "dlopt train", _READS_OF_HYDRA, _HINTS)
     with waiting("loading PyTorch ..."), refused_together(composer, overrides):
         plan = checked(config, overrides, flags=composer.flags)
     if plan.run_config.settings.dry_run:
-        from dlopt.sweeps.estimate import print_estimate
+        from dlopt.run import dry_run
 
         refuse_untested(plan.saved, plan.texts)
-        print_estimate([plan.saved], plan.choices, jobs=1)
+        dry_run.show(plan)
         return None
     return plan
 

@@ -155,3 +155,10 @@ def record_dead(folder: RunFolder) -> None:
     """Marks a job as failed if its process died without a summary; a later attempt replaces the mark."""
     if folder.has_begun() and folder.summary() is None and not folder.is_live():
         failed(folder, "its process was killed; resume=auto runs it again", died=True)
+
+
+def seconds_of_ended(folder: Path) -> list[float]:
+    """Returns the seconds of the jobs in `folder` that have ended by themselves."""
+    summaries = [RunFolder(path.parent).summary() or {} for path in sorted(folder.glob("*/summary.json"))]
+    ended = [each.get("seconds") for each in summaries if each.get("status") in ("finished", "stopped_early")]
+    return [float(seconds) for seconds in ended if isinstance(seconds, int | float)]

@@ -19,11 +19,10 @@ from dlopt.config.overrides import BRANCH, Axis
 from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
-from dlopt.config.resolve import choices_of
 from dlopt.results.leaderboard import ParetoFront
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.branches import from_checkpoint
-from dlopt.sweeps.estimate import print_estimate
+from dlopt.sweeps.jobs import seconds_of_ended
 from dlopt.tracking.remote import check
 
 if TYPE_CHECKING:
@@ -120,6 +119,12 @@ class SweepRequest:
             raise UserError(f"resume={resume}: not supported in a sweep; use resume=auto, or from=RUN at=LENGTHS")
         return from_checkpoint(job)
 
+    @property
+    def _tasks(self) -> int:
+        """The processes that the launcher starts for each job."""
+        launcher = self.config.hydra.launcher
+        return int(launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1))
+
     def _refuse_recipe(self, config: DictConfig) -> None:
         """Raises `UserError` for a job that is a series of runs itself."""
         name = config.hydra.runtime.choices.get("experiment")
@@ -142,17 +147,18 @@ class SweepRequest:
         if is_local and (key := f"{run_config.model} {size}") not in self.sized:
             self.sized.add(key)
             check_minimum_memory(run_config.model, size)
-        launcher = self.config.hydra.launcher
-        tasks = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)
-        if tasks > 1 and "processes" not in run_config.parallel.arguments:
+        if (tasks := self._tasks) > 1 and "processes" not in run_config.parallel.arguments:
             raise UserError(
                 f"hydra.launcher: nodes x tasks_per_node starts {tasks} processes per job, which would train the same "
                 "model; use parallel=ddp, or one process"
             )
 
-    def estimate(self, jobs: Sequence[Plan], total: int, *, in_process: bool = False) -> SweepEnd:
+    def rehearse(self, job: Plan, total: int) -> SweepEnd:
+        """Describes one of the jobs, and says how long all of them take (dry_run). Raises `UserError`."""
+        from dlopt.run import dry_run  # imports torch
+
         slots = 1 if self.launcher is None else self.launcher.slots
-        print_estimate([job.saved for job in jobs], choices_of(self.config), total, slots, in_process=in_process)
+        dry_run.show(job, total, slots, tasks=self._tasks, ended=seconds_of_ended(self.path))
         return SweepEnd(DONE)
 
 

@@ -106,7 +106,7 @@ def search(request: SweepRequest) -> SweepEnd:
         if spec.seeds:
             print(f"each trial: {', '.join(spec.seeds)}")
         print("values are drawn when a job starts")
-        return request.estimate(jobs, spec.total * spec.jobs_per_trial)
+        return request.rehearse(jobs[0], spec.total * spec.jobs_per_trial)
     request.check_tracking(jobs)
     before = FolderSnapshot(request.path)
     folder = request.find_folder(

@@ -183,7 +183,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
     if request.config.dry_run:
         for number, label in enumerate(labels([plan.texts for plan in plans])):
             print(f"job {number}: {label}")
-        return request.estimate(plans, len(plans))
+        return request.rehearse(plans[0], len(plans)) if plans else SweepEnd(DONE)
     if isinstance(request.launcher, Slurm):
         refuse_different_environments(plans)
     request.check_tracking(plans)

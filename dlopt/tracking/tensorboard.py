@@ -87,12 +87,6 @@ def read_scalars(folder: Path) -> list[dict[str, float]]:
     return [{"step": step, **scalars[step]} for step in sorted(scalars)]
 
 
-def read_times(folder: Path) -> list[tuple[int, float]]:
-    """Reads when the updates of a run were logged: (update, seconds since the epoch), in the order of the files."""
-    paths = sorted(folder.glob("events.out.tfevents.*"))
-    return [(event.step, event.wall_time) for path in paths for event in _events(path) if event.step > 0]
-
-
 def _events(path: Path) -> Iterator[Event]:
     """Yields the events of a file in the format of `record`; does not verify the CRCs."""
     try:

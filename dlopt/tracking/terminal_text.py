@@ -131,10 +131,15 @@ def header_rows(
 
 def header(config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping[str, Any]) -> Table:
     """Renders `header_rows` as a table."""
+    return rows_table(header_rows(config, choices, facts))
+
+
+def rows_table(rows: Mapping[str, Iterable[str]]) -> Table:
+    """Renders named rows of texts."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for row, texts in header_rows(config, choices, facts).items():
+    for row, texts in rows.items():
         table.add_row(row, Flow(texts, separator="  "))
     return table
 

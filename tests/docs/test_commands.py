@@ -189,8 +189,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def equipped(place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package counts as installed, and Slurm; nothing is drawn or timed."""
     monkeypatch.setattr("dlopt.lab.scaling.modes._run", lambda _, folder, count, __: ([RANK] * count, None))
-    for module in ("dlopt.sweeps.estimate", "dlopt.lab.benchmark.command", "dlopt.lab.ladder.command"):
-        monkeypatch.setattr(f"{module}.estimate_job", lambda *_: None)
+    monkeypatch.setattr("dlopt.run.dry_run._workload", lambda *_: None)  # reads no data
     monkeypatch.setattr("dlopt.lab.judge.command.run", lambda *_: None)
     monkeypatch.setattr(SweepRequest, "plan_job", plan_new)
     monkeypatch.setattr(Comparison, "cells", cells_of_the_first_seed)
@@ -243,7 +242,7 @@ def test_lines_of_train_compose_and_validate(line: Line, place: Path) -> None:
         if "--help" in job or "--cfg" in job:
             assert dlopt(place, "train", *job).code == 0
             return
-        # Estimates are of whole runs, and have no document.
+        # A dry run is of a whole run, and has no document.
         job = [word for word in job if not word.startswith("resume=") and word != "--json"]
         result = dlopt(place, "train", *job, "dry_run=true")
         assert result.code == 0, f"{line.text}\n{result.err}"

@@ -16,7 +16,7 @@ metrics.measures metrics.names metrics.shown models.order models.gpt models.laye
 models.recurrent models.vit optim optim.adam optim.common optim.newton optim.parameters optim.traits
 parallel.collectives parallel.mode parallel.modes.chain parallel.processes.launch parallel.processes.process_group
 parallel.processes.rendezvous results.drawing results.intervals results.leaderboard results.page results.reading
-results.tables run.environment run.runner schedules sweeps.estimate sweeps.jobs sweeps.pool sweeps.sweep sweeps.samplers
+results.tables run.environment run.runner schedules sweeps.jobs sweeps.pool sweeps.sweep sweeps.samplers
 sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics tracking.overview
 tracking.tensorboard trained.distillation trained.restore training.averaging training.builders.dataset
 training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload

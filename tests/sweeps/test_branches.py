@@ -252,7 +252,7 @@ BAD = {
     "another key": (["at=2,3", "optimizer.lr=0.3"], "optimizer.lr: saved 0.1, now 0.3"),
     "search": (["at=2,3", "hydra/sweeper=dlopt_optuna"], "hydra/sweeper=dlopt_optuna: branches are a grid"),
     "checkpoint": (["at=2,3", "resume=x.pt"], "resume=x.pt: at=2,3 chooses the checkpoints; leave it out"),
-    "dry run": (["at=2,3", "dry_run=true"], "at=2,3: dry_run=true estimates whole runs"),
+    "dry run": (["at=2,3", "dry_run=true"], "at=2,3: dry_run describes whole runs"),
 }
 
 

@@ -187,7 +187,7 @@ def test_a_grid_is_extended_by_its_first_axis(first: str, then: str, said: str, 
 def test_a_rate_that_stays_is_said(
     words: list[str], warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlopt.sweeps.request.print_estimate", lambda *_, **__: None)
+    monkeypatch.setattr("dlopt.run.dry_run.show", lambda *_, **__: None)
     result = sweep(tmp_path, *words, "dry_run=true", "threads=1")
     assert result.code == 0, result.err
     assert ("warning: optimizer.lr is swept, but optimizer.rest_lr stays at 0.001; " in result.err) == warns

@@ -311,8 +311,7 @@ def test_sbatch_answers_no_id(write_tool: WriteTool, tmp_path: Path) -> None:
         slurm.Slurm(**SETTINGS).submit("0", ["true"], tmp_path, tmp_path, {})
 
 
-def test_several_processes_need_a_parallel_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("dlopt.sweeps.estimate.estimate_job", lambda *_: None)
+def test_several_processes_need_a_parallel_mode(tmp_path: Path) -> None:
     keys = ["-m", "hydra/launcher=slurm", "hydra.launcher.nodes=2", "seed=0,1", "dry_run=true"]
     assert "starts 2 processes per job, which would train the same model" in refused(tmp_path, "train", *keys)
     assert dlopt(tmp_path, "train", *keys, "parallel=ddp").code == 0

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -389,15 +388,11 @@ def test_rejects_invalid_searches(case: str, tmp_path: Path, monkeypatch: pytest
     assert said in refused(tmp_path, "train", "-m", *TINY, *SEARCH, *arguments)
 
 
-def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlopt.sweeps.pool.spawn", InProcess)
+def test_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "train", "-m", *TINY, "optimizer.lr=0.1,0.2", "seed=1", HERE, "dry_run=true")
     lines = result.out.splitlines()
-    assert result.code == 0 and lines[0] == "job 0: optimizer.lr=0.1" and lines[1] == "job 1: optimizer.lr=0.2"
-    assert re.fullmatch(
-        r"2 jobs of about (\d+\.\d s( to )?)+ each( and \d.*s to start)?: about (\d+\.\d s( to )?)+ in total( \(.*)?",
-        lines[-1],
-    )
+    assert result.code == 0 and lines[1:3] == ["job 0: optimizer.lr=0.1", "job 1: optimizer.lr=0.2"]
+    assert lines[-1].startswith("2 jobs; no job has ended to tell the time")
     assert not list(tmp_path.iterdir())
     line = ["hydra.sweep.subdir=../x", "dry_run=true", "seed=0,1"]
     assert "hydra.sweep.subdir" in refused(tmp_path, "train", "-m", *TINY, *line)

@@ -5,16 +5,19 @@ import random
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import require_package
-from dlopt.basics.formats import format_range
+from dlopt.basics.formats import format_count, format_duration
 from dlopt.basics.locks import locked
 from dlopt.basics.scratch import scratch
+from dlopt.basics.status_line import announce_dry_run
 from dlopt.commands.shared.command_line import read_line
 from dlopt.config.keys import ROUNDING
 from dlopt.extend import (
@@ -66,7 +69,7 @@ from dlopt.lab.claimed_trials import (
 from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results.leaderboard import distinguishes, is_number
 from dlopt.run import environment
-from dlopt.sweeps.estimate import Estimate, estimate_job
+from dlopt.sweeps.jobs import seconds_of_ended
 
 if TYPE_CHECKING:
     from dlopt.lab.benchmark.trials import Candidate, TrialRequest
@@ -82,7 +85,7 @@ Usage:
 Examples:
   dlopt benchmark optimizer=mine.MyOptimizer allow_packages=[mine]   # against the results that come with dlopt
   dlopt benchmark optimizer=adamw,muon budget=tiny workloads=[mlp,gpt]
-  dlopt benchmark optimizer=adamw dry_run=true                       # list the trials and estimate their time
+  dlopt benchmark optimizer=adamw dry_run=true                       # list the trials, without training
   dlopt benchmark optimizer=adamw hydra/launcher=slurm               # on a cluster
   dlopt benchmark optimizer=mine.MyOptimizer track=self_tuning       # its defaults, without tuning
   dlopt benchmark --check                                            # repeat two of the shipped trials
@@ -184,9 +187,11 @@ def _run(
     output: Annotated[
         str | None, "DIR: folder of the trials and results (default: outputs/benchmark/TIER[_self_tuning])"
     ] = None,
-    dry_run: Annotated[bool, "BOOL: only list the trials and estimate their time"] = False,
+    dry_run: Annotated[bool, "BOOL: only list the trials, and their time if some have ended"] = False,
 ) -> int:
     """Checks the benchmark and runs its trials. Raises `UserError`."""
+    if dry_run:
+        announce_dry_run()
     from dlopt.lab.benchmark.trials import TrialRequest, candidate, lengths_of
 
     is_tuned = track == "external_tuning"
@@ -217,7 +222,7 @@ def _run(
     _check_lines(line, request)
     waiting = request.waiting()
     if dry_run:
-        return _list(line, request, waiting)
+        return _list(request, waiting, shipped)
     if reading.read_manifest(request.folder) is None:
         request.refuse_foreign()
     output_folder(str(request.folder), "benchmark")
@@ -268,25 +273,27 @@ def _check_lines(line: Line, request: "TrialRequest") -> None:
                 line.run_config(request.compose_line(workload, chosen, drawn, 0))
 
 
-def _list(line: Line, request: "TrialRequest", waiting: Sequence[Trial]) -> int:
-    """Prints the trials and an estimate of their time."""
-    from dlopt.extend import plan
-
+def _list(request: "TrialRequest", waiting: Sequence[Trial], shipped: Results | None) -> int:
+    """Prints the trials, and their time by those that have ended, or else by the shipped ones."""
     for trial in waiting:
         values = request.candidates[trial.optimizer].values(trial.study, trial.number)
         print(trial.subfolder, *(f"{key}={value}" for key, value in values.items()))
-    estimates: dict[tuple[str, str], Estimate] = {}
-    for trial in waiting:
-        if (trial.workload, trial.optimizer) not in estimates:
-            lines = request.line(trial)
-            job = plan(line.composer, lines)
-            estimate = estimate_job([job.saved], job.choices)
-            estimates[trial.workload, trial.optimizer] = estimate or Estimate(0.0, 0.0)
-            shown = "unknown" if estimate is None else format_range(*estimate.total)
-            print(f"{trial.optimizer} on {trial.workload}: about {shown} a trial without early end", flush=True)
-    totals = [estimates[trial.workload, trial.optimizer].total for trial in waiting]
-    shown = format_range(sum(low for low, _ in totals), sum(high for _, high in totals))
-    print(f"{len(waiting)} trials: about {shown} of one core")
+    total = 0.0  # seconds; NaN if unknown
+    for (optimizer, workload), count in Counter((trial.optimizer, trial.workload) for trial in waiting).items():
+        ended = seconds_of_ended(request.folder / optimizer / workload)
+        mean = fmean(ended) if ended else math.nan
+        total += count * mean
+        time = f" of about {format_duration(mean)}, as on average in {len(ended)} that ended" if ended else ""
+        print(f"{optimizer} on {workload}: {format_count('trials', count)}{time}")
+    trials = format_count("trials", len(waiting))
+    if math.isfinite(total):
+        print(f"{trials}: about {format_duration(total)} of one core")
+    elif shipped is not None and (hours := shipped.facts.get("core_hours")):
+        records = sum(len(cell.records) for cell in shipped.cells.values())
+        average, processor = format_duration(3600 * hours / records), shipped.facts.get("processor", "any processor")
+        print(f"{trials}; the {records:,} shipped ones took {average} of a core on average ({processor})")
+    else:
+        print(f"{trials}; their time is known once some have ended")
     return DONE
 
 

@@ -98,10 +98,11 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     plans = _plans(comparison, overrides, request.plan_job)
     is_submitted = not isinstance(request.launcher, Pool)
     pool = _pool(request.launcher, str(config.hydra.runtime.choices["hydra/launcher"]), [*plans.values()])
-    if config.dry_run is True:
+    if config.dry_run:
         for number, plan in enumerate(plans.values()):
             print(f"job {number}: {' '.join(without(plan.texts, 'dry_run'))}")
-        return request.estimate([*plans.values()], len(plans), in_process=pool is None and not is_submitted).code
+        print(_first_lines(composer, config, comparison, len(plans), request.path)[0])
+        return request.rehearse(next(iter(plans.values())), len(plans)).code
     request.check_tracking(plans.values())
     before = FolderSnapshot(request.path)
     folder = request.find_folder(

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
-from dlopt.basics.formats import format_count, format_range
+from dlopt.basics.formats import format_count, format_duration
 from dlopt.basics.locks import locked
+from dlopt.basics.status_line import announce_dry_run
 from dlopt.commands.shared.command_line import read_line
 from dlopt.config.parameters import parameters_of
 from dlopt.extend import (
@@ -43,7 +45,6 @@ from dlopt.lab.ladder.family import Family, Rules, Rung, chosen_rungs, load_fami
 from dlopt.lab.ladder.ladder import MANIFEST, Contestant, Ladder, LadderRequest, Trial, read_ladder, update_ladder
 from dlopt.lab.ladder.rates import GRID, expected_runs
 from dlopt.parallel.processes.rendezvous import refuse_ranks
-from dlopt.sweeps.estimate import estimate_job
 
 USAGE = """\
 Compare optimizers on models of growing size: does the gain last?
@@ -55,7 +56,7 @@ Usage:
 Examples:
   dlopt ladder optimizer=adamw,muon model=gpt
   dlopt ladder optimizer=adamw,muon model=gpt rungs=3 tokens_per_parameter=5
-  dlopt ladder optimizer=adamw,muon model=gpt dry_run=true          # list the runs and estimate their time
+  dlopt ladder optimizer=adamw,muon model=gpt dry_run=true          # list the runs, without training
   dlopt ladder optimizer=adamw,muon model=gpt arms=[constant,inverse]  # search weight decay; scale it by 1 / width
   dlopt ladder optimizer=adamw,muon model=gpt tokens_per_parameter=[5,10,20] schedule=wsd  # shorter runs branch off
   dlopt ladder optimizer=adamw,mine.MyOptimizer model=gpt allow_packages=[mine]
@@ -122,9 +123,11 @@ def _run(
         "[constant,inverse,zero,hyperball]: weight decays of each optimizer (default: its default)",
     ] = None,
     output: Annotated[str | None, "DIR: folder of the runs and results (default: outputs/ladder/FAMILY)"] = None,
-    dry_run: Annotated[bool, "BOOL: only list the runs and estimate their time"] = False,
+    dry_run: Annotated[bool, "BOOL: only list the runs, and their time if some have ended"] = False,
 ) -> int:
     """Checks the ladder and runs its trials. Raises `UserError`."""
+    if dry_run:
+        announce_dry_run()
     refuse_protocol([each for each in line.overrides if group_of(each) != "schedule"], _ADVICE)
     overrides = without_hydra(line, "dlopt ladder", _run)
     _refuse_sizes(overrides, family)
@@ -156,7 +159,7 @@ def _run(
         if shorter and any(rule.horizon is not None for rule in run_config.grouping.groups):
             raise UserError("optimizer.groups: a horizon of a group is a fraction of each length; leave it out")
     if dry_run:
-        return _list(line, request)
+        return _list(request)
     output_folder(str(folder), "ladder")
     merged = update_ladder(folder, ladder)
     runs, ended = request.expected(), len(request.known())
@@ -302,35 +305,31 @@ def _branches(ladder: Ladder) -> str:
     )
 
 
-def _list(line: Line, request: LadderRequest) -> int:
-    """Prints the sizes, the runs and an estimate of their time."""
-    from dlopt.extend import plan
-
-    ladder = request.ladder
+def _list(request: LadderRequest) -> int:
+    """Prints the sizes and the runs, and their time by those that have ended."""
+    ladder, expected = request.ladder, request.expected()
     print(_sizes(ladder))
-    low = high = 0.0
+    total = 0.0  # seconds; NaN if unknown
     joint = ladder.joint
     for optimizer, contestant in ladder.optimizers.items():
         is_joint = contestant.arm in SEARCHED and contestant.choice in joint
         joint = [each for each in joint if each != contestant.choice or not is_joint]  # arms share the search
-        lr = contestant.lr or contestant.rates[_PLAIN]
         for place, rung in enumerate(ladder.rungs):
             is_searched = contestant.lr is None and rung in ladder.searched
             searches = expected_runs(place) if is_searched else 0
             decays = searches * len(GRID) if is_joint and place < RUNGS else 0
-            trial, decay = Trial(optimizer, rung, 0), 0.0 if contestant.arm in SEARCHED else None
-            job = plan(line.composer, ladder.line(trial, lr, decay, request.shared))
-            estimate = estimate_job([job.saved], job.choices)
-            total = (0.0, 0.0) if estimate is None else estimate.total
             branched = ladder.added(rung) / ladder.rungs[rung].updates
             count = decays + searches + ladder.seeds * (1 + branched)
-            low, high = low + count * total[0], high + count * total[1]
             parts = {"to search the weight decay": decays, "to search the rate": searches, "seeds": ladder.seeds}
             parts["branches"] = ladder.seeds * len(ladder.shorter)
             runs = " + ".join(f"{number} {text}" for text, number in parts.items() if number)
-            each = "unknown" if estimate is None else f"about {format_range(*total)}"
-            print(f"{optimizer}, {rung}: {runs}; {each} a run", flush=True)
-    print(f"{request.expected()} runs: about {low / 3600:.2g} to {high / 3600:.2g} hours, one run at a time")
+            ended = request.seconds(optimizer, rung)
+            mean = fmean(ended) if ended else math.nan
+            total += count * mean
+            time = f"; {format_duration(mean)} a run, as on average in {len(ended)} that ended" if ended else ""
+            print(f"{optimizer}, {rung}: {runs}{time}")
+    hours = f"about {total / 3600:.2g} hours, one run at a time" if math.isfinite(total) else "time unknown"
+    print(f"{expected} runs: {hours}")
     return DONE
 
 

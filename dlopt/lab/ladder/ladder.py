@@ -405,6 +405,11 @@ class LadderRequest:
         """Returns the results of all trials that have been read."""
         return dict(self._known)
 
+    def seconds(self, optimizer: str, rung: str) -> list[float]:
+        """Returns the seconds of the whole runs of an optimizer and a rung that have been read."""
+        whole = {trial: each for trial, each in self._known.items() if trial.length is None and not each.failure}
+        return [each.seconds for trial, each in whole.items() if (trial.optimizer, trial.rung) == (optimizer, rung)]
+
     def rates(
         self, optimizer: str, rung: str, decay: int | None = None, grid: Sequence[int] = GRID
     ) -> tuple[dict[int, float], list[Trial]]:

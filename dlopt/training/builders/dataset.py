@@ -35,11 +35,17 @@ _SOURCES, _SPLITS = ("file", "root", "name", "split", "train"), ("val", "test", 
 
 
 def prepare_data(
-    run_config: RunConfig, saved: Checkpoint | None, parallel: Mode, identified: Sequence[str], *, tests: bool = False
+    run_config: RunConfig,
+    saved: Checkpoint | None,
+    parallel: Mode,
+    identified: Sequence[str],
+    *,
+    tests: bool = False,
+    compares: bool = True,
 ) -> tuple[Dataset, Pipeline | None]:
     """Returns the dataset with its splits and its task, and the augmentation.
 
-    `identified`, `tests`: see `build_workload`.
+    `identified`, `tests`: see `build_workload`. `compares`: look for equal samples.
     """
     ranks = parallel.ranks
     columns = None if saved is None else saved.columns
@@ -56,7 +62,7 @@ def prepare_data(
         device=parallel.device,
         processes=ranks.local_processes,
         random_crops=_crops_at_random(run_config),
-        compare=ranks.is_main and not is_other,
+        compare=compares and ranks.is_main and not is_other,
     )
     if is_other and ranks.is_main and saved is not None:
         dataset = replace(dataset, notes=(*dataset.notes, *_equal_to_training(saved, dataset)))

@@ -1,8 +1,9 @@
 """Checks that a model fits the memory and the data, where possible on the meta device: shapes without values."""
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ class _SkipInit(TorchFunctionMode):
         if getattr(function, "__module__", None) == "torch.nn.init" or function in _RANDOM:
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Context in which new tensors are on the meta device, and are not initialized."""
+    with torch.device("meta"), _SkipInit(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bool) -> None:
@@ -83,8 +92,7 @@ def _lazy_names(module: nn.Module) -> list[str]:
 
 def build_on_meta(model: Component, runtime: dict[str, Any]) -> nn.Module:
     """Builds the model on the meta device, without initialization. Draws no random numbers."""
-    with torch.device("meta"), _SkipInit(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with on_meta():
         return build_module(model, runtime)
 
 

@@ -142,11 +142,11 @@ def test_compares_optimizers_continues_and_refuses_another_benchmark(place: Path
 
 
 @pytest.mark.slow
-def test_lists_the_trials_and_estimates_their_time(place: Path) -> None:
+def test_lists_the_trials(place: Path) -> None:
     budget = ("studies=2", "trials=2", "dry_run=true")
     lines = dlopt(place, "benchmark", "optimizer=sgd", *TIER, "workloads=[line]", *budget).out.splitlines()
     assert sum(line.startswith("sgd/line/") for line in lines) == 4 and not (place / "out").exists()
-    assert "sgd on line: about" in lines[-2] and "4 trials: about" in lines[-1]
+    assert lines[-2:] == ["sgd on line: 4 trials", "4 trials; their time is known once some have ended"]
 
 
 @pytest.mark.usefixtures("undrawn")

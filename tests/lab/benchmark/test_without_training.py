@@ -17,7 +17,6 @@ from dlopt.lab.benchmark import command, costs, protocol, trials
 from dlopt.lab.benchmark.protocol import Tier, Trial, WorkloadSpec, load_tier, target_of, trials_of
 from dlopt.lab.benchmark.reading import Manifest
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, WorkloadTarget
-from dlopt.sweeps.estimate import Estimate
 
 LINE: Any = SimpleNamespace(composer=SimpleNamespace(config_dir=None), overrides=[])
 
@@ -29,29 +28,31 @@ def request_of(folder: Path, chosen: list[Trial]) -> Any:
     return SimpleNamespace(folder=folder, candidates=names, workloads=specs, line=lambda trial: [trial.workload])
 
 
-def test_a_dry_run_estimates_each_optimizer_on_each_workload_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_lists_the_trials_and_the_time_of_those_that_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    estimated: list[Any] = []
-    known = {"mlp": Estimate(60.0, 120.0), "gpt": None}
+    def listed(reference: Results | None) -> list[str]:
+        assert command._list(request_of(tmp_path, waiting), waiting, reference) == 0
+        return capsys.readouterr().out.splitlines()
 
-    def estimate(saved: list[Any], choices: Any) -> Estimate | None:
-        estimated.extend(saved)
-        return known[saved[0]]
-
-    monkeypatch.setattr("dlopt.extend.plan", lambda composer, lines: SimpleNamespace(saved=lines[0], choices={}))
-    monkeypatch.setattr(command, "estimate_job", estimate)
     waiting = [*trials_of(["mlp", "gpt"], ["sgd"], 1, 2)]
-    assert command._list(LINE, request_of(tmp_path, waiting), waiting) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert estimated == ["mlp", "gpt"] and lines[:4] == [
+    assert listed(None) == [
         "sgd/mlp/0-0 optimizer.lr=0.1", "sgd/gpt/0-0 optimizer.lr=0.1", "sgd/mlp/0-1 optimizer.lr=0.2",
-        "sgd/gpt/0-1 optimizer.lr=0.2",
+        "sgd/gpt/0-1 optimizer.lr=0.2", "sgd on mlp: 2 trials", "sgd on gpt: 2 trials",
+        "4 trials; their time is known once some have ended",
     ]  # fmt: skip
-    shown = command.format_range(60.0, 120.0)
-    assert lines[4:6] == [f"sgd on {name}: about {each} a trial without early end"
-                          for name, each in (("mlp", shown), ("gpt", "unknown"))]  # fmt: skip
-    assert lines[6:] == [f"4 trials: about {command.format_range(120.0, 240.0)} of one core"]
+    facts = {"core_hours": 0.01, "processor": "EPYC"}
+    of_shipped = "4 trials; the 8 shipped ones took 4.5 s of a core on average (EPYC)"
+    assert listed(dataclasses.replace(shipped(), facts=facts))[-1] == of_shipped
+    for workload, seconds in (("mlp", 60.0), ("gpt", 120.0)):
+        folder = tmp_path / f"sgd/{workload}/7-0"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"status": "finished", "seconds": seconds}))
+    each = "of about 1:00, as on average in 1 that ended"
+    assert listed(None)[-3:] == [
+        f"sgd on mlp: 2 trials {each}", f"sgd on gpt: 2 trials {each.replace('1:', '2:')}",
+        "4 trials: about 6:00 of one core",
+    ]  # fmt: skip
 
 
 def shipped() -> Results:

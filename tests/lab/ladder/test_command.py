@@ -93,6 +93,8 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
         assert not [*run.path.glob("checkpoints/*.pt")]
     assert content["analysis"]["laws"]["sgd"]["exponent"]["value"] >= 0 and (place / "out/figures/loss.svg").is_file()
     before = {path: path.stat().st_mtime_ns for path in place.glob("out/*/*/*/summary.json")}
+    listed = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2", "dry_run=true").out
+    assert " a run, as on average in 1 that ended\n" in listed and " hours, one run at a time\n" in listed
     second = dlopt(place, "ladder", "optimizer=sgd,adamw", *LINE, "rungs=2", "optimizer.lr=0.01")
     assert second.code == 2 and "runs of another ladder (different: optimizers.sgd)" in second.err
     second = dlopt(place, "ladder", "optimizer=adamw", *LINE, "rungs=2", "optimizer.lr=0.01")
@@ -176,11 +178,11 @@ def test_shorter_runs_branch_off_and_equal_those_of_their_length(place: Path) ->
 
 
 @pytest.mark.slow
-def test_lists_the_runs_and_estimates_their_time(place: Path) -> None:
+def test_lists_the_runs(place: Path) -> None:
     result = dlopt(place, "ladder", "optimizer=sgd", *LINE, "dry_run=true")
     assert result.code == 0 and not (place / "out").exists()
-    assert "sgd, one: 7 to search the rate + 1 seeds; about" in result.out and "sgd, three: 1 seeds" in result.out
-    assert "10 runs: about" in result.out and " hours" in result.out
+    assert "sgd, one: 7 to search the rate + 1 seeds\n" in result.out and "sgd, three: 1 seeds" in result.out
+    assert "10 runs: time unknown\n" in result.out
 
 
 @pytest.mark.slow
@@ -188,8 +190,8 @@ def test_lists_the_runs_and_estimates_their_time(place: Path) -> None:
 def test_arms_of_weight_decay(place: Path) -> None:
     line = ("optimizer=adamw", *LINE, "rungs=2", "arms=[constant,zero]")
     listed = dlopt(place, "ladder", *line, "dry_run=true").out
-    assert "adamw.constant, one: 35 to search the weight decay + 7 to search the rate + 1 seeds;" in listed
-    assert "adamw.constant, two: 1 seeds;" in listed and "adamw.zero, one: 7 to search the rate + 1 seeds;" in listed
+    assert "adamw.constant, one: 35 to search the weight decay + 7 to search the rate + 1 seeds\n" in listed
+    assert "adamw.constant, two: 1 seeds\n" in listed and "adamw.zero, one: 7 to search the rate + 1 seeds\n" in listed
     result = dlopt(place, "ladder", *line)
     assert result.code == 0, result.err
     content = json.loads((place / "out/results.json").read_text())
