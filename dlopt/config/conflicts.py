@@ -15,6 +15,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.parameters import as_typed
 from dlopt.config.schema import Component, choice_of, dotted_name
 from dlopt.config.settings import GROUPS, Growth, Settings
+from dlopt.parallel.processes.rendezvous import current
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig
@@ -158,6 +159,16 @@ def _split(run: Run) -> str | None:
     return run.choice("parallel") if splits else None
 
 
+def _in_processes(run: Run) -> str | None:
+    """The mode of several processes, as far as the config or the launcher tells their number."""
+    if run.paths("parallel")[0] == _SINGLE:
+        return None
+    processes = run.value("parallel.processes") if (world := current()) is None else world.size
+    if not isinstance(processes, int) or processes < 2:
+        return None
+    return f"{run.choice('parallel')} in {processes} processes"
+
+
 def _has_rate(optimizer: Component) -> bool:
     """Whether the optimizer has the argument lr (for SAM, its base optimizer)."""
     base = optimizer.arguments.get("base")
@@ -207,6 +218,7 @@ FP16 = _is("precision", "fp16")
 FULL_BATCH = _is("data.batch_size", "full")
 GROWTH = _valued("accumulate", lambda value: isinstance(value, Growth), "accumulate={micro_batches: [...]}")
 HALVE = _is("on_out_of_memory", "halve")
+HOOKED_DIAGNOSTICS = _lists("diagnostics", "gradients", "activations")
 MPS = _is("device", "mps")
 NO_TRACKER = _is("tracking", [])
 NOT_ON_CPU = _is("precision", "fp16", "tf32")
@@ -245,6 +257,7 @@ PIPELINE = _built_by("parallel", "pipeline", _PIPELINE)
 PIXELS = _part("loss", "loss=pixel_cross_entropy", lambda part: getattr(part.target, "predicts_pixels", False))
 PRODIGY = _built_by("optimizer", "prodigy", "dlopt.optim.Prodigy", "dlopt.optim.prodigy.Prodigy")
 SCHEDULE_FREE = _part("optimizer", "optimizer=schedule_free_*", _is_schedule_free)
+SEVERAL = Feature("several processes", _in_processes)
 SHARDED = Feature("parallel other than single, ddp", lambda run: FSDP.find(run) or _split(run))
 SPLIT = Feature("parallel=filter|columns|pipeline|spatial|hybrid", _split)
 TOLERANCE = _built_by("stopping", "tolerance", "dlopt.training.stopping.Tolerance")
@@ -257,6 +270,9 @@ CONFLICTS = (
              "only one of them may be set", "evaluate.every_epochs=1 or evaluate.every_steps=null"),
     Conflict(DIAGNOSTICS, NO_TRACKER, "diagnostics need a tracker", "tracking=[tensorboard]"),
     Conflict(DIAGNOSTICS, SHARDED, "no process has the whole model", "parallel=single or ddp"),
+    Conflict(CURVATURE, SEVERAL,
+             "second derivatives are not averaged over ranks", "parallel=single, or diagnostics without curvature"),
+    Conflict(HOOKED_DIAGNOSTICS, COMPILE, "their hooks do not run in a compiled model", "compile=false"),
     # The batch
     Conflict(GROWTH, FULL_BATCH, "a full batch cannot grow", "a number of samples"),
     Conflict(GROWTH, PIPELINE,
@@ -264,6 +280,8 @@ CONFLICTS = (
     Conflict(AT_RESTARTS, GROWTH,
              "an update of a batch that grows may cross a restart", "checkpoint.at_restarts=false"),
     Conflict(STATIC_GRAPH, ACCUMULATE, "only the last backward averages gradients", "parallel.static_graph=false"),
+    Conflict(HALVE, SEVERAL,
+             "the processes need equal micro-batches", "on_out_of_memory=stop and a larger accumulate"),
     # Compilation and recomputation
     Conflict(RECOMPUTATION, COMPILE,
              "the compiler decides what to recompute", "compile=false, or activation_checkpointing=none"),
@@ -278,6 +296,8 @@ CONFLICTS = (
     Conflict(ACCUMULATE, COMPILED_GRAPHS,
              "the CUDA graphs overwrite the gradients of the previous micro-batch",
              "compile=max-autotune-no-cudagraphs"),
+    Conflict(COMPILED_GRAPHS, SEVERAL, "the CUDA graphs cannot contain the communication",
+             "compile=max-autotune-no-cudagraphs or compile=true"),
     # Precision
     Conflict(NOT_ON_CPU, ON_CPU, "not supported on a CPU", "precision=bf16 or fp32, or device=cuda"),
     Conflict(NOT_ON_MPS, MPS, "not supported on an Apple GPU", "precision=fp32, bf16 or fp16"),

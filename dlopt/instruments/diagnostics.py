@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.config.settings import Diagnostic
 from dlopt.instruments.curvature import (
@@ -38,17 +37,6 @@ CURVATURE_INTERVAL = 10
 _KEPT = 2000  # values of a histogram
 
 
-def check(workload: Workload, kinds: Sequence[Diagnostic]) -> None:
-    """Raises `UserError` for diagnostics that the parallel mode or torch.compile does not support."""
-    if not workload.compile_obstacle and set(kinds) - {"curvature"}:
-        raise UserError(f"diagnostics=[{','.join(kinds)}]: hooks do not run in a compiled model; set compile=false")
-    if "curvature" in kinds and workload.parallel.ranks.processes > 1:
-        raise UserError(
-            f"diagnostics=[{','.join(kinds)}]: curvature needs second derivatives, which are not averaged over ranks; "
-            "remove curvature, or use parallel=single"
-        )
-
-
 class Diagnostics(Observer):
     """Records diagnostics of updates 0, `every`, 2 `every`, ..., without changing the updates.
 
@@ -64,7 +52,6 @@ class Diagnostics(Observer):
     """
 
     def __init__(self, workload: Workload, kinds: Sequence[Diagnostic], every: int, report: Report) -> None:
-        check(workload, kinds)
         self.workload = workload
         self.kinds = kinds
         self.every = every

@@ -22,16 +22,22 @@ TYPED = {
     "evaluate.every_steps=5 evaluate.every_epochs=2": "evaluate.every_steps=5 with evaluate.every_epochs=2",
     "diagnostics=[gradients] tracking=[]": "diagnostics=[gradients] with tracking=[]",
     "diagnostics=[gradients] parallel=fsdp": "diagnostics=[gradients] with parallel=fsdp",
+    "diagnostics=[curvature] parallel=ddp parallel.processes=2": "diagnostics=[curvature] with parallel=ddp in 2 "
+    "processes",
+    "diagnostics=[activations] compile=true": "diagnostics=[activations] with compile=true",
     f"{GROWS} data.batch_size=full": f"{GROWTH} with data.batch_size=full",
     f"{GROWS} parallel=pipeline": f"{GROWTH} with parallel=pipeline",
     f"{GROWS} checkpoint.at_restarts=true": f"checkpoint.at_restarts=true with {GROWTH}",
     "accumulate=2 parallel=ddp parallel.static_graph=true": "parallel.static_graph=true with accumulate=2",
+    "on_out_of_memory=halve parallel=ddp parallel.processes=3": "on_out_of_memory=halve with parallel=ddp in 3 "
+    "processes",
     "activation_checkpointing=blocks compile=true": "activation_checkpointing=blocks with compile=true",
     "activation_checkpointing=all parallel=pipeline": "activation_checkpointing=all with parallel=pipeline",
     "activation_checkpointing=all parallel=fsdp": "activation_checkpointing=all with parallel=fsdp",
     "compile=true parallel=filter": "compile=true with parallel=filter",
     f"cuda_graphs=true {GRAPHS}": f"cuda_graphs=true with {GRAPHS}",
     f"{GROWS} {GRAPHS}": f"{GROWTH} with {GRAPHS}",
+    f"{GRAPHS} parallel=fsdp parallel.processes=2": f"{GRAPHS} with parallel=fsdp in 2 processes",
     "precision=fp16 device=cpu": "precision=fp16 with device=cpu",
     "precision=fp64 device=mps": "precision=fp64 with device=mps",
     "precision=fp16 device=mps parallel=hybrid": "precision=fp16 with parallel=hybrid",
@@ -92,6 +98,14 @@ def test_device_auto_without_an_accelerator_is_a_cpu(monkeypatch: pytest.MonkeyP
         run_config("precision=tf32")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert run_config("precision=tf32").settings.precision == "tf32"
+
+
+def test_a_launcher_tells_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^on_out_of_memory=halve with parallel=ddp in 4 processes: "):
+        run_config("on_out_of_memory=halve", "parallel=ddp")
+    assert run_config("on_out_of_memory=halve").settings.on_out_of_memory == "halve"
 
 
 def test_the_learning_rate_of_sam_is_that_of_its_base() -> None:

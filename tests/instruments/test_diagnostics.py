@@ -13,7 +13,7 @@ from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.lab.diagnosis.measuring import prepare
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.trainer import probe_trainer
-from dlopt.training.builders.workload import Workload, build_workload
+from dlopt.training.builders.workload import build_workload
 from tests.support.runs import RICH, SMALL, result, resume, run_config, same, start
 
 DIAGNOSTICS = ["diagnostics=[gradients,activations,curvature]", "diagnostics_every=3", "tracking=[tensorboard]"]
@@ -124,10 +124,6 @@ def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) ->
     assert b"gradients/norm/head" in written and b"curvature/largest_eigenvalue" in written
 
 
-def test_rejects_unsupported_settings(tmp_path: Path) -> None:
+def test_rejects_unsupported_settings() -> None:
     with pytest.raises(UserError, match=r"diagnostics\.0=loss|diagnostics"):
         run_config("diagnostics=[loss]")
-    workload, _ = prepare(run_config(*SMALL, *DIAGNOSTICS), tmp_path)
-    compiled = Workload(**{**vars(workload), "compile_obstacle": ""})
-    with pytest.raises(UserError, match="compile=false"):
-        Diagnostics(compiled, ["activations"], 1, lambda *_: None)

@@ -43,7 +43,7 @@ def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None,
     """Returns why the model is not compiled; empty if it is.
 
     `flops`: of a training sample, for compile=auto on a GPU; None if unknown. `samples`: number of samples in an epoch.
-    Raises `UserError` for a requested compilation that several processes or the device do not support.
+    Raises `UserError` for a requested compilation that the device does not support.
     """
     settings = run_config.settings
     if settings.compile is False:
@@ -51,11 +51,6 @@ def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None,
     requested = None if settings.compile == "auto" else f"compile={str(settings.compile).lower()}"
     if splits_model(run_config.parallel) and parallel.ranks.processes > 1:
         return f"parallel={parallel.name} communicates between layers"
-    if settings.compile in GRAPH_MODES and parallel.ranks.processes > 1:
-        raise UserError(
-            f"{requested}: its CUDA graphs cannot contain the communication of parallel={parallel.name}; "
-            "use compile=max-autotune-no-cudagraphs or compile=true"
-        )
     if settings.compile == "reduce-overhead" and parallel.device.type != "cuda":
         raise UserError(
             f"{requested}: replays CUDA graphs, which {parallel.device.type} does not have; use compile=true"
@@ -64,6 +59,8 @@ def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None,
         return ""
     if settings.activation_checkpointing != "none":
         return f"activation_checkpointing={settings.activation_checkpointing}"
+    if {*settings.diagnostics} - {"curvature"}:
+        return "the hooks of diagnostics do not run in a compiled model"
     if parallel.device.type != "cuda":
         return f"compiling takes longer than it saves on {parallel.device.type}"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")

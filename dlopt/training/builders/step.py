@@ -45,12 +45,6 @@ def build_step(
         )
     built = clip.build(model=workload.module, uses=workload.uses)
     clip.require_call(built, "clip(parameters, norm)")
-    halves = settings.on_out_of_memory == "halve"
-    if halves and (processes := mode.ranks.processes) > 1:
-        raise UserError(
-            f"on_out_of_memory=halve: not supported with {processes} processes, which need equal micro-batches; "
-            "set accumulate instead"
-        )
     check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
     kind = Step if evaluates_once(workload, optimizer) else ClosureStep
     return kind(
@@ -62,7 +56,7 @@ def build_step(
             accumulate=settings.micro_batches,
             seed=stream(settings.augmentation_seed, rng.DROPOUT),
             check_now=checks and check_now,
-            halve_on_out_of_memory=halves,
+            halve_on_out_of_memory=settings.on_out_of_memory == "halve",
             grows=settings.batch_growth is not None,
         ),
         precision=workload.precision,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from dlopt.augment import HorizontalFlip, Pipeline, RandomMix
-from dlopt.basics.errors import UserError
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
@@ -91,6 +90,7 @@ LONG, SHORT = ("model=wrn_16_4", "epochs=400"), ("model=resnet20", "epochs=200")
         (("compile=true", *SHORT), mode("cpu"), ""),
         (("compile=auto", *LONG), mode("cpu"), "saves on cpu"),
         (("compile=auto", *LONG, "parallel=filter"), mode(processes=2), "parallel=filter communicates between layers"),
+        (("compile=auto", *LONG, "diagnostics=[gradients]"), mode(), "the hooks of diagnostics"),
         (("compile=auto", *LONG), mode(), ""),
         (("compile=auto", *SHORT), mode(), "this short"),
         (("compile=auto", *LONG, "steps=100"), mode(), "this short"),
@@ -126,14 +126,6 @@ def test_compile_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_modes_of_compilation_refuse_what_they_cannot_do(tmp_path: Path, typed: str, message: str) -> None:
     line = ("model=mlp", "data.subset=40", "hydra.run.dir=run", *typed.split())
     assert message in refused(tmp_path, "train", *line)
-
-
-def test_torch_graphs_are_refused_with_communication() -> None:
-    parallel = mode(processes=2)
-    for name in speed.GRAPH_MODES:
-        with pytest.raises(UserError, match=f"compile={name}: its CUDA graphs cannot contain the communication"):
-            speed.compile_obstacle(run_config(f"compile={name}"), parallel, None, 100)
-    assert not speed.compile_obstacle(run_config("compile=max-autotune-no-cudagraphs"), parallel, None, 100)
 
 
 @pytest.mark.parametrize(
