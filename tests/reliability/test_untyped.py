@@ -322,7 +322,7 @@ NOT_COMPOSED = {
     "lab/judge/ledger.py": RESULTS,
     "lab/judge/running.py": COMPARED,
     "lab/benchmark/reading.py": RESULTS,
-    "lab/stored.py:read_stored": RESULTS,
+    "lab/ladder/ladder.py": RESULTS,
     "python/runs.py": RESULTS,
     "results": RESULTS,
     "run/environment.py": SUBMITTED,
@@ -345,7 +345,9 @@ NOT_COMPOSED = {
     "training/reporting.py": COMPARED,
 }
 
-READERS = {"load_yaml", "load_json", "read_json", "parse_json", "check_yaml", "read_space", "find_space", "safe_load"}
+READERS = {
+    "load_yaml", "load_json", "read_json", "parse_json", "check_yaml", "read_space", "find_space", "safe_load", "Stored",
+}  # fmt: skip
 # Rooms that cannot import `dlopt.config`, and so cannot make overrides.
 PARTS = (
     "tracking", "augment", "init", "adapt", "data", "models", "tasks", "losses", "schedules", "metrics", "optim",
@@ -360,7 +362,7 @@ def readers() -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             inner = child.name if isinstance(child, ast.FunctionDef | ast.ClassDef) else ""
             if isinstance(child, ast.Call):
-                called = ast.unparse(child.func)
+                called = ast.unparse(child.func).partition("[")[0]  # Stored[dict](...)
                 last = called.rpartition(".")[2]
                 is_of_run = last in ("config", "typed") and last != called and not child.args and not child.keywords
                 if last in READERS or called == "OmegaConf.load" or is_of_run:
