@@ -346,7 +346,8 @@ NOT_COMPOSED = {
 }
 
 READERS = {
-    "load_yaml", "load_json", "read_json", "parse_json", "check_yaml", "read_space", "find_space", "safe_load", "Stored",
+    "load_yaml", "load_json", "read_json", "parse_json", "check_yaml", "read_space", "find_space", "safe_load",
+    "Stored",
 }  # fmt: skip
 # Rooms that cannot import `dlopt.config`, and so cannot make overrides.
 PARTS = (
