@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.errors import RunError
 from dlopt.tracking.metrics import read_metrics, read_summary
 from dlopt.tracking.tracking import Tracking
 
@@ -131,11 +131,6 @@ def test_closing_is_safe_at_any_time(tmp_path: Path) -> None:
     with Tracking(tmp_path, sinks=[], console=False, resume_from=(3, 30)) as tracking:
         tracking.finish({"status": "interrupted"})
         tracking.close()
-
-
-def test_an_unknown_sink_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sinks.*visdom.*tensorboard"):
-        Tracking(tmp_path, sinks=["visdom"], console=False)
 
 
 def test_a_warning_about_the_machine_is_shown_once_after_the_epochs(

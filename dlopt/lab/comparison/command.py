@@ -23,6 +23,7 @@ from dlopt.config.reads import refuse_unread_hydra
 from dlopt.config.resolve import choices_of
 from dlopt.extend import (
     Composer,
+    Names,
     Plan,
     Role,
     RunFolder,
@@ -220,8 +221,7 @@ def _refuse_invalid(comparison: Comparison) -> None:
     """Raises `UserError` for values that contradict each other."""
     for metric in comparison.all_metrics:
         if metric not in (*_METRICS, *PROBES) and split_of(metric) != "val":
-            allowed = ", ".join((*_METRICS, *PROBES))
-            raise UserError(f"comparison.metrics: unknown metric {metric}; allowed: {allowed}")
+            raise Names("metric", (*_METRICS, *PROBES)).unknown(metric, f"comparison.metrics=[{metric}]")
         comparison.is_higher_better(metric)  # refuses a metric of the user's own whose direction is unknown
     if both := comparison.before.keys() & comparison.variants.keys():
         raise UserError(f"comparison.before: {', '.join(both)} is the name of a variant; use another name")
@@ -259,8 +259,7 @@ def _chosen(comparison: Comparison, overrides: Iterable[Override]) -> dict[str, 
     replaced = [str(name) for block in blocks if isinstance(block, dict) for name in block]
     for name in comparison.only:
         if name not in comparison.variants:
-            allowed = ", ".join(map(_quoted, comparison.variants))
-            raise UserError(f"comparison.only: unknown variant {name}; allowed: {allowed}")
+            raise Names("variant", [*map(_quoted, comparison.variants)]).unknown(name, f"comparison.only=[{name}]")
     return {name: comparison.variants[name] for name in comparison.only or replaced or comparison.variants}
 
 

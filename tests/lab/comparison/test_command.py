@@ -293,12 +293,12 @@ def test_comparison_null_trains_once(folder: Path) -> None:
             "comparison.variants=[wide]",
             "comparison.variants=[wide]: to choose variants by their labels, set comparison.only",
         ),
-        ("comparison.only=[wild]", "comparison.only: unknown variant wild; allowed: narrow, wide"),
+        ("comparison.only=[wild]", "comparison.only=[wild]: unknown variant; did you mean wide?"),
         ("comparison.quick=maybe", "comparison.quick=maybe: "),
         ("comparison=3", "comparison=3: allowed: a mapping, or null"),
         ("optimizer.lr=-1", "optimizer.lr=-1: "),
         ("epochs=2,3", "epochs=2,3: several values need `dlopt train -m`"),
-        ("comparison.metrics=[val_loss,valloss]", "comparison.metrics: unknown metric valloss"),
+        ("comparison.metrics=[val_loss,valloss]", "metrics=[valloss]: unknown metric; did you mean val_loss?"),
     ],
 )
 def test_refused_before_writing(folder: Path, typed: str, message: str) -> None:

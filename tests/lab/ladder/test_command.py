@@ -281,7 +281,7 @@ def _ladder(*arguments: str) -> None:
     [
         (("model=tiny",), "optimizer: name the optimizers"),
         (("optimizer=sgd",), "model: name one family"),
-        (("optimizer=sgd", "model=tine"), "model=tine: not a family; did you mean tiny?"),
+        (("optimizer=sgd", "model=tine"), "model=tine: unknown family; did you mean model=tiny?"),
         (("optimizer=sgdd", "model=tiny"), "did you mean optimizer=sgd?"),
         (("optimizer=sgd,sgd", "model=tiny"), "an optimizer is listed twice"),
         (("optimizer=sgd", "model=tiny", "rungs=1"), "rungs=1: a fit needs at least two rungs"),
@@ -343,7 +343,7 @@ def test_bad_input(typed: tuple[str, ...], message: str, place: Path) -> None:
         ({"rungs": {"one": ["model.widths=[2]"], "huge": ["model.widths=[100000,100000]"]}}, "GiB are available"),
         ({"tokens_per_parameter": "many"}, "tokens_per_parameter"),
         ({"optimizers": {"sgd": ["optimizer.momentun=0.5"]}}, "did you mean optimizer.momentum?"),
-        ({"optimizers": {"sdg": ["optimizer.momentum=0.5"]}}, "optimizers.sdg: unknown; did you mean sgd?"),
+        ({"optimizers": {"sdg": ["optimizer.momentum=0.5"]}}, "optimizers.sdg: unknown choice; did you mean"),
         ({"optimizers": {"sgd": ["optimizer.lr=0.5"]}}, "optimizers.sgd: optimizer.lr=0.5: allowed: keys of the optim"),
         ({"optimizers": {"sgd": ["schedule.warmup_fraction=0.5"]}}, "allowed: keys of the optimizer but learning"),
         ({"arms": {"zero": ["optimizer.lr=0.5"]}}, "arms.zero: optimizer.lr=0.5: allowed: keys of the optim"),
