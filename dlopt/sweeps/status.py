@@ -1,18 +1,16 @@
 """The progress of a sweep, from its run folders and from Slurm: the jobs and their statuses, what runs them."""
 
-import os
 import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.basics.folders import LOCK, SPACE, RunFolder, short_path
 from dlopt.basics.interruption import print_line
-from dlopt.basics.plain_values import parse_numbers, read_regular
 from dlopt.sweeps.array import JobArray, is_submitted, read_array, stop_reason
 from dlopt.sweeps.live import live_workers
 from dlopt.sweeps.slurm_queue import Elements, ended_early, queued_elements
@@ -138,12 +136,12 @@ class StatusReader:
     def _of_job(self, number: int, array: JobArray, state: str, elements: Elements) -> JobStatus:
         """Reads the status of a job. `state`: of its element, "" if Slurm does not list it."""
         entry = array.jobs[number]
-        path = f"{self._sweep}/{entry.folder}"  # texts: a path of pathlib takes as long as reading a summary
-        summary = _summary(f"{path}/summary.json")
+        run = RunFolder(self._sweep / entry.folder)
+        summary = run.summary() or {}
         status, worker, reason = str(summary.get("status", QUEUED)), "", ""
         if status in ("finished", "stopped_early"):
             status = "pruned" if summary.get("pruned") is True else status
-        elif os.path.exists(f"{path}/{LOCK}") and RunFolder(Path(path)).is_live():
+        elif (run.path / LOCK).exists() and run.is_live():
             status, worker = RUNNING, "another process"
             if state not in ("", "PENDING"):
                 element = array.element_of(number)
@@ -154,7 +152,7 @@ class StatusReader:
             reason = str(summary.get("reason") or "")
         elif status not in (QUEUED, "interrupted"):  # damaged
             status = "unfinished"
-        return JobStatus(number, Path(path), entry.label, status, worker, reason)
+        return JobStatus(number, run.path, entry.label, status, worker, reason)
 
     def _of_records(self, elements: Elements) -> SweepStatus:
         """Reads a sweep that was not submitted, or whose workers choose jobs at run time."""
@@ -181,15 +179,6 @@ class StatusReader:
             stop_reason=stop_reason(self._sweep),
             damaged=damaged,
         )
-
-
-def _summary(path: str) -> Mapping[str, Any]:
-    """Reads the summary of a run; {} if it is missing or damaged."""
-    try:
-        summary = parse_numbers(read_regular(path))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _total(space: object) -> int | None:

@@ -15,6 +15,7 @@ from dlopt.sweeps.element import RESTARTS
 from tests.support.line import dlopt
 from tests.support.processes import run_dlopt
 from tests.support.ranks import ROOT
+from tests.support.requires import requires
 from tests.support.slurm import LONG
 from tests.sweeps.fake_slurm import SMALL, SUBMIT
 
@@ -33,8 +34,13 @@ def statuses(sweep: Path) -> Sequence[str]:
     return [str((read_json(path / "summary.json") or {}).get("status")) for path in sorted(sweep.glob("[0-9]*"))]
 
 
-def test_the_submitted_code_runs(tmp_path: Path) -> None:
-    """A class is edited after the submission: the jobs use it as it was, and record its hash."""
+@requires("git")
+@pytest.mark.parametrize("edition", [1, 2], ids=["in a repository", "in none"])
+def test_the_submitted_code_runs(edition: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class is edited after the submission: the jobs use it as it was, and record its hash; without Git as it is."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    if edition == 1:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
     module = tmp_path / "mine_edited.py"
     text = "import torch\nprint('edition', 1)\nclass Own(torch.optim.SGD): pass\n"
     module.write_text(text)
@@ -49,7 +55,7 @@ def test_the_submitted_code_runs(tmp_path: Path) -> None:
     worker = run_dlopt(tmp_path, "sweep", "work", "sweep", environment={**os.environ, "PYTHONPATH": str(ROOT)})
     assert worker.returncode == 0 and statuses(tmp_path / "sweep") == ["finished"] * 2, worker
     for number in range(2):
-        assert "edition 1\n" in (tmp_path / f"sweep/{number}/output.log").read_text()
+        assert f"edition {edition}\n" in (tmp_path / f"sweep/{number}/output.log").read_text()
         facts = read_json(tmp_path / f"sweep/{number}/environment.json") or {}
         assert len(facts["submitted_code"]) == 64
     result = dlopt(tmp_path, "sweep", "status", "sweep")
