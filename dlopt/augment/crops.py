@@ -2,16 +2,15 @@
 
 import math
 from abc import abstractmethod
-from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dlopt.augment.operation import DrawnStep, Draws, Operation, Shape, first_fitting
+from dlopt.augment.operation import DrawnStep, Draws, FractionSpan, Operation, Shape, Span, first_fitting
 from dlopt.augment.warp import Affine
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
-from dlopt.basics.ranges import NOT_DECREASING, Count, Positive, PositiveFraction
+from dlopt.basics.ranges import Count
 from dlopt.data.samples import Files, Wrapped
 
 
@@ -120,13 +119,7 @@ class RandomResizedCrop(ResizingCrop):
     (Szegedy et al. 2015). As torchvision, uses the first of ten random crops that fits, else a central crop.
     """
 
-    def __init__(
-        self,
-        *,
-        size: Count | None,
-        scale: Annotated[tuple[PositiveFraction, PositiveFraction], NOT_DECREASING],
-        ratio: Annotated[tuple[Positive, Positive], NOT_DECREASING],
-    ) -> None:
+    def __init__(self, *, size: Count | None, scale: FractionSpan, ratio: Span) -> None:
         self.size = size
         self.scale = scale
         self.ratio = ratio

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -11,13 +11,15 @@ from dlopt.augment.colour import colour_statistics
 from dlopt.augment.operation import (
     DrawnStep,
     Draws,
+    FractionSpan,
     Operation,
     PixelStep,
     Shape,
+    Span,
     first_fitting,
     image_shape,
 )
-from dlopt.basics.ranges import NOT_DECREASING, Positive, PositiveFraction, Probability
+from dlopt.basics.ranges import PositiveFraction, Probability
 from dlopt.data.samples import Samples
 
 
@@ -110,8 +112,8 @@ class RandomErase(Operation):
         self,
         *,
         p: Probability,
-        area: Annotated[tuple[PositiveFraction, PositiveFraction], NOT_DECREASING],
-        ratio: Annotated[tuple[Positive, Positive], NOT_DECREASING],
+        area: FractionSpan,
+        ratio: Span,
         fill: Literal["zero", "mean", "random"],
         train: Samples,
     ) -> None:

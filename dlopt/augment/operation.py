@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import NOT_DECREASING, Positive, PositiveFraction
 
+Span = Annotated[tuple[Positive, Positive], NOT_DECREASING]
+FractionSpan = Annotated[tuple[PositiveFraction, PositiveFraction], NOT_DECREASING]
 Shape = tuple[int, int, int]
 """Channels, height, width of one image."""
 

@@ -67,6 +67,6 @@ def layers(per_block: int, others: int) -> Condition:
 
 
 @cache
-def installed(package: str, extra: str) -> Condition:
-    """Requires an optional package for any value, without importing it; `extra`: of dlopt, which installs it."""
+def installed(package: str, extra: str | None = None) -> Condition:
+    """Requires an optional package for any value; see `require_package`."""
     return Condition(lambda value: None if is_installed(package) else not_installed(package, extra))

@@ -51,7 +51,7 @@ def _check_name(name: str) -> None:
 def _check_tracking(sinks: list[Any]) -> None:
     for sink in sinks:
         if sink != "tensorboard":
-            require_package(f"tracking=[{','.join(sinks)}]", sink, sink)
+            require_package(f"tracking=[{','.join(sinks)}]", sink)
 
 
 def check_run_monitor(settings: Settings, values: Iterable[str] = ()) -> None:

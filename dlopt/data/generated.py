@@ -16,6 +16,7 @@ from dlopt.basics.ranges import INCREASING, Count, Natural, NonNegative
 from dlopt.data.samples import Dataset, InMemory, SplitKeys, generated
 
 Function = Literal["sine", "runge", "cubic", "step"]
+Span = Annotated[tuple[float, float], INCREASING]
 
 FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
     "sine": lambda x: torch.sin(math.pi * x),
@@ -25,13 +26,7 @@ FUNCTIONS: Mapping[Function, Callable[[Tensor], Tensor]] = {
 }
 
 
-def polynomial(
-    *,
-    function: Function,
-    interval: Annotated[tuple[float, float], INCREASING],
-    noise: NonNegative,
-    **keys: Unpack[SplitKeys],
-) -> Dataset:
+def polynomial(*, function: Function, interval: Span, noise: NonNegative, **keys: Unpack[SplitKeys]) -> Dataset:
     """Samples y = f(x) + noise * N(0, 1) for x uniform in `interval`: inputs float32 [N, 1], targets float32 [N].
 
     The lowest expected loss (mean squared error) is noise^2 on every split. A size of 0 omits a split.
@@ -56,10 +51,7 @@ def drawn(*, train_size: Count, val_size: Natural, test_size: Natural) -> Datase
 
 
 def linear(
-    *,
-    intervals: Annotated[tuple[Annotated[tuple[float, float], INCREASING], ...], MinLen(1)],
-    noise: NonNegative,
-    **keys: Unpack[SplitKeys],
+    *, intervals: Annotated[tuple[Span, ...], MinLen(1)], noise: NonNegative, **keys: Unpack[SplitKeys]
 ) -> Dataset:
     """Samples y = sum_i u_i + noise * N(0, 1), where u_i in -1..1 is the position of feature x_i in its interval.
 

@@ -12,14 +12,11 @@ from dlopt.basics.names import Names
 from dlopt.basics.ranges import Fraction, installed
 from dlopt.models.layers import image_shape
 
+TimmName = Annotated[str, installed("timm")]
+
 
 def timm_model(
-    *,
-    input_shape: tuple[int, ...],
-    classes: int,
-    name: Annotated[str, installed("timm", "timm")],
-    pretrained: bool,
-    dropout: Fraction,
+    *, input_shape: tuple[int, ...], classes: int, name: TimmName, pretrained: bool, dropout: Fraction
 ) -> nn.Module:
     """Builds a model of the timm package: images [B, C, H, W] of the data's size -> [B, classes].
 

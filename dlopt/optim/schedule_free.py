@@ -16,7 +16,7 @@ from dlopt.basics.ranges import Fraction, NonNegative, OpenFraction, Positive
 from dlopt.optim.common import fill_defaults, refuse_complex
 from dlopt.optim.traits import OptimizerTraits
 
-require_package("optimizer=schedule_free_*", "schedulefree", "schedulefree")
+require_package("optimizer=schedule_free_*", "schedulefree")
 import schedulefree  # noqa: E402
 
 

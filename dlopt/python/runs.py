@@ -120,7 +120,7 @@ class Runs(list[Run]):
         A key with the name of a metric is `config.KEY`: `epochs` are the epochs trained, `config.epochs` those of the
         config. Raises `UserError` without pandas.
         """
-        require_package("to_pandas()", "pandas", "pandas")
+        require_package("to_pandas()", "pandas")
         import pandas
 
         metrics = {name for run in self for name in run.metrics}
