@@ -197,7 +197,8 @@ def equipped(place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in [each for each in sys.modules if each.partition(".")[0] == "mine"]:  # another test's package
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setenv("PATH", str(place / "bin"), prepend=":")
-    monkeypatch.setattr("dlopt.config.settings_rules.find_spec", lambda name: type("Found", (), {"origin": name}))
+    for module in ("errors", "ranges"):
+        monkeypatch.setattr(f"dlopt.basics.{module}.is_installed", lambda name: True)
 
 
 def plan_new(request: SweepRequest, overrides: Sequence[str], number: int) -> Plan:
