@@ -19,8 +19,8 @@ Count = Annotated[int, Ge(1)]
 Depth = Annotated[int, Interval(ge=1, le=10_000)]  # layers; larger values are almost certainly typos
 Natural = Annotated[int, Ge(0)]
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
-T = TypeVar("T")
-NotEmpty = Annotated[list[T], MinLen(1)]
+_T = TypeVar("_T")
+NotEmpty = Annotated[list[_T], MinLen(1)]
 
 
 @dataclass(frozen=True)

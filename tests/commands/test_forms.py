@@ -25,7 +25,7 @@ def test_keys_that_are_not_set_exclude_nothing() -> None:
         check_forms(Keys, {"images": "a", "json": True, "watch": True})
 
 
-def test_the_help_says_how_keys_go_with_others() -> None:
+def test_the_help_shows_how_keys_go_with_others() -> None:
     assert [key.help for key in command_keys(Keys)] == [
         "images; required without table", "a table (default: none)",
         "a document; not with images or watch", "again and again",
