@@ -200,7 +200,7 @@ class Ledger:
                 raise self._file.damaged(f"line {number}: {error}") from None
         if numbers and (last := max(numbers)) > len(entries):
             runs = f"{short_path(self.folder / str(last))} has the runs of proposal {last}"
-            raise self._file.damaged(f"has {len(entries)} proposals, but {runs}")
+            raise self._file.damaged(f"{'is missing' if rate is None else f'has {len(entries)} proposals'}, but {runs}")
         return rate, entries
 
     @property

@@ -158,7 +158,7 @@ def test_runs_without_their_ledger_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{LEDGER}: is damaged: has 1 proposals, but .*2 has the runs of proposal 2"):
         propose(ledger, "1")
     (tmp_path / LEDGER).unlink()
-    with pytest.raises(UserError, match=f"{LEDGER}: is damaged: has 0 proposals, but .*2 has the runs of proposal 2"):
+    with pytest.raises(UserError, match=f"{LEDGER}: is damaged: is missing, but .*2 has the runs of proposal 2"):
         propose(ledger, "1")
     (tmp_path / LEDGER).write_text(whole)
     assert propose(ledger, "1").number == 1
