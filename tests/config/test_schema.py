@@ -87,17 +87,11 @@ def test_messages_state_the_allowed_values(values: dict[str, Any], message: str)
     assert message in str(caught.value)
 
 
-def test_shortens_long_lists_of_allowed_keys() -> None:
-    with pytest.raises(UserError) as caught:
-        check_arguments("optimizer", many, {"pear": 1})
-    assert str(caught.value) == (
-        "optimizer.pear=1: unknown key; did you mean optimizer.pair? `dlopt options optimizer` lists all"
-    )
-    with pytest.raises(UserError, match=r"unknown key; allowed: text, flag, choice, pair, some, \.\.\.; `dlopt "):
-        check_arguments("optimizer", many, {"x": 1})
-    with pytest.raises(UserError, match=r"lists all$") as caught:
-        check_arguments("hydra.launcher", many, {"x": 1})
-    assert "`dlopt options hydra/launcher`" in str(caught.value)
+@pytest.mark.parametrize(("block", "group"), [("optimizer", "optimizer"), ("hydra.launcher", "hydra/launcher")])
+def test_the_message_about_an_unknown_key_names_the_command_that_lists_its_group(block: str, group: str) -> None:
+    message = rf"^{block}\.pear=1: unknown key; did you mean {block}\.pair\? `dlopt options {group}` lists all$"
+    with pytest.raises(UserError, match=message):
+        check_arguments(block, many, {"pear": 1})
 
 
 def test_converts_values_to_annotated_types() -> None:
