@@ -58,6 +58,13 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         return read_json(self.path / "summary.json")
 
+    def choices(self) -> dict[str, Any]:
+        """Reads the choice of each group. Raises `UserError`."""
+        choices = (read_json(self.path / "environment.json") or {}).get("choices")
+        if not isinstance(choices, dict):
+            raise UserError(f"{self.path}: environment.json is missing or damaged")
+        return choices
+
     def other_format(self) -> str | None:
         """Returns an error message if the folder is in another format; None otherwise.
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from dlopt.basics.errors import RunError, UserError
-from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import flush_streams, print_message
 from dlopt.basics.secrets import RedactedStream, note_environment
@@ -47,9 +46,7 @@ def main() -> int:
         if config is None:
             raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
         config = of_today(config, trains=True)
-        choices = (read_json(folder.path / "environment.json") or {}).get("choices")
-        if not isinstance(choices, dict):
-            raise UserError(f"{folder.path}: environment.json is missing or damaged")
+        choices = folder.choices()
         run_config = parse(resolve_saved(config), config, choices)
         state = None
         if rendezvous.is_main():  # the other ranks receive the state from rank 0

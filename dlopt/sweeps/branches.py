@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import read_json
 from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
@@ -217,10 +216,7 @@ def _own_config(folder: RunFolder, config: Mapping[str, Any]) -> "RunConfig":
     from dlopt.config.parsing import parse
     from dlopt.config.resolve import resolve_saved
 
-    choices = (read_json(folder.path / "environment.json") or {}).get("choices")
-    if not isinstance(choices, dict):
-        raise UserError(f"{folder.path}: environment.json is missing or damaged")
-    return parse(resolve_saved(config), config, choices)
+    return parse(resolve_saved(config), config, folder.choices())
 
 
 def _start(stem: _Stem, length: int) -> int:
