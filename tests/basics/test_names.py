@@ -41,8 +41,14 @@ def test_unknown_names(names: Names, typed: str, message: str) -> None:
     assert str(caught.value).endswith(message)
 
 
-def test_known_names_and_other_places() -> None:
+def test_known_names_are_accepted() -> None:
     OPTIMIZERS.check("sgd")
+
+
+def test_a_message_may_begin_with_a_file() -> None:
     message = str(METRICS.unknown("loss", "a.yaml: by"))
     assert message.startswith("a.yaml: by: unknown metric; did you mean by=val_loss?")
+
+
+def test_the_last_part_of_a_key_is_understood() -> None:
     assert Names("key", ["model.lr", "optimizer.lr"]).similar("lr") == "model.lr"  # the first with this last part
