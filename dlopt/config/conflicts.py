@@ -1,9 +1,9 @@
 """Features that a run cannot have at the same time, in one table: `CONFLICTS`.
 
 A row names two features, why they exclude each other, and what to use instead. `refuse_conflicts` reports all conflicts
-of a run at once, twice before data are read: those that values and dotted names tell before torch is imported, then,
-with the classes of the parts, all. What depends on the data, the built model or the number of processes is checked
-where it is known. The page docs/reference/conflicts.md shows the table.
+of a run at once. It is called twice before data are read: before torch is imported, for what values and the names of
+dlopt's parts tell, and with the classes of the parts, for all. What depends on the data, the built model or the traits
+of the built optimizer is checked where it is known. The page docs/reference/conflicts.md shows the table.
 """
 
 from collections.abc import Callable, Mapping
@@ -115,11 +115,12 @@ def _lists(key: str, *values: str) -> Feature:
     return _valued(key, lambda value: any(each in value for each in values), f"{key}=[{'|'.join(values)}]")
 
 
-def _part(group: str, name: str, is_used: Callable[[Component], object]) -> Feature:
-    """A choice of a group whose class or arguments meet a condition."""
+def _part(group: str, name: str, is_used: Callable[[Component], object], *known: str) -> Feature:
+    """A choice of a group whose class or arguments meet a condition. `known`: dotted names that are known to."""
 
     def find(run: Run) -> str | None:
-        return run.choice(group) if run.parts is not None and is_used(getattr(run.parts, group)) else None
+        is_known = run.paths(group)[0] in known if run.parts is None else is_used(getattr(run.parts, group))
+        return run.choice(group) if is_known else None
 
     return Feature(name, find)
 
@@ -181,6 +182,10 @@ def _is_schedule_free(optimizer: Component) -> bool:
     return is_schedule_free(optimizer.target)
 
 
+def _predicts_pixels(loss: Component) -> bool:
+    return getattr(loss.target, "predicts_pixels", False)
+
+
 def _on_cpu(run: Run) -> str | None:
     device = run.settings.device
     if device == "auto" and run.parts is not None:
@@ -192,6 +197,7 @@ def _on_cpu(run: Run) -> str | None:
 
 _SINGLE, _DDP = "dlopt.parallel.mode.Mode", "dlopt.parallel.modes.ddp.data_parallel"
 _FSDP, _PIPELINE = "dlopt.parallel.modes.fsdp.fully_sharded", "dlopt.parallel.modes.pipeline.pipeline"
+_SCHEDULE_FREE = ("dlopt.optim.schedule_free.ScheduleFreeSGD", "dlopt.optim.schedule_free.ScheduleFreeAdamW")
 _HARD_EXAMPLES = ("dlopt.data.samplers.HardExamples", "dlopt.data.samplers.hard.HardExamples")
 
 # -- the features: of values
@@ -244,8 +250,8 @@ DRAWN = _built_by("data", "drawn", "dlopt.data.generated.drawn")
 FSDP = _built_by("parallel", "fsdp", _FSDP)
 HARD_EXAMPLES = _built_by("sampler", "hard_examples", *_HARD_EXAMPLES)
 INIT = _part("init", "init other than default", lambda part: dotted_name(part.target) != "dlopt.init.default")
-LOSS_AWARE = _part("sampler", "sampler=hard_examples", lambda part: hasattr(part.target, "observe"))
-MUP = _part("init", "init=mup", lambda part: part.takes("growth"))
+LOSS_AWARE = _part("sampler", "sampler=hard_examples", lambda part: hasattr(part.target, "observe"), *_HARD_EXAMPLES)
+MUP = _part("init", "init=mup", lambda part: part.takes("growth"), "dlopt.init.mup")
 NO_AUTOENCODER = _part(
     "model", "model other than autoencoder", lambda part: not getattr(part.target, "reconstructs", False)
 )
@@ -254,9 +260,9 @@ NOT_MUP = _part("init", "init other than mup", lambda part: not part.takes("grow
 OWN_TASK = _built_by("task", "pkg.Class", "dlopt.tasks.user.UserTask")
 PARALLEL = _other_than("parallel", "single", _SINGLE)
 PIPELINE = _built_by("parallel", "pipeline", _PIPELINE)
-PIXELS = _part("loss", "loss=pixel_cross_entropy", lambda part: getattr(part.target, "predicts_pixels", False))
+PIXELS = _part("loss", "loss=pixel_cross_entropy", _predicts_pixels, "dlopt.losses.PixelCrossEntropy")
 PRODIGY = _built_by("optimizer", "prodigy", "dlopt.optim.Prodigy", "dlopt.optim.prodigy.Prodigy")
-SCHEDULE_FREE = _part("optimizer", "optimizer=schedule_free_*", _is_schedule_free)
+SCHEDULE_FREE = _part("optimizer", "optimizer=schedule_free_*", _is_schedule_free, *_SCHEDULE_FREE)
 SEVERAL = Feature("several processes", _in_processes)
 SHARDED = Feature("parallel other than single, ddp", lambda run: FSDP.find(run) or _split(run))
 SPLIT = Feature("parallel=filter|columns|pipeline|spatial|hybrid", _split)

@@ -47,7 +47,10 @@ SLOW = {  # several seconds for one update
     "data=python_source", "augmentation=imagenet", "init=alexnet",
 }  # fmt: skip
 COMBINED = ("optimizer", "init", "schedule", "normalize", "sampler", "parallel", "clip", "stopping")
-ALONE = {"optimizer=newton", "optimizer=newton_cg", "optimizer=newton_undamped"}  # they refuse to be clipped
+ALONE = {
+    "optimizer=newton", "optimizer=newton_cg", "optimizer=newton_undamped",  # they refuse to be clipped
+    "sampler=hard_examples",  # refuses the modes that split a model
+}  # fmt: skip
 OPTIONAL = {"model=timm": "timm", "data=parquet": "pyarrow", "data=huggingface": "datasets"}
 
 

@@ -85,11 +85,11 @@ def test_every_conflict_is_refused(row: Conflict, words: str) -> None:
 
 def test_all_conflicts_of_a_run_are_in_one_message() -> None:
     with pytest.raises(UserError) as error:
-        run_config("ema=0.9", "precision=bf16_pure", "parallel=filter", "adapt=lora", "sampler=hard_examples")
+        run_config("ema=0.9", "optimizer=schedule_free_sgd", "parallel=filter", "adapt=lora", "sampler=hard_examples")
     title, *lines = str(error.value).split("\n")
     assert title == f"{len(lines)} conflicts of settings:"
-    starts = ["precision=bf16_pure with parallel=filter", "ema=0.9 with precision=bf16_pure"]
-    assert [line.strip().split(": ")[0] for line in lines] == [*starts, "adapt=lora with parallel=filter"]
+    ends = ["adapt=lora with parallel=filter", "sampler=hard_examples with parallel=filter"]
+    assert [line.strip().split(": ")[0] for line in lines] == ["ema=0.9 with optimizer=schedule_free_sgd", *ends]
 
 
 def test_device_auto_without_an_accelerator_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
