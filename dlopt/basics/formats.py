@@ -56,11 +56,6 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else format_clock(seconds)
 
 
-def format_range(low: float, high: float) -> str:
-    """2.2 s; 2.2 s to 3.1 s."""
-    return " to ".join(dict.fromkeys(format_duration(round_duration(seconds)) for seconds in (low, high)))
-
-
 def round_duration(seconds: float) -> float:
     """Rounds seconds to what `format_duration` shows, but not to 0."""
     return max(round(seconds, 1), 0.1) if seconds < 60 else math.ceil(seconds)

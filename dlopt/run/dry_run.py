@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from dlopt.parallel.modes.fsdp import check_shards
 from dlopt.parallel.modes.hybrid import data_groups
 from dlopt.parallel.processes.launch import count_processes
 from dlopt.parallel.processes.rendezvous import current
-from dlopt.parallel.shards import Kind, Sharding, TensorShards
+from dlopt.parallel.shards import Kind
 from dlopt.tracking.terminal_text import header_rows, rows_table, show_table
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.builders.dataset import prepare_data, read_source
@@ -53,17 +53,14 @@ _ANY_LR = 1e-3  # in place of optimizer.lr=auto
 _ALONE = {"processes": None, "data_degree": None, "model_degree": 1}  # keys of modes, for a process without others
 
 
-class _LayerSharding(Sharding):
-    kind: Kind = "layers"
-
-
 @dataclass(frozen=True)
 class _Split:
     """How a mode uses its processes: `batch` of them share a batch, and `model` of them a copy of the model."""
 
     batch: int = 1
     model: int = 1
-    sharding: Sharding = field(default_factory=Sharding)
+    kind: Kind = "replicated"
+    is_by_rows: bool = False
 
 
 def show(plan: Plan, jobs: int = 1, at_once: int = 1, *, tasks: int = 1, ended: Sequence[float] = ()) -> None:
@@ -78,7 +75,7 @@ def show(plan: Plan, jobs: int = 1, at_once: int = 1, *, tasks: int = 1, ended: 
     mode, split = _mode(run_config, processes)
     device = choose_device(settings.device).type
     facts: dict[str, Any] = {"parallel": mode.name, "processes": processes, "device": device}
-    rows = {"processes": _where(processes, device), "device": _found(device)}
+    rows = _of_machine(processes, device)
     seconds = fmean(ended) if ended else None
     source = f"as on average in {format_count('jobs', len(ended))} that ended"
     with torch_defaults(), scratch() as folder:
@@ -149,37 +146,26 @@ def _mode(run_config: RunConfig, processes: int) -> tuple[Mode, _Split]:
             return mode, _Split(processes)
         case "fsdp":
             check_shards(keys["shards"], processes)
-            return mode, _Split(processes, keys["shards"] or processes, TensorShards(is_by_rows=True))
+            return mode, _Split(processes, keys["shards"] or processes, "tensors", is_by_rows=True)
         case "hybrid":
             groups = data_groups(processes, keys["data_degree"], keys["model_degree"])
-            return mode, _Split(groups, keys["model_degree"], TensorShards())
-        case "spatial":
-            return mode, _Split(sharding=TensorShards())
-        case "filter":
-            return mode, _Split(1, processes, TensorShards())
+            return mode, _Split(groups, keys["model_degree"], "tensors")
+        case "filter" | "spatial":
+            return mode, _Split(1, processes if mode.name == "filter" else 1, "tensors")
         case "pipeline" | "columns":
-            return mode, _Split(1, processes, _LayerSharding())
+            return mode, _Split(1, processes, "layers")
     return mode, _Split()
 
 
-def _where(processes: int, device: str) -> list[str]:
-    """Says where several processes run."""
-    if processes == 1:
-        return []
-    if device != "cpu":
-        return [f"{processes:,} with a GPU each"]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [f"{processes:,} on the {format_count('cores', cores)} of this machine"]
-
-
-def _found(device: str) -> list[str]:
-    """Says whether an accelerator exists here."""
+def _of_machine(processes: int, device: str) -> dict[str, list[str]]:
+    """Says where several processes run, and whether an accelerator exists here."""
     if device == "cpu":
-        return []
-    if device == "mps":
-        return ["an Apple GPU" if torch.backends.mps.is_available() else "mps: no Apple GPU here"]
-    gpus = torch.cuda.device_count()
-    return [f"{gpus} x {torch.cuda.get_device_name()}" if gpus else "cuda: no CUDA device here"]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        where = f"{processes:,} on the {format_count('cores', cores)} of this machine"
+        return {"processes": [where]} if processes > 1 else {}
+    gpus = torch.cuda.device_count() if device == "cuda" else int(torch.backends.mps.is_available())
+    here = f"{gpus} here" if gpus else f"no {device.upper()} device here"
+    return {"processes": [f"{processes:,} with a GPU each"] if processes > 1 else [], "device": [f"{device}: {here}"]}
 
 
 # -- data, model and optimizer
@@ -190,7 +176,8 @@ def _workload(run_config: RunConfig, mode: Mode) -> Workload | None:
     settings, data, cpu = run_config.settings, run_config.data, Mode(torch.device("cpu"), mode.name)
     unread = replace(run_config.data_settings, memory=False)
     local = replace(run_config, data_settings=unread)
-    if downloads := {key: value for key, value in _LOCAL.items() if data.arguments.get(key) is (not value)}:
+    downloads = {key: value for key, value in _LOCAL.items() if data.arguments.get(key) is (not value)}
+    if downloads and settings.dry_run != "timed":
         local = replace(local, data=data.partial(**downloads))
         try:
             read_source(local)
@@ -257,7 +244,7 @@ def _of_batch(
 def _of_memory(workload: Workload, trainer: Trainer, mode: Mode, split: _Split) -> dict[str, list[str]]:
     """Describes the bytes of weights, gradients and state. Raises `UserError` if the mode excludes the optimizer."""
     optimizer, weights = trainer.step.optimizer, list[Tensor](workload.module.parameters())
-    mode.sharding = split.sharding
+    mode.sharding.kind, mode.sharding.is_by_rows = split.kind, split.is_by_rows
     check_optimizer(mode, optimizer)
     tensors = {"weights": weights, "gradients": [weight for weight in weights if weight.requires_grad]}
     if trainer.average is not None:
@@ -270,12 +257,12 @@ def _of_memory(workload: Workload, trainer: Trainer, mode: Mode, split: _Split) 
         unknown = [f"{name} unknown: it depends on values, which a dry run does not compute"]
     rows = {"memory": [f"{key} {format_bytes(_bytes(each))}" for key, each in tensors.items()] + unknown}
     if split.model > 1:
-        by_rows = split.sharding.is_by_rows
-        shares = {key: _rows_bytes(each, split.model) if by_rows else _bytes(each) / split.model
-                  for key, each in tensors.items()}  # fmt: skip
-        is_exact = by_rows and not needs_whole_tensors(mode, optimizer)
-        rows["per process"] = [f"{key} {format_bytes(count)}" for key, count in shares.items()]
-        rows["per process"] += [] if is_exact else [f"about: the mode gives each process 1/{split.model} of the model"]
+        rows["per process"] = [
+            f"{key} {format_bytes(_rows_bytes(each, split.model) if split.is_by_rows else _bytes(each) / split.model)}"
+            for key, each in tensors.items()
+        ]
+        if not split.is_by_rows or needs_whole_tensors(mode, optimizer):
+            rows["per process"].append(f"about: the mode gives each process 1/{split.model} of the model")
     rows["memory"].append("and activations: see `dlopt summary`")
     return rows
 
@@ -299,12 +286,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _rows_bytes(tensors: Iterable[Tensor], processes: int) -> int:
     """Returns the bytes of tensors that are sharded along dimension 0, in the process with most of them."""
-    return sum(
-        tensor.nbytes // len(tensor) * math.ceil(len(tensor) / processes)
-        if tensor.ndim and len(tensor)
-        else tensor.nbytes
-        for tensor in tensors
-    )
+    return _bytes(tensor[: -(-len(tensor) // processes)] if tensor.ndim else tensor for tensor in tensors)
 
 
 def _timed_update(run_config: RunConfig, samples: int, folder: Path) -> float:

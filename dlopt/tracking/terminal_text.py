@@ -134,7 +134,7 @@ def header(config: Mapping[str, Any], choices: Mapping[str, str], facts: Mapping
     return rows_table(header_rows(config, choices, facts))
 
 
-def rows_table(rows: Mapping[str, Iterable[str]]) -> Table:
+def rows_table(rows: Mapping[str, Sequence[str]]) -> Table:
     """Renders named rows of texts."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
