@@ -113,7 +113,7 @@ def _key(name: str, parameter: inspect.Parameter) -> CommandKey:
     documented = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else ()
     text, *forms = [each for each in documented if isinstance(each, str)] or [""]
     if not text or not all(map(_FORM.fullmatch, forms)):
-        raise TypeError(f'{name}: declare its help: Annotated[TYPE, "VALUE: help"]')
+        raise TypeError(f'{name}: declare its help, and how it goes with others: "VALUE: help", "not with KEY"')
     value, _, line = text.partition(": ")
     if value != "--" and parameter.default not in (parameter.empty, None) and "default: " not in line:
         line += f" (default: {_format(parameter.default)})"
