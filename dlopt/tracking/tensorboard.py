@@ -145,11 +145,7 @@ class TensorBoard:
         self._flushed = time.monotonic()
         self._add(file_version="brain.Event:2")
         if purge_step is not None:
-            self.purge(purge_step)
-
-    def purge(self, step: int) -> None:
-        """Makes TensorBoard discard the events so far from this step on."""
-        self._add(step=step, session_log=SessionLog(status=SessionLog.START))
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def _add(self, *values: Summary.Value, **fields: Any) -> None:
         if values:
