@@ -71,8 +71,8 @@ def leave_working_folder(names: Iterable[str], kept: Path) -> None:
 
     from dlopt.basics.folders import IN_PLACE
 
-    in_place = filter(None, os.environ.get(IN_PLACE, "").split(os.pathsep))
-    others = [Path(path).resolve() for path in {*sysconfig.get_paths().values(), *in_place, kept}]
+    in_place = [path for path in os.environ.get(IN_PLACE, "").split(os.pathsep) if path]
+    others = [Path(path).resolve() for path in {*sysconfig.get_paths().values(), *in_place, str(kept)}]
     packages = {name.partition(".")[0] for name in names} | ({"dlopt"} if ROOT.is_relative_to(kept) else set())
 
     def is_left(entry: str) -> bool:
