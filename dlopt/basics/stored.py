@@ -70,8 +70,8 @@ class Stored(Generic[T]):
     def _checked(self, text: bytes | str) -> T:
         from pydantic import TypeAdapter  # which the help does not need
 
-        value: T = TypeAdapter(self.kind).validate_json(text, strict=True)
-        return value
+        kind: TypeAdapter[T] = TypeAdapter(self.kind)
+        return kind.validate_json(text, strict=True)
 
 
 def _reason(error: Exception) -> str:
