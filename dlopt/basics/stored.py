@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import short_path
@@ -70,8 +70,7 @@ class Stored(Generic[T]):
     def _checked(self, text: bytes | str) -> T:
         from pydantic import TypeAdapter  # which the help does not need
 
-        kind: TypeAdapter[T] = TypeAdapter(self.kind)
-        return kind.validate_json(text, strict=True)
+        return TypeAdapter(cast("type[T]", self.kind)).validate_json(text, strict=True)
 
 
 def _reason(error: Exception) -> str:
