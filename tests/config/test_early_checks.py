@@ -71,6 +71,8 @@ def test_errors_of_values_come_before_torch() -> None:
         "train data=linear data.intervals=[[1,2],[2,2]]": "data.intervals=[[1, 2], [2, 2]]: must increase",
         "train data=linear data.intervals=[]": "data.intervals=[]: list should have at least 1 item, not 0; allowed: a "
         "list [a list [a number,a number]]",
+        "train data=text data.file=[]": "data.file=[]: list should have at least 1 item, not 0; allowed: a string | a "
+        "list [a,b,...], each a string",
         "train data=webdataset data.file=a data.input=[]": "data.input=[]: list should have at least 1 item, "
         "not 0; allowed: a string | a list [a,b,...], each a string",
         "train data=csv data.file=a data.label_separator=": "data.label_separator=: string should have at least 1 "

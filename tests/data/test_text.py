@@ -217,7 +217,6 @@ def test_names_what_is_wrong_with_a_text(tmp_path: Path) -> None:
         ({"file": str(tmp_path / "none")}, r"no such file; a name, a pattern \(shards/\*\) or a folder"),
         ({"file": str(tmp_path), "pattern": "*.md"}, r"data\.pattern=\*\.md: no file"),
         ({"file": str(tmp_path), "pattern": "/a/*.txt"}, r"data\.pattern=/a/\*\.txt: must be a pattern of names"),
-        ({"file": []}, "at least one"),
         ({"file": str(tmp_path)}, "data.sequence_length=10: the training text has only 8 tokens"),
         ({"file": str(tmp_path), "val_split": 0.9}, "leave no text for training"),
     ):

@@ -118,7 +118,7 @@ def test_describes_the_end_as_the_plot_shows_it() -> None:
 def test_rejects_invalid_keys() -> None:
     with pytest.raises(UserError, match="max_lr=1e-07: must be > min_lr"):
         check(RangeTest(max_lr=1e-7))
-    with pytest.raises(UserError, match=r"scale_lr=linear: optimizer\.lr=auto"):
+    with pytest.raises(UserError, match=r"scale_lr=linear with optimizer\.lr=auto"):
         run_config("optimizer.lr=auto", "scale_lr=linear")
     with pytest.raises(UserError, match="only `dlopt train` runs a range test"):
         build_optimizer(build_workload(run_config(*SMALL, "optimizer.lr=auto")))
