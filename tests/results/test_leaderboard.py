@@ -51,6 +51,13 @@ def test_groups_equal_settings_of_different_types() -> None:
     assert sorted(len(row.runs) for row in leaderboard(runs).rows) == [1, 2, 2]
 
 
+def test_null_is_as_good_as_no_key() -> None:
+    """Configs of older versions have keys that are gone, with null."""
+    configs: list[dict[str, Any]] = [{"lr": 0.1, "state_dtype": None}, {"lr": 0.1}, {"lr": 0.1, "state_dtype": "bf16"}]
+    runs = [record(Path(str(i)), {"optimizer": each, "seed": i}, {}, ()) for i, each in enumerate(configs)]
+    assert [len(row.runs) for row in leaderboard(runs).rows] == [2, 1]
+
+
 @pytest.mark.parametrize("key", ["compile", "check", "profile", "diagnostics", "recovery.attempts", "name", "max_time"])
 def test_keys_of_the_machine_and_of_logging_split_no_row(key: str) -> None:
     def runs(key: str) -> list[Record]:

@@ -28,7 +28,6 @@ from dlopt.basics.mixin import mix_in
 from dlopt.basics.random import hashed, stream
 from dlopt.optim.common import evaluate, gradients, is_dense, without_hooks
 from dlopt.optim.traits import optimizer_traits
-from dlopt.parallel.shards import local
 
 _UPDATES = "rounded_updates"  # key of a parameter group: updates so far, saved with the state
 _CHUNK = {"cpu": 1 << 18}  # elements that are widened at once: on a CPU as many as fit into the cache
@@ -164,7 +163,7 @@ def _chunks(params: list[Tensor]) -> Iterator[list[int]]:
     for index, p in enumerate(params):
         if p.grad is None:
             continue
-        count = local(p).numel()
+        count = p.numel()
         if chunk and (size + count > _limit(p.device) or p.device != params[chunk[0]].device):
             yield chunk
             chunk, size = [], 0
