@@ -20,7 +20,9 @@ import pytest
 
 from tests.support.line import dlopt, refused
 
-WORDS = "model=mlp model.widths=[4] optimizer=adamw data.batch_size=512 tracking=[] threads=1 device=cpu".split()
+WORDS = [
+    "model=mlp", "model.widths=[4]", "optimizer=adamw", "data.batch_size=512", "tracking=[]", "threads=1", "device=cpu"
+]  # fmt: skip
 SWEEP = ["train", "-m", *WORDS, "epochs=2", "optimizer.lr=0.001,0.01", "output=sweep"]
 SEARCH = [
     "train", "-m", *WORDS, "epochs=1", "hydra/sweeper=dlopt_optuna", "optimizer.lr=tag(log,interval(0.001,1))",
