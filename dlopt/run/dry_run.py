@@ -77,7 +77,7 @@ def show(plan: Plan, jobs: int = 1, at_once: int = 1, *, tasks: int = 1, ended: 
     facts: dict[str, Any] = {"parallel": mode.name, "processes": processes, "device": device}
     rows = _of_machine(processes, device)
     seconds = fmean(ended) if ended else None
-    source = f"as on average in {format_count('jobs', len(ended))} that ended"
+    source = f"as on average in {format_count('jobs', len(ended))} that ended, without their start"
     with torch_defaults(), scratch() as folder:
         workload = _workload(run_config, mode)
         if workload is None:

@@ -98,7 +98,7 @@ def test_the_time_is_that_of_jobs_that_ended(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps({"status": status, "seconds": seconds}))
     result = dlopt(tmp_path, "train", "-m", *MLP, "seed=0,1,2,3", "hydra.sweep.dir=sweep", "dry_run=true")
-    total = "4 jobs of about 45.0 s each: about 3:00 in total (as on average in 2 jobs that ended)"
+    total = "4 jobs of about 45.0 s each: about 3:00 in total (as on average in 2 jobs that ended, without their start)"
     assert result.out.splitlines()[-1] == total, result.err
 
 
