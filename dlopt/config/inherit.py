@@ -42,7 +42,8 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     config = folder.config()
     if config is None:
         raise UserError(f"{source}: not a run folder: {folder.path} has no readable config.yaml")
-    config = of_today(config, trains="on_divergence" not in keys)
+    typed_action = {"on_divergence": "stop"} if "on_divergence" in keys else {}  # the typed one follows below
+    config = of_today({**config, **typed_action}, trains=True)
     saved = flatten(config)
     _check(saved, config.get("allow_packages"), source, {key: line for line in typed for key in keys_of(line)})
     groups = [group for group in composer.groups() if role_of(group) is not Role.COMMAND]

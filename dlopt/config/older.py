@@ -7,9 +7,9 @@ from dlopt.basics.errors import UserError
 
 
 def of_today(saved: Mapping[str, Any], *, trains: bool = False) -> dict[str, Any]:
-    """Returns a saved config without the keys that are gone. Raises `UserError` if one of them changed the run.
+    """Returns a saved config without the keys that are gone.
 
-    `trains`: also if one would change its further training.
+    `trains`: for more training; raises `UserError` if one of them would change it.
     """
     config, recovery = dict(saved), saved.get("recovery")
     if not isinstance(recovery, Mapping) or "lr_factor" not in recovery:  # a config of today
@@ -23,7 +23,7 @@ def of_today(saved: Mapping[str, Any], *, trains: bool = False) -> dict[str, Any
             )
         config["on_divergence"] = "stop"
     if isinstance(optimizer := saved.get("optimizer"), Mapping):
-        if (dtype := optimizer.get("state_dtype")) is not None:
+        if trains and (dtype := optimizer.get("state_dtype")) is not None:
             raise UserError(
                 f"optimizer.state_dtype={dtype}: the run was trained with it, and it is gone; train it again, with "
                 "precision=bf16_pure where memory is short, or use the version of dlopt in its environment.json"

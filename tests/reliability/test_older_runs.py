@@ -97,5 +97,7 @@ def test_all_are_reported(older: Path) -> None:
 @pytest.mark.parametrize(
     "folder, key", [("bf16_state", "optimizer.state_dtype=bf16"), ("rollback", "on_divergence=rollback")]
 )
-def test_what_has_gone_is_refused_where_it_was_used(older: Path, folder: str, key: str) -> None:
-    assert key in refused(older, "train", f"resume={folder}")
+def test_what_is_gone_is_refused_where_it_would_train_on(older: Path, folder: str, key: str) -> None:
+    for word in ("resume", "from"):
+        assert f"{key}: the run" in refused(older, "train", f"{word}={folder}")
+    done(older, "eval", f"checkpoint={folder}", "device=cpu")
