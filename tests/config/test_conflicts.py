@@ -117,7 +117,7 @@ def test_names_of_features_tell_the_conflicts_apart() -> None:
     assert len({*names}) == len(names)
 
 
-def test_a_mode_of_the_user_counts_as_one_that_splits_the_model_unless_it_says_otherwise() -> None:
+def test_a_mode_of_another_package_splits_the_model_unless_it_has_the_attribute() -> None:
     def mine() -> None: ...
 
     mode = Component("parallel", mine, {}, "mine")
