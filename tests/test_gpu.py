@@ -18,9 +18,9 @@ from torch import Tensor, distributed, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.machine.cuda_graphs import GraphedFunction, Recorder
+from dlopt.machine.world import World
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes.launch import count_processes
-from dlopt.parallel.processes.rendezvous import World
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.graphed_update import GraphedUpdate

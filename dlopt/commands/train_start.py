@@ -27,7 +27,8 @@ from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
 from dlopt.config.refusals import refused_together
 from dlopt.config.resolve import interpolations_explained, show_config
 from dlopt.config.typed import CommandLine, refuse_untyped
-from dlopt.parallel.processes.rendezvous import World, current, end_process, join_store
+from dlopt.machine.world import World, current
+from dlopt.parallel.processes.rendezvous import end_process, join_store
 from dlopt.run.runner import CODE_OF, follow, release, run_plan
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.parameters import as_typed
 from dlopt.config.schema import Component, choice_of, dotted_name
 from dlopt.config.settings import GROUPS, Growth, Settings
-from dlopt.parallel.processes.rendezvous import current
+from dlopt.machine.world import current
 
 if TYPE_CHECKING:
     from dlopt.config.run_config import RunConfig

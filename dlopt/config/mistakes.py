@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -18,21 +18,31 @@ from dlopt.config.parameters import several_values, show
 from dlopt.config.resolve import first_lines
 from dlopt.config.synonyms import for_choice, for_key
 
-if TYPE_CHECKING:
-    from dlopt.config.compose import Composer
-
 _NAMED = 8  # choices in a message
 _LAUNCHER = "hydra/launcher"
 _PRIMARY = Choice("", CONFIG_NAME, config_folder() / f"{CONFIG_NAME}.yaml")
 _PACKAGES = ("dlopt", "torch", "torchvision", "None")  # whose choices list all of their keys; None: without a callable
 
 
+class Known(Protocol):
+    """What can be typed: of a `Composer`. `more_keys`: of the command, beside those of the config."""
+
+    config_dir: str | None
+    more_keys: set[str]
+
+    def groups(self) -> list[str]: ...
+
+    def choices(self, group: str) -> list[str]: ...
+
+    def names(self, group: str) -> Names: ...
+
+
 # -- before composing
 
 
-def check_overrides(overrides: Iterable[Override], composer: "Composer", multirun: bool) -> None:
+def check_overrides(overrides: Iterable[Override], known: Known, multirun: bool) -> None:
     """Raises `UserError` for overrides that Hydra accepts but that are certainly mistakes."""
-    groups = composer.groups()
+    groups = known.groups()
     for override in overrides:
         line, key = text_of(override), override.key_or_group
         if not key:
@@ -42,7 +52,7 @@ def check_overrides(overrides: Iterable[Override], composer: "Composer", multiru
         if override.is_sweep_override():
             _check_several(override, multirun)
         else:
-            _check_single(override, key in groups, composer)
+            _check_single(override, key in groups, known)
 
 
 def _check_several(override: Override, multirun: bool) -> None:
@@ -54,7 +64,7 @@ def _check_several(override: Override, multirun: bool) -> None:
         raise UserError(f"{line}: several values need `dlopt train -m` (one run each); for a list, write [a,b]")
 
 
-def _check_single(override: Override, is_group: bool, composer: "Composer") -> None:
+def _check_single(override: Override, is_group: bool, known: Known) -> None:
     """Checks an override with one value; `is_group`: whether it chooses for a group."""
     line, key, value = text_of(override), override.key_or_group, override.value()
     if key == "hydra":
@@ -62,15 +72,15 @@ def _check_single(override: Override, is_group: bool, composer: "Composer") -> N
     if key == "hydra.job.env_copy":
         raise UserError(f"{line}: not needed, because jobs inherit the environment")
     if override.is_delete() and not key.startswith("hydra"):
-        hint = composer.names(key).hint("") if is_group else "set a value (null where allowed)"
+        hint = known.names(key).hint("") if is_group else "set a value (null where allowed)"
         raise UserError(f"{line}: keys and groups cannot be deleted; {hint}")
     if is_group and not isinstance(value, str):
         typed = show(value)
         hint = several_values(value) if value and isinstance(value, list) else for_choice(key, typed)
-        hint = hint or composer.names(key).hint("")
+        hint = hint or known.names(key).hint("")
         raise UserError(f"{key}={typed}: must be one of the choices; {hint}")
     if is_group and str(value).split("/")[-1].startswith("_"):  # a fragment
-        raise composer.names(key).unknown(str(value), line)
+        raise known.names(key).unknown(str(value), line)
     if value == {}:
         raise UserError(f"{line}: an empty block changes nothing; set its keys one by one")
 
@@ -78,20 +88,20 @@ def _check_single(override: Override, is_group: bool, composer: "Composer") -> N
 # -- after an error of Hydra or OmegaConf
 
 
-def explain_override(override: Override, config: DictConfig, error: Exception, composer: "Composer") -> str:
+def explain_override(override: Override, config: DictConfig, error: Exception, known: Known) -> str:
     """Describes the error in `override`; `config` is composed without it."""
     key, value = override.key_or_group, override.value()
-    has_choices = key in composer.groups() or key.startswith("hydra/")
-    choices = composer.choices(key) if has_choices else []
+    has_choices = key in known.groups() or key.startswith("hydra/")
+    choices = known.choices(key) if has_choices else []
     if choices and value not in choices:
         if key == "data" and os.path.exists(os.path.expanduser(str(value))):
             return _advice_for_path(str(value))
-        return f"unknown choice; {composer.names(key).hint(str(value))}"
+        return f"unknown choice; {known.names(key).hint(str(value))}"
     if key.startswith("hydra/sweeper/"):
         return "only searches have this group; add hydra/sweeper=dlopt_optuna"
     if choices or "/" in key or "@" in key:
         return first_lines(error)
-    return _explain_key(override, config, error, composer)
+    return _explain_key(override, config, error, known)
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def _locate(key: str, config: DictConfig) -> _Place:
     return _Place(parent, node, name, rest)
 
 
-def _explain_key(override: Override, config: DictConfig, error: Exception, composer: "Composer") -> str:
+def _explain_key(override: Override, config: DictConfig, error: Exception, known: Known) -> str:
     """Describes the error in an override of a key, which is not a choice for a group."""
     key, typed = override.key_or_group, value_of(override)
     place = _locate(key, config)
@@ -153,8 +163,8 @@ def _explain_key(override: Override, config: DictConfig, error: Exception, compo
     is_nested = place.rest and place.name.lower() not in place.names and place.parent != "hydra"
     hint = for_key(key.rpartition(".")[2] if is_nested else key, typed)  # trainer.max_epochs
     if not hint and not place.parent:
-        hint = _misplaced_hint(place.name, typed, composer)
-    return f"unknown key; {hint or _key_hint(text_of(override), place, config, composer)}"
+        hint = _misplaced_hint(place.name, typed, known)
+    return f"unknown key; {hint or _key_hint(text_of(override), place, config, known)}"
 
 
 # -- what to type instead
@@ -177,17 +187,17 @@ def _advice_for_path(path: str) -> str:
     return f"a file is not a choice; for {content}: {choice} data.file={path}"
 
 
-def _key_hint(line: str, place: _Place, config: DictConfig, composer: "Composer") -> str:
+def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str:
     """Says what to type for the override `line`, whose key is unknown."""
     group = place.parent.replace(".", "/")
-    is_group = group in (*composer.groups(), _LAUNCHER)
-    names = _names(place, config, composer, f"dlopt options {group}" if is_group else "dlopt train --help")
+    is_group = group in (*known.groups(), _LAUNCHER)
+    names = _names(place, config, known, f"dlopt options {group}" if is_group else "dlopt train --help")
     target = str(place.node.get("_target_"))
     if is_group and group != _LAUNCHER and not is_below(target, _PACKAGES):
         if question := names.question(place.name):
             return f"{question}if not, add the key to the file of this choice"
         return f"the file of this choice does not list it: add it there, or type +{line}"
-    others = _choices_with(place.name, group, names, composer) if is_group else ""
+    others = _choices_with(place.name, group, names, known) if is_group else ""
     if names.known:
         if others:
             return names.question(place.name) + others + names.listed(place.name)
@@ -197,7 +207,7 @@ def _key_hint(line: str, place: _Place, config: DictConfig, composer: "Composer"
     return f"add a new key with a plus sign: +{line}"
 
 
-def _names(place: _Place, config: DictConfig, composer: "Composer", command: str) -> Names:
+def _names(place: _Place, config: DictConfig, known: Known, command: str) -> Names:
     """Returns the keys of the block in which a key is unknown, in the order in which users look for them.
 
     A name without a group may also be meant for a key of any group.
@@ -208,7 +218,7 @@ def _names(place: _Place, config: DictConfig, composer: "Composer", command: str
         of_all = {key.name for key in Catalogue().keys(_PRIMARY)}
         names.sort(key=lambda name: (not OmegaConf.is_missing(place.node, name), join(place.parent, name) in of_all))
     else:
-        names += sorted(composer.more_keys)
+        names += sorted(known.more_keys)
         for key in flatten(OmegaConf.to_container(config, resolve=False)):
             group, _, name = key.partition(".")
             if name and "." not in name and group != "hydra" and name != "_target_":
@@ -217,9 +227,9 @@ def _names(place: _Place, config: DictConfig, composer: "Composer", command: str
     return Names("key", names, command, forms=forms)
 
 
-def _choices_with(name: str, group: str, own: Names, composer: "Composer") -> str:
+def _choices_with(name: str, group: str, own: Names, known: Known) -> str:
     """Names the choices of a group that have a key, or else one like it, unless the chosen one has; "" if none has."""
-    owners = _owners(group, composer)
+    owners = _owners(group, known)
     key = name if name in owners or own.similar(name) else Names("key", owners).similar(name)
     found = owners.get(key, ())
     if not found:
@@ -229,17 +239,17 @@ def _choices_with(name: str, group: str, own: Names, composer: "Composer") -> st
     return f"{group}={','.join(found[:_NAMED])}{more} {verb} {'it' if key == name else key}; "
 
 
-def _misplaced_hint(name: str, typed: str, composer: "Composer") -> str:
+def _misplaced_hint(name: str, typed: str, known: Known) -> str:
     """Says where to type a key of a launcher that was typed without its block; "" for other keys."""
-    choices = _owners(_LAUNCHER, composer).get(name)
+    choices = _owners(_LAUNCHER, known).get(name)
     if choices is None:
         return ""
     return f"a key of launchers: type -m {_LAUNCHER}={'|'.join(choices)} hydra.launcher.{name}={typed}"
 
 
-def _owners(group: str, composer: "Composer") -> Mapping[str, Sequence[str]]:
+def _owners(group: str, known: Known) -> Mapping[str, Sequence[str]]:
     """Returns the keys of a group, and the choices that have each."""
-    catalogue, block = Catalogue(composer.config_dir), f"{group.replace('/', '.')}."
+    catalogue, block = Catalogue(known.config_dir), f"{group.replace('/', '.')}."
     owners: dict[str, list[str]] = defaultdict(list)
     for choice in catalogue.choices(group):
         for key in dict.fromkeys(each.name for each in catalogue.keys(choice) if each.name.startswith(block)):

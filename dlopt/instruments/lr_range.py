@@ -25,6 +25,7 @@ from dlopt.config.schema import Component
 from dlopt.instruments.layers import is_off_scale, moments_of
 from dlopt.instruments.lr_range_keys import RangeTest
 from dlopt.instruments.measuring_ranks import RankOutcome, run_rank, run_ranks
+from dlopt.machine.world import current
 from dlopt.parallel.processes import rendezvous
 from dlopt.parallel.processes.launch import count_processes
 from dlopt.results import drawing
@@ -281,7 +282,7 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
 
 def measure(run_config: RunConfig, keys: RangeTest) -> LearningRates | None:
     """Runs a range test here, or in as many processes as the config has; None on ranks > 0 of a launcher."""
-    world = rendezvous.current()
+    world = current()
     # A launcher has started the processes already, maybe more than this machine has GPUs.
     processes = 1 if world else count_processes(run_config.parallel.arguments, run_config.settings.device)
     if processes > 1:

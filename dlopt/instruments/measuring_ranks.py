@@ -13,6 +13,7 @@ import yaml
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.run_config import RunConfig
+from dlopt.machine.world import RANK, current
 from dlopt.parallel.processes import launch, rendezvous
 
 RankOutcome = tuple[Mapping[str, Any], int]  # content of rank-N.json, and the exit code
@@ -44,10 +45,10 @@ def run_rank(
     FOLDER is the only command-line argument; the config is FOLDER/config.yaml. `explain` converts an error to an
     outcome, or returns None for a bug, which is raised.
     """
-    if rendezvous.RANK in os.environ:
+    if RANK in os.environ:
         launch.end_rank_with_parent()
     folder = Path(sys.argv[1])
-    world = rendezvous.current()
+    world = current()
     rank = 0 if world is None else world.rank
     config = yaml.safe_load((folder / "config.yaml").read_text())
     outcome: Mapping[str, Any]

@@ -24,7 +24,7 @@ from dlopt.config.plan import checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.resolve import interpolations_explained
 from dlopt.instruments.lr_range import LearningRates
-from dlopt.parallel.processes.rendezvous import current
+from dlopt.machine.world import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
 from dlopt.run.runner import run_plan

@@ -26,6 +26,7 @@ from dlopt.config.overrides import value_of
 from dlopt.config.plan import Plan
 from dlopt.config.run_config import RunConfig
 from dlopt.machine.device import choose_device, synchronized_time
+from dlopt.machine.world import current
 from dlopt.optim.parameters import freeze
 from dlopt.optim.traits import optimizer_traits
 from dlopt.parallel.batch_shards import local_slices
@@ -33,7 +34,6 @@ from dlopt.parallel.mode import Mode, Placed
 from dlopt.parallel.modes.fsdp import check_shards
 from dlopt.parallel.modes.hybrid import data_groups
 from dlopt.parallel.processes.launch import count_processes
-from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shards import Kind
 from dlopt.tracking.terminal_text import header_rows, rows_table, show_table
 from dlopt.trained.distillation import with_teacher

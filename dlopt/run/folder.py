@@ -14,7 +14,7 @@ from dlopt.config.compose import typed_folder
 from dlopt.config.plan import Plan
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_longer, refuse_other_config
-from dlopt.parallel.processes.rendezvous import current
+from dlopt.machine.world import current
 from dlopt.tracking.metrics import MAX_METRICS
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import flush_streams, print_message
 from dlopt.basics.secrets import RedactedStream, note_environment
+from dlopt.machine.world import RANK, current
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.run.record import record_failure
 from dlopt.run.runner import exit_code
@@ -30,7 +31,7 @@ def redact_output() -> None:
 
 def main() -> int:
     """Runs the job given by `sys.argv` and returns its exit code."""
-    if rendezvous.RANK in os.environ:
+    if RANK in os.environ:
         launch.end_rank_with_parent()
     from dlopt.config.older import of_today
     from dlopt.config.parsing import parse
@@ -64,7 +65,7 @@ def main() -> int:
 if __name__ == "__main__":
     redact_output()
     code = main()
-    if rendezvous.current() is not None:
+    if current() is not None:
         rendezvous.end_process(code)
     flush_streams()
     sys.exit(code)

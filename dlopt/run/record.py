@@ -17,6 +17,7 @@ from dlopt.basics.secrets import redact_bytes
 from dlopt.config.keys import LABELS
 from dlopt.config.overrides import is_set, storable
 from dlopt.config.resuming import how_to_resume, with_smaller_lr
+from dlopt.machine.world import current
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.run import environment
 
@@ -83,13 +84,13 @@ def failure(error: Exception) -> tuple[int, str | None]:
 
 
 def _rank_prefix() -> str:
-    world = rendezvous.current()
+    world = current()
     return "" if world is None or world.is_main else f"rank {world.rank}: "
 
 
 def is_job_of_sweep(run: "TrainingRun") -> bool:
     """Returns whether a sweep described the run that this process (or one of several ranks) executes."""
-    return run.overrides is None if rendezvous.current() is None else os.environ.get(launch.RECORD) == "1"
+    return run.overrides is None if current() is None else os.environ.get(launch.RECORD) == "1"
 
 
 @contextlib.contextmanager

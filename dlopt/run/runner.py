@@ -20,6 +20,7 @@ from dlopt.basics.locks import global_state_held
 from dlopt.config.plan import Plan
 from dlopt.config.resolve import first_lines, job_variables, resolve_saved
 from dlopt.config.resuming import shortened
+from dlopt.machine.world import current
 from dlopt.parallel.processes import launch, rendezvous
 from dlopt.parallel.processes.hung import end_if_hung
 from dlopt.run.folder import place
@@ -130,7 +131,7 @@ def _train(run: "TrainingRun", *, console: bool) -> dict[str, Any]:
         if processes > 1:
             return _train_in_processes(run, processes, console=console)
         is_shown = console and rendezvous.is_main()
-        watch = contextlib.nullcontext() if rendezvous.current() is None else end_if_hung()
+        watch = contextlib.nullcontext() if current() is None else end_if_hung()
         stop = Interruption(run.run_config.settings.max_time, raises=True)
         with stop as interruption, streams_kept(), watch, torch_defaults():
             summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
@@ -154,7 +155,7 @@ def _claim(run: "TrainingRun") -> tuple[int, contextlib.AbstractContextManager[o
     """Returns the number of processes of the run (1: this one) and the lock on its folder."""
     processes = 1
     try:
-        if rendezvous.current() is None:
+        if current() is None:
             processes = launch.count_processes(run.run_config.parallel.arguments, run.run_config.settings.device)
         if not rendezvous.is_main():
             return processes, contextlib.nullcontext()
@@ -188,7 +189,7 @@ def follow(store: "Store", overrides: list[str]) -> int:
     except RuntimeError:
         raise RunError("rank 0 exited, or did not start the run within parallel.timeout_minutes") from None
     if "exit" in message:
-        if (world := rendezvous.current()) and world.is_started_by_hand and message["exit"] != DONE:
+        if (world := current()) and world.is_started_by_hand and message["exit"] != DONE:
             print_message(message["reason"])
         return int(message["exit"])
     run_config = parse(resolve_saved(message["config"]), message["config"], message["choices"])

@@ -15,9 +15,9 @@ from dlopt.config.compose import Composer
 from dlopt.config.conflicts import CONFLICTS, Run
 from dlopt.config.plan import plan
 from dlopt.config.run_config import RunConfig
+from dlopt.machine.world import World
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes.process_group import ProcessGroup
-from dlopt.parallel.processes.rendezvous import World
 from dlopt.training.builders.optimizer import build_optimizer, check_label_sampling, check_optimizer
 from dlopt.training.builders.workload import Workload, build_mode, build_workload
 

@@ -23,7 +23,7 @@ from dlopt.basics.folders import FORMAT, FolderSnapshot, RunFolder, inside, make
 from dlopt.basics.interruption import Interrupted
 from dlopt.basics.locks import hold, is_held
 from dlopt.config.resuming import differences
-from dlopt.parallel.processes.rendezvous import World
+from dlopt.machine.world import World
 from dlopt.run import runner
 from dlopt.run.folder import PlacedRun
 from dlopt.run.record import describe

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dlopt.commands.template import TEMPLATES
-from dlopt.parallel.processes.rendezvous import World, current
+from dlopt.machine.world import World, current
 from tests.support.line import SMALL, dlopt, refused
 
 

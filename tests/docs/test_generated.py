@@ -91,7 +91,7 @@ def test_the_address_of_the_repository_is_set_once_and_cited_or_nowhere() -> Non
 )
 def test_messages_of_the_faq_are_those_of_the_code(line: str) -> None:
     """`...` is a value; every part between two of them is in a string of the code."""
-    for part in line.removeprefix("dlopt: ").split("..."):
+    for part in map(str.strip, line.removeprefix("dlopt: ").split("...")):
         assert any(part in each for each in strings()), part
 
 

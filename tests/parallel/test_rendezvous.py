@@ -7,16 +7,10 @@ import torch
 from torch import distributed
 
 from dlopt.basics.errors import UserError
+from dlopt.machine.world import World, current
 from dlopt.parallel.processes import rendezvous
 from dlopt.parallel.processes.process_group import join
-from dlopt.parallel.processes.rendezvous import (
-    World,
-    caused_by_peer,
-    current,
-    first_to_fail,
-    missing_ranks,
-    slurm_master,
-)
+from dlopt.parallel.processes.rendezvous import caused_by_peer, first_to_fail, missing_ranks, slurm_master
 from dlopt.run.record import failure
 from tests.support.line import refused
 from tests.support.processes import run_by_hand

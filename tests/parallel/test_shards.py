@@ -14,12 +14,12 @@ from torch.torch_version import TorchVersion
 
 from dlopt.basics.errors import UserError
 from dlopt.config.parsing import parse
+from dlopt.machine.world import current
 from dlopt.optim import LBFGS
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.modes.fsdp import FullySharded
 from dlopt.parallel.owners import RowExchange, Whole, step_by_owners
 from dlopt.parallel.processes.process_group import ProcessGroup
-from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shards import Sharding, TensorShards, local, total_norm
 from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.builders.optimizer import check_optimizer

@@ -34,8 +34,8 @@ def same(actual: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def compare() -> None:
+    from dlopt.machine.world import current
     from dlopt.parallel.processes.process_group import ProcessGroup
-    from dlopt.parallel.processes.rendezvous import current
 
     world = current()
     assert world is not None

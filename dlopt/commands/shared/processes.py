@@ -9,8 +9,9 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import die_on_signals, print_message
 from dlopt.config.choices import config_folder
 from dlopt.config.overrides import group_of, key_of
+from dlopt.machine.world import current
 from dlopt.parallel.processes import launch
-from dlopt.parallel.processes.rendezvous import current, end_process, first_to_fail, join_store, leave
+from dlopt.parallel.processes.rendezvous import end_process, first_to_fail, join_store, leave
 from dlopt.run.record import failure
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from dlopt.extend import (
     write_json,
     writing,
 )
-from dlopt.parallel.processes.rendezvous import current
+from dlopt.machine.world import current
 from dlopt.results import drawing
 
 if TYPE_CHECKING:

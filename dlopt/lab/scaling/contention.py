@@ -21,6 +21,7 @@ from dlopt.lab.scaling.layers import Layer, timed
 from dlopt.lab.scaling.rank import seconds_of, updates_of
 from dlopt.lab.scaling.simulation import Link
 from dlopt.machine.memory import keep_freed_memory
+from dlopt.machine.world import current
 from dlopt.parallel.collectives import ModelGroup, all_reduce
 from dlopt.parallel.mode import Mode
 from dlopt.parallel.processes import rendezvous
@@ -77,7 +78,7 @@ def fit_link(times: Mapping[int, float], processes: int) -> Link:
 
 
 def _measure(run_config: RunConfig, folder: Path, rank: int) -> Mapping[str, Any]:
-    world = rendezvous.current()
+    world = current()
     assert world is not None
     torch.set_num_threads(1)
     keep_freed_memory()

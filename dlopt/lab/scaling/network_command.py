@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from dlopt.commands.shared.processes import run_rank
 from dlopt.extend import DONE, Count, Line, NotEmpty, Positive, UserError
 from dlopt.lab.scaling.modes_command import process_count
+from dlopt.machine.world import current
 from dlopt.parallel.processes import launch
-from dlopt.parallel.processes.rendezvous import current
 from dlopt.tracking.terminal_text import plain_table, show_table
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Natural
+from dlopt.machine.world import current
 from dlopt.models.known import is_container
 from dlopt.optim.parameters import NORMS
 from dlopt.parallel.dropout import convert_dropout
@@ -22,7 +23,6 @@ from dlopt.parallel.mode import Mode, Placed, join_mode
 from dlopt.parallel.modes.ddp import DataParallel
 from dlopt.parallel.modes.sync_batchnorm import buffer_averaging, synchronize
 from dlopt.parallel.processes.process_group import ProcessGroup, ProcessKeys
-from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.parallel.shards import TensorShards
 from dlopt.parallel.step_timing import StepTiming

@@ -13,7 +13,8 @@ from dlopt._version import ROOT
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, ignore_hangup
 from dlopt.basics.scratch import scratch
-from dlopt.parallel.processes.rendezvous import PROCESSES, RANK, STORE
+from dlopt.machine.world import PROCESSES, RANK
+from dlopt.parallel.processes.rendezvous import STORE
 
 PARENT, RECORD, QUIET = "DLOPT_PARENT", "DLOPT_RECORD", "DLOPT_QUIET"
 _FAILED_GRACE = 5.0  # seconds for the other ranks to exit after one has failed; then they are killed

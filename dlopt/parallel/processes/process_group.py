@@ -11,7 +11,8 @@ from torch import Tensor, distributed
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count, Positive
-from dlopt.parallel.processes.rendezvous import World, current, join_store
+from dlopt.machine.world import World, current
+from dlopt.parallel.processes.rendezvous import join_store
 
 _numbers = count()  # a process may join one group after another; each gets its own prefix in the store
 

@@ -30,10 +30,10 @@ from dlopt.losses import Distillation
 from dlopt.machine.device import choose_device, set_deterministic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
+from dlopt.machine.world import current
 from dlopt.optim.parameters import freeze
 from dlopt.parallel.empty_shards import accept_empty_batches
 from dlopt.parallel.mode import Mode, Placed
-from dlopt.parallel.processes.rendezvous import current
 from dlopt.parallel.ranks import Ranks
 from dlopt.tasks.task import Task
 from dlopt.tasks.user import OwnTask, TaskLoss
