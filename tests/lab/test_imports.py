@@ -11,13 +11,13 @@ basics.status_line commands.shared.command_line commands.shared.processes comman
 config.run_config config.flags config.keys config.overrides config.parameters config.parsing config.plan config.reads
 config.early_checks config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits
 data.generated data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers
-instruments.lr_range instruments.profiling instruments.measuring_ranks machine.device machine.world machine.memory machine.threads
-metrics.measures metrics.names metrics.shown models.order models.gpt models.layers models.locally_connected
-models.recurrent models.vit optim optim.adam optim.common optim.newton optim.parameters optim.traits
-parallel.collectives parallel.mode parallel.modes.chain parallel.processes.launch parallel.processes.process_group
-parallel.processes.rendezvous results.drawing results.intervals results.leaderboard results.page results.reading
-results.tables run.environment run.runner schedules sweeps.jobs sweeps.pool sweeps.sweep sweeps.samplers
-sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics tracking.overview
+instruments.lr_range instruments.profiling instruments.measuring_ranks machine.device machine.world machine.memory
+machine.threads metrics.measures metrics.names metrics.shown models.order models.gpt models.layers
+models.locally_connected models.recurrent models.vit optim optim.adam optim.common optim.newton optim.parameters
+optim.traits parallel.collectives parallel.mode parallel.modes.chain parallel.processes.launch
+parallel.processes.process_group parallel.processes.rendezvous results.drawing results.intervals results.leaderboard
+results.page results.reading results.tables run.environment run.runner schedules sweeps.jobs sweeps.pool sweeps.sweep
+sweeps.samplers sweeps.search sweeps.space tracking.console tracking.terminal_text tracking.metrics tracking.overview
 tracking.tensorboard trained.distillation trained.restore training.averaging training.builders.dataset
 training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload
 training.checkpoint.checkpoints training.clipping training.evaluate training.progress training.step training.stopping
