@@ -200,7 +200,8 @@ def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str
     others = _choices_with(place.name, group, names, known) if is_group else ""
     if names.known:
         if others:
-            return names.question(place.name) + others + names.listed(place.name)
+            question = names.question(place.name) if group == _LAUNCHER else ""  # gpus: meant for gpus_per_node
+            return question + others + names.listed(place.name)
         return names.hint(place.name)
     if target.startswith("dlopt."):
         return f"{others}the chosen {place.parent} has no keys"

@@ -130,7 +130,7 @@ def test_run(tmp_path: Path) -> None:
         ("optimizer.lr=-1", "optimizer.lr=-1"),
         ("dry_run=true", "--json: prints the result of a run or a sweep; not available for dry_run=true"),
         ("experiment=lecture/clipping", "not available for a comparison"),
-        ("--cfg=job", "--json --cfg"),
+        ("--cfg=job", "--json with --cfg"),
     ],
 )
 def test_a_refused_run_has_no_document(tmp_path: Path, typed: str, message: str) -> None:

@@ -375,7 +375,7 @@ def test_find_lr_is_that_of_the_command(tmp_path: Path) -> None:
         ("sweep(['seed=0,1'], epochs=2)", r"overrides are a list: sweep\(\[.seed=0,1., .epochs=2.\]\)"),
         ("find_lr('updates=20')", r"must be a list: find_lr\(\['updates=20'\]\)"),
         ("find_lr(['optimizer.lr=1,2'])", r"find_lr\(\) runs one test at a time"),
-        ("find_lr(['updates=3'])", "updates=3: must be >= 10"),
+        ("find_lr(['updates=3'])", "updates=3: input should be greater than or equal to 10"),
         ("find_lr(['epochs=3'])", r"epochs=3: find_lr\(\) does not read this key; updates=N sets"),
         ("find_lr(['optimzer=sgd'])", "did you mean optimizer"),
     ],

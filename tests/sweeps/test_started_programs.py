@@ -34,8 +34,9 @@ def starting(folder: str, *lines: list[str]) -> None:
 
 
 def test_commands_start_only_the_listed_programs(tmp_path: Path, write_tool: WriteTool) -> None:
-    for tool in ("sbatch", "squeue", "scontrol", "scancel", "git", "uname"):
+    for tool in ("sbatch", "squeue", "scontrol", "scancel", "uname"):
         write_tool(tool, "echo 7")
+    write_tool("git", "exit 128")  # as outside of a repository
     words = [each for each in SUBMIT if "n_jobs" not in each]
     done = processes.run(
         starting, str(tmp_path), ["train", *TINY, "hydra.run.dir=run"], [*words, *SMALL, "epochs=1", "seed=0,1"],
