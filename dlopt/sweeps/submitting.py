@@ -283,7 +283,7 @@ def _copy(sweep: Path, packages: Sequence[str], files: Mapping[str, Path]) -> Co
     outside = {entry: "PYTHONPATH" for entry in entries if not any(map(entry.is_relative_to, known))}
     in_place = [Path(path) for path in code.paths if os.path.isabs(path)]
     in_place += [path for name, path in files.items() if not (code.folder / name / path.name).exists()]
-    for folder, what in {**outside, **dict.fromkeys(in_place, "not in a Git repository")}.items():
+    for folder, what in {**outside, **dict.fromkeys(in_place, "in no repository that git can read")}.items():
         if not {"site-packages", "dist-packages"} & {*folder.parts}:
             print(printable(f"not copied: {folder} ({what}); what you edit there changes the jobs"))
     return code

@@ -13,6 +13,7 @@ from dlopt.sweeps import slurm
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.slurm_queue import cancel, ended_early, max_array_size, note_array, queued_elements
 from tests.support.line import dlopt, refused
+from tests.support.requires import requires
 from tests.sweeps.fake_slurm import SETTINGS, SMALL, SUBMIT, WriteTool
 
 
@@ -136,6 +137,7 @@ SITE: dict[str, Any] = {
 }  # fmt: skip
 
 
+@requires("git")
 @pytest.mark.parametrize("place", ["a recipe", "a choice"])
 def test_a_file_sets_the_resources_of_a_site(
     place: str, write_tool: WriteTool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

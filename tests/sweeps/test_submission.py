@@ -52,6 +52,7 @@ def list_elements(write_tool: WriteTool, sweep: Path, **states: str) -> None:
     write_tool("squeue", "\n".join(f"echo '{row}'" for row in rows) or "true")
 
 
+@requires("git")
 def test_what_is_submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command prints how to go on and ends; a secret is in no file."""
     monkeypatch.setenv("TOKEN", "a-secret-of-mine")
@@ -181,6 +182,7 @@ def test_a_refused_submission(slurm: Path, write_tool: WriteTool, tmp_path: Path
     assert jobs(tmp_path) == ["queued"] * 2 and (tmp_path / PLACE / "0/config.yaml").is_file()
 
 
+@requires("git")
 def test_a_second_submission_joins_the_first(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_tool: WriteTool
 ) -> None:
@@ -238,6 +240,7 @@ def test_nobody_replaces_a_submission_that_a_process_runs(submitted: Path, tmp_p
     assert dlopt(tmp_path, *line).code == 0
 
 
+@requires("git")
 def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr("os.execv", lambda *line: started.append(line))
@@ -256,6 +259,7 @@ def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, m
     assert "you have not" in said(dlopt(tmp_path, "sweep", "work", PLACE, f"trust='{digest[:16]}'"))
 
 
+@requires("git")
 def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = submitted / WORKERS / SUBMISSION
     content = json.loads(path.read_text())
@@ -355,6 +359,7 @@ def test_more_values_of_the_first_axis(submitted: Path, tmp_path: Path) -> None:
     assert "another sweep was submitted in this folder; use another one. More values of the first axis extend" in other
 
 
+@requires("git")
 def test_a_full_disk_while_submitting(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of a write names no file."""
 
@@ -397,6 +402,7 @@ def test_words_of_a_search(slurm: Path, tmp_path: Path) -> None:
     assert command[-2:] == ("resume=auto", f"hydra.sweep.dir='{tmp_path / PLACE}'")
 
 
+@requires("git")
 def test_code_and_configs_in_no_repository(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs use them where they are, which the command says; another user, who cannot check them, runs nothing."""
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -408,7 +414,7 @@ def test_code_and_configs_in_no_repository(slurm: Path, tmp_path: Path, monkeypa
     search = ["hydra/sweeper=dlopt_optuna", "hydra.sweeper.n_trials=1", "+optimizer.lr=tag(log,interval(0.01,1))"]
     result = dlopt(tmp_path, *SUBMIT, "--config-dir", "mine", *search, *own, *SMALL)
     for folder in (tmp_path, tmp_path / "mine"):
-        line = f"not copied: {folder} (not in a Git repository); what you edit there changes the jobs"
+        line = f"not copied: {folder} (in no repository that git can read); what you edit there changes the jobs"
         assert line in result.out.splitlines(), result
     stored = submission.read(tmp_path / PLACE)
     assert stored.import_paths(tmp_path / PLACE)[1:] == stored.in_place == [str(tmp_path)]
