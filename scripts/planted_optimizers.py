@@ -393,25 +393,36 @@ def reproduces(text: str, reason: str, folder: str) -> bool:
     return done.returncode != 0 and (error == "AssertionError" or error in reason or (message or error)[:40] in reason)
 
 
-def certificate(folder: str, task: tuple[str, Variant]) -> dict[str, Any]:
+def alike(outcome: Any) -> tuple[str, str]:
+    return outcome.status, re.sub(r"[-+.\d]+(e[-+]\d+)?", "", outcome.reason)
+
+
+def results_of(name: str, method: str) -> list[list[tuple[Any, Any]]]:
+    """The checks and outcomes of a class, with the paper of a method and without."""
+    subject = Subject(getattr(importlib.import_module(name.lower()), name), {})
+    return [certify(subject, paper) for paper in (METHODS[method], None)]
+
+
+def certificate(folder: str, bases: dict[str, Any], task: tuple[str, Variant]) -> dict[str, Any]:
     """The checks that fail beyond the base's, with and without the paper, and which reproductions raise as they should.
 
     A base may have errors of its own: the sign of Lion hides a NaN.
     """
     name, (kind, base, _, _) = task
     row: dict[str, Any] = {"name": name, "kind": kind, "method": base, "right": kind == "right", "reproduced": {}}
-    for key, paper in (("with", METHODS[base]), ("without", None)):
-        results, own = (
-            certify(Subject(getattr(importlib.import_module(each.lower()), each), {}), paper)
-            for each in (name, base.title())
-        )
-        results = [pair for pair, (_, of_base) in zip(results, own, strict=True) if of_base.status != "fail"]
-        row[key] = {check.name: outcome.reason for check, outcome in results if outcome.status == "fail"}
-        for _, outcome in results:
-            text = outcome.reproduction if outcome.status == "fail" else None
+    for key, results, of_base in zip(("with", "without"), results_of(name, base), bases[base], strict=True):
+        failed = [(check.name, outcome) for check, outcome in results if outcome.status == "fail"]
+        failed = [each for each in failed if alike(each[1]) not in of_base]
+        row[key] = {each: outcome.reason for each, outcome in failed}
+        for _, outcome in failed:
+            text = outcome.reproduction
             if text and text not in row["reproduced"]:
                 row["reproduced"][text] = reproduces(text, outcome.reason, folder)
     return row
+
+
+def certificates_of_base(base: str) -> list[set[tuple[str, str]]]:
+    return [{alike(outcome) for _, outcome in results} for results in results_of(base.title(), base)]
 
 
 def main() -> int:
@@ -437,13 +448,17 @@ def main() -> int:
         sys.path.insert(0, folder)
         if args.prove:
             return prove(tasks)
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            rows = pool.map(partial(certificate, folder), tasks, chunksize=1)
+        with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+            names = sorted({base for _, (_, base, _, _) in tasks})
+            bases = dict(zip(names, pool.map(certificates_of_base, names, chunksize=1), strict=True))
+            rows = []
+            for row in pool.imap(partial(certificate, folder, bases), tasks, chunksize=1):
+                rows.append(row)
+                found = [f"{key} paper: {', '.join(row[key]) or 'no'}" for key in ("with", "without")]
+                print(row["name"], row["method"], row["kind"], *found, sep="  ", flush=True)
     totals = Counter[str]()
-    for row, (kind, _, _, text) in zip(rows, chosen, strict=True):
+    for row, (*_, text) in zip(rows, chosen, strict=True):
         row |= {"text": text} if args.show else {}
-        found = [f"{key} paper: {', '.join(row[key]) or 'no'}" for key in ("with", "without")]
-        print(row["name"], row["method"], kind, *found, row.get("text", ""), sep="  ")
         of, count = ("right", "blamed") if row["right"] else ("errors", "caught")
         totals.update({of: 1, f"{count} with paper": bool(row["with"]), f"{count} without": bool(row["without"])})
         totals.update("reproduced" if works else "not reproduced" for works in row["reproduced"].values())

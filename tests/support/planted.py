@@ -134,3 +134,68 @@ class ReadsItsDefaults(AdamW):
 
     def update(self, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
         super().update({**group, "betas": self.defaults["betas"]}, p, grad, state)
+
+
+class SGD(torch.optim.SGD):
+    """Plain updates with the arguments of torch's: one tensor at a time."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.move(p, group["lr"], self.direction(group, p))
+        return loss
+
+    def direction(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        grad: Tensor = -p.grad if group["maximize"] else p.grad  # type: ignore[operator, assignment]
+        grad = grad.add(p, alpha=group["weight_decay"])
+        if group["momentum"] == 0:
+            return grad
+        if "momentum_buffer" in self.state[p]:
+            self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
+        else:
+            self.state[p]["momentum_buffer"] = self.first(grad)
+        return self.ahead(group, grad, self.state[p]["momentum_buffer"])
+
+    def first(self, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+    def ahead(self, group: dict[str, Any], grad: Tensor, buffer: Tensor) -> Tensor:
+        return grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+
+    def move(self, p: Tensor, lr: float, direction: Tensor) -> None:
+        p.sub_(lr * direction)
+
+
+class ForgetsNesterov(SGD):
+    def ahead(self, group: dict[str, Any], grad: Tensor, buffer: Tensor) -> Tensor:
+        return buffer
+
+
+class KeepsTheGradient(SGD):
+    def direction(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        assert p.grad is not None
+        if group["momentum"] == 0:
+            return p.grad
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = p.grad
+            return p.grad
+        return self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
+
+
+class MovesItsWeights(SGD):
+    def move(self, p: Tensor, lr: float, direction: Tensor) -> None:
+        p.data = p - lr * direction
+
+
+class SwitchesGradientsOff(SGD):
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if closure is not None:
+            torch.set_grad_enabled(False)
+        return loss

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dlopt.lab.verify import cases, paper_check
 from dlopt.lab.verify.cases import ABSENT, MATRIX_SHAPES, SHAPES, pseudo_huber
 from dlopt.lab.verify.methods import DECOUPLED, Method, name_in
 from dlopt.lab.verify.outcome import CheckOutcome
-from dlopt.lab.verify.subject import MATRICES, Subject, by_gradients, definition, source
+from dlopt.lab.verify.subject import MATRICES, Subject, by_gradients, definition, literal, source
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def failure(subject: Subject, case: Case) -> str | None:
     }
     names = inspect.signature(case.function).parameters
     try:
-        case.function(**{name: given[name] for name in names})
+        with torch.enable_grad():  # also if the optimizer has switched gradients off
+            case.function(**{name: given[name] for name in names})
     except AssertionError as error:
         return str(error) or "an assertion of the optimizer fails"
     except Exception as error:
@@ -223,8 +225,10 @@ def missing(subject: Subject, method: Method | None) -> CheckOutcome:
     chosen = [Case(cases.leaves_what_has_no_gradient)]
     if subject.update is by_gradients:
         chosen.append(Case(cases.takes_no_gradients_at_all))
-        for keys in ({}, {"weight_decay": 0.1}) if subject.takes("weight_decay") else ({},):
-            chosen.append(Case(cases.leaves_the_gradients, {"keys": keys}))
+        chosen += [Case(cases.updates_in_place), Case(cases.keeps_no_gradient)]
+        for keys in ({}, {"weight_decay": 0.1}, {"maximize": True}):
+            if all(map(subject.takes, keys)):
+                chosen.append(Case(cases.leaves_the_gradients, {"keys": keys}))
     return check_cases(subject, chosen)
 
 
@@ -291,6 +295,65 @@ def _other_values(keys: Mapping[str, Any]) -> dict[str, Any]:
     return values | ({"weight_decay": 0.1} if keys.get("weight_decay") == 0 else {})
 
 
+def options(subject: Subject, method: Method | None) -> CheckOutcome:
+    """Compares with an optimizer of torch whose updates are the same by default: with its options, they should be."""
+    if subject.update is not by_gradients or not _takes_plain_groups(subject) or subject.shapes == MATRICES:
+        return CheckOutcome("not applicable", "not an optimizer of plain groups")
+    outcomes = [
+        _compared(subject, name, each)
+        for name, each in vars(torch.optim).items()
+        if isinstance(each, type) and each is not subject.target
+        if failure(subject, _as_torch(name, _shared(subject, each), {})) is None
+    ]
+    passed = [outcome for outcome in outcomes if outcome.status == "pass"]
+    none = CheckOutcome("not applicable", "updates as no other optimizer of torch by default")
+    return next(iter([*passed, *outcomes, none]))
+
+
+def _compared(subject: Subject, twin: str, of_torch: Callable[..., Any]) -> CheckOutcome:
+    keys = _shared(subject, of_torch)
+    switched = {k: True if v is False else 0.1 for k, v in keys.items() if v is False or (v == 0 and k != "lr")}
+    if failure(subject, _as_torch(twin, keys | {"weight_decay": 0.1}, {})) is not None:
+        switched.pop("weight_decay", None)  # of which there are more kinds
+    sets = [{k: v for k, v in switched.items() if k in some} for n in (0, 1, 2) for some in combinations(switched, n)]
+    tried = []
+    for own in [*sets, switched]:
+        try:
+            of_torch(subject.fresh(), **{**keys, **own})
+        except ValueError:  # nesterov without a momentum
+            continue
+        held = subject.make(subject.fresh(), **own).param_groups[0]
+        values = {key: value for key, value in {**keys, **own}.items() if key in held and (value or key in switched)}
+        second = _other_values(values)
+        second |= {key: keys[key] for key in own if key in held}
+        second.pop("initial_accumulator_value", None)  # which torch's Adagrad reads from its constructor only
+        tried.append((keys | own, second))
+    chosen = [_as_torch(twin, *each, size=size) for each in tried for size in (1.0, 1e-7)]
+    chosen.append(_as_torch(twin, *tried[-1], steps=300))
+    if "complex" in inspect.getsource(subject.target):  # plain code for real weights is not wrong
+        chosen.append(Case(cases.equals_torch_with_complex_weights, {"twin": twin, "keys": tried[-1][0]}))
+    outcome = check_cases(subject, chosen)
+    reason = f"as torch.optim.{twin}" + f" with {', '.join(switched)}" * bool(switched)
+    return replace(outcome, reason=reason) if outcome.status == "pass" else outcome
+
+
+def _shared(subject: Subject, twin: type) -> dict[str, Any]:
+    """Returns the arguments that both have, with the subject's values; implementations are not among them."""
+    names = [name for name in inspect.signature(twin).parameters if subject.takes(name) and name not in _FLAGS]
+    values = {name: subject.default(name) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | tuple)}
+
+
+def _as_torch(
+    twin: str, keys: Mapping[str, Any], second: Mapping[str, Any], steps: int = 10, size: float = 1.0
+) -> Case:
+    groups = {"shapes": SHAPES, "absent": ABSENT, "groups": [{}, dict(second), {}]}
+    return Case(cases.equals_torch, {**groups, "twin": twin, "keys": dict(keys), "steps": steps, "size": size})
+
+
+_FLAGS = ("params", "foreach", "fused", "capturable", "differentiable", "maximize")
+
+
 def implementations(subject: Subject, method: Method | None) -> CheckOutcome:
     flags = [name for name in ("foreach", "fused", "capturable", "maximize") if subject.takes(name)]
     if not flags:
@@ -322,6 +385,8 @@ def implementations(subject: Subject, method: Method | None) -> CheckOutcome:
             if name == "maximize" and name in subject.make(subject.fresh()).param_groups[0]:
                 of_one = {"flag": {name: False}, "others": [first, {**second, name: True}, third], "signs": (1, -1, 1)}
                 own.append(Case(cases.equals_the_loop_in_groups, {**scenario, **of_one}))
+            if name == "maximize" and "foreach" in compared:
+                own.append(Case(cases.equals_the_loop_in_groups, {**scenario, "flag": {"foreach": True, name: True}}))
         chosen += own
         compared += [name] if own else []
     outcome = check_cases(subject, chosen)
@@ -454,6 +519,7 @@ CHECKS = (
         "1e-9; order of parameters: 1e-6; memory layouts: 1 %",
         groups,
     ),
+    Check("options", "each option, two and all of them did what they do in an optimizer of torch", "1e-7", options),
     Check(
         "implementations",
         "12 updates with foreach, fused, capturable and maximize equalled the loop's",
@@ -479,9 +545,32 @@ CHECKS = (
 
 def run(check: Check, subject: Subject, method: Method | None) -> CheckOutcome:
     """Runs a check without the optimizer's warnings. An error of the optimizer is a failure, with its message."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         try:
-            return check.run(subject, method)
+            outcome = check.run(subject, method)
+            switched = _switched_on(subject) if check.run in _WITH_OPTIONS and outcome.status == "pass" else {}
+            if switched:
+                with_them = check.run(replace(subject, keys={**subject.keys, **switched}), None)
+                if with_them.status == "fail":
+                    return replace(with_them, reason=f"with {literal(switched)}: {with_them.reason}")
+            return outcome
         except Exception as error:
             return CheckOutcome("fail", message_of(error))
+
+
+_WITH_OPTIONS = (descent, schedule, missing, resume, groups, implementations, precision, unusual)
+
+
+def _switched_on(subject: Subject) -> dict[str, Any]:
+    """Returns torch's options that change the updates, of those that the optimizer has and that are off."""
+    switched: dict[str, Any] = {}
+    usual = {"momentum": 0.9, "nesterov": True, "amsgrad": True, "centered": True, "dampening": 0.1, "lr_decay": 0.01}
+    for key, value in usual.items():
+        if subject.takes(key) and subject.default(key) in (0, False):
+            try:
+                subject.make(subject.fresh(), **{**switched, key: value})
+            except Exception:
+                continue
+            switched[key] = value
+    return switched

@@ -22,6 +22,7 @@ PLANTED: dict[str, tuple[type[torch.optim.Optimizer], str | None]] = {
     "missing gradients": (planted.DecaysWhatHasNoGradient, "adamw"),
     "resume": (planted.ForgetsItsStep, None),
     "groups": (planted.ReadsItsDefaults, None),
+    "options": (planted.ForgetsNesterov, None),
     "implementations": (planted.FusedOffByEps, "adamw"),
     "precision": (planted.KeepsItsStateInFloat32, "adamw"),
     "unusual input": (planted.HidesNaN, "adamw"),
@@ -37,7 +38,8 @@ def outcomes(target: Any, paper: str | None = None, **keys: Any) -> dict[str, Ch
 def test_a_planted_error_fails_its_check_and_no_other(check: str) -> None:
     found = outcomes(*PLANTED[check])
     failed = {name for name, outcome in found.items() if outcome.status == "fail"}
-    assert failed - {"reference", "groups"} == {check} - {"reference", "groups"} and found[check].status == "fail"
+    also = {"reference", "groups", "options"}
+    assert failed - also == {check} - also and found[check].status == "fail"
     assert found[check].reproduction.count("\n") < 10
     with pytest.raises((AssertionError, RuntimeError)) as error:
         exec(found[check].reproduction, {})
@@ -47,6 +49,34 @@ def test_a_planted_error_fails_its_check_and_no_other(check: str) -> None:
 
 def test_every_check_that_can_fail_has_a_planted_error() -> None:
     assert [check.name for check in checks.CHECKS] == [*PLANTED, "cost", "defaults"]
+
+
+def test_a_momentum_that_is_the_gradient_itself_is_found_where_it_is_switched_on() -> None:
+    found = outcomes(planted.KeepsTheGradient)["missing gradients"]
+    assert found.status == "fail"
+    assert found.reason.startswith("with {'momentum': 0.9, 'nesterov': True}: ")
+
+
+@pytest.mark.parametrize(
+    "target, check, reason",
+    [
+        (planted.MovesItsWeights, "missing gradients", "2 of 2 weights are in new memory"),
+        (planted.SwitchesGradientsOff, "unusual input", "after step(closure), gradients are switched off"),
+    ],
+)
+def test_what_a_step_leaves_behind_is_looked_at(target: Any, check: str, reason: str) -> None:
+    found = outcomes(target)[check]
+    assert found.status == "fail" and found.reason.startswith(reason)
+
+
+def test_options_are_compared_with_the_optimizer_of_torch_that_updates_alike() -> None:
+    class Momentum(torch.optim.SGD):
+        pass
+
+    found = outcomes(Momentum)["options"]
+    assert found.status == "pass"
+    assert found.reason == "as torch.optim.SGD with momentum, dampening, weight_decay, nesterov"
+    assert outcomes(torch.optim.Adam)["options"].reason == "as torch.optim.AdamW with amsgrad"
 
 
 @pytest.mark.parametrize("paper", ["adamw", None])
@@ -141,6 +171,16 @@ def test_reproductions_run_and_are_short(target: Any) -> None:
             "others": [{}, {"lr": 0.01}, {}],
             "signs": (1, 1, 1),
         },
+        cases.equals_torch: {
+            "shapes": cases.MATRIX_SHAPES,
+            "absent": cases.ABSENT,
+            "twin": "SGD",
+            "keys": {"lr": 0.01},
+            "groups": [{}, {"lr": 0.003}, {}],
+            "steps": 10,
+            "size": 1.0,
+        },
+        cases.equals_torch_with_complex_weights: {"twin": "SGD", "keys": {"lr": 0.01}},
         cases.stays_within_rounding: {"dtype": torch.float32, "share": 0.01},
     }
     ran = 0
