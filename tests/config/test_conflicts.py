@@ -76,7 +76,7 @@ TYPED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "words"), zip(CONFLICTS, TYPED, strict=True), ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("row", "words"), [*zip(CONFLICTS, TYPED, strict=True)], ids=lambda value: str(value)[:60])
 def test_every_conflict_is_refused(row: Conflict, words: str) -> None:
     with pytest.raises(UserError) as error:
         run_config(*words.split())
