@@ -379,14 +379,15 @@ def ignores_the_memory_layout(make: Make, fresh: Fresh) -> None:
 
 
 def leaves_the_generator(make: Make, update: Update, fresh: Fresh) -> None:
-    params, ends, before = fresh(), [], torch.get_rng_state()
+    params, ends = fresh(), []
     o = make(params)
+    before = torch.get_rng_state()
     [update(o, params) for _ in range(12)]
     drawn = not torch.equal(before, torch.get_rng_state())
     for seed in (1, 2) if drawn else ():
         params = fresh()
         o = make(params)
-        [(torch.manual_seed(seed + t), update(o, params)) for t in range(3)]
+        [(torch.manual_seed(seed + t), update(o, params)) for t in range(12)]
         ends.append(params)
     random = drawn and any(not torch.equal(a, b) for a, b in zip(*ends, strict=True))
     assert random or not drawn, "draws from torch's global generator without need, which changes masks of dropout"
@@ -443,7 +444,7 @@ def equals_torch(
     ]
     for t, (ours, theirs) in enumerate(zip(*runs, strict=True), 1):
         gaps = [float((a - b).norm() / (1 + b.norm())) for a, b in zip(ours, theirs, strict=True)]
-        assert all(gap < 1e-7 for gap in gaps), f"{keys}: after {t} updates, weights differ by {gaps} from {twin}'s"
+        assert all(gap < 1e-6 for gap in gaps), f"{keys}: after {t} updates, weights differ by {gaps} from {twin}'s"
 
 
 def equals_torch_with_complex_weights(make: Make, twin: str, keys: Flag) -> None:

@@ -75,7 +75,7 @@ def test_options_are_compared_with_the_optimizer_of_torch_that_updates_alike() -
 
     found = outcomes(Momentum)["options"]
     assert found.status == "pass"
-    assert found.reason == "as torch.optim.SGD with momentum, dampening, weight_decay, nesterov"
+    assert found.reason == "as torch.optim.SGD with momentum, dampening, nesterov"
     assert outcomes(torch.optim.Adam)["options"].reason == "as torch.optim.AdamW with amsgrad"
 
 
