@@ -102,8 +102,9 @@ def reproduction(subject: Subject, case: Case) -> str:
     text = "\n".join(body)
     if "fresh(" not in text and "update(" not in text:
         lines = lines[:2]
-    if "updates_in_groups(" in text:
-        lines += definition(cases.updates_in_groups)
+    for helper in (cases.updates_in_groups, cases.turning):
+        if f"{helper.__name__}(" in text:
+            lines += definition(helper)
     return "\n".join([*lines, text])
 
 
@@ -257,6 +258,9 @@ def groups(subject: Subject, method: Method | None) -> CheckOutcome:
         values.append({"maximize": not subject.maximizes})
     if subject.base is None:
         chosen += [Case(cases.obeys_changed_keys, {"keys": keys}) for keys in values]
+        later = Case(cases.obeys_changed_keys, {"keys": _switched_on(subject)})
+        if (failure(subject, later) or "").startswith("{"):  # torch's raise: they have no buffer yet
+            chosen.append(later)
     if not _takes_plain_groups(subject) or subject.update is not by_gradients:
         chosen.append(Case(skipped="takes no plain groups"))
     elif (method and method.couples) or failure(subject, Case(cases.moves_as_alone, {"keys": {}})) is not None:
@@ -340,11 +344,11 @@ def _compared(subject: Subject, twin: str, of_torch: Callable[..., Any]) -> Chec
     return replace(outcome, reason=reason) if outcome.status == "pass" else outcome
 
 
-def _own_arguments(subject: Subject, twin: type) -> set[str]:
+def _own_arguments(subject: Subject, twin: Callable[..., Any]) -> set[str]:
     return {*inspect.signature(subject.target).parameters} - {*inspect.signature(twin).parameters, *_FLAGS}
 
 
-def _shared(subject: Subject, twin: type) -> dict[str, Any]:
+def _shared(subject: Subject, twin: Callable[..., Any]) -> dict[str, Any]:
     """Returns the arguments that both have, with the subject's values; implementations are not among them."""
     names = [name for name in inspect.signature(twin).parameters if subject.takes(name) and name not in _FLAGS]
     values = {name: subject.default(name) for name in names}
@@ -437,11 +441,15 @@ def _of_the_interface(subject: Subject) -> list[Case]:
     optimizer = subject.make(params)
     chosen = []
     if "closure" in inspect.signature(optimizer.step).parameters:
-        chosen += [Case(cases.calls_its_closure_once), Case(cases.steps_by_its_closure)]
+        of = [{}, {"maximize": True}] if subject.takes("maximize") else [{}]
+        chosen += [
+            *(Case(cases.calls_its_closure_once, {"keys": each}) for each in of),
+            Case(cases.steps_by_its_closure),
+        ]
     keys = {"weight_decay": 0.0} if subject.takes("weight_decay") else {}
     sparse = Case(cases.takes_sparse_gradients, {"keys": keys})
-    if subject.shapes != MATRICES and (failure(subject, sparse) or "an update").startswith(
-        "an update"
+    if subject.shapes != MATRICES and (failure(subject, sparse) or "3 updates").startswith(
+        "3 updates"
     ):  # others refuse it
         chosen.append(sparse)
     # Plain code for real weights is not wrong if it takes complex ones without an error.

@@ -76,7 +76,6 @@ def test_options_are_compared_with_the_optimizer_of_torch_that_updates_alike() -
     found = outcomes(Momentum)["options"]
     assert found.status == "pass"
     assert found.reason == "as torch.optim.SGD with momentum, dampening, nesterov"
-    assert outcomes(torch.optim.Adam)["options"].reason == "as torch.optim.AdamW with amsgrad"
 
 
 @pytest.mark.parametrize("paper", ["adamw", None])
@@ -155,6 +154,7 @@ def test_reproductions_run_and_are_short(target: Any) -> None:
         cases.decays_by_the_rate: {"flag": {}},
         cases.leaves_the_gradients: {"keys": {}},
         cases.takes_sparse_gradients: {"keys": {}},
+        cases.calls_its_closure_once: {"keys": {}},
         cases.decays_with_the_schedule: {"flag": {}},
         cases.resumes_from_its_state_dict: {"keys": {"lr": 0.003}},
         cases.resumes_from_a_deepcopy: {"keys": None},
@@ -187,7 +187,7 @@ def test_reproductions_run_and_are_short(target: Any) -> None:
     for name, function in list(vars(cases).items()):  # a warning adds to the module
         if getattr(function, "__module__", "") != cases.__name__ or function in cases.PROBLEMS:
             continue
-        if name in ("evaluates_without_a_trace", "updates_in_groups"):
+        if name in ("evaluates_without_a_trace", "updates_in_groups", "turning"):
             continue
         case = checks.Case(function, extra.get(function, {}))
         expected = checks.failure(subject, case)
