@@ -276,7 +276,7 @@ def test_lines_of_other_commands_run(line: Line, place: Path, tmp_path: Path) ->
         place = place / "sweep"
     result = dlopt(place, *words, *more)
     if command in ("benchmark", "ladder") and words[1] in ("report", "targets"):
-        assert result.code == 2 and f"not the folder of a {command}" in result.err
+        assert result.code == 2 and f"not a folder for `dlopt {command} " in result.err
         return
     if command == "sweep":  # runs, but no sweep: tests/commands/test_sweep.py and tests/sweeps/test_submission.py
         assert result.code == 2 and re.search("not the folder of a sweep|no sweep was submitted", result.err)
