@@ -281,14 +281,16 @@ def turning(t: int) -> Loss:
     )
 
 
-def resumes_from_its_state_dict(make: Make, update: Update, fresh: Fresh, keys: Flag | None) -> None:
-    params, file = fresh(), io.BytesIO()
+def resumes_from_its_state_dict(
+    make: Make, update: Update, fresh: Fresh, keys: Flag | None, dtype: torch.dtype, bound: float
+) -> None:
+    params, file = fresh(dtype), io.BytesIO()
     o = make(params if keys is None else [{"params": params[:1]}, {"params": params[1:], **keys}])
     [update(o, params, turning(t)) for t in range(12)]
     torch.save(([p.detach() for p in params], o.state_dict()), file)
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
-    others = fresh()
+    others = fresh(dtype)
     r = make(others if keys is None else [{"params": [p]} for p in others])
     update(r, others)
     r.load_state_dict(state)
@@ -297,7 +299,7 @@ def resumes_from_its_state_dict(make: Make, update: Update, fresh: Fresh, keys: 
         torch.manual_seed(1)
         update(optimizer, its, turning(t // 2))
     gap = float(torch.stack([(a - b).abs().max() for a, b in zip(params, others, strict=True)]).max())
-    assert gap == 0, f"3 updates after a resume, the weights differ by {gap:.2g}"
+    assert gap <= bound, f"3 updates after a resume, the weights differ by {gap:.2g}"
 
 
 def resumes_from_a_deepcopy(make: Make, update: Update, fresh: Fresh, keys: Flag | None) -> None:

@@ -236,7 +236,9 @@ def missing(subject: Subject, method: Method | None) -> CheckOutcome:
 
 def resume(subject: Subject, method: Method | None) -> CheckOutcome:
     keys = {"keys": _values_of_a_group(subject) if _takes_plain_groups(subject) else None}
-    chosen = [Case(cases.resumes_from_its_state_dict, keys)]
+    # A resume casts a number in the state of NAdam of torch to float64, which differs by rounding.
+    bounds = {torch.float32: 0.0, torch.float64: 1e-12}
+    chosen = [Case(cases.resumes_from_its_state_dict, {**keys, "dtype": d, "bound": b}) for d, b in bounds.items()]
     optimizer = subject.make(subject.fresh())
     if hasattr(optimizer, "eval") and hasattr(optimizer, "train"):
         chosen.append(Case(cases.evaluates_without_a_trace))
@@ -525,7 +527,7 @@ CHECKS = (
     Check(
         "resume",
         "3 updates after state_dict and after deepcopy, of groups with other values, equalled those without",
-        "none; eval() and train(): 1e-9",
+        "none; in float64 1e-12; eval() and train(): 1e-9",
         resume,
     ),
     Check(

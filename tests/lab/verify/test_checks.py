@@ -156,7 +156,7 @@ def test_reproductions_run_and_are_short(target: Any) -> None:
         cases.takes_sparse_gradients: {"keys": {}},
         cases.calls_its_closure_once: {"keys": {}},
         cases.decays_with_the_schedule: {"flag": {}},
-        cases.resumes_from_its_state_dict: {"keys": {"lr": 0.003}},
+        cases.resumes_from_its_state_dict: {"keys": {"lr": 0.003}, "dtype": torch.float32, "bound": 0.0},
         cases.resumes_from_a_deepcopy: {"keys": None},
         cases.ignores_the_order: {"twins": True},
         cases.moves_as_alone: {"keys": {"lr": 0.003}},
