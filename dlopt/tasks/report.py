@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dlopt.basics.plain_values import without_nan
 from dlopt.metrics.classes import class_accuracies, f1_scores
+from dlopt.metrics.declaration import Evaluated
 from dlopt.metrics.labels import LabelReport
 
 
@@ -20,12 +21,14 @@ class TestReport:
         labels: the metrics of each label if a sample has several labels; None for other tasks.
         samples: of each class [K], also those whose outputs have NaN, which count as wrong and are in no cell of the
             confusion matrix.
+        part: all samples, on the CPU, in the order of the data; None for tasks that keep no outputs, and on ranks > 0.
     """
 
     metrics: dict[str, float]
     confusion: Tensor | None = None
     labels: LabelReport | None = None
     samples: Tensor | None = None
+    part: Evaluated | None = None
 
     @property
     def unpredicted(self) -> int:

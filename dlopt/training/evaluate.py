@@ -116,7 +116,7 @@ def report(
             each.add(outputs, targets)
             values |= by_column(split, each.means(None))
         values |= by_column(split, compute(user_metrics, outputs, targets))
-        return task.report(values, part(outputs, targets))
+        return replace(task.report(values, part(outputs, targets)), part=part(outputs.cpu(), targets.cpu()))
 
 
 def streamed_report(
