@@ -11,6 +11,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.conflicts import Run, refuse_conflicts
 from dlopt.config.overrides import key_of
+from dlopt.config.parameters import show
 from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import AUTO_TASK, GROUPS, Settings
 from dlopt.config.settings_rules import check_run_monitor, check_settings
@@ -66,10 +67,21 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     for key in map(key_of, overrides):
         _check_argument(config, key)
     data = config.get("data")
+    if isinstance(data, Mapping) and data.get("test_split") and "data.test_split" in map(key_of, overrides):
+        _refuse_test_split(data)
     if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.features.table":
         from dlopt.data.table_columns import check_table
 
         check_table(data)
+
+
+def _refuse_test_split(data: Mapping[str, Any]) -> None:
+    """Raises `UserError` if other keys name the test set. The default of a table yields to its column."""
+    values = flatten(data)
+    for key in ("split_column", "test_file", "test", "test._target_", "test_size"):
+        if values.get(key):
+            named = f"data.{key}={show(values[key])} names the test set"
+            raise UserError(f"data.test_split={show(data['test_split'])}: {named}; use 0")
 
 
 def check_values(config: Mapping[str, Any], overrides: "Iterable[str | Override]") -> None:

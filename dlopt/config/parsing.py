@@ -82,7 +82,8 @@ def _validation_sets(blocks: Mapping[str, Mapping[str, Any]], packages: tuple[st
     group, sets = GROUPS["data"], {}
     for name, block in blocks.items():
         key = f"{KEY}.{name}"
-        node = {key: value for key, value in block.items() if key not in (CHOICE, USE)}
+        # Older runs have saved `test_split` of tables, which is one of the common names today.
+        node = {key: value for key, value in block.items() if key not in (CHOICE, USE, *group.common_names)}
         data = component(key, node, (*group.runtime, *group.common_names), packages, related=(CHOICE, USE))
         use = check_value(f"{key}.{USE}", block.get(USE), Use | None)
         sets[name] = ValidationSet(replace(data, name=block.get(CHOICE, "")), use)

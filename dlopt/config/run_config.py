@@ -110,18 +110,21 @@ class RunConfig:
 
         `saved_tokenizer`, `saved_columns`: of the training data.
         """
-        settings = replace(self.data_settings, val_split=0.0, subset=None, label_noise=0.0)
+        settings = replace(self.data_settings, test_split=0.0, val_split=0.0, subset=None, label_noise=0.0)
         return self._read(self.validation[name].data, settings, saved_tokenizer, saved_columns)
 
     def _read(
         self, data: Component, settings: DataSettings, tokenizer: str | None, columns: FeatureColumns | None
     ) -> Any:
         from dlopt.data.samples import Dataset
+        from dlopt.data.splits import with_test_set
+        from dlopt.data.targets import standardized
 
         dataset = data.build_as(Dataset, **vars(settings), saved_tokenizer=tokenizer, saved_columns=columns)
         forget(dataset.classes or ())
-        if settings.standardize_target and not data.takes("standardize_target"):  # tables do it themselves
-            from dlopt.data.targets import standardized
-
-            dataset = standardized(dataset, dataset.columns or FeatureColumns((), "target"), columns)
-        return dataset
+        is_split = data.takes("test_split") or data.arguments.get("split_column") is not None
+        if settings.test_split > 0 and not is_split:
+            root = data.arguments.get("root")
+            source = data.choice if root is None else f"{data.key}.root={root}"
+            dataset = with_test_set(dataset, settings.test_split, source)
+        return standardized(dataset, columns, is_enabled=settings.standardize_target)

@@ -63,15 +63,13 @@ def complete(config: DictConfig, data_of: Callable[[str, str], Any]) -> None:
 def _inherited(trained: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of the run's data without those of its other splits."""
     own = {key: value for key, value in trained.items() if key not in SHARED}
-    own |= {key: defaults[key] for key in _OTHER_SPLITS if key in own and key in defaults}
-    return {key: 0.0 if key == "test_split" else value for key, value in own.items()}
+    return own | {key: defaults[key] for key in _OTHER_SPLITS if key in own and key in defaults}
 
 
 def _carried(trained: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the default keys of another choice, with those of the run's data that the model depends on."""
     own = {key: value for key, value in defaults.items() if key not in SHARED}
-    own |= {key: trained[key] for key in _OF_MODEL if key in own and trained.get(key) is not None}
-    return {key: 0.0 if key == "test_split" else value for key, value in own.items()}
+    return own | {key: trained[key] for key in _OF_MODEL if key in own and trained.get(key) is not None}
 
 
 def check_names(names: Iterable[str], own_metrics: Iterable[str]) -> None:

@@ -123,10 +123,12 @@ def _content(samples: Samples) -> _Content | None:
             return _Content(len(samples), samples.size, samples.read)
         case Wrapped() if isinstance(samples.dataset, RowDataset):
             table = samples.dataset.table
-            rows = table.rows() if table.size <= _WHOLE and len(table) == len(samples) else None
+            rows = table.rows() if table.size <= _WHOLE else None
             if rows is not None:
                 digests = np.frombuffer(b"".join(map(_digest, rows)), dtype=np.int64).reshape(-1, 2)
-                samples.digests = torch.from_numpy(digests.copy())  # writable, as torch expects
+                samples.digests = torch.from_numpy(digests.copy())[samples.indices]  # writable, as torch expects
+                if len(samples) < len(table):  # data.test_split
+                    return _of_array(samples.digests)
             return _Content(len(table), table.size, table.read)
         case Wrapped() | Records():
             return _of_items(samples)

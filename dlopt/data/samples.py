@@ -332,7 +332,7 @@ class Wrapped:
     Labels are read from the attribute `targets` or `labels` if it matches an item of each class (at most 64 items);
     otherwise every item is read once.
 
-    `digests`: as in `Files`.
+    `indices`: of the samples in the dataset, int64 [N]. `digests`: as in `Files`.
 
     Raises:
         UserError: not a map-style dataset, empty, or an item has another form.
@@ -344,7 +344,7 @@ class Wrapped:
         self.dataset = dataset
         self.image_size = image_size
         self._name = name_of(dataset, key)
-        self._indices = torch.arange(len(dataset))
+        self.indices = torch.arange(len(dataset))
         self.target_warnings: tuple[str, ...] = ()
         self.rotated = 0  # images of PIL that were read, whose EXIF orientation the dataset has not applied
         first, label = self._item(0)
@@ -352,10 +352,10 @@ class Wrapped:
         self.targets = self._targets(label)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def fetch(self, indices: Tensor) -> Tensor:
-        inputs = [self._item(index)[0] for index in self._indices[indices].tolist()]
+        inputs = [self._item(index)[0] for index in self.indices[indices].tolist()]
         for index, item in zip(indices.tolist(), inputs, strict=True):
             if tuple(item.shape) != self.shape:
                 raise UserError(
@@ -371,7 +371,7 @@ class Wrapped:
 
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
         """See `Files.fetch_boxes`."""
-        images = [self._item(index, resized=False)[0] for index in self._indices[indices].tolist()]
+        images = [self._item(index, resized=False)[0] for index in self.indices[indices].tolist()]
         heights, widths = (torch.tensor([image.shape[axis] for image in images]) for axis in (1, 2))
         edges = boxes(heights, widths).tolist()
         results = [resize_box(image, box, size) for image, box in zip(images, edges, strict=True)]
@@ -379,7 +379,7 @@ class Wrapped:
 
     def select(self, indices: Tensor) -> "Wrapped":
         selected = copy(self)
-        selected._indices = self._indices[indices]
+        selected.indices = self.indices[indices]
         selected.targets = self.targets[indices]
         selected.digests = None if self.digests is None else self.digests[indices]
         return selected

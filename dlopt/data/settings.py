@@ -23,6 +23,7 @@ class DataSettings:
 
     batch_size: Annotated[BatchSize | Literal["full"], Role.IDENTITY]
     val_split: Annotated[Fraction, Role.IDENTITY] = 0.1
+    test_split: Annotated[Fraction, Role.IDENTITY] = 0.0
     subset: Annotated[Count | PositiveFraction | None, Role.IDENTITY]
     split_seed: Annotated[Seed, Role.SEED]
     label_noise: Annotated[Fraction, Role.IDENTITY] = 0.0

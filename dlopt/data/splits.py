@@ -23,7 +23,29 @@ from dlopt.data.windows import Windows
 from dlopt.machine.memory import available_memory
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
+_TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
 _SUBSET, _VAL, _NOISE, _EVALUATED = 1, 2, 3, 4  # RNG streams: each is drawn independently of the others
+
+
+def with_test_set(dataset: Dataset, fraction: float, source: str) -> Dataset:
+    """Returns a dataset as read with a fraction of its training set as the test set, stratified by class.
+
+    It is the same for all seeds. If no class has two samples, there is no test set.
+
+    Args:
+        source: key and value that name the data, for messages.
+
+    Raises:
+        UserError: the dataset has a test set.
+    """
+    if dataset.test is not None:
+        found = f"{source} has a test set of {len(dataset.test):,} samples"
+        raise UserError(f"data.test_split={fraction:g}: {found}; use 0")
+    count = max(1, round(fraction * len(dataset.train)))
+    held_out, kept = split(dataset.train, count, _TEST_SEED, keep_one=True)
+    if not len(held_out):
+        return dataset
+    return replace(dataset, train=dataset.train.select(kept), test=dataset.train.select(held_out))
 
 
 def prepare(

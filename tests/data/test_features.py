@@ -16,6 +16,8 @@ from dlopt.data.checks import natural
 from dlopt.data.features import breast_cancer, diabetes, table, wine
 from dlopt.data.normalization import moments
 from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.splits import with_test_set
+from dlopt.data.targets import standardized
 from tests.support.line import dlopt
 
 DEFAULTS: dict[str, Any] = {
@@ -25,15 +27,18 @@ DEFAULTS: dict[str, Any] = {
     "labels": "class",
     "standardize_target": True,
     "split_column": None,
-    "test_split": 0.25,
     "saved_columns": None,
 }
 ROWS = "id,height,weight,kind\n" + "".join(f"row{i},{i / 10},{100 - i},{'ab'[i % 2]}\n" for i in range(40))
 
 
-def load(folder: Path, text: str, **changes: Any) -> Dataset:
+def load(folder: Path, text: str, *, test_split: float = 0.25, **changes: Any) -> Dataset:
     (folder / "t.csv").write_text(text)
-    return table(file=str(folder / "t.csv"), **{**DEFAULTS, **changes})
+    keys = {**DEFAULTS, **changes}
+    dataset = table(file=str(folder / "t.csv"), **keys)
+    if keys["split_column"] is None and test_split:
+        dataset = with_test_set(dataset, test_split, "data=table")
+    return standardized(dataset, keys["saved_columns"], is_enabled=keys["standardize_target"])
 
 
 def rows(dataset: Dataset) -> dict[tuple[float, ...], float]:
@@ -53,7 +58,7 @@ def test_a_tab_separates_fields(tmp_path: Path) -> None:
 
 
 def test_the_scale_of_the_training_targets_holds_for_other_files(tmp_path: Path) -> None:
-    keys = {"labels": "value", "test_split": 0.0}
+    keys: dict[str, Any] = {"labels": "value", "test_split": 0.0}
     trained = load(tmp_path, "x,y\n" + "".join(f"{i},{3 * i}\n" for i in range(20)), **keys)
     assert trained.columns is not None
     other = load(tmp_path, "x,y\n1,100\n2,-7\n", **keys, saved_columns=trained.columns)
@@ -62,7 +67,7 @@ def test_the_scale_of_the_training_targets_holds_for_other_files(tmp_path: Path)
 
 
 def test_columns_of_other_files_are_those_of_the_training_by_name(tmp_path: Path) -> None:
-    keys = {"labels": "value", "test_split": 0.0, "standardize_target": False}
+    keys: dict[str, Any] = {"labels": "value", "test_split": 0.0, "standardize_target": False}
     trained = load(tmp_path, "a,b,y\n1,10,2\n2,21,3\n4,13,5\n", **keys)
     other = load(tmp_path, "b,a,y\n30,7,1\n40,8.5,2\n", **keys, saved_columns=trained.columns)
     assert isinstance(other.train, InMemory) and other.train.inputs.tolist() == [[7.0, 30.0], [8.5, 40.0]]
@@ -94,7 +99,7 @@ def test_reads_features_and_classes(tmp_path: Path) -> None:
 
 def test_a_regression_standardizes_its_target(tmp_path: Path) -> None:
     text = "".join(line.replace(",", ";") + "\n" for line in ROWS.splitlines())
-    keys = {"delimiter": ";", "target": "weight", "ignore": ("id", "kind"), "labels": "value"}
+    keys: dict[str, Any] = {"delimiter": ";", "target": "weight", "ignore": ("id", "kind"), "labels": "value"}
     dataset = load(tmp_path, text, **keys)
     assert dataset.classes is None
     train = dataset.train.targets
@@ -195,7 +200,7 @@ def test_errors_name_the_line(tmp_path: Path, text: str, changes: dict[str, Any]
 
 @pytest.mark.parametrize(("ours", "theirs"), [(wine, datasets.load_wine), (breast_cancer, datasets.load_breast_cancer)])
 def test_classes_of_scikit_learn(ours: Callable[..., Dataset], theirs: Callable[[], Any]) -> None:
-    dataset, expected = ours(test_split=0.2), theirs()
+    dataset, expected = with_test_set(ours(), 0.2, ""), theirs()
     assert dataset.classes is not None and set(dataset.classes) == set(expected.target_names)
     names = [expected.target_names[target] for target in expected.target]
     reference = dict(zip(map(tuple, expected.data.astype(np.float32).tolist()), names, strict=True))
@@ -209,10 +214,10 @@ def test_classes_of_scikit_learn(ours: Callable[..., Dataset], theirs: Callable[
 def test_diabetes_of_scikit_learn() -> None:
     expected = datasets.load_diabetes(scaled=False)
     reference = dict(zip(map(tuple, expected.data.astype(np.float32).tolist()), expected.target, strict=True))
-    assert rows(diabetes(standardize_target=False, test_split=0.2, saved_columns=None)) == reference
-    standardized = diabetes(standardize_target=True, test_split=0.2, saved_columns=None)
-    assert standardized.train.targets.std(correction=0) == pytest.approx(1)
-    assert "/ 7" in standardized.notes[0], "the constants are shown"
+    assert rows(standardized(with_test_set(diabetes(), 0.2, ""), None, is_enabled=False)) == reference
+    scaled = standardized(with_test_set(diabetes(), 0.2, ""), None)
+    assert scaled.train.targets.std(correction=0) == pytest.approx(1)
+    assert "/ 7" in scaled.notes[0], "the constants are shown"
 
 
 def test_newton_solves_the_linear_regression(tmp_path: Path) -> None:
@@ -228,7 +233,7 @@ def test_newton_solves_the_linear_regression(tmp_path: Path) -> None:
     more = ("loss=mse", "optimizer=newton", "epochs=2", "precision=fp64", "tracking=[]", "threads=1")
     result = dlopt(tmp_path, "train", *line, *more, "hydra.run.dir=run")
     assert result.code == 0, result.err
-    data = diabetes(standardize_target=True, test_split=0.2, saved_columns=None)
+    data = standardized(with_test_set(diabetes(), 0.2, ""), None)
     train, test = data.train, data.test
     assert isinstance(train, InMemory) and isinstance(test, InMemory)
     inputs, tested = train.inputs.double().numpy(), test.inputs.double().numpy()

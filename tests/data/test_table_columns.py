@@ -271,7 +271,7 @@ def test_only_training_rows_are_learned_from(tmp_path: Path) -> None:
     rows = [f"{i % 5},{'ab'[i % 2]},{'yn'[i % 3 % 2]},train" for i in range(60)]
     held_out = [f"1000,c{i},y,test" for i in range(10)]
     file = write(tmp_path, "\n".join(["x,c,y,part", *rows, ",a,n,train", *held_out, ""]))
-    keys = {"target": "y", "split_column": "part", "saved_columns": None, "test_split": 0.2}
+    keys = {"target": "y", "split_column": "part", "saved_columns": None}
     settings: DataSettings = data_settings(val_split=0.2)
     dataset = prepare(table(file=file, **{**DEFAULTS, **keys}), settings)
     assert dataset.columns is not None and dataset.columns.encoding is not None and dataset.test is not None

@@ -15,7 +15,6 @@ from dlopt.data.samples import Dataset
 from dlopt.data.targets import standardized
 from tests.support.runs import composed, run_config
 
-Y = FeatureColumns((), "y")
 VALUES = np.random.default_rng(0).normal(1005, 2, 40)
 
 
@@ -31,7 +30,7 @@ def of(values: np.ndarray) -> Dataset:
 @pytest.mark.parametrize("shape", [(40,), (20, 2)])
 def test_values_of_the_training_set(shape: tuple[int, ...]) -> None:
     values = VALUES.reshape(shape)
-    found = standardized(of(values), Y, None)
+    found = standardized(of(values), None)
     expected = torch.from_numpy((values - VALUES.mean()) / VALUES.std()).float()
     torch.testing.assert_close(found.train.targets, expected, rtol=0, atol=1e-4)
     assert found.val is not None
@@ -41,12 +40,12 @@ def test_values_of_the_training_set(shape: tuple[int, ...]) -> None:
 
 
 def test_other_data_have_the_scale_of_the_training_data() -> None:
-    found = standardized(of(VALUES), Y, FeatureColumns((), "y", mean=1000.0, scale=5.0))
+    found = standardized(of(VALUES), FeatureColumns((), "y", mean=1000.0, scale=5.0))
     torch.testing.assert_close(found.train.targets, torch.from_numpy((VALUES - 1000) / 5).float(), rtol=0, atol=1e-4)
 
 
 def test_classes_stay_as_they_are() -> None:
-    found = standardized(of(np.arange(40) % 2), Y, None)
+    found = standardized(of(np.arange(40) % 2), None)
     assert found.train.targets.tolist() == [0, 1] * 20 and found.columns is None and not found.notes
 
 

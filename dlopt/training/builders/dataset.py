@@ -31,7 +31,7 @@ from dlopt.tasks.user import OwnTask, UserTask
 from dlopt.training.checkpoint.content import Checkpoint
 
 # Keys that name the data, and keys of their splits, which are not those of other data.
-_SOURCES, _SPLITS = ("file", "root", "name", "split", "train"), ("val", "test", "val_file", "test_file", "test_split")
+_SOURCES, _SPLITS = ("file", "root", "name", "split", "train"), ("val", "test", "val_file", "test_file")
 
 
 def prepare_data(
@@ -88,7 +88,9 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
     # No part of the test is another split.
     settings = replace(run_config.data_settings, val_split=0.0, subset=None, label_noise=0.0, memory=False)
     if is_other:
-        reset = {key: 0.0 if key == "test_split" else None for key in _SPLITS if key in own and key not in typed}
+        if "test_split" not in typed:
+            settings = replace(settings, test_split=0.0)
+        reset = {key: None for key in _SPLITS if key in own and key not in typed}
         data = replace(run_config.data, arguments={**run_config.data.arguments, **reset})
         run_config = replace(run_config, data=data, data_settings=settings)
         source = read_source(run_config, tokenizer, SPLITS, saved.columns)
