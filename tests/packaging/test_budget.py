@@ -44,13 +44,14 @@ BUDGET = {
 
 WORDS = {
     "data/_common.yaml": """
-        batch_size drop_last image_size label_noise memory split_seed statistics_samples subset val_split workers
-    """,
+        batch_size drop_last image_size label_noise memory split_seed statistics_samples subset test_split val_split
+        workers
+    """,  # test_split replaces the keys of four data sets
     "group data": """
         categories channels class_names classes column configuration dates delimiter download file function ignore
         input interval intervals label_column label_separator labels length max_skips name noise numbers offline
         on_error path_column pattern revision root seed sequence_length split split_column standardize_target
-        symbols target test test_file test_size test_split tokenizer train_size val val_file val_size vocabulary
+        symbols target test test_file test_size tokenizer train_size val val_file val_size vocabulary
     """,
     "group optimizer": """
         adapt_vectors adaptive adjust_lr_fn alpha amsgrad base.dampening base.lr base.momentum base.nesterov
@@ -73,8 +74,9 @@ WORDS = {
     """,
     "dlopt sweep": "--json n_jobs part trust",
     "dlopt find-lr": "diverge max_lr min_lr output smoothing updates",
-    "dlopt eval": "average checkpoint output split tta",
-    "dlopt predict": "batch_size checkpoint file images max_errors output per probabilities",
+    "dlopt eval": "average checkpoint output split threshold tta",  # threshold: instead of a script over the outputs
+    # columns: instead of a program that cuts the output
+    "dlopt predict": "batch_size checkpoint columns file images max_errors output per probabilities",
     "dlopt sample": "checkpoint file length prompt samples seed temperature top_k",
     "dlopt export": "checkpoint format input output",
     "dlopt consolidate": "checkpoint output",
