@@ -11,7 +11,7 @@ from dlopt.data.checks import natural
 from dlopt.data.columns import Column
 from dlopt.data.digits import read_bundled
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.samples import Dataset, InMemory
+from dlopt.data.samples import Dataset, InMemory, Lines
 from dlopt.data.settings import SPLITS
 from dlopt.data.table_columns import Labels, read_table
 from dlopt.data.table_rows import TableRows
@@ -68,7 +68,8 @@ def table(
     described = FeatureColumns(
         read.names, read.target, read.others, read.delimiter, encoding=encoding, has_units=read.has_units
     )
-    dataset = _dataset(read.features, read.answers, described, read.parts)
+    lines = Lines(torch.from_numpy(np.array(read.lines, dtype=np.int64)), read.unit)
+    dataset = _dataset(read.features, read.answers, described, read.parts, lines)
     count, unit = len(read.names), "feature" if isinstance(read.features, np.ndarray) else "column"
     dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.target}"
     dataset.notes += read.notes
@@ -107,6 +108,7 @@ def _dataset(
     answers: Sequence[str] | np.ndarray,
     columns: FeatureColumns,
     parts: Sequence[str] | None = None,
+    origin: Lines | None = None,
 ) -> Dataset:
     """Builds the splits from inputs [N, F], or columns [N], and class names, or values [N], which stay float64.
 
@@ -123,9 +125,9 @@ def _dataset(
         targets = torch.tensor([numbers[name] for name in answers])
     samples: InMemory | TableRows
     if isinstance(inputs, np.ndarray):
-        samples = InMemory(torch.from_numpy(inputs).float(), targets)
+        samples = InMemory(torch.from_numpy(inputs).float(), targets, origin)
     else:
-        samples = TableRows(inputs, targets)
+        samples = TableRows(inputs, targets, origin)
     names = np.array(["train"] * len(samples) if parts is None else parts)
     rows = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in SPLITS}
     train = samples.select(rows["train"])

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import end_with_parent
 from dlopt.basics.scratch import own_multiprocessing_folder
-from dlopt.data.samples import InMemory, Reader, Samples
+from dlopt.data.samples import Files, InMemory, Reader, Samples
 from dlopt.data.windows import Windows
 from dlopt.machine.memory import M_MMAP_THRESHOLD, set_malloc
 from dlopt.machine.threads import usable_cores
@@ -168,7 +168,7 @@ def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> In
         inputs[filled : filled + len(chunk)] = chunk
         filled += len(chunk)
     assert inputs is not None and filled == len(samples)  # no dataset is empty
-    return InMemory(inputs, samples.targets)
+    return InMemory(inputs, samples.targets, samples if isinstance(samples, Files) else None)
 
 
 def on_device(samples: Samples, workers: int | Literal["auto"], device: torch.device) -> Tensor:

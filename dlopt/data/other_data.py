@@ -51,7 +51,8 @@ def _encoded(samples: Samples, dataset: Dataset) -> Samples:
     if isinstance(samples, TableRows):
         if dataset.columns is None or dataset.columns.encoding is None:
             raise UserError(NOT_ENCODED)
-        return InMemory(torch.from_numpy(dataset.columns.encoding.apply(samples.columns)), samples.targets)
+        features = torch.from_numpy(dataset.columns.encoding.apply(samples.columns))
+        return InMemory(features, samples.targets, samples.origin)
     return samples
 
 

@@ -192,6 +192,9 @@ class RowDataset:
         label = self.targets[index]
         return self._value(index, size), label if label.ndim else label.item()
 
+    def row_place(self, index: int) -> str:
+        return self.table.place(index)
+
     def stored(self, index: int) -> Stored | None:
         """Returns how an image is stored; None if it is missing, or no file. Raises `UserError`."""
         content = self.table.content(index) if self.table.encoded else None

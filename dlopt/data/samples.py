@@ -179,14 +179,29 @@ def generated(
     )
 
 
-class InMemory:
-    """Samples in one tensor [N, *shape]."""
+@dataclass(frozen=True)
+class Lines:
+    """Places of samples in a file: the `numbers` [N] of its lines or rows (`unit`)."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+    numbers: Tensor
+    unit: str
+
+    def place(self, index: int) -> str:
+        return f"{self.unit} {self.numbers[index]}"
+
+    def select(self, indices: Tensor) -> "Lines":
+        return Lines(self.numbers[indices], self.unit)
+
+
+class InMemory:
+    """Samples in one tensor [N, *shape]; `origin`: where they have been read."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, origin: "ImageList | Lines | None" = None) -> None:
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
         self.inputs = inputs
         self.targets = targets
+        self.origin = origin
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -199,7 +214,12 @@ class InMemory:
         return self.inputs.index_select(0, indices)
 
     def select(self, indices: Tensor) -> "InMemory":
-        return InMemory(self.inputs.index_select(0, indices), self.targets.index_select(0, indices))
+        origin = None if self.origin is None else self.origin.select(indices)
+        return InMemory(self.inputs.index_select(0, indices), self.targets.index_select(0, indices), origin)
+
+    def place(self, index: int) -> str:
+        """Names the file or the row of a sample; "" if it has none."""
+        return "" if self.origin is None else self.origin.place(index)
 
 
 @dataclass
@@ -219,6 +239,9 @@ class ImageList:
 
     def path(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(bytes(self.paths[index])))
+
+    def place(self, index: int) -> str:
+        return self.path(index)
 
     def select(self, indices: Tensor) -> Self:
         selected = copy(self)
@@ -383,6 +406,10 @@ class Wrapped:
         selected.targets = self.targets[indices]
         selected.digests = None if self.digests is None else self.digests[indices]
         return selected
+
+    def place(self, index: int) -> str:
+        """Names the row of a table, or an item of a dataset of the user."""
+        return str(getattr(self.dataset, "row_place", "item {}".format)(int(self.indices[index])))
 
     def warnings(self) -> tuple[str, ...]:
         """Returns what looks wrong in vectors: features that count the items, or that float32 rounds. Reads a few."""

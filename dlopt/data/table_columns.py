@@ -68,6 +68,7 @@ class Table:
         others: columns that are no features: they are ignored, or name the split.
         has_units: a row below the names of the columns has their units.
         notes: what was left out, and what looks wrong.
+        lines: number of each row in the file; `unit`: what it counts.
     """
 
     names: tuple[str, ...]
@@ -79,6 +80,8 @@ class Table:
     delimiter: str
     has_units: bool
     notes: tuple[str, ...]
+    lines: Sequence[int]
+    unit: str
 
 
 def read_table(
@@ -165,7 +168,8 @@ def read_table(
     others = tuple(name for name in names if name in (*ignore, *split_columns))
     left_out = (f"{LEFT_OUT}columns that the model does not read: {listed(unread)}",) if unread else ()
     notes = (*reader.notes, *left_out, *content.notes, *warnings)
-    return Table(tuple(features), target, found, answers, parts, others, reader.delimiter, reader.has_units, notes)
+    form = reader.delimiter, reader.has_units
+    return Table(tuple(features), target, found, answers, parts, others, *form, notes, content.lines, content.unit)
 
 
 def _labelled(content: TableFile, target: str) -> list[str]:

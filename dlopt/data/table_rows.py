@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from dlopt.data.columns import Column, TableEncoding
-from dlopt.data.samples import Dataset, InMemory, Samples
+from dlopt.data.samples import Dataset, InMemory, Lines, Samples
 
 
 class TableRows:
     """Rows whose columns are no features yet: the validation set is split off before anything is learned from them."""
 
-    def __init__(self, columns: Sequence[Column], targets: Tensor) -> None:
+    def __init__(self, columns: Sequence[Column], targets: Tensor, origin: Lines | None = None) -> None:
         self.columns = columns
         self.targets = targets
+        self.origin = origin
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -30,7 +31,8 @@ class TableRows:
 
     def select(self, indices: Tensor) -> "TableRows":
         rows = indices.numpy()
-        return TableRows([each.select(rows) for each in self.columns], self.targets[indices])
+        origin = None if self.origin is None else self.origin.select(indices)
+        return TableRows([each.select(rows) for each in self.columns], self.targets[indices], origin)
 
     @property
     def size(self) -> int:
@@ -68,7 +70,7 @@ def encoded(
         assert isinstance(rows, TableRows)
         if rows is not train:
             notes += encoding.warnings(rows.columns, name)
-        splits.append(InMemory(torch.from_numpy(encoding.apply(rows.columns)), rows.targets))
+        splits.append(InMemory(torch.from_numpy(encoding.apply(rows.columns)), rows.targets, rows.origin))
     described = replace(dataset.columns, encoding=encoding)
     features, val_features, test_features = splits
     assert features is not None

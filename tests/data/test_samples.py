@@ -12,8 +12,12 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.data.arrow import parquet
 from dlopt.data.images import decode, from_pil
+from dlopt.data.loading import materialize
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, at_size, white
+from dlopt.data.splits import prepare
 from dlopt.data.webdataset import webdataset
+from dlopt.training.builders.dataset import read_source
+from tests.support.runs import run_config
 
 WriteImages = Callable[..., list[Path]]
 
@@ -309,3 +313,28 @@ def test_every_source_reads_the_pixels_of_predict(tmp_path: Path) -> None:
     assert torch.equal(own.fetch(torch.arange(3)), files[:3])
     tensors = Wrapped(Items([(from_pil(Image.open(path)), 0) for path in paths[:3]]), (10, 7), "data.train")
     assert torch.equal(tensors.fetch(torch.arange(3)), files[:3])
+
+
+@pytest.mark.parametrize("unit", ["", "red"], ids=["numbers", "with categories"])
+def test_names_the_line_of_a_row(tmp_path: Path, unit: str) -> None:
+    rows = [f"{(7 * number % 20) ** 2},{number % 3}{unit},{'ab'[number % 2]}" for number in range(20)]
+    (tmp_path / "table.csv").write_text("\n".join(["x,colour,label", "", *rows]))
+    config = run_config("data=table", f"data.file={tmp_path / 'table.csv'}", "model=mlp", "data.test_split=0.2")
+    dataset = prepare(read_source(config), config.data_settings)
+    for samples in (dataset.train, dataset.val, dataset.test):
+        assert isinstance(samples, InMemory) and len(samples)
+        numbers = samples.fetch(torch.arange(len(samples)))[:, 0].int().tolist()
+        assert [samples.place(i) for i in range(len(samples))] == [
+            f"line {3 * round(number**0.5) % 20 + 3}" for number in numbers
+        ]
+
+
+def test_names_files_also_in_memory_and_items(write_images: WriteImages, tmp_path: Path) -> None:
+    paths = write_images(tmp_path, 3)
+    files = Files([*map(str, paths)], torch.arange(3), (8, 8), 1).select(torch.tensor([2, 0]))
+    loaded = materialize(files, 0)
+    items = Wrapped(Items([(torch.zeros(2), 0)] * 4), None, "data.train").select(torch.tensor([3, 1]))
+    assert [each.place(1) for each in (files, loaded, loaded.select(torch.tensor([1, 0])), items)] == [
+        str(paths[0]), str(paths[0]), str(paths[2]), "item 1",
+    ]  # fmt: skip
+    assert InMemory(torch.zeros(1, 2), torch.zeros(1)).place(0) == ""
