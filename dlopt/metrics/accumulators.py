@@ -59,7 +59,12 @@ class Sums:
 
 
 class Wholes(KeptOutputs):
-    """Keeps the outputs and targets of an evaluation in main memory, for metrics that need all of them at once."""
+    """Keeps the outputs and targets of an evaluation in main memory, for metrics that need all of them at once.
+
+    `split`: all samples, after `means`; None on ranks > 0.
+    """
+
+    split: Evaluated | None = None
 
     def __init__(self, metrics: Sequence[Declaration], part: Part, ranks: Ranks) -> None:
         super().__init__(ranks)
@@ -69,20 +74,20 @@ class Wholes(KeptOutputs):
         samples = self.gathered()
         result: dict[str, float] = {}
         if samples is not None:
-            part = self._part(*samples)
-            result = _values(self._metrics, {id(need): need.of(part) for need in _distinct(self._metrics, Whole)})
+            split = self.split = self._part(*samples)
+            result = _values(self._metrics, {id(need): need.on(split) for need in _distinct(self._metrics, Whole)})
         # All ranks need the numbers: the best epoch and the stopping rule depend on them.
         return self._ranks.broadcast(result)
 
 
 def accumulators(
-    metrics: Sequence[Declaration], part: Part, size: int, names: Sequence[str], ranks: Ranks
-) -> list[Accumulator]:
-    """Returns what accumulates the metrics; see `Sums` and `Wholes`."""
+    metrics: Sequence[Declaration], part: Part, size: int, names: Sequence[str], ranks: Ranks, *, keeps: bool = False
+) -> list[Sums | Wholes]:
+    """Returns what accumulates the metrics; see `Sums` and `Wholes`, which is the last one. `keeps`: it is needed."""
     of_sums, of_wholes = ([each for each in metrics if each.needs and isinstance(each.needs[0], kind)]
                           for kind in (Sum, Whole))  # fmt: skip
-    found: list[Accumulator] = [Sums(of_sums, part, size, names)] if of_sums else []
-    return [*found, *([Wholes(of_wholes, part, ranks)] if of_wholes else [])]
+    found: list[Sums | Wholes] = [Sums(of_sums, part, size, names)] if of_sums else []
+    return [*found, *([Wholes(of_wholes, part, ranks)] if of_wholes or keeps else [])]
 
 
 def _distinct(metrics: Sequence[Declaration], kind: type) -> list[Any]:

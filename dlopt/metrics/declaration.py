@@ -4,7 +4,7 @@ Imports no torch: names and directions of metrics are looked up without it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ class Evaluated:
         values: maps outputs to probabilities [N, size], or values.
         predicted: maps outputs to the predicted classes.
         origin: a target [1, ...], the same on all ranks: sums of distances to it lose nothing by rounding.
+        results: of what metrics and the report of a test compute from the whole split, see `Whole`.
     """
 
     outputs: "Tensor"
@@ -43,10 +44,16 @@ class Evaluated:
     values: "Callable[[Tensor], Tensor]"
     predicted: "Callable[[Tensor], Tensor]" = predicted_classes
     origin: "Tensor | None" = None
+    results: "dict[Whole, Any]" = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def probabilities(self) -> "Tensor":
         return self.values(self.outputs)
+
+    @property
+    def exact_probabilities(self) -> "Tensor":
+        """In float64: those of fp32 have many equal values near 0 and 1."""
+        return self.values(self.outputs.double())
 
     @cached_property
     def predictions(self) -> "Tensor":
@@ -70,6 +77,12 @@ class Whole:
     """What is computed from all samples of a split at once, which an evaluation then keeps in main memory."""
 
     of: Callable[[Evaluated], Any]
+
+    def on(self, split: Evaluated) -> Any:
+        """Returns what it computes from the split, once."""
+        if self not in split.results:
+            split.results[self] = self.of(split)
+        return split.results[self]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ DECLARED: Mapping[str, Declaration] = {name: each for each in _ALL for name in e
 REQUESTABLE: tuple[str, ...] = tuple(dict.fromkeys(each.name for each in _ALL if each.needs))
 """The names that `evaluate.metrics` takes."""
 
+OF_TESTS = frozenset(each.name for each in _ALL if each.when == "tested")
+"""The names of metrics that only tests compute, and evaluations that request them."""
+
 
 def named(names: Iterable[str], metrics: Iterable[Declaration]) -> list[Declaration]:
     """Returns the `metrics` with one of the names."""

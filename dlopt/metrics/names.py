@@ -19,7 +19,7 @@ from dlopt.metrics.measures import MEASURES
 Goal = Literal["maximize", "minimize"]
 """What a search does with a metric, in the words of Optuna."""
 Directions = Mapping[str, Direction]
-"""Directions of users' metrics by their names without the split: brier_score."""
+"""Directions of users' metrics by their names without the split: kappa."""
 NONE: Directions = MappingProxyType({})
 
 _DIRECTIONS: Mapping[str, Direction] = {
@@ -35,6 +35,11 @@ _MONITORS = ("monitor", "stopping.monitor", "schedule.monitor")
 
 Split = Literal["train", "val", "test", "evaluated_train"]
 """Samples of a metric, and how it is measured: `train` during the updates, the others in evaluation mode."""
+SPLITS: Mapping[Split, str] = {
+    "test": "test", "val": "validation, which chose the epoch: optimistic",
+    "evaluated_train": "training, which chose the weights: optimistic",
+}  # fmt: skip
+"""The splits that can be tested, in words."""
 FINAL_TAGS = ("best/", "test/")
 """Prefixes of the tags that are written at the end of a run."""
 _BEST = "best_"

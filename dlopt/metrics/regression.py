@@ -1,8 +1,9 @@
-"""Metrics of regression: R2 and the mean absolute error."""
+"""Metrics of regression: R2, and the mean and quantiles of the errors."""
 
+import math
 from typing import TYPE_CHECKING
 
-from dlopt.metrics.declaration import Declaration, Evaluated, Sum
+from dlopt.metrics.declaration import Declaration, Evaluated, Sum, Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +44,45 @@ def _mae(sums: "Tensor", _: object) -> float:
     return (sums[1] / (sums[0] * outputs)).item()
 
 
+def _sorted_errors(part: Evaluated) -> "Tensor":
+    return (_columns(part.outputs) - _columns(part.targets)).sort(0).values
+
+
+def quantile(ordered: "Tensor", fraction: float) -> float:
+    """Returns the quantile of each column of sorted values [N, K], mean over the columns; NaN if a value is NaN.
+
+    Interpolates linearly between the neighbours, as NumPy does.
+    """
+    position = fraction * (len(ordered) - 1)
+    below = int(position)
+    lower, upper = ordered[below], ordered[min(below + 1, len(ordered) - 1)]
+    values = lower + (position - below) * (upper - lower)
+    return values.masked_fill(ordered[-1].isnan(), math.nan).mean().item()  # NaN is sorted to the end
+
+
+ERRORS = Whole(_sorted_errors)
+DISTANCES = Whole(lambda part: ERRORS.on(part).abs().sort(0).values)
+
 METRICS = (
     Declaration(
         "r2", "max", "", "1 - squared residuals / variance of the targets, mean over the columns; of constant "
         "targets 0, or 1 if all predictions are exact", "tested", (SUMS,), _r2,
     ),
     Declaration("mae", "min", "", "mean absolute error, mean over the columns", "tested", (SUMS,), _mae),
+    Declaration(
+        "median_absolute_error", "min", "", "half of the predictions are within it, mean over the columns", "tested",
+        (DISTANCES,), lambda ordered, _: quantile(ordered, 0.5),
+    ),
+    Declaration(
+        "absolute_error_p90", "min", "", "90 % of the predictions are within it, mean over the columns", "tested",
+        (DISTANCES,), lambda ordered, _: quantile(ordered, 0.9),
+    ),
+    Declaration(
+        "error_p05", "max", "", "5 % quantile of prediction - target: 5 % of the predictions are too small by more, "
+        "mean over the columns", "tested", (ERRORS,), lambda ordered, _: quantile(ordered, 0.05),
+    ),
+    Declaration(
+        "error_p95", "min", "", "95 % quantile of prediction - target: 5 % of the predictions are too large by more, "
+        "mean over the columns", "tested", (ERRORS,), lambda ordered, _: quantile(ordered, 0.95),
+    ),
 )  # fmt: skip

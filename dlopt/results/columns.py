@@ -12,7 +12,7 @@ from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import flatten
-from dlopt.metrics.names import Metric, split_of, validation_sets, without_set
+from dlopt.metrics.names import VAL_LOSS, Metric, split_of, validation_sets, without_set
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.results.intervals import Difference, Statistic
 from dlopt.results.leaderboard import ENDED, Record, Row
@@ -59,7 +59,11 @@ def in_terminal(ranking: Ranking) -> list[str]:
 
 
 def test_columns(ranking: Ranking) -> list[str]:
-    return [name for name in _TEST if any(name in record.metrics for record in ranking.records)]
+    """Returns the test metrics that the validation has, too: tests compute more than was requested."""
+    known = {name for record in ranking.records for name in record.metrics}
+    tested = [metric for name in _TEST if name in known and (metric := Metric.of(name)) is not None]
+    has_val = VAL_LOSS.column in known
+    return [each.column for each in tested if not has_val or Metric("val", each.name).column in known]
 
 
 def tags_text(row: Row) -> str:

@@ -30,6 +30,7 @@ from dlopt.tracking.remote import check as check_tracking
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from dlopt.tasks.report import TestReport
     from dlopt.training.builders.workload import Workload
     from dlopt.training.progress import TrainingRun
 
@@ -234,7 +235,7 @@ def tools(run: "TrainingRun", *, console: bool) -> dict[str, Any]:
     return chosen
 
 
-def _draw(workload: "Workload", folder: Path, restarts: Sequence[float]) -> dict[str, Path]:
+def _draw(workload: "Workload", folder: Path, restarts: Sequence[float], tested: "TestReport") -> dict[str, Path]:
     from dlopt.instruments import reconstructions  # late: matplotlib takes long to import
     from dlopt.results import curves
 

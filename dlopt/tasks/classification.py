@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.formats import format_shares
 from dlopt.losses import MSE, probabilities
 from dlopt.metrics import classes as class_metrics
 from dlopt.metrics.classes import confusion_matrix
@@ -26,8 +27,10 @@ class Classification(Task):
     metrics: ClassVar[Sequence[Declaration]] = class_metrics.METRICS
     accuracy: ClassVar = "accuracy"
 
-    def describe(self, window: tuple[int, ...]) -> str:
-        return f"{super().describe(window)}, {self.size:,} classes"
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+        counts = torch.bincount(targets, minlength=self.size).tolist()
+        shares = format_shares(counts, classes or range(self.size), len(targets))
+        return f"{super().describe(window, targets, classes)}, {self.size:,} classes: {shares}"
 
     @property
     def target_arguments(self) -> dict[str, int | None]:
@@ -42,9 +45,19 @@ class Classification(Task):
         return probabilities(outputs, loss)
 
     def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
-        # On the host, once per test: the report is printed, drawn and written.
-        confusion = confusion_matrix(part.targets, part.predictions, self.size).cpu()
-        return TestReport(metrics, confusion, samples=torch.bincount(part.targets, minlength=self.size).cpu())
+        confusion = confusion_matrix(part.targets, part.predictions, self.size)
+        return TestReport(metrics, confusion, class_metrics.BY_CLASS.on(part), part)
+
+    def beside_guessing(
+        self, split: Evaluated, training: Tensor, classes: Sequence[str] | None, unit: tuple[float, float] = (1.0, 0.0)
+    ) -> str:
+        guess = int(torch.bincount(training.cpu(), minlength=self.size).argmax())
+        accuracy = (split.predictions == split.targets).double().mean().item()
+        share = (split.targets == guess).double().mean().item()
+        points = 100 * (accuracy - share)
+        name = guess if classes is None else classes[guess]
+        side = "above" if points >= 0 else "below"
+        return f"{abs(points):.1f} points {side} guessing (always {name}: {100 * share:.1f} %)"
 
     def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
         # After a squared error outputs are estimates of probabilities, not logits of them.

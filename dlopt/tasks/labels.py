@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.formats import format_count, format_shares
 from dlopt.losses import label_probabilities
 from dlopt.metrics import labels as label_metrics
 from dlopt.metrics.declaration import Declaration, Evaluated
@@ -24,8 +25,9 @@ class MultiLabel(Task):
     purpose: ClassVar = "labels"
     metrics: ClassVar[Sequence[Declaration]] = label_metrics.METRICS
 
-    def describe(self, window: tuple[int, ...]) -> str:
-        return f"{super().describe(window)}, {self.outputs:,} labels"
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+        shares = format_shares(targets.sum(0).tolist(), classes or range(self.size), len(targets))
+        return f"{super().describe(window, targets, classes)}, {format_count('labels', self.size)}: {shares}"
 
     @property
     def target_arguments(self) -> dict[str, int | None]:
@@ -41,7 +43,7 @@ class MultiLabel(Task):
         return label_probabilities(outputs, loss)
 
     def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
-        return TestReport(metrics, labels=label_metrics.REPORT.of(part))
+        return TestReport(metrics, by_class=label_metrics.REPORT.on(part).by_label, part=part)
 
     def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
         if average == "probabilities":

@@ -1,12 +1,18 @@
 """Each sample has a value, or several."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from dlopt.basics.formats import format_count, format_number
 from dlopt.metrics import regression
-from dlopt.metrics.declaration import Declaration
+from dlopt.metrics.declaration import Declaration, Evaluated
 from dlopt.tasks.task import Task
+
+_SHOWN_VALUES = 5  # of a sample, whose means a header shows
 
 
 @dataclass(frozen=True)
@@ -17,3 +23,29 @@ class Regression(Task):
     title: ClassVar = "Regression"
     purpose: ClassVar = "values per target"
     metrics: ClassVar[Sequence[Declaration]] = regression.METRICS
+
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+        described = f"{super().describe(window, targets, classes)}, {format_count('values', self.size)}"
+        if self.size > _SHOWN_VALUES:
+            return described
+        columns = targets.double().reshape(len(targets), -1)
+        mean, deviation = (
+            ", ".join(f"{value:.4g}" for value in each.tolist())
+            for each in (columns.mean(0), columns.std(0, correction=0))
+        )
+        return f"{described}: mean {mean}, standard deviation {deviation}"
+
+    def beside_guessing(
+        self, split: Evaluated, training: Tensor, classes: Sequence[str] | None, unit: tuple[float, float] = (1.0, 0.0)
+    ) -> str:
+        mean = training.cpu().double().flatten(1 if training.ndim > 1 else 0).mean(0)
+        targets = split.targets.double().reshape(len(split.targets), -1)
+        error = (split.outputs.double().reshape_as(targets) - targets).abs().mean().item()
+        change = 100 * (1 - error / (targets - mean).abs().mean().item()) if (targets != mean).any() else math.nan
+        if not math.isfinite(change):
+            return ""
+        scale, offset = unit
+        side = "below" if change >= 0 else "above"
+        number = f" {offset + scale * mean.item():.4g}" if mean.numel() == 1 else ""
+        value = f"{format_number(scale * error)}{'' if scale == 1 else ' in the unit of the data'}"
+        return f"mae {value}, {abs(change):.0f} % {side} that of always predicting the mean{number}"

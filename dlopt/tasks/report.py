@@ -6,48 +6,42 @@ from typing import Any
 
 from torch import Tensor
 
-from dlopt.basics.plain_values import without_nan
-from dlopt.metrics.classes import class_accuracies, f1_scores
+from dlopt.metrics.by_class import ByClass
 from dlopt.metrics.declaration import Evaluated
-from dlopt.metrics.labels import LabelReport
+from dlopt.metrics.names import Split
 
 
 @dataclass(frozen=True)
 class TestReport:
-    """Test metrics (`test_...`).
+    """Metrics of a split by column (test_loss).
 
     Attributes:
-        confusion: [K, K] with a row per true class; None for other tasks.
-        labels: the metrics of each label if a sample has several labels; None for other tasks.
-        samples: of each class [K], also those whose outputs have NaN, which count as wrong and are in no cell of the
-            confusion matrix.
+        confusion: [K, K] with a row per true class; None for other tasks. Samples whose outputs have NaN count as wrong
+            and are in no cell.
+        by_class: the metrics of each class or label; None for other tasks.
         part: all samples, on the CPU, in the order of the data; None for tasks that keep no outputs, and on ranks > 0.
+        split: of the samples, after which the metrics are named.
+        guessing: compares the metrics with a constant prediction; "" for other tasks.
     """
 
     metrics: dict[str, float]
     confusion: Tensor | None = None
-    labels: LabelReport | None = None
-    samples: Tensor | None = None
+    by_class: ByClass | None = None
     part: Evaluated | None = None
+    split: Split = "test"
+    guessing: str = ""
 
     @property
     def unpredicted(self) -> int:
         """Number of samples whose outputs have NaN."""
-        if self.confusion is None or self.samples is None:
+        if self.confusion is None or self.by_class is None:
             return 0
-        return int(self.samples.sum() - self.confusion.sum())
+        return int(self.by_class.samples.sum() - self.confusion.sum())
 
     def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Returns {class, samples, accuracy, f1} of each class; None for a value without samples.
+        """Returns {class, samples, precision, recall, ...} of each class or label; None for an undefined value.
 
-        Of labels: the average precision instead of the accuracy.
+        Of classes also their accuracy, which is the recall: the name that readers of eval.json know.
         """
-        if self.labels is not None:
-            return [without_nan(row) for row in self.labels.rows(classes)]
-        if self.confusion is None or self.samples is None:
-            return []
-        confusion, samples = self.confusion, self.samples
-        columns = (samples, class_accuracies(confusion, samples), f1_scores(confusion, samples))
-        names = ("class", "samples", "accuracy", "f1")
-        rows = zip(classes, *(column.tolist() for column in columns), strict=True)
-        return [without_nan(dict(zip(names, row, strict=True))) for row in rows]
+        rows = [] if self.by_class is None else self.by_class.rows(classes)
+        return rows if self.confusion is None else [{**row, "accuracy": row["recall"]} for row in rows]

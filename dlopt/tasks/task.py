@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.formats import format_count
 from dlopt.metrics.declaration import Declaration, Evaluated, predicted_classes
 from dlopt.metrics.names import VAL_ACCURACY, resolve_monitor
 from dlopt.tasks.report import TestReport
@@ -162,9 +163,12 @@ class Task:
         """Returns what a header counts, of samples of `shape`."""
         return "images" if len(shape) == 3 else "samples"
 
-    def describe(self, window: tuple[int, ...]) -> str:
-        """Describes inputs of the shape `window` and the outputs: 3x32x32, 10 classes."""
-        return "x".join(map(str, window))
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+        """Describes inputs of the shape `window` and the training targets: 15 features, 2 classes: no 70 %, yes 30 %.
+
+        `targets`: as in `dlopt.data.samples.Samples`, values in their own unit. `classes`: names of classes or labels.
+        """
+        return format_count("features", window[0]) if len(window) == 1 else "x".join(map(str, window))
 
     # -- the loss of a batch
 
@@ -214,8 +218,17 @@ class Task:
         return [each for each in self.metrics if each.needs and (each in usual or each in requested)]
 
     def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
-        """Returns the report of a test with these metrics, and what else it shows of all samples."""
-        return TestReport(metrics)
+        """Returns the report of a test with these metrics, and what else it shows of all samples, on the CPU."""
+        return TestReport(metrics, part=part)
+
+    def beside_guessing(
+        self, split: Evaluated, training: Tensor, classes: Sequence[str] | None, unit: tuple[float, float] = (1.0, 0.0)
+    ) -> str:
+        """Compares predictions with the usual constant one for the `training` targets; "" for tasks without one.
+
+        `unit`: scale and offset of a target in the unit of the data.
+        """
+        return ""
 
     def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
         """Returns what to average over crops and models: the default for None. Raises `UserError`."""

@@ -4,10 +4,10 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import IO, Any, TextIO, cast
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType, RenderHook, RenderResult
 from rich.live import Live
@@ -22,6 +22,9 @@ from dlopt.metrics.measures import seconds_left
 from dlopt.metrics.names import split_of, tag_of
 from dlopt.metrics.shown import format_metric, live_name, shown_in
 from dlopt.tracking import terminal_text
+
+if TYPE_CHECKING:
+    from dlopt.tasks.report import TestReport
 
 _SHOWN = [each.name for each in shown_in("live")]
 _VAL = [name for name in _SHOWN if split_of(name) == "val"]
@@ -318,10 +321,17 @@ class ConsoleView(Screen):
             display.train, display.val = train, val
             self._redraw()
 
-    def finish(self, summary: Mapping[str, Any], lines: Iterable[str]) -> None:
-        """Prints the result table, then `lines` (run folder, suggested commands) without wrapping them."""
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        lines: Iterable[str],
+        tested: "TestReport | None" = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        """Prints the results (see `terminal_text.format_result`), then `lines` (run folder, suggested commands) without
+        wrapping them."""
         self.close()
-        self._print_block(Text(""), terminal_text.format_result(summary), Text(""))
+        self._print_block(Text(""), terminal_text.format_result(summary, tested, classes), Text(""))
         for line in lines:
             self._print(line)
 

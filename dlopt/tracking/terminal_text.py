@@ -1,11 +1,13 @@
 """Formats configs, results and tables for terminals of any width."""
 
+import io
+import math
 import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
@@ -18,14 +20,18 @@ from dlopt.basics.formats import (
     format_count,
     format_duration,
     format_epoch_number,
+    format_number,
     format_value,
 )
 from dlopt.basics.plain_values import choices_of_groups, flatten
+from dlopt.metrics.declared import OF_TESTS
 from dlopt.metrics.measures import Measure, Row
 from dlopt.metrics.names import (
+    SPLITS,
     VAL_ACCURACY,
     VAL_LOSS,
     Metric,
+    Split,
     direction_of,
     monitored_directions,
     set_of,
@@ -33,6 +39,9 @@ from dlopt.metrics.names import (
     without_set,
 )
 from dlopt.metrics.shown import COLUMNS, expendable_in, format_metric, live_name, shown_in, title
+
+if TYPE_CHECKING:
+    from dlopt.tasks.report import TestReport
 
 _MIN_FOLDED_WIDTH = 16  # characters of a column with overflow="fold"
 _PIPE_WIDTH = 200  # characters per line when the output is not a terminal
@@ -369,10 +378,20 @@ def _total_width(columns: Sequence[_Column]) -> int:
 
 _ROWS = {"val": "validation", "evaluated_train": "training", "test": "test"}  # of a test, by split
 _STATUS_COLOURS = {"finished": "green", "stopped_early": "green", "interrupted": "yellow", "failed": "red"}
+_MAX_CLASSES = 20  # of the table of classes; of more, those with the lowest F1
+_LOWEST = 5
+_OF_CLASSES = {
+    "precision": "precision", "recall": "recall", "f1": "F1", "samples": "samples", "roc_auc": "ROC AUC",
+    "average_precision": "average precision",
+}  # fmt: skip
 
 
-def format_result(summary: Mapping[str, Any]) -> Group:
-    """Builds the status line and a table of the best validation metrics and the test metrics."""
+def format_result(summary: Mapping[str, Any], tested: "TestReport | None" = None, classes: Sequence[str] = ()) -> Group:
+    """Builds the status line, a table of the best validation metrics and the test metrics, and what a test adds.
+
+    `tested`: the test of the run, with the names of its `classes` or labels. It adds a comparison with a constant
+    prediction, the metrics that only tests have, and a table of the classes.
+    """
     status = str(summary.get("status", "finished"))
     line = Text(status.replace("_", " "), f"bold {_STATUS_COLOURS.get(status, '')}".strip())
     counts = [format_count(key, summary[key]) for key in ("epochs", "steps") if summary.get(key) is not None]
@@ -381,23 +400,69 @@ def format_result(summary: Mapping[str, Any]) -> Group:
     if summary.get("seconds") is not None:
         line.append(f" in {format_duration(summary['seconds'])}", "none")
 
-    metrics: dict[str, dict[str, float]] = {each: {} for each in ("best validation", *_ROWS.values())}
+    by_class = [] if tested is None or not classes else tested.per_class(classes)
+    best: dict[str, float] = {}  # of the best evaluation, by name
+    final: dict[str, float] = {}  # of the test
     for key, value in summary.items():
         metric = Metric.of(key)
-        if metric is not None and metric.split in _ROWS and isinstance(value, int | float):
-            metrics[_ROWS[metric.split] if key == metric.column else "best validation"][metric.name] = value
-    names = list(dict.fromkeys(name for row in metrics.values() for name in row))
+        if metric is not None and isinstance(value, int | float):
+            (best if key == metric.best else final)[metric.name] = value
+    split: Split = "test" if tested is None else tested.split
+    if tested is not None and tested.metrics:
+        final = {metric.name: value for key, value in tested.metrics.items() if (metric := Metric.of(key)) is not None}
+    if by_class:  # their recalls
+        best, final = ({name: value for name, value in row.items() if "/" not in name} for row in (best, final))
+    added = {name: value for name, value in final.items() if name not in best and name in OF_TESTS}
+    rows = {"best validation": best, _ROWS[split]: final}
+    if best.get(VAL_LOSS.name) == final.get(VAL_LOSS.name) and split == "val":
+        del rows[_ROWS[split]]
+    names = [name for name in dict.fromkeys([*best, *final]) if name not in added]
     if not names:
         return Group(line)
     best_epoch = summary.get("best_epoch")
     epoch = [] if best_epoch is None else [format_epoch_number(best_epoch)]
-    titles = [name.replace("_", " ") for name in names]
+    titles = [_words(name) for name in names]
     table = plain_table(left=[""], right=[*titles, "epoch"] if epoch else titles)
-    for split, row in metrics.items():
+    for title_of_row, row in rows.items():
         if row:
             cells = [format_metric(name, row.get(name)) for name in names]
-            table.add_row(Text(split, "bold"), *cells, *epoch)
-    return Group(line, Text(""), FittedTable(table))
+            table.add_row(Text(title_of_row, "bold"), *cells, *epoch)
+    blocks: list[RenderableType] = [line, Text(""), FittedTable(table)]
+    notes = [Text(f"{_ROWS[split]}: {tested.guessing}")] if tested is not None and tested.guessing else []
+    if split != "test":
+        notes.append(Text(f"split: {SPLITS[split]}"))
+    texts = [f"{_words(name)} {format_metric(name, value)}" for name, value in added.items()]
+    parts = [Group(*notes) if notes else None, Flow(texts) if texts else None, _table_of_classes(by_class)]
+    for part in parts:
+        blocks += [Text(""), part] if part is not None else []
+    return Group(*blocks)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("roc auc", "ROC AUC")
+
+
+def _table_of_classes(rows: Sequence[Mapping[str, Any]]) -> "FittedTable | None":
+    """Renders the metrics of each class or label; of many, the lowest ones."""
+    if not rows:
+        return None
+    title = None
+    if len(rows) > _MAX_CLASSES:
+        title = f"the {_LOWEST} of {len(rows)} with the lowest F1"
+        rows = sorted(rows, key=lambda row: math.inf if row["f1"] is None else row["f1"])[:_LOWEST]
+    table = plain_table(title, fold=["class"], right=[*_OF_CLASSES.values()])
+    for row in rows:
+        cells = [f"{row[key]:,}" if key == "samples" else format_number(row[key]) for key in _OF_CLASSES]
+        table.add_row(str(row["class"]), *cells)
+    return FittedTable(table)
+
+
+def plain_lines(renderable: RenderableType, width: int = 100) -> list[str]:
+    """Renders without colours, for train.log."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 # -- tables

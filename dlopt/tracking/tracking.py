@@ -24,6 +24,7 @@ from dlopt.tracking.sinks import Sink
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dlopt.tasks.report import TestReport
     from dlopt.tracking.remote import Remote
     from dlopt.tracking.tensorboard import TensorBoard
 
@@ -259,10 +260,17 @@ class Tracking:
         if self._console is not None:
             self._console.message(text)
 
-    def finish(self, summary: Mapping[str, Any], draw: Callable[[], Mapping[str, Path]] | None = None) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        draw: Callable[[], Mapping[str, Path]] | None = None,
+        tested: "TestReport | None" = None,
+        classes: Sequence[str] = (),
+    ) -> None:
         """Writes summary.json, shows the results and closes. Raises `RunError` if summary.json cannot be written.
 
-        `draw` draws pictures and returns their paths by description. An error in it is only logged.
+        `draw` draws pictures and returns their paths by description. An error in it is only logged. `tested`,
+        `classes`: see `terminal_text.format_result`.
         """
         final = final_metrics(summary)
         tags = {key: metric.tag for key, metric in final.items() if metric.split == "test"} | _BEST_TAGS
@@ -285,10 +293,13 @@ class Tracking:
                     if key in final and isinstance(value, int | float)
                 )
                 self._log.write(f"{summary.get('status', 'ended')}: {metrics}")
+                if tested is not None and tested.metrics:
+                    for line in terminal_text.plain_lines(terminal_text.format_result(summary, tested, classes)):
+                        self._log.write(line)
             if self._console is not None:
                 notes = [] if self._log is None else self._log.at_end
                 lines = [] if self._folder is None else self._next_commands(self._folder, pictures)
-                self._console.finish(summary, [*notes, *lines])
+                self._console.finish(summary, [*notes, *lines], tested, classes)
             self.close()
 
     def _draw(self, draw: Callable[[], Mapping[str, Path]]) -> Mapping[str, Path]:

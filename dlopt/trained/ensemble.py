@@ -13,6 +13,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
 from dlopt.data.checks import problems
 from dlopt.data.identity import difference
+from dlopt.data.samples import Dataset
 from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.names import Metric, Split, on_set
 from dlopt.metrics.user import UserMetric
@@ -26,18 +27,13 @@ from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.checkpoint.weights import other_class
 from dlopt.training.evaluate import (
     Outputs,
+    described,
     mean_outputs,
     predict_test_set,
     report,
     streamed_report,
 )
 from dlopt.training.requested_metrics import tested_metrics
-
-SPLITS: Mapping[Split, str] = {
-    "test": "test", "val": "validation, which chose the epoch: optimistic",
-    "evaluated_train": "training, which chose the weights: optimistic",
-}  # fmt: skip
-"""The splits that can be tested, in words."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Tested:
     `samples`: how many were tested. `average`: the quantity averaged over crops and models. `problems`: data that were
     left out, or look wrong.
     `workload`: of a task without labels, whose outputs are too large to keep. `sets`: names of validation sets.
-    `split`: of the samples, after which the metrics are named.
+    `split`: of the samples, after which the metrics are named. `dataset`: with the tested samples as its test set.
     """
 
     report: TestReport
@@ -58,6 +54,7 @@ class Tested:
     workload: Workload | None = None
     sets: Sequence[str] = ()
     split: Split = "test"
+    dataset: Dataset | None = None
 
     @property
     def per_class(self) -> list[dict[str, Any]]:
@@ -148,8 +145,9 @@ def test(
         combined = _combine([model.on_sets[name] for model in models], first.average)
         tested.metrics.update(on_set(name, computed(combined, split="val").metrics))
     count = sum(len(targets) for _, targets in first.batches)
-    named = _named(tested, used)
-    return Tested(named, first.average, first.classes, found, count, sets=[*first.on_sets], split=used)
+    named = described(workload, _named(tested, used), used)
+    sets = [*first.on_sets]
+    return Tested(named, first.average, first.classes, found, count, None, sets, used, workload.dataset)
 
 
 def _on_split(workload: Workload, split: str | None) -> tuple[Workload, Split]:
@@ -174,7 +172,7 @@ def _named(tested: TestReport, split: Split) -> TestReport:
         metric = Metric.of(key)
         return replace(metric, split=split).column if metric is not None and metric.split == "test" else key
 
-    return replace(tested, metrics={column(key): each for key, each in tested.metrics.items()})
+    return replace(tested, metrics={column(key): each for key, each in tested.metrics.items()}, split=split)
 
 
 def _combine(models: Sequence[Sequence[Outputs]], average: Average) -> Sequence[Outputs]:

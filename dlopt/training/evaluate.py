@@ -19,7 +19,7 @@ from dlopt.data.batches import Batch, Batches, Delivery
 from dlopt.data.samples import Samples, at_size, whole_images
 from dlopt.data.splits import evaluation_subset
 from dlopt.losses import CrossEntropy, processes_in_chunks
-from dlopt.metrics.accumulators import Accumulator, accumulators
+from dlopt.metrics.accumulators import Accumulator, Sums, Wholes, accumulators
 from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.names import VAL_LOSS, Split, by_column, on_set, set_of
 from dlopt.metrics.sums import Kept, MetricSum, Reduce
@@ -87,6 +87,7 @@ def evaluate(
     return means
 
 
+TestedSplit = Literal["test", "val"]
 Outputs = tuple[Tensor, Tensor]  # outputs and targets of a batch
 
 
@@ -98,11 +99,11 @@ def report(
     *,
     user_metrics: Mapping[str, UserMetric] = MappingProxyType({}),
     names: Sequence[str] = (),
-    split: Literal["val", "test"] = "test",
+    split: TestedSplit = "test",
 ) -> TestReport:
     """Computes loss, accuracy, `metrics` and `user_metrics` of outputs, equal to those in a run's summary.
 
-    `names`: of the classes, if a metric has a value for each.
+    `names`: of the classes.
     """
     accumulator = MetricSum(task)
     with torch.inference_mode(), evaluation_mode(loss):
@@ -111,12 +112,30 @@ def report(
     values = accumulator.means(split)
     outputs, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     part = partial(task.evaluated, loss=loss, origin=targets[:1])
+    found = accumulators(metrics, part, task.size, names, Ranks(), keeps=True)
     with torch.inference_mode():
-        for each in accumulators(metrics, part, task.size, names, Ranks()):
+        for each in found:
             each.add(outputs, targets)
             values |= by_column(split, each.means(None))
         values |= by_column(split, compute(user_metrics, outputs, targets))
-        return replace(task.report(values, part(outputs, targets)), part=part(outputs.cpu(), targets.cpu()))
+        return _reported(task, values, found)
+
+
+def _reported(task: Task, values: dict[str, float], found: Sequence[Sums | Wholes]) -> TestReport:
+    """Returns the report of a split, after its evaluation with the accumulators `found`."""
+    kept = found[-1] if found else None
+    split = kept.split if isinstance(kept, Wholes) else None
+    return TestReport(values) if split is None else task.report(values, split)
+
+
+def described(workload: Workload, tested: TestReport, split: Split) -> TestReport:
+    """Returns the report with its split, and beside a constant prediction, chosen on the training set."""
+    part, dataset = tested.part, workload.dataset
+    unit = (1.0, 0.0) if dataset.columns is None else (dataset.columns.scale, dataset.columns.mean)
+    guessing = ""
+    if part is not None:
+        guessing = workload.task.beside_guessing(part, dataset.train.targets, dataset.classes, unit)
+    return replace(tested, split=split, guessing=guessing)
 
 
 def streamed_report(
@@ -130,7 +149,8 @@ def streamed_report(
     if members > 1:
         kind = workload.task.name
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
-    tested = TestReport(test_metrics(workload, on_batch) or {})
+    tested = test_report(workload, on_batch)
+    assert tested is not None  # nothing interrupts it
     for name, dataset in workload.validation_sets.items():
         evaluation = _of_set(replace(workload, dataset=dataset), name, lambda done, total: None)
         with norm_statistics(workload):
@@ -247,7 +267,8 @@ def _of_set(workload: Workload, name: str, on_batch: Callable[[int, int], None])
             stop = workload.parallel.ranks.evaluation_stop(interruption)
             found = evaluate_task(workload, own, batches, "val", stop, on_batch)
         else:
-            found = _evaluate(workload, task, batches, "val", requested, origin, interruption, on_batch)
+            extra = _accumulators(workload, task, task.computed(requested), origin)
+            found = _evaluate(workload, task, batches, "val", extra, interruption, on_batch)
         return found if found is None or not name else on_set(name, found)
 
     return evaluation
@@ -281,14 +302,11 @@ def _evaluate(
     task: Task,
     batches: Batches,
     split: Split,
-    requested: Sequence[Declaration],
-    origin: Tensor,
+    found: Sequence[Accumulator],
     interruption: Interruption | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, float] | None:
     functions, ranks = workload.run_config.user_metrics, workload.parallel.ranks
-    names, part = workload.dataset.classes or (), partial(task.evaluated, loss=workload.loss, origin=origin)
-    extra = accumulators(task.computed(requested), part, task.size, names, ranks)
     return evaluate(
         workload.module,
         evaluation_model(workload, batches),
@@ -298,41 +316,54 @@ def _evaluate(
         split=split,
         interruption=None if interruption is None else ranks.evaluation_stop(interruption),
         reduce=reduction(workload),
-        extra=[*extra, *([UserMetrics(functions, ranks)] if functions else [])],
+        extra=[*found, *([UserMetrics(functions, ranks)] if functions else [])],
     )
 
 
-def test_metrics(
+def _accumulators(
+    workload: Workload, task: Task, metrics: Sequence[Declaration], origin: Tensor, *, keeps: bool = False
+) -> list[Sums | Wholes]:
+    names, part = workload.dataset.classes or (), partial(task.evaluated, loss=workload.loss, origin=origin)
+    return accumulators(metrics, part, task.size, names, workload.parallel.ranks, keeps=keeps)
+
+
+def test_report(
     workload: Workload,
     on_batch: Callable[[int, int], None] | None = None,
     interruption: Interruption | None = None,
-) -> dict[str, Any] | None:
-    """Returns the loss, the metrics of every evaluation, and the metrics that the run requests for its validation, by
-    column (test_loss).
+    split: TestedSplit = "test",
+) -> TestReport | None:
+    """Tests on a split of the data: the metrics of every evaluation, those that the run requests for its validation,
+    and those of tests, by column (test_loss).
 
-    Returns {} without a test set, and None if interrupted (checked after each batch).
+    Without this split there are no metrics. Returns None if interrupted (checked after each batch).
 
-    `on_batch(done, total)` is called after each batch, except with test-time augmentation.
+    `on_batch(done, total)` is called after each batch, except with test-time augmentation (of the test set only).
     """
-    if workload.dataset.test is None:
-        return {}
+    samples = workload.dataset.test if split == "test" else workload.dataset.val
+    if samples is None:
+        return TestReport({})
     settings, requested = workload.run_config.settings.evaluate, tested_metrics(workload.run_config, workload.task)
-    if settings.tta != "none":
+    if isinstance(workload.task, OwnTask):
+        stop = None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption)
+        batches = TaskBatches(workload, workload.task, samples)
+        values = evaluate_task(workload, workload.task, batches, split, stop, on_batch)
+        return None if values is None else TestReport(values, split=split)
+    task = workload.dataset.task_on(samples)
+    metrics = task.computed(requested, tests=True)
+    if split == "test" and settings.tta != "none":
         outputs = predict_test_set(workload, CHOICES[settings.tta](), _final_average(workload), interruption)
         if outputs is None:
             return None
-        task, functions, names = workload.task, workload.run_config.user_metrics, workload.dataset.classes or ()
-        chosen = task.computed(requested)
-        return report(outputs, workload.loss, task, chosen, user_metrics=functions, names=names).metrics
-    if isinstance(workload.task, OwnTask):
-        stop = None if interruption is None else workload.parallel.ranks.evaluation_stop(interruption)
-        tested = TaskBatches(workload, workload.task, workload.dataset.test)
-        return evaluate_task(workload, workload.task, tested, "test", stop, on_batch)
-    batches = evaluation_batches(workload, workload.dataset.test)
-    task = workload.dataset.task_on(workload.dataset.test)
-    origin = workload.dataset.test.targets[:1]
+        functions, names = workload.run_config.user_metrics, workload.dataset.classes or ()
+        return described(
+            workload, report(outputs, workload.loss, task, metrics, user_metrics=functions, names=names), split
+        )
+    found = _accumulators(workload, task, metrics, samples.targets[:1], keeps=task.keeps_outputs)
     with norm_statistics(workload, interruption):
-        return _evaluate(workload, task, batches, "test", requested, origin, interruption, on_batch)
+        tested = evaluation_batches(workload, samples)
+        values = _evaluate(workload, task, tested, split, found, interruption, on_batch)
+    return None if values is None else described(workload, _reported(task, values, found), split)
 
 
 def check_crops(workload: Workload) -> None:

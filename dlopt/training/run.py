@@ -19,6 +19,7 @@ from dlopt.basics.interruption import Interruption
 from dlopt.config.resuming import how_to_resume
 from dlopt.data.settings import SPLITS
 from dlopt.parallel.processes.rendezvous import is_launched
+from dlopt.tasks.report import TestReport
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import evaluation_weights
 from dlopt.training.builders.batches import training_batches
@@ -33,7 +34,7 @@ from dlopt.training.builders.workload import (
 )
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.checkpoint.content import blamed
-from dlopt.training.evaluate import check_crops, test_metrics
+from dlopt.training.evaluate import TestedSplit, check_crops, test_report
 from dlopt.training.loop import Trainer
 from dlopt.training.progress import (
     Length,
@@ -51,9 +52,9 @@ FindLr = Callable[[Workload, Tracking, Path], float]
 """Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
 AddTeacher = Callable[[Workload], Workload]
 """Returns the workload with the teacher of loss=distillation. Raises `UserError`."""
-Draw = Callable[[Workload, Path, Sequence[float]], Mapping[str, Path]]
-"""Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs).
-Returns the paths by description."""
+Draw = Callable[[Workload, Path, Sequence[float], TestReport], Mapping[str, Path]]
+"""Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs), and the
+report of its test. Returns the paths by description."""
 
 
 def train_run(
@@ -75,7 +76,8 @@ def train_run(
         observe: builds observers (diagnostics, profiler).
         find_lr: runs the range test for optimizer.lr=auto.
         add_teacher: loads the teacher of loss=distillation.
-        draw: draws the run at its end, unless it is interrupted; an error in it does not fail the run.
+        draw: draws the run at its end, unless it is interrupted; an error in it does not fail the run. Such a run is
+            tested on the validation set if it has no test set.
 
     Raises:
         UserError: the config cannot work; before the first update.
@@ -140,24 +142,26 @@ def train_run(
         stop = mode.ranks.synchronized_stop(interruption)
         interruption.raise_if_received()
         status = trainer.fit(stop, interruption.defer)
-        tested: Mapping[str, Any] | None = {}
+        tested: TestReport | None = TestReport({})
         if status != "interrupted" and settings.evaluate.test:
-            tested = _test_best(trainer, workload, stop)
+            split = _tested_split(workload, is_shown=draw is not None)
+            tested = _test_best(trainer, workload, stop, split)
         if tested is None:  # interrupted in the test: the last checkpoint is that of the whole training
-            status, tested = "interrupted", {}
+            status, tested = "interrupted", TestReport({})
         if status == "interrupted":
             tracking.message(f"{stop.reason}: stopped; {how_to_resume(RunFolder(run.folder), is_launched())}")
 
         # 7. Record the results. Last, because summary.json marks the run as finished: one that is killed before, in
         #    the test, is tested again when it is resumed.
         trainer.measure_memory()
-        summary = {**summarize(workload, status, trainer.progress, trainer.best, trainer.recovery), **tested}
+        summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)
+        summary |= tested.metrics if tested.split == "test" else {}
         user_observers.at_end(summary)
         pictures = None
         if draw is not None and status != "interrupted":
-            pictures = partial(draw, workload, run.folder, _restarts(trainer))
+            pictures = partial(draw, workload, run.folder, _restarts(trainer), tested)
         trainer.checkpoints.refuse_moved()
-        tracking.finish(summary, pictures)
+        tracking.finish(summary, pictures, tested, workload.class_names or ())
     return summary
 
 
@@ -171,23 +175,33 @@ def _announce(run: TrainingRun, workload: Workload, trainer: Trainer) -> None:
         show_first_batch(workload, trainer.batches, tracking)
 
 
-def _test_best(trainer: Trainer, workload: Workload, stop: Interruption) -> Mapping[str, Any] | None:
+def _tested_split(workload: Workload, *, is_shown: bool) -> TestedSplit:
+    """Returns the split of the final test: the test set, or in a run that `is_shown` without one the validation set."""
+    is_shown = workload.parallel.ranks.broadcast(is_shown)  # rank 0 knows: all ranks evaluate the same split
+    dataset = workload.dataset
+    # The outputs of other tasks are not kept: their validation has shown what there is.
+    has_report = dataset.test is None and dataset.val is not None and workload.task.keeps_outputs
+    return "val" if is_shown and has_report else "test"
+
+
+def _test_best(trainer: Trainer, workload: Workload, stop: Interruption, split: TestedSplit) -> TestReport | None:
     """Tests the best model, which stays loaded in `workload.module`. None if interrupted. Raises `RunError`."""
-    mode, progress = workload.parallel, partial(trainer.tracking.evaluating, split="test")
+    mode, progress = workload.parallel, partial(trainer.tracking.evaluating, split=split)
     try:
         if trainer.best.epoch is None:
             with evaluation_weights(trainer.step.optimizer, trainer.average):
-                tested = test_metrics(workload, progress, stop)
+                tested = test_report(workload, progress, stop, split)
         else:
             # Rank 0 reads the file, because other nodes may not see the folder; all ranks test the same weights.
             best = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
             assert best is not None
             workload.load(best)
-            tested = test_metrics(workload, progress, stop)
+            tested = test_report(workload, progress, stop, split)
     except UserError as error:
         advice = "fix the cause and repeat the command with resume=auto"
         raise RunError(f"training is finished, but the test failed: {error}; {advice}") from error
-    trainer.train_metrics.warn_if_not_finite(tested or {}, "test_loss", trainer.tracking.message)
+    metrics = {} if tested is None else tested.metrics
+    trainer.train_metrics.warn_if_not_finite(metrics, "test_loss", trainer.tracking.message)
     return tested
 
 

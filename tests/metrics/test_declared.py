@@ -80,7 +80,8 @@ class Case:
     def chances(self) -> np.ndarray:
         if isinstance(self.task, MultiLabel):
             return special.expit(self.rows)
-        return self.rows.clip(0, 1) if isinstance(self.loss, MSE) else special.softmax(self.rows, axis=1)
+        # Of torch: probabilities that are equal but for rounding have an order.
+        return self.rows.clip(0, 1) if isinstance(self.loss, MSE) else torch.tensor(self.rows).softmax(1).numpy()
 
 
 # -- references
@@ -150,17 +151,63 @@ def of_values(score: Callable[..., float]) -> Callable[[Case], float]:
     return lambda case: math.nan if case.has_nan else float(score(case.true, case.rows))
 
 
+def by_rank(score: Callable[..., float]) -> Callable[[Case], float]:
+    """The score of the second of two classes; else the mean over the classes, or labels, that occur and are not all."""
+
+    def value(case: Case) -> float:
+        chances, count = case.chances, case.task.outputs
+        if case.has_nan:
+            return math.nan
+        truth = case.true if isinstance(case.task, MultiLabel) else np.eye(count)[case.true]
+        if isinstance(case.task, Classification) and count == 2:
+            return float(score(truth[:, 1], chances[:, 1])) if truth[:, 1].mean() > 0 else math.nan
+        found = [score(true, of_class) for true, of_class in zip(truth.T, chances.T, strict=True) if true.mean() > 0]
+        return float(np.nanmean(found)) if found else math.nan
+
+    return value
+
+
+def log_loss(case: Case) -> float:
+    return loss(case) if isinstance(case.task, MultiLabel) or case.has_nan else reference.log_loss(
+        case.true, case.chances, labels=range(case.task.outputs)
+    )  # fmt: skip
+
+
+def brier_score(case: Case) -> float:
+    if case.has_nan:
+        return math.nan
+    if isinstance(case.task, MultiLabel):
+        return float(np.mean((case.chances - case.true) ** 2))
+    if case.task.outputs == 2:
+        return reference.brier_score_loss(case.true, case.chances[:, 1], labels=[0, 1])
+    return float(((case.chances - np.eye(case.task.outputs)[case.true]) ** 2).sum(1).mean())
+
+
+def of_errors(score: Callable[[np.ndarray], np.ndarray]) -> Callable[[Case], float]:
+    """The score of prediction - target in each column, mean over the columns."""
+    return of_values(lambda true, rows: score(rows - true).mean())
+
+
 REFERENCES: dict[str, Callable[[Case], float | dict[str, float]]] = {
     "loss": loss,
     "accuracy": lambda case: reference.accuracy_score(case.true, case.predicted),
     "top5_accuracy": top5_accuracy,
     "macro_f1": f1("macro"),
+    "balanced_accuracy": lambda case: reference.balanced_accuracy_score(case.true, case.predicted),
+    "roc_auc": by_rank(reference.roc_auc_score),
+    "average_precision": by_rank(reference.average_precision_score),
+    "log_loss": log_loss,
+    "brier_score": brier_score,
     "matthews_correlation": lambda case: reference.matthews_corrcoef(case.true, case.predicted),
     "calibration_error": calibration_error,
     "class_accuracy": class_accuracy,
     "worst_class_accuracy": lambda case: min(class_accuracy(case).values()),
     "r2": of_values(reference.r2_score),
     "mae": of_values(reference.mean_absolute_error),
+    "median_absolute_error": of_values(reference.median_absolute_error),
+    "absolute_error_p90": of_errors(lambda errors: np.quantile(abs(errors), 0.9, axis=0)),
+    "error_p05": of_errors(lambda errors: np.quantile(errors, 0.05, axis=0)),
+    "error_p95": of_errors(lambda errors: np.quantile(errors, 0.95, axis=0)),
     "mean_average_precision": mean_average_precision,
     "micro_f1": f1("micro"),
     "token_accuracy": lambda case: reference.accuracy_score(case.true, case.predicted),
@@ -171,11 +218,12 @@ REFERENCES: dict[str, Callable[[Case], float | dict[str, float]]] = {
 # -- cases
 
 OF_CLASSES = {
-    "loss", "accuracy", "top5_accuracy", "macro_f1", "matthews_correlation", "calibration_error", "class_accuracy",
-    "worst_class_accuracy",
+    "loss", "accuracy", "top5_accuracy", "macro_f1", "balanced_accuracy", "roc_auc", "average_precision", "log_loss",
+    "brier_score", "matthews_correlation", "calibration_error", "class_accuracy", "worst_class_accuracy",
 }  # fmt: skip
-OF_LABELS = {"loss", "mean_average_precision", "macro_f1", "micro_f1"}
-OF_VALUES = {"loss", "r2", "mae"}
+OF_FEW_CLASSES = OF_CLASSES - {"top5_accuracy"}
+OF_LABELS = {"loss", "mean_average_precision", "macro_f1", "micro_f1", "roc_auc", "log_loss", "brier_score"}
+OF_VALUES = {"loss", "r2", "mae", "median_absolute_error", "absolute_error_p90", "error_p05", "error_p95"}
 
 
 def normal(seed: int, *size: int) -> Tensor:
@@ -227,6 +275,15 @@ def constant(chosen: int) -> Tensor:
 
 RANDOM = normal(0, SAMPLES, 8)
 CASES: Mapping[str, Case] = {
+    # Ten sets with ties: of two classes, and of five, of which the last ones do not occur.
+    **{
+        f"{count} classes, set {seed}": of_classes(
+            normal(seed, SAMPLES, count).mul(2).round() / 2, min(seed, count), names=OF_FEW_CLASSES
+        )
+        for seed in range(2, 7)
+        for count in (2, 5)
+    },
+    "the first of two classes": of_classes(normal(0, SAMPLES, 2), 1, names=OF_FEW_CLASSES),
     "classes": of_classes(RANDOM),
     "a class never occurs": of_classes(RANDOM, 7),
     "a class neither occurs nor is predicted": of_classes(RANDOM - 99 * F.one_hot(torch.tensor(7), 8), 7),
@@ -236,7 +293,7 @@ CASES: Mapping[str, Case] = {
     "constant prediction of the only class": of_classes(constant(0), 1),
     "classes, NaN": of_classes(with_nan(RANDOM), 7),
     "all outputs are NaN": of_classes(RANDOM * math.nan),
-    "few classes": of_classes(RANDOM[:, :5], names=OF_CLASSES - {"top5_accuracy"}),
+    "few classes": of_classes(RANDOM[:, :5], names=OF_FEW_CLASSES),
     "classes, MSE": of_classes(RANDOM, 7, loss=MSE(classes=8)),
     "labels": of_labels(RANDOM, 8),
     "ties": of_labels(RANDOM.round(), 7),

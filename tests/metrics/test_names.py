@@ -35,7 +35,7 @@ HIGHER = [
     "val_class_accuracy/loss", "val_macro_f1", "best_val_macro_f1", "val_r2", "val_mean_average_precision",
     "samples_per_second",
 ]  # fmt: skip
-OWN = ["val_brier_score", "best_val_kappa", "test_my_accuracy", "val_rmse", "val_reconstruction_loss", "val_auc"]
+OWN = ["val_dice_score", "best_val_kappa", "test_my_accuracy", "val_rmse", "val_reconstruction_loss", "val_auc"]
 
 
 @pytest.mark.parametrize("metric", [*LOWER, *HIGHER])
@@ -53,7 +53,7 @@ def test_names_of_the_user_say_nothing(metric: str) -> None:
 @pytest.mark.parametrize(
     ("config", "modes"),
     [
-        ({"monitor": "val_brier_score", "monitor_mode": "min"}, {"brier_score": "min"}),
+        ({"monitor": "val_dice_score", "monitor_mode": "min"}, {"dice_score": "min"}),
         ({"monitor": "auto", "stopping.monitor": "val_kappa", "monitor_mode": "max"}, {"kappa": "max"}),
         ({"monitor": "val_loss", "monitor_mode": None, "schedule.monitor": "val_kappa", "schedule.mode": "max"},
          {"kappa": "max"}),

@@ -207,9 +207,47 @@ def test_metrics_that_are_functions_of_the_loss() -> None:
 @pytest.mark.parametrize(
     ("name", "monitor", "accuracy", "always", "by_eval"),
     [
-        ("classification", "val_accuracy", "accuracy", [], ["top5_accuracy", "macro_f1", "calibration_error"]),
-        ("regression", "val_loss", None, [], ["r2", "mae"]),
-        ("multi-label", "val_loss", None, ["mean_average_precision", "macro_f1", "micro_f1"], []),
+        (
+            "classification",
+            "val_accuracy",
+            "accuracy",
+            [],
+            [
+                "top5_accuracy",
+                "macro_f1",
+                "balanced_accuracy",
+                "roc_auc",
+                "average_precision",
+                "log_loss",
+                "brier_score",
+                "calibration_error",
+            ],
+        ),
+        (
+            "regression",
+            "val_loss",
+            None,
+            [],
+            [
+                "r2",
+                "mae",
+                "median_absolute_error",
+                "absolute_error_p90",
+                "error_p05",
+                "error_p95",
+            ],
+        ),
+        (
+            "multi-label",
+            "val_loss",
+            None,
+            ["mean_average_precision", "macro_f1", "micro_f1"],
+            [
+                "roc_auc",
+                "log_loss",
+                "brier_score",
+            ],
+        ),
         ("bytes", "val_loss", "token_accuracy", [], []),
         ("reconstruction", "val_loss", None, [], []),
     ],
@@ -297,16 +335,16 @@ def test_the_report_of_a_test_shows_classes_or_labels() -> None:
     outputs = torch.tensor([[2.0, 1, 0], [0, 3, 1], [5, 4, 0], [math.nan, 0, 0]])
     targets = torch.tensor([0, 1, 1, 1])
     tested = Classification(3).report({"test_loss": 1.0}, Classification(3).evaluated(outputs, targets, CROSS_ENTROPY))
-    assert tested.metrics == {"test_loss": 1.0} and tested.confusion is not None and tested.labels is None
+    assert tested.metrics == {"test_loss": 1.0} and tested.confusion is not None
     assert tested.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]] and tested.unpredicted == 1
-    assert [row["accuracy"] for row in tested.per_class(CLASSES)] == [1, pytest.approx(1 / 3), None]
+    assert [row["recall"] for row in tested.per_class(CLASSES)] == [1, pytest.approx(1 / 3), None]
     flags = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
     tested = MultiLabel(3).report({}, MultiLabel(3).evaluated(4 * flags - 2, flags, nn.BCEWithLogitsLoss()))
     assert tested.confusion is None and tested.unpredicted == 0
     rows = [(row["class"], row["samples"], row["average_precision"]) for row in tested.per_class(CLASSES)]
     assert rows == [("cat", 1, 1), ("dog", 1, 1), ("emu", 0, None)]
     tested = Regression(3).report({"test_r2": 0.5}, Regression(3).evaluated(outputs, outputs, MSE(classes=None)))
-    assert (tested.metrics, tested.confusion, tested.labels) == ({"test_r2": 0.5}, None, None)
+    assert (tested.metrics, tested.confusion, tested.by_class) == ({"test_r2": 0.5}, None, None)
     assert tested.per_class(CLASSES) == []
 
 

@@ -43,6 +43,6 @@ def test_without_the_final_test_the_test_set_is_not_read(tmp_path: Path, monkeyp
     def refuse(*_: object) -> None:
         raise AssertionError("the test set was read")
 
-    monkeypatch.setattr(run, "test_metrics", refuse)
+    monkeypatch.setattr(run, "test_report", refuse)
     summary = start(tmp_path, *SMALL, "epochs=1", "evaluate.test=false")
     assert summary["status"] == "finished" and summary["test_loss"] is None and summary["best_val_loss"] > 0

@@ -173,7 +173,7 @@ INTERRUPTIONS: dict[str, tuple[Any, str, int]] = {
     "inside a save": (durable, "_publish", 3),
     "after a save": (Checkpoints, "save", 2),
     "after the last save": (Checkpoints, "save", 4),
-    "after the test": (dlopt.training.run, "test_metrics", 1),
+    "after the test": (dlopt.training.run, "test_report", 1),
 }
 
 

@@ -28,6 +28,7 @@ from dlopt.basics.interruption import Interruption
 from dlopt.data.batches import Batches
 from dlopt.parallel.ranks import Ranks
 from dlopt.run import runner
+from dlopt.tasks.report import TestReport
 from dlopt.training import evaluate
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.workload import Workload, build_workload
@@ -298,13 +299,13 @@ def test_exit_codes_and_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("keys", [[], ["evaluate.tta=flip"]])
 def test_a_signal_in_the_final_test(keys: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The run ends at once, and makes no further update when it is resumed."""
-    tested = evaluate.test_metrics
+    tested = evaluate.test_report
 
-    def interrupted(*arguments: Any) -> dict[str, Any] | None:
+    def interrupted(*arguments: Any) -> TestReport | None:
         terminate()
         return tested(*arguments)
 
-    with patch("dlopt.training.run.test_metrics", interrupted):
+    with patch("dlopt.training.run.test_report", interrupted):
         assert execute(tmp_path / "cut", *RICH, *keys) == 75
     assert status(tmp_path / "cut") == "interrupted"
     assert execute(tmp_path / "cut", *RICH, *keys) == 0

@@ -152,22 +152,22 @@ def test_monitored_loss(monitor: str, metrics: dict[str, float], expected: float
 def test_a_users_metric_follows_its_direction_and_not_its_name(
     direction: Any, best_epoch: int, stops_after: int
 ) -> None:
-    best = Best("val_brier_score", direction=direction)
-    early = Early(direction, monitor="val_brier_score", patience=2, min_delta=0.0)
-    target = Target(direction, monitor="val_brier_score", value=0.2 if direction == "min" else 0.7)
+    best = Best("val_dice_score", direction=direction)
+    early = Early(direction, monitor="val_dice_score", patience=2, min_delta=0.0)
+    target = Target(direction, monitor="val_dice_score", value=0.2 if direction == "min" else 0.7)
     stopped, reached = [], []
     for epoch, value in enumerate([0.6, 0.2, 0.3, 0.4], 1):
-        metrics = {"epoch": epoch, "val_brier_score": value, "val_loss": 1.0}
+        metrics = {"epoch": epoch, "val_dice_score": value, "val_loss": 1.0}
         best.update(metrics), early.update(metrics), target.update(metrics)
         stopped += [epoch] * early.should_stop
         reached += [epoch] * target.should_stop
-    assert (best.epoch, best.others) == (best_epoch, {"val_brier_score": 0.2 if direction == "min" else 0.6})
+    assert (best.epoch, best.others) == (best_epoch, {"val_dice_score": 0.2 if direction == "min" else 0.6})
     assert stopped[0] == stops_after and reached == ([2] if direction == "min" else [])
 
 
 def test_the_direction_of_a_users_metric_is_never_guessed() -> None:
-    with pytest.raises(UserError, match=r"val_brier_score: whether .* monitor_mode=min \(or max\)"):
-        monitored_key({"val_brier_score": 0.5}, "val_brier_score")
+    with pytest.raises(UserError, match=r"val_dice_score: whether .* monitor_mode=min \(or max\)"):
+        monitored_key({"val_dice_score": 0.5}, "val_dice_score")
 
 
 def test_unknown_metric_lists_the_logged_ones() -> None:

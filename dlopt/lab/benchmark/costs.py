@@ -24,7 +24,7 @@ from dlopt.lab.benchmark.results import UpdateCost
 from dlopt.lab.scaling.rank import seconds_of, updates_of
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.checkpoint.checkpoints import Checkpoints
-from dlopt.training.evaluate import test_metrics
+from dlopt.training.evaluate import test_report
 
 _WARMUP = 5  # updates
 _PAIRS = 9
@@ -76,4 +76,6 @@ def test_trial(folder: Path) -> None:
     workload: Workload = build_workload(parse(resolve_saved(saved), saved), checkpoint)
     with torch.no_grad():
         workload.load(checkpoint)
-    write_json(path, test_metrics(workload), indent=None)
+    tested = test_report(workload)
+    assert tested is not None  # nothing interrupts it
+    write_json(path, tested.metrics, indent=None)
