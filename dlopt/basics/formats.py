@@ -4,9 +4,10 @@ import math
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
+_NAMED_SHARES = 5
 _LONG_FLOAT = re.compile(r"(?<![\w.])\d+\.\d{5,}(e[+-]?\d+)?(?![\w.])")
 # What is copied from a message: between backticks, or after a colon; "KEY: dlopt find-lr does not read ..." is none.
 _COMMAND = re.compile(r"`[^`]*`|(?<=: )dlopt (?!.* does not read).*|(\S+ -m )?\S*\bpip install [^;)]*")
@@ -23,6 +24,17 @@ def format_number(value: float | None) -> str:
 
 def format_percent(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{100 * value:.2f} %"
+
+
+def format_shares(counts: Sequence[float], names: Iterable[object], total: int) -> str:
+    """no 70.4 %, yes 29.6 %; of more than five names, the smallest and the largest: 0.4 % (ox) to 12.1 % (cat)."""
+    percents = [100 * count / max(total, 1) for count in counts]
+    texts = [f"{each:.1f} %" if each >= 1 or each == 0 else f"{each:.2g} %" for each in percents]
+    known = [printable(str(name)) for name in names]
+    if len(counts) <= _NAMED_SHARES:
+        return ", ".join(f"{name} {text}" for name, text in zip(known, texts, strict=True))
+    low, high = (counts.index(each) for each in (min(counts), max(counts)))
+    return f"{texts[low]} each" if low == high else f"{texts[low]} ({known[low]}) to {texts[high]} ({known[high]})"
 
 
 def format_epoch_number(epoch: float) -> str:

@@ -98,8 +98,8 @@ class NextToken(Task):
     def counted_as(self, shape: tuple[int, ...]) -> str:
         return f"{self.unit}s"
 
-    def describe(self, window: tuple[int, ...]) -> str:
-        return f"{super().describe(window)} {self.unit}s at once, vocabulary {self.outputs:,}"
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+        return f"{window[0]} {self.unit}s at once, vocabulary {self.outputs:,}"
 
     @property
     def target_arguments(self) -> dict[str, int | None]:

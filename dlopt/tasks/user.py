@@ -149,8 +149,9 @@ class OwnTask(Task):
             )
         return dict(self.arguments)
 
-    def describe(self, window: tuple[int, ...]) -> str:
-        return f"{super().describe(window) if self.layout is None else self.layout}, {self.path}"
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+        inputs = super().describe(window, targets, classes) if self.layout is None else self.layout
+        return f"{inputs}, {self.path}"
 
     def check_measured(self, init: str) -> None:
         raise UserError(f"{init}: measures the inputs of the model, which task={self.path} makes itself; use another")

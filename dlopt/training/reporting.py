@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dlopt.adapt import describe
@@ -12,6 +13,7 @@ from dlopt.config.overrides import storable
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import dotted_name
 from dlopt.config.validation_sets import KEY
+from dlopt.data.samples import Dataset
 from dlopt.metrics.measures import at_end
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key, set_of
 from dlopt.models.third_party import pretrained_inputs
@@ -89,7 +91,7 @@ def header_facts(workload: Workload, length: Length) -> dict[str, Any]:
         "parallel": workload.parallel.name,
         "processes": workload.parallel.ranks.processes,
         "unit": workload.task.counted_as(dataset.train.shape),
-        "inputs": workload.task.describe(tuple(data_spec(workload)["window"])),
+        "inputs": workload.task.describe(tuple(data_spec(workload)["window"]), _targets(dataset), dataset.classes),
         "metrics": [*(Metric("val", name).column for name in _shown_metrics(workload)), *_of_sets(workload)],
         "sets": {name: size * tokens for name, size in _sizes(workload).items()},
     }
@@ -99,6 +101,13 @@ def header_facts(workload: Workload, length: Length) -> dict[str, Any]:
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
         facts |= {"val": samples * tokens, "all_val": facts["val"]}
     return facts
+
+
+def _targets(dataset: Dataset) -> Tensor:
+    """Returns the targets of the training set; the values of a regression in their own unit."""
+    targets, columns = dataset.train.targets, dataset.columns
+    is_scaled = columns is not None and columns.scale != 1.0
+    return targets.double() * columns.scale + columns.mean if is_scaled else targets
 
 
 def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) -> list[str]:
