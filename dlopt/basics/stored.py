@@ -40,7 +40,7 @@ class Stored(Generic[T]):
             return self.parse(read_regular(self.path, self.limit))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, UserError) as error:  # the last one of a condition, see `Condition`
             raise self.damaged(_reason(error)) from None
 
     def lines(self) -> list[T]:

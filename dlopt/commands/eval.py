@@ -1,7 +1,8 @@
 """`dlopt eval`: evaluates checkpoints, or weights of other tools, on the test set."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +16,11 @@ from dlopt.config.overrides import key_of
 from dlopt.config.parameters import show
 from dlopt.config.reads import INFERENCE
 from dlopt.config.settings import Tta
+from dlopt.trained.decision import FILE, Rule, decision_of, digest
 
 if TYPE_CHECKING:
     from dlopt.trained.ensemble import Tested
+    from dlopt.training.builders.workload import Workload
 
 _READS = (
     "data", "validation", *INFERENCE, "channels_last", "compile", "deterministic", "norm_statistics", "allow_packages",
@@ -36,10 +39,15 @@ Examples:
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/last.pt tta=flip
   dlopt eval checkpoint=[outputs/a,outputs/b]                              # ensemble: averages the outputs
   dlopt eval checkpoint=outputs/train/DATE/checkpoints/restart-*.pt        # ensemble
+  dlopt eval outputs/train/DATE threshold=recall:0.9                       # choose a threshold
   dlopt eval init_from=resnet18.pth model=resnet18 model.stem=imagenet data=imagenet data.root=DIR normalize=fixed
 
   {_evaluate_checkpoints}
   parallel.processes=N :: divides the test set over N processes; also under torchrun and srun
+
+  threshold=f1 :: two classes: predict the second (positive) one from the probability that maximizes its F1
+  threshold=recall:R :: two classes: from the largest probability that finds at least a fraction R of the positives
+  threshold=most_probable :: any number of classes: keep the most probable class, fit only the temperature
 
   tta=none :: test-time augmentation: none
   tta=flip :: original and horizontally flipped images
@@ -48,6 +56,9 @@ Examples:
 images with a shorter side of tta.scale=SIZE (default: unscaled, or 8/7 of the crop)
   tta=multi_scale_ten_crop :: ten crops at each of tta.scales=[224,256,384,480,640] (for crops of \
 224, else in proportion)
+
+The threshold and the temperature are chosen on the validation set, reported on the test set, and kept in decision.json
+beside the checkpoint, where `predict`, `export` and `dlopt.load` find them.
 
 Uses the config saved in the checkpoint. Keys that can be overridden:
     {_READS}
@@ -64,6 +75,7 @@ _SplitKey = Annotated[
     Literal["test", "val", "train"] | None,
     "test|val|train: split of the data (default: test, or val without a test set)",
 ]
+_ThresholdKey = Annotated[Rule | None, "RULE: choose a decision threshold and a temperature (calibration), see below"]
 _OutputKey = Annotated[
     str | None,
     "DIR: folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an autoencoder "
@@ -76,6 +88,8 @@ def evaluate(arguments: list[str]) -> int:
     keys = set(map(key_of, arguments))
     if keys >= {"init_from", "checkpoint"}:
         raise UserError("init_from and checkpoint: set one of them; a checkpoint contains its config and its weights")
+    if keys >= {"init_from", "threshold"}:
+        raise UserError("init_from and threshold: a decision is kept beside a checkpoint, which weights do not have")
     command = _evaluate_weights if "init_from" in keys else _evaluate_checkpoints
     return over_processes("eval", command, arguments)
 
@@ -88,15 +102,20 @@ def _evaluate_checkpoints(
     tta: _TtaKey = "none",
     average: _AverageKey = None,
     split: _SplitKey = None,
+    threshold: _ThresholdKey = None,
     output: _OutputKey = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
+    if threshold is not None:
+        _refuse_to_decide(threshold, paths, tta, split)
     load_torch()
     from dlopt.machine.device import choose_device
+    from dlopt.trained import deciding
     from dlopt.trained.ensemble import restored, test
     from dlopt.training.checkpoint.checkpoints import load
 
     views, processes = _views(tta, changes), take_process_keys(changes, "eval")
+    sha256 = digest(paths[0])
     checkpoints = [load(path) for path in paths]
     size = {} if len(paths) == 1 else {"data.batch_size": checkpoints[0].config["data"]["batch_size"]}
     run_configs = [
@@ -104,8 +123,13 @@ def _evaluate_checkpoints(
         for path, checkpoint in zip(paths, checkpoints, strict=True)
     ]
     mode = join_processes(choose_device(run_configs[0].settings.device), processes)
-    models = restored(paths, checkpoints, run_configs, mode, print_message)
+    models: Iterable[Workload] = restored(paths, checkpoints, run_configs, mode, print_message)
+    validated = None
     with _counted(mode.ranks.is_main) as on_batch:
+        if threshold is not None:
+            models = [*models]
+            deciding.refuse(threshold, models[0])
+            validated = test(paths, [replace(models[0], validation_sets={})], None, None, tta, on_batch, "val")
         tested = test(paths, models, average, views, tta, on_batch, split)
     if not mode.ranks.is_main:
         return DONE
@@ -116,7 +140,38 @@ def _evaluate_checkpoints(
     source = {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
     run = paths[0].absolute().parent.parent
     folder = run if output is None and (run / "config.yaml").is_file() else output
-    return _finish(source, tta, views, tested, folder, [f"checkpoint: {path}" for path in paths])
+    lines = [f"checkpoint: {path}" for path in paths]
+    if threshold is not None:
+        assert validated is not None and validated.report.part and tested.report.part and tested.classes
+        parts = validated.report.part, tested.report.part
+        decision = deciding.choose(threshold, paths[0], sha256, *parts, tested.classes)
+        decided = [*deciding.lines(decision), f"kept: {short_path(decision.write(paths[0]))}"]
+        return _finish({**source, "decision": decision.facts}, tta, views, tested, folder, lines, decided)
+    if is_one and (kept := _kept_decision(paths[0])):
+        lines.append(kept)
+    return _finish(source, tta, views, tested, folder, lines)
+
+
+def _refuse_to_decide(threshold: str, paths: Sequence[Path], tta: str, split: str | None) -> None:
+    """Raises `UserError` for keys with which no decision can be chosen."""
+    reason = ""
+    if len(paths) > 1:
+        reason = "a decision belongs to one checkpoint; name one"
+    elif tta != "none":
+        reason = f"`predict` and `export` do not average views; leave out tta={tta}"
+    elif split not in (None, "test"):
+        reason = f"is chosen on the validation set and reported on the test set; leave out split={split}"
+    if reason:
+        raise UserError(f"threshold={threshold}: {reason}")
+
+
+def _kept_decision(path: Path) -> str:
+    """Describes the decision beside the checkpoint, which a test does not apply; "" if there is none."""
+    try:
+        decision = decision_of(path)
+    except UserError as error:
+        return f"warning: {error}"
+    return "" if decision is None else f"not applied here: {FILE}: {decision.text}"
 
 
 @on_config("eval", _READS_OF_WEIGHTS, several="one value is needed: a test has one model", one=True)
@@ -166,30 +221,35 @@ def _counted(is_main: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def _finish(
-    source: Mapping[str, Any], tta: str, views: Any, tested: "Tested", folder: Path | str | None, lines: list[str]
+    source: Mapping[str, Any],
+    tta: str,
+    views: Any,
+    tested: "Tested",
+    folder: Path | str | None,
+    lines: list[str],
+    more: Sequence[str] = (),
 ) -> int:
-    """Prints the metrics and writes them to `folder`, if any, with the `source` of the weights."""
+    """Prints the metrics and writes them to `folder`, if any, with the `source` of the weights; `more`: last lines."""
     from dlopt.instruments import evaluation
-    from dlopt.metrics.names import set_of
+    from dlopt.metrics.names import SPLITS, set_of
 
     is_averaged = views is not None or isinstance(source.get("checkpoint"), list)
     crops = {"name": tta, **({} if views is None else vars(views))}
     record = {**source, "tta": crops, "average": tested.average if is_averaged else None, "samples": tested.samples}
     lines.append(f"samples: {tested.samples:,}")
-    record["split"] = split = evaluation.SPLITS[tested.split]
-    lines += [f"split: {split}"] if split != "test" else []
-    classes = evaluation.class_lines(tested)
-    lines += [*tested.problems, *evaluation.set_lines(tested), *classes]
+    record["split"] = SPLITS[tested.split]
+    lines += [*tested.problems, *evaluation.set_lines(tested)]
     if folder is not None:
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)
         lines += [f"{name}: {short_path(path)}" for name, path in written.items()]
+    lines += more
     from dlopt.tracking.console import ConsoleView
 
     epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}
-    metrics = tested.report.metrics.items()
-    shown = {key: value for key, value in metrics if not (set_of(key, tested.sets) or (classes and "/" in key))}
-    ConsoleView().finish({"status": "tested", **epoch, **shown}, lines)
+    metrics = {key: value for key, value in tested.report.metrics.items() if not set_of(key, tested.sets)}
+    shown = replace(tested.report, metrics=metrics)
+    ConsoleView().finish({"status": "tested", **epoch}, lines, shown, tested.classes or ())
     return DONE
 
 

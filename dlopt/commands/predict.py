@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
+from dlopt.basics.formats import format_value
 from dlopt.basics.interruption import print_message
 from dlopt.basics.ranges import Count, Natural
 from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.reads import INFERENCE
+from dlopt.trained.decision import FILE, decision_of
 
 if TYPE_CHECKING:
     from dlopt.trained.predict_output import Predictions
@@ -29,6 +31,7 @@ Examples:
   dlopt predict outputs/train/DATE images=photos
   dlopt predict outputs/train/DATE file=new_patients.csv
   dlopt predict outputs/train/DATE file=new_patients.parquet probabilities=all
+  dlopt predict outputs/train/DATE file=new_patients.csv columns=[id]
   dlopt predict outputs/train/DATE file=notes.txt per=line
   dlopt predict checkpoint=outputs/train/DATE/checkpoints/last.pt images=photos
 
@@ -39,6 +42,9 @@ probability and p(CLASS) for each class; with several labels per image: image, l
 
 A table (CSV or Parquet) gets all its rows and columns back, in order, then prediction and probability. The model finds
 its features by name; the label may be missing. The prediction of a regression is in the unit of the label.
+
+A class is that of decision.json beside the checkpoint, if there is one (`dlopt eval threshold=RULE`), or else the most
+probable one.
 
 A text gets its mean loss in nats, as `dlopt eval` computes it, in bits per byte, and as perplexity of tokens. With
 per=document, a Parquet file also gets its columns back; with per=line and per=window, its texts are one text.
@@ -79,6 +85,11 @@ def _predict(
         "NAME: of a table: predicted: of the predicted class; all: also p(CLASS) for each class (default: predicted)",
         "needs file",
     ] = None,
+    columns: Annotated[
+        list[str | int] | None,
+        "LIST: of a table: its columns to keep in the output, in this order: [id], or [] for none (default: all)",
+        "needs file",
+    ] = None,
     per: Annotated[
         Literal["line", "document", "window"] | None,
         "NAME: of a text: what a row is: line, document (texts with a zero byte between them, or rows of a Parquet "
@@ -99,25 +110,28 @@ def _predict(
     if images is not None and not os.path.exists(images):
         raise UserError(f"images={images}: no such file or folder")
     target = _target(output, file, is_table=file is not None and is_table_of_parquet(file))
+    decision = decision_of(path)
     load_torch()
     from dlopt.trained.classify import image_files
     from dlopt.trained.restore import restore
 
     found = None if images is None else image_files(images)
     keys = take_process_keys(changes, "predict")
-    trained = restore(path, changes, lambda device: join_processes(device, keys))
+    trained = restore(path, changes, lambda device: join_processes(device, keys), decision)
     if file is not None and Path(file).is_file():
         trained.mode.ranks.refuse_other_file("file", file)
     if found is not None:
         listed = f"{len(found[0])} images of {sum(map(os.path.getsize, found[0])):,} bytes"
         trained.mode.ranks.refuse_difference(f"images={images}", listed)
-    given = {"max_errors": max_errors, "probabilities": probabilities, "per": per, "batch_size": batch_size}
+    given = {"max_errors": max_errors, "probabilities": probabilities, "columns": columns, "per": per}
+    given["batch_size"] = batch_size
     predictions = _predictions(trained, path, found, file, given)
     if not trained.mode.ranks.is_main:
         for _ in predictions.chunks(lambda _: None, lambda _: None):  # takes part in gathering each batch
             pass
         return DONE
-    for note in (*([] if trained.warning is None else [trained.warning]), *predictions.notes):
+    decided = None if decision is None else f"decided by {FILE}: {decision.text}"
+    for note in filter(None, (trained.warning, decided, *predictions.notes)):
         print_message(note)
     with writing(target), status_line() as show:
 
@@ -174,9 +188,12 @@ def _predictions(
         return ImagePredictions(trained, files, batch_size or 64, 10 if max_errors is None else max_errors, notes)
     assert file is not None
     is_text = isinstance(trained.task, NextToken)
-    what, other = ("a text", "probabilities") if is_text else ("a table", "per")
-    if given[other] is not None:
-        raise UserError(f"{other}={given[other]}: predictions of {what} do not have this key; leave it out")
+    what, others = ("a text", ("probabilities", "columns")) if is_text else ("a table", ("per",))
+    for other in others:
+        if given[other] is not None:
+            typed = format_value(given[other])
+            raise UserError(f"{other}={typed}: predictions of {what} do not have this key; leave it out")
     if is_text:
         return predict_text(trained, path, file, batch_size, given["per"])
-    return predict_table(trained, path, file, batch_size or 64, given["probabilities"])
+    names = None if given["columns"] is None else [*map(str, given["columns"])]
+    return predict_table(trained, path, file, batch_size or 64, given["probabilities"], names)

@@ -25,6 +25,7 @@ from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads
 from dlopt.trained.classify import changes, classify, image_files, refuse_other_inputs
+from dlopt.trained.decision import decision_of
 from dlopt.trained.predict_tables import predicted
 from dlopt.trained.restore import Trained, restore
 from dlopt.training import rng
@@ -37,22 +38,20 @@ class Prediction:
 
     Attributes:
         image: its path, or images[NUMBER] without one; empty for a row.
-        label: the most probable class; None for a regression, for a model of several labels per image, and where an
-            output of the model is NaN.
+        label: the class that the decision beside the checkpoint names (`dlopt eval threshold=RULE`), without one the
+            most probable class; None for a regression, for a model of several labels per image, and where an output of
+            the model is NaN.
         values: the probabilities of the classes, or of the labels, in the order of `Model.classes`; the outputs of a
             regression, in the unit of the label.
         labels: of a model of several labels per image: those with a probability of at least 0.5.
+        probability: of `label`; None without one.
     """
 
     image: str
     label: str | None
     values: tuple[float, ...]
     labels: tuple[str, ...] = ()
-
-    @property
-    def probability(self) -> float | None:
-        """The probability of `label`; None without one."""
-        return None if self.label is None else max(self.values)
+    probability: float | None = None
 
 
 class Model(nn.Module):
@@ -174,7 +173,7 @@ class Model(nn.Module):
 
     def _prediction(self, path: str, values: Sequence[float], best: int) -> Prediction:
         label, labels = self._task.label(best, self.classes), self._task.labels_of(list(values), self.classes)
-        return Prediction(path, label, tuple(values), labels)
+        return Prediction(path, label, tuple(values), labels, None if label is None else values[best])
 
     def _placed(self) -> Trained:
         """Returns what `dlopt predict` uses, on the device to which the caller may have moved the model."""
@@ -211,7 +210,8 @@ def load(run: str | PathLike[str], *, allow_packages: Sequence[str] = ()) -> Mod
         best = path / "checkpoints" / "best.pt"
         path = best if best.exists() else best.with_name("last.pt")
     with preserve_global_state("load()", may_be_nested=True):  # as a teacher in a model of the user
-        trained = restore(path, {"allow_packages": list(allow_packages)} if allow_packages else {})
+        changed = {"allow_packages": list(allow_packages)} if allow_packages else {}
+        trained = restore(path, changed, decision=decision_of(path))
     if trained.warning is not None:
         warnings.warn(trained.warning, stacklevel=2)
     return Model(trained, path)

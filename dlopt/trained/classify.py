@@ -124,8 +124,7 @@ def _classify(
     found: Iterator[Classified] = iter(())
     if readable:
         outputs = trained.outputs(torch.stack([pixels for pixels, _ in readable]))
-        # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
-        best = trained.task.predicted(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
+        best = trained.predicted(outputs).tolist() if outputs.ndim == 2 else [-1] * len(outputs)
         found = map(Classified, trained.values(outputs).tolist(), best, [stored for _, stored in readable])
     return [
         (path, str(image) if isinstance(image, UserError) else next(found))

@@ -12,6 +12,7 @@ import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count
+from dlopt.basics.names import Names
 from dlopt.data.checks import LEFT_OUT, listed
 from dlopt.data.csv_file import Doubts, Header, read_chunks, read_header
 from dlopt.data.feature_columns import FeatureColumns
@@ -152,6 +153,7 @@ class TablePredictions:
     columns: Sequence[Column]
     notes: Sequence[str]
     shows_all: bool  # the probability of every class
+    kept: Sequence[int]  # numbers of the columns of the table that are in the output
     count: int = 0
 
     @property
@@ -173,7 +175,7 @@ class TablePredictions:
                     cells.append(self._cells(values, best))
                 show(f"{format_count('rows', self.count + len(cells))} predicted")
             self.count += rows.size
-            yield [*rows.values, *map(list, zip(*cells, strict=True))]
+            yield [*(rows.values[number] for number in self.kept), *map(list, zip(*cells, strict=True))]
         for note in self.table.notes_at_end:
             warn(note)
         for finding in self.features.findings(unknown):
@@ -199,20 +201,25 @@ def predicted(trained: Trained, batch: torch.Tensor) -> list[tuple[list[float], 
     found: list[tuple[list[float], int]] = []
     if len(batch):
         outputs = trained.outputs(batch)
-        # The class of the outputs, as `dlopt eval` counts it: probabilities that are clamped may be equal.
-        best = trained.task.predicted(outputs)
+        best = trained.predicted(outputs)
         values = trained.values(outputs)
         found = list(zip(values.reshape(len(batch), -1).tolist(), best.tolist(), strict=True))
     return trained.mode.ranks.gather(found)
 
 
 def predict_table(
-    trained: Trained, path: Path, file: str, batch_size: int, probabilities: Probabilities | None
+    trained: Trained,
+    path: Path,
+    file: str,
+    batch_size: int,
+    probabilities: Probabilities | None,
+    columns: Sequence[str] | None = None,
 ) -> TablePredictions:
     """Returns the predictions for the table `file` of the model of the checkpoint `path`.
 
     `probabilities`: of the predicted class, or of all; None: of the predicted class, or of all labels of a sample.
-    Raises `UserError` if the model reads no table, or the table lacks a column.
+    `columns`: of the table, for the output; None: all. Raises `UserError` if the model reads no table, or the table
+    lacks a column.
     """
     trained.task.check_predicts("checkpoint", path)
     if len(trained.sample) != 1:
@@ -229,17 +236,24 @@ def predict_table(
         values = [features.target] if isinstance(trained.task, Regression) else []
         table = CsvTable(file, features, [*features.numeric, *values])
     notes = [*table.notes]
+    for number, name in enumerate(columns or ()):
+        Names("column", table.names).check(name, f"columns: {name!r}")
+        if name in (columns or ())[:number]:
+            raise UserError(f"columns: {name!r} is listed twice")
+    kept = [*range(len(table.names))] if columns is None else [table.names.index(name) for name in columns]
+    names = [table.names[number] for number in kept]
     if features.features:
         features.require(table.names, f"file={file}")
-        if extra := features.unread(table.names):
+        if extra := features.unread(names):
             notes.append(f"not read by the model, kept in the output: {listed(extra)}")
     else:
         features = _by_position(file, features, table.names, trained.sample[0])
         notes.append(f"the checkpoint has no names of features; read in this order: {listed(features.features)}")
     shows_all = probabilities == "all" or not is_class
     found = _columns(trained, shows_all=shows_all)
-    refuse_taken(file, table.names, found)
-    return TablePredictions(trained, table, features, batch_size, [*table.kept, *found], notes, shows_all)
+    refuse_taken(file, names, found)
+    shown = [*(table.kept[number] for number in kept), *found]
+    return TablePredictions(trained, table, features, batch_size, shown, notes, shows_all, kept)
 
 
 def _by_position(file: str, features: FeatureColumns, names: Sequence[str], count: int) -> FeatureColumns:

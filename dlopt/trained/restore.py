@@ -24,6 +24,8 @@ from dlopt.machine.threads import set_threads
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.regression import Regression
 from dlopt.tasks.task import Task
+from dlopt.trained.deciding import obstacle
+from dlopt.trained.decision import FILE, Decision
 from dlopt.training.builders.model_check import build_module
 from dlopt.training.builders.precision import Precision, choose_precision
 from dlopt.training.checkpoint.checkpoints import foreign, load
@@ -51,6 +53,7 @@ class Trained:
     identity: Identity | None = None  # of the training data; None if not known
     foreign: str | None = None  # that the checkpoint is of another run than its folder
     is_widened: bool = False  # in fp32 instead of bf16_pure
+    decision: Decision | None = None
 
     @property
     def warning(self) -> str | None:
@@ -76,24 +79,44 @@ class Trained:
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
     def values(self, outputs: Tensor) -> Tensor:
-        """Returns what a prediction shows of outputs, float64; the values of a regression in the unit of the label."""
+        """Returns what a prediction shows of outputs, float64; the values of a regression in the unit of the label.
+
+        Probabilities are those at the temperature of the decision.
+        """
+        outputs = outputs if self.decision is None else self.decision.scaled(outputs)
         values = self.task.values(outputs, self.loss).double()
         if self.columns is None or not isinstance(self.task, Regression):
             return values
         return values * self.columns.scale + self.columns.mean
 
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """Returns the class of outputs [..., K]: int64 [...]; -1, none, where one is NaN.
 
-def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.device], Mode] = Mode) -> Trained:
+        Without a decision it is that of the largest output, as `dlopt eval` counts it: probabilities that are clamped
+        may be equal.
+        """
+        return (self.task if self.decision is None else self.decision).predicted(outputs)
+
+
+def restore(
+    path: Path,
+    overrides: Mapping[str, Any],
+    join: Callable[[torch.device], Mode] = Mode,
+    decision: Decision | None = None,
+) -> Trained:
     """Builds the model of the checkpoint `path`, its config changed by `overrides`. Raises `UserError`.
 
     Adapters are merged into their layers, and a model with precision=bf16_pure then uses fp32.
-    `join`: returns the mode of this process, given the device of the config.
+    `join`: returns the mode of this process, given the device of the config. `decision`: of the checkpoint (see
+    `decision_of`), for predictions.
     """
     checkpoint = load(path)
     run_config = parse(resolve_saved(with_changes(checkpoint.config, overrides, path)))
     settings = run_config.settings
     mode = join(choose_device(settings.device))
     mode.ranks.refuse_other_file("checkpoint", path)
+    differs = "copy the file of rank 0"
+    mode.ranks.refuse_difference(str(path.with_name(FILE)), decision, lambda a, b: None if a == b else differs)
     set_threads(settings.threads, mode.ranks.local_processes)
     device = mode.device
     precision = choose_precision(settings.precision, device)
@@ -104,6 +127,8 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
         task = checkpoint.task
         module = build_module(run_config.model, task.model_arguments(checkpoint.window))
         loss = run_config.loss.build_as(nn.Module, **task.target_arguments)
+        if decision is not None and (reason := obstacle(decision.rule, task, loss)) is not None:
+            raise UserError(f"{path.with_name(FILE)}: {reason}; remove the file")
         # Placed first: loading rounds to the present dtype.
         normalize, module = precision.place_data(normalize), precision.place(module)
         normalize.load_state_dict(checkpoint.normalize)
@@ -126,6 +151,7 @@ def restore(path: Path, overrides: Mapping[str, Any], join: Callable[[torch.devi
             identity=checkpoint.identity,
             foreign=foreign(path, checkpoint),
             is_widened=is_widened,
+            decision=decision,
         )
 
 

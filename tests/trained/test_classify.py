@@ -19,8 +19,9 @@ from dlopt.trained.restore import Trained
 def trained(outputs: torch.Tensor, loss: nn.Module) -> Trained:
     names = [str(number) for number in range(outputs.shape[1])]
     fields: dict[str, Any] = {"outputs": lambda _: outputs, "loss": loss, "classes": names, "columns": None}
-    found = SimpleNamespace(task=Classification(len(names)), **fields)
+    found = SimpleNamespace(task=Classification(len(names)), decision=None, **fields)
     found.values = lambda outputs: Trained.values(cast(Trained, found), outputs)
+    found.predicted = lambda outputs: Trained.predicted(cast(Trained, found), outputs)
     return cast(Trained, found)
 
 

@@ -1,0 +1,144 @@
+"""decision.json: the temperature and the threshold that turn the outputs of one checkpoint into a class.
+
+`dlopt eval threshold=RULE` chooses them (`dlopt.trained.deciding`); `predict`, `export` and `dlopt.load` apply them.
+Imports no torch: a decision of another checkpoint is refused before torch is imported.
+"""
+
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from dlopt.basics.errors import UserError
+from dlopt.basics.files import recorded_digests, sha256, write_json
+from dlopt.basics.folders import other_format, short_path
+from dlopt.basics.formats import format_number, printable
+from dlopt.basics.ranges import Condition, Count, Positive, Probability
+from dlopt.basics.stored import Stored
+from dlopt.metrics.declaration import predicted_classes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "decision.json"
+MOST_PROBABLE = "most_probable"
+
+
+def least_recall(rule: str) -> float | None:
+    """Returns R of recall:R; None for other rules. Raises ValueError."""
+    name, _, recall = rule.partition(":")
+    return float(recall) if name == "recall" else None
+
+
+def _refusal(rule: str) -> str | None:
+    try:
+        recall = least_recall(rule)
+    except ValueError:
+        recall = 0.0
+    is_valid = rule in ("f1", MOST_PROBABLE) if recall is None else 0 < recall <= 1
+    return None if is_valid else f"must be f1, recall:R with 0 < R <= 1 (recall:0.9), or {MOST_PROBABLE}"
+
+
+Rule = Annotated[str, Condition(_refusal)]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How the outputs of a classifier become a class; the content of decision.json.
+
+    Attributes:
+        checkpoint: name of the checkpoint file, beside which the decision is kept.
+        sha256: of that file.
+        rule: by which the threshold was chosen.
+        temperature: by which the outputs are divided.
+        threshold: the least probability of the positive class, at that temperature, from which on it is predicted;
+            None: the most probable class is.
+        positive: number of the positive class; None without a threshold.
+        positive_class: its name.
+        samples: of the validation set, on which temperature and threshold were chosen.
+        validation: metrics of these samples with the decision.
+        test_before, test_after: metrics of the test set without and with the decision.
+    """
+
+    format: int
+    checkpoint: str
+    sha256: str
+    rule: Rule
+    temperature: Positive
+    threshold: Probability | None
+    positive: Literal[1] | None
+    positive_class: str | None
+    samples: Count
+    validation: dict[str, float | None]
+    test_before: dict[str, float | None]
+    test_after: dict[str, float | None]
+
+    def scaled(self, outputs: "Tensor") -> "Tensor":
+        """Returns the outputs divided by the temperature, the logits of calibrated probabilities, in float64."""
+        return outputs.double() / self.temperature
+
+    def predicted(self, outputs: "Tensor") -> "Tensor":
+        """Returns the class of outputs [..., K]: int64 [...]; -1, none, where one is NaN."""
+        best = predicted_classes(outputs)
+        if self.threshold is None or self.positive is None:
+            return best
+        is_positive = self.scaled(outputs).softmax(-1)[..., self.positive] >= self.threshold
+        return is_positive.long().where(best >= 0, best)
+
+    @property
+    def text(self) -> str:
+        """yes from a probability of 0.3100 on (f1 on 240 validation samples), temperature 1.3200"""
+        if self.threshold is None:
+            chosen = "the most probable class"
+        else:
+            name = printable(self.positive_class or str(self.positive))
+            chosen = f"{name} from a probability of {format_number(self.threshold)} on"
+        on = f"{self.rule} on {self.samples:,} validation samples"
+        return f"{chosen} ({on}), temperature {format_number(self.temperature)}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The values by name, for files of other kinds."""
+        return asdict(self)
+
+    def write(self, checkpoint: Path) -> Path:
+        """Writes the file beside the checkpoint, and returns its path.
+
+        Raises `UserError`, also for a checkpoint that has changed.
+        """
+        file = checkpoint.with_name(FILE)
+        if digest(checkpoint) != self.sha256:
+            raise UserError(f"checkpoint={checkpoint}: was replaced during the evaluation; repeat the command")
+        try:
+            write_json(file, self.facts)
+        except OSError as error:
+            raise UserError(f"{short_path(file)}: cannot write: {error.strerror or error}") from None
+        return file
+
+
+def digest(checkpoint: Path) -> str:
+    """Returns the SHA-256 of a checkpoint file, without which it is not loaded; "" if it cannot be read."""
+    try:
+        recorded = recorded_digests(checkpoint)
+        return recorded[0] if len(recorded) == 1 else sha256(checkpoint)  # two, if a save was killed
+    except OSError:
+        return ""
+
+
+def decision_of(checkpoint: Path) -> Decision | None:
+    """Reads the decision for a checkpoint; None if its folder has none.
+
+    Raises `UserError` for a damaged file, and for the decision of another checkpoint.
+    """
+    file = checkpoint.with_name(FILE)
+    found = Stored(file, Decision, cure="remove it, or choose again with `dlopt eval`").read()
+    if found is None or not checkpoint.is_file():  # a missing checkpoint is reported when it is loaded
+        return None
+    if (other := other_format(found.format, "format")) is not None:
+        raise UserError(f"{short_path(file)}: {other}")
+    if digest(checkpoint) != found.sha256:
+        name = printable(found.checkpoint)[:80]
+        which = f"an earlier {name}" if name == checkpoint.name else f"{name}, not for {checkpoint.name}"
+        command = shlex.join(["dlopt", "eval", f"checkpoint={checkpoint}", f"threshold={found.rule}"])
+        raise UserError(f"{short_path(file)}: was chosen for {which}; choose again: {command}; or remove the file")
+    return found
