@@ -32,6 +32,19 @@ def test_format_bytes(count: int, text: str) -> None:
     assert formats.format_bytes(count) == text
 
 
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ([704, 296], "a 70.4 %, b 29.6 %"),
+        ([1, 0, 1999], "a 0.05 %, b 0.0 %, c 100.0 %"),
+        ([10] * 6, "16.7 % each"),
+        ([3, 1, 2, 5, 1, 5], "5.9 % (b) to 29.4 % (d)"),
+    ],
+)
+def test_format_shares(counts: list[int], text: str) -> None:
+    assert formats.format_shares(counts, "abcdef"[: len(counts)], sum(counts)) == text
+
+
 def test_round_floats() -> None:
     label = "job 1: lr=0.12369483267621112 eps=1.2345678e-08 x=0.0005,12.5 path=run-1.23456789.pt version=1.2.345678"
     assert formats.round_floats(label) == (

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -145,20 +146,28 @@ def test_inputs_are_normalized_except_for_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "counted"),
+    ("name", "targets", "text", "counted"),
     [
-        ("classification", "3x8x8, 10 classes", "images"),
-        ("multi-label", "3x8x8, 3 labels", "images"),
-        ("regression", "3x8x8", "images"),
-        ("reconstruction", "3x8x8", "images"),
-        ("bytes", "8 bytes at once, vocabulary 256", "bytes"),
-        ("tokens", "8 tokens at once, vocabulary 50,257", "tokens"),
+        ("classification", [0, *range(9), 9, 9], "3x8x8, 10 classes: 8.3 % (b) to 16.7 % (a)", "images"),
+        ("multi-label", [[1, 0, 0], [1, 1, 0]], "3x8x8, 3 labels: a 100.0 %, b 50.0 %, c 0.0 %", "images"),
+        (
+            "regression",
+            [[1, 10], [2, 20], [6, 30]],
+            "3x8x8, 2 values: mean 3, 20, standard deviation 2.16, 8.165",
+            "images",
+        ),
+        ("reconstruction", [0], "3x8x8", "images"),
+        ("bytes", [0], "8 bytes at once, vocabulary 256", "bytes"),
+        ("tokens", [0], "8 tokens at once, vocabulary 50,257", "tokens"),
     ],
 )
-def test_the_header_describes_inputs_and_outputs(name: str, text: str, counted: str) -> None:
+def test_the_header_describes_inputs_and_outputs(name: str, targets: list[Any], text: str, counted: str) -> None:
     task = TASKS[name]
     shape = (8,) if isinstance(task, NextToken) else IMAGE
-    assert task.describe(shape) == text
+    names = "abcdefghij"[: task.outputs]
+    assert task.describe(shape, torch.tensor(targets), names) == text
+    if shape is IMAGE:
+        assert task.describe((15,), torch.tensor(targets), names) == text.replace("3x8x8", "15 features")
     assert task.counted_as(task.input_shape((9,)) if isinstance(task, NextToken) else IMAGE) == counted
     assert isinstance(task, NextToken) or task.counted_as((12,)) == "samples"
     assert task.name == {"bytes": "next token", "tokens": "next token"}.get(name, name)
