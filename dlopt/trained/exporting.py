@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dlopt.trained.restore import Trained
 from dlopt.training.builders.dataset import read_dataset
 
 _SAMPLES = 16  # for the verification
+OPSET = 20  # the first with operators on texts
 _TOLERANCE = 1e-4  # relative to the largest output: other tools sum in a different order
 
 
@@ -71,7 +72,7 @@ def preparation(trained: Trained) -> dict[str, Any]:
     """Returns how images or rows of a table become inputs of the model, for the metadata of its file."""
     facts: dict[str, Any] = {}
     channels, *size = trained.sample
-    if len(size) == 2 and channels in (1, 3) and trained.task.white == 255:
+    if reads_images(trained):
         rule = {"mode": "L" if channels == 1 else "RGB", "background": "white", "resize": "cover", "filter": "bilinear"}
         facts["image"] = {**rule, "size": size, "crop": list(trained.window[1:])}
     if trained.columns is not None:
@@ -81,6 +82,11 @@ def preparation(trained: Trained) -> dict[str, Any]:
         mean, std = saved.get("center", 0.0) - saved["shift"] / saved["scale"], 1 / saved["scale"]
         facts |= {"normalize": {"mean": mean.tolist(), "std": std.tolist()}}
     return facts
+
+
+def reads_images(trained: Trained) -> bool:
+    """Returns whether image files can be inputs: grey or coloured images with values 0..255."""
+    return len(trained.sample) == 3 and trained.sample[0] in (1, 3) and trained.task.white == 255
 
 
 def convert(inputs: Tensor, dtype: str | None) -> Tensor:
@@ -98,32 +104,25 @@ def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, 
     Raises `RunError` if torch cannot convert the model.
     """
     module = Deployed(trained)
-    metadata = redacted(metadata)
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     if format == "safetensors":
         from safetensors.torch import save
 
         # Clones, because safetensors refuses tensors that share memory.
-        path.write_bytes(save({name: value.clone().contiguous() for name, value in module.state_dict().items()}, texts))
+        tensors = {name: value.clone().contiguous() for name, value in module.state_dict().items()}
+        path.write_bytes(save(tensors, _texts(metadata)))
         return
-    batch = {"images": {0: torch.export.Dim("batch")}}
     if len(inputs) == 1:  # torch specializes a program to a batch of one sample
         inputs = torch.cat([inputs, inputs])
-    try:
-        with _quiet(), torch.no_grad():
-            if format == "torch_export":
-                program = torch.export.export(module, (inputs,), dynamic_shapes=batch)
-                file = io.BytesIO()  # torch aborts the process where it cannot write to a path
-                torch.export.save(program, file, extra_files={"metadata.json": json.dumps(dict(metadata))})
-                path.write_bytes(file.getvalue())
-            else:
-                _write_onnx(module, inputs, batch, texts, path)
-    except OSError:
-        raise
-    except Exception as error:  # tracing runs the model's code, which may raise anything
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]}"
-        raise RunError(f"format={format}: torch cannot convert this model: {reason}") from error
+    with converting(format):
+        if format == "torch_export":
+            program = torch.export.export(module, (inputs,), dynamic_shapes=_batch())
+            file = io.BytesIO()  # torch aborts the process where it cannot write to a path
+            torch.export.save(program, file, extra_files={"metadata.json": json.dumps(redacted(metadata))})
+            path.write_bytes(file.getvalue())
+        else:
+            model = onnx_model(module, inputs, ["outputs"])
+            set_metadata(model, metadata)
+            save_onnx(model, path)
 
 
 def verify(format: str, path: Path, trained: Trained, inputs: Tensor) -> float | None:
@@ -169,23 +168,58 @@ def _read(format: str, path: Path, trained: Trained, inputs: Tensor) -> Tensor |
     return torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])
 
 
-def _write_onnx(module: nn.Module, inputs: Tensor, batch: Any, texts: Mapping[str, str], path: Path) -> None:
-    import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
+def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the metadata without secrets, as texts: JSON, except of what is a text."""
+    found = redacted(metadata)
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 
+
+def onnx_model(module: nn.Module, inputs: Tensor, outputs: Sequence[str]) -> Any:
+    """Returns `module` as an ONNX model with the input `images`, which has any number of samples like `inputs`."""
     program = torch.onnx.export(
         module,
         (inputs,),
         dynamo=True,
-        dynamic_shapes=batch,
+        dynamic_shapes=_batch(),
         input_names=["images"],
-        output_names=["outputs"],
+        output_names=outputs,
         verbose=False,
+        opset_version=OPSET,
     )
     assert program is not None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, dict(texts))
+    return program.model_proto
+
+
+def set_metadata(model: Any, metadata: Mapping[str, Any]) -> None:
+    import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    onnx.helper.set_model_props(model, _texts(metadata))
+
+
+def save_onnx(model: Any, path: Path) -> None:
+    import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
     onnx.checker.check_model(model)
     onnx.save(model, path)
+
+
+def _batch() -> Any:
+    """Returns the dynamic dimensions of `images`."""
+    return {"images": {0: torch.export.Dim("batch")}}
+
+
+@contextlib.contextmanager
+def converting(format: str) -> Iterator[None]:
+    """Turns an error of torch's exporters in the block into a `RunError`."""
+    try:
+        with _quiet(), torch.no_grad():
+            yield
+    except OSError:
+        raise
+    except Exception as error:  # tracing runs the model's code, which may raise anything
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0]}"
+        raise RunError(f"format={format}: torch cannot convert this model: {reason}") from error
 
 
 @contextlib.contextmanager
