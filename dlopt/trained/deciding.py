@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from dlopt.tasks.task import Task
 from dlopt.trained.decision import MOST_PROBABLE, Decision, least_recall
 from dlopt.training.builders.workload import Workload
 
-_POSITIVE = 1  # of two classes the second, as in scikit-learn
+_POSITIVE: Literal[1] = 1  # of two classes the second, as in scikit-learn
 
 
 def obstacle(rule: str, task: Task, loss: nn.Module) -> str | None:
