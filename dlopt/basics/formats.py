@@ -27,14 +27,20 @@ def format_percent(value: float | None) -> str:
 
 
 def format_shares(counts: Sequence[float], names: Iterable[object], total: int) -> str:
-    """no 70.4 %, yes 29.6 %; of more than five names, the smallest and the largest: 0.4 % (ox) to 12.1 % (cat)."""
+    """no 70.4 %, yes 29.6 %; of more than five names, the smallest and the largest: 0.4 % (ox) to 12.1 % (cat).
+
+    Without the names if the largest is at most 1.5 times the smallest: 9.7 to 10.1 % each.
+    """
     percents = [100 * count / max(total, 1) for count in counts]
     texts = [f"{each:.1f} %" if each >= 1 or each == 0 else f"{each:.2g} %" for each in percents]
     known = [printable(str(name)) for name in names]
     if len(counts) <= _NAMED_SHARES:
         return ", ".join(f"{name} {text}" for name, text in zip(known, texts, strict=True))
     low, high = (counts.index(each) for each in (min(counts), max(counts)))
-    return f"{texts[low]} each" if low == high else f"{texts[low]} ({known[low]}) to {texts[high]} ({known[high]})"
+    if counts[high] > 1.5 * counts[low]:
+        return f"{texts[low]} ({known[low]}) to {texts[high]} ({known[high]})"
+    span = texts[low] if texts[low] == texts[high] else f"{texts[low].removesuffix(' %')} to {texts[high]}"
+    return f"{span} each"
 
 
 def format_epoch_number(epoch: float) -> str:

@@ -15,6 +15,7 @@ from dlopt.data.images import Stored, describe
 from dlopt.data.rows import RowDataset
 from dlopt.data.samples import Dataset, Files, Samples, Wrapped, white_of
 from dlopt.data.settings import SPLITS
+from dlopt.data.windows import Windows
 
 _PICTURES = 16  # images that are looked at
 _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
@@ -28,7 +29,8 @@ def notes(dataset: Dataset) -> tuple[str, ...]:
 
 def _split_notes(dataset: Dataset) -> list[str]:
     if dataset.test is None and not dataset.is_generated:
-        found = ["no test set: the best model will not be tested"]
+        is_text = isinstance(dataset.train, Windows)
+        found = ["no test set" if is_text else "no test set: data.test_split=0.2 sets a fifth of the samples apart"]
     else:
         found = []
     classes, train = dataset.classes, dataset.train.targets
