@@ -163,12 +163,13 @@ def _grid(rows: Sequence[_Row], title: str, headings: Sequence[Sequence[str]], t
     for y, row in enumerate(rows):
         write(row.label, _GAP, top + y * height + (tile - line) // 2)
         for column, (image, caption) in enumerate(zip(row.images, row.captions, strict=True)):
-            picture.paste(_tile(image * (255 / white), tile), (left + column * cell, top + y * height))
+            picture.paste(tile_of(image * (255 / white), tile), (left + column * cell, top + y * height))
             write(caption, left + column * cell, top + y * height + tile)
     return picture
 
 
-def _tile(image: Tensor, tile: int) -> "Image":
+def tile_of(image: Tensor, tile: int) -> "Image":
+    """Returns an image [C, H, W] in 0..255 in RGB, scaled so that its longer side has `tile` pixels."""
     from PIL import Image
 
     if len(image) not in (1, 3):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MAX_COUNTED_CLASSES = 20  # the cells of larger confusion matrices are too small for their counts
 _MAX_NAMED_CLASSES = 60  # the names of more classes are unreadable
+_WIDEST = 40  # characters of all names beside each other
 
 
 def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
@@ -28,11 +29,12 @@ def confusion_table(confusion: "Tensor", classes: Sequence[str]) -> str:
 
 
 def plot_confusion(confusion: "Tensor", classes: Sequence[str], title: str) -> "Figure":
-    """Plots counts [true, predicted], coloured by the fraction of the true class; small matrices show the counts."""
+    """Plots counts [true, predicted], coloured by the fraction of the true class; small matrices show both in cells."""
     count = len(classes)
     classes = [name.encode(errors="backslashreplace").decode() for name in classes]  # folders' names may not be UTF-8
     fractions = (confusion / confusion.sum(1, keepdim=True).clamp(min=1)).tolist()
     size = min(max(3.2 + 0.42 * count, 5.0), 14.0)
+    fontsize = 8 if count <= _MAX_COUNTED_CLASSES // 2 else 6
     figure = drawing.figure(size + 0.8, size)
     axes = figure.add_subplot()
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
@@ -42,10 +44,12 @@ def plot_confusion(confusion: "Tensor", classes: Sequence[str], title: str) -> "
             for x, number in enumerate(row):
                 colour = "white" if fractions[y][x] > 0.5 else "black"
                 if number:
-                    axes.text(x, y, f"{number}", ha="center", va="center", fontsize=8, color=colour)
+                    text = f"{number:,}\n{100 * fractions[y][x]:.0f} %"
+                    axes.text(x, y, text, ha="center", va="center", fontsize=fontsize, linespacing=1, color=colour)
     if count <= _MAX_NAMED_CLASSES:
         longest = max(len(name) for name in classes)
-        axes.set_xticks(range(count), classes, rotation=90 if longest > 3 else 0, fontsize=8, parse_math=False)
+        rotation = 90 if longest * count > _WIDEST else 0
+        axes.set_xticks(range(count), classes, rotation=rotation, fontsize=8, parse_math=False)
         axes.set_yticks(range(count), classes, fontsize=8, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")

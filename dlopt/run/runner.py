@@ -235,11 +235,12 @@ def tools(run: "TrainingRun", *, console: bool) -> dict[str, Any]:
     return chosen
 
 
-def _draw(workload: "Workload", folder: Path, restarts: Sequence[float], tested: "TestReport") -> dict[str, Path]:
-    from dlopt.instruments import reconstructions  # late: matplotlib takes long to import
+def _draw(workload: "Workload", folder: Path, restarts: Sequence[float], tested: "TestReport") -> dict[str, Path | str]:
+    from dlopt.instruments import evaluation, reconstructions  # late: matplotlib takes long to import
     from dlopt.results import curves
 
-    pictures = {"curves": curves.write(folder, restarts)}
+    pictures: dict[str, Path | str] = {"curves": curves.write(folder, restarts)}
+    pictures |= evaluation.write_of_run(folder, workload, tested)
     # Reconstructions are of test images, by the best model, which the final test has loaded.
     if workload.run_config.settings.evaluate.test and (picture := reconstructions.write(workload, folder)) is not None:
         pictures["reconstructions"] = picture

@@ -263,7 +263,7 @@ class Tracking:
     def finish(
         self,
         summary: Mapping[str, Any],
-        draw: Callable[[], Mapping[str, Path]] | None = None,
+        draw: Callable[[], Mapping[str, Path | str]] | None = None,
         tested: "TestReport | None" = None,
         classes: Sequence[str] = (),
     ) -> None:
@@ -279,7 +279,7 @@ class Tracking:
             if scalars:
                 sink.scalars(int(summary.get("steps", 0)), scalars)
             sink.end(str(summary.get("status", "")))
-        pictures: Mapping[str, Path] = {}
+        pictures: Mapping[str, Path | str] = {}
         try:
             # Before the pictures: a run that is killed while they are drawn has its summary.
             if self._folder is not None:
@@ -302,18 +302,19 @@ class Tracking:
                 self._console.finish(summary, [*notes, *lines], tested, classes)
             self.close()
 
-    def _draw(self, draw: Callable[[], Mapping[str, Path]]) -> Mapping[str, Path]:
+    def _draw(self, draw: Callable[[], Mapping[str, Path | str]]) -> Mapping[str, Path | str]:
         try:
             return draw()
         except Exception as error:  # a full disk, a font that matplotlib cannot read: the run has finished
             self.message(f"the metrics could not be drawn: {type(error).__name__}: {error}")
             return {}
 
-    def _next_commands(self, folder: Path, pictures: Mapping[str, Path]) -> list[str]:
+    def _next_commands(self, folder: Path, pictures: Mapping[str, Path | str]) -> list[str]:
         """Returns the run folder, the pictures and the next commands, for a shell in the current folder."""
         path = short_path(folder)
         lines = [f"run folder: {path}"]
-        lines += [f"{description}: {short_path(picture)}" for description, picture in pictures.items()]
+        for description, picture in pictures.items():
+            lines.append(f"{description}: {picture if isinstance(picture, str) else short_path(picture)}")
         lines.append("next:")
         has_checkpoint = any((folder / "checkpoints" / name).exists() for name in ("best.pt", "last.pt"))
         if has_checkpoint and self._can_evaluate:

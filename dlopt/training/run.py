@@ -52,9 +52,9 @@ FindLr = Callable[[Workload, Tracking, Path], float]
 """Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
 AddTeacher = Callable[[Workload], Workload]
 """Returns the workload with the teacher of loss=distillation. Raises `UserError`."""
-Draw = Callable[[Workload, Path, Sequence[float], TestReport], Mapping[str, Path]]
+Draw = Callable[[Workload, Path, Sequence[float], TestReport], Mapping[str, Path | str]]
 """Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs), and the
-report of its test. Returns the paths by description."""
+report of its test. Returns the paths, or how to draw, by description."""
 
 
 def train_run(
