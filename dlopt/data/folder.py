@@ -186,7 +186,7 @@ def image_folder(*, root: str, channels: Literal[1, 3], **keys: Unpack[ImageKeys
     classes = listings["train"].classes
     dataset = listed_images(root, base, listings, classes, channels=channels, **keys)
     if train_only:
-        dataset.notes += (f"data.root={root}: has no train/, val/ or test/; using all images as the training set",)
+        dataset.notes += (f"data.root={root}: has no train/, val/ or test/; its images are one set, which is split",)
     else:
         with reading("data.root"):
             folders = [each.name for each in os.scandir(base) if each.is_dir() and not each.name.startswith(".")]

@@ -81,7 +81,7 @@ def test_class_folders_without_splits_are_a_training_set(
     data = load(tmp_path)
     assert data.classes == ("cat", "dog") and len(data.train) == 20 and data.val is None and data.test is None
     [note] = data.notes
-    assert str(tmp_path) in note and "training set" in note
+    assert str(tmp_path) in note and "one set" in note
     parts = prepare(data, settings(val_split=0.2))
     assert parts.val is not None and len(parts.val) == 4
 

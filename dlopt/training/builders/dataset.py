@@ -81,6 +81,11 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
     tokenizer = saved_tokenizer(run_config, saved)
     typed = {key for key in own if own[key] != chosen.get(key)}
     is_other = not typed.isdisjoint(_SOURCES)
+    if not is_other and "test_split" in typed:
+        raise UserError(
+            f"data.test_split={chosen['test_split']:g}: the run has split off {own['test_split']:g} of these data, and "
+            "trained on the others; leave it out"
+        )
     with contextlib.suppress(*[UserError] * is_other):  # a small text has no splits
         source = read_source(run_config, tokenizer, ("test",), saved.columns)
         is_same = source.classes == saved.classes and difference(saved.identity or {}, source.identity) is None
