@@ -20,7 +20,7 @@ from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.flags import documented_flags
 from dlopt.config.overrides import parts_of
 from dlopt.config.synonyms import choice_names, for_key
-from dlopt.metrics.declared import REQUESTABLE
+from dlopt.metrics.declared import ABOUT, OF_TESTS, REQUESTABLE
 
 USAGE = """\
 List groups, choices, keys and their defaults
@@ -105,11 +105,11 @@ def _with_path(name: str) -> str:
 
 
 def _is_term(catalogue: Catalogue, names: Sequence[str]) -> bool:
-    """Returns whether names are the words of one key, although one of them names a group: `weight decay`."""
+    """Returns whether names are the words of one key or metric, although one of them names a group: `weight decay`."""
     if len(names) == 1 or any("=" in name for name in names):
         return False
     word = _letters("".join(names))
-    is_known = any(word in _letters(key) for key in _keys_by_name(catalogue))
+    is_known = any(word in _letters(name) for name in (*_keys_by_name(catalogue), *ABOUT))
     return is_known or for_key(_key_form(" ".join(names)), "VALUE") != ""
 
 
@@ -262,6 +262,9 @@ def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
     advice = "" if named else for_key(_key_form(term), "VALUE")
     choices: list[Choice] = []
     described: list[str] = []
+    metrics: list[str] = []
+    if len(word) > 1:
+        metrics = [name for name, about in ABOUT.items() if word in _letters(name) or word in _letters(about)]
     if len(word) > 2:
         named += [each for each in found if word in _letters(each) and each not in named]
         every = [choice for group in _groups(catalogue) for choice in catalogue.choices(group)]
@@ -269,12 +272,14 @@ def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
         described = [
             name for name, keys in found.items() if name not in named and word in _letters(keys[0].key.comment)
         ]
-    if not (advice or named or choices or described):
+    if not (advice or named or metrics or choices or described):
         return False
     page.text(*[""] * bool(page.lines), f"keys: {term}" if named else term, bold=True)
     if advice:
         page.text(f"  {advice}")
     page.rows([_row_of_key(found[each]) for each in named])
+    rows = [(f"  {name}", f"{'test metric' if name in OF_TESTS else 'metric'}: {ABOUT[name]}") for name in metrics]
+    page.rows([*rows[:_MAX_FOUND], *_more(rows)])
     rows = [(f"  {each.group}={each.name}", each.description) for each in choices]
     page.rows([*rows[:_MAX_FOUND], *_more(rows)])
     rows = [_row_of_key(found[each]) for each in described]

@@ -43,6 +43,8 @@ class Sums:
         return _distinct(self.metrics, Sum)
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
+        if outputs.device.type == "mps":  # which has no float64
+            outputs, targets = outputs.cpu(), targets.cpu()
         part = self.part(outputs, targets)
         columns = [need.of(part) for need in self._needs]
         dtype = next((each.dtype for each in columns if each.is_floating_point()), columns[0].dtype)

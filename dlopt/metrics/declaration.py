@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Direction = Literal["min", "max"]
 When = Literal["always", "tested", "requested"]
-"""Computed in every evaluation; on request (`evaluate.metrics`, `monitor`) and by `dlopt eval`; on request."""
+"""Computed in every evaluation; in tests, and on request (`evaluate.metrics`, `monitor`); on request only."""
 
 
 def predicted_classes(outputs: "Tensor") -> "Tensor":

@@ -12,6 +12,8 @@ DECLARED: Mapping[str, Declaration] = {name: each for each in _ALL for name in e
 REQUESTABLE: tuple[str, ...] = tuple(dict.fromkeys(each.name for each in _ALL if each.needs))
 """The names that `evaluate.metrics` takes."""
 
+ABOUT: Mapping[str, str] = {name: next(each.about for each in _ALL if each.name == name) for name in REQUESTABLE}
+"""Their descriptions; of metrics of several tasks the first one."""
 OF_TESTS = frozenset(each.name for each in _ALL if each.when == "tested")
 """The names of metrics that only tests compute, and evaluations that request them."""
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dlopt.basics.formats import format_count, format_number
+from dlopt.basics.formats import format_count
 from dlopt.metrics import regression
 from dlopt.metrics.declaration import Declaration, Evaluated
 from dlopt.tasks.task import Task
@@ -47,5 +47,6 @@ class Regression(Task):
         scale, offset = unit
         side = "below" if change >= 0 else "above"
         number = f" {offset + scale * mean.item():.4g}" if mean.numel() == 1 else ""
-        value = f"{format_number(scale * error)}{'' if scale == 1 else ' in the unit of the data'}"
-        return f"mae {value}, {abs(change):.0f} % {side} that of always predicting the mean{number}"
+        of_data = "" if scale == 1 else " in the unit of the data"
+        of_mean = f"{abs(change):.0f} % {side} that of always predicting the mean{number}"
+        return f"mae {scale * error:.4g}{of_data}, {of_mean}"

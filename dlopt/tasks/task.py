@@ -212,7 +212,7 @@ class Task:
             raise UserError(f"{setting}: needs more than {metric.least - 1} classes; the data have {self.size}")
 
     def computed(self, requested: Sequence[Declaration], *, tests: bool = False) -> list[Declaration]:
-        """Returns the metrics that an evaluation computes from its outputs; `tests`: one by `dlopt eval`."""
+        """Returns the metrics that an evaluation computes from its outputs; `tests`: a test."""
         when = ("always", "tested") if tests else ("always",)
         usual = [each for each in self.metrics if each.when in when and each.least <= self.size]
         return [each for each in self.metrics if each.needs and (each in usual or each in requested)]

@@ -462,7 +462,7 @@ def plain_lines(renderable: RenderableType, width: int = 100) -> list[str]:
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(renderable)
-    return [line.rstrip() for line in capture.get().splitlines()]
+    return [line.rstrip() for line in capture.get().splitlines() if line.strip()]
 
 
 # -- tables

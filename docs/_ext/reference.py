@@ -242,7 +242,7 @@ def settings() -> str:
     return "\n".join(lines)
 
 
-_WHEN = {"always": "always", "tested": "on request, `dlopt eval`", "requested": "on request"}
+_WHEN = {"always": "always", "tested": "tests, on request", "requested": "on request"}
 
 
 def metrics() -> str:

@@ -85,6 +85,9 @@ def test_reproduces_metrics_of_the_run_exactly(folder: Path) -> None:
 
 def test_output_files(folder: Path) -> None:
     report = metrics_of(folder, "checkpoint=a/checkpoints/best.pt", "output=out", run="out")
+    summary = json.loads((folder / "a/summary.json").read_text())
+    of_run = {key: value for key, value in summary.items() if key.startswith("test_")}
+    assert len(of_run) == 10 and of_run == pytest.approx({key: report[key] for key in of_run}, rel=1e-6)
     [scores], targets = outputs(folder, "a")
     predictions = scores.argmax(1)
     assert report["test_macro_f1"] == pytest.approx(metrics.f1_score(targets, predictions, average="macro"))
@@ -300,6 +303,14 @@ def test_without_a_test_set_the_validation_set_is_evaluated(tmp_path: Path) -> N
     report = metrics_of(tmp_path, "run0", "split=train", run="run0")
     assert report["split"] == "training, which chose the weights: optimistic" and report["samples"] == 28
     assert report["evaluated_train_loss"] == pytest.approx(expected, rel=1e-6)
+
+    keys = [each for each in PHOTOS if not each.startswith("tracking")]
+    shown = dlopt(tmp_path, "train", *keys, "data.val_split=0.3", "seed=0", "tracking=[tensorboard]", "output=run2")
+    assert shown.out[shown.out.index("guessing") :].startswith(
+        result.out[result.out.index("guessing") :].split("\n\nc")[0]
+    )
+    summaries = [json.loads((tmp_path / f"run{number}/summary.json").read_text()) for number in (0, 2)]
+    assert summaries[0].keys() == summaries[1].keys() and summaries[1]["test_loss"] is None
 
     other = refused(tmp_path, "eval", "checkpoint=[run0,run1]")
     assert other.rstrip() == (

@@ -134,6 +134,10 @@ def test_finds_terms_of_the_field_and_of_other_tools(printed: Callable[..., str]
     assert "\n  use model.norm=batch (or layer, group, instance, none)\n" in printed("batchnorm")
     assert "  schedule=cosine_warmup " in printed("warmup") and "\n  use " not in printed("lr")
     assert "  ... and " in printed("batchnorm")
+    metrics = {"auc": "roc_auc", "recall": "balanced_accuracy", "roc": "roc_auc", "precision": "average_precision",
+               "brier": "brier_score", "f1": "macro_f1", "log loss": "log_loss"}  # fmt: skip
+    for word, name in metrics.items():
+        assert re.search(rf"^  {name} +test metric: ", printed(*word.split()), re.MULTILINE), word
 
 
 def test_lists_first_what_people_look_for(printed: Callable[..., str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dlopt.results.columns import in_terminal, metric_columns
+from dlopt.results.columns import test_columns as columns_of_tests
 from dlopt.results.page_data import page_data
 from tests.support.folders import make_run, table
 
@@ -29,6 +30,16 @@ def test_metrics_on_validation_sets_with_names_are_columns(runs: Path) -> None:
     assert names[-2:] == ["val_shaded_accuracy", "val_shaded_loss"]
     assert in_terminal(ranking) == ["val_accuracy", "val_loss", "val_shaded_accuracy"]
     assert [row.statistic("val_shaded_accuracy").mean for row in ranking.rows] == [0.5, 0.6000000000000001]  # type: ignore[union-attr]
+
+
+def test_test_metrics_are_columns_if_the_runs_requested_them(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"test_macro_f1": 0.5, "test_roc_auc": 0.5}))
+    assert columns_of_tests(table(tmp_path)) == ["test_accuracy", "test_loss"]
+    lines = [json.loads(line) | {"val_macro_f1": 0.5} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert columns_of_tests(table(tmp_path)) == ["test_accuracy", "test_macro_f1", "test_loss"]
 
 
 def test_a_report_ranked_by_a_validation_set(runs: Path) -> None:

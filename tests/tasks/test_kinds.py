@@ -357,6 +357,31 @@ def test_the_report_of_a_test_shows_classes_or_labels() -> None:
     assert tested.per_class(CLASSES) == []
 
 
+@pytest.mark.parametrize(
+    ("task", "outputs", "targets", "training", "unit", "expected"),
+    [
+        (Classification(2), [[1.0, 0], [0, 1], [1, 0], [1, 0]], [0, 1, 1, 0], [0, 0, 1], (1.0, 0.0),
+         "25.0 points above guessing (always cat: 50.0 %)"),
+        (Classification(3), [[0.0, 1, 0], [math.nan, 0, 1]], [0, 0], [0, 0, 1], (1.0, 0.0),
+         "100.0 points below guessing (always cat: 100.0 %)"),
+        (Regression(1), [[1.0], [2]], [0.0, 4], [1.0, 3], (1.0, 0.0),
+         "mae 1.5, 25 % below that of always predicting the mean 2"),
+        (Regression(1), [[1.0], [2]], [0.0, 4], [1.0, 3], (10.0, 100.0),
+         "mae 15 in the unit of the data, 25 % below that of always predicting the mean 120"),
+        (Regression(2), [[1.0, 5], [2, 6]], [[0.0, 1], [4, 1]], [[1.0, 1], [3, 1]], (1.0, 0.0),
+         "mae 3, 200 % above that of always predicting the mean"),
+        (Regression(1), [[1.0], [math.nan]], [0.0, 4], [1.0, 3], (1.0, 0.0), ""),
+        (Regression(1), [[1.0], [2]], [3.0, 3], [3.0, 3], (1.0, 0.0), ""),
+        (MultiLabel(1), [[1.0], [2]], [[1.0], [0]], [[1.0]], (1.0, 0.0), ""),
+    ],
+)  # fmt: skip
+def test_beside_a_constant_prediction(
+    task: Task, outputs: list[Any], targets: list[Any], training: list[Any], unit: tuple[float, float], expected: str
+) -> None:
+    split = task.evaluated(torch.tensor(outputs), torch.tensor(targets), CROSS_ENTROPY)
+    assert task.beside_guessing(split, torch.tensor(training), CLASSES, unit) == expected
+
+
 # -- predictions
 
 NAN = math.nan

@@ -1,16 +1,23 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
+from torch import nn
+from torch.nn import functional as F
 
 from dlopt.basics.folders import short_path
+from dlopt.metrics.names import Split
 from dlopt.run.runner import job_environment
+from dlopt.tasks.classification import Classification
+from dlopt.tasks.report import TestReport
 from dlopt.tracking import terminal_text
 
 METRICS = {
@@ -224,6 +231,46 @@ def test_result_table() -> None:
     rows = [line.split() for line in rendered(terminal_text.format_result(summary), 60)]
     assert ["best", "validation", "0.5000", "75.00", "%", "2"] in rows
     assert ["test", "0.2500", "50.00", "%", "2"] in rows
+
+
+def reported(count: int, split: Split) -> TestReport:
+    """Of 300 samples of `count` classes, of which every 7th is predicted as the next class."""
+    task, targets = Classification(count), torch.arange(300) % count
+    outputs = F.one_hot((targets + (torch.arange(300) % 7 == 0)) % count, count).double() * 2
+    metrics = {f"{split}_loss": 0.25, f"{split}_accuracy": 0.86, f"{split}_macro_f1": 0.85, f"{split}_roc_auc": 0.9876}
+    for name in ("balanced_accuracy", "log_loss", "brier_score", "calibration_error"):
+        metrics[f"{split}_{name}"] = 0.125
+    report = task.report(metrics, task.evaluated(outputs, targets, nn.CrossEntropyLoss()))
+    return replace(report, split=split, guessing=task.beside_guessing(report.part, targets, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(("count", "split", "classes"), [(2, "test", 2), (10, "val", 10), (100, "test", 5)])
+def test_result_of_a_test(count: int, split: Split, classes: int, width: int) -> None:
+    """The metrics that were requested in the table, the others in a block, then the classes; nothing is cut."""
+    names = [f"class {number}" for number in range(count)]
+    summary = {"best_epoch": 3, "best_val_loss": 0.25, "best_val_accuracy": 0.86, "best_val_macro_f1": 0.85}
+    tested = reported(count, split)
+    lines = rendered(terminal_text.format_result(summary, tested, names), width)
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    text = "\n".join(lines)
+    table, block = text[: text.index("guessing")], text[text.index("guessing") :]
+    assert "macro f1" in table and table.count("0.8500") == (2 if split == "test" else 1)
+    assert "ROC AUC 0.9876" in block and "balanced accuracy 12.50 %" in block and "macro f1" not in block
+    assert ("split: validation, which chose the epoch: optimistic" in text) == (split == "val")
+    assert ("the 5 of 100 with the lowest F1" in text) == (count == 100)
+    rows = [line.split() for line in lines if line.startswith("class ")][1:]
+    assert len(rows) == classes
+    if count == 2:
+        assert f"test: {100 * (tested.part.predictions == tested.part.targets).double().mean() - 50:.1f} points" in text  # type: ignore[union-attr]
+        assert "(always 0: 50.0 %)" in text
+    by_class = {row["class"]: row for row in tested.per_class(names)}
+    for _, number, precision, recall, f1, samples, *_areas in rows:
+        row = by_class[f"class {number}"]
+        assert [precision, recall, f1] == [f"{row[key]:.4f}" for key in ("precision", "recall", "f1")]
+        assert int(samples) == row["samples"] == 300 // count
+    logged = terminal_text.plain_lines(terminal_text.format_result(summary, tested, names))
+    assert all(logged) and not any("\x1b" in line for line in logged)
 
 
 def test_hparams_leave_out_derived_seeds() -> None:
