@@ -6,6 +6,8 @@ import io
 import json
 import random
 import re
+import subprocess
+import sys
 from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,10 @@ from torch import Tensor
 
 from dlopt.basics.errors import RunError
 from dlopt.config.parsing import parse
-from dlopt.trained import exporting
+from dlopt.data.checks import GAPS
+from dlopt.data.columns import as_dates
+from dlopt.trained import exporting, portable, preprocessing
+from dlopt.trained.classify import Classified
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import SMALL, dlopt, entries, refused
@@ -114,105 +119,175 @@ def predictions(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def difference(file: Path) -> float:
+    import onnxruntime
+
+    metadata = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).get_modelmeta()
+    found = json.loads(metadata.custom_metadata_map["preprocessing"])
+    assert found["odd_inputs"] == 200
+    return float(found["largest_difference"])
+
+
+def printed_by_the_page(number: int, names: dict[str, str]) -> list[str]:
+    """Runs a Python block of the page, with these texts in place of others; returns the words that it prints."""
+    code = lines_of_the_page(number)
+    for old, new in names.items():
+        code = code.replace(old, new)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue().split()
+
+
 @EXTRA
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_lines_of_the_page_read_images_as_predict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int
-) -> None:
-    """The model reads centres of 8x8 of images of 10x14. Pillow mixes colours to grey before or after it scales."""
+def test_the_graph_reads_images_as_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int) -> None:
+    """The model reads centres of 8x8 of images of 10x14."""
     from PIL import Image
 
     generator = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6
-    for part, count in (("train", 12), ("new", 1)):
-        for label, level in (("dark", 0), ("light", 120)):
-            (tmp_path / part / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(level, level + 135, (11, 22, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(
-                    tmp_path / part / label / f"{number}.png", exif=exif if number % 3 else None
-                )
-    new, pixels = tmp_path / "new", generator.integers(0, 256, (40, 20, 4), dtype=np.uint8)
-    colours = pixels[..., :3]
+    for label, level in (("dark", 0), ("light", 120)):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for number in range(12):
+            pixels = generator.integers(level, level + 135, (11, 22, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"train/{label}/{number}.png", exif=exif if number % 3 else None)
+    colours = generator.integers(0, 256, (40, 20, 3), dtype=np.uint8)
     images = {
         "wide": colours[:10],
-        "clear": pixels,
-        "grey": pixels[..., 0],
+        "tall": colours[:, :3],
+        "grey": colours[..., 0],
         "rotated": colours,
-        "small": colours[:7, :5],
+        "pixel": colours[:1, :1],
+        "whole": colours[:10, :14],
     }
+    (tmp_path / "new").mkdir()
     for name, image in images.items():
-        Image.fromarray(image).save(new / f"{name}.png", exif=exif if name == "rotated" else None)
-    crop = "augmentation.operations=[{_target_: dlopt.augment.RandomCrop, size: 8}]"
-    line = [
-        "data=image_folder",
-        "data.root=.",
-        f"data.channels={channels}",
-        "data.image_size=[10,14]",
-        "model=mlp",
-        crop,
-    ]
-    line += ["model.widths=[8]", "epochs=2", "threads=1", "device=cpu", "tracking=[]", "hydra.run.dir=run"]
-    assert dlopt(tmp_path, "train", *line).code == 0
-    assert "input: uint8 [batch" in (found := dlopt(tmp_path, "export", "run", "format=onnx", "output=best.onnx")).out
-    assert f", 8, 8], the centre of [{channels}, 10, 14]\n" in found.out
+        Image.fromarray(image).save(tmp_path / f"new/{name}.png", exif=exif if name == "rotated" else None)
+    line = ["data=image_folder", "data.root=.", f"data.channels={channels}", "data.image_size=[10,14]", "model=mlp"]
+    line += ["augmentation.operations=[{_target_: dlopt.augment.RandomCrop, size: 8}]", "model.widths=[8]", "epochs=2"]
+    assert dlopt(tmp_path, "train", *line, "threads=1", "device=cpu", "tracking=[]", "hydra.run.dir=run").code == 0
+    found = dlopt(tmp_path, "export", "run", "format=onnx", "include=preprocessing", "output=best.onnx")
+    assert "preprocessing: in the graph\ninput: image uint8 [batch, height, width, channels]\n" in found.out
+    assert difference(tmp_path / "best.onnx") < 1e-5
     assert dlopt(tmp_path, "predict", "run", "images=new").code == 0
     monkeypatch.chdir(tmp_path)
-    code = compile(lines_of_the_page(0).replace('"photo.png"', "photo"), "export.md", "exec")
     for row in predictions(tmp_path):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(code, {"photo": row["image"]})
-        label, probability = printed.getvalue().split()
-        mixed = channels == 1 and "clear" in row["image"]
+        label, probability = printed_by_the_page(0, {"photo.png": row["image"]})
         assert label == row["class"], row
-        assert float(probability) == pytest.approx(float(row["probability"]), abs=0.01 if mixed else 1e-5), row
+        assert float(probability) == pytest.approx(float(row["probability"]), abs=1e-6), row
 
 
-def write_table(path: Path, rows: int, dates: str, seed: int, *, is_new: bool = False) -> None:
+TOWNS = ["Bern", "Zürich", 'St. "Gallen"', "a;b, c", "(x|y)*\\d", "日本"]
+
+
+def write_table(path: Path, rows: int, seed: int, dates: str | None, *, is_new: bool = False) -> None:
     """Writes numbers, codes, categories and dates with gaps, and what depends on them. A new table has more towns."""
     draws = random.Random(seed)
-    lines = ["age,code,town,day,price,bought"]
-    for _ in range(rows):
-        age, code, town = draws.randint(18, 80), draws.choice("12"), draws.choice(["Bern", "Basel", "Chur"])
-        day = datetime(2024, 1, 1) + timedelta(days=draws.randrange(360), hours=draws.randrange(24))
-        price = 1000 + age + 50 * (town == "Chur") + 5 * day.month + draws.random()
-        row = [str(age), f"{code}.0" if draws.random() < 0.5 else code, town, day.strftime(dates)]
-        row = ["NA" if draws.random() < 0.1 else each for each in row]
-        row[2] = "Genf" if is_new and draws.random() < 0.2 else row[2]
-        lines.append(",".join([*row, f"{price:.3f}", "yes" if price > 1110 else "no"]))
-    path.write_text("\n".join(lines) + "\n")
+    names = ["age", "code", "the town, of class", *(["day"] if dates else []), "price", "bought"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(names)
+        for _ in range(rows):
+            age, code, town = draws.randint(18, 80), draws.choice("12"), draws.choice(TOWNS)
+            day = datetime(2024, 1, 1) + timedelta(days=draws.randrange(360), hours=draws.randrange(24))
+            price = 1000 + age + 50 * (town == "Bern") + 5 * day.month + draws.random()
+            row = [str(age), code + draws.choice(["", ".0"]), town, *([day.strftime(dates)] if dates else [])]
+            row = [
+                draws.choice(["", "NA"] if each != row[0] else [""]) if draws.random() < 0.1 else each for each in row
+            ]
+            row[2] = draws.choice(["Genf", "bern"]) if is_new and draws.random() < 0.2 else row[2]
+            table.writerow([*row, f"{price:.3f}", "yes" if price > 1100 else "no"])
+
+
+def train_table(folder: Path, target: str, dates: str | None) -> None:
+    """Trains on a table, and predicts new rows of it."""
+    write_table(folder / "train.csv", 120, 0, dates)
+    write_table(folder / "new.csv", 60, 1, dates, is_new=True)
+    other = "bought" if target == "price" else "price"
+    line = ["data=table", "data.file=train.csv", f"data.target={target}", f"data.ignore=[{other}]"]
+    line += ["data.categories=[code]", *(["data.labels=value", "loss=mse"] if target == "price" else [])]
+    line += ["model=mlp", "model.widths=[8]", "epochs=12", "threads=1", "tracking=[]", "hydra.run.dir=run"]
+    assert dlopt(folder, "train", *line).code == 0
 
 
 @EXTRA
-@pytest.mark.parametrize(("dates", "target"), [("%d/%m/%Y %H:%M", "price"), ("%Y-%m-%dT%H:%M+02:00", "bought")])
-def test_the_lines_of_the_page_read_tables_as_predict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dates: str, target: str
-) -> None:
-    write_table(tmp_path / "train.csv", 120, dates, 0)
-    write_table(tmp_path / "new.csv", 60, dates, 1, is_new=True)
-    other = "bought" if target == "price" else "price"
-    line = [
-        "data=table",
-        "data.file=train.csv",
-        f"data.target={target}",
-        f"data.ignore=[{other}]",
-        "data.categories=[code]",
-    ]
-    line += ["data.labels=value", "loss=mse"] if target == "price" else []
-    line += ["model=mlp", "model.widths=[8]", "epochs=3", "threads=1", "tracking=[]", "hydra.run.dir=run"]
-    assert dlopt(tmp_path, "train", *line).code == 0
-    assert dlopt(tmp_path, "export", "run", "format=onnx", "output=best.onnx").code == 0
-    assert dlopt(tmp_path, "predict", "run", "file=new.csv").code == 0
+def test_the_graph_reads_tables_as_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a threshold and a temperature."""
+    import onnxruntime
+
+    train_table(tmp_path, "bought", None)
+    assert dlopt(tmp_path, "eval", "run", "threshold=recall:0.5").code == 0
+    assert dlopt(tmp_path, "predict", "run", "file=new.csv", "probabilities=all").code == 0
+    found = dlopt(tmp_path, "export", "run", "format=onnx", "include=preprocessing", "output=best.onnx")
+    shown = "input: age float64 [batch], code string [batch], the town, of class string [batch]\n"
+    assert "preprocessing: in the graph\n" in found.out and shown in found.out and "decision, applied: yes" in found.out
+    assert difference(tmp_path / "best.onnx") < 1e-5
     monkeypatch.chdir(tmp_path)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(lines_of_the_page(1), {})
-    expected = [row["prediction"] for row in predictions(tmp_path)]
-    found = printed.getvalue().split()
-    assert len({*expected}) > 1
-    assert found == expected if target == "bought" else [*map(float, found)] == pytest.approx([*map(float, expected)])
+    expected = predictions(tmp_path)
+    labels = [row["prediction"] for row in expected]
+    assert printed_by_the_page(1, {}) == labels and len({*labels}) == 2
+    session = onnxruntime.InferenceSession("best.onnx", providers=["CPUExecutionProvider"])
+    texts = {name: [row[name] for row in expected] for name in ("code", "the town, of class")}
+    ages = np.array([float(row["age"] or "nan") for row in expected])
+    for pad in ("{}", " {}\t", "\u00a0{}\r\n"):
+        inputs = {name: np.array([pad.format(text) for text in column]) for name, column in texts.items()}
+        probabilities, numbers = session.run(["probabilities", "prediction"], {"age": ages, **inputs})
+        np.testing.assert_allclose(probabilities[:, 1], [float(row["p(yes)"]) for row in expected], atol=1e-6)
+        assert [("no", "yes")[number] for number in numbers] == labels
+
+
+@EXTRA
+@pytest.mark.parametrize("dates", ["%d/%m/%Y %I:%M %p", "%Y-%m-%dT%H:%M+02:00"])
+def test_a_program_reads_dates_as_predict(tmp_path: Path, dates: str) -> None:
+    """It runs where neither dlopt nor torch can be imported."""
+    train_table(tmp_path, "price", dates)
+    assert dlopt(tmp_path, "predict", "run", "file=new.csv").code == 0
+    (tmp_path / "best.py").write_text("print('mine')\n")
+    line = ["export", "run", "format=onnx", "include=preprocessing", "output=best.onnx"]
+    before = entries(tmp_path)
+    assert "best.py is another program; use another name" in refused(tmp_path, *line)
+    assert entries(tmp_path) == before
+    (tmp_path / "best.py").unlink()
+    assert "in best.py, because ONNX cannot read dates (day)\n" in dlopt(tmp_path, *line).out
+    assert dlopt(tmp_path, *line).code == 0  # replaces both
+    assert difference(tmp_path / "best.onnx") < 1e-5
+    assert len((tmp_path / "best.py").read_text().splitlines()) <= 40
+    hidden = "import sys; sys.modules |= dict.fromkeys(('dlopt', 'torch', 'pandas'))\n"
+    code = f"{hidden}{lines_of_the_page(2)}print(*outputs[0][:, 0], sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = [float(row["prediction"]) for row in predictions(tmp_path)]
+    assert [*map(float, run.stdout.split())] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_program_reads_fields_as_dlopt() -> None:
+    assert portable.GAPS == GAPS
+    for form, text in [
+        ("2024-01-31", "2024-02-29"),
+        ("2024-01-31", "2024/2/9 7:05"),
+        ("2024-01-31", "1969-12-31T23:59:59.25"),
+        ("2024-01-31", "9.2.2024, 12:00:01"),
+        ("31/1/2024", "9/2/2024 12:10 am"),
+        ("31/1/2024", "9-2-2024"),
+        ("1/31/2024", "9/2/2024 12:10:30 PM"),
+        ("1/31/2024", "9.2.1024 1:10PM"),
+        ("2024-01-31T14:05Z", "2024-02-09T01:00Z"),
+        ("2024-01-31T14:05Z", "2024-02-09 01:00-07:30"),
+    ]:
+        column = as_dates("day", [text], form)
+        assert column is not None and portable.seconds(text, form) == column.values[0], text
+    with pytest.raises(TypeError):
+        portable.seconds("2024-02-09", "2024-01-31T14:05Z")
+
+
+@EXTRA
+def test_a_graph_that_differs_is_not_written(run: Path) -> None:
+    before = entries(run)
+    with mock.patch.object(preprocessing, "classify", lambda images, *_: [("", Classified([0.1] * 10, 0, None))] * 200):
+        result = dlopt(run, "export", "run", "format=onnx", "include=preprocessing")
+    assert result.code == 1 and re.search("by 0.[0-9]+, more than 0.001; nothing was written\n$", result.err)
+    assert entries(run) == before
 
 
 @EXTRA
@@ -308,6 +383,10 @@ def test_verifies_on_random_images_without_data(tmp_path: Path) -> None:
         (["format=onnx", "input=int4"], ["input=int4", "uint8"]),
         (["format=onnx", "output=."], ["output=.", "folder"]),
         (["format=onnx", "model.widths=[3]"], ["model.widths", "may be changed"]),
+        (["format=onnx", "include=images"], ["include=images", "preprocessing"]),
+        (["format=safetensors", "include=preprocessing"], ["include=preprocessing: needs format=onnx"]),
+        (["format=onnx", "include=preprocessing", "input=uint8"], ["include", "input"]),
+        (["format=onnx", "include=preprocessing", "data.root=x"], ["data.root: include=preprocessing reads no data"]),
     ],
 )
 def test_refused(run: Path, line: list[str], parts: list[str]) -> None:

@@ -78,7 +78,7 @@ WORDS = {
     # columns: instead of a program that cuts the output
     "dlopt predict": "batch_size checkpoint columns file images max_errors output per probabilities",
     "dlopt sample": "checkpoint file length prompt samples seed temperature top_k",
-    "dlopt export": "checkpoint format input output",
+    "dlopt export": "checkpoint format include input output",  # include: instead of a program before the graph
     "dlopt consolidate": "checkpoint output",
     "dlopt runs": "--json --paths --remove --yes columns limit note sort",
     "dlopt report": "--json --open --watch by format output plot target test top",
