@@ -23,13 +23,13 @@ from dlopt.training.builders.workload import Workload
 _POSITIVE: Literal[1] = 1  # of two classes the second, as in scikit-learn
 
 
-def obstacle(rule: str, task: Task, loss: nn.Module) -> str | None:
-    """Returns why a model has no decision by `rule`; None if it may have one."""
+def obstacle(task: Task, loss: nn.Module, *, has_threshold: bool) -> str | None:
+    """Returns why a model has no decision, a temperature or also a threshold; None if it may have one."""
     if not isinstance(task, Classification):
         return f"only a classification has a decision, not a task of the kind {task.name}"
     if isinstance(loss, MSE):
         return "the model was trained with a squared error, whose outputs are no logits; train with loss=cross_entropy"
-    if rule != MOST_PROBABLE and task.size != 2:
+    if has_threshold and task.size != 2:
         return f"needs two classes, the data have {task.size}; use threshold={MOST_PROBABLE}, which fits a temperature"
     return None
 
@@ -37,7 +37,7 @@ def obstacle(rule: str, task: Task, loss: nn.Module) -> str | None:
 def refuse(rule: str, workload: Workload) -> None:
     """Raises `UserError` if no decision can be chosen for a model, or reported, on its data."""
     dataset, data = workload.dataset, workload.run_config.data.choice
-    reason = obstacle(rule, workload.task, workload.loss)
+    reason = obstacle(workload.task, workload.loss, has_threshold=rule != MOST_PROBABLE)
     if reason is None and dataset.val is None:
         reason = f"is chosen on the validation set, which {data} lacks; train with data.val_split=0.1"
     if reason is None and dataset.test is None:
@@ -73,12 +73,12 @@ def choose(
         test_after={},
     )
     if rule != MOST_PROBABLE:
+        found = replace(found, positive=_POSITIVE, positive_class=classes[_POSITIVE])
         is_positive = targets == _POSITIVE
         if not is_positive.any():
             raise UserError(f"threshold={rule}: the validation set has no sample of the class {classes[_POSITIVE]}")
-        scores = found.scaled(outputs).softmax(-1)[:, _POSITIVE]
-        at = threshold(scores, is_positive, least_recall(rule))
-        found = replace(found, threshold=at, positive=_POSITIVE, positive_class=classes[_POSITIVE])
+        scores = found.positive_probability(outputs)
+        found = replace(found, threshold=threshold(scores, is_positive, least_recall(rule)))
     return replace(
         found,
         validation=_metrics(validation, found, found.positive),
@@ -93,6 +93,8 @@ def temperature(outputs: Tensor, targets: Tensor) -> float | None:
     outputs: float64 [N, K], finite; targets: int64 [N]. None without a finite minimum above 0: if the classes of all
     samples have the largest outputs, or on average none larger than others.
     """
+    from scipy.optimize import brentq  # which predictions do not need
+
     true = outputs.gather(1, targets.unsqueeze(1)).squeeze(1)
 
     def slope(scale: float) -> float:
@@ -106,13 +108,7 @@ def temperature(outputs: Tensor, targets: Tensor) -> float | None:
         low /= 2
     while slope(high) < 0:
         high *= 2
-    for _ in range(50):  # halves the interval down to the rounding of float64
-        middle = (low + high) / 2
-        if slope(middle) < 0:
-            low = middle
-        else:
-            high = middle
-    return 2 / (low + high)
+    return 1 / float(brentq(slope, low, high, xtol=1e-12 * low, rtol=1e-12))
 
 
 def threshold(scores: Tensor, truth: Tensor, recall: float | None) -> float:

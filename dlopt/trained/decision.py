@@ -80,10 +80,16 @@ class Decision:
     def predicted(self, outputs: "Tensor") -> "Tensor":
         """Returns the class of outputs [..., K]: int64 [...]; -1, none, where one is NaN."""
         best = predicted_classes(outputs)
-        if self.threshold is None or self.positive is None:
+        if self.threshold is None:
             return best
-        is_positive = self.scaled(outputs).softmax(-1)[..., self.positive] >= self.threshold
-        return is_positive.long().where(best >= 0, best)
+        return (self.positive_probability(outputs) >= self.threshold).long().where(best >= 0, best)
+
+    def positive_probability(self, outputs: "Tensor") -> "Tensor":
+        """Returns the calibrated probability of the second of two classes: float64 [...], for outputs [..., 2].
+
+        From the difference of the outputs: equal differences have equal probabilities, which a softmax rounds apart.
+        """
+        return (outputs.double().diff(dim=-1).squeeze(-1) / self.temperature).sigmoid()
 
     @property
     def text(self) -> str:
@@ -91,7 +97,7 @@ class Decision:
         if self.threshold is None:
             chosen = "the most probable class"
         else:
-            name = printable(self.positive_class or str(self.positive))
+            name = printable(self.positive_class or "the second class")
             chosen = f"{name} from a probability of {format_number(self.threshold)} on"
         on = f"{self.rule} on {self.samples:,} validation samples"
         return f"{chosen} ({on}), temperature {format_number(self.temperature)}"

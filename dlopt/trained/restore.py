@@ -127,8 +127,10 @@ def restore(
         task = checkpoint.task
         module = build_module(run_config.model, task.model_arguments(checkpoint.window))
         loss = run_config.loss.build_as(nn.Module, **task.target_arguments)
-        if decision is not None and (reason := obstacle(decision.rule, task, loss)) is not None:
-            raise UserError(f"{path.with_name(FILE)}: {reason}; remove the file")
+        if decision is not None:
+            reason = obstacle(task, loss, has_threshold=decision.threshold is not None)
+            if reason is not None:
+                raise UserError(f"{path.with_name(FILE)}: {reason}; remove the file")
         # Placed first: loading rounds to the present dtype.
         normalize, module = precision.place_data(normalize), precision.place(module)
         normalize.load_state_dict(checkpoint.normalize)

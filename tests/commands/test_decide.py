@@ -187,10 +187,11 @@ def test_other_models_have_no_decision(folder: Path) -> None:
     assert found["test_after"]["accuracy"] == found["test_before"]["accuracy"]
     assert found["temperature"] != 1.0
     # Of another kind of model.
-    shutil.copy(folder / "digits/checkpoints/decision.json", folder / "values/checkpoints")
-    digest = (folder / "values/checkpoints/best.pt.sha256").read_text().split()[0]
-    (folder / "values/checkpoints/decision.json").write_text(json.dumps({**found, "sha256": digest}))
-    assert "only a classification has a decision" in refused(folder, "predict", "values", "file=test.csv")
+    for name, message in (("values", "only a classification has"), ("digits", "needs two classes, the data have 10")):
+        checkpoint = folder / name / "checkpoints/best.pt"
+        digest = checkpoint.with_name("best.pt.sha256").read_text().split()[0]
+        checkpoint.with_name("decision.json").write_text(json.dumps({**found, "sha256": digest, "threshold": 0.5}))
+        assert f"decision.json: {message}" in refused(folder, "predict", name, "images=.")
 
 
 def test_columns_of_the_table_in_the_output(folder: Path) -> None:

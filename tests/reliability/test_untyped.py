@@ -341,6 +341,7 @@ NOT_COMPOSED = {
     "sweeps/submission.py": SUBMITTED,
     "sweeps/sweep.py": COMPARED,
     "sweeps/sweep_file.py": COMPARED,
+    "trained/decision.py": RESULTS,
     "training/checkpoint/checkpoints.py": COMPARED,
     "training/reporting.py": COMPARED,
 }

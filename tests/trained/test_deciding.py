@@ -59,13 +59,13 @@ def test_the_decision_is_that_of_scikit_learn(seed: int) -> None:
     (outputs, targets), (others, labels) = drawn(seed, 2), drawn(seed + 100, 2)
     task, loss = Classification(2), CrossEntropy(label_smoothing=0.0, class_weights=None, classes=2)
     parts = task.evaluated(outputs, targets, loss), task.evaluated(others, labels, loss)
-    precision, recall, _ = metrics.precision_recall_curve(targets == 1, outputs.softmax(1)[:, 1])
+    precision, recall, _ = metrics.precision_recall_curve(targets == 1, outputs[:, 1] - outputs[:, 0])
     with np.errstate(invalid="ignore"):
         best = np.nanmax(2 * precision * recall / (precision + recall))
     for rule, reached in (("f1", best), ("recall:0.7", 0.7), ("recall:1", 1.0), (MOST_PROBABLE, None)):
         found = choose(rule, Path("best.pt"), "0" * 64, *parts, ("no", "yes"))
         assert (found.positive_class, found.samples) == (None if reached is None else "yes", len(targets))
-        scores = (outputs / found.temperature).softmax(1)[:, 1]
+        scores = ((outputs[:, 1] - outputs[:, 0]) / found.temperature).sigmoid()
         if found.threshold is not None:
             value = metrics.f1_score if rule == "f1" else metrics.recall_score
             # The largest of the scores that do: the threshold is below it, and above the next one.
