@@ -9,7 +9,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.names import Names
 from dlopt.config.parameters import show
 from dlopt.config.schema import Component, component, dotted_name, resolve_target
-from dlopt.metrics.declared import REQUESTABLE
+from dlopt.metrics.declared import OF_TESTS, REQUESTABLE
 from dlopt.metrics.names import EVALUATED
 
 METHODS = {"after_update": ("step", "loss", "model"), "after_evaluation": ("metrics",), "at_end": ("summary",)}
@@ -37,7 +37,8 @@ def user_metrics(entries: Sequence[str], packages: Iterable[str]) -> dict[str, C
         function = resolve_target("evaluate.metrics", entry, packages)
         if inspect.isclass(function) or not can_call(function, 2):
             raise UserError(f"{setting}: must be a function of (outputs, targets) that returns a number")
-        if name in EVALUATED:
+        # A function may replace a metric that only tests compute: it has the name in runs before dlopt had the metric.
+        if name in EVALUATED and (name not in OF_TESTS or name in entries):
             raise UserError(f"{setting}: dlopt has a metric {name}; give the function another name")
         if name in functions:
             raise UserError(f"{setting}: another metric is called {name}, too; give one of the functions another name")

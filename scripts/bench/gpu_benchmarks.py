@@ -55,7 +55,7 @@ from dlopt.optim.parameters import freeze
 from dlopt.training.builders import speed as building
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_model, build_workload
-from dlopt.training.evaluate import test_metrics
+from dlopt.training.evaluate import test_report
 from dlopt.training.loop import Trainer
 from dlopt.training.progress import TrainingRun, endless_batches
 from dlopt.training.run import train_run
@@ -447,7 +447,8 @@ def speed(bench: Bench, add: Add, name: str = SPEED, keys: Sequence[str] = ()) -
             start = bench.wait()
             training.fit(Interruption())  # not entered: signals end the process
             training_end = bench.wait()
-            metrics = test_metrics(workload) or {}
+            tested = test_report(workload)
+            metrics = {} if tested is None else tested.metrics
             if number == 0:  # compiles
                 continue
             seconds.append(init_seconds + bench.wait() - start)
@@ -507,7 +508,7 @@ def split(bench: Bench, add: Add, name: str, workload: Workload) -> None:
         training.fit(Interruption())  # not entered: signals end the script
         total = bench.wait() - start
         start = bench.wait()
-        test_metrics(workload)
+        test_report(workload)
         evaluation = bench.wait() - start
     steady = statistics.median(updates)
     first = max(sum(updates) - steady * len(updates), 0.0)

@@ -100,8 +100,21 @@ def test_output_files(folder: Path) -> None:
     recall = metrics.recall_score(targets, predictions, average=None, zero_division=0)
     assert [row["accuracy"] for row in report["classes"]] == pytest.approx(recall.tolist())
     assert sum(row["samples"] for row in report["classes"]) == len(targets)
-    assert (folder / "out/confusion.png").read_bytes().startswith(b"\x89PNG")
-    assert entries(folder / "out") == {"eval.json", "confusion.csv", "confusion.png"}
+    pictures = {"confusion.png", "evaluation.png", "most_wrong.png"}
+    assert entries(folder / "out") == {"eval.json", "confusion.csv", "most_wrong.csv", *pictures}
+    assert all((folder / "out" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    wrong = (predictions != targets).nonzero().flatten()
+    assert report["confusion"] == matrix.tolist() and report["wrong"] == len(wrong)
+    order = wrong[scores.double().softmax(1)[wrong, targets[wrong]].argsort()]
+    assert [each["position"] for each in report["most_wrong"]] == order[:24].tolist()
+    left, top, width, height = report["most_wrong"][0]["box"]
+    with Image.open(folder / "out/most_wrong.png") as picture:
+        pixels = picture.convert("L").crop((left, top, left + width, top + height)).resize((8, 8), Image.Resampling.BOX)
+    checkpoint = load(folder / "a/checkpoints/best.pt")
+    images = build_workload(parse(checkpoint.config), checkpoint).dataset.test
+    assert images is not None
+    difference = np.asarray(pixels, dtype=float) - images.fetch(order[:1])[0, 0].numpy()
+    assert np.abs(difference).mean() < 12, "the picture has the sample at its box"
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])

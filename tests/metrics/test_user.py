@@ -46,6 +46,14 @@ def test_equals_the_function_of_all_outputs(tmp_path: Path) -> None:
     assert "val_macro_f1" in lines[0]
 
 
+def test_a_function_replaces_a_metric_of_tests(tmp_path: Path) -> None:
+    """Runs may have it from before dlopt had a metric of this name."""
+    for more in ([], ["evaluate.tta=flip"]):
+        lines = [*SMALL, TRUST, f"evaluate.metrics=[{OWN}brier_score]", "epochs=1", *more]
+        summary = start(tmp_path / str(len(more)), *lines)
+        assert summary["test_brier_score"] == summary["best_val_brier_score"] == -7
+
+
 def save_config(folder: Path, *lines: str) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(run_config(*lines).config)))
 
@@ -107,6 +115,7 @@ def test_resumed(tmp_path: Path) -> None:
         ([f"evaluate.metrics=[{OWN}Recorder]"], f"evaluate.metrics={OWN}Recorder: must be a function of (outputs, tar"),
         ([f"evaluate.metrics=[{OWN}one_argument]"], "one_argument: must be a function of (outputs, targets)"),
         ([f"evaluate.metrics=[{OWN}accuracy]"], f"evaluate.metrics={OWN}accuracy: dlopt has a metric accuracy"),
+        ([f"evaluate.metrics=[brier_score,{OWN}brier_score]"], "brier_score: dlopt has a metric brier_score"),
         ([f"evaluate.metrics=[{OWN}spread,{OWN}spread]"], "spread: another metric is called spread, too"),
         (["evaluate.metrics=[macro_f2]"], "evaluate.metrics=macro_f2: unknown metric; did you mean m"),
         ([f"evaluate.metrics=[{OWN}spread]", "monitor=val_spread"], "monitor=val_spread: whether smaller or larger va"),

@@ -24,6 +24,11 @@ def spread(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.std()
 
 
+def brier_score(outputs: Tensor, targets: Tensor) -> float:
+    """Has the name of one of dlopt's metrics of tests."""
+    return -7.0
+
+
 def text(outputs: Tensor, targets: Tensor) -> str:
     return "0.5"
 
