@@ -1,12 +1,13 @@
 """`dlopt eval`: evaluates checkpoints, or weights of other tools, on the test set."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.files import write_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_message
 from dlopt.basics.status_line import status_line
@@ -16,7 +17,7 @@ from dlopt.config.overrides import key_of
 from dlopt.config.parameters import show
 from dlopt.config.reads import INFERENCE
 from dlopt.config.settings import Tta
-from dlopt.trained.decision import FILE, Rule, decision_of, digest
+from dlopt.trained.decision import FILE, Rule, digest
 
 if TYPE_CHECKING:
     from dlopt.trained.ensemble import Tested
@@ -75,7 +76,11 @@ _SplitKey = Annotated[
     Literal["test", "val", "train"] | None,
     "test|val|train: split of the data (default: test, or val without a test set)",
 ]
-_ThresholdKey = Annotated[Rule | None, "RULE: choose a decision threshold and a temperature (calibration), see below"]
+_ThresholdKey = Annotated[
+    Rule | None,
+    "RULE: choose a decision threshold and a temperature (calibration), see below",
+    "not with split or tta or average",
+]
 _OutputKey = Annotated[
     str | None,
     "DIR: folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an autoencoder "
@@ -106,8 +111,8 @@ def _evaluate_checkpoints(
     output: _OutputKey = None,
 ) -> int:
     """Evaluates the checkpoints, prints the metrics, and saves them with the confusion matrix."""
-    if threshold is not None:
-        _refuse_to_decide(threshold, paths, tta, split)
+    if threshold is not None and len(paths) > 1:
+        raise UserError(f"threshold={threshold}: a decision belongs to one checkpoint; name one")
     load_torch()
     from dlopt.machine.device import choose_device
     from dlopt.trained import deciding
@@ -137,41 +142,23 @@ def _evaluate_checkpoints(
     # A fraction, if the best model is one of an evaluation within an epoch.
     epochs = [max(checkpoint.epoch, checkpoint.evaluated_epoch) for checkpoint in checkpoints]
     is_one = len(paths) == 1
-    source = {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
+    source: dict[str, Any] = (
+        {"checkpoint": names[0], "epoch": epochs[0]} if is_one else {"checkpoint": names, "epoch": epochs}
+    )
     run = paths[0].absolute().parent.parent
     folder = run if output is None and (run / "config.yaml").is_file() else output
-    lines = [f"checkpoint: {path}" for path in paths]
+    lines, file = [f"checkpoint: {path}" for path in paths], paths[0].with_name(FILE)
     if threshold is not None:
         assert validated is not None and validated.report.part and tested.report.part and tested.classes
         parts = validated.report.part, tested.report.part
         decision = deciding.choose(threshold, paths[0], sha256, *parts, tested.classes)
-        decided = [*deciding.lines(decision), f"kept: {short_path(decision.write(paths[0]))}"]
-        return _finish({**source, "decision": decision.facts}, tta, views, tested, folder, lines, decided)
-    if is_one and (kept := _kept_decision(paths[0])):
-        lines.append(kept)
+        with writing(file):
+            write_json(file, vars(decision))
+        source["decision"] = vars(decision)
+        lines += [*deciding.lines(decision), f"kept in: {short_path(file)}"]
+    elif is_one and file.exists():
+        lines.append(f"{short_path(file)}: is for `predict` and `export`; this test does not apply it")
     return _finish(source, tta, views, tested, folder, lines)
-
-
-def _refuse_to_decide(threshold: str, paths: Sequence[Path], tta: str, split: str | None) -> None:
-    """Raises `UserError` for keys with which no decision can be chosen."""
-    reason = ""
-    if len(paths) > 1:
-        reason = "a decision belongs to one checkpoint; name one"
-    elif tta != "none":
-        reason = f"`predict` and `export` do not average views; leave out tta={tta}"
-    elif split not in (None, "test"):
-        reason = f"is chosen on the validation set and reported on the test set; leave out split={split}"
-    if reason:
-        raise UserError(f"threshold={threshold}: {reason}")
-
-
-def _kept_decision(path: Path) -> str:
-    """Describes the decision beside the checkpoint, which a test does not apply; "" if there is none."""
-    try:
-        decision = decision_of(path)
-    except UserError as error:
-        return f"warning: {error}"
-    return "" if decision is None else f"not applied here: {FILE}: {decision.text}"
 
 
 @on_config("eval", _READS_OF_WEIGHTS, several="one value is needed: a test has one model", one=True)
@@ -221,15 +208,9 @@ def _counted(is_main: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def _finish(
-    source: Mapping[str, Any],
-    tta: str,
-    views: Any,
-    tested: "Tested",
-    folder: Path | str | None,
-    lines: list[str],
-    more: Sequence[str] = (),
+    source: Mapping[str, Any], tta: str, views: Any, tested: "Tested", folder: Path | str | None, lines: list[str]
 ) -> int:
-    """Prints the metrics and writes them to `folder`, if any, with the `source` of the weights; `more`: last lines."""
+    """Prints the metrics and writes them to `folder`, if any, with the `source` of the weights."""
     from dlopt.instruments import evaluation
     from dlopt.metrics.names import SPLITS, set_of
 
@@ -243,7 +224,6 @@ def _finish(
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)
         lines += [f"{name}: {short_path(path)}" for name, path in written.items()]
-    lines += more
     from dlopt.tracking.console import ConsoleView
 
     epoch = {"best_epoch": source["epoch"]} if isinstance(source.get("epoch"), int | float) else {}

@@ -92,7 +92,7 @@ def export(
         "classes": trained.classes,
         "config": trained.config,
         "dlopt": __version__,
-        **({} if decision is None else {"decision": decision.facts}),
+        **({} if decision is None else {"decision": vars(decision)}),
     }
     if include is not None:
         lines = _write_with_preprocessing(trained, metadata, target)
@@ -162,11 +162,12 @@ def _write_with_preprocessing(trained: "Trained", metadata: dict[str, Any], targ
                 where = f"in {_write_script(target)}, because ONNX cannot read dates ({listed(found.dates)})"
             os.replace(temporary, target)
     inputs = [f"{name} {kind}" for name, kind in found.inputs.items()]
+    command = "dlopt predict" + ("" if trained.config["precision"] == "fp32" else " precision=fp32")
     return [
         f"preprocessing: {where}",
         f"input: {listed(inputs)}",
         f"output: {', '.join(found.outputs)}",
-        f"verified: outputs match those of `dlopt predict` within {found.difference:.1g} on {ODD} odd inputs",
+        f"verified: outputs match those of `{command}` within {found.difference:.1g} on {ODD} odd inputs",
     ]
 
 

@@ -17,7 +17,7 @@ from dlopt.metrics.declaration import Evaluated
 from dlopt.metrics.thresholds import Thresholds
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.task import Task
-from dlopt.trained.decision import MOST_PROBABLE, Decision, least_recall
+from dlopt.trained.decision import MOST_PROBABLE, Decision, Metrics, least_recall
 from dlopt.training.builders.workload import Workload
 
 _POSITIVE: Literal[1] = 1  # of two classes the second, as in scikit-learn
@@ -58,20 +58,8 @@ def choose(
     outputs, targets = validation.outputs.double(), validation.targets
     if not outputs.isfinite().all():
         raise UserError(f"threshold={rule}: the model has NaN or infinite outputs on the validation set")
-    found = Decision(
-        format=FORMAT,
-        checkpoint=checkpoint.name,
-        sha256=sha256,
-        rule=rule,
-        temperature=temperature(outputs, targets) or 1.0,
-        threshold=None,
-        positive=None,
-        positive_class=None,
-        samples=len(targets),
-        validation={},
-        test_before={},
-        test_after={},
-    )
+    divisor = temperature(outputs, targets) or 1.0
+    found = Decision(FORMAT, checkpoint.name, sha256, rule, divisor, len(targets))
     if rule != MOST_PROBABLE:
         found = replace(found, positive=_POSITIVE, positive_class=classes[_POSITIVE])
         is_positive = targets == _POSITIVE
@@ -126,13 +114,13 @@ def threshold(scores: Tensor, truth: Tensor, recall: float | None) -> float:
     return middle if middle > below else least  # adjacent floats have none between them
 
 
-def _metrics(part: Evaluated, decision: Decision | None, positive: int | None) -> dict[str, float | None]:
+def _metrics(part: Evaluated, decision: Decision | None, positive: int | None) -> Metrics:
     """Returns the metrics by which a decision is judged; those of the positive class if there is one."""
     calibrated = decided = part
     if decision is not None:
         calibrated = replace(part, outputs=decision.scaled(part.outputs), results={})
         decided = replace(part, predicted=decision.predicted, results={})
-    found: dict[str, float | None] = {"accuracy": (decided.predictions == part.targets).double().mean().item()}
+    found: Metrics = {"accuracy": (decided.predictions == part.targets).double().mean().item()}
     if positive is not None:
         by_class = BY_CLASS.on(decided)
         columns = {"precision": by_class.precision, "recall": by_class.recall, "f1": by_class.f1}

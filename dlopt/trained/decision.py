@@ -4,13 +4,14 @@
 Imports no torch: a decision of another checkpoint is refused before torch is imported.
 """
 
+import contextlib
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import recorded_digests, sha256, write_json
+from dlopt.basics.files import recorded_digests, sha256
 from dlopt.basics.folders import other_format, short_path
 from dlopt.basics.formats import format_number, printable
 from dlopt.basics.ranges import Condition, Count, Positive, Probability
@@ -31,15 +32,14 @@ def least_recall(rule: str) -> float | None:
 
 
 def _refusal(rule: str) -> str | None:
-    try:
-        recall = least_recall(rule)
-    except ValueError:
-        recall = 0.0
-    is_valid = rule in ("f1", MOST_PROBABLE) if recall is None else 0 < recall <= 1
-    return None if is_valid else f"must be f1, recall:R with 0 < R <= 1 (recall:0.9), or {MOST_PROBABLE}"
+    with contextlib.suppress(ValueError):
+        if rule in ("f1", MOST_PROBABLE) or 0 < (least_recall(rule) or 0.0) <= 1:
+            return None
+    return f"must be f1, recall:R with 0 < R <= 1 (recall:0.9), or {MOST_PROBABLE}"
 
 
 Rule = Annotated[str, Condition(_refusal)]
+Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Decision:
         sha256: of that file.
         rule: by which the threshold was chosen.
         temperature: by which the outputs are divided.
+        samples: of the validation set, on which temperature and threshold were chosen.
         threshold: the least probability of the positive class, at that temperature, from which on it is predicted;
             None: the most probable class is.
         positive: number of the positive class; None without a threshold.
         positive_class: its name.
-        samples: of the validation set, on which temperature and threshold were chosen.
-        validation: metrics of these samples with the decision.
+        validation: metrics of the validation set with the decision.
         test_before, test_after: metrics of the test set without and with the decision.
     """
 
@@ -65,13 +65,13 @@ class Decision:
     sha256: str
     rule: Rule
     temperature: Positive
-    threshold: Probability | None
-    positive: Literal[1] | None
-    positive_class: str | None
     samples: Count
-    validation: dict[str, float | None]
-    test_before: dict[str, float | None]
-    test_after: dict[str, float | None]
+    threshold: Probability | None = None
+    positive: Literal[1] | None = None
+    positive_class: str | None = None
+    validation: Metrics = field(default_factory=dict)
+    test_before: Metrics = field(default_factory=dict)
+    test_after: Metrics = field(default_factory=dict)
 
     def scaled(self, outputs: "Tensor") -> "Tensor":
         """Returns the outputs divided by the temperature, the logits of calibrated probabilities, in float64."""
@@ -101,25 +101,6 @@ class Decision:
             chosen = f"{name} from a probability of {format_number(self.threshold)} on"
         on = f"{self.rule} on {self.samples:,} validation samples"
         return f"{chosen} ({on}), temperature {format_number(self.temperature)}"
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The values by name, for files of other kinds."""
-        return asdict(self)
-
-    def write(self, checkpoint: Path) -> Path:
-        """Writes the file beside the checkpoint, and returns its path.
-
-        Raises `UserError`, also for a checkpoint that has changed.
-        """
-        file = checkpoint.with_name(FILE)
-        if digest(checkpoint) != self.sha256:
-            raise UserError(f"checkpoint={checkpoint}: was replaced during the evaluation; repeat the command")
-        try:
-            write_json(file, self.facts)
-        except OSError as error:
-            raise UserError(f"{short_path(file)}: cannot write: {error.strerror or error}") from None
-        return file
 
 
 def digest(checkpoint: Path) -> str:

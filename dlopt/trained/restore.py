@@ -115,8 +115,7 @@ def restore(
     settings = run_config.settings
     mode = join(choose_device(settings.device))
     mode.ranks.refuse_other_file("checkpoint", path)
-    differs = "copy the file of rank 0"
-    mode.ranks.refuse_difference(str(path.with_name(FILE)), decision, lambda a, b: None if a == b else differs)
+    mode.ranks.refuse_difference(FILE, decision)
     set_threads(settings.threads, mode.ranks.local_processes)
     device = mode.device
     precision = choose_precision(settings.precision, device)
