@@ -106,8 +106,9 @@ def header_facts(workload: Workload, length: Length) -> dict[str, Any]:
 def _targets(dataset: Dataset) -> Tensor:
     """Returns the targets of the training set; the values of a regression in their own unit."""
     targets, columns = dataset.train.targets, dataset.columns
-    is_scaled = columns is not None and columns.scale != 1.0
-    return targets.double() * columns.scale + columns.mean if is_scaled else targets
+    if columns is None or columns.scale == 1.0:
+        return targets
+    return targets.double() * columns.scale + columns.mean
 
 
 def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) -> list[str]:

@@ -13,7 +13,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import single_values, with_folder
 from dlopt.config.plan import plan
-from dlopt.config.resuming import how_to_resume, newest_unfinished, refuse_other_config, with_smaller_lr
+from dlopt.config.resuming import differences, how_to_resume, newest_unfinished, refuse_other_config, with_smaller_lr
 
 LINE = ("model=mlp", "threads=1", "tracking=[]")
 
@@ -102,3 +102,14 @@ def test_files_may_move_if_the_data_are_identified() -> None:
     refuse_other_config(old, {"data": {"file": str(Path("a.csv").absolute()), "target": "y"}}, "RUN", [])
     with pytest.raises(UserError, match=r"another config \(data\.target: saved y, now z\)"):
         refuse_other_config(old, {"data": {"file": "b/a.csv", "target": "z"}}, "RUN", [], has_identity=True)
+
+
+def test_runs_from_before_a_test_split_of_all_data() -> None:
+    """Only tables and texts had the key, but so had validation sets of them."""
+    new = config()
+    old = {**new, "data": {key: value for key, value in new["data"].items() if key != "test_split"}}
+    old |= {"validation": {"x": {"data": "table", "test_split": 0.0}}}
+    new |= {"validation": {"x": {"data": "table"}}}
+    assert not differences(old, new) and not differences(new, old)
+    split = {**new, "data": {**new["data"], "test_split": 0.2}}
+    assert differences(old, split) == {"data.test_split": (0.0, 0.2)}
