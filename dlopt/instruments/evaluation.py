@@ -127,7 +127,7 @@ def _of_samples(
     """Returns what eval.json holds of the samples, and the content of tables and pictures by file name."""
     report, names, test = tested.report, tested.classes, data.test
     assert test is not None
-    title = _title(tested, part)
+    title = title_of(tested, part)
     figures: dict[str, Figure] = {}
 
     # 1. The curves of classes or labels, or predictions and targets in the unit of the target.
@@ -166,7 +166,7 @@ def _of_samples(
     return {"curves": curves.saved, "wrong": wrong, "most_wrong": [*map(asdict, samples)]}, files
 
 
-def _title(tested: Tested, part: Evaluated) -> str:
+def title_of(tested: Tested, part: Evaluated) -> str:
     """Returns "test set: 359 samples, accuracy 98.33 %"."""
     missing = int(part.outputs.reshape(len(part.outputs), -1).isnan().any(1).sum())
     parts = [f"{SPLITS[tested.split].partition(',')[0]} set: {tested.samples:,} samples"]

@@ -38,6 +38,7 @@ SCRIPTS = (
     "charts.js",
     "curves.js",
     "plots.js",
+    "tests.js",
     "run.js",
     "main.js",
 )
@@ -57,12 +58,15 @@ def page(
     sections: Sequence[Section] = (),
 ) -> str:
     """Renders the HTML page of a report."""
-    data, encoding = _embedded(page_data(ranking, target=target, test=test, refresh=refresh, sections=sections))
+    content = page_data(ranking, target=target, test=test, refresh=refresh, sections=sections)
+    tests = [run["test"] for row in content["rows"] for run in row["runs"] if "test" in run]
+    data, encoding = _embedded(content)
     script = "\n".join(["(async () => {", '"use strict";', *map(read_text, SCRIPTS), "})();"])
     return render(
         "report.html", FOLDER,
         title=title, made=made, refresh=refresh, version=__version__,
         counts=counts_text(ranking),
+        samples=sum(len(each["most_wrong"]) for each in tests),
         published=published_table(ranking),
         sections=sections,
         importance=importance(ranking), damaged=ranking.damaged,

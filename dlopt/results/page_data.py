@@ -33,6 +33,7 @@ from dlopt.results.columns import (
 from dlopt.results.history import columns
 from dlopt.results.intervals import Statistic, half_width
 from dlopt.results.leaderboard import ENDED, Record, directions_of
+from dlopt.results.page_tests import test_of
 from dlopt.results.plots import AxisScale
 from dlopt.results.ranking import (
     AXES,
@@ -60,9 +61,13 @@ _POINTS = 120_000  # values of curves per page; curves are thinned above it
 _FEWEST_POINTS = 12
 _FINE, _FINER = 50, 4  # the best configurations, and how many times more points their curves have
 _LOG, _ALL_LOGS = 4_000, 200_000  # characters of a run's log, and of all of them
+_LOG_READ = 16_000  # bytes: the result of a run, which may be hidden, is longer than what is shown
 _LONGEST = 300  # characters of a line or a value
 _MOST_AXES = 9  # keys of the parallel coordinates
+_MOST_TESTS = 4  # runs, the first ones, whose tests are shown with samples of the data
 _TEST = re.compile(r"^test +\S.*|\btest_\w+[ =:]+\S+( %)?")  # metrics in a log
+_RESULT = re.compile(r"\w+ after [\d,.]+ epochs?, [\d,]+ steps?( in |$)")  # the line above the metrics of a test
+_HIDDEN = "(test metrics hidden)"
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colours and the like, in the log of a terminal
 
 
@@ -200,7 +205,7 @@ def _rows(
     """Returns the configurations with their runs. `shared`: the config that all runs have."""
     points = _points_per_curve(ranking, curves)
     log_size = _ALL_LOGS // max(1, len(ranking.records))
-    rows = []
+    rows, tests = [], 0
     for rank, row in enumerate(ranking.rows, 1):
         is_test_shown = metrics.is_test_of_all or row.is_first
         count = max(points * (_FINER if rank <= _FINE else 1), _FEWEST_POINTS)
@@ -214,6 +219,9 @@ def _rows(
             data["log"] = _log(run, log_size, is_test_shown=is_test_shown)
             data["config"] = _own_config(run, shared)
             data["sections"] = _sections(run, sections)
+            if tests < _MOST_TESTS and (test := test_of(run.path, is_test_shown=is_test_shown)) is not None:
+                tests += 1
+                data["test"] = test
             runs.append(data)
         entry = _row(ranking, row, rank, metrics)
         rows.append({**entry, "heads": [words(name) for name in details], "runs": runs})
@@ -346,19 +354,20 @@ def _log(run: Record, limit: int, *, is_test_shown: bool) -> list[str]:
 
     `limit`: characters. Test metrics are hidden where the tables hide them.
     """
-    count = min(_LOG, limit)
     for name in ("output.log", "train.log"):
         try:
-            content = regular_tail(run.path / name, count)
+            content = regular_tail(run.path / name, _LOG_READ)
         except (OSError, ValueError):
             continue
-        lines = content.decode(errors="replace").splitlines()
-        if len(content) == count:
-            lines = lines[1:]  # only the end of a line
         shown = []
-        for line in lines:
+        for line in content.decode(errors="replace").splitlines()[len(content) == _LOG_READ :]:  # not the end of a line
             plain = printable(_CONTROL.sub("", line))
-            shown.append(_cut(plain if is_test_shown else _TEST.sub("(test metrics hidden)", plain)))
+            shown.append(_cut(plain if is_test_shown else _TEST.sub(_HIDDEN, plain)))
+            if not is_test_shown and _RESULT.search(plain):
+                shown.append(_HIDDEN)
+                break
+        while sum(map(len, shown)) > min(_LOG, limit):
+            del shown[0]
         return shown
     return []
 

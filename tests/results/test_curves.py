@@ -84,9 +84,10 @@ def test_a_run_draws_and_names_the_picture_and_the_next_commands(tmp_path: Path)
     assert done.code == 0, done.err
     assert (tmp_path / "my run/curves.png").read_bytes().startswith(PNG)
     shown = [each.strip() for each in done.out.split("run folder: ")[1].splitlines()]
-    assert shown[:5] == [
+    assert shown[:6] == [
         "my run",
         "curves: my run/curves.png",
+        "pictures of the test: dlopt eval 'my run' draws them",
         "next:",
         "dlopt eval checkpoint='my run'",
         "dlopt report .",

@@ -1,14 +1,19 @@
 """The page in a real browser."""
 
+import base64
+import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from PIL import Image
 from scipy import stats
 
+from dlopt.basics.folders import short_path
 from dlopt.metrics.shown import format_metric
 from dlopt.results.page import page
 from dlopt.results.ranking import Ranking, band, fastest, gather, targets, time_to_target
@@ -542,6 +547,59 @@ def test_watched_page_reloads(browser: Any, table: Ranking, tmp_path: Path) -> N
     wait = WebDriverWait(browser, 60, ignored_exceptions=[WebDriverException])  # while the page changes
     wait.until(lambda result: result.title == "after")
     browser.get("about:blank")
+
+
+def test_test_of_a_run_with_samples(browser: Any, tmp_path: Path) -> None:
+    """Of #1 only; a picture that is none, or boxes beside it, leave a table of the samples."""
+    for name, top in (("first", 0.9), ("second", 0.8)):
+        make_run(tmp_path / name, lr=top, accuracies=(0.1, top))
+        picture = Image.new("RGB", (300, 200), "white")
+        picture.paste((200, 0, 0), (10, 20, 110, 120))
+        picture.save(tmp_path / name / "most_wrong.png")
+        sample = {"position": 7, "true": "cat", "predicted": EVIL, "probability": 0.98, "source": "/home/me/cat/1.png"}
+        report = {
+            "split": "test", "samples": 30, "classes": [{"class": "cat"}, {"class": EVIL}],
+            "confusion": [[9, 1], [5, 15]],
+            "curves": {
+                "roc": [{"name": EVIL, "area": 0.75, "points": [[0, 0], [0, 0.5], [1, 1]]}],
+                "precision_recall": [{"name": EVIL, "area": 0.7, "points": [[0, 1], [1, 0.6]]}],
+                "calibration": [[0.6, 0.5, 10], [0.9, 0.95, 20]], "predicted": [],
+            },
+            "wrong": 6, "most_wrong": [{**sample, "box": [10, 20, 100, 100]}],
+        }  # fmt: skip
+        (tmp_path / name / "eval.json").write_text(json.dumps(report))
+
+    def show(name: str) -> str:
+        path = tmp_path / "index.html"
+        found = gather(*RunReader().read([tmp_path / "first", tmp_path / "second"]))
+        path.write_text(page(found, title="t", made="now", target=None, test=False, refresh=None))
+        browser.get("about:blank")
+        browser.get(f"{path.as_uri()}#run={quote(short_path(tmp_path / name))}")
+        return text(browser, "#run")
+
+    shown = show("first")
+    assert "30 samples of the split: test" in shown and "The 1 most wrong of 6 wrong samples" in shown
+    assert "This page contains 1 sample of the data" in shown and f"{EVIL} 98.0 %" in shown
+    assert "This page contains 1 sample of the data" in text(browser, "footer")
+    cells = "return [...document.querySelectorAll('#test-matrix g')].map((each) => each.textContent)"
+    assert browser.execute_script(cells) == ["990 %", "110 %", "525 %", "1575 %"]
+    assert "AUC 0.7500" in shown and "AP 0.7000" in shown
+    assert browser.execute_script("return document.querySelectorAll('#test-calibration circle').length") == 2
+    sheet = browser.execute_script("return document.querySelector('.samples image').getAttribute('href')")
+    with Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))) as thumbnails:
+        red, green, _ = thumbnails.convert("RGB").getpixel((32, 32))
+        assert thumbnails.size == (384, 64) and red > 180 and green < 30
+    assert "Evaluation" not in show("second"), "tests are shown of the first row"
+    for damage in ("pixels", "boxes", "numbers"):
+        file = tmp_path / "first" / ("most_wrong.png" if damage == "pixels" else "eval.json")
+        whole = file.read_bytes()
+        changed = {"boxes": [(b"[10, 20, 100, 100]", b"[10, 20, 900, 100]")], "numbers": [(b"0.98", b'"much"')]}
+        for old, new in changed.get(damage, [(b"IDAT", b"IDOT")]):
+            file.write_bytes(whole.replace(old, new))
+        shown = show("first")
+        assert ("cat/1.png" in shown and "/home" not in shown) if damage != "numbers" else "Evaluation" not in shown
+        file.write_bytes(whole)
+    assert json.dumps(browser.get_log("browser")) == "[]"
 
 
 def test_page_without_data(browser: Any, tmp_path: Path) -> None:

@@ -400,6 +400,10 @@ def test_a_log_of_a_run_is_shown_without_control_characters_and_hidden_test_metr
         first, second = (row["runs"][0]["log"] for row in data["rows"])
         assert first[-1] == "last: test_accuracy 91.25 %, end" and all(len(line) < 302 for line in first + second)
         assert second[-1] == ("last: test_accuracy 91.25 %, end" if test else "last: (test metrics hidden), end")
+    (tmp_path / "1/train.log").write_text("a\nfinished after 3 epochs, 63 steps in 0.4 s\n" + "macro f1 0.9\n" * 500)
+    data = page_data(table(tmp_path), target=None, test=False, refresh=None)
+    hidden = ["a", "finished after 3 epochs, 63 steps in 0.4 s", "(test metrics hidden)"]
+    assert data["rows"][1]["runs"][0]["log"] == hidden, "also those in the lines below the result"
     (tmp_path / "0/output.log").write_text("\x1b[31mred\x07\ntest   0.25  91.25 %\n")
     data = page_data(table(tmp_path), target=None, test=True, refresh=None)
     assert data["rows"][0]["runs"][0]["log"] == ["red�", "test   0.25  91.25 %"]

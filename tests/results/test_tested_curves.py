@@ -1,5 +1,6 @@
 """The curves of a test, against scikit-learn."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_at_most_five_classes_and_the_mean() -> None:
 def test_thinning_keeps_corners() -> None:
     x = np.linspace(0, 1, 20_001)
     stairs = np.stack([np.repeat(x[::4000], 2)[1:], np.repeat(x[::4000], 2)[:-1]], 1)
-    dense = np.concatenate([np.linspace(a, b, 50) for a, b in zip(stairs[:-1], stairs[1:], strict=True)])
+    dense = np.concatenate([np.linspace(a, b, 50) for a, b in itertools.pairwise(stairs)])
     assert np.allclose(thinned(dense, 200), stairs, atol=1e-12)
     noisy = np.stack([x, np.random.default_rng(0).normal(size=len(x)).cumsum() / 150], 1)
     kept = thinned(noisy, 200)

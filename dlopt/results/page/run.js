@@ -44,10 +44,11 @@ function renderRun(found, update) {
   sectionBody("run").replaceChildren(back,
     html("p", {}, html("b", { class: failure ? "bad" : "" }, run.status), failure ? `: ${failure[3]}` : ""),
     ...run.sections.map(packageSection), html("h3", {}, "Curves"),
-    html("div", { class: "controls" }, ...axisControls(draw, update)), container,
+    html("div", { class: "controls" }, ...axisControls(draw, update)), container, ...(run.test ? testParts(run.test) : []),
     html("h3", {}, "Repeat"), ...repeatCommands(run), html("h3", {}, "Config"), configTable(run),
     ...(run.log.length ? [html("h3", {}, "End of the log"), html("pre", { class: "scroll", tabindex: 0 }, run.log.join("\n"))] : []));
   draw();
+  if (run.test) drawTest(run);
   renderDifference(row, run, update);
 }
 
