@@ -83,8 +83,8 @@ _ThresholdKey = Annotated[
 ]
 _OutputKey = Annotated[
     str | None,
-    "DIR: folder of eval.json, confusion.csv and confusion.png, or reconstructions.png of an autoencoder "
-    "(default: the run folder)",
+    "DIR: folder of eval.json, and of tables and pictures: confusion, evaluation, predicted, most_wrong, "
+    "reconstructions (default: the run folder)",
 ]
 
 
