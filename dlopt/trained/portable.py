@@ -9,16 +9,16 @@ import numpy as np
 
 GAPS = {"", "-", ".", "?", "na", "n/a", "#n/a", "nan", "null", "nil"}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-PARTS = re.compile(r"(\d{1,4})([./-])(\d{1,2})\2(\d{1,4})(?:,?[T ]+(\d{1,2}):(\d\d):?(\d\d)?(?: ?([AaPp])[Mm])?)?")
+PARTS: Any = re.compile(r"(\d{1,4})([./-])(\d{1,2})\2(\d{1,4})(?:,?[T ]+(\d{1,2}):(\d\d):?(\d\d)?(?: ?([AaPp])[Mm])?)?")
 
 
 def seconds(text: str, form: str) -> float:  # since 1970; form: 2024-01-31, 31/1/2024, 1/31/2024, 2024-01-31T14:05Z
     if re.fullmatch(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d.*)?", text):
         return (datetime.fromisoformat(text) - EPOCH.replace(tzinfo=UTC if form[-1] == "Z" else None)).total_seconds()
-    a, mark, b, c, hour, minute, second, half = PARTS.fullmatch(text).groups("0")  # type: ignore[union-attr]
+    a, mark, b, c, hour, minute, second, half = PARTS.fullmatch(text).groups("0")
     date = (a, b, c) if len(a) == 4 else (c, a, b) if form == "1/31/2024" and mark != "." else (c, b, a)
     hours = int(hour) if half == "0" else int(hour) % 12 + 12 * (half in "Pp")
-    return (datetime(*map(int, (*date, hours, minute, second)), tzinfo=UTC) - EPOCH).total_seconds()  # type: ignore
+    return datetime.strptime(f"{'-'.join(date)} {hours}:{minute}:{second}Z", "%Y-%m-%d %H:%M:%S%z").timestamp()
 
 
 def features(column: dict[str, Any], text: str) -> list[float]:

@@ -62,8 +62,8 @@ class Included:
         outputs: names: probabilities [B, K] and prediction, the number of the class [B]; of several labels only the
             probabilities; of a regression prediction [B, K], in the unit of the label.
         dates: columns that ONNX cannot read: the input is `features`, which `dlopt.trained.portable` computes.
-        difference: the largest from `dlopt predict`: of a probability; of a value, relative to it or to the standard
-            deviation of the label, whichever is larger.
+        difference: the largest from `dlopt predict`: of a probability; of a value in standard deviations of the label,
+            relative to the value if it is farther from the mean than one.
     """
 
     model: Any
@@ -104,9 +104,8 @@ def include(trained: Trained, metadata: Mapping[str, Any]) -> Included:
     set_metadata(model, facts)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found, expected = _of_rows(session, trained, columns) if columns else _of_images(session, trained)
-    is_value = isinstance(trained.task, Regression)
-    scale = trained.columns.scale if is_value and trained.columns is not None else 1.0
-    difference = _largest_difference(found, expected, scale)
+    mean, scale = _unit(trained)
+    difference = _largest_difference((found - mean) / scale, (expected - mean) / scale)
     if not difference <= _BOUND:  # also for a NaN
         raise RunError(
             f"{KEY}: a prediction differs from that of `dlopt predict` by {difference:.2g}, more than {_BOUND:g}; "
@@ -122,20 +121,27 @@ class _Predicting(Deployed):
     def __init__(self, trained: Trained) -> None:
         super().__init__(trained)
         self._trained = trained
+        self.mean, self.scale = (torch.tensor(each, dtype=torch.float64) for each in _unit(trained))
 
     def forward(self, images: Tensor) -> Any:
         trained = self._trained
         if not trained.task.accepts(tuple(images.shape[1:]), trained.window):
             images = CentreCrop(trained.window).crop(images)
         outputs = super().forward(images)
-        values = trained.values(outputs)
-        if isinstance(trained.task, Regression):
-            return values
+        if isinstance(trained.task, Regression):  # as Trained.values(), whose numbers torch would export as float32
+            return outputs.double() * self.scale + self.mean
+        values = trained.values(outputs).float()
         if isinstance(trained.task, MultiLabel):
-            return values.float()
+            return values
         # onnxruntime's maximum of several numbers is not NaN if one of them is.
-        classes = trained.predicted(outputs).masked_fill(outputs.isnan().any(-1), -1)
-        return values.float(), classes
+        return values, trained.predicted(outputs).masked_fill(outputs.isnan().any(-1), -1)
+
+
+def _unit(trained: Trained) -> tuple[float, float]:
+    """Returns mean and scale of the values of a regression, whose outputs are (value - mean) / scale."""
+    if trained.columns is None or not isinstance(trained.task, Regression):
+        return 0.0, 1.0
+    return trained.columns.mean, trained.columns.scale
 
 
 def _outputs(trained: Trained) -> list[str]:
@@ -301,10 +307,11 @@ def _pattern(category: str) -> str:
 # -- the verification
 
 
-def _largest_difference(found: np.ndarray, expected: np.ndarray, scale: float) -> float:
+def _largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest difference; of values beyond -1 to 1, relative to them. Two NaN are equal."""
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     with np.errstate(invalid="ignore"):
-        relative = np.abs(found - expected) / np.maximum(scale, np.abs(expected))
+        relative = np.abs(found - expected) / np.maximum(1.0, np.abs(expected))
     return float(np.where(same, 0.0, relative).max())
 
 

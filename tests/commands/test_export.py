@@ -192,13 +192,13 @@ def write_table(path: Path, rows: int, seed: int, dates: str | None, *, is_new: 
         for _ in range(rows):
             age, code, town = draws.randint(18, 80), draws.choice("12"), draws.choice(TOWNS)
             day = datetime(2024, 1, 1) + timedelta(days=draws.randrange(360), hours=draws.randrange(24))
-            price = 1000 + age + 50 * (town == "Bern") + 5 * day.month + draws.random()
+            price = 1_000_000 + age + 50 * (town == "Bern") + 5 * day.month + draws.random()
             row = [str(age), code + draws.choice(["", ".0"]), town, *([day.strftime(dates)] if dates else [])]
             row = [
                 draws.choice(["", "NA"] if each != row[0] else [""]) if draws.random() < 0.1 else each for each in row
             ]
             row[2] = draws.choice(["Genf", "bern"]) if is_new and draws.random() < 0.2 else row[2]
-            table.writerow([*row, f"{price:.3f}", "yes" if price > 1100 else "no"])
+            table.writerow([*row, f"{price:.3f}", "yes" if price > 1_000_100 else "no"])
 
 
 def train_table(folder: Path, target: str, dates: str | None) -> None:
@@ -258,7 +258,7 @@ def test_a_program_reads_dates_as_predict(tmp_path: Path, dates: str) -> None:
     code = f"{hidden}{lines_of_the_page(2)}print(*outputs[0][:, 0], sep='\\n')"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     expected = [float(row["prediction"]) for row in predictions(tmp_path)]
-    assert [*map(float, run.stdout.split())] == pytest.approx(expected, rel=1e-6)
+    assert [*map(float, run.stdout.split())] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_program_reads_fields_as_dlopt() -> None:
@@ -277,8 +277,9 @@ def test_the_program_reads_fields_as_dlopt() -> None:
     ]:
         column = as_dates("day", [text], form)
         assert column is not None and portable.seconds(text, form) == column.values[0], text
-    with pytest.raises(TypeError):
-        portable.seconds("2024-02-09", "2024-01-31T14:05Z")
+    for form, text in (("2024-01-31T14:05Z", "2024-02-09"), ("31/1/2024", "9/2/24"), ("2024-01-31", "soon")):
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            portable.seconds(text, form)
 
 
 @EXTRA
