@@ -166,7 +166,6 @@ def _write_with_preprocessing(trained: "Trained", metadata: dict[str, Any], targ
     return [
         f"preprocessing: {where}",
         f"input: {listed(inputs)}",
-        f"output: {', '.join(found.outputs)}",
         f"verified: outputs match those of `{command}` within {found.difference:.1g} on {ODD} odd inputs",
     ]
 

@@ -109,7 +109,7 @@ def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, 
 
         # Clones, because safetensors refuses tensors that share memory.
         tensors = {name: value.clone().contiguous() for name, value in module.state_dict().items()}
-        path.write_bytes(save(tensors, _texts(metadata)))
+        path.write_bytes(save(tensors, texts_of(metadata)))
         return
     if len(inputs) == 1:  # torch specializes a program to a batch of one sample
         inputs = torch.cat([inputs, inputs])
@@ -121,7 +121,9 @@ def write(format: str, trained: Trained, inputs: Tensor, metadata: Mapping[str, 
             path.write_bytes(file.getvalue())
         else:
             model = onnx_model(module, inputs, ["outputs"])
-            set_metadata(model, metadata)
+            import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+            onnx.helper.set_model_props(model, texts_of(metadata))
             save_onnx(model, path)
 
 
@@ -168,7 +170,7 @@ def _read(format: str, path: Path, trained: Trained, inputs: Tensor) -> Tensor |
     return torch.from_numpy(session.run(None, {"images": inputs.numpy()})[0])
 
 
-def _texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+def texts_of(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Returns the metadata without secrets, as texts: JSON, except of what is a text."""
     found = redacted(metadata)
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
@@ -188,12 +190,6 @@ def onnx_model(module: nn.Module, inputs: Tensor, outputs: Sequence[str]) -> Any
     )
     assert program is not None
     return program.model_proto
-
-
-def set_metadata(model: Any, metadata: Mapping[str, Any]) -> None:
-    import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-    onnx.helper.set_model_props(model, _texts(metadata))
 
 
 def save_onnx(model: Any, path: Path) -> None:

@@ -9,22 +9,25 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.checks import GAPS, number
-from dlopt.data.columns import ColumnEncoding
+from dlopt.data.columns import ColumnEncoding, Form
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.labels import MultiLabel
 from dlopt.tasks.regression import Regression
 from dlopt.trained import portable
 from dlopt.trained.classify import Classified, classify
-from dlopt.trained.exporting import OPSET, Deployed, converting, onnx_model, reads_images, set_metadata
+from dlopt.trained.exporting import Deployed, converting, onnx_model, reads_images, texts_of
 from dlopt.trained.predict_tables import predicted
 from dlopt.trained.restore import Trained
 
@@ -39,17 +42,8 @@ _BATCH = 64
 _UNIT = 2.0**22  # Pillow's weights of pixels are multiples of 1 / _UNIT
 _COLOURS = np.array([19595.0, 38470.0, 7471.0])[:, None, None]  # Pillow's weights of red, green and blue, in 1 / 65536
 _SPACE = "[" + "".join(rf"\x{{{code:x}}}" for code in range(0x3001) if chr(code).isspace()) + "]*"  # as str.strip()
-_TYPES = {"uint8": "UINT8", "float32": "FLOAT", "float64": "DOUBLE", "string": "STRING"}  # ONNX's names
 _INTEGER = re.compile("[+-]?[0-9]+")
-_DATES = {  # by form, for the verification
-    "2024-01-31": "%Y-%m-%d %H:%M",
-    "31/1/2024": "%d/%m/%Y",
-    "1/31/2024": "%m/%d/%Y %H:%M",
-    "2024-01-31T14:05Z": "%Y-%m-%dT%H:%M+02:00",
-}
-
-Values = dict[str, tuple[str, list[str]]]
-"""Type and shape of inputs of a graph."""
+_DATES = ("%Y-%m-%d %H:%M", "%d/%m/%Y", "%m/%d/%Y %H:%M", "%Y-%m-%dT%H:%M+02:00")  # of the forms, for the verification
 
 
 @dataclass(frozen=True)
@@ -59,8 +53,6 @@ class Included:
     Attributes:
         model: onnx.ModelProto.
         inputs: type and shape of each.
-        outputs: names: probabilities [B, K] and prediction, the number of the class [B]; of several labels only the
-            probabilities; of a regression prediction [B, K], in the unit of the label.
         dates: columns that ONNX cannot read: the input is `features`, which `dlopt.trained.portable` computes.
         difference: the largest from `dlopt predict`: of a probability; of a value in standard deviations of the label,
             relative to the value if it is farther from the mean than one.
@@ -68,7 +60,6 @@ class Included:
 
     model: Any
     inputs: Mapping[str, str]
-    outputs: Sequence[str]
     dates: Sequence[str]
     difference: float
 
@@ -76,32 +67,37 @@ class Included:
 def include(trained: Trained, metadata: Mapping[str, Any]) -> Included:
     """Returns the model with its preprocessing and `metadata`, verified against `dlopt predict`.
 
+    Its outputs are `probabilities` [B, K] and `prediction`, the number of the class [B]; of several labels only the
+    probabilities; of a regression `prediction` [B, K], in the unit of the label.
+
     Raises `UserError` if it reads neither image files nor a table, `RunError` if it cannot be converted or differs.
     """
-    import onnxruntime  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
     outputs, columns = _outputs(trained), _columns(trained)
     dates = [each.name for each in columns if each.kind == "date"]
     graph = _Graph("preprocessing/")
     if not columns:
-        inputs: Values = {"image": ("uint8", ["batch", "height", "width", "channels"])}
+        inputs = {"image": (TensorProto.UINT8, ["batch", "height", "width", "channels"])}
         prepared = _pixels(graph, trained.sample)
     elif dates:
-        inputs = {"features": ("float32", ["batch", str(trained.sample[0])])}
+        inputs = {"features": (TensorProto.FLOAT, ["batch", str(trained.sample[0])])}
         prepared = graph("Identity", "features")
     else:
-        inputs = {each.name: ("string" if each.kind == "category" else "float64", ["batch"]) for each in columns}
+        kinds = {"category": TensorProto.STRING, "number": TensorProto.DOUBLE}
+        inputs = {each.name: (kinds[each.kind], ["batch"]) for each in columns}
         prepared = _features(graph, columns)
     if taken := [name for name in outputs if name in inputs]:
         raise UserError(f"{KEY}: the table has a column {taken[0]!r}, the name of an output of the file; rename it")
     samples = trained.task.random_samples((2, *trained.sample), torch.Generator().manual_seed(0))
     with converting("onnx"):
-        model = graph.before(onnx_model(_Predicting(trained), samples, outputs), inputs, prepared)
-    shown = {name: f"{kind} [{', '.join(shape)}]" for name, (kind, shape) in inputs.items()}
+        model = _merged(graph, inputs, prepared, onnx_model(_Predicting(trained), samples, outputs))
+    shown = {
+        name: f"{TensorProto.DataType.Name(kind).lower()} [{', '.join(shape)}]"
+        for name, (kind, shape) in inputs.items()
+    }
     facts = {**metadata, "input": shown}
     if dates and trained.columns is not None:
         facts["columns"] = {"encoding": trained.columns.saved["encoding"]}
-    set_metadata(model, facts)
+    helper.set_model_props(model, texts_of(facts))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found, expected = _of_rows(session, trained, columns) if columns else _of_images(session, trained)
     mean, scale = _unit(trained)
@@ -111,12 +107,13 @@ def include(trained: Trained, metadata: Mapping[str, Any]) -> Included:
             f"{KEY}: a prediction differs from that of `dlopt predict` by {difference:.2g}, more than {_BOUND:g}; "
             "nothing was written"
         )
-    set_metadata(model, {**facts, "preprocessing": {"odd_inputs": ODD, "largest_difference": difference}})
-    return Included(model, shown, outputs, dates, difference)
+    facts["preprocessing"] = {"odd_inputs": ODD, "largest_difference": difference}
+    helper.set_model_props(model, texts_of(facts))
+    return Included(model, shown, dates, difference)
 
 
 class _Predicting(Deployed):
-    """Samples, before normalization -> what `dlopt predict` shows of them: see `Included.outputs`."""
+    """Samples, before normalization -> what `dlopt predict` shows of them: the outputs of `include`."""
 
     def __init__(self, trained: Trained) -> None:
         super().__init__(trained)
@@ -176,54 +173,29 @@ class _Graph:
     """The nodes of an ONNX graph. Their inputs are names of outputs and constants; a number is a float64."""
 
     def __init__(self, prefix: str) -> None:
-        import onnx  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        self._onnx = onnx
-        self._prefix = prefix
-        self._nodes: list[Any] = []
+        self.prefix = prefix
+        self.nodes: list[Any] = []
 
     def __call__(self, operator: str, *inputs: str | float | np.ndarray, **attributes: Any) -> str:
         """Adds a node and returns the name of its output."""
-        names = [each if isinstance(each, str) else self._constant(np.asarray(each)) for each in inputs]
-        return self._add(operator, names, attributes)
-
-    def _constant(self, value: np.ndarray) -> str:
-        return self._add("Constant", [], {"value": self._onnx.numpy_helper.from_array(value)})
-
-    def _add(self, operator: str, inputs: Sequence[str], attributes: Mapping[str, Any]) -> str:
-        name = f"{self._prefix}{len(self._nodes)}"
-        self._nodes.append(self._onnx.helper.make_node(operator, inputs, [name], **attributes))
+        names = [
+            each if isinstance(each, str) else self("Constant", value=onnx.numpy_helper.from_array(np.asarray(each)))
+            for each in inputs
+        ]
+        name = f"{self.prefix}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, names, [name], **attributes))
         return name
 
-    def cast(self, name: str, kind: str) -> str:
-        return self("Cast", name, to=self._onnx.TensorProto.DataType.Value(_TYPES[kind]))
 
-    def branch(self, result: str) -> Any:
-        """Returns the nodes as a branch of an If node, with the output `result`, a float64."""
-        return self._proto([], [self._value(result, "float64", None)])
-
-    def before(self, model: Any, inputs: Values, result: str) -> Any:
-        """Returns `model`, whose input `images` is `result`, after the nodes, which read `inputs`."""
-        onnx = self._onnx
-        own = [self._value(name, kind, shape) for name, (kind, shape) in inputs.items()]
-        [given] = model.graph.input
-        output = onnx.helper.make_value_info(result, given.type)
-        first = onnx.helper.make_model(
-            self._proto(own, [output]),
-            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
-            ir_version=model.ir_version,
-        )
-        # Names of the model may be names of columns.
-        second = onnx.compose.add_prefix(model, "model/", rename_outputs=False)
-        return onnx.compose.merge_models(first, second, io_map=[(result, second.graph.input[0].name)])
-
-    def _value(self, name: str, kind: str, shape: Sequence[str | int] | None) -> Any:
-        return self._onnx.helper.make_tensor_value_info(
-            name, self._onnx.TensorProto.DataType.Value(_TYPES[kind]), shape
-        )
-
-    def _proto(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-        return self._onnx.helper.make_graph(self._nodes, self._prefix, inputs, outputs)
+def _merged(graph: _Graph, inputs: Mapping[str, tuple[int, list[str]]], result: str, model: Any) -> Any:
+    """Returns `model`, whose input `images` is `result`, after the nodes of `graph`, which read `inputs`."""
+    own = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
+    output = helper.make_value_info(result, model.graph.input[0].type)
+    proto = helper.make_graph(graph.nodes, graph.prefix, own, [output])
+    first = helper.make_model(proto, opset_imports=model.opset_import, ir_version=model.ir_version)
+    # Names of the model may be names of columns.
+    second = onnx.compose.add_prefix(model, "model/", rename_outputs=False)
+    return onnx.compose.merge_models(first, second, io_map=[(result, second.graph.input[0].name)])
 
 
 def _pixels(graph: _Graph, sample: tuple[int, ...]) -> str:
@@ -236,14 +208,14 @@ def _pixels(graph: _Graph, sample: tuple[int, ...]) -> str:
 
     channels, *size = sample
     targets = np.array(size, dtype=np.float64)
-    lengths = graph.cast(graph("Shape", "image", start=1, end=3), "float64")
+    lengths = graph("Cast", graph("Shape", "image", start=1, end=3), to=TensorProto.DOUBLE)
     extents = graph("Mul", graph("ReduceMin", graph("Div", lengths, targets)), targets)
     left = graph("Div", graph("Sub", lengths, extents), 2.0)
     # Pillow takes a box of float32.
-    starts = graph.cast(graph("Max", left, 0.0), "float32")
-    ends = graph.cast(graph("Min", graph("Add", left, extents), lengths), "float32")
-    scales = graph("Div", graph.cast(graph("Sub", ends, starts), "float64"), targets)
-    starts = graph.cast(starts, "float64")
+    starts = graph("Cast", graph("Max", left, 0.0), to=TensorProto.FLOAT)
+    ends = graph("Cast", graph("Min", graph("Add", left, extents), lengths), to=TensorProto.FLOAT)
+    scales = graph("Div", graph("Cast", graph("Sub", ends, starts), to=TensorProto.DOUBLE), targets)
+    starts = graph("Cast", starts, to=TensorProto.DOUBLE)
     weights = []  # [size, length] of height and width
     for axis, count in enumerate(size):
         start, scale, length = (graph("Gather", each, np.array(axis)) for each in (starts, scales, lengths))
@@ -258,7 +230,7 @@ def _pixels(graph: _Graph, sample: tuple[int, ...]) -> str:
     is_tall = graph("Greater", heights, graph("Mul", graph("Max", widths, 0.0), 2.0))
     if int(PIL.__version__.split(".")[0]) < 13:
         is_tall = graph("Identity", np.array(False))
-    pixels = graph.cast(graph("Transpose", "image", perm=[0, 3, 1, 2]), "float64")
+    pixels = graph("Cast", graph("Transpose", "image", perm=[0, 3, 1, 2]), to=TensorProto.DOUBLE)
     branches = {}
     for name, order in (("then", (0, 1)), ("else", (1, 0))):
         branch, result = _Graph(f"preprocessing/{name}/"), pixels
@@ -266,12 +238,13 @@ def _pixels(graph: _Graph, sample: tuple[int, ...]) -> str:
             operands = (result, branch("Transpose", weights[1], perm=[1, 0])) if axis else (weights[0], result)
             rounded = branch("Floor", branch("Add", branch("Div", branch("MatMul", *operands), _UNIT), 0.5))
             result = branch("Clip", rounded, 0.0, 255.0)
-        branches[f"{name}_branch"] = branch.branch(result)
+        output = helper.make_tensor_value_info(result, TensorProto.DOUBLE, None)
+        branches[f"{name}_branch"] = helper.make_graph(branch.nodes, name, [], [output])
     colours = graph("Expand", graph("If", is_tall, **branches), np.array([1, 3, 1, 1]))  # fails for 2 or 4 channels
     if channels == 1:
         total = graph("ReduceSum", graph("Mul", colours, _COLOURS), np.array([1]))
         colours = graph("Floor", graph("Add", graph("Div", total, 65536.0), 0.5))
-    return graph.cast(colours, "uint8")
+    return graph("Cast", colours, to=TensorProto.UINT8)
 
 
 def _features(graph: _Graph, columns: Sequence[ColumnEncoding]) -> str:
@@ -285,12 +258,12 @@ def _features(graph: _Graph, columns: Sequence[ColumnEncoding]) -> str:
             if matches:
                 filled = np.array([[text == column.fill for text in column.values]])
                 known = graph("Concat", *matches, axis=1)
-                parts.append(graph.cast(graph("Or", known, graph("And", is_gap, filled)), "float32"))
+                parts.append(graph("Cast", graph("Or", known, graph("And", is_gap, filled)), to=TensorProto.FLOAT))
         else:
             is_gap = graph("IsNaN", values)
-            parts.append(graph.cast(graph("Where", is_gap, float(column.fill or 0.0), values), "float32"))
+            parts.append(graph("Cast", graph("Where", is_gap, float(column.fill or 0.0), values), to=TensorProto.FLOAT))
         if column.has_gaps:
-            parts.append(graph.cast(is_gap, "float32"))
+            parts.append(graph("Cast", is_gap, to=TensorProto.FLOAT))
     return graph("Concat", *parts, axis=1)
 
 
@@ -353,12 +326,8 @@ def _of_rows(session: Any, trained: Trained, columns: Sequence[ColumnEncoding]) 
     if any(each.kind == "date" for each in columns):
         found = portable.predict(session, [{name: texts[row] for name, texts in fields.items()} for row in range(ODD)])
     else:
-        arrays = {
-            each.name: np.array(fields[each.name], object)
-            if each.kind == "category"
-            else np.array([number(text) for text in fields[each.name]])
-            for each in columns
-        }
+        texts = {each.name for each in columns if each.kind == "category"}
+        arrays = {name: np.array(each if name in texts else [*map(number, each)]) for name, each in fields.items()}
         found = session.run(None, arrays)
     return np.asarray(found[0], dtype=np.float64), np.array(expected)
 
@@ -372,7 +341,7 @@ def _odd_field(column: ColumnEncoding, draws: random.Random, may_have_gaps: bool
         text = repr(draws.choice([usual, 0.0]) + draws.choice([-1, 1]) * 10 ** draws.uniform(-3, draws.choice([3, 12])))
     elif column.kind == "date":
         day = datetime(1950, 1, 1, tzinfo=UTC) + timedelta(minutes=draws.randrange(100 * 365 * 24 * 60))
-        text = day.strftime(_DATES[column.form])
+        text = day.strftime(_DATES[get_args(Form).index(column.form)])
     else:
         text = draws.choice([*column.values, "unknown", "Zürich 💡", '"', "a'b,c;\\d", "(.*)"])
         text += ".0" if _INTEGER.fullmatch(text) and draws.random() < 0.5 else ""

@@ -221,7 +221,7 @@ def test_the_graph_reads_tables_as_predict(tmp_path: Path, monkeypatch: pytest.M
     assert dlopt(tmp_path, "eval", "run", "threshold=recall:0.5").code == 0
     assert dlopt(tmp_path, "predict", "run", "file=new.csv", "probabilities=all").code == 0
     found = dlopt(tmp_path, "export", "run", "format=onnx", "include=preprocessing", "output=best.onnx")
-    shown = "input: age float64 [batch], code string [batch], the town, of class string [batch]\n"
+    shown = "input: age double [batch], code string [batch], the town, of class string [batch]\n"
     assert "preprocessing: in the graph\n" in found.out and shown in found.out and "decision, applied: yes" in found.out
     assert difference(tmp_path / "best.onnx") < 1e-5
     monkeypatch.chdir(tmp_path)
