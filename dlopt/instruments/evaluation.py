@@ -157,7 +157,8 @@ def _of_samples(
     if draws and samples and len(test.shape) == 3:
         tiles = [tile_of(image * (255 / white(test)), most_wrong.TILE) for image in test.fetch(positions)]
         which = f"the {len(samples)} most wrong of {wrong:,} wrong images" if names else "the largest errors"
-        heading = f"{title}\n{which}: the truth, and below it the prediction"
+        below = "labels, and the one that is most wrong" if samples[0].label else "truth, and the prediction"
+        heading = f"{title}\n{which}: the {below}"
         figures["most_wrong.png"], samples = most_wrong.draw(samples, tiles, heading)
     files: dict[str, bytes | str] = {}
     if samples:
@@ -181,6 +182,8 @@ def _features(columns: FeatureColumns | None, test: Samples, positions: Tensor) 
     """Returns the features of rows, by name; {} for other data, and for very many features."""
     if columns is None or len(test.shape) != 1 or test.shape[0] > _MAX_FEATURES:
         return {}
-    names = columns.inputs or [f"x{number}" for number in range(1, test.shape[0] + 1)]
+    names = [*columns.inputs]
+    if len(names) != test.shape[0]:  # not known, or of lists of numbers
+        names = [f"x{number}" for number in range(1, test.shape[0] + 1)]
     features = test.fetch(positions).T.tolist()
     return {name: [f"{value:.7g}" for value in column] for name, column in zip(names, features, strict=True)}

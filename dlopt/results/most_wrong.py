@@ -24,7 +24,7 @@ COUNT = 24
 TILE = 132  # largest width and height of an image in the picture, pixels
 DPI = 120
 _COLUMNS, _FEWEST_COLUMNS = 6, 4
-_CELL_WIDTH, _CELL_HEIGHT, _TITLE_HEIGHT, _MARGIN = TILE + 16, TILE + 50, 56, 8
+_CELL_WIDTH, _TITLE_HEIGHT, _TEXT_HEIGHT, _MARGIN = TILE + 16, 60, 50, 8
 _LONGEST = 19  # characters below an image
 
 
@@ -105,7 +105,9 @@ def draw(samples: Sequence[Wrong], tiles: "Sequence[Image]", title: str) -> tupl
     `tiles`: RGB, of at most `TILE` pixels.
     """
     columns = min(max(len(samples), _FEWEST_COLUMNS), _COLUMNS)
-    width, height = columns * _CELL_WIDTH + _MARGIN, _TITLE_HEIGHT + -(-len(samples) // columns) * _CELL_HEIGHT
+    highest = max(tile.height for tile in tiles)
+    rows = -(-len(samples) // columns)
+    width, height = columns * _CELL_WIDTH + _MARGIN, _TITLE_HEIGHT + rows * (highest + _TEXT_HEIGHT)
     figure = drawing.figure(width / DPI, height / DPI)
     figure.set_layout_engine(None)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
@@ -115,13 +117,14 @@ def draw(samples: Sequence[Wrong], tiles: "Sequence[Image]", title: str) -> tupl
     for number, (sample, tile) in enumerate(zip(samples, tiles, strict=True)):
         row, column = divmod(number, columns)
         left = _MARGIN + column * _CELL_WIDTH + (TILE - tile.width) // 2
-        bottom = _TITLE_HEIGHT + row * _CELL_HEIGHT + TILE
+        bottom = _TITLE_HEIGHT + row * (highest + _TEXT_HEIGHT) + highest
         box = left, bottom - tile.height, tile.width, tile.height
         axes.imshow(tile, extent=(left, left + tile.width, bottom, bottom - tile.height), interpolation="nearest")
         middle = _MARGIN + column * _CELL_WIDTH + TILE / 2
         share = "" if sample.probability is None else f" {100 * sample.probability:.1f} %"
         predicted = shortened(sample.label or sample.predicted, _LONGEST - len(share)) + share
-        for line, (text, colour) in enumerate([(shortened(sample.true), "black"), (predicted, drawing.COLOURS[1])]):
+        true = shortened(sample.true) or "none"  # of several labels
+        for line, (text, colour) in enumerate([(true, "black"), (predicted, drawing.COLOURS[1])]):
             style: Any = {"ha": "center", "va": "top", "fontsize": 8, "color": colour, "parse_math": False}
             axes.text(middle, bottom + 4 + 17 * line, text, **style)
         boxed.append(replace(sample, box=box))

@@ -2,7 +2,9 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -102,3 +104,28 @@ def test_values_in_the_unit_of_the_target(tmp_path: Path) -> None:
     pairs = np.array(found["curves"]["predicted"])
     assert pairs == pytest.approx(np.stack([true, predicted], 1)[[i for i in np.argsort(true) if i != 7]], rel=1e-6)
     assert (tmp_path / "predicted.png").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("seconds", "draws"), [(1000.0, True), (2.0, False)])
+def test_the_end_of_a_run_draws_within_a_tenth_of_its_time(tmp_path: Path, seconds: float, draws: bool) -> None:
+    """Of the validation set, if there is no test set."""
+    targets = torch.tensor([0, 1, 2, 1])
+    outputs = torch.eye(3)[targets.roll(1)]
+    part = Evaluated(outputs, targets, 3, softmax)
+    report = replace(Classification(3).report({"val_accuracy": 0.0}, part), split="val")
+    samples = InMemory(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), targets)
+    settings = SimpleNamespace(evaluate=SimpleNamespace(tta="flip", average="probabilities"))
+    workload: Any = SimpleNamespace(
+        dataset=Dataset(samples, samples, None, NAMES), run_config=SimpleNamespace(settings=settings)
+    )
+    (tmp_path / "summary.json").write_text(json.dumps({"seconds": seconds, "best_epoch": 3}))
+    listed = evaluation.write_of_run(tmp_path, workload, report)
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["split"] == "validation, which chose the epoch: optimistic" and found["tta"] == {"name": "none"}
+    assert found["checkpoint"] == str(tmp_path / "checkpoints/best.pt") and (found["epoch"], found["samples"]) == (3, 4)
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    if draws:
+        assert pictures == {"confusion.png", "evaluation.png", "most_wrong.png"} and len(listed) == 3
+    else:
+        assert not pictures and listed == {"pictures of the test": f"dlopt eval {tmp_path} draws them"}
