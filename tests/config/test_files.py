@@ -13,6 +13,7 @@ from dlopt.config.choices import config_folder
 from dlopt.config.compose import Composer
 from dlopt.config.plan import plan
 from tests.support.line import SMALL, dlopt, only, refused
+from tests.sweeps.processes import InProcess
 
 
 def write(path: Path, text: str) -> None:
@@ -156,7 +157,10 @@ def test_custom_component(tmp_path: Path, own: list[str]) -> None:
     assert evaluated.code == 0, evaluated.err
 
 
-def test_custom_component_in_a_sweep(tmp_path: Path, own: list[str]) -> None:
+def test_custom_component_in_a_sweep(tmp_path: Path, own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own: see test_failed_job_does_not_stop_others of tests/sweeps."""
+    monkeypatch.setattr("dlopt.sweeps.pool.spawn", InProcess)
+    monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
     result = dlopt(tmp_path, "train", "-m", *SMALL, *own, "optimizer.lr=0.01,0.02")
     assert result.code == 0, result.err
     assert len(list(tmp_path.glob("outputs/train/*/[01]/summary.json"))) == 2

@@ -123,7 +123,8 @@ def test_what_runs_do_not_read_of_hydra_is_refused(line: str, tmp_path: Path) ->
 @pytest.mark.parametrize("line", ["options", "template slurm", "template schema", "report ."])
 def test_a_command_without_runs_refuses_all_keys(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for key in keys_of_a_run():
+    one_of_each_group = {key.partition(".")[0]: key for key in keys_of_a_run()}
+    for key in one_of_each_group.values():
         with pytest.raises(UserError) as caught:
             run(f"{line} {key}=none")
         assert key in str(caught.value)

@@ -1,7 +1,7 @@
 """Tests of `from=RUN at=LENGTHS`: each branch equals the straight run of its length, bit for bit."""
 
+import functools
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -38,11 +38,30 @@ PARTS = [
 WSD = ["schedule=wsd", "schedule.warmup_steps=4", "schedule.decay_fraction=0.25"]
 
 
+STEMS = {
+    "stem": [*WSD, "epochs=5"],
+    "tail": [*WSD, "ema=tail", "epochs=5"],
+    "steps": [*WSD, "steps=17"],
+    "short": [*WSD, "data.batch_size=5", "steps=14"],  # of 18 updates an epoch
+    "constant": ["schedule=constant", "schedule.warmup_steps=4", "epochs=4"],
+    "cosine": ["schedule=cosine", "epochs=3"],
+    "fraction": ["schedule=wsd", "epochs=3"],
+    "few": [*WSD, "epochs=3", "checkpoint.keep=1"],
+}
+
+
 def train(folder: Path, *overrides: str) -> Path:
     """Returns the folder of a run of the command."""
     ended = dlopt(folder.parent, "train", *PARTS, *overrides, f"output={folder}")
     assert ended.code == 0, ended
     return folder
+
+
+@pytest.fixture(scope="module")
+def stem_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Trains each stem once, when a test first needs it."""
+    folder = tmp_path_factory.mktemp("stems")
+    return functools.cache(lambda name: train(folder / name, *STEMS[name]))
 
 
 def jobs_of(folder: Path, *words: str) -> list[Job]:
@@ -63,61 +82,38 @@ def run(job: Job) -> None:
     run_job(TrainingRun(replace(plan.run_config, config=saved), folder.path, checkpoint, plan.choices))
 
 
-@pytest.mark.parametrize("more", [[], ["ema=tail"], ["steps=17"]])
-def test_each_branch_equals_the_straight_run(more: list[str], tmp_path: Path) -> None:
-    """The last one branches exactly where the cooldowns differ for the first time, in the middle of an epoch."""
-    stem = train(tmp_path / "stem", *WSD, *more, *([] if "steps=17" in more else ["epochs=5"]))
-    key, lengths = ("steps", (9, 14)) if "steps=17" in more else ("epochs", (2, 4))
-    jobs = jobs_of(tmp_path / "sweep", f"from={stem}", f"at={','.join(map(str, lengths))}")
-    for job, length in zip(jobs, lengths, strict=True):
+# The stem, and what its branches change; the key of the lengths, and the update after which each branch begins: before
+# the first update with another rate, floor(N - 0.25 (N - 4)) + 1, and before the last one.
+BRANCHES: dict[str, tuple[str, list[str], str, dict[int, int]]] = {
+    "epochs": ("stem", [], "epochs", {2: 7, 4: 14}),
+    "tail average": ("tail", [], "epochs", {4: 12}),  # of the last quarter
+    "updates": ("steps", [], "steps", {9: 8, 14: 12}),
+    "less than an epoch": ("short", [], "steps", {10: 9}),  # the length of an epoch does not follow from it
+    "longer cooldown": ("stem", ["schedule.decay_fraction=0.5", "schedule.shape=linear"], "epochs", {4: 11}),
+    "shorter cooldown": ("stem", ["schedule.decay_steps=2"], "epochs", {2: 7, 5: 17}),  # the stem's own comes first
+    "added cooldown": ("constant", [*WSD, "schedule.final=0.1"], "epochs", {2: 7, 4: 14}),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_each_branch_equals_the_straight_run(name: str, stem_of: Callable[[str], Path], tmp_path: Path) -> None:
+    stem, changed, key, starts = BRANCHES[name]
+    at = f"at={','.join(map(str, starts))}"
+    jobs = jobs_of(tmp_path / "sweep", f"from={stem_of(stem)}", at, *changed)
+    for job, (length, start) in zip(jobs, starts.items(), strict=True):
         run(job)
-        kept = [line for line in more if not line.startswith("steps=")]
-        straight = train(tmp_path / f"straight-{length}", *WSD, *kept, f"{key}={length}")
-        [start] = (job.folder.summary() or {})["resumed_from"]
+        same_words = [word for word in STEMS[stem] if not word.startswith(("epochs", "steps"))]
+        straight = train(tmp_path / f"straight-{length}", *same_words, *changed, f"{key}={length}")
         assert timeless(job.folder.path) == timeless(straight)
         assert same(result(job.folder.path), result(straight))
         assert same(result(job.folder.path, "best.pt")["model"], result(straight, "best.pt")["model"])
-        updates = length if key == "steps" else 4 * length
-        first = math.floor(updates - 0.25 * (updates - 4)) + 1  # the first update with another rate
-        assert start == min(first, updates - 1, updates - updates // 4 if "ema=tail" in more else updates)
-
-
-def test_a_run_that_is_shorter_than_an_epoch(tmp_path: Path) -> None:
-    """Of 18 updates an epoch, 14: the length of an epoch does not follow from them."""
-    parts = [*WSD, "data.batch_size=5"]
-    stem = train(tmp_path / "stem", *parts, "steps=14")
-    [job] = jobs_of(tmp_path / "sweep", f"from={stem}", "at=10")
-    run(job)
-    straight = train(tmp_path / "straight", *parts, "steps=10")
-    assert timeless(job.folder.path) == timeless(straight)
-    assert same(result(job.folder.path), result(straight))
-    assert (job.folder.summary() or {})["resumed_from"] == [9]  # floor(10 - 0.25 (10 - 4)) + 1
-
-
-@pytest.mark.parametrize(
-    ("schedule", "cooldown", "starts"),
-    [
-        (WSD, ["schedule.decay_fraction=0.5", "schedule.shape=linear"], [7, 11]),
-        (WSD, ["schedule.decay_steps=2"], [7, 14]),  # the run's own cooldown is longer
-        (["schedule=constant", "schedule.warmup_steps=4"], [*WSD, "schedule.final=0.1"], [7, 14]),
-    ],
-)
-def test_a_branch_may_have_another_cooldown(
-    schedule: list[str], cooldown: list[str], starts: list[int], tmp_path: Path
-) -> None:
-    """It equals the straight run with that cooldown, and begins where either of the two cooldowns does."""
-    stem = train(tmp_path / "stem", *schedule, "epochs=4")
-    jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=2,4", *cooldown)
-    for job, epochs, start in zip(jobs, (2, 4), starts, strict=True):
-        run(job)
-        straight = train(tmp_path / f"straight-{epochs}", *schedule, *cooldown, f"epochs={epochs}")
-        assert timeless(job.folder.path) == timeless(straight)
-        assert same(result(job.folder.path), result(straight))
         assert (job.folder.summary() or {})["resumed_from"] == [start]
 
 
-def test_lengths_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stem = train(tmp_path / "stem", *WSD, "epochs=5")
+def test_lengths_are_listed_like_any_axis(
+    stem_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem, short = map(stem_of, ("stem", "short"))
     jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=range(2,6)")
     assert [job.plan.saved["epochs"] for job in jobs] == [2, 3, 4, 5]
     assert [job.plan.saved["schedule_epochs"] for job in jobs] == [2, 3, 4, 5]
@@ -129,16 +125,14 @@ def test_lengths_are_listed_like_any_axis(tmp_path: Path, capsys: pytest.Capture
     # Checkpoints of earlier versions do not say how many updates an epoch has.
     with mock.patch.object(Checkpoint, "steps_per_epoch", None):
         former = jobs_of(tmp_path / "former", f"from={stem}", "at=range(2,6)")
-        short = train(tmp_path / "short", *WSD, "data.batch_size=5", "steps=14")
         with pytest.raises(UserError, match="ended it within its first epoch; train it again"):
             jobs_of(tmp_path / "none", f"from={short}", "at=10")
     assert [job.plan.branches_from for job in former] == [job.plan.branches_from for job in jobs]
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
-def test_killed_while_branches_are_prepared(after: int, tmp_path: Path) -> None:
+def test_killed_while_branches_are_prepared(after: int, stem_of: Callable[[str], Path], tmp_path: Path) -> None:
     """resume=auto gives those without a checkpoint theirs; one that is added later begins like the first ones."""
-    stem = train(tmp_path / "stem", *WSD, "epochs=5")
     calls, adopt = iter(range(9)), Checkpoints.adopt
 
     def killed(*arguments: Any, **keys: Any) -> None:
@@ -146,13 +140,13 @@ def test_killed_while_branches_are_prepared(after: int, tmp_path: Path) -> None:
             raise KeyboardInterrupt
         adopt(*arguments, **keys)
 
-    words = [f"from={stem}", "at=2,4"]
+    words = [f"from={stem_of('stem')}", "at=2,4"]
     with mock.patch.object(Checkpoints, "adopt", killed), pytest.raises(KeyboardInterrupt):
         jobs_of(tmp_path / "sweep", *words)
     assert [metrics(tmp_path / "sweep/0")[0]["epoch"]] == [1]
     jobs = jobs_of(tmp_path / "sweep", *words, "resume=auto")
     run(jobs[1])
-    jobs = jobs_of(tmp_path / "sweep", f"from={stem}", "at=2,4,5", "resume=auto")
+    jobs = jobs_of(tmp_path / "sweep", words[0], "at=2,4,5", "resume=auto")
     steps = [result(job.folder.path)["progress"]["step"] for job in jobs]
     assert steps == [7, 16, 20]  # the second one has ended, and stays as it is
     assert (jobs[1].folder.summary() or {})["resumed_from"] == [14]  # floor(16 - 0.25 (16 - 4)) + 1
@@ -190,9 +184,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_refuses_a_damaged_run(name: str, stems: Path, tmp_path: Path) -> None:
+def test_refuses_a_damaged_run(name: str, stem_of: Callable[[str], Path], tmp_path: Path) -> None:
     change, message = DAMAGED[name]
-    shutil.copytree(stems / "stem", tmp_path / "stem")
+    shutil.copytree(stem_of("stem"), tmp_path / "stem")
     change(tmp_path / "stem")
     assert re.search(message, refused(tmp_path, "train", "-m", "from=stem", "at=2"))
 
@@ -234,64 +228,58 @@ def test_refuses_a_momentum_that_depends_on_the_length(tmp_path: Path) -> None:
     assert "depends on the length of the run from update 1 on" in message
 
 
-BAD = {
-    "after the end": (["at=2,6"], "at=6: from=stem ends after 5 epochs; allowed: 1 to 5"),
-    "not a length": (["at=2.5"], "at=2.5: must list lengths, in epochs"),
-    "without a run": (["at=2"], "at=2: needs one run from which to branch"),
+BAD: dict[str, tuple[list[str], str]] = {
+    "after the end": (["-m", "from=stem", "at=2,6"], "at=6: from=stem ends after 5 epochs; allowed: 1 to 5"),
+    "not a length": (["-m", "from=stem", "at=2.5"], "at=2.5: must list lengths, in epochs"),
+    "without a run": (["-m", "at=2"], "at=2: needs one run from which to branch"),
     "another axis": (
-        ["at=2,3", "optimizer.lr=0.1,0.2"],
+        ["-m", "from=stem", "at=2,3", "optimizer.lr=0.1,0.2"],
         "optimizer.lr=0.1,0.2: branches of one run",
     ),
-    "seeds": (["at=2,3", "seeds=3"], "seeds=3: branches of one run differ in their lengths only"),
-    "lengths": (["at=2,3", "epochs=9"], "epochs=9: at=2,3 sets the lengths"),
+    "seeds": (["-m", "from=stem", "at=2,3", "seeds=3"], "seeds=3: branches of one run differ in their lengths only"),
+    "lengths": (["-m", "from=stem", "at=2,3", "epochs=9"], "epochs=9: at=2,3 sets the lengths"),
     "another warmup": (
-        ["at=2,3", "schedule.warmup_steps=2"],
+        ["-m", "from=stem", "at=2,3", "schedule.warmup_steps=2"],
         "at=2: the learning rate differs from that of from=stem from update 0 on; only the cooldown of a branch may "
         "differ: keep schedule.warmup_steps=4",
     ),
-    "another key": (["at=2,3", "optimizer.lr=0.3"], "optimizer.lr: saved 0.1, now 0.3"),
-    "search": (["at=2,3", "hydra/sweeper=dlopt_optuna"], "hydra/sweeper=dlopt_optuna: branches are a grid"),
-    "checkpoint": (["at=2,3", "resume=x.pt"], "resume=x.pt: at=2,3 chooses the checkpoints; leave it out"),
-    "dry run": (["at=2,3", "dry_run=true"], "at=2,3: dry_run describes whole runs"),
+    "another key": (["-m", "from=stem", "at=2,3", "optimizer.lr=0.3"], "optimizer.lr: saved 0.1, now 0.3"),
+    "search": (
+        ["-m", "from=stem", "at=2,3", "hydra/sweeper=dlopt_optuna"],
+        "hydra/sweeper=dlopt_optuna: branches are a grid",
+    ),
+    "checkpoint": (
+        ["-m", "from=stem", "at=2,3", "resume=x.pt"],
+        "resume=x.pt: at=2,3 chooses the checkpoints; leave it out",
+    ),
+    "dry run": (["-m", "from=stem", "at=2,3", "dry_run=true"], "at=2,3: dry_run describes whole runs"),
+    "no sweep": (["from=stem", "at=2"], "at=2: only sweeps have this word; add -m"),
+    **{
+        f"no stable phase: {name}": (
+            ["-m", f"from={name}", "at=2"],
+            "at=2: schedule=.* depends on the length of the run from update .*schedule=wsd schedule.warmup_steps=100",
+        )
+        for name in ("cosine", "fraction")
+    },
+    "no checkpoint": (
+        ["-m", "from=few", "at=2"],
+        "at=2: its cooldown begins after update 7, and from=few has no checkpoint until then .*kept are those of "
+        r"updates 12\); train it with checkpoint.every_epochs=1 checkpoint.keep=1000",
+    ),
 }
 
 
-@pytest.fixture(scope="module")
-def stems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stems")
-    train(folder / "stem", *WSD, "epochs=5")
-    train(folder / "cosine", "epochs=3", "schedule=cosine")
-    train(folder / "fraction", "epochs=3", "schedule=wsd")
-    train(folder / "few", *WSD, "epochs=3", "checkpoint.keep=1")
-    return folder
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_refuses_in_one_line(name: str, stems: Path) -> None:
+def test_refuses_in_one_line(name: str, stem_of: Callable[[str], Path]) -> None:
     words, message = BAD[name]
-    source = [] if name == "without a run" else ["from=stem"]
-    assert re.search(message, refused(stems, "train", "-m", *source, *words))
-
-
-@pytest.mark.parametrize("name", ["cosine", "fraction"])
-def test_refuses_a_schedule_without_a_stable_phase(name: str, stems: Path) -> None:
-    message = refused(stems, "train", "-m", f"from={name}", "at=2")
-    assert "at=2: schedule=" in message and "depends on the length of the run from update" in message
-    assert "schedule=wsd schedule.warmup_steps=100" in message
-
-
-def test_refuses_a_run_without_a_checkpoint_before_the_cooldown(stems: Path) -> None:
-    message = refused(stems, "train", "-m", "from=few", "at=2")
-    assert "at=2: its cooldown begins after update 7, and from=few has no checkpoint until then" in message
-    assert "kept are those of updates 12); train it with checkpoint.every_epochs=1 checkpoint.keep=1000" in message
-
-
-def test_the_word_needs_a_sweep(stems: Path) -> None:
-    assert "at=2: only sweeps have this word; add -m" in refused(stems, "train", "from=stem", "at=2")
+    stems = [stem_of(word.removeprefix("from=")) for word in words if word.startswith("from=")]
+    folder = stems[0].parent if stems else stem_of("stem").parent
+    assert re.search(message, refused(folder, "train", *words))
 
 
 @pytest.mark.slow
-def test_sweep_is_resumed_like_any_other(stems: Path) -> None:
+def test_sweep_is_resumed_like_any_other(stem_of: Callable[[str], Path]) -> None:
+    stems = stem_of("stem").parent
     words = ["train", "-m", "from=stem", "at=2,4", "output=branches"]
     assert dlopt(stems, *words).code == 0
     before = [metrics(stems / f"branches/{number}") for number in range(2)]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -158,16 +157,6 @@ def test_sweep_that_would_train_at_learning_rate_0_is_refused_before_the_first_j
     assert sweep(tmp_path, "seed=1,2", "epochs=3", "resume=auto", "schedule_epochs=3").code == 0
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_sweep_compares_no_runs_of_different_lengths(tmp_path: Path) -> None:
-    assert sweep(tmp_path, "seed=1,2", "epochs=2").code == 0
-    error = refused(tmp_path, "train", "-m", *TINY, "seed=1,2,3", "resume=auto")
-    assert "sweep: job 0 has finished after 2 epochs, which is more than the other jobs would train" in error
-    again = sweep(tmp_path, "seed=1,2", "resume=auto")
-    assert again.code == 0 and again.out.startswith("this sweep is already finished: ")
-    assert sweep(tmp_path, "seed=1,2,3", "epochs=2", "resume=auto").code == 0
-
-
 def test_models_that_exceed_the_memory_are_refused_before_the_first_job(tmp_path: Path) -> None:
     error = refused(tmp_path, "train", "-m", *TINY, "model.widths=[8],[1000000000]")
     assert error.startswith("dlopt: model.widths=[1000000000]: the model's ") and "GiB are available" in error
@@ -187,28 +176,6 @@ def test_resume_runs_only_unfinished_jobs(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
     for run in (second, third):
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
-
-
-@pytest.mark.usefixtures("quick")
-def test_resume_finds_jobs_in_folders_named_by_their_overrides(tmp_path: Path) -> None:
-    line = ["seed=1,2", "hydra.sweep.subdir=${hydra.job.override_dirname}"]
-    assert sweep(tmp_path, *line).code == 0
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    result = sweep(tmp_path, *line, "resume=auto")
-    assert result.code == 0 and result.out.startswith("this sweep is already finished: ")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-@pytest.mark.usefixtures("quick")
-def test_resume_auto_skips_a_sweep_of_other_values_with_jobs_that_never_started(tmp_path: Path) -> None:
-    line = [each for each in TINY if each != HERE]
-    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2").code == 0
-    (first,) = tmp_path.glob("outputs/train/*")
-    shutil.rmtree(first / "1")
-    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,3", "resume=auto").code == 0
-    assert not (first / "1").exists()  # seed=1 is the first job of both
-    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2", "resume=auto", "log_every_steps=9").code == 0
-    assert (first / "1/summary.json").exists()
 
 
 def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,21 +212,6 @@ def test_jobs_run_as_checked_and_are_composed_once(tmp_path: Path, monkeypatch: 
     assert [job.label for batch in batches for job in batch] == ["seed=1", "seed=2", "seed=3"]
     assert all(job.plan.environment == {"A_KEY": "value"} for batch in batches for job in batch)
     assert [job.plan.choices["model"] for job in batches[0]] == ["mlp", "mlp"]
-
-
-@pytest.mark.usefixtures("quick")
-def test_resume_auto_finds_newest_unfinished_sweep(tmp_path: Path) -> None:
-    line = [each for each in TINY if each != HERE]
-    for seeds in ("1,2", "3,4"):
-        assert dlopt(tmp_path, "train", "-m", *line, f"seed={seeds}").code == 0
-    first, second = sorted(tmp_path.glob("outputs/train/*"))
-    for folder in (first, second):
-        (folder / "1/summary.json").unlink()
-    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2", "resume=auto").code == 0
-    assert (first / "1/summary.json").exists() and not (second / "1/summary.json").exists()
-    assert len(list(tmp_path.glob("outputs/train/*"))) == 2
-    assert dlopt(tmp_path, "train", "-m", *line, "seed=1,2,3", "resume=auto").code == 0  # another space: afresh
-    assert len(list(tmp_path.glob("outputs/train/*"))) == 3
 
 
 @pytest.mark.slow

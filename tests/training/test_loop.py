@@ -7,13 +7,14 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -422,11 +423,18 @@ def test_interrupted_after_any_update_and_resumed(at: int, every: int) -> None:
     assert second.batches.requests[0] == ((at - 1) // 5, (at - 1) % 5 + 1, at)
 
 
-@given(looks=st.lists(st.integers(0, 9), min_size=1, max_size=6))
+@cache
+def uninterrupted() -> Trainer:
+    trainer = training(ema=0.8)
+    run(trainer)
+    return trainer
+
+
+@settings(max_examples=settings.default.max_examples // 3)  # each trains up to seven times
+@given(looks=st.lists(st.integers(0, 9), min_size=2, max_size=6))
 def test_interrupted_at_any_check_any_number_of_times(looks: list[int]) -> None:
     """Including checks during an evaluation."""
-    reference = training(ema=0.8)
-    run(reference)
+    reference = uninterrupted()
     state, lines, stops = None, [], []
     for look in [*looks, math.inf]:
         t = training(ema=0.8) if state is None else resumed(state, ema=0.8)

@@ -1,5 +1,6 @@
 """Tests that resumed runs are bitwise identical to uninterrupted ones: weights, averages, metrics."""
 
+import json
 import os
 import random
 import shutil
@@ -45,6 +46,7 @@ from tests.support.runs import (
 from tests.support.sizes import RICH, SMALL, STEPS_PER_EPOCH, without
 
 LAST = 4 * STEPS_PER_EPOCH
+Stopped = Callable[..., None]
 
 
 def stop_at(step: int, folder: Path, *overrides: str) -> dict[str, Any]:
@@ -53,16 +55,16 @@ def stop_at(step: int, folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int], None]:
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
     """Returns a function that fills a folder with a run of RICH that was stopped after some update."""
 
     @cache
-    def original(step: int) -> Path:
+    def original(step: int, *more: str) -> Path:
         folder = tmp_path_factory.mktemp("stopped")
-        assert stop_at(step, folder, *RICH)["status"] == "interrupted"
+        assert stop_at(step, folder, *RICH, *more)["status"] == "interrupted"
         return folder
 
-    return lambda folder, step: copy_run(original(step), folder)
+    return lambda folder, step, *more: copy_run(original(step, *more), folder)
 
 
 def copy_run(source: Path, folder: Path) -> None:
@@ -70,11 +72,11 @@ def copy_run(source: Path, folder: Path) -> None:
 
 
 def test_same_config_is_bitwise_reproducible(whole: Path, tmp_path: Path) -> None:
-    summaries = [start(tmp_path / name, *RICH) for name in ("a", "b")]
-    for name in ("a", "b"):
-        assert_same_run(tmp_path / name, whole)
-    timed = [{**summary, "seconds": 0, "peak_memory": 0} for summary in summaries]
-    assert timed[0] == timed[1]
+    start(tmp_path, *RICH)
+    assert_same_run(tmp_path, whole)
+    ends = [json.loads((folder / "summary.json").read_text()) for folder in (tmp_path, whole)]
+    first, second = ({**end, "seconds": 0, "peak_memory": 0} for end in ends)
+    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -86,9 +88,9 @@ def test_every_seed_changes_the_result(whole: Path, tmp_path: Path, changed: str
     assert not same(result(tmp_path)["model"], result(whole)["model"])
 
 
-@pytest.mark.parametrize("step", [1, 2, 6, 8, 15, LAST])
+@pytest.mark.parametrize("step", [1, 6, 8, LAST])
 def test_stopped_by_a_signal_and_resumed(whole: Path, tmp_path: Path, step: int) -> None:
-    """Mid-epoch, at the last batch of an epoch (8), and after the last update."""
+    """Mid-epoch, at the last batch of an epoch (8), and after the last update; test_loop stops after every update."""
     summary = stop_at(step, tmp_path, *RICH)
     assert (summary["status"], summary["steps"], summary["test_loss"]) == ("interrupted", step, None)
     summary = resume(tmp_path, *RICH)
@@ -132,7 +134,7 @@ def kill() -> None:
 def test_killed_at_a_random_update(whole: Path, tmp_path: Path, every_steps: int | None) -> None:
     """SIGKILL runs no handler. Twice, and from the beginning if nothing was saved."""
     overrides = [*RICH, f"checkpoint.every_steps={'null' if every_steps is None else every_steps}"]
-    steps = sorted(random.Random(every_steps).sample(range(1, LAST + 1), 3))
+    steps = sorted(random.Random(every_steps or 0).sample(range(1, LAST + 1), 2))
 
     def until(step: int) -> None:
         with at_update(step, kill):
@@ -295,7 +297,7 @@ LOSSES = [
 
 @pytest.mark.parametrize("lost", LOSSES, ids=lambda f: f.__name__)
 def test_negative_controls(
-    whole: Path, stopped: Callable[[Path, int], None], tmp_path: Path, lost: Callable[[], AbstractContextManager[Any]]
+    whole: Path, stopped: Stopped, tmp_path: Path, lost: Callable[[], AbstractContextManager[Any]]
 ) -> None:
     stopped(tmp_path, 6)
     with lost():
@@ -343,9 +345,7 @@ def test_longer_run_is_refused_if_it_would_train_at_zero(length: str, whole: Pat
     assert same(before[0], after[0]) and before[1:] == after[1:]
 
 
-def test_interrupted_run_is_refused_if_it_would_end_at_zero(
-    stopped: Callable[[Path, int], None], tmp_path: Path
-) -> None:
+def test_interrupted_run_is_refused_if_it_would_end_at_zero(stopped: Stopped, tmp_path: Path) -> None:
     stopped(tmp_path, 6)
     with pytest.raises(UserError, match="epochs=6: the schedule of this run ends at epoch 4"):
         resume(tmp_path, *RICH, "epochs=6")
@@ -364,17 +364,17 @@ def test_interrupted_run_is_refused_if_it_would_end_at_zero(
     ],
 )
 def test_log_names_the_end_of_the_schedule_for_another_length(
-    schedule: str, length: str, line: str | None, tmp_path: Path
+    schedule: str, length: str, line: str | None, stopped: Stopped, tmp_path: Path
 ) -> None:
-    stop_at(6, tmp_path, *RICH, schedule)
+    stopped(tmp_path, 6, schedule)
     resume(tmp_path, *RICH, schedule, length)
     notes = [each for each in (tmp_path / "train.log").read_text().splitlines() if "the schedule ends" in each]
     assert len(notes) == (0 if line is None else 1)
     assert line is None or (line in notes[0] and "set schedule_epochs=" in notes[0])
 
 
-def test_refuses_a_length_that_is_done(tmp_path: Path) -> None:
-    stop_at(6, tmp_path, *RICH)
+def test_refuses_a_length_that_is_done(stopped: Stopped, tmp_path: Path) -> None:
+    stopped(tmp_path, 6)
     for length, done in (("epochs=1", "1.5 epochs"), ("steps=5", "6")):
         with pytest.raises(UserError, match=rf"^{length}: this run has already done {done}; set a larger number"):
             resume(tmp_path, *RICH, length)
@@ -411,9 +411,8 @@ def test_longer_run_with_schedule_epochs_has_a_new_schedule(whole: Path, tmp_pat
 def test_max_time_stops_with_a_checkpoint(whole: Path, tmp_path: Path) -> None:
     summary = start(tmp_path, *RICH, "max_time=0.00001")
     assert (summary["status"], summary["steps"]) == ("interrupted", 1)
-    for _ in range(3):
-        resume(tmp_path, *RICH, "max_time=0.00001")
-    assert resume(tmp_path, *RICH)["resumed_from"] == [1, 2, 3, 4]
+    resume(tmp_path, *RICH, "max_time=0.00001")
+    assert resume(tmp_path, *RICH)["resumed_from"] == [1, 2]
     assert_same_run(tmp_path, whole)
 
 
@@ -429,9 +428,7 @@ def test_second_sigint_exits_at_once(whole: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path, whole)
 
 
-def test_damaged_last_checkpoint_does_not_change_the_result(
-    whole: Path, stopped: Callable[[Path, int], None], tmp_path: Path
-) -> None:
+def test_damaged_last_checkpoint_does_not_change_the_result(whole: Path, stopped: Stopped, tmp_path: Path) -> None:
     stopped(tmp_path, 10)
     flip_bit(tmp_path / "checkpoints/last.pt", random.Random(0))
     assert resume(tmp_path, *RICH)["resumed_from"] == [8]
@@ -454,7 +451,7 @@ def test_killed_before_the_first_save_after_resuming_in_a_new_folder(tmp_path: P
     assert timeless(tmp_path / "new") == ends[1:]
 
 
-def test_never_restarts_if_all_checkpoints_are_damaged(stopped: Callable[[Path, int], None], tmp_path: Path) -> None:
+def test_never_restarts_if_all_checkpoints_are_damaged(stopped: Stopped, tmp_path: Path) -> None:
     stopped(tmp_path, 10)
     for path in (tmp_path / "checkpoints").glob("*.pt"):
         flip_bit(path, random.Random(0))
@@ -462,16 +459,9 @@ def test_never_restarts_if_all_checkpoints_are_damaged(stopped: Callable[[Path, 
         resume(tmp_path, *RICH)
 
 
-def test_removes_an_incomplete_metrics_line(whole: Path, stopped: Callable[[Path, int], None], tmp_path: Path) -> None:
+def test_removes_an_incomplete_metrics_line(whole: Path, stopped: Stopped, tmp_path: Path) -> None:
     stopped(tmp_path, 10)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')
     resume(tmp_path, *RICH)
     assert_same_run(tmp_path, whole)
-
-
-def test_resumes_in_a_moved_folder(whole: Path, tmp_path: Path) -> None:
-    stop_at(10, tmp_path / "here", *RICH)
-    shutil.copytree(tmp_path / "here", tmp_path / "there")
-    resume(tmp_path / "there", *RICH)
-    assert_same_run(tmp_path / "there", whole)

@@ -43,15 +43,33 @@ data:
   subset: 60
   batch_size: 20
 """
+# Changes of the recipe: a run before the variants, and a variant that starts from it.
+BEFORE = ("  variants:", '  before:\n    base: ["model.widths=[8]", epochs=1, init_from=null]\n  variants:')
+WILD = ("  along", "    wild: [optimizer.lr=1.0e+30]\n  along")  # diverges
+STARTS = ('wide: ["model.widths=[8]"]', 'wide: ["model.widths=[8]", init_from=before:base]')
+
+
+def taught(student: str, teacher: str) -> tuple[str, str]:
+    """The change of the recipe by which a variant learns from another."""
+    widths = {"narrow": 2, "wide": 8}[student]
+    return (
+        f'{student}: ["model.widths=[{widths}]"]',
+        f"{student}: [loss=distillation, \"loss.teacher='variant:{teacher}'\"]",
+    )
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def drawn_folder(tmp_path: Path) -> Path:
     """A working directory with a config folder that contains a comparison."""
     (tmp_path / "myconf" / "experiment").mkdir(parents=True)
     (tmp_path / "myconf" / "experiment" / "small.yaml").write_text(RECIPE)
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
+
+
+@pytest.fixture
+def folder(drawn_folder: Path, undrawn: None) -> Path:
+    return drawn_folder
 
 
 RUN = ["train", "--config-dir", "../myconf", "experiment=small"]
@@ -61,7 +79,16 @@ def compare(folder: Path, *typed: str) -> Result:
     return dlopt(folder, *RUN, *typed)
 
 
-def test_writes_runs_table_and_plot(folder: Path) -> None:
+def change(folder: Path, *changes: tuple[str, str]) -> None:
+    """Replaces texts of the recipe."""
+    recipe = folder.parent / "myconf/experiment/small.yaml"
+    for old, new in changes:
+        assert old in recipe.read_text()
+        recipe.write_text(recipe.read_text().replace(old, new))
+
+
+def test_writes_runs_table_and_plot(drawn_folder: Path) -> None:
+    folder = drawn_folder
     result = compare(folder, "hydra.run.dir=out")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
@@ -83,13 +110,12 @@ def test_writes_runs_table_and_plot(folder: Path) -> None:
     assert (folder / "out/comparison.svg").is_file()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_claims_changed_after_the_results_are_marked_until_the_comparison_runs_again(folder: Path) -> None:
     assert compare(folder, "hydra.run.dir=out").code == 0
     first = json.loads((folder / "out/comparison.json").read_text())
     assert first["recipe"] == "small" and "changed_after_results" not in first
     assert CHANGED not in dlopt(folder, "report", "out").out
-    change(folder, "factor: 1.0", "factor: 1.01")
+    change(folder, ("factor: 1.0", "factor: 1.01"))
     report = dlopt(folder, "report", "out").out
     assert f"{first['claims'][0]['verdict']}, {CHANGED}: Wide networks learn faster\n" in report
     assert "run the comparison again, in a new folder" in report
@@ -97,12 +123,11 @@ def test_claims_changed_after_the_results_are_marked_until_the_comparison_runs_a
     result = compare(folder, "hydra.run.dir=out", "resume=auto")  # evaluates the new margin on the old runs
     assert result.code == 0 and CHANGED in result.out, result.err
     assert json.loads((folder / "out/comparison.json").read_text())["changed_after_results"] is True
-    change(folder, "see: Wider is better.", "see: Wider is much better.")  # not a claim
+    change(folder, ("see: Wider is better.", "see: Wider is much better."))  # not a claim
     assert compare(folder, "hydra.run.dir=new").code == 0
     assert CHANGED not in dlopt(folder, "report", "new").out
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_resumes(folder: Path) -> None:
     assert compare(folder, "hydra.run.dir=out", "seed=3").code == 0
     before = (folder / "out/0/summary.json").read_bytes()
@@ -115,7 +140,6 @@ def test_resumes(folder: Path) -> None:
     assert json.loads((folder / "out/1/summary.json").read_text())["status"] == "finished"
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_resume_auto_finds_the_unfinished_comparison(folder: Path) -> None:
     assert compare(folder, "seed=3", "epochs=1").code == 0
     [first] = folder.glob("outputs/small/*")
@@ -132,14 +156,9 @@ def test_resume_auto_finds_the_unfinished_comparison(folder: Path) -> None:
     assert (first / "0/summary.json").read_bytes() == before and second.is_dir()
 
 
-def change(folder: Path, old: str, new: str) -> None:
-    recipe = folder.parent / "myconf" / "experiment" / "small.yaml"
-    assert old in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace(old, new))
-
-
-def test_axis_with_a_diverging_run(folder: Path) -> None:
-    change(folder, "along: {}", "along: {optimizer.lr: [0.1, 1.0e+30]}")
+def test_axis_with_a_diverging_run(drawn_folder: Path) -> None:
+    folder = drawn_folder
+    change(folder, ("along: {}", "along: {optimizer.lr: [0.1, 1.0e+30]}"))
     one = compare(folder, "epochs=1", "hydra.run.dir=one", "seed=0")
     assert one.code == 0 and "nan" not in one.err, one.err  # a result, not an error
     rows = [line.split() for line in one.out.splitlines() if line.startswith(("narrow", "wide"))]
@@ -168,7 +187,6 @@ def test_interrupted_comparison_prints_how_to_resume(folder: Path, monkeypatch: 
     ]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_metric_that_the_runs_do_not_have_is_no_divergence(folder: Path) -> None:
     result = compare(folder, "epochs=1", "hydra.run.dir=out", "comparison.metrics=[val_loss,val_macro_f1,gap]")
     assert result.code == 2 and "comparison.metrics: the runs have no val_macro_f1; they have " in result.err
@@ -177,25 +195,22 @@ def test_a_metric_that_the_runs_do_not_have_is_no_divergence(folder: Path) -> No
     assert result.code == 0 and "diverged" not in result.out, result.err
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_axis_points_with_several_keys(folder: Path) -> None:
     change(
         folder,
-        "along: {}",
-        'along: {size: {"1": ["model.norm=none", "data.batch_size=10"], "2": ["optimizer.lr=0.3"]}}',
+        ("along: {}", 'along: {size: {"1": ["model.norm=none", "data.batch_size=10"], "2": ["optimizer.lr=0.3"]}}'),
     )
     result = compare(folder, "epochs=1", "hydra.run.dir=out", "seed=0")
     assert result.code == 0, result.err
     saved = [yaml.safe_load((folder / f"out/{i}/config.yaml").read_text()) for i in range(4)]
     assert [each["data"]["batch_size"] for each in saved] == [10, 20, 10, 20] and saved[3]["optimizer"]["lr"] == 0.3
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "optimizer.lr=1")
+    message = refused(folder, *RUN, "optimizer.lr=1")
     assert "optimizer.lr: cannot be overridden; varied by size 2 (optimizer.lr=0.3)" in message
 
 
 @pytest.mark.parametrize("sign", ["", "++"])
-@pytest.mark.usefixtures("undrawn")
 def test_override_replaces_an_axis(folder: Path, sign: str) -> None:
-    change(folder, "along: {}", "along: {optimizer.lr: [0.1, 0.2]}")
+    change(folder, ("along: {}", "along: {optimizer.lr: [0.1, 0.2]}"))
     result = compare(folder, f"{sign}optimizer.lr=0.3", "epochs=1", f"{sign}seed=5")
     assert result.code == 0, result.err
     assert "2 runs" in result.out
@@ -204,30 +219,23 @@ def test_override_replaces_an_axis(folder: Path, sign: str) -> None:
     assert saved["optimizer"]["lr"] == 0.3 and saved["seed"] == 5
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_claims_about_removed_variants_are_not_evaluated(folder: Path) -> None:
-    change(folder, "than: narrow", "than: thin")
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
-    assert "comparison.claims.0: unknown variant thin; allowed: narrow, wide" in message
+    change(folder, ("than: narrow", "than: thin"))
     result = compare(folder, "+comparison.variants.other=['model.norm=none']", "epochs=1", "seed=0")
     assert "Not evaluated: Wide networks learn faster." in result.out, result.err
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_variants_from_the_shell_work_as_the_message_advises(folder: Path) -> None:
     line = "+comparison.variants.both=[model.widths=[4],model.norm=none]"
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", line)
+    message = refused(folder, *RUN, line)
     advised = "+comparison.variants.both=['model.widths=[4]','model.norm=none']"
     assert message.strip().endswith(f'inside the quotes for the shell: "{advised}"')
     result = compare(folder, advised, "dry_run=true", "seed=0")
     assert "job 2: experiment=small comparison=null model.widths=[4] model.norm=none seed=0" in result.out, result.err
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "+comparison.variants.x='a=1'")
-    assert "allowed: a block {name: a list [a,b,...], each a string}" in message
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_quick_comparison_is_a_preview_without_verdicts(folder: Path) -> None:
-    change(folder, "  claims:", '  quick_overrides: ["comparison.seeds=[7]", epochs=1, data.subset=50]\n  claims:')
+    change(folder, ("  claims:", '  quick_overrides: ["comparison.seeds=[7]", epochs=1, data.subset=50]\n  claims:'))
     result = compare(folder, "comparison.quick=true", "data.subset=40", "hydra.run.dir=out")
     assert result.code == 0, result.err
     assert "2 runs in out" in result.out and "Not judged: Wide networks learn faster. Training loss: " in result.out
@@ -237,17 +245,6 @@ def test_a_quick_comparison_is_a_preview_without_verdicts(folder: Path) -> None:
     config = yaml.safe_load((folder / "out/1/config.yaml").read_text())
     assert (config["epochs"], config["data"]["subset"], config["seed"]) == (1, 40, 7)  # what is typed wins
     assert "not judged: Wide networks learn faster" in dlopt(folder, "report", "out").out
-
-
-def test_quick_overrides_are_checked(folder: Path) -> None:
-    for lines, message in (
-        ("[resume=auto]", "resume=auto: may only be given"),
-        ("3", "quick_overrides=3: allowed: a list"),
-    ):
-        change(folder, "  claims:", f"  quick_overrides: {lines}\n  claims:")
-        typed = ("--config-dir", "../myconf", "experiment=small", "comparison.quick=true")
-        assert message in refused(folder, "train", *typed)
-        change(folder, f"  quick_overrides: {lines}\n", "")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +267,7 @@ def test_variants_are_chosen_replaced_and_added_from_the_shell(folder: Path, typ
 
 def test_advice_on_variants_works(folder: Path) -> None:
     line = "comparison.variants={a:[model.widths=[3]],b:[]}"
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", line)
+    message = refused(folder, *RUN, line)
     advised = message.strip().rpartition("for the shell: ")[2].strip('"')
     assert advised == "comparison.variants={a:['model.widths=[3]'],b:[]}"
     assert "job 1: experiment=small comparison=null seed=0" in compare(folder, advised, "dry_run=true", "seed=0").out
@@ -282,36 +279,51 @@ def test_comparison_null_trains_once(folder: Path) -> None:
     assert (folder / "single/summary.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        ("model.widths=[4]", "model.widths: cannot be overridden; varied by narrow (model.widths=[2])"),
-        ("comparison.metrics=[]", "comparison.metrics=[]: list should have at least 1 item"),
-        ("comparison.x=hours", "comparison.x=hours: "),
-        ("comparison.sees=x", "comparison.sees"),
-        (
-            "comparison.variants=[wide]",
-            "comparison.variants=[wide]: to choose variants by their labels, set comparison.only",
-        ),
-        ("comparison.only=[wild]", "comparison.only=[wild]: unknown variant; did you mean wide?"),
-        ("comparison.quick=maybe", "comparison.quick=maybe: "),
-        ("comparison=3", "comparison=3: allowed: a mapping, or null"),
-        ("optimizer.lr=-1", "optimizer.lr=-1: "),
-        ("epochs=2,3", "epochs=2,3: several values need `dlopt train -m`"),
-        ("comparison.metrics=[val_loss,valloss]", "metrics=[valloss]: unknown metric; did you mean val_loss?"),
-    ],
-)
-def test_refused_before_writing(folder: Path, typed: str, message: str) -> None:
-    assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", typed)
+LAUNCHED = "runs in other processes cannot read init_from=before:base; leave out hydra.launcher"
+# What is typed, and what it says; some after changes of the recipe.
+REFUSED: list[tuple[str, str, *tuple[tuple[str, str], ...]]] = [
+    ("model.widths=[4]", "model.widths: cannot be overridden; varied by narrow (model.widths=[2])"),
+    ("comparison.metrics=[]", "comparison.metrics=[]: list should have at least 1 item"),
+    ("comparison.metrics=[val_loss,valloss]", "metrics=[valloss]: unknown metric; did you mean val_loss?"),
+    ("comparison.x=hours", "comparison.x=hours: "),
+    ("comparison.sees=x", "comparison.sees"),
+    ("comparison.variants=[wide]", "variants=[wide]: to choose variants by their labels, set comparison.only"),
+    ("+comparison.variants.x='a=1'", "allowed: a block {name: a list [a,b,...], each a string}"),
+    ("comparison.only=[wild]", "comparison.only=[wild]: unknown variant; did you mean wide?"),
+    ("comparison.quick=maybe", "comparison.quick=maybe: "),
+    ("comparison=3", "comparison=3: allowed: a mapping, or null"),
+    ("optimizer.lr=-1", "optimizer.lr=-1: "),
+    ("epochs=2,3", "epochs=2,3: several values need `dlopt train -m`"),
+    ("", "comparison.claims.0: unknown variant thin; allowed: narrow, wide", ("than: narrow", "than: thin")),
+    *(
+        ("comparison.quick=true", message, ("  claims:", f"  quick_overrides: {lines}\n  claims:"))
+        for lines, message in (
+            ("[resume=auto]", "resume=auto: may only be given"),
+            ("3", "quick_overrides=3: allowed: a list"),
+        )
+    ),
+    *(
+        ("", f"comparison: {line}: may only be given on the command line", ('["model.widths=[2]"]', f'["{line}"]'))
+        for line in ("allow_packages=[os]", "hydra.job.env_set.A=1", "+hydra.job.chdir=true", "resume=auto")
+    ),
+    ("", "variant:wide: must name an earlier variant than narrow; allowed: none", taught("narrow", "wide")),
+    ("init_from=before:other", "init_from=before:other: must name an earlier entry of comparison.before", BEFORE),
+    *(
+        (typed, message, BEFORE, ("epochs: 2", "epochs: 2\ninit_from: before:base"))
+        for typed, message in (
+            ("hydra/launcher=joblib", LAUNCHED),
+            ("hydra.launcher.n_jobs=2", f"hydra/launcher=serial: {LAUNCHED}"),
+            ("hydra/launcher=slurm hydra.launcher.n_jobs=0", LAUNCHED),
+            ("hydra.sweep.dir=x", "hydra.sweep.dir=x: a comparison does not read this key; use hydra.run.dir"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    "line", ["allow_packages=[os]", "hydra.job.env_set.A=1", "+hydra.job.chdir=true", "resume=auto"]
-)
-def test_refuses_protected_keys_in_files(folder: Path, line: str) -> None:
-    change(folder, '["model.widths=[2]"]', f'["{line}"]')
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
-    assert f"comparison: {line}: may only be given on the command line" in message
+@pytest.mark.parametrize(("typed", "message", "changes"), [(typed, said, rest) for typed, said, *rest in REFUSED])
+def test_refused_before_writing(folder: Path, typed: str, message: str, changes: list[tuple[str, str]]) -> None:
+    change(folder, *changes)
+    assert message in refused(folder, *RUN, *typed.split())
 
 
 def test_dry_run_lists_runs(folder: Path) -> None:
@@ -322,12 +334,9 @@ def test_dry_run_lists_runs(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_variant_teaches_a_later_one(folder: Path) -> None:
     """Of the same seed. A comparison that is resumed detects neither as changed."""
-    path = folder.parent / "myconf/experiment/small.yaml"
-    student = """    wide: [loss=distillation, "loss.teacher='variant:narrow'"]"""
-    path.write_text(RECIPE.replace("""    wide: ["model.widths=[8]"]""", student))
+    change(folder, taught("wide", "narrow"))
     assert compare(folder, "hydra.run.dir=out").code == 0
     for number, teacher in ((2, 0), (3, 1)):
         loss = yaml.safe_load((folder / f"out/{number}/config.yaml").read_text())["loss"]
@@ -340,13 +349,9 @@ def test_a_variant_teaches_a_later_one(folder: Path) -> None:
     assert (folder / "out/3/metrics.jsonl").read_text() == before and (folder / "out/comparison.json").exists()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_runs_at_once_in_other_processes_give_the_same_results(folder: Path) -> None:
     """A student waits for its teacher, and a diverged run is a result there, too."""
-    variants = """    wide: [loss=distillation, "loss.teacher='variant:narrow'", epochs=1]
-    wild: [optimizer.lr=1.0e+30]"""
-    path = folder.parent / "myconf/experiment/small.yaml"
-    path.write_text(RECIPE.replace("""    wide: ["model.widths=[8]"]""", variants))
+    change(folder, taught("wide", "narrow"), WILD)
     both = [
         compare(folder, f"hydra.run.dir={name}", "seed=1", *launcher)
         for name, launcher in (("here", []), ("pool", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]))
@@ -358,26 +363,9 @@ def test_runs_at_once_in_other_processes_give_the_same_results(folder: Path) -> 
     assert (folder / "here/comparison.json").read_bytes() == (folder / "pool/comparison.json").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("typed", "message"),
-    [
-        ("hydra/launcher=joblib", "other processes cannot read init_from=before:base; leave out hydra.launcher"),
-        ("hydra.launcher.n_jobs=2", "hydra/launcher=serial: runs in other processes cannot read init_from=before:base"),
-        ("hydra/launcher=slurm hydra.launcher.n_jobs=0", "other processes cannot read init_from=before:base; leave"),
-        ("hydra.sweep.dir=x", "hydra.sweep.dir=x: a comparison does not read this key; use hydra.run.dir"),
-    ],
-)
-def test_refuses_a_launcher_that_cannot_run_it(folder: Path, typed: str, message: str) -> None:
-    change(folder, "  variants:", f"{BEFORE}  variants:")
-    change(folder, "epochs: 2", "epochs: 2\ninit_from: before:base")
-    assert message in refused(folder, "train", "--config-dir", "../myconf", "experiment=small", *typed.split())
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_elements_run_a_submitted_comparison(folder: Path) -> None:
     """The same command with resume=auto judges it; a diverged run is a result, and does not run again."""
-    change(folder, "  along", "    wild: [optimizer.lr=1.0e+30]\n  along")
-    change(folder, "seeds: [0, 1]", "seeds: [0]")
+    change(folder, WILD, ("seeds: [0, 1]", "seeds: [0]"))
     line = ["hydra/launcher=slurm", "hydra.launcher.n_jobs=0", "hydra.run.dir=out"]
     submitted = compare(folder, *line)
     assert submitted.code == 0 and "submitted 3 jobs: no job array" in submitted.out, submitted
@@ -410,24 +398,9 @@ def test_elements_run_a_submitted_comparison(folder: Path) -> None:
     assert result.out.splitlines()[1:] == here.out.replace("here/", "out/").splitlines()[1:]
 
 
-def test_a_teacher_must_be_an_earlier_variant(folder: Path) -> None:
-    path = folder.parent / "myconf/experiment/small.yaml"
-    student = """    narrow: [loss=distillation, "loss.teacher='variant:wide'"]"""
-    path.write_text(RECIPE.replace("""    narrow: ["model.widths=[2]"]""", student))
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small")
-    assert "loss.teacher=variant:wide: must name an earlier variant than narrow; allowed: none" in message
-
-
-BEFORE = '  before:\n    base: ["model.widths=[8]", epochs=1, init_from=null]\n'
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_variants_start_from_runs_before_them(folder: Path) -> None:
     """One for each seed; they are neither in the table nor in the plot, and a resumed comparison finds them."""
-    change(
-        folder, '  variants:\n    narrow: ["model.widths=[2]"]', f"{BEFORE}  variants:\n    narrow: [init_from=null]"
-    )
-    change(folder, '    wide: ["model.widths=[8]"]', '    wide: ["model.widths=[8]", init_from=before:base]')
+    change(folder, BEFORE, STARTS, ('narrow: ["model.widths=[2]"]', "narrow: [init_from=null]"))
     result = compare(folder, "hydra.run.dir=out")
     assert result.code == 0, result.err
     lines = result.out.splitlines()[2:]
@@ -446,8 +419,7 @@ def test_variants_start_from_runs_before_them(folder: Path) -> None:
 
 
 def test_the_commands_of_a_report_can_be_typed(folder: Path) -> None:
-    change(folder, "  variants:", f"{BEFORE}  variants:")
-    change(folder, '    wide: ["model.widths=[8]"]', '    wide: ["model.widths=[8]", init_from=before:base]')
+    change(folder, BEFORE, STARTS)
     assert compare(folder, "hydra.run.dir=out", "data.batch_size=30").code == 0
     found = json.loads(dlopt(folder, "report", "out", "--json").out)["configurations"]
     commands = [shlex.split(row["command"]) for row in found]
@@ -461,9 +433,3 @@ def test_the_commands_of_a_report_can_be_typed(folder: Path) -> None:
     assert dlopt(folder, *line[1:], "hydra.run.dir=again").code == 0
     again, first = (json.loads((folder / path / "summary.json").read_text()) for path in ("again", "out/4"))
     assert again["best_val_loss"] == first["best_val_loss"]
-
-
-def test_refuses_a_start_from_an_unknown_run(folder: Path) -> None:
-    change(folder, "  variants:", f"{BEFORE}  variants:")
-    message = refused(folder, "train", "--config-dir", "../myconf", "experiment=small", "init_from=before:other")
-    assert message.startswith("dlopt: init_from=before:other: must name an earlier entry of comparison.before")
