@@ -136,21 +136,15 @@ def test_rerun_from_a_pickle(tmp_path: Path, pickled: Path, marker: Path) -> Non
 FILES: dict[str, tuple[str, Any]] = {
     "a component": ("optimizer=evil", {"_target_": "os.system", "command": "touch MARKER"}),
     "an argument": ("optimizer=evil", {"_target_": "torch.optim.SGD", "lr": {"_target_": "os.system", "command": "x"}}),
-    "trust given by the file": (
-        "experiment=evil",
-        {"allow_packages": ["os"], "optimizer": {"_target_": "os.system", "command": "touch MARKER"}},
-    ),
-    "a callback": (
-        "experiment=evil",
-        {"hydra": {"callbacks": {"x": {"_target_": "torch.load", "f": "PICKLED", "weights_only": False}}}},
-    ),
-    "the logging's factory": (
-        "experiment=evil",
-        {"hydra": {"job_logging": {"handlers": {"x": {"()": "os.system", "command": "touch MARKER"}}}}},
-    ),
+    "trust given by the file": ("experiment=evil", {"allow_packages": ["os"], "optimizer": {"_target_": "os.system",
+        "command": "touch MARKER"}}),
+    "a callback": ("experiment=evil", {"hydra": {"callbacks": {"x": {"_target_": "torch.load", "f": "PICKLED",
+        "weights_only": False}}}}),
+    "the logging's factory": ("experiment=evil", {"hydra": {"job_logging": {"handlers": {"x": {"()": "os.system",
+        "command": "touch MARKER"}}}}}),
     "the sweeper": ("experiment=evil", {"hydra": {"sweeper": {"_target_": "os.system", "command": "touch MARKER"}}}),
     "the environment of jobs": ("experiment=evil", {"hydra": {"job": {"env_set": {"PYTHONPATH": "MARKER"}}}}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FILES)

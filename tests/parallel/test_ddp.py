@@ -30,10 +30,8 @@ OWN = "model._target_=tests.support.user_parts"
 WIDE = ["model.norm=none", "model.widths=[100]"]  # more units than samples in a batch
 CASES: Cases = {
     "last batch of two": ([*RESNET, "data.batch_size=47", "steps=6"], SYNC_DDP),
-    "a batch that grows": (
-        [*RESNET, "data.batch_size=20", "accumulate={micro_batches:[2,4],steps:[3]}", "scale_lr=sqrt", "epochs=2"],
-        SYNC_DDP,
-    ),
+    "a batch that grows": ([*RESNET, "data.batch_size=20", "accumulate={micro_batches:[2,4],steps:[3]}",
+        "scale_lr=sqrt", "epochs=2"], SYNC_DDP),
     "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5"], SYNC_DDP),
     "mixing": ([*MLP, "augmentation=cutmix", "data.batch_size=37", "accumulate=3", "epochs=2"], SYNC_DDP),
     "soap, gradients of low rank": ([*MLP, *WIDE, "optimizer=soap", "data.batch_size=19", "epochs=2"], DDP),
@@ -42,17 +40,13 @@ CASES: Cases = {
     "custom model that fails on an empty shard": ([*CUSTOM, f"{OWN}.ViewNet"], DDP),
     "custom model with batch norm, empty shards": ([*CUSTOM, f"{OWN}.FlattenNet", "+model.norm=true"], SYNC_DDP),
     "exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2"], SYNC_DDP),
-    "average, clipping": (
-        [*MLP, "ema=0.9", "clip=norm", "clip.max_norm=0.1", "data.batch_size=32", "epochs=2"],
-        SYNC_DDP,
-    ),
+    "average, clipping": ([*MLP, "ema=0.9", "clip=norm", "clip.max_norm=0.1", "data.batch_size=32", "epochs=2"],
+        SYNC_DDP),
     "hard examples": ([*MLP, "sampler=hard_examples", "data.batch_size=30", "accumulate=2", "epochs=4"], SYNC_DDP),
-    "activation checkpointing": (
-        [*RESNET, "data.batch_size=35", "accumulate=2", "steps=4"],
-        [*SYNC_DDP, "activation_checkpointing=all"],
-    ),
+    "activation checkpointing": ([*RESNET, "data.batch_size=35", "accumulate=2", "steps=4"], [*SYNC_DDP,
+        "activation_checkpointing=all"]),
     "many evaluations": ([*MLP, "optimizer=sam", "data.batch_size=32", "epochs=2"], SYNC_DDP),
-}
+}  # fmt: skip
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

@@ -23,23 +23,15 @@ IMAGES = [*BASE, "model=resnet20", "model.depth=8", "model.dropout=0.2", "augmen
 
 TWO: Cases = {
     "filter, last batch of two": ([*RESNET, "data.batch_size=47", "steps=4"], FILTER),
-    "filter, accumulation": (
-        [*MLP, "data.batch_size=35", "accumulate=3", "epochs=2", "ema=0.9", "clip=norm", "clip.max_norm=0.1"],
-        FILTER,
-    ),
-    "filter, exact statistics": (
-        [*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2", "clip=adaptive", "clip.clipping=0.02"],
-        FILTER,
-    ),
-    "spatial, accumulation": (
-        [*RESNET, "data.batch_size=35", "accumulate=3", "steps=4", "ema=0.9", "norm_statistics=exact"],
-        SPATIAL,
-    ),
-    "columns": (
-        [*ALEXNET, "data.batch_size=47", "steps=4", "clip=norm", "clip.max_norm=0.1", "optimizer=adamw"],
-        COLUMNS,
-    ),
-}
+    "filter, accumulation": ([*MLP, "data.batch_size=35", "accumulate=3", "epochs=2", "ema=0.9", "clip=norm",
+        "clip.max_norm=0.1"], FILTER),
+    "filter, exact statistics": ([*MLP, "norm_statistics=exact", "data.batch_size=32", "epochs=2", "clip=adaptive",
+        "clip.clipping=0.02"], FILTER),
+    "spatial, accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=4", "ema=0.9",
+        "norm_statistics=exact"], SPATIAL),
+    "columns": ([*ALEXNET, "data.batch_size=47", "steps=4", "clip=norm", "clip.max_norm=0.1", "optimizer=adamw"],
+        COLUMNS),
+}  # fmt: skip
 FOUR: Cases = {
     "filter": ([*RESNET, "data.batch_size=47", "steps=4"], FILTER),
     "spatial": ([*RESNET, "data.batch_size=47", "steps=4"], SPATIAL),

@@ -15,24 +15,16 @@ from tests.support.sizes import MLP, RESNET
 TWO_LAYERS = ["model.widths=[12,8]"]  # dropout and batch norm on both stages
 
 CASES: Cases = {
-    "accumulation": (
-        [*RESNET, "data.batch_size=35", "accumulate=3", "steps=5", "clip=norm", "clip.max_norm=0.5"],
-        [*PIPELINE, "parallel.split=[stage2]"],
-    ),
-    "gpipe, one by one": (
-        [*MLP, "model.norm=none", "data.batch_size=19", "epochs=2", "accumulate=4", "augmentation=cutmix"],
-        [*PIPELINE, "parallel.schedule=gpipe"],
-    ),
-    "average, adaptive clipping": (
-        [*MLP, *TWO_LAYERS, "ema=0.9", "clip=adaptive", "clip.clipping=0.02", "data.batch_size=32", "epochs=2"],
-        PIPELINE,
-    ),
-    "exact statistics": (
-        [*MLP, *TWO_LAYERS, "norm_statistics=exact", "data.batch_size=32", "accumulate=2", "epochs=2"],
-        PIPELINE,
-    ),
+    "accumulation": ([*RESNET, "data.batch_size=35", "accumulate=3", "steps=5", "clip=norm", "clip.max_norm=0.5"],
+        [*PIPELINE, "parallel.split=[stage2]"]),
+    "gpipe, one by one": ([*MLP, "model.norm=none", "data.batch_size=19", "epochs=2", "accumulate=4",
+        "augmentation=cutmix"], [*PIPELINE, "parallel.schedule=gpipe"]),
+    "average, adaptive clipping": ([*MLP, *TWO_LAYERS, "ema=0.9", "clip=adaptive", "clip.clipping=0.02",
+        "data.batch_size=32", "epochs=2"], PIPELINE),
+    "exact statistics": ([*MLP, *TWO_LAYERS, "norm_statistics=exact", "data.batch_size=32", "accumulate=2",
+        "epochs=2"], PIPELINE),
     "two points": ([*MLP, "optimizer=schedule_free_adamw", "data.batch_size=32", "epochs=2"], PIPELINE),
-}
+}  # fmt: skip
 
 
 def test_two_stages_equal_one_process(tmp_path: Path) -> None:

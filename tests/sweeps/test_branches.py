@@ -232,26 +232,18 @@ BAD: dict[str, tuple[list[str], str]] = {
     "after the end": (["-m", "from=stem", "at=2,6"], "at=6: from=stem ends after 5 epochs; allowed: 1 to 5"),
     "not a length": (["-m", "from=stem", "at=2.5"], "at=2.5: must list lengths, in epochs"),
     "without a run": (["-m", "at=2"], "at=2: needs one run from which to branch"),
-    "another axis": (
-        ["-m", "from=stem", "at=2,3", "optimizer.lr=0.1,0.2"],
-        "optimizer.lr=0.1,0.2: branches of one run",
-    ),
+    "another axis": (["-m", "from=stem", "at=2,3", "optimizer.lr=0.1,0.2"],
+        "optimizer.lr=0.1,0.2: branches of one run"),
     "seeds": (["-m", "from=stem", "at=2,3", "seeds=3"], "seeds=3: branches of one run differ in their lengths only"),
     "lengths": (["-m", "from=stem", "at=2,3", "epochs=9"], "epochs=9: at=2,3 sets the lengths"),
-    "another warmup": (
-        ["-m", "from=stem", "at=2,3", "schedule.warmup_steps=2"],
+    "another warmup": (["-m", "from=stem", "at=2,3", "schedule.warmup_steps=2"],
         "at=2: the learning rate differs from that of from=stem from update 0 on; only the cooldown of a branch may "
-        "differ: keep schedule.warmup_steps=4",
-    ),
+        "differ: keep schedule.warmup_steps=4"),
     "another key": (["-m", "from=stem", "at=2,3", "optimizer.lr=0.3"], "optimizer.lr: saved 0.1, now 0.3"),
-    "search": (
-        ["-m", "from=stem", "at=2,3", "hydra/sweeper=dlopt_optuna"],
-        "hydra/sweeper=dlopt_optuna: branches are a grid",
-    ),
-    "checkpoint": (
-        ["-m", "from=stem", "at=2,3", "resume=x.pt"],
-        "resume=x.pt: at=2,3 chooses the checkpoints; leave it out",
-    ),
+    "search": (["-m", "from=stem", "at=2,3", "hydra/sweeper=dlopt_optuna"],
+        "hydra/sweeper=dlopt_optuna: branches are a grid"),
+    "checkpoint": (["-m", "from=stem", "at=2,3", "resume=x.pt"],
+        "resume=x.pt: at=2,3 chooses the checkpoints; leave it out"),
     "dry run": (["-m", "from=stem", "at=2,3", "dry_run=true"], "at=2,3: dry_run describes whole runs"),
     "no sweep": (["from=stem", "at=2"], "at=2: only sweeps have this word; add -m"),
     **{
@@ -261,12 +253,10 @@ BAD: dict[str, tuple[list[str], str]] = {
         )
         for name in ("cosine", "fraction")
     },
-    "no checkpoint": (
-        ["-m", "from=few", "at=2"],
+    "no checkpoint": (["-m", "from=few", "at=2"],
         "at=2: its cooldown begins after update 7, and from=few has no checkpoint until then .*kept are those of "
-        r"updates 12\); train it with checkpoint.every_epochs=1 checkpoint.keep=1000",
-    ),
-}
+        r"updates 12\); train it with checkpoint.every_epochs=1 checkpoint.keep=1000"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)

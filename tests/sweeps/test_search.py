@@ -328,49 +328,32 @@ BAD = {
     "a range of seeds": (["seed=interval(0,5)", SPACE], "seed: a search draws configurations, not seeds; seeds=5"),
     "a seed of the weights": (["init_seed=0,1", SPACE], "init_seed: a search draws configurations, not seeds"),
     "seeds twice": (["seeds=2", "seed=0,1", SPACE], "seeds=2 seed=0,1: set the seeds once"),
-    "one folder for all seeds": (
-        ["seeds=2", SPACE, "hydra.sweep.subdir='lr-${optimizer.lr}'"],
-        "hydra.sweep.subdir=lr-0.01: must be different for each seed",
-    ),
-    "a point outside the space": (
-        [SPACE, "hydra.sweeper.enqueue=[{optimizer.lr:0.1},{optimizer.lr:5}]"],
-        "hydra.sweeper.enqueue: point 2: optimizer.lr=5: outside the search space; allowed: tag(log,interval(0.01,1",
-    ),
-    "a point of other keys": (
-        [SPACE, "hydra.sweeper.enqueue=[{optimizer.weight_decay:0.1}]"],
-        "point 1: optimizer.weight_decay=0.1: not a searched key; allowed: optimizer.lr",
-    ),
-    "a point of the other optimizer": (
-        ["space=benchmark", "optimizer=sgd,adam", "hydra.sweeper.enqueue=[{optimizer.lr:0.1}]"],
-        "optimizer.lr=0.1: only searched with optimizer=adam or optimizer=sgd, which the point does not set",
-    ),
+    "one folder for all seeds": (["seeds=2", SPACE, "hydra.sweep.subdir='lr-${optimizer.lr}'"],
+        "hydra.sweep.subdir=lr-0.01: must be different for each seed"),
+    "a point outside the space": ([SPACE, "hydra.sweeper.enqueue=[{optimizer.lr:0.1},{optimizer.lr:5}]"],
+        "hydra.sweeper.enqueue: point 2: optimizer.lr=5: outside the search space; allowed: tag(log,interval(0.01,1"),
+    "a point of other keys": ([SPACE, "hydra.sweeper.enqueue=[{optimizer.weight_decay:0.1}]"],
+        "point 1: optimizer.weight_decay=0.1: not a searched key; allowed: optimizer.lr"),
+    "a point of the other optimizer": (["space=benchmark", "optimizer=sgd,adam",
+        "hydra.sweeper.enqueue=[{optimizer.lr:0.1}]"],
+        "optimizer.lr=0.1: only searched with optimizer=adam or optimizer=sgd, which the point does not set"),
     "no points": ([SPACE, "hydra.sweeper.enqueue=points.yaml"], "enqueue=points.yaml: No such file"),
     "one point": ([SPACE, "hydra.sweeper.enqueue={optimizer.lr:0.1}"], "allowed: a string | a list"),
-    "more points than trials": (
-        [SPACE, "hydra.sweeper.n_trials=1", "hydra.sweeper.enqueue=[{optimizer.lr:0.1},{optimizer.lr:0.2}]"],
-        "2 points, but hydra.sweeper.n_trials=1",
-    ),
-    "points of a grid": (
-        ["optimizer.lr=0.1,0.2", "hydra/sweeper/sampler=grid", "hydra.sweeper.enqueue=[{optimizer.lr:0.1}]"],
-        "hydra/sweeper/sampler=grid tries every point",
-    ),
+    "more points than trials": ([SPACE, "hydra.sweeper.n_trials=1",
+        "hydra.sweeper.enqueue=[{optimizer.lr:0.1},{optimizer.lr:0.2}]"], "2 points, but hydra.sweeper.n_trials=1"),
+    "points of a grid": (["optimizer.lr=0.1,0.2", "hydra/sweeper/sampler=grid",
+        "hydra.sweeper.enqueue=[{optimizer.lr:0.1}]"], "hydra/sweeper/sampler=grid tries every point"),
     "no number of jobs": ([SPACE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
     "no end": ([SPACE, "hydra.sweeper.n_trials=null"], "n_trials=null"),
     "an unknown direction": ([SPACE, "hydra.sweeper.direction=up"], "hydra.sweeper.direction=up"),
-    "too few directions": (
-        [SPACE, "hydra.sweeper.objective=[seconds,best_val_loss]", "hydra.sweeper.direction=[minimize]"],
-        "one for each objective",
-    ),
+    "too few directions": ([SPACE, "hydra.sweeper.objective=[seconds,best_val_loss]",
+        "hydra.sweeper.direction=[minimize]"], "one for each objective"),
     "a pruner without a metric": ([SPACE, "hydra/sweeper/pruner=asha", "hydra.sweeper.objective=seconds"], "watch"),
-    "a pruner without epochs": (
-        [SPACE, "hydra/sweeper/pruner=hyperband", "hydra.sweeper.pruner.min_epochs=9"],
-        "hydra.sweeper.pruner.max_epochs=1: must be at least",
-    ),
+    "a pruner without epochs": ([SPACE, "hydra/sweeper/pruner=hyperband", "hydra.sweeper.pruner.min_epochs=9"],
+        "hydra.sweeper.pruner.max_epochs=1: must be at least"),
     "a step of no size": ([SPACE, "hydra/sweeper/sampler=cmaes", "hydra.sweeper.sampler.sigma=0"], "sigma=0"),
-    "a population of one": (
-        [SPACE, "hydra/sweeper/sampler=cmaes", "hydra.sweeper.sampler.population=1"],
-        "population=1",
-    ),
+    "a population of one": ([SPACE, "hydra/sweeper/sampler=cmaes", "hydra.sweeper.sampler.population=1"],
+        "population=1"),
     "an unknown sampler": ([SPACE, "hydra/sweeper/sampler=tpx"], "tpx"),
     "a sampler's key": ([SPACE, "+hydra.sweeper.sampler.x=1"], "hydra.sweeper.sampler.x"),
     "code for a sampler": ([SPACE, "hydra.sweeper.sampler._target_=os.system"], "_target_"),
@@ -378,7 +361,7 @@ BAD = {
     "another launcher": ([SPACE, "hydra/launcher=basic"], "hydra/launcher=basic"),
     "no place": ([SPACE, "hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0"),
     "no GPU": ([SPACE, "hydra/launcher=gpus"], "hydra.launcher.gpus=auto"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)

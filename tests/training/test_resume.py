@@ -224,6 +224,11 @@ OPTIMIZERS = {name: [f"optimizer={name}", "data.batch_size=25", "epochs=2", "mod
                      *(["ema=null"] if name.startswith("schedule_free") else [])]
               for name in names("optimizer")}  # fmt: skip
 SCHEDULES = {name: [f"schedule={name}"] for name in names("schedule")}
+DECAYS = ["decay.cautious=true", "optimizer.weight_decay=0.1", "epochs=3"]
+TEXT = [
+    "data=text", f"data.file={Path(__file__)}", "data.sequence_length=16", "data.batch_size=200", "model=gpt_nano",
+    "model.width=12", "model.depth=1", "model.dropout=0.2", "tracking=[]", "threads=1", "device=cpu", "epochs=1",
+]  # fmt: skip
 RECIPES = {
     "residual net": ["model=resnet20", "model.depth=8", "data.subset=60", "model.norm=batch", "epochs=2"],
     "fp64": ["precision=fp64", "accumulate=3", "clip=norm"],
@@ -232,6 +237,12 @@ RECIPES = {
     "steps": ["steps=13", "checkpoint.every_steps=5", "checkpoint.every_epochs=null"],
     "no validation": ["data.val_split=0", "ema=null"],
     "full batch": ["augmentation=none", "loss=mse", "data.batch_size=full"],
+    "decay linear": [*DECAYS, "optimizer=adamw", "decay=linear"],
+    "decay corrected, bf16": [*DECAYS, "optimizer=muon", "decay=corrected", "precision=bf16_pure", "ema=null"],
+    "decay independent": [*DECAYS, "optimizer=lion", "decay=independent", "accumulate=2"],
+    "text": [*TEXT, "optimizer=adamw", "ema=0.9", "clip=norm", "model.positions=rotary"],
+    "text in a file": [*TEXT, "optimizer=adamw", "data.memory=false"],
+    "labels drawn by sophia": [*TEXT, "optimizer=sophia", "optimizer.hessian=gnb", "optimizer.update_every=3"],
 }
 
 
@@ -243,7 +254,8 @@ RECIPES = {
     ],
 )
 def test_resumes_other_recipes(tmp_path: Path, extra: list[str]) -> None:
-    overrides = [*(without(RICH, "model") if extra[0] == "model=resnet20" else RICH), *extra]
+    base = {"model=resnet20": without(RICH, "model"), "data=text": []}.get(extra[0], RICH)
+    overrides = [*base, *extra]
     start(tmp_path / "whole", *overrides)
     stop_at(3, tmp_path / "stopped", *overrides)
     resume(tmp_path / "stopped", *overrides)

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from dlopt.training.builders.workload import build_workload
 from tests.support.choices import names
 from tests.support.processes import run
 from tests.support.requires import requires
-from tests.support.runs import metrics, resume, run_config, same, start
+from tests.support.runs import metrics, run_config, same, start
 from tests.support.sizes import without
 
 TEXT = "\n".join(f"def f{number}(x):\n    return x + {number}" for number in range(300))
@@ -84,32 +83,6 @@ def test_losses_in_chunks(lines: list[str], tmp_path: Path, monkeypatch: pytest.
         assert chunks[name] == pytest.approx(whole[name], rel=1e-9), name
     for plain, chunked in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "chunks"), strict=True):
         assert chunked["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-9)
-
-
-def test_a_resumed_run_is_bitwise_identical(lines: list[str], tmp_path: Path, monkeypatch: Any) -> None:
-    rich = [*lines, "model.dropout=0.2", "ema=0.9", "clip=norm", "model.positions=rotary"]
-    whole = start(tmp_path / "whole", *rich)
-    for name, extra in (("parts", []), ("files", ["data.memory=false"])):
-        start(tmp_path / name, *rich, *extra, "max_time=0.0001")
-        resumed = resume(tmp_path / name, *rich, *extra)
-        assert resumed["status"] == "finished" and len(resumed["resumed_from"]) == 1
-        changing = ("seconds", "peak_memory", "resumed_from")
-        assert {k: v for k, v in resumed.items() if k not in changing} == {
-            k: v for k, v in whole.items() if k not in changing
-        }
-        states = [
-            torch.load(tmp_path / each / "checkpoints" / "last.pt", weights_only=True) for each in ("whole", name)
-        ]
-        assert same(states[0]["model"], states[1]["model"]) and same(states[0]["ema"], states[1]["ema"])
-
-
-def test_labels_drawn_by_sophia_are_the_same_after_resuming(lines: list[str], tmp_path: Path) -> None:
-    sophia = [*lines, "model.dropout=0.2", "optimizer=sophia", "optimizer.hessian=gnb", "optimizer.update_every=3"]
-    start(tmp_path / "whole", *sophia)
-    start(tmp_path / "parts", *sophia, "max_time=0.0001")
-    assert resume(tmp_path / "parts", *sophia)["status"] == "finished"
-    states = [torch.load(tmp_path / each / "checkpoints" / "last.pt", weights_only=True) for each in ("whole", "parts")]
-    assert same(states[0]["model"], states[1]["model"]) and same(states[0]["optimizer"], states[1]["optimizer"])
 
 
 @pytest.mark.parametrize("choice", ["sophia", "newton_cg", "muon"])

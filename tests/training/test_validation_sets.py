@@ -174,10 +174,8 @@ def test_eval_shows_all_sets(tmp_path: Path) -> None:
 
 
 BAD = {
-    "digits": (
-        ["validation.other.data=breast_cancer"],
-        "validation.other: the data have the classes benign, malignant, those",
-    ),
+    "digits": (["validation.other.data=breast_cancer"],
+        "validation.other: the data have the classes benign, malignant, those"),
     "choice": (["validation.other.data=foo"], "validation.other.data=foo: unknown choice; allowed: "),
     "text": (["validation.other.data=python_source"], "validation.other: is text, the training data are no text"),
     "values": (["validation.other.data=diabetes"], "validation.other: its targets are numbers, those of the training"),
@@ -190,11 +188,8 @@ BAD = {
     "names": ([SHADED, "validation.shaded_b.data=digits"], "validation.shaded: the metrics of validation.shaded_b"),
     "monitor": (["monitor=val_shaded_loss"], "monitor=val_shaded_loss: unknown validation metric"),
     "direction": ([SHADED, "monitor=val_shaded_loss", "monitor_mode=max"], "monitor_mode=max: val_loss is better when"),
-    "auto": (
-        [SHADED, "data.val_split=0"],
-        "monitor=auto: .*set monitor to .* has a name: val_shaded_loss",
-    ),
-}
+    "auto": ([SHADED, "data.val_split=0"], "monitor=auto: .*set monitor to .* has a name: val_shaded_loss"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -295,29 +295,18 @@ REFUSED: list[tuple[str, str, *tuple[tuple[str, str], ...]]] = [
     ("optimizer.lr=-1", "optimizer.lr=-1: "),
     ("epochs=2,3", "epochs=2,3: several values need `dlopt train -m`"),
     ("", "comparison.claims.0: unknown variant thin; allowed: narrow, wide", ("than: narrow", "than: thin")),
-    *(
-        ("comparison.quick=true", message, ("  claims:", f"  quick_overrides: {lines}\n  claims:"))
-        for lines, message in (
-            ("[resume=auto]", "resume=auto: may only be given"),
-            ("3", "quick_overrides=3: allowed: a list"),
-        )
-    ),
-    *(
-        ("", f"comparison: {line}: may only be given on the command line", ('["model.widths=[2]"]', f'["{line}"]'))
-        for line in ("allow_packages=[os]", "hydra.job.env_set.A=1", "+hydra.job.chdir=true", "resume=auto")
-    ),
+    *(("comparison.quick=true", message, ("  claims:", f"  quick_overrides: {lines}\n  claims:")) for lines,
+        message in (("[resume=auto]", "resume=auto: may only be given"), ("3", "quick_overrides=3: allowed: a list"))),
+    *(("", f"comparison: {line}: may only be given on the command line", ('["model.widths=[2]"]',
+        f'["{line}"]')) for line in ("allow_packages=[os]", "hydra.job.env_set.A=1", "+hydra.job.chdir=true",
+        "resume=auto")),
     ("", "variant:wide: must name an earlier variant than narrow; allowed: none", taught("narrow", "wide")),
     ("init_from=before:other", "init_from=before:other: must name an earlier entry of comparison.before", BEFORE),
-    *(
-        (typed, message, BEFORE, ("epochs: 2", "epochs: 2\ninit_from: before:base"))
-        for typed, message in (
-            ("hydra/launcher=joblib", LAUNCHED),
-            ("hydra.launcher.n_jobs=2", f"hydra/launcher=serial: {LAUNCHED}"),
-            ("hydra/launcher=slurm hydra.launcher.n_jobs=0", LAUNCHED),
-            ("hydra.sweep.dir=x", "hydra.sweep.dir=x: a comparison does not read this key; use hydra.run.dir"),
-        )
-    ),
-]
+    *((typed, message, BEFORE, ("epochs: 2", "epochs: 2\ninit_from: before:base")) for typed,
+        message in (("hydra/launcher=joblib", LAUNCHED), ("hydra.launcher.n_jobs=2",
+        f"hydra/launcher=serial: {LAUNCHED}"), ("hydra/launcher=slurm hydra.launcher.n_jobs=0", LAUNCHED),
+        ("hydra.sweep.dir=x", "hydra.sweep.dir=x: a comparison does not read this key; use hydra.run.dir"))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("typed", "message", "changes"), [(typed, said, rest) for typed, said, *rest in REFUSED])

@@ -23,50 +23,30 @@ def entry(
 @pytest.mark.parametrize(
     ("judged", "expected"),
     [
-        (
-            entry("better", "val_accuracy", 0.0042, 0.0018, 0.0066),
-            "Better by 0.42 points of validation accuracy (0.18 to 0.66) in 9 pairs of runs.",
-        ),
-        (
-            entry("worse", "val_accuracy", -0.0042, -0.0066, -0.000018),
-            "Worse by 0.42 points of validation accuracy (0.0018 to 0.66) in 9 pairs of runs.",
-        ),
-        (
-            entry("worse", "val_loss", -0.01234, -0.02, -0.004),
-            "Worse by 0.01234 in validation loss (0.004 to 0.02) in 9 pairs of runs.",
-        ),
-        (
-            entry("better", "val_accuracy", 0.03, 0.02, None, margin=0.005),
-            "Better by 3.00 points of validation accuracy (2.00 or more), more than the margin of 0.50 points, in 9 "
-            "pairs of runs.",
-        ),
-        (
-            entry("worse", "val_loss", -0.3, None, -0.2),
-            "Worse by 0.3 in validation loss (0.2 or more) in 9 pairs of runs.",
-        ),
-        (
-            entry("worse", "val_loss", None, None, None, gains=(-math.inf,) * 7),
-            "Worse because the change diverged 7 times in 7 pairs of runs.",
-        ),
-        (
-            entry("undecided", "val_accuracy", 0.0139, -0.00677, 0.0309),
-            "Undecided: a gain of +1.39 points of validation accuracy (-0.68 to +3.09) in 9 pairs of runs.",
-        ),
-        (
-            entry("undecided", "val_loss", -0.5, None, 0.25),
-            "Undecided: a gain of -0.5 in validation loss (+0.25 or less) in 9 pairs of runs.",
-        ),
-        (
-            entry("undecided", "val_loss", 0.1, None, None, gains=(0.1,)),
-            "Undecided: no interval of the gain after 1 pair of runs.",
-        ),
-        (
-            entry("equal", "val_accuracy", 0.0, -0.001, 0.002, margin=0.005),
-            "Undecided: no difference of more than 0.50 points; a gain of 0.00 points of validation accuracy (-0.10 to "
-            "+0.20) in 9 pairs of runs.",
-        ),
+        (entry("better", "val_accuracy", 0.0042, 0.0018, 0.0066),
+         "Better by 0.42 points of validation accuracy (0.18 to 0.66) in 9 pairs of runs."),
+        (entry("worse", "val_accuracy", -0.0042, -0.0066, -0.000018),
+         "Worse by 0.42 points of validation accuracy (0.0018 to 0.66) in 9 pairs of runs."),
+        (entry("worse", "val_loss", -0.01234, -0.02, -0.004),
+         "Worse by 0.01234 in validation loss (0.004 to 0.02) in 9 pairs of runs."),
+        (entry("better", "val_accuracy", 0.03, 0.02, None, margin=0.005),
+         "Better by 3.00 points of validation accuracy (2.00 or more), more than the margin of 0.50 points, in 9 "
+         "pairs of runs."),
+        (entry("worse", "val_loss", -0.3, None, -0.2),
+         "Worse by 0.3 in validation loss (0.2 or more) in 9 pairs of runs."),
+        (entry("worse", "val_loss", None, None, None, gains=(-math.inf,) * 7),
+         "Worse because the change diverged 7 times in 7 pairs of runs."),
+        (entry("undecided", "val_accuracy", 0.0139, -0.00677, 0.0309),
+         "Undecided: a gain of +1.39 points of validation accuracy (-0.68 to +3.09) in 9 pairs of runs."),
+        (entry("undecided", "val_loss", -0.5, None, 0.25),
+         "Undecided: a gain of -0.5 in validation loss (+0.25 or less) in 9 pairs of runs."),
+        (entry("undecided", "val_loss", 0.1, None, None, gains=(0.1,)),
+         "Undecided: no interval of the gain after 1 pair of runs."),
+        (entry("equal", "val_accuracy", 0.0, -0.001, 0.002, margin=0.005),
+         "Undecided: no difference of more than 0.50 points; a gain of 0.00 points of validation accuracy (-0.10 to "
+         "+0.20) in 9 pairs of runs."),
     ],
-)
+)  # fmt: skip
 def test_the_gain_is_in_the_unit_of_the_metric(judged: Entry, expected: str) -> None:
     assert sentences(judged, 0.05)[0] == expected
 

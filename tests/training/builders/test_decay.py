@@ -14,18 +14,8 @@ from dlopt.training.builders.workload import build_workload
 from dlopt.training.progress import Length
 from tests.support.equality import compare
 from tests.support.modes import FSDP
-from tests.support.runs import (
-    at_update,
-    result,
-    resume,
-    run_config,
-    same,
-    small_workload,
-    start,
-    terminate,
-    timeless,
-)
-from tests.support.sizes import MLP, SMALL, without
+from tests.support.runs import run_config, small_workload
+from tests.support.sizes import MLP, without
 
 CAUTIOUS = "decay.cautious=true"
 COUPLED = "needs an optimizer that subtracts lr \\* weight_decay \\* theta"
@@ -125,26 +115,6 @@ def test_width_of_mup() -> None:
         for name, value in inverse.items():
             scaled = name in ("layer2.linear.weight", "head.weight")
             assert value == pytest.approx(base[name] / (4 if scaled else 1), rel=1e-14), name
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ["optimizer=adamw", "decay=linear", CAUTIOUS],
-        ["optimizer=muon", "decay=corrected", "precision=bf16_pure", CAUTIOUS],
-        ["optimizer=lion", "decay=independent", CAUTIOUS, "accumulate=2"],
-    ],
-    ids=" ".join,
-)
-def test_resumed_run_is_bitwise_identical(keys: list[str], tmp_path: Path) -> None:
-    lines = [*SMALL, *keys, "optimizer.weight_decay=0.1", "epochs=3", "checkpoint.every_steps=1"]
-    start(tmp_path / "whole", *lines)
-    with at_update(5, terminate):
-        assert start(tmp_path / "cut", *lines)["status"] == "interrupted"
-    resume(tmp_path / "cut", *lines)
-    assert same(result(tmp_path / "cut"), result(tmp_path / "whole"))
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
-    assert all(line["weight_decay"] > 0 for line in timeless(tmp_path / "whole"))  # beside lr
 
 
 def test_rounds_bf16_weights_after_the_decay() -> None:

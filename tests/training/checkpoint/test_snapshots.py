@@ -24,35 +24,40 @@ def snapshots(folder: Path) -> dict[str, int]:
     return {path.name: load(path).step for path in sorted((folder / "checkpoints").glob("restart-*.pt"))}
 
 
-def test_saves_a_snapshot_at_the_end_of_each_cycle(tmp_path: Path) -> None:
-    start(tmp_path / "snapshots", *SNAPSHOTS)
-    assert snapshots(tmp_path / "snapshots") == {"restart-1.pt": 8, "restart-2.pt": 16, "restart-3.pt": 24}
+@pytest.fixture(scope="module")
+def with_snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of SNAPSHOTS, which tests only read."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    start(folder, *SNAPSHOTS)
+    return folder
+
+
+def test_saves_a_snapshot_at_the_end_of_each_cycle(with_snapshots: Path, tmp_path: Path) -> None:
+    assert snapshots(with_snapshots) == {"restart-1.pt": 8, "restart-2.pt": 16, "restart-3.pt": 24}
     start(tmp_path / "short", *CYCLES, "epochs=2", "schedule_epochs=6")
-    first = load(tmp_path / "snapshots/checkpoints/restart-1.pt")
+    first = load(with_snapshots / "checkpoints/restart-1.pt")
     assert same(first.model, load(tmp_path / "short/checkpoints/last.pt").model)
-    assert load(tmp_path / "snapshots/checkpoints/restart-2.pt").state["progress"]["lr"] < 0.05 * 0.1
+    assert load(with_snapshots / "checkpoints/restart-2.pt").state["progress"]["lr"] < 0.05 * 0.1
 
 
-def test_snapshots_do_not_change_the_run(tmp_path: Path) -> None:
-    start(tmp_path / "snapshots", *SNAPSHOTS)
-    start(tmp_path / "plain", *CYCLES)
-    kept, plain = (load(tmp_path / name / "checkpoints/last.pt") for name in ("snapshots", "plain"))
+def test_snapshots_do_not_change_the_run(with_snapshots: Path, tmp_path: Path) -> None:
+    start(tmp_path, *CYCLES)
+    kept, plain = (load(folder / "checkpoints/last.pt") for folder in (with_snapshots, tmp_path))
     assert same(kept.model, plain.model) and same(kept.optimizer, plain.optimizer)
-    assert snapshots(tmp_path / "plain") == {}
+    assert snapshots(tmp_path) == {}
 
 
 @pytest.mark.parametrize("update", [8, 9])
-def test_killed_run_has_the_same_snapshots(tmp_path: Path, update: int) -> None:
+def test_killed_run_has_the_same_snapshots(with_snapshots: Path, tmp_path: Path, update: int) -> None:
     def killed() -> None:
         with at_update(update, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-            start(tmp_path / "killed", *SNAPSHOTS)
+            start(tmp_path, *SNAPSHOTS)
 
     assert os.WTERMSIG(in_fork(killed)) == signal.SIGKILL
-    resume(tmp_path / "killed", *SNAPSHOTS)
-    start(tmp_path / "whole", *SNAPSHOTS)
-    assert snapshots(tmp_path / "killed") == snapshots(tmp_path / "whole")
-    for name in snapshots(tmp_path / "whole"):
-        states = [load(tmp_path / run / "checkpoints" / name) for run in ("killed", "whole")]
+    resume(tmp_path, *SNAPSHOTS)
+    assert snapshots(tmp_path) == snapshots(with_snapshots)
+    for name in snapshots(with_snapshots):
+        states = [load(folder / "checkpoints" / name) for folder in (tmp_path, with_snapshots)]
         assert same(states[0].model, states[1].model), name
 
 
