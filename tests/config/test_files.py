@@ -22,7 +22,7 @@ def write(path: Path, text: str) -> None:
 
 
 SGD = "_target_: torch.optim.SGD\n"
-BROKEN = {
+BROKEN: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "a tab": (SGD + "\tlr: 0.1\n", ("mine.yaml", "not valid YAML")),
     "a duplicate key": (SGD + "lr: 0.1\nlr: 0.2\n", ("mine.yaml", "the key 'lr' twice")),
     "an open bracket": (SGD + "lr: [0.1\n", ("mine.yaml", "not valid YAML")),
@@ -41,6 +41,10 @@ BROKEN = {
     "a blank group": ("defaults: [{' ': x}]\n" + SGD, ("mine",)),
     "a target that is not there": ("_target_: torch.optim.SDG\n", ("torch.optim.SDG", "unknown callable")),
     "a date": (SGD + "lr: 2026-01-01\n", ("optimizer.lr=2026-01-01", "a number > 0")),
+    "control characters": (b"\x00\x01\xff\xfe\x80", ("mine.yaml",)),
+    "UTF-16": (b"\xff\xfel\x00r\x00", ("mine.yaml",)),
+    "Latin-1": (b"lr: \xe9\n", ("mine.yaml",)),
+    "a program": (b"\x7fELF" + bytes(100), ("mine.yaml",)),
 }
 
 
@@ -49,37 +53,32 @@ def test_broken_file(kind: str, tmp_path: Path) -> None:
     text, parts = BROKEN[kind]
     path = tmp_path / "conf/optimizer/mine.yaml"
     path.parent.mkdir(parents=True)
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     message = refused(tmp_path, "train", "--config-dir", "conf", "optimizer=mine", *SMALL)
     for part in parts:
         assert part in message
 
 
 @pytest.mark.parametrize(
-    "content", [b"\x00\x01\xff\xfe\x80", b"\xff\xfel\x00r\x00", b"lr: \xe9\n", b"\x7fELF" + bytes(100)]
-)
-def test_binary_file(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "conf/optimizer/mine.yaml"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
-    assert "mine.yaml" in refused(tmp_path, "train", "--config-dir", "conf", "optimizer=mine", *SMALL)
-
-
-def test_broken_primary_config(tmp_path: Path) -> None:
-    write(tmp_path / "conf/mine.yaml", "defaults: [nope]\n")
-    assert "nope" in refused(tmp_path, "train", "--config-dir", "conf", "--config-name", "mine")
-
-
-def test_recipe_with_a_key_that_is_no_text(tmp_path: Path) -> None:
-    write(tmp_path / "conf/experiment/mine.yaml", "# @package _global_\ntrue: 1\n")
-    message = refused(tmp_path, "train", "--config-dir", "conf", "experiment=mine", *SMALL)
-    assert "True=1: unknown key" in message
-
-
-def test_recipe_without_its_package(tmp_path: Path) -> None:
-    write(tmp_path / "conf/experiment/mine.yaml", "epochs: 3\n")
-    message = refused(tmp_path, "train", "--config-dir", "conf", "experiment=mine", *SMALL)
-    assert "`# @package _global_`" in message
+    ("path", "text", "typed", "message"),
+    [
+        ("mine.yaml", "defaults: [nope]\n", "--config-name mine", "nope"),
+        ("experiment/mine.yaml", "# @package _global_\ntrue: 1\n", "experiment=mine model=mlp", "True=1: unknown key"),
+        ("experiment/mine.yaml", "epochs: 3\n", "experiment=mine model=mlp", "`# @package _global_`"),
+        (
+            "data/mine.yaml", "_target_: dlopt.data.custom.custom\ntrain: null\nbatch_size: 8\n", "data=mine model=mlp",
+            "dlopt: data=mine: lacks subset, split_seed, memory, workers, drop_last; begin its file with: "
+            "defaults: [_common, _self_]\n",
+        ),
+        (
+            "data/mine.yaml", "defaults: [_common, _self_]\n_target_: torch.nn.Identity\n", "data=mine model=mlp",
+            "dlopt: data=mine: returns Identity; must return a dlopt Dataset\n",
+        ),
+    ],
+)  # fmt: skip
+def test_broken_file_of_another_group(path: str, text: str, typed: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "conf" / path, text)
+    assert message in refused(tmp_path, "train", "--config-dir", "conf", *typed.split(), "hydra.run.dir=run")
 
 
 def test_a_recipe_chooses_sweeper_and_logging(tmp_path: Path) -> None:
@@ -273,18 +272,3 @@ def test_random_files(tmp_path: Path) -> None:
         except Exception as error:
             pytest.fail(f"{type(error).__name__} for {changed[:2000]!r}: {error!s:.200}")
     assert ends["accepted"] > 50 and ends["refused"] > 5
-
-
-def test_a_file_of_data_without_the_common_keys(tmp_path: Path) -> None:
-    write(tmp_path / "conf/data/mine.yaml", "_target_: dlopt.data.custom.custom\ntrain: null\nbatch_size: 8\n")
-    message = refused(tmp_path, "train", "--config-dir", "conf", "data=mine", "model=mlp")
-    assert message == (
-        "dlopt: data=mine: lacks subset, split_seed, memory, workers, drop_last; begin its file with: "
-        "defaults: [_common, _self_]\n"
-    )
-
-
-def test_a_file_of_data_that_returns_something_else(tmp_path: Path) -> None:
-    write(tmp_path / "conf/data/mine.yaml", "defaults: [_common, _self_]\n_target_: torch.nn.Identity\n")
-    message = refused(tmp_path, "train", "--config-dir", "conf", "data=mine", "model=mlp", "hydra.run.dir=run")
-    assert message == "dlopt: data=mine: returns Identity; must return a dlopt Dataset\n"

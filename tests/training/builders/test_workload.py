@@ -151,16 +151,6 @@ class _Outputs(nn.Module):
         return outputs + outputs.sum().item() if self.reads else outputs
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_refuses_a_custom_model_with_another_number_of_outputs(reads: bool) -> None:
-    checked = run_config(*SMALL)
-    for count in (10, 12):
-        model = Component("model", _Outputs, {"count": count, "reads": reads})
-        expected = r"_Outputs: returns \[batch, 12\] values, but the data has 10 classes; .*num_classes=10$"
-        with contextlib.nullcontext() if count == 10 else pytest.raises(UserError, match=expected):
-            build_workload(replace(checked, model=model))
-
-
 class _Tied(nn.Module):
     """Uses one matrix twice."""
 
@@ -174,24 +164,6 @@ class _Tied(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = self.head(self.second(self.first(inputs.flatten(1))))
         return outputs
-
-
-def test_a_custom_model_may_have_tied_weights() -> None:
-    build_workload(replace(run_config(*SMALL), model=Component("model", _Tied, {})))
-
-
-def test_refuses_a_custom_model_that_cannot_process_the_samples() -> None:
-    model = Component("model", nn.Conv2d, {"in_channels": 3, "out_channels": 10, "kernel_size": 1})
-    with pytest.raises(UserError, match=r"Conv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*3 channels"):
-        build_workload(replace(run_config(*SMALL), model=model))
-
-
-@pytest.mark.parametrize("model", [nn.Conv1d, nn.LazyConv1d])
-def test_warns_of_signals_that_are_read_as_images(model: type[nn.Module]) -> None:
-    keys = {"out_channels": 10, "kernel_size": 1} | ({"in_channels": 1} if model is nn.Conv1d else {})
-    advice = r"items \[8, 8\] are read as grey images \[H, W\]: for \[channels, length\], begin with x = x\[:, 0\]"
-    with pytest.raises(UserError, match=rf"fails for inputs of shape \[batch, 1, 8, 8\]: .*; {advice}$"):
-        build_workload(replace(run_config(*SMALL), model=Component("model", model, keys)))
 
 
 class _Lazy(nn.Module):
@@ -216,13 +188,31 @@ def test_lazy_layers_get_their_sizes_and_seeded_weights() -> None:
     }
 
 
-def test_refuses_lazy_layers_whose_sizes_stay_unknown() -> None:
-    unused = Component("model", _Lazy, {"unused": True})
-    with pytest.raises(UserError, match=r"_Lazy: the size of unused.weight is not known"):
-        build_workload(replace(run_config(*SMALL), model=unused))
-    too_small = Component("model", nn.LazyConv2d, {"out_channels": 10, "kernel_size": 9})
-    with pytest.raises(UserError, match=r"LazyConv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*[Kk]ernel size"):
-        build_workload(replace(run_config(*SMALL), model=too_small))
+OUTPUTS = r"_Outputs: returns \[batch, 12\] values, but the data has 10 classes; .*num_classes=10$"
+SIGNALS = (
+    r"fails for inputs of shape \[batch, 1, 8, 8\]: .*; "
+    r"items \[8, 8\] are read as grey images \[H, W\]: for \[channels, length\], begin with x = x\[:, 0\]$"
+)
+POINTWISE = {"out_channels": 10, "kernel_size": 1}
+MODELS: list[tuple[type[nn.Module], dict[str, Any], str | None]] = [
+    (_Tied, {}, None),
+    *((_Outputs, {"count": count, "reads": reads}, said) for count, said in ((10, None), (12, OUTPUTS))
+      for reads in (False, True)),
+    (nn.Conv2d, {**POINTWISE, "in_channels": 3}, r"Conv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*3 channels"),
+    (nn.Conv1d, {**POINTWISE, "in_channels": 1}, SIGNALS),
+    (nn.LazyConv1d, POINTWISE, SIGNALS),
+    (_Lazy, {"unused": True}, r"_Lazy: the size of unused.weight is not known"),
+    (nn.LazyConv2d, {"out_channels": 10, "kernel_size": 9},
+     r"LazyConv2d: fails for inputs of shape \[batch, 1, 8, 8\]: .*[Kk]ernel size"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "keys", "message"), MODELS)
+def test_refuses_a_custom_model_that_cannot_be_trained(
+    target: type[nn.Module], keys: dict[str, Any], message: str | None
+) -> None:
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+        build_workload(replace(run_config(*SMALL), model=Component("model", target, keys)))
 
 
 def _wrong() -> dict[str, int]:

@@ -175,26 +175,40 @@ def test_names_of_wrappers(tmp_path: Path, wrapper: str, layer: str) -> None:
 
 
 LAYOUTS: dict[str, Any] = {
-    "lightning": lambda state: {"state_dict": {**prefixed("model.", state), "loss.weight": torch.ones(5),
-        "criterion.pos_weight": torch.ones(5), "val_metrics.confusion.confmat": torch.ones(5, 5)}, "hyper_parameters":
-        {"lr": 0.1}, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(6, 4)}}}]},
+    "lightning": lambda state: {
+        "state_dict": {
+            **prefixed("model.", state),
+            "loss.weight": torch.ones(5),
+            "criterion.pos_weight": torch.ones(5),
+            "val_metrics.confusion.confmat": torch.ones(5, 5),
+        },
+        "hyper_parameters": {"lr": 0.1},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(6, 4)}}}],
+    },
     "deepspeed": lambda state: {"module": prefixed("module.", state), "optimizer": None, "global_steps": 3},
     "mmengine": lambda state: {
         "meta": {"mmengine_version": "0.10"},
         "state_dict": state,
         "ema_state_dict": prefixed("module.", net(5).state_dict()),  # EMAHook exchanges the two
     },
-    "lightning_average": lambda state: {"state_dict": prefixed("model.", state), "current_model_state":
-        prefixed("model.", net(5).state_dict()), "averaging_state": {"n_averaged": torch.tensor(3)}},
-    "torchtitan": lambda state: {**state, "optimizer": {"state.layer1.weight.exp_avg": torch.ones(6, 6)},
-        "train_state": {"step": torch.tensor(7)}},
+    "lightning_average": lambda state: {
+        "state_dict": prefixed("model.", state),
+        "current_model_state": prefixed("model.", net(5).state_dict()),
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+    },
+    "torchtitan": lambda state: {
+        **state,
+        "optimizer": {"state.layer1.weight.exp_avg": torch.ones(6, 6)},
+        "train_state": {"step": torch.tensor(7)},
+    },
     "peft": lambda state: prefixed("base_model.model.", state),
-    "modules": lambda state: {key: {name.removeprefix(f"{key}."): value for name,
-        value in state.items() if name.startswith(f"{key}.")} for key in ("stem", "layer0", "layer1", "layer2",
-        "head")},
+    "modules": lambda state: {
+        key: {name.removeprefix(f"{key}."): value for name, value in state.items() if name.startswith(f"{key}.")}
+        for key in ("stem", "layer0", "layer1", "layer2", "head")
+    },
     **{key: lambda state, key=key: {key: state, "epoch": 3} for key in ("net", "ema", "model_state", "generator")},
     "twice": lambda state: {"state_dict": state, "best_state_dict": {name: v.clone() for name, v in state.items()}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
