@@ -5,12 +5,15 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from dlopt.basics.folders import RunFolder
 from dlopt.sweeps.jobs import Job, prepare
+from dlopt.sweeps.matching import distance_of_jobs, swept_keys
 from tests.support.line import SMALL, Result, dlopt
 
 LINE = ("train", "-m", *SMALL, "epochs=1", "tracking=[]")
@@ -122,6 +125,24 @@ def test_an_added_value_is_a_new_job(tmp_path: Path, started: list[list[str]]) -
     started.clear()
     assert sweep(tmp_path, HERE, "threads=1,2,3", "resume=auto").code == 0
     assert [[line for line in job if line.startswith("threads")] for job in started] == [["threads=3"]]
+
+
+def job(texts: list[str], saved: dict[str, Any], former: dict[str, Any] | None = None) -> Any:
+    """A job with these overrides and this config, whose folder has the config `former`."""
+    return SimpleNamespace(
+        plan=SimpleNamespace(texts=texts, saved=saved), folder=SimpleNamespace(config=lambda: former)
+    )
+
+
+def test_a_key_that_only_some_jobs_have_is_an_axis() -> None:
+    jobs = [job(["seed=1"], {"seed": 1, "threads": 1}), job(["seed=1", "threads=2"], {"seed": 1, "threads": 2})]
+    assert swept_keys(None, jobs) == {"threads"}
+
+
+def test_the_distance_of_a_sweep_is_that_of_its_farthest_job(tmp_path: Path) -> None:
+    new = {"seed": 1, "epochs": 4}
+    jobs = [job(["seed=1"], new, former) for former in (new, {"seed": 1, "epochs": 3}, None)]
+    assert distance_of_jobs(RunFolder(tmp_path), jobs) == 4  # of another length
 
 
 def test_jobs_in_folders_named_by_their_overrides(tmp_path: Path) -> None:
