@@ -78,7 +78,7 @@ def test_an_axis_tells_jobs_apart_whatever_its_role(first: str, then: str, key: 
         recipes.mkdir(parents=True)
         for number, name in enumerate(("first", "second", "third"), 2):
             (recipes / f"{name}.yaml").write_text(f"# @package _global_\nlog_every_steps: {number}\n")
-        words += ["--config-dir=conf"]  # Hydra then composes each job, which takes ten times as long
+        words += ["--config-dir=conf"]  # Hydra then composes each job, which is slow
     if "data.root" in first:
         words += ["data=image_folder", "data.subset=null"]
         for name in "abc":
