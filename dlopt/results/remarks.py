@@ -130,9 +130,13 @@ def _ends_of_grids(ranked: Sequence[tuple[int, Row]], rows: Sequence[Row]) -> li
     found = {}
     for rank, row in ranked:
         optimizer = optimizers[rank - 1]
-        if optimizer in found:
+        if optimizer in found or row.apart == ORIGINS["data"]:
             continue
-        tried = [config for config, other in zip(configs, optimizers, strict=True) if other == optimizer]
+        tried = [
+            config
+            for config, other, each in zip(configs, optimizers, rows, strict=True)
+            if other == optimizer and each.apart != ORIGINS["data"]  # whose keys describe the data, and tune nothing
+        ]
         best = [configs[i - 1] for i, each in ranked if optimizers[i - 1] == optimizer and each.rank == row.rank]
         ends = []
         for key, value in configs[rank - 1].items():

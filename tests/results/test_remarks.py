@@ -153,7 +153,8 @@ def test_different_data_code_and_versions_are_named() -> None:
             "versions": {"torch": torch},
             "code": {"mine": {"sha256": torch}},
         }
-        return replace(made, config={**made.config, "data.root": root}, origin=origin)
+        keys = {"data.root": root, "data.val_split": 0.1 if content == "a" else 0.2}  # no rate that was tried
+        return replace(made, config={**made.config, **keys}, origin=origin)
 
     data = ("warning: other data than #1, so not comparable with it", [2])
     assert said([run("x", 0, "a"), run("y", 0, "b"), run("x", 1, "a"), run("y", 1, "b")]) == [data]
