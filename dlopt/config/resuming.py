@@ -141,13 +141,19 @@ def differences(
         new["ema_warmup"] = old.get("ema_warmup")  # there is no average, whose warmup could differ
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
-    for key in old.keys() ^ new.keys():  # fewer data sets had this key once, but validation sets had it, too
-        if key.endswith(".test_split"):
-            old.setdefault(key, 0.0)
-            new.setdefault(key, 0.0)
+    complete_test_splits(old, new)
     keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in _NO_AXES)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_same_path(key, *pair)}
+
+
+def complete_test_splits(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Adds data.test_split=0 to configs by dotted key: older versions have saved it for fewer data, but also for
+    validation sets."""
+    for key in old.keys() ^ new.keys():
+        if key.endswith(".test_split"):
+            old.setdefault(key, 0.0)
+            new.setdefault(key, 0.0)
 
 
 def _is_same_path(key: str, old: Any, new: Any) -> bool:

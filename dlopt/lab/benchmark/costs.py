@@ -22,6 +22,7 @@ from dlopt.instruments.profiling import state_bytes
 from dlopt.lab.benchmark.reading import TEST
 from dlopt.lab.benchmark.results import UpdateCost
 from dlopt.lab.scaling.rank import seconds_of, updates_of
+from dlopt.metrics.names import Metric
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.evaluate import test_report
@@ -76,6 +77,9 @@ def test_trial(folder: Path) -> None:
     workload: Workload = build_workload(parse(resolve_saved(saved), saved), checkpoint)
     with torch.no_grad():
         workload.load(checkpoint)
-    tested = test_report(workload)
+    tested, task = test_report(workload), workload.task
     assert tested is not None  # nothing interrupts it
-    write_json(path, tested.metrics, indent=None)
+    usual = ["loss", task.accuracy or "loss", *task.loss_metrics(0.0)]  # of validations: tests have others, too
+    usual += [name for each in task.computed(()) for name in each.names]
+    columns = [Metric("test", name).column for name in usual]
+    write_json(path, {key: value for key, value in tested.metrics.items() if key in columns}, indent=None)

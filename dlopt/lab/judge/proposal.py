@@ -192,7 +192,7 @@ def _check(base: Side, change: Side) -> None:
     different = list(differing(base, change))
     if not different:
         raise UserError("the base and the change are equal: they differ in nothing that a run computes")
-    for key in different:
+    for key in sorted(different, key=lambda key: key != "data._target_"):  # before keys that other data have
         shown = f"{key}={show(change.identity.get(key))}"
         if role_of(key) is Role.PROTOCOL:
             raise UserError(f"{shown}: alters the metric or how it is measured; give it to the base, for both")

@@ -9,6 +9,7 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
+from dlopt.tasks.report import TestReport
 from dlopt.training.builders.workload import Workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import TrainingRun
@@ -64,7 +65,7 @@ def test_killed_run_has_the_same_snapshots(with_snapshots: Path, tmp_path: Path,
 def test_draws_the_restarts_before_the_end(tmp_path: Path) -> None:
     drawn: list[float] = []
 
-    def draw(workload: Workload, folder: Path, restarts: Sequence[float]) -> dict[str, Path]:
+    def draw(workload: Workload, folder: Path, restarts: Sequence[float], tested: TestReport) -> dict[str, Path]:
         drawn.extend(restarts)
         return {}
 
