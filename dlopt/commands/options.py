@@ -264,14 +264,12 @@ def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
     described: list[str] = []
     metrics: list[str] = []
     if len(word) > 1:
-        metrics = [name for name, about in ABOUT.items() if word in _letters(name) or word in _letters(about)]
+        metrics = [name for name, about in ABOUT.items() if _has(word, name) or _has(word, about)]
     if len(word) > 2:
-        named += [each for each in found if word in _letters(each) and each not in named]
+        named += [each for each in found if _has(word, each) and each not in named]
         every = [choice for group in _groups(catalogue) for choice in catalogue.choices(group)]
-        choices = [each for each in every if word in _letters(each.name) or word in _letters(each.description)]
-        described = [
-            name for name, keys in found.items() if name not in named and word in _letters(keys[0].key.comment)
-        ]
+        choices = [each for each in every if _has(word, each.name) or _has(word, each.description)]
+        described = [name for name, keys in found.items() if name not in named and _has(word, keys[0].key.comment)]
     if not (advice or named or metrics or choices or described):
         return False
     page.text(*[""] * bool(page.lines), f"keys: {term}" if named else term, bold=True)
@@ -293,6 +291,13 @@ def _key_form(term: str) -> str:
 
 def _letters(text: str) -> str:
     return re.sub(r"[\s_.-]", "", text.lower())
+
+
+def _has(word: str, text: str) -> bool:
+    """Returns whether a text has a word of `_letters`; one of up to three must begin a word: roc is not in process."""
+    if len(word) > 3:
+        return word in _letters(text)
+    return re.search(r"(?<![a-z0-9])" + r"[\s_.-]*".join(map(re.escape, word)), text.lower()) is not None
 
 
 def _more(rows: Sequence[object]) -> list[tuple[str, str]]:

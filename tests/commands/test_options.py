@@ -138,6 +138,7 @@ def test_finds_terms_of_the_field_and_of_other_tools(printed: Callable[..., str]
                "brier": "brier_score", "f1": "macro_f1", "log loss": "log_loss"}  # fmt: skip
     for word, name in metrics.items():
         assert re.search(rf"^  {name} +test metric: ", printed(*word.split()), re.MULTILINE), word
+    assert "process" not in printed("roc"), "short terms begin a word"
 
 
 def test_lists_first_what_people_look_for(printed: Callable[..., str]) -> None:
