@@ -12,7 +12,8 @@ from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import flatten
-from dlopt.metrics.names import VAL_LOSS, Metric, split_of, validation_sets, without_set
+from dlopt.metrics.declared import DECLARED
+from dlopt.metrics.names import VAL_LOSS, Metric, Split, split_of, validation_sets, without_set
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.results.intervals import Difference, Statistic
 from dlopt.results.leaderboard import ENDED, Record, Row
@@ -34,14 +35,22 @@ _DIFFERENCE = {"mean": "difference", "low": "difference_low", "high": "differenc
 def metric_columns(ranking: Ranking) -> list[str]:
     """Returns the metrics of the leaderboard: the ranking metric, validation and training metrics, costs.
 
-    The metrics on validation sets with names follow those of training.
+    Metrics that a run requests follow those of training, then the metrics on validation sets with names.
     """
     known = {name for record in ranking.records for name in record.metrics}
     # Omit costs that are equal for all ended runs; failed runs cost less in any case.
     ended = [record.metrics for record in ranking.records if record.status in ENDED]
     costs = [name for name in COSTS if len({metrics.get(name) for metrics in ended}) > 1]
-    metrics = [ranking.by, *FIRST, *on_named_sets(ranking, FIRST)]
+    first = [*FIRST, *_requested(ranking, "val")]
+    metrics = [ranking.by, *first, *on_named_sets(ranking, first)]
     return list(dict.fromkeys([*(name for name in metrics if name in known), *costs]))
+
+
+def _requested(ranking: Ranking, split: Split) -> list[str]:
+    """Returns the columns of the metrics that runs request by evaluate.metrics, without those of single classes."""
+    names = dict.fromkeys(name for record in ranking.records for name in record.config.get("evaluate.metrics") or ())
+    declared = [DECLARED[name].names if name in DECLARED else [name.rpartition(".")[2]] for name in names]
+    return [Metric(split, each).column for some in declared for each in some]
 
 
 def on_named_sets(ranking: Ranking, columns: Iterable[str]) -> list[str]:
@@ -61,7 +70,8 @@ def in_terminal(ranking: Ranking) -> list[str]:
 def test_columns(ranking: Ranking) -> list[str]:
     """Returns the test metrics that the validation has, too: tests compute more than was requested."""
     known = {name for record in ranking.records for name in record.metrics}
-    tested = [metric for name in _TEST if name in known and (metric := Metric.of(name)) is not None]
+    names = dict.fromkeys([*_TEST, *_requested(ranking, "test")])
+    tested = [metric for name in names if name in known and (metric := Metric.of(name)) is not None]
     has_val = VAL_LOSS.column in known
     return [each.column for each in tested if not has_val or Metric("val", each.name).column in known]
 

@@ -60,3 +60,17 @@ def test_costs_of_older_runs_are_unknown(tmp_path: Path) -> None:
     first, second = page_data(ranking, target=None, test=False, refresh=None)["rows"]
     assert [first["cells"][name][0] for name in ("samples", "flops", "peak_memory")] == [640, 3e9, 2**30]
     assert [second["cells"][name] for name in ("samples", "flops", "peak_memory")] == [[None, "unknown"]] * 3
+
+
+def test_requested_metrics_are_columns(tmp_path: Path) -> None:
+    """Those of single classes are not: they may be a thousand."""
+    names = ["class_accuracy", "mine.metrics.kappa"]
+    folder = make_run(tmp_path / "run", config={"evaluate": {"metrics": names}})
+    more = {"val_worst_class_accuracy": 0.3, "val_class_accuracy/cat": 0.4, "val_kappa": 0.2, "val_other": 0.1}
+    lines = [json.loads(line) | more for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"test_kappa": 0.5, "test_worst_class_accuracy": 0.2}))
+    columns = metric_columns(table(tmp_path))
+    assert [name for name in columns if name in more] == ["val_worst_class_accuracy", "val_kappa"]
+    assert columns_of_tests(table(tmp_path))[-2:] == ["test_worst_class_accuracy", "test_kappa"]
