@@ -23,6 +23,8 @@ from dlopt.basics.mixin import mix_in
 from dlopt.config.settings import Recomputation
 from dlopt.models.known import is_container, is_stochastic
 
+_Buffers = dict[str, Tensor | None]
+
 _running = 0  # recomputations in progress
 
 
@@ -35,37 +37,44 @@ class _Recomputing:
     """Context of a recomputation: the buffers and norm modes of the forward pass, which are put back afterwards.
 
     Batch norm would otherwise count a batch twice. An optimizer that differentiates twice recomputes twice, and may run
-    the backward pass after the mode of the norms has changed.
+    the backward pass after the mode of the norms has changed. Its graph keeps buffers of the recomputation, which are
+    copies: writing to those of the model would make the graph invalid.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
-        self._buffers = [buffer for layer in layers for buffer in layer.buffers()]
-        self._norms = [m for layer in layers for m in layer.modules() if isinstance(m, _NormBase)]
-        self._forward = self._state()
-        self._present = self._forward
+        self._modules = [m for layer in layers for m in layer.modules()]
+        self._norms = [m for m in self._modules if isinstance(m, _NormBase)]
+        self._forward, self._modes = _copies([m._buffers for m in self._modules]), self._norm_modes()
+        self._present, self._present_modes = self._forward, self._modes
 
     def __enter__(self) -> None:
         global _running
-        self._present = self._state()
-        self._set(self._forward)
+        self._present, self._present_modes = [dict(m._buffers) for m in self._modules], self._norm_modes()
+        self._set(_copies(self._forward), self._modes)
         _running += 1
 
     def __exit__(self, *_: object) -> None:
         global _running
         _running -= 1
-        self._set(self._present)
+        self._set(self._present, self._present_modes)
 
-    def _state(self) -> tuple[list[Tensor], list[tuple[bool, float | None]]]:
-        copies = [buffer.detach().clone() for buffer in self._buffers]
-        return copies, [(norm.track_running_stats, norm.momentum) for norm in self._norms]
+    def _norm_modes(self) -> list[tuple[bool, float | None]]:
+        return [(norm.track_running_stats, norm.momentum) for norm in self._norms]
 
-    @torch.no_grad()
-    def _set(self, state: tuple[list[Tensor], list[tuple[bool, float | None]]]) -> None:
-        copies, modes = state
-        for buffer, copy in zip(self._buffers, copies, strict=True):
-            buffer.copy_(copy)
+    def _set(self, buffers: list[_Buffers], modes: list[tuple[bool, float | None]]) -> None:
+        for module, own in zip(self._modules, buffers, strict=True):
+            module._buffers.update(own)
         for norm, (tracks, momentum) in zip(self._norms, modes, strict=True):
             norm.track_running_stats, norm.momentum = tracks, momentum
+
+
+def _copies(buffers: list[_Buffers]) -> list[_Buffers]:
+    """Copies the buffers of modules; one that several modules have is copied once."""
+    copies: dict[int, Tensor] = {}
+    for each in itertools.chain.from_iterable(own.values() for own in buffers):
+        if each is not None and id(each) not in copies:
+            copies[id(each)] = each.detach().clone()
+    return [{name: None if each is None else copies[id(each)] for name, each in own.items()} for own in buffers]
 
 
 def _recomputed(call: Callable[..., Any], layers: list[nn.Module], *inputs: Any, **keys: Any) -> Any:
