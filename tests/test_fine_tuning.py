@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dlopt.basics.errors import UserError
-from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
+from dlopt.optim.parameters import idle_rules
+from dlopt.training.batch_norm import exact_statistics_note, frozen_norms_note, small_batch_warnings
 from dlopt.training.builders.workload import load_weights
 from dlopt.training.checkpoint import checkpoints
 from tests.support.runs import resume, small_workload, start
@@ -140,3 +141,14 @@ def test_states_what_frozen_batch_norms_do() -> None:
     assert frozen_norms_note(model) == []  # its bias trains
     model.requires_grad_(False)
     assert frozen_norms_note(model) == ["2 frozen batch norms: running statistics still follow the training data"]
+
+
+def test_states_what_changes_nothing() -> None:
+    """A rule of frozen weights, and exact statistics of a model that has none."""
+    rules = 'optimizer.groups=[{match: "*weight", lr: 0.1}, {match: "*lora_a", lr: 2}, {match: "*", weight_decay: 0}]'
+    workload = small_workload("adapt=lora", "model.norm=none", "norm_statistics=exact", rules)
+    what = "all parameters that it matches are frozen; it changes nothing"
+    assert idle_rules(workload.module, workload.run_config.grouping) == [f"optimizer.groups.0.match=*weight: {what}"]
+    [line] = exact_statistics_note(workload)
+    assert line == "norm_statistics=exact: changes nothing; the model has no batch norm with running statistics"
+    assert exact_statistics_note(small_workload("norm_statistics=exact", "model.norm=batch")) == []

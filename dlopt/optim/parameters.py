@@ -60,6 +60,16 @@ def freeze(model: nn.Module, grouping: Grouping) -> None:
             parameter.requires_grad_(not flags[-1])
 
 
+def idle_rules(model: nn.Module, grouping: Grouping) -> list[str]:
+    """Returns a line for each rule that sets something of frozen parameters only."""
+    names = dict(model.named_parameters())
+    return [
+        f"optimizer.groups.{number}.match={rule.match}: all parameters that it matches are frozen; it changes nothing"
+        for number, rule in enumerate(grouping.groups)
+        if rule.freeze is None and not any(p.requires_grad for n, p in names.items() if fnmatchcase(n, rule.match))
+    ]
+
+
 def parameter_groups(
     model: nn.Module,
     grouping: Grouping,

@@ -208,6 +208,14 @@ def small_batch_warnings(workload: Workload) -> list[str]:
     ]
 
 
+def exact_statistics_note(workload: Workload) -> list[str]:
+    """Returns a line if norm_statistics=exact changes nothing."""
+    has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in workload.module.modules())
+    if has_statistics or workload.run_config.settings.norm_statistics == "running":
+        return []
+    return ["norm_statistics=exact: changes nothing; the model has no batch norm with running statistics"]
+
+
 def frozen_norms_note(module: nn.Module) -> list[str]:
     """Returns a line if batch norms whose parameters are frozen keep updating their running statistics."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine and m.track_running_stats]

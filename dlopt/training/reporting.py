@@ -17,9 +17,10 @@ from dlopt.data.samples import Dataset
 from dlopt.metrics.measures import at_end
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key, set_of
 from dlopt.models.third_party import pretrained_inputs
+from dlopt.optim.parameters import idle_rules
 from dlopt.tasks.user import UserTask
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.batch_norm import frozen_norms_note, small_batch_warnings
+from dlopt.training.batch_norm import exact_statistics_note, frozen_norms_note, small_batch_warnings
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
@@ -135,9 +136,10 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
     notes = (*balanced, *workload.notes, workload.throughput.note, small)
     lines = (describe(workload.module), chosen, pretrained, rates, *notes)
     described = [line for line in lines if line]
-    norms = [*frozen_norms_note(workload.module), *small_batch_warnings(workload)]
+    norms = [*exact_statistics_note(workload), *frozen_norms_note(workload.module), *small_batch_warnings(workload)]
+    idle = idle_rules(workload.module, workload.run_config.grouping)
     of_sets = [f"{KEY}.{name}: {line}" for name, each in workload.validation_sets.items() for line in each.notes]
-    return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norms]
+    return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norms, *idle]
 
 
 def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:
