@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _is_compared(key: str) -> bool:
 
 def read_base(composer: "Composer", word: str) -> Side:
     """Reads BASE: a run, a recipe, or overrides in one word. Raises `UserError`."""
-    if Path(word).exists():
+    if _is_path(word):
         folder = RunFolder(Path(word).parent if Path(word).name == "config.yaml" else Path(word))
         if folder.config() is not None and not folder.is_finished():
             status = (folder.summary() or {}).get("status", "running" if folder.is_live() else "unfinished")
@@ -158,7 +159,11 @@ def _lines_of(composer: "Composer", run: str) -> list[str]:
 
 def words_of(side: str) -> list[str]:
     """Splits "optimizer=sgd epochs=5", typed as one word, before each key; a list may have spaces. [] for a path."""
-    return [] if Path(side).exists() else re.split(r"\s+(?=[+~]*[\w./@-]+=)", side.strip())
+    return [] if _is_path(side) else re.split(r"\s+(?=[+~]*[\w./@-]+=)", side.strip())
+
+
+def _is_path(side: str) -> bool:
+    return os.path.exists(side)  # pathlib raises for more letters than a name may have
 
 
 def _refuse_seeds(words: Sequence[str]) -> None:

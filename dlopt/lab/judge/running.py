@@ -205,8 +205,8 @@ class Judgement:
 
 
 def trained_on(data: Mapping[str, Any]) -> Any:
-    """Returns the part of an identity on which a verdict depends: all but the test set."""
-    return {name: split for name, split in data.items() if name != "test"}
+    """Returns the part of an identity on which a verdict depends: not the test set, nor named validation sets."""
+    return {name: split for name, split in data.items() if name in ("train", "val")}
 
 
 def _best(record: Record, metric: str) -> float:

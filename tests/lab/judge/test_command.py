@@ -267,11 +267,12 @@ def test_a_verdict_does_not_outlive_its_data(
 
 
 def test_data_that_change_during_a_judgement_end_it(tmp_path: Path) -> None:
+    """Not those of a test set, nor of a named validation set, which the judgement has not read."""
     judgement = _judgement(tmp_path, "optimizer.lr=0.2")
     judgement.data = {"train": {"content": "one"}, "test": {"content": "x"}}
     for trial, content in zip(judgement.pair(0), ("one", "two"), strict=True):
         path = make_pair(judgement, trial) / "environment.json"
-        data = {"identity": {"train": {"content": content}, "test": {"content": content}}}
+        data = {"identity": {"train": {"content": content}, "test": {"content": content}, "validation.b": {}}}
         path.write_text(json.dumps(json.loads(path.read_text()) | {"data": data}))
     with pytest.raises(RunError, match=r"change/1000: the data were changed during the judgement; the same command "):
         judgement.collect()
@@ -306,8 +307,8 @@ def test_a_choice_replaces_the_group_of_the_base() -> None:
     assert saved["optimizer"]["lr"] != 0.3 and saved["optimizer"]["weight_decay"] != 0.03
     assert (saved["data"]["batch_size"], saved["epochs"]) == (32, 3)
     same = read_base(
-        composer, "model=mlp optimizer.momentum=0.5 optimizer.lr=3e-1 optimizer.weight_decay=0.03 tags=[a]"
-    )
+        composer, f"model=mlp optimizer.momentum=0.5 optimizer.lr=3e-1 optimizer.weight_decay=0.03 tags=[{'a' * 300}]"
+    )  # longer than the name of a file
     assert same.hash == base.hash != change.hash
 
 
