@@ -13,7 +13,7 @@ from tests.support.crossings.laws import LAWS, Law
 from tests.support.crossings.trial import Trial
 from tests.support.ranks import ROOT
 
-ROWS = 4  # take about 40 seconds of a CPU
+ROWS = 3  # take about 35 seconds of a CPU, and more if values of a row are refused
 
 
 CHEAP = ["resumes", "plain_torch", "evaluated_as_logged", "measures_what_is_requested", "header_counts"]
@@ -28,7 +28,7 @@ def crossings(*arguments: str) -> None:
 
 
 def test_the_first_rows_keep_the_laws() -> None:
-    crossings("--seed", "10", "--rows", str(ROWS), "--law", *CHEAP)
+    crossings("--seed", "6", "--rows", str(ROWS), "--law", *CHEAP)
 
 
 @pytest.mark.slow
