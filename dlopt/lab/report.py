@@ -56,7 +56,10 @@ def wrapped(texts: Sequence[str | Observation], width: int) -> list[str]:
 def rendered(table: Table, width: int) -> list[str]:
     """Returns the lines of a table on a terminal of this width."""
     file = io.StringIO()
-    Console(file=file, width=width, highlight=False, markup=False, color_system=None).print(table.grid())
+    console = Console(
+        file=file, width=width, highlight=False, markup=False, color_system=None, force_jupyter=False
+    )  # a notebook would show what is printed to a file
+    console.print(table.grid())
     return file.getvalue().rstrip("\n").split("\n")
 
 

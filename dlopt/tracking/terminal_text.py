@@ -459,10 +459,13 @@ def _table_of_classes(rows: Sequence[Mapping[str, Any]]) -> "FittedTable | None"
 
 def plain_lines(renderable: RenderableType, width: int = 100) -> list[str]:
     """Renders without colours, for train.log."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(renderable)
-    return [line.rstrip() for line in capture.get().splitlines() if line.strip()]
+    file = io.StringIO()
+    # Without force_jupyter=False, a notebook shows what is printed to a file.
+    console = Console(
+        file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False, force_jupyter=False
+    )
+    console.print(renderable)
+    return [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
 
 
 # -- tables
