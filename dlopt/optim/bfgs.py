@@ -14,10 +14,10 @@ from dlopt.optim.common import (
     Closure,
     as_groups,
     assign,
-    evaluate,
     fill_defaults,
     flat,
     flat_gradient,
+    loss_of,
     needs_closure,
     refuse_above,
     refuse_complex,
@@ -75,7 +75,7 @@ class BFGS(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Takes one step with a line search, or none if it finds no decrease. Returns the loss before the step."""
         closure = needs_closure(self, closure)
-        before = evaluate(closure)
+        before = loss_of(closure)
         params, group = trainable(self), self.param_groups[0]
         if not params:
             return before
@@ -95,7 +95,7 @@ class BFGS(torch.optim.Optimizer):
 
         def evaluate_at(t: float) -> LinePoint:
             assign(params, start + t * direction)
-            loss, g = evaluate(closure), flat_gradient(params)
+            loss, g = loss_of(closure), flat_gradient(params)
             return line_point(t, loss, g)
 
         def line_point(t: float, loss: Any, g: Tensor) -> LinePoint:
@@ -264,7 +264,7 @@ class LBFGS(torch.optim.LBFGS):
     def step(self, closure: Closure | None = None) -> Any:
         closure = needs_closure(self, closure)
         if self.param_groups[0]["lr"] == 0:
-            return evaluate(closure)  # torch's line search would divide by the length of its first step
+            return loss_of(closure)  # torch's line search would divide by the length of its first step
         return without_hooks(super().step)(closure)  # they run once, around this step
 
     def _gather_flat_grad(self) -> Tensor:

@@ -42,7 +42,7 @@ class LossClosure:
         return loss.detach()
 
 
-def evaluate(closure: Closure | None) -> Any:
+def loss_of(closure: Closure | None) -> Any:
     """Calls the closure and returns its loss; without a closure returns None (the gradients have been computed)."""
     if closure is None:
         return None
@@ -111,7 +111,7 @@ class ForeachOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
+        loss = loss_of(closure)
         for group in self.param_groups:
             for params in chunks(group["params"]):
                 self._update(group, params)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Fraction, NonNegative, Positive, PositiveFraction, Seed
-from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_steps, evaluate, gradients
+from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, count_steps, gradients, loss_of
 from dlopt.optim.hyperball import move_on_sphere, radius
 from dlopt.optim.orthogonalize import QUINTIC, as_matrix, orthogonalize
 from dlopt.optim.traits import (
@@ -444,7 +444,7 @@ class Kron(RealOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
+        loss = loss_of(closure)
         for number, group in enumerate(self.param_groups):
             is_due = _count_update(group)
             # Also parameters without a gradient count: a pipeline's stage must draw what one process would.

@@ -18,9 +18,9 @@ from dlopt.optim.common import (
     RealOptimizer,
     as_groups,
     buffers,
-    evaluate,
     gradients,
     is_dense,
+    loss_of,
     make_cautious,
     refuse_complex,
     signs,
@@ -157,7 +157,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
+        loss = loss_of(closure)
         for group in self.param_groups:
             if group["use_muon"]:
                 self._step_matrices(group)

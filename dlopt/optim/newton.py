@@ -17,9 +17,9 @@ from dlopt.optim.common import (
     Closure,
     assign,
     differentiable_loss,
-    evaluate,
     flat,
     flat_or_zero,
+    loss_of,
     needs_closure,
     refuse_above,
     refuse_complex,
@@ -45,13 +45,13 @@ class _SecondOrder(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Takes one step along the Newton direction, or none without a finite one; returns the loss before the step."""
         closure = needs_closure(self, closure)
-        loss_of = differentiable_loss(self, closure)
-        before = evaluate(closure)
+        compute_loss = differentiable_loss(self, closure)
+        before = loss_of(closure)
         params, group = trainable(self), self.param_groups[0]
         if not params or not math.isfinite(float(before)):
             return before
         with torch.enable_grad():
-            loss = loss_of()
+            loss = compute_loss()
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             gradient = flat_or_zero(grads, params)
         direction = self._direction(group, params, gradient)
@@ -64,7 +64,7 @@ class _SecondOrder(torch.optim.Optimizer):
 
         def loss_at(t: float) -> float:
             assign(params, start + t * direction)
-            return float(loss_of())
+            return float(compute_loss())
 
         t = self._step_length(group, loss_at, value, slope)
         assign(params, start + t * direction if t else start)

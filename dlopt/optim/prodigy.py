@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dlopt.basics.ranges import NonNegative, OpenFraction, Positive
-from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, evaluate, gradients
+from dlopt.optim.common import Closure, RealOptimizer, buffers, chunks, gradients, loss_of
 from dlopt.optim.traits import ELEMENTWISE, OptimizerTraits
 
 
@@ -47,7 +47,7 @@ class Prodigy(RealOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
+        loss = loss_of(closure)
         parts = [(group, params) for group in self.param_groups for params in chunks(group["params"])]
         if not parts:
             return loss

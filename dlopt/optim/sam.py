@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import NonNegative, Positive
-from dlopt.optim.common import Closure, Tensors, chunks, evaluate, gradients, needs_closure, without_global_step_hooks
+from dlopt.optim.common import Closure, Tensors, chunks, gradients, loss_of, needs_closure, without_global_step_hooks
 from dlopt.optim.traits import OptimizerTraits, is_schedule_free, optimizer_traits
 
 
@@ -52,10 +52,10 @@ class SAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(needs_closure(self, closure))
+        loss = loss_of(needs_closure(self, closure))
         saved = self._perturb()
         try:
-            evaluate(closure)
+            loss_of(closure)
         finally:  # the closure may raise for a non-finite gradient
             for params, weights in saved:
                 torch._foreach_copy_(params, weights)  # copies, because subtracting e would round

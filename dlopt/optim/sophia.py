@@ -13,8 +13,8 @@ from dlopt.optim.common import (
     RealOptimizer,
     buffers,
     differentiable_loss,
-    evaluate,
     gradients,
+    loss_of,
     move,
     needs_closure,
     sampled_loss,
@@ -66,7 +66,7 @@ class Sophia(RealOptimizer):
         closure, first = needs_closure(self, closure), self.param_groups[0]
         # First the gradient at the present weights, then the estimate of the Hessian at the same ones. The closure's
         # gradients stay in the parameters: the estimates use torch.autograd.grad, which leaves them alone.
-        loss = evaluate(closure)
+        loss = loss_of(closure)
         if first["step"] % first["update_every"] == 0:
             self._estimate_hessian(first, closure)
         for group in self.param_groups:
@@ -90,14 +90,14 @@ class Sophia(RealOptimizer):
         return [None if g is None else count * g.square() for g in grads]
 
     def _hutchinson(self, first: dict[str, Any], params: list[Tensor], closure: Closure) -> list[Tensor | None]:
-        loss_of = differentiable_loss(self, closure)
+        compute_loss = differentiable_loss(self, closure)
         draws = [generator(p.device, first["seed"], first["step"], index) for index, p in enumerate(params)]
         noise = [
             torch.randn(p.shape, generator=draw, dtype=p.dtype, device=p.device)
             for p, draw in zip(params, draws, strict=True)
         ]
         with torch.enable_grad():
-            grads = torch.autograd.grad(loss_of(), params, create_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(compute_loss(), params, create_graph=True, allow_unused=True)
             inner = [(g * u).sum() for g, u in zip(grads, noise, strict=True) if g is not None and g.requires_grad]
             products: tuple[Tensor | None, ...] = (None,) * len(params)
             if inner:  # else the loss is linear in the parameters

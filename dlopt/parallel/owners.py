@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from dlopt.basics.mixin import mix_in
-from dlopt.optim.common import Closure, evaluate, without_hooks
+from dlopt.optim.common import Closure, loss_of, without_hooks
 from dlopt.parallel.shards import full_tensor, local
 
 
@@ -116,7 +116,7 @@ class StepOfOwners(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        loss = evaluate(closure)
+        loss = loss_of(closure)
         used = [p for p in self.owner_of if p.grad is not None]
         wholes = [Whole(tuple(p.shape), p.dtype, self.owner_of[p]) for p in used]
         gradients = [local(p.grad) for p in used if p.grad is not None]

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from dlopt.basics.errors import UserError
 from dlopt.basics.mixin import mix_in
 from dlopt.basics.random import hashed, stream
-from dlopt.optim.common import evaluate, gradients, is_dense, without_hooks
+from dlopt.optim.common import gradients, is_dense, loss_of, without_hooks
 from dlopt.optim.traits import optimizer_traits
 
 _UPDATES = "rounded_updates"  # key of a parameter group: updates so far, saved with the state
@@ -52,7 +52,7 @@ class RoundedUpdate(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = evaluate(closure)
+        loss = loss_of(closure)
         chunks, originals = self._count_rounded(), [group["params"] for group in self.param_groups]
         in_parts = optimizer_traits(self).separable  # then the fp32 copies of one chunk exist at a time
         try:
