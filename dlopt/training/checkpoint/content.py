@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, cast
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
@@ -21,9 +21,6 @@ from dlopt.metrics.names import Direction
 from dlopt.tasks.kinds import restored
 from dlopt.tasks.task import Task
 
-# A sharded checkpoint also has the key "shards".
-KEYS = {"format", "model", "optimizer", "schedule", "ema", "rng", "progress", "config", "normalize"}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -32,10 +29,13 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     @property
+    def _content(self) -> "_Whole":
+        return cast("_Whole", self.state)
+
+    @property
     def config(self) -> Mapping[str, Any]:
         """The saved config of the run."""
-        config: Mapping[str, Any] = self.state["config"]
-        return config
+        return self._content["config"]
 
     @property
     def run_id(self) -> str | None:
@@ -50,18 +50,17 @@ class Checkpoint:
         progress = self._progress if horizon is None else {**self._progress, "horizon": horizon}
         return {**self.state, "config": {**saved, "run_id": run_id}, "progress": progress}
 
-    # -- weights and states
+    # -- weights, and state dicts by their owner
 
     @property
     def model(self) -> dict[str, Tensor]:
         """The trained weights and buffers."""
-        model: dict[str, Tensor] = self.state["model"]
-        return model
+        return self._content["model"]
 
     @property
     def evaluated_weights(self) -> dict[str, Tensor]:
         """The weights that the run evaluated (the average, if there is one), for a model with adapters."""
-        return self.state["ema"] or self.model
+        return self._content["ema"] or self.model
 
     @property
     def merged_weights(self) -> dict[str, Tensor]:
@@ -73,28 +72,21 @@ class Checkpoint:
 
     @property
     def optimizer(self) -> dict[str, Any]:
-        """The optimizer's state dict."""
-        optimizer: dict[str, Any] = self.state["optimizer"]
-        return optimizer
+        return self._content["optimizer"]
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The schedule's state dict."""
-        schedule: dict[str, Any] = self.state["schedule"]
-        return schedule
+        return self._content["schedule"]
 
     @property
     def normalize(self) -> Mapping[str, Any]:
-        """The normalization's state dict."""
-        normalize: Mapping[str, Any] = self.state["normalize"]
-        return normalize
+        return self._content["normalize"]
 
     # -- progress
 
     @property
-    def _progress(self) -> Mapping[str, Any]:
-        progress: Mapping[str, Any] = self.state["progress"]
-        return progress
+    def _progress(self) -> "_Progress":
+        return self._content["progress"]
 
     @property
     def epoch(self) -> int:
@@ -129,34 +121,29 @@ class Checkpoint:
     @property
     def found_lr(self) -> float | None:
         """The learning rate of a range test; None if there was none."""
-        found: float | None = self._progress["found_lr"]
-        return found
+        return self._progress["found_lr"]
 
     @property
     def evaluated_epoch(self) -> float:
         """The latest evaluated epoch, a fraction within an epoch."""
-        evaluated: float = self._progress["evaluated"]
-        return evaluated
+        return self._progress["evaluated"]
 
     @property
     def best_epoch(self) -> float | None:
         """The epoch of the best evaluation; None if there was none."""
-        best: float | None = self._progress["best"]["epoch"]
-        return best
+        return self._progress["best"]["epoch"]
 
     # -- data
 
     @property
     def data(self) -> Mapping[str, Any]:
         """The result of `data_spec` (builders/workload.py)."""
-        data: Mapping[str, Any] = self._progress["data"]
-        return data
+        return self._progress["data"]
 
     @property
     def identity(self) -> Mapping[str, Any] | None:
         """The identity of the data, see `dlopt.data.identity`; None if not known."""
-        identity: Mapping[str, Any] | None = self.data["identity"]
-        return identity
+        return self._progress["data"]["identity"]
 
     @property
     def task(self) -> Task:
@@ -270,7 +257,7 @@ class _Whole(_Outline):
     normalize: _Tensors
 
 
-KEYS = {"format", *_Whole.__required_keys__}
+KEYS = {"format", *_Whole.__required_keys__}  # a sharded checkpoint also has the key "shards"
 _outline, _whole = TypeAdapter(_Outline), TypeAdapter(_Whole)
 
 
