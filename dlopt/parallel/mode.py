@@ -6,9 +6,15 @@ A mode has three parts, each of which can be read alone:
     sharding  norms and states of a model, by how it is sharded (`shards.py`)
     split     this process's samples of a batch, micro-batch by micro-batch (`batch_shards.py`)
 
-Each mode also defines three methods: `place` puts a model on the processes, `micro_batch` surrounds the forward and
-backward of one micro-batch, and `reduce` sums the results of the processes. To write a mode, subclass `GroupMode` and
-name the function that builds it in a YAML file under `conf/parallel/`, as `ddp.py` does.
+To write a mode, subclass `GroupMode`, override what differs (`place`, `micro_batch`, `finish_backward`), and name the
+function that builds it in a YAML file under `conf/parallel/`, as `ddp.py` does. Training relies on two promises:
+
+    after `finish_backward`  the loss is equal on all ranks, to the last bit, and so is the gradient of a tensor on all
+                             ranks that hold it, or the same shard of it
+    after an update          so are these tensors, and the buffers (`Placed.synchronize_buffers`)
+
+Ranks that clip, stop, skip an update or search along a line by other numbers wait for each other forever. A checkpoint
+has one rank's values of a tensor, and no state of the mode. `check=step` compares the ranks (`replicas.py`).
 """
 
 from collections.abc import Callable
@@ -53,14 +59,14 @@ class Placed:
 
     Attributes:
         model: calls it.
-        after_update: synchronizes its buffers across ranks; None if there is nothing to synchronize.
+        synchronize_buffers: called after every update; makes the buffers equal on all ranks. None: they are.
         notes: lines for the user about the placement.
         timing: of the updates of all ranks; None if there is one rank.
         writer: saves the shards of every rank; None if the main rank saves everything.
     """
 
     model: Callable[[Tensor], Tensor]
-    after_update: Callable[[], None] | None = None
+    synchronize_buffers: Callable[[], None] | None = None
     notes: tuple[str, ...] = ()
     timing: StepTiming | None = None
     writer: ShardWriter | None = None
@@ -106,10 +112,11 @@ class Mode:
         """
         return None
 
-    def reduce(self, loss: Tensor) -> Tensor:
-        """Reduces the gradients to those of the global batch's mean loss, in place; returns that loss, detached.
+    def finish_backward(self, loss: Tensor) -> Tensor:
+        """Makes the gradients those of the global batch's mean loss, in place; returns that loss, detached.
 
-        `loss`: the sum of this rank's weighted losses. The result is equal on all ranks, so they can branch on it.
+        Under ddp and fsdp, backward has averaged the gradients, and in a pipeline they are complete: only the loss is
+        reduced. The other modes sum both. `loss`: the sum of this rank's weighted losses.
         """
         return loss
 

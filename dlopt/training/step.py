@@ -292,7 +292,7 @@ class Step:
         if staged is not None:
             losses, count = staged
             parts += [Kept.of_no_samples(losses[0])] * (count - len(parts))
-            return self.mode.reduce(torch.stack(losses).sum()), parts
+            return self.mode.finish_backward(torch.stack(losses).sum()), parts
 
         # 2. All others run one after the other, and add up their gradients.
         losses = []
@@ -318,7 +318,7 @@ class Step:
                 sums.take()
 
         # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
-        return self.mode.reduce(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
+        return self.mode.finish_backward(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
 
     def _halving_forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
         """Repeats forward and backward with twice as many micro-batches while the device runs out of memory."""

@@ -84,7 +84,7 @@ class DataParallel(GroupMode):
             synchronize(model, self.device)
         convert_dropout(model, self.dropout)
         # No broadcast of buffers in each forward: synchronized batch-norm statistics are equal anyway, and
-        # `Placed.after_update` averages the others.
+        # `Placed.synchronize_buffers` averages the others.
         broadcast = "forward_sync_buffers" if _HAS_FORWARD_SYNC_BUFFERS else "broadcast_buffers"
         options: dict[str, Any] = {**self.options, broadcast: False}
         # A collective: DDP compares the shapes of the parameters, and sends the values of rank 0 to all ranks.
@@ -123,5 +123,5 @@ class DataParallel(GroupMode):
                 "set parallel.find_unused_parameters=true, or freeze these parameters (optimizer.groups)"
             ) from None
 
-    def reduce(self, loss: Tensor) -> Tensor:
+    def finish_backward(self, loss: Tensor) -> Tensor:
         return self.ranks.sum_loss(loss) / self.group.size  # the gradients are averaged

@@ -79,9 +79,9 @@ class ModelParallel(GroupMode):
         self.distribute_parameters(model, plan)
         named = dict(model.named_parameters())
         self._parameters, self._partial_grads = list(named.values()), [named[name] for name in plan.partial_grads]
-        after_update = buffer_averaging(model, self.data_degree, self.mesh.get_group("data"))
+        synchronize_buffers = buffer_averaging(model, self.data_degree, self.mesh.get_group("data"))
         notes = (self._placement_note(named), *plan.notes)
-        return Placed(model, after_update, notes, StepTiming(self.group, self.device))
+        return Placed(model, synchronize_buffers, notes, StepTiming(self.group, self.device))
 
     def distribute_parameters(self, model: nn.Module, plan: ShardingPlan) -> None:
         """Turns the parameters into DTensors, which the optimizer and the checkpoint see."""
@@ -96,7 +96,7 @@ class ModelParallel(GroupMode):
             line += f" ({replicated} replicated)"
         return line + (f"; {self.data_degree} data-parallel groups" if self.data_degree > 1 else "")
 
-    def reduce(self, loss: Tensor) -> Tensor:
+    def finish_backward(self, loss: Tensor) -> Tensor:
         # Summed over groups and micro-batches, the weighted losses are the mean over the global batch. Within the
         # model group first: the sum over groups below then adds complete gradients, on every rank.
         partial = [local(p.grad) for p in self._partial_grads if p.grad is not None]

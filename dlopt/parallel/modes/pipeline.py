@@ -185,7 +185,7 @@ class PipelineMode(GroupMode):
             losses += self._run_schedule(part, len(same), loss)
         return losses or [torch.zeros((), dtype=self._dtype, device=self.device)], len(bounds)
 
-    def reduce(self, loss: Tensor) -> Tensor:
+    def finish_backward(self, loss: Tensor) -> Tensor:
         return self.ranks.sum_loss(loss)  # every gradient is complete on the rank that holds its layer
 
     def _run_schedule(self, part: Batch, count: int, loss: MicroLoss) -> list[Tensor]:

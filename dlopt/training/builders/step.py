@@ -62,7 +62,7 @@ def build_step(
         precision=workload.precision,
         metrics=metrics,
         clip=built,
-        synchronize_buffers=workload.placed.after_update,
+        synchronize_buffers=workload.placed.synchronize_buffers,
         average=None if average is None else average.update,
         observers=observers,
     )
