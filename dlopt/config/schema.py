@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Interval
@@ -109,11 +110,14 @@ class Component:
         return self.target(**extra, **{name: _build(value, runtime) for name, value in self.arguments.items()})
 
     def build_as(self, kind: type[T], **runtime: Any) -> T:
-        """Like `build`; raises `UserError` if the result is not of this kind."""
+        """Like `build`; raises `UserError` if the result is not of this kind: for a protocol, if it lacks a member."""
         result = self.build(**runtime)
         if not isinstance(result, kind):
-            expected = f"{kind.__module__.partition('.')[0]} {kind.__name__}"
-            raise UserError(f"{self.choice}: returns {type(result).__name__}; must return a {expected}")
+            found, expected = type(result).__name__, f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+            if getattr(kind, "_is_protocol", False):
+                members = (name for name, member in vars(kind).items() if isinstance(member, property | FunctionType))
+                found += f" without {', '.join(name for name in members if not hasattr(result, name))}"
+            raise UserError(f"{self.choice}: returns {found}; must return a {expected}")
         return result
 
     def require_call(self, function: object, signature: str) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -25,17 +25,36 @@ from dlopt.parallel.shards import local, plain_norm
 from dlopt.training.clipping import Norm
 
 
-class Stopping:
-    """A stopping rule. Its state, for checkpoints, consists of the attributes `state_names`."""
-
-    state_names: ClassVar[tuple[str, ...]] = ()
+@runtime_checkable
+class Stopping(Protocol):
+    """What a run asks of a stopping rule. Equal metrics must lead to equal decisions: all ranks stop together."""
 
     @property
     def should_stop(self) -> bool:
-        return False
+        """Read after each update and each evaluation."""
+        ...
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Processes the metrics of an evaluation."""
+        """Processes the metrics of an evaluation, which are equal on all ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state, for the checkpoint: numbers and texts."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class WeightStopping(Stopping, Protocol):
+    """A rule that also looks at the weights after each update that has changed them."""
+
+    def after_change(self) -> None: ...
+
+
+class Rule(Stopping):
+    """A rule whose state consists of the attributes `state_names`."""
+
+    state_names: ClassVar[tuple[str, ...]] = ()
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.state_names}
@@ -61,11 +80,13 @@ def _directions(monitor: str, direction: Direction | None) -> dict[str, Directio
     return {} if direction is None else {base_name(monitor): direction}
 
 
-class Never(Stopping):
+class Never(Rule):
     """Trains for all epochs."""
 
+    should_stop = False
 
-class Early(Stopping):
+
+class Early(Rule):
     """Stops after `patience` evaluations in a row without an improvement by more than `min_delta`.
 
     A non-finite metric is no improvement.
@@ -94,7 +115,7 @@ class Early(Stopping):
             self.waited += 1
 
 
-class Target(Stopping):
+class Target(Rule):
     """Stops at the first evaluation whose metric is as good as `value` (time to accuracy, Coleman et al. 2017)."""
 
     should_stop = False
@@ -110,11 +131,10 @@ class Target(Stopping):
         self.should_stop = monitored_key(metrics, self.monitor, self.direction)[0] <= target
 
 
-class Tolerance(Stopping):
+class Tolerance(Rule):
     """Stops when the parameters change by less than `tolerance` (2-norm) in more than `iterations` updates in a row.
 
-    The stopping rule of plain gradient descent. `after_update` must follow every update, and synchronizes with the
-    device.
+    The stopping rule of plain gradient descent. `after_change` synchronizes with the device.
     """
 
     state_names = ("count",)
@@ -132,7 +152,7 @@ class Tolerance(Stopping):
         return self.count > self.iterations
 
     @torch.no_grad()
-    def after_update(self) -> None:
+    def after_change(self) -> None:
         # The rule decides after every update, so the host waits for the device in each. For sharded parameters the norm
         # is a collective with the same result on all ranks, which therefore stop together.
         change = self.norm(torch._foreach_sub(self._parameters, self._previous)).item()

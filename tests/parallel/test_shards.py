@@ -256,9 +256,9 @@ def check_tolerance() -> None:
     with torch.no_grad():
         local_shard = local(next(model.parameters()))
         local_shard.reshape(-1)[0] += 0.08
-    rule.after_update()
+    rule.after_change()
     assert not rule.should_stop
-    rule.after_update()
+    rule.after_change()
     assert rule.should_stop
 
 

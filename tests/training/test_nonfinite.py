@@ -253,7 +253,7 @@ def test_updates_that_the_scaler_skips_do_not_count_as_small() -> None:
 
     rule = Tolerance(model, tolerance=1e9, iterations=10)
     update = make_step(
-        model, sgd(model), precision=Scaled("fp32", CPU), check_now=False, after_change=rule.after_update
+        model, sgd(model), precision=Scaled("fp32", CPU), check_now=False, after_change=rule.after_change
     )
     for step in range(3):
         update.update(batch(0), step)
@@ -272,7 +272,7 @@ def test_skipped_update_changes_nothing(how: str) -> None:
     """Weights, momentum, running statistics, metrics and the count of tiny changes; schedule and data advance."""
     model = nn.Sequential(*list(net(dropout=0.0)), Bad(NAN, calls=10**6))
     skipping, rule = Recovery(3, log=print), Tolerance(model, tolerance=1e9, iterations=10)
-    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip, average=rule.after_update)
+    update = make_step(model, sgd(model), factor=lambda t: 1 / (1 + t), skip=skipping.skip, average=rule.after_change)
     sums = MetricSum(CLASSIFICATION)
     train(update, batch(0), 0, sums)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()["state"]))

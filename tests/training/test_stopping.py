@@ -121,7 +121,7 @@ def test_tolerance_equals_reference(moves: list[float], iterations: int) -> None
             second.weight.add_(100.0)
             first.bias[n % 2] += 0.6 * move
             second.bias[n % 2] += 0.8 * move
-        stopping.after_update()
+        stopping.after_change()
         stopping.update({"epoch": 1, "val_loss": NAN})
         row = row + 1 if move < 1 else 0
         expected.append(row > iterations)

@@ -79,7 +79,7 @@ def end(points: Tensor, tolerance: float) -> int | None:
     for update, point in enumerate(points[1:], 1):
         with torch.no_grad():
             module.point.copy_(point)
-        rule.after_update()
+        rule.after_change()
         if rule.should_stop:
             return update
     return None

@@ -21,7 +21,7 @@ from dlopt.training.graphed_update import Capture, GraphedUpdate
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Observer, Step, StepSettings, Update
-from dlopt.training.stopping import Stopping
+from dlopt.training.stopping import Stopping, WeightStopping
 
 
 def build_step(
@@ -104,5 +104,5 @@ def build_update(
     if reason is None and settings.cuda_graphs is not False:
         is_captured = average is not None and average.is_steady
         update = GraphedUpdate(step, Capture(Recorder(), batch_size, settings.log_every_steps is not None, is_captured))
-    after_change = getattr(stopping, "after_update", None)
+    after_change = stopping.after_change if isinstance(stopping, WeightStopping) else None
     return surround(step, update, after_change=after_change, skip=skip, observers=observers), reason

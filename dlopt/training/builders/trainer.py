@@ -65,12 +65,13 @@ def build_trainer(
 
     # 2. What stops, saves and recovers.
     rule, direction_of = workload.run_config.stopping, workload.run_config.direction_of
-    stopping: Stopping = rule.build(
+    stopping = rule.build_as(
+        Stopping,  # type: ignore[type-abstract]
         model=workload.module,
         norm=workload.parallel.sharding.norm,
         monitor_mode=direction_of(rule.arguments.get("monitor", "auto")),
     )
-    rule.require_call(getattr(stopping, "update", None), "update(metrics)")
+    rule.require_call(stopping.update, "update(metrics)")
     checkpoints = build_checkpoints(workload, folder)
     recovery = Recovery(settings.recovery.attempts, tracking.message)
 

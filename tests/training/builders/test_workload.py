@@ -225,7 +225,7 @@ def test_parts_of_a_user_must_be_what_they_are_called() -> None:
         build_workload(replace(run_config(*SMALL), model=wrong))
     with pytest.raises(UserError, match=r"^loss=.*_wrong: returns dict; must return a torch Module$"):
         build_workload(replace(run_config(*SMALL), loss=replace(wrong, key="loss")))
-    with pytest.raises(UserError, match=r"^sampler=.*_wrong: returns dict; must return a dlopt Sampler$"):
+    with pytest.raises(UserError, match=r"^sampler=.*_wrong: returns dict without order; must return a dlopt Sampler$"):
         training_batches(build_workload(replace(run_config(*SMALL), sampler=replace(wrong, key="sampler"))))
     with pytest.raises(UserError, match=r"^optimizer=.*_wrong: returns dict; must return a torch Optimizer$"):
         build_optimizer(build_workload(replace(run_config(*SMALL), optimizer=replace(wrong, key="optimizer"))))
@@ -433,7 +433,7 @@ def _norm_only() -> Any:
         ("sampler", _OtherOrder, "must be callable as order(epoch)"),
         ("sampler", _ListOrder, "_ListOrder.order must return indices, a tensor of integers"),
         ("stopping", _OtherUpdate, "must be callable as update(metrics)"),
-        ("stopping", object, "must be callable as update(metrics)"),
+        ("stopping", object, "object without should_stop, update, state_dict, load_state_dict; must return a dlopt"),
         ("clip", _norm_only, "must be callable as clip(parameters, norm)"),
     ],
 )
