@@ -327,7 +327,7 @@ def test_missing_shards_raise(folder: Path, tmp_path: Path) -> None:
         shutil.copy(folder / name, tmp_path)
     with pytest.raises(UserError, match=r"the folder of its shards is missing: .*/shards/step-2"):
         load(tmp_path / "last.pt")
-    sharded.copy(folder / "last.pt", tmp_path)
+    sharded.copy(folder / "last.pt", sharded.load_without_shards(folder / "last.pt"), tmp_path)
     assert load(tmp_path / "last.pt").step == 2
 
 

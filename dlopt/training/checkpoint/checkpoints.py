@@ -55,13 +55,8 @@ class Checkpoints:
         asynchronous: bool = False,
         shards: ShardWriter | None = None,
     ) -> None:
-        self.folder = folder
-        self.writes = writes
-        self.shards = shards
-        self.asynchronous = asynchronous
-        self.keep = keep
-        self.last = folder / "last.pt"
-        self.best = folder / "best.pt"
+        self.folder, self.last, self.best = folder, folder / "last.pt", folder / "best.pt"
+        self.keep, self.writes, self.asynchronous, self.shards = keep, writes, asynchronous, shards
         self._last_step: int | None = None  # of last.pt; None if missing or damaged
         self._folder_cleaned = False
         self._thread: Thread | None = None
@@ -83,9 +78,10 @@ class Checkpoints:
         if not self.asynchronous:
             self._save(state, best, snapshot)
             return
-        # The copy must be made here, before the training changes the tensors. A daemon thread does not keep a process
-        # alive that must exit at once; the previous checkpoint is then still complete.
-        arguments = (_copy_to_host(state), best, snapshot)
+        # Copied here, before the training changes the tensors. A daemon thread does not keep a process alive that must
+        # exit at once; the previous checkpoint is then still complete.
+        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+        arguments = (copied, best, snapshot)
         self._thread = Thread(target=self._save_in_thread, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -95,7 +91,7 @@ class Checkpoints:
 
     @disk_in_use()
     def wait(self) -> None:
-        """Waits for an asynchronous save. Raises `RunError` if it failed."""
+        """Waits for an asynchronous save, and raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -125,8 +121,8 @@ class Checkpoints:
             found = content.unreadable(state) or content.damage(state, whole=self.shards is None)
             if found is not None:
                 raise RunError(found)
-            # The order makes every crash safe: last.pt exists at all times, and is linked to step-N.pt before it is
-            # replaced. A snapshot is written before last.pt, because a run resumed from last.pt would not write it.
+            # Safe in every crash: last.pt exists at all times, and is linked to step-N.pt before it is replaced. A
+            # snapshot is written before last.pt, because a run resumed from last.pt would not write it.
             if self.keep > 1 and self._last_step is not None:
                 link(self.last, self.folder / f"step-{self._last_step}.pt")
             target = self.last if snapshot is None else self.folder / f"{snapshot}.pt"
@@ -137,10 +133,10 @@ class Checkpoints:
             # After last.pt: a run that is killed in between resumes from last.pt and writes best.pt (`restore_best`).
             if best:
                 link(self.last, self.best)
-            # Removal comes last: first the files, then the shards to which no file refers. A crash in between leaves
-            # extra files, which the next save removes.
+            # First the files, then the shards to which none refers: what a crash in between leaves, the next save
+            # removes.
             earlier = self._earlier_checkpoints()
-            for path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
+            for _, path in earlier[: max(len(earlier) - (self.keep - 1), 0)]:
                 remove(path)
             with contextlib.suppress(OSError):
                 sharded.remove_unused(self.folder)
@@ -154,7 +150,7 @@ class Checkpoints:
         """Loads the newest intact checkpoint; None if there is no file. Raises `RunError` if all are damaged."""
         self.wait()
         damaged = []
-        for path in (self.last, *reversed(self._earlier_checkpoints())):
+        for path in (self.last, *(path for _, path in reversed(self._earlier_checkpoints()))):
             if not path.exists() and not path.is_symlink():
                 continue
             try:
@@ -172,16 +168,18 @@ class Checkpoints:
 
     @disk_in_use()
     def has_later(self, step: int) -> bool:
-        """Returns whether the folder has an intact checkpoint of a later update than `step`."""
-        return any(_step(path) > step and is_intact(path) for path in (self.last, *self._earlier_checkpoints()))
+        """Returns whether an intact checkpoint is of a later update than `step`."""
+        last = _outline(self.last)
+        if last is not None and last.step > step and is_intact(self.last):
+            return True
+        return any(number > step and is_intact(path) for number, path in self._earlier_checkpoints())
 
     def has_best(self, epoch: float, run_id: str | None) -> bool:
         """Returns whether best.pt has this epoch and this run: a run may resume from a checkpoint before its best."""
         self.wait()
-        state = sharded.load_without_shards(self.best)
-        if content.damage(state, whole=False) is not None:  # reported when it is loaded
+        best = _outline(self.best)
+        if best is None:  # reported when it is loaded
             return self.best.exists()
-        best = Checkpoint(state)
         return best.evaluated_epoch == epoch and best.run_id == run_id
 
     def adopt(self, path: Path, run_id: str, name: Literal["best", "last"], **changed: Any) -> None:
@@ -189,18 +187,16 @@ class Checkpoints:
 
         `changed`: see `Checkpoint.with_run_id`.
         """
-        checkpoint = Checkpoint(sharded.load_without_shards(path))
+        state = sharded.load_without_shards(path)
         self.folder.mkdir(exist_ok=True)
         # The shards first: a crash after this line leaves shards to which no file refers, not a file without shards.
-        sharded.copy(path, self.folder)
-        self._write(self.folder / f"{name}.pt", checkpoint.with_run_id(run_id, **changed))
+        sharded.copy(path, state, self.folder)
+        state = Checkpoint(state).with_run_id(run_id, **changed)
+        self._write(self.folder / f"{name}.pt", state)
 
     @disk_in_use()
     def restore_best(self, state: Mapping[str, Any]) -> None:
-        """Writes `state`, the best so far, to best.pt unless it is there.
-
-        A run that is killed during a save may leave a new last.pt and an old best.pt.
-        """
+        """Writes `state`, the best so far, to best.pt unless it is there: a killed save may leave only last.pt new."""
         if not self.writes:
             return
         self.wait()
@@ -217,7 +213,7 @@ class Checkpoints:
             raise _write_error(path, reason(error)) from error
 
     def _clean_folder(self) -> None:
-        """Before the first save: removes files that a killed process left behind, and reads the step of its last.pt."""
+        """Before the first save: removes what a killed process left behind, and reads the step of its last.pt."""
         if self._folder_cleaned:
             return
         self._folder_cleaned = True
@@ -227,26 +223,24 @@ class Checkpoints:
         with contextlib.suppress(UserError):
             self._last_step = load(self.last).step
 
-    def _earlier_checkpoints(self) -> list[Path]:
-        """Returns step-N.pt, oldest first, in numerical order."""
-        steps = [(int(m[1]), p) for p in self.folder.glob("step-*.pt") if (m := re.fullmatch(r"step-(\d+)", p.stem))]
-        return [path for _, path in sorted(steps)]
+    def _earlier_checkpoints(self) -> list[tuple[int, Path]]:
+        """Returns N and step-N.pt, oldest first."""
+        files = self.folder.glob("step-*.pt")
+        return sorted((int(match[1]), path) for path in files if (match := re.fullmatch(r"step-(\d+)", path.stem)))
 
 
-def _step(path: Path) -> int:
-    """Returns the update of a checkpoint; -1 if it is damaged."""
-    if match := re.fullmatch(r"step-(\d+)", path.stem):  # saves reading the file
-        return int(match[1])
+def _outline(path: Path) -> Checkpoint | None:
+    """Returns a checkpoint without its shards; None if it is damaged."""
     state = sharded.load_without_shards(path)
-    return Checkpoint(state).step if content.damage(state, whole=False) is None else -1
+    return Checkpoint(state) if content.damage(state, whole=False) is None else None
 
 
 def removable(folder: Path) -> list[Path]:
     """Returns the step-N.pt in a folder of checkpoints, and the abandoned-*.pt of older versions; [] for a link."""
-    names = re.compile(r"(step-\d+|abandoned-.+)\.pt")
     if folder.is_symlink() or not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if names.fullmatch(path.name) and not path.is_symlink())
+    files = (path for path in folder.iterdir() if not path.is_symlink())
+    return sorted(path for path in files if re.fullmatch(r"(step-\d+|abandoned-.+)\.pt", path.name))
 
 
 def freed_bytes(path: Path) -> int:
@@ -256,18 +250,13 @@ def freed_bytes(path: Path) -> int:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint and its checksum, not its shards: see `sharded.remove_unused`."""
-    # The checksum last: a checksum without a file is removed by the next run (`_clean_folder`), but a file without a
-    # checksum would be reported as a damaged checkpoint.
+    # The checksum last: `_clean_folder` removes one without a file; a file without one would count as damaged.
     path.unlink(missing_ok=True)
     digest_file(path).unlink(missing_ok=True)
 
 
 def _write_error(path: Path, why: str) -> RunError:
     return RunError(f"the checkpoint {path} could not be written: {why}")
-
-
-def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 @disk_in_use()
@@ -278,8 +267,7 @@ def load(path: Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"checkpoint={path}: no such file")
     try:
-        digest = sha256(path)
-        recorded = recorded_digests(path)
+        digest, recorded = sha256(path), recorded_digests(path)
     except OSError as error:
         raise UserError(f"checkpoint={path}: cannot be read: {reason(error)}") from None
     if not recorded:
@@ -298,26 +286,19 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint={path}: not a dlopt checkpoint; load its weights with init_from={path}")
     if (other := other_format(state["format"], "format")) is not None:
         raise OtherVersionError(f"checkpoint={path}: {other}")
-    missing = sorted(KEYS - state.keys())
-    if missing:
+    if missing := sorted(KEYS - state.keys()):
         raise UserError(f"checkpoint={path}: {', '.join(missing)} missing; load its weights with init_from={path}")
-    if not sharded.is_sharded(state):
-        return _checked(path, state)
-    try:
-        damage = sharded.find_damage(path, state)
-        if damage is None:
-            state = sharded.load_shards(path, state)
-    except Exception as error:
-        damage = f"the shards cannot be read: {reason(error)}"
-    if damage is not None:
-        raise UserError(f"checkpoint={path}: {damage}")
-    return _checked(path, state)
-
-
-def _checked(path: Path, state: dict[str, Any]) -> Checkpoint:
-    """Returns the checkpoint with this content. Raises `UserError` for content of wrong types."""
-    if (found := content.damage(state)) is not None:
-        raise UserError(f"checkpoint={path}: its content is damaged: {found}")
+    if sharded.is_sharded(state):
+        try:
+            damage = sharded.find_damage(path, state)
+            if damage is None:
+                state = sharded.load_shards(path, state)
+        except Exception as error:
+            damage = f"the shards cannot be read: {reason(error)}"
+        if damage is not None:
+            raise UserError(f"checkpoint={path}: {damage}")
+    if (damage := content.damage(state)) is not None:
+        raise UserError(f"checkpoint={path}: its content is damaged: {damage}")
     return Checkpoint(state)
 
 
@@ -326,10 +307,10 @@ def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | No
 
     Raises `UserError` if its run or its config (`config`) differs; `RunError` if all are damaged.
     """
-    checkpoint = Checkpoints(folder.checkpoints).load_newest()
+    path = folder.checkpoints
+    checkpoint = Checkpoints(path).load_newest()
     if checkpoint is None:
         return None
-    path = folder.checkpoints
     if (reason := foreign(path / "last.pt", checkpoint)) is not None:
         raise UserError(f"resume: {reason}; restore the checkpoints of this run, or use another folder")
     refuse_other_config(checkpoint.config, config, f"the checkpoint in {path}", folder.typed())

@@ -24,20 +24,17 @@ from dlopt.training.checkpoint.content import Checkpoint
 FOLDER = "shards"
 KEY = "shards"  # in the checkpoint file: {folder, files, tensors}
 
-Keys = list[str | int]
-"""Path of keys to a value in nested dicts."""
-
 
 def write(folder: Path, state: Mapping[str, Any], writer: ShardWriter) -> dict[str, Any]:
-    """Writes the sharded tensors of `state` on all processes; returns the state for the checkpoint file in `folder`.
+    """Writes the sharded tensors of `state` on all processes; returns the content of the checkpoint file in `folder`.
 
     It has None in place of these tensors, and lists the shard files under `KEY`. Raises `RunError` with the rank that
     could not write.
     """
     tensors: dict[str, Tensor] = {}
-    paths: dict[str, Keys] = {}
+    paths: dict[str, list[str | int]] = {}  # keys in nested dicts
 
-    def without_shards(value: Any, keys: Keys) -> Any:
+    def without_shards(value: Any, keys: list[str | int]) -> Any:
         if is_sharded_tensor(value):
             name = ".".join(map(str, keys))
             tensors[name], paths[name] = value, keys
@@ -82,10 +79,7 @@ def find_damage(path: Path, state: Mapping[str, Any]) -> str | None:
 
 
 def load_shards(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Loads the shards of the intact checkpoint file `path` (see `find_damage`) into its `state`.
-
-    May raise any exception.
-    """
+    """Loads the shards of the intact checkpoint file `path` into its content `state`. May raise any exception."""
     folder = _folder(path, state)
     assert folder is not None
     entry = state.pop(KEY)
@@ -100,9 +94,8 @@ def load_shards(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def copy(path: Path, folder: Path) -> None:
-    """Copies the shards of the intact checkpoint file `path`, if any, to `folder`, which gets a copy of the file."""
-    state = load_without_shards(path)
+def copy(path: Path, state: Mapping[str, Any], folder: Path) -> None:
+    """Copies the shards of the intact checkpoint file `path` with content `state`, if any, to another `folder`."""
     shards = _folder(path, state)
     if shards is not None:
         target = folder / FOLDER / shards.name
@@ -133,16 +126,13 @@ def remove_unused(folder: Path) -> None:
 
 
 def shard_folder(path: Path) -> str | None:
-    """Returns the name of the shard folder of the checkpoint file `path`; None without shards, or if damaged.
-
-    Raises OSError if it cannot be read.
-    """
+    """Returns the name of a checkpoint's shard folder; None without shards, or if damaged. Raises OSError."""
     folder = _folder(path, load_without_shards(path))
     return None if folder is None else folder.name
 
 
 def load_without_shards(path: Path) -> dict[str, Any]:
-    """Returns the content of the checkpoint file with memory-mapped tensors; {} if it is damaged or a broken link.
+    """Returns the content of a checkpoint file with memory-mapped tensors; {} if it is damaged or a broken link.
 
     Raises OSError if it cannot be read.
     """
@@ -164,7 +154,7 @@ def _folder(path: Path, state: Mapping[str, Any]) -> Path | None:
     """Returns the path of the shard folder, which may be missing; None without a valid entry."""
     entry = state.get(KEY)
     name = entry.get("folder") if isinstance(entry, dict) else None
-    # A plain name only: a manipulated checkpoint must not read files elsewhere.
+    # A plain name: a manipulated checkpoint must not read files elsewhere.
     if not isinstance(name, str) or name != Path(name).name or name.startswith("."):
         return None
     return path.resolve().parent / FOLDER / name

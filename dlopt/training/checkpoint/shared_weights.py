@@ -30,22 +30,20 @@ class _Span:
         return memory.as_strided(self.size, self.stride, self.offset - start)
 
 
-def _span(name: str, tensor: Tensor) -> _Span:
-    if tensor.is_meta or is_sharded_tensor(tensor) or not tensor.untyped_storage().data_ptr():
-        # Without a memory of its full shape. Shared ones are one object.
-        size = tuple(map(int, tensor.shape))
-        return _Span(name, ("object", id(tensor)), 0, size, torch.empty(size, device="meta").stride())
-    memory = ("storage", tensor.untyped_storage().data_ptr())
-    return _Span(name, memory, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
-
-
 def shared_spans(tensors: Mapping[str, Tensor]) -> list[list[_Span]]:
     """Returns the names of overlapping tensors, such as [embedding, head], in groups; others are left out."""
     memories: dict[tuple[str, int], list[_Span]] = {}
     for name, tensor in tensors.items():
-        if tensor.numel():
-            span = _span(name, tensor)
-            memories.setdefault(span.memory, []).append(span)
+        if not tensor.numel():
+            continue
+        if tensor.is_meta or is_sharded_tensor(tensor) or not tensor.untyped_storage().data_ptr():
+            # Without a memory of its full shape. Shared ones are one object.
+            size = tuple(map(int, tensor.shape))
+            span = _Span(name, ("object", id(tensor)), 0, size, torch.empty(size, device="meta").stride())
+        else:
+            memory = ("storage", tensor.untyped_storage().data_ptr())
+            span = _Span(name, memory, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+        memories.setdefault(span.memory, []).append(span)
     groups: list[list[_Span]] = []
     for spans in memories.values():
         # Names with disjoint parts of one storage, such as the weights of a recurrent layer on a GPU, are not shared.
@@ -61,16 +59,11 @@ def shared_spans(tensors: Mapping[str, Tensor]) -> list[list[_Span]]:
 def complete_shared(
     tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], others: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """Returns `weights`, by the names of `tensors`, with every name of a shared tensor that they determine.
+    """Returns `weights`, by the names of the model's `tensors`, with every name of a shared tensor that they determine.
 
-    Loading them in any order then gives the same model. Copies that are equal up to rounding count as equal; returns
-    the copy with the finest dtype.
-
-    Args:
-        tensors: of the model.
-        others: names in the file whose tensors do not fit.
-
-    Raises `UserError` if two names of a shared tensor have different tensors.
+    Loading them in any order then gives the same model. Of copies that are equal up to rounding, returns the one with
+    the finest dtype. `others`: names in the file whose tensors do not fit. Raises `UserError` if two names of a shared
+    tensor have different tensors.
     """
     result, others = dict(weights), set(others)
     for group in shared_spans(tensors):

@@ -25,7 +25,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]
     if there are no tensors.
     """
     try:
-        content = _load(path)
+        refuse_special(path)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            refuse_compressed(path)
+            # timm's training script saves its arguments as a Namespace, which only holds attributes.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"init_from={path}: no such file") from None
     except Exception as error:
@@ -45,20 +54,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]
     return weights, None
 
 
-def _load(path: Path) -> Any:
-    refuse_special(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    refuse_compressed(path)
-    # timm's training script saves its arguments as a Namespace, which only holds attributes.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _flattened(content: Any) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors in nested dicts, in their order. Yields a dict that occurs several times only once."""
+    # Lightning's `WeightAveraging` and MMEngine's `EMAHook` (which swaps the two) save the last weights beside their
+    # average, which is `state_dict`.
+    last = set()
+    if isinstance(content, Mapping) and "state_dict" in content:
+        meta = content.get("meta")
+        is_mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
+        last = {"current_model_state", *(["ema_state_dict"] if is_mmengine else [])}
     seen: set[int] = set()
     pending: list[tuple[str, Any]] = [("", content)]
     while pending:
@@ -67,23 +71,7 @@ def _flattened(content: Any) -> Iterator[tuple[str, Tensor]]:
             yield name, value
         elif isinstance(value, Mapping) and id(value) not in seen:
             seen.add(id(value))
-            if _is_raw_beside_average(name, content):
-                continue
-            inner = []
-            for key, each in value.items():
-                if isinstance(key, str):  # other keys number the parameters of an optimizer
-                    inner.append((f"{name}/{key}" if name else key, each))
-            pending += reversed(inner)  # the first one is popped first
-
-
-def _is_raw_beside_average(name: str, content: Mapping[str, Any]) -> bool:
-    """Returns whether `name` holds the last weights in a file whose `state_dict` holds their average.
-
-    Lightning's `WeightAveraging` and MMEngine's `EMAHook` (which swaps the two) save such files.
-    """
-    if "state_dict" not in content:
-        return False
-    if name == "current_model_state":
-        return True
-    meta = content.get("meta")
-    return name == "ema_state_dict" and isinstance(meta, Mapping) and "mmengine_version" in meta
+            if name not in last:
+                # Other keys than strings number the parameters of an optimizer.
+                inner = [(f"{name}/{key}" if name else key, value[key]) for key in value if isinstance(key, str)]
+                pending += reversed(inner)  # the first one is popped first

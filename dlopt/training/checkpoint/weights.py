@@ -1,9 +1,8 @@
 """Matches the weights of a file to a model by name and shape, for `init_from`."""
 
-import contextlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -17,8 +16,8 @@ from dlopt.models.foreign import differences, fold_biases, translations
 from dlopt.training.checkpoint.shared_weights import complete_shared
 from dlopt.training.checkpoint.weight_files import read_weights
 
-# Parts of names that wrappers add, at any place: torch.compile, FSDP, activation checkpointing, and
-# DistributedDataParallel, DataParallel, AveragedModel and DeepSpeed.
+# Parts of names that wrappers add: torch.compile, FSDP, activation checkpointing; and DistributedDataParallel,
+# DataParallel, AveragedModel and DeepSpeed.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "module")
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|shadow|polyak)(?![a-z])", re.IGNORECASE)
 _SHOWN = 8  # names of one kind in a line
@@ -52,10 +51,6 @@ class _Set:
     def shown(self) -> str:
         return f"{self.prefix}*"
 
-    @property
-    def is_averaged(self) -> bool:
-        return _AVERAGED.search(self.prefix) is not None
-
 
 def match_weights(path: Path, module: nn.Module) -> Match:
     """Reads a file of weights and matches them to the model by name and shape.
@@ -67,8 +62,8 @@ def match_weights(path: Path, module: nn.Module) -> Match:
     Raises `UserError` if no parameter matches, if several sets match, if two names of a shared tensor have different
     tensors, or if the file contains another model: see `_refuse_another_model`.
     """
-    # 1. The tensors of the model and of the file, by names without the parts that wrappers add; and these names ->
-    #    full names. With `keep_vars`, a parameter with several names is one object.
+    # 1. The tensors of the model and of the file, by names without wrappers; and these names -> full names. With
+    #    `keep_vars`, a parameter with several names is one object.
     state = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     own_names = _without_wrappers(without_adapters(state))
     model = {name: state[full] for name, full in own_names.items()}
@@ -79,7 +74,7 @@ def match_weights(path: Path, module: nn.Module) -> Match:
     if is_adapted:
         file = merged(file)
 
-    with _about(path):
+    try:
         # 2. The set of weights in the file that fits the model best.
         sets = _find_sets(file, model)
         best, equal, notes = _choose(sets, model)
@@ -105,7 +100,9 @@ def match_weights(path: Path, module: nn.Module) -> Match:
             )
         _refuse_other_kinds(fitting, model)
         fitting = complete_shared(model, fitting, unfit)
-        _refuse_another_model(model, fitting, best.weights, unused, outside, best.prefix)
+        _refuse_another_model(model, fitting, best, unused, outside)
+    except UserError as error:
+        raise UserError(f"init_from={path}: {error}") from None
     # PyTorch counts batches since version 0.4.1; older files have no counts, which do not change the outputs.
     missing = [name for name in model if name not in fitting and not name.endswith("num_batches_tracked")]
 
@@ -118,7 +115,11 @@ def match_weights(path: Path, module: nn.Module) -> Match:
         notes.append(f"from the names of {best.origin}")
     if is_adapted:
         notes.append("with its adapters merged")
-    notes += _rounding_notes(fitting, model)
+    changes = set()
+    for name, tensor in fitting.items():
+        if _is_learned(tensor) and tensor.dtype != model[name].dtype:
+            changes.add((_dtype_name(tensor), _dtype_name(model[name])))
+    notes += [f"{old} converted to {new}" for old, new in sorted(changes)]
     note = f" ({'; '.join(notes)})" if notes else ""
     lines = [f"weights from {path}: {len(fitting)} of {len({*fitting, *missing})} tensors loaded{note}"]
     if missing:
@@ -140,14 +141,6 @@ def other_class(trained: Sequence[str] | None, classes: Sequence[str] | None) ->
         if old != new:
             return f"class {number} is {old} in the checkpoint, {new} in the data"
     return None
-
-
-@contextlib.contextmanager
-def _about(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"init_from={path}: {error}") from None
 
 
 # -- names
@@ -213,24 +206,20 @@ def _translate(weights: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> 
 
     best, best_origin, most = weights, "", count_fitting(weights)
     if most == len(shapes):
-        return weights, ""
+        return best, best_origin
     for origin, names in translations(weights):
         translated = {}
         for name, tensor in weights.items():
-            own = names[name]
-            translated[own] = _flattened_map(tensor, shapes.get(own))
+            own, shape = names[name], shapes.get(names[name])
+            # A convolution over a whole map [O, I, H, W] as a linear layer [O, I * H * W].
+            is_map = shape is not None and len(shape) == 2 and tensor.ndim == 4 and tensor.numel() == shape.numel()
+            translated[own] = tensor.flatten(1) if is_map else tensor
         count = count_fitting(translated)
         if count > most:
             best, best_origin, most = translated, origin, count
     if best_origin:
         best = fold_biases(best, shapes)
     return best, best_origin
-
-
-def _flattened_map(weight: Tensor, shape: torch.Size | None) -> Tensor:
-    """Returns a convolution over a whole map [O, I, H, W] as the linear layer [O, I * H * W] of `shape`."""
-    is_linear = shape is not None and len(shape) == 2 and weight.ndim == 4 and weight.numel() == shape.numel()
-    return weight.flatten(1) if is_linear else weight
 
 
 def _choose(sets: Sequence[_Set], model: Tensors) -> tuple[_Set, list[_Set], list[str]]:
@@ -240,30 +229,20 @@ def _choose(sets: Sequence[_Set], model: Tensors) -> tuple[_Set, list[_Set], lis
     """
     most = max(each.fits for each in sets)
     equal = [each for each in sets if each.fits == most]
-    averaged = [each for each in equal if each.is_averaged]
+    averaged = [each for each in equal if _AVERAGED.search(each.prefix)]
     best, *others = averaged or equal
     learned = sum(map(_is_learned, model.values()))
     if 2 * most >= learned:  # sets of fewer are another model, which is refused as such
         for other in others:
-            if not _are_equal(best, other, model):
+            pairs = [(best.weights[name], other.weights.get(name)) for name in model if name in best.weights]
+            if not all(its is not None and torch.equal(own, its) for own, its in pairs):
                 raise UserError(
                     f"contains several sets of weights for this model: {', '.join(each.shown for each in equal)}; "
                     "save the one to load in a file of its own"
                 )
-    passed_over = [each.shown for each in equal if averaged and not each.is_averaged]
+    passed_over = [each.shown for each in equal if averaged and not _AVERAGED.search(each.prefix)]
     notes = [f"the averaged weights {best.shown}, not {', '.join(passed_over)}"] if passed_over else []
     return best, equal, notes
-
-
-def _are_equal(first: _Set, second: _Set, model: Tensors) -> bool:
-    """Returns whether two sets have the same values for the model."""
-    for name in model:
-        one, other = first.weights.get(name), second.weights.get(name)
-        if one is None:
-            continue
-        if other is None or not torch.equal(one, other):
-            return False
-    return True
 
 
 # -- other models
@@ -275,18 +254,13 @@ def _refuse_other_kinds(fitting: Tensors, model: Tensors) -> None:
     def kind(tensor: Tensor) -> tuple[bool, bool, torch.layout]:
         return tensor.is_floating_point(), tensor.is_complex(), tensor.layout
 
-    names = []
-    for name, tensor in fitting.items():
-        if _is_learned(model[name]) and kind(tensor) != kind(model[name]):
-            names.append(name)
-    if names:
+    learned = [name for name in fitting if _is_learned(model[name])]
+    if names := [name for name in learned if kind(fitting[name]) != kind(model[name])]:
         dtype, like = _dtype_name(fitting[names[0]]), _dtype_name(model[names[0]])
         raise UserError(f"{_listed(names)}: {dtype} tensors, of which a model in {like} cannot be initialized")
 
 
-def _refuse_another_model(
-    model: Tensors, fitting: Tensors, saved: Tensors, unused: Tensors, outside: Tensors, prefix: str
-) -> None:
+def _refuse_another_model(model: Tensors, fitting: Tensors, best: _Set, unused: Tensors, outside: Tensors) -> None:
     """Raises `UserError` if the weights belong to another model and only a part would be loaded.
 
     Allows tensors of another shape, unless these are the majority between the first and the last layer; a missing
@@ -294,20 +268,23 @@ def _refuse_another_model(
     of the same kind.
 
     Args:
-        fitting: weights by the model's names.
-        saved: all weights of the model in the file.
-        unused: weights with other names.
+        fitting: weights by the model's names, of the set `best`.
+        unused: those of the set with other names.
         outside: all other tensors of the file.
-        prefix: prefix of the model's names in the file.
     """
-    learned = [name for name, tensor in model.items() if _is_learned(tensor)]
+    saved, learned = best.weights, [name for name, tensor in model.items() if _is_learned(tensor)]
     missing = [name for name in learned if name not in fitting and name not in saved]
-    ends = _ends(list(model))
-    loaded_modules = {_module_of(name) for name in fitting}
 
-    # 1. A tensor between the ends, or a part of a layer, is missing.
-    lost = [name for name in missing if name not in ends or _module_of(name) in loaded_modules]
-    if lost:
+    # 1. A tensor is missing between the ends (the first and the last module at the outermost level that has several),
+    #    or a part of a layer.
+    parts = [name.split(".") for name in model]
+    depth = 0
+    while all(len(each) > depth + 1 and each[depth] == parts[0][depth] for each in parts):
+        depth += 1
+    outermost = {parts[0][depth], parts[-1][depth]}
+    ends = {name for name, each in zip(model, parts, strict=True) if each[depth] in outermost}
+    loaded_modules = {_module_of(name) for name in fitting}
+    if lost := [name for name in missing if name not in ends or _module_of(name) in loaded_modules]:
         other = [name for name, tensor in unused.items() if _is_learned(tensor)]
         has = f", and has {_listed(other)}" if other else ""
         raise UserError(
@@ -316,14 +293,11 @@ def _refuse_another_model(
 
     # 2. A missing matrix may be there under another name.
     for name in missing:
-        same = []
-        for other_name, tensor in {**unused, **outside}.items():
-            if tensor.ndim > 1 and _is_learned(tensor) and tensor.shape == model[name].shape:
-                same.append(other_name)
-        if same:
+        alike = {other: tensor for other, tensor in {**unused, **outside}.items() if tensor.shape == model[name].shape}
+        if same := [other for other, tensor in alike.items() if tensor.ndim > 1 and _is_learned(tensor)]:
             raise UserError(
-                f"lacks {prefix}{name}, and has {_listed(same)} of the same shape; rename it, or remove it from the "
-                f"file to start from a new {name}"
+                f"lacks {best.prefix}{name}, and has {_listed(same)} of the same shape; rename it, or remove it from "
+                f"the file to start from a new {name}"
             )
 
     # 3. Most tensors between the ends have another shape.
@@ -343,16 +317,6 @@ def _refuse_another_model(
             more.append(name)
     if more:
         raise UserError(f"contains another model: has {_listed(more)}, which this model lacks")
-
-
-def _ends(names: Sequence[str]) -> set[str]:
-    """Returns the names in the first and in the last module, at the outermost level with several modules."""
-    parts = [name.split(".") for name in names]
-    depth = 0
-    while all(len(each) > depth + 1 and each[depth] == parts[0][depth] for each in parts):
-        depth += 1
-    ends = {parts[0][depth], parts[-1][depth]}
-    return {name for name, each in zip(names, parts, strict=True) if each[depth] in ends}
 
 
 # -- the description of a match
@@ -402,15 +366,6 @@ def _naming_notes(prefix: str, file_names: Mapping[str, str], own_names: Mapping
     if wrappers:
         notes.append(f"without {', '.join(sorted(wrappers))} in their names")
     return notes
-
-
-def _rounding_notes(fitting: Tensors, model: Tensors) -> list[str]:
-    """Returns a note about each change of the floating-point type."""
-    changes = set()
-    for name, tensor in fitting.items():
-        if _is_learned(tensor) and tensor.dtype != model[name].dtype:
-            changes.add((_dtype_name(tensor), _dtype_name(model[name])))
-    return [f"{old} converted to {new}" for old, new in sorted(changes)]
 
 
 def _dtype_name(tensor: Tensor) -> str:
