@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.length import Length
 from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.instruments.profiling import Profile, Profiling, table
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.workload import Workload
-from dlopt.training.progress import Length
 from dlopt.training.step import Observer
 
 
@@ -20,14 +20,14 @@ def observers(workload: Workload, length: Length, tracking: Tracking, folder: Pa
         enabled.append(Diagnostics(workload, settings.diagnostics, settings.diagnostics_every, tracking.diagnostics))
     if settings.profile:
         first, last = settings.profile_steps
-        if last > length.steps:
+        if last > length.updates:
             raise UserError(
-                f"profile_steps=[{first},{last}]: the run has only {length.steps} updates; choose earlier ones"
+                f"profile_steps=[{first},{last}]: the run has only {length.updates} updates; choose earlier ones"
             )
         if length.done > first:  # count from where the run resumes
             first, last = first + length.done, last + length.done
-        if last > length.steps:
-            left = length.steps - length.done
+        if last > length.updates:
+            left = length.updates - length.done
             tracking.message(f"profile=true: only {left} updates are left, too few for profile_steps; none is profiled")
             return enabled
 

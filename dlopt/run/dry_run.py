@@ -89,13 +89,13 @@ def show(plan: Plan, jobs: int = 1, at_once: int = 1, *, tasks: int = 1, ended: 
             trainer = probe_trainer(workload, folder, checks=False)
             length = trainer.length
             facts = {**header_facts(workload, length), **facts}
-            per_epoch = f"{length.steps_per_epoch:,} per epoch" if length.growth is None else "batches that grow"
-            rows["updates"] = [per_epoch, f"{length.steps:,} in all"]
+            per_epoch = "batches that grow" if length.grows else f"{length.per_epoch:,} per epoch"
+            rows["updates"] = [per_epoch, f"{length.updates:,} in all"]
             rows |= _of_memory(workload, trainer, mode, split)
             if settings.dry_run == "timed":
                 samples = max(_local_samples(size, settings.micro_batches, split.batch))
                 update = _timed_update(run_config, samples, folder)
-                seconds = update * length.batches(length.steps)
+                seconds = update * length.batches(length.updates)
                 source = f"updates of {1000 * update:,.3g} ms with {samples:,} samples, timed in one process; start"
                 source += f"{', communication' if processes > 1 else ''} and evaluation not counted"
     header = header_rows(plan.saved, plan.choices, facts)

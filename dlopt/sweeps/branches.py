@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
+from dlopt.basics.length import BatchCount, Length, UpdateCount
 from dlopt.config.compose import Composer
 from dlopt.config.inherit import inherit
 from dlopt.config.overrides import (
@@ -55,8 +56,7 @@ class _Stem:
         run_config: that of the branches, which may have another schedule.
         is_changed: whether the two differ.
         checkpoints: the kept ones, by completed updates.
-        horizon: updates of its schedule; `steps_per_epoch`: of an epoch.
-        updates: those that it has completed.
+        of_run: its length; `updates`: those that it has completed.
     """
 
     source: str
@@ -64,9 +64,8 @@ class _Stem:
     run_config: "RunConfig"
     is_changed: bool
     checkpoints: dict[int, Path]
-    horizon: int
-    steps_per_epoch: int
-    updates: int
+    of_run: Length
+    updates: UpdateCount
 
     @property
     def unit(self) -> str:
@@ -75,10 +74,12 @@ class _Stem:
     @property
     def length(self) -> int:
         """In its unit."""
-        return self.updates if self.unit == "steps" else self.updates // self.steps_per_epoch
+        return self.updates if self.unit == "steps" else self.of_run.batches(self.updates) // self.of_run.per_epoch
 
-    def updates_of(self, length: int) -> int:
-        return length if self.unit == "steps" else length * self.steps_per_epoch
+    def updates_of(self, length: int) -> UpdateCount:
+        if self.unit == "steps":
+            return UpdateCount(length)
+        return self.of_run.updates_before(BatchCount(length * self.of_run.per_epoch))
 
 
 def _factors(run_config: "RunConfig", horizon: int, steps_per_epoch: float) -> Factors:
@@ -87,15 +88,14 @@ def _factors(run_config: "RunConfig", horizon: int, steps_per_epoch: float) -> F
 
     rate = schedules.build(run_config.build_schedule, run_config.warmup, steps=horizon, steps_per_epoch=steps_per_epoch)
     decay = run_config.decay.build(horizon=schedules.Horizon(0, horizon, steps_per_epoch))
-    momentum = schedules.momentum_of(rate)
     parts = [1.0, *(rule.horizon for rule in run_config.grouping.groups if rule.horizon is not None)]
 
     def of(update: int) -> tuple[float, ...]:
         factors = [rate(update / part) for part in parts]
         if decay is not None:
             factors += [decay.factor(update / part, f, 1.0) for part, f in zip(parts, factors, strict=True)]
-        if momentum is not None:
-            factors += [momentum(update / part) for part in parts]
+        if rate.momentum is not None:
+            factors += [rate.momentum(update / part) for part in parts]
         return tuple(factors)
 
     return of
@@ -172,37 +172,24 @@ def _stem(composer: Composer, source: str, overrides: Sequence[str]) -> _Stem:
         raise UserError(f"{source}: has no checkpoints/last.pt")
     checkpoint = load(last)
     checkpoints[checkpoint.step] = last
-    steps_per_epoch = checkpoint.steps_per_epoch or _steps_of_older(folder, checkpoint)
-    if not steps_per_epoch:
+    if not checkpoint.length.per_epoch:
         raise UserError(f"{source}: an earlier version ended it within its first epoch; train it again")
-    _check_history(source, folder, checkpoint, steps_per_epoch)
+    _check_history(source, folder, checkpoint)
     new, typed = run_config.config, folder.typed()
     refuse_other_config(checkpoint.config, new, str(last), typed, has_identity=True, free=("schedule",))
     is_changed = bool(differences(checkpoint.config, new))  # in the schedule
     own = _own_config(folder, checkpoint.config) if is_changed else run_config
-    return _Stem(
-        source, own, run_config, is_changed, checkpoints, checkpoint.horizon, steps_per_epoch, checkpoint.step
-    )  # fmt: skip
+    return _Stem(source, own, run_config, is_changed, checkpoints, checkpoint.length, checkpoint.step)
 
 
-def _steps_of_older(folder: RunFolder, checkpoint: "Checkpoint") -> int:
-    """Returns the updates of an epoch, of which checkpoints of earlier versions say nothing; 0 if none was whole."""
-    for line in read_metrics(folder.path):
-        epoch, step = line.get("epoch"), line.get("step")
-        is_whole = checkpoint.config.get("steps") is None or (type(step) is int and step < checkpoint.step)
-        if is_whole and type(epoch) is type(step) is int and epoch > 0 and step % epoch == 0:
-            return step // epoch
-    return 0
-
-
-def _check_history(source: str, folder: RunFolder, checkpoint: "Checkpoint", steps_per_epoch: int) -> None:
+def _check_history(source: str, folder: RunFolder, checkpoint: "Checkpoint") -> None:
     """Raises `UserError` if metrics.jsonl is damaged, or a straight run would have other batches."""
     epoch: Any = 0
     for line in read_metrics(folder.path):
         epoch, step = line.get("epoch"), line.get("step")
         if type(step) is not int or type(epoch) not in (int, float) or not step > 0 < epoch:
             raise UserError(f"{source}: metrics.jsonl is damaged: epoch {epoch}, step {step}")
-        if type(epoch) is int and step != epoch * steps_per_epoch and step < checkpoint.step:
+        if type(epoch) is int and step != epoch * checkpoint.length.per_epoch and step < checkpoint.step:
             raise UserError(
                 f"{source}: ended within epoch {epoch}, after update {step}, and was lengthened: its next update is "
                 "the first of another epoch, unlike that of a straight run; train the whole length at once"
@@ -230,7 +217,8 @@ def _start(stem: _Stem, length: int) -> int:
         raise UserError(f"{word}: {stem.source} ends after {end}; allowed: 1 to {stem.length}")
     if updates > _MOST:
         raise UserError(f"{word}: {updates:,} updates; a branch has at most {_MOST:,}")
-    most, differ = shared_updates(stem.own, stem.run_config, stem.horizon, updates, stem.steps_per_epoch)
+    of_run = stem.of_run
+    most, differ = shared_updates(stem.own, stem.run_config, of_run.horizon, updates, of_run.per_epoch)
     if most is None and stem.is_changed:
         saved, new = stem.own.config["schedule"], stem.run_config.config["schedule"]
         warmup = []

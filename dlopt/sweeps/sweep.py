@@ -264,7 +264,7 @@ def check_folder(
     `joins`: accept a folder with live elements of this sweep.
     """
     from dlopt.training.checkpoint.checkpoints import Checkpoints  # imports torch
-    from dlopt.training.progress import check_lengthened
+    from dlopt.training.length import check_lengthened
 
     working = is_working(sweep.path)
     if sweep.is_live() or live_workers(sweep.path) or (working and not joins):

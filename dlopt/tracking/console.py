@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.length import Length, UpdateCount
 from dlopt.basics.terminal_controls import drop_bad_size, without_controls
 from dlopt.metrics.measures import seconds_left
 from dlopt.metrics.names import split_of, tag_of
@@ -83,67 +84,69 @@ class _Output:
 
 @dataclass
 class _Display:
-    """The live display, one line each: epochs, steps of this epoch, training metrics, validation metrics.
+    """The live display, one line each: epochs, batches of this epoch, training metrics, validation metrics.
 
-    `name`: of a step; if the batch grows, all counts are of batches of data.batch_size.
+    `position`: see `Length.position`.
     """
 
-    epochs: int
-    steps_per_epoch: int
-    steps: int
-    step: int
-    samples_per_step: float
+    length: Length
+    position: int
+    samples_per_batch: float
     unit: str
-    name: str = "step"
     evaluation: tuple[str, int, int] | None = None  # split, batch, batches
     train: Mapping[str, float | None] = field(default_factory=dict)
     val: Mapping[str, float | None] = field(default_factory=dict)
-    # (time, step). The estimate of the time left starts after the first step, which compiles and warms up.
+    # (time, position). The estimate of the time left starts after the first update, which compiles and warms up.
     _clock_start: tuple[float, int] | None = None
     _recent: tuple[float, int] | None = None  # start of the interval over which throughput is measured
     _throughput: float | None = None  # samples per second, exponential moving average
 
-    def advance(self, step: int, now: float) -> None:
+    def advance(self, position: int, now: float) -> None:
         self.evaluation = None
-        self.step = step
+        self.position = position
         if self._clock_start is None or self._recent is None:
-            self._clock_start = self._recent = (now, step)
+            self._clock_start = self._recent = (now, position)
             return
         seconds = now - self._recent[0]
-        if seconds >= 0.5 and step > self._recent[1]:
-            latest = (step - self._recent[1]) * self.samples_per_step / seconds
+        if seconds >= 0.5 and position > self._recent[1]:
+            latest = (position - self._recent[1]) * self.samples_per_batch / seconds
             self._throughput = latest if self._throughput is None else 0.7 * self._throughput + 0.3 * latest
-            self._recent = (now, step)
+            self._recent = (now, position)
 
     def evaluate(self, split: str, batch: int, batches: int) -> None:
         self.evaluation = (split, batch, batches)
         # Evaluation time must not count as training time in the throughput.
-        self._recent = None if self._clock_start is None else (perf_counter(), self.step)
+        self._recent = None if self._clock_start is None else (perf_counter(), self.position)
+
+    @property
+    def end(self) -> int:
+        return self.length.position(self.length.updates)
 
     def _time_left(self) -> str:
         if self._clock_start is None:
             return ""
         start, first = self._clock_start
-        seconds = seconds_left(perf_counter() - start, self.step - first, self.steps - self.step)
+        seconds = seconds_left(perf_counter() - start, self.position - first, self.end - self.position)
         return "" if seconds is None else f"{formats.format_clock(seconds)} left"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        epoch = min((max(self.step, 1) - 1) // self.steps_per_epoch + 1, self.epochs)
-        epoch_start = (epoch - 1) * self.steps_per_epoch
-        epoch_steps = min(self.steps_per_epoch, self.steps - epoch_start)
+        epochs, per_epoch, end = self.length.epochs, self.length.per_epoch, self.end
+        epoch = min((max(self.position, 1) - 1) // per_epoch + 1, epochs)
+        epoch_start = (epoch - 1) * per_epoch
+        of_epoch = min(per_epoch, end - epoch_start)
         throughput = f"{self._throughput:,.0f} {self.unit}/s" if self._throughput is not None else ""
         # Columns: name (5), count "12/200", bar (4 to 60 cells), and the rest for the time left or the throughput.
-        count_width = 2 * len(str(max(self.epochs, self.steps_per_epoch))) + 1
+        count_width = 2 * len(str(max(epochs, per_epoch))) + 1
         bar_width = max(min(options.max_width - 7 - count_width - 2 - 20, 60), 4)
         grid = Table.grid(padding=(0, 2, 0, 0))
         for width in (5, count_width, bar_width, max(options.max_width - 7 - count_width - 2 - bar_width - 3, 1)):
             grid.add_column(width=width, no_wrap=True, overflow="crop")
         grid.columns[0].style, grid.columns[1].justify = "bold", "right"
-        # (name, count, of, completed, total, text): the bar of the epochs advances with every step.
-        rows = [("epoch", epoch, self.epochs, self.step, self.steps, self._time_left())]
+        # (name, count, of, completed, total, text): the bar of the epochs advances with every update.
+        rows = [("epoch", epoch, epochs, self.position, end, self._time_left())]
         if self.evaluation is None:
-            step = self.step - epoch_start
-            rows.append((self.name, step, epoch_steps, step, epoch_steps, throughput))
+            done, name = self.position - epoch_start, "batch" if self.length.grows else "step"
+            rows.append((name, done, of_epoch, done, of_epoch, throughput))
         else:
             split, batch, batches = self.evaluation
             rows.append((split, batch, batches, batch, batches, ""))
@@ -245,8 +248,7 @@ class ConsoleView(Screen):
         super().__init__(stream)
         self._width = shutil.get_terminal_size().columns if self._output.isatty() else None  # None if not a terminal
         self._display: _Display | None = None
-        self._rows = terminal_text.EpochRows(0)
-        self._batches: Callable[[int], int] = int  # of a number of updates: equal, unless the batch grows
+        self._rows: terminal_text.EpochRows | None = None
         self._rows_width: int | None = -1  # for which the table's header was printed; -1: for none
         self._due = float("inf")
 
@@ -255,37 +257,32 @@ class ConsoleView(Screen):
         config: Mapping[str, Any],
         choices: Mapping[str, str],
         facts: Mapping[str, Any],
-        first_step: int,
+        first_step: UpdateCount,
         seconds: float,
     ) -> None:
         """Shows the header and starts the display; `facts`: see `terminal_text.header_rows`."""
+        length: Length = facts["length"]
         drawn, unit = facts.get("drawn", facts.get("train")) or 0, facts.get("unit", "samples")
-        per_step = drawn / max(facts["steps_per_epoch"], 1)
-        self._batches = facts.get("batches", int)
         self._rows = terminal_text.EpochRows(
-            facts["epochs"],
+            length,
             unit=unit,
             seconds=seconds,
             step=first_step,
-            steps=facts["steps"],
             metrics=facts.get("metrics", ()),
             sets=tuple(facts.get("sets", ())),
-            batches=self._batches,
         )
         self._print_block(terminal_text.header(config, choices, facts), Text(""))
         if not self.terminal:
             return
-        total, first = self._batches(facts["steps"]), self._batches(first_step)
-        name = "batch" if "batches" in facts else "step"
-        self._display = _Display(facts["epochs"], facts["steps_per_epoch"], total, first, per_step, unit, name)
+        self._display = _Display(length, length.position(first_step), drawn / length.per_epoch, unit)
         self._start_live(lambda: cast(_Display, self._display), redirect=True)
         self._due = perf_counter() + _REDRAW_SECONDS
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: UpdateCount) -> None:
         """Call after every update. Only reads the clock unless a redraw is due."""
         now = perf_counter()
         if now >= self._due and self._display is not None:
-            self._display.advance(self._batches(step), now)
+            self._display.advance(self._display.length.position(step), now)
             self._redraw()
 
     def evaluating(self, batch: int, batches: int, split: str) -> None:
@@ -310,13 +307,14 @@ class ConsoleView(Screen):
         self._due = float("inf") if self._output.is_closed else end + pause
 
     def epoch(self, metrics: Mapping[str, Any], best: bool) -> None:
+        assert self._rows is not None  # since `begin`
         width = self._console.width if self.terminal else self._width
         if width != self._rows_width:  # the first row, or a resized terminal
             self._rows_width = width
             self._print(self._rows.header(metrics, width))
         self._print(self._rows.row(metrics, best))
         if (display := self._display) is not None:
-            display.step = self._batches(metrics["step"])
+            display.position = display.length.position(metrics["step"])
             train, val = ({name: metrics[name] for name in names if name in metrics} for names in (_TRAIN, _VAL))
             display.train, display.val = train, val
             self._redraw()

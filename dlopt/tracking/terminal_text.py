@@ -23,6 +23,7 @@ from dlopt.basics.formats import (
     format_number,
     format_value,
 )
+from dlopt.basics.length import NO_UPDATES, Length, UpdateCount
 from dlopt.basics.plain_values import choices_of_groups, flatten
 from dlopt.metrics.declared import OF_TESTS
 from dlopt.metrics.measures import Measure, Row
@@ -80,8 +81,8 @@ def header_rows(
 
     `facts`: facts beside the config: `overrides` (of the command line), `parameters`, `trainable`, `train`,
     `val`, `test` (samples), `sets` (samples of each named validation set), `all_val` (if `val` is a subset), `unit`
-    (of their counts), `drawn` (of an epoch), `batch_size` (as drawn), `inputs` (3x32x32, 10 classes), `epochs`,
-    `steps_per_epoch`, `steps`, `device`, `precision`, `threads`, `folder`. Empty rows are left out.
+    (of their counts), `drawn` (of an epoch), `batch_size` (as drawn), `inputs` (3x32x32, 10 classes), `length`,
+    `device`, `precision`, `threads`, `folder`. Empty rows are left out.
     """
     names, values = choices_of_groups(config, choices), settings(config)
     if values.get("data.batch_size") != "full":
@@ -125,7 +126,7 @@ def header_rows(
             *choices_of("clip", unless="none"),
         ],
         "run": [
-            _length(facts),
+            _length(facts.get("length")),
             f"steps={values['steps']} wins over epochs={values['epochs']}" if _is_overruled(values, facts) else None,
             *_device(facts),
             *choices_of("stopping", unless="none"),
@@ -212,16 +213,15 @@ def _parameters(facts: Mapping[str, Any]) -> str | None:
     return f"{total:,} parameters" + (f" ({trainable:,} trainable)" if trainable not in (None, total) else "")
 
 
-def _length(facts: Mapping[str, Any]) -> str | None:
-    if facts.get("epochs") is None:
+def _length(length: Length | None) -> str | None:
+    if length is None:
         return None
-    epochs, steps_per_epoch, steps = facts["epochs"], facts["steps_per_epoch"], facts.get("steps")
-    if steps is not None and "batches" in facts:  # the batch grows
-        lengths = f"{format_count('epochs', epochs)} of {format_count('batches', steps_per_epoch)}"
-        return f"{lengths}, {format_count('steps', steps)}"
-    if steps is not None and steps != epochs * steps_per_epoch:
-        return f"{format_count('steps', steps)} ({steps_per_epoch:,} per epoch)"
-    return f"{format_count('epochs', epochs)} of {format_count('steps', steps_per_epoch)}"
+    epochs, updates = format_count("epochs", length.epochs), format_count("steps", length.updates)
+    if length.grows:
+        return f"{epochs} of {format_count('batches', length.per_epoch)}, {updates}"
+    if length.updates != length.epochs * length.per_epoch:
+        return f"{updates} ({length.per_epoch:,} per epoch)"
+    return f"{epochs} of {format_count('steps', length.per_epoch)}"
 
 
 def _is_overruled(values: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -313,22 +313,19 @@ class EpochRows:
 
     Does not use a table of rich, which needs all rows before it prints the first one.
 
-    `seconds`, `step`: training time and updates before this process started (0 unless resumed). `steps`: updates of the
-    whole run. `metrics`: keys of additional columns. `sets`: names of validation sets. `batches`: of a number of
-    updates, which take the same time each; equal, unless the batch grows.
+    `seconds`, `step`: training time and updates before this process started (0 unless resumed). `metrics`: keys of
+    additional columns. `sets`: names of validation sets.
     """
 
     def __init__(
         self,
-        epochs: int,
+        length: Length,
         *,
         unit: str = "samples",
         seconds: float = 0.0,
-        step: int = 0,
-        steps: int = 0,
+        step: UpdateCount = NO_UPDATES,
         metrics: Iterable[str] = (),
         sets: Sequence[str] = (),
-        batches: Callable[[int], int] = int,
     ) -> None:
         listed = [_measured(each, unit) for each in shown_in("table")]
         names = [each.name for each in listed]
@@ -336,7 +333,7 @@ class EpochRows:
         end = max(i for i, name in enumerate(names) if split_of(name) is not None) + 1  # of training and validation
         self._columns = [*listed[:end], *additional, *listed[end:]]
         self._shown: list[_Column] = []
-        self._epochs, self._steps, self._batches = epochs, steps, batches
+        self._length = length
         self._start: Mapping[str, Any] = {"seconds": seconds, "step": step}
         self._previous: Mapping[str, Any] = self._start
 
@@ -354,7 +351,8 @@ class EpochRows:
 
     def row(self, metrics: Mapping[str, Any], best: bool) -> Text:
         """Formats an evaluated epoch."""
-        start, now, end = (self._batches(step) for step in (self._start["step"], metrics["step"], self._steps))
+        updates = (self._start["step"], metrics["step"], self._length.updates)
+        start, now, end = map(self._length.batches, updates)  # which take the same time each
         row = Row(metrics, self._previous, self._start, now - start, end - now)
         self._previous = metrics
         cells = [each.cell(row).rjust(each.characters) for each in self._shown]
@@ -364,10 +362,10 @@ class EpochRows:
         """Returns the first column: 3/200; of a run that is evaluated within epochs 2.25/200."""
 
         def cell(row: Row) -> str:
-            return f"{format_epoch_number(row.line['epoch'])}/{self._epochs}"
+            return f"{format_epoch_number(row.line['epoch'])}/{self._length.epochs}"
 
         fraction = len(".25") if isinstance(first.get("epoch"), float) else 0
-        width = 2 * len(str(self._epochs)) + len("/") + fraction
+        width = 2 * len(str(self._length.epochs)) + len("/") + fraction
         return _Column("epoch", "epoch", width, (), cell)
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from dlopt.basics.folders import short_path
+from dlopt.basics.length import NO_UPDATES, Length, UpdateCount
 from dlopt.basics.secrets import redact, redacted
 from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, split_of, tag_of
@@ -157,26 +158,23 @@ class Tracking:
         self,
         config: Mapping[str, Any],
         facts: Mapping[str, Any],
+        length: Length,
         *,
-        epochs: int,
-        steps_per_epoch: int,
-        first_step: int = 0,
-        steps: int | None = None,
+        first_step: UpdateCount = NO_UPDATES,
         choices: Mapping[str, str] | None = None,
         seconds: float = 0.0,
     ) -> None:
         """Shows the header and starts the progress display.
 
         `config`: resolved, plain, without secrets. `facts`: see `terminal_text.header`; `unit`: "images" or "samples".
-        `first_step`, `seconds`: updates already done, and their time. `steps`: total updates (None: epochs *
-        steps_per_epoch). `choices`: group -> name of its YAML file; default: the last part of `_target_`.
+        `first_step`, `seconds`: updates already done, and their time. `choices`: group -> name of its YAML file;
+        default: the last part of `_target_`.
         """
-        self._epochs, self._sets = epochs, tuple(facts.get("sets", ()))
+        self._epochs, self._sets = length.epochs, tuple(facts.get("sets", ()))
         self._can_evaluate = bool(facts.get("test") or facts.get("val"))
         choices = choices or {}
-        total = epochs * steps_per_epoch if steps is None else steps
         folder = None if self._folder is None else f"{short_path(self._folder)} (config.yaml lists every key)"
-        facts = {**facts, "folder": folder, "epochs": epochs, "steps_per_epoch": steps_per_epoch, "steps": total}
+        facts = {**facts, "folder": folder, "length": length}
         if self._log is not None:
             self._log.write("starts" if first_step == 0 else f"resumes from step {first_step}")
             for name, values in terminal_text.header_rows(config, choices, facts).items():
@@ -186,7 +184,7 @@ class Tracking:
         if self._console is not None:
             self._console.begin(config, choices, facts, first_step, seconds)
             if first_step:
-                self._console.message(f"resumes from step {first_step} of {total}")
+                self._console.message(f"resumes from step {first_step} of {length.updates}")
 
     def images(self, images: "Tensor", step: int = 0) -> None:
         """Sends images [B, C, H, W], uint8 or float, to TensorBoard as a grid. Ignores inputs of other shapes."""
@@ -194,7 +192,7 @@ class Tracking:
             self._tensorboard.images("train/images", step, images)
             self._tensorboard.flush()
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: UpdateCount) -> None:
         """Call after every update; `step` counts from 1."""
         if self._console is not None:
             self._console.advance(step)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
+from dlopt.basics.length import NO_BATCHES, Length, UpdateCount
+from dlopt.data.batches import Batch
 from dlopt.data.samplers import LossAwareSampler, Sampler
 from dlopt.machine.memory import frozen_objects, process_memory
 from dlopt.metrics.sums import MetricSum
@@ -29,12 +31,22 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint, unreadable
 from dlopt.training.evaluate import Validate
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Clock, Intervals, Length, Progress, Status
+from dlopt.training.progress import Clock, Intervals, Progress, Status
 from dlopt.training.step import EpochBatches, Step, Update
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
 
 log = logging.getLogger(__name__)
+
+
+class _InterruptedError(Exception):
+    """The run stops here, between two updates or within an evaluation."""
+
+
+def _refuse(stop: Interruption) -> None:
+    """Raises `_InterruptedError` if the run is to stop."""
+    if stop:
+        raise _InterruptedError
 
 
 @dataclass
@@ -79,130 +91,129 @@ class Trainer:
 
     # -- the loop
 
-    def fit(self, stop: Interruption, after_update: Callable[[], None] = lambda: None) -> Status:
+    def fit(self, stop: Interruption, defer: Callable[[], None] = lambda: None) -> Status:
         """Trains from `progress` until the last update, early stopping, or `stop`; the last checkpoint is then on disk.
 
         `stop` becomes true on all ranks at the same update. It is read between updates only: a signal never interrupts
-        an update but the first, which may compile the model for minutes (`after_update` says when it is done). Invalid
-        data (a damaged image) raises `UserError` before the first update, and `RunError` later.
+        an update but the first, which may compile the model for minutes; `defer` is called after each. Invalid data (a
+        damaged image) raises `UserError` before the first update, and `RunError` later.
         """
-        steps, log_every, progress = self.length.steps, self.intervals.log_every_steps, self.progress
+        progress, log_every = self.progress, self.intervals.log_every_steps
         first = progress.step + 1
         # On a GPU, reference cycles of earlier runs in this process (CUDA graphs) may hold gigabytes.
         frozen = frozen_objects(collect_first=self.mode.device.type == "cuda")
         with self._error_handling(), frozen as self._collect_garbage:
-            if self.progress.resumed_from:
-                # A checkpoint to resume from, if the run was resumed in a new folder. Rank 0 looks for the file,
-                # because other nodes may not see the folder; then all ranks save together.
-                has_checkpoint = self.mode.ranks.broadcast(self.checkpoints.last.exists())
-                if not has_checkpoint:
-                    self.save()
+            self._save_resumed()
             clock = self.clock(progress, self.train_metrics)
-            # position > 0 after the last update: the run was interrupted before it evaluated the last epoch.
-            while self.progress.step < steps or self.progress.position > 0:
-                self.module.train()
-
-                # 1. A run that resumes just before an evaluation within the epoch, or during it, evaluates first.
-                interrupted = False
-                if self._is_evaluation_due():
-                    interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
-
-                # 2. The updates of an epoch, or the rest of it. After the last one, only the evaluation or the
-                #    summary may be missing.
-                for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
-                    if interrupted or progress.step == steps or self.stopping.should_stop:
-                        break
-                    is_last = progress.step + 1 == steps
-                    logs = log_every is not None and (is_last or (progress.step + 1) % log_every == 0)
-                    record = self.update(batch, progress.step, log_norm=logs)
-                    progress.step += 1
-                    progress.position += batch.count
-                    progress.count(batch.total, self.step.passes)
-                    after_update()
-                    if progress.step == first:
-                        self._refuse_unreadable()
-                    self.tracking.advance(progress.step)
-                    if record.loss is not None:
-                        self.user_observers.after_update(progress.step, record.loss, self.module)
-                    # The check and the metrics wait for the device. Only at logging points: if the host waited in
-                    # every update, it could not queue the next one meanwhile.
-                    if logs:
-                        self.step.check_updates()  # before metrics that may be NaN are logged
-                        self.tracking.step(progress.step, clock.metrics(self._rates(), record.norm))
-                    # Between updates only: all ranks have counted the same updates when they read the flag, and
-                    # a checkpoint never holds half an update.
-                    interrupted = bool(stop)
-                    if interrupted or self.stopping.should_stop:
-                        break
+            try:
+                while not self._is_over():
+                    self.module.train()
+                    # A run that resumes just before an evaluation within the epoch, or during it, evaluates first.
                     if self._is_evaluation_due():
-                        # Before the evaluation, which waits for the device anyway: NaN weights are not evaluated.
-                        self.step.check_weights()
-                        interrupted = self._evaluate(clock, stop, ends_epoch=False) == "interrupted"
-                        if interrupted or self.stopping.should_stop:
+                        self._evaluate(clock, stop, ends_epoch=False)
+
+                    for batch in self._rest_of_epoch():
+                        # 1. Update.
+                        is_last = progress.step + 1 == self.length.updates
+                        logs = log_every is not None and (is_last or (progress.step + 1) % log_every == 0)
+                        record = self.update(batch, progress.step, log_norm=logs)
+                        progress.count(batch.count, batch.total, self.step.passes)
+                        defer()
+                        if progress.step == first:
+                            self._refuse_unreadable()
+                        self.tracking.advance(progress.step)
+                        if record.loss is not None:
+                            self.user_observers.after_update(progress.step, record.loss, self.module)
+
+                        # 2. Check and log. Both wait for the device, at logging points only: if the host waited in
+                        #    every update, it could not queue the next one meanwhile.
+                        if logs:
+                            self.step.check_updates()  # before metrics that may be NaN are logged
+                            self.tracking.step(progress.step, clock.metrics(self._rates(), record.norm))
+
+                        # 3. Stop, evaluate or save. Between updates only: all ranks have counted the same updates
+                        #    when they read the flag, and a checkpoint never holds half an update.
+                        _refuse(stop)
+                        if self.stopping.should_stop:
                             break
-                    elif self._is_save_due():
-                        clock.stop()
-                        self.save()
-                        clock.stop(training=False)
-                # Waits for the device, as the evaluation or the save that follows does.
-                self.step.check_weights()
+                        if self._is_evaluation_due():
+                            # Before the evaluation, which waits for the device anyway: NaN weights are not evaluated.
+                            self.step.check_weights()
+                            self._evaluate(clock, stop, ends_epoch=False)
+                        elif self._is_save_due():
+                            clock.stop()
+                            self.save()
+                            clock.stop(training=False)
 
-                # 3. Evaluate the epoch, unless an evaluation within it has stopped the run and ended it.
-                interrupted = interrupted or bool(stop)
-                if not interrupted and progress.position > 0:
-                    interrupted = self._evaluate(clock, stop, ends_epoch=True) == "interrupted"
+                    # 4. End the epoch, unless an evaluation within it has stopped the run and ended it.
+                    self.step.check_weights()
+                    _refuse(stop)
+                    if progress.position > 0:
+                        self._evaluate(clock, stop, ends_epoch=True)
+            except _InterruptedError:  # saved as it is: its time is limited, and it resumes right here
+                clock.stop()
+                self.save()
+                return "interrupted"
+            if progress.step >= self.length.updates:
+                return "finished"
+            if log_every is not None and progress.step % log_every:
+                self.tracking.step(progress.step, clock.training_metrics(self._rates()))
+            return "stopped_early"
 
-                # 4. An interrupted run is saved as it is: its time is limited, and it resumes right here.
-                if interrupted:
-                    clock.stop()
-                    self.save()
-                    return "interrupted"
-                if self.stopping.should_stop and progress.step < steps:
-                    if log_every is not None and progress.step % log_every:
-                        self.tracking.step(progress.step, clock.training_metrics(self._rates()))
-                    return "stopped_early"
-            return "finished"
+    def _is_over(self) -> bool:
+        """Returns whether the run has ended: after its last update, or where the stopping rule says so.
 
-    def _evaluate(self, clock: Clock, stop: Interruption, *, ends_epoch: bool) -> Literal["done", "interrupted"]:
+        Not within an epoch: the run was interrupted before it evaluated that.
+        """
+        is_last = self.progress.step >= self.length.updates
+        return self.progress.position == 0 and (is_last or self.stopping.should_stop)
+
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        """Yields the batches of the updates that are left in this epoch, until the run ends."""
+        progress = self.progress
+        for batch in self.batches.epoch(progress.epoch, progress.position, progress.step):
+            if progress.step >= self.length.updates or self.stopping.should_stop:
+                return
+            yield batch
+
+    def _save_resumed(self) -> None:
+        """Saves a run that was resumed in a new folder: it then has a checkpoint to resume from."""
+        # Rank 0 looks for the file, because other nodes may not see the folder; then all ranks save together.
+        if self.progress.resumed_from and not self.mode.ranks.broadcast(self.checkpoints.last.exists()):
+            self.save()
+
+    def _evaluate(self, clock: Clock, stop: Interruption, *, ends_epoch: bool) -> None:
         """Evaluates, updates best model, stopping rule and schedule, logs, and saves, each if due.
 
         `ends_epoch`: whether all updates of the epoch are done. An evaluation within an epoch that stops the run ends
-        the epoch, too. After an interrupted evaluation the state is unchanged: a resumed run evaluates again.
+        the epoch, too. Raises `_InterruptedError` with the state unchanged: a resumed run evaluates again.
         """
+        # 1. Measure.
         progress, intervals, epoch = self.progress, self.intervals, self.progress.epoch + 1
-        last = ends_epoch and (progress.step >= self.length.steps or self.stopping.should_stop)
-        evaluated = not ends_epoch or last or epoch % intervals.evaluate_every == 0
-        # Waits for the device and, with several ranks, sums over them: all ranks evaluate after the same update.
-        metrics: dict[str, Any] = {
-            "epoch": epoch if ends_epoch else self._fractional_epoch(),
-            "step": progress.step,
-            **self.step.cost(),
-            **self._rates(),
-            **self.train_metrics.means("train"),
-            **getattr(self.sampler, "metrics", dict)(),
-        }
-        clock.stop()
-        throughput = clock.epoch_metrics()
-        self._collect_garbage()
-        if evaluated and self.validate is not None:
-            validation_metrics = self.validate(stop)
-            if validation_metrics is None:
-                return "interrupted"
-            metrics |= validation_metrics
-            self.train_metrics.warn_if_not_finite(metrics, "val_loss", self.tracking.message)
+        is_last = ends_epoch and (progress.step >= self.length.updates or self.stopping.should_stop)
+        is_evaluated = not ends_epoch or is_last or epoch % intervals.evaluate_every == 0
+        metrics: dict[str, Any] = {"epoch": epoch if ends_epoch else self._fractional_epoch(), "step": progress.step}
+        throughput = self._measure(metrics, clock, stop if is_evaluated else None)
+
+        # 2. Decide whether the run stops, and the epoch ends.
+        if is_evaluated and self.validate is not None:
             self.stopping.update(metrics)
-            if self.stopping.should_stop:
-                ends_epoch, metrics["epoch"] = True, epoch
+        if self.stopping.should_stop:
+            ends_epoch, metrics["epoch"] = True, epoch
         if ends_epoch:
             if intervals.log_every_steps is None:
                 self.train_metrics.clear()
             else:
                 self.train_metrics.start_epoch()  # a logging interval may begin in one epoch and end in the next
-            progress.epoch, progress.position = epoch, 0
+            progress.epoch, progress.position = epoch, NO_BATCHES
         clock.stop(training=False)
+
+        # 3. Record: log first, then save. The checkpoint contains the updated stopping rule, schedule and best epoch,
+        #    and metrics.jsonl has the line of this evaluation. A run that is killed in between removes the line when
+        #    it resumes, and writes it again; in the other order the line would be missing for good.
         improved = False
-        self.checkpoints.refuse_moved()  # before the evaluation is recorded
-        if evaluated:
+        self.checkpoints.refuse_moved()
+        if is_evaluated:
             progress.evaluated = metrics["epoch"]
             metrics |= {"seconds": progress.seconds, **throughput}
             if self.validate is not None:
@@ -212,25 +223,40 @@ class Trainer:
             if self.lagging is not None:
                 self.lagging.explain(metrics, self.tracking.message)
             self.user_observers.after_evaluation(metrics)
-        # Save last: the checkpoint contains the updated stopping rule, schedule and best epoch, and metrics.jsonl has
-        # the line of this evaluation. A run that is killed in between removes the line when it resumes, and writes it
-        # again; in the other order the line would be missing for good.
         every = intervals.save_every_epochs
-        save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()
-        if improved or save_due or last or self.stopping.should_stop:
+        is_save_due = every is not None and epoch % every == 0 if ends_epoch else self._is_save_due()
+        if improved or is_save_due or is_last or self.stopping.should_stop:
             self.save(best=improved)
             clock.stop(training=False)
-        return "done"
+
+    def _measure(self, metrics: dict[str, Any], clock: Clock, stop: Interruption | None) -> dict[str, float]:
+        """Adds the metrics of training, and of validation unless `stop` is None; returns those of the throughput.
+
+        Raises `_InterruptedError`.
+        """
+        metrics |= self.step.cost() | self._rates()
+        # Waits for the device and, with several ranks, sums over them: all ranks evaluate after the same update.
+        metrics |= self.train_metrics.means("train")
+        metrics |= getattr(self.sampler, "metrics", dict)()
+        clock.stop()
+        throughput = clock.epoch_metrics()
+        self._collect_garbage()
+        if stop is not None and self.validate is not None:
+            if (validation := self.validate(stop)) is None:
+                raise _InterruptedError
+            metrics |= validation
+            self.train_metrics.warn_if_not_finite(metrics, "val_loss", self.tracking.message)
+        return throughput
 
     def _rates(self) -> dict[str, float]:
         """Returns what the schedules have set for the latest update: lr, weight_decay unless constant, momentum."""
-        latest, schedule = self.length.batches(self.progress.step - 1), self.step.schedule
+        latest, schedule = self.length.batches(UpdateCount(self.progress.step - 1)), self.step.schedule
         others = {"weight_decay": schedule.weight_decay(latest), "momentum": schedule.momentum(latest)}
         return {"lr": float(self.step.rate), **{key: value for key, value in others.items() if value is not None}}
 
     def _fractional_epoch(self) -> float:
         """Returns completed epochs, with the fraction of the current one."""
-        return self.progress.epoch + self.progress.position / self.length.steps_per_epoch
+        return self.progress.epoch + self.progress.position / self.length.per_epoch
 
     def _is_evaluation_due(self) -> bool:
         """Returns whether to evaluate after this update, within an epoch; at its end, and the run's, `fit` evaluates.
@@ -238,9 +264,9 @@ class Trainer:
         False after the evaluation: a run that was interrupted before it, or during it, resumes with it.
         """
         progress, length, every = self.progress, self.length, self.intervals.evaluate_every_steps
-        if every is None or progress.step % every or progress.step >= length.steps:
+        if every is None or progress.step % every or progress.step >= length.updates:
             return False
-        return 0 < progress.position < length.steps_per_epoch and progress.evaluated != self._fractional_epoch()
+        return 0 < progress.position < length.per_epoch and progress.evaluated != self._fractional_epoch()
 
     @contextlib.contextmanager
     def _error_handling(self) -> Iterator[None]:
@@ -304,6 +330,7 @@ class Trainer:
             "rng": rng.state(),
             "progress": {
                 **vars(self.progress),
+                "length": self.length.state_dict(),
                 **self.step.state_dict(),
                 "sums": train_metrics,
                 "sampler": self.sampler.state_dict() if isinstance(self.sampler, LossAwareSampler) else None,
@@ -330,38 +357,41 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores all but the normalization, which `build_workload` has loaded: initial weights may depend on it."""
-        progress = dict(state["progress"])
-        # The average is loaded through the model, which then gets its own weights: the order of these two matters.
-        if self.average is not None:
-            # Through the model: the mode shards the full tensors of the state as it shards the model.
-            self.mode.sharding.load_model(self.module, state["ema"])
-            self.average.restart(progress["step"] - progress["recovery"]["skipped"])  # skipped updates do not count
-        self.mode.sharding.load_model(self.module, state["model"])
+        progress = state["progress"]
+        self._load_weights(state)
         self.load_optimizer(state["optimizer"])
         self.step.schedule.load_state_dict(state["schedule"])
-        if self.length.growth is not None:  # after steps=N within an epoch, the run continues with the next one
-            self.step.schedule.step(progress["epoch"] * self.length.steps_per_epoch + progress["position"])
-        step_keys = ("lr", "scaler", "accumulate", *self.step.cost())
-        self.step.load_state_dict({key: progress.pop(key) for key in step_keys})
-        self.train_metrics.load_state_dict(progress.pop("sums"))
-        sampler = progress.pop("sampler")
-        if isinstance(self.sampler, LossAwareSampler) and sampler is not None:
-            self.sampler.load_state_dict(sampler)
-        self.stopping.load_state_dict(progress.pop("stopping"))
-        self.best.load_state_dict(progress.pop("best"))
-        self.recovery.load_state_dict(progress.pop("recovery"))
-        kept = {key: getattr(self.progress, key) for key in ("horizon", "steps_per_epoch", "data")}
-        uncounted = {"samples": None, "evaluated_samples": None}  # of a checkpoint that does not count them
-        self.progress = Progress(**{**uncounted, **progress, **kept})
-        if self.best.epoch is not None and self.best.epoch == self.progress.evaluated == self._fractional_epoch():
-            self.checkpoints.restore_best(Checkpoint(state).with_run_id(self.config.get("run_id")))
-        # Rank 0 looks for best.pt: other nodes may not see the folder.
-        has_best = self.best.epoch is None or self.checkpoints.has_best(self.best.epoch, self.config.get("run_id"))
-        if not self.mode.ranks.broadcast(has_best):
-            log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", self.best.epoch)
-            self.best = Best(self.best.monitor, direction=self.best.direction)
-        self.progress.resumed_from = [*self.progress.resumed_from, self.progress.step]
+        t = self.length.batches(progress["step"])
+        if t != self.step.schedule.last_epoch:  # after steps=N within an epoch, a batch that grows skips the rest of it
+            self.step.schedule.step(t)
+        self.step.load_state_dict(progress)
+        self.train_metrics.load_state_dict(progress["sums"])
+        if isinstance(self.sampler, LossAwareSampler) and progress["sampler"] is not None:
+            self.sampler.load_state_dict(progress["sampler"])
+        self.stopping.load_state_dict(progress["stopping"])
+        self.best.load_state_dict(progress["best"])
+        self.recovery.load_state_dict(progress["recovery"])
+        self.progress = self.progress.resumed(progress)
+        self._load_best(state)
         rng.restore(state["rng"])  # last: nothing above may draw random numbers after it
+
+    def _load_weights(self, state: Mapping[str, Any]) -> None:
+        """Loads the model and its average, of which the mode shards the full tensors as it shards the model."""
+        if self.average is not None:  # loaded through the model, which gets its own weights after it
+            self.mode.sharding.load_model(self.module, state["ema"])
+            # Skipped updates do not count.
+            self.average.restart(state["progress"]["step"] - state["progress"]["recovery"]["skipped"])
+        self.mode.sharding.load_model(self.module, state["model"])
+
+    def _load_best(self, state: Mapping[str, Any]) -> None:
+        """Restores best.pt if this checkpoint is the best; forgets the best epoch if its file is missing."""
+        best, run_id = self.best, self.config.get("run_id")
+        if best.epoch is not None and best.epoch == self.progress.evaluated == self._fractional_epoch():
+            self.checkpoints.restore_best(Checkpoint(state).with_run_id(run_id))
+        # Rank 0 looks for best.pt: other nodes may not see the folder.
+        if not self.mode.ranks.broadcast(best.epoch is None or self.checkpoints.has_best(best.epoch, run_id)):
+            log.warning("best.pt of epoch %d is missing; the best model is chosen from later epochs", best.epoch)
+            self.best = Best(best.monitor, direction=best.direction)
 
     def load_optimizer(self, state: Mapping[str, Any]) -> None:
         """Loads the optimizer's state, but keeps the choice of kernels, which depends on the device and the mode."""

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from dlopt.adapt import describe
 from dlopt.basics.files import read_json, write_atomically, write_json
 from dlopt.basics.folders import RunFolder
+from dlopt.basics.length import Length
 from dlopt.config.overrides import storable
 from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import dotted_name
@@ -20,14 +21,14 @@ from dlopt.models.third_party import pretrained_inputs
 from dlopt.optim.parameters import idle_rules
 from dlopt.tasks.user import UserTask
 from dlopt.tracking.tracking import Tracking
-from dlopt.training.batch_norm import exact_statistics_note, frozen_norms_note, small_batch_warnings
+from dlopt.training.batch_norm import norm_notes
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
 from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, batch_size, build_sampler, data_spec
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Length, Progress, Status, TrainingRun
+from dlopt.training.progress import Progress, Status, TrainingRun
 from dlopt.training.step import EpochBatches
 from dlopt.training.stopping import Best
 
@@ -65,10 +66,8 @@ def log_header(run: TrainingRun, workload: Workload, length: Length, progress: P
     tracking.begin(
         dict(workload.run_config.config),
         facts,
-        epochs=length.epochs,
-        steps_per_epoch=length.steps_per_epoch,
+        length,
         first_step=progress.step,
-        steps=length.steps,
         choices=run.choices,
         seconds=progress.seconds,
     )
@@ -96,8 +95,6 @@ def header_facts(workload: Workload, length: Length) -> dict[str, Any]:
         "metrics": [*(Metric("val", name).column for name in _shown_metrics(workload)), *_of_sets(workload)],
         "sets": {name: size * tokens for name, size in _sizes(workload).items()},
     }
-    if length.growth is not None:
-        facts["batches"] = length.batches
     samples = workload.run_config.settings.evaluate.samples
     if samples is not None and dataset.val is not None and samples < len(dataset.val):
         facts |= {"val": samples * tokens, "all_val": facts["val"]}
@@ -136,10 +133,9 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
     notes = (*balanced, *workload.notes, workload.throughput.note, small)
     lines = (describe(workload.module), chosen, pretrained, rates, *notes)
     described = [line for line in lines if line]
-    norms = [*exact_statistics_note(workload), *frozen_norms_note(workload.module), *small_batch_warnings(workload)]
     idle = idle_rules(workload.module, workload.run_config.grouping)
     of_sets = [f"{KEY}.{name}: {line}" for name, each in workload.validation_sets.items() for line in each.notes]
-    return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norms, *idle]
+    return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norm_notes(workload), *idle]
 
 
 def describe_pretrained(run_config: RunConfig, shape: tuple[int, ...]) -> str:

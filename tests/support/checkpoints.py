@@ -17,6 +17,7 @@ from dlopt.basics.files import sha256, write
 from dlopt.tasks.regression import Regression
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.stopping import Best
+from tests.support.lengths import constant
 
 
 def state(step: int, *, best_epoch: int | None = None, epoch: int | None = None) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def state(step: int, *, best_epoch: int | None = None, epoch: int | None = None)
             "position": 0,
             "step": step,
             "seconds": 1.0,
-            "horizon": 100,
+            "length": constant(100, 1).state_dict(),
             "resumed_from": [],
             "found_lr": None,
             "evaluated": step if epoch is None else epoch,

@@ -23,7 +23,6 @@ from dlopt.sweeps.branches import begin, branched
 from dlopt.sweeps.jobs import Job
 from dlopt.sweeps.matching import distance_of_jobs
 from dlopt.training.checkpoint.checkpoints import Checkpoints, load_of_run
-from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.progress import TrainingRun
 from tests.support.line import dlopt, refused
 from tests.support.runs import metrics, result, run_job, same, timeless
@@ -126,10 +125,12 @@ def test_lengths_are_listed_like_any_axis(
     older = Path(shutil.copytree(stem, tmp_path / "older"))
     history = (older / "metrics.jsonl").read_text().splitlines(keepends=True)
     (older / "metrics.jsonl").write_text("".join(history[1:]))
-    with mock.patch.object(Checkpoint, "steps_per_epoch", None):
-        former = jobs_of(tmp_path / "former", f"from={older}", "at=range(2,6)")
-        with pytest.raises(UserError, match="ended it within its first epoch; train it again"):
-            jobs_of(tmp_path / "none", f"from={short}", "at=10")
+    short = Path(shutil.copytree(short, tmp_path / "short"))
+    for folder in (older, short):
+        _of_earlier_version(folder)
+    former = jobs_of(tmp_path / "former", f"from={older}", "at=range(2,6)")
+    with pytest.raises(UserError, match="ended it within its first epoch; train it again"):
+        jobs_of(tmp_path / "none", f"from={short}", "at=10")
     assert [Path(job.plan.branches_from).name for job in former] == [Path(job.plan.branches_from).name for job in jobs]
 
 
@@ -165,11 +166,20 @@ def _lines(*changed: tuple[str, Any]) -> Callable[[Path], None]:
     return damage
 
 
+def _of_earlier_version(folder: Path) -> None:
+    """Writes the checkpoints of a run as an earlier version did, which only said how long the schedule is."""
+    for path in (folder / "checkpoints").glob("*.pt"):
+        state = torch.load(path, weights_only=True)
+        state["progress"]["horizon"] = state["progress"].pop("length")["horizon"]
+        Checkpoints(folder / "checkpoints")._write(path, state)
+
+
 def _forge(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"epoch": 5.0, "step": 20}\n')
     path = folder / "checkpoints/last.pt"
     state = torch.load(path, weights_only=True)
-    state["progress"] |= {"step": 10**11, "horizon": 10**11, "steps_per_epoch": 10**10}
+    state["progress"]["step"] = 10**11
+    state["progress"]["length"] |= {"horizon": 10**11, "per_epoch": 10**10}
     Checkpoints(folder / "checkpoints")._write(path, state)
 
 

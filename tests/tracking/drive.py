@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from dlopt.tracking.tracking import Tracking
+from tests.support.lengths import constant
 
 STEPS = 10
 CONFIG = {
@@ -26,7 +27,7 @@ FACTS = {"parameters": 272474, "train": 1437, "val": 160, "test": 360, "device":
 
 def drive(folder: Path, epochs: int = 3, seconds: float = 0.0) -> None:
     with Tracking(folder, sinks=["tensorboard"], console=True, log_every_steps=5) as tracking:
-        tracking.begin(CONFIG, FACTS, epochs=epochs, steps_per_epoch=STEPS, choices=CHOICES)
+        tracking.begin(CONFIG, FACTS, constant(epochs * STEPS, STEPS), choices=CHOICES)
         for step in range(1, epochs * STEPS + 1):
             time.sleep(seconds)
             tracking.advance(step)

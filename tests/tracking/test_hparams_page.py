@@ -14,6 +14,7 @@ import pytest
 
 from dlopt.tracking.tracking import Tracking
 from tests.support.browser import NEEDS_BROWSER, chromium
+from tests.support.lengths import constant
 
 pytestmark = [pytest.mark.slow, NEEDS_BROWSER]
 
@@ -41,7 +42,7 @@ def sweep(tmp_path: Path) -> Path:
             for seed in (0, 1):
                 config = {"name": "x", "seed": seed, "init_seed": seed, "optimizer": {"lr": lr}}
                 with Tracking(tmp_path / str(number), sinks=["tensorboard"], console=False) as tracking:
-                    tracking.begin(config, {}, epochs=1, steps_per_epoch=1, choices={"optimizer": optimizer})
+                    tracking.begin(config, {}, constant(1, 1), choices={"optimizer": optimizer})
                     tracking.epoch({"epoch": 1, "step": 1, "val_loss": 1.0, "val_accuracy": 0.5 + number / 100})
                     best = {"best_val_accuracy": 0.5 + number / 100, "best_val_loss": 1.0}
                     tracking.finish({"status": "finished", "steps": 1, "test_accuracy": 0.4, **best})

@@ -17,6 +17,7 @@ from dlopt import cli
 from dlopt.basics.errors import UserError
 from dlopt.tracking import remote
 from dlopt.tracking.tracking import Tracking
+from tests.support.lengths import constant
 from tests.support.line import SMALL, dlopt
 from tests.support.ports import free_port
 from tests.support.processes import start
@@ -184,7 +185,7 @@ def test_unreachable_server_is_reported_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with Tracking(tmp_path, sinks=["mlflow"], console=False) as tracking:
-        tracking.begin({"name": "x"}, {}, epochs=1, steps_per_epoch=1)
+        tracking.begin({"name": "x"}, {}, constant(1, 1))
         tracking.epoch({"epoch": 1, "step": 1, "val_loss": 1.0})
         tracking.finish({"status": "finished", "steps": 1})
     log = (tmp_path / "train.log").read_text()

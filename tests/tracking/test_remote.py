@@ -15,6 +15,7 @@ from dlopt.basics.errors import UserError
 from dlopt.tracking.remote import SERVICES, Remote, Scalars
 from dlopt.tracking.sinks import Sink
 from dlopt.tracking.tracking import Tracking
+from tests.support.lengths import constant
 from tests.support.line import refused
 
 
@@ -103,7 +104,7 @@ def test_tracking_sends_the_same_metrics_to_every_sink(tmp_path: Path, monkeypat
     service = Fake()
     monkeypatch.setitem(SERVICES, "mlflow", SERVICES["mlflow"]._replace(start=lambda folder: service))
     with Tracking(tmp_path, sinks=["mlflow"], console=False, log_every_steps=1) as tracking:
-        tracking.begin({"name": "x", "optimizer": {"lr": 0.1}}, {}, epochs=1, steps_per_epoch=1)
+        tracking.begin({"name": "x", "optimizer": {"lr": 0.1}}, {}, constant(1, 1))
         tracking.step(1, {"train/loss": 2.0})
         tracking.epoch({"epoch": 1, "step": 1, "train_loss": 2.0, "val_accuracy": 0.5, "lr": 0.1})
         tracking.finish({"status": "finished", "steps": 1, "test_accuracy": 0.4})
@@ -142,7 +143,7 @@ def test_wandb_resumes_one_run_and_receives_no_secrets(tmp_path: Path, monkeypat
     secrets.note("Xq81-zeta", "${oc.env:PASSWORD}", is_named=True)
     for status in ("failed", "interrupted", "finished"):
         with Tracking(tmp_path, sinks=["wandb"], console=False) as tracking:
-            tracking.begin({"name": "x", "data": {"root": "s3://Xq81-zeta"}}, {}, epochs=1, steps_per_epoch=1)
+            tracking.begin({"name": "x", "data": {"root": "s3://Xq81-zeta"}}, {}, constant(1, 1))
             tracking.epoch({"epoch": 1, "step": 1, "train_loss": 2.0})
             tracking.finish({"status": status, "steps": 1})
     assert {each["id"] for each in wandb.inits} == {(tmp_path / "wandb.id").read_text().strip()}

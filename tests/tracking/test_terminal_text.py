@@ -19,6 +19,7 @@ from dlopt.run.runner import job_environment
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.report import TestReport
 from dlopt.tracking import terminal_text
+from tests.support.lengths import constant
 
 METRICS = {
     "epoch": 100,
@@ -55,7 +56,7 @@ def test_format_epoch() -> None:
 @pytest.mark.parametrize("regression", [True, False])
 def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regression: bool) -> None:
     metrics = {key: value for key, value in METRICS.items() if not (regression and "accuracy" in key)}
-    rows = terminal_text.EpochRows(200)
+    rows = terminal_text.EpochRows(constant(200, 1))
     header, row = rows.header(metrics, width).plain, rows.row(metrics, best=False).plain
     assert len(header) == len(row) <= (width or 200) - 2
     assert ("val acc" in header) != regression
@@ -64,7 +65,7 @@ def test_rows_are_aligned_with_their_header_and_fit(width: int | None, regressio
 
 def test_rows_show_the_time_of_their_own_epochs_and_the_throughput() -> None:
     """Also for the first row after a resume."""
-    rows = terminal_text.EpochRows(200, unit="images", seconds=103.4, step=46431, steps=47369)
+    rows = terminal_text.EpochRows(constant(47369, 237), unit="images", seconds=103.4, step=46431)
     metrics = {**METRICS, "samples_per_second": 1234.5, "utilization": 0.417, "gpu_memory_gib": 3.0}
     header = rows.header(metrics, None).plain
     columns = header.replace("epoch time", "epoch_time").replace("total time", "total_time").split()
@@ -72,7 +73,7 @@ def test_rows_show_the_time_of_their_own_epochs_and_the_throughput() -> None:
     assert rows.row(metrics, best=True).plain.endswith("20.0 s       2:04    0:20    1,234 41.70 % *")
     later = {**metrics, "epoch": 101, "step": 47369, "seconds": 125.4, "samples_per_second": math.nan}
     assert rows.row(later, best=False).plain.endswith("2.0 s       2:06    0:00        - 41.70 %")
-    text = terminal_text.EpochRows(200, unit="tokens")
+    text = terminal_text.EpochRows(constant(200, 1), unit="tokens")
     assert text.header({**METRICS, "tokens_per_second": 480_000.0}, None).plain.endswith(" tokens/s")
 
 
@@ -87,14 +88,14 @@ def test_rows_show_the_time_of_their_own_epochs_and_the_throughput() -> None:
     ],
 )
 def test_time_left_is_at_the_speed_of_this_process(step: int, seconds: float, left: str) -> None:
-    rows = terminal_text.EpochRows(200, seconds=80.0, step=400, steps=1500)
+    rows = terminal_text.EpochRows(constant(1500, 8), seconds=80.0, step=400)
     metrics = {"epoch": 5, "step": step, "seconds": seconds}
     header, row = rows.header(metrics, None).plain, rows.row(metrics, best=False).plain
     assert header.endswith("total time    left") and row[-7:].strip() == left
 
 
 def test_a_narrow_terminal_hides_the_time_left_first() -> None:
-    rows = terminal_text.EpochRows(200)
+    rows = terminal_text.EpochRows(constant(200, 1))
     width = len(rows.header(METRICS, None).plain) + len(" * ")  # the mark of the best epoch
     hidden = rows.header(METRICS, width - 1).plain
     assert rows.header(METRICS, width).plain.endswith("total time    left") and hidden.endswith("epoch time total time")
@@ -112,8 +113,8 @@ CONFIG = {
 
 
 def test_header_summarizes_the_run() -> None:
-    facts: dict[str, Any] = {"parameters": 272474, "trainable": 650, "train": 1437, "val": 0, "test": 360, "epochs": 1}
-    facts |= {"steps_per_epoch": 23, "parallel": "ddp", "processes": 2, "overrides": ["seed=3", "packages=[mine]"]}
+    facts: dict[str, Any] = {"parameters": 272474, "trainable": 650, "train": 1437, "val": 0, "test": 360}
+    facts |= {"length": constant(23, 23), "parallel": "ddp", "processes": 2, "overrides": ["seed=3", "packages=[mine]"]}
     facts |= {"device": "cpu", "threads": 2, "precision": "bf16", "inputs": "1x8x8, 10 classes", "unit": "images"}
     choices = {"data": "digits", "model": "mlp", "optimizer": "sgd", "schedule": "cosine", "clip": "none"}
     lines = rendered(terminal_text.header(CONFIG, choices, {**facts, "folder": "out/1"}), 100)
@@ -182,8 +183,8 @@ def test_header_shows_initialization_augmentation_and_warmup() -> None:
 
 
 def test_header_reports_what_is_missing_or_overruled() -> None:
-    facts = {"train": 1437, "val": 0, "test": 0, "unit": "tokens", "overrides": ["epochs=2"], "epochs": 1}
-    facts |= {"steps_per_epoch": 23, "steps": 3}
+    facts = {"train": 1437, "val": 0, "test": 0, "unit": "tokens", "overrides": ["epochs=2"]}
+    facts |= {"length": constant(3, 23)}
     rows = terminal_text.header_rows({"epochs": 2, "steps": 3, "data": {}}, {}, facts)
     assert rows["data"] == ["1,437 train tokens, no test set"]
     assert rows["run"] == ["3 steps (23 per epoch)", "steps=3 wins over epochs=2"]

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dlopt.basics.errors import RunError
 from dlopt.tracking.metrics import read_metrics, read_summary
 from dlopt.tracking.tracking import Tracking
+from tests.support.lengths import constant
 
 CONFIG = {"name": "try", "seed": 0, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}
 METRICS = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 1.1, "val_accuracy": 0.4, "seconds": 2.0}
@@ -20,7 +21,7 @@ def train(
 ) -> None:
     options = {"sinks": ["tensorboard"], "console": False, **options}
     with Tracking(folder, log_every_steps=log_every_steps, **options) as tracking:
-        tracking.begin(CONFIG, {"train": 80}, epochs=3, steps_per_epoch=10, first_step=first)
+        tracking.begin(CONFIG, {"train": 80}, constant(30, 10), first_step=first)
         tracking.images(torch.zeros(8, 3, 8, 8, dtype=torch.uint8))
         for step in range(first + 1, last + 1):
             tracking.advance(step)
@@ -89,7 +90,7 @@ def test_other_ranks_write_nothing(
 
 def test_regression_without_images(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with Tracking(tmp_path, sinks=["tensorboard"], console=True) as tracking:
-        tracking.begin(CONFIG, {}, epochs=1, steps_per_epoch=1)
+        tracking.begin(CONFIG, {}, constant(1, 1))
         tracking.images(torch.zeros(8, 5))
         tracking.epoch({"epoch": 1, "step": 1, "lr": 0.1, "train_loss": 1.0, "val_loss": float("nan")})
         tracking.finish({"status": "finished", "test_loss": 1.2})
@@ -139,7 +140,7 @@ def test_a_warning_about_the_machine_is_shown_once_after_the_epochs(
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     metrics = {"epoch": 1, "step": 1, "train_loss": 1.0, "val_loss": 1.0, "seconds": 1.0}
     with Tracking(tmp_path, sinks=[], console=True) as tracking:
-        tracking.begin({}, {}, epochs=1, steps_per_epoch=1)
+        tracking.begin({}, {}, constant(1, 1))
         logging.getLogger("dlopt.machine").warning("busy machine", extra={"at_end": True})
         logging.getLogger("some.package").warning("take care")
         tracking.epoch(metrics)

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from dlopt.tracking.tracking import Tracking
+from tests.support.lengths import constant
 
 pytestmark = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 
 def run(folder: Path, epochs: range) -> str:
     with Tracking(folder, sinks=["wandb"], console=False) as tracking:
-        tracking.begin({"name": "x", "optimizer": {"lr": 0.1}}, {}, epochs=4, steps_per_epoch=1)
+        tracking.begin({"name": "x", "optimizer": {"lr": 0.1}}, {}, constant(4, 1))
         for epoch in epochs:
             tracking.epoch({"epoch": epoch, "step": epoch, "train_loss": 1 / epoch})
         tracking.finish({"status": "finished", "steps": epochs[-1]})

@@ -1,6 +1,5 @@
 """Batches that grow: against an independent loop, against runs of constant batch, interrupted and lengthened."""
 
-import itertools
 import math
 from pathlib import Path
 
@@ -9,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.training.batch_growth import BatchGrowth, batch_growth
+from dlopt.basics.length import Length
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.checkpoint.checkpoints import load
+from dlopt.training.length import length_of_run
 from tests.support.runs import (
     assert_same_run,
     at_update,
@@ -84,8 +84,10 @@ def test_a_batch_that_never_grows_equals_a_constant_one(tmp_path: Path, number: 
     start(tmp_path / "grows", *both, f"accumulate={{micro_batches:[{number},{2 * number}],samples:[200]}}")
     start(tmp_path / "constant", *both, f"accumulate={number}")
     assert timeless(tmp_path / "grows") == timeless(tmp_path / "constant")
+    grows, constant = result(tmp_path / "grows"), result(tmp_path / "constant")
+    del grows["progress"]["length"], constant["progress"]["length"]
     for part in ("model", "optimizer", "ema", "progress"):
-        assert same(result(tmp_path / "grows")[part], result(tmp_path / "constant")[part])
+        assert same(grows[part], constant[part])
 
 
 @pytest.mark.parametrize("step", [3, 5, 6, 8])
@@ -117,41 +119,23 @@ def test_lengthened_after_an_end_within_an_epoch(tmp_path: Path) -> None:
         resume(tmp_path, *SMALL, grows, "epochs=3", "schedule=constant")
 
 
+def growing(line: str) -> Length:
+    workload = small_workload(f"accumulate={line}")
+    return length_of_run(workload.run_config.settings, training_batches(workload), None)
+
+
 @pytest.mark.parametrize("milestones", ["steps:[4,5]", "epochs:[1,1.5]", "samples:[90,140]"])
 def test_milestones_in_every_unit(milestones: str) -> None:
-    workload = small_workload(f"accumulate={{micro_batches:[2,4,6],{milestones}}}")
-    growth = workload.run_config.settings.batch_growth
-    assert growth is not None
-    built = batch_growth(growth, training_batches(workload))
-    assert (built.starts, built.counts) == ([0, 4, 6], [1, 2, 3])
+    length = growing(f"{{micro_batches:[2,4,6],{milestones}}}")
+    assert (length.starts, length.counts) == ((0, 4, 6), (1, 2, 3))
 
 
 def test_a_milestone_within_a_batch_takes_effect_with_the_next_one() -> None:
     """Of 90 samples in batches of 25, 100 samples end within batch 5 (from 0: 4), and 140 with batch 6."""
-    workload = small_workload("accumulate={micro_batches:[1,2,3],samples:[100,140]}")
-    growth = workload.run_config.settings.batch_growth
-    assert growth is not None
-    assert batch_growth(growth, training_batches(workload)).starts == [0, 5, 6]
+    assert growing("{micro_batches:[1,2,3],samples:[100,140]}").starts == (0, 5, 6)
 
 
 def test_a_batch_that_is_larger_than_an_epoch() -> None:
-    workload = small_workload("accumulate={micro_batches:[1,5],steps:[9]}")
-    growth = workload.run_config.settings.batch_growth
-    assert growth is not None
     message = r"^accumulate.micro_batches=\[1, 5\]: a batch of 125 samples is larger than an epoch \(90\)"
     with pytest.raises(UserError, match=message):
-        batch_growth(growth, training_batches(workload))
-
-
-@pytest.mark.parametrize("starts", [[0], [0, 3], [0, 7, 8], [0, 5, 15], [0, 20, 100]])
-@pytest.mark.parametrize("per_epoch", [5, 7])
-def test_updates_and_batches_count_alike(starts: list[int], per_epoch: int) -> None:
-    """Against counting one update after the other."""
-    growth = BatchGrowth(starts, [1, 2, 5][: len(starts)], per_epoch)
-    t = 0
-    for updates in range(60):
-        assert (growth.batches(updates), growth.updates(t)) == (t, updates)
-        step = [count for start, count in zip(starts, (1, 2, 5), strict=False) if start <= t][-1]
-        t = min(t + step, (t // per_epoch + 1) * per_epoch)
-    for (_, before), (updates, after) in itertools.pairwise((n, growth.batches(n)) for n in range(30)):
-        assert all(growth.updates(inside) == updates for inside in range(before + 1, after + 1))
+        growing("{micro_batches:[1,5],steps:[9]}")

@@ -32,9 +32,10 @@ from dlopt.training.evaluate import evaluate
 from dlopt.training.loop import Trainer
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Intervals, Length, Progress
+from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Step, StepSettings, UpdateRecord
 from dlopt.training.stopping import Best, Early, Never
+from tests.support.lengths import constant
 from tests.support.runs import same, without_time
 from tests.support.steps import whole
 from tests.support.tasks import CLASSIFICATION
@@ -175,12 +176,12 @@ def training(
     return Trainer(
         step=step,
         update=step.update,
-        length=Length(steps, 1, steps_per_epoch, steps),
+        length=constant(steps, steps_per_epoch),
         intervals=Intervals(**intervals),
         average=average,
         normalize=nn.Identity(),
         config={"name": "try"},
-        progress=Progress(horizon=15),
+        progress=Progress(),
         train_metrics=train_metrics,
         **arguments | changed,
     )

@@ -26,10 +26,12 @@ from dlopt.training import loop as loop
 from dlopt.training.checkpoint import checkpoints
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
-from dlopt.training.progress import TrainingRun, run_length
+from dlopt.training.length import with_ends
+from dlopt.training.progress import TrainingRun
 from dlopt.training.step import Step
 from tests.support.choices import names
 from tests.support.faults import flip_bit, no_generator_restored, no_position_restored
+from tests.support.lengths import constant
 from tests.support.runs import (
     assert_same_run,
     at_update,
@@ -396,9 +398,10 @@ def test_refuses_a_length_that_is_done(stopped: Stopped, tmp_path: Path) -> None
 def test_counts_an_epoch_that_steps_ended_early(epoch: int, position: int, epochs: int) -> None:
     """The console showed epoch 4/3 of a run of 6 updates that was resumed with 12."""
     settings = run_config(*SMALL, "steps=12").settings
-    progress = {"epoch": epoch, "position": position, "step": 6, "horizon": 12}
-    assert run_length(settings, STEPS_PER_EPOCH, None).epochs == 3
-    assert run_length(settings, STEPS_PER_EPOCH, Checkpoint({"progress": progress})).epochs == epochs
+    of_data = constant(6, STEPS_PER_EPOCH, 12)
+    progress = {"epoch": epoch, "position": position, "step": 6, "length": of_data.state_dict()}
+    assert with_ends(of_data, settings, None).epochs == 3
+    assert with_ends(of_data, settings, Checkpoint({"progress": progress})).epochs == epochs
 
 
 def test_longer_run_keeps_its_schedule(whole: Path, tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ from dlopt.extend import Role, UserError, role_of, show
 from dlopt.lab.judge.proposal import CODE, SIDES, Equal, Side, differing
 
 if TYPE_CHECKING:
-    from dlopt.data.batches import Batches
     from dlopt.extend import RunConfig, Workload
-    from dlopt.training.progress import Length
 
 
 def check_equal(base: Side, change: Side, equal: Equal) -> None:
@@ -34,24 +32,25 @@ def equal_length(base: Side, change: Side, equal: Equal) -> dict[str, Any]:
 
     Reads the data and builds both models; for equal=time, trains both for some seconds. Raises `UserError`.
     """
+    from dlopt.basics.length import UpdateCount
     from dlopt.extend import build_workload, training_batches
-    from dlopt.training.progress import length_of_run
+    from dlopt.training.length import length_of_run
 
     configs = [_with_a_rate(side.plan.run_config) for side in (base, change)]
     workloads = [build_workload(config) for config in configs]
-    batches = [training_batches(each) for each in workloads]
-    lengths = [length_of_run(config.settings, each, None) for config, each in zip(configs, batches, strict=True)]
-    steps = updates = lengths[0].steps
+    batches = (training_batches(each) for each in workloads)
+    of_base, of_change = (length_of_run(each.settings, of, None) for each, of in zip(configs, batches, strict=True))
+    steps = updates = int(of_base.updates)
     cost = 1.0
     if equal == "time":
         cost = _seconds_ratio(*configs)
         updates = max(round(steps / cost), 1)
     elif equal == "flops":
-        of_base, of_change = (_flops(side, workload) for side, workload in zip(SIDES, workloads, strict=True))
-        requested = _samples(batches[0], lengths[0], steps) * of_base / of_change  # samples
+        flops, flops_of_change = (_flops(side, workload) for side, workload in zip(SIDES, workloads, strict=True))
+        requested = of_base.samples(of_base.updates) * flops / flops_of_change  # samples
 
         def trained(number: int) -> int:
-            return _samples(batches[1], lengths[1], number)
+            return of_change.samples(UpdateCount(number))
 
         updates = bisect_left(range(math.ceil(requested)), requested, key=trained)  # an update has a sample or more
         updates = max(min(updates - 1, updates, key=lambda number: abs(trained(number) - requested)), 1)
@@ -77,12 +76,6 @@ def _flops(side: str, workload: "Workload") -> float:
     if not flops or optimizer_traits(build_optimizer(workload)).evaluations != "once":
         raise UserError(f"equal=flops: those of the {side} are not known; use equal=time or equal=updates")
     return flops
-
-
-def _samples(batches: "Batches", length: "Length", updates: int) -> int:
-    """Returns the samples of the first updates of a run."""
-    epochs, rest = divmod(length.batches(updates), len(batches))
-    return epochs * batches.count + rest * batches.batch_size
 
 
 def _seconds_ratio(*configs: "RunConfig") -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from dlopt.basics.length import UpdateCount
 from dlopt.extend import RunConfig, Trainer, UserError, build_workload, probe_trainer
 from dlopt.instruments.measuring_ranks import RankOutcome, run_rank
 from dlopt.instruments.profiling import collective_times
@@ -112,7 +113,7 @@ def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
     def update() -> int:
         batch = next(batches)
         trainer.update(batch, progress.step)
-        progress.step += 1
+        progress.step = UpdateCount(progress.step + 1)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return len(batch.targets)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from dlopt import schedules
 from dlopt.basics.errors import UserError
+from dlopt.basics.length import Length
 from dlopt.basics.random import stream
 from dlopt.config.schema import Component
 from dlopt.losses import sampling_obstacle
@@ -32,7 +33,6 @@ from dlopt.training.builders.rounding import round_updates
 from dlopt.training.builders.speed import GRAPH_MODES
 from dlopt.training.builders.workload import Workload, batch_size
 from dlopt.training.clipping import Adaptive, ByValue, Unclipped
-from dlopt.training.progress import Length
 
 log = logging.getLogger(__name__)
 
@@ -309,16 +309,16 @@ def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool
 def build_schedule(workload: Workload, optimizer: Optimizer, length: Length) -> Scheduler:
     run_config = workload.run_config
     factor = schedules.build(
-        run_config.build_schedule, run_config.warmup, steps=length.horizon, steps_per_epoch=length.steps_per_epoch
+        run_config.build_schedule, run_config.warmup, steps=length.horizon, steps_per_epoch=length.per_epoch
     )
     # Frozen parameters have no gradients. That must not affect the others, for example in norms over all layers.
     traits = optimizer_traits(optimizer)
     is_independent = run_config.clip.target in (Unclipped, ByValue, Adaptive) and traits.scope != "model"
     freezes = workload.parallel.ranks.processes == 1 and is_independent and traits.rests_at_zero_lr
-    horizon = schedules.Horizon(0, length.horizon, length.steps_per_epoch)
-    decay, growth = run_config.decay.build(horizon=horizon), length.growth
+    horizon = schedules.Horizon(0, length.horizon, length.per_epoch)
+    decay = run_config.decay.build(horizon=horizon)
     ratio = LR_SCALES.get(run_config.settings.scale_lr)
-    scale = None if growth is None or ratio is None else lambda t: ratio(growth.count(t))
+    scale = None if ratio is None or not length.grows else lambda t: ratio(length.count(t))
     return Scheduler(optimizer, factor, freezes=freezes, decay=decay, scale=scale)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dlopt.basics.errors import UserError
+from dlopt.basics.length import Length
 from dlopt.data.batches import Batches
 from dlopt.data.samplers import LossAwareSampler
 from dlopt.metrics.sums import MetricSum, sample_losses
@@ -23,10 +24,11 @@ from dlopt.training.builders.workload import Workload, data_spec
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
 from dlopt.training.evaluate import check_tta, has_train_accuracy, reduction, validation
+from dlopt.training.length import evaluation_interval, length_of_run
 from dlopt.training.loop import Trainer
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Clock, Intervals, Length, Progress, evaluation_interval, length_of_run
+from dlopt.training.progress import Clock, Intervals, Progress
 from dlopt.training.step import EpochBatches, Observer
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
@@ -78,8 +80,8 @@ def build_trainer(
     # 3. The update: of the network as the observers wrap it, with the metrics that it adds up.
     network: Network = workload.network
     observed: EpochBatches = batches
-    if length.growth is not None:
-        observed = GrowingBatches(batches, length.growth, tracking.message)
+    if length.grows:
+        observed = GrowingBatches(batches, length, tracking.message)
     for observer in observers:
         network, observed = observer.instrument(network, observed)
     if not workload.parallel.ranks.is_main:
@@ -111,9 +113,7 @@ def build_trainer(
         update=update,
         batches=observed,
         length=length,
-        progress=Progress(
-            horizon=length.horizon, steps_per_epoch=length.steps_per_epoch, data=data_spec(workload), found_lr=found_lr
-        ),
+        progress=Progress(data=data_spec(workload), found_lr=found_lr),
         intervals=build_intervals(workload, schedule, length),
         validate=validation(workload, optimizer, average, tracking.evaluating),
         best=Best(settings.monitor, direction=direction_of(settings.monitor)),
@@ -155,7 +155,7 @@ def build_average(workload: Workload, length: Length) -> WeightAverage | None:
     if settings.ema is None:
         return None
     if settings.ema == "tail":
-        return TailAverage(workload.module, length.steps)
+        return TailAverage(workload.module, length.updates)
     return ExponentialAverage(workload.module, settings.ema, warmup=settings.ema_warmup)
 
 

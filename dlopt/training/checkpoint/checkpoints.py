@@ -32,6 +32,7 @@ from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import content, sharded
 from dlopt.training.checkpoint.content import KEYS, Checkpoint
+from dlopt.training.checkpoint.older import with_length
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class Checkpoints:
         self.folder.mkdir(exist_ok=True)
         # The shards first: a crash after this line leaves shards to which no file refers, not a file without shards.
         sharded.copy(path, state, self.folder)
-        state = Checkpoint(state).with_run_id(run_id, **changed)
+        state = Checkpoint(with_length(state, path)).with_run_id(run_id, **changed)
         self._write(self.folder / f"{name}.pt", state)
 
     @disk_in_use()
@@ -299,7 +300,7 @@ def load(path: Path) -> Checkpoint:
             raise UserError(f"checkpoint={path}: {damage}")
     if (damage := content.damage(state)) is not None:
         raise UserError(f"checkpoint={path}: its content is damaged: {damage}")
-    return Checkpoint(state)
+    return Checkpoint(with_length(state, path))
 
 
 def load_of_run(folder: RunFolder, config: Mapping[str, Any]) -> Checkpoint | None:

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 from dlopt.adapt import merged
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
+from dlopt.basics.length import BatchCount, Length, UpdateCount
 from dlopt.basics.plain_values import check_plain, join
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.metrics.names import Direction
@@ -47,7 +48,8 @@ class Checkpoint:
     ) -> dict[str, Any]:
         """Returns the state as one of another run. `config` and `horizon` are those of that run; None: the same."""
         saved = self.config if config is None else config
-        progress = self._progress if horizon is None else {**self._progress, "horizon": horizon}
+        length = {**self._progress["length"], "horizon": horizon} if horizon is not None else None
+        progress = self._progress if length is None else {**self._progress, "length": length}
         return {**self.state, "config": {**saved, "run_id": run_id}, "progress": progress}
 
     # -- weights, and state dicts by their owner
@@ -94,14 +96,14 @@ class Checkpoint:
         return int(self._progress["epoch"])
 
     @property
-    def position(self) -> int:
+    def position(self) -> BatchCount:
         """Completed batches of the current epoch."""
-        return int(self._progress["position"])
+        return BatchCount(self._progress["position"])
 
     @property
-    def step(self) -> int:
+    def step(self) -> UpdateCount:
         """Completed updates."""
-        return int(self._progress["step"])
+        return UpdateCount(self._progress["step"])
 
     @property
     def seconds(self) -> float:
@@ -109,14 +111,9 @@ class Checkpoint:
         return float(self._progress["seconds"])
 
     @property
-    def horizon(self) -> int:
-        """Batches over which the schedule runs: updates, unless the batch grows."""
-        return int(self._progress["horizon"])
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Batches of an epoch; None if an earlier version wrote the checkpoint."""
-        return self._progress.get("steps_per_epoch")
+    def length(self) -> Length:
+        """Of the run; of an earlier version, whose checkpoint does not say it, as far as it is known (`older.py`)."""
+        return Length.restored(self._progress["length"])
 
     @property
     def found_lr(self) -> float | None:
@@ -196,6 +193,14 @@ def _columns(value: Any) -> Any:
     return value
 
 
+def _length(value: Any) -> Any:
+    try:
+        Length.restored(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"describes no length: {error}") from None
+    return value
+
+
 _Count = Annotated[StrictInt, Field(ge=0, le=2**53)]
 _Number = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Float = Annotated[float, Field(strict=True)]
@@ -233,7 +238,8 @@ class _Progress(TypedDict):
     samples: NotRequired[_Count | None]
     evaluated_samples: NotRequired[_Count | None]
     peak_memory: NotRequired[_Count]
-    horizon: _Count
+    length: NotRequired[Annotated[dict[StrictStr, _Count | list[_Count]], AfterValidator(_length)]]
+    horizon: NotRequired[_Count]  # these two instead of `length`: of earlier versions
     steps_per_epoch: NotRequired[_Count]
     resumed_from: list[_Count]
     found_lr: _Number | None
@@ -273,7 +279,7 @@ def damage(state: Mapping[str, Any], *, whole: bool = True) -> str | None:
         first = error.errors(include_url=False, include_context=False)[0]
         key = printable(".".join(map(str, first["loc"])))
         return f"{key[:80]}: {first['msg'].removeprefix('Value error, ')}"
-    return None
+    return None if state["progress"].keys() & {"length", "horizon"} else "progress.length: Field required"
 
 
 _READABLE = {

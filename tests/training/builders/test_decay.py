@@ -11,8 +11,8 @@ from dlopt.basics.errors import UserError
 from dlopt.optim.cautious_decay import CautiousDecay
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule
 from dlopt.training.builders.workload import build_workload
-from dlopt.training.progress import Length
 from tests.support.equality import compare
+from tests.support.lengths import constant
 from tests.support.modes import FSDP
 from tests.support.runs import run_config, small_workload
 from tests.support.sizes import MLP, without
@@ -70,7 +70,7 @@ def test_the_default_changes_nothing() -> None:
     workload = small_workload("optimizer=adamw")
     optimizer = build_optimizer(workload)
     assert type(optimizer) is torch.optim.AdamW and not isinstance(optimizer, CautiousDecay)
-    schedule = build_schedule(workload, optimizer, Length(40, 4, 10, 40))
+    schedule = build_schedule(workload, optimizer, constant(40, 10))
     assert schedule.decay is None and set(schedule.state_dict()) == {"last_epoch", "base_lrs", "component"}
     assert "normalized" not in optimizer.param_groups[0]
 
@@ -103,7 +103,7 @@ def test_width_of_mup() -> None:
     def per_update(width: int, *more: str) -> dict[str, float]:
         workload = build_workload(run_config(*keys, f"model.widths=[{width},{width}]", *more))
         optimizer = build_optimizer(workload)
-        build_schedule(workload, optimizer, Length(40, 4, 10, 40)).step(20)
+        build_schedule(workload, optimizer, constant(40, 10)).step(20)
         products = {p: g["lr"] * g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
         return {name: products[p] for name, p in workload.module.named_parameters()}
 

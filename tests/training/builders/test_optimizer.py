@@ -23,7 +23,7 @@ from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
-from dlopt.training.progress import Length
+from tests.support.lengths import constant
 from tests.support.runs import resume, run_config, small_workload, start
 from tests.support.sizes import SMALL, without
 
@@ -107,7 +107,7 @@ def test_freezes_finished_groups_only_where_others_do_not_depend_on_their_gradie
 ) -> None:
     """A norm over all layers would lack the gradients of the frozen ones. Some methods move at a learning rate of 0."""
     workload = small_workload("optimizer.groups=[{match: '*1*', horizon: 0.5}]", "schedule=linear", *overrides)
-    schedule = build_schedule(workload, build_optimizer(workload), Length(40, 4, 10, 40))
+    schedule = build_schedule(workload, build_optimizer(workload), constant(40, 10))
     for _ in range(30):
         schedule.step()
     assert schedule.resting == 1 and all(p.requires_grad for p in workload.module.parameters()) != freezes
