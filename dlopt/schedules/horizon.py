@@ -1,9 +1,9 @@
-"""`Horizon` (the lengths of a run), the functions that curves are composed of, and the warmup of any schedule."""
+"""`Horizon` (the lengths of a run), functions that curves are composed of, the warmup, and `Schedule`: the contract."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 from dlopt.basics.calls import can_call
 from dlopt.basics.errors import UserError
@@ -84,44 +84,89 @@ class Warmup:
         return length
 
 
-def momentum_of(factor: Factor) -> Factor | None:
-    """Returns the momentum that a schedule sets, as a function of the update t; None if it sets none."""
-    component = getattr(factor, "component", factor)
-    momentum: Factor | None = getattr(component, "momentum", None)
-    return momentum if callable(momentum) and getattr(component, "cycle_momentum", True) else None
+class FollowsMetrics(Protocol):
+    """A schedule whose factor depends on evaluations, and which therefore has a state, for the checkpoint."""
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Receives the metrics of an evaluation, which are equal on all ranks."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class WarmedUp:
-    """A schedule multiplied by a warmup factor over the first `length` updates.
+@dataclass(frozen=True)
+class Schedule:
+    """What a choice sets. All functions but `follows` are pure functions of the update t, from 0.
+
+    Attributes:
+        factor: of the peak learning rate in update t.
+        momentum: in update t, or betas[0]; None to leave it as it is.
+        requires_momentum: refuse an optimizer without momentum, and set one of 0, too.
+        ended_cycle: the number, from 1, of the cycle whose last update is t; None if t is not the last of one.
+        restarts: updates at which another cycle starts.
+        follows: the choice, if it follows metrics.
+    """
+
+    factor: Factor
+    momentum: Factor | None = None
+    requires_momentum: bool = True
+    ended_cycle: Callable[[int], int | None] | None = None
+    restarts: Sequence[float] = ()
+    follows: FollowsMetrics | None = None
+
+    @classmethod
+    def of(cls, choice: Any) -> "Schedule":
+        """Returns the schedule of a choice: a function of t, or an object that also has other members."""
+        if isinstance(choice, Schedule):
+            return choice
+        momentum, cycles = getattr(choice, "momentum", None), getattr(choice, "cycle_momentum", True)
+        return cls(
+            choice,
+            momentum if callable(momentum) and cycles else None,
+            requires_momentum=cycles != "auto",
+            ended_cycle=getattr(choice, "ended_cycle", None),
+            restarts=getattr(choice, "restarts", ()),
+            follows=choice if any(hasattr(choice, name) for name in _FOLLOWING) else None,
+        )
+
+    def __call__(self, t: float) -> float:
+        return self.factor(t)
+
+
+_FOLLOWING = {"update": 1, "state_dict": 0, "load_state_dict": 1}  # members of `FollowsMetrics`: arguments
+
+
+def warmed_up(factor: Factor, length: int, start: float, shape: Literal["linear", "constant"]) -> Factor:
+    """Returns a factor multiplied by that of a warmup over the first `length` updates.
 
     linear: from `start` at the first update, t = 0, to 1 at t = length, the first update after the warmup (torch's
     LinearLR, timm). With start = 0 that would waste an update on a learning rate of zero: then the factor is
     (t + 1) / (length + 1), as in nanoGPT. constant: `start` for t < length.
     """
-
-    def __init__(self, component: Factor, length: int, start: float, shape: Literal["linear", "constant"]) -> None:
-        self.component, self.length, self.start = component, length, start
-        # Without a start the line begins one update earlier, outside the run.
-        self._lead = 1 if start == 0 else 0
-        self._slope = (1.0 - start) / (length + self._lead) if shape == "linear" else 0.0
-
-    def __call__(self, t: float) -> float:
-        if t >= self.length:
-            return self.component(t)
-        return (self.start + self._slope * (t + self._lead)) * self.component(t)
+    lead = 1 if start == 0 else 0  # without a start the line begins one update earlier, outside the run
+    slope = (1.0 - start) / (length + lead) if shape == "linear" else 0.0
+    return lambda t: factor(t) if t >= length else (start + slope * (t + lead)) * factor(t)
 
 
-def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_per_epoch: float) -> Factor:
+def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_per_epoch: float) -> Schedule:
     """Builds the schedule of a run of `steps` updates. `factory`: a choice with all arguments bound but `horizon`.
 
-    Raises `UserError` if the choice returns no function of t, or one that returns no number.
+    Raises `UserError` if the choice does not return what `Schedule` requires.
     """
     length = warmup.length(steps, steps_per_epoch)
-    component = factory(horizon=Horizon(length, steps, steps_per_epoch))
-    for function in (component, momentum_of(component) or component):
+    schedule = Schedule.of(factory(horizon=Horizon(length, steps, steps_per_epoch)))
+    found, ended_cycle, follows = type(schedule.factor).__name__, schedule.ended_cycle, schedule.follows
+    for function in (schedule.factor, schedule.momentum or schedule.factor):
         if not can_call(function, 1) or not hasattr(function(0.0), "__float__"):
             raise UserError(
-                f"schedule: returns {type(component).__name__}; must return a function from the update t, its only "
+                f"schedule: returns {found}; must return a function from the update t, its only "
                 "argument, to a factor of the learning rate, a number (momentum(t): to the momentum)"
             )
-    return WarmedUp(component, length, warmup.warmup_start, warmup.warmup_shape) if length else component
+    if ended_cycle is not None and not can_call(ended_cycle, 1):
+        raise UserError(f"schedule: {found}.ended_cycle must be callable as ended_cycle(t)")
+    if follows is not None and not all(can_call(getattr(follows, name, None), n) for name, n in _FOLLOWING.items()):
+        raise UserError(f"schedule: {found} must have update(metrics), state_dict() and load_state_dict(state)")
+    if not length:
+        return schedule
+    return replace(schedule, factor=warmed_up(schedule.factor, length, warmup.warmup_start, warmup.warmup_shape))

@@ -1,7 +1,7 @@
 """`Scheduler` applies a schedule's factors to an optimizer; `Plateau` is the schedule that follows a metric."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,52 +12,54 @@ from dlopt.basics.ranges import Natural, NonNegative, OpenFraction, Probability
 from dlopt.metrics.names import Direction, known_direction, lower_is_better
 from dlopt.optim.traits import is_schedule_free
 from dlopt.schedules.decay import WeightDecay
-from dlopt.schedules.horizon import Factor, Horizon, momentum_of
+from dlopt.schedules.horizon import Factor, Horizon, Schedule
 
 
 class Scheduler(torch.optim.lr_scheduler.LRScheduler):
-    """Sets the learning rate of each group to its base times `factor(t)`; update t uses factor(t), t from 0.
+    """Sets the learning rate of each group to its base times `schedule.factor(t)`; update t uses factor(t), t from 0.
 
     A group with `horizon` h, a fraction of the run, uses factor(t / h): its schedule ends after that fraction, and the
     factor stays at its final value; a momentum that the schedule cycles as well. While its learning rate is zero, or
     always if its base is zero, a group rests: an update changes none of its parameters, even with an optimizer whose
     steps do not follow the learning rate (Rprop), continue by momentum (LARS), or follow an average (schedule-free).
     With `freezes`, the parameters of a group with a horizon then have requires_grad=False, which saves time and changes
-    no result. `resting` counts the groups that rest.
+    no result.
 
     With `decay`, also sets the weight decay of each group to its base times the factor of `decay`. With `scale`,
     multiplies all learning rates by scale(t): of a batch that grows, whose updates advance t by several steps.
 
     A standard LRScheduler: call `step()` after every update. For speed it omits torch's order checks and its copy of
-    all values. Learning rates that are tensors are changed in place, as CUDA graphs require.
+    all values. Values that are tensors are changed in place, as CUDA graphs require.
+
+    Attributes:
+        rate: learning rate of the next update, as a float: of the first group without multipliers, if any.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        factor: Factor,
+        schedule: Schedule | Factor,
         *,
         freezes: bool = False,
         decay: WeightDecay | None = None,
         scale: Factor | None = None,
     ) -> None:
-        self.factor = factor
-        self._scale = scale
-        self._component: Any = getattr(factor, "component", factor)
-        momentum = momentum_of(factor)
-        is_auto = getattr(self._component, "cycle_momentum", True) == "auto"
+        self.schedule = Schedule.of(schedule)
+        self.ended_cycle, self.restarts = self.schedule.ended_cycle, self.schedule.restarts
+        self._factor, self._scale = self.schedule.factor, scale
         groups = optimizer.param_groups
         # Schedule-free optimizers use this key to interpolate between points: changed, it would move their average.
-        averages = is_schedule_free(type(optimizer))
-        is_required = momentum is not None and not is_auto
-        if is_required and (averages or not all("momentum" in g or "betas" in g for g in groups)):
-            raise UserError(
-                f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas to cycle; "
-                "set auto or false (the attribute cycle_momentum of a schedule of your own that has momentum(t))"
-            )
-        # auto leaves a momentum of 0 off: gradient descent must not become another method.
-        self._cycles = [momentum is not None and (not is_auto or _momentum(g) != 0) for g in groups]
-        self.cycles_momentum = any(self._cycles) and not averages
+        averages, is_required = is_schedule_free(type(optimizer)), self.schedule.requires_momentum
+        self._cycled: list[int] = []  # groups whose momentum it sets
+        if self.schedule.momentum is not None:
+            if is_required and (averages or not all("momentum" in g or "betas" in g for g in groups)):
+                raise UserError(
+                    f"schedule.cycle_momentum=true: {type(optimizer).__name__} has neither momentum nor betas to "
+                    "cycle; set auto or false (the attribute cycle_momentum of a schedule of your own that has "
+                    "momentum(t))"
+                )
+            # auto leaves a momentum of 0 off: gradient descent must not become another method.
+            self._cycled = [] if averages else [i for i, g in enumerate(groups) if is_required or _momentum(g) != 0]
         self.decay = decay
         # (index, weight decay, peak rate) of each group whose decay it sets. Kept here: a restored optimizer has the
         # decay of its last update, not the base.
@@ -67,21 +69,19 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             if decay is not None and group.get("normalized", not decay.normalized_only)
         ]
         self._horizons = [group.get("horizon", 1.0) for group in groups]
+        if self.schedule.follows is not None and any(horizon != 1.0 for horizon in self._horizons):
+            raise UserError(
+                "optimizer.groups: horizon is a fraction of the schedule, but schedule=plateau has no length"
+            )
         # Rules may give the first group another rate than optimizer.lr, such as the smallest one with layer_decay.
         lr = getattr(optimizer, "base", optimizer).defaults.get("lr")  # SAM has the groups of its base
         plain = (g["lr"] == lr and horizon == 1.0 for g, horizon in zip(groups, self._horizons, strict=True))
         self._shown = next((index for index, is_plain in enumerate(plain) if is_plain), 0)
-        if any(horizon != 1.0 for horizon in self._horizons) and hasattr(self._component, "update"):
-            raise UserError(
-                "optimizer.groups: horizon is a fraction of the schedule, but schedule=plateau has no length"
-            )
         self._freezes = freezes
         self._rests = [False] * len(groups)
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # parameter that rests and its values, in an update
-        self.rate = 0.0  # learning rate of the next update, as a float: of the first group without multipliers, if any
+        self.rate = 0.0
         self._base_floats: list[float] = []  # base_lrs as floats; empty if they must be read again
-        self.ended_cycle: Callable[[int], int | None] | None = getattr(self._component, "ended_cycle", None)
-        self.restarts: Sequence[float] = getattr(self._component, "restarts", ())
         if any(group["lr"] == 0 or group.get("horizon", 1.0) != 1.0 for group in groups):
             optimizer.register_step_pre_hook(self._keep)
             optimizer.register_step_post_hook(self._restore)
@@ -93,46 +93,53 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._apply()
 
     def _apply(self) -> None:
+        groups = self.optimizer.param_groups
+        factors = self._factors()
+        lrs = self._lrs(factors)
+        self._rest(factors)
+        self.rate = lrs[self._shown]
+        for group, lr in zip(groups, lrs, strict=True):
+            _set(group, "lr", lr)
+        if self.decay is not None:
+            for i, base, peak in self._decayed:
+                factor = self.decay.factor(self.last_epoch / self._horizons[i], factors[i], peak)
+                _set(groups[i], "weight_decay", float(base * factor))
+        for i in self._cycled:
+            momentum = self._momentum(i, self.last_epoch)
+            if "betas" in groups[i]:
+                groups[i]["betas"] = (momentum, *groups[i]["betas"][1:])
+            else:
+                groups[i]["momentum"] = momentum
+
+    def _factors(self) -> list[float]:
+        """Returns the factor of each group, computed once per horizon."""
+        factors = {horizon: self._factor(self.last_epoch / horizon) for horizon in set(self._horizons)}
+        return [factors[horizon] for horizon in self._horizons]
+
+    def _lrs(self, factors: list[float]) -> list[float]:
         if not self._base_floats:
             self._base_floats = [float(lr) for lr in self.base_lrs]
-        factors = self._factors()
-        self._rest(factors)
         # A factor of a user's own may be a number of NumPy, which cannot be read from a checkpoint.
         lrs = [float(base * factor) for base, factor in zip(self._base_floats, factors, strict=True)]
-        if self._scale is not None:
-            lrs = [lr * self._scale(self.last_epoch) for lr in lrs]
-        self.rate = lrs[self._shown]
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            if type(group["lr"]) is float or not isinstance(group["lr"], torch.Tensor):  # the first test is faster
-                group["lr"] = lr
-            else:
-                group["lr"].fill_(lr)
-        if self.decay is not None:
-            self._set_decay(self.decay, factors)
-        if self.cycles_momentum:
-            groups = self.optimizer.param_groups
-            for group, cycles, horizon in zip(groups, self._cycles, self._horizons, strict=True):
-                if not cycles:
-                    continue
-                momentum = float(self._component.momentum(self.last_epoch / horizon))
-                if "betas" in group:
-                    group["betas"] = (momentum, *group["betas"][1:])
-                elif "momentum" in group:
-                    group["momentum"] = momentum
+        return lrs if self._scale is None else [lr * self._scale(self.last_epoch) for lr in lrs]
 
-    def _set_decay(self, decay: WeightDecay, factors: list[float]) -> None:
-        for i, base, peak in self._decayed:
-            factor = decay.factor(self.last_epoch / self._horizons[i], factors[i], peak)
-            group = self.optimizer.param_groups[i]
-            if isinstance(group["weight_decay"], torch.Tensor):  # a CUDA graph reads it
-                group["weight_decay"].fill_(float(base * factor))
-            else:
-                group["weight_decay"] = float(base * factor)
+    def _momentum(self, group: int, update: int) -> float:
+        assert self.schedule.momentum is not None
+        return float(self.schedule.momentum(update / self._horizons[group]))
+
+    @property
+    def cycles_momentum(self) -> bool:
+        return bool(self._cycled)
 
     @property
     def decayed_groups(self) -> list[int]:
         """The parameter groups whose weight decay the schedule changes between updates."""
         return [i for i, _, _ in self._decayed] if self.decay is not None and self.decay.varies else []
+
+    @property
+    def resting(self) -> int:
+        """The number of groups that rest."""
+        return sum(self._rests)
 
     def weight_decay(self, update: int) -> float | None:
         """Returns the weight decay in an update (from 0); None if no schedule sets it.
@@ -144,26 +151,16 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
             return None
         i, base, peak = next((each for each in decayed if each[0] == self._shown), decayed[0])
         t = update / self._horizons[i]
-        return base * self.decay.factor(t, self.factor(t), peak)
+        return base * self.decay.factor(t, self._factor(t), peak)
 
     def momentum(self, update: int) -> float | None:
         """Returns the momentum, or betas[0], in an update (from 0); None if the schedule sets none.
 
         Belongs to the group of `rate`, or to the first group whose momentum the schedule sets.
         """
-        if not self.cycles_momentum:
+        if not self._cycled:
             return None
-        i = self._shown if self._cycles[self._shown] else self._cycles.index(True)
-        return float(self._component.momentum(update / self._horizons[i]))
-
-    def _factors(self) -> list[float]:
-        """Returns the factor of each group, computed once per horizon."""
-        factors = {horizon: self.factor(self.last_epoch / horizon) for horizon in set(self._horizons)}
-        return [factors[horizon] for horizon in self._horizons]
-
-    @property
-    def resting(self) -> int:
-        return sum(self._rests)
+        return self._momentum(self._shown if self._shown in self._cycled else self._cycled[0], update)
 
     def _rest(self, factors: list[float]) -> None:
         """Finds the resting groups, and freezes or unfreezes the parameters of groups with a horizon."""
@@ -192,29 +189,36 @@ class Scheduler(torch.optim.lr_scheduler.LRScheduler):
         self._kept.clear()
 
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Passes the metrics of an evaluation to a schedule that uses them; takes effect at the next update."""
-        if hasattr(self._component, "update"):
-            self._component.update(metrics)
+        """Passes the metrics of an evaluation to a schedule that follows them; takes effect at the next update."""
+        if self.schedule.follows is not None:
+            self.schedule.follows.update(metrics)
             self._apply()
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        scale = 1.0 if self._scale is None else self._scale(self.last_epoch)
-        return [base * factor * scale for base, factor in zip(self.base_lrs, self._factors(), strict=True)]
+        return [*self._lrs(self._factors())]
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
         lrs = [group["lr"] for group in self.optimizer.param_groups]
         return [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        component = self._component.state_dict() if hasattr(self._component, "state_dict") else None
+        follows = self.schedule.follows
+        component = None if follows is None else follows.state_dict()
         return {"last_epoch": self.last_epoch, "base_lrs": list(self.base_lrs), "component": component}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_epoch, self.base_lrs = state_dict["last_epoch"], list(state_dict["base_lrs"])
         self._base_floats = []
-        if state_dict["component"] is not None:
-            self._component.load_state_dict(state_dict["component"])
+        if self.schedule.follows is not None and state_dict["component"] is not None:
+            self.schedule.follows.load_state_dict(state_dict["component"])
         self._apply()
+
+
+def _set(group: dict[str, Any], key: str, value: float) -> None:
+    if type(group[key]) is float or not isinstance(group[key], torch.Tensor):  # the first test is faster
+        group[key] = value
+    else:
+        group[key].fill_(value)
 
 
 def _momentum(group: Mapping[str, Any]) -> float:

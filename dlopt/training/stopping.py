@@ -36,6 +36,7 @@ class Stopping(Protocol):
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Processes the metrics of an evaluation, which are equal on all ranks."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, for the checkpoint: numbers and texts."""
@@ -55,6 +56,8 @@ class Rule(Stopping):
     """A rule whose state consists of the attributes `state_names`."""
 
     state_names: ClassVar[tuple[str, ...]] = ()
+
+    def update(self, metrics: Mapping[str, Any]) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.state_names}

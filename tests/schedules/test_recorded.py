@@ -44,14 +44,14 @@ def test_factors(name: str) -> None:
     for number, keys in enumerate(CASES[name]):
         warmup = {} if "warmup_epochs" in keys else {"warmup_steps": 0}
         factor = make(name, steps, 6.25, **{"warmup_epochs": None, "warmup_fraction": 0.0} | warmup | keys)
-        component, times = getattr(factor, "component", factor), range(steps + 3)
+        times = range(steps + 3)
         lines = {"factor": [factor(t) for t in times]}
-        if hasattr(component, "momentum"):
-            lines["momentum"] = [component.momentum(t) for t in times]
-        if hasattr(component, "ended_cycle"):
-            lines["ended"] = [t for t in times if component.ended_cycle(t)]
-            lines["cycles"] = [component.ended_cycle(t) for t in lines["ended"]]
-            lines["restarts"] = component.restarts
+        if factor.momentum is not None:
+            lines["momentum"] = [factor.momentum(t) for t in times]
+        if factor.ended_cycle is not None:
+            lines["ended"] = [t for t in times if factor.ended_cycle(t)]
+            lines["cycles"] = [factor.ended_cycle(t) or 0 for t in lines["ended"]]
+            lines["restarts"] = [*factor.restarts]
         for key, values in lines.items():
             found[f"{name} {number} {key}"] = [float(f"{value:.6g}") for value in values]
     if os.environ.get("REGENERATE_GOLDEN"):

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from dlopt import schedules
 from dlopt.basics.errors import UserError
 from dlopt.config.parameters import parameters_of
 from dlopt.optim import LARS, Muon, Rprop
-from dlopt.schedules import Factor, Horizon, Plateau, Scheduler, WarmedUp, Warmup
+from dlopt.schedules import Factor, Horizon, Plateau, Schedule, Scheduler, Warmup, warmed_up
 from tests.support.choices import names
 from tests.support.schedules import EPOCH, STEPS, make, values
 
@@ -85,8 +86,8 @@ class OwnMomentum:
 
 @pytest.mark.parametrize("kind", [partial(torch.optim.SGD, momentum=0.0), torch.optim.AdamW])
 def test_the_momentum_of_a_schedule_of_ones_own_is_set(kind: Any) -> None:
-    optimizer = kind([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = Scheduler(optimizer, WarmedUp(OwnMomentum(), 2, 0.0, "linear"))
+    optimizer, own = kind([torch.nn.Parameter(torch.zeros(1))], lr=1.0), OwnMomentum()
+    scheduler = Scheduler(optimizer, Schedule(warmed_up(own, 2, 0.0, "linear"), momentum=own.momentum))
     for t in range(4):
         group = optimizer.param_groups[0]
         assert (group["betas"][0] if "betas" in group else group["momentum"]) == 0.5 + t / 10 == scheduler.momentum(t)
@@ -110,6 +111,27 @@ class WrongMomentum(OwnMomentum):
 @pytest.mark.parametrize("own", [lambda t, u: 1.0, lambda: 1.0, lambda t: "x", lambda t: None, WrongMomentum(), None])
 def test_refuses_a_schedule_that_is_no_function_of_the_update(own: Any) -> None:
     with pytest.raises(UserError, match=r"^schedule: returns \w+; must return a function from the update t, its only"):
+        schedules.build(lambda horizon: own, NO_WARMUP, steps=1, steps_per_epoch=1)
+
+
+class WithoutState(OwnMomentum):
+    def update(self, metrics: Mapping[str, float]) -> None: ...
+
+
+class OtherCycle(OwnMomentum):
+    def ended_cycle(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (WithoutState(), r"^schedule: WithoutState must have update\(metrics\), state_dict\(\) and load_state_dict"),
+        (OtherCycle(), r"^schedule: OtherCycle\.ended_cycle must be callable as ended_cycle\(t\)$"),
+    ],
+)
+def test_refuses_a_schedule_that_breaks_its_contract(own: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         schedules.build(lambda horizon: own, NO_WARMUP, steps=1, steps_per_epoch=1)
 
 
@@ -361,16 +383,16 @@ def test_plateau_with_warmup_resumes_and_names_a_missing_metric() -> None:
     assert second.get_last_lr() == first.get_last_lr() == pytest.approx([1e-6])
     with pytest.raises(UserError, match=r"schedule\.monitor=val_loss.*val_accuracy"):
         first.update({"val_accuracy": 0.5})
-    assert isinstance(make("plateau", monitor="val_accuracy"), Plateau)
+    assert isinstance(make("plateau", monitor="val_accuracy").follows, Plateau)
 
 
 def test_plateau_maximizes_accuracies() -> None:
     factor = make("plateau", monitor="val_accuracy", patience=0)
-    assert isinstance(factor, Plateau)
+    assert isinstance(factor.follows, Plateau)
     for accuracy in (0.5, 0.6, 0.7):
-        factor.update({"val_accuracy": accuracy})
+        factor.follows.update({"val_accuracy": accuracy})
     assert factor(0) == 1.0
-    factor.update({"val_accuracy": 0.6})
+    factor.follows.update({"val_accuracy": 0.6})
     assert factor(0) == pytest.approx(0.1)
 
 
@@ -434,8 +456,7 @@ def test_warmup_may_be_as_long_as_the_training() -> None:
 def test_warmup_length_overrides_the_default_fraction() -> None:
     for name in ("cosine_warmup", "linear_warmup", "wsd"):
         by_epochs, none = make(name, warmup_epochs=5), make(name, warmup_epochs=0)
-        assert isinstance(by_epochs, WarmedUp)
-        assert by_epochs.length == 120
+        assert by_epochs(119) < by_epochs(120) == 1.0
         assert none(0) == 1.0
 
 
@@ -624,8 +645,8 @@ def test_rounding_delays_no_later_drop() -> None:
 
 
 def test_rounding_changes_neither_warmups_nor_restarts() -> None:
-    warmed_up = make("constant", steps=100, warmup_fraction=0.29)  # 0.29 * 100 = 28.999999999999996
-    assert isinstance(warmed_up, WarmedUp) and warmed_up.length == 29
+    constant = make("constant", steps=100, warmup_fraction=0.29)  # 0.29 * 100 = 28.999999999999996
+    assert constant(28) < constant(29) == 1.0
     factor: Any = make("cosine_restarts", steps=42, epoch=21, T_0_epochs=0.1, T_mult=1.0)
     assert factor.restarts[9] == 21  # ten times 2.1 is 21.000000000000004
 
@@ -717,8 +738,8 @@ def test_a_cycle_of_one_update_leaves_no_room_for_a_warmup() -> None:
 
 
 def test_plateau_starts_without_bad_evaluations() -> None:
-    plateau = make("plateau", monitor="val_loss", patience=1, factor=0.5, threshold=0.0, cooldown=0)
-    plateau = getattr(plateau, "component", plateau)
+    plateau = make("plateau", monitor="val_loss", patience=1, factor=0.5, threshold=0.0, cooldown=0).follows
+    assert isinstance(plateau, Plateau)
     assert plateau.state_dict() == {"value": 1.0, "best": math.inf, "bad": 0, "resting": 0}
     values = []
     for loss in (1.0, 1.0, 1.0, 1.0, 1.0, 0.5):

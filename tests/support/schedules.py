@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from dlopt.schedules import Factor, Warmup, build
+from dlopt.schedules import Schedule, Warmup, build
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -27,7 +27,7 @@ def values(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def make(name: str, steps: int = STEPS, epoch: float = EPOCH, **typed: Any) -> Factor:
+def make(name: str, steps: int = STEPS, epoch: float = EPOCH, **typed: Any) -> Schedule:
     assert not set(typed) - set(values(name)), typed
     keys = {**values(name), **typed}
     target = get_object(keys.pop("_target_"))

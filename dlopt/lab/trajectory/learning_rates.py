@@ -94,13 +94,15 @@ def curve(
 
     A schedule that follows a validation metric gets the same metric every `evaluate_every` epochs, i.e. no improvement.
     """
-    component: Any = getattr(factor, "component", factor)
+    from dlopt.schedules import Schedule
+
+    schedule: Any = Schedule.of(factor)
     stride = math.ceil(steps / _POINTS)
     between = max(round(evaluate_every * steps_per_epoch), 1)
     epochs, rates, evaluations = [], [], 0
     for t in range(0, steps, stride):
-        while hasattr(component, "update") and (evaluations + 1) * between <= t:
-            component.update({component.monitor: 0.5})
+        while schedule.follows is not None and (evaluations + 1) * between <= t:
+            schedule.follows.update({schedule.follows.monitor: 0.5})
             evaluations += 1
         epochs.append(t / steps_per_epoch)
         rates.append(lr * factor(t))

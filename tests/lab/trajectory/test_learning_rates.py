@@ -9,7 +9,7 @@ from PIL import Image
 
 from dlopt.lab.trajectory.learning_rates import Curve, curve, draw_schedules
 from dlopt.results.drawing import MAX_CURVES, save
-from dlopt.schedules import Horizon, Plateau, WarmedUp
+from dlopt.schedules import Horizon, Plateau, Schedule, warmed_up
 
 
 def test_curve_has_the_rate_of_every_update() -> None:
@@ -34,8 +34,8 @@ def test_plateau_curve_decays_after_patience(steps: int, warmup: int) -> None:
         monitor="val_loss", mode="auto", factor=0.1, patience=1, threshold=0.0, threshold_mode="abs", cooldown=0,
         min_factor=0.0, horizon=Horizon(warmup, steps, epoch),
     )  # fmt: skip
-    factor = WarmedUp(plateau, warmup, 0.0, "linear") if warmup else plateau
-    result = curve("a", factor, lr=1.0, steps=steps, steps_per_epoch=epoch, evaluate_every=3)
+    factor = warmed_up(plateau, warmup, 0.0, "linear") if warmup else plateau
+    result = curve("a", Schedule(factor, follows=plateau), lr=1.0, steps=steps, steps_per_epoch=epoch, evaluate_every=3)
     # Evaluations after epochs 3, 6, 9 ...: the first is the best, the third is the second without improvement.
     rates = dict(zip(result.epochs, result.rates, strict=True))
     assert [math.log10(rates[e]) for e in (8.5, 9, 14.5, 15, 20)] == pytest.approx([0, -1, -1, -2, -2])
