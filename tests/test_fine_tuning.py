@@ -1,5 +1,6 @@
 """Tests of fine-tuning: loaded and skipped weights, weights of other tools, the warning about small batches."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from dlopt.basics.errors import UserError
 from dlopt.optim.parameters import idle_rules
-from dlopt.training.batch_norm import exact_statistics_note, frozen_norms_note, small_batch_warnings
+from dlopt.training.batch_norm import norm_notes
 from dlopt.training.builders.workload import load_weights
 from dlopt.training.checkpoint import checkpoints
 from tests.support.runs import resume, small_workload, start
@@ -93,7 +94,7 @@ def test_rejects_weights_of_another_model(tmp_path: Path) -> None:
     ],
 )
 def test_warns_about_small_norm_batches(overrides: list[str], warned: bool) -> None:
-    lines = small_batch_warnings(small_workload(*overrides))
+    lines = norm_notes(small_workload(*overrides))
     assert any("model.norm=group" in line and "sync_batchnorm" in line for line in lines) is warned
 
 
@@ -136,11 +137,12 @@ def test_a_run_goes_on_when_the_schedule_has_frozen_everything(tmp_path: Path, k
 
 def test_states_what_frozen_batch_norms_do() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Linear(3, 2), nn.LayerNorm(2))
-    assert frozen_norms_note(model) == []
+    workload = replace(small_workload(), module=model)
+    assert norm_notes(workload) == []
     model[0].weight.requires_grad_(False)  # type: ignore[union-attr]
-    assert frozen_norms_note(model) == []  # its bias trains
+    assert norm_notes(workload) == []  # its bias trains
     model.requires_grad_(False)
-    assert frozen_norms_note(model) == ["2 frozen batch norms: running statistics still follow the training data"]
+    assert norm_notes(workload) == ["2 frozen batch norms: running statistics still follow the training data"]
 
 
 def test_states_what_changes_nothing() -> None:
@@ -149,6 +151,6 @@ def test_states_what_changes_nothing() -> None:
     workload = small_workload("adapt=lora", "model.norm=none", "norm_statistics=exact", rules)
     what = "all parameters that it matches are frozen; it changes nothing"
     assert idle_rules(workload.module, workload.run_config.grouping) == [f"optimizer.groups.0.match=*weight: {what}"]
-    [line] = exact_statistics_note(workload)
+    [line] = norm_notes(workload)
     assert line == "norm_statistics=exact: changes nothing; the model has no batch norm with running statistics"
-    assert exact_statistics_note(small_workload("norm_statistics=exact", "model.norm=batch")) == []
+    assert norm_notes(small_workload("norm_statistics=exact", "model.norm=batch")) == []

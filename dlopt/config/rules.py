@@ -8,7 +8,7 @@ from dlopt.basics.errors import UserError
 from dlopt.config.parameters import as_typed
 from dlopt.config.run_config import RunConfig
 from dlopt.config.settings_rules import check_monitor
-from dlopt.metrics.names import Direction, Metric, known_direction, without_set
+from dlopt.metrics.names import VAL_LOSS, Direction, Metric, known_direction, set_of, without_set
 
 _PER_CORE = 64  # threads and data workers per core; larger values are almost certainly typos
 PROCESSES_PER_CORE = 16  # training processes per core, each of which imports torch
@@ -70,6 +70,37 @@ def check_direction(monitor: str, direction: Direction | None) -> None:
             f"monitor_mode={direction}: {monitor} is better when {_BETTER[known]}; set monitor_mode=null, which is for "
             "metrics of your own"
         )
+
+
+def require_validation_set(run_config: RunConfig) -> None:
+    """Raises `UserError` for a setting that needs a validation set, in a run without any."""
+    settings = run_config.settings
+    for key, value, unused in (
+        ("monitor", settings.monitor, "auto"),
+        ("monitor_mode", settings.monitor_mode, None),
+        ("evaluate.metrics", [*settings.evaluate.metrics], []),
+        ("evaluate.samples", settings.evaluate.samples, None),
+    ):
+        if value != unused:
+            raise _without_validation_set(f"{key}={as_typed(value)}", f"{key}={as_typed(unused)}")
+    for component, other in ((run_config.stopping, "stopping=none"), (run_config.schedule, "schedule=cosine")):
+        if "monitor" in component.arguments:
+            raise _without_validation_set(component.choice, other)
+
+
+def _without_validation_set(setting: str, other: str) -> UserError:
+    return UserError(f"{setting}: needs a validation set; set data.val_split=0.1 or {other}")
+
+
+def require_named_monitors(run_config: RunConfig) -> None:
+    """Raises `UserError` for a monitor of the validation set without a name, if all sets of the run have names."""
+    for key, monitor in run_config.monitors.items():
+        if not set_of(monitor, run_config.validation) and monitor != "train_loss":
+            allowed = ", ".join(VAL_LOSS.on_set(name).column for name in run_config.validation)
+            raise UserError(
+                f"{key}={monitor}: the data have no validation set without a name; set {key} to a metric of one that "
+                f"has a name: {allowed}, ..."
+            )
 
 
 def _check_device(run_config: RunConfig) -> None:

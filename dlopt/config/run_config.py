@@ -81,6 +81,13 @@ class RunConfig:
         return getattr(self.task.target, "values", {})
 
     @property
+    def monitors(self) -> dict[str, str]:
+        """The monitored metrics by key."""
+        parts = {"stopping.monitor": self.stopping.arguments, "schedule.monitor": self.schedule.arguments}
+        followed = {key: arguments["monitor"] for key, arguments in parts.items() if "monitor" in arguments}
+        return {"monitor": self.settings.monitor, **followed}
+
+    @property
     def own_metrics(self) -> Sequence[str]:
         """Names of the user's own metrics: functions of `evaluate.metrics`, and the values of their task."""
         return [*self.user_metrics, *self.directions]

@@ -1,6 +1,6 @@
 """The interface of all tasks, with defaults that suit most of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,6 +11,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count
 from dlopt.metrics.declaration import Declaration, Evaluated, predicted_classes
 from dlopt.metrics.names import VAL_ACCURACY, resolve_monitor
+from dlopt.tasks.draws import Draws
 from dlopt.tasks.report import TestReport
 
 Average = Literal["probabilities", "logits"]
@@ -31,6 +32,7 @@ class Task:
         metrics: of an evaluation, beside the loss.
         accuracy: name of the fraction of correct predictions, which every update adds up; None for tasks without it.
         reads_labels: whether the targets are labels of the data; otherwise they are taken from the samples.
+        calls_model: whether the loss calls the model itself, instead of comparing its outputs with targets.
         keeps_outputs: whether a test may hold the outputs of all samples, and average outputs of crops and models.
         draws_outputs: whether outputs are images; a test then draws some of them.
         predictions: per sample.
@@ -47,6 +49,7 @@ class Task:
     metrics: ClassVar[Sequence[Declaration]] = ()
     accuracy: ClassVar[str | None] = None
     reads_labels: ClassVar[bool] = True
+    calls_model: ClassVar[bool] = False
     keeps_outputs: ClassVar[bool] = True
     draws_outputs: ClassVar[bool] = False
     measures_train_accuracy: ClassVar[bool] = True
@@ -182,6 +185,22 @@ class Task:
         if loss.get("class_weights") == "balanced":
             raise UserError(f"loss.class_weights=balanced: needs labels, which a {self.name} task has not; use null")
         return {}
+
+    # -- the loss of a task that calls the model itself
+
+    def own_loss(self, model: Callable[..., Any]) -> nn.Module:
+        """Returns the loss of (batch, draws), see `dlopt.tasks.user.TaskLoss`; it calls `model`."""
+        raise NotImplementedError
+
+    def batch(self, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> Any:
+        """Returns what the loss reads of a batch; `dtype`: of floating-point entries."""
+        return inputs, targets
+
+    def own_values(
+        self, model: Callable[..., Any], batches: Iterable[Any], draws: Draws, split: Literal["val", "test"]
+    ) -> dict[str, float]:
+        """Returns the values of an evaluation, beside the loss, by name. Raises `RunError`."""
+        raise NotImplementedError
 
     # -- evaluations
 

@@ -1,5 +1,6 @@
 """Tasks of the user's own: any loss of a model and a batch, under every optimizer."""
 
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -79,6 +80,7 @@ class OwnTask(Task):
     kind: ClassVar = "own"
     title: ClassVar = "Tasks of your own"
     purpose: ClassVar = "outputs"
+    calls_model: ClassVar = True
     keeps_outputs: ClassVar = False
     measures_train_accuracy: ClassVar = False
 
@@ -127,8 +129,30 @@ class OwnTask(Task):
         return tuple(self.arguments["input_shape"])
 
     def batch(self, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> Batch:
-        """Returns what the task reads of a batch; `dtype`: of floating-point entries."""
         return (inputs, targets) if self.layout is None else self.layout.unpack(inputs, dtype)
+
+    def own_loss(self, model: Model) -> "TaskLoss":
+        return TaskLoss(model, self)
+
+    def own_values(
+        self, model: Model, batches: Iterable[Batch], draws: Draws, split: Literal["val", "test"]
+    ) -> dict[str, float]:
+        assert self.user is not None
+        with TaskErrors(self, "evaluate"), torch.no_grad():
+            values: Any = self.user.evaluate(model, batches, draws, split)
+        where, names = f"task={self.path}: evaluate", [*self.user.values]
+        if not isinstance(values, Mapping) or sorted(map(str, values)) != sorted(names):
+            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            expected = ", ".join(names) or "nothing"
+            raise RunError(f"{where} returned {found or 'nothing'}; must return {expected} (`values`)")
+        checked = {}
+        for name, value in values.items():
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if isinstance(number, bool) or not isinstance(number, numbers.Real):
+                shape = f" of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+                raise RunError(f"{where}: {name} must be a number, not {type(value).__name__}{shape}")
+            checked[name] = float(number)
+        return checked
 
     def normalized(
         self,
@@ -171,7 +195,7 @@ class TaskErrors:
         advice: what to do instead, if a setting is the likely cause: ("parallel=fsdp", "use parallel=ddp").
     """
 
-    def __init__(self, task: OwnTask, where: str, advice: tuple[str, str] | None = None) -> None:
+    def __init__(self, task: Task, where: str, advice: tuple[str, str] | None = None) -> None:
         self.task = task
         self.where = where
         self.advice = advice
@@ -188,8 +212,8 @@ class TaskErrors:
         raised = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         if self.advice is not None:
             key, instead = self.advice
-            raise RunError(f"{key}: fails for {self.where} of task={self.task.path} ({raised}); {instead}") from error
-        raise RunError(f"task={self.task.path}: {self.where} raised {raised}") from error
+            raise RunError(f"{key}: fails for {self.where} of task={self.task.name} ({raised}); {instead}") from error
+        raise RunError(f"task={self.task.name}: {self.where} raised {raised}") from error
 
 
 class TaskLoss(nn.Module):

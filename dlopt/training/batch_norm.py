@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,11 @@ from dlopt.data.normalization import PooledMoments
 from dlopt.models.layers import evaluation_mode
 from dlopt.parallel.batch_shards import local_slice
 from dlopt.parallel.shards import local
-from dlopt.tasks.user import OwnTask
 from dlopt.training.builders.batches import evaluation_batches
 from dlopt.training.builders.workload import Workload, batch_size
 
 
-@contextmanager
+@contextlib.contextmanager
 def exact_statistics(
     module: nn.Module, model: Callable[[Tensor], Tensor], batches: Iterable[Iterable[Tensor]]
 ) -> Iterator[None]:
@@ -31,25 +29,10 @@ def exact_statistics(
     Each batch is normalized by its own statistics, and the moments are pooled over samples and positions (Ioffe &
     Szegedy 2015, algorithm 2; Wu & Johnson 2021, "PreciseBN"). The variance is unbiased, as in the running average.
     """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = _running_norms(module)
     saved = [tuple(tensor.clone() for tensor in _running_stats(norm)) for norm in norms]
-    _compute_exact(module, model, batches, norms)
-    try:
-        yield
-    finally:
-        for norm, statistics in zip(norms, saved, strict=True):
-            _set_running_stats(norm, *statistics)
-
-
-@torch.no_grad()
-def _compute_exact(
-    module: nn.Module,
-    model: Callable[[Tensor], Tensor],
-    batches: Iterable[Iterable[Tensor]],
-    norms: list[_BatchNorm],
-) -> None:
     pools = [PooledMoments() for _ in norms]
-    with contextlib.ExitStack() as stack:
+    with torch.no_grad(), contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(module))
         for norm, pool in zip(norms, pools, strict=True):
             stack.enter_context(norm.register_forward_pre_hook(partial(_pool_inputs, pool)))
@@ -63,6 +46,19 @@ def _compute_exact(
     for norm, pool in zip(norms, pools, strict=True):
         if pool.count:
             _set_running_stats(norm, pool.mean, pool.squares / max(pool.count - 1, 1))
+    try:
+        yield
+    finally:
+        for norm, statistics in zip(norms, saved, strict=True):
+            _set_running_stats(norm, *statistics)
+
+
+def _norms(module: nn.Module) -> list[_BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+
+def _running_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [norm for norm in _norms(module) if norm.track_running_stats]
 
 
 def _running_stats(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -71,6 +67,7 @@ def _running_stats(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     return local(norm.running_mean), local(norm.running_var)
 
 
+@torch.no_grad()
 def _set_running_stats(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     for running, value in zip(_running_stats(norm), (mean, variance), strict=True):
         running.copy_(value)
@@ -106,27 +103,28 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
 
     `batches`: the training batches, whose sampler may select some of the training samples.
     """
-    data, count = workload.run_config.data_settings, batches.count
-    micro_batches = max(workload.run_config.settings.micro_batches, workload.parallel.traits.micro_batches)
+    module, mode, count = workload.module, workload.parallel, batches.count
+    size = workload.run_config.data_settings.batch_size
+    micro_batches = max(workload.run_config.settings.micro_batches, mode.traits.micro_batches)
     smallest = _smallest_micro_batch(count, batches.batch_size, micro_batches)
-    shards, is_own = workload.parallel.traits.batch_norm_shards, isinstance(workload.task, OwnTask)
-    if is_own:  # its loss calls the model with the placeholder of no samples, which even a synchronized one counts
-        shards = workload.parallel.split.ranks
+    # The loss of a task may call the model with the placeholder of no samples, which even a synchronized norm counts.
+    calls_model = workload.task.calls_model
+    shards = mode.split.ranks if calls_model else mode.traits.batch_norm_shards
     if shards > 1:
         slices = [local_slice(start, start + smallest, rank, shards) for rank in range(shards) for start in (0, 1)]
         smallest = min(each.stop - each.start for each in slices)
-        if smallest == 0 and any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
+        if smallest == 0 and _norms(module):
             raise UserError(
-                f"data.batch_size={data.batch_size}: with {count} training samples, a (micro-)batch is too small for "
-                f"{shards} processes, and batch norm fails on an empty shard; use "
-                f"{'' if is_own else 'parallel.sync_batchnorm=true, '}larger batches, data.drop_last=true, or "
+                f"data.batch_size={size}: with {count} training samples, a (micro-)batch is too small for {shards} "
+                "processes, and batch norm fails on an empty shard; use "
+                f"{'' if calls_model else 'parallel.sync_batchnorm=true, '}larger batches, data.drop_last=true, or "
                 "model.norm=group"
             )
-    ghost = min((getattr(m, "ghost_batch", 2) for m in workload.module.modules()), default=2)
-    if min(smallest, ghost) > 1 or is_own:  # its loss calls the model as it likes
+    ghost = min((getattr(m, "ghost_batch", 2) for m in module.modules()), default=2)
+    if min(smallest, ghost) > 1 or calls_model:
         return
     # A batch of one has one value per channel in a linear layer, and many in a convolution: find out with one sample.
-    names = {m: name for name, m in workload.module.named_modules() if isinstance(m, _BatchNorm)}
+    names = {m: name for name, m in module.named_modules() if isinstance(m, _BatchNorm)}
     single_value_layers: list[str] = []
 
     def record(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
@@ -136,21 +134,21 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     first = workload.dataset.train.select(torch.tensor([0]))
     inputs, _ = next(iter(evaluation_batches(workload, first, shared=False).epoch(0)))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluation_mode(workload.module))
+        stack.enter_context(evaluation_mode(module))
         stack.enter_context(torch.no_grad())
         for norm in names:
             stack.enter_context(norm.register_forward_pre_hook(record))
         workload.model(inputs)
-    if layers := workload.parallel.ranks.gather(single_value_layers):  # a rank may have only some of the layers
+    if layers := mode.ranks.gather(single_value_layers):  # a rank may have only some of the layers
         if smallest > 1:
             raise UserError(
                 f"model.norm_ghost_batch=1: leaves batch norm {layers[0]} one value per channel; use 2 or more, or null"
             )
+        synchronized = ", or parallel.sync_batchnorm=true" if mode.traits.batch_norm_shards > 1 else ""
         raise UserError(
-            f"data.batch_size={data.batch_size}: {count} training samples leave a (micro-)batch of one, "
-            f"and batch norm {layers[0]} one value per channel; "
-            "use larger batches, data.drop_last=true, model.norm=group"
-            + (", or parallel.sync_batchnorm=true" if workload.parallel.traits.batch_norm_shards > 1 else "")
+            f"data.batch_size={size}: {count} training samples leave a (micro-)batch of one, and batch norm "
+            f"{layers[0]} one value per channel; use larger batches, data.drop_last=true, model.norm=group"
+            f"{synchronized}"
         )
 
 
@@ -178,8 +176,7 @@ class LaggingStatistics:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-        slowest = min((m.momentum for m in norms if m.momentum), default=None)
+        slowest = min((norm.momentum for norm in _running_norms(module) if norm.momentum), default=None)
         self._updates = 0.0 if slowest is None else 10 / slowest  # after which the statistics have forgotten the start
         self._highest = 0.0  # training loss so far
 
@@ -195,32 +192,21 @@ class LaggingStatistics:
             show("norm_statistics=exact evaluates with those of the current weights")
 
 
-def small_batch_warnings(workload: Workload) -> list[str]:
-    """Returns a warning if batch norm averages over few samples per device, which is allowed but rarely intended."""
-    settings, mode = workload.run_config.settings, workload.parallel
-    size = batch_size(workload.run_config, workload.dataset.train)
-    device_batch = size // mode.traits.batch_norm_shards // max(settings.micro_batches, mode.traits.micro_batches)
-    if device_batch >= SMALL_NORM_BATCH or not any(isinstance(m, _BatchNorm) for m in workload.module.modules()):
-        return []
-    return [
-        f"warning: batch norm over {device_batch} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): "
-        "use model.norm=group, a larger data.batch_size, or, with several devices, parallel.sync_batchnorm=true"
-    ]
-
-
-def exact_statistics_note(workload: Workload) -> list[str]:
-    """Returns a line if norm_statistics=exact changes nothing."""
-    has_statistics = any(isinstance(m, _BatchNorm) and m.track_running_stats for m in workload.module.modules())
-    if has_statistics or workload.run_config.settings.norm_statistics == "running":
-        return []
-    return ["norm_statistics=exact: changes nothing; the model has no batch norm with running statistics"]
-
-
-def frozen_norms_note(module: nn.Module) -> list[str]:
-    """Returns a line if batch norms whose parameters are frozen keep updating their running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.affine and m.track_running_stats]
-    frozen = sum(not any(p.requires_grad for p in norm.parameters()) for norm in norms)
-    if not frozen:
-        return []
-    layers = "batch norm" if frozen == 1 else "batch norms"
-    return [f"{frozen} frozen {layers}: running statistics still follow the training data"]
+def norm_notes(workload: Workload) -> list[str]:
+    """Returns lines about batch norm: what changes nothing, follows the data though frozen, or is noisy."""
+    settings, mode, norms = workload.run_config.settings, workload.parallel, _norms(workload.module)
+    lines = []
+    if settings.norm_statistics != "running" and not _running_norms(workload.module):
+        lines += ["norm_statistics=exact: changes nothing; the model has no batch norm with running statistics"]
+    affine = [norm for norm in norms if norm.affine and norm.track_running_stats]
+    if frozen := sum(not any(p.requires_grad for p in norm.parameters()) for norm in affine):
+        layers = "batch norm" if frozen == 1 else "batch norms"
+        lines += [f"{frozen} frozen {layers}: running statistics still follow the training data"]
+    micro_batches = max(settings.micro_batches, mode.traits.micro_batches)
+    size = batch_size(workload.run_config, workload.dataset.train) // mode.traits.batch_norm_shards // micro_batches
+    if norms and size < SMALL_NORM_BATCH:
+        lines += [
+            f"warning: batch norm over {size} samples per device is noisy (fewer than {SMALL_NORM_BATCH}): use "
+            "model.norm=group, a larger data.batch_size, or, with several devices, parallel.sync_batchnorm=true"
+        ]
+    return lines

@@ -23,15 +23,33 @@ def requested_metrics(run_config: RunConfig, dataset: Dataset, name: str = "") -
     compute.
     """
     _check_target(run_config, dataset.task)
-    sets = run_config.validation
-    monitors = {key: monitor for key, monitor in _monitors(run_config).items() if set_of(monitor, sets) == name}
-    _check_classes({key: without_set(monitor, sets) for key, monitor in monitors.items()}, dataset)
+    sets, monitors = run_config.validation, run_config.monitors.items()
+    _check_classes({key: without_set(each, sets) for key, each in monitors if set_of(each, sets) == name}, dataset)
     return tested_metrics(run_config, dataset.task)
 
 
 def tested_metrics(run_config: RunConfig, task: Task) -> list[Declaration]:
     """As `requested_metrics`, without a validation set: what is validated is tested, too."""
-    return named(_requested(run_config, task), task.metrics)
+    monitors = {key: without_set(monitor, run_config.validation) for key, monitor in run_config.monitors.items()}
+    user_metrics = [_val(name) for name in run_config.own_metrics]
+    if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
+        check_direction(task.monitor, run_config.settings.monitor_mode)
+    names = [name for name in run_config.settings.evaluate.metrics if name in REQUESTABLE]
+    requested = {name: f"evaluate.metrics={name}" for name in names}
+    of_loss = [_val(name) for name in task.loss_metrics(0.0)]
+    always = [] if task.accuracy is None else [_val(task.accuracy)]
+    always += [_val(name) for each in task.computed(()) for name in each.names]
+    logged = ["auto", "val_loss", *of_loss, *user_metrics, *always]
+    for key, monitor in monitors.items():
+        if monitor in logged or (key, monitor) == ("stopping.monitor", "train_loss"):
+            continue
+        metric = monitored_name(monitor)
+        if metric is None:
+            others = dict.fromkeys([*of_loss, *always, *(_val(each.name) for each in task.metrics if each.needs)])
+            raise UserError(f"{key}={monitor}: a {task.name} task allows {', '.join(['auto', 'val_loss', *others])}")
+        requested.setdefault(metric, f"{key}={monitor}")
+    _check_names(requested, task)
+    return named(list(requested), task.metrics)
 
 
 def monitored_name(monitor: str) -> str | None:
@@ -63,40 +81,6 @@ def check_objective(setting: str, key: str, run_config: RunConfig, dataset: Data
         allowed = ", ".join(Metric("val", name).best for name in dict.fromkeys(names)) or "none without validation set"
         raise UserError(f"{setting}: summary.json will not have it; allowed: {allowed}; evaluate.metrics adds others")
     _check_classes({key_of(setting): metric.best}, dataset)
-
-
-def _monitors(run_config: RunConfig) -> dict[str, str]:
-    """Returns the monitored metrics by key."""
-    monitors = {"monitor": run_config.settings.monitor}
-    for key, component in (("stopping", run_config.stopping), ("schedule", run_config.schedule)):
-        if "monitor" in component.arguments:
-            monitors[f"{key}.monitor"] = component.arguments["monitor"]
-    return monitors
-
-
-def _requested(run_config: RunConfig, task: Task) -> list[str]:
-    """Returns the names of dlopt's own metrics that not every run of the task has. Raises `UserError`."""
-    monitors = {key: without_set(monitor, run_config.validation) for key, monitor in _monitors(run_config).items()}
-    user_metrics = [_val(name) for name in run_config.own_metrics]
-    if monitors["monitor"] == "auto" and not any(monitor in user_metrics for monitor in monitors.values()):
-        check_direction(task.monitor, run_config.settings.monitor_mode)
-    requested: dict[str, str] = {
-        name: f"evaluate.metrics={name}" for name in run_config.settings.evaluate.metrics if name in REQUESTABLE
-    }
-    of_loss = [_val(name) for name in task.loss_metrics(0.0)]
-    always = [] if task.accuracy is None else [_val(task.accuracy)]
-    always += [_val(name) for each in task.computed(()) for name in each.names]
-    logged = ["auto", "val_loss", *of_loss, *user_metrics, *always]
-    for key, monitor in monitors.items():
-        if monitor in logged or (key, monitor) == ("stopping.monitor", "train_loss"):
-            continue
-        name = monitored_name(monitor)
-        if name is None:
-            others = dict.fromkeys([*of_loss, *always, *(_val(each.name) for each in task.metrics if each.needs)])
-            raise UserError(f"{key}={monitor}: a {task.name} task allows {', '.join(['auto', 'val_loss', *others])}")
-        requested.setdefault(name, f"{key}={monitor}")
-    _check_names(requested, task)
-    return list(requested)
 
 
 def _check_target(run_config: RunConfig, task: Task) -> None:

@@ -1,7 +1,7 @@
 """Test-time augmentation: crops of each image, whose outputs are averaged."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -101,7 +101,13 @@ class MultiScaleTenCrop:
         return _multi_scale(crop, image, scales, "tta.scales")
 
 
-CHOICES = {"flip": Flip, "shift_flip": ShiftFlip, "ten_crop": TenCrop, "multi_scale_ten_crop": MultiScaleTenCrop}
+Augmentation = Flip | ShiftFlip | TenCrop | MultiScaleTenCrop
+CHOICES: Mapping[str, type[Augmentation]] = {
+    "flip": Flip,
+    "shift_flip": ShiftFlip,
+    "ten_crop": TenCrop,
+    "multi_scale_ten_crop": MultiScaleTenCrop,
+}
 
 
 def ten_crop(images: Tensor, crop: Size) -> Iterator[tuple[float, Tensor]]:
@@ -136,10 +142,8 @@ def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> Te
 
 def _centre_crop(window: Size) -> Crops:
     def crops(images: Tensor) -> Iterator[tuple[float, Tensor]]:
-        if tuple(images.shape[2:]) == window:
-            yield 1.0, images
-        else:
-            yield 1.0, CentreCrop((images.shape[1], *window)).crop(images)
+        is_whole = tuple(images.shape[2:]) == window
+        yield 1.0, images if is_whole else CentreCrop((images.shape[1], *window)).crop(images)
 
     return crops
 

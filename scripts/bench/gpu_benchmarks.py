@@ -407,7 +407,7 @@ def initialize(bench: Bench, workload: Workload, run_config: RunConfig) -> float
 
     timed.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     timed_init = dataclasses.replace(run_config, init=dataclasses.replace(run_config.init, target=timed))
-    fresh = build_model(timed_init, workload.dataset, workload.normalize, workload.shape)
+    fresh = build_model(dataclasses.replace(workload, run_config=timed_init))
     workload.module.load_state_dict(fresh.state_dict())
     workload.module.requires_grad_(True)  # the schedule of the former run has frozen parameters
     freeze(workload.module, run_config.grouping)

@@ -14,13 +14,11 @@ from torch.overrides import TorchFunctionMode
 
 from dlopt.basics.errors import UserError
 from dlopt.config.parameters import show
-from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import Component, dotted_name
-from dlopt.data.samples import Dataset
 from dlopt.machine.memory import available_memory
 from dlopt.models import third_party
 from dlopt.models.layers import copied_state, evaluation_mode
-from dlopt.tasks.task import Task
+from dlopt.training.builders.phases import CpuModel
 
 _VALUE_BYTES = 4  # models are built in fp32
 _BATCH = 2  # some models squeeze a batch of one
@@ -58,7 +56,52 @@ def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bo
     `runtime`: the arguments of `model.build`. Does nothing for models that cannot be built on the meta device, and for
     those with pretrained weights, which would be read twice.
     """
-    _refuse_large(model, _count_parameters(model, runtime), has_gradients=has_gradients)
+    if "pretrained" in model.arguments:
+        return
+    try:
+        parameters = sum(parameter.numel() for parameter in build_on_meta(model, runtime).parameters())
+    except UserError:
+        raise
+    except Exception as error:
+        if "overflow" not in str(error).lower():
+            return
+        raise _TooLarge(f"{_largest_argument(model)}: a tensor of the model has 2^63 bytes or more") from None
+    needed, available = parameters * _VALUE_BYTES * (2 if has_gradients else 1), available_memory()
+    if needed > available:
+        content = "parameters and their gradients need" if has_gradients else "parameters need"
+        raise _TooLarge(
+            f"{_largest_argument(model)}: the model's {parameters:,} {content} {needed / 2**30:,.1f} GiB of memory, "
+            f"{available / 2**30:,.1f} GiB are available; use a smaller model"
+        )
+
+
+def check_minimum_memory(model: Component, image_size: tuple[int, int] | None) -> None:
+    """Like `check_memory`, before the data is known: counts the weights for one class and the smallest images.
+
+    Does nothing for models that need larger images.
+    """
+    runtime = {"input_shape": (1, *(image_size or _SMALLEST_IMAGE)), "classes": 1}
+    try:
+        check_memory(model, runtime, has_gradients=False)
+    except _TooLarge:
+        raise
+    except UserError:
+        pass
+
+
+def _largest_argument(model: Component) -> str:
+    """Returns KEY=VALUE for the argument with the largest integer, the most likely mistake."""
+    sizes = {name: _largest_integer(value) for name, value in model.arguments.items()}
+    name = max(sizes, key=lambda name: sizes[name], default=None)
+    if name is None or not sizes[name]:
+        return model.choice
+    return f"{model.key}.{name}={show(model.arguments[name])}"
+
+
+def _largest_integer(value: Any) -> int:
+    if isinstance(value, list | tuple):
+        return max(map(_largest_integer, value), default=0)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def build_module(model: Component, arguments: Mapping[str, Any]) -> nn.Module:
@@ -104,11 +147,8 @@ def model_on_meta(model: Component, arguments: dict[str, Any]) -> nn.Module:
         raise
     except Exception:
         check_memory(model, arguments, has_gradients=False)
-        return _moved_to_meta(build_module(model, arguments))
-
-
-def _moved_to_meta(module: nn.Module) -> nn.Module:
-    """Moves the model to the meta device. Layers that share a parameter continue to do so, unlike in `Module.to`."""
+        module = build_module(model, arguments)
+    # Layers that share a parameter continue to do so, unlike in `Module.to`.
     first: dict[Any, str] = {}
     shared: dict[str, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -121,81 +161,24 @@ def _moved_to_meta(module: nn.Module) -> nn.Module:
     return module
 
 
-def check_minimum_memory(model: Component, image_size: tuple[int, int] | None) -> None:
-    """Like `check_memory`, before the data is known: counts the weights for one class and the smallest images.
-
-    Does nothing for models that need larger images.
-    """
-    try:
-        parameters = _count_parameters(model, {"input_shape": (1, *(image_size or _SMALLEST_IMAGE)), "classes": 1})
-    except _TooLarge:
-        raise
-    except UserError:
-        return
-    _refuse_large(model, parameters, has_gradients=False)
-
-
-def _count_parameters(model: Component, runtime: dict[str, Any]) -> int:
-    """Builds the model on the meta device; returns 0 if that is not possible. Raises `UserError`."""
-    if "pretrained" in model.arguments:
-        return 0
-    try:
-        return sum(parameter.numel() for parameter in build_on_meta(model, runtime).parameters())
-    except UserError:
-        raise
-    except Exception as error:
-        if "overflow" in str(error).lower():
-            raise _TooLarge(f"{_largest_argument(model)}: a tensor of the model has 2^63 bytes or more") from None
-        return 0
-
-
-def _refuse_large(model: Component, parameters: int, *, has_gradients: bool) -> None:
-    needed, available = parameters * _VALUE_BYTES * (2 if has_gradients else 1), available_memory()
-    if needed > available:
-        content = "parameters and their gradients need" if has_gradients else "parameters need"
-        raise _TooLarge(
-            f"{_largest_argument(model)}: the model's {parameters:,} {content} {needed / 2**30:,.1f} GiB of memory, "
-            f"{available / 2**30:,.1f} GiB are available; use a smaller model"
-        )
-
-
-def _largest_argument(model: Component) -> str:
-    """Returns KEY=VALUE for the argument with the largest integer, the most likely mistake."""
-    sizes = {name: _largest_integer(value) for name, value in model.arguments.items()}
-    name = max(sizes, key=lambda name: sizes[name], default=None)
-    if name is None or not sizes[name]:
-        return model.choice
-    return f"{model.key}.{name}={show(model.arguments[name])}"
-
-
-def _largest_integer(value: Any) -> int:
-    if isinstance(value, list | tuple):
-        return max(map(_largest_integer, value), default=0)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-def check_outputs(
-    run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], dataset: Dataset, device: torch.device
-) -> None:
+def check_outputs(model: CpuModel) -> None:
     """Raises `UserError` if a custom or third-party model does not fit the data: the number of outputs or the inputs.
 
     Does nothing for dlopt's models, and for losses from other packages, which may require other outputs.
-    `shape`: of one input. `module` is on the CPU; `device` is the run's.
     """
-    target, loss = run_config.model.target, run_config.loss.target
-    is_ours = target.__module__.startswith("dlopt.") or not loss.__module__.startswith(("dlopt.", "torch."))
-    if is_ours:
+    target, loss = model.run_config.model.target, model.run_config.loss.target
+    if target.__module__.startswith("dlopt.") or not loss.__module__.startswith(("dlopt.", "torch.")):
         return
-    task = dataset.task
+    task, shape = model.task, model.shape
     expected = task.output_shape(shape)
     path = f"model._target_={dotted_name(target)}"
     try:
-        outputs = _outputs(module, shape, task, torch.device("meta"))
+        outputs = _outputs(model, "meta")
     except Exception:  # data-dependent operations, for example, have no meta implementation
-        if device.type != "cpu":  # the model may need an accelerator
+        if model.device.type != "cpu":  # the model may need an accelerator
             return
         try:
-            outputs = _outputs(module, shape, task, torch.device("cpu"))
+            outputs = _outputs(model, "cpu")
         except UserError:
             raise
         except Exception as error:
@@ -211,25 +194,20 @@ def check_outputs(
         )
 
 
-def uses_channels_last(
-    run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], task: Task, device: torch.device
-) -> bool:
+def uses_channels_last(model: CpuModel) -> bool:
     """Returns whether images and convolutions are in the channels-last format; `auto`: if the model has convolutions.
 
     A custom model may need contiguous maps: `maps.view(len(maps), -1)` is an error in the other format. It is called
     once to find out, on the device of the run, because the meta device does not have the formats of convolutions.
-    `shape`: of one input. `module` is on the CPU.
-
-    Raises:
-        UserError: channels_last=true, and the model fails.
+    Raises `UserError` for channels_last=true if the model fails.
     """
-    setting, target = run_config.settings.channels_last, run_config.model.target
-    if setting is False or not has_convolutions(module, shape):
+    setting, target = model.run_config.settings.channels_last, model.run_config.model.target
+    if setting is False or not has_convolutions(model):
         return setting is True
     if target.__module__.startswith("dlopt."):
         return True
     try:
-        _outputs(module, shape, task, device, torch.channels_last)
+        _outputs(model, model.device, torch.channels_last)
     except Exception as error:
         if setting == "auto":
             return False
@@ -241,43 +219,41 @@ def uses_channels_last(
     return True
 
 
-def accepts_an_empty_batch(run_config: RunConfig, module: nn.Module, shape: tuple[int, ...], task: Task) -> bool:
+def accepts_an_empty_batch(model: CpuModel) -> bool:
     """Returns whether the model computes outputs for no sample, by a forward pass on the meta device.
 
-    dlopt's own models do. `batch.view(len(batch), -1)`, for example, is an error. `shape`: of one input.
-    `module` is in fp32.
+    dlopt's own models do. `batch.view(len(batch), -1)`, for example, is an error.
     """
-    defined_in = run_config.model.target.__module__
+    defined_in = model.run_config.model.target.__module__
     if defined_in.startswith("dlopt.") and defined_in != third_party.__name__:
         return True
     try:
-        _outputs(module, shape, task, torch.device("meta"), samples=0)
+        _outputs(model, "meta", samples=0)
     except Exception:
         return False
     return True
 
 
-def has_convolutions(module: nn.Module, shape: tuple[int, ...]) -> bool:
+def has_convolutions(model: CpuModel) -> bool:
     """Returns whether the model convolves images, whose memory format then matters."""
-    return len(shape) == 3 and any(isinstance(m, nn.Conv2d) for m in module.modules())
+    return len(model.shape) == 3 and any(isinstance(m, nn.Conv2d) for m in model.module.modules())
 
 
 def _outputs(
-    module: nn.Module,
-    shape: tuple[int, ...],
-    task: Task,
-    device: torch.device,
+    model: CpuModel,
+    on: torch.device | str,
     memory_format: torch.memory_format = torch.preserve_format,
     samples: int = _BATCH,
 ) -> Any:
     """Calls the model with copies of its state, which the call may change, and restores the generators."""
+    device = torch.device(on)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), device:
-        inputs = task.random_inputs((samples, *shape))
-        state = copied_state(module, device)
+        inputs = model.task.random_inputs((samples, *model.shape))
+        state = copied_state(model.module, device)
         if memory_format != torch.preserve_format:
             inputs = inputs.to(memory_format=memory_format)
             state = {name: t.to(memory_format=memory_format) if t.ndim == 4 else t for name, t in state.items()}
-        return functional_call(module, state, (inputs,))
+        return functional_call(model.module, state, (inputs,))
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dlopt._version import __version__
 from dlopt.adapt import none as no_adapters
-from dlopt.augment import Pipeline
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator, stream
@@ -34,9 +33,6 @@ from dlopt.machine.world import current
 from dlopt.optim.parameters import freeze
 from dlopt.parallel.empty_shards import accept_empty_batches
 from dlopt.parallel.mode import Mode, Placed
-from dlopt.parallel.ranks import Ranks
-from dlopt.tasks.task import Task
-from dlopt.tasks.user import OwnTask, TaskLoss
 from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
@@ -51,55 +47,25 @@ from dlopt.training.builders.model_check import (
     uses_channels_last,
 )
 from dlopt.training.builders.mup import width_growth
-from dlopt.training.builders.precision import Precision, choose_precision
+from dlopt.training.builders.phases import CpuModel, Inputs, WholeModel
+from dlopt.training.builders.precision import choose_precision
 from dlopt.training.builders.recompute import recompute, repeated_blocks
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.micro_loss import Network
-from dlopt.training.rng import ADAPTERS, ORDER, SCHEME, WEIGHTS
 from dlopt.training.throughput import Throughput
 
 
-@dataclass
-class Workload:
+@dataclass(kw_only=True)
+class Workload(WholeModel):
     """Data, normalization, model and loss of a config, on their device."""
 
-    run_config: RunConfig
-    parallel: Mode
-    precision: Precision
-    dataset: Dataset
-    normalize: nn.Module
-    module: nn.Module
     placed: Placed
     model: Callable[[Tensor], Tensor]  # calls the module: wrapped by the parallel mode, compiled
-    loss: nn.Module
-    memory_format: torch.memory_format
-    augment: Pipeline | None
-    uses: Sequence[str] | None = None  # execution order of the layers, if the config needs it; None: registration
-    compile_obstacle: str = ""  # why the model is not compiled; empty if it is
-    flops: float | None = None  # of a training sample; None if unknown
     validation_sets: Mapping[str, Dataset] = field(default_factory=dict)  # see `with_validation_sets`
     notes: Sequence[str] = ()  # about its parts; the data's notes are separate
     statistics_batches: Batches | None = None  # training split, for norm_statistics=exact
     opened: WeakSet[Batches] = field(default_factory=WeakSet)  # they may have worker processes
-
-    @property
-    def device(self) -> torch.device:
-        return self.precision.device
-
-    @property
-    def task(self) -> Task:
-        return self.dataset.task
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the predicted classes or values; None for numbers, tokens or images."""
-        return self.task.class_names(self.dataset.classes)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the model's input."""
-        return self.task.input_shape(self.dataset.train.shape if self.augment is None else self.augment.output_shape)
 
     @property
     def growth(self) -> WidthGrowth | None:
@@ -110,27 +76,30 @@ class Workload:
         return width_growth(self.run_config.model, self.task.model_arguments(self.shape))
 
     @property
+    def _is_trained_whole(self) -> bool:
+        return all(parameter.requires_grad for parameter in self.module.parameters())
+
+    @property
     def throughput(self) -> Throughput:
         # The backward pass of frozen layers computes less than `flops` counts.
-        flops = self.flops if all(parameter.requires_grad for parameter in self.module.parameters()) else None
+        flops = self.flops if self._is_trained_whole else None
         return Throughput.on(self.precision, self.task.tokens, flops, self.parallel.ranks.processes)
 
     @property
     def computed_flops(self) -> float | None:
         """`flops` if an update computes exactly these: no frozen layers, recomputed activations or teacher."""
         settings, rules = self.run_config.settings, self.run_config.grouping.groups
-        freezes = any(rule.horizon is not None for rule in rules) or not all(
-            parameter.requires_grad for parameter in self.module.parameters()
-        )
+        freezes = any(rule.horizon is not None for rule in rules) or not self._is_trained_whole
         others = settings.activation_checkpointing != "none" or isinstance(self.loss, Distillation)
         return None if freezes or others else self.flops
 
     @property
     def network(self) -> Network:
-        if isinstance(self.loss, TaskLoss):
+        setting = self.run_config.settings.compile
+        if self.task.calls_model:
             advice = None
             if not self.compile_obstacle:
-                advice = f"compile={self.run_config.settings.compile}".lower(), "use compile=false"
+                advice = f"compile={setting}".lower(), "use compile=false"
             elif self.parallel.sharding.kind != "replicated":
                 advice = f"parallel={self.parallel.name}", "use parallel=ddp, which supports second derivatives"
             return Network(self.module, self.placed.model, self.loss, task_loss=cast(Any, self.model), advice=advice)
@@ -138,7 +107,6 @@ class Workload:
         network = Network(self.module, self.model, self.loss, further)
         if self.compile_obstacle:
             return network
-        setting = self.run_config.settings.compile
         compile = partial(speed.compiled, setting=setting)
         if self.parallel.ranks.processes == 1 and setting != "blocks":
             return replace(network, model=self.placed.model, compile=compile)
@@ -189,7 +157,7 @@ def build_workload(
     identified: Sequence[str] = (),
     tests: bool = False,
 ) -> Workload:
-    """Loads the data and builds normalization, model and loss.
+    """Loads the data and builds normalization, model and loss. Raises `UserError`.
 
     Args:
         saved: a checkpoint with the normalization and the tokenizer; None to compute them on the training split.
@@ -198,71 +166,158 @@ def build_workload(
             identify all of them, by default, and compare.
         tests: the workload is for a test of `saved`, also on other data than those of its run.
     """
-    # 1. The machine: device, threads, kernels and precision.
-    settings = run_config.settings
-    parallel = Mode(choose_device(settings.device)) if parallel is None else parallel
-    precision = _prepare_machine(run_config, parallel)
+    mode = Mode(choose_device(run_config.settings.device)) if parallel is None else parallel
+    inputs = _read_inputs(run_config, saved, mode, identified, tests=tests)
+    model = _to_device(_build_on_cpu(inputs, is_new=saved is None))
+    placed = mode.place(model.module, model.shape)
+    return Workload(**vars(model), placed=placed, model=_compiled(model, placed))
 
-    # 2. Data, augmentation, and the task.
-    identified = identified or (SPLITS if parallel.ranks.processes > 1 else ())
+
+def _read_inputs(
+    run_config: RunConfig, saved: Checkpoint | None, parallel: Mode, identified: Sequence[str], *, tests: bool
+) -> Inputs:
+    settings, ranks, is_on_gpu = run_config.settings, parallel.ranks, parallel.device.type == "cuda"
+
+    # The machine: threads, memory and kernels of this process.
+    set_threads(settings.threads, ranks.local_processes)
+    keep_freed_memory()
+    set_deterministic(settings.deterministic)
+    # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
+    torch.backends.cudnn.benchmark = is_on_gpu and not settings.deterministic
+    precision = choose_precision(settings.precision, parallel.device)
+
+    # Data and augmentation. All ranks must run the same version and config, and read the same data.
+    identified = identified or (SPLITS if ranks.processes > 1 else ())
     dataset, augment = prepare_data(run_config, saved, parallel, identified, tests=tests)
-    _compare_ranks(run_config, dataset, parallel.ranks)
-    task = dataset.task
-    shape = task.input_shape(dataset.train.shape if augment is None else augment.output_shape)
+    facts = {**run_config.config, "dlopt": __version__, "torch": str(torch.__version__)}
+    ranks.refuse_difference("config", facts, _other_key)
+    data = run_config.config["data"]
+    place = next((f"data.{key}={data[key]}" for key in ("file", "root") if data.get(key)), run_config.data.choice)
+    ranks.refuse_difference(place, dataset.identity, difference)
 
-    # 3. Normalization: with the statistics of the training split, or of the checkpoint.
-    normalize = _build_normalization(run_config, dataset, shape, precision, saved)
-
-    # 4. The model, initialized on the CPU; first a check whether it fits into memory.
-    is_new = saved is None
-    freezes = any(rule.freeze for rule in run_config.grouping.groups) or run_config.adapt.target is not no_adapters
-    is_alone = precision.device.type == "cpu" and parallel.ranks.processes == 1
-    check_memory(run_config.model, task.model_arguments(shape), has_gradients=is_new and is_alone and not freezes)
-    module = build_model(run_config, dataset, normalize, shape)
-    _check_model(run_config, module, dataset, shape, parallel, is_new=is_new)
-    uses = layer_order(run_config, module, shape, is_main=parallel.ranks.is_main)
-    is_own = isinstance(task, OwnTask)
-    if parallel.ranks.processes > 1 and not is_own and not accepts_an_empty_batch(run_config, module, shape, task):
-        accept_empty_batches(module, run_config.data_settings.batch_size)
-
-    # 5. Its data type and memory format on the device; the loss.
-    channels_last = uses_channels_last(run_config, module, shape, task, precision.device)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    module = precision.place(module)
-    if has_convolutions(module, shape):
-        module = module.to(memory_format=memory_format)
-    check_adapters(run_config, module, precision, shape, task)
-    loss = build_loss(run_config, dataset, module)
-    if settings.threads == "auto" and is_alone:
-        samples = batch_size(run_config, dataset.train)
-        if speed.prefers_one_thread(module, shape, samples // settings.micro_batches):
-            set_threads(1)
-
-    # 6. Compilation, frozen and recomputed layers, the parallel mode. FLOPs are counted before the mode shards the
-    #    model: in milliseconds, beside 1 s of imports that the optimizer needs, too.
-    flops = None if isinstance(task, OwnTask) else speed.training_flops(module, shape)
-    epoch = len(build_sampler(run_config, dataset.train))
-    compile_obstacle = speed.compile_obstacle(run_config, parallel, flops, epoch)
-    freeze(module, run_config.grouping)  # before `place`: DDP waits for all gradients that are required at that time
-    recompute(module, settings.activation_checkpointing, choice=run_config.model.choice)
-    placed = parallel.place(module, shape)
-    model = parallel.around(placed, loss) if isinstance(loss, TaskLoss) else placed.model
-    return Workload(
+    # Normalization: with the statistics of the training split, or of the checkpoint.
+    component = run_config.normalize
+    normalize = component.build_as(nn.Module, input_shape=dataset.train.shape).to(precision.data_dtype)
+    if saved is None:
+        kind = f"{component.target.__qualname__} {component.arguments} {precision.data_dtype}"
+        fit(normalize, dataset, count=run_config.data_settings.statistics_samples, kind=kind)
+    else:
+        with blamed("the checkpoint"):
+            normalize.load_state_dict(saved.normalize)
+    inputs = Inputs(
         run_config=run_config,
         parallel=parallel,
         precision=precision,
         dataset=dataset,
-        normalize=normalize,
-        module=module,
-        placed=placed,
-        model=model if compile_obstacle else _compiled(model, module, run_config),
-        loss=loss if isinstance(loss, TaskLoss) else precision.place_data(loss),
-        memory_format=memory_format,
         augment=augment,
-        uses=uses,
-        compile_obstacle=compile_obstacle,
-        flops=flops,
+        normalize=normalize.to(parallel.device),
     )
+    if len(inputs.shape) == 3:
+        try:
+            normalize(torch.zeros(1, *inputs.shape, device=_device_of(normalize)))
+        except RuntimeError:
+            raise UserError(
+                f"{component.choice}: its statistics are per pixel, but the augmentation changes the image size to "
+                f"{inputs.shape[1]}x{inputs.shape[2]}; use normalize=standardize"
+            ) from None
+    return inputs
+
+
+def _other_key(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Describes the first key in which two configs differ; None if none does."""
+    return next((f"{key}={new}, not {old}" for key, (old, new) in differences(first, other).items()), None)
+
+
+def _device_of(normalize: nn.Module) -> torch.device:
+    return next(iter(normalize.buffers()), torch.zeros(())).device
+
+
+def _is_alone_on_cpu(inputs: Inputs) -> bool:
+    return inputs.device.type == "cpu" and inputs.parallel.ranks.processes == 1
+
+
+def _build_on_cpu(inputs: Inputs, *, is_new: bool) -> CpuModel:
+    """Builds the model, if it fits into memory, and checks that it fits the task, its inputs and the mode."""
+    run_config, task, shape = inputs.run_config, inputs.task, inputs.shape
+    freezes = any(rule.freeze for rule in run_config.grouping.groups) or run_config.adapt.target is not no_adapters
+    has_gradients = is_new and _is_alone_on_cpu(inputs) and not freezes
+    check_memory(run_config.model, task.model_arguments(shape), has_gradients=has_gradients)
+    model = CpuModel(**vars(inputs), module=build_model(inputs))
+    if run_config.model.target.__module__.startswith("dlopt."):
+        task.check_model(run_config.model.choice, model.module)
+    task.check_inputs(
+        normalize=None if run_config.normalize.target is Nothing else run_config.normalize.choice,
+        augments=run_config.augmentation.arguments.get("operations") != [],
+    )
+    if is_new and not task.calls_model:  # a checkpoint can be used although its model has other outputs
+        check_outputs(model)
+    model.uses = layer_order(model)
+    if inputs.parallel.ranks.processes > 1 and not task.calls_model and not accepts_an_empty_batch(model):
+        accept_empty_batches(model.module, run_config.data_settings.batch_size)
+    return model
+
+
+def build_model(inputs: Inputs) -> nn.Module:
+    """Builds and initializes the model on the CPU, for the same initial weights on every device."""
+    run_config, samples, shape = inputs.run_config, inputs.dataset.train, inputs.shape
+    seed, init, arguments = run_config.settings.init_seed, run_config.init, inputs.task.model_arguments(shape)
+    rng.seed_all(stream(seed, rng.WEIGHTS))
+    module = build_module(run_config.model, arguments)
+    runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, rng.SCHEME)}
+    if init.takes("inputs"):  # up to 5000 training inputs, evenly spaced
+        inputs.task.check_measured(init.choice)
+        indices = torch.linspace(0, len(samples) - 1, min(5000, len(samples))).long()
+        measured = samples.fetch(indices).to(_device_of(inputs.normalize))
+        if shape != samples.shape:
+            measured, _ = CentreCrop(shape)(measured, indices)
+        runtime["inputs"] = inputs.normalize(measured).float().cpu()
+    if init.takes("growth"):
+        runtime["growth"] = width_growth(run_config.model, arguments)
+    init.build(**runtime)
+    adapters = {"generator": generator("cpu", seed, rng.ADAPTERS)} if run_config.adapt.takes("generator") else {}
+    run_config.adapt.build(model=module, **adapters)
+    return module
+
+
+def _to_device(model: CpuModel) -> WholeModel:
+    """Gives the model its data type and memory format; builds its loss; freezes and recomputes layers."""
+    run_config, precision, dataset, shape = model.run_config, model.precision, model.dataset, model.shape
+    settings, samples = run_config.settings, dataset.train
+    memory_format = torch.channels_last if uses_channels_last(model) else torch.contiguous_format
+    module = precision.place(model.module)
+    if has_convolutions(model):
+        module = module.to(memory_format=memory_format)
+    check_adapters(run_config, module, precision, shape, model.task)
+    loss = build_loss(run_config, dataset, module)
+    micro_batch = batch_size(run_config, samples) // settings.micro_batches
+    if settings.threads == "auto" and _is_alone_on_cpu(model) and speed.prefers_one_thread(module, shape, micro_batch):
+        set_threads(1)
+    # In milliseconds, beside 1 s of imports that the optimizer needs, too.
+    flops = None if model.task.calls_model else speed.training_flops(module, shape)
+    epoch = len(build_sampler(run_config, samples))
+    obstacle = speed.compile_obstacle(run_config, model.parallel, flops, epoch)
+    freeze(module, run_config.grouping)
+    recompute(module, settings.activation_checkpointing, choice=run_config.model.choice)
+    return WholeModel(
+        **{**vars(model), "module": module},
+        loss=loss if model.task.calls_model else precision.place_data(loss),
+        memory_format=memory_format,
+        flops=flops,
+        compile_obstacle=obstacle,
+    )
+
+
+def _compiled(model: WholeModel, placed: Placed) -> Callable[[Tensor], Tensor]:
+    """Returns what calls the placed model. Raises `UserError` for compile=blocks without any."""
+    call = model.parallel.around(placed, model.loss) if model.task.calls_model else placed.model
+    setting = model.run_config.settings.compile
+    if model.compile_obstacle:
+        return call
+    if setting != "blocks":
+        return speed.compiled(call, setting)
+    if not (blocks := repeated_blocks(model.module)):
+        raise UserError(f"compile=blocks: {model.run_config.model.choice} has no repeated blocks; use compile=true")
+    return speed.with_compiled_blocks(call, blocks)
 
 
 def with_validation_sets(workload: Workload, *, identifies: bool = False) -> Workload:
@@ -278,100 +333,18 @@ def with_validation_sets(workload: Workload, *, identifies: bool = False) -> Wor
     return replace(workload, validation_sets=sets)
 
 
-def _compare_ranks(run_config: RunConfig, dataset: Dataset, ranks: Ranks) -> None:
-    """Raises `UserError` on all ranks if they run other versions or another config, or read other data."""
-    facts = {**run_config.config, "dlopt": __version__, "torch": str(torch.__version__)}
-    ranks.refuse_difference("config", facts, _other_key)
-    data = run_config.config["data"]
-    place = next((f"data.{key}={data[key]}" for key in ("file", "root") if data.get(key)), run_config.data.choice)
-    ranks.refuse_difference(place, dataset.identity, difference)
-
-
-def _other_key(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Describes the first key in which two configs differ; None if none does."""
-    return next((f"{key}={new}, not {old}" for key, (old, new) in differences(first, other).items()), None)
-
-
-def _prepare_machine(run_config: RunConfig, parallel: Mode) -> Precision:
-    """Sets threads, memory and kernels of this process; returns the precision on its device."""
-    settings, device = run_config.settings, parallel.device
-    set_threads(settings.threads, parallel.ranks.local_processes)
-    keep_freed_memory()
-    set_deterministic(settings.deterministic)
-    # Measuring cuDNN's algorithms pays off: all batches but the last of an epoch have the same shape.
-    torch.backends.cudnn.benchmark = device.type == "cuda" and not settings.deterministic
-    return choose_precision(settings.precision, device)
-
-
-def _compiled(
-    model: Callable[[Tensor], Tensor], module: nn.Module, run_config: RunConfig
-) -> Callable[[Tensor], Tensor]:
-    """Returns the compiled model, which calls `module`. Raises `UserError` for compile=blocks without any."""
-    setting = run_config.settings.compile
-    if setting != "blocks":
-        return speed.compiled(model, setting)
-    blocks = repeated_blocks(module)
-    if not blocks:
-        raise UserError(f"compile=blocks: {run_config.model.choice} has no repeated blocks; use compile=true")
-    return speed.with_compiled_blocks(model, blocks)
-
-
-def _build_normalization(
-    run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...], precision: Precision, saved: Checkpoint | None
-) -> nn.Module:
-    """Builds the normalization on the device, with the statistics of the training split, or of a checkpoint."""
-    normalize = run_config.normalize.build_as(nn.Module, input_shape=dataset.train.shape).to(precision.data_dtype)
-    if saved is None:
-        kind = f"{run_config.normalize.target.__qualname__} {run_config.normalize.arguments} {precision.data_dtype}"
-        fit(normalize, dataset, count=run_config.data_settings.statistics_samples, kind=kind)
-    else:
-        with blamed("the checkpoint"):
-            normalize.load_state_dict(saved.normalize)
-    normalize = normalize.to(precision.device)
-    if len(shape) == 3:
-        _check_normalization(run_config, normalize, shape)
-    return normalize
-
-
-def _check_model(
-    run_config: RunConfig,
-    module: nn.Module,
-    dataset: Dataset,
-    shape: tuple[int, ...],
-    parallel: Mode,
-    *,
-    is_new: bool,
-) -> None:
-    """Raises `UserError` if the model on the CPU does not fit the task, its inputs or the mode."""
-    task = dataset.task
-    if run_config.model.target.__module__.startswith("dlopt."):
-        task.check_model(run_config.model.choice, module)
-    task.check_inputs(
-        normalize=None if run_config.normalize.target is Nothing else run_config.normalize.choice,
-        augments=run_config.augmentation.arguments.get("operations") != [],
-    )
-    if is_new and not isinstance(task, OwnTask):  # a checkpoint can be used although its model has other outputs
-        check_outputs(run_config, module, shape, dataset, parallel.device)
-
-
-def _check_normalization(run_config: RunConfig, normalize: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raises `UserError` if the statistics are per pixel and the augmentation changes the image size."""
-    try:
-        normalize(torch.zeros(1, *shape, device=next(iter(normalize.buffers()), torch.zeros(())).device))
-    except RuntimeError:
-        raise UserError(
-            f"{run_config.normalize.choice}: its statistics are per pixel, but the augmentation "
-            f"changes the image size to {shape[1]}x{shape[2]}; use normalize=standardize"
-        ) from None
-
-
 def build_loss(run_config: RunConfig, dataset: Dataset, module: nn.Module) -> nn.Module:
     """Builds the loss. A loss of another package raises `UserError` if its result is no mean or has no gradient."""
     component, task, targets = run_config.loss, dataset.task, dataset.train.targets
-    if isinstance(task, OwnTask):
-        return TaskLoss(module, task)
-    if "balanced" in component.arguments.values():
-        targets = _drawn_targets(run_config, dataset.train)
+    if task.calls_model:
+        return task.own_loss(module)
+    sampler = run_config.sampler
+    is_own_sampler = not sampler.target.__module__.startswith("dlopt.")
+    if "balanced" in component.arguments.values() and (sampler.target is ClassBalanced or is_own_sampler):
+        # Count the targets in the proportions in which they are drawn: the first draws of `ClassBalanced` have each
+        # class once; of the user's own sampler, the first epoch counts.
+        order = build_sampler(run_config, dataset.train).order(0)
+        targets = targets[order[: len(targets.unique())] if sampler.is_a(ClassBalanced) else order]
     balance = task.balance(component.arguments, targets)
     loss = component.build_as(nn.Module, **task.target_arguments, **balance)
     component.require_call(loss.forward, "forward(outputs, targets)")
@@ -395,7 +368,7 @@ def build_sampler(run_config: RunConfig, samples: Samples) -> Sampler:
         targets=samples.targets,
         samples=samples,
         batch_size=run_config.data_settings.batch_size,
-        seed=stream(run_config.settings.order_seed, ORDER),
+        seed=stream(run_config.settings.order_seed, rng.ORDER),
     )
     run_config.sampler.require_call(sampler.order, "order(epoch)")
     return sampler
@@ -405,46 +378,6 @@ def batch_size(run_config: RunConfig, samples: Samples) -> int:
     """Returns the samples of a training batch as they are drawn: all of an epoch if data.batch_size is larger."""
     size, drawn = run_config.data_settings.batch_size, len(build_sampler(run_config, samples))
     return drawn if size == "full" else min(size, drawn)
-
-
-def _drawn_targets(run_config: RunConfig, samples: Samples) -> Tensor:
-    """Returns the targets that a balanced loss counts: in the proportions in which the sampler draws them.
-
-    These are the targets of the samples, unless the sampler is `ClassBalanced`, whose first draws have each class once,
-    or the user's own: its first epoch counts.
-    """
-    sampler, targets = run_config.sampler, samples.targets
-    if sampler.target is not ClassBalanced and sampler.target.__module__.startswith("dlopt."):
-        return targets
-    order = build_sampler(run_config, samples).order(0)
-    return targets[order[: len(targets.unique())] if sampler.is_a(ClassBalanced) else order]
-
-
-def build_model(run_config: RunConfig, dataset: Dataset, normalize: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    """Builds and initializes the model on the CPU, for the same initial weights on every device."""
-    seed = run_config.settings.init_seed
-    rng.seed_all(stream(seed, WEIGHTS))
-    module = build_module(run_config.model, dataset.task.model_arguments(shape))
-    runtime: dict[str, Any] = {"model": module, "generator": generator("cpu", seed, SCHEME)}
-    if run_config.init.takes("inputs"):
-        dataset.task.check_measured(run_config.init.choice)
-        runtime["inputs"] = _init_inputs(dataset.train, normalize, shape)
-    if run_config.init.takes("growth"):
-        runtime["growth"] = width_growth(run_config.model, dataset.task.model_arguments(shape))
-    run_config.init.build(**runtime)
-    adapters = {"generator": generator("cpu", seed, ADAPTERS)} if run_config.adapt.takes("generator") else {}
-    run_config.adapt.build(model=module, **adapters)
-    return module
-
-
-def _init_inputs(samples: Samples, normalize: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Returns up to 5000 normalized training inputs, evenly spaced, for data-dependent initialization."""
-    indices = torch.linspace(0, len(samples) - 1, min(5000, len(samples))).long()
-    device = next(iter(normalize.buffers()), torch.zeros(())).device
-    inputs = samples.fetch(indices).to(device)
-    if shape != samples.shape:
-        inputs, _ = CentreCrop(shape)(inputs, indices)
-    return normalize(inputs).float().cpu()
 
 
 def load_weights(
