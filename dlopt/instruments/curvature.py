@@ -1,4 +1,4 @@
-"""Matrix-free Hessian (products, extreme eigenvalues, curvature along a step) and gradient noise of mini-batches."""
+"""Matrix-free Hessian: products, largest eigenvalues, curvature along a step. And gradient noise of mini-batches."""
 
 import contextlib
 import math
@@ -16,21 +16,17 @@ Product = Callable[[Tensor], Tensor]
 
 
 class Spectrum(NamedTuple):
-    """Approximations of the largest eigenvalues, from below: value i never exceeds the i-th largest one.
-
-    `residuals[i]` = ||H v - w v|| bounds the distance of w to the nearest eigenvalue, which is the i-th one only after
-    convergence.
-    """
+    """Approximations of the largest eigenvalues, from below: value i never exceeds the i-th largest one."""
 
     eigenvalues: Tensor  # [k], descending, float64
-    residuals: Tensor  # [k]
+    residuals: Tensor  # [k]: ||H v - w v|| bounds the distance of w to an eigenvalue, the i-th one after convergence
     vectors: Tensor  # [k, n]
 
 
 def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Product:
     """Returns the Hessian-vector product of `loss`: differentiates <gradient, v> (Pearlmutter 1994).
 
-    Builds the graph of the gradient once and keeps it as long as the returned function lives. Does not change `.grad`.
+    Keeps the graph of the gradient as long as the returned function lives. Does not change `.grad`.
     """
     parameters = list(parameters)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
@@ -65,7 +61,7 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
         for _ in range(2):  # twice is enough (Parlett)
             vector = vector - (stacked @ vector) @ stacked
         off.append(float(vector.norm()))
-        # A vanishing remainder means that the basis already spans the Krylov space; the rest would be rounding errors.
+        # The basis spans the Krylov space if the remainder vanishes; the rest would be rounding errors.
         if not math.isfinite(off[-1]) or off[-1] <= 1e-6 * max(scale, 1e-30):
             off[-1] = 0.0 if math.isfinite(off[-1]) else math.nan
             break
@@ -86,23 +82,19 @@ def lanczos(product: Product, start: Tensor, iterations: int, count: int) -> Spe
 def largest_eigenvalues(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], *, count: int, iterations: int
 ) -> Spectrum:
-    """Computes the largest eigenvalues of the Hessian of `loss()` with respect to `parameters` (see `lanczos`).
-
-    Starts from a fixed random vector, and does not use torch's global generators.
-    """
-    parameters = list(parameters)
+    """Computes the largest eigenvalues of the Hessian of `loss()` by `parameters`: `lanczos` from `random_vector`."""
     with torch.enable_grad():
         return lanczos(hessian_product(loss(), parameters), random_vector(parameters), iterations, count)
 
 
 def random_vector(parameters: Sequence[Tensor]) -> Tensor:
-    """Returns a fixed random vector [n] on the device and in the type of the parameters."""
+    """Returns a fixed random vector [n] on the device and in the type of the parameters, by a generator of its own."""
     count = sum(p.numel() for p in parameters)
     return torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(parameters[0])
 
 
 def curvature_along(product: Product, direction: Tensor) -> float:
-    """Computes d'Hd / d'd: the second derivative of the loss along `direction` [n], per unit length squared."""
+    """Computes d'Hd / d'd: the second derivative of the loss along `direction` d [n], per unit length squared."""
     square = float(direction.double() @ direction.double())
     return float(direction.double() @ product(direction).double()) / square if square > 0 else math.nan
 
@@ -123,7 +115,7 @@ def restoring(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def losses_along(
     loss: Callable[[], Tensor], parameters: Sequence[Tensor], steps: Sequence[Tensor], fractions: Sequence[float]
 ) -> list[float]:
-    """Evaluates the loss at `parameters` + fraction * `steps` for each fraction; restores the parameters."""
+    """Evaluates the loss at `parameters` + fraction * `steps` for each fraction, and restores the parameters."""
     losses = []
     with restoring(parameters) as originals:
         for fraction in fractions:
@@ -137,11 +129,10 @@ def losses_along(
 
 
 class GradientSpread:
-    """Accumulates gradients of equal mini-batches at the same weights: norms, mean and gradient noise scale.
+    """Accumulates gradients of equal mini-batches at the same weights: norms, and the gradient noise scale.
 
     The simple noise scale tr(Sigma) / |G|^2 is the batch size at which noise and gradient are equally large: above it,
-    larger batches help little (McCandlish, Kaplan et al. 2018, equation 2.9). The estimates of |G|^2 and tr(Sigma) are
-    unbiased, from batches of b samples and their mean over m batches (appendix A.1).
+    larger batches help little (McCandlish, Kaplan et al. 2018, equation 2.9).
     """
 
     def __init__(self) -> None:
@@ -163,8 +154,7 @@ class GradientSpread:
         return torch.stack(self._norms).cpu()
 
     def noise_scale(self, batch_size: int) -> tuple[float, list[float]]:
-        """Returns the noise scale of all gradients, and by group, in samples; NaN for fewer than two batches, infinite
-        if the estimated gradient is zero."""
+        """Returns the noise scale of all gradients, and by group, in samples; NaN for fewer than two batches."""
         if self.batches < 2:
             return math.nan, [math.nan] * len(self._sums)
         small = torch.stack(self._norms).double().square().mean(0)
@@ -178,7 +168,8 @@ class GradientSpread:
 
 def noise_scale(small: float, large: float, batch_size: int, batches: int) -> float:
     """Estimates tr(Sigma) / |G|^2 from the mean squared norm `small` of gradients of `batch_size` samples, and the
-    squared norm `large` of the mean of `batches` such gradients (McCandlish et al. 2018, equations A.2 and A.3)."""
+    squared norm `large` of the mean of `batches` such gradients; infinite if the estimated gradient is zero. Numerator
+    and denominator are unbiased (McCandlish et al. 2018, equations A.2 and A.3)."""
     total = batch_size * batches
     square = (total * large - batch_size * small) / (total - batch_size)
     trace = (small - large) / (1 / batch_size - 1 / total)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dlopt.augment.show import tile_of
 from dlopt.basics.files import write_atomically
@@ -17,7 +16,7 @@ from dlopt.basics.folders import short_path
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redacted
 from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.samples import Dataset, Samples, white
+from dlopt.data.samples import Dataset, white
 from dlopt.instruments import reconstructions
 from dlopt.metrics.declaration import Evaluated
 from dlopt.metrics.names import SPLITS, set_of, without_set
@@ -56,7 +55,7 @@ def set_lines(tested: Tested) -> list[str]:
             if set_of(column, [name]):
                 metric = without_set(column, [name])
                 shown.append(f"{live_name(metric)} {format_metric(metric, value)}")
-        # Spaces within a metric are none at which a line is wrapped.
+        # A line is not wrapped within a metric.
         text = f"validation set {name}: {', '.join(each.replace(' ', _NO_BREAK) for each in shown)}"
         lines += [line.replace(_NO_BREAK, " ") for line in textwrap.wrap(text, _WIDTH, subsequent_indent="  ")]
     return lines
@@ -65,7 +64,7 @@ def set_lines(tested: Tested) -> list[str]:
 def write_of_run(folder: Path, workload: Workload, report: TestReport) -> dict[str, Path | str]:
     """Writes at the end of a run what `dlopt eval` writes of its best model. Returns description -> picture.
 
-    Draws if that takes at most a tenth of the time of the training, else says how to draw.
+    Draws if that takes at most a tenth of the time of the training, else returns the command that draws.
     """
     if report.part is None:
         return {}
@@ -93,7 +92,7 @@ def write_of_run(folder: Path, workload: Workload, report: TestReport) -> dict[s
 def write(folder: Path, record: Mapping[str, Any], tested: Tested, *, draws: bool = True) -> dict[str, Path]:
     """Writes the metrics of a test, with `record`, its tables and pictures. Returns description -> path.
 
-    Raises OSError. `draws`: draw the pictures, and compute the curves of many samples.
+    `draws`: draw the pictures, and compute the curves of many samples. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report, names, part = tested.report, tested.classes or (), tested.report.part
@@ -124,7 +123,7 @@ def write(folder: Path, record: Mapping[str, Any], tested: Tested, *, draws: boo
 def _of_samples(
     tested: Tested, part: Evaluated, data: Dataset, *, draws: bool
 ) -> tuple[dict[str, Any], dict[str, bytes | str]]:
-    """Returns what eval.json holds of the samples, and the content of tables and pictures by file name."""
+    """Returns what eval.json has of the samples, and the content of tables and pictures by file name."""
     report, names, test = tested.report, tested.classes, data.test
     assert test is not None
     title = title_of(tested, part)
@@ -162,7 +161,15 @@ def _of_samples(
         figures["most_wrong.png"], samples = most_wrong.draw(samples, tiles, heading)
     files: dict[str, bytes | str] = {}
     if samples:
-        files["most_wrong.csv"] = most_wrong.table(samples, _features(data.columns, test, positions))
+        features: dict[str, list[str]] = {}
+        if data.columns is not None and len(test.shape) == 1 and test.shape[0] <= _MAX_FEATURES:
+            of_features = test.fetch(positions).T.tolist()
+            titles = [*data.columns.inputs]
+            if len(titles) != len(of_features):  # not known, or of lists of numbers
+                titles = [f"x{number}" for number in range(1, len(of_features) + 1)]
+            shown = ([f"{value:.7g}" for value in each] for each in of_features)
+            features = dict(zip(titles, shown, strict=True))
+        files["most_wrong.csv"] = most_wrong.table(samples, features)
     files |= {name: drawing.encoded(figure, "png", dpi=most_wrong.DPI) for name, figure in figures.items()}
     return {"curves": curves.saved, "wrong": wrong, "most_wrong": [*map(asdict, samples)]}, files
 
@@ -176,14 +183,3 @@ def title_of(tested: Tested, part: Evaluated) -> str:
         if (value := tested.report.metrics.get(f"{tested.split}_{name}")) is not None:
             parts.append(f"{name.replace('_', ' ')} {format_metric(name, value)}")
     return ", ".join(parts)
-
-
-def _features(columns: FeatureColumns | None, test: Samples, positions: Tensor) -> dict[str, list[str]]:
-    """Returns the features of rows, by name; {} for other data, and for very many features."""
-    if columns is None or len(test.shape) != 1 or test.shape[0] > _MAX_FEATURES:
-        return {}
-    names = [*columns.inputs]
-    if len(names) != test.shape[0]:  # not known, or of lists of numbers
-        names = [f"x{number}" for number in range(1, test.shape[0] + 1)]
-    features = test.fetch(positions).T.tolist()
-    return {name: [f"{value:.7g}" for value in column] for name, column in zip(names, features, strict=True)}

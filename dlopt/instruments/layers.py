@@ -21,11 +21,10 @@ from dlopt.training.builders.recompute import is_recomputing
 
 @dataclass
 class Moments:
-    """Running moments of all values of many tensors, and a sample of the values for a histogram.
+    """Running moments of all values of many tensors, and a sample of `keep` values per tensor for a histogram.
 
     Merges count, mean and sum of squared deviations as in Chan, Golub & LeVeque 1983. Synchronizes with the device only
-    when a statistic is read. `keep`: number of values sampled per tensor, with a separate generator; 20,000 give
-    practically the histogram of all values.
+    when a statistic is read. 20,000 sampled values give practically the histogram of all.
     """
 
     keep: int = 0
@@ -50,8 +49,11 @@ class Moments:
             self._deviations, self._mean = variance * count, mean
         self.count = total
         if self.keep:
-            kept = _subsample(values, self.keep).cpu()
-            self._kept.append(kept.to(torch.promote_types(kept.dtype, torch.float32)))
+            kept = values.flatten().clone()
+            if count > self.keep:
+                generator = torch.Generator(kept.device).manual_seed(0)
+                kept = kept[torch.randint(count, (self.keep,), generator=generator, device=kept.device)]
+            self._kept.append(kept.cpu().to(torch.promote_types(kept.dtype, torch.float32)))
 
     @property
     def mean(self) -> float:
@@ -68,13 +70,12 @@ class Moments:
 
     @property
     def rms(self) -> float:
-        """Root of the mean square."""
         square = self.variance + self.mean**2
         return math.sqrt(square) if square >= 0 else math.nan
 
     @property
     def norm(self) -> float:
-        """2-norm of all values as one vector."""
+        """2-norm of all values."""
         return self.rms * math.sqrt(self.count)
 
     @property
@@ -84,7 +85,7 @@ class Moments:
 
 
 def moments_of(inputs: Sequence[Any]) -> Moments | None:
-    """Returns the moments of a model's inputs, one tensor per batch; None if they are no real numbers."""
+    """Returns the moments of a model's inputs, a tensor per batch; None if they are no real numbers."""
     moments = Moments()
     for each in inputs:
         if not isinstance(each, Tensor) or not each.is_floating_point():
@@ -94,31 +95,18 @@ def moments_of(inputs: Sequence[Any]) -> Moments | None:
 
 
 def is_off_scale(inputs: Moments) -> bool:
-    """Whether inputs are far from mean 0 and standard deviation 1, for which initializations are derived.
-
-    Images in [0, 1] are not: half of their standard deviation may be 0.1.
-    """
+    """Whether inputs are far from mean 0 and standard deviation 1, for which initializations are derived."""
+    # Images in [0, 1] are not: their standard deviation may be 0.1.
     return abs(inputs.mean) > 2 or not 0.05 < inputs.std < 3
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    """Returns the widest floating-point type of a device.
-
-    Squares in float32 overflow above 1e19 and vanish below 1e-23: gradients of deep networks reach both.
-    """
+    # Squares in float32 overflow above 1e19 and vanish below 1e-23: gradients of deep networks reach both.
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _subsample(values: Tensor, count: int) -> Tensor:
-    flat = values.flatten()
-    if flat.numel() <= count:
-        return flat.clone()
-    generator = torch.Generator(flat.device).manual_seed(0)
-    return flat[torch.randint(flat.numel(), (count,), generator=generator, device=flat.device)]
-
-
 SATURATED_SLOPE = 0.05
-"""A tanh or sigmoid unit counts as saturated if its slope is below this fraction of the largest slope."""
+"""A tanh or sigmoid unit is saturated if its slope is below this fraction of the largest slope."""
 
 # 1 - tanh^2 < 0.05 above this |tanh|, and 4 sigmoid (1 - sigmoid) < 0.05 above the same |2 sigmoid - 1|.
 _SATURATED = (1 - SATURATED_SLOPE) ** 0.5
@@ -131,12 +119,7 @@ _ACTIVATIONS = (
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one layer over all recorded calls and batches.
-
-    `inputs`: of the activation, or the layer's output if no activation follows. `outputs`: of the activation.
-    `gradients`: of the mean loss of a batch with respect to `inputs`, the back-propagated gradients of Glorot & Bengio
-    2010.
-    """
+    """Statistics of one layer over all recorded calls and batches."""
 
     name: str
     kind: str  # the class of the weight layer: Linear, Conv2d, ...
@@ -144,9 +127,9 @@ class LayerStatistics:
     activation: str | None = None
     calls: int = 0
     batches: int = 0
-    inputs: Moments = field(init=False)
-    outputs: Moments = field(init=False)
-    gradients: Moments = field(init=False)
+    inputs: Moments = field(init=False)  # of the activation, or the layer's outputs if none follows
+    outputs: Moments = field(init=False)  # of the activation
+    gradients: Moments = field(init=False)  # of a batch's mean loss by `inputs`: back-propagated (Glorot & Bengio 2010)
     _saturated: Tensor | None = None  # number of saturated values
     _peak: Tensor | None = None  # [units]: largest output
 
@@ -155,7 +138,7 @@ class LayerStatistics:
         self.gradients = Moments(self.keep)
 
     def start_activation(self, module: nn.Module) -> None:
-        """Switches to the activation's values; discards those recorded for the layer without activation."""
+        """Switches to the activation's values; discards those of the layer."""
         if self.activation is None:
             self.inputs, self.outputs, self.gradients = (Moments(self.keep) for _ in range(3))
         self.activation = type(module).__name__
@@ -167,12 +150,12 @@ class LayerStatistics:
 
     @property
     def saturated(self) -> float | None:
-        """Fraction of tanh or sigmoid values with a slope below `SATURATED_SLOPE` of the largest; else None."""
+        """Fraction of tanh or sigmoid values with a slope below `SATURATED_SLOPE`; else None."""
         return None if self._saturated is None else float(self._saturated) / self.outputs.count
 
     @property
     def dead(self) -> float | None:
-        """Fraction of ReLU units (features, channels) that are zero for all samples, positions and calls; else None."""
+        """Fraction of ReLU units (features, channels) that are zero for all samples and positions; else None."""
         return None if self._peak is None else float((self._peak <= 0).float().mean())
 
     @property
@@ -195,14 +178,10 @@ class LayerStatistics:
 
 
 class LayerProbe:
-    """Records statistics of every forward and backward in training mode within `recording()`.
-
-    `keep`: values sampled per tensor for histograms. The hooks do not change what the model computes.
-    """
+    """Records statistics of every forward and backward in training mode within `recording()`: see `Moments`."""
 
     def __init__(self, module: nn.Module, *, activations: bool = True, gradients: bool = True, keep: int = 0) -> None:
-        self.with_activations = activations
-        self.with_gradients = gradients
+        self.with_activations, self.with_gradients = activations, gradients
         self._known = {
             layer: LayerStatistics(name, type(layer).__name__, keep) for name, layer in weight_layers(module)
         }
@@ -220,12 +199,12 @@ class LayerProbe:
             yield self
 
     def _before(self, module: nn.Module, inputs: Any) -> None:
-        tensor = _first_tensor(inputs)
+        tensor, latest = _first_tensor(inputs), self._latest
         if is_recomputing():  # activation checkpointing: the same values again
             return
-        if module in self._activations and module.training and tensor is not None and self._latest is not None:
-            self._latest.start_activation(module)
-            self._record(tensor, self._latest)
+        if module in self._activations and module.training and tensor is not None and latest is not None:
+            latest.start_activation(module)
+            self._record(tensor, latest)
 
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
         tensor = _first_tensor(output)
@@ -249,7 +228,7 @@ class LayerProbe:
 
 
 def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns (name, module) of modules with a weight of two or more dimensions; the root is named `model`."""
+    """Returns (name, module) of modules with a weight of two or more dimensions; the root's name is `model`."""
     return [
         (name or "model", layer)
         for name, layer in module.named_modules()
@@ -258,7 +237,7 @@ def weight_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def layer_parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Returns layer name -> trainable parameters (weights and biases) of `weight_layers`."""
+    """Returns layer name -> trainable parameters of `weight_layers`."""
     return {
         name: parameters
         for name, layer in weight_layers(module)
@@ -278,13 +257,10 @@ def norms(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def norms_by_layer(layers: Mapping[str, Sequence[nn.Parameter]], values: Mapping[nn.Parameter, Tensor]) -> Tensor:
-    """Returns the norm [layers] of the values of each layer's parameters; some may have no value."""
+    """Returns the norm [layers] of the values of each layer's parameters, of those that have one."""
     return norms([[values[p] for p in group if p in values] for group in layers.values()])
 
 
 def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
-        return value[0]
-    return None
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    return first if isinstance(first, Tensor) else None

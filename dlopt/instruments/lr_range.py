@@ -1,13 +1,12 @@
 """Learning-rate range test (Smith 2017, section 3.3): trains with a growing rate and suggests rates from the losses.
 
-`python -m dlopt.instruments.lr_range FOLDER` runs one rank: reads FOLDER/config.yaml and FOLDER/sweep.json and writes
-FOLDER/rank-N.json.
+`python -m dlopt.instruments.lr_range FOLDER` runs one rank, with the keys in FOLDER/sweep.json: see `run_rank`.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from dlopt.basics.errors import USER_ERROR, RunError, UserError
+from dlopt.basics.files import write_json
 from dlopt.basics.scratch import scratch
 from dlopt.basics.status_line import status_line
 from dlopt.config.run_config import RunConfig
@@ -46,20 +46,15 @@ _RISE = 1.1  # a smoothed loss above this multiple of its minimum has risen
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Result of a range test: rates, and the loss of each update's batch before the update.
-
-    `steepest`: the rate at which the smoothed loss falls fastest against log(rate); `valley`: the middle of the longest
-    descent, which is more conservative. None if the loss never fell. `off_scale`: mean and standard deviation of inputs
-    that are far from 0 and 1, else None.
-    """
+    """Result of a range test. The suggested rates are None if the loss never fell."""
 
     rates: list[float]
-    losses: list[float]
+    losses: list[float]  # of each update's batch, before the update
     smoothed: list[float]
-    steepest: float | None
-    valley: float | None
+    steepest: float | None  # where the smoothed loss falls fastest against log(rate)
+    valley: float | None  # the middle of the longest descent, which is more conservative
     diverged: bool
-    off_scale: list[float] | None = None
+    off_scale: list[float] | None = None  # mean and standard deviation of inputs that are far from 0 and 1
 
 
 def check(keys: RangeTest) -> None:
@@ -76,10 +71,6 @@ def uses_line_search(optimizer: Component) -> str | None:
 
 def trial(run_config: RunConfig, keys: RangeTest) -> RunConfig:
     """Returns the config with the test's learning rates; multipliers of parameter groups are kept."""
-
-    def exponential(horizon: Any) -> Callable[[float], float]:
-        return keys.rate
-
     if "lr" not in run_config.optimizer.arguments:
         raise UserError(f"{run_config.optimizer.choice}: has no learning rate to tune")
     if key := uses_line_search(run_config.optimizer):
@@ -89,7 +80,7 @@ def trial(run_config: RunConfig, keys: RangeTest) -> RunConfig:
         run_config,
         optimizer=run_config.optimizer.partial(lr=1.0),
         auto_lr=False,
-        schedule=Component("schedule", exponential, {}),
+        schedule=Component("schedule", lambda horizon: keys.rate, {}),
         warmup=replace(run_config.warmup, warmup_epochs=None, warmup_steps=0, warmup_fraction=0.0),
         settings=replace(
             run_config.settings,
@@ -101,56 +92,51 @@ def trial(run_config: RunConfig, keys: RangeTest) -> RunConfig:
     )
 
 
-def find(workload: Workload, keys: RangeTest, folder: Path) -> LearningRates:
+def find(workload: Workload, keys: RangeTest) -> LearningRates:
     """Loads the weights of `init_from`, if set, trains with growing rates, and restores the model bitwise.
 
-    Learning rates that do not depend on optimizer.lr, such as optimizer.rest_lr, stay constant. `folder` is a
-    placeholder for the run folder and is not written. All ranks must call this; losses are over the global batch,
-    so all ranks return the same result.
+    Learning rates that do not depend on optimizer.lr, such as Muon's rest_lr, stay constant. All ranks must call this,
+    and return the same result: losses are over the global batch.
     """
     check(keys)
     if (path := workload.run_config.settings.init_from) is not None:
         load_weights(workload.module, Path(path), workload.parallel)
     workload = replace(workload, run_config=trial(workload.run_config, keys))
-    is_main = workload.parallel.ranks.is_main
     with restored(workload.module, workload.device), status_line() as show:
         # A non-finite loss ends the test, here and on all ranks.
-        trainer = probe_trainer(with_teacher(workload), folder, checks=False)
-        constant = _independent_rates(workload)
+        trainer = probe_trainer(with_teacher(workload), Path(os.devnull), checks=False)
+        groups, others = (build_optimizer(each).param_groups for each in (workload, workload.with_lr(2.0)))
+        pairs = enumerate(zip(groups, others, strict=True))
+        constant = {i: float(group["lr"]) for i, (group, other) in pairs if group["lr"] == other["lr"]}
         rates, losses, smoothed = [], [], []
         average, best, diverged, off_scale = 0.0, math.inf, False, None
         workload.module.train()
         for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), keys.updates)):
-            rates.append(keys.rate(number))
+            rate = keys.rate(number)
             if number == 0 and (inputs := moments_of([batch.inputs])) is not None and is_off_scale(inputs):
                 off_scale = [inputs.mean, inputs.std]
-            if is_main:
-                show(f"update {number + 1}/{keys.updates}, learning rate {rates[-1]:.2g}")
-            for index, rate in constant.items():
+            if workload.parallel.ranks.is_main:
+                show(f"update {number + 1}/{keys.updates}, learning rate {rate:.2g}")
+            for index, independent in constant.items():
                 group = trainer.step.optimizer.param_groups[index]
-                group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
-            trainer.update(batch, number)
-            # Waits for the device in every update, and is a collective with several ranks: the test decides after each
-            # update whether to end, on all ranks alike.
-            losses.append(trainer.train_metrics.since_last()["loss"])
-            average = keys.smoothing * average + (1 - keys.smoothing) * losses[-1]
-            smoothed.append(average / (1 - keys.smoothing ** (number + 1)))  # corrects the bias of the zero start
-            best = min(best, smoothed[-1])
-            if not math.isfinite(losses[-1]) or (number >= _FEWEST and smoothed[-1] > keys.diverge * best):
+                is_tensor = isinstance(group["lr"], torch.Tensor)
+                group["lr"] = group["lr"].fill_(independent) if is_tensor else independent
+            trainer.run_update(batch, number)
+            # Waits for the device, and is a collective: all ranks decide alike, after each update, whether to end.
+            loss = trainer.train_metrics.since_last()["loss"]
+            if not math.isfinite(loss):
                 diverged = True
                 break
-    finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
-    rates, losses, smoothed = rates[:finite], losses[:finite], smoothed[:finite]
+            rates.append(rate)
+            losses.append(loss)
+            average = keys.smoothing * average + (1 - keys.smoothing) * loss
+            smoothed.append(average / (1 - keys.smoothing ** (number + 1)))  # corrects the bias of the zero start
+            best = min(best, smoothed[-1])
+            if number >= _FEWEST and smoothed[-1] > keys.diverge * best:
+                diverged = True
+                break
     steepest, valley = steepest_slope(rates, smoothed), middle_of_descent(rates, smoothed)
     return LearningRates(rates, losses, smoothed, steepest, valley, diverged, off_scale)
-
-
-def _independent_rates(workload: Workload) -> dict[int, float]:
-    """Returns the learning rates of the parameter groups that do not depend on optimizer.lr (Muon's rest_lr)."""
-    pairs = (build_optimizer(each).param_groups for each in (workload, workload.with_lr(2.0)))
-    return {
-        i: float(group["lr"]) for i, (group, other) in enumerate(zip(*pairs, strict=True)) if group["lr"] == other["lr"]
-    }
 
 
 @contextmanager
@@ -181,9 +167,9 @@ def steepest_slope(rates: Sequence[float], smoothed: Sequence[float]) -> float |
 def middle_of_descent(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
     """Returns the middle of the longest decreasing subsequence, as in fastai's `valley` (Howard & Gugger 2020).
 
-    None if the losses never fall. `length[i]`: length of the longest decreasing subsequence that ends at i.
+    None if the losses never fall.
     """
-    length = [1] * len(smoothed)
+    length = [1] * len(smoothed)  # of the longest decreasing subsequence that ends at i
     for i, loss in enumerate(smoothed):
         length[i] += max((length[j] for j in range(i) if smoothed[j] > loss), default=0)
     if max(length, default=1) < 2:
@@ -194,7 +180,6 @@ def middle_of_descent(rates: Sequence[float], smoothed: Sequence[float]) -> floa
 
 
 def describe(result: LearningRates) -> list[str]:
-    """Describes the test and its suggestions, a sentence each."""
     reached = f" up to a learning rate of {result.rates[-1]:.3g}" if result.rates else ""
     course = f"{len(result.rates)} updates{reached}; {describe_end(result)}"
     if result.off_scale is not None:
@@ -211,7 +196,7 @@ def describe(result: LearningRates) -> list[str]:
 
 
 def describe_end(result: LearningRates) -> str:
-    """Describes the end of the test as the plot shows it, from the smoothed losses."""
+    """Describes the end of the test by the smoothed losses, as the plot shows it."""
     smoothed, rates = result.smoothed, result.rates
     if not smoothed:
         return "the first loss is not finite"
@@ -227,7 +212,7 @@ def describe_end(result: LearningRates) -> str:
 
 
 def draw(result: LearningRates, title: str) -> "Figure":
-    """Plots the losses and suggestions; an arrow marks a smoothed loss beyond three times its initial value."""
+    """Plots the losses and suggestions; an arrow marks a smoothed loss above three times its initial value."""
     figure = drawing.figure(8, 4.5)
     axes = figure.add_subplot()
     axes.plot(result.rates, result.losses, color="0.75", linewidth=1, label="loss of each batch")
@@ -257,21 +242,18 @@ def draw(result: LearningRates, title: str) -> "Figure":
 
 def write(result: LearningRates, folder: Path, title: str) -> list[Path]:
     """Writes find_lr.png, .svg and .json into the folder; returns their paths. Raises OSError."""
-    from dlopt.basics.files import write_json
-
     path = folder / "find_lr.json"
     write_json(path, asdict(result), indent=1)
     return [*drawing.save(draw(result, title), folder, "find_lr"), path]
 
 
 def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
-    """Returns the learning rate for `optimizer.lr=auto`: the one at which the loss falls fastest.
+    """Returns the learning rate for `optimizer.lr=auto`, of the steepest slope; writes the result to the run folder.
 
-    Writes find_lr.png, .svg and .json to the run folder. Raises `UserError` if no learning rate reduced the loss.
+    Raises `UserError` if no learning rate reduced the loss.
     """
-    result = find(workload, RangeTest(), folder)
-    rate = result.steepest
-    if rate is None:
+    result = find(workload, RangeTest())
+    if (rate := result.steepest) is None:
         raise UserError("optimizer.lr=auto: no learning rate reduced the loss; set optimizer.lr to a number")
     tracking.message(f"optimizer.lr=auto: found {rate:.3g} (see find_lr.png) in {len(result.rates)} updates")
     if workload.parallel.ranks.is_main:
@@ -283,52 +265,45 @@ def find_lr(workload: Workload, tracking: Tracking, folder: Path) -> float:
 def measure(run_config: RunConfig, keys: RangeTest) -> LearningRates | None:
     """Runs a range test here, or in as many processes as the config has; None on ranks > 0 of a launcher."""
     world = current()
-    # A launcher has started the processes already, maybe more than this machine has GPUs.
+    # A launcher has started the processes, maybe more than this machine has GPUs.
     processes = 1 if world else count_processes(run_config.parallel.arguments, run_config.settings.device)
-    if processes > 1:
-        return _measure_in_ranks(run_config, keys, processes)
-    result = test_range(run_config, keys, Path(os.devnull))
-    if world is not None:
-        rendezvous.leave()
-    return result if rendezvous.is_main() else None
-
-
-def _measure_in_ranks(run_config: RunConfig, keys: RangeTest, processes: int) -> LearningRates:
-    """Starts one process per rank and returns the result of rank 0."""
+    if processes == 1:
+        result = test_range(run_config, keys)
+        if world is not None:
+            rendezvous.leave()
+        return result if rendezvous.is_main() else None
     with scratch() as folder:
         (folder / "sweep.json").write_text(json.dumps(asdict(keys)))
         codes = run_ranks("dlopt.instruments.lr_range", folder, run_config.config, processes, {})
         results = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
-    for result in results:
-        if "error" in result:
-            raise UserError(result["error"]) if USER_ERROR in codes else RunError(result["error"])
+    for each in results:
+        if "error" in each:
+            raise UserError(each["error"]) if USER_ERROR in codes else RunError(each["error"])
     if any(codes) or not results:
         raise RunError(f"the processes of the test failed with exit codes {', '.join(map(str, codes))}")
     return LearningRates(**results[0])
 
 
 def steepest_rate(run_config: RunConfig) -> float | None:
-    """Returns the learning rate at which the loss falls fastest; None if it never falls, or none can be tested."""
+    """Returns the rate of the steepest slope; None if the loss never falls, or no rate can be tested."""
     try:
-        return test_range(run_config, RangeTest(), Path(os.devnull)).steepest
+        return test_range(run_config, RangeTest()).steepest
     except UserError:  # no learning rate, or a line search
         return None
 
 
-def test_range(run_config: RunConfig, keys: RangeTest, folder: Path) -> LearningRates:
-    """Runs a range test in this process, or as one rank of several. `folder` is not written."""
-    return find(build_workload(run_config, parallel=build_mode(run_config)), keys, folder)
+def test_range(run_config: RunConfig, keys: RangeTest) -> LearningRates:
+    """Runs a range test in this process, or as one rank of several."""
+    return find(build_workload(run_config, parallel=build_mode(run_config)), keys)
 
 
 def _measure_rank(run_config: RunConfig, folder: Path, _: int) -> dict[str, Any]:
     keys = RangeTest(**json.loads((folder / "sweep.json").read_text()))
-    return asdict(test_range(run_config, keys, folder))
+    return asdict(test_range(run_config, keys))
 
 
 def _explain(error: Exception) -> RankOutcome | None:
-    if not isinstance(error, UserError | RunError):
-        return None
-    return {"error": str(error)}, error.code
+    return ({"error": str(error)}, error.code) if isinstance(error, UserError | RunError) else None
 
 
 if __name__ == "__main__":

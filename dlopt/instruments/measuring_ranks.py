@@ -1,4 +1,4 @@
-"""Start and entry point of the ranks of commands that measure (`dlopt find-lr`)."""
+"""Starts and runs the ranks of commands that measure (`dlopt find-lr`)."""
 
 import json
 import os
@@ -22,7 +22,7 @@ RankOutcome = tuple[Mapping[str, Any], int]  # content of rank-N.json, and the e
 def run_ranks(
     module: str, folder: Path, config: Mapping[str, Any], processes: int, options: Mapping[str, str]
 ) -> list[int]:
-    """Runs `python -m module FOLDER` as ranks with additional environment variables; returns their exit codes.
+    """Runs `python -m module FOLDER` as ranks with the environment variables `options`; returns their exit codes.
 
     A single process belongs to no process group. Raises KeyboardInterrupt after Ctrl-C.
     """
@@ -42,13 +42,12 @@ def run_rank(
 ) -> int:
     """Writes the result of `measure(run_config, folder, rank)` to FOLDER/rank-N.json; returns the exit code.
 
-    FOLDER is the only command-line argument; the config is FOLDER/config.yaml. `explain` converts an error to an
-    outcome, or returns None for a bug, which is raised.
+    FOLDER is the only command-line argument; the config is FOLDER/config.yaml. `explain` returns None for a bug, which
+    is raised.
     """
     if RANK in os.environ:
         launch.end_rank_with_parent()
-    folder = Path(sys.argv[1])
-    world = current()
+    folder, world = Path(sys.argv[1]), current()
     rank = 0 if world is None else world.rank
     config = yaml.safe_load((folder / "config.yaml").read_text())
     outcome: Mapping[str, Any]

@@ -50,8 +50,8 @@ class ModelSummary:
 def summarize(module: nn.Module, inputs: Tensor) -> ModelSummary:
     """Runs `inputs` [B, ...] forward and backward on the meta device, without computing values.
 
-    Counts the operations of matrix products, convolutions and attention (`torch.utils.flop_counter`), as papers do, and
-    not those of normalization and activations. `module` must be on the meta device.
+    Counts the operations of matrix products, convolutions and attention, as papers do, and not those of normalization
+    and activations. `module` must be on the meta device.
     """
     module.train()
     shapes: dict[nn.Module, tuple[int, ...]] = {}
@@ -118,10 +118,7 @@ def summarize_run(run_config: RunConfig, shape: tuple[int, ...], task: Task, sam
 
 @contextmanager
 def kept_for_backward(module: nn.Module) -> Iterator[dict[int, int]]:
-    """Context that collects the bytes of each storage that autograd saves, except parameters and buffers.
-
-    Counts tensors that share a storage once.
-    """
+    """Context that collects the bytes of each storage that autograd saves, except parameters and buffers."""
     excluded = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     saved: dict[int, int] = {}
     alive: list[Tensor] = []  # keeps storages alive: the address of a freed one could be reused
@@ -142,7 +139,7 @@ def _count(module: nn.Module) -> int:
 
 
 def show_summary(name: str, shape: tuple[int, ...], summary: ModelSummary) -> None:
-    """Prints the layers, and the totals of the model `name` for inputs of `shape`."""
+    """Prints the layers and the totals of the model `name`, for inputs of `shape`."""
     table = plain_table(left=["layer", "kind"], right=["output", "parameters", "MACs"])
     for layer in summary.layers:
         if layer.kind not in ("Identity", "Dropout") or layer.parameters:
@@ -159,8 +156,7 @@ def show_summary(name: str, shape: tuple[int, ...], summary: ModelSummary) -> No
         "weights": f"{format_bytes(summary.parameter_bytes)}, buffers {format_bytes(summary.buffer_bytes)}",
         "activations for backward": f"{format_bytes(summary.activation_bytes)}, batch size {summary.batch}",
     }
-    for key, value in lines.items():
-        print(f"{key}: {value}")
+    print("\n".join(f"{key}: {value}" for key, value in lines.items()))
 
 
 def _scaled(number: float) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from dlopt.basics.errors import UserError
 from dlopt.basics.length import Length
 from dlopt.instruments.diagnostics import Diagnostics
-from dlopt.instruments.profiling import Profile, Profiling, table
+from dlopt.instruments.profiling import Profiling
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.workload import Workload
 from dlopt.training.step import Observer
@@ -30,10 +30,5 @@ def observers(workload: Workload, length: Length, tracking: Tracking, folder: Pa
             left = length.updates - length.done
             tracking.message(f"profile=true: only {left} updates are left, too few for profile_steps; none is profiled")
             return enabled
-
-        def report(profile: Profile) -> None:
-            for line in table(profile, folder / "profile"):
-                tracking.message(line)
-
-        enabled.append(Profiling(workload, (first, last), folder / "profile", report))
+        enabled.append(Profiling(workload, (first, last), folder / "profile", tracking.message))
     return enabled

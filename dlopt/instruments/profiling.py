@@ -3,8 +3,6 @@
 import contextlib
 import math
 import os
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,10 +19,10 @@ from dlopt.basics.formats import format_bytes
 from dlopt.data.batches import Batch
 from dlopt.instruments.model_summary import kept_for_backward
 from dlopt.machine.device import synchronized_time
-from dlopt.metrics.sums import Kept
+from dlopt.machine.memory import process_memory
 from dlopt.training.builders.workload import Workload
 from dlopt.training.micro_loss import Network
-from dlopt.training.step import EpochBatches, ForwardBackward, Observer, Step
+from dlopt.training.step import EpochBatches, Observer, Step
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,19 +51,16 @@ class Profile:
 
 
 class Profiling(Observer):
-    """Profiles the updates first .. last - 1: memory in the first one, time in the others.
+    """Profiles the updates first .. last - 1: memory in the first one, time in the others; then prints the profile.
 
-    Calls `report` after the last one. On a GPU, synchronizes at the end of each part to attribute time correctly, which
-    prevents overlap between parts.
+    On a GPU, synchronizes at the end of each part to attribute time correctly, which prevents overlap between parts.
     """
 
     def __init__(
-        self, workload: Workload, steps: tuple[int, int], folder: Path, report: Callable[[Profile], None]
+        self, workload: Workload, steps: tuple[int, int], folder: Path, message: Callable[[str], None]
     ) -> None:
-        self.workload = workload
+        self.workload, self.folder, self.message = workload, folder, message
         self.first, self.last = steps
-        self.folder = folder
-        self.report = report
         self.result = Profile(updates=self.last - self.first - 1)
         self.seconds = dict.fromkeys(("data", "forward", "forward and backward", "update"), 0.0)
         self._profiler: profile | None = None
@@ -73,27 +68,22 @@ class Profiling(Observer):
         self._measures_peaks = False  # of GPU memory: of forward and backward, and of the rest of the update
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
-        """Times the model and the loss as `forward`, and fetching a batch as `data`."""
         if network.task_loss is not None:
             return replace(network, task_loss=self._timed("forward", network.task_loss)), TimedBatches(batches, self)
         # Compiled alone: a compiler cannot see through the timers.
         model, loss = self._timed("forward", self.workload.model), self._timed("forward", network.loss)
         return replace(network, model=model, loss=loss, compile=None), TimedBatches(batches, self)
 
-    def around_forward_backward(self, forward_backward: ForwardBackward) -> ForwardBackward:
+    @contextlib.contextmanager
+    def around_forward_backward(self) -> Iterator[None]:
         """Times forward and backward, and measures its peak memory in the first update."""
-
-        def measured(batch: Batch) -> tuple[Tensor, list[Kept]]:
-            if self._measures_peaks:
-                torch.cuda.reset_peak_memory_stats(self.workload.device)
-            with self.timer("forward and backward"):
-                results = forward_backward(batch)
-            if self._measures_peaks:
-                self.result.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
-                torch.cuda.reset_peak_memory_stats(self.workload.device)
-            return results
-
-        return measured
+        if self._measures_peaks:
+            torch.cuda.reset_peak_memory_stats(self.workload.device)
+        with self.timer("forward and backward"):
+            yield
+        if self._measures_peaks:
+            self.result.peaks["forward and backward"] = torch.cuda.max_memory_allocated(self.workload.device)
+            torch.cuda.reset_peak_memory_stats(self.workload.device)
 
     def around_update(
         self, step: Step, inputs: Tensor, targets: Tensor, number: int
@@ -125,46 +115,43 @@ class Profiling(Observer):
 
     @contextlib.contextmanager
     def _timing(self, number: int) -> Iterator[None]:
-        """Times the whole update; `_finish` subtracts the evaluations, which leaves clipping, optimizer, schedule and
-        weight averaging."""
+        """Times the whole update; after the last one, writes and prints the profile."""
         with self.timer("update"):
             yield
-        if number + 1 == self.last:
-            self._finish()
-
-    def _begin(self) -> None:
-        kinds = [ProfilerActivity.CPU]
-        if self.workload.device.type == "cuda":
-            kinds.append(ProfilerActivity.CUDA)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Kineto warns on stderr that there is no GPU
-        self._profiler = profile(activities=kinds)
-        self._profiler.start()
-        self._start = synchronized_time(self.workload.device)
-
-    def _finish(self) -> None:
-        profiler, result = self._profiler, self.result
+        if number + 1 < self.last:
+            return
+        profiler, result, device = self._profiler, self.result, self.workload.device
         assert profiler is not None
-        elapsed = synchronized_time(self.workload.device) - self._start
+        elapsed = synchronized_time(device) - self._start
         profiler.stop()
         self._profiler = None
-        evaluation, update = self.seconds["forward and backward"], self.seconds["update"]
-        sums = {"data": self.seconds["data"], "forward": self.seconds["forward"]}
-        sums |= {"backward": evaluation - self.seconds["forward"], "optimizer": update - evaluation}
-        result.parts = {name: value / result.updates for name, value in sums.items()}
+        forward, evaluation = self.seconds["forward"], self.seconds["forward and backward"]
+        parts = {"data": self.seconds["data"], "forward": forward, "backward": evaluation - forward}
+        parts["optimizer"] = self.seconds["update"] - evaluation  # clipping, optimizer, schedule and weight averaging
+        result.parts = {name: value / result.updates for name, value in parts.items()}
         result.seconds = elapsed / result.updates
-        result.communication = collective_times(profiler.events() or [], self.workload.device)[0] / result.updates
-        result.operations = _costliest(profiler, self.workload.device, result.updates)
+        result.communication = collective_times(profiler.events() or [], device)[0] / result.updates
+        self_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        operations = [
+            ProfiledOperation(
+                str(event.key), round(event.count / result.updates), getattr(event, self_time) * 1e-6 / result.updates
+            )
+            for event in profiler.key_averages()
+            if not str(event.key).startswith(_PREFIX)
+        ]
+        result.operations = sorted(operations, key=lambda each: each.seconds, reverse=True)[:_TOP]
         with contextlib.suppress(OSError):  # the profile is printed anyway
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "updates.pt.trace.json"))
             write_json(self.folder / "profile.json", asdict(result), indent=1)
-        self.report(result)
+        for line in table(result, self.folder):
+            self.message(line)
 
     # -- memory
 
     @contextlib.contextmanager
     def _measuring_memory(self, step: Step, inputs: Tensor, targets: Tensor) -> Iterator[None]:
-        module, optimizer, device = self.workload.module, step.optimizer, self.workload.device
+        module, device = self.workload.module, self.workload.device
         self._measures_peaks = device.type == "cuda"
         try:
             with kept_for_backward(module) as saved:
@@ -173,21 +160,25 @@ class Profiling(Observer):
             self._measures_peaks = False
         if device.type == "cuda":
             self.result.peaks["optimizer"] = torch.cuda.max_memory_allocated(device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.result.memory = {
             "weights": tensor_bytes([*module.parameters()]),
             "buffers": tensor_bytes([*module.buffers()]),
             "gradients": tensor_bytes([p.grad for p in module.parameters()]),
-            "optimizer": state_bytes(optimizer),
+            "optimizer": state_bytes(step.optimizer),
             "batch": tensor_bytes([inputs, targets]),
             "activations kept for the backward pass": sum(saved.values()),
-            "peak of the process": peak * (1 if sys.platform == "darwin" else 1024),
+            "peak of the process": process_memory("VmHWM"),
         }
-        self._begin()
+        # The time of the updates that follow.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Kineto warns on stderr that there is no GPU
+        gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+        self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
+        self._profiler.start()
+        self._start = synchronized_time(device)
 
 
 class TimedBatches:
-    """Batches with the time of fetching profiled as `data`."""
+    """Batches, with the time of fetching them as `data`."""
 
     def __init__(self, batches: EpochBatches, profiling: Profiling) -> None:
         self.inner = batches
@@ -204,9 +195,9 @@ class TimedBatches:
 
 
 def collective_times(events: Iterable[Any], device: torch.device) -> tuple[float, float]:
-    """Returns the seconds with a collective in flight, and the part in which this rank computed nothing.
+    """Returns the seconds with a collective in flight, and the part of them in which this rank computed nothing.
 
-    `events`: from a torch profiler. Counts kernels on a GPU, and torch's operators and gloo's transfers on a CPU.
+    `events`: of a torch profiler: kernels on a GPU, torch's operators and gloo's transfers on a CPU.
     """
     on_gpu = device.type == "cuda"
     communicating, computing = [], []
@@ -231,19 +222,8 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _costliest(profiler: profile, device: torch.device, updates: int) -> list[ProfiledOperation]:
-    """Returns the operations with the largest self time."""
-    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    operations = [
-        ProfiledOperation(str(event.key), round(event.count / updates), getattr(event, attribute) * 1e-6 / updates)
-        for event in profiler.key_averages()
-        if not str(event.key).startswith(_PREFIX)
-    ]
-    return sorted(operations, key=lambda event: event.seconds, reverse=True)[:_TOP]
-
-
 def state_bytes(optimizer: Optimizer) -> int:
-    """Returns the bytes of the tensors in an optimizer's state, including lists (the history of L-BFGS)."""
+    """Returns the bytes of the tensors in an optimizer's state, also in lists (the history of L-BFGS)."""
     return tensor_bytes(list(optimizer.state.values()))
 
 
@@ -253,7 +233,7 @@ def tensor_bytes(tree: Any) -> int:
 
 
 def table(result: Profile, folder: Path) -> list[str]:
-    """Formats the profile for the console."""
+    """Returns the lines of the profile for the console."""
     total = max(result.seconds, 1e-12)
     lines = [f"profile of {result.updates} updates: {result.seconds * 1e3:.2f} ms each, under the profiler"]
     split = {**result.parts, "other": max(result.seconds - sum(result.parts.values()), 0.0)}

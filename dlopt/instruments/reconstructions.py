@@ -20,26 +20,26 @@ _COUNT = 20  # samples, in two rows
 
 
 def write(workload: Workload, folder: Path) -> Path | None:
-    """Draws reconstructions by the present weights into `PICTURE`; returns its path.
+    """Draws reconstructions by the present weights into `PICTURE`, and returns its path.
 
-    None where there is nothing to draw: other tasks, vectors, and models whose weights are distributed.
+    None if there are none: for other tasks, vectors, and models whose weights are distributed.
     """
     is_image = len(workload.shape) == 3 and workload.shape[0] in (1, 3)
     if not workload.task.draws_outputs or not is_image or workload.parallel.ranks.processes > 1:
         return None
-    figure = draw(*reconstruct(workload, _COUNT))
+    figure = draw(*reconstruct(workload))
     write_atomically(folder / PICTURE, drawing.encoded(figure, "png", dpi=120))
     return folder / PICTURE
 
 
 @torch.inference_mode()
-def reconstruct(workload: Workload, count: int) -> tuple[Tensor, Tensor]:
-    """Returns `count` samples, evenly spaced over the test set (or else the training set), and their reconstructions.
+def reconstruct(workload: Workload) -> tuple[Tensor, Tensor]:
+    """Returns samples, evenly spaced over the test set (or else the training set), and their reconstructions.
 
-    Both [count, *shape] with pixels in 0..1, which reconstructions may exceed.
+    Both [N, *shape] with pixels in 0..1, which reconstructions may exceed.
     """
     samples = workload.dataset.train if workload.dataset.test is None else workload.dataset.test
-    chosen = samples.select(torch.linspace(0, len(samples) - 1, min(count, len(samples))).long())
+    chosen = samples.select(torch.linspace(0, len(samples) - 1, min(_COUNT, len(samples))).long())
     model = workload.precision.autocast(workload.model)
     batches = evaluation_batches(workload, chosen, shared=False)
     with norm_statistics(workload):

@@ -51,28 +51,28 @@ def test_valley_tolerates_noise() -> None:
     assert valley is not None and 2 <= valley <= 6
 
 
-def test_restores_model_and_stops_at_divergence(tmp_path: Path) -> None:
+def test_restores_model_and_stops_at_divergence() -> None:
     typed = run_config(*SMALL, "data.batch_size=25", "model.dropout=0.3", "augmentation=crop_flip", "optimizer.lr=0.7")
     workload = build_workload(typed)
     before = {name: value.clone() for name, value in workload.module.state_dict().items()}
     generator = torch.get_rng_state()
     keys = RangeTest(updates=60, max_lr=1e6)
-    result = find(workload, keys, tmp_path)
+    result = find(workload, keys)
     assert same(before, dict(workload.module.state_dict())) and torch.equal(generator, torch.get_rng_state())
-    assert all(p.grad is None for p in workload.module.parameters()) and not list(tmp_path.iterdir())
+    assert all(p.grad is None for p in workload.module.parameters())
     assert result.diverged and len(result.rates) < 60
     assert len(result.rates) == len(result.losses) == len(result.smoothed)
     assert result.valley is not None and result.steepest is not None
     assert 1e-5 < result.steepest < 10
-    again = find(workload, keys, tmp_path)
+    again = find(workload, keys)
     assert again == result
 
 
-def test_losses_match_training_with_these_rates(tmp_path: Path) -> None:
+def test_losses_match_training_with_these_rates() -> None:
     """Compares with manual SGD without momentum on the same batches."""
     typed = run_config(*SMALL, "precision=fp64", "optimizer.momentum=0", "optimizer.weight_decay=0")
     workload = build_workload(typed)
-    result = find(workload, RangeTest(updates=10, max_lr=0.1), tmp_path)
+    result = find(workload, RangeTest(updates=10, max_lr=0.1))
     losses = []
     batches = training_batches(workload)
     stream = [batch for epoch in range(3) for batch in batches.epoch(epoch)]
@@ -87,7 +87,7 @@ def test_losses_match_training_with_these_rates(tmp_path: Path) -> None:
     assert result.losses == pytest.approx(losses, rel=1e-12)
 
 
-def test_rates_that_do_not_depend_on_lr_are_constant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_that_do_not_depend_on_lr_are_constant(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
 
     def step(optimizer: Muon, closure: object = None) -> None:
@@ -95,7 +95,7 @@ def test_rates_that_do_not_depend_on_lr_are_constant(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Muon, "step", step)
     workload = build_workload(run_config(*SMALL, "optimizer=muon", "optimizer.rest_lr=0.003"))
-    found = find(workload, QUICK, tmp_path)
+    found = find(workload, QUICK)
     assert [each[False] for each in rates] == [0.003] * len(rates)
     assert [each[True] for each in rates] == pytest.approx(found.rates)
 
@@ -158,20 +158,18 @@ def test_auto_lr_is_kept_after_resume(tmp_path: Path) -> None:
     assert same(result(tmp_path / "whole")["model"], result(tmp_path / "parts")["model"])
 
 
-def rank(folder: str) -> None:
+def rank() -> None:
     """Runs the range test on one of two ranks."""
     from dlopt.instruments.lr_range import test_range
 
     typed = run_config(*SMALL, "data.batch_size=24", "parallel=ddp", "precision=fp64", "model.norm=none")
-    print(json.dumps(vars(test_range(typed, QUICK, Path(folder)))))
+    print(json.dumps(vars(test_range(typed, QUICK))))
 
 
 def test_two_processes_match_one(tmp_path: Path) -> None:
-    first, second = (
-        json.loads(text.splitlines()[-1]) for text in run_ranks(f"{__name__}:rank", 2, tmp_path, str(tmp_path))
-    )
+    first, second = (json.loads(text.splitlines()[-1]) for text in run_ranks(f"{__name__}:rank", 2, tmp_path))
     assert first == second
     alone = run_config(*SMALL, "data.batch_size=24", "precision=fp64", "model.norm=none")
-    result = find(build_workload(alone), QUICK, tmp_path)
+    result = find(build_workload(alone), QUICK)
     assert first["losses"] == pytest.approx(result.losses, rel=1e-9)
     assert first["steepest"] == result.steepest and first["valley"] == result.valley

@@ -19,7 +19,7 @@ STARTED = {
     "commands/shared/processes.py:over_processes": TYPED,
     "data/batches.py:Batches.__init__": COMPILER,
     "data/loading.py:Loader._start": PYTHON,
-    "instruments/lr_range.py:_measure_in_ranks": OWN,
+    "instruments/lr_range.py:measure": OWN,
     "instruments/measuring_ranks.py:run_ranks": CALLERS,
     "lab/judge/running.py:_with_code.start": OWN,
     "lab/scaling/contention.py:measure": OWN,
