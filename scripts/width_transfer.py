@@ -71,7 +71,7 @@ def final_loss(base: RunConfig, width: int, lr: float, seed: int) -> float | Non
     config = replace(base, model=model, settings=settings, optimizer=base.optimizer.partial(lr=lr))
     trainer, losses = probe_trainer(build_workload(config), FILE.parent, checks=False), []
     for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), UPDATES)):
-        trainer.update(batch, number)
+        trainer.run_update(batch, number)
         losses.append(trainer.train_metrics.since_last()["loss"])
     mean = sum(losses[-LAST:]) / LAST
     return round(mean, 5) if math.isfinite(mean) else None

@@ -45,7 +45,7 @@ def trained(folder: Path, device: str, *overrides: str, updates: int, parallel: 
         for batch in trainer.batches.epoch(epoch, 0, number):
             if number == updates:
                 break
-            trainer.update(batch, number)
+            trainer.run_update(batch, number)
             number += 1
         epoch += 1
     return trainer
@@ -171,7 +171,7 @@ def test_the_data_path_is_recorded(
 def test_dropout_draws_beside_a_recorded_data_path(tmp_path: Path, device: str) -> None:
     with graphs(device):
         trainer = trained(tmp_path, device, "augmentation=crop_flip", "model.dropout=0.3", "check=step", updates=9)
-    assert not isinstance(trainer.update, GraphedUpdate) or device == "cpu"  # the simulation has no obstacles
+    assert not isinstance(trainer.run_update, GraphedUpdate) or device == "cpu"  # the simulation has no obstacles
 
 
 @pytest.mark.gpu
@@ -233,7 +233,7 @@ def test_memory_does_not_grow_with_the_updates(tmp_path: Path, device: str, type
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for batch in trainer.batches.epoch(epoch, 0, number):
-            trainer.update(batch, number)
+            trainer.run_update(batch, number)
             number += 1
         trainer.step.check_updates()
         trainer.train_metrics.clear()

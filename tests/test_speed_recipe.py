@@ -45,7 +45,7 @@ def test_one_update_changes_trainable_parameters(tmp_path: Path) -> None:
     trainer = probe_trainer(workload, tmp_path)
     before = {name: p.detach().clone() for name, p in workload.module.named_parameters()}
     batch = next(iter(trainer.batches.epoch(0)))
-    trainer.update(batch, 0)
+    trainer.run_update(batch, 0)
     moved = {name for name, p in workload.module.named_parameters() if not torch.equal(p, before[name])}
     still = {"whiten.weight"} | {f"stage{i}.norm{j}.weight" for i in (1, 2, 3) for j in (1, 2)}
     assert moved == set(before) - still

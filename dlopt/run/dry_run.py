@@ -300,6 +300,6 @@ def _timed_update(run_config: RunConfig, samples: int, folder: Path) -> float:
         batches, seconds = endless_batches(trainer.batches, trainer.progress), []
         for number in range(1 + _TIMED):
             start = synchronized_time(workload.device)
-            trainer.update(next(batches), number)
+            trainer.run_update(next(batches), number)
             seconds.append(synchronized_time(workload.device) - start)
     return min(seconds[1:])

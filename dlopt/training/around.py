@@ -1,4 +1,4 @@
-"""Functions around an update, for the runs that need them: `surround` puts them around `Step.update`."""
+"""Puts around an update what only some runs need: observers, skipped updates, stopping rules."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -6,77 +6,56 @@ from contextlib import ExitStack
 from dlopt.data.batches import Batch
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.saved_buffers import SavedBuffers
-from dlopt.training.step import Observer, Step, Update, UpdateRecord
+from dlopt.training.step import Observer, Step, UpdateFunction, UpdateResult
 
 
 def surround(
     step: Step,
-    update: Update,
+    update: UpdateFunction,
     *,
     after_change: Callable[[], None] | None = None,
     skip: Callable[[Diverged], bool] | None = None,
     observers: Sequence[Observer] = (),
-) -> Update:
+) -> UpdateFunction:
     """Returns `update` of a step with everything around it that the run needs.
 
     Args:
         update: `step.update`, or its replay from a CUDA graph.
         after_change: called after every update that has changed the weights (stopping rules).
-        skip: decides whether to skip an update with non-finite gradients; None to raise the error.
+        skip: decides whether to skip an update whose loss or gradient is not finite; None to raise the error. A skipped
+            update has no loss, but counts: schedule, data and random numbers depend on the update's number only.
     """
-    if after_change is not None:
-        update = reporting_changes(update, step, after_change)
-    if skip is not None:
-        update = skipping(update, step, skip)
-    return observed(update, step, observers) if observers else update
+    if after_change is None and skip is None and not observers:
+        return update
+    scaler = step.scaler
+    buffers = None if skip is None else SavedBuffers(step.module)
 
-
-def reporting_changes(update: Update, step: Step, after_change: Callable[[], None]) -> Update:
-    """Calls `after_change` after `update`, unless the gradient scaler has skipped it."""
-
-    def reported(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
-        # The scaler reduces its scale when it skips an update. Reading the scale waits for the device.
-        former = None if step.scaler is None else step.scaler.get_scale()
-        record = update(batch, number, log_norm=log_norm)
-        if step.scaler is None or former is None or step.scaler.get_scale() >= former:
-            after_change()
-        return record
-
-    return reported
-
-
-def skipping(update: Update, step: Step, skip: Callable[[Diverged], bool]) -> Update:
-    """Skips an update whose loss or gradient is not finite, if `skip` permits it: its record has no loss.
-
-    A skipped update counts: schedule, data and random numbers depend on the update's number only.
-    """
-    buffers = SavedBuffers(step.module)
-
-    def skipped(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
-        # The forward pass changes running statistics before anyone can know that the update will be skipped. Weights
-        # need no copy: they are unchanged until the check has passed.
-        buffers.save()
-        try:
-            return update(batch, number, log_norm=log_norm)
-        except Diverged as error:
-            if not error.before_update or not skip(error):
-                raise
-        buffers.restore()
-        step.advance()
-        return UpdateRecord(None, [])
-
-    return skipped
-
-
-def observed(update: Update, step: Step, observers: Sequence[Observer]) -> Update:
-    """Runs `update` within the contexts of the observers."""
-
-    def watched(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
-        contexts = [observer.around_update(step, batch.inputs, batch.targets, number) for observer in observers]
+    def surrounded(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult:
         with ExitStack() as stack:
-            for context in contexts:
+            # 1. Observe.
+            for context in [each.around_update(step, batch.inputs, batch.targets, number) for each in observers]:
                 if context is not None:
                     stack.enter_context(context)
-            return update(batch, number, log_norm=log_norm)
 
-    return watched
+            # 2. Save what the forward pass changes before anyone knows that the update will be skipped: the running
+            #    statistics. Weights are unchanged until the check has passed.
+            if buffers is not None:
+                buffers.save()
+
+            # 3. Update. The scaler skips some, and reduces its scale: reading the scale waits for the device.
+            former = 0.0 if after_change is None or scaler is None else scaler.get_scale()
+            try:
+                result = update(batch, number, log_norm=log_norm)
+                if after_change is not None and (scaler is None or scaler.get_scale() >= former):
+                    after_change()
+                return result
+
+            # 4. Skip an update with non-finite values.
+            except Diverged as error:
+                if buffers is None or skip is None or not error.before_update or not skip(error):
+                    raise
+            buffers.restore()
+            step.advance()
+            return UpdateResult(None, [])
+
+    return surrounded

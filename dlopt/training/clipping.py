@@ -1,4 +1,4 @@
-"""Gradient clipping, applied to the reduced gradients in the step's closure."""
+"""Gradient clipping, applied to the reduced gradients."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,6 @@ Norm = Callable[[Sequence[Tensor]], Tensor]
 
 Clip = Callable[[Sequence[nn.Parameter], Norm], Tensor | None]
 """Clips the gradients in place; returns their global 2-norm before clipping if it was computed, else None."""
-
-
-@dataclass(frozen=True)
-class MeasuredNorm:
-    """A `Norm`, with the norm of all gradients before clipping, which has been computed."""
-
-    compute: Norm
-    total: Tensor
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self.compute(tensors)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
@@ -49,13 +38,18 @@ class ByNorm:
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm = plain_norm) -> Tensor:
-        total = norm.total if isinstance(norm, MeasuredNorm) else gradient_norm(parameters, norm)
+        total = gradient_norm(parameters, norm)
+        self.scale(parameters, total)
+        return total
+
+    @torch.no_grad()
+    def scale(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
+        """Clips gradients whose norm is known to be `total`."""
         # Always multiplies, like torch's clip_grad_norm_. A branch would make the host wait for the norm, which costs
         # more than multiplying by 1.
         factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
         if gradients := _local_gradients(parameters):
             torch._foreach_mul_(gradients, factor)
-        return total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from dlopt.data.batches import Batch
 from dlopt.losses import sampled_cross_entropy
 from dlopt.models.layers import frozen_statistics
 from dlopt.optim.traits import not_evaluated, optimizer_traits
-from dlopt.training.step import Step, UpdateRecord
+from dlopt.training.step import Step, UpdateResult
 
 
 class ClosureStep(Step):
@@ -28,36 +28,31 @@ class ClosureStep(Step):
     `step.loss()` and `step.sampled_loss(seed)` return losses with their graph, for Hessian-vector products.
 
     Attributes:
-        record: of the current update; None until its first evaluation has ended.
+        result: of the current update; None until its first evaluation has ended.
         evaluations: of the loss, in all updates of the run.
     """
 
-    record: UpdateRecord | None = None
+    result: UpdateResult | None = None
     evaluations: int = 0
 
-    @cached_property
-    def _checks_all(self) -> bool:
-        """Whether every evaluation is checked, not only the first one: see `OptimizerTraits.uses_all_gradients`."""
-        return optimizer_traits(self.optimizer).uses_all_gradients
-
-    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult:
         """See `Step.update`."""
         # 1. Begin: keep what all evaluations of this update share.
         self.begin(batch, number, log_norm=log_norm)
 
         # 2. Change the weights. The optimizer calls `self()` as often as it needs.
         self.optimizer.step(self)  # type: ignore[arg-type]
-        if self.record is None:
+        if self.result is None:
             raise not_evaluated(self.optimizer)
 
         # 3. Advance the learning rate, and end, as all updates do.
         self.advance()
-        self.end(self.record, self.average)
-        return self.record
+        self.end(self.result, self.average)
+        return self.result
 
     def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
         super().begin(batch, number, log_norm=log_norm)
-        self.record = None  # the next evaluation is the first one of an update
+        self.result = None  # the next evaluation is the first one of an update
         self.passes = 0
 
     def __call__(self) -> Tensor:
@@ -67,14 +62,19 @@ class ClosureStep(Step):
                 return self()
         self.evaluations += 1
         self.passes = None if self.passes is None else self.passes + 1
-        if self.record is None:
-            evaluated = self.record = self.evaluate()
+        if self.result is None:
+            evaluated = self.result = self.loss_and_gradients()
         else:  # the batch has counted in the metrics and in the statistics of batch norm
             with frozen_statistics(self.module):
-                evaluated = self.evaluate(checks=self._checks_all)
-            self.record.flags += evaluated.flags
+                evaluated = self.loss_and_gradients(checks=self._checks_all)
+            self.result.flags += evaluated.flags
         assert evaluated.loss is not None
         return evaluated.loss
+
+    @cached_property
+    def _checks_all(self) -> bool:
+        """Whether every evaluation is checked, not only the first one: see `OptimizerTraits.uses_all_gradients`."""
+        return optimizer_traits(self.optimizer).uses_all_gradients
 
     def loss(self) -> Tensor:
         """Returns the batch's mean loss with its autograd graph, without backward: for Hessian-vector products."""

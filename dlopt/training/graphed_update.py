@@ -19,7 +19,7 @@ from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.recompute import Recomputed
 from dlopt.training.builders.speed import GRAPH_MODES
-from dlopt.training.step import Step, StepSettings, UpdateRecord
+from dlopt.training.step import Step, StepSettings, UpdateResult
 
 
 def obstacle(
@@ -40,29 +40,24 @@ def obstacle(
     differs between steps only in tensors and seeds. This is known of torch's and dlopt's layers and `parts` only: the
     loss and the clipping.
     """
-    if mode.device.type != "cuda":
-        return f"CUDA graphs are not available on {mode.device.type}"
-    if mode.ranks.processes > 1:
-        return "an update communicates between processes"
-    if compile in GRAPH_MODES:
-        return f"compile={compile} records graphs of its own; compile=max-autotune-no-cudagraphs does not"
-    if observed:
-        return "diagnostics and profile use hooks, which a replay does not run"
-    traits = optimizer_traits(optimizer)
-    if traits.evaluations == "many" or not traits.capturable:
-        return f"{type(optimizer).__name__} has control flow on the host"
-    if precision.name == "fp16":
-        return "precision=fp16 adapts its loss scale on the host"
-    if settings.check_now:
-        return "check=step and on_divergence=skip synchronize in every update"
-    if settings.grows:
-        return "accumulate grows the batch, whose shape is a constant in a graph"
-    if settings.halve_on_out_of_memory:
-        return "on_out_of_memory=halve may change the size of micro-batches"
-    if schedule.decayed_groups and precision.name == "bf16_pure":
-        return "the schedule changes the weight decay, which precision=bf16_pure would round with the weights"
-    name = next(filter(None, map(unknown_part, parts)), None)
-    return layer_obstacle(module) if name is None else f"{name} may have control flow on the host"
+    traits, part = optimizer_traits(optimizer), next(filter(None, map(unknown_part, parts)), None)
+    branches = traits.evaluations == "many" or not traits.capturable
+    rounds_decay = bool(schedule.decayed_groups) and precision.name == "bf16_pure"
+    records = f"compile={compile} records graphs of its own; compile=max-autotune-no-cudagraphs does not"
+    reasons = {
+        f"CUDA graphs are not available on {mode.device.type}": mode.device.type != "cuda",
+        "an update communicates between processes": mode.ranks.processes > 1,
+        records: compile in GRAPH_MODES,
+        "diagnostics and profile use hooks, which a replay does not run": observed,
+        f"{type(optimizer).__name__} has control flow on the host": branches,
+        "precision=fp16 adapts its loss scale on the host": precision.name == "fp16",
+        "check=step and on_divergence=skip synchronize in every update": settings.check_now,
+        "accumulate grows the batch, whose shape is a constant in a graph": settings.grows,
+        "on_out_of_memory=halve may change the size of micro-batches": settings.halve_on_out_of_memory,
+        "the schedule changes the weight decay, which precision=bf16_pure would round with the weights": rounds_decay,
+        f"{part} may have control flow on the host": part is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None) or layer_obstacle(module)
 
 
 def layer_obstacle(module: nn.Module) -> str | None:
@@ -107,7 +102,6 @@ class GraphedUpdate:
     """
 
     def __init__(self, step: Step, capture: Capture) -> None:
-        device = step.parameters[0].device
         self.step = step
         self._capture = capture
         self._captures_step = not step.schedule.cycles_momentum
@@ -121,15 +115,16 @@ class GraphedUpdate:
         self._decays: dict[int, Tensor] = {}
         if not self._captures_step:
             return
-        self._rates = [torch.zeros((), device=device) for _ in step.optimizer.param_groups]
-        self._decays = {index: torch.zeros((), device=device) for index in step.schedule.decayed_groups}
+        zero = torch.zeros((), device=step.parameters[0].device)
+        self._rates = [zero.clone() for _ in step.optimizer.param_groups]
+        self._decays = {index: zero.clone() for index in step.schedule.decayed_groups}
         if self._decays and not isinstance(step.optimizer, CautiousDecay):
             capture_decay(step.optimizer)
         self._use_tensors(step.optimizer)
         step.optimizer.register_state_dict_post_hook(_convert_to_floats)
         step.optimizer.register_load_state_dict_post_hook(self._use_tensors)
 
-    def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
+    def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult:
         """See `Step.update`."""
         step, static = self.step, self._copied(batch)
         if static is None:
@@ -143,41 +138,40 @@ class GraphedUpdate:
         step.seed()
         step.seeds = False
         captured, grads = self._graphed()
-        record = captured.clone()  # the next replay overwrites it
+        result = captured.clone()  # the next replay overwrites it
         step.seeds = True
         if not self._captures_step:
             for parameter, grad in zip(step.parameters, grads, strict=True):
                 parameter.grad = grad  # those of the graph, also after the eager update of a smaller batch
             step.optimizer.step()
         step.advance()
-        step.end(record, None if self._averages else step.average)
-        return record
+        step.end(result, None if self._averages else step.average)
+        return result
 
-    def _captured_update(self) -> tuple[UpdateRecord, list[Tensor | None]]:
-        """Evaluates the loss of the static batch and changes the weights, as an eager update does.
+    def _captured_update(self) -> tuple[UpdateResult, list[Tensor | None]]:
+        """Runs an update of the static batch, up to the optimizer's if the graph ends there.
 
-        Also returns the gradients, from which an eager step of the optimizer changes the weights instead.
+        Also returns the gradients, for the optimizer's update outside of the graph.
         """
         step = self.step
-        record = step.evaluate()
+        result = step.loss_and_gradients()
         grads = [parameter.grad for parameter in step.parameters]
         if self._captures_step:
             step.optimizer.step()
         if self._averages and step.average is not None:
             step.average()
-        return record, grads
+        return result, grads
 
     def _copied(self, batch: Batch) -> Batch | None:
         """Copies a batch into the static tensors; returns None if its shape or dtype differs from theirs."""
         if self._static is None:
             if len(batch.targets) != self._capture.batch_size:
                 return None
-            inputs, targets = (torch.empty_like(tensor) for tensor in batch)
-            self._static = Batch(inputs, targets, batch.total)
-        for static, tensor in zip(self._static, batch, strict=True):
-            if static.shape != tensor.shape or static.dtype != tensor.dtype:
-                return None
-        for static, tensor in zip(self._static, batch, strict=True):
+            self._static = Batch(torch.empty_like(batch.inputs), torch.empty_like(batch.targets), batch.total)
+        pairs = [(self._static.inputs, batch.inputs), (self._static.targets, batch.targets)]
+        if any(static.shape != tensor.shape or static.dtype != tensor.dtype for static, tensor in pairs):
+            return None
+        for static, tensor in pairs:
             static.copy_(tensor)
         return self._static
 

@@ -32,7 +32,7 @@ from dlopt.training.checkpoint.content import Checkpoint, unreadable
 from dlopt.training.evaluate import Validate
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Clock, Intervals, Progress, Status
-from dlopt.training.step import EpochBatches, Step, Update
+from dlopt.training.step import EpochBatches, Step, UpdateFunction
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
 
@@ -55,7 +55,7 @@ class Trainer:
 
     # The updates
     step: Step
-    update: Update  # `step.update`, with what the run needs around it: see `around.py`
+    run_update: UpdateFunction  # `step.update`, with what the run needs around it: see `around.py`
     batches: EpochBatches
     length: Length
     # What follows from evaluations and non-finite values
@@ -116,20 +116,20 @@ class Trainer:
                         # 1. Update.
                         is_last = progress.step + 1 == self.length.updates
                         logs = log_every is not None and (is_last or (progress.step + 1) % log_every == 0)
-                        record = self.update(batch, progress.step, log_norm=logs)
+                        result = self.run_update(batch, progress.step, log_norm=logs)
                         progress.count(batch.count, batch.total, self.step.passes)
                         defer()
                         if progress.step == first:
                             self._refuse_unreadable()
                         self.tracking.advance(progress.step)
-                        if record.loss is not None:
-                            self.user_observers.after_update(progress.step, record.loss, self.module)
+                        if result.loss is not None:
+                            self.user_observers.after_update(progress.step, result.loss, self.module)
 
                         # 2. Check and log. Both wait for the device, at logging points only: if the host waited in
                         #    every update, it could not queue the next one meanwhile.
                         if logs:
                             self.step.check_updates()  # before metrics that may be NaN are logged
-                            self.tracking.step(progress.step, clock.metrics(self._rates(), record.norm))
+                            self.tracking.step(progress.step, clock.metrics(self._rates(), result.norm))
 
                         # 3. Stop, evaluate or save. Between updates only: all ranks have counted the same updates
                         #    when they read the flag, and a checkpoint never holds half an update.

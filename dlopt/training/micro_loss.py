@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batch
-from dlopt.metrics.sums import Keep, Kept, MetricSum
+from dlopt.metrics.sums import Kept, MetricSum
 from dlopt.tasks.draws import Draws
 from dlopt.tasks.user import Batch as TaskBatch
 from dlopt.tasks.user import TaskErrors, TaskLoss
@@ -83,38 +83,51 @@ class MicroLoss:
     def __init__(self, network: Network, precision: Precision, metrics: MetricSum) -> None:
         self.metrics = metrics
         self.eager_model = precision.autocast(network.module)
-        self._model = precision.autocast(network.model)
-        self._loss = precision.autocast(network.loss)
-        self._further = _nothing if network.further is None else network.further
-        self._forward = _forward(self._model, self._loss, metrics.keep)
-        if network.compile is not None:
-            self._forward = network.compile(self._forward)
+        self._model = model = precision.autocast(network.model)
+        self._loss = loss = precision.autocast(network.loss)
+        self._further = network.further
+
+        # One function, which a compiler sees as a whole. Compiled separately, the loss would read and write the outputs
+        # once per operation. With text, whose outputs are larger than all activations, that takes as long as the model.
+        def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Kept]:
+            outputs = model(inputs)
+            value = loss(outputs, targets, *further)
+            return value, metrics.keep(value.detach(), outputs.detach(), targets)
+
+        self._forward: Forward = forward if network.compile is None else network.compile(forward)
         # Batch norm would count the placeholder of no samples. Other models may fail on an empty batch.
         normalizes = any(isinstance(each, _BatchNorm) for each in network.module.modules())
-        self._stand_in = slice(0, 0 if normalizes else 1)
+        self._placeholder = slice(0, 0 if normalizes else 1)
 
-    def __call__(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
+    def weighted(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
         """Returns the weighted loss of a micro-batch with its graph, and what the metrics need of it.
 
         Micro-batches differ in size: each loss is weighted by its number of samples, because a mean of means would
-        weight the samples of small micro-batches more.
+        weight the samples of small micro-batches more. Without samples the weight is 0, and so are the gradients, for
+        which the other ranks wait in collectives.
         """
-        if not part.weight:  # the other ranks wait for this one in collectives; its gradients are zero
-            loss = self._model(part.inputs[self._stand_in]).sum() * 0.0
-            return loss, Kept.of_no_samples(loss)
-        loss, kept = self._forward(*part, *self._further(part))
+        loss, kept = self._mean(part, update)
         return (loss if part.weight == 1.0 else loss * part.weight), kept
+
+    def _mean(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
+        """Returns the mean loss, and what the metrics need."""
+        if not part.weight:
+            loss = self._model(part.inputs[self._placeholder]).sum()
+            return loss, Kept.of_no_samples(loss)
+        return self._forward(part.inputs, part.targets, *self._arguments(part))
 
     def eager(self, part: Batch, update: CurrentUpdate) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, of the uncompiled model."""
-        outputs: Tensor = self.eager_model(part.inputs)
-        loss: Tensor = self._loss(outputs, part.targets, *self._further(part))
+        loss: Tensor = self._loss(self.eager_model(part.inputs), part.targets, *self._arguments(part))
         return loss
 
     def of_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Kept]:
         """Returns the mean loss of a micro-batch whose outputs a pipeline has computed."""
         loss = self._loss(outputs, targets)
         return loss, self.metrics.keep(loss.detach(), outputs.detach(), targets)
+
+    def _arguments(self, part: Batch) -> tuple[Tensor, ...]:
+        return () if self._further is None else self._further(part)
 
 
 class TaskMicroLoss(MicroLoss):
@@ -132,38 +145,16 @@ class TaskMicroLoss(MicroLoss):
         self._device = device
         self._dtype = precision.dtype
 
-    def __call__(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
-        loss, kept = self._evaluated(self._task_loss, part, update)
-        return (loss if part.weight == 1.0 else loss * part.weight), kept
+    def _mean(self, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
+        return self._evaluated(self._task_loss, part, update)
 
     def eager(self, part: Batch, update: CurrentUpdate) -> Tensor:
         with self.errors:
             return self._evaluated(self._eager_task_loss, part, update)[0]
 
     def _evaluated(self, task_loss: TaskLossCall, part: Batch, update: CurrentUpdate) -> tuple[Tensor, Kept]:
-        """Returns the mean loss of a micro-batch with its graph, and what the metrics need of it."""
-        (inputs, targets), samples = part, len(part.targets) if part.weight else 0
         draws = Draws.of_update(self._device, update.task_seed, update.batch.total, self._dtype, part.positions)
-        parts = task_loss(self._task.batch(inputs, targets, self._dtype), draws)
+        parts = task_loss(self._task.batch(part.inputs, part.targets, self._dtype), draws)
         loss = torch.stack([*parts.values()]).sum()
         named = {name: value.detach() for name, value in parts.items() if name}
-        return loss, self.metrics.keep_parts(loss.detach(), named, samples)
-
-
-def _nothing(_: Batch) -> tuple[Tensor, ...]:
-    return ()
-
-
-def _forward(model: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], keep: Keep) -> Forward:
-    """Model, loss and metrics as one function, which a compiler sees as a whole.
-
-    Compiled separately, the loss would read and write the outputs once per operation. With text, whose outputs are
-    larger than all activations, that takes as long as the model.
-    """
-
-    def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Kept]:
-        outputs = model(inputs)
-        value = loss(outputs, targets, *further)
-        return value, keep(value.detach(), outputs.detach(), targets)
-
-    return forward
+        return loss, self.metrics.keep_parts(loss.detach(), named, len(part.targets) if part.weight else 0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from dlopt.basics.errors import RunError
 from dlopt.models.layers import evaluation_mode, without_fused_layers
 from dlopt.optim.parameters import real_views
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.shards import local
-from dlopt.training.clipping import Norm
+from dlopt.parallel.shards import Sharding, local
 
 _MAX_PENDING = 128  # updates
 _MIN_LOSS_SCALE = 2.0**-20  # fp16: with a smaller scale, gradients will not become finite again
+_ADVICE = "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm"
 
 
 class Diverged(RunError):
@@ -36,19 +37,32 @@ class NonFiniteCheck:
     """Checks the loss and the reduced gradients of every update for NaN and infinity.
 
     Args:
+        parameters: whose gradients are checked.
         immediate: check before each update, which is cheap on a CPU and synchronizes on a GPU; otherwise keep one flag
             per update on the device until `flush`.
         locate: describes the first non-finite tensor, given whether the loss is finite.
-        norm: of gradients that are sharded over ranks, for the same result on all ranks; None if this rank has all.
+        sharding: of the gradients: where ranks have shards of them, only their norm is the same on all ranks.
+        clips_by_norm: clipping would set gradients whose norm overflows to zero, which deferred checks report.
+
+    Attributes:
+        needs_norm: whether `examine` needs the norm of the gradients.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], *, immediate: bool, locate: Callable[[bool], str], norm: Norm | None = None
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        immediate: bool,
+        locate: Callable[[bool], str],
+        sharding: Sharding | None = None,
+        clips_by_norm: bool = False,
     ) -> None:
         self.parameters = parameters
         self.immediate = immediate
         self.locate = locate
-        self.norm = norm
+        self._norm = None if sharding is None or sharding.kind == "replicated" else sharding.norm
+        self.needs_norm = bool(parameters) and self._norm is not None
+        self._defers_norm = self.needs_norm or (bool(parameters) and clips_by_norm)
         device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
         self._one = torch.ones((), device=device)
         self._flag = torch.zeros((), device=device)  # for immediate checks
@@ -58,32 +72,30 @@ class NonFiniteCheck:
         self._free_flags: list[Tensor] = []
         self._stacked: list[tuple[list[tuple[int, float]], Tensor]] = []
 
-    def __call__(
-        self, loss: Tensor, step: int, rate: float, *, gradients: bool, norm: Tensor | None = None
-    ) -> Tensor | None:
-        """Checks update `step` (from 0), whose gradients are in the parameters. Raises `Diverged`.
+    def examine(self, loss: Tensor, step: int, rate: float, norm: Tensor | None = None) -> Tensor | None:
+        """Checks update `step` (from 0). Raises `Diverged`; a deferred check returns the flag for `defer` instead.
 
-        If checks are not immediate, returns the flag for `defer`.
-
-        Args:
-            gradients: false for a loss only, where a loss scaler checks the gradients.
-            norm: of all gradients; None to look at the gradients themselves. If it is finite, so are they. It may
-                overflow (above 1.8e19 in fp32) although they are: an immediate check then looks at them, a deferred one
-                reports the update, whose gradients clipping by their norm would set to zero.
+        `norm`: of all gradients, if it is known. If it is finite, so are they; it may overflow (above 1.8e19 in fp32)
+        although they are. Deferred checks ignore a norm that only some updates have, for the same result in all.
         """
         if not self.immediate:
             flag = self._new_flag()
-            if gradients and norm is not None and norm.device == flag.device:  # that of no gradients is on the CPU
-                torch.sub(norm, norm, out=flag)  # 0, or NaN: one kernel
-            elif gradients:
+            if norm is None or not self._defers_norm:
                 self.flag_nonfinite(flag)
+            elif norm.device == flag.device:
+                torch.sub(norm, norm, out=flag)  # 0, or NaN: one kernel
+            else:  # without gradients, it is on the CPU
+                flag.copy_(norm - norm)
             return flag
         self.latest = step + 1
-        if gradients and (norm is None or not math.isfinite(norm.item())):
-            self.flag_nonfinite(self._flag)
+        if self.parameters and (norm is None or not math.isfinite(norm.item())):
+            if self.needs_norm:
+                self._flag.fill_(1.0)
+            else:
+                self.flag_nonfinite(self._flag)
         # Reads both on the host, before the optimizer runs: the current weights still explain the value.
         value = loss.item()
-        if not math.isfinite(value) or (gradients and self._flag.item()):
+        if not math.isfinite(value) or self._flag.item():
             self._flag.zero_()
             location = self.locate(math.isfinite(value))
             raise Diverged(_message(value, step, rate, location), step + 1, before_update=True)
@@ -97,11 +109,9 @@ class NonFiniteCheck:
         return self._free_flags.pop()
 
     def flag_nonfinite(self, flag: Tensor) -> None:
-        """Sets `flag` to 1 if a gradient is not finite; leaves the gradients unchanged."""
+        """Sets `flag` to 1 if a gradient of this process is not finite; leaves the gradients unchanged."""
         gradients = [gradient for p in self.parameters if (gradient := p.grad) is not None]
-        if self.norm is not None:
-            flag.copy_(~self.norm(gradients).isfinite())
-        elif any(gradient.dtype == torch.bfloat16 and gradient.is_cuda for gradient in gradients):
+        if any(gradient.dtype == torch.bfloat16 and gradient.is_cuda for gradient in gradients):
             # The kernel below has no bf16 on a GPU. A norm other than the maximum could overflow.
             largest = torch._foreach_norm(real_views(gradients), math.inf)
             flag.copy_(~torch.stack([norm.float() for norm in largest]).isfinite().all())
@@ -119,13 +129,14 @@ class NonFiniteCheck:
             self._stack_pending()
 
     def _stack_pending(self) -> None:
-        if self._pending:
-            steps, rates, losses, flags = zip(*self._pending, strict=True)
-            # The flags are on the CPU if the parameters are offloaded.
-            of_losses = torch.stack([loss.float() for loss in losses])
-            values = torch.stack([of_losses, torch.stack(flags).to(of_losses.device)])
-            self._stacked.append((list(zip(steps, rates, strict=True)), values))
-            self._pending = []
+        if not self._pending:
+            return
+        steps, rates, losses, flags = zip(*self._pending, strict=True)
+        values = torch.stack([loss.float() for loss in losses])
+        # The flags are on the CPU if the parameters are offloaded.
+        values = torch.stack([values, torch.stack(flags).to(values.device)])
+        self._stacked.append((list(zip(steps, rates, strict=True)), values))
+        self._pending = []
 
     def flush(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Raises `Diverged` for the first non-finite update since the last call, and forgets the later ones.
@@ -140,8 +151,19 @@ class NonFiniteCheck:
                     message = _message(value, step, rate, "check=step names the layer")
                     raise Diverged(message, step + 1, before_update=False)
         if scaler is not None and scaler.get_scale() < _MIN_LOSS_SCALE:
+            message = "precision=fp16: gradients are not finite even with the smallest loss scale; use precision=bf16"
+            raise Diverged(message, self.latest, before_update=False)
+
+    def check_weights(self, module: nn.Module, rate: float) -> None:
+        """Raises `Diverged` if a weight is not finite: an update may overflow after a finite loss and gradient.
+
+        Synchronizes with the device.
+        """
+        parameters = [p.detach() for p in module.parameters()]
+        if not (is_finite(parameters) if self._norm is None else bool(self._norm(parameters).isfinite())):
             raise Diverged(
-                "precision=fp16: gradients are not finite even with the smallest loss scale; use precision=bf16",
+                f"the weights are not finite after update {self.latest} with a learning rate of {rate:g} "
+                f"(first: {first_nonfinite_weight(module) or 'on another rank'}); {_ADVICE}",
                 self.latest,
                 before_update=False,
             )
@@ -149,26 +171,7 @@ class NonFiniteCheck:
 
 def _message(value: float, step: int, rate: float, location: str) -> str:
     what = "the gradient is not finite" if math.isfinite(value) else f"the loss became {value}"
-    return (
-        f"{what} at update {step + 1} with a learning rate of {rate:g} ({location}); "
-        "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm"
-    )
-
-
-def check_weights(module: nn.Module, step: int, rate: float, norm: Norm | None = None) -> None:
-    """Raises `Diverged` if a weight is not finite: the last update may overflow after a finite loss and gradient.
-
-    `norm`: see `NonFiniteCheck`. Synchronizes with the device.
-    """
-    parameters = [p.detach() for p in module.parameters()]
-    if not (is_finite(parameters) if norm is None else bool(norm(parameters).isfinite())):
-        raise Diverged(
-            f"the weights are not finite after update {step} with a learning rate of {rate:g} "
-            f"(first: {first_nonfinite_weight(module) or 'on another rank'}); "
-            "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip=norm",
-            step,
-            before_update=False,
-        )
+    return f"{what} at update {step + 1} with a learning rate of {rate:g} ({location}); {_ADVICE}"
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
@@ -186,12 +189,6 @@ def first_nonfinite_weight(module: nn.Module) -> str | None:
     return next((name for name, p in module.named_parameters() if not is_finite([p.detach()])), None)
 
 
-def first_nonfinite_gradient(module: nn.Module) -> str | None:
-    """Returns the first in the order of the backward pass: the last one in the model's order."""
-    names = [name for name, p in module.named_parameters() if p.grad is not None and not is_finite([p.grad])]
-    return names[-1] if names else None
-
-
 def describe(name: str, layer: nn.Module) -> str:
     return f"{name or 'the model'} ({type(layer).__name__})"
 
@@ -201,56 +198,49 @@ def locate(
 ) -> str:
     """Describes the first non-finite tensor after a non-finite loss or gradient. All ranks must call this.
 
+    The first one of all ranks, by its place in the model. Rank after rank would name the wrong place: a NaN in one
+    shard of a layer spreads to all shards of others.
+
     `forward` repeats the forward pass, on several ranks without communication but that of the layers. `loss`: its name.
     """
-    if mode.ranks.processes > 1:
-        return _locate_on_ranks(module, inputs, mode, forward, loss, loss_is_finite)
-    if weight := first_nonfinite_weight(module):
-        return f"first: the weights {weight}"
-    if loss_is_finite:
-        return f"first in the backward pass: {first_nonfinite_gradient(module)}"
-    if not is_finite([inputs]):
-        return "the inputs are not finite"
-    output = first_nonfinite_output(module, forward)
-    return f"first: {loss} itself" if output is None else f"first: the output of {output}"
+    is_alone = mode.ranks.processes == 1
 
-
-def _locate_on_ranks(
-    module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], loss: str, loss_is_finite: bool
-) -> str:
-    """Describes the first non-finite tensor over all ranks; each rank has its own samples or shards.
-
-    Rank after rank would name the wrong place: a NaN in one shard of a layer spreads to all shards of others.
-    """
-    order = [name for name, _ in module.named_parameters()]
-
-    def first(kind: str, name: str | None, position: int = 0) -> str | None:
-        found = mode.ranks.gather([None if name is None else (position, kind + name)])
+    def first(kind: str, name: str | None, order: Sequence[str]) -> str | None:
+        found = mode.ranks.gather([None if name is None else (order.index(name), kind + name)])
         ranked = [(each, rank) for rank, each in enumerate(found) if each is not None]
         if not ranked:
             return None
         (_, text), rank = min(ranked)
-        return f"first on rank {rank}: {text}"
+        return f"first: {text}" if is_alone else f"first on rank {rank}: {text}"
 
-    weight = first_nonfinite_weight(module)
-    if text := first("the weights ", weight, order.index(weight) if weight else 0):
+    # 1. A weight.
+    names = [name for name, _ in module.named_parameters()]
+    if text := first("the weights ", first_nonfinite_weight(module), names):
         return text
+
+    # 2. A gradient: the first in the order of the backward pass.
     if loss_is_finite:
-        gradient = first_nonfinite_gradient(module)
-        found = first("the gradient of ", gradient, -order.index(gradient) if gradient else 0)
-        return found or "first: the gradient"
-    if text := first("the inputs", "" if len(inputs) and not is_finite([inputs]) else None):
-        return text
-    # All gradients are NaN then. Only a forward pass tells, in which the layers of FSDP communicate. Those of other
-    # modes would need the step around them, which divides the inputs.
+        backward = [(name, p.grad) for name, p in reversed([*module.named_parameters()])]
+        gradient = next((name for name, grad in backward if grad is not None and not is_finite([grad])), None)
+        if is_alone:
+            return f"first in the backward pass: {gradient}"
+        return first("the gradient of ", gradient, names[::-1]) or "first: the gradient"
+
+    # 3. The inputs.
+    if text := first("the inputs", "" if len(inputs) and not is_finite([inputs]) else None, [""]):
+        return "the inputs are not finite" if is_alone else text
+
+    # 4. The output of a layer. All gradients are NaN then: only a forward pass tells, in which the layers of FSDP
+    #    communicate. Those of other modes would need the step around them, which divides the inputs.
     is_replicated, has_samples = mode.sharding.kind == "replicated", all(mode.ranks.gather([len(inputs) > 0]))
     output = None
     if (is_replicated and len(inputs)) or (mode.name == "fsdp" and has_samples):
-        with evaluation_mode(module):  # in training mode, layers may communicate with ranks that might not call them
+        # In training mode, layers may communicate with ranks that might not call them.
+        with nullcontext() if is_alone else evaluation_mode(module):
             output = first_nonfinite_output(module, forward)
-    positions = [describe(name, layer) for name, layer in module.named_modules()]
+    layers = [describe(name, layer) for name, layer in module.named_modules()]
     unknown = f"{loss} itself" if is_replicated or mode.name == "fsdp" else f"an activation or {loss} itself"
-    return first("the output of ", output, positions.index(output) if output else 0) or f"first: {unknown}"
+    return first("the output of ", output, layers) or f"first: {unknown}"
 
 
 @torch.no_grad()
@@ -295,9 +285,8 @@ class Recovery:
         self.log(f"update {error.step} is skipped: {str(error).partition('; try ')[0]}")
         return True
 
-    def state_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("skipped", "in_a_row", "last_skipped")}
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "last_skipped": self.last_skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for key in self.state_dict():
-            setattr(self, key, state[key])
+        self.skipped, self.in_a_row, self.last_skipped = (state[key] for key in self.state_dict())

@@ -1,13 +1,13 @@
-"""One update, from a batch to new weights: `Step.update` calls `evaluate`, which calls `forward_backward`.
+"""One update, from a batch to new weights: `Step.update` calls `loss_and_gradients`, which calls `forward_backward`.
 
-An optimizer that evaluates the loss several times per update (L-BFGS, SAM, Newton) calls `evaluate` itself, through the
-closure in `closure.py`. A small model on a GPU replays its updates from a CUDA graph (`graphed_update.py`). What only
-some runs need around a whole update (observers, skipped updates) is in `around.py`.
+An optimizer that evaluates the loss several times per update (L-BFGS, SAM, Newton) calls `loss_and_gradients` itself,
+through the closure in `closure.py`. A small model on a GPU replays its updates from a CUDA graph
+(`graphed_update.py`). What only some runs need around a whole update (observers, skipped updates) is in `around.py`.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -25,9 +25,9 @@ from dlopt.optim.traits import refuse_missing_closure
 from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.builders.precision import Precision
-from dlopt.training.clipping import ByNorm, Clip, MeasuredNorm, Norm, Unclipped, gradient_norm
+from dlopt.training.clipping import ByNorm, Clip, Unclipped, gradient_norm
 from dlopt.training.micro_loss import CurrentUpdate, MicroLoss, Network, TaskMicroLoss
-from dlopt.training.nonfinite import NonFiniteCheck, check_weights, locate
+from dlopt.training.nonfinite import NonFiniteCheck, locate
 from dlopt.training.saved_buffers import SavedBuffers
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class StepSettings:
 
 
 @dataclass
-class UpdateRecord:
+class UpdateResult:
     """What an update has computed, as tensors on the device.
 
     Attributes:
@@ -68,10 +68,16 @@ class UpdateRecord:
     norm: Tensor | None = None
     flags: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def clone(self) -> "UpdateRecord":
+    def clone(self) -> "UpdateResult":
         flags = [(loss.clone(), flag.clone()) for loss, flag in self.flags]
         loss, norm = (None if each is None else each.clone() for each in (self.loss, self.norm))
-        return UpdateRecord(loss, [each.clone() for each in self.micro_batches], norm, flags)
+        return UpdateResult(loss, [each.clone() for each in self.micro_batches], norm, flags)
+
+
+class UpdateFunction(Protocol):
+    """Runs one update: `Step.update`, or its replay from a CUDA graph, with what the run needs around it."""
+
+    def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult: ...
 
 
 class EpochBatches(Protocol):
@@ -82,37 +88,27 @@ class EpochBatches(Protocol):
         ...
 
 
-ForwardBackward = Callable[[Batch], tuple[Tensor, list[Kept]]]
-"""See `Step.forward_backward`."""
-
-
-class Update(Protocol):
-    """See `Step.update`."""
-
-    def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord: ...
-
-
 class Observer:
-    """Base of diagnostics and profiler: observes updates and must not change their results.
-
-    The first three functions are called once, before the first update, and return what they get, possibly wrapped.
-    """
+    """Base of diagnostics and profiler: observes updates and must not change their results."""
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
+        """Returns both, possibly wrapped; called once, before the first update."""
         return network, batches
-
-    def around_forward_backward(self, forward_backward: ForwardBackward) -> ForwardBackward:
-        return forward_backward
-
-    def around_clip(self, clip: Clip) -> Clip:
-        """When `clip` is called, the gradients are reduced and unscaled; after it, the optimizer may overwrite them."""
-        return clip
 
     def around_update(
         self, step: "Step", inputs: Tensor, targets: Tensor, number: int
     ) -> AbstractContextManager[None] | None:
         """Returns a context manager for update `number` (from 0) on this batch; None to skip this update."""
         return None
+
+    def around_forward_backward(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def before_clip(self) -> None:
+        """Called in every evaluation, when the gradients are reduced and unscaled."""
+
+    def after_clip(self, step: "Step") -> None:
+        """Called before the optimizer may overwrite the gradients."""
 
 
 class Step:
@@ -125,7 +121,6 @@ class Step:
         clip: clips the reduced gradients.
         synchronize_buffers: makes the buffers equal on all ranks; called after every update.
         average: updates the average of the weights; called after every update.
-        observers: put functions around forward and backward, and around clipping.
 
     Attributes:
         seeds: whether evaluations seed the random numbers of the model's layers.
@@ -157,9 +152,11 @@ class Step:
         self.settings = settings
         self.metrics = metrics
         self.clip: Clip = Unclipped() if clip is None else clip
-        self._clips_by_norm = isinstance(clip, ByNorm)
+        # The clip that needs the norm of all gradients; a class of the user's own derived from it may need others.
+        self._by_norm = clip if type(clip) is ByNorm else None
         self.synchronize_buffers = synchronize_buffers
         self.average = average
+        self.observers = observers
         self.seeds = True
         self.precision = precision
         self.scaler = precision.scaler()
@@ -167,28 +164,23 @@ class Step:
         self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self.rate = schedule.rate
         self.check = NonFiniteCheck(
-            self.parameters,
+            self.parameters if self.scaler is None else [],  # non-finite gradients are normal with a scaler
             immediate=settings.check_now,
             locate=self._locate,
-            norm=None if mode.sharding.kind == "replicated" else mode.sharding.norm,
+            sharding=mode.sharding,
+            clips_by_norm=self._by_norm is not None,
         )
-        has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
-        self.zero_grad: Callable[[], None] = optimizer.zero_grad if has_own_zero_grad else self._drop_gradients
         self.micro_loss = MicroLoss(network, precision, metrics)
         if network.task_loss is not None:
             self.micro_loss = TaskMicroLoss(network, precision, metrics, mode.device)
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
-        self._generators = _generators(mode.device) if is_stochastic(network.module) else []
-        self._run_batch: ForwardBackward = self.forward_backward
-        if settings.halve_on_out_of_memory:
-            self._run_batch = self._halving_forward_backward
-        for observer in observers:
-            self._run_batch = observer.around_forward_backward(self._run_batch)
-            self.clip = observer.around_clip(self.clip)
+        self._generators = [torch.default_generator] if is_stochastic(network.module) else []
+        if self._generators and mode.device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[mode.device.index or 0])
 
     # -- the update
 
-    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
+    def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult:
         """Runs update `number` (from 0) on this process's samples of a batch.
 
         `log_norm`: compute the norm of the gradient before clipping. Raises `Diverged`.
@@ -197,7 +189,7 @@ class Step:
         self.begin(batch, number, log_norm=log_norm)
 
         # 2. Compute the loss and its clipped gradients. Raises `Diverged` with the weights intact.
-        record = self.evaluate()
+        result = self.loss_and_gradients()
 
         # 3. Change the weights.
         try:
@@ -216,15 +208,15 @@ class Step:
 
         # 5. End: add the metrics, synchronize buffers, average the weights, and leave the checks that would wait for
         #    the device.
-        self.end(record, self.average)
-        return record
+        self.end(result, self.average)
+        return result
 
     def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
         """Starts an update."""
         self.rate = self.schedule.rate
         self.current = CurrentUpdate(batch, number, log_norm, self.settings.seed)
 
-    def evaluate(self, *, checks: bool = True) -> UpdateRecord:
+    def loss_and_gradients(self, *, checks: bool = True) -> UpdateResult:
         """Computes the mean loss of the batch and its clipped gradients, which are left in the parameters.
 
         `checks`: raise `Diverged`, now or later, if the loss or a gradient is not finite.
@@ -234,39 +226,40 @@ class Step:
         self.seed()
 
         # 2. Forward and backward.
-        loss, micro_batches = self._run_batch(self.current.batch)
-        record = UpdateRecord(loss, micro_batches)
+        with ExitStack() as contexts:
+            for observer in self.observers:
+                contexts.enter_context(observer.around_forward_backward())
+            if self.settings.halve_on_out_of_memory:
+                loss, micro_batches = self.halving_forward_backward(self.current.batch)
+            else:
+                loss, micro_batches = self.forward_backward(self.current.batch)
 
         # 3. Unscale before clipping, whose thresholds are for unscaled gradients.
         if self.scaler is not None and self._has_gradients():
             self.scaler.unscale_(self.optimizer)
 
-        # 4. The norm before clipping: once for the log, the check and the clipping, each of which would read all
-        #    gradients.
-        norm: Norm = self.mode.sharding.norm
-        if self._clips_by_norm or self.current.log_norm:
-            record.norm = gradient_norm(self.parameters, norm)
-            norm = MeasuredNorm(norm, record.norm)
+        # 4. Compute the norm before clipping once: the log, the check and the clipping would each read all gradients.
+        is_needed = self.current.log_norm or self._by_norm is not None or (checks and self.check.needs_norm)
+        norm = self.gradient_norm() if is_needed else None
 
-        # 5. Check before clipping, which would turn one non-finite entry into many. With a scaler non-finite gradients
-        #    are normal.
-        if checks:
-            # A deferred check treats an overflow of the norm as non-finite: not if only logged updates have a norm.
-            is_known = self._clips_by_norm or self.check.immediate or self.check.norm is not None
-            known, gradients = record.norm if is_known else None, self.scaler is None
-            flag = self.check(loss, self.current.number, self.rate, gradients=gradients, norm=known)
-            if flag is not None:
-                record.flags.append((loss, flag))
+        # 5. Check before clipping, which would turn one non-finite entry into many.
+        flag = self.check.examine(loss, self.current.number, self.rate, norm) if checks else None
 
         # 6. Clip. A clipping of the user's own may also compute the norm.
-        clipped = self.clip(self.parameters, norm)
-        record.norm = record.norm if clipped is None else clipped
-        return record
+        for observer in self.observers:
+            observer.before_clip()
+        if self._by_norm is not None and norm is not None:
+            self._by_norm.scale(self.parameters, norm)
+        elif (clipped := self.clip(self.parameters, self.mode.sharding.norm)) is not None:
+            norm = clipped
+        for observer in self.observers:
+            observer.after_clip(self)
+        return UpdateResult(loss, micro_batches, norm, [] if flag is None else [(loss, flag)])
 
-    def end(self, record: UpdateRecord, average: Callable[[], None] | None) -> None:
+    def end(self, result: UpdateResult, average: Callable[[], None] | None) -> None:
         """Adds the metrics, queues the deferred checks, and synchronizes buffers before `average`, which has them."""
-        self.metrics.add(*record.micro_batches)
-        for loss, flag in record.flags:
+        self.metrics.add(*result.micro_batches)
+        for loss, flag in result.flags:
             self.check.defer(loss, self.current.number, self.rate, flag)
         if self.synchronize_buffers is not None:
             self.synchronize_buffers()
@@ -277,19 +270,20 @@ class Step:
         """Advances the schedule, which counts batches of data.batch_size, by an update."""
         self.schedule.step(self.schedule.last_epoch + self.current.batch.count)
 
-    def _has_gradients(self) -> bool:
-        """Returns whether anything trains: the schedule may have frozen all parameters. The scaler fails on none."""
-        return any(p.grad is not None for p in self.parameters)
-
     def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
         """Adds the gradients of the global batch's mean loss to the parameters.
 
         Returns that loss, detached and equal on all ranks, and the input of the metrics for each micro-batch.
         """
         parts: list[Kept] = []
+
+        def staged_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            loss, kept = self.micro_loss.of_outputs(outputs, targets)
+            parts.append(kept)
+            return loss
+
         # 1. A pipeline schedules its micro-batches itself, several at a time.
-        staged = self.mode.run_stages(batch, lambda outputs, targets: self._kept(parts, outputs, targets))
-        if staged is not None:
+        if (staged := self.mode.run_stages(batch, staged_loss)) is not None:
             losses, count = staged
             parts += [Kept.of_no_samples(losses[0])] * (count - len(parts))
             return self.mode.finish_backward(torch.stack(losses).sum()), parts
@@ -297,13 +291,13 @@ class Step:
         # 2. All others run one after the other, and add up their gradients.
         losses = []
         micro_batches = self.mode.split.micro_batches(batch, self.accumulate)
-        sums = _GradientSums(self.parameters) if len(micro_batches) > 2 else None  # a single addition loses nothing
+        sums = _GradientSums(self.parameters if len(micro_batches) > 2 else [])  # a single addition loses nothing
         for micro_batch in micro_batches:
-            if sums is not None and micro_batch.is_last:
+            if micro_batch.is_last:
                 sums.put_back()
             with self.micro_loss.errors, self.mode.micro_batch(micro_batch):
                 # 3. Forward.
-                loss, kept = self.micro_loss(micro_batch, self.current)
+                loss, kept = self.micro_loss.weighted(micro_batch, self.current)
                 parts.append(kept)
                 # 4. Backward. It frees the activations and, with them, the outputs, which are large for text: nothing
                 #    here may refer to them.
@@ -314,14 +308,14 @@ class Step:
                         "optimizer.groups: the loss does not depend on any parameter that trains; freeze fewer"
                     )
                 losses.append(loss.detach())
-            if sums is not None and not micro_batch.is_last:
+            if not micro_batch.is_last:
                 sums.take()
 
         # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
         return self.mode.finish_backward(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
 
-    def _halving_forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
-        """Repeats forward and backward with twice as many micro-batches while the device runs out of memory."""
+    def halving_forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
+        """Repeats `forward_backward` with twice as many micro-batches while the device runs out of memory."""
         buffers = SavedBuffers(self.module)
         while True:
             try:
@@ -349,7 +343,7 @@ class Step:
     def check_weights(self) -> None:
         """Also checks the weights, which a finite gradient may have made non-finite."""
         self.check_updates()
-        check_weights(self.module, self.check.latest, float(self.rate), self.check.norm)
+        self.check.check_weights(self.module, float(self.rate))
 
     def cost(self) -> dict[str, int]:
         """Returns the number of loss evaluations so far; nothing for optimizers with one evaluation per update."""
@@ -368,24 +362,28 @@ class Step:
 
     # -- parts of an evaluation
 
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        if type(self.optimizer).zero_grad is not Optimizer.zero_grad:
+            self.optimizer.zero_grad()
+            return
+        for parameter in self.parameters:  # torch's `Optimizer.zero_grad` takes 6 % of a tiny model's update
+            parameter.grad = None
+
     def seed(self) -> None:
         """Gives all evaluations of an update the same random numbers, which depend on its number only (resuming)."""
-        if not self.seeds or not self._generators:
-            return
-        seed = self.current.layer_seed
-        for generator in self._generators:
-            generator.manual_seed(seed)
+        if self.seeds and self._generators:
+            seed = self.current.layer_seed
+            for generator in self._generators:
+                generator.manual_seed(seed)
 
-    def _kept(self, parts: list[Kept], outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean loss of a micro-batch with its graph, and appends its input for the metrics."""
-        loss, kept = self.micro_loss.of_outputs(outputs, targets)
-        parts.append(kept)
-        return loss
+    def gradient_norm(self) -> Tensor:
+        """Returns the 2-norm of all gradients as one vector, over all processes that have shards of them."""
+        return gradient_norm(self.parameters, self.mode.sharding.norm)
 
-    def _drop_gradients(self) -> None:
-        """Like torch's `Optimizer.zero_grad`, without its profiler range, which takes 6 % of a tiny model's update."""
-        for parameter in self.parameters:
-            parameter.grad = None
+    def _has_gradients(self) -> bool:
+        """Returns whether anything trains: the schedule may have frozen all parameters. The scaler fails on none."""
+        return any(p.grad is not None for p in self.parameters)
 
     def _locate(self, loss_is_finite: bool) -> str:
         inputs = self.current.batch.inputs
@@ -423,9 +421,3 @@ class _GradientSums:
         for p, total in self._sums.items():
             p.grad = None if total is None else total.to(p.dtype)
             self._sums[p] = None
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """Returns the default generators of the device and of the CPU."""
-    of_device = [torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else []
-    return [torch.default_generator, *of_device]

@@ -215,7 +215,7 @@ def updates(training: Trainer) -> Callable[[], Tensor]:
     training.module.train()
 
     def update() -> Tensor:
-        loss = training.update(next(source), next(step)).loss
+        loss = training.run_update(next(source), next(step)).loss
         assert loss is not None  # no update is skipped
         return loss
 
@@ -615,7 +615,7 @@ def resnet50(bench: Bench, add: Add) -> None:
         )  # fmt: skip
         batch, step = next(iter(training.batches.epoch(0))), itertools.count()
         training.module.train()
-        computing = bench.seconds_per_call(lambda: training.update(batch, next(step)), warm=10, calls=20)
+        computing = bench.seconds_per_call(lambda: training.run_update(batch, next(step)), warm=10, calls=20)
         add(f"{name}: throughput, one batch in memory", size / computing, "images/s")
         flops = building.training_flops(workload.module, workload.shape)
         assert flops is not None

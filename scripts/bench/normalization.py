@@ -37,7 +37,7 @@ def tasks(typed: list[str], folder: Path) -> tuple[Callable[[], object], Callabl
 
     def update() -> object:
         module.train()
-        return trainer.update(batch, next(numbers))
+        return trainer.run_update(batch, next(numbers))
 
     @torch.inference_mode()
     def evaluation() -> object:

@@ -121,7 +121,7 @@ def training(
     )
     return Trainer(
         step=step,
-        update=step.update,
+        run_update=step.update,
         batches=batches,
         validate=None,
         tracking=tracking,
@@ -355,7 +355,7 @@ def _synchronization_on_cuda(data: list[tuple[Tensor, Tensor]], steps: int) -> d
         with tracking, Interruption():
             for step, batch in enumerate(batches.epoch(0)):
                 torch.cuda.set_sync_debug_mode("warn" if step else "default")
-                run.update(batch, step)
+                run.run_update(batch, step)
                 tracking.advance(step + 1)
             torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchroniz" in str(warning.message) for warning in caught)

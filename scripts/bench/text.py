@@ -77,7 +77,7 @@ def dlopt_steps(*overrides: str) -> Steps:
 
     def run(steps: int) -> None:
         for batch, number in zip(itertools.islice(batches, steps), numbers, strict=False):
-            trainer.update(batch, number)
+            trainer.run_update(batch, number)
         trainer.train_metrics.sync()
 
     return run

@@ -234,7 +234,7 @@ def takes_one_update_alone(workload: Workload, folder: Path) -> None:
     trainer = probe_trainer(workload, folder)
     weights = dict(workload.module.named_parameters())
     before = {name: p.detach().clone() for name, p in weights.items()}
-    trainer.update(next(iter(trainer.batches.epoch(0))), 0)
+    trainer.run_update(next(iter(trainer.batches.epoch(0))), 0)
     assert math.isfinite(trainer.train_metrics.means("train")["train_loss"])
     assert any(not torch.equal(p, before[name]) for name, p in weights.items())
 

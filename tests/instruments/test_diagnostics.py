@@ -45,7 +45,7 @@ def _reports(tmp_path: Path, *typed: str, steps: int = 7) -> dict[int, tuple[dic
     batches = [batch for epoch in range(steps) for batch in trainer.batches.epoch(epoch)]
     workload.module.train()
     for number, batch in enumerate(batches[:steps]):
-        trainer.update(batch, number)
+        trainer.run_update(batch, number)
     return reports
 
 
@@ -104,7 +104,7 @@ def test_eigenvalue_converges_over_measurements(tmp_path: Path) -> None:
 
 def test_no_observers_by_default(tmp_path: Path) -> None:
     trainer = probe_trainer(build_workload(run_config(*SMALL)), tmp_path)
-    assert trainer.update == trainer.step.update
+    assert trainer.run_update == trainer.step.update
 
 
 def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_the_state_is_that_of_a_trained_optimizer(optimizer: str, tmp_path: Path
     trainer = probe_trainer(build_workload(run_config), tmp_path)
     batches = endless_batches(trainer.batches, trainer.progress)
     for number in range(3):
-        trainer.update(next(batches), number)
+        trainer.run_update(next(batches), number)
     assert dry_run._bytes(state) == state_bytes(trainer.step.optimizer) > 0
 
 

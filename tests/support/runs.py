@@ -32,7 +32,7 @@ from dlopt.training.checkpoint import checkpoints
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import TrainingRun
 from dlopt.training.run import train_run
-from dlopt.training.step import Step, UpdateRecord
+from dlopt.training.step import Step, UpdateResult
 from tests.support.sizes import RICH, RUN, SMALL, STEPS_PER_EPOCH  # noqa: F401  # used by importers
 
 
@@ -77,8 +77,8 @@ def at_update(number: int, action: Callable[[], object]) -> Iterator[None]:
     """Calls `action` after update `number` (from 1) of the run."""
     original = Step.end
 
-    def end(self: Step, record: UpdateRecord, average: Callable[[], None] | None) -> None:
-        original(self, record, average)
+    def end(self: Step, result: UpdateResult, average: Callable[[], None] | None) -> None:
+        original(self, result, average)
         if self.current.number + 1 == number:
             action()
 

@@ -16,7 +16,7 @@ from dlopt.training.clipping import Clip
 from dlopt.training.closure import ClosureStep
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import Step, StepSettings, UpdateRecord
+from dlopt.training.step import Step, StepSettings, UpdateResult
 from tests.support.tasks import CLASSIFICATION
 
 CPU = torch.device("cpu")
@@ -77,11 +77,11 @@ def make_closure(model: nn.Module, optimizer: torch.optim.Optimizer, **keys: Any
     return step
 
 
-def train(step: Step, batch: Batch, number: int, sums: MetricSum, *, log_norm: bool = False) -> UpdateRecord:
+def train(step: Step, batch: Batch, number: int, sums: MetricSum, *, log_norm: bool = False) -> UpdateResult:
     """Runs an update and adds its metrics, as the trainer does."""
-    record = step.update(batch, number, log_norm=log_norm)
-    sums.add(*record.micro_batches)
-    return record
+    result = step.update(batch, number, log_norm=log_norm)
+    sums.add(*result.micro_batches)
+    return result
 
 
 def begin(step: Step, batch: Batch, number: int = 0, *, log_norm: bool = False) -> None:

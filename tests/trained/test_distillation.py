@@ -89,7 +89,7 @@ def test_the_first_update_has_the_gradient_of_the_formula(teacher: Path, tmp_pat
     trainer = probe_trainer(with_teacher(build_workload(run_config(*line))), tmp_path)
     batch = next(iter(trainer.batches.epoch(0)))
     trainer.step.begin(batch, 0, log_norm=False)
-    value = trainer.step.evaluate().loss
+    value = trainer.step.loss_and_gradients().loss
     raw = build_workload(run_config(*line, "normalize=none"))
     images, _ = next(iter(training_batches(raw).epoch(0)))
     trained = restore(teacher / "checkpoints/best.pt", {"precision": "fp64"})

@@ -47,7 +47,7 @@ RECIPES = {
 
 def losses(folder: Path, recipe: str) -> list[float]:
     found: list[float] = []
-    see = NonFiniteCheck.__call__
+    see = NonFiniteCheck.examine
 
     def noted(self: NonFiniteCheck, loss: Tensor, *update: Any, **of_gradients: Any) -> None:
         found.append(float(loss))
@@ -55,7 +55,7 @@ def losses(folder: Path, recipe: str) -> list[float]:
 
     weights = folder / "weights.pt"
     torch.save(exact_weights(*COMMON, *RECIPES[recipe]), weights)
-    with patch.object(NonFiniteCheck, "__call__", noted):
+    with patch.object(NonFiniteCheck, "examine", noted):
         start(folder, *COMMON, *RECIPES[recipe], f"init_from={weights}")
     return found
 

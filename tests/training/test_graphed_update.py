@@ -28,7 +28,7 @@ from dlopt.training.clipping import ByNorm, Clip, Unclipped
 from dlopt.training.graphed_update import Capture, GraphedUpdate, layer_obstacle, obstacle
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import Step, StepSettings, Update, UpdateRecord
+from dlopt.training.step import Step, StepSettings, UpdateFunction, UpdateResult
 from tests.support.norm import NORM
 from tests.support.recorded import SimulatedRecorder
 from tests.support.runs import result, run_config, same, start, timeless
@@ -89,27 +89,27 @@ class Run:
             StepSettings(accumulate=accumulate, seed=3, check_now=False),
         )  # fmt: skip
         self.sums, self.rates = MetricSum(CLASSIFICATION), []
-        self.record: UpdateRecord | None = None
+        self.result: UpdateResult | None = None
         keys: Any = {
             "precision": Precision("fp32", CPU), "metrics": self.sums, "clip": clip or ByNorm(max_norm=1.0),
             "average": self.average.update,
         }  # fmt: skip
         self.step = Step(*arguments, **keys)
-        self.update: Update = self.step.update
+        self.update: UpdateFunction = self.step.update
         if recorder is not None:
             self.update = GraphedUpdate(self.step, Capture(recorder, SIZE, log_norm=True, averages=True))
 
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:
-            self.record = self.update(batch(step, sizes(step)), step, log_norm=True)
+            self.result = self.update(batch(step, sizes(step)), step, log_norm=True)
             self.rates.append(float(self.step.rate))
         return self
 
     def left(self) -> list[Tensor]:
         tensors = [*self.model.state_dict().values(), *self.average._averages]
-        assert self.record is not None and self.record.norm is not None
+        assert self.result is not None and self.result.norm is not None
         means = torch.tensor([*self.sums.means("train").values(), *self.rates])
-        return [*(each.clone() for each in tensors), means, self.record.norm]
+        return [*(each.clone() for each in tensors), means, self.result.norm]
 
 
 def equal(a: Run, b: Run) -> bool:

@@ -33,7 +33,7 @@ from dlopt.training.loop import Trainer
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Intervals, Progress
-from dlopt.training.step import Step, StepSettings, UpdateRecord
+from dlopt.training.step import Step, StepSettings, UpdateResult
 from dlopt.training.stopping import Best, Early, Never
 from tests.support.lengths import constant
 from tests.support.runs import same, without_time
@@ -175,7 +175,7 @@ def training(
     }
     return Trainer(
         step=step,
-        update=step.update,
+        run_update=step.update,
         length=constant(steps, steps_per_epoch),
         intervals=Intervals(**intervals),
         average=average,
@@ -529,10 +529,10 @@ class Node:
 def test_collects_the_garbage_of_updates_at_evaluations(bad_at: int | None) -> None:
     """And leaves the garbage collector as it was, also if the run fails."""
     t = training(batches=Batches(bad_at=bad_at))
-    update, created = t.update, list[weakref.ref[Node]]()
+    update, created = t.run_update, list[weakref.ref[Node]]()
     alive_at_evaluations: list[int] = []
 
-    def update_with_garbage(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateRecord:
+    def update_with_garbage(batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult:
         created.append(weakref.ref(Node()))
         return update(batch, number, log_norm=log_norm)
 
@@ -540,7 +540,7 @@ def test_collects_the_garbage_of_updates_at_evaluations(bad_at: int | None) -> N
         alive_at_evaluations.append(sum(node() is not None for node in created))
         return {"val_loss": 1.0}
 
-    t.update, t.validate = update_with_garbage, validate
+    t.run_update, t.validate = update_with_garbage, validate
     gc.unfreeze()  # what the test session has frozen
     try:
         with nullcontext() if bad_at is None else pytest.raises(RunError):

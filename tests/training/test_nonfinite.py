@@ -95,9 +95,9 @@ def test_losses_and_flags_may_be_on_two_devices() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         p = nn.Parameter(torch.empty(3))
         p.grad = torch.empty(3)
-        check = NonFiniteCheck([p], immediate=False, locate=lambda _: "", norm=nn.utils.get_total_norm)
+        check = NonFiniteCheck([p], immediate=False, locate=lambda _: "", clips_by_norm=True)
         loss = torch.empty((), device="meta")
-        flag = check(loss, 0, 0.1, gradients=True)
+        flag = check.examine(loss, 0, 0.1, nn.utils.get_total_norm([p.grad]))
         assert flag is not None and flag.device.type == "cpu"
         check.defer(loss, 0, 0.1, flag)
         check._stack_pending()

@@ -189,8 +189,8 @@ def test_metrics_count_the_first_evaluation_only() -> None:
     first = evaluate()
     evaluate()
     evaluate.loss()
-    assert evaluate.record is not None
-    sums.add(*evaluate.record.micro_batches)
+    assert evaluate.result is not None
+    sums.add(*evaluate.result.micro_batches)
     sums.sync()
     assert sums.count == 10
     assert sums.loss / 10 == float(first)
@@ -329,8 +329,8 @@ def test_reports_the_gradient_norm_before_clipping() -> None:
     for each in (unclipped, evaluate):
         begin(each, batch(0), 0, log_norm=True)
         each()
-        assert each.record is not None
-        norms.append(each.record.norm)
+        assert each.result is not None
+        norms.append(each.result.norm)
     assert norms[0] is not None and norms[1] is not None
     assert torch.equal(norms[0], norms[1])
     assert float(gradient_norm(evaluate.parameters)) < float(norms[1]) / 2
@@ -353,11 +353,11 @@ def test_the_norm_belongs_to_the_weights_of_the_loss(kind: str, clip: Any, accum
         "newton_cg": lambda p: NewtonCG(p, lr=1.0),
     }[kind](list(model.parameters()))
     step = make_step(model, optimizer, clip=clip, evaluates_once=False, accumulate=accumulate)
-    record = train(step, given, 0, MetricSum(CLASSIFICATION), log_norm=True)
-    assert record.loss is not None and record.norm is not None
-    assert float(record.loss) == pytest.approx(float(loss.detach()), rel=1e-12)
+    result = train(step, given, 0, MetricSum(CLASSIFICATION), log_norm=True)
+    assert result.loss is not None and result.norm is not None
+    assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-12)
     expected = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-    assert float(record.norm) == pytest.approx(expected, rel=1e-12)
+    assert float(result.norm) == pytest.approx(expected, rel=1e-12)
 
 
 class GradientPasses(TorchDispatchMode):
@@ -383,9 +383,9 @@ def test_reads_the_gradients_once_for_clipping_log_and_check(check_now: bool, lo
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     step = make_step(model, optimizer, clip=ByNorm(max_norm=1.0), check_now=check_now)
     with GradientPasses() as passes:
-        record = step.update(batch(0), 0, log_norm=log_norm)
+        result = step.update(batch(0), 0, log_norm=log_norm)
     assert passes.norms_and_checks == (1, 0)
-    assert record.norm is not None
+    assert result.norm is not None
 
 
 def test_reads_the_gradients_once_for_the_log_and_the_check_of_a_processor() -> None:

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from dlopt.data.batches import Batch
 from dlopt.extend import (
@@ -46,9 +45,8 @@ from dlopt.lab.diagnosis.probes import AttentionEntropy, AttentionProbe, TimeLag
 from dlopt.optim.common import flat
 from dlopt.trained.distillation import with_teacher
 from dlopt.training.builders.workload import load_weights
-from dlopt.training.clipping import Clip, Norm, gradient_norm
 from dlopt.training.progress import endless_batches
-from dlopt.training.step import Observer
+from dlopt.training.step import Observer, Step
 
 STEP_FRACTIONS = tuple(i / 4 for i in range(-2, 11))
 """Fractions of an update at which the loss is evaluated: from half an update back to 2.5 updates ahead."""
@@ -93,15 +91,9 @@ class ClippedNorm(Observer):
     def __init__(self) -> None:
         self.norm = math.nan
 
-    def around_clip(self, clip: Clip) -> Clip:
-        self._clip = clip
-        return self
-
-    def __call__(self, parameters: Sequence[nn.Parameter], norm: Norm) -> Tensor | None:
-        total = self._clip(parameters, norm)
+    def after_clip(self, step: Step) -> None:
         if math.isnan(self.norm):
-            self.norm = float(gradient_norm(parameters, norm))
-        return total
+            self.norm = float(step.gradient_norm())
 
 
 @dataclass(frozen=True)
@@ -218,7 +210,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
     needs a Hessian-vector product.
     """
     trace, training_step, progress = UpdateTrace(), trainer.step, trainer.progress
-    clipped = training_step.clip
+    [clipped] = training_step.observers
     assert isinstance(clipped, ClippedNorm)
     layers = layer_parameters(workload.module)
     parameters = training_step.parameters
@@ -227,7 +219,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
     for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), updates)):
         before, clipped.norm = {p: p.detach().clone() for p in parameters}, math.nan
         try:
-            record = trainer.update(batch, progress.step + number, log_norm=True)
+            result = trainer.run_update(batch, progress.step + number, log_norm=True)
             training_step.check_updates()
         except UserError:
             raise
@@ -239,7 +231,7 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
         for name, ratio in zip(layers, ratios.tolist(), strict=True):
             trace.ratios.setdefault(name, []).append(ratio)
         trace.losses.append(trainer.train_metrics.since_last()["loss"])
-        trace.norms.append(math.nan if record.norm is None else float(record.norm))
+        trace.norms.append(math.nan if result.norm is None else float(result.norm))
         trace.clipped.append(clipped.norm)
         trace.rates.append(float(training_step.rate))
         if number in curvature_updates:

@@ -112,7 +112,7 @@ def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
 
     def update() -> int:
         batch = next(batches)
-        trainer.update(batch, progress.step)
+        trainer.run_update(batch, progress.step)
         progress.step = UpdateCount(progress.step + 1)
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -20,7 +20,7 @@ from dlopt.training.closure import ClosureStep
 from dlopt.training.graphed_update import Capture, GraphedUpdate
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
-from dlopt.training.step import Observer, Step, StepSettings, Update
+from dlopt.training.step import Observer, Step, StepSettings, UpdateFunction
 from dlopt.training.stopping import Stopping, WeightStopping
 
 
@@ -36,8 +36,7 @@ def build_step(
     observers: Sequence[Observer] = (),
 ) -> Step:
     """Builds the step. `checks`: false disables the non-finite check. Raises `UserError`."""
-    settings, mode, device = workload.run_config.settings, workload.parallel, workload.device
-    clip = workload.run_config.clip
+    settings, clip = workload.run_config.settings, workload.run_config.clip
     if optimizer_traits(optimizer).ignores_clipping and clip.target is not Unclipped:
         raise UserError(
             f"{clip.choice}: {type(optimizer).__name__} computes the gradient "
@@ -45,13 +44,13 @@ def build_step(
         )
     built = clip.build(model=workload.module, uses=workload.uses)
     clip.require_call(built, "clip(parameters, norm)")
-    check_now = device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
+    check_now = workload.device.type == "cpu" or settings.check == "step" or settings.on_divergence == "skip"
     kind = Step if evaluates_once(workload, optimizer) else ClosureStep
     return kind(
         network,
         optimizer,
         schedule,
-        mode,
+        workload.parallel,
         StepSettings(
             accumulate=settings.micro_batches,
             seed=stream(settings.augmentation_seed, rng.DROPOUT),
@@ -68,7 +67,7 @@ def build_step(
     )
 
 
-def build_update(
+def build_update_function(
     workload: Workload,
     step: Step,
     *,
@@ -77,18 +76,18 @@ def build_update(
     skip: Callable[[Diverged], bool] | None,
     observers: Sequence[Observer],
     batch_size: int,
-) -> tuple[Update, str | None]:
-    """Builds the update of a step: replayed from a CUDA graph, or eager, surrounded by what the run needs.
+) -> tuple[UpdateFunction, str | None]:
+    """Builds the function that runs the updates of a step, surrounded by what the run needs.
 
-    Also returns why it is not replayed from a CUDA graph (None if it is). Raises `UserError`.
+    Also returns why they are not replayed from a CUDA graph (None if they are). Raises `UserError`.
     """
-    settings, mode = workload.run_config.settings, workload.parallel
+    settings = workload.run_config.settings
     reason = graphed_update.obstacle(
         workload.module,
         [workload.loss, step.clip],
         step.optimizer,
         step.schedule,
-        mode,
+        workload.parallel,
         step.settings,
         precision=workload.precision,
         observed=bool(observers or settings.diagnostics or settings.profile),  # only rank 0 has the observers
@@ -100,7 +99,7 @@ def build_update(
         reason = f"task={workload.task.name} may have control flow on the host"
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
-    update: Update = step.update
+    update: UpdateFunction = step.update
     if reason is None and settings.cuda_graphs is not False:
         is_captured = average is not None and average.is_steady
         update = GraphedUpdate(step, Capture(Recorder(), batch_size, settings.log_every_steps is not None, is_captured))

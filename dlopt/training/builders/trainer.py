@@ -19,7 +19,7 @@ from dlopt.training.batch_growth import GrowingBatches
 from dlopt.training.batch_norm import LaggingStatistics, check_norm_batches
 from dlopt.training.builders.batches import loss_aware_sampler, training_batches
 from dlopt.training.builders.optimizer import build_optimizer, build_schedule, snapshot_names
-from dlopt.training.builders.step import build_step, build_update
+from dlopt.training.builders.step import build_step, build_update_function
 from dlopt.training.builders.workload import Workload, data_spec
 from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.checkpoint.content import Checkpoint
@@ -97,7 +97,7 @@ def build_trainer(
         checks=checks,
         observers=observers,
     )
-    update, graph_obstacle = build_update(
+    update, graph_obstacle = build_update_function(
         workload,
         step,
         average=average,
@@ -110,7 +110,7 @@ def build_trainer(
     # 4. The loop.
     return Trainer(
         step=step,
-        update=update,
+        run_update=update,
         batches=observed,
         length=length,
         progress=Progress(data=data_spec(workload), found_lr=found_lr),

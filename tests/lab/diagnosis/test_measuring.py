@@ -54,7 +54,7 @@ def test_trace_updates_makes_the_updates_of_training(tmp_path: Path) -> None:
             trace = trace_updates(workload, training, 6, with_curvature=True)
         else:
             for step, batch in enumerate([*training.batches.epoch(0, 0, 0), *training.batches.epoch(1, 0, 4)][:6]):
-                training.update(batch, step)
+                training.run_update(batch, step)
         weights.append({name: value.clone() for name, value in workload.module.state_dict().items()})
     assert same(weights[0], weights[1])
     assert len(trace.losses) == len(trace.norms) == 6 and all(len(each) == 6 for each in trace.ratios.values())
@@ -204,7 +204,7 @@ def test_prepares_gpu_checkpoint_on_a_cpu(tmp_path: Path) -> None:
     checkpoint.optimizer["param_groups"][0]["capturable"] = True
     _, training = prepare(run_config(*lines), tmp_path / "other", checkpoint)
     batch = next(iter(training.batches.epoch(1)))
-    training.update(batch, training.progress.step)
+    training.run_update(batch, training.progress.step)
     assert not training.step.optimizer.param_groups[0]["capturable"]
 
 

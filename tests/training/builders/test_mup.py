@@ -105,7 +105,7 @@ def changes(lines: list[str], width: int, updates: int = 4) -> dict[str, float]:
 
     before = outputs()
     for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), updates)):
-        trainer.update(batch, number)
+        trainer.run_update(batch, number)
     return {name: (after - before[name]).square().mean().sqrt().item() for name, after in outputs().items()}
 
 
@@ -274,7 +274,7 @@ def test_the_best_learning_rate_does_not_move_with_the_width(gpt: list[str]) -> 
             trainer = probe_trainer(build_workload(run_config(*lines)), Path())
             losses = []
             for number, batch in enumerate(islice(endless_batches(trainer.batches, trainer.progress), 60)):
-                trainer.update(batch, number)
+                trainer.run_update(batch, number)
                 losses.append(trainer.train_metrics.since_last()["loss"])
             ends[rate] = sum(losses[-10:])
         return min(ends, key=ends.__getitem__)

@@ -261,7 +261,7 @@ def test_buffers_are_synchronized_before_they_are_averaged(tmp_path: Path, monke
     monkeypatch.setattr(ExponentialAverage, "update", lambda self: calls.append("averaged"))
     trainer = probe_trainer(small_workload("ema=0.9"), tmp_path)
     for number, batch in enumerate(trainer.batches.epoch(0)):
-        trainer.update(batch, number)
+        trainer.run_update(batch, number)
     assert calls == ["synchronized", "averaged"] * (number + 1)
 
 

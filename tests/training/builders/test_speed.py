@@ -256,15 +256,15 @@ def test_captured_updates_equal_eager_ones_on_gpu(
     for graphs in ("false", "true"):
         workload = build_workload(run_config(*typed, "deterministic=true", f"cuda_graphs={graphs}"))
         trainer = probe_trainer(workload, tmp_path)
-        assert isinstance(trainer.update, GraphedUpdate) == (graphs == "true")
+        assert isinstance(trainer.run_update, GraphedUpdate) == (graphs == "true")
         step = 0
         for epoch in range(2):
             for batch in trainer.batches.epoch(epoch, 0, step):
-                trainer.update(batch, step)
+                trainer.run_update(batch, step)
                 step += 1
         trainer.step.check_updates()
-        if isinstance(trainer.update, GraphedUpdate):
-            assert trainer.update._graphed._replay is not None
+        if isinstance(trainer.run_update, GraphedUpdate):
+            assert trainer.run_update._graphed._replay is not None
         weights.append(workload.module.state_dict())
     assert same(*weights)
 

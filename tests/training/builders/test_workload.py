@@ -99,7 +99,7 @@ def test_complex_weights_stay_complex(overrides: list[str], tmp_path: Path) -> N
     before = module.weight.detach().clone()
     assert before.is_complex() and before.imag.any()
     for number, batch in enumerate(trainer.batches.epoch(0)):
-        trainer.update(batch, number)
+        trainer.run_update(batch, number)
     assert (module.weight.imag != before.imag).any()
     assert average is not None
     with average.swapped_in():
@@ -256,7 +256,7 @@ def test_a_custom_loss_is_a_mean_with_a_gradient(result: str, message: str, tmp_
     def update(result: str) -> None:
         loss = Component("loss", _Loss, {"result": result})
         trainer = probe_trainer(build_workload(replace(run_config(*SMALL), loss=loss)), tmp_path)
-        trainer.update(next(trainer.batches.epoch(0)), 0)
+        trainer.run_update(next(trainer.batches.epoch(0)), 0)
 
     update("mean")
     with pytest.raises(UserError, match=rf"^loss=.*_Loss: {message}"):
@@ -398,7 +398,7 @@ def test_attributes_of_a_users_loss_mean_nothing_to_a_run(tmp_path: Path) -> Non
     checked = replace(run_config(*SMALL), loss=Component("loss", _OwnLoss, {}))
     trainer = probe_trainer(build_workload(checked), tmp_path)
     batch = next(iter(trainer.batches.epoch(0)))
-    loss = trainer.update(batch, 0).loss
+    loss = trainer.run_update(batch, 0).loss
     assert loss is not None and math.isfinite(loss)
 
 
