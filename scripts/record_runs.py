@@ -31,7 +31,7 @@ from dlopt.config.compose import Composer, config_folder
 from dlopt.config.plan import checked
 from dlopt.metrics.measures import VARYING
 from dlopt.python.model import preserve_global_state
-from dlopt.run.runner import run_plan
+from dlopt.run.runner import run
 
 SMALL = ("steps=20", "data.batch_size=8", "data.subset=40", "threads=1", "device=cpu", "tracking=[]", "data.workers=0",
     "checkpoint.every_epochs=null", "seed=0", "parallel=single", "compile=false", "max_time=null",
@@ -140,7 +140,7 @@ def record(lines: list[str], root: Path) -> dict[str, Any]:
         try:
             with tempfile.TemporaryDirectory() as folder, preserve_global_state("record"):
                 words = [*lines, *small, *for_data(lines, small, root), f"hydra.run.dir={folder}/run"]
-                path, _ = run_plan(checked(single_run(words), words), console=False, from_python=True)
+                path, _ = run(checked(single_run(words), words), console=False, from_python=True)
                 return numbers(path.path)
         except (UserError, RunError) as error:
             # A key that the choices of the recipe do not have is left out.

@@ -1,11 +1,31 @@
-"""`dlopt train`: its help and its flags. `train_start` starts what they request, which takes Hydra and pydantic."""
+"""`dlopt train`: runs what is typed, after composing and checking it: a run, one of its ranks, or a sweep.
+
+Imports Hydra and what composes with it late: the help needs neither.
+"""
 
 import contextlib
+import os
+import time
 from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dlopt.basics.errors import DONE, UserError
-from dlopt.commands.shared.document import document_only
-from dlopt.config.flags import parse_arguments
+from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
+from dlopt.basics.interruption import killed_by_signals, print_message
+from dlopt.basics.status_line import announce_dry_run, waiting
+from dlopt.commands.shared.document import Show, document_only
+from dlopt.config.flags import parse_arguments, show_info
+from dlopt.config.overrides import is_set, parse_overrides, with_folder
+from dlopt.config.packages import entries, function, series_of
+from dlopt.machine.world import current
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch.distributed import Store
+
+    from dlopt.config.compose import Composer
+    from dlopt.config.plan import Plan
 
 USAGE = """\
 Train a model, or run a sweep with -m
@@ -19,19 +39,59 @@ Examples:
   dlopt train -m optimizer=sgd,adamw space=benchmark trials=5                # each optimizer with its own ranges
   dlopt train resume=auto
 """
+_READS_OF_HYDRA = ("hydra.run", "hydra.job", "hydra.job_logging", "hydra.verbose")  # and COMPOSITION
+_HINTS = dict.fromkeys(("hydra.sweep", "hydra.sweeper", "hydra.launcher"), "add -m")
+# How the ranks of torchrun and srun find each other before rank 0 has sent them the run.
+_ADDRESS = ("parallel.master_addr", "parallel.master_port", "parallel.timeout_minutes")
+_HEAD_START = 10.0  # seconds for rank 0 to refuse a command; torchrun and srun then end the other ranks
 
 
 def train(arguments: list[str]) -> int:
-    """Runs `dlopt train` with the given arguments; returns the exit code. Raises `UserError`."""
+    """Runs `dlopt train` with the given arguments; returns the exit code. Raises `UserError` and `ReportedError`."""
+    # 1. Parse the flags.
     parsed = parse_arguments(arguments)
     if parsed.help:
         print(help_page(arguments), end="")
         return DONE
-    _check_flags(parsed)
-    from dlopt.commands.train_start import start
+    for names in (("run", "multirun", "cfg", "info"), ("json", "cfg"), ("json", "info"), ("json", "hydra_help")):
+        typed = [f"--{name.replace('_', '-')}" for name in names if getattr(parsed, name)]
+        if len(typed) > 1:
+            raise UserError(f"{' with '.join(typed)}: only one of them may be set")
+    for name in ("resolve", "package"):
+        if getattr(parsed, name) and not parsed.cfg:
+            raise UserError(f"--{name}: needs --cfg")
 
-    with document_only() if parsed.json else contextlib.nullcontext() as show:
-        return start(parsed, show)
+    from dlopt.basics.folders import RunFolder
+    from dlopt.config.resolve import interpolations_explained
+    from dlopt.parallel.processes.rendezvous import end_process
+    from dlopt.run.runner import CODE_OF, release, run
+
+    with document_only() if parsed.json else contextlib.nullcontext() as show, interpolations_explained():
+        # 2. Join the ranks of torchrun or srun: only rank 0 goes on, and sends the run to the others.
+        store = _join_ranks(parsed)
+        with contextlib.nullcontext() if store is None else _errors_passed_on(store):
+            # 3. Compose and check the run.
+            plan = _plan(parsed, show, store)
+
+            # 4. Run it. A failed run has a document, too.
+            if isinstance(plan, int):
+                code = plan
+            else:
+                try:
+                    folder, summary = run(plan, store=store)
+                    code = CODE_OF[summary["status"]]
+                except ReportedError as error:
+                    if show is None or error.code == USER_ERROR:
+                        raise
+                    assert plan.config is not None
+                    folder, code = RunFolder(Path(plan.config.hydra.runtime.output_dir)), error.code
+                    summary = folder.summary()
+                if show is not None:
+                    show({"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary})
+        if store is not None:
+            release(store, code)
+            end_process(code)
+        return code
 
 
 def help_page(arguments: list[str]) -> str:
@@ -41,11 +101,160 @@ def help_page(arguments: list[str]) -> str:
     return USAGE + tables_of_train(parse_arguments(arguments).config_dir)
 
 
-def _check_flags(parsed: Namespace) -> None:
-    for names in (("run", "multirun", "cfg", "info"), ("json", "cfg"), ("json", "info"), ("json", "hydra_help")):
-        typed = [f"--{name.replace('_', '-')}" for name in names if getattr(parsed, name)]
-        if len(typed) > 1:
-            raise UserError(f"{' with '.join(typed)}: only one of them may be set")
-    for name in ("resolve", "package"):
-        if getattr(parsed, name) and not parsed.cfg:
-            raise UserError(f"--{name}: needs --cfg")
+def _plan(parsed: Namespace, show: Show | None, store: "Store | None") -> "Plan | int":
+    """Composes and checks a run; anything else that was requested is done here, and its exit code returned.
+
+    Raises `UserError` and `ReportedError`.
+    """
+    from hydra.types import RunMode
+
+    from dlopt.config.compose import Composer
+    from dlopt.config.inherit import inherit
+    from dlopt.config.plan import checked
+    from dlopt.config.reads import COMPOSITION, refuse_unread_hydra, refuse_untested
+    from dlopt.config.refusals import refused_together
+    from dlopt.config.resolve import show_config
+
+    typed = parsed.overrides
+    composer = Composer(parsed.config_name, parsed.config_dir, typed)
+    if parsed.multirun:
+        from dlopt.sweeps.branches import branched
+
+        return _sweep(composer, branched(composer, with_folder(typed, multirun=True)), show)
+    parsed.overrides = inherit(composer, with_folder(typed, multirun=False))
+    with refused_together(composer, parsed.overrides):
+        overrides = composer.parse(parsed.overrides)
+        config = composer.compose(overrides)
+    if parsed.cfg:  # composed before, as for the flags below: Hydra's error messages are less clear
+        print(show_config(config, parsed.cfg, parsed.package, resolve=parsed.resolve), end="")
+        return DONE
+    if parsed.hydra_help or parsed.info:
+        show_info(parsed, composer.flags)
+        return DONE
+    if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
+        return _sweep(composer, inherit(composer, with_folder(typed, multirun=True)), show)
+    _refuse_document(show, config)
+    if config.dry_run:
+        announce_dry_run()
+    if (key := series_of(config)) is not None:
+        code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
+        return code
+    if store is not None:
+        from omegaconf import OmegaConf
+
+        from dlopt.config.typed import refuse_untyped
+
+        # Of a file, which the other ranks do not read.
+        parallel: Any = OmegaConf.to_container(config.parallel, resolve=False)
+        values = {key: parallel.get(key.partition(".")[2]) for key in _ADDRESS[:2]}
+        refuse_untyped({key: value for key, value in values.items() if value is not None}, composer.command_line)
+    refuse_unread_hydra(overrides, "dlopt train", (*COMPOSITION, *_READS_OF_HYDRA), _HINTS)
+    with waiting("loading PyTorch ..."), refused_together(composer, overrides):
+        plan = checked(config, overrides, flags=composer.flags)
+    if not plan.run_config.settings.dry_run:
+        return plan
+    from dlopt.run import dry_run
+
+    refuse_untested(plan.saved, plan.texts)
+    dry_run.show(plan)
+    return DONE
+
+
+def _sweep(composer: "Composer", words: list[str], show: Show | None) -> int:
+    """Runs a sweep, and shows its document. Raises `UserError`."""
+    from dlopt.sweeps import sweep as sweeps
+
+    request = sweeps.request(composer, words)
+    _refuse_document(show, request.config)
+    if request.config.dry_run:
+        announce_dry_run()
+    end = sweeps.run(request)
+    if show is not None and request.found:
+        from dlopt.results import documents
+        from dlopt.results.reading import RunReader
+
+        folder = request.found[0]
+        records, damaged = RunReader().read([folder])
+        show(
+            {
+                "folder": os.path.abspath(folder),
+                "exit_code": end.code,
+                "jobs": [documents.job_entry(record) for record in records],
+                "skipped": documents.skipped_entries(damaged),
+                "leaderboard": None if end.board is None else documents.leaderboard_entry(end.board),
+                "pareto_front": None if end.front is None else documents.front_entry(end.front),
+            }
+        )
+    return end.code
+
+
+def _refuse_document(show: Show | None, config: "DictConfig") -> None:
+    """Raises `UserError` for --json without a run or a sweep."""
+    series = series_of(config)
+    if show is not None and (config.dry_run or series is not None):
+        what = "dry_run=true" if series is None else f"a {series}"
+        raise UserError(f"--json: prints the result of a run or a sweep; not available for {what}")
+
+
+def _join_ranks(parsed: Namespace) -> "Store | None":
+    """Returns the store through which rank 0 sends the run to the other ranks of torchrun or srun, which end here.
+
+    None without other ranks, and on rank 0 if there is no run to send. Raises `UserError`.
+    """
+    from dlopt.commands.shared.processes import prepare_rank
+    from dlopt.parallel.processes.rendezvous import end_process, join_store
+    from dlopt.run.runner import follow
+
+    if (world := current()) is None:
+        return None
+    prepare_rank()
+    if world.restarts and not is_set("resume", parsed.overrides):
+        parsed.overrides.append("resume=auto")  # torchrun has restarted the run
+    if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
+        if world.is_main:
+            return None
+        if parsed.multirun:
+            _refused_by_main()
+        end_process(DONE)
+    try:
+        typed = {override.key_or_group: override.value() for override in parse_overrides(parsed.overrides)}
+    except UserError:
+        if not (world.is_main or world.is_started_by_hand):
+            _refused_by_main()
+        raise
+    host, port, minutes = (typed.get(key) for key in _ADDRESS)
+    is_valid = isinstance(minutes, int | float) and 0 < minutes < 1e6  # else refused with the config
+    with killed_by_signals():
+        store = join_store(world, minutes=minutes if is_valid else 10.0, address=host, port=port)
+    if not world.is_main:
+        end_process(follow(store, parsed.overrides))
+    return store
+
+
+def _refused_by_main() -> NoReturn:
+    """Ends a rank > 0, but after rank 0 has printed why: torchrun ends all ranks as soon as one has ended."""
+    from dlopt.parallel.processes.rendezvous import end_process
+
+    with killed_by_signals():
+        time.sleep(_HEAD_START)
+    end_process(USER_ERROR)
+
+
+@contextlib.contextmanager
+def _errors_passed_on(store: "Store") -> Iterator[None]:
+    """Ends rank 0 on an error in the block, and the other ranks if they have not received the run yet."""
+    from dlopt.parallel.processes.rendezvous import end_process
+    from dlopt.run.runner import release
+
+    try:
+        yield
+    except UserError as error:
+        print_message(str(error))
+        release(store, error.code, str(error))
+        end_process(error.code)
+    except ReportedError as error:
+        release(store, error.code)
+        end_process(error.code)
+    except BaseException:
+        release(store, FAILED)
+        raise

@@ -27,7 +27,7 @@ from dlopt.instruments.lr_range import LearningRates
 from dlopt.machine.world import current
 from dlopt.python.model import Model, Prediction, load, preserve_global_state
 from dlopt.python.runs import Run, Runs, open_run, runs
-from dlopt.run.runner import run_plan
+from dlopt.run.runner import run
 from dlopt.sweeps import sweep as sweeps
 from dlopt.sweeps.branches import branched
 
@@ -65,7 +65,7 @@ def train(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
                 raise UserError(f"train(): runs one experiment at a time; use {way}")
             hints = {"hydra.job.env_set": "set os.environ", "hydra.job.chdir": "call os.chdir"}
             refuse_unread_hydra(lines, "train()", (*COMPOSITION, "hydra.run"), hints)
-            folder, _ = run_plan(checked(config, lines), console=console, from_python=True)
+            folder, _ = run(checked(config, lines), console=console, from_python=True)
     except ReportedError as error:  # of processes that the run has started
         raise (UserError if error.code == USER_ERROR else RunError)(str(error)) from None
     return open_run(folder.path)

@@ -104,12 +104,6 @@ def submitted() -> dict[str, Any] | None:
     return None if folder is None else read_json(Path(folder, REPOSITORY))
 
 
-def code_of_submission() -> dict[str, str]:
-    """Returns the SHA-256 of the code that was copied when the sweep of this job was submitted; {} for other runs."""
-    facts = submitted()
-    return {} if facts is None else {"submitted_code": str(facts.get("submitted_code"))}
-
-
 def packages(names: Iterable[str]) -> dict[str, dict[str, str] | None]:
     """Identifies the code of importable packages, by name.
 

@@ -1,10 +1,9 @@
 """The folder of a run: a new folder, or the folder of the run to resume, with its newest checkpoint."""
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PlacedRun:
+class Attempt:
     """A checked run in its folder, before anything is written to it.
 
     Attributes:
@@ -53,7 +52,7 @@ class PlacedRun:
             self.before.erase(self.folder.path)
 
 
-def place(plan: Plan) -> PlacedRun:
+def place(plan: Plan) -> Attempt:
     """Finds or creates the folder of a checked run. Raises `UserError`."""
     from dlopt.training.progress import TrainingRun
 
@@ -64,56 +63,75 @@ def place(plan: Plan) -> PlacedRun:
     if saved["dry_run"]:
         raise UserError("dry_run=true: only available in `dlopt train`")
     before = FolderSnapshot(path)
-    folder, state, run_id = _find_folder(path, is_typed, saved, plan.typed)
-    is_auto = saved["resume"] == "auto"
+    folder, checkpoint, source = _find_folder(plan, path, is_typed)
+    # From the checkpoint if config.yaml is damaged; a run that is resumed in another folder is a new one.
+    former_id = None if checkpoint is None or source is not None else checkpoint.run_id
+    run_id, is_auto = folder.run_id() or former_id or new_run_id(), saved["resume"] == "auto"
+    if checkpoint is not None and source is not None:
+        copy_history(source, folder, checkpoint.best_epoch, run_id)
     run_config = replace(plan.run_config, config={"run_id": run_id, **plan.run_config.config})
-    run = TrainingRun(run_config, folder.path, state, plan.choices, plan.typed)
-    is_new = folder.config() is None and not (is_auto and state is not None)  # config.yaml may be damaged
-    return PlacedRun(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
+    run = TrainingRun(run_config, folder.path, checkpoint, plan.choices, plan.typed)
+    is_new = folder.config() is None and not (is_auto and checkpoint is not None)  # config.yaml may be damaged
+    return Attempt(run, folder, before, is_new, is_done=is_auto and folder.is_done(saved))
 
 
-def _find_folder(
-    path: Path, is_typed: bool, saved: Mapping[str, Any], typed: list[str]
-) -> tuple[RunFolder, "Checkpoint | None", str]:
-    """Returns the run folder, created if missing, the checkpoint to resume from, if any, and the id of the run.
+def _find_folder(plan: Plan, path: Path, is_typed: bool) -> tuple[RunFolder, "Checkpoint | None", RunFolder | None]:
+    """Returns the run folder, created if missing, the checkpoint to resume from, and its folder if that is another.
 
-    Args:
-        path: hydra.run.dir; `is_typed`: given on the command line.
-        saved: the config to save; typed: the command line.
+    path: hydra.run.dir; `is_typed`: given on the command line.
     """
-    from dlopt.training.checkpoint.checkpoints import Checkpoints, load_of_run
+    from dlopt.training.checkpoint.checkpoints import Checkpoints, load, load_of_run
 
-    target, resume = RunFolder(path), saved["resume"]
+    saved, target = plan.saved, RunFolder(path)
+    resume = saved["resume"]
+    source = earlier = checkpoint = None
     if resume not in (None, "auto"):
         resume = str(RunFolder.to_resume(resume))
+        source = RunFolder(Path(resume).absolute().parent.parent)
     if is_typed and target.is_live():
         raise UserError(f"hydra.run.dir={path}: another run is active in this folder")
     if is_typed:
         target.refuse_other_format(f"hydra.run.dir={path}")
+
+    # 1. resume=auto: the newest unfinished run of this config, or a new one.
     if resume == "auto":
         previous = target if is_typed else newest_unfinished(path.parent, saved)
         if previous is not None and previous.has_run():
-            newest = _newest_checkpoint(previous, saved)
-            return previous, newest, _run_id(previous, newest)
+            previous.refuse_other_format("resume=auto")
+            refuse_other_config(previous.config() or saved, saved, f"{previous.path}", previous.typed())
+            newest = None if previous.is_done(saved) else load_of_run(previous, saved)
+            return previous, newest, None
         if not is_typed and (done := newest_finished(path.parent, saved)) is not None:
-            refuse_longer(done, saved, typed)
-    source = earlier = None
-    if resume not in (None, "auto"):
-        source, earlier = RunFolder(Path(resume).absolute().parent.parent), _earlier_attempt(path, is_typed, saved)
-    if earlier is not None:
-        newest = load_of_run(earlier, saved)
-        if newest is not None:
-            return earlier, newest, _run_id(earlier, newest)
+            refuse_longer(done, saved, plan.typed)
+
+    # 2. A command that a launcher restarts: the run that it has started from the checkpoint `resume`. Started from it
+    #    again, a run that fails now and then would never end.
+    if source is not None and (world := current()) is not None and world.restarts:
+        begun = target if is_typed else newest_unfinished(path.parent, saved)
+        config = None if begun is None else begun.config()
+        if begun is not None and config is not None and config.get("resume") == saved["resume"]:
+            refuse_other_config(config, saved, f"{begun.path}", begun.typed())
+            earlier, newest = begun, load_of_run(begun, saved)
+            if newest is not None:
+                return begun, newest, None
+
+    # 3. A new run, or one that begins with the checkpoint `resume` of the run `source`.
     if is_typed and target.has_begun(resumed=source is not None) and target not in (source, earlier):
         state = "a finished" if target.is_finished() else "an unfinished"
         raise UserError(
             f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "
             "or use another folder"
         )
-    checkpoint = None
     if source is not None:
         source.refuse_other_format(f"resume={resume}")
-        checkpoint = _load(resume)
+        try:
+            checkpoint = load(Path(resume))
+        except UserError as error:
+            _, _, reason = str(error).partition(": ")
+            hint = "; resume=auto resumes the newest unfinished run"
+            if Path(resume).is_file():
+                hint = f"; to load only its weights, use init_from={resume}"
+            raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
         has_identity = checkpoint.identity is not None
         refuse_other_config(checkpoint.config, saved, resume, source.typed(), has_identity=has_identity)
         if is_typed and target == source and Checkpoints(target.checkpoints).has_later(checkpoint.step):
@@ -125,58 +143,7 @@ def _find_folder(
         target = RunFolder(make_new(path))
     elif not path.is_dir():
         make(path, "hydra.run.dir")
-    if source is None or checkpoint is None or target == source:
-        return target, checkpoint, _run_id(target, checkpoint)
-    run_id = _run_id(target)
-    copy_history(source, target, checkpoint.best_epoch, run_id)
-    return target, checkpoint, run_id
-
-
-def _run_id(folder: RunFolder, state: "Checkpoint | None" = None) -> str:
-    """Returns the id of a run, from a checkpoint of its folder if config.yaml is damaged; a new one for a new run."""
-    saved = None if state is None else state.run_id
-    return folder.run_id() or saved or new_run_id()
-
-
-def _newest_checkpoint(folder: RunFolder, saved: Mapping[str, Any]) -> "Checkpoint | None":
-    """Returns the newest checkpoint of a run for resume=auto; None if the run has none, or is done.
-
-    Raises `UserError` if it is the run of another config.
-    """
-    from dlopt.training.checkpoint.checkpoints import load_of_run
-
-    folder.refuse_other_format("resume=auto")
-    refuse_other_config(folder.config() or saved, saved, f"{folder.path}", folder.typed())
-    return None if folder.is_done(saved) else load_of_run(folder, saved)
-
-
-def _earlier_attempt(path: Path, is_typed: bool, saved: Mapping[str, Any]) -> RunFolder | None:
-    """Returns the run that this command has started from the checkpoint `resume`, if a launcher restarts the command.
-
-    Started from that checkpoint again, a run that fails now and then would never end.
-    """
-    world = current()
-    if world is None or not world.restarts:
-        return None
-    folder = RunFolder(path) if is_typed else newest_unfinished(path.parent, saved)
-    config = None if folder is None else folder.config()
-    if folder is None or config is None or config.get("resume") != saved["resume"]:
-        return None
-    refuse_other_config(config, saved, f"{folder.path}", folder.typed())
-    return folder
-
-
-def _load(resume: str) -> "Checkpoint":
-    from dlopt.training.checkpoint.checkpoints import load
-
-    try:
-        return load(Path(resume))
-    except UserError as error:
-        _, _, reason = str(error).partition(": ")
-        hint = "; resume=auto resumes the newest unfinished run"
-        if Path(resume).is_file():
-            hint = f"; to load only its weights, use init_from={resume}"
-        raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
+    return target, checkpoint, None if target == source else source
 
 
 def copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None, run_id: str) -> None:

@@ -50,19 +50,18 @@ def report(
     code, reason = failure(error)
     if not rendezvous.first_to_fail(code, reason):
         return code
-    diverged, frames = isinstance(error, Diverged), None
-    ids = {RunFolder(run.folder).run_id(), run.run_config.config.get("run_id")}
+    folder, diverged = RunFolder(run.folder), isinstance(error, Diverged)
+    ids = {folder.run_id(), run.run_config.config.get("run_id")}
     is_own = None in ids or len(ids) == 1  # the folder may now be another run's, if this run's was renamed
-    message = reason
+    message, frames = reason, None
     if reason is None:
-        frames = traceback.format_exc()
+        frames, cause = traceback.format_exc(), f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):
             if is_own:
                 write_atomically(run.folder / "traceback.txt", frames)
-        reason = f"{_rank_prefix()}{type(error).__name__}: {error}"
-        message = f"{_rank_prefix()}the run failed: {type(error).__name__}: {error}"
+        reason, message = f"{_rank_prefix()}{cause}", f"{_rank_prefix()}the run failed: {cause}"
     if prints and not (may_diverge and diverged):
-        print_message(f"{message}{with_smaller_lr(RunFolder(run.folder)) if diverged else ''}")
+        print_message(f"{message}{with_smaller_lr(folder) if diverged else ''}")
     # A folder that existed before keeps the reason of a UserError; a new one is removed.
     if is_own and (code == FAILED or is_job_of_sweep(run)):
         record_failure(run.folder, reason, diverged=diverged)
@@ -96,17 +95,18 @@ def is_job_of_sweep(run: "TrainingRun") -> bool:
 @contextlib.contextmanager
 def described(run: "TrainingRun") -> Iterator[None]:
     """Writes the files that describe a run; a refused run that was resumed gets its former ones back."""
-    is_described_here = run.overrides is not None and rendezvous.is_main()
-    names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
-    paths = [run.folder / name for name in names] if is_described_here and run.checkpoint is not None else []
-    former = {path: read_regular(path, sys.maxsize) if path.is_file() else None for path in paths}
+    former: dict[Path, bytes | None] = {}
     try:
-        if run.overrides is not None and is_described_here:
-            if run.checkpoint is not None and (changed := _changed_versions(run)):
-                print_message(f"warning: resumes with {changed}; the result may differ from that of one version")
-            describe(run.folder, run.run_config.config, run.overrides, run.choices)
-        elif rendezvous.is_main():
+        if rendezvous.is_main() and run.overrides is None:
             _record_machine(run.folder)
+        elif rendezvous.is_main():
+            if run.checkpoint is not None:
+                names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
+                paths = [run.folder / name for name in names]
+                former = {path: read_regular(path, sys.maxsize) if path.is_file() else None for path in paths}
+                if changed := _changed_versions(run):
+                    print_message(f"warning: resumes with {changed}; the result may differ from that of one version")
+            describe(run.folder, run.run_config.config, run.overrides, run.choices)
         yield
     except (UserError, ReportedError) as error:
         if error.code == USER_ERROR:  # here, or in child processes
@@ -123,19 +123,20 @@ def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], 
     id. Raises `UserError` if the folder is not writable.
     """
     refuse_links(folder, f"hydra.run.dir={folder}")
-    overrides = storable(overrides)
-    former, before = RunFolder(folder).config() or {}, RunFolder(folder).typed()
-    config = {"run_id": RunFolder(folder).run_id() or new_run_id(), **config}
+    overrides, run = storable(overrides), RunFolder(folder)
+    former, before = run.config() or {}, run.typed()
     typed = [line for line in overrides if line not in before]
-    config = {**config, **{key: former[key] for key in LABELS if key in former and not is_set(key, typed)}}
+    labels = {key: former[key] for key in LABELS if key in former and not is_set(key, typed)}
+    config = {"run_id": run.run_id() or new_run_id(), **config, **labels}
     code, diff = environment.repository()
+    submitted = environment.submitted()
     facts = {
         "folder_format": FORMAT,
         "choices": dict(choices),
         **environment.versions(),
         **environment.machine(),
         "code": code,
-        **environment.code_of_submission(),
+        **({} if submitted is None else {"submitted_code": str(submitted.get("submitted_code"))}),
         "allow_packages": environment.packages(config.get("allow_packages") or ()),
     }
     try:
@@ -179,8 +180,8 @@ def _record_machine(folder: Path) -> None:
 
 def record_failure(folder: Path, reason: str, *, diverged: bool = False, died: bool = False) -> dict[str, Any]:
     """Writes the summary of a failed run, and returns it. `died`: its process ended without a word."""
-    flags = {name: True for name, is_set in (("diverged", diverged), ("died", died)) if is_set}
-    summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason, **flags}
+    summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason}
+    summary |= {name: True for name, is_so in (("diverged", diverged), ("died", died)) if is_so}
     with contextlib.suppress(OSError):
         write_json(folder / "summary.json", summary)
     return summary

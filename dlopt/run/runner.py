@@ -1,12 +1,10 @@
-"""Runs a checked run: `run_plan` for the shell and for Python, `execute` for a job, and for a rank of several.
-
-Both raise what ends a run. `dlopt.run.record.report` has printed and recorded it then, in `execute`.
-"""
+"""Runs a checked plan (`run`): finds its folder, and executes the run there, as a job or a rank does (`execute`)."""
 
 import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +31,13 @@ if TYPE_CHECKING:
     from dlopt.tasks.report import TestReport
     from dlopt.training.builders.workload import Workload
     from dlopt.training.progress import TrainingRun
+    from dlopt.training.run import Tools
 
 CODE_OF = {"finished": DONE, "stopped_early": DONE, "interrupted": INTERRUPTED}
 """The exit code of a run by the status in its summary."""
 
 
-def run_plan(
+def run(
     plan: Plan, *, store: "Store | None" = None, console: bool = True, from_python: bool = False
 ) -> tuple[RunFolder, dict[str, Any]]:
     """Runs a checked plan; returns its folder, and its summary as in summary.json.
@@ -54,38 +53,42 @@ def run_plan(
         ReportedError: the run has failed, and has reported why.
     """
     # 1. Find the folder: a new one, or the folder of the run to resume, with its newest checkpoint.
-    placed = place(plan)
-    run, folder = placed.run, placed.folder
-    if placed.is_done:
+    attempt = place(plan)
+    folder, settings = attempt.folder, plan.run_config.settings
+    if attempt.is_done:
+        summary = folder.summary() or {}
         if not from_python:
-            _show_finished(folder, shortened(folder, plan.saved))
-        return folder, folder.summary() or {}
-    if plan.run_config.settings.resume == "auto" and placed.is_new and not from_python:
+            from dlopt.tracking.console import ConsoleView
+
+            longer = shortened(folder, plan.saved)
+            after = "" if longer is None else f", after {longer}"
+            ConsoleView().finish(summary, [f"this run is already finished{after}: {folder.path}"])
+        return folder, summary
+    if settings.resume == "auto" and attempt.is_new and not from_python:
         print("resume=auto: no unfinished run of this config found; starting a new run", flush=True)
-    placed.refuse_other_run()
+    attempt.refuse_other_run()
 
     has_started = False
     try:
         # 2. Prepare this process and the tracking services.
         assert plan.config is not None
         with contextlib.nullcontext() if from_python else job_environment(plan.config, folder.path):
-            if run.checkpoint is None:  # a resumed run warns instead
-                check_tracking(run.run_config.settings.tracking, run.run_config.settings.name)
+            if attempt.run.checkpoint is None:  # a resumed run warns instead
+                check_tracking(settings.tracking, settings.name)
 
-            # 3. Send the run to the other ranks of a launcher.
+            # 3. Send the run to the other ranks of a launcher. One that was refused above is never sent: `release`
+            #    ends the ranks that wait for it.
             if store is not None:
-                # After the checks above: a run that they refuse is never sent, and `release` ends the ranks that wait
-                # for it.
-                message = {"config": run.run_config.config, "folder": str(folder.path), "choices": plan.choices}
-                store.set("run", json.dumps(message))
+                config = attempt.run.run_config.config
+                store.set("run", json.dumps({"config": config, "folder": str(folder.path), "choices": plan.choices}))
 
             # 4. Lock, describe, train.
             has_started = True
-            return folder, execute(run, console=console, prints=not from_python)
+            return folder, execute(attempt.run, console=console, prints=not from_python)
     except BaseException as error:
         # 5. A refused run leaves no folder; a failed or interrupted one leaves its record.
         if not has_started or getattr(error, "code", None) == USER_ERROR:
-            placed.erase_if_new()
+            attempt.erase_if_new()
         raise
 
 
@@ -101,9 +104,47 @@ def execute(
     Raises:
         ReportedError: the run has failed or was interrupted, and has recorded and printed why.
     """
+    settings, console = run.run_config.settings, console and not launch.is_quiet()
     try:
         with global_state_held("dlopt train", may_be_nested=True):
-            return _train(run, console=console and not launch.is_quiet())
+            from dlopt.training.builders.precision import torch_defaults
+            from dlopt.training.run import train_run
+
+            # 1. Lock the folder before it is described: a second start must not replace the config of the active run.
+            processes, lock = 1, contextlib.nullcontext()
+            try:
+                if current() is None:
+                    processes = launch.count_processes(run.run_config.parallel.arguments, settings.device)
+                if rendezvous.is_main():
+                    # With child processes, rank 0 takes the lock: that lock held here would refuse it.
+                    lock = RunFolder(run.folder).lock(*([LAUNCHER_LOCK] if processes > 1 else []))
+            except UserError as error:
+                raise NotStartedError(str(error)) from None
+
+            with lock, described(run):
+                # 2. Train in this process.
+                if processes == 1:
+                    console = console and rendezvous.is_main()
+                    watch = contextlib.nullcontext() if current() is None else end_if_hung()
+                    stop = Interruption(settings.max_time, raises=True)
+                    with stop as interruption, streams_kept(), watch, torch_defaults():
+                        summary = train_run(run, interruption, tools(run, console=console), console=console)
+                        # Inside the context: a repeated signal must not end this rank while it waits for others.
+                        rendezvous.leave()
+                    return summary
+
+                # 3. Or in child processes, one per rank, which report their errors themselves.
+                resume = settings.resume
+                checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
+                is_job = run.overrides is None
+                code = launch.run_group(run.folder, processes, checkpoint, record=is_job, console=console)
+                summary = RunFolder(run.folder).summary() or {}
+                if code == INTERRUPTED:  # before a rank wrote anything, or in an attempt after the one that wrote it
+                    return {**summary, "status": "interrupted"}
+                if code != DONE:
+                    reason = f"{run.folder}: the run failed; its processes report why"
+                    raise ReportedError(code, summary.get("reason", reason))
+                return summary
     except ReportedError:
         raise
     except (Exception, KeyboardInterrupt) as error:
@@ -119,51 +160,6 @@ def exit_code(run: "TrainingRun", *, console: bool = True, may_diverge: bool = F
         return CODE_OF[execute(run, console=console, may_diverge=may_diverge)["status"]]
     except ReportedError as error:
         return error.code
-
-
-def _train(run: "TrainingRun", *, console: bool) -> dict[str, Any]:
-    """Describes a run in its folder, and trains. Raises `UserError`, `RunError` and unexpected exceptions."""
-    from dlopt.training.builders.precision import torch_defaults
-    from dlopt.training.run import train_run
-
-    processes, lock = _claim(run)
-    # Locked before it is described: a second start in this folder must not replace the config of the active run.
-    with lock, described(run):
-        if processes > 1:
-            return _train_in_processes(run, processes, console=console)
-        is_shown = console and rendezvous.is_main()
-        watch = contextlib.nullcontext() if current() is None else end_if_hung()
-        stop = Interruption(run.run_config.settings.max_time, raises=True)
-        with stop as interruption, streams_kept(), watch, torch_defaults():
-            summary = train_run(run, interruption, console=is_shown, **tools(run, console=is_shown))
-            rendezvous.leave()  # inside the context: a repeated signal must not end this rank while it waits for others
-    return summary
-
-
-def _train_in_processes(run: "TrainingRun", processes: int, *, console: bool) -> dict[str, Any]:
-    """Starts one process per rank, which report their errors themselves. Raises `ReportedError` and `RunError`."""
-    resume = run.run_config.settings.resume
-    checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
-    code = launch.run_group(run.folder, processes, checkpoint, record=run.overrides is None, console=console)
-    summary = RunFolder(run.folder).summary() or {}
-    if code not in (DONE, INTERRUPTED):
-        raise ReportedError(code, summary.get("reason", f"{run.folder}: the run failed; its processes report why"))
-    # Stopped by a signal before it wrote anything, or in an attempt after the one that wrote the summary.
-    return {**summary, "status": "interrupted"} if code == INTERRUPTED else summary
-
-
-def _claim(run: "TrainingRun") -> tuple[int, contextlib.AbstractContextManager[object]]:
-    """Returns the number of processes of the run (1: this one) and the lock on its folder."""
-    processes = 1
-    try:
-        if current() is None:
-            processes = launch.count_processes(run.run_config.parallel.arguments, run.run_config.settings.device)
-        if not rendezvous.is_main():
-            return processes, contextlib.nullcontext()
-        # With child processes, rank 0 takes the lock: that lock held here would refuse it.
-        return processes, RunFolder(run.folder).lock(*([LAUNCHER_LOCK] if processes > 1 else []))
-    except UserError as error:
-        raise NotStartedError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -203,35 +199,24 @@ def release(store: "Store", code: int, reason: str = "rank 0 has started no run;
         store.compare_set("run", "", json.dumps({"exit": code, "reason": reason}))
 
 
-def _show_finished(folder: RunFolder, length: str | None) -> None:
-    """Shows the result of a finished run, and its `length` if it is longer than asked for."""
-    from dlopt.tracking.console import ConsoleView
-
-    after = "" if length is None else f", after {length}"
-    ConsoleView().finish(folder.summary() or {}, [f"this run is already finished{after}: {folder.path}"])
-
-
-def tools(run: "TrainingRun", *, console: bool) -> dict[str, Any]:
-    """Returns the observers, the range test, the teacher and the picture that the config enables, for `train_run`.
-
-    They and the teacher of a distillation are passed in because the trainer does not import what uses trained models.
-    """
+def tools(run: "TrainingRun", *, console: bool) -> "Tools":
+    """Returns what the config enables of the rooms that use a trainer, or trained models."""
     from dlopt.trained.distillation import with_teacher
+    from dlopt.training.run import Tools
 
-    settings = run.run_config.settings
-    chosen: dict[str, Any] = {"add_teacher": with_teacher}
+    settings, chosen = run.run_config.settings, Tools(add_teacher=with_teacher)
     if settings.diagnostics or settings.profile:
         from dlopt.instruments.observers import observers
 
-        chosen["observe"] = observers
+        chosen = replace(chosen, observe=observers)
     if run.run_config.auto_lr:
         from dlopt.instruments.lr_range import find_lr
 
-        chosen["find_lr"] = find_lr
+        chosen = replace(chosen, find_lr=find_lr)
     # A picture for the person who watches the run: jobs of sweeps, comparisons and calls of the library have a report,
     # or draw themselves; tracking=[] requests the fewest files.
     if console and settings.tracking and not is_job_of_sweep(run):
-        chosen["draw"] = _draw
+        chosen = replace(chosen, draw=_draw)
     return chosen
 
 

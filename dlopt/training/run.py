@@ -1,12 +1,13 @@
 """A run, from its config to its summary.
 
-`train_run` builds a `Workload` (data, model, loss) and a `Trainer`, trains with its loop (`Trainer.fit`), and tests the
-best model. Its only caller is `dlopt.run.runner`: in the process of `dlopt train`, in each rank of a parallel run, and
-in each worker of a sweep. `runner` has made the folder of the run and locked it, and catches what is raised here.
+`train_run` prepares a `Workload` (data, model, loss) and a `Trainer`, trains with its loop (`Trainer.fit`), tests the
+best model, and records the results. It is called by `dlopt.run.runner.execute`, which has locked the folder of the run
+and catches what is raised here: in the process of `dlopt train`, in each rank of a run, and in each job of a sweep.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import Interruption
+from dlopt.basics.length import Length
 from dlopt.config.resuming import how_to_resume
 from dlopt.data.settings import SPLITS
 from dlopt.parallel.processes.rendezvous import is_launched
@@ -35,37 +37,41 @@ from dlopt.training.builders.workload import (
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.checkpoint.content import blamed
 from dlopt.training.evaluate import TestedSplit, check_crops, test_report
+from dlopt.training.length import check_horizon, length_of_run
 from dlopt.training.loop import Trainer
-from dlopt.training.progress import (
-    Length,
-    TrainingRun,
-    check_horizon,
-    length_of_run,
-)
+from dlopt.training.progress import TrainingRun
 from dlopt.training.reporting import log_header, notes, open_tracking, show_first_batch, summarize
 from dlopt.training.step import Observer
 from dlopt.training.user_observers import UserObservers
 
-Observe = Callable[[Workload, Length, Tracking, Path], Sequence[Observer]]
-"""Returns the observers of a run, given its length and folder. Raises `UserError`."""
-FindLr = Callable[[Workload, Tracking, Path], float]
-"""Returns the learning rate for optimizer.lr=auto. Raises `UserError` if none is suitable."""
-AddTeacher = Callable[[Workload], Workload]
-"""Returns the workload with the teacher of loss=distillation. Raises `UserError`."""
-Draw = Callable[[Workload, Path, Sequence[float], TestReport], Mapping[str, Path | str]]
-"""Draws a finished run (with its best model) into its folder, with the restarts of the schedule (in epochs), and the
-report of its test. Returns the paths, or how to draw, by description."""
+
+@dataclass(frozen=True)
+class Tools:
+    """What a run uses of the rooms that use trainers or trained models, which this one does not import.
+
+    Attributes:
+        observe: builds the observers of a run (diagnostics, profiler), given its length and folder
+            (`instruments.observers.observers`). Raises `UserError`.
+        find_lr: returns the learning rate for optimizer.lr=auto (`instruments.lr_range.find_lr`). Raises `UserError` if
+            none is suitable.
+        add_teacher: returns the workload with the teacher of loss=distillation (`trained.distillation.with_teacher`).
+            Raises `UserError`.
+        draw: draws a run that was not interrupted, with its best model, into its folder (`run.runner.draw`), given the
+            restarts of the schedule in epochs and the report of the test; an error in it does not fail the run. Returns
+            the paths, or how to draw, by description. Such a run is tested on the validation set if it has no test set.
+    """
+
+    observe: Callable[[Workload, Length, Tracking, Path], Sequence[Observer]] | None = None
+    find_lr: Callable[[Workload, Tracking, Path], float] | None = None
+    add_teacher: Callable[[Workload], Workload] | None = None
+    draw: Callable[[Workload, Path, Sequence[float], TestReport], Mapping[str, Path | str]] | None = None
+
+
+NO_TOOLS = Tools()
 
 
 def train_run(
-    run: TrainingRun,
-    interruption: Interruption,
-    *,
-    console: bool = True,
-    observe: Observe | None = None,
-    find_lr: FindLr | None = None,
-    add_teacher: AddTeacher | None = None,
-    draw: Draw | None = None,
+    run: TrainingRun, interruption: Interruption, tools: Tools = NO_TOOLS, *, console: bool = True
 ) -> dict[str, Any]:
     """Trains, tests the best model, and returns the summary, which is also written to summary.json.
 
@@ -73,16 +79,43 @@ def train_run(
         interruption: stops the run with a checkpoint when it becomes true: on a signal, or after `max_time`. Before the
             end of the first update, a signal may raise `Interrupted` instead.
         console: show progress.
-        observe: builds observers (diagnostics, profiler).
-        find_lr: runs the range test for optimizer.lr=auto.
-        add_teacher: loads the teacher of loss=distillation.
-        draw: draws the run at its end, unless it is interrupted; an error in it does not fail the run. Such a run is
-            tested on the validation set if it has no test set.
 
     Raises:
         UserError: the config cannot work; before the first update.
         RunError: the run failed later.
     """
+    with _prepared(run, tools, console=console) as (workload, trainer):
+        stop = workload.parallel.ranks.synchronized_stop(interruption)
+        interruption.raise_if_received()
+        status = trainer.fit(stop, interruption.defer)
+
+        # Test the best model.
+        tested: TestReport | None = TestReport({})
+        if status != "interrupted" and workload.run_config.settings.evaluate.test:
+            tested = _test(trainer, workload, stop, is_shown=tools.draw is not None)
+        if tested is None:  # interrupted in the test: the last checkpoint is that of the whole training
+            status, tested = "interrupted", TestReport({})
+        if status == "interrupted":
+            advice = how_to_resume(RunFolder(run.folder), is_launched())
+            trainer.tracking.message(f"{stop.reason}: stopped; {advice}")
+
+        # Record the results. Last, because summary.json marks the run as finished: one that is killed before, in the
+        # test, is tested again when it is resumed.
+        trainer.measure_memory()
+        summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)
+        summary |= tested.metrics if tested.split == "test" else {}
+        trainer.user_observers.at_end(summary)
+        pictures = None
+        if tools.draw is not None and status != "interrupted":
+            pictures = partial(tools.draw, workload, run.folder, _restarts(trainer), tested)
+        trainer.checkpoints.refuse_moved()
+        trainer.tracking.finish(summary, pictures, tested, workload.class_names or ())
+        return summary
+
+
+@contextlib.contextmanager
+def _prepared(run: TrainingRun, tools: Tools, *, console: bool) -> Iterator[tuple[Workload, Trainer]]:
+    """Builds a run up to its next update; closes its data and its tracking at the end of the block."""
     # 1. Join the processes of the run, and build data, model and loss.
     settings = run.run_config.settings
     mode = build_mode(run.run_config)
@@ -94,8 +127,8 @@ def train_run(
         workload = with_validation_sets(workload, identifies=True)
     if checkpoint is not None:
         refuse_other_data(workload, checkpoint)  # before the folder is changed
-    if add_teacher is not None:
-        workload = add_teacher(workload)
+    if tools.add_teacher is not None:
+        workload = tools.add_teacher(workload)
     check_crops(workload)
     batches = training_batches(workload)
     mode.ranks.refuse_difference("batches of an epoch", len(batches))
@@ -108,8 +141,8 @@ def train_run(
     ):
         # 2. Find the learning rate (optimizer.lr=auto); a resumed run keeps its learning rate.
         found_lr = None if checkpoint is None else checkpoint.found_lr
-        if workload.run_config.auto_lr and find_lr is not None:
-            found_lr = find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
+        if workload.run_config.auto_lr and tools.find_lr is not None:
+            found_lr = tools.find_lr(workload, tracking, run.folder) if found_lr is None else found_lr
             workload = workload.with_lr(found_lr)
 
         # 3. Load weights, before the trainer is built: its weight average starts at them.
@@ -118,7 +151,6 @@ def train_run(
                 tracking.message(line)
 
         # 4. Build optimizer, schedule, step and loop, and resume.
-        user_observers = UserObservers(run.run_config.user_observers if is_shown else ())
         trainer = build_trainer(
             workload,
             run.folder,
@@ -126,76 +158,44 @@ def train_run(
             length,
             tracking,
             found_lr=found_lr,
-            observers=() if observe is None else observe(workload, length, tracking, run.folder),
-            user_observers=user_observers,
+            observers=() if tools.observe is None else tools.observe(workload, length, tracking, run.folder),
+            user_observers=UserObservers(run.run_config.user_observers if is_shown else ()),
         )
         if checkpoint is not None:
             with blamed("resume: the checkpoint"):
                 trainer.load_state_dict(checkpoint.state)
 
-        # 5. Say what runs.
-        _announce(run, workload, trainer)
+        # 5. Say what runs: the header, what was chosen for `auto`, warnings, and the first batch of a new run.
+        log_header(run, workload, length, trainer.progress, tracking)
+        for line in notes(workload, trainer.step.optimizer, trainer.graph_obstacle):
+            tracking.message(line)
+        if trainer.progress.step == 0 and is_shown:
+            show_first_batch(workload, trainer.batches, tracking)
         if horizon_note is not None:
             tracking.message(horizon_note)
-
-        # 6. Train, and test the best model.
-        stop = mode.ranks.synchronized_stop(interruption)
-        interruption.raise_if_received()
-        status = trainer.fit(stop, interruption.defer)
-        tested: TestReport | None = TestReport({})
-        if status != "interrupted" and settings.evaluate.test:
-            split = _tested_split(workload, is_shown=draw is not None)
-            tested = _test_best(trainer, workload, stop, split)
-        if tested is None:  # interrupted in the test: the last checkpoint is that of the whole training
-            status, tested = "interrupted", TestReport({})
-        if status == "interrupted":
-            tracking.message(f"{stop.reason}: stopped; {how_to_resume(RunFolder(run.folder), is_launched())}")
-
-        # 7. Record the results. Last, because summary.json marks the run as finished: one that is killed before, in
-        #    the test, is tested again when it is resumed.
-        trainer.measure_memory()
-        summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)
-        summary |= tested.metrics if tested.split == "test" else {}
-        user_observers.at_end(summary)
-        pictures = None
-        if draw is not None and status != "interrupted":
-            pictures = partial(draw, workload, run.folder, _restarts(trainer), tested)
-        trainer.checkpoints.refuse_moved()
-        tracking.finish(summary, pictures, tested, workload.class_names or ())
-    return summary
+        yield workload, trainer
 
 
-def _announce(run: TrainingRun, workload: Workload, trainer: Trainer) -> None:
-    """Shows the header, what was chosen for `auto`, warnings, and the first batch of a new run."""
-    tracking = trainer.tracking
-    log_header(run, workload, trainer.length, trainer.progress, tracking)
-    for line in notes(workload, trainer.step.optimizer, trainer.graph_obstacle):
-        tracking.message(line)
-    if trainer.progress.step == 0 and workload.parallel.ranks.is_main:
-        show_first_batch(workload, trainer.batches, tracking)
+def _test(trainer: Trainer, workload: Workload, stop: Interruption, *, is_shown: bool) -> TestReport | None:
+    """Tests the best model, which stays loaded in `workload.module`. None if interrupted. Raises `RunError`.
 
-
-def _tested_split(workload: Workload, *, is_shown: bool) -> TestedSplit:
-    """Returns the split of the final test: the test set, or in a run that `is_shown` without one the validation set."""
-    is_shown = workload.parallel.ranks.broadcast(is_shown)  # rank 0 knows: all ranks evaluate the same split
-    dataset = workload.dataset
+    A run that `is_shown` is tested on the validation set if it has no test set.
+    """
+    mode, dataset = workload.parallel, workload.dataset
     # The outputs of other tasks are not kept: their validation has shown what there is.
     has_report = dataset.test is None and dataset.val is not None and workload.task.keeps_outputs
-    return "val" if is_shown and has_report else "test"
-
-
-def _test_best(trainer: Trainer, workload: Workload, stop: Interruption, split: TestedSplit) -> TestReport | None:
-    """Tests the best model, which stays loaded in `workload.module`. None if interrupted. Raises `RunError`."""
-    mode, progress = workload.parallel, partial(trainer.tracking.evaluating, split=split)
+    # Rank 0 knows: all ranks evaluate the same split.
+    split: TestedSplit = "val" if mode.ranks.broadcast(is_shown) and has_report else "test"
+    progress = partial(trainer.tracking.evaluating, split=split)
     try:
-        if trainer.best.epoch is None:
-            with evaluation_weights(trainer.step.optimizer, trainer.average):
-                tested = test_report(workload, progress, stop, split)
-        else:
-            # Rank 0 reads the file, because other nodes may not see the folder; all ranks test the same weights.
-            best = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
-            assert best is not None
-            workload.load(best)
+        with contextlib.ExitStack() as stack:
+            if trainer.best.epoch is None:
+                stack.enter_context(evaluation_weights(trainer.step.optimizer, trainer.average))
+            else:
+                # Rank 0 reads the file, because other nodes may not see the folder; all ranks test the same weights.
+                best = mode.ranks.broadcast(load(trainer.checkpoints.best) if mode.ranks.is_main else None)
+                assert best is not None
+                workload.load(best)
             tested = test_report(workload, progress, stop, split)
     except UserError as error:
         advice = "fix the cause and repeat the command with resume=auto"
@@ -208,4 +208,4 @@ def _test_best(trainer: Trainer, workload: Workload, stop: Interruption, split: 
 def _restarts(trainer: Trainer) -> list[float]:
     """Returns the restarts of the schedule so far, in epochs."""
     done = [step for step in trainer.step.schedule.restarts if step < trainer.step.schedule.last_epoch]
-    return [step / trainer.length.steps_per_epoch for step in done]
+    return [trainer.length.epochs_of(t) for t in done]

@@ -25,7 +25,7 @@ from dlopt.basics.locks import hold, is_held
 from dlopt.config.resuming import differences
 from dlopt.machine.world import World
 from dlopt.run import runner
-from dlopt.run.folder import PlacedRun
+from dlopt.run.folder import Attempt
 from dlopt.run.record import describe
 from dlopt.training.checkpoint import checkpoints
 from tests.support.line import HeldByAnotherProcess, Result, dlopt, entries, only, refused
@@ -543,11 +543,11 @@ def test_relative_folders_are_relative_to_the_working_directory(tmp_path: Path) 
 def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = runner.place
 
-    def taken_meanwhile(*arguments: Any) -> PlacedRun:
+    def taken_meanwhile(*arguments: Any) -> Attempt:
         monkeypatch.undo()
-        placed = place(*arguments)
+        attempt = place(*arguments)
         train(tmp_path, IN_RUN)
-        return placed
+        return attempt
 
     monkeypatch.setattr(runner, "place", taken_meanwhile)
     result = dlopt(tmp_path, "train", *TINY, IN_RUN)

@@ -8,13 +8,14 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.plain_values import flatten, is_below
-from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary, train_start
+from dlopt.commands import eval, export, find_lr, predict, sample, show_batch, summary
+from dlopt.commands import train as train_command
 from dlopt.commands.command_table import every_command
 from dlopt.config.compose import Composer
 from dlopt.config.keys import ROLES
 from dlopt.config.overrides import key_of
 from dlopt.config.packages import entries
-from dlopt.config.reads import LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
+from dlopt.config.reads import COMPOSITION, LEARNING_RATE, UPDATE, refuse_unread, refuse_untested
 from dlopt.config.resolve import to_plain
 from dlopt.lab import claimed_trials
 from dlopt.lab.comparison import command as comparison
@@ -56,7 +57,7 @@ ON_CHECKPOINTS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 }
 # These pass on the keys of a run. Of Hydra's keys they read:
 OF_RUNS: Mapping[str, Sequence[str]] = {
-    "train": train_start._READS_OF_HYDRA,
+    "train": (*COMPOSITION, *train_command._READS_OF_HYDRA),
     "train -m seed=0,1": sweeps._READS_OF_HYDRA,
     "train experiment=lecture/capacity": comparison._READS_OF_HYDRA,
     "benchmark optimizer=sgd": claimed_trials.READS_OF_HYDRA,

@@ -121,7 +121,7 @@ def test_callbacks_do_not_run_even_unchecked(
     tmp_path: Path, pickled: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compose, "check_hydra", lambda *_: None)
-    monkeypatch.setattr("dlopt.commands.train_start.refuse_unread_hydra", lambda *_: None)
+    monkeypatch.setattr("dlopt.config.reads.refuse_unread_hydra", lambda *_: None)
     typed = [*SMALL, "epochs=1", f"+hydra.callbacks.x={{{LOAD}}}".replace("PICKLED", str(pickled))]
     assert dlopt(tmp_path, "train", *typed).code == 0
     assert dlopt(tmp_path, "train", *typed, "-m", "seed=0,1").code == 0

@@ -85,7 +85,7 @@ def test_the_first_line_precedes_the_import_of_torch(
     def plan_of(*_: object, **__: object) -> None:
         raise RuntimeError(capsys.readouterr().out)
 
-    monkeypatch.setattr("dlopt.commands.train_start.checked", plan_of)
+    monkeypatch.setattr("dlopt.config.plan.checked", plan_of)
     from dlopt.commands.train import train
 
     with pytest.raises(RuntimeError, match=r"^dry run: nothing is trained\n$"):

@@ -69,7 +69,7 @@ def resume(folder: Path, *overrides: str) -> dict[str, Any]:
 def run_job(run: TrainingRun) -> dict[str, Any]:
     """Trains as a job does, in this process."""
     with Interruption(run.run_config.settings.max_time) as interruption, torch_defaults():
-        return train_run(run, interruption, console=False, **runner.tools(run, console=False))
+        return train_run(run, interruption, runner.tools(run, console=False), console=False)
 
 
 @contextmanager

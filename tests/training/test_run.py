@@ -36,7 +36,7 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 from dlopt.training.checkpoint.content import KEYS
 from dlopt.training.loop import Trainer
 from dlopt.training.progress import TrainingRun
-from dlopt.training.run import train_run
+from dlopt.training.run import Tools, train_run
 from tests.support.runs import (
     at_update,
     execute,
@@ -417,9 +417,8 @@ def test_ends_all_loader_workers(tmp_path: Path) -> None:
 
     before = set(multiprocessing.active_children())
     with Interruption() as interruption:
-        train_run(
-            TrainingRun(run_config(*RICH, *WORKERS, "epochs=1"), tmp_path), interruption, console=False, observe=observe
-        )
+        run = TrainingRun(run_config(*RICH, *WORKERS, "epochs=1"), tmp_path)
+        train_run(run, interruption, Tools(observe=observe), console=False)
     assert len(kept) >= 2 and set(multiprocessing.active_children()) <= before
 
 

@@ -13,7 +13,7 @@ from dlopt.tasks.report import TestReport
 from dlopt.training.builders.workload import Workload
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.progress import TrainingRun
-from dlopt.training.run import train_run
+from dlopt.training.run import Tools, train_run
 from tests.support.runs import at_update, in_fork, resume, run_config, same, start
 from tests.support.sizes import RICH
 
@@ -70,7 +70,7 @@ def test_draws_the_restarts_before_the_end(tmp_path: Path) -> None:
         return {}
 
     with Interruption() as interruption:
-        train_run(TrainingRun(run_config(*CYCLES), tmp_path), interruption, console=False, draw=draw)
+        train_run(TrainingRun(run_config(*CYCLES), tmp_path), interruption, Tools(draw=draw), console=False)
     assert drawn == [2, 4], "in epochs; a cycle also ends with the run, and nothing restarts"
 
 
