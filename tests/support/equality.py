@@ -20,8 +20,13 @@ Cases = dict[str, tuple[list[str], list[str]]]
 
 
 def run_distributed(processes: int, folder: Path, cases: Cases) -> None:
-    """Runs all cases in folders of their names. Composes them here: each rank would need the same time again."""
-    run_configs = {name: composed(*overrides, *distributed) for name, (overrides, distributed) in cases.items()}
+    """Runs all cases in folders of their names, and compares the ranks in every update (`check=step`).
+
+    Composes them here: each rank would need the same time again.
+    """
+    run_configs = {
+        name: composed(*overrides, *distributed, "check=step") for name, (overrides, distributed) in cases.items()
+    }
     run_ranks("tests.support.equality:run_all", processes, folder, str(folder), run_configs)
 
 

@@ -29,6 +29,7 @@ from dlopt.training.loop import Trainer
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
 from dlopt.training.progress import Clock, Intervals, Progress
+from dlopt.training.replicas import ReplicaCheck
 from dlopt.training.step import EpochBatches, Observer
 from dlopt.training.stopping import Best, Stopping
 from dlopt.training.user_observers import NO_OBSERVERS, UserObservers
@@ -86,6 +87,8 @@ def build_trainer(
         network, observed = observer.instrument(network, observed)
     if not workload.parallel.ranks.is_main:
         observers = ()  # all ranks run the instrumented network; rank 0 alone observes its updates
+    if settings.check == "step" and workload.parallel.ranks.processes > 1:
+        observers = (*observers, ReplicaCheck(workload.parallel, workload.module))
     train_metrics = build_train_metrics(workload, sampler)
     step = build_step(
         workload,
