@@ -17,7 +17,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.basics.length import NO_BATCHES, Length, UpdateCount
 from dlopt.data.batches import Batch
-from dlopt.data.samplers import LossAwareSampler, Sampler
+from dlopt.data.samplers import LossAwareSampler, MeasuredSampler, Sampler
 from dlopt.machine.memory import frozen_objects, process_memory
 from dlopt.metrics.sums import MetricSum
 from dlopt.optim.traits import is_schedule_free
@@ -237,7 +237,7 @@ class Trainer:
         metrics |= self.step.cost() | self._rates()
         # Waits for the device and, with several ranks, sums over them: all ranks evaluate after the same update.
         metrics |= self.train_metrics.means("train")
-        metrics |= getattr(self.sampler, "metrics", dict)()
+        metrics |= self.sampler.metrics() if isinstance(self.sampler, MeasuredSampler) else {}
         clock.stop()
         throughput = clock.epoch_metrics()
         self._collect_garbage()

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count
 from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved, ClassSorted
@@ -21,6 +22,8 @@ change in every epoch."""
 
 @runtime_checkable
 class Sampler(Protocol):
+    """What training asks of a sampler. Every rank computes its own order, and all orders must be equal."""
+
     def __len__(self) -> int:
         """Returns the number of indices in an epoch."""
         ...
@@ -54,6 +57,25 @@ class LossAwareSampler(Sampler, Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class MeasuredSampler(Sampler, Protocol):
+    """A sampler with metrics of the latest epoch, by column, which are logged with those of the training."""
+
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+def loss_aware(sampler: Sampler) -> LossAwareSampler | None:
+    """Returns a sampler whose order depends on losses; raises `UserError` for one without a state."""
+    if isinstance(sampler, LossAwareSampler):
+        return sampler
+    if hasattr(sampler, "observe"):
+        raise UserError(
+            f"sampler: {type(sampler).__name__} has observe(losses), and must also have maximum, begin(), "
+            "serve(step, indices), state_dict() and load_state_dict(state)"
+        )
+    return None
 
 
 class Random:

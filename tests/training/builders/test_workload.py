@@ -417,6 +417,10 @@ class _ListOrder(Doubled):
         return self._order.tolist()
 
 
+class _NoState(Doubled):
+    def observe(self, losses: Tensor) -> None: ...
+
+
 class _OtherUpdate(Stopping):
     def update(self) -> None:  # type: ignore[override]
         pass
@@ -432,6 +436,7 @@ def _norm_only() -> Any:
         ("loss", _ThreeArguments, "must be callable as forward(outputs, targets)"),
         ("sampler", _OtherOrder, "must be callable as order(epoch)"),
         ("sampler", _ListOrder, "_ListOrder.order must return indices, a tensor of integers"),
+        ("sampler", _NoState, "has observe(losses), and must also have maximum, begin(), serve(step, indices)"),
         ("stopping", _OtherUpdate, "must be callable as update(metrics)"),
         ("stopping", object, "object without should_stop, update, state_dict, load_state_dict; must return a dlopt"),
         ("clip", _norm_only, "must be callable as clip(parameters, norm)"),
