@@ -1,7 +1,7 @@
 """Shared by the models: normalization, activations, small layers, and checks of the input's shape."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -294,6 +294,21 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             model.train(training[model])  # a layer may do more than set its mode, such as splitting merged weights
         for layer, was_training in training.items():
             layer.training = was_training
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Context in which these layers have other methods `forward`. Unlike hooks, they change nothing else of a layer."""
+    own = {layer: vars(layer).get("forward") for layer in forwards}  # of a layer to which another package gave its own
+    try:
+        for layer, forward in forwards.items():
+            vars(layer)["forward"] = forward
+        yield
+    finally:
+        for layer, former in own.items():
+            vars(layer)["forward"] = former
+            if former is None:
+                del vars(layer)["forward"]
 
 
 @contextmanager

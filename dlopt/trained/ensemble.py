@@ -29,7 +29,7 @@ from dlopt.training.evaluate import (
     Outputs,
     described,
     mean_outputs,
-    predict_test_set,
+    predict_samples,
     report,
     streamed_report,
 )
@@ -118,13 +118,14 @@ def test(
             found, count = problems(workload.dataset.notes), len(workload.dataset.test or ())
             sets = [*workload.validation_sets]
             return Tested(_named(tested, used), chosen, None, found, count, workload, sets, used)
-        batches = predict_test_set(workload, views, chosen, on_batch=on_batch)
-        assert batches is not None  # nothing interrupts it
+        assert workload.dataset.test is not None  # see `_on_split`
+        batches = predict_samples(workload, workload.dataset.test, views, chosen, on_batch=on_batch) or []
         kind = (workload.dataset.classes, workload.loss, workload.task)
         metrics = workload.task.computed(tested_metrics(workload.run_config, workload.task), tests=True)
         on_sets = {}
         for name, dataset in workload.validation_sets.items():
-            on_sets[name] = predict_test_set(workload, views, chosen, samples=dataset.val) or []
+            assert dataset.val is not None
+            on_sets[name] = predict_samples(workload, dataset.val, views, chosen) or []
         data, functions = workload.run_config.data_settings, workload.run_config.user_metrics
         division = (used, *((data.val_split, data.subset, data.split_seed) if used != "test" else ()))
         models.append(_Predictions(path, chosen, *kind, functions, metrics, batches, division, on_sets))

@@ -36,10 +36,9 @@ def exact_statistics(
         stack.enter_context(evaluation_mode(module))
         for norm, pool in zip(norms, pools, strict=True):
             stack.enter_context(norm.register_forward_pre_hook(partial(_pool_inputs, pool)))
-            # As in training, each layer sees inputs that the layers before it have normalized by the statistics of the
-            # batch. With running statistics instead, an error of the first layer would shift the moments of all later
-            # ones.
-            norm.training, norm.track_running_stats = True, False  # use the batch's statistics, update nothing
+            # Use the statistics of the batch, and update nothing: with running statistics instead, an error of the
+            # first layer would shift the moments of all later ones.
+            norm.training, norm.track_running_stats = True, False
             stack.callback(setattr, norm, "track_running_stats", True)
         for inputs, _ in batches:
             model(inputs)
@@ -74,13 +73,11 @@ def _set_running_stats(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None
 
 
 def _pool_inputs(pool: PooledMoments, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Merges the moments per channel of the inputs of `norm`."""
-    # Sums over the whole training set: in fp32 they would lose digits with the number of batches.
+    # In fp32, sums over the whole training set would lose digits with the number of batches.
     values = inputs[0].double() if inputs[0].device.type != "mps" else inputs[0].float()
     moments: Any = getattr(norm, "moments", None)
     if moments is not None:  # a layer that normalizes over several processes
-        # A collective, which all ranks reach in the same order, because each goes through all batches. Reading the
-        # count waits for the device, as an evaluation may.
+        # A collective, which all ranks reach in the same order, because each goes through all batches.
         mean, variance, global_count = moments(values)
         count = round(float(global_count))
     else:
@@ -123,7 +120,7 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
     ghost = min((getattr(m, "ghost_batch", 2) for m in module.modules()), default=2)
     if min(smallest, ghost) > 1 or calls_model:
         return
-    # A batch of one has one value per channel in a linear layer, and many in a convolution: find out with one sample.
+    # A batch of one has one value per channel in a linear layer, and many in a convolution: try one sample.
     names = {m: name for name, m in module.named_modules() if isinstance(m, _BatchNorm)}
     single_value_layers: list[str] = []
 
@@ -155,7 +152,7 @@ def check_norm_batches(workload: Workload, batches: Batches) -> None:
 def norm_statistics(workload: Workload, interruption: object = None) -> contextlib.AbstractContextManager[None]:
     """Context in which the model has the batch-norm statistics for evaluation: running, or exact over the training set.
 
-    If interrupted, the statistics are incomplete and the evaluation must be discarded.
+    If interrupted, the statistics are incomplete: discard the evaluation.
     """
     if workload.run_config.settings.norm_statistics == "running":
         return contextlib.nullcontext()

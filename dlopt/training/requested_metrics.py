@@ -60,17 +60,15 @@ def monitored_name(monitor: str) -> str | None:
     if metric is None or metric.column != monitor or metric.split != "val":
         return monitor  # which no run has
     declared = DECLARED.get(metric.base)
-    is_of_a_class = declared is not None and declared.by_class and declared.name == metric.base
-    return metric.base if is_of_a_class else metric.name
+    is_by_class = declared is not None and declared.by_class and declared.name == metric.base
+    return metric.base if is_by_class else metric.name
 
 
 def check_objective(setting: str, key: str, run_config: RunConfig, dataset: Dataset) -> None:
     """Raises `UserError` for a key of summary.json that the run of `dataset`, as it is read, will not write."""
     task, sets, measure = dataset.task, run_config.validation, MEASURES.get(key)
-    is_final = measure is not None and not (
-        measure.is_state or measure.of_training or measure.of_line or measure.of_row
-    )
-    if is_final or run_config.user_observers:  # an observer may write any key
+    is_other = measure is None or measure.is_state or measure.of_training or measure.of_line or measure.of_row
+    if not is_other or run_config.user_observers:  # an observer may write any key
         return
     metric = Metric.of(without_set(column_of(key), sets))
     names = ["loss", task.accuracy or "loss", *task.loss_metrics(0.0), *run_config.own_metrics]
@@ -88,9 +86,7 @@ def _check_target(run_config: RunConfig, task: Task) -> None:
     if run_config.stopping.target is not Target:
         return
     target, monitor = run_config.stopping.arguments["value"], run_config.stopping.arguments["monitor"]
-    if monitor == "auto":
-        monitor = task.monitor
-    monitor = without_set(monitor, run_config.validation)
+    monitor = without_set(task.monitor if monitor == "auto" else monitor, run_config.validation)
     is_user_metric = monitor in [_val(name) for name in run_config.own_metrics]
     if target > 1 and not is_user_metric and not lower_is_better(monitor):
         raise UserError(f"stopping.value={target:g}: {monitor} is at most 1; for {target:g} % set {target / 100:g}")

@@ -40,9 +40,9 @@ def nominal_flops(card: str, precision: str) -> float | None:
 class Throughput:
     """How samples and seconds of training become metrics.
 
-    Utilization is the model FLOPs utilization (MFU) of each GPU: the FLOPs of the model's matrix products and
-    convolutions (the backward pass counts as two forward passes), divided by the time of training and by the nominal
-    rate of the GPU. Recomputed activations, a teacher, and additional passes of an optimizer do not count.
+    Utilization is the model FLOPs utilization (MFU) of each GPU: the FLOPs of matrix products and convolutions (the
+    backward pass counts as two forward passes), divided by the time of training and by the GPU's nominal rate.
+    Recomputed activations, a teacher, and additional passes of an optimizer do not count.
 
     Args:
         gpu: whose memory is measured; None if there is none.

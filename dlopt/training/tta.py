@@ -1,7 +1,7 @@
 """Test-time augmentation: crops of each image, whose outputs are averaged."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -36,7 +36,7 @@ class Flip:
     """The image and its mirror image."""
 
     def build(self, window: Size, image: Size) -> TestTransform:
-        return TestTransform(window, image, _with_flips(_centre_crop(window)))
+        return TestTransform(window, image, _with_flips(window, lambda centre: [(1.0, centre)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +52,14 @@ class ShiftFlip:
         if self.shift >= min(window):
             raise UserError(f"tta.shift={self.shift}: must be smaller than the images ({window[0]}x{window[1]} pixels)")
 
-        def shifted(images: Tensor) -> Iterator[tuple[float, Tensor]]:
+        def shifted(centre: Tensor) -> Iterator[tuple[float, Tensor]]:
             (height, width), s = window, self.shift
-            for _, centre in _centre_crop(window)(images):
-                padded = pad(centre, (s, s, s, s), mode="reflect")
-                yield 0.5, centre
-                yield 0.25, padded[:, :, :height, :width]
-                yield 0.25, padded[:, :, 2 * s :, 2 * s :]
+            padded = pad(centre, (s, s, s, s), mode="reflect")
+            yield 0.5, centre
+            yield 0.25, padded[:, :, :height, :width]
+            yield 0.25, padded[:, :, 2 * s :, 2 * s :]
 
-        return TestTransform(window, image, _with_flips(shifted))
+        return TestTransform(window, image, _with_flips(window, shifted))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,18 +139,13 @@ def _multi_scale(crop: Size, image: Size, scales: Sequence[int], key: str) -> Te
     return TestTransform(crop, max(sizes), crops)
 
 
-def _centre_crop(window: Size) -> Crops:
+def _with_flips(window: Size, views: Callable[[Tensor], Iterable[tuple[float, Tensor]]]) -> Crops:
+    """Returns the `views` of the centres of images, each with its mirror image."""
+
     def crops(images: Tensor) -> Iterator[tuple[float, Tensor]]:
         is_whole = tuple(images.shape[2:]) == window
-        yield 1.0, images if is_whole else CentreCrop((images.shape[1], *window)).crop(images)
+        for weight, view in views(images if is_whole else CentreCrop((images.shape[1], *window)).crop(images)):
+            yield weight / 2, view
+            yield weight / 2, view.flip(3)
 
     return crops
-
-
-def _with_flips(crops: Crops) -> Crops:
-    def both(images: Tensor) -> Iterator[tuple[float, Tensor]]:
-        for weight, cropped in crops(images):
-            yield weight / 2, cropped
-            yield weight / 2, cropped.flip(3)
-
-    return both

@@ -14,10 +14,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dlopt.adapt import LoRALinear, adapted_layers
+from dlopt.adapt import LoRALinear
 from dlopt.basics.errors import UserError
 from dlopt.config.run_config import RunConfig
-from dlopt.models.layers import evaluation_mode
+from dlopt.models.layers import evaluation_mode, replaced_forwards
 from dlopt.tasks.task import Task
 from dlopt.training.builders.precision import Precision
 
@@ -36,36 +36,32 @@ def check_adapters(
     Calls the model in training mode, with a backward pass, and in evaluation mode. Warns if that fails. `module` is on
     the device of the run; `shape`: of one input.
     """
-    if not adapted_layers(module):
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+    if not layers:
         return
-    device, size = precision.device, (_BATCH, *shape)
+    device, choice = precision.device, run_config.adapt.choice
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     call = precision.autocast(partial(functional_call, module, buffers))
+    reads, untrained = _WeightReads(layers), set(layers)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with device:
-            inputs = task.random_inputs(size).to(task.input_dtype(precision.dtype))
+            inputs = task.random_inputs((_BATCH, *shape)).to(task.input_dtype(precision.dtype))
         try:
-            _check_used(run_config.adapt.choice, module, lambda: call(inputs))
+            for _ in range(_PASSES):
+                with reads.recording():
+                    outputs = [t for t in tree_leaves(call(inputs)) if isinstance(t, Tensor) and t.requires_grad]
+                untrained -= _with_gradient({name: layers[name].lora_b for name in untrained}, outputs)
+                if not untrained - reads.found:
+                    break
+            with reads.recording(), evaluation_mode(module), torch.inference_mode():
+                call(inputs)
         except UserError:
             raise
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             log.warning("%s: no check whether the model uses its adapters, because it fails for %d random samples: %s",
-                        run_config.adapt.choice, _BATCH, reason)  # fmt: skip
-
-
-def _check_used(choice: str, module: nn.Module, call: Callable[[], object]) -> None:
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
-    reads = _WeightReads(layers)
-    untrained = set(layers)
-    for _ in range(_PASSES):
-        with reads.recording():
-            outputs = [each for each in tree_leaves(call()) if isinstance(each, Tensor) and each.requires_grad]
-        untrained -= _with_gradient({name: layers[name].lora_b for name in untrained}, outputs)
-        if not untrained - reads.found:
-            break
-    with reads.recording(), evaluation_mode(module), torch.inference_mode():
-        call()
+                        choice, _BATCH, reason)  # fmt: skip
+            return
     if not reads.found and not untrained:
         return
     unused = [name for name in layers if name in (reads.found or untrained)]
@@ -75,8 +71,12 @@ def _check_used(choice: str, module: nn.Module, call: Callable[[], object]) -> N
         if reads.found
         else f"adapters of {shown} would never train, because they get no gradient"
     )
+    # Advise to adapt the others, with * for the numbers of blocks.
     used = [name for name in layers if name not in reads.found | untrained]
-    raise UserError(f"{choice}: {problem}; {_advice(used, unused)}")
+    patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in used)
+    precise = [each for each in patterns if not any(fnmatchcase(name, each) for name in unused)]
+    targets = f"adapt.targets=[{','.join(precise[:_PATTERNS])}]" if precise else "adapt.targets to other layers"
+    raise UserError(f"{choice}: {problem}; set {targets}")
 
 
 def _with_gradient(parameters: Mapping[str, Tensor], outputs: list[Tensor]) -> set[str]:
@@ -88,40 +88,21 @@ def _with_gradient(parameters: Mapping[str, Tensor], outputs: list[Tensor]) -> s
     return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
-def _advice(names: list[str], unused: list[str]) -> str:
-    """Returns which layers to adapt instead: `names`, with * for the numbers of blocks."""
-    patterns = dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names)
-    precise = [each for each in patterns if not any(fnmatchcase(name, each) for name in unused)]
-    if not precise:
-        return "set adapt.targets to other layers"
-    return f"set adapt.targets=[{','.join(precise[:_PATTERNS])}]"
-
-
 class _WeightReads(TorchDispatchMode):
     """Finds the layers whose weight an operation reads outside of the layer's own forward pass."""
 
     def __init__(self, layers: Mapping[str, LoRALinear]) -> None:
         super().__init__()
         self.found: set[str] = set()
-        self._layers = layers
+        self._layers = layers.values()
         self._names = {_storage(layer.weight): name for name, layer in layers.items()}
         self._is_inside = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         # Not by hooks: a layer with hooks may be computed in another way.
-        own = {layer: vars(layer).get("forward") for layer in self._layers.values()}
-        for layer in own:
-            vars(layer)["forward"] = partial(self._call, layer.forward)
-        try:
-            with self:
-                yield
-        finally:
-            for layer, forward in own.items():
-                if forward is None:
-                    del vars(layer)["forward"]
-                else:
-                    vars(layer)["forward"] = forward
+        with replaced_forwards({layer: partial(self._call, layer.forward) for layer in self._layers}), self:
+            yield
 
     def _call(self, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         self._is_inside = True
@@ -133,8 +114,7 @@ class _WeightReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        reads_values = not name.startswith("new_") and not name.endswith("_like")
-        if not self._is_inside and reads_values:
+        if not self._is_inside and not name.startswith("new_") and not name.endswith("_like"):  # these read no values
             # A view reads no values either; what reads the view is the next operation.
             for storage in _storages((args, kwargs)) - _storages(result):
                 if storage in self._names:

@@ -10,7 +10,7 @@ from dlopt.augment.pipeline import CentreCrop, Pipeline, crop_when_reading
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import stream
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, shifted
+from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, loss_aware, shifted
 from dlopt.data.samples import Samples
 from dlopt.data.windows import Windows
 from dlopt.losses import Distillation
@@ -24,7 +24,7 @@ _MIN_EVALUATION_BATCH = 1024  # on a GPU, where kernel launches limit the speed 
 
 def training_batches(workload: Workload) -> Batches:
     """Returns the sampled and augmented training batches of this rank."""
-    run_config, samples, mode = workload.run_config, workload.dataset.train, workload.parallel
+    run_config, samples, split = workload.run_config, workload.dataset.train, workload.parallel.split
     settings, data = run_config.settings, run_config.data_settings
     sampler = build_sampler(run_config, samples)
     if isinstance(samples, Windows):
@@ -34,33 +34,34 @@ def training_batches(workload: Workload) -> Batches:
                 "use sampler=random"
             )
         sampler, samples = shifted(sampler, samples, stream(settings.order_seed, ORDER))
-    compiled = workload.device.type == "cuda" and not workload.compile_obstacle
     seed = stream(settings.augmentation_seed, AUGMENTATION)
     reader, augment = crop_when_reading(workload.augment, samples, seed)
     teacher = workload.loss.trained if isinstance(workload.loss, Distillation) else None
     teacher_normalize = None if teacher is None else teacher.normalize
-    parts = [*_steps(augment), workload.normalize, *([] if teacher_normalize is None else [teacher_normalize])]
-    recorder = speed.data_recorder(run_config, workload.device, parts)
+    operations: list[object] = [] if augment is None else [augment]  # a custom augmentation
+    if isinstance(augment, Pipeline):  # its operations, at any depth
+        image = image_shape(augment.output_shape)
+        operations = [leaf for each in augment.operations for leaf in (each, *leaves(each, image))]
+    normalizations = [each for each in (workload.normalize, teacher_normalize) if each is not None]
+    delivery = _delivery(
+        workload,
+        compiled=workload.device.type == "cuda" and not workload.compile_obstacle,
+        recorder=speed.data_recorder(run_config, workload.device, [*operations, *normalizations]),
+        teacher_normalize=teacher_normalize,
+    )
     batches = Batches(
         samples,
-        _delivery(workload, compiled=compiled, recorder=recorder, teacher_normalize=teacher_normalize),
+        delivery,
         batch_size=data.batch_size,
         sampler=sampler,
         drop_last=data.drop_last,
-        augment=mode.split.augmentation(augment),
+        augment=split.augmentation(augment),
         seed=seed,
-        shard=mode.split.shard,
+        shard=split.shard,
         reader=reader,
     )
     workload.opened.add(batches)
     return batches
-
-
-def _steps(augment: Pipeline | None) -> list[object]:
-    """Returns the operations of an augmentation, at any depth; a custom augmentation is returned as it is."""
-    if not isinstance(augment, Pipeline):
-        return [] if augment is None else [augment]
-    return [leaf for each in augment.operations for leaf in (each, *leaves(each, image_shape(augment.output_shape)))]
 
 
 def evaluation_batches(
@@ -121,9 +122,9 @@ def _delivery(workload: Workload, **acceleration: Any) -> Delivery:
 
 
 def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler | None:
-    """Returns the sampler of `batches` if it is loss-aware."""
-    sampler = batches.sampler
-    if not isinstance(sampler, LossAwareSampler):
+    """Returns the sampler of `batches` if it is loss-aware. Raises `UserError`."""
+    sampler = loss_aware(batches.sampler)
+    if sampler is None:
         return None
     # Each rank observes the losses of its own samples only: the sampler merges them before it plans an epoch and before
     # it is saved, on all ranks together.

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any
 
 from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
@@ -47,28 +46,30 @@ def prepare_data(
 
     `identified`, `tests`: see `build_workload`. `compares`: look for equal samples.
     """
-    ranks = parallel.ranks
-    columns = None if saved is None else saved.columns
+    ranks, columns, is_other = parallel.ranks, None if saved is None else saved.columns, False
     if tests and saved is not None:
         run_config, source, is_other = _tested(run_config, saved)
     else:
         source = read_source(run_config, saved_tokenizer(run_config, saved), identified, columns)
-        is_other = False
     if saved is not None and (columns is None or columns.encoding is None) and isinstance(source.train, TableRows):
         raise UserError(f"data: {NOT_ENCODED}")
+    operations = run_config.augmentation.arguments.get("operations")
     dataset = prepare(
         source,
         run_config.data_settings,
         device=parallel.device,
         processes=ranks.local_processes,
-        random_crops=_crops_at_random(run_config),
+        random_crops=any(isinstance(each, Component) and each.is_a(ResizingCrop) for each in operations or ()),
         compare=compares and ranks.is_main and not is_other,
     )
     if is_other and ranks.is_main and saved is not None:
         dataset = replace(dataset, notes=(*dataset.notes, *_equal_to_training(saved, dataset)))
     if dataset.layout is not None and run_config.normalize.target is not Nothing:
         raise UserError(f"{run_config.normalize.choice}: {_records_of(run_config, dataset)}; use normalize=none")
-    augment = _build_augmentation(run_config, dataset)
+    augment: Pipeline | None = None  # also for an empty pipeline, which would seed a generator in every step
+    if operations != []:
+        arguments = dataset.task.target_arguments
+        augment = run_config.augmentation.build(input_shape=dataset.train.shape, train=dataset.train, **arguments)
     return with_task(run_config, dataset, dataset.train.shape if augment is None else augment.output_shape), augment
 
 
@@ -77,13 +78,13 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
 
     Of other data, the samples of the test set, or else all samples, are both the training and the test set.
     """
-    own, chosen = saved.config["data"], run_config.config["data"]
+    own, config = saved.config["data"], run_config.config["data"]
     tokenizer = saved_tokenizer(run_config, saved)
-    typed = {key for key in own if own[key] != chosen.get(key)}
+    typed = {key for key in own if own[key] != config.get(key)}
     is_other = not typed.isdisjoint(_SOURCES)
     if not is_other and "test_split" in typed:
         raise UserError(
-            f"data.test_split={chosen['test_split']:g}: the run has split off {own['test_split']:g} of these data, and "
+            f"data.test_split={config['test_split']:g}: the run has split off {own['test_split']:g} of these data, and "
             "trained on the others; leave it out"
         )
     with contextlib.suppress(*[UserError] * is_other):  # a small text has no splits
@@ -99,7 +100,7 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
         data = replace(run_config.data, arguments={**run_config.data.arguments, **reset})
         run_config = replace(run_config, data=data, data_settings=settings)
         source = read_source(run_config, tokenizer, SPLITS, saved.columns)
-    whole = () if chosen.get("split_column") or not is_other else (source.val, source.train)
+    whole = () if config.get("split_column") or not is_other else (source.val, source.train)
     samples = next((each for each in (source.test, *whole) if each is not None), None)
     if samples is None or (not is_other and saved.classes in (None, source.classes)):
         return run_config, source, False
@@ -131,38 +132,23 @@ def read_validation_sets(
     """Returns the prepared `dataset` of a run with each named validation set as its own, by name.
 
     Normalization, class names, tokenizer, columns and scale of the targets are those of the training data. The notes
-    of each are what was left out, and what looks wrong.
-
-    Args:
-        identifies: compute the identity of each set.
-
-    Raises:
-        UserError: a set cannot be read, or is not of the task.
+    of each are what was left out, and what looks wrong. `identifies`: computes the identity of each set. Raises
+    `UserError` for a set that cannot be read, or is not of the task.
     """
-    found = {}
-    trained: dict[str, Any] = {
-        "saved_tokenizer": None if dataset.tokenizer is None else dataset.tokenizer.description,
-        "saved_columns": dataset.columns,
-    }
+    found, tokenizer = {}, None if dataset.tokenizer is None else dataset.tokenizer.description
     for name, validation_set in run_config.validation.items():
         with _about_set(name):
-            source: Dataset = run_config.read_validation_set(name, **trained)
+            source: Dataset = run_config.read_validation_set(name, tokenizer, dataset.columns)
             present = [each for each in ("val", "test", "train") if getattr(source, each) is not None]
             split: str = validation_set.use or present[0]
             samples: Samples | None = getattr(source, split)
             if samples is None:
                 raise UserError(f"data.use={split}: {validation_set.data.choice} has no {split} set")
             samples = as_trained(samples, source, dataset)
-            found[name] = with_validation_set(
-                dataset,
-                samples,
-                run_config.data_settings,
-                device=parallel.device,
-                processes=parallel.ranks.local_processes,
-            )
-            of_set = replace(source, train=samples, val=None, test=None)
-            identity = identify(of_set) if identifies else None
-            found[name] = replace(found[name], identity=identity, notes=tuple(problems(source.notes)))
+            settings, processes = run_config.data_settings, parallel.ranks.local_processes
+            prepared = with_validation_set(dataset, samples, settings, device=parallel.device, processes=processes)
+            identity = identify(replace(source, train=samples, val=None, test=None)) if identifies else None
+            found[name] = replace(prepared, identity=identity, notes=tuple(problems(source.notes)))
     return found
 
 
@@ -217,51 +203,25 @@ def saved_tokenizer(run_config: RunConfig, checkpoint: Checkpoint | None) -> str
     return checkpoint.tokenizer
 
 
-def _crops_at_random(run_config: RunConfig) -> bool:
-    operations = run_config.augmentation.arguments.get("operations", [])
-    targets = [operation.target for operation in operations if isinstance(operation, Component)]
-    return any(isinstance(target, type) and issubclass(target, ResizingCrop) for target in targets)
-
-
-def _build_augmentation(run_config: RunConfig, dataset: Dataset) -> Pipeline | None:
-    """Returns None for an empty pipeline, which would seed a generator in every step."""
-    if run_config.augmentation.arguments.get("operations") == []:
-        return None
-    return run_config.augmentation.build(
-        input_shape=dataset.train.shape, train=dataset.train, **dataset.task.target_arguments
-    )
-
-
 def with_task(run_config: RunConfig, dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
     """Returns the dataset with the task of the run: the task that the model or the loss sets, else the data's.
 
     `shape`: of the augmented samples. Raises `UserError` if the task does not fit them.
     """
-    _check_records(run_config, dataset)
-    user = run_config.task.build()
+    if dataset.layout is not None:
+        data, target = _records_of(run_config, dataset), run_config.task.target
+        if not run_config.task.is_a(UserTask):
+            raise UserError(f"{data}; a task of your own reads them: task=mine.Task")
+        if getattr(target, "views", 1) > 1:
+            raise UserError(f"task={dotted_name(target)}: has several views, but {data}; use views = 1")
+    own, user = dataset.task, run_config.task.build()
     if user is not None:
         classes = None if dataset.classes is None else len(dataset.classes)
-        return replace(
-            dataset,
-            unlabelled=OwnTask.of(
-                user, dotted_name(run_config.task.target), dataset.task, shape, classes, dataset.layout
-            ),
-        )
-    own = dataset.task
+        path = dotted_name(run_config.task.target)
+        return replace(dataset, unlabelled=OwnTask.of(user, path, own, shape, classes, dataset.layout))
     task = chosen(own, shape, *((each.target, each.choice) for each in (run_config.loss, run_config.model)))
     return dataset if task is own else replace(dataset, unlabelled=task)
 
 
 def _records_of(run_config: RunConfig, dataset: Dataset) -> str:
     return f"{run_config.data.choice}: its items are no pairs (input, label), but have {dataset.layout}"
-
-
-def _check_records(run_config: RunConfig, dataset: Dataset) -> None:
-    """Raises `UserError` for samples of several tensors that nothing in the config reads."""
-    if dataset.layout is None:
-        return
-    data = _records_of(run_config, dataset)
-    if not run_config.task.is_a(UserTask):
-        raise UserError(f"{data}; a task of your own reads them: task=mine.Task")
-    if getattr(run_config.task.target, "views", 1) > 1:
-        raise UserError(f"task={dotted_name(run_config.task.target)}: has several views, but {data}; use views = 1")

@@ -53,8 +53,8 @@ def on_meta() -> Iterator[None]:
 def check_memory(model: Component, runtime: dict[str, Any], *, has_gradients: bool) -> None:
     """Raises `UserError` if the weights, and their gradients if `has_gradients`, exceed the available memory.
 
-    `runtime`: the arguments of `model.build`. Does nothing for models that cannot be built on the meta device, and for
-    those with pretrained weights, which would be read twice.
+    Does nothing for models that cannot be built on the meta device, and for those with pretrained weights, which would
+    be read twice. `runtime`: the arguments of `model.build`.
     """
     if "pretrained" in model.arguments:
         return
@@ -197,9 +197,8 @@ def check_outputs(model: CpuModel) -> None:
 def uses_channels_last(model: CpuModel) -> bool:
     """Returns whether images and convolutions are in the channels-last format; `auto`: if the model has convolutions.
 
-    A custom model may need contiguous maps: `maps.view(len(maps), -1)` is an error in the other format. It is called
-    once to find out, on the device of the run, because the meta device does not have the formats of convolutions.
-    Raises `UserError` for channels_last=true if the model fails.
+    Calls a custom model, which may need contiguous maps (`maps.view(len(maps), -1)`), on the device of the run: the
+    meta device does not have the formats of convolutions. Raises `UserError` for channels_last=true if it fails.
     """
     setting, target = model.run_config.settings.channels_last, model.run_config.model.target
     if setting is False or not has_convolutions(model):
@@ -220,10 +219,7 @@ def uses_channels_last(model: CpuModel) -> bool:
 
 
 def accepts_an_empty_batch(model: CpuModel) -> bool:
-    """Returns whether the model computes outputs for no sample, by a forward pass on the meta device.
-
-    dlopt's own models do. `batch.view(len(batch), -1)`, for example, is an error.
-    """
+    """Returns whether the model computes outputs for no sample: `batch.view(len(batch), -1)`, say, is an error."""
     defined_in = model.run_config.model.target.__module__
     if defined_in.startswith("dlopt.") and defined_in != third_party.__name__:
         return True

@@ -29,17 +29,17 @@ from dlopt.basics.errors import UserError
 from dlopt.config.schema import Component
 from dlopt.init import WidthGrowth, weights
 from dlopt.models.airbench import Divide
-from dlopt.optim.traits import StepSize, optimizer_traits
+from dlopt.optim.traits import optimizer_traits
 from dlopt.training.builders.model_check import build_on_meta
 
 _WIDTH_KEYS = {"width": 1, "widths": 1, "widen": 16, "hidden": 1}  # features or channels of the first layer per unit
 
 
 def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
-    """Compares the shapes of the model's weights with a model of twice the width.
+    """Compares the shapes of the model's weights with a model of twice the width. `runtime`: arguments of its `build`.
 
-    `runtime`: the arguments of `model.build`. Raises `UserError` for a model without a key for its width, and for one
-    that divides its outputs by the width, as table 3 does with the output weights.
+    Raises `UserError` for a model without a key for its width, and for one that divides its outputs by the width, as
+    table 3 does with the output weights.
     """
     key = next((key for key in _WIDTH_KEYS if model.arguments.get(key)), None)
     if key is None:
@@ -49,27 +49,22 @@ def width_growth(model: Component, runtime: dict[str, Any]) -> WidthGrowth:
         )
     width = model.arguments[key]
     doubled = [2 * each for each in width] if isinstance(width, list | tuple) else 2 * width
-    wide_model = build_on_meta(model.partial(**{key: doubled}), runtime)
-    wide = {weight.name: weight for weight in weights(wide_model)}
-    narrow = build_on_meta(model, runtime)
+    narrow, wide = build_on_meta(model, runtime), build_on_meta(model.partial(**{key: doubled}), runtime)
     if any(isinstance(module, Divide) for module in narrow.modules()):
         raise UserError(
             f"init=mup: {model.choice} already divides its outputs by its width, so they would "
             "shrink with it; use another init or another model"
         )
-    hidden: set[str] = set()
-    outputs: set[str] = set()
-    for weight in weights(narrow):
-        if wide[weight.name].fan_in != weight.fan_in:
-            is_hidden = wide[weight.name].fan_out != weight.fan_out
-            (hidden if is_hidden else outputs).add(weight.name)
-    shapes = {name: p.shape for name, p in wide_model.named_parameters()}
+    fans = {weight.name: (weight.fan_in, weight.fan_out) for weight in weights(wide)}
+    growing = {weight.name: weight.fan_out for weight in weights(narrow) if fans[weight.name][0] != weight.fan_in}
+    hidden = frozenset(name for name, fan_out in growing.items() if fans[name][1] != fan_out)
+    shapes = {name: p.shape for name, p in wide.named_parameters()}
     dimensions = {
         name: tuple(i for i, (old, new) in enumerate(zip(p.shape, shapes[name], strict=True)) if old != new)
         for name, p in narrow.named_parameters()
     }
     first = width[0] if isinstance(width, list | tuple) else width
-    return WidthGrowth(first * _WIDTH_KEYS[key], frozenset(hidden), frozenset(outputs), dimensions)
+    return WidthGrowth(first * _WIDTH_KEYS[key], hidden, frozenset(growing) - hidden, dimensions)
 
 
 def width_factors(
@@ -93,9 +88,18 @@ def width_factors(
         arguments: of the optimizer.
         independent: the decay of an update does not contain the learning rate (`decay=independent`).
         inverse: `decay.width=inverse`.
-    Errors: UserError for an optimizer whose step size is not known.
+
+    Raises:
+        UserError: the step size of the optimizer is not known.
     """
-    step, m = _step_size(optimizer), growth.width / base_width
+    traits, m = optimizer_traits(optimizer), growth.width / base_width
+    if traits.step_size is None and not traits.normalizes_entries:
+        raise UserError(
+            f"init=mup: sets learning rates for Adam and its relatives, Muon, SOAP, Shampoo and Scion, not for "
+            f"{type(optimizer).__name__} with these keys; use optimizer=adamw, adopt, lion, muon, dmuon, soap, "
+            "shampoo, distributed_shampoo, scion, ..., without hyperball, or another init"
+        )
+    step = None if traits.normalizes_entries else traits.step_size  # None: table 3
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     factors: dict[str, dict[str, float]] = {}
     for name, p in module.named_parameters():
@@ -116,18 +120,6 @@ def width_factors(
             found[step.damping] = inputs / outputs
         factors[name] = {key: value for key, value in found.items() if not isclose(value, 1.0)}
     return {name: found for name, found in factors.items() if found}
-
-
-def _step_size(optimizer: torch.optim.Optimizer) -> StepSize | None:
-    """Returns the size of a step; None for Adam and its relatives, which table 3 covers."""
-    traits = optimizer_traits(optimizer)
-    if traits.step_size is None and not traits.normalizes_entries:
-        raise UserError(
-            f"init=mup: sets learning rates for Adam and its relatives, Muon, SOAP, Shampoo and Scion, not for "
-            f"{type(optimizer).__name__} with these keys; use optimizer=adamw, adopt, lion, muon, dmuon, soap, "
-            "shampoo, distributed_shampoo, scion, ..., without hyperball, or another init"
-        )
-    return None if traits.normalizes_entries else traits.step_size
 
 
 def describe_rates(module: nn.Module, optimizer: torch.optim.Optimizer, growth: WidthGrowth, base_width: int) -> str:

@@ -3,8 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,23 +40,51 @@ LR_SCALES: Mapping[str, Callable[[float], float]] = {"linear": float, "sqrt": ma
 
 def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     """Builds the optimizer over the model's parameter groups; scales its learning rate by the batch size (scale_lr)."""
-    run_config, settings = workload.run_config, workload.run_config.settings
-    component = run_config.optimizer
+    run_config, settings, module = workload.run_config, workload.run_config.settings, workload.module
+    component, arguments = run_config.optimizer, dict(run_config.optimizer.arguments)
     if run_config.auto_lr:
         raise UserError("optimizer.lr=auto: only `dlopt train` runs a range test; set a number")
-    arguments, base = dict(component.arguments), None
+    base: Component | None = None
     if component.is_a(SAM):  # SAM uses the groups of its base, whose multipliers refer to the base's arguments
         base = arguments["base"]
         arguments = {**base.arguments, **({} if arguments.get("lr") is None else {"lr": arguments["lr"]})}
     if settings.scale_lr != "none":
         ratio = batch_size(run_config, workload.dataset.train) / settings.scale_lr_reference
         arguments["lr"] *= LR_SCALES[settings.scale_lr](ratio)
+    component = component.partial(**(arguments if base is None else {"lr": None, "base": base.partial(**arguments)}))
     growth = workload.growth
-    build = partial(_build, workload, base, arguments)
+    normalized: set[str] = set()  # weights whose decay decay=corrected corrects
+    if run_config.decay.target is corrected and not (normalized := normalized_weights(module, workload.uses)):
+        raise UserError(
+            f"{run_config.decay.choice}: corrects the decay of weights before a normalization layer, of which "
+            f"{run_config.model.choice} trains none; use decay=constant, or a model with normalization"
+        )
+
+    def build(factors: Mapping[str, Mapping[str, float]] | None = None) -> tuple[Optimizer, bool]:
+        groups = parameter_groups(
+            module,
+            run_config.grouping,
+            arguments,
+            decay_norm_and_bias=settings.decay_norm_and_bias,
+            normalized=normalized,
+            uses=workload.uses,
+            factors=factors,
+        )
+        fused = can_fuse(component, [p for group in groups for p in group["params"]])
+        try:
+            return component.build_as(Optimizer, params=groups, **({"fused": True} if fused else {})), fused
+        except ValueError as error:  # third-party optimizers validate their arguments themselves
+            raise UserError(f"{component.choice}: {error}") from None
+
     optimizer, fused = build()
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise UserError(
+            f"{component.choice}: the parameter groups of {type(optimizer).__qualname__} have no lr, which schedules "
+            "set; pass defaults with lr to torch.optim.Optimizer"
+        )
     if growth is not None:  # the factors depend on the optimizer, and the groups on the factors
         factors = mup.width_factors(
-            workload.module,
+            module,
             optimizer,
             growth,
             run_config.init.arguments["base_width"],
@@ -68,7 +94,7 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
         )
         optimizer, fused = build(factors)
     check_optimizer(workload.parallel, optimizer)
-    check_decay(workload, optimizer)
+    _check_decay(workload, optimizer)
     if needs_whole_tensors(workload.parallel, optimizer):
         step_by_owners(optimizer)
     check_label_sampling(workload.parallel, optimizer, workload.loss)
@@ -84,79 +110,41 @@ def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _build(
-    workload: Workload,
-    base: Component | None,
-    arguments: Mapping[str, Any],
-    factors: Mapping[str, Mapping[str, float]] | None = None,
-) -> tuple[torch.optim.Optimizer, bool]:
-    """Builds the optimizer over the model's parameter groups; returns it, and whether it has a fused kernel.
-
-    `base`: the base optimizer of SAM, to which `arguments` belong; `factors`: see `parameter_groups`.
-    """
-    run_config = workload.run_config
-    component = run_config.optimizer
-    groups = parameter_groups(
-        workload.module,
-        run_config.grouping,
-        arguments,
-        decay_norm_and_bias=run_config.settings.decay_norm_and_bias,
-        normalized=_corrected_weights(workload),
-        uses=workload.uses,
-        factors=factors,
-    )
-    if base is None:
-        component = component.partial(**arguments)
-    else:
-        component = component.partial(lr=None, base=base.partial(**arguments))
-    fused = can_fuse(component, [p for group in groups for p in group["params"]])
-    try:
-        optimizer = component.build_as(Optimizer, params=groups, **({"fused": True} if fused else {}))
-    except ValueError as error:  # third-party optimizers validate their arguments themselves
-        raise UserError(f"{component.choice}: {error}") from None
-    if not all("lr" in group for group in optimizer.param_groups):
-        raise UserError(
-            f"{component.choice}: the parameter groups of {type(optimizer).__qualname__} have no lr, which schedules "
-            "set; pass defaults with lr to torch.optim.Optimizer"
-        )
-    return optimizer, fused
-
-
 # In torch.optim, and dlopt.optim.adamw, which builds torch's.
 _FUSED = {"cpu": ("SGD", "Adam", "AdamW", "adamw", "Adagrad"), "cuda": ("SGD", "Adam", "AdamW", "adamw")}
 
 
 def can_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
-    """Returns whether torch has a fused kernel for these parameters, and the config does not choose an implementation.
+    """Returns whether torch has a fused kernel for these parameters, which saves a small model 10 % of a step on a CPU.
 
-    It saves a small model 10 % of its step on a CPU. See `match_state_layout` for its precondition.
+    False if the config chooses an implementation. See `match_state_layout` for its precondition.
     """
-    target, devices = component.target, {p.device.type for p in parameters if not p.is_meta}
-    if not component.takes("fused") or {"fused", "foreach"} & set(component.arguments):
+    target, arguments = component.target, component.arguments
+    if not component.takes("fused") or {"fused", "foreach"} & set(arguments):
         return False
-    if target.__module__.partition(".")[0] not in ("torch", "dlopt"):
+    # For dampening, see `start_momentum`.
+    if any(arguments.get(key) for key in ("cautious", "hyperball", "dampening")):
         return False
-    if component.arguments.get("cautious") or component.arguments.get("hyperball"):
-        return False
-    if component.arguments.get("dampening"):  # see `start_momentum`
-        return False
+    devices = {p.device.type for p in parameters if not p.is_meta}
     fusable = [name for device in devices for name in _FUSED.get(device, ())]
+    is_known = target.__module__.partition(".")[0] in ("torch", "dlopt") and target.__name__ in fusable
     is_plain = all(p.is_floating_point() and not is_sharded_tensor(p) for p in parameters)
-    return len(devices) == 1 and target.__name__ in fusable and is_plain
+    return len(devices) == 1 and is_known and is_plain
 
 
 def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
     """Gives optimizer states the memory layout (strides) of their parameters, after a state is loaded.
 
     A fused kernel iterates over the memory of parameter, gradient and state in parallel, and would pair the wrong
-    elements if their strides differed. A loaded state may come from another mode, with another layout. Gradients have
-    the parameters' layout by autograd's contract, which the first update checks.
+    elements if their strides differed: a loaded state may come from another mode. Gradients have the parameters' layout
+    by autograd's contract, which the first update checks.
     """
 
     def match_layout(optimizer: torch.optim.Optimizer) -> None:
         for parameter, values in optimizer.state.items():
             for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and not _same_strides(value, parameter):
+                is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+                if is_like and not _same_strides(value, parameter):
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     is_checked = False
@@ -177,9 +165,9 @@ def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
 def start_momentum(optimizer: torch.optim.SGD) -> None:
     """Starts every momentum of fused SGD at zero, now and after a state is loaded.
 
-    torch creates the momentum at a parameter's first gradient. Its fused kernel fails (2.15: TypeError) if another
-    parameter of the group already has one, as in models that skip layers at random. Starting from zero gives the same
-    first update unless there is dampening, which torch does not apply to the first update.
+    torch creates it at a parameter's first gradient. Its fused kernel fails (2.15: TypeError) if others of the group
+    have one already, as in models that skip layers at random. Zero gives the same first update unless there is
+    dampening, which torch does not apply to the first update.
     """
 
     def start(optimizer: torch.optim.Optimizer) -> None:
@@ -219,21 +207,7 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     raise UserError(f"{name} needs {needs}, but each rank has a part of them; {advice}")
 
 
-def _corrected_weights(workload: Workload) -> set[str]:
-    """Returns the weights whose decay `decay=corrected` corrects. Raises `UserError` if there are none."""
-    run_config = workload.run_config
-    if run_config.decay.target is not corrected:
-        return set()
-    names = normalized_weights(workload.module, workload.uses)
-    if not names:
-        raise UserError(
-            f"{run_config.decay.choice}: corrects the decay of weights before a normalization layer, of which "
-            f"{run_config.model.choice} trains none; use decay=constant, or a model with normalization"
-        )
-    return names
-
-
-def check_decay(workload: Workload, optimizer: torch.optim.Optimizer) -> None:
+def _check_decay(workload: Workload, optimizer: torch.optim.Optimizer) -> None:
     """Raises `UserError` if the config changes a weight decay that is not, or may not be, decoupled.
 
     Warns of a change of no weight decay.

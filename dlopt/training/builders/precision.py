@@ -23,11 +23,10 @@ _TIMED_PASSES = 2
 class Precision:
     """fp32, tf32 and fp64 compute in the dtype of the weights; bf16 and fp16 keep fp32 weights and use autocast.
 
-    bf16_pure computes in bf16 without autocast: weights and gradients are bf16, too. An update is computed in fp32,
-    with a state in fp32, and rounded stochastically (`dlopt.training.builders.rounding`). Batch and instance norm
-    keep fp32 parameters and statistics (running averages move by less than bf16 resolves), and losses and metrics are
-    computed from fp32 outputs. There is no fp16_pure: the gradients of a mean loss underflow, and torch's
-    GradScaler accepts no fp16 gradients.
+    bf16_pure has bf16 weights and gradients, too. An update is computed in fp32, with a state in fp32, and rounded
+    stochastically (`dlopt.training.builders.rounding`). Batch and instance norm keep fp32 parameters and statistics
+    (running averages move by less than bf16 resolves), and losses and metrics are computed from fp32 outputs. There is
+    no fp16_pure: the gradients of a mean loss underflow, and torch's GradScaler accepts no fp16 gradients.
     """
 
     name: str
@@ -46,18 +45,16 @@ class Precision:
     def place(self, module: nn.Module) -> nn.Module:
         """Moves the model to the device and its weights to `dtype`, complex ones to the complex dtype of its width.
 
-        Raises `UserError` for complex weights with bf16_pure.
+        Raises `UserError` for weights or layers that bf16_pure does not support.
         """
-        module = self.place_data(module)
+        module, setting = self.place_data(module), f"precision={self.name}"
         if self.dtype == self.data_dtype:
             return module
         if any(parameter.is_complex() for parameter in module.parameters()):
-            raise UserError(f"precision={self.name}: the model has complex weights; use precision=fp32")
+            raise UserError(f"{setting}: the model has complex weights; use precision=fp32")
         for layer in module.modules():
             if isinstance(layer, nn.LocalResponseNorm) and self.device.type == "cpu":
-                raise UserError(
-                    f"precision={self.name}: torch has no LocalResponseNorm in bf16 on a CPU; use precision=bf16"
-                )
+                raise UserError(f"{setting}: torch has no LocalResponseNorm in bf16 on a CPU; use precision=bf16")
             if not isinstance(layer, _NormBase):
                 layer._apply(lambda t: t.to(self.dtype) if t.is_floating_point() else t, recurse=False)
         return module
@@ -78,10 +75,7 @@ class Precision:
         return self.name in ("bf16", "bf16_pure") and self.device.type == "cpu" and not _has_bf16(self.device)
 
     def autocast(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function under autocast for bf16 and fp16, and with fp32 outputs for bf16_pure.
-
-        Otherwise returns the function itself, without overhead.
-        """
+        """Returns the function under autocast for bf16 and fp16, with fp32 outputs for bf16_pure, or itself."""
         if self.name == "bf16_pure":
             # A bf16 loss would have three digits, too few for metrics and for stopping rules.
             return lambda *inputs: function(*inputs).float()
@@ -95,10 +89,8 @@ class Precision:
         computed = task_loss if self.name == "bf16_pure" else self.autocast(task_loss)
 
         def promoted(*inputs: Any) -> dict[str, Tensor]:
-            return {
-                name: value.to(torch.promote_types(value.dtype, torch.float32))
-                for name, value in computed(*inputs).items()
-            }
+            parts = computed(*inputs).items()
+            return {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in parts}
 
         return promoted
 
@@ -142,10 +134,9 @@ def bf16_slowdown(
 ) -> float:
     """Returns the ratio of processor times of a pass in bf16 and in fp32; other processes hardly change it.
 
-    `name`: bf16 or bf16_pure.
-
-    A pass is forward and backward. Uses copies of the modules and at most `_TIMED_VALUES` values of the batch, and
-    restores the random generator. Each time is the shortest of `_TIMED_PASSES` interleaved ones, after one untimed.
+    A pass is forward and backward, of copies of the modules and at most `_TIMED_VALUES` values of the batch. Each time
+    is the shortest of `_TIMED_PASSES` interleaved ones, after one untimed. Restores the random generator. `name`: bf16
+    or bf16_pure.
     """
     loss = copy.deepcopy(loss)
     samples = max(_TIMED_VALUES // inputs[0].numel(), 2)  # batch norm needs two

@@ -34,32 +34,33 @@ def is_recomputing() -> bool:
 
 
 class _Recomputing:
-    """Context of a recomputation: the buffers and norm modes of the forward pass, which are put back afterwards.
+    """Context of a recomputation, with the buffers and norm modes of the forward pass; restores the present ones.
 
     Batch norm would otherwise count a batch twice. An optimizer that differentiates twice recomputes twice, and may run
-    the backward pass after the mode of the norms has changed. Its graph keeps buffers of the recomputation, which are
-    copies: writing to those of the model would make the graph invalid.
+    the backward pass after the mode of the norms has changed. Its graph keeps buffers of the recomputation: these are
+    copies, because writing to those of the model would make the graph invalid.
     """
 
     def __init__(self, layers: list[nn.Module]) -> None:
         self._modules = [m for layer in layers for m in layer.modules()]
         self._norms = [m for m in self._modules if isinstance(m, _NormBase)]
-        self._forward, self._modes = _copies([m._buffers for m in self._modules]), self._norm_modes()
-        self._present, self._present_modes = self._forward, self._modes
+        buffers, modes = self._state()
+        self._forward = self._present = _copies(buffers), modes
 
     def __enter__(self) -> None:
         global _running
-        self._present, self._present_modes = [dict(m._buffers) for m in self._modules], self._norm_modes()
-        self._set(_copies(self._forward), self._modes)
+        self._present = self._state()
+        buffers, modes = self._forward
+        self._set(_copies(buffers), modes)
         _running += 1
 
     def __exit__(self, *_: object) -> None:
         global _running
         _running -= 1
-        self._set(self._present, self._present_modes)
+        self._set(*self._present)
 
-    def _norm_modes(self) -> list[tuple[bool, float | None]]:
-        return [(norm.track_running_stats, norm.momentum) for norm in self._norms]
+    def _state(self) -> tuple[list[_Buffers], list[tuple[bool, float | None]]]:
+        return [dict(m._buffers) for m in self._modules], [(n.track_running_stats, n.momentum) for n in self._norms]
 
     def _set(self, buffers: list[_Buffers], modes: list[tuple[bool, float | None]]) -> None:
         for module, own in zip(self._modules, buffers, strict=True):
@@ -99,13 +100,16 @@ class _Block(Recomputed):
 
 
 class _Chain(Recomputed, nn.Sequential):
-    """A sequence of n layers in ceil(sqrt(n)) segments (section 4.1). Does not recompute the last segment.
+    """A sequence of n layers in ceil(sqrt(n)) segments (section 4.1).
 
-    The last segment's recomputation would directly follow its forward pass, and save nothing.
+    The last one is not recomputed: that would directly follow its forward pass, and save nothing.
     """
 
     def forward(self, inputs: Any) -> Any:
-        *segments, last = _segments(self)
+        parts = _parts(self)
+        count = math.ceil(math.sqrt(len(parts)))
+        bounds = [len(parts) * index // count for index in range(count + 1)]
+        *segments, last = (parts[start:end] for start, end in itertools.pairwise(bounds))
         for segment in segments:
             inputs = _recomputed(partial(_run, segment), segment, inputs)
         return _run(last, inputs)
@@ -120,8 +124,9 @@ def _run(layers: list[nn.Module], inputs: Any) -> Any:
 def recompute(model: nn.Module, setting: Recomputation, *, choice: str) -> None:
     """Makes `model` recompute activations, in place. `choice`: the config choice of the model, for messages.
 
-    Call before the model is placed on the processes: FSDP gathers the weights of a block around its recomputation.
-    Raises `UserError` for a model without support.
+    Changes the classes of layers: wrapping them in modules would rename the weights in checkpoints. FSDP, which places
+    the model afterwards, gathers the weights of a block around its recomputation. Raises `UserError` for a model
+    without support.
     """
     if setting == "none":
         return
@@ -130,13 +135,11 @@ def recompute(model: nn.Module, setting: Recomputation, *, choice: str) -> None:
         is_sequence = type(model).forward is nn.Sequential.forward
         if not isinstance(model, nn.Sequential) or not is_sequence or len(_parts(model)) < 2:
             raise UserError(f"{key}: {choice} is not a sequence of layers; use activation_checkpointing=blocks")
-        mix_in(_Chain, model)  # not wrapped, for the reason below
+        mix_in(_Chain, model)
         return
-    blocks = repeated_blocks(model)
-    if not blocks:
+    if not (blocks := repeated_blocks(model)):
         raise UserError(f"{key}: {choice} has no repeated blocks; use activation_checkpointing=all or none")
     for block in blocks:
-        # Not wrapped in a module, which would rename the weights in checkpoints.
         mix_in(_Block, block)
 
 
@@ -167,10 +170,3 @@ def _has_layers(module: nn.Module) -> bool:
 def _parts(model: Iterable[nn.Module]) -> list[nn.Module]:
     """Returns the layers of a sequence in order, including the layers of nested plain sequences."""
     return [part for child in model for part in (_parts(child) if type(child) is nn.Sequential else [child])]
-
-
-def _segments(model: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    parts = _parts(model)
-    count = math.ceil(math.sqrt(len(parts)))
-    bounds = [len(parts) * index // count for index in range(count + 1)]
-    return [parts[start:end] for start, end in itertools.pairwise(bounds)]

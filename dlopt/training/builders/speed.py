@@ -20,7 +20,7 @@ from dlopt.config.conflicts import splits_model
 from dlopt.config.run_config import RunConfig
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.models.known import unknown_part
-from dlopt.models.layers import copied_state, evaluation_mode, example_inputs
+from dlopt.models.layers import copied_state, evaluation_mode, example_inputs, replaced_forwards
 from dlopt.parallel.mode import Mode
 from dlopt.training.builders.precision import Precision
 
@@ -42,52 +42,45 @@ _WORTH_COMPILING = 3e16  # FLOPs of a run (a few GPU minutes) below which compil
 def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None, samples: int) -> str:
     """Returns why the model is not compiled; empty if it is.
 
-    `flops`: of a training sample, for compile=auto on a GPU; None if unknown. `samples`: number of samples in an epoch.
-    Raises `UserError` for a requested compilation that the device does not support.
+    `flops`: of a training sample, for compile=auto on a GPU; None if unknown. `samples`: of an epoch. Raises
+    `UserError` for a requested compilation that the device does not support.
     """
-    settings = run_config.settings
+    settings, device = run_config.settings, parallel.device.type
     if settings.compile is False:
         return "compile=false"
-    requested = None if settings.compile == "auto" else f"compile={str(settings.compile).lower()}"
     if splits_model(run_config.parallel) and parallel.ranks.processes > 1:
         return f"parallel={parallel.name} communicates between layers"
-    if settings.compile == "reduce-overhead" and parallel.device.type != "cuda":
-        raise UserError(
-            f"{requested}: replays CUDA graphs, which {parallel.device.type} does not have; use compile=true"
-        )
-    if requested is not None:
+    if settings.compile == "reduce-overhead" and device != "cuda":
+        raise UserError(f"compile=reduce-overhead: replays CUDA graphs, which {device} does not have; use compile=true")
+    if settings.compile != "auto":
         return ""
     if settings.activation_checkpointing != "none":
         return f"activation_checkpointing={settings.activation_checkpointing}"
     if {*settings.diagnostics} - {"curvature"}:
         return "the hooks of diagnostics do not run in a compiled model"
-    if parallel.device.type != "cuda":
-        return f"compiling takes longer than it saves on {parallel.device.type}"
+    if device != "cuda":
+        return f"compiling takes longer than it saves on {device}"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if find_spec("triton") is None or compiler is None:
         return "Triton or a C compiler is missing"
+    if flops is None:
+        return "the FLOPs of the model cannot be counted"
     size = run_config.data_settings.batch_size
     batch_size = samples if size == "full" else min(size, samples)
     total = settings.steps * batch_size if settings.steps else settings.epochs * samples
-    if flops is None:
-        return "the FLOPs of the model cannot be counted"
     if flops * total < _WORTH_COMPILING:
         return "compiling takes longer than it saves in a run this short"
     return ""
 
 
 def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
-    """Returns the function under torch.compile. `setting`: true, auto, blocks, or one of torch's modes.
-
-    Discards what was compiled before in this process.
-    """
-    # By default, torch compiles the first shape statically, and from the second shape on one graph of variable size.
-    # The kernels of a batch, and so the last bits, would depend on earlier batches: on where a run was resumed, and on
-    # earlier runs in the process. With one graph per shape they depend on the shape only.
+    """Returns the function under torch.compile. `setting`: true, auto, blocks, or one of torch's modes."""
+    # By default, torch compiles one graph of variable size from the second shape on: the kernels of a batch, and so the
+    # last bits, would depend on earlier batches, on where a run was resumed, and on earlier runs in the process.
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = max(_SHAPES, torch._dynamo.config.recompile_limit)
-    # By default, torch 2.11 does not check the parameters of a module again while it has the same tensors. It would
-    # compute unused gradients after a schedule has frozen parameters (`horizon`), and none after it unfreezes them.
+    # By default, torch 2.11 does not check a module's parameters again while it has the same tensors: after a schedule
+    # has frozen some (`horizon`) it would compute their gradients, and after unfreezing none.
     torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
     mode = None if isinstance(setting, bool) or setting in ("auto", "blocks") else setting
     replayed: Callable[P, R] = torch.compile(function, mode=mode, dynamic=False)
@@ -95,7 +88,7 @@ def compiled(function: Callable[P, R], setting: bool | str) -> Callable[P, R]:
         return replayed
 
     def run(*inputs: P.args, **options: P.kwargs) -> R:
-        torch.compiler.cudagraph_mark_step_begin()  # the results of earlier passes are not needed any more
+        torch.compiler.cudagraph_mark_step_begin()
         # Metrics keep outputs, whose memory the next replay overwrites.
         return tree_map_only(Tensor, torch.clone, replayed(*inputs, **options))
 
@@ -107,19 +100,11 @@ def with_compiled_blocks(model: Callable[P, R], blocks: Sequence[nn.Module]) -> 
 
     They are compiled while `model` runs. At other times they stay as they are, with hooks and second derivatives.
     """
-    forwards = [compiled(block.forward, "blocks") for block in blocks]
-    formers = [vars(block).get("forward") for block in blocks]  # of a block to which another package gave its own
+    forwards = {block: compiled(block.forward, "blocks") for block in blocks}
 
     def run(*inputs: P.args, **options: P.kwargs) -> R:
-        try:
-            for block, forward in zip(blocks, forwards, strict=True):
-                vars(block)["forward"] = forward
+        with replaced_forwards(forwards):
             return model(*inputs, **options)
-        finally:
-            for block, former in zip(blocks, formers, strict=True):
-                vars(block)["forward"] = former
-                if former is None:
-                    del vars(block)["forward"]
 
     return run
 
@@ -127,8 +112,8 @@ def with_compiled_blocks(model: Callable[P, R], blocks: Sequence[nn.Module]) -> 
 def prefers_one_thread(module: nn.Module, shape: tuple[int, ...], samples: int) -> bool:
     """Returns whether one CPU thread trains the model as fast as several, because its layers are small.
 
-    Decides by the size of the layers, not by a timing: the number of threads changes the order of sums, and with it the
-    last bits of the results. `samples`: of a micro-batch.
+    Decides by their size, not by a timing: the number of threads changes the last bits of the results. `samples`: of a
+    micro-batch.
     """
     work: list[float] = []  # FLOPs per sample of each call of a layer; a recurrent layer is called at each time step
 
@@ -190,14 +175,12 @@ def training_flops(module: nn.Module, shape: tuple[int, ...]) -> float | None:
 def data_recorder(run_config: RunConfig, device: torch.device, parts: Sequence[object]) -> Recorder | None:
     """Returns the recorder that captures the data path as a CUDA graph; None if it runs eagerly.
 
-    `parts`: the components that the path calls. A graph would repeat the numbers that a user's component computes on
-    the host.
+    `parts`: what the path calls. A graph would repeat the numbers that a user's component computes on the host.
     """
     settings = run_config.settings
-    observed = settings.diagnostics or settings.profile  # these hook into single batches
-    if device.type != "cuda" or settings.cuda_graphs is False or observed or any(map(unknown_part, parts)):
-        return None
-    return Recorder()
+    hooked = settings.diagnostics or settings.profile  # into single batches
+    is_eager = device.type != "cuda" or settings.cuda_graphs is False or hooked or any(map(unknown_part, parts))
+    return None if is_eager else Recorder()
 
 
 def describe_auto(
@@ -205,11 +188,11 @@ def describe_auto(
 ) -> str:
     """Returns the values chosen for keys set to `auto`, in one line; empty if there are none."""
     settings = run_config.settings
-    values = []
-    if settings.precision == "auto":
-        values.append(f"precision=auto: {precision.name}")
-    if settings.compile == "auto":
-        values.append(f"compile=auto: false ({compile_obstacle})" if compile_obstacle else "compile=auto: true")
-    if settings.cuda_graphs == "auto" and precision.device.type == "cuda":
-        values.append(f"cuda_graphs=auto: false ({graph_obstacle})" if graph_obstacle else "cuda_graphs=auto: true")
+    values = [f"precision=auto: {precision.name}"] if settings.precision == "auto" else []
+    obstacles = {"compile": compile_obstacle}
+    if precision.device.type == "cuda":
+        obstacles["cuda_graphs"] = graph_obstacle or ""
+    for key, obstacle in obstacles.items():
+        if getattr(settings, key) == "auto":
+            values.append(f"{key}=auto: " + (f"false ({obstacle})" if obstacle else "true"))
     return " | ".join(values)

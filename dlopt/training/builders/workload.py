@@ -76,22 +76,20 @@ class Workload(WholeModel):
         return width_growth(self.run_config.model, self.task.model_arguments(self.shape))
 
     @property
-    def _is_trained_whole(self) -> bool:
-        return all(parameter.requires_grad for parameter in self.module.parameters())
+    def _unfrozen_flops(self) -> float | None:
+        # The backward pass of frozen layers computes less than `flops` counts.
+        return self.flops if all(parameter.requires_grad for parameter in self.module.parameters()) else None
 
     @property
     def throughput(self) -> Throughput:
-        # The backward pass of frozen layers computes less than `flops` counts.
-        flops = self.flops if self._is_trained_whole else None
-        return Throughput.on(self.precision, self.task.tokens, flops, self.parallel.ranks.processes)
+        return Throughput.on(self.precision, self.task.tokens, self._unfrozen_flops, self.parallel.ranks.processes)
 
     @property
     def computed_flops(self) -> float | None:
         """`flops` if an update computes exactly these: no frozen layers, recomputed activations or teacher."""
-        settings, rules = self.run_config.settings, self.run_config.grouping.groups
-        freezes = any(rule.horizon is not None for rule in rules) or not self._is_trained_whole
-        others = settings.activation_checkpointing != "none" or isinstance(self.loss, Distillation)
-        return None if freezes or others else self.flops
+        recomputes = self.run_config.settings.activation_checkpointing != "none"
+        freezes = any(rule.horizon is not None for rule in self.run_config.grouping.groups)
+        return None if freezes or recomputes or isinstance(self.loss, Distillation) else self._unfrozen_flops
 
     @property
     def network(self) -> Network:
@@ -131,8 +129,7 @@ class Workload(WholeModel):
 
 def build_mode(run_config: RunConfig) -> Mode:
     """Builds the parallel mode and joins its process group. Raises `UserError`."""
-    settings = run_config.settings
-    device = choose_device(settings.device)
+    settings, device = run_config.settings, choose_device(run_config.settings.device)
     mode: Mode = run_config.parallel.build(
         device=device,
         accumulate=settings.micro_batches,
@@ -325,12 +322,15 @@ def with_validation_sets(workload: Workload, *, identifies: bool = False) -> Wor
 
     `identifies`: see `read_validation_sets`. Raises `UserError`.
     """
-    run_config, mode = workload.run_config, workload.parallel
+    mode = workload.parallel
     identifies |= mode.ranks.processes > 1
-    sets = read_validation_sets(run_config, workload.dataset, mode, identifies=identifies)
-    identities = {name: each.identity["train"] for name, each in sets.items() if each.identity is not None}
-    mode.ranks.refuse_difference(KEY, identities, difference)
+    sets = read_validation_sets(workload.run_config, workload.dataset, mode, identifies=identifies)
+    mode.ranks.refuse_difference(KEY, _identities(sets), difference)
     return replace(workload, validation_sets=sets)
+
+
+def _identities(sets: Mapping[str, Dataset]) -> dict[str, Any]:
+    return {name: each.identity["train"] for name, each in sets.items() if each.identity is not None}
 
 
 def build_loss(run_config: RunConfig, dataset: Dataset, module: nn.Module) -> nn.Module:
@@ -391,8 +391,8 @@ def load_weights(
     """Initializes the model from a checkpoint, or from a file of weights (see `match_weights`). Returns lines to log.
 
     Skips and lists weights whose name or shape differs (the head, for other classes). `mode`: loads on all ranks.
-    `classes`: the names in the data. The outputs are in the order of the classes, so other names in a checkpoint are
-    reported, or refused with `complete`. Raises `UserError` if no weight matches, or with `complete` if one is missing.
+    `classes`: of the data; others in a checkpoint are reported, or refused with `complete`. Raises `UserError` if no
+    weight matches, or with `complete` if one is missing.
     """
     match = match_weights(path, module)
     mode = mode or Mode(torch.device("cpu"))
@@ -415,21 +415,19 @@ def load_weights(
 def data_spec(workload: Workload) -> dict[str, Any]:
     """Returns the facts about the data that a checkpoint stores, so that its model can be used without the data.
 
-    `classes`: names of the labels, or None; `task`: see `Task.saved`; `sample`: shape of a sample; `window`:
-    shape of the model's input (a crop of an image, the first tokens of a text); `tokenizer`: of a text that is not read
-    byte by byte, the content of its tokenizer.json; `columns`: of a table, see `FeatureColumns`; `identity`: of the
-    data, on rank 0.
+    `sample`: shape of a sample; `window`: shape of the model's input (a crop of an image, the first tokens of a text);
+    `tokenizer`: the content of its tokenizer.json; `identity`: on rank 0.
     """
-    dataset = workload.dataset
-    tokenizer = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
-    columns = {} if dataset.columns is None else {"columns": dataset.columns.saved}
-    names, identity = workload.class_names, dataset.identity
+    dataset, names = workload.dataset, workload.class_names
+    spec: dict[str, Any] = {} if dataset.tokenizer is None else {"tokenizer": dataset.tokenizer.description}
+    if dataset.columns is not None:
+        spec["columns"] = dataset.columns.saved
+    identity = dataset.identity
     if identity is not None:
-        identities = {f"{KEY}.{name}": each.identity for name, each in workload.validation_sets.items()}
-        identity = {**identity, **{key: each["train"] for key, each in identities.items() if each is not None}}
+        of_sets = _identities(workload.validation_sets)
+        identity = {**identity, **{f"{KEY}.{name}": each for name, each in of_sets.items()}}
     return {
-        **tokenizer,
-        **columns,
+        **spec,
         "classes": None if names is None else list(names),
         "task": dataset.task.saved,
         "sample": list(dataset.train.shape),
