@@ -1,9 +1,8 @@
 """The closure of optimizers that evaluate the loss several times per update: L-BFGS, SAM, Newton with a line search.
 
-The step itself is the closure of `optimizer.step(closure)`. An optimizer may evaluate it many times per update, and
-must see the same function each time: a line search compares losses of different weights, which must not differ by their
-dropout masks. Therefore every evaluation of an update uses the same random numbers, and only the first one updates
-batch-norm statistics.
+The step itself is the closure of `optimizer.step(closure)`. The optimizer must see the same function each time: a line
+search compares losses of different weights, which must not differ by their dropout masks. Therefore every evaluation of
+an update uses the same random numbers, and only the first one updates batch-norm statistics.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +36,7 @@ class ClosureStep(Step):
 
     def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult:
         """See `Step.update`."""
-        # 1. Begin: keep what all evaluations of this update share.
+        # 1. Begin.
         self.begin(batch, number, log_norm=log_norm)
 
         # 2. Change the weights. The optimizer calls `self()` as often as it needs.
@@ -82,13 +81,11 @@ class ClosureStep(Step):
             return self._differentiable(self.current.batch, lambda part: self.micro_loss.eager(part, self.current))
 
     def sampled_loss(self, seed: int) -> tuple[Tensor, int]:
-        """Returns the mean cross-entropy, with its graph, for classes drawn from the model's predictions on the batch,
-        and the number of predictions.
+        """Returns the mean cross-entropy for classes drawn from the model's predictions, and the number of predictions.
 
         Each prediction has its own random number, so that the draw does not depend on the micro-batches.
         """
-        batch = self.current.batch
-        inputs, targets = batch
+        batch, targets = self.current.batch, self.current.batch.targets
         shape = targets.shape[:1] if targets.is_floating_point() else targets.shape  # mixed labels: [B, K]
         draw = torch.Generator(targets.device).manual_seed(seed)
         noise = torch.rand(shape, generator=draw, device=targets.device)
@@ -98,7 +95,8 @@ class ClosureStep(Step):
             drawn: Tensor = sampled(self.micro_loss.eager_model(part.inputs), part.targets)
             return drawn
 
-        return self._differentiable(Batch(inputs, noise, batch.total, joined=batch.joined), loss_of), noise.numel()
+        drawn_batch = Batch(batch.inputs, noise, batch.total, joined=batch.joined)
+        return self._differentiable(drawn_batch, loss_of), noise.numel()
 
     def cost(self) -> dict[str, int]:
         return {"evaluations": self.evaluations}
@@ -108,7 +106,7 @@ class ClosureStep(Step):
         self.evaluations = state["evaluations"]
 
     def _differentiable(self, batch: Batch, loss_of: Callable[[Batch], Tensor]) -> Tensor:
-        """Returns the mean of `loss_of` over the batch with its graph, repeating the random numbers of the update."""
+        """Returns the mean of `loss_of` over the batch with its graph, at the random numbers of the update."""
         if self.mode.ranks.processes > 1:
             raise UserError(
                 f"parallel={self.mode.name}: {type(self.optimizer).__name__} needs Hessian-vector products, which are "

@@ -1,7 +1,6 @@
 """Replays updates from a CUDA graph: the speed of small models on small batches is limited by kernel launches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,50 +13,37 @@ from dlopt.models.known import is_known, unknown_part
 from dlopt.optim.captured_decay import capture_decay
 from dlopt.optim.cautious_decay import CautiousDecay
 from dlopt.optim.traits import optimizer_traits
-from dlopt.parallel.mode import Mode
-from dlopt.schedules import Scheduler
-from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.recompute import Recomputed
 from dlopt.training.builders.speed import GRAPH_MODES
-from dlopt.training.step import Step, StepSettings, UpdateResult
+from dlopt.training.step import Step, UpdateResult
 
 
-def obstacle(
-    module: nn.Module,
-    parts: Sequence[object],
-    optimizer: Optimizer,
-    schedule: Scheduler,
-    mode: Mode,
-    settings: StepSettings,
-    *,
-    precision: Precision,
-    observed: bool = False,
-    compile: bool | str = False,
-) -> str | None:
-    """Returns why updates cannot be captured; None if they can. `compile`: the key of the run.
+def obstacle(step: Step, parts: Sequence[object], *, observed: bool = False, compile: bool | str = False) -> str | None:
+    """Returns why the updates of a step cannot be captured; None if they can. `compile`: the key of the run.
 
     A captured update has no control flow that depends on tensor values, does not synchronize with the device, and
     differs between steps only in tensors and seeds. This is known of torch's and dlopt's layers and `parts` only: the
     loss and the clipping.
     """
-    traits, part = optimizer_traits(optimizer), next(filter(None, map(unknown_part, parts)), None)
+    mode, settings, precision = step.mode, step.settings, step.precision.name
+    traits, part = optimizer_traits(step.optimizer), next(filter(None, map(unknown_part, parts)), None)
     branches = traits.evaluations == "many" or not traits.capturable
-    rounds_decay = bool(schedule.decayed_groups) and precision.name == "bf16_pure"
+    rounds_decay = bool(step.schedule.decayed_groups) and precision == "bf16_pure"
     records = f"compile={compile} records graphs of its own; compile=max-autotune-no-cudagraphs does not"
     reasons = {
         f"CUDA graphs are not available on {mode.device.type}": mode.device.type != "cuda",
         "an update communicates between processes": mode.ranks.processes > 1,
         records: compile in GRAPH_MODES,
         "diagnostics and profile use hooks, which a replay does not run": observed,
-        f"{type(optimizer).__name__} has control flow on the host": branches,
-        "precision=fp16 adapts its loss scale on the host": precision.name == "fp16",
+        f"{type(step.optimizer).__name__} has control flow on the host": branches,
+        "precision=fp16 adapts its loss scale on the host": precision == "fp16",
         "check=step and on_divergence=skip synchronize in every update": settings.check_now,
         "accumulate grows the batch, whose shape is a constant in a graph": settings.grows,
         "on_out_of_memory=halve may change the size of micro-batches": settings.halve_on_out_of_memory,
         "the schedule changes the weight decay, which precision=bf16_pure would round with the weights": rounds_decay,
         f"{part} may have control flow on the host": part is not None,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None) or layer_obstacle(module)
+    return next((reason for reason, holds in reasons.items() if holds), None) or layer_obstacle(step.module)
 
 
 def layer_obstacle(module: nn.Module) -> str | None:
@@ -70,28 +56,12 @@ def layer_obstacle(module: nn.Module) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Capture:
-    """Settings of the capture.
-
-    Attributes:
-        batch_size: samples in a captured batch; other batches, such as the last one of an epoch, run eagerly.
-        log_norm: also capture the gradient norm, for logging.
-        averages: the weight average is part of the graph. Only if its decay is constant: a replay repeats it.
-    """
-
-    recorder: Recorder
-    batch_size: int
-    log_norm: bool = False
-    averages: bool = False
-
-
 class GraphedUpdate:
     """Runs the first updates of a step eagerly, then captures one, and replays it for all others.
 
-    One graph holds forward, backward, clipping, the optimizer's update and, if `Capture.averages`, the weight average.
-    If the schedule changes the momentum, the graph ends before the optimizer's update, which then runs eagerly: torch's
-    fused kernels take the momentum as a number of the host, which a graph would repeat.
+    One graph holds forward, backward, clipping, the optimizer's update and, if `averages`, the weight average. If the
+    schedule changes the momentum, the graph ends before the optimizer's update, which then runs eagerly: torch's fused
+    kernels take the momentum as a number of the host, which a graph would repeat.
 
     A replay uses the captured memory addresses and runs no Python. Therefore:
 
@@ -99,14 +69,21 @@ class GraphedUpdate:
     - learning rates are tensors, which the schedule fills in place, and so is a weight decay that it changes;
     - dropout is seeded before each replay, which makes it bitwise identical to that of an eager step;
     - losses and outputs are cloned before the next replay overwrites them.
+
+    Args:
+        batch_size: samples in a captured batch; other batches, such as the last one of an epoch, run eagerly.
+        log_norm: also capture the gradient norm, for logging.
+        averages: also capture the weight average, whose decay is constant: a replay repeats it.
     """
 
-    def __init__(self, step: Step, capture: Capture) -> None:
+    def __init__(
+        self, step: Step, recorder: Recorder, batch_size: int, *, log_norm: bool = False, averages: bool = False
+    ) -> None:
         self.step = step
-        self._capture = capture
+        self._batch_size, self._log_norm = batch_size, log_norm
         self._captures_step = not step.schedule.cycles_momentum
-        self._averages = capture.averages and self._captures_step  # an average follows the optimizer's update
-        self._graphed = GraphedFunction("the update", self._captured_update, capture.recorder)
+        self._averages = averages and self._captures_step  # an average follows the optimizer's update
+        self._graphed = GraphedFunction("the update", self._captured_update, recorder)
         self._static: Batch | None = None  # the graph's inputs and targets
         step.check.immediate = False  # would read a value on the host
         step.check.preallocates = False  # a graph would reuse, or clear, the flags of other updates
@@ -129,7 +106,7 @@ class GraphedUpdate:
         step, static = self.step, self._copied(batch)
         if static is None:
             return step.update(batch, number, log_norm=log_norm)
-        step.begin(static, number, log_norm=self._capture.log_norm)
+        step.begin(static, number, log_norm=self._log_norm)
         if step.schedule.resting != self._resting:  # the schedule froze parameters: the backward pass has changed
             self._resting = step.schedule.resting
             # One eager update: a compiled model compiles its new backward pass in it. All other kernels are known.
@@ -149,10 +126,7 @@ class GraphedUpdate:
         return result
 
     def _captured_update(self) -> tuple[UpdateResult, list[Tensor | None]]:
-        """Runs an update of the static batch, up to the optimizer's if the graph ends there.
-
-        Also returns the gradients, for the optimizer's update outside of the graph.
-        """
+        """Runs what the graph holds; returns also the gradients, for the optimizer's update outside of it."""
         step = self.step
         result = step.loss_and_gradients()
         grads = [parameter.grad for parameter in step.parameters]
@@ -165,7 +139,7 @@ class GraphedUpdate:
     def _copied(self, batch: Batch) -> Batch | None:
         """Copies a batch into the static tensors; returns None if its shape or dtype differs from theirs."""
         if self._static is None:
-            if len(batch.targets) != self._capture.batch_size:
+            if len(batch.targets) != self._batch_size:
                 return None
             self._static = Batch(torch.empty_like(batch.inputs), torch.empty_like(batch.targets), batch.total)
         pairs = [(self._static.inputs, batch.inputs), (self._static.targets, batch.targets)]
@@ -176,7 +150,7 @@ class GraphedUpdate:
         return self._static
 
     def _use_tensors(self, optimizer: Optimizer) -> None:
-        """Puts what the schedule changes into the static tensors, at the start and after a state is loaded.
+        """Puts what the schedule changes into static tensors, at the start and after a state is loaded.
 
         Loading replaces the optimizer's state tensors: the update has to be captured again.
         """
@@ -191,8 +165,7 @@ class GraphedUpdate:
 
 
 def _convert_to_floats(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Makes a saved state independent of CUDA graphs: it can be loaded by a run without them."""
-    # Waits for the device, as the checkpoint does for which the state is taken.
+    """Makes a saved state independent of CUDA graphs. Waits for the device, as its checkpoint does."""
     for group in state["param_groups"]:
         group["lr"] = float(group["lr"])
         if isinstance(group.get("weight_decay"), Tensor):

@@ -17,8 +17,7 @@ from dlopt.tasks.user import TaskErrors, TaskLoss
 from dlopt.training.builders.precision import Precision
 
 Forward = Callable[..., tuple[Tensor, Kept]]
-"""(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, what the metrics
-need."""
+"""(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, for the metrics."""
 TaskLossCall = Callable[[TaskBatch, Draws], Mapping[str, Tensor]]
 """See `dlopt.tasks.user.TaskLoss`."""
 
@@ -50,21 +49,19 @@ class Network:
 
 @dataclass(frozen=True)
 class CurrentUpdate:
-    """What all evaluations of the loss in an update share. `seed`: of the random numbers of all updates of the run."""
+    """What all evaluations of the loss in an update share."""
 
     batch: Batch
     number: int  # from 0
     log_norm: bool
-    seed: int
+    seed: int  # of the random numbers of all updates of the run
 
     @property
     def layer_seed(self) -> int:
-        """Seeds the random numbers of the model's layers."""
         return stream(self.seed, self.number)
 
     @property
     def task_seed(self) -> int:
-        """Seeds the draws of a task of the user's own."""
         return stream(self.seed, self.number, _TASK)
 
 
@@ -87,8 +84,8 @@ class MicroLoss:
         self._loss = loss = precision.autocast(network.loss)
         self._further = network.further
 
-        # One function, which a compiler sees as a whole. Compiled separately, the loss would read and write the outputs
-        # once per operation. With text, whose outputs are larger than all activations, that takes as long as the model.
+        # A compiler sees the three as a whole. Compiled separately, the loss would read and write the outputs once per
+        # operation. With text, whose outputs are larger than all activations, that takes as long as the model.
         def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Kept]:
             outputs = model(inputs)
             value = loss(outputs, targets, *further)

@@ -22,10 +22,7 @@ _ADVICE = "try a smaller optimizer.lr, a warmup (schedule.warmup_epochs) or clip
 
 
 class Diverged(RunError):
-    """A loss, a gradient or a weight is not finite at update `step` (from 1).
-
-    `before_update`: whether it was detected before the weights changed.
-    """
+    """A loss, a gradient or a weight is not finite at update `step` (from 1); found before the update, or later."""
 
     def __init__(self, message: str, step: int, *, before_update: bool) -> None:
         super().__init__(message)
@@ -41,11 +38,8 @@ class NonFiniteCheck:
         immediate: check before each update, which is cheap on a CPU and synchronizes on a GPU; otherwise keep one flag
             per update on the device until `flush`.
         locate: describes the first non-finite tensor, given whether the loss is finite.
-        sharding: of the gradients: where ranks have shards of them, only their norm is the same on all ranks.
+        sharding: of the gradients. If it is over ranks, `needs_norm`: only the norm is the same on all of them.
         clips_by_norm: clipping would set gradients whose norm overflows to zero, which deferred checks report.
-
-    Attributes:
-        needs_norm: whether `examine` needs the norm of the gradients.
     """
 
     def __init__(
@@ -57,9 +51,7 @@ class NonFiniteCheck:
         sharding: Sharding | None = None,
         clips_by_norm: bool = False,
     ) -> None:
-        self.parameters = parameters
-        self.immediate = immediate
-        self.locate = locate
+        self.parameters, self.immediate, self.locate = parameters, immediate, locate
         self._norm = None if sharding is None or sharding.kind == "replicated" else sharding.norm
         self.needs_norm = bool(parameters) and self._norm is not None
         self._defers_norm = self.needs_norm or (bool(parameters) and clips_by_norm)
@@ -67,9 +59,9 @@ class NonFiniteCheck:
         self._one = torch.ones((), device=device)
         self._flag = torch.zeros((), device=device)  # for immediate checks
         self.latest = 0  # latest update, from 1
-        self._pending: list[tuple[int, float, Tensor, Tensor]] = []  # update, learning rate, loss, flag
         self.preallocates = True  # one kernel launch for many flags
         self._free_flags: list[Tensor] = []
+        self._pending: list[tuple[int, float, Tensor, Tensor]] = []  # update, learning rate, loss, flag
         self._stacked: list[tuple[list[tuple[int, float]], Tensor]] = []
 
     def examine(self, loss: Tensor, step: int, rate: float, norm: Tensor | None = None) -> Tensor | None:
@@ -97,8 +89,7 @@ class NonFiniteCheck:
         value = loss.item()
         if not math.isfinite(value) or self._flag.item():
             self._flag.zero_()
-            location = self.locate(math.isfinite(value))
-            raise Diverged(_message(value, step, rate, location), step + 1, before_update=True)
+            raise _diverged(value, step, rate, self.locate(math.isfinite(value)), before_update=True)
         return None
 
     def _new_flag(self) -> Tensor:
@@ -112,19 +103,18 @@ class NonFiniteCheck:
         """Sets `flag` to 1 if a gradient of this process is not finite; leaves the gradients unchanged."""
         gradients = [gradient for p in self.parameters if (gradient := p.grad) is not None]
         if any(gradient.dtype == torch.bfloat16 and gradient.is_cuda for gradient in gradients):
-            # The kernel below has no bf16 on a GPU. A norm other than the maximum could overflow.
+            # The kernel below has no bf16 on a GPU. Another norm than the maximum could overflow.
             largest = torch._foreach_norm(real_views(gradients), math.inf)
             flag.copy_(~torch.stack([norm.float() for norm in largest]).isfinite().all())
         elif gradients:
-            # torch's gradient scaler has the one kernel that looks at all gradients and writes a single flag. It also
-            # divides by a scale, here 1, which changes no value.
+            # torch's gradient scaler has the one kernel for all gradients and a single flag; it also divides by 1.
             torch._amp_foreach_non_finite_check_and_unscale_(real_views(gradients), flag, self._one)
 
     def defer(self, loss: Tensor, step: int, rate: float, flag: Tensor) -> None:
         """Keeps the loss of update `step` (from 0), and the flag for its gradients, until `flush`."""
         self.latest = step + 1
         self._pending.append((step, rate, loss, flag))
-        # Stacked on the device, many flags are one transfer at the logging point, and one tensor to keep until then.
+        # Stacked on the device, many flags are one tensor, and one transfer at the logging point.
         if len(self._pending) == _MAX_PENDING:
             self._stack_pending()
 
@@ -139,26 +129,19 @@ class NonFiniteCheck:
         self._pending = []
 
     def flush(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Raises `Diverged` for the first non-finite update since the last call, and forgets the later ones.
-
-        Synchronizes with the device.
-        """
+        """Raises `Diverged` for the first non-finite update since the last call. Synchronizes with the device."""
         self._stack_pending()
         stacked, self._stacked = self._stacked, []
         for updates, losses_and_flags in stacked:
             for (step, rate), value, flag in zip(updates, *losses_and_flags.tolist(), strict=True):
                 if flag or not math.isfinite(value):
-                    message = _message(value, step, rate, "check=step names the layer")
-                    raise Diverged(message, step + 1, before_update=False)
+                    raise _diverged(value, step, rate, "check=step names the layer", before_update=False)
         if scaler is not None and scaler.get_scale() < _MIN_LOSS_SCALE:
             message = "precision=fp16: gradients are not finite even with the smallest loss scale; use precision=bf16"
             raise Diverged(message, self.latest, before_update=False)
 
     def check_weights(self, module: nn.Module, rate: float) -> None:
-        """Raises `Diverged` if a weight is not finite: an update may overflow after a finite loss and gradient.
-
-        Synchronizes with the device.
-        """
+        """Raises `Diverged` if a weight is not finite, as after the overflow of an update. Synchronizes."""
         parameters = [p.detach() for p in module.parameters()]
         if not (is_finite(parameters) if self._norm is None else bool(self._norm(parameters).isfinite())):
             raise Diverged(
@@ -169,20 +152,20 @@ class NonFiniteCheck:
             )
 
 
-def _message(value: float, step: int, rate: float, location: str) -> str:
-    what = "the gradient is not finite" if math.isfinite(value) else f"the loss became {value}"
-    return f"{what} at update {step + 1} with a learning rate of {rate:g} ({location}); {_ADVICE}"
+def _diverged(loss: float, step: int, rate: float, location: str, *, before_update: bool) -> Diverged:
+    what = "the gradient is not finite" if math.isfinite(loss) else f"the loss became {loss}"
+    message = f"{what} at update {step + 1} with a learning rate of {rate:g} ({location}); {_ADVICE}"
+    return Diverged(message, step + 1, before_update=before_update)
 
 
 def is_finite(tensors: Sequence[Tensor]) -> bool:
     """Returns whether all entries in this process's shards of the tensors are finite; integers (tokens) are."""
-    shards = [shard for shard in map(local, tensors) if shard.numel() and not shard.is_meta]
-    shards = [shard for shard in shards if shard.is_floating_point() or shard.is_complex()]
+    shards = [each for each in map(local, tensors) if each.numel() and not each.is_meta]
+    shards = [each for each in shards if each.is_floating_point() or each.is_complex()]
     if not shards:
         return True
     maxima = torch._foreach_norm(shards, ord=math.inf)  # propagates NaN, and does not overflow as a sum would
-    # Reduced on the device: the host waits for it once, not once per tensor.
-    return bool(torch.stack([maximum.isfinite() for maximum in maxima]).all())
+    return bool(torch.stack([maximum.isfinite() for maximum in maxima]).all())  # the host waits once
 
 
 def first_nonfinite_weight(module: nn.Module) -> str | None:
@@ -194,13 +177,11 @@ def describe(name: str, layer: nn.Module) -> str:
 
 
 def locate(
-    module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], loss: str, *, loss_is_finite: bool
+    module: nn.Module, inputs: Tensor, mode: Mode, forward: Callable[[], object], loss: str, loss_is_finite: bool
 ) -> str:
     """Describes the first non-finite tensor after a non-finite loss or gradient. All ranks must call this.
 
-    The first one of all ranks, by its place in the model. Rank after rank would name the wrong place: a NaN in one
-    shard of a layer spreads to all shards of others.
-
+    The first of all ranks by its place in the model: a NaN in one shard of a layer spreads to all shards of others.
     `forward` repeats the forward pass, on several ranks without communication but that of the layers. `loss`: its name.
     """
     is_alone = mode.ranks.processes == 1
@@ -218,7 +199,7 @@ def locate(
     if text := first("the weights ", first_nonfinite_weight(module), names):
         return text
 
-    # 2. A gradient: the first in the order of the backward pass.
+    # 2. A gradient, in the order of the backward pass.
     if loss_is_finite:
         backward = [(name, p.grad) for name, p in reversed([*module.named_parameters()])]
         gradient = next((name for name, grad in backward if grad is not None and not is_finite([grad])), None)
@@ -262,15 +243,10 @@ def first_nonfinite_output(module: nn.Module, forward: Callable[[], object]) -> 
 
 @dataclass
 class Recovery:
-    """Decides which non-finite updates are skipped (`on_divergence=skip`), and counts them.
+    """Decides which non-finite updates are skipped (`on_divergence=skip`), and counts them."""
 
-    Args:
-        attempts: maximum number of skipped updates in a row.
-        log: shows a line to the user.
-    """
-
-    attempts: int
-    log: Callable[[str], None]
+    attempts: int  # most skipped updates in a row
+    log: Callable[[str], None]  # shows a line to the user
     skipped: int = 0
     in_a_row: int = 0
     last_skipped: int = 0

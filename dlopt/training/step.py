@@ -1,8 +1,8 @@
 """One update, from a batch to new weights: `Step.update` calls `loss_and_gradients`, which calls `forward_backward`.
 
-An optimizer that evaluates the loss several times per update (L-BFGS, SAM, Newton) calls `loss_and_gradients` itself,
-through the closure in `closure.py`. A small model on a GPU replays its updates from a CUDA graph
-(`graphed_update.py`). What only some runs need around a whole update (observers, skipped updates) is in `around.py`.
+Optimizers that evaluate the loss several times per update call `loss_and_gradients` themselves (`closure.py`). Small
+models on a GPU replay their updates from a CUDA graph (`graphed_update.py`). What only some runs need around a whole
+update is in `around.py`.
 """
 
 import logging
@@ -35,21 +35,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of a step.
+    """Settings of a step; see `train.yaml`."""
 
-    Attributes:
-        accumulate: micro-batches per batch of data.batch_size.
-        seed: of the model's random numbers (dropout).
-        check_now: check for non-finite values before each update: cheap on a CPU, a synchronization on a GPU.
-        halve_on_out_of_memory: when a batch does not fit, use twice as many micro-batches from then on.
-        grows: later updates have more micro-batches.
-    """
-
-    accumulate: int = 1
-    seed: int = 0
-    check_now: bool = True
+    accumulate: int = 1  # micro-batches per batch of data.batch_size
+    seed: int = 0  # of the model's random numbers (dropout)
+    check_now: bool = True  # for non-finite values, before each update
     halve_on_out_of_memory: bool = False
-    grows: bool = False
+    grows: bool = False  # later updates have more micro-batches
 
 
 @dataclass
@@ -75,17 +67,15 @@ class UpdateResult:
 
 
 class UpdateFunction(Protocol):
-    """Runs one update: `Step.update`, or its replay from a CUDA graph, with what the run needs around it."""
+    """`Step.update`, or its replay from a CUDA graph, with what the run needs around it."""
 
     def __call__(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult: ...
 
 
 class EpochBatches(Protocol):
-    """The training batches of this rank (`dlopt.data.batches.Batches`)."""
+    """The training batches of this rank: see `dlopt.data.batches.Batches`."""
 
-    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]:
-        """Yields the batches of one epoch from batch `start` on, which is used by update `step`."""
-        ...
+    def epoch(self, epoch: int, start: int = 0, step: int = 0) -> Iterator[Batch]: ...
 
 
 class Observer:
@@ -98,7 +88,7 @@ class Observer:
     def around_update(
         self, step: "Step", inputs: Tensor, targets: Tensor, number: int
     ) -> AbstractContextManager[None] | None:
-        """Returns a context manager for update `number` (from 0) on this batch; None to skip this update."""
+        """Returns a context for update `number` (from 0) on this batch; None to skip this update."""
         return None
 
     def around_forward_backward(self) -> AbstractContextManager[None]:
@@ -115,10 +105,7 @@ class Step:
     """Runs the updates of an optimizer that evaluates the loss once per update; for others see `ClosureStep`.
 
     Args:
-        schedule: stepped after every update.
-        mode: splits a batch into micro-batches and reduces their losses and gradients over processes.
         metrics: of the training samples, to which every update adds.
-        clip: clips the reduced gradients.
         synchronize_buffers: makes the buffers equal on all ranks; called after every update.
         average: updates the average of the weights; called after every update.
 
@@ -185,7 +172,7 @@ class Step:
 
         `log_norm`: compute the norm of the gradient before clipping. Raises `Diverged`.
         """
-        # 1. Begin: keep what the evaluation of the loss needs.
+        # 1. Begin.
         self.begin(batch, number, log_norm=log_norm)
 
         # 2. Compute the loss and its clipped gradients. Raises `Diverged` with the weights intact.
@@ -206,13 +193,12 @@ class Step:
         # 4. Advance the learning rate.
         self.advance()
 
-        # 5. End: add the metrics, synchronize buffers, average the weights, and leave the checks that would wait for
-        #    the device.
+        # 5. End.
         self.end(result, self.average)
         return result
 
     def begin(self, batch: Batch, number: int, *, log_norm: bool) -> None:
-        """Starts an update."""
+        """Keeps what all evaluations of the loss in an update share."""
         self.rate = self.schedule.rate
         self.current = CurrentUpdate(batch, number, log_norm, self.settings.seed)
 
@@ -257,7 +243,7 @@ class Step:
         return UpdateResult(loss, micro_batches, norm, [] if flag is None else [(loss, flag)])
 
     def end(self, result: UpdateResult, average: Callable[[], None] | None) -> None:
-        """Adds the metrics, queues the deferred checks, and synchronizes buffers before `average`, which has them."""
+        """Adds the metrics, queues the deferred checks, synchronizes the buffers, and averages weights and buffers."""
         self.metrics.add(*result.micro_batches)
         for loss, flag in result.flags:
             self.check.defer(loss, self.current.number, self.rate, flag)
@@ -267,7 +253,7 @@ class Step:
             average()
 
     def advance(self) -> None:
-        """Advances the schedule, which counts batches of data.batch_size, by an update."""
+        """Advances the schedule by the update's batches of data.batch_size."""
         self.schedule.step(self.schedule.last_epoch + self.current.batch.count)
 
     def forward_backward(self, batch: Batch) -> tuple[Tensor, list[Kept]]:
@@ -291,10 +277,13 @@ class Step:
         # 2. All others run one after the other, and add up their gradients.
         losses = []
         micro_batches = self.mode.split.micro_batches(batch, self.accumulate)
-        sums = _GradientSums(self.parameters if len(micro_batches) > 2 else [])  # a single addition loses nothing
+        # bf16 would lose every gradient below 2^-9 of the sum so far. A single addition loses nothing.
+        low = [p for p in self.parameters if p.dtype == torch.bfloat16] if len(micro_batches) > 2 else []
+        sums: dict[Tensor, Tensor] = {}  # of the gradients of bf16 weights, in fp32
         for micro_batch in micro_batches:
-            if micro_batch.is_last:
-                sums.put_back()
+            if micro_batch.is_last:  # its backward averages the gradients of ranks
+                for p, total in sums.items():
+                    p.grad = total.to(p.dtype)
             with self.micro_loss.errors, self.mode.micro_batch(micro_batch):
                 # 3. Forward.
                 loss, kept = self.micro_loss.weighted(micro_batch, self.current)
@@ -309,7 +298,10 @@ class Step:
                     )
                 losses.append(loss.detach())
             if not micro_batch.is_last:
-                sums.take()
+                for p in low:
+                    if p.grad is not None:
+                        sums[p] = sums[p].add_(p.grad) if p in sums else p.grad.float()
+                        p.grad = None
 
         # 5. Average over the ranks: a collective, because all ranks branch on the same loss and gradients.
         return self.mode.finish_backward(losses[0] if len(losses) == 1 else torch.stack(losses).sum()), parts
@@ -337,7 +329,7 @@ class Step:
     # -- checks and state
 
     def check_updates(self) -> None:
-        """Raises `Diverged` if an update since the last check was not finite. Synchronizes with the device."""
+        """See `NonFiniteCheck.flush`."""
         self.check.flush(self.scaler)
 
     def check_weights(self) -> None:
@@ -386,38 +378,16 @@ class Step:
         return any(p.grad is not None for p in self.parameters)
 
     def _locate(self, loss_is_finite: bool) -> str:
-        inputs = self.current.batch.inputs
+        batch = self.current.batch
+
+        def repeat_forward() -> None:
+            """Uncompiled: hooks do not run in a compiled model."""
+            self.seed()
+            with torch.enable_grad(), frozen_statistics(self.module):
+                for micro_batch in self.mode.split.micro_batches(batch, self.accumulate):
+                    self.micro_loss.eager(micro_batch, self.current)
+
         # On several ranks, the loss of some modes communicates around the model; a task calls the model itself.
         is_alone = self.mode.ranks.processes == 1 or isinstance(self.micro_loss, TaskMicroLoss)
-        forward = self._repeat_forward if is_alone else partial(self.module, inputs)
-        return locate(self.module, inputs, self.mode, forward, self.micro_loss.name, loss_is_finite=loss_is_finite)
-
-    def _repeat_forward(self) -> None:
-        """Repeats the forward passes of the update, uncompiled: hooks do not run in a compiled model."""
-        self.seed()
-        with torch.enable_grad(), frozen_statistics(self.module):
-            for micro_batch in self.mode.split.micro_batches(self.current.batch, self.accumulate):
-                self.micro_loss.eager(micro_batch, self.current)
-
-
-class _GradientSums:
-    """Sums of the gradients of bf16 weights in fp32.
-
-    A sum in bf16 would lose every gradient below 2^-9 of the sum so far.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._sums: dict[Tensor, Tensor | None] = {p: None for p in parameters if p.dtype == torch.bfloat16}
-
-    def take(self) -> None:
-        """Moves the gradients from the parameters into the sums."""
-        for p, total in self._sums.items():
-            if p.grad is not None:
-                self._sums[p] = p.grad.float() if total is None else total.add_(p.grad)
-                p.grad = None
-
-    def put_back(self) -> None:
-        """Moves the sums into the parameters: before the last backward, which averages the gradients of ranks."""
-        for p, total in self._sums.items():
-            p.grad = None if total is None else total.to(p.dtype)
-            self._sums[p] = None
+        forward = repeat_forward if is_alone else partial(self.module, batch.inputs)
+        return locate(self.module, batch.inputs, self.mode, forward, self.micro_loss.name, loss_is_finite)

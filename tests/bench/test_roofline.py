@@ -4,6 +4,7 @@ import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,8 +129,10 @@ CUDA = torch.device("cuda")
 
 
 def obstacle_to_a_graph(module: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    schedule, precision = Scheduler(optimizer, lambda step: 1.0), Precision("bf16", CUDA)
-    return obstacle(module, [], optimizer, schedule, Mode(CUDA), StepSettings(check_now=False), precision=precision)
+    parts = {"schedule": Scheduler(optimizer, lambda step: 1.0), "precision": Precision("bf16", CUDA)}
+    settings = StepSettings(check_now=False)
+    step: Any = SimpleNamespace(module=module, optimizer=optimizer, mode=Mode(CUDA), settings=settings, **parts)
+    return obstacle(step, [])
 
 
 def test_every_model_fits_a_gpu() -> None:

@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ from dlopt.training.averaging import ExponentialAverage
 from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.workload import build_workload
 from dlopt.training.clipping import ByNorm, Clip, Unclipped
-from dlopt.training.graphed_update import Capture, GraphedUpdate, layer_obstacle, obstacle
+from dlopt.training.graphed_update import GraphedUpdate, layer_obstacle, obstacle
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Step, StepSettings, UpdateFunction, UpdateResult
@@ -97,7 +98,7 @@ class Run:
         self.step = Step(*arguments, **keys)
         self.update: UpdateFunction = self.step.update
         if recorder is not None:
-            self.update = GraphedUpdate(self.step, Capture(recorder, SIZE, log_norm=True, averages=True))
+            self.update = GraphedUpdate(self.step, recorder, SIZE, log_norm=True, averages=True)
 
     def go(self, steps: range, sizes: Callable[[int], int] = lambda step: SIZE) -> "Run":
         for step in steps:
@@ -313,17 +314,15 @@ def obstacle_of(
 ) -> str | None:
     model = net() if model is None else model
     optimizer = make(model.parameters())
-    return obstacle(
-        model,
-        parts,
-        optimizer,
-        Scheduler(optimizer, lambda t: 1.0, decay=decay),
-        mode or Mode(CUDA),
-        StepSettings(**{"check_now": False, **settings}),
+    step: Any = SimpleNamespace(
+        module=model,
+        optimizer=optimizer,
+        schedule=Scheduler(optimizer, lambda t: 1.0, decay=decay),
+        mode=mode or Mode(CUDA),
+        settings=StepSettings(**{"check_now": False, **settings}),
         precision=Precision(precision, CUDA),
-        observed=observed,
-        compile=compile,
     )
+    return obstacle(step, parts, observed=observed, compile=compile)
 
 
 def test_no_obstacle() -> None:

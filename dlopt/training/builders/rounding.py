@@ -13,7 +13,6 @@ costs no memory after its update. Updates are counted on the device, so that a C
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,15 +35,6 @@ _STREAM = 1 << 8  # the random stream, as in runs of earlier versions
 _ALIGNMENT = 16  # elements; vectorized kernels need aligned tensors
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some parameters of a group that have gradients. `number`: the position of the first among all parameters."""
-
-    group: dict[str, Any]
-    params: list[Tensor]
-    number: int
-
-
 class RoundedUpdate(Optimizer):
     """Mixed into the class of an optimizer of bf16 weights."""
 
@@ -52,84 +42,122 @@ class RoundedUpdate(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = loss_of(closure)
-        chunks, originals = self._count_rounded(), [group["params"] for group in self.param_groups]
-        in_parts = optimizer_traits(self).separable  # then the fp32 copies of one chunk exist at a time
-        try:
-            for part in [[chunk] for chunk in chunks] if in_parts else [chunks]:
-                members = originals
-                if in_parts:
-                    members = [part[0].params if group is part[0].group else [] for group in self.param_groups]
-                self._update_rounded(part, members)
-        finally:
-            for group, params in zip(self.param_groups, originals, strict=True):
-                group["params"] = params
+        loss, chunks = loss_of(closure), self._count_rounded()
+        if not optimizer_traits(self).separable:
+            self._update_rounded(chunks, [group["params"] for group in self.param_groups])
+            return loss
+        for chunk in chunks:  # the fp32 copies of one chunk exist at a time
+            self._update_rounded([chunk], [chunk.params if g is chunk.group else [] for g in self.param_groups])
         return loss
 
-    def _count_rounded(self) -> list[_Chunk]:
-        """Counts an update in each group; returns the parameters with gradients, in chunks."""
-        chunks, start = [], 0
+    def _count_rounded(self) -> list["_Chunk"]:
+        """Counts an update in each group; returns the parameters with gradients, in chunks of one group and device."""
+        chunks: list[_Chunk] = []
+        start = 0
         for group in self.param_groups:
             params = group["params"]
             if not isinstance(group.get(_UPDATES), Tensor):  # at first, and after a state is loaded
                 device = next((p.device for p in params if not p.is_meta), None)
                 group[_UPDATES] = torch.tensor(group.get(_UPDATES, 0), dtype=torch.int32, device=device)
             group[_UPDATES].add_(1)
-            for indices in _chunks(params):
-                chunks.append(_Chunk(group, [params[i] for i in indices], start + indices[0]))
+            size = math.inf  # of the last chunk: the first parameter begins another one
+            for number, p in enumerate(params, start):
+                if p.grad is None:
+                    continue
+                if size + p.numel() > _limit(p.device) or p.device != chunks[-1].params[0].device:
+                    chunks.append(_Chunk(group, [], number))
+                    size = 0
+                chunks[-1].params.append(p)
+                size += p.numel()
             start += len(params)
         return chunks
 
-    def _update_rounded(self, chunks: list[_Chunk], members: list[list[Tensor]]) -> None:
+    def _update_rounded(self, chunks: list["_Chunk"], members: list[list[Tensor]]) -> None:
         """Updates the parameters `members` of each group; the `chunks` hold their parameters with gradients."""
         update = without_hooks(super().step)  # they run once, around this step, and see all groups
-        low = [[p for p in chunk.params if p.dtype == torch.bfloat16] for chunk in chunks]
-        buffers = [_widened(params) for params in low]
-        wide: dict[Tensor, nn.Parameter] = {}
-        for params, (copies, _) in zip(low, buffers, strict=True):
-            wide.update(zip(params, copies, strict=True))
+        wide = {p: copy for chunk in chunks for p, copy in chunk.widened().items()}
         versions = [p._version for p in wide]
-        for group, params in zip(self.param_groups, members, strict=True):
-            group["params"] = [wide.get(p, p) for p in params]
-        with self._state_of(wide):
+        with self._replacing(wide, members):
             update()
         if versions != [p._version for p in wide]:
             raise UserError(
                 f"precision=bf16_pure: {type(self).__name__} updates tensors that are not in its param_groups; "
                 "use precision=bf16 or another optimizer"
             )
-        for chunk, params, (copies, values) in zip(chunks, low, buffers, strict=True):
-            if params:
-                key = stream(self.rounding_seed, chunk.number, _STREAM)
-                _write_back(params, copies, values, random_bits(chunk.group[_UPDATES], key))
+        for chunk in chunks:
+            chunk.write_back(self.rounding_seed)
 
     @contextmanager
-    def _state_of(self, wide: dict[Tensor, nn.Parameter]) -> Iterator[None]:
-        """Context in which the optimizer's state is keyed by the copies of the parameters."""
+    def _replacing(self, wide: dict[Tensor, nn.Parameter], members: list[list[Tensor]]) -> Iterator[None]:
+        """Context in which the groups have `members`, and copies replace their parameters in groups and state."""
+        originals = [group["params"] for group in self.param_groups]
+        for group, params in zip(self.param_groups, members, strict=True):
+            group["params"] = [wide.get(p, p) for p in params]
         for p, copy in wide.items():
             if p in self.state:
                 self.state[copy] = self.state[p]
         try:
             yield
         finally:
+            for group, params in zip(self.param_groups, originals, strict=True):
+                group["params"] = params
             for p, copy in wide.items():
                 if copy in self.state:
                     self.state[p] = self.state.pop(copy)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state. torch converts it to the dtype of the parameters: here fp32 also for bf16 ones."""
-        originals = [group["params"] for group in self.param_groups]
-        low = [p for params in originals for p in params if p.dtype == torch.bfloat16]
+        members = [group["params"] for group in self.param_groups]
+        low = [p for params in members for p in params if p.dtype == torch.bfloat16]
         wide = {p: nn.Parameter(torch.empty_like(p, dtype=torch.float32), p.requires_grad) for p in low}
-        for group in self.param_groups:
-            group["params"] = [wide.get(p, p) for p in group["params"]]
-        try:
+        with self._replacing(wide, members):
             super().load_state_dict(state_dict)
-        finally:
-            for group, params in zip(self.param_groups, originals, strict=True):
-                group["params"] = params
-            former: dict[Tensor, Tensor] = {copy: p for p, copy in wide.items()}
-            self.state = defaultdict(dict, {former.get(p, p): values for p, values in self.state.items()})
+
+
+@dataclass
+class _Chunk:
+    """Some parameters of a group that have gradients, and fp32 copies of those in bf16, in one vector.
+
+    `number`: the position of the first among all parameters.
+    """
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    number: int
+
+    def widened(self) -> dict[Tensor, nn.Parameter]:
+        """Returns the copies by parameter, with gradients and the same strides."""
+        self.low = low = [p for p in self.params if p.dtype == torch.bfloat16]
+        if not low:
+            return {}
+        grads = gradients(low)  # refuses sparse ones
+        size = sum(_aligned(p) for p in low)
+        self.values, derivatives = torch.empty(2, size, dtype=torch.float32, device=low[0].device).unbind()
+        views, wide_grads = _views(self.values, low), _views(derivatives, low)
+        torch._foreach_copy_(views, low)
+        torch._foreach_copy_(wide_grads, grads)
+        self.copies = [nn.Parameter(view, p.requires_grad) for view, p in zip(views, low, strict=True)]
+        for copy, grad in zip(self.copies, wide_grads, strict=True):
+            copy.grad = grad
+        return dict(zip(low, self.copies, strict=True))
+
+    def write_back(self, seed: int) -> None:
+        """Rounds the copies into the parameters."""
+        if not self.low:
+            return
+        values, size = self.values, max(_limit(self.values.device), _ALIGNMENT)
+        for copy, view in zip(self.copies, _views(values, self.low), strict=True):
+            if copy.data_ptr() != view.data_ptr():  # the optimizer has replaced it: parameter.data = ...
+                view.copy_(copy)
+        key = random_bits(self.group[_UPDATES], stream(seed, self.number, _STREAM))
+        rounded = torch.empty_like(values, dtype=torch.bfloat16)
+        for start in range(0, len(values), size):
+            block = values[start : start + size]
+            # 16 bits for each element
+            words = torch.arange(start // 2, (start + len(block)) // 2, dtype=torch.int32, device=values.device)
+            bits = random_bits(words, key).view(torch.int16).to(torch.int32)
+            rounded[start : start + size] = round_stochastically(block, bits)
+        torch._foreach_copy_(self.low, _views(rounded, self.low))
 
 
 def round_updates(optimizer: Optimizer, seed: int) -> None:
@@ -156,41 +184,12 @@ def _convert_counts(optimizer: Optimizer, state: dict[str, Any]) -> None:
         group[_UPDATES] = int(group.get(_UPDATES, 0))
 
 
-def _chunks(params: list[Tensor]) -> Iterator[list[int]]:
-    """Yields the indices of the parameters with a gradient, in lists of limited size and of one device."""
-    chunk: list[int] = []
-    size = 0
-    for index, p in enumerate(params):
-        if p.grad is None:
-            continue
-        count = p.numel()
-        if chunk and (size + count > _limit(p.device) or p.device != params[chunk[0]].device):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(index)
-        size += count
-    if chunk:
-        yield chunk
-
-
 def _limit(device: torch.device) -> int:
     return _CHUNK.get(device.type, _CHUNK_ON_ACCELERATORS)
 
 
-def _widened(params: list[Tensor]) -> tuple[list[nn.Parameter], Tensor]:
-    """Returns fp32 copies of parameters, with gradients and the same strides, and the memory of their values."""
-    grads = gradients(params)  # refuses sparse ones
-    sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in params]
-    device = params[0].device if params else None
-    values, derivatives = torch.empty(2, sum(sizes), dtype=torch.float32, device=device).unbind()
-    copies = [nn.Parameter(view, p.requires_grad) for view, p in zip(_views(values, params), params, strict=True)]
-    wide_grads = _views(derivatives, params)
-    for copy, grad in zip(copies, wide_grads, strict=True):
-        copy.grad = grad
-    if params:
-        torch._foreach_copy_(_views(values, params), params)
-        torch._foreach_copy_(wide_grads, grads)
-    return copies, values
+def _aligned(p: Tensor) -> int:
+    return -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
 
 
 def _views(memory: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
@@ -199,23 +198,8 @@ def _views(memory: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     for p in params:
         part = memory[start : start + p.numel()]
         views.append(part.as_strided(p.shape, p.stride()) if is_dense(p) else part.view(p.shape))
-        start += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
+        start += _aligned(p)
     return views
-
-
-def _write_back(params: list[Tensor], copies: list[nn.Parameter], values: Tensor, key: Tensor) -> None:
-    """Rounds fp32 copies, which are in the vector `values`, into bf16 parameters."""
-    for copy, view in zip(copies, _views(values, params), strict=True):
-        if copy.data_ptr() != view.data_ptr():  # the optimizer has replaced it: parameter.data = ...
-            view.copy_(copy)
-    rounded, size = torch.empty_like(values, dtype=torch.bfloat16), max(_limit(values.device), _ALIGNMENT)
-    for start in range(0, len(values), size):
-        block = values[start : start + size]
-        # 16 bits for each element
-        words = torch.arange(start // 2, (start + len(block)) // 2, dtype=torch.int32, device=values.device)
-        bits = random_bits(words, key).view(torch.int16).to(torch.int32)
-        rounded[start : start + size] = round_stochastically(block, bits)
-    torch._foreach_copy_(params, _views(rounded, params))
 
 
 def random_bits(indices: Tensor, seed: int | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dlopt.training.builders.optimizer import evaluates_once
 from dlopt.training.builders.workload import Workload
 from dlopt.training.clipping import Unclipped
 from dlopt.training.closure import ClosureStep
-from dlopt.training.graphed_update import Capture, GraphedUpdate
+from dlopt.training.graphed_update import GraphedUpdate
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
 from dlopt.training.step import Observer, Step, StepSettings, UpdateFunction
@@ -81,27 +81,22 @@ def build_update_function(
 
     Also returns why they are not replayed from a CUDA graph (None if they are). Raises `UserError`.
     """
-    settings = workload.run_config.settings
+    settings, network = workload.run_config.settings, workload.network
     reason = graphed_update.obstacle(
-        workload.module,
+        step,
         [workload.loss, step.clip],
-        step.optimizer,
-        step.schedule,
-        workload.parallel,
-        step.settings,
-        precision=workload.precision,
         observed=bool(observers or settings.diagnostics or settings.profile),  # only rank 0 has the observers
         compile=False if workload.compile_obstacle else settings.compile,
     )
-    if reason is None and workload.network.further is not None:
+    if reason is None and network.further is not None:
         reason = "the static batch of a graph has no further arguments of a loss, such as the outputs of a teacher"
-    if reason is None and workload.network.task_loss is not None:
+    if reason is None and network.task_loss is not None:
         reason = f"task={workload.task.name} may have control flow on the host"
     if reason is not None and settings.cuda_graphs is True:
         raise UserError(f"cuda_graphs=true: {reason}; use cuda_graphs=auto")
     update: UpdateFunction = step.update
     if reason is None and settings.cuda_graphs is not False:
-        is_captured = average is not None and average.is_steady
-        update = GraphedUpdate(step, Capture(Recorder(), batch_size, settings.log_every_steps is not None, is_captured))
+        logs, is_steady = settings.log_every_steps is not None, average is not None and average.is_steady
+        update = GraphedUpdate(step, Recorder(), batch_size, log_norm=logs, averages=is_steady)
     after_change = stopping.after_change if isinstance(stopping, WeightStopping) else None
     return surround(step, update, after_change=after_change, skip=skip, observers=observers), reason
