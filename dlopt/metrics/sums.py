@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dlopt.metrics.declaration import predicted_classes
 from dlopt.metrics.names import Split, by_column
 
 Reduce = Callable[[Sequence[float]], Sequence[float]]
@@ -27,8 +28,6 @@ class CountsPredictions(Protocol):
 
     @property
     def predictions(self) -> int: ...
-
-    def predicted(self, outputs: Tensor) -> Tensor: ...
 
     def loss_metrics(self, loss: float) -> dict[str, float]: ...
 
@@ -192,7 +191,7 @@ class MetricSum:
         self._flushed.append((values, [each.samples for each in pending]))
 
     def _count_correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return (self.task.predicted(outputs) == labels).sum()
+        return (predicted_classes(outputs) == labels).sum()
 
     def means(self, split: Split) -> dict[str, float]:
         """Returns by column the loss and, for a classifier, the accuracy (a fraction) over all samples so far.

@@ -12,19 +12,13 @@ class Draws:
 
     The numbers of a sample depend on the seed, on the update, and on the sample's position in the batch of all
     processes: they are the same for any number of micro-batches and processes, in every evaluation of the loss in an
-    update, and after a resume. The price: each process draws for the whole batch, and keeps the rows of its samples.
-
-    Attributes:
-        generator: on the device of the batch; seeded for this update.
-        total: samples of the batch on all processes.
-        positions: of the samples of this call among them.
-        dtype: of `normal` and `uniform`.
+    update, and after a resume. For that, each process draws for the whole batch, and keeps the rows of its samples.
     """
 
-    generator: torch.Generator
-    total: int
-    positions: slice
-    dtype: torch.dtype = torch.float32
+    generator: torch.Generator  # on the device of the batch; seeded for this update
+    total: int  # samples of the batch on all processes
+    positions: slice  # of the samples of this call among them
+    dtype: torch.dtype = torch.float32  # of `normal` and `uniform`
 
     @classmethod
     def of_update(

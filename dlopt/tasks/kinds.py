@@ -29,8 +29,7 @@ def auto() -> None:
 
 
 def chosen(task: Task, shape: tuple[int, ...], *components: tuple[Callable[..., Any], str]) -> Task:
-    """Returns the task that one of the components (callable, choice) sets, for samples of `shape`; else the task of the
-    data.
+    """Returns the task that one of the components (callable, choice) sets, for samples of `shape`; else `task`.
 
     A class sets its task by an attribute `task`, a class of tasks, or by `reconstructs = True`. Raises `UserError`.
     """

@@ -13,7 +13,7 @@ from dlopt.metrics import labels as label_metrics
 from dlopt.metrics.declaration import Declaration, Evaluated
 from dlopt.metrics.labels import THRESHOLD
 from dlopt.tasks.report import TestReport
-from dlopt.tasks.task import Average, Task
+from dlopt.tasks.task import Average, Names, Task
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class MultiLabel(Task):
     purpose: ClassVar = "labels"
     metrics: ClassVar[Sequence[Declaration]] = label_metrics.METRICS
 
-    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
-        shares = format_shares(targets.sum(0).tolist(), classes or range(self.size), len(targets))
-        return f"{super().describe(window, targets, classes)}, {format_count('labels', self.size)}: {shares}"
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Names) -> str:
+        shares = format_shares(targets.sum(0).tolist(), classes or range(self.outputs), len(targets))
+        return f"{super().describe(window, targets, classes)}, {format_count('labels', self.outputs)}: {shares}"
 
     @property
     def target_arguments(self) -> dict[str, int | None]:
@@ -52,11 +52,11 @@ class MultiLabel(Task):
             )
         return "logits"
 
-    def columns(self, classes: Sequence[str] | None) -> list[str]:
+    def columns(self, classes: Names) -> list[str]:
         return ["labels", *(f"p({name})" for name in classes or ())]
 
-    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str | float]:
+    def cells(self, values: Sequence[float], best: int, classes: Names) -> list[str | float]:
         return [";".join(self.labels_of(values, classes)), *super().cells(values, best, classes)]
 
-    def labels_of(self, values: Sequence[float], classes: Sequence[str] | None) -> tuple[str, ...]:
+    def labels_of(self, values: Sequence[float], classes: Names) -> tuple[str, ...]:
         return tuple(name for name, each in zip(classes or (), values, strict=True) if each >= THRESHOLD)

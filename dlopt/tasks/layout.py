@@ -8,9 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Record = Mapping[str, Tensor] | tuple[Tensor, ...]
-"""The tensors of a sample, or, stacked [B, ...], of a batch."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -60,8 +57,8 @@ class Layout:
                 rows.append(flat.view(torch.uint8))
         return torch.cat(rows)
 
-    def unpack(self, rows: Tensor, dtype: torch.dtype) -> Record:
-        """Returns the records of uint8 rows [B, bytes], stacked; floating-point entries are converted to `dtype`."""
+    def unpack(self, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor] | tuple[Tensor, ...]:
+        """Returns the records of uint8 rows [B, bytes], stacked [B, ...], with floating-point entries in `dtype`."""
         parts = rows.split([each.bytes for each in self.entries], dim=1)
         tensors = {}
         for entry, part in zip(self.entries, parts, strict=True):

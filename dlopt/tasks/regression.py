@@ -10,7 +10,7 @@ from torch import Tensor
 from dlopt.basics.formats import format_count
 from dlopt.metrics import regression
 from dlopt.metrics.declaration import Declaration, Evaluated
-from dlopt.tasks.task import Task
+from dlopt.tasks.task import Names, Task
 
 _SHOWN_VALUES = 5  # of a sample, whose means a header shows
 
@@ -24,19 +24,17 @@ class Regression(Task):
     purpose: ClassVar = "values per target"
     metrics: ClassVar[Sequence[Declaration]] = regression.METRICS
 
-    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
-        described = f"{super().describe(window, targets, classes)}, {format_count('values', self.size)}"
-        if self.size > _SHOWN_VALUES:
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Names) -> str:
+        described = f"{super().describe(window, targets, classes)}, {format_count('values', self.outputs)}"
+        if self.outputs > _SHOWN_VALUES:
             return described
         columns = targets.double().reshape(len(targets), -1)
-        mean, deviation = (
-            ", ".join(f"{value:.4g}" for value in each.tolist())
-            for each in (columns.mean(0), columns.std(0, correction=0))
-        )
+        both = (columns.mean(0), columns.std(0, correction=0))
+        mean, deviation = (", ".join(f"{value:.4g}" for value in each.tolist()) for each in both)
         return f"{described}: mean {mean}, standard deviation {deviation}"
 
     def beside_guessing(
-        self, split: Evaluated, training: Tensor, classes: Sequence[str] | None, unit: tuple[float, float] = (1.0, 0.0)
+        self, split: Evaluated, training: Tensor, classes: Names, unit: tuple[float, float] = (1.0, 0.0)
     ) -> str:
         mean = training.cpu().double().flatten(1 if training.ndim > 1 else 0).mean(0)
         targets = split.targets.double().reshape(len(split.targets), -1)

@@ -13,35 +13,19 @@ from dlopt.metrics.names import Split
 
 @dataclass(frozen=True)
 class TestReport:
-    """Metrics of a split by column (test_loss).
+    """The report of a test. For other tasks than of classes or labels, the optional values are None or empty."""
 
-    Attributes:
-        confusion: [K, K] with a row per true class; None for other tasks. Samples whose outputs have NaN count as wrong
-            and are in no cell.
-        by_class: the metrics of each class or label; None for other tasks.
-        part: all samples, on the CPU, in the order of the data; None for tasks that keep no outputs, and on ranks > 0.
-        split: of the samples, after which the metrics are named.
-        guessing: compares the metrics with a constant prediction; "" for other tasks.
-    """
-
-    metrics: dict[str, float]
-    confusion: Tensor | None = None
-    by_class: ByClass | None = None
-    part: Evaluated | None = None
-    split: Split = "test"
-    guessing: str = ""
-
-    @property
-    def unpredicted(self) -> int:
-        """Number of samples whose outputs have NaN."""
-        if self.confusion is None or self.by_class is None:
-            return 0
-        return int(self.by_class.samples.sum() - self.confusion.sum())
+    metrics: dict[str, float]  # by column (test_loss)
+    confusion: Tensor | None = None  # [K, K] with a row per true class, without samples whose outputs have NaN
+    by_class: ByClass | None = None  # the metrics of each class or label
+    part: Evaluated | None = None  # all samples, on the CPU, in the order of the data; None if not kept, on ranks > 0
+    split: Split = "test"  # after which the metrics are named
+    guessing: str = ""  # compares the metrics with a constant prediction
 
     def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """Returns {class, samples, precision, recall, ...} of each class or label; None for an undefined value.
 
-        Of classes also their accuracy, which is the recall: the name that readers of eval.json know.
+        `accuracy`, of classes, is the recall: the name that readers of eval.json know.
         """
         rows = [] if self.by_class is None else self.by_class.rows(classes)
         return rows if self.confusion is None else [{**row, "accuracy": row["recall"]} for row in rows]

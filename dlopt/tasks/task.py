@@ -1,7 +1,7 @@
 """The interface of all tasks, with defaults that suit most of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count
-from dlopt.metrics.declaration import Declaration, Evaluated, predicted_classes
+from dlopt.losses import MSE, probabilities
+from dlopt.metrics.declaration import Declaration, Evaluated
 from dlopt.metrics.names import VAL_ACCURACY, resolve_monitor
 from dlopt.tasks.draws import Draws
 from dlopt.tasks.report import TestReport
 
 Average = Literal["probabilities", "logits"]
+Names = Sequence[str] | None
+"""Of the classes or labels of the data; None for data without."""
 
 
 @dataclass(frozen=True)
@@ -22,44 +25,32 @@ class Task:
     """Base of the tasks: the inputs are normalized samples, and the targets are the labels of the data.
 
     Args:
-        outputs: size of a prediction: the number of classes, of labels, of values, or of tokens in the vocabulary.
+        outputs: size of a prediction: the number of classes, labels or values, or of tokens in the vocabulary.
         white: value of a white pixel; 1 for floating-point images whose values are not in 0..255.
-
-    Attributes:
-        kind: its name in checkpoints and messages.
-        title: of its section in the reference.
-        purpose: meaning of the model's outputs, for messages.
-        metrics: of an evaluation, beside the loss.
-        accuracy: name of the fraction of correct predictions, which every update adds up; None for tasks without it.
-        reads_labels: whether the targets are labels of the data; otherwise they are taken from the samples.
-        calls_model: whether the loss calls the model itself, instead of comparing its outputs with targets.
-        keeps_outputs: whether a test may hold the outputs of all samples, and average outputs of crops and models.
-        draws_outputs: whether outputs are images; a test then draws some of them.
-        predictions: per sample.
-        tokens: of a sample, in which throughput is measured; None if it is measured in samples.
-        measures_train_accuracy: default of `evaluate.train_accuracy`.
     """
 
     outputs: int
     white: float = 255.0
 
-    kind: ClassVar[str]
-    title: ClassVar[str]
-    purpose: ClassVar[str]
-    metrics: ClassVar[Sequence[Declaration]] = ()
-    accuracy: ClassVar[str | None] = None
-    reads_labels: ClassVar[bool] = True
-    calls_model: ClassVar[bool] = False
-    keeps_outputs: ClassVar[bool] = True
-    draws_outputs: ClassVar[bool] = False
-    measures_train_accuracy: ClassVar[bool] = True
+    kind: ClassVar[str]  # its name in checkpoints and messages
+    title: ClassVar[str]  # of its section in the reference
+    purpose: ClassVar[str]  # meaning of the model's outputs, for messages
+    metrics: ClassVar[Sequence[Declaration]] = ()  # of an evaluation, beside the loss
+    accuracy: ClassVar[str | None] = None  # name of the fraction of correct predictions, which every update adds up
+    reads_labels: ClassVar[bool] = True  # else the targets are taken from the samples
+    calls_model: ClassVar[bool] = False  # the loss calls the model itself, instead of comparing outputs with targets
+    keeps_outputs: ClassVar[bool] = True  # a test may hold all outputs, and average those of crops and models
+    draws_outputs: ClassVar[bool] = False  # outputs are images, of which a test draws some
+    measures_train_accuracy: ClassVar[bool] = True  # default of `evaluate.train_accuracy`
 
     @property
     def predictions(self) -> int:
+        """Of a sample."""
         return 1
 
     @property
     def tokens(self) -> int | None:
+        """Of a sample, in which throughput is measured; None for other samples."""
         return None
 
     @property
@@ -68,9 +59,9 @@ class Task:
         return 1
 
     @property
-    def size(self) -> int:
-        """Number of classes, labels or values, as in `values`."""
-        return self.outputs
+    def normalizes(self) -> bool:
+        """Whether inputs are numbers to be normalized."""
+        return True
 
     @property
     def monitor(self) -> str:
@@ -85,19 +76,16 @@ class Task:
     @property
     def saved(self) -> dict[str, Any]:
         """The plain values from which `dlopt.tasks.kinds.restored` rebuilds the task."""
-        return {"kind": self.kind, **asdict(self)}
+        return {"kind": self.kind, **{each.name: getattr(self, each.name) for each in fields(self) if each.compare}}
 
     @classmethod
     def of_fields(cls, values: Mapping[str, Any]) -> Self:
         """Returns the task of `saved`."""
-        return cls(**{each.name: values[each.name] for each in fields(cls)})
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.compare})
 
     @classmethod
     def instead_of(cls, task: "Task", shape: tuple[int, ...], choice: str) -> "Task":
-        """Returns the task that the component `choice` sets in place of the data's, for samples of `shape`.
-
-        Raises `UserError` if it does not fit.
-        """
+        """Returns the task that the component `choice` sets instead of that of the data. Raises `UserError`."""
         return cls(task.outputs, task.white)
 
     # -- inputs and predictions of the model
@@ -118,10 +106,7 @@ class Task:
         """Raises `UserError` if one of dlopt's models does not read the inputs."""
 
     def check_inputs(self, *, normalize: str | None, augments: bool) -> None:
-        """Raises `UserError` for components that do not fit the inputs.
-
-        `normalize`: the choice, if it changes the inputs; `augments`: whether the augmentation has operations.
-        """
+        """Raises `UserError` for components that do not fit the inputs: `normalize`, a choice, and an augmentation."""
 
     def check_measured(self, init: str) -> None:
         """Raises `UserError` if the choice `init`, which measures the inputs, cannot."""
@@ -138,12 +123,14 @@ class Task:
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> Tensor:
         """Returns inputs for the model, normalized, of `dtype`."""
+        if not self.normalizes:
+            return inputs
         inputs = inputs if normalize is None else normalize(inputs)
         return inputs.to(dtype=dtype, memory_format=memory_format)
 
     def normalization(self, normalize: nn.Module) -> nn.Module:
         """Returns what `normalized` applies to inputs, without the conversion."""
-        return normalize
+        return normalize if self.normalizes else nn.Identity()
 
     def accepts(self, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
         """Returns whether inputs of `shape` are usual for a model that was trained on inputs of the shape `window`."""
@@ -166,10 +153,10 @@ class Task:
         """Returns what a header counts, of samples of `shape`."""
         return "images" if len(shape) == 3 else "samples"
 
-    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Names) -> str:
         """Describes inputs of the shape `window` and the training targets: 15 features, 2 classes: no 70 %, yes 30 %.
 
-        `targets`: as in `dlopt.data.samples.Samples`, values in their own unit. `classes`: names of classes or labels.
+        `targets`: as in `dlopt.data.samples.Samples`, values in their own unit.
         """
         return format_count("features", window[0]) if len(window) == 1 else "x".join(map(str, window))
 
@@ -212,36 +199,30 @@ class Task:
         """Returns what outputs [..., K] mean, after training with `loss`: probabilities, or numbers."""
         return outputs
 
-    def predicted(self, outputs: Tensor) -> Tensor:
-        """Returns the predicted class of outputs [..., K]: int64 [...]; -1, none, where one is NaN."""
-        return predicted_classes(outputs)
-
     def evaluated(self, outputs: Tensor, targets: Tensor, loss: nn.Module, origin: Tensor | None = None) -> Evaluated:
-        return Evaluated(
-            outputs, targets, self.size, lambda outputs: self.values(outputs, loss), self.predicted, origin
-        )
+        return Evaluated(outputs, targets, self.outputs, lambda outputs: self.values(outputs, loss), origin=origin)
 
-    def class_names(self, classes: Sequence[str] | None) -> tuple[str, ...] | None:
-        """Returns the names of the predictions, given the `classes` of the data; None if they have no names."""
+    def class_names(self, classes: Names) -> tuple[str, ...] | None:
+        """Returns the names of the predictions; None if they have none."""
         return None if classes is None or not self.reads_labels else tuple(classes)
 
     def check_metric(self, setting: str, metric: Declaration) -> None:
         """Raises `UserError` if `metric`, one of its own, is not defined for its outputs."""
-        if self.size < metric.least:
-            raise UserError(f"{setting}: needs more than {metric.least - 1} classes; the data have {self.size}")
+        if self.outputs < metric.least:
+            raise UserError(f"{setting}: needs more than {metric.least - 1} classes; the data have {self.outputs}")
 
     def computed(self, requested: Sequence[Declaration], *, tests: bool = False) -> list[Declaration]:
         """Returns the metrics that an evaluation computes from its outputs; `tests`: a test."""
         when = ("always", "tested") if tests else ("always",)
-        usual = [each for each in self.metrics if each.when in when and each.least <= self.size]
+        usual = [each for each in self.metrics if each.when in when and each.least <= self.outputs]
         return [each for each in self.metrics if each.needs and (each in usual or each in requested)]
 
     def report(self, metrics: dict[str, float], part: Evaluated) -> TestReport:
-        """Returns the report of a test with these metrics, and what else it shows of all samples, on the CPU."""
+        """Returns the report of a test with these metrics of all samples, on the CPU."""
         return TestReport(metrics, part=part)
 
     def beside_guessing(
-        self, split: Evaluated, training: Tensor, classes: Sequence[str] | None, unit: tuple[float, float] = (1.0, 0.0)
+        self, split: Evaluated, training: Tensor, classes: Names, unit: tuple[float, float] = (1.0, 0.0)
     ) -> str:
         """Compares predictions with the usual constant one for the `training` targets; "" for tasks without one.
 
@@ -250,7 +231,7 @@ class Task:
         return ""
 
     def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
-        """Returns what to average over crops and models: the default for None. Raises `UserError`."""
+        """Returns what to average over crops and models, by default for None. Raises `UserError`."""
         if average == "probabilities":
             raise UserError(f"{key}=probabilities: a model trained with a squared error has none; use {key}=logits")
         return "logits"
@@ -260,19 +241,19 @@ class Task:
     def check_predicts(self, key: str, path: object) -> None:
         """Raises `UserError` if the outputs of the model at `path` are no predictions to be listed."""
 
-    def columns(self, classes: Sequence[str] | None) -> list[str]:
+    def columns(self, classes: Names) -> list[str]:
         """Returns the titles of the columns of `cells`."""
-        return ["value"] if self.size == 1 else [f"value_{number}" for number in range(self.size)]
+        return ["value"] if self.outputs == 1 else [f"value_{number}" for number in range(self.outputs)]
 
-    def cells(self, values: Sequence[float], best: int, classes: Sequence[str] | None) -> list[str | float]:
-        """Returns a prediction: texts, numbers. `values`: see there; `best`: the largest output, -1 if one is NaN."""
+    def cells(self, values: Sequence[float], best: int, classes: Names) -> list[str | float]:
+        """Returns a prediction, of `values` and the number of the largest output (-1 if one is NaN), as table cells."""
         return [*values]
 
-    def label(self, best: int, classes: Sequence[str] | None) -> str | None:
+    def label(self, best: int, classes: Names) -> str | None:
         """Returns the class of a prediction; None if it has none."""
         return None
 
-    def labels_of(self, values: Sequence[float], classes: Sequence[str] | None) -> tuple[str, ...]:
+    def labels_of(self, values: Sequence[float], classes: Names) -> tuple[str, ...]:
         """Returns the labels of a prediction; there may be several."""
         return ()
 
@@ -287,3 +268,18 @@ class Task:
         if other.white != self.white:
             return f"its images have values up to {other.white:g}, those of this run up to {self.white:g}"
         return None
+
+
+class OfClasses(Task):
+    """Base of the tasks whose outputs [..., K] are logits of classes."""
+
+    @property
+    def target_arguments(self) -> dict[str, int | None]:
+        return {"classes": self.outputs, "labels": None}
+
+    def values(self, outputs: Tensor, loss: nn.Module) -> Tensor:
+        return probabilities(outputs, loss)
+
+    def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
+        # After a squared error outputs are estimates of probabilities, not logits of them.
+        return super().choose_average(average, loss, key) if isinstance(loss, MSE) else average or "probabilities"

@@ -8,29 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from dlopt.basics.errors import UserError
-from dlopt.losses import MSE, probabilities
 from dlopt.metrics import text as text_metrics
 from dlopt.metrics.declaration import Declaration
 from dlopt.metrics.text import bits_per_byte, perplexity
-from dlopt.tasks.task import Average, Task
+from dlopt.tasks.task import Names, OfClasses, Task
 
 OTHER_TOKENIZER = "reads the tokens of another tokenizer; use data.tokenizer of the teacher"
 
 
 @dataclass(frozen=True)
-class NextToken(Task):
-    """Inputs: tokens 0..T-1, int64 [B, T]; targets: tokens 1..T.
+class NextToken(OfClasses):
+    """Inputs: tokens 0..T-1, int64 [B, T]; targets: tokens 1..T. `outputs`: number of tokens in the vocabulary."""
 
-    Args:
-        outputs: number of tokens in the vocabulary.
-        predictions: T.
-        unit: of a token; bytes are measured in bits.
-        bytes_per_token: mean number of bytes of the predicted tokens; None if unknown.
-    """
-
-    predictions: int = 1
-    unit: Literal["byte", "token"] = "token"
-    bytes_per_token: float | None = None
+    predictions: int = 1  # T
+    unit: Literal["byte", "token"] = "token"  # bytes are measured in bits
+    bytes_per_token: float | None = None  # mean of the predicted tokens; None if unknown
 
     kind: ClassVar = "next_token"
     title: ClassVar = "Text"
@@ -44,6 +36,10 @@ class NextToken(Task):
     @property
     def tokens(self) -> int:
         return self.predictions
+
+    @property
+    def normalizes(self) -> bool:
+        return False
 
     def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0] - 1,)
@@ -71,18 +67,6 @@ class NextToken(Task):
         tokens = samples.long()
         return tokens[:, :-1], tokens[:, 1:]
 
-    def normalized(
-        self,
-        inputs: Tensor,
-        normalize: nn.Module | None,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Tensor:
-        return inputs
-
-    def normalization(self, normalize: nn.Module) -> nn.Module:
-        return nn.Identity()
-
     def accepts(self, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
         return True  # of any number of tokens
 
@@ -98,25 +82,14 @@ class NextToken(Task):
     def counted_as(self, shape: tuple[int, ...]) -> str:
         return f"{self.unit}s"
 
-    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Names) -> str:
         return f"{window[0]} {self.unit}s at once, vocabulary {self.outputs:,}"
-
-    @property
-    def target_arguments(self) -> dict[str, int | None]:
-        return {"classes": self.outputs, "labels": None}
 
     def loss_metrics(self, loss: float) -> dict[str, float]:
         if self.unit == "byte":
             return {"bits_per_byte": bits_per_byte(loss, 1)}
         known = {} if self.bytes_per_token is None else {"bits_per_byte": bits_per_byte(loss, self.bytes_per_token)}
         return {"perplexity": perplexity(loss), **known}
-
-    def values(self, outputs: Tensor, loss: nn.Module) -> Tensor:
-        return probabilities(outputs, loss)
-
-    def choose_average(self, average: Average | None, loss: nn.Module, key: str) -> Average:
-        # After a squared error outputs are estimates of probabilities, not logits of them.
-        return super().choose_average(average, loss, key) if isinstance(loss, MSE) else average or "probabilities"
 
     def mismatch(self, other: Task) -> str | None:
         found = super().mismatch(other)

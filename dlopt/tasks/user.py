@@ -12,7 +12,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.metrics.declaration import Direction
 from dlopt.tasks.draws import Draws
 from dlopt.tasks.layout import Layout
-from dlopt.tasks.task import Task
+from dlopt.tasks.task import Names, Task
 
 Model = Callable[..., Any]
 """Calls the model of the run with what the task passes."""
@@ -63,19 +63,12 @@ class UserTask:
 
 @dataclass(frozen=True)
 class OwnTask(Task):
-    """A `UserTask` in the place of the task of the data.
+    """A `UserTask` in the place of the task of the data."""
 
-    Args:
-        user: the task; None for that of a checkpoint, which only has its name.
-        path: its dotted name.
-        arguments: of the model: see `UserTask.model_arguments`.
-        layout: of samples of several tensors; None for inputs and targets.
-    """
-
-    user: UserTask | None = field(default=None, repr=False, compare=False)
-    path: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    layout: Layout | None = field(default=None, compare=False)
+    user: UserTask | None = field(default=None, repr=False, compare=False)  # None: of a checkpoint, which has its name
+    path: str = ""  # its dotted name
+    arguments: Mapping[str, Any] = field(default_factory=dict, compare=False)  # see `UserTask.model_arguments`
+    layout: Layout | None = field(default=None, compare=False)  # of samples of several tensors
 
     kind: ClassVar = "own"
     title: ClassVar = "Tasks of your own"
@@ -91,27 +84,22 @@ class OwnTask(Task):
         """Returns the task `user` for data with `task`. Raises `UserError` if it is no `UserTask`."""
         if not isinstance(user, UserTask) or type(user).loss is UserTask.loss:
             raise UserError(f"task={path}: must be a class derived from dlopt.extend.UserTask, with a method loss")
+        where = f"task={path}: model_arguments"
         try:
             arguments = user.model_arguments(shape if layout is None else layout.shapes, classes)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"task={path}: model_arguments raised {type(error).__name__}: {error}") from error
+            raise UserError(f"{where} raised {type(error).__name__}: {error}") from error
         if not isinstance(arguments, Mapping):
-            raise UserError(f"task={path}: model_arguments must return a dict, not {type(arguments).__name__}")
+            raise UserError(f"{where} must return a dict, not {type(arguments).__name__}")
         arguments = {"vocabulary": None, **arguments}
-        missing = [name for name in ("input_shape", "classes") if name not in arguments]
-        if missing:
-            raise UserError(f"task={path}: model_arguments must return input_shape and classes; lacks {missing[0]}")
+        for name in ("input_shape", "classes"):
+            if name not in arguments:
+                raise UserError(f"{where} must return input_shape and classes; lacks {name}")
         sizes = arguments["input_shape"]
         if not isinstance(sizes, Sequence) or not all(isinstance(size, int) for size in sizes):
-            raise UserError(
-                f"task={path}: model_arguments must return input_shape, the shape of what the model reads, as a tuple "
-                f"of integers, not {sizes}"
-            )
+            what = "input_shape, the shape of what the model reads, as a tuple of integers"
+            raise UserError(f"{where} must return {what}, not {sizes}")
         return cls(int(arguments["classes"]), task.white, user, path, arguments, layout)
-
-    @classmethod
-    def of_fields(cls, values: Mapping[str, Any]) -> "OwnTask":
-        return cls(values["outputs"], values["white"], path=values["path"])
 
     @property
     def name(self) -> str:
@@ -120,10 +108,6 @@ class OwnTask(Task):
     @property
     def views(self) -> int:
         return 1 if self.user is None else self.user.views
-
-    @property
-    def saved(self) -> dict[str, Any]:
-        return {"kind": self.kind, "outputs": self.outputs, "white": self.white, "path": self.path}
 
     def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.arguments["input_shape"])
@@ -154,16 +138,9 @@ class OwnTask(Task):
             checked[name] = float(number)
         return checked
 
-    def normalized(
-        self,
-        inputs: Tensor,
-        normalize: nn.Module | None,
-        dtype: torch.dtype,
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> Tensor:
-        if self.layout is not None:  # rows of bytes
-            return inputs
-        return super().normalized(inputs, normalize, dtype, memory_format)
+    @property
+    def normalizes(self) -> bool:
+        return self.layout is None  # else rows of bytes
 
     def model_arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         if self.user is None:
@@ -173,7 +150,7 @@ class OwnTask(Task):
             )
         return dict(self.arguments)
 
-    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Sequence[str] | None) -> str:
+    def describe(self, window: tuple[int, ...], targets: Tensor, classes: Names) -> str:
         inputs = super().describe(window, targets, classes) if self.layout is None else self.layout
         return f"{inputs}, {self.path}"
 
@@ -196,17 +173,13 @@ class TaskErrors:
     """
 
     def __init__(self, task: Task, where: str, advice: tuple[str, str] | None = None) -> None:
-        self.task = task
-        self.where = where
-        self.advice = advice
+        self.task, self.where, self.advice = task, where, advice
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        if isinstance(error, UserError | RunError | torch.OutOfMemoryError):
+        if not isinstance(error, Exception) or isinstance(error, UserError | RunError | torch.OutOfMemoryError):
             return
         lines = str(error).strip().splitlines()
         raised = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -221,52 +194,37 @@ class TaskLoss(nn.Module):
 
     def __init__(self, model: Model, task: OwnTask) -> None:
         super().__init__()
-        self.model = model
-        self.task = task
+        self.model, self.task = model, task
         self._names: tuple[str, ...] | None = None  # of the parts; ("",) for a loss without parts
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Returns the parts of the loss by name; {"": loss} without parts. Raises `RunError` for anything else."""
         assert self.task.user is not None
-        loss = self.task.user.loss(self.model, batch, draws)
+        loss, of_loss = self.task.user.loss(self.model, batch, draws), f"task={self.task.path}: its loss"
         parts = dict(loss) if isinstance(loss, Mapping) else {"": loss}
-        if isinstance(loss, Mapping):
-            check_names(f"task={self.task.path}: its loss", parts)
+        if not parts:
+            raise RunError(f"{of_loss} has no parts; return a number, or at least one part")
+        for name in parts if isinstance(loss, Mapping) else ():
+            if not isinstance(name, str) or not name.isidentifier() or name == "loss":  # logged beside the loss
+                what = "use a word of letters, digits and _, except loss"
+                raise RunError(f"{of_loss}: {name!r} cannot name a part; {what}")
         for name, value in parts.items():
-            self._check(name, value, draws.device)
+            where = f"{of_loss}, part {name}," if name else of_loss
+            if not isinstance(value, Tensor) or value.ndim:
+                found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise RunError(f"{where} is {found}; must be a number, as a tensor without dimensions")
+            if not value.is_floating_point():
+                dtype = str(value.dtype).removeprefix("torch.")
+                raise RunError(f"{where} has the type {dtype}; must be floating-point")
+            if value.device.type != draws.device.type:
+                raise RunError(f"{where} is on {value.device.type}, the model on {draws.device.type}")
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         if trains and not any(value.requires_grad for value in parts.values()):
-            raise RunError(f"task={self.task.path}: its loss has no gradient; do not detach it")
+            raise RunError(f"{of_loss} has no gradient; do not detach it")
         names = tuple(sorted(parts))
         if self._names is None:
             self._names = names
         elif self._names != names:
-            raise RunError(
-                f"task={self.task.path}: its loss returned the parts {_listed(names)}, and {_listed(self._names)} "
-                "before; return the same parts each time"
-            )
+            now, before = (", ".join(name or "(one number)" for name in each) for each in (names, self._names))
+            raise RunError(f"{of_loss} returned the parts {now}, and {before} before; return the same parts each time")
         return parts
-
-    def _check(self, name: str, value: Any, device: torch.device) -> None:
-        where = f"task={self.task.path}: its loss" + (f", part {name}," if name else "")
-        if not isinstance(value, Tensor) or value.ndim:
-            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise RunError(f"{where} is {found}; must be a number, as a tensor without dimensions")
-        if not value.is_floating_point():
-            raise RunError(f"{where} has the type {str(value.dtype).removeprefix('torch.')}; must be floating-point")
-        if value.device.type != device.type:
-            raise RunError(f"{where} is on {value.device.type}, the model on {device.type}")
-
-
-def check_names(where: str, names: Iterable[Any]) -> None:
-    """Raises `RunError` for parts of a loss without names that can be logged beside the loss."""
-    names = list(names)
-    if not names:
-        raise RunError(f"{where} has no parts; return a number, or at least one part")
-    for name in names:
-        if not isinstance(name, str) or not name.isidentifier() or name == "loss":
-            raise RunError(f"{where}: {name!r} cannot name a part; use a word of letters, digits and _, except loss")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(name or "(one number)" for name in names)

@@ -29,8 +29,8 @@ def obstacle(task: Task, loss: nn.Module, *, has_threshold: bool) -> str | None:
         return f"only a classification has a decision, not a task of the kind {task.name}"
     if isinstance(loss, MSE):
         return "the model was trained with a squared error, whose outputs are no logits; train with loss=cross_entropy"
-    if has_threshold and task.size != 2:
-        return f"needs two classes, the data have {task.size}; use threshold={MOST_PROBABLE}, which fits a temperature"
+    if has_threshold and (classes := task.outputs) != 2:
+        return f"needs two classes, the data have {classes}; use threshold={MOST_PROBABLE}, which fits a temperature"
     return None
 
 

@@ -21,6 +21,7 @@ from dlopt.data.identity import Identity
 from dlopt.data.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
 from dlopt.machine.threads import set_threads
+from dlopt.metrics.declaration import predicted_classes
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.regression import Regression
 from dlopt.tasks.task import Task
@@ -95,7 +96,7 @@ class Trained:
         Without a decision it is that of the largest output, as `dlopt eval` counts it: probabilities that are clamped
         may be equal.
         """
-        return (self.task if self.decision is None else self.decision).predicted(outputs)
+        return predicted_classes(outputs) if self.decision is None else self.decision.predicted(outputs)
 
 
 def restore(

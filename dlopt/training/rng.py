@@ -15,7 +15,7 @@ def seed_all(seed: int) -> None:
 
 
 def state() -> dict[str, Any]:
-    """Returns the states as numbers and tensors, which load with `weights_only`."""
+    """Returns the states as numbers and tensors, for `weights_only`."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

@@ -15,10 +15,9 @@ class RunObserver(Protocol):
     """What dlopt calls of an observer. Each method is optional; none may change its arguments."""
 
     def after_update(self, step: int, loss: Tensor, model: nn.Module) -> None:
-        """Called after update `step` (from 1) with the mean loss of its batch, a scalar on the device of the model.
+        """Called after update `step` (from 1), unless it was skipped, with the mean loss of its batch, a scalar.
 
-        `loss.item()` waits for a GPU. With several processes, `model` is what process 0 holds of the model. Not called
-        after an update that was skipped.
+        `loss.item()` waits for a GPU. With several processes, `model` is what process 0 holds of the model.
         """
 
     def after_evaluation(self, metrics: Mapping[str, Any]) -> None:

@@ -343,7 +343,7 @@ def evaluation(case: Case, size: int, rank: Ranks) -> dict[str, float]:
     batches = zip(case.outputs.split(size), case.targets.split(size), strict=True)
     shards = [[column.tensor_split(rank.processes)[rank.rank] for column in batch] for batch in batches]
     part = partial(task.evaluated, loss=function, origin=case.targets[:1])
-    requested = [metric for metric in task.metrics if metric.least <= task.size]
+    requested = [metric for metric in task.metrics if metric.least <= task.outputs]
     extra = accumulators(task.computed(requested), part, task.outputs, CLASSES[: task.outputs], rank)
     reduce = None if rank.processes == 1 else rank.sum
     try:

@@ -345,11 +345,11 @@ def test_the_report_of_a_test_shows_classes_or_labels() -> None:
     targets = torch.tensor([0, 1, 1, 1])
     tested = Classification(3).report({"test_loss": 1.0}, Classification(3).evaluated(outputs, targets, CROSS_ENTROPY))
     assert tested.metrics == {"test_loss": 1.0} and tested.confusion is not None
-    assert tested.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]] and tested.unpredicted == 1
+    assert tested.confusion.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
     assert [row["recall"] for row in tested.per_class(CLASSES)] == [1, pytest.approx(1 / 3), None]
     flags = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
     tested = MultiLabel(3).report({}, MultiLabel(3).evaluated(4 * flags - 2, flags, nn.BCEWithLogitsLoss()))
-    assert tested.confusion is None and tested.unpredicted == 0
+    assert tested.confusion is None
     rows = [(row["class"], row["samples"], row["average_precision"]) for row in tested.per_class(CLASSES)]
     assert rows == [("cat", 1, 1), ("dog", 1, 1), ("emu", 0, None)]
     tested = Regression(3).report({"test_r2": 0.5}, Regression(3).evaluated(outputs, outputs, MSE(classes=None)))
