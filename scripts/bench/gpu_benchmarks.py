@@ -495,7 +495,7 @@ def split(bench: Bench, add: Add, name: str, workload: Workload) -> None:
         training.save()
         checkpoint = bench.wait() - start
         unsaved(training)
-        update = training.update
+        update = training.run_update
 
         def timed_update(*arguments: Any, **keys: Any) -> Any:
             start, captured = bench.wait(), sum(captures)
@@ -503,7 +503,7 @@ def split(bench: Bench, add: Add, name: str, workload: Workload) -> None:
             updates.append(bench.wait() - start - (sum(captures) - captured))
             return record
 
-        training.update = timed_update
+        training.run_update = timed_update
         start = bench.wait()
         training.fit(Interruption())  # not entered: signals end the script
         total = bench.wait() - start

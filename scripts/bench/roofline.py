@@ -53,6 +53,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dlopt.basics.length import BatchCount, Length, SampleCount, UpdateCount
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
@@ -72,7 +73,6 @@ from dlopt.training.builders.precision import Precision
 from dlopt.training.builders.step import build_step
 from dlopt.training.builders.workload import Workload
 from dlopt.training.evaluate import has_train_accuracy
-from dlopt.training.progress import Length
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 _ALIGNMENT = 8  # values of bf16 in the 16 bytes that a tensor core loads
@@ -346,11 +346,12 @@ def dlopt_program(run_config: RunConfig, task: Task, shape: tuple[int, ...]) -> 
             compile_obstacle="" if run_config.settings.compile is True else "compile=false",
         )
         optimizer = build_optimizer(workload)
-        schedule = build_schedule(workload, optimizer, Length(1000, 1, 1000, 1000))
+        samples, batches = int(run_config.data_settings.batch_size), BatchCount(1000)
+        length = Length(UpdateCount(1000), batches, batches, SampleCount(samples), SampleCount(1000 * samples))
+        schedule = build_schedule(workload, optimizer, length)
         metrics = MetricSum(task, accuracy=has_train_accuracy(workload))
         step = build_step(workload, workload.network, optimizer, schedule, metrics=metrics, average=None, checks=True)
         step.check.immediate = False  # it is immediate on a CPU, and would read values
-        samples = int(run_config.data_settings.batch_size)
         if task.tokens is None:
             inputs = torch.empty(samples, *shape, dtype=precision.dtype).to(memory_format=memory_format)
             targets = torch.empty(samples, dtype=torch.int64)

@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from dlopt.basics.interruption import Interruption
+from dlopt.basics.length import BatchCount, Length, SampleCount, UpdateCount
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
@@ -54,7 +55,7 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.loop import Trainer
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Recovery
-from dlopt.training.progress import Intervals, Length, Progress
+from dlopt.training.progress import Intervals, Progress
 from dlopt.training.step import Step, StepSettings
 from dlopt.training.stopping import Best, Never
 
@@ -108,7 +109,14 @@ def training(
     tracking = Tracking(
         folder, sinks=[] if log_every is None else ["tensorboard"], console=False, log_every_steps=log_every
     )
-    tracking.begin({}, {}, epochs=1, steps_per_epoch=len(batches), steps=steps)
+    length = Length(
+        UpdateCount(steps),
+        BatchCount(steps),
+        BatchCount(len(batches)),
+        SampleCount(128),
+        SampleCount(128 * len(batches)),
+    )
+    tracking.begin({}, {}, length)
     train_metrics = MetricSum(Classification(10))
     step = Step(
         Network(module, module, nn.CrossEntropyLoss()),
@@ -131,9 +139,9 @@ def training(
         normalize=nn.Identity(),
         config={},
         recovery=Recovery(attempts=1, log=print),
-        length=Length(steps, 1, steps, steps),
+        length=length,
         intervals=Intervals(save_every_epochs=None, log_every_steps=log_every),
-        progress=Progress(horizon=steps, data=DATA),
+        progress=Progress(data=DATA),
         train_metrics=train_metrics,
     ), tracking
 
@@ -334,7 +342,7 @@ def synchronization(steps: int = 40) -> dict[str, Any]:
         counts: list[int] = []
         advance = tracking.advance
 
-        def counting(step: int) -> None:
+        def counting(step: UpdateCount) -> None:
             advance(step)
             counts.append(waits.count)
 
@@ -356,7 +364,7 @@ def _synchronization_on_cuda(data: list[tuple[Tensor, Tensor]], steps: int) -> d
             for step, batch in enumerate(batches.epoch(0)):
                 torch.cuda.set_sync_debug_mode("warn" if step else "default")
                 run.run_update(batch, step)
-                tracking.advance(step + 1)
+                tracking.advance(UpdateCount(step + 1))
             torch.cuda.set_sync_debug_mode("default")
     waits = sum("synchroniz" in str(warning.message) for warning in caught)
     return {"steps": steps, "waits": waits, "how": "torch.cuda.set_sync_debug_mode"}
