@@ -1,4 +1,4 @@
-"""Slices of a global batch for each rank. Micro-batches contain the same samples whatever the number of ranks."""
+"""The samples of each rank. Micro-batches contain the same samples whatever the number of ranks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,8 +41,7 @@ def local_slice(start: int, stop: int, rank: int, ranks: int) -> slice:
     """
     count = stop - start
 
-    # Mixup and CutMix mix neighbours of the shuffled batch, 2i with 2i + 1. The ranks of a split pair would need each
-    # other's images, so odd bounds are moved down by one. With one sample per rank there is no way to keep pairs.
+    # The ranks of a split pair would need each other's images, so odd bounds are moved down by one.
     def bound(index: int) -> int:
         if index == ranks:
             return stop
@@ -55,8 +54,8 @@ def local_slice(start: int, stop: int, rank: int, ranks: int) -> slice:
 def local_slices(total: int, accumulate: int, rank: int, ranks: int) -> list[slice]:
     """Returns a rank's slice of each micro-batch, in positions of the global batch.
 
-    The ranks take the slices of every second micro-batch in reverse order. The rank with the last samples of a
-    micro-batch then also has the first samples of the next, and so both samples of a pair that an odd bound separates.
+    The ranks take every second micro-batch in reverse order: the rank with the last samples of one then has the first
+    of the next, and so both samples of a pair that an odd bound separates.
     """
     return [
         local_slice(start, stop, ranks - 1 - rank if number % 2 else rank, ranks)
@@ -75,12 +74,6 @@ def joined(slices: Sequence[slice]) -> list[slice]:
     return runs
 
 
-def local_index(total: int, accumulate: int, rank: int, ranks: int) -> slice | Tensor:
-    """Returns the slices of all micro-batches as one index into the global batch; `STAND_IN` if all are empty."""
-    slices = joined(local_slices(total, accumulate, rank, ranks)) or [STAND_IN]
-    return slices[0] if len(slices) == 1 else torch.cat([torch.arange(s.start, s.stop) for s in slices])
-
-
 def micro_batch_shards(total: int, accumulate: int, rank: int, ranks: int) -> list[MicroBatchShard]:
     """Returns a rank's shard of each micro-batch, in positions of the micro-batch."""
     bounds = micro_batch_bounds(total, accumulate)
@@ -93,7 +86,7 @@ def micro_batch_shards(total: int, accumulate: int, rank: int, ranks: int) -> li
 
 @dataclass(frozen=True)
 class ShardedAugment:
-    """Augments a rank's samples where they are several slices of the global batch, or the placeholder of none."""
+    """Augments a rank's samples: several slices of the global batch, or the placeholder of none."""
 
     augment: Augment
     accumulate: int
@@ -101,10 +94,9 @@ class ShardedAugment:
     ranks: int
 
     def __call__(self, inputs: Tensor, targets: Tensor, **position: Unpack[Position]) -> tuple[Tensor, Tensor]:
-        # One generator per global batch, not one per sample: drawing for all samples takes 7 microseconds, a hash for
-        # each sample 34. The price is that every rank draws for all samples, a few numbers per image. The
-        # augmentation draws for all `total` samples and uses the draws of `shard`. Each slice starts from the same
-        # seed, so that every sample gets the draws that it has in a single process.
+        # One generator per global batch: drawing for all `total` samples takes 7 microseconds, a hash for each sample
+        # 34. Every rank draws for all samples and uses the draws of its shard. Each slice starts from the same seed, so
+        # that every sample gets the draws that it has in a single process.
         def augmented(inputs: Tensor, targets: Tensor, shard: slice, indices: Tensor) -> tuple[Tensor, Tensor]:
             generator.manual_seed(seed)
             local_position = position.copy()
@@ -128,7 +120,7 @@ class ShardedAugment:
 class BatchSplit:
     """Splits a batch into micro-batches and over ranks; this process is one of the ranks.
 
-    `scale`: multiplies the weights of micro-batches, for a mode that averages gradients over ranks instead of summing.
+    `scale`: of the weights of micro-batches, for a mode that averages gradients over ranks instead of summing them.
     """
 
     accumulate: int = 1
@@ -138,10 +130,15 @@ class BatchSplit:
 
     @property
     def shard(self) -> BatchShard | None:
-        """This rank's samples of a training batch; None for all."""
+        """This rank's samples of a training batch; None for all, `STAND_IN` for none."""
         if self.ranks == 1:
             return None
-        return lambda total: local_index(total, self.accumulate, self.rank, self.ranks)
+
+        def index(total: int) -> slice | Tensor:
+            slices = joined(local_slices(total, self.accumulate, self.rank, self.ranks)) or [STAND_IN]
+            return slices[0] if len(slices) == 1 else torch.cat([torch.arange(s.start, s.stop) for s in slices])
+
+        return index
 
     @property
     def evaluation_shard(self) -> BatchShard | None:
@@ -155,11 +152,9 @@ class BatchSplit:
         return ShardedAugment(augment, self.accumulate, self.rank, self.ranks)
 
     def micro_batches(self, batch: Batch, accumulate: int) -> Sequence[Batch]:
-        """Returns this rank's part of each of `accumulate` micro-batches.
+        """Returns this rank's part of each of `accumulate` micro-batches, weighted by its fraction of the global batch.
 
-        If it has no samples of one, its first sample of the batch is their placeholder, with weight 0.
-
-        A part is weighted by its fraction of the samples of the global batch: shards may be unequal. Of a batch that
+        If it has no samples of one, its first sample of the batch is their placeholder, with weight 0. Of a batch that
         has grown, each of the joined batches is split as if it were alone: micro-batches keep their sizes.
         """
         if accumulate == 1 and self.ranks == 1 and not batch.joined:

@@ -1,7 +1,6 @@
 """Differentiable collectives among the ranks that hold one model (Shoeybi et al. 2019, "Megatron-LM", section 3).
 
-Within a split model an activation is either replicated (equal on all ranks) or sharded. The collectives come in
-conjugate pairs, because backward runs the adjoint of forward:
+An activation is replicated (equal on all ranks) or sharded. Backward runs the adjoint of forward:
 
     copy    forward: identity                          backward: all-reduce          (Megatron's f)
     reduce  forward: all-reduce                        backward: identity            (Megatron's g)
@@ -21,8 +20,8 @@ from torch import Tensor, distributed
 class ShardSpec:
     """Which part of a tensor a rank holds: the positions `index` of `size` along dimension `dim`.
 
-    `split_factor`: the index consists of that many equal blocks, one in each block of the full tensor (as in DTensor's
-    `_StridedShard`): a strip of rows of every channel of flattened feature maps.
+    `split_factor`: the index has that many equal blocks, one in each block of the full tensor (DTensor's
+    `_StridedShard`): a strip of rows of every channel of flattened maps.
     """
 
     dim: int
@@ -67,9 +66,8 @@ class ModelGroup:
         `reduce_grad`: the ranks use the result differently, as if `copy` followed; backward is one reduce-scatter.
         """
 
-        # If every rank continues with the same computation, all have the same gradient of the gathered tensor, and
-        # each needs only its slice: a sum would count the gradient once per rank. If the ranks continue differently,
-        # backward needs the sum.
+        # If all ranks continue alike, each has the whole gradient and needs its slice: a sum would count it once per
+        # rank. If they continue differently, backward needs the sum.
         def backward(gradient: Tensor) -> Tensor:
             return reduce_scatter(gradient, dim, self) if reduce_grad else self._equal_shard(gradient, dim)
 
@@ -119,8 +117,8 @@ class _WithAdjoint(torch.autograd.Function):
         return ctx.adjoint(gradient), None, None
 
 
-# Plain collectives. They neither write to their input nor record a graph. Empty tensors are skipped on all ranks alike,
-# because their shapes are equal: backends never see empty messages.
+# Plain collectives. They neither write to their input nor record a graph. Backends never see empty messages: the shapes
+# are equal on all ranks.
 
 
 def all_reduce(partial: Tensor, model_group: ModelGroup) -> Tensor:
@@ -157,7 +155,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 def _in_memory_order(tensor: Tensor, dim: int) -> tuple[Tensor, int, tuple[int, ...]]:
     """Returns a contiguous view or copy, the position of `dim` in it, and the inverse permutation.
 
-    Collectives need contiguous buffers. Channels-last maps are permuted instead of copied, and stay channels-last.
+    Channels-last maps are permuted instead of copied, and stay channels-last.
     """
     if is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1), (0, 3, 1, 2)[dim], (0, 3, 1, 2)

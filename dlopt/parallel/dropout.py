@@ -21,7 +21,7 @@ _SELU_LIMIT = -1.7580993408473766  # the value of SELU at minus infinity, which 
 
 
 class CurrentShard:
-    """Which samples the model is processing, for every dropout in it: a model's forward takes only the inputs."""
+    """Which samples the model is processing: its forward, and so its dropouts, get only the inputs."""
 
     def __init__(self) -> None:
         self.shard: MicroBatchShard | None = None  # None if the samples are not sharded
@@ -42,11 +42,9 @@ class CurrentShard:
 class GlobalDropout(_DropoutNd):
     """torch's dropout with random numbers that depend on the sample's position in the global batch.
 
-    In a generator's stream, the mask of a sample depends on the number of earlier draws: to reproduce the masks of a
-    single process, a rank would have to draw for the samples of all ranks. Instead, a call draws one 32-bit key per
-    sample of the global batch and one per two features; the hash of their sum decides. The cost is one operation per
-    local activation and one random number per sample of the global batch. All ranks draw equally many numbers, whatever
-    their shards: generators that start equal stay equal.
+    A call draws one 32-bit key per sample of the global batch and one per two features; the hash of their sum decides.
+    With masks from a generator's stream, a rank would have to draw the masks of all ranks. All ranks draw equally many
+    numbers, whatever their shards: generators that start equal stay equal.
 
     The leading dimension of the input must be the sample. The probability is rounded to a multiple of 2^-16.
 
@@ -140,22 +138,17 @@ class FeatureAlphaDropout(GlobalDropout, nn.FeatureAlphaDropout):
     mask_dims, is_alpha = 2, True
 
 
-_KINDS: dict[type[nn.Module], type[GlobalDropout]] = {
-    nn.Dropout: Dropout,
-    nn.Dropout1d: Dropout1d,
-    nn.Dropout2d: Dropout2d,
-    nn.Dropout3d: Dropout3d,
-    nn.AlphaDropout: AlphaDropout,
-    nn.FeatureAlphaDropout: FeatureAlphaDropout,
+_KINDS: dict[type[nn.Module], type[GlobalDropout]] = {  # by torch's class
+    kind.__bases__[1]: kind for kind in (Dropout, Dropout1d, Dropout2d, Dropout3d, AlphaDropout, FeatureAlphaDropout)
 }
 
 
 def convert_dropout(
     module: nn.Module, current: CurrentShard, feature_specs: Mapping[nn.Module, FeatureSpec] | None = None
 ) -> None:
-    """Turns torch's dropouts in `module` into a `GlobalDropout`, in place; subclasses of a user stay as they are.
+    """Turns torch's dropouts in `module` into `GlobalDropout`s, in place; subclasses of a user stay as they are.
 
-    `feature_specs`: by dropout, where its features are sharded over ranks.
+    `feature_specs`: of dropouts whose features are sharded over ranks.
     """
     specs = feature_specs or {}
     for each in module.modules():

@@ -9,10 +9,9 @@ from dlopt.basics.errors import UserError
 
 
 class _OneSample:
-    """Hooks around a forward pass, which replace an empty batch by one sample of zeros, and drop its outputs.
+    """Hooks that replace an empty batch by one sample of zeros, and drop its outputs.
 
-    Keeps the graph of the outputs, so that the backward pass reaches all collectives, and all parameters with zero
-    gradients.
+    The graph stays: backward reaches all collectives, and all parameters with zero gradients.
     """
 
     def __init__(self, batch_size: int | Literal["full"]) -> None:

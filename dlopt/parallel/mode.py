@@ -84,20 +84,17 @@ class Mode:
         self.traits = ModeTraits()
 
     def place(self, model: nn.Module, input_shape: tuple[int, ...]) -> Placed:
-        """Places `model` on the processes, for samples of `input_shape`.
+        """Places `model` on the processes, for samples of `input_shape`. All ranks call this together.
 
-        May replace layers within `model` by distributed ones; parameters and buffers keep their names. Parameters may
-        become DTensors (all of them: optimizers do not mix them with plain tensors), or move to the meta device where
-        another rank holds them. All ranks call this together. Raises `UserError` for a model that cannot be placed.
+        May replace layers within `model`; parameters and buffers keep their names. Parameters may become DTensors (all
+        of them: optimizers do not mix them with plain tensors), or move to the meta device where another rank holds
+        them. Raises `UserError` for a model that cannot be placed.
         """
         convert_dropout(model, CurrentShard())
         return Placed(model)
 
     def around(self, placed: Placed, loss: nn.Module) -> Callable[..., Any]:
-        """Returns a function that computes the loss of a task of the user's own with the placed model.
-
-        `loss`: calls the model, any number of times.
-        """
+        """Returns `loss`, of a task of the user's own, which calls the placed model any number of times."""
         return loss
 
     def micro_batch(self, micro_batch: Batch) -> AbstractContextManager[Any]:
@@ -107,8 +104,8 @@ class Mode:
     def run_stages(self, batch: Batch, loss: MicroLoss) -> tuple[list[Tensor], int] | None:
         """Runs forward and backward of a batch whose micro-batches are in several processes at a time (pipeline).
 
-        Returns the weighted losses of the micro-batches that ended on this rank, and the number of all micro-batches.
-        Returns None if the step runs the micro-batches one after the other.
+        Returns the weighted losses of the micro-batches that ended on this rank, and the number of all; None if the
+        step runs them one after the other.
         """
         return None
 

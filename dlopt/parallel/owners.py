@@ -1,12 +1,11 @@
 """Steps on whole tensors under fsdp: each tensor has an owner, the rank that updates it and holds its state.
 
-Muon, Scion, SOAP, Shampoo and Kron orthogonalize or factor whole matrices, but each rank has only some rows. Before a
-step every rank sends its rows of weights and gradients to the owners. The owners update as a single process would, and
-send the rows of the new weights back. Each of n ranks sends and receives 1/n of the weights three times, in two
-all-to-alls; the state stays. If every rank computed every update, the matrix products would run n times. (Liu et al.
+Muon, Scion, SOAP, Shampoo and Kron orthogonalize or factor whole matrices, but each rank has only some rows. Every rank
+sends its rows of weights and gradients to the owners, which update as a single process would, and send the rows of the
+new weights back: 1/n of the weights three times, for each of n ranks, in two all-to-alls. The state stays. (Liu et al.
 2025, "Muon is scalable for LLM training", algorithm 1, in which the owners gather the momenta.)
 
-In a checkpoint the states are DTensors, sharded as the weights are. It can be resumed in any mode.
+In a checkpoint the states are DTensors, sharded as the weights are: any mode can resume it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from dlopt.basics.mixin import mix_in
 from dlopt.optim.common import Closure, loss_of, without_hooks
-from dlopt.parallel.shards import full_tensor, local
+from dlopt.parallel.shards import as_bytes, full_tensor, local
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,14 @@ class RowExchange:
     def _exchange(
         self, sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, tuple[int, ...], torch.dtype]]
     ) -> list[Tensor]:
-        """Sends tensors to ranks; returns those `received` from ranks, given as (rank, shape, dtype).
+        """Sends tensors to ranks, as bytes; returns those `received` from ranks, given as (rank, shape, dtype).
 
-        The tensors from one rank to another are in the same order in both lists. As bytes: dtypes may differ.
+        The tensors from one rank to another are in the same order in both lists.
         """
         out = sorted(sent, key=lambda item: item[0])
         order = sorted(range(len(received)), key=lambda index: received[index][0])
         sizes = [prod(shape) * dtype.itemsize for _, shape, dtype in received]
-        outgoing = torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device), *(_bytes(t) for _, t in out)])
+        outgoing = torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device), *(as_bytes(t) for _, t in out)])
         incoming = outgoing.new_empty(sum(sizes))
         send = [sum(t.nbytes for to, t in out if to == rank) for rank in range(self.size)]
         receive = [sum(sizes[index] for index in order if received[index][0] == rank) for rank in range(self.size)]
@@ -102,10 +101,6 @@ class RowExchange:
             _, shape, dtype = received[index]
             results[index] = part.clone().view(dtype).view(shape)  # a copy, which is aligned to its elements
         return results
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 class StepOfOwners(Optimizer):
@@ -132,9 +127,9 @@ class StepOfOwners(Optimizer):
 
     @contextmanager
     def _instead_of(self, whole: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Context in which only whole tensors have gradients; they use the states of the sharded parameters.
+        """Context in which whole tensors have the states of the sharded parameters, and their places in the groups.
 
-        They take the sharded parameters' places in the groups, because Kron's noise depends on the place.
+        Kron's noise depends on the place.
         """
         originals = [group["params"] for group in self.param_groups]
         absent = torch.empty(0)

@@ -80,7 +80,6 @@ class GroupRanks(Ranks):
         self.rank, self.processes = group.rank, group.size
         self.local_processes = group.world.local_size
         self.is_main = group.world.is_main
-        self.is_counted = True
         self.stop = StopFlag(None)
 
     def sum(self, values: Sequence[float]) -> Sequence[float]:

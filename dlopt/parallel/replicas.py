@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from hashlib import blake2b
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.parallel.mode import Mode
-from dlopt.parallel.shards import is_sharded_tensor, local
+from dlopt.parallel.shards import as_bytes, local, shard_axes
 
 
 def refuse_other_replicas(mode: Mode, what: str, tensors: Mapping[str, Tensor]) -> None:
@@ -16,12 +16,16 @@ def refuse_other_replicas(mode: Mode, what: str, tensors: Mapping[str, Tensor]) 
 
     `tensors`: by name; those on the meta device are not held. All ranks call this together; it waits for the device.
     """
-    held = {(name, _shard(each)): _digest(each) for name, each in tensors.items() if not each.is_meta}
-    replicas: dict[tuple[str, object], dict[int, bytes]] = {}
+    held = {
+        (name, *(mesh.get_local_rank(axis) for mesh, axis, _ in shard_axes(each))): _digest(each)
+        for name, each in tensors.items()
+        if not each.is_meta
+    }
+    replicas: dict[Any, dict[int, bytes]] = {}
     for rank, of_rank in enumerate(mode.ranks.gather([held])):
         for place, digest in of_rank.items():
             replicas.setdefault(place, {})[rank] = digest
-    for (name, _), digests in replicas.items():
+    for (name, *_), digests in replicas.items():
         first, expected = next(iter(digests.items()))
         if others := [str(rank) for rank, digest in digests.items() if digest != expected]:
             raise UserError(
@@ -30,14 +34,5 @@ def refuse_other_replicas(mode: Mode, what: str, tensors: Mapping[str, Tensor]) 
             )
 
 
-def _shard(tensor: Tensor) -> tuple[int, ...]:
-    """Returns which shard this rank holds: its position along the dimensions of the mesh that shard the tensor."""
-    if not is_sharded_tensor(tensor):
-        return ()
-    coordinate, placements = tensor.device_mesh.get_coordinate(), tensor.placements  # type: ignore[attr-defined]
-    return tuple(at for at, each in zip(coordinate, placements, strict=True) if not each.is_replicate())
-
-
 def _digest(tensor: Tensor) -> bytes:
-    values = local(tensor).detach().cpu().contiguous().flatten()
-    return blake2b(values.view(torch.uint8).numpy().data, digest_size=16).digest()
+    return blake2b(as_bytes(local(tensor).cpu()).numpy().data, digest_size=16).digest()

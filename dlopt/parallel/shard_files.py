@@ -1,7 +1,7 @@
 """Sharded checkpoint files: all ranks write their shards to one folder, and a single process can read it.
 
-`rank-N.safetensors` has the shards of rank N. Its header also has their offsets in the full tensors, in the format of
-torch.distributed.checkpoint: torch's `HuggingFaceStorageReader` also reads these folders.
+`rank-N.safetensors` has the shards of rank N. Its header has their offsets in the full tensors, as in
+torch.distributed.checkpoint, whose `HuggingFaceStorageReader` also reads these folders.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 
 from dlopt.basics.errors import RunError
 from dlopt.basics.files import disk_in_use, reason, sha256, sync_folder, synced
-from dlopt.parallel.shards import local
+from dlopt.parallel.shards import as_bytes, local
 
 T = TypeVar("T")
 
@@ -42,8 +42,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 class ShardWriter:
     """Writes shards on all ranks together.
 
-    Uses a separate process group: with asynchronous checkpoints, a thread writes while training communicates, and
-    collectives of two threads on one group could pair up in the wrong order. `minutes`: timeout of its collectives.
+    With a process group of its own: collectives of training and of a thread that writes an asynchronous checkpoint
+    could pair up in the wrong order on one group. `minutes`: timeout of its collectives.
     """
 
     rank: int
@@ -57,14 +57,14 @@ class ShardWriter:
 
     @disk_in_use()
     def write(self, parent: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, Files]:
-        """Writes DTensors to a new folder in `parent`.
+        """Writes DTensors to a new folder in `parent`, which is then complete or absent.
 
-        Returns, on all ranks, the folder's name (`name`, with a number appended if it exists) and its files. The folder
-        is complete or absent. Raises `RunError` on all ranks, naming the rank that could not write.
+        Returns, on all ranks, the folder's name (`name`, with a number appended if it exists) and its files. Raises
+        `RunError` on all ranks, naming the rank that could not write.
         """
-        # Each phase ends with a collective, so no rank starts the next one before all have finished:
-        # 1. rank 0 creates a temporary folder; 2. all ranks write and sync their files into it; 3. rank 0 checks that
-        # it sees all of them and renames the folder. A crash leaves a temporary folder, which the next write removes.
+        # Each phase ends with a collective. 1. Rank 0 creates a temporary folder. 2. All ranks write and sync their
+        # files into it. 3. Rank 0 checks that it sees all of them and renames the folder. A crash leaves the temporary
+        # folder, which the next write removes.
         [name, *_] = self._on_all(lambda: _make_temporary(parent, name) if self.rank == 0 else "")
         path = _temporary(parent, name) / f"rank-{self.rank}.safetensors"
         try:
@@ -78,8 +78,7 @@ class ShardWriter:
 
     def _on_all(self, work: Callable[[], T]) -> list[T]:
         """Returns the results of `work` on all ranks. Raises `RunError` on all ranks if it fails on one."""
-        # Errors travel through the same collective as results: a rank that raised before it would leave the others
-        # waiting until the timeout.
+        # Errors travel with the results: a rank that raised before the collective would leave the others waiting.
         outcome: tuple[T | None, str | None]
         failed: BaseException | None = None
         try:
@@ -128,8 +127,8 @@ def _publish(parent: Path, name: str, files: list[_File]) -> None:
                 f"rank 0 does not see {file.name}, which rank {rank} has written: put the run folder on a file "
                 "system that all processes share, or set checkpoint.sharded=false"
             )
-    # The order makes the folder complete or absent after a power failure. The files are synced already; their directory
-    # entries must be on disk before the rename, and the rename before the checkpoint that refers to it.
+    # For a power failure: the files are synced already; their directory entries must be on disk before the rename, and
+    # the rename before the checkpoint that refers to it.
     sync_folder(temporary)
     os.replace(temporary, parent / name)
     sync_folder(parent)
@@ -147,15 +146,11 @@ class _Shard:
     full_shape: Sequence[int]
     is_complex: bool
 
-    def position(self) -> dict[str, Any]:
-        return {"saved_offsets": self.offsets, "full_shape": self.full_shape, "complex": self.is_complex}
-
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
     """Writes this rank's shards of DTensors, and syncs the file.
 
-    The format is written here, because safetensors' `save_file` needs all tensors on the CPU at the same time, and
-    refuses tied weights.
+    Not by safetensors' `save_file`, which needs all tensors on the CPU at the same time, and refuses tied weights.
     """
     shards = {}
     for number, name in enumerate(sorted(tensors)):
@@ -163,27 +158,29 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> _File:
             shards[name] = shard
     # The largest elements first: each tensor is then aligned to its elements, as readers that map the file require.
     shards = dict(sorted(shards.items(), key=lambda item: -item[1].values.itemsize))
-    positions = json.dumps({name: shard.position() for name, shard in shards.items()})
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", _POSITIONS: positions}}
-    end = 0
+    positions, header, end = {}, {}, 0
     for name, shard in shards.items():
         start, end = end, end + shard.values.nbytes
         shape = list(shard.values.shape)
         header[name] = {"dtype": _CODES[shard.values.dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+        positions[name] = {
+            "saved_offsets": shard.offsets, "full_shape": shard.full_shape, "complex": shard.is_complex
+        }  # fmt: skip
+    metadata = {"format": "pt", _POSITIONS: json.dumps(positions)}
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     path.parent.mkdir(parents=True, exist_ok=True)  # missing if it is on a file system that rank 0 does not share
     with synced(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shard in shards.values():  # copied to the CPU one at a time
-            file.write(shard.values.cpu().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(as_bytes(shard.values.cpu()).numpy().data)
     return _File(path.name, path.stat().st_size, sha256(path))
 
 
 def _local_shard(name: str, tensor: Any, number: int) -> _Shard | None:
-    """Returns the shard that this rank writes; None for an empty shard, and for a shard that a replica's rank writes.
+    """Returns the shard that this rank writes; None for an empty one, and for one that another replica's rank writes.
 
-    Replicas take turns with `number`, the position of the tensor among all, equal on all ranks.
+    Replicas take turns with `number`, the position of the tensor among all.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -225,8 +222,8 @@ class _StoredShard:
 def read(folder: Path, files: Iterable[str]) -> dict[str, Tensor]:
     """Reads the full tensors to the CPU, in one process. Raises any error as it is.
 
-    `files`: names of regular files in the folder, which need not be trusted: before memory is allocated, safetensors
-    checks that the tensors of a file cover exactly its bytes, and `_merge` that the shards form exactly one tensor.
+    `files`: names of regular files in the folder. They need not be trusted: before memory is allocated, safetensors
+    checks that the tensors of a file cover its bytes, and `_merge` that the shards form one tensor.
     """
     from safetensors import safe_open
 

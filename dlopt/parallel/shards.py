@@ -27,6 +27,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local()  # type: ignore[attr-defined]
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Returns the elements of a plain tensor as uint8 [bytes], in row-major order."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """Returns the full tensor of a DTensor; a plain tensor as it is. All ranks call this together."""
     if not is_sharded_tensor(tensor):
@@ -76,7 +81,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(_shard_axes(tensor), []).append(local(tensor))
+        groups.setdefault(shard_axes(tensor), []).append(local(tensor))
     norms = []
     for axes, shards in groups.items():
         norm = plain_norm(shards)
@@ -92,11 +97,11 @@ def unit_norm(tensor: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(local(tensor), dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=dtype)
     # A rank has whole rows, unless the tensor is also sharded within its rows: then the squares are summed over the
     # ranks that share a row.
-    within_rows = tuple(axis for axis in _shard_axes(tensor) if axis[2] != 0)
+    within_rows = tuple(axis for axis in shard_axes(tensor) if axis[2] != 0)
     return _all_reduce(norms.square(), within_rows).sqrt() if within_rows else norms
 
 
-def _shard_axes(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
+def shard_axes(tensor: Tensor) -> tuple[tuple[Any, int, int], ...]:
     """Returns (mesh, mesh dimension, tensor dimension) of each mesh dimension over which the tensor is sharded."""
     if not is_sharded_tensor(tensor):
         return ()

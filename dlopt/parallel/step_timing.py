@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,8 @@ class SyncWaitTimer:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def attach(self, model: nn.Module) -> None:
-        # DDP returns from backward when all gradients are averaged. Only the hook of the last gradient shows when this
-        # rank has finished its own computation. The first parameter belongs to the first layer in forward, so backward
-        # computes its gradient last.
+        # DDP returns from backward when all gradients are averaged. The hook of the last gradient, that of the first
+        # layer, shows when this rank has finished its own computation.
         first = next((p for p in model.parameters() if p.requires_grad), None)
         if first is not None:
             first.register_post_accumulate_grad_hook(self._mark_ready)
@@ -46,9 +44,7 @@ class SyncWaitTimer:
     def __enter__(self) -> None:
         self._ready = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         ready, now = self._ready, self._now()
         if isinstance(ready, float) and isinstance(now, float):
             self._seconds += now - ready

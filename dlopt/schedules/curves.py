@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 from dlopt.basics.errors import UserError
@@ -41,12 +41,10 @@ def multistep(
 ) -> Factor:
     """gamma^(number of milestones <= t), t counted from the start of training; torch's MultiStepLR."""
     one_unit("milestones", milestones_epochs, milestones_steps)
-    milestones: list[float]
-    if milestones_steps is not None:
-        milestones = [float(m) for m in milestones_steps]
-    elif milestones_epochs is not None:
+    milestones: Sequence[float] | None = milestones_steps
+    if milestones is None and milestones_epochs is not None:
         milestones = [whole(m * horizon.steps_per_epoch) for m in milestones_epochs]
-    else:
+    if milestones is None:
         milestones = [whole(m * horizon.steps) for m in milestones_fraction]
     return lambda t: gamma ** bisect_right(milestones, min(t, horizon.steps))
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from dlopt.basics.calls import can_call
 from dlopt.basics.errors import UserError
@@ -84,6 +84,7 @@ class Warmup:
         return length
 
 
+@runtime_checkable
 class FollowsMetrics(Protocol):
     """A schedule whose factor depends on evaluations, and which therefore has a state, for the checkpoint."""
 
@@ -127,14 +128,11 @@ class Schedule:
             requires_momentum=cycles != "auto",
             ended_cycle=getattr(choice, "ended_cycle", None),
             restarts=getattr(choice, "restarts", ()),
-            follows=choice if any(hasattr(choice, name) for name in _FOLLOWING) else None,
+            follows=choice if hasattr(choice, "update") or hasattr(choice, "state_dict") else None,
         )
 
     def __call__(self, t: float) -> float:
         return self.factor(t)
-
-
-_FOLLOWING = {"update": 1, "state_dict": 0, "load_state_dict": 1}  # members of `FollowsMetrics`: arguments
 
 
 def warmed_up(factor: Factor, length: int, start: float, shape: Literal["linear", "constant"]) -> Factor:
@@ -156,16 +154,16 @@ def build(factory: Callable[..., Factor], warmup: Warmup, *, steps: int, steps_p
     """
     length = warmup.length(steps, steps_per_epoch)
     schedule = Schedule.of(factory(horizon=Horizon(length, steps, steps_per_epoch)))
-    found, ended_cycle, follows = type(schedule.factor).__name__, schedule.ended_cycle, schedule.follows
+    found, follows = type(schedule.factor).__name__, schedule.follows
     for function in (schedule.factor, schedule.momentum or schedule.factor):
         if not can_call(function, 1) or not hasattr(function(0.0), "__float__"):
             raise UserError(
                 f"schedule: returns {found}; must return a function from the update t, its only "
                 "argument, to a factor of the learning rate, a number (momentum(t): to the momentum)"
             )
-    if ended_cycle is not None and not can_call(ended_cycle, 1):
+    if schedule.ended_cycle is not None and not can_call(schedule.ended_cycle, 1):
         raise UserError(f"schedule: {found}.ended_cycle must be callable as ended_cycle(t)")
-    if follows is not None and not all(can_call(getattr(follows, name, None), n) for name, n in _FOLLOWING.items()):
+    if follows is not None and not (isinstance(follows, FollowsMetrics) and can_call(follows.update, 1)):
         raise UserError(f"schedule: {found} must have update(metrics), state_dict() and load_state_dict(state)")
     if not length:
         return schedule

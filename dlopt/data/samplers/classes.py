@@ -13,7 +13,9 @@ class _LabelSampler:
     _choice: str
 
     def __init__(self, *, targets: Tensor, seed: int) -> None:
-        self._labels = class_labels(targets, self._choice)
+        if targets.is_floating_point():
+            raise UserError(f"sampler={self._choice}: the targets are numbers, not classes; use sampler=random")
+        self._labels = targets.cpu().unique(return_inverse=True)[1]  # class indices without gaps
         self._seed = seed
 
     def __len__(self) -> int:
@@ -75,13 +77,6 @@ class ClassInterleaved(_LabelSampler):
 
     def order(self, epoch: int) -> Tensor:
         return _interleave(self._labels, generator("cpu", self._seed, epoch))
-
-
-def class_labels(targets: Tensor, choice: str) -> Tensor:
-    """Returns class indices without gaps. Raises `UserError` for regression targets."""
-    if targets.is_floating_point():
-        raise UserError(f"sampler={choice}: the targets are numbers, not classes; use sampler=random")
-    return targets.cpu().unique(return_inverse=True)[1]
 
 
 def _interleave(labels: Tensor, rng: torch.Generator) -> Tensor:

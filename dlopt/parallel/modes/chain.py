@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -98,40 +98,36 @@ def trace(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) 
     The layers run in evaluation mode: batch-norm statistics and random generators stay untouched. Raises `UserError`
     for a layer that does not return a tensor.
     """
+
+    def record(layer: ChainLayer, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, GlobalDropout):
+            layer.dropouts.append((module, tuple(inputs[0].shape[1:])))
+
     with torch.no_grad(), without_fused_layers(), context():
         values = inputs
         for layer in chain:
-            with evaluation_mode(layer.module), register_module_forward_pre_hook(partial(_record_dropout, layer)):
+            with evaluation_mode(layer.module), register_module_forward_pre_hook(partial(record, layer)):
                 values = layer.module(values)
             if not isinstance(values, Tensor):
                 raise UserError(f"parallel=pipeline: layer {layer.name} does not return a single tensor")
             layer.output = ActivationSpec.of(values)
 
 
-def _record_dropout(layer: ChainLayer, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if isinstance(module, GlobalDropout):
-        layer.dropouts.append((module, tuple(inputs[0].shape[1:])))
-
-
 def time_layers(chain: Sequence[ChainLayer], inputs: Tensor, context: ForwardContext) -> list[float]:
     """Returns the seconds of forward and backward of each layer on these inputs, measured on copies of the layers."""
-    values: Tensor = inputs
-    times = []
+    outputs, times = inputs, []
     for layer in chain:
         module = copy.deepcopy(layer.module).train()
+        values, seconds = outputs.detach(), []
         with context():
-            runs = [_timed(module, values) for _ in range(1 + _REPETITIONS)]  # the first one warms up
-        times.append(min(seconds for seconds, _ in runs[1:]))  # contention with other processes only adds time
-        values = runs[-1][1]
+            for _ in range(1 + _REPETITIONS):
+                inputs = values.detach().requires_grad_(values.is_floating_point())
+                start = synchronized_time(inputs.device)
+                outputs = module(inputs)
+                outputs.sum().backward()
+                seconds.append(synchronized_time(inputs.device) - start)
+        times.append(min(seconds[1:]))  # the first one warms up; contention with other processes only adds time
     return times
-
-
-def _timed(module: nn.Module, values: Tensor) -> tuple[float, Tensor]:
-    inputs = values.detach().requires_grad_(values.is_floating_point())
-    start = synchronized_time(inputs.device)
-    outputs: Tensor = module(inputs)
-    outputs.sum().backward()
-    return synchronized_time(inputs.device) - start, outputs
 
 
 def balance(seconds: Sequence[float], stages: int) -> list[int]:
@@ -191,8 +187,3 @@ def check_tied_weights(stages: Iterable[Sequence[ChainLayer]]) -> None:
                         "parallel.split so that both are in one stage, set model.tied_embeddings=false for a GPT, or "
                         "use parallel=ddp"
                     )
-
-
-def stage_slices(starts: Sequence[int], count: int) -> list[slice]:
-    """Returns the layers of each stage as slices of the chain of `count` layers."""
-    return [slice(start, stop) for start, stop in pairwise([*starts, count])]

@@ -27,28 +27,20 @@ Compression = Literal["none", "bf16", "fp16", "powersgd"]
 _COMPRESSION_HOOKS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
 
 
-def data_parallel(
-    *,
-    device: torch.device,
-    accumulate: int,
-    bucket_cap_mb: Positive,
-    static_graph: bool,
-    find_unused_parameters: bool,
-    compression: Compression,
-    sync_batchnorm: bool,
-    **keys: Unpack[ProcessKeys],
-) -> Mode:
+class DataParallelKeys(ProcessKeys):
+    """Config keys of the mode."""
+
+    bucket_cap_mb: Positive
+    static_graph: bool
+    find_unused_parameters: bool
+    compression: Compression
+    sync_batchnorm: bool
+
+
+def data_parallel(*, device: torch.device, accumulate: int, **keys: Unpack[DataParallelKeys]) -> Mode:
     """Joins the process group and builds the mode."""
-    build = partial(
-        DataParallel,
-        accumulate=accumulate,
-        sync_batchnorm=sync_batchnorm,
-        compression=compression,
-        bucket_cap_mb=bucket_cap_mb,
-        static_graph=static_graph,
-        find_unused_parameters=find_unused_parameters,
-    )
-    return join_mode("ddp", device, build, keys)
+    options: dict[str, Any] = {key: value for key, value in keys.items() if key not in ProcessKeys.__annotations__}
+    return join_mode("ddp", device, partial(DataParallel, accumulate=accumulate, **options), keys)
 
 
 class DataParallel(GroupMode):
@@ -74,8 +66,7 @@ class DataParallel(GroupMode):
         self.compression = compression
         self.options: Mapping[str, Any] = options  # of DistributedDataParallel
         self.split = replace(self.split, scale=group.size)
-        shards = 1 if sync_batchnorm else group.size
-        self.traits = ModeTraits(batch_norm_shards=shards)
+        self.traits = ModeTraits(batch_norm_shards=1 if sync_batchnorm else group.size)
         self._wait_timer: SyncWaitTimer | None = None
         self._no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext  # backward without gradient averaging
 
@@ -86,9 +77,8 @@ class DataParallel(GroupMode):
         # No broadcast of buffers in each forward: synchronized batch-norm statistics are equal anyway, and
         # `Placed.synchronize_buffers` averages the others.
         broadcast = "forward_sync_buffers" if _HAS_FORWARD_SYNC_BUFFERS else "broadcast_buffers"
-        options: dict[str, Any] = {**self.options, broadcast: False}
         # A collective: DDP compares the shapes of the parameters, and sends the values of rank 0 to all ranks.
-        placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+        placed = DistributedDataParallel(model, gradient_as_bucket_view=True, **{**self.options, broadcast: False})
         if self.compression == "powersgd":
             state = powerSGD_hook.PowerSGDState(process_group=None, start_powerSGD_iter=10)
             placed.register_comm_hook(state, powerSGD_hook.powerSGD_hook)

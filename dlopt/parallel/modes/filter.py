@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dlopt.basics.errors import UserError
 from dlopt.models.alexnet import TwoColumnAlexNet
-from dlopt.models.gpt import GPT, CausalSelfAttention, FeedForward, GPTBlock
+from dlopt.models.gpt import GPT, GPTBlock
 from dlopt.models.layers import ACTIVATIONS, GlobalAveragePool
 from dlopt.models.linear import Linear
 from dlopt.models.locally_connected import LocallyConnected2d
@@ -95,25 +95,21 @@ class Splitter:
         """
         for name, block in named_children(model):
             if isinstance(block, GPTBlock):
-                self._split_attention(f"{name}.attention", block.attention)
-                self._split_feed_forward(f"{name}.mlp", block.mlp)
-
-    def _split_attention(self, name: str, attention: CausalSelfAttention) -> None:
-        heads = attention.qkv.out_features // (3 * attention.head_width)
-        if heads % self.model_group.size:
-            raise UserError(
-                f"parallel={self.mode}: model.heads={heads} cannot be divided evenly among {self.model_group.size} "
-                "processes; use fewer processes or other heads"
-            )
-        self._split_outputs(f"{name}.qkv", attention.qkv, "replicated")  # its rows are ordered by head
-        self.split_inputs(f"{name}.project", attention.project, "sharded")
-
-    def _split_feed_forward(self, name: str, mlp: FeedForward) -> None:
-        transform_input(mlp, self.model_group.copy)
-        for key, layer in (("up", mlp.up), ("gate", mlp.gate)):
-            if layer is not None:
-                self._split_outputs(f"{name}.{key}", layer, "replicated", copy_input=False)
-        self.split_inputs(f"{name}.down", mlp.down, "sharded")
+                attention, mlp = block.attention, block.mlp
+                heads = attention.qkv.out_features // (3 * attention.head_width)
+                if heads % self.model_group.size:
+                    raise UserError(
+                        f"parallel={self.mode}: model.heads={heads} cannot be divided evenly among "
+                        f"{self.model_group.size} processes; use fewer processes or other heads"
+                    )
+                # The rows of qkv are ordered by head.
+                self._split_outputs(f"{name}.attention.qkv", attention.qkv, "replicated")
+                self.split_inputs(f"{name}.attention.project", attention.project, "sharded")
+                transform_input(mlp, self.model_group.copy)
+                for key, layer in (("up", mlp.up), ("gate", mlp.gate)):
+                    if layer is not None:
+                        self._split_outputs(f"{name}.mlp.{key}", layer, "replicated", copy_input=False)
+                self.split_inputs(f"{name}.mlp.down", mlp.down, "sharded")
 
     def split_sequence(self, modules: Iterable[tuple[str, nn.Module]], layout: Layout) -> Layout:
         """Splits modules called in sequence. Takes the first input's layout; returns the last output's layout."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Unpack
 
 import torch
@@ -53,15 +54,13 @@ def pipeline(
     in_flight = accumulate if micro_batches is None else micro_batches
     if isinstance(batch_size, int) and in_flight > batch_size:
         raise UserError(f"parallel.micro_batches={in_flight}: must be at most data.batch_size={batch_size}")
-    probe_samples = (
-        _PROBE_SAMPLES if isinstance(batch_size, str) else min(max(batch_size // in_flight, 2), _PROBE_SAMPLES)
-    )
+    largest = _PROBE_SAMPLES if isinstance(batch_size, str) else max(batch_size // in_flight, 2)
     build = partial(
         PipelineMode,
         in_flight=in_flight,
         schedule=schedule,
         split=split,
-        probe_samples=probe_samples,
+        probe_samples=min(largest, _PROBE_SAMPLES),
         low_precision=precision == "bf16",
         threads=threads,
     )
@@ -135,16 +134,14 @@ class PipelineMode(GroupMode):
         """Returns the layers of each stage, and notes for the user."""
         stages = self.group.size
         times = []
-        if self.ranks.is_main:  # only one rank measures: all ranks must arrive at the same partition
+        if self.ranks.is_main:  # measured times differ; all ranks must arrive at the same partition
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):
                 times = chains.time_layers(chain, inputs, self._forward_context)
-        # Measured times, and so the balanced partition, differ from rank to rank: two stages might then hold the same
-        # layer, or no stage might hold it.
         times = self.ranks.broadcast(times)
         named = self.first_layers
         starts = chains.balance(times, stages) if named is None else chains.named_starts(named, chain, stages)
-        slices = chains.stage_slices(starts, len(chain))
+        slices = [slice(start, stop) for start, stop in pairwise([*starts, len(chain)])]
         chains.check_tied_weights([chain[layers] for layers in slices])
         seconds = [sum(times[layers]) for layers in slices]
         total = max(sum(seconds), 1e-9)
@@ -175,9 +172,8 @@ class PipelineMode(GroupMode):
         # Only the last rank has outputs, losses and metrics; the other ranks contribute zeros to the sums.
         bounds = micro_batch_bounds(batch.total, self.traits.micro_batches)
         losses: list[Tensor] = []
-        # torch's schedule interleaves forward and backward of different micro-batches of a stage. So the schedule, not
-        # the step, owns the loop over micro-batches; the step passes the loss. A schedule requires micro-batches of one
-        # size. There are at most two sizes, and the larger micro-batches come first.
+        # torch's schedule interleaves forward and backward of micro-batches, and so owns the loop over them. All have
+        # one size: there are at most two sizes, and the larger micro-batches come first.
         for size in sorted({stop - start for start, stop in bounds}, reverse=True):
             same = [(start, stop) for start, stop in bounds if stop - start == size]
             samples = slice(same[0][0], same[-1][1])
@@ -199,8 +195,8 @@ class PipelineMode(GroupMode):
         return [loss.detach() for loss in losses]
 
     def _schedule(self, size: int, count: int) -> Any:
-        # torch's schedules fix the shapes of messages and the number of micro-batches, so there is one per pair. They
-        # call `self._micro_loss` through a lambda, because the loss function changes with every update.
+        # torch's schedules fix the shapes of messages and the number of micro-batches: one per pair. The loss function,
+        # which they call through a lambda, changes with every update.
         if (size, count) not in self._schedules:
             from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
@@ -237,7 +233,7 @@ class PipelineMode(GroupMode):
                 if self.is_last:
                     outputs.append(values)
                 else:
-                    # Asynchronous, so this stage starts the next micro-batch at once. The list keeps buffers alive.
+                    # Asynchronous: this stage starts the next micro-batch at once. The list keeps buffers alive.
                     sends.append((distributed.isend(values, self.group.rank + 1), values))
             for work, _ in sends:
                 assert work is not None  # this rank is in the group
@@ -266,7 +262,7 @@ class StageSplit(BatchSplit):
 def as_message(values: Tensor) -> Tensor:
     """Returns contiguous values with the strides of a new tensor, as `PipelineStage` in torch 2.11 requires.
 
-    `contiguous` returns tensors with any strides along dimensions of size 1 unchanged, such as channels-last tensors.
+    `contiguous` keeps any strides along dimensions of size 1.
     """
     return values.flatten().view(values.shape)
 
@@ -274,8 +270,7 @@ def as_message(values: Tensor) -> Tensor:
 class Stage(nn.Module):
     """The layers of one stage as one module. Inputs and outputs are contiguous, as pipeline messages must be.
 
-    Random generators advance as in a single process: the stage also draws the random numbers of the dropouts of the
-    other stages, in the order of the full model, and discards them.
+    Random generators advance as in a single process: it also draws for the dropouts of the other stages, in order.
     """
 
     def __init__(

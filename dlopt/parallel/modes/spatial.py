@@ -277,7 +277,7 @@ class SpatialSplitter:
                 self._gather_before(module)
                 return "replicated"
             case ZeroPadShortcut():
-                windows = self._row_windows(module, 1, module.stride, 0, 1, replicated_input=False)
+                windows = RowWindows(self.heights[module], 1, module.stride, 0, 1, self.model_group, False)
                 convert(module, RowZeroPadShortcut, windows=windows)
             case nn.BatchNorm2d() if type(module) is nn.BatchNorm2d:
                 self._mark_partial_grads(name, module)
@@ -321,8 +321,11 @@ class SpatialSplitter:
 
     def _split_windowed(self, name: str, layer: nn.Module, *, replicated_input: bool) -> None:
         """Converts a layer that slides windows over full maps: it then reads a strip with its halo."""
+        build = partial(
+            RowWindows, self.heights[layer], model_group=self.model_group, replicated_input=replicated_input
+        )
         if isinstance(layer, LocallyConnected2d):
-            windows = self._row_windows(layer, layer.kernel, layer.stride, layer.padding, 1, replicated_input)
+            windows = build(kernel=layer.kernel, stride=layer.stride, padding=layer.padding, dilation=1)
             self._shard_positions(name, layer, *windows.output_rows[self.model_group.rank])
             convert(layer, RowLocallyConnected2d, windows=windows)
             return
@@ -334,15 +337,10 @@ class SpatialSplitter:
             value[0] if isinstance(value, tuple) else value  # along the rows
             for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         )
-        windows = self._row_windows(layer, kernel, stride, padding, dilation, replicated_input)  # type: ignore[arg-type]
+        windows = build(kernel=kernel, stride=stride, padding=padding, dilation=dilation)  # type: ignore[arg-type]
         if isinstance(layer, nn.Conv2d):
             self._mark_partial_grads(name, layer)
         convert(layer, RowConv2d if isinstance(layer, nn.Conv2d) else RowMaxPool2d, windows=windows)
-
-    def _row_windows(
-        self, layer: nn.Module, kernel: int, stride: int, padding: int, dilation: int, replicated_input: bool
-    ) -> RowWindows:
-        return RowWindows(self.heights[layer], kernel, stride, padding, dilation, self.model_group, replicated_input)
 
     def _shard_positions(self, name: str, layer: LocallyConnected2d, start: int, stop: int) -> None:
         height, width = layer.extent

@@ -44,19 +44,16 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(inputs)
         outputs, mean, variance, count = _Normalize.apply(inputs, self.weight, self.bias, self.eps, self.group)
         if self.training and self.track_running_stats:
-            self._update_running_statistics(mean, variance, count)
+            # As in torch: the batch is normalized by the biased variance; the running average is of the unbiased one.
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            # Without a momentum, a cumulative average: the counter is read on the host, as in torch's batch norm.
+            factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
         return outputs
-
-    @torch.no_grad()
-    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        # As in torch: the batch is normalized by the biased variance, but the running average is of the unbiased one.
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        # Without a momentum, a cumulative average: the counter is read on the host, as in torch's batch norm.
-        factor = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
 
 
 def moments(values: Tensor, group: distributed.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,8 +152,8 @@ def buffer_averaging(
 
     None if there are none. (DDP's default is to broadcast rank 0's statistics before each forward.)
     """
-    # Called after every update. Running statistics are linear in the batch statistics, so averaging less often would
-    # change them by rounding only; but then an interrupted run would not be bitwise identical to an uninterrupted one.
+    # After every update: averaging less often would change them by rounding only, but then an interrupted run would not
+    # be bitwise identical to an uninterrupted one.
     synchronized = (SyncBatchNorm, nn.SyncBatchNorm)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, synchronized)]
     both = [b for norm in norms if norm.track_running_stats for b in (norm.running_mean, norm.running_var)]

@@ -21,15 +21,15 @@ _POLL_SECONDS = 0.5
 def end_if_hung(end: Callable[[], None] | None = None) -> Iterator[None]:
     """Within the context, ends this process if it hangs for `HUNG_SECONDS` after a stop signal.
 
-    If a rank is stopped (SIGSTOP) or its node fails, the other ranks wait in a collective, where Python's signal
-    handlers do not run. Therefore a thread also receives the signals and watches the main thread. `end`: called
-    instead of ending the process. Does nothing outside the main thread.
+    If a rank is stopped (SIGSTOP) or its node fails, the others wait in a collective, where Python's signal handlers do
+    not run. So a thread receives the signals, too, and watches the main thread. `end`: called instead of ending the
+    process. Does nothing outside the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Python runs signal handlers between two bytecodes of the main thread, and a hung C++ collective never returns to
-    # Python. But the interpreter writes the number of a signal into this socket at once, whatever the thread does.
+    # Python runs handlers between two bytecodes of the main thread; a hung collective has none. But the interpreter
+    # writes the number of a signal into this socket at once.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

@@ -41,7 +41,7 @@ def python_module(module: str, *arguments: str) -> list[str]:
     """Returns the command that runs a module of dlopt in a new process.
 
     -P keeps the working directory off sys.path, where a `random.py` would shadow Python's own; `allow_packages` appends
-    the directory again (`config/parsing.py`). Omits -P if dlopt itself is imported from the working directory.
+    the directory again (`config/parsing.py`). Without -P if dlopt itself is imported from it.
     """
     in_checkout = ROOT.parent == Path.cwd()
     return [sys.executable, *([] if in_checkout else ["-P"]), "-m", module, *arguments]
@@ -109,8 +109,8 @@ def start_rank(command: Sequence[str], environment: Mapping[str, str]) -> "subpr
 def _wait(children: "list[subprocess.Popen[bytes]]", interruption: Interruption) -> set[int]:
     """Waits until all ranks have ended; returns the ranks that had to be killed.
 
-    Forwards a stop signal once, after which the ranks get `GRACE` seconds. After a failure the other ranks get
-    `_FAILED_GRACE` seconds: they usually notice it in a collective, but may also hang in one.
+    Forwards a stop signal once, after which the ranks get `GRACE` seconds; after a failure, in which they may hang in a
+    collective, the others get `_FAILED_GRACE`.
     """
     is_forwarded, has_failed, killed = False, False, set()
     deadline: float | None = None

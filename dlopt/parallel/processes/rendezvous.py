@@ -34,8 +34,8 @@ def refuse_ranks(command: str, what: str) -> None:
 def slurm_master(environment: Mapping[str, str]) -> tuple[str, int]:
     """Returns the rendezvous address and port of a Slurm step; `parallel.master_addr` overrides it.
 
-    The address is the step's first node; if its name is unknown or does not resolve, the node that ran srun, and then
-    loopback. The port is derived from the job and step numbers: steps on one node rarely collide.
+    The step's first node; if it is unknown or does not resolve, the node that ran srun, and then loopback. The port
+    follows from the job and step numbers: steps on one node rarely collide.
     """
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
     job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment.get("SLURM_STEP_ID", 0))
@@ -137,7 +137,7 @@ def _call_roll(store: "Store", world: World, minutes: float) -> None:
 
 
 def _is_port_in_use(port: int) -> bool:
-    # torch raises the same DistNetworkError for a port in use and for any other failure, so try to bind.
+    # torch raises the same error for a port in use as for any other failure.
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
@@ -147,10 +147,9 @@ def _is_port_in_use(port: int) -> bool:
 
 # Which rank caused a failure?
 #
-# The type of the exception does not tell: gloo raises a bare RuntimeError for a lost peer, for a timeout and for own
-# errors (in torch 2.15 only NCCL and TCPStore raise DistError), and DDP passes it on from backward. The connections do
-# tell: gloo closes a group's connections when a peer is lost or a collective times out, and from then on a send fails
-# immediately. An error of this process leaves them open.
+# The exception does not tell: gloo raises a bare RuntimeError for a lost peer, for a timeout and for own errors (in
+# torch 2.15 only NCCL and TCPStore raise DistError). But when a peer is lost or a collective times out, gloo closes the
+# group's connections, and from then on a send fails immediately.
 #
 # Roll call: every rank whose collective failed because of a peer sets a key in the store. After `_ROLL_CALL` seconds,
 # the ranks without a key have ended or do not respond.
@@ -170,8 +169,7 @@ def _has_lost_connection() -> bool:
     import torch
     from torch import distributed
 
-    # Gloo raises a bare RuntimeError both for a lost rank and for its own errors. Sending to a lost rank fails. A
-    # message to a live rank is never received, which is harmless: the run ends.
+    # A message to a live rank is never received, which is harmless: the run ends.
     groups = distributed.distributed_c10d._world.pg_map if distributed.is_initialized() else ()
     for group in list(groups):
         peers = [rank for rank in range(group.size()) if rank != group.rank()]
@@ -233,9 +231,7 @@ def failure_of_peers(error: Exception) -> tuple[int, str] | None:
 
 
 def first_to_fail(code: int = FAILED, reason: str | None = None) -> bool:
-    """Returns whether this rank is the first to report a failure, which it then posts for the others.
-
-    One failure makes all ranks fail, and one message is enough.
+    """Returns whether this rank is the first to report a failure, which it then posts: one message is enough.
 
     Call before leaving the group: leaving makes the other ranks fail too.
     """
