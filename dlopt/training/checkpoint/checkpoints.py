@@ -31,8 +31,7 @@ from dlopt.config.resuming import refuse_other_config
 from dlopt.parallel.processes.rendezvous import caused_by_peer
 from dlopt.parallel.shard_files import ShardWriter
 from dlopt.training.checkpoint import content, sharded
-from dlopt.training.checkpoint.content import KEYS, Checkpoint
-from dlopt.training.checkpoint.older import with_length
+from dlopt.training.checkpoint.content import KEYS, Checkpoint, with_length
 
 log = logging.getLogger(__name__)
 

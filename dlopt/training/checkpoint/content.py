@@ -4,6 +4,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, NotRequired, cast
 
@@ -15,12 +16,13 @@ from typing_extensions import TypedDict
 from dlopt.adapt import merged
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
-from dlopt.basics.length import BatchCount, Length, UpdateCount
+from dlopt.basics.length import BatchCount, Length, SampleCount, UpdateCount
 from dlopt.basics.plain_values import check_plain, join
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.metrics.names import Direction
 from dlopt.tasks.kinds import restored
 from dlopt.tasks.task import Task
+from dlopt.tracking.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Checkpoint:
 
     @property
     def length(self) -> Length:
-        """Of the run; of an earlier version, whose checkpoint does not say it, as far as it is known (`older.py`)."""
+        """The length of the run; of one of an earlier version, what `with_length` knows."""
         return Length.restored(self._progress["length"])
 
     @property
@@ -280,6 +282,26 @@ def damage(state: Mapping[str, Any], *, whole: bool = True) -> str | None:
         key = printable(".".join(map(str, first["loc"])))
         return f"{key[:80]}: {first['msg'].removeprefix('Value error, ')}"
     return None if state["progress"].keys() & {"length", "horizon"} else "progress.length: Field required"
+
+
+def with_length(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the content of the checkpoint `path` with the length of its run, which earlier versions do not say.
+
+    Of their samples nothing is known (0), nor how a batch grew, and without a whole epoch in metrics.jsonl nothing of
+    the batches of an epoch (0).
+    """
+    progress = state["progress"]
+    if "length" in progress:
+        return dict(state)
+    per_epoch, has_steps = progress.get("steps_per_epoch", 0), state["config"].get("steps") is not None
+    for line in read_metrics(path.parent.parent):
+        epoch, step = line.get("epoch"), line.get("step")
+        is_whole = not has_steps or (type(step) is int and step < progress["step"])  # steps=N may have ended an epoch
+        if not per_epoch and is_whole and type(epoch) is type(step) is int and epoch > 0 and step % epoch == 0:
+            per_epoch = step // epoch
+    updates, horizon, unknown = UpdateCount(progress["step"]), BatchCount(progress["horizon"]), SampleCount(0)
+    length = Length(updates, horizon, BatchCount(per_epoch), unknown, unknown)
+    return {**state, "progress": {**progress, "length": length.state_dict()}}
 
 
 _READABLE = {
