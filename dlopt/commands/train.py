@@ -66,32 +66,31 @@ def train(arguments: list[str]) -> int:
     from dlopt.parallel.processes.rendezvous import end_process
     from dlopt.run.runner import CODE_OF, release, run
 
-    with document_only() if parsed.json else contextlib.nullcontext() as show, interpolations_explained():
-        # 2. Join the ranks of torchrun or srun: only rank 0 goes on, and sends the run to the others.
-        store = _join_ranks(parsed)
-        with contextlib.nullcontext() if store is None else _errors_passed_on(store):
-            # 3. Compose and check the run.
-            plan = _plan(parsed, show, store)
-
-            # 4. Run it. A failed run has a document, too.
-            if isinstance(plan, int):
-                code = plan
-            else:
-                try:
-                    folder, summary = run(plan, store=store)
-                    code = CODE_OF[summary["status"]]
-                except ReportedError as error:
-                    if show is None or error.code == USER_ERROR:
-                        raise
-                    assert plan.config is not None
-                    folder, code = RunFolder(Path(plan.config.hydra.runtime.output_dir)), error.code
-                    summary = folder.summary()
-                if show is not None:
-                    show({"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary})
+    shown = document_only() if parsed.json else contextlib.nullcontext()
+    # 2. Join the ranks of torchrun or srun: only rank 0 continues, and sends the run to the others.
+    with shown as show, interpolations_explained(), _rank_0(parsed) as store:
+        # 3. Compose and check the run, unless something else is requested.
+        plan = _plan(parsed, show, store)
+        if isinstance(plan, int):
+            code = plan
+        else:
+            # 4. Run it, and show its document, also if it fails.
+            summary: dict[str, Any] | None
+            try:
+                folder, summary = run(plan, store=store)
+                code = CODE_OF[summary["status"]]
+            except ReportedError as error:
+                if show is None or error.code == USER_ERROR:
+                    raise
+                assert plan.config is not None
+                folder, code = RunFolder(Path(plan.config.hydra.runtime.output_dir)), error.code
+                summary = folder.summary()
+            if show is not None:
+                show({"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary})
         if store is not None:
             release(store, code)
             end_process(code)
-        return code
+    return code
 
 
 def help_page(arguments: list[str]) -> str:
@@ -196,58 +195,44 @@ def _refuse_document(show: Show | None, config: "DictConfig") -> None:
         raise UserError(f"--json: prints the result of a run or a sweep; not available for {what}")
 
 
-def _join_ranks(parsed: Namespace) -> "Store | None":
-    """Returns the store through which rank 0 sends the run to the other ranks of torchrun or srun, which end here.
+@contextlib.contextmanager
+def _rank_0(parsed: Namespace) -> Iterator["Store | None"]:
+    """Yields the store through which rank 0 of torchrun or srun sends the run to the others, which end here.
 
-    None without other ranks, and on rank 0 if there is no run to send. Raises `UserError`.
+    None in a single process, and if there is no run to send. Passes errors on to the other ranks. Raises `UserError`.
     """
     from dlopt.commands.shared.processes import prepare_rank
     from dlopt.parallel.processes.rendezvous import end_process, join_store
-    from dlopt.run.runner import follow
+    from dlopt.run.runner import follow, release
 
-    if (world := current()) is None:
-        return None
-    prepare_rank()
-    if world.restarts and not is_set("resume", parsed.overrides):
-        parsed.overrides.append("resume=auto")  # torchrun has restarted the run
-    if parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info:
-        if world.is_main:
-            return None
+    world = current()
+    if world is not None:
+        prepare_rank()
+        if world.restarts and not is_set("resume", parsed.overrides):
+            parsed.overrides.append("resume=auto")  # torchrun has restarted the run
+    sends = not (parsed.multirun or parsed.hydra_help or parsed.cfg or parsed.info)
+    if world is None or (world.is_main and not sends):
+        yield None
+        return
+    if not sends:
         if parsed.multirun:
             _refused_by_main()
         end_process(DONE)
     try:
-        typed = {override.key_or_group: override.value() for override in parse_overrides(parsed.overrides)}
+        typed: dict[str, Any] = {each.key_or_group: each.value() for each in parse_overrides(parsed.overrides)}
     except UserError:
         if not (world.is_main or world.is_started_by_hand):
             _refused_by_main()
         raise
     host, port, minutes = (typed.get(key) for key in _ADDRESS)
-    is_valid = isinstance(minutes, int | float) and 0 < minutes < 1e6  # else refused with the config
+    if not isinstance(minutes, int | float) or not 0 < minutes < 1e6:
+        minutes = 10.0  # an invalid one is refused with the config
     with killed_by_signals():
-        store = join_store(world, minutes=minutes if is_valid else 10.0, address=host, port=port)
+        store = join_store(world, minutes=minutes, address=host, port=port)
     if not world.is_main:
         end_process(follow(store, parsed.overrides))
-    return store
-
-
-def _refused_by_main() -> NoReturn:
-    """Ends a rank > 0, but after rank 0 has printed why: torchrun ends all ranks as soon as one has ended."""
-    from dlopt.parallel.processes.rendezvous import end_process
-
-    with killed_by_signals():
-        time.sleep(_HEAD_START)
-    end_process(USER_ERROR)
-
-
-@contextlib.contextmanager
-def _errors_passed_on(store: "Store") -> Iterator[None]:
-    """Ends rank 0 on an error in the block, and the other ranks if they have not received the run yet."""
-    from dlopt.parallel.processes.rendezvous import end_process
-    from dlopt.run.runner import release
-
     try:
-        yield
+        yield store
     except UserError as error:
         print_message(str(error))
         release(store, error.code, str(error))
@@ -258,3 +243,12 @@ def _errors_passed_on(store: "Store") -> Iterator[None]:
     except BaseException:
         release(store, FAILED)
         raise
+
+
+def _refused_by_main() -> NoReturn:
+    """Ends a rank > 0, but after rank 0 has printed why: torchrun ends all ranks as soon as one has ended."""
+    from dlopt.parallel.processes.rendezvous import end_process
+
+    with killed_by_signals():
+        time.sleep(_HEAD_START)
+    end_process(USER_ERROR)

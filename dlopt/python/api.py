@@ -1,7 +1,4 @@
-"""Python API for scripts and notebooks: `import dlopt`, then `dlopt.train`, `dlopt.runs`, ...
-
-`dlopt.runs` and `dlopt.open_run` are in `dlopt.python.runs`, which imports no torch.
-"""
+"""Python API for scripts and notebooks: `dlopt.train`, ...; `dlopt.runs` and `dlopt.open_run` import no torch."""
 
 import contextlib
 import io
@@ -91,10 +88,8 @@ def sweep(overrides: Sequence[str] = (), *, console: bool = False, **keys: objec
     redirected = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with preserve_global_state("sweep()"), _hidden_main(), redirected[0], redirected[1]:
         parsed = parse_arguments(["-m", *lines])
-        typed = parsed.overrides
-        composer = Composer(config_dir=parsed.config_dir, words=typed)
-        words = branched(composer, with_folder(typed, multirun=True))
-        request = sweeps.request(composer, words)
+        composer = Composer(config_dir=parsed.config_dir, words=parsed.overrides)
+        request = sweeps.request(composer, branched(composer, with_folder(parsed.overrides, multirun=True)))
         if request.config.dry_run:
             raise UserError("dry_run=true: only available in `dlopt train`")
         sweeps.run(replace(request, is_waiting=True))
@@ -118,11 +113,8 @@ def find_lr(overrides: Sequence[str] = (), **keys: object) -> LearningRates:
 
 
 def _checked(function: str, overrides: Sequence[str], keys: Mapping[str, object], hint: str) -> list[str]:
-    """Returns the overrides as Hydra parses them. Raises `UserError` for anything else than a list of them.
-
-    `keys`: the keyword arguments, as in `train(optimizer="adamw")`.
-    """
-    if keys:
+    """Returns the overrides as Hydra parses them. Raises `UserError` for anything else than a list of them."""
+    if keys:  # train(optimizer="adamw")
         wrong = ", ".join(f"{key}={value!r}" for key, value in keys.items())
         typed = [overrides] if isinstance(overrides, str) else list(overrides)
         lines = [*typed, *(f"{key}={show(value)}" for key, value in keys.items())]

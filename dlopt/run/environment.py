@@ -37,9 +37,12 @@ def machine() -> dict[str, Any]:
 
     from dlopt.machine.memory import installed_memory
 
+    host = platform.node()
+    if os.environ.get("DLOPT_HASH_HOST") == "1":
+        host = hashlib.sha256(host.encode()).hexdigest()[:12]
     return {
         "platform": platform.platform(),
-        "host": _host(),
+        "host": host,
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": installed_memory(),
@@ -51,9 +54,14 @@ def versions() -> dict[str, Any]:
     """Returns the versions of Python, of CUDA, of dlopt with its commit, and of the installed packages that it uses."""
     import torch
 
+    commit = None
+    if (facts := submitted()) is not None:
+        commit = facts.get("git_commit")
+    elif (ROOT.parent / ".git").exists():
+        commit = _text(git("-C", str(ROOT.parent), "rev-parse", "HEAD"))
     return {
         "dlopt": __version__,
-        "git_commit": _dlopt_commit(),
+        "git_commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -72,30 +80,31 @@ def changed_versions(before: Mapping[str, Any]) -> list[str]:
 
 
 def repository() -> tuple[dict[str, Any] | None, bytes]:
-    """Describes the Git repository of the current folder, and returns the diff of its uncommitted changes.
+    """Describes the Git repository of the current folder (None without one, or without git) and what is uncommitted.
 
-    Returns None without a repository (or without git), and b"" without changes. Untracked files, submodules and what
-    filters such as Git LFS would change do not count: files are compared as they are. A diff of more than
-    `MAX_DIFF_BYTES` is truncated, as its last line states.
+    Untracked files, submodules and what filters such as Git LFS would change do not count: files are compared as they
+    are. The last line of a diff says if it is cut, after `MAX_DIFF_BYTES`.
     """
     if (facts := submitted()) is not None:
+        diff = b""
         with contextlib.suppress(OSError, ValueError):
-            return facts.get("code"), read_regular(Path(os.environ[SUBMITTED], DIFF), 2 * MAX_DIFF_BYTES)
-        return facts.get("code"), b""
-    top = git("rev-parse", "--show-toplevel")
+            diff = read_regular(Path(os.environ[SUBMITTED], DIFF), 2 * MAX_DIFF_BYTES)
+        return facts.get("code"), diff
+    top = (git("rev-parse", "--show-toplevel") or b"").removesuffix(b"\n")
     if not top:
         return None, b""
     commit = git("rev-parse", "--verify", "HEAD")
-    diff = None if commit is None else _diff(top.removesuffix(b"\n"))
+    changes = None if commit is None else _diff(top)
     facts = {
-        "folder": os.fsdecode(top.removesuffix(b"\n")),
-        "commit": None if commit is None else commit.decode().strip(),
-        "dirty": None if diff is None else bool(diff),
-        "diff": DIFF if diff else None,
+        "folder": os.fsdecode(top),
+        "commit": _text(commit),
+        "dirty": None if changes is None else bool(changes),
+        "diff": DIFF if changes else None,
     }
-    if diff is not None and len(diff) > MAX_DIFF_BYTES:
-        diff = diff[:MAX_DIFF_BYTES] + f"\n[cut after {MAX_DIFF_BYTES} bytes]\n".encode()
-    return facts, diff or b""
+    changes = changes or b""
+    if len(changes) > MAX_DIFF_BYTES:
+        changes = changes[:MAX_DIFF_BYTES] + f"\n[cut after {MAX_DIFF_BYTES} bytes]\n".encode()
+    return facts, changes
 
 
 def submitted() -> dict[str, Any] | None:
@@ -161,15 +170,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _dlopt_commit() -> str | None:
-    """Returns the Git commit of dlopt if it is imported from a checkout, or from a copy that was made of one."""
-    if (facts := submitted()) is not None:
-        return facts.get("git_commit")
-    root = ROOT.parent
-    commit = git("-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
-    return None if commit is None else commit.decode().strip()
-
-
 def _diff(top: bytes) -> bytes | None:
     """Returns the uncommitted changes below `top`. Starts no program of the repository; None if that is impossible."""
     if git("rev-parse", "--absolute-git-dir") != git("-C", os.fsdecode(top), "rev-parse", "--absolute-git-dir"):
@@ -200,19 +200,18 @@ _GIT_VARIABLES = {
 
 
 def git(*arguments: str, allowed: tuple[int, ...] = (0,)) -> bytes | None:
-    """Returns the output of a Git command; None if it fails: with another exit code than `allowed`."""
-    command = [*_GIT, *arguments]
-    environment = {**os.environ, **_GIT_VARIABLES}
-    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    """Returns the output of a Git command; None if it fails: with an exit code that is not `allowed`."""
+    null, pipe, environment = subprocess.DEVNULL, subprocess.PIPE, {**os.environ, **_GIT_VARIABLES}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, stdin=null, stdout=pipe, stderr=null, env=environment, timeout=_GIT_SECONDS)
+        done = subprocess.run(
+            [*_GIT, *arguments], stdin=null, stdout=pipe, stderr=null, env=environment, timeout=_GIT_SECONDS
+        )
         return done.stdout if done.returncode in allowed else None
     return None
 
 
-def _host() -> str:
-    name = platform.node()
-    return hashlib.sha256(name.encode()).hexdigest()[:12] if os.environ.get("DLOPT_HASH_HOST") == "1" else name
+def _text(output: bytes | None) -> str | None:
+    return None if output is None else output.decode().strip()
 
 
 def _processor() -> str:

@@ -23,19 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A checked run in its folder, before anything is written to it.
-
-    Attributes:
-        before: the folder as it was, to restore it if the run is refused.
-        is_new: no earlier run has left its config in the folder.
-        is_done: resume=auto, and the run has ended.
-    """
+    """A checked run in its folder, before anything is written to it."""
 
     run: "TrainingRun"
     folder: RunFolder
-    before: FolderSnapshot
-    is_new: bool
-    is_done: bool
+    before: FolderSnapshot  # the folder as it was, to restore it if the run is refused
+    is_new: bool  # no earlier run has left its config in the folder
+    is_done: bool  # resume=auto, and the run has ended
 
     def refuse_other_run(self) -> None:
         """Raises `UserError` if another process has started a run in this new folder since `place`."""
@@ -43,10 +37,8 @@ class Attempt:
             raise UserError(f"hydra.run.dir={self.folder.path}: another run is active in this folder")
 
     def erase_if_new(self) -> None:
-        """Removes the folder of a new run that was refused.
-
-        A run that has saved is never erased, not even if a signal came between its end and its exit code.
-        """
+        """Removes the folder of a new run that was refused."""
+        # Not even if a signal came between the end of a run and its exit code.
         has_saved = (self.folder.checkpoints / "last.pt").exists()
         if self.is_new and not has_saved and not self.folder.is_live():
             self.before.erase(self.folder.path)

@@ -1,8 +1,6 @@
-"""One run as a process: `python -m dlopt.run.job FOLDER [CHECKPOINT]`.
+"""One run as a process: `python -m dlopt.run.job FOLDER [CHECKPOINT]`, by default from the folder's newest checkpoint.
 
-Runs the config FOLDER/config.yaml from that checkpoint, by default from the newest one in the folder. The jobs of a
-sweep and the ranks of a parallel run are started this way, each as a separate process: a killed job does not affect the
-others.
+Jobs of a sweep and ranks of a run are started this way: a job that is killed does not affect the others.
 """
 
 import os
@@ -20,17 +18,14 @@ from dlopt.run.runner import exit_code
 
 
 def redact_output() -> None:
-    """Redacts what this process prints: the output of a job is stored in its folder.
-
-    A forked job has another environment than the server that imported `dlopt.basics.secrets`.
-    """
-    note_environment()
+    """Redacts what this process prints: the output of a job is stored in its folder."""
+    note_environment()  # of a forked job: not that of the server that has imported `dlopt.basics.secrets`
     for name in ("stdout", "stderr"):
         setattr(sys, name, RedactedStream(getattr(sys, name)))
 
 
 def main() -> int:
-    """Runs the job given by `sys.argv` and returns its exit code."""
+    """Runs the job of `sys.argv`; returns its exit code."""
     if RANK in os.environ:
         launch.end_rank_with_parent()
     from dlopt.config.older import of_today
@@ -51,8 +46,7 @@ def main() -> int:
         run_config = parse(resolve_saved(config), config, choices)
         state = None
         if rendezvous.is_main():  # the other ranks receive the state from rank 0
-            checkpoint = sys.argv[2:]
-            state = load(Path(checkpoint[0])) if checkpoint else load_of_run(folder, config)
+            state = load(Path(sys.argv[2])) if sys.argv[2:] else load_of_run(folder, config)
         run = TrainingRun(run_config, folder.path, state, choices)
     except (UserError, RunError) as error:
         if rendezvous.is_main():

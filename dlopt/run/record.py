@@ -34,8 +34,7 @@ def report(
 ) -> int:
     """Writes to the run's folder why it has ended, prints it in one line, and returns the exit code.
 
-    The same rule for shell, job and rank; of several ranks, only the first to fail reports. `may_diverge`: divergence
-    is a result of the run like any other, and only recorded.
+    Of several ranks, only the first to fail reports. `may_diverge`: divergence is only recorded.
     """
     from dlopt.training.nonfinite import Diverged
 
@@ -99,7 +98,7 @@ def described(run: "TrainingRun") -> Iterator[None]:
     try:
         if rendezvous.is_main() and run.overrides is None:
             _record_machine(run.folder)
-        elif rendezvous.is_main():
+        elif rendezvous.is_main() and run.overrides is not None:
             if run.checkpoint is not None:
                 names = ("config.yaml", "overrides.yaml", "environment.json", environment.DIFF)
                 paths = [run.folder / name for name in names]
@@ -119,15 +118,15 @@ def described(run: "TrainingRun") -> Iterator[None]:
 def describe(folder: Path, config: Mapping[str, Any], overrides: Sequence[str], choices: Mapping[str, str]) -> None:
     """Writes config.yaml, overrides.yaml, environment.json and, for uncommitted changes of the user's code, code.diff.
 
-    A resumed run keeps its tags and its note, which `dlopt runs tag` may have changed, unless others are typed; and its
-    id. Raises `UserError` if the folder is not writable.
+    A resumed run keeps its id, and its tags and its note, which `dlopt runs tag` may have changed, unless others are
+    typed. Raises `UserError` if the folder is not writable.
     """
     refuse_links(folder, f"hydra.run.dir={folder}")
-    overrides, run = storable(overrides), RunFolder(folder)
-    former, before = run.config() or {}, run.typed()
+    overrides, started = storable(overrides), RunFolder(folder)
+    former, before = started.config() or {}, started.typed()
     typed = [line for line in overrides if line not in before]
     labels = {key: former[key] for key in LABELS if key in former and not is_set(key, typed)}
-    config = {"run_id": run.run_id() or new_run_id(), **config, **labels}
+    config = {"run_id": started.run_id() or new_run_id(), **config, **labels}
     code, diff = environment.repository()
     submitted = environment.submitted()
     facts = {
@@ -158,21 +157,20 @@ def _changed_versions(run: "TrainingRun") -> str:
     resume = Path(run.run_config.settings.resume or "")  # another run, or its checkpoint; or auto
     folders = (run.folder, resume, *resume.parents[:2])
     before = next((found for folder in folders if (found := read_json(folder / "environment.json"))), {})
-    changed = environment.changed_versions(before)
     former = before.get("allow_packages")
     former = former if isinstance(former, dict) else {}
-    for name, package in environment.packages(former).items():
-        known = former[name]
-        facts = ("version", "sha256")  # not the folder, which may have moved
-        if package and isinstance(known, dict) and any(package.get(fact) != known.get(fact) for fact in facts):
-            changed.append(f"other code of {name}")
-    return ", ".join(changed)
+    others = [
+        f"other code of {name}"
+        for name, package in environment.packages(former).items()
+        if package and isinstance(known := former[name], dict)
+        and any(package.get(fact) != known.get(fact) for fact in ("version", "sha256"))  # the folder may have moved
+    ]  # fmt: skip
+    return ", ".join([*environment.changed_versions(before), *others])
 
 
 def _record_machine(folder: Path) -> None:
     """Updates the machine in environment.json, which the sweep of this job may have written on another one."""
-    path = folder / "environment.json"
-    saved = read_json(path)
+    saved = read_json(path := folder / "environment.json")
     if saved is not None and saved != (facts := saved | environment.machine()):
         with contextlib.suppress(OSError):
             write_json(path, facts)
@@ -180,7 +178,7 @@ def _record_machine(folder: Path) -> None:
 
 def record_failure(folder: Path, reason: str, *, diverged: bool = False, died: bool = False) -> dict[str, Any]:
     """Writes the summary of a failed run, and returns it. `died`: its process ended without a word."""
-    summary = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason}
+    summary: dict[str, Any] = {"status": "failed", "run_id": RunFolder(folder).run_id(), "reason": reason}
     summary |= {name: True for name, is_so in (("diverged", diverged), ("died", died)) if is_so}
     with contextlib.suppress(OSError):
         write_json(folder / "summary.json", summary)

@@ -43,8 +43,7 @@ def run(
     """Runs a checked plan; returns its folder, and its summary as in summary.json.
 
     Args:
-        store: of the ranks of a launcher, through which the others receive the run (see `follow`).
-        console: show progress.
+        store: through which the other ranks of a launcher `follow`.
         from_python: a call of `dlopt.train`: errors are not printed but raised as they are, and neither logging nor
             the environment of the process change.
 
@@ -95,14 +94,10 @@ def run(
 def execute(
     run: "TrainingRun", *, console: bool = True, prints: bool = True, may_diverge: bool = False
 ) -> dict[str, Any]:
-    """Runs in this process, or in the processes that the run needs; returns the summary.
+    """Trains in the folder of the run, in as many processes as it needs; returns the summary.
 
-    Args:
-        prints: print an error in one line, and raise `ReportedError`; otherwise the error is recorded and raised.
-        may_diverge: divergence is a result of the run like any other, and not printed.
-
-    Raises:
-        ReportedError: the run has failed or was interrupted, and has recorded and printed why.
+    Raises `ReportedError` for a run that has failed or was interrupted, and has recorded and printed why; what it met,
+    unprinted, without `prints`. `may_diverge`: divergence is a result like any other, and not printed.
     """
     settings, console = run.run_config.settings, console and not launch.is_quiet()
     try:
@@ -111,13 +106,14 @@ def execute(
             from dlopt.training.run import train_run
 
             # 1. Lock the folder before it is described: a second start must not replace the config of the active run.
-            processes, lock = 1, contextlib.nullcontext()
+            folder, processes = RunFolder(run.folder), 1
+            lock: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
             try:
                 if current() is None:
                     processes = launch.count_processes(run.run_config.parallel.arguments, settings.device)
                 if rendezvous.is_main():
                     # With child processes, rank 0 takes the lock: that lock held here would refuse it.
-                    lock = RunFolder(run.folder).lock(*([LAUNCHER_LOCK] if processes > 1 else []))
+                    lock = folder.lock(LAUNCHER_LOCK) if processes > 1 else folder.lock()
             except UserError as error:
                 raise NotStartedError(str(error)) from None
 
@@ -138,10 +134,10 @@ def execute(
                 checkpoint = None if resume in (None, "auto") else str(RunFolder.to_resume(resume))
                 is_job = run.overrides is None
                 code = launch.run_group(run.folder, processes, checkpoint, record=is_job, console=console)
-                summary = RunFolder(run.folder).summary() or {}
+                summary = folder.summary() or {}
                 if code == INTERRUPTED:  # before a rank wrote anything, or in an attempt after the one that wrote it
-                    return {**summary, "status": "interrupted"}
-                if code != DONE:
+                    summary["status"] = "interrupted"
+                elif code != DONE:
                     reason = f"{run.folder}: the run failed; its processes report why"
                     raise ReportedError(code, summary.get("reason", reason))
                 return summary
@@ -155,7 +151,7 @@ def execute(
 
 
 def exit_code(run: "TrainingRun", *, console: bool = True, may_diverge: bool = False) -> int:
-    """Executes a run as a job, or as one rank of several; returns its exit code. See `execute`."""
+    """Executes a run as a job, or as one rank of several; returns its exit code."""
     try:
         return CODE_OF[execute(run, console=console, may_diverge=may_diverge)["status"]]
     except ReportedError as error:
@@ -216,11 +212,11 @@ def tools(run: "TrainingRun", *, console: bool) -> "Tools":
     # A picture for the person who watches the run: jobs of sweeps, comparisons and calls of the library have a report,
     # or draw themselves; tracking=[] requests the fewest files.
     if console and settings.tracking and not is_job_of_sweep(run):
-        chosen = replace(chosen, draw=_draw)
+        chosen = replace(chosen, draw=draw)
     return chosen
 
 
-def _draw(workload: "Workload", folder: Path, restarts: Sequence[float], tested: "TestReport") -> dict[str, Path | str]:
+def draw(workload: "Workload", folder: Path, restarts: Sequence[float], tested: "TestReport") -> dict[str, Path | str]:
     from dlopt.instruments import evaluation, reconstructions  # late: matplotlib takes long to import
     from dlopt.results import curves
 

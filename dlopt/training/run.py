@@ -1,8 +1,7 @@
-"""A run, from its config to its summary.
+"""A run, from its config to its summary: `train_run` prepares it, trains (`Trainer.fit`), tests and records.
 
-`train_run` prepares a `Workload` (data, model, loss) and a `Trainer`, trains with its loop (`Trainer.fit`), tests the
-best model, and records the results. It is called by `dlopt.run.runner.execute`, which has locked the folder of the run
-and catches what is raised here: in the process of `dlopt train`, in each rank of a run, and in each job of a sweep.
+`dlopt.run.runner.execute` calls it in the process of `dlopt train`, in each rank of a run, and in each job of a sweep:
+with the folder of the run locked, and catching what is raised here.
 """
 
 import contextlib
@@ -47,18 +46,15 @@ from dlopt.training.user_observers import UserObservers
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run uses of the rooms that use trainers or trained models, which this one does not import.
+    """Functions of rooms that this one does not import, where the config needs them. Only `draw` raises no `UserError`.
 
     Attributes:
-        observe: builds the observers of a run (diagnostics, profiler), given its length and folder
-            (`instruments.observers.observers`). Raises `UserError`.
-        find_lr: returns the learning rate for optimizer.lr=auto (`instruments.lr_range.find_lr`). Raises `UserError` if
-            none is suitable.
-        add_teacher: returns the workload with the teacher of loss=distillation (`trained.distillation.with_teacher`).
-            Raises `UserError`.
-        draw: draws a run that was not interrupted, with its best model, into its folder (`run.runner.draw`), given the
-            restarts of the schedule in epochs and the report of the test; an error in it does not fail the run. Returns
-            the paths, or how to draw, by description. Such a run is tested on the validation set if it has no test set.
+        observe: builds the observers of a run of this length (`instruments.observers.observers`).
+        find_lr: returns the learning rate for optimizer.lr=auto (`instruments.lr_range.find_lr`).
+        add_teacher: returns the workload with the teacher of its loss (`trained.distillation.with_teacher`).
+        draw: draws a run into its folder at its end, with the best model, the restarts of the schedule (in epochs) and
+            the report of its test; returns the paths, or how to draw, by description (`run.runner.draw`). An error in
+            it does not fail the run. Such a run is tested on the validation set if it has no test set.
     """
 
     observe: Callable[[Workload, Length, Tracking, Path], Sequence[Observer]] | None = None
@@ -75,21 +71,18 @@ def train_run(
 ) -> dict[str, Any]:
     """Trains, tests the best model, and returns the summary, which is also written to summary.json.
 
-    Args:
-        interruption: stops the run with a checkpoint when it becomes true: on a signal, or after `max_time`. Before the
-            end of the first update, a signal may raise `Interrupted` instead.
-        console: show progress.
-
-    Raises:
-        UserError: the config cannot work; before the first update.
-        RunError: the run failed later.
+    `interruption` stops the run with a checkpoint when it becomes true: on a signal, or after `max_time`. Until the
+    first update is done, a signal may raise `Interrupted` instead. Raises `UserError` before the first update if the
+    config cannot work, and `RunError` if the run failed later.
     """
+    # 1. Prepare.
     with _prepared(run, tools, console=console) as (workload, trainer):
+        # 2. Fit.
         stop = workload.parallel.ranks.synchronized_stop(interruption)
         interruption.raise_if_received()
         status = trainer.fit(stop, interruption.defer)
 
-        # Test the best model.
+        # 3. Test the best model.
         tested: TestReport | None = TestReport({})
         if status != "interrupted" and workload.run_config.settings.evaluate.test:
             tested = _test(trainer, workload, stop, is_shown=tools.draw is not None)
@@ -99,15 +92,17 @@ def train_run(
             advice = how_to_resume(RunFolder(run.folder), is_launched())
             trainer.tracking.message(f"{stop.reason}: stopped; {advice}")
 
-        # Record the results. Last, because summary.json marks the run as finished: one that is killed before, in the
-        # test, is tested again when it is resumed.
+        # 4. Record. Last, because summary.json marks the run as finished: one that is killed before, in the test, is
+        #    tested again when it is resumed.
         trainer.measure_memory()
         summary = summarize(workload, status, trainer.progress, trainer.best, trainer.recovery)
         summary |= tested.metrics if tested.split == "test" else {}
         trainer.user_observers.at_end(summary)
         pictures = None
         if tools.draw is not None and status != "interrupted":
-            pictures = partial(tools.draw, workload, run.folder, _restarts(trainer), tested)
+            schedule = trainer.step.schedule
+            restarts = [trainer.length.epochs_of(t) for t in schedule.restarts if t < schedule.last_epoch]
+            pictures = partial(tools.draw, workload, run.folder, restarts, tested)
         trainer.checkpoints.refuse_moved()
         trainer.tracking.finish(summary, pictures, tested, workload.class_names or ())
         return summary
@@ -203,9 +198,3 @@ def _test(trainer: Trainer, workload: Workload, stop: Interruption, *, is_shown:
     metrics = {} if tested is None else tested.metrics
     trainer.train_metrics.warn_if_not_finite(metrics, "test_loss", trainer.tracking.message)
     return tested
-
-
-def _restarts(trainer: Trainer) -> list[float]:
-    """Returns the restarts of the schedule so far, in epochs."""
-    done = [step for step in trainer.step.schedule.restarts if step < trainer.step.schedule.last_epoch]
-    return [trainer.length.epochs_of(t) for t in done]

@@ -1,5 +1,6 @@
 """The way of a run, from the command line to an update: the functions that a reader opens, in this order."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ FRAMES = [
 
 
 def test_frames_of_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CONTRIBUTING.md names them, too."""
     found: list[str] = []
     begin = Step.begin
 
@@ -33,11 +33,20 @@ def test_frames_of_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         while frame is not None:
             path = Path(frame.f_code.co_filename)
             if path.is_relative_to(ROOT):
-                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-                found.insert(0, f"{module}.{frame.f_code.co_qualname}")
+                found.insert(0, f"{module(path.relative_to(ROOT))}.{frame.f_code.co_qualname}")
             frame = frame.f_back
         begin(self, *arguments, **keys)
 
     monkeypatch.setattr(Step, "begin", noting)
     assert dlopt(tmp_path, "train", *TINY).code == 0
     assert found == FRAMES
+
+
+def test_the_tour_of_contributors_names_them() -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    stops = re.findall(r"^\d\. `([\w.]+)` \(`dlopt/([\w/]+\.py)`\)", text, re.MULTILINE)
+    assert [f"{module(Path(path))}.{name}" for name, path in stops] == FRAMES
+
+
+def module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts)

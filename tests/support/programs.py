@@ -32,7 +32,7 @@ STARTED = {
     "parallel/processes/launch.py:start_rank": CALLERS,
     "parallel/processes/rendezvous.py:slurm_master": "the names of nodes in a variable of Slurm",
     "run/environment.py:_diff": "fixed words, a folder after -C, and names of filters, which -c sets to nothing",
-    "run/environment.py:_dlopt_commit": FOLDER,
+    "run/environment.py:versions": FOLDER,
     "run/environment.py:_processor": PYTHON,
     "run/environment.py:git": CALLERS,
     "run/environment.py:machine": PYTHON,
