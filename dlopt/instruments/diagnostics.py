@@ -105,7 +105,7 @@ class Diagnostics(Observer):
                 metrics["gradients/noise_scale"] = self._noise_scale(step.parameters, inputs, targets)
         if with_curvature:
             with preserved_state(self.workload):
-                product = hessian_product(loss_of(self.workload, inputs, targets), step.parameters)
+                product = hessian_product(differentiable_loss(self.workload, inputs, targets), step.parameters)
                 start = random_vector(step.parameters) if self._vector is None else self._vector
                 spectrum = lanczos(product, start, _PRODUCTS, 1)
                 metrics["curvature/largest_eigenvalue"] = float(spectrum.eigenvalues[0])
@@ -122,12 +122,12 @@ class Diagnostics(Observer):
         spread = GradientSpread()
         with preserved_state(self.workload):
             for number, samples in enumerate((slice(0, half), slice(half, 2 * half))):
-                loss = loss_of(self.workload, inputs[samples], targets[samples], number)
+                loss = differentiable_loss(self.workload, inputs[samples], targets[samples], number)
                 spread.add([torch.autograd.grad(loss, trained, materialize_grads=True)])
         return spread.noise_scale(half)[0]
 
 
-def loss_of(workload: Workload, inputs: Tensor, targets: Tensor, number: int = 0) -> Tensor:
+def differentiable_loss(workload: Workload, inputs: Tensor, targets: Tensor, number: int = 0) -> Tensor:
     """Computes the mean loss of the uncompiled model, so that hooks fire and second derivatives exist.
 
     `number`: of the batch, on which the draws of a task of the user's own depend.

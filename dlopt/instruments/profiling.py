@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from dlopt.training.builders.workload import Workload
 from dlopt.training.micro_loss import Network
 from dlopt.training.step import EpochBatches, Observer, Step
 
-P = ParamSpec("P")
-R = TypeVar("R")
 _TOP = 10
 _PREFIX = "dlopt: "
 
@@ -68,11 +66,12 @@ class Profiling(Observer):
         self._measures_peaks = False  # of GPU memory: of forward and backward, and of the rest of the update
 
     def instrument(self, network: Network, batches: EpochBatches) -> tuple[Network, EpochBatches]:
+        forward, timed = self.timer("forward"), TimedBatches(batches, self)
         if network.task_loss is not None:
-            return replace(network, task_loss=self._timed("forward", network.task_loss)), TimedBatches(batches, self)
+            return replace(network, task_loss=forward(network.task_loss)), timed
         # Compiled alone: a compiler cannot see through the timers.
-        model, loss = self._timed("forward", self.workload.model), self._timed("forward", network.loss)
-        return replace(network, model=model, loss=loss, compile=None), TimedBatches(batches, self)
+        model, loss = forward(self.workload.model), forward(network.loss)
+        return replace(network, model=model, loss=loss, compile=None), timed
 
     @contextlib.contextmanager
     def around_forward_backward(self) -> Iterator[None]:
@@ -96,7 +95,7 @@ class Profiling(Observer):
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Adds the time of the context to a part while the profiler runs."""
+        """Adds the time of the context, or of a function that it decorates, to a part while the profiler runs."""
         if self._profiler is None:
             yield
             return
@@ -105,13 +104,6 @@ class Profiling(Observer):
             yield
             end = synchronized_time(self.workload.device)
         self.seconds[name] += end - start
-
-    def _timed(self, name: str, function: Callable[P, R]) -> Callable[P, R]:
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self.timer(name):
-                return function(*args, **kwargs)
-
-        return call
 
     @contextlib.contextmanager
     def _timing(self, number: int) -> Iterator[None]:

@@ -86,7 +86,7 @@ EXCEPTIONS = {
     "training/checkpoint/checkpoints.py:load": CHECKED,
     "training/checkpoint/sharded.py:copy": CHECKED,
     "training/checkpoint/sharded.py:load_without_shards": CHECKED,
-    "training/checkpoint/weight_files.py:_load": CHECKED,
+    "training/checkpoint/weight_files.py:read_weights": CHECKED,
 }
 
 

@@ -31,7 +31,7 @@ from dlopt.instruments.curvature import (
     losses_along,
     restoring,
 )
-from dlopt.instruments.diagnostics import loss_of, preserved_state
+from dlopt.instruments.diagnostics import differentiable_loss, preserved_state
 from dlopt.instruments.layers import (
     LayerProbe,
     LayerStatistics,
@@ -173,7 +173,7 @@ def snapshot(
     with preserved_state(workload):
         for index, (inputs, targets) in enumerate(batches):
             with probe.recording(), attention.recording(), lag.recording() if index == 0 else contextlib.nullcontext():
-                loss = loss_of(workload, inputs, targets, index)
+                loss = differentiable_loss(workload, inputs, targets, index)
                 values = torch.autograd.grad(loss, trained, materialize_grads=True)
             gradients = dict(zip(trained, values, strict=True))
             losses.append(float(loss.detach()))
@@ -182,7 +182,7 @@ def snapshot(
                 spread.add([[gradients[p] for p in group] for group in groups.values()])
         spectrum = None
         if eigenvalues:
-            loss_of_batch = partial(loss_of, workload, *batches[0])
+            loss_of_batch = partial(differentiable_loss, workload, *batches[0])
             iterations = max(iterations, eigenvalues)
             spectrum = largest_eigenvalues(loss_of_batch, trained, count=eigenvalues, iterations=iterations)
     order = [layer.name for layer in probe.layers if layer.name in layers]
@@ -240,9 +240,9 @@ def trace_updates(workload: Workload, trainer: Trainer, updates: int, *, with_cu
                     for p, start in before.items():
                         p.copy_(start)
                 deltas = list(step.values())
-                product = hessian_product(loss_of(workload, *batch), parameters)
+                product = hessian_product(differentiable_loss(workload, *batch), parameters)
                 trace.curvatures[number] = curvature_along(product, flat(deltas))
                 if number == updates - 1:
-                    loss = partial(loss_of, workload, *batch)
+                    loss = partial(differentiable_loss, workload, *batch)
                     trace.along = losses_along(loss, parameters, deltas, STEP_FRACTIONS)
     return trace

@@ -76,8 +76,7 @@ def match_weights(path: Path, module: nn.Module) -> Match:
 
     try:
         # 2. The set of weights in the file that fits the model best.
-        sets = _find_sets(file, model)
-        best, equal, notes = _choose(sets, model)
+        best, equal, notes = _best_set(file, model)
 
         # 3. Its tensors: those that fit; those of another shape; those with names that the model lacks. And the rest of
         #    the file.
@@ -98,7 +97,10 @@ def match_weights(path: Path, module: nn.Module) -> Match:
                 f"none of its {len(raw)} weights matches this model by name and shape; weights of "
                 "torchvision or timm also fit model=torchvision or model=timm with their model.name"
             )
-        _refuse_other_kinds(fitting, model)
+        others = [name for name in fitting if _is_learned(model[name]) and _kind(fitting[name]) != _kind(model[name])]
+        if others:
+            dtype, like = _dtype_name(fitting[others[0]]), _dtype_name(model[others[0]])
+            raise UserError(f"{_listed(others)}: {dtype} tensors, of which a model in {like} cannot be initialized")
         fitting = complete_shared(model, fitting, unfit)
         _refuse_another_model(model, fitting, best, unused, outside)
     except UserError as error:
@@ -177,11 +179,20 @@ def _is_learned(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def _kind(tensor: Tensor) -> tuple[bool, bool, torch.layout]:
+    """Differs for quantized, sparse and complex tensors."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.layout
+
+
 # -- the sets of weights in a file
 
 
-def _find_sets(file: Tensors, model: Tensors) -> list[_Set]:
-    """Returns the tensors under each prefix that has enough tensors to be this model."""
+def _best_set(file: Tensors, model: Tensors) -> tuple[_Set, list[_Set], list[str]]:
+    """Returns the set that fits the model best, all sets that fit equally, and a note if others were passed over.
+
+    Prefers averaged weights. Raises `UserError` if the remaining sets have different values.
+    """
+    # 1. The tensors under each prefix that has enough tensors to be this model.
     learned = {name: tensor for name, tensor in model.items() if _is_learned(tensor)}
     shapes = {name: tensor.shape for name, tensor in model.items()}
     counts: Counter[str] = Counter()
@@ -195,44 +206,13 @@ def _find_sets(file: Tensors, model: Tensors) -> list[_Set]:
         weights, origin = _translate(weights, shapes)
         fits = sum(name in weights and weights[name].shape == like.shape for name, like in learned.items())
         sets.append(_Set(prefix, weights, origin, fits))
-    return sets
 
-
-def _translate(weights: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], str]:
-    """Returns the weights under the names that fit `shapes` best, and the origin of these names if it is foreign."""
-
-    def count_fitting(named: Tensors) -> int:
-        return sum(shapes.get(name) == tensor.shape for name, tensor in named.items())
-
-    best, best_origin, most = weights, "", count_fitting(weights)
-    if most == len(shapes):
-        return best, best_origin
-    for origin, names in translations(weights):
-        translated = {}
-        for name, tensor in weights.items():
-            own, shape = names[name], shapes.get(names[name])
-            # A convolution over a whole map [O, I, H, W] as a linear layer [O, I * H * W].
-            is_map = shape is not None and len(shape) == 2 and tensor.ndim == 4 and tensor.numel() == shape.numel()
-            translated[own] = tensor.flatten(1) if is_map else tensor
-        count = count_fitting(translated)
-        if count > most:
-            best, best_origin, most = translated, origin, count
-    if best_origin:
-        best = fold_biases(best, shapes)
-    return best, best_origin
-
-
-def _choose(sets: Sequence[_Set], model: Tensors) -> tuple[_Set, list[_Set], list[str]]:
-    """Returns the set that fits the model best, all sets that fit equally, and a note if others were passed over.
-
-    Prefers averaged weights. Raises `UserError` if the remaining sets have different values.
-    """
+    # 2. The best of them.
     most = max(each.fits for each in sets)
     equal = [each for each in sets if each.fits == most]
     averaged = [each for each in equal if _AVERAGED.search(each.prefix)]
     best, *others = averaged or equal
-    learned = sum(map(_is_learned, model.values()))
-    if 2 * most >= learned:  # sets of fewer are another model, which is refused as such
+    if 2 * most >= len(learned):  # sets of fewer are another model, which is refused as such
         for other in others:
             pairs = [(best.weights[name], other.weights.get(name)) for name in model if name in best.weights]
             if not all(its is not None and torch.equal(own, its) for own, its in pairs):
@@ -245,19 +225,27 @@ def _choose(sets: Sequence[_Set], model: Tensors) -> tuple[_Set, list[_Set], lis
     return best, equal, notes
 
 
+def _translate(weights: dict[str, Tensor], shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], str]:
+    """Returns the weights under the names that fit `shapes` best, and the origin of these names if it is foreign."""
+
+    def count_fitting(named: Tensors) -> int:
+        return sum(shapes.get(name) == tensor.shape for name, tensor in named.items())
+
+    candidates = [(weights, "")]
+    if count_fitting(weights) < len(shapes):
+        for origin, names in translations(weights):
+            translated = {}
+            for name, tensor in weights.items():
+                own, shape = names[name], shapes.get(names[name])
+                # A convolution over a whole map [O, I, H, W] as a linear layer [O, I * H * W].
+                is_map = shape is not None and len(shape) == 2 and tensor.ndim == 4 and tensor.numel() == shape.numel()
+                translated[own] = tensor.flatten(1) if is_map else tensor
+            candidates.append((translated, origin))
+    best, origin = max(candidates, key=lambda each: count_fitting(each[0]))
+    return fold_biases(best, shapes) if origin else best, origin
+
+
 # -- other models
-
-
-def _refuse_other_kinds(fitting: Tensors, model: Tensors) -> None:
-    """Raises `UserError` for quantized, sparse and complex tensors."""
-
-    def kind(tensor: Tensor) -> tuple[bool, bool, torch.layout]:
-        return tensor.is_floating_point(), tensor.is_complex(), tensor.layout
-
-    learned = [name for name in fitting if _is_learned(model[name])]
-    if names := [name for name in learned if kind(fitting[name]) != kind(model[name])]:
-        dtype, like = _dtype_name(fitting[names[0]]), _dtype_name(model[names[0]])
-        raise UserError(f"{_listed(names)}: {dtype} tensors, of which a model in {like} cannot be initialized")
 
 
 def _refuse_another_model(model: Tensors, fitting: Tensors, best: _Set, unused: Tensors, outside: Tensors) -> None:

@@ -12,7 +12,7 @@ from dlopt.lab.diagnosis.measuring import (
     STEP_FRACTIONS,
     Diagnosis,
     diagnose,
-    loss_of,
+    differentiable_loss,
     prepare,
     preserved_state,
     snapshot,
@@ -69,7 +69,7 @@ def test_snapshot_metrics(tmp_path: Path) -> None:
     assert {len(norms) for norms in result.gradient_norms.values()} == {3}  # of equal batches
     assert len(result.total_norms) == 4 and result.lags == []
     parameters = list(workload.module.parameters())
-    gradients = torch.autograd.grad(loss_of(workload, *batches[0]), parameters)
+    gradients = torch.autograd.grad(differentiable_loss(workload, *batches[0]), parameters)
     assert result.total_norms[0] == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in gradients)), rel=1e-6)
     assert result.spectrum is not None
     flat = torch.cat([p.detach().flatten() for p in parameters])
@@ -104,7 +104,7 @@ def test_noise_scale_covers_all_parameters(tmp_path: Path) -> None:
     batches = list(training.batches.epoch(0))[:4]
     result = snapshot(workload, batches, 0, eigenvalues=0, iterations=1)
     with preserved_state(workload):
-        losses = [loss_of(workload, *batch) for batch in batches]
+        losses = [differentiable_loss(workload, *batch) for batch in batches]
         rows = torch.stack([flat(torch.autograd.grad(loss, list(workload.module.parameters()))) for loss in losses])
     trace = 50 * rows.var(0).sum()  # of the covariance of one sample's gradient
     square = rows.mean(0).square().sum() - trace / 200
