@@ -40,6 +40,8 @@ TestedSplit = Literal["test", "val"]
 Outputs = tuple[Tensor, Tensor]  # outputs and targets of a batch
 OnBatch = Callable[[int, int], None]
 """Called with (done, total) after each batch of a split."""
+Evaluation = Callable[[Interruption | None], TestReport | None]
+"""Evaluates a split; returns None if interrupted."""
 Validate = Callable[[Interruption], dict[str, float] | None]
 """Returns the metrics of the validation sets; None if interrupted."""
 
@@ -59,18 +61,17 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Returns sample-weighted means over `batches` by column: loss, accuracy (of classes), `extra` metrics.
 
-    Puts `module` and `loss` into evaluation mode for the call. A rank may have no samples in a batch. Returns None if
-    interrupted.
+    Puts `module` and `loss` into evaluation mode for the call. A rank may have no samples in a batch.
 
     Args:
         model: calls `module` (compiled, under autocast).
-        interruption: checked after each batch.
+        interruption: checked after each batch; returns None when it is true.
         reduce: sums over ranks, see `MetricSum`.
     """
     metrics = MetricSum(task, reduce=reduce)
     with evaluation_mode(module, loss):
         for inputs, targets in batches:
-            outputs = model(inputs)  # also without samples: the forward pass may contain collectives
+            outputs = model(inputs)  # also without samples: it may contain collectives
             if len(targets):
                 # The loss is never computed in bf16 or fp16. In chunks it promotes each of them.
                 chunked = isinstance(loss, CrossEntropy) and processes_in_chunks(outputs, targets)
@@ -81,11 +82,10 @@ def evaluate(
                     each.add(outputs, targets)
             else:
                 metrics.add(Kept.of_no_samples(outputs.sum()))
-            # With several ranks a collective (`evaluation_stop`), once per batch: all ranks have equally many batches.
+            # With several ranks a collective (`evaluation_stop`): all ranks have equally many batches.
             if interruption:
                 return None
-    # With several ranks collectives, which a rank without samples calls, too.
-    means = metrics.means(split)
+    means = metrics.means(split)  # a collective, as those of `extra`
     for each in extra:
         means |= by_column(split, each.means(reduce))
     return means
@@ -100,8 +100,8 @@ def _evaluation(
     *,
     count: int | None = None,
     tests: bool = False,
-) -> Callable[[Interruption | None], TestReport | None]:
-    """Returns the evaluation of `samples`, or of `count` of them, which returns None if interrupted.
+) -> Evaluation:
+    """Returns the evaluation of `samples`, or of `count` of them.
 
     `tests`: computes the metrics of tests, too, and what a test shows of all samples.
     """
@@ -174,32 +174,23 @@ def validation(
     def validate(interruption: Interruption) -> dict[str, float] | None:
         metrics: dict[str, float] = {}
         with evaluation_weights(optimizer, average), norm_statistics(workload, interruption):
-            for evaluation in evaluations.values():
-                found = evaluation(interruption)
-                if found is None:
+            for name, evaluation in evaluations.items():
+                if (found := evaluation(interruption)) is None:
                     return None
-                metrics |= found
+                metrics |= on_set(name, found.metrics) if name else found.metrics
         return metrics
 
     return validate
 
 
-def _of_set(
-    workload: Workload, name: str, dataset: Dataset, on_batch: OnBatch | None = None
-) -> Callable[[Interruption | None], dict[str, float] | None]:
-    """Returns the evaluation of `dataset.val`, whose metrics are named after the set `name`, if it has one."""
+def _of_set(workload: Workload, name: str, dataset: Dataset, on_batch: OnBatch | None = None) -> Evaluation:
+    """Returns the evaluation of `dataset.val`. `name`: of the validation set, if it has one."""
     samples, count = dataset.val, workload.run_config.settings.evaluate.samples
     assert samples is not None
     requested = requested_metrics(workload.run_config, dataset, name)
     if name and count is not None:
         count = min(count, len(samples))
-    evaluation = _evaluation(replace(workload, dataset=dataset), samples, "val", requested, on_batch, count=count)
-
-    def evaluate_set(interruption: Interruption | None) -> dict[str, float] | None:
-        found = evaluation(interruption)
-        return None if found is None else on_set(name, found.metrics) if name else found.metrics
-
-    return evaluate_set
+    return _evaluation(replace(workload, dataset=dataset), samples, "val", requested, on_batch, count=count)
 
 
 def test_report(
@@ -208,11 +199,10 @@ def test_report(
     interruption: Interruption | None = None,
     split: TestedSplit = "test",
 ) -> TestReport | None:
-    """Tests on a split of the data: the metrics of every evaluation, those that the run requests for its validation,
-    and those of tests, by column (test_loss).
+    """Tests on a split: the metrics of every evaluation, those requested for the validation, and those of tests.
 
     Without this split there are no metrics. Returns None if interrupted (checked after each batch). Does not call
-    `on_batch` with test-time augmentation (of the test set only).
+    `on_batch` with test-time augmentation, which is of the test set only.
     """
     samples = workload.dataset.test if split == "test" else workload.dataset.val
     if samples is None:
@@ -221,7 +211,9 @@ def test_report(
     requested, tta = tested_metrics(run_config, workload.task), run_config.settings.evaluate.tta
     tested: TestReport | None = None
     if split == "test" and tta != "none":
-        outputs = predict_test_set(workload, CHOICES[tta](), _final_average(workload), interruption)
+        outputs = predict_samples(
+            workload, samples, CHOICES[tta](), _final_average(workload), interruption=interruption
+        )
         if outputs is not None:
             metrics, names = task.computed(requested, tests=True), workload.dataset.classes or ()
             tested = report(outputs, workload.loss, task, metrics, user_metrics=run_config.user_metrics, names=names)
@@ -252,10 +244,7 @@ def report(
     names: Sequence[str] = (),
     split: TestedSplit = "test",
 ) -> TestReport:
-    """Computes loss, accuracy, `metrics` and `user_metrics` of outputs, equal to those in a run's summary.
-
-    `names`: of the classes.
-    """
+    """Computes loss, accuracy, `metrics` and `user_metrics` of outputs as a run does. `names`: of the classes."""
     accumulator = MetricSum(task)
     with torch.inference_mode(), evaluation_mode(loss):
         for outputs, targets in batches:
@@ -286,7 +275,8 @@ def streamed_report(workload: Workload, *, tta: str, members: int = 1, on_batch:
     for name, dataset in workload.validation_sets.items():
         evaluation = _of_set(workload, name, dataset)
         with norm_statistics(workload):
-            tested.metrics.update(evaluation(None) or {})
+            found = evaluation(None)
+        tested.metrics.update({} if found is None else on_set(name, found.metrics))
     return tested
 
 
@@ -335,25 +325,19 @@ def _final_average(workload: Workload) -> Average:
     return workload.task.choose_average(chosen, workload.loss, "evaluate.average")
 
 
-def predict_test_set(
+def predict_samples(
     workload: Workload,
+    samples: Samples,
     choice: Augmentation | None,
     average: Average,
+    *,
     interruption: Interruption | None = None,
-    samples: Samples | None = None,
     on_batch: OnBatch | None = None,
 ) -> list[Outputs] | None:
-    """Returns outputs (fp32 or fp64, on the device) and targets of the test set, in its order, batch by batch.
+    """Returns outputs (fp32 or fp64, on the device) and targets in the order of `samples`; None if interrupted.
 
-    None if interrupted.
-
-    Args:
-        choice: the test-time augmentation whose outputs are averaged; None for none.
-        samples: None for the test set; or those of a validation set.
+    `choice`: the test-time augmentation whose outputs are averaged.
     """
-    samples = workload.dataset.test if samples is None else samples
-    if samples is None:
-        raise UserError(f"{workload.run_config.data.choice}: this dataset has no test set")
     with norm_statistics(workload):
         if choice is None:
             batches = evaluation_batches(workload, samples)
@@ -377,7 +361,6 @@ def _outputs(
     interruption: Interruption | None,
     on_batch: OnBatch | None,
 ) -> list[Outputs] | None:
-    """Returns outputs and targets batch by batch; each process computes its own samples. None if interrupted."""
     workload.module.eval()
     mode = workload.parallel
     stop = None if interruption is None else mode.ranks.evaluation_stop(interruption)
@@ -388,8 +371,7 @@ def _outputs(
             return None
     if mode.split.evaluation_shard is None:
         return [batch for batch in local_outputs if batch is not None]
-    # Batch by batch: the ranks hold adjacent slices of each batch, not of the data set. Joined per batch, the outputs
-    # are in the order of the data set, which `dlopt predict` writes and ensembles rely on.
+    # The ranks hold adjacent slices of each batch: joined per batch, the outputs are in the order of the data set.
     ranks = mode.ranks.gather([[batch and tuple(tensor.cpu() for tensor in batch) for batch in local_outputs]])
     gathered = []
     for shards in zip(*ranks, strict=True):
@@ -405,8 +387,7 @@ def mean_outputs(weighted: Iterable[tuple[float, Tensor]], average: Average) -> 
         if average == "logits":
             total = outputs * weight if total is None else total.add_(outputs, alpha=weight)
         else:
-            # The logarithm of the sum of w * p, from log w + log p: a probability that fp32 rounds to zero would have
-            # an infinite loss.
+            # log sum w * p, from log w + log p: a probability that fp32 rounds to zero would have an infinite loss.
             term = outputs.log_softmax(1) + math.log(weight)
             total = term if total is None else torch.logaddexp(total, term)
     assert total is not None

@@ -50,7 +50,11 @@ def check_adapters(
             for _ in range(_PASSES):
                 with reads.recording():
                     outputs = [t for t in tree_leaves(call(inputs)) if isinstance(t, Tensor) and t.requires_grad]
-                untrained -= _with_gradient({name: layers[name].lora_b for name in untrained}, outputs)
+                adapters = {name: layers[name].lora_b for name in untrained}
+                if outputs and adapters:  # find those on which the outputs depend, whatever the values
+                    ones = [torch.ones_like(each) for each in outputs]
+                    gradients = torch.autograd.grad(outputs, list(adapters.values()), ones, allow_unused=True)
+                    untrained -= {name for name, each in zip(adapters, gradients, strict=True) if each is not None}
                 if not untrained - reads.found:
                     break
             with reads.recording(), evaluation_mode(module), torch.inference_mode():
@@ -77,15 +81,6 @@ def check_adapters(
     precise = [each for each in patterns if not any(fnmatchcase(name, each) for name in unused)]
     targets = f"adapt.targets=[{','.join(precise[:_PATTERNS])}]" if precise else "adapt.targets to other layers"
     raise UserError(f"{choice}: {problem}; set {targets}")
-
-
-def _with_gradient(parameters: Mapping[str, Tensor], outputs: list[Tensor]) -> set[str]:
-    """Returns the names of the parameters on which the outputs depend, whatever the values."""
-    if not outputs or not parameters:
-        return set()
-    ones = [torch.ones_like(each) for each in outputs]
-    gradients = torch.autograd.grad(outputs, list(parameters.values()), ones, allow_unused=True)
-    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
 class _WeightReads(TorchDispatchMode):

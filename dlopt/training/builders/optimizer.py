@@ -38,7 +38,7 @@ LR_SCALES: Mapping[str, Callable[[float], float]] = {"linear": float, "sqrt": ma
 """Of scale_lr: the factor of the learning rate, by the ratio of two batch sizes."""
 
 
-def build_optimizer(workload: Workload) -> torch.optim.Optimizer:
+def build_optimizer(workload: Workload) -> Optimizer:
     """Builds the optimizer over the model's parameter groups; scales its learning rate by the batch size (scale_lr)."""
     run_config, settings, module = workload.run_config, workload.run_config.settings, workload.module
     component, arguments = run_config.optimizer, dict(run_config.optimizer.arguments)
@@ -132,7 +132,7 @@ def can_fuse(component: Component, parameters: Sequence[Tensor]) -> bool:
     return len(devices) == 1 and is_known and is_plain
 
 
-def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
+def match_state_layout(optimizer: Optimizer) -> None:
     """Gives optimizer states the memory layout (strides) of their parameters, after a state is loaded.
 
     A fused kernel iterates over the memory of parameter, gradient and state in parallel, and would pair the wrong
@@ -140,7 +140,7 @@ def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
     by autograd's contract, which the first update checks.
     """
 
-    def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    def match_layout(optimizer: Optimizer) -> None:
         for parameter, values in optimizer.state.items():
             for name, value in values.items():
                 is_like = isinstance(value, Tensor) and value.shape == parameter.shape
@@ -149,7 +149,7 @@ def match_state_layout(optimizer: torch.optim.Optimizer) -> None:
 
     is_checked = False
 
-    def check_gradients(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    def check_gradients(optimizer: Optimizer, args: object, kwargs: object) -> None:
         nonlocal is_checked
         if is_checked:  # not removed instead: torch fails if one of several hooks removes itself
             return
@@ -170,7 +170,7 @@ def start_momentum(optimizer: torch.optim.SGD) -> None:
     dampening, which torch does not apply to the first update.
     """
 
-    def start(optimizer: torch.optim.Optimizer) -> None:
+    def start(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             if group["momentum"] != 0:
                 buffers(optimizer, [p for p in group["params"] if p.requires_grad], "momentum_buffer")
@@ -183,12 +183,12 @@ def _same_strides(tensor: Tensor, parameter: Tensor) -> bool:
     return tensor.is_meta or tensor.stride() == parameter.stride()
 
 
-def needs_whole_tensors(parallel: Mode, optimizer: torch.optim.Optimizer) -> bool:
+def needs_whole_tensors(parallel: Mode, optimizer: Optimizer) -> bool:
     """Returns whether an update needs whole tensors, the mode shards them by rows, and owners can update them."""
     return parallel.sharding.is_by_rows and optimizer_traits(optimizer).scope == "tensor"
 
 
-def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(parallel: Mode, optimizer: Optimizer) -> None:
     """Raises `UserError` if an update needs, or may need, more of the model than one rank has."""
     if needs_whole_tensors(parallel, optimizer):
         return
@@ -207,7 +207,7 @@ def check_optimizer(parallel: Mode, optimizer: torch.optim.Optimizer) -> None:
     raise UserError(f"{name} needs {needs}, but each rank has a part of them; {advice}")
 
 
-def _check_decay(workload: Workload, optimizer: torch.optim.Optimizer) -> None:
+def _check_decay(workload: Workload, optimizer: Optimizer) -> None:
     """Raises `UserError` if the config changes a weight decay that is not, or may not be, decoupled.
 
     Warns of a change of no weight decay.
@@ -239,7 +239,7 @@ def _check_decay(workload: Workload, optimizer: torch.optim.Optimizer) -> None:
         log.warning("%s: has no effect, because the weight decay is 0; set optimizer.weight_decay", key)
 
 
-def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss: nn.Module) -> None:
+def check_label_sampling(parallel: Mode, optimizer: Optimizer, loss: nn.Module) -> None:
     """Raises `UserError` if the optimizer needs labels drawn from the predictions, which the run cannot provide."""
     if not optimizer_traits(optimizer).samples_labels:
         return
@@ -259,7 +259,7 @@ def check_label_sampling(parallel: Mode, optimizer: torch.optim.Optimizer, loss:
         raise UserError(f"{obstacle}, or an optimizer that draws no labels (sophia: optimizer.hessian=hutchinson)")
 
 
-def evaluates_once(workload: Workload, optimizer: torch.optim.Optimizer) -> bool:
+def evaluates_once(workload: Workload, optimizer: Optimizer) -> bool:
     """Returns whether the optimizer evaluates the loss once per update. Raises `UserError`: a setting needs it."""
     if optimizer_traits(optimizer).evaluations == "once":
         return True
@@ -308,8 +308,4 @@ def snapshot_names(schedule: Scheduler) -> Callable[[int], str | None]:
             "use schedule=cosine_restarts or schedule=cosine_warmup_restarts"
         )
 
-    def snapshot(step: int) -> str | None:
-        cycle = ended_cycle(step - 1)
-        return None if cycle is None else f"restart-{cycle}"
-
-    return snapshot
+    return lambda step: None if (cycle := ended_cycle(step - 1)) is None else f"restart-{cycle}"
