@@ -110,13 +110,13 @@ class Component:
         return self.target(**extra, **{name: _build(value, runtime) for name, value in self.arguments.items()})
 
     def build_as(self, kind: type[T], **runtime: Any) -> T:
-        """Like `build`; raises `UserError` if the result is not of this kind: for a protocol, if it lacks a member."""
+        """Like `build`; raises `UserError` if the result is not of this kind, naming what a protocol's lacks."""
         result = self.build(**runtime)
         if not isinstance(result, kind):
             found, expected = type(result).__name__, f"{kind.__module__.partition('.')[0]} {kind.__name__}"
             if getattr(kind, "_is_protocol", False):
-                members = (name for name, member in vars(kind).items() if isinstance(member, property | FunctionType))
-                found += f" without {', '.join(name for name in members if not hasattr(result, name))}"
+                names = (name for name, value in vars(kind).items() if isinstance(value, property | FunctionType))
+                found += f" without {', '.join(name for name in names if not hasattr(result, name))}"
             raise UserError(f"{self.choice}: returns {found}; must return a {expected}")
         return result
 
