@@ -58,12 +58,14 @@ def user_observers(entries: Sequence[Any], packages: Iterable[str]) -> tuple[Com
             raise UserError(f"observers.{i}={show(entry)}: must name a class: observers=[{{_target_: mine.Watch}}]")
         checked.append(component(f"observers.{i}", entry, (), packages))
         if inspect.isclass(checked[-1].target):  # known before it is built
-            check_methods(checked[-1], checked[-1].target)
+            methods_of(checked[-1], checked[-1].target)
     return tuple(checked)
 
 
-def check_methods(entry: Component, observer: Any) -> None:
-    """Raises `UserError` unless an observer, or its class, has one of the methods."""
-    if not any(callable(getattr(observer, name, None)) for name in METHODS):
+def methods_of(entry: Component, observer: Any) -> dict[str, Callable[..., Any]]:
+    """Returns the methods of an observer, or of its class, by name. Raises `UserError` if it has none."""
+    found = {name: method for name in METHODS if callable(method := getattr(observer, name, None))}
+    if not found:
         signatures = ", ".join(f"{name}({', '.join(arguments)})" for name, arguments in METHODS.items())
         raise UserError(f"{entry.key}._target_={dotted_name(entry.target)}: has none of the methods {signatures}")
+    return found

@@ -105,8 +105,8 @@ class GroupRanks(Ranks):
     def sum_loss(self, loss: Tensor) -> Tensor:
         """Returns the sum over the ranks that count. The stop flag is part of the same collective."""
         loss = loss if self.is_counted else torch.zeros_like(loss)
-        # Gathered and then added in the order of the ranks: the sum of an all-reduce depends on its algorithm, and the
-        # ranks must agree to the last bit, since a line search branches on this number.
+        # Added in rank order, unlike an all-reduce: ranks must agree to the last bit, since a line search branches on
+        # this number.
         pair = torch.stack([loss, loss.new_full((), self.stop.flag())])
         losses, flags = self.group.all_gather(pair).sum(0).unbind()
         self.stop.take(flags)
@@ -123,9 +123,9 @@ class GroupRanks(Ranks):
 class StopFlag:
     """A synchronized stop flag: true on all ranks after the same update, once any rank has received a stop request.
 
-    All ranks must leave the loop at the same update, or the remaining ones would hang in a collective. `flag` is summed
-    over ranks together with the loss, so it needs no extra collective, and `take` receives the sum. On a GPU the
-    sum is copied asynchronously and read `_LAG` updates later, so the host never waits for the device.
+    Ranks that left the loop at another update would leave the others in a collective. `flag` is summed over ranks
+    together with the loss, and `take` receives the sum. On a GPU it is copied asynchronously and read `_LAG` updates
+    later, so the host never waits for the device.
     """
 
     def __init__(self, request: Interruption | None) -> None:

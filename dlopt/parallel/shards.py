@@ -43,7 +43,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     placement = tensor.placements[0]
     if not isinstance(placement, _StridedShard):
         return tensor.full_tensor()
-    # torch 2.11 does not gather strided shards. With an extra dimension for the blocks, the shard is an ordinary one.
+    # torch 2.11 does not gather strided shards. With a dimension for the blocks, the shard is an ordinary one.
     dim, blocks = placement.dim, placement.split_factor
     shape = (*tensor.shape[:dim], blocks, tensor.shape[dim] // blocks, *tensor.shape[dim + 1 :])
     shard = tensor.to_local().unflatten(dim, (blocks, -1)).contiguous()
@@ -197,8 +197,7 @@ class TensorShards(Sharding):
 class LayerShards(TensorShards):
     """Each process holds some layers and has the others on the meta device (pipeline, columns).
 
-    Every rank therefore knows all parameters by name and order. `is_replica`: another rank holds the same layers, which
-    count once.
+    `is_replica`: another rank holds the same layers, which count once.
     """
 
     kind: Kind = "layers"
@@ -217,7 +216,7 @@ class LayerShards(TensorShards):
 
     def full(self, state: T) -> T:
         states: list[Any] | None = [None] * self.group.size if self.group.rank == 0 else None
-        # Rank 0, which writes the checkpoint, collects the layers of all ranks, as pickled objects from main memory.
+        # Rank 0, which writes the checkpoint, collects the layers, pickled and from main memory.
         on_cpu = None if self.is_replica else tree_map_only(Tensor, lambda t: t if t.is_meta else t.cpu(), state)
         distributed.gather_object(on_cpu, states, dst=0)
         for other in (states or [])[1:]:

@@ -15,6 +15,7 @@ from dlopt.config.run_config import RunConfig
 from dlopt.config.schema import dotted_name
 from dlopt.config.validation_sets import KEY
 from dlopt.data.samples import Dataset
+from dlopt.losses import Distillation
 from dlopt.metrics.measures import at_end
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Metric, best_key, set_of
 from dlopt.models.third_party import pretrained_inputs
@@ -173,7 +174,7 @@ def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
     cost, name = "is slower than fp32", workload.precision.name
     if workload.parallel.sharding.kind == "replicated":  # otherwise this process has only a part of the model
         batch = next(iter(batches.epoch(0)))
-        loss = getattr(workload.loss, "cross_entropy", workload.loss)  # that of a distillation without its teacher
+        loss = workload.loss.cross_entropy if isinstance(workload.loss, Distillation) else workload.loss
         slowdown = bf16_slowdown(workload.module, loss, *batch, name=name)
         cost = f"takes {slowdown:.1f} times as long as fp32 (measured)"
     return (

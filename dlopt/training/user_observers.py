@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dlopt.basics.calls import can_call
 from dlopt.basics.errors import RunError, UserError
 from dlopt.config.schema import Component, dotted_name
-from dlopt.config.user_parts import METHODS, check_methods
+from dlopt.config.user_parts import METHODS, methods_of
 
 
 class RunObserver(Protocol):
@@ -41,13 +41,10 @@ class UserObservers:
                 observer = entry.build()
             except Exception as error:
                 raise UserError(f"{entry.key}._target_={path}: raised {type(error).__name__}: {error}") from error
-            check_methods(entry, observer)
-            for name, arguments in METHODS.items():
-                method = getattr(observer, name, None)
-                if callable(method):
-                    if not can_call(method, len(arguments)):
-                        raise UserError(f"{entry.key}._target_={path}: {name} must take ({', '.join(arguments)})")
-                    self._calls[name].append((f"{entry.key}: {path}.{name}", method))
+            for name, method in methods_of(entry, observer).items():
+                if not can_call(method, len(METHODS[name])):
+                    raise UserError(f"{entry.key}._target_={path}: {name} must take ({', '.join(METHODS[name])})")
+                self._calls[name].append((f"{entry.key}: {path}.{name}", method))
 
     def after_update(self, step: int, loss: Tensor, model: nn.Module) -> None:
         self._call("after_update", step, loss, model)

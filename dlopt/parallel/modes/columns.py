@@ -1,8 +1,7 @@
 """Model parallelism by columns: each rank holds one column of the two-column AlexNet.
 
-Every rank processes the whole mini-batch. The columns exchange features where the architecture connects them, before
-the third convolution and before the fully connected layers (Krizhevsky, Sutskever & Hinton 2012, section 3.5). Rank 0
-holds the classifier.
+Every rank processes the whole mini-batch. The columns exchange features before the third convolution and before the
+fully connected layers (Krizhevsky, Sutskever & Hinton 2012, section 3.5). Rank 0 holds the classifier.
 """
 
 from functools import partial
@@ -42,7 +41,7 @@ class OneColumnAlexNet(TwoColumnAlexNet):
         column = self.columns[self.model_group.rank]
         maps = images
         if torch.is_grad_enabled() and not all(p.requires_grad for p in column.parameters()):
-            # The backward of each exchange needs all ranks, including ranks whose backward would stop at frozen layers.
+            # The backward of each exchange needs all ranks, also those whose backward would stop at frozen layers.
             maps = images.detach().requires_grad_()
         for segment in column.children():
             maps = self.model_group.gather(segment(maps), reduce_grad=True)

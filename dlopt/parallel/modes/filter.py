@@ -1,9 +1,9 @@
 """Tensor parallelism over channels (`parallel=filter`): each layer's filters or units are sharded over ranks.
 
-Every rank processes the whole mini-batch. A convolution or linear layer is split by its outputs (column-parallel in
-Megatron's terms), and features stay sharded until a layer needs all of them. The last layer of a residual block, and
-the last of the model, is split by its inputs instead (row-parallel): a block of two convolutions then needs one
-all-reduce in forward and one in backward. A GPT is split by attention heads and hidden features of its MLPs.
+Every rank processes the whole mini-batch. A layer is split by its outputs (column-parallel in Megatron's terms), and
+features stay sharded until a layer needs all of them. The last layer of a residual block, and of the model, is split by
+its inputs (row-parallel): a block of two convolutions then needs one all-reduce in forward and one in backward. A GPT
+is split by attention heads and hidden features of its MLPs.
 
 Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"; Shoeybi et al. 2019, "Megatron-LM",
 section 3.
@@ -52,8 +52,8 @@ _WEIGHTED = (nn.Conv2d, nn.Linear, Linear, LocallyConnected2d)
 class Splitter:
     """Splits a model in place, layer by layer, following the layout of the features from layer to layer.
 
-    Parameters and buffers keep their names; `shard_specs` has the sharded ones. `dropouts`: feature specs of the
-    dropouts with sharded inputs (`dlopt.parallel.dropout`). Raises `UserError` naming a layer that cannot be split.
+    `shard_specs`: of sharded parameters and buffers, by name. `dropouts`: feature specs of dropouts with sharded inputs
+    (`dlopt.parallel.dropout`). Raises `UserError` naming a layer that cannot be split.
     """
 
     model_group: ModelGroup
@@ -157,8 +157,7 @@ class Splitter:
         what = "units" if isinstance(layer, nn.Linear) else "filters"
         for tensor, dim in zip(("weight", "bias"), dims, strict=True):
             self._shard(name, layer, tensor, dim, outputs, what)
-        # Every filter reads all features: each rank's filters contribute to the gradient of the features, and backward
-        # sums these gradients over the ranks.
+        # Every filter reads all features: backward sums the gradients of the features over the ranks.
         if layout == "sharded":
             transform_input(layer, lambda shard: self.model_group.gather(shard, reduce_grad=True))
         elif copy_input:

@@ -74,8 +74,7 @@ class FullySharded(DataParallel):
         if self.sync_batchnorm:
             synchronize(model, self.device)
         convert_dropout(model, self.dropout)
-        # Order matters: batch norms are replaced while they are plain modules; sharding comes last, since
-        # it replaces the parameters and hooks every unit.
+        # Sharding comes last: it replaces the parameters and hooks every unit.
         model.to(memory_format=torch.contiguous_format)  # FSDP2 requires it; layers follow the format of their inputs
         self._shard(model)
         if not self.keys["sync_every_micro_batch"]:
@@ -88,7 +87,7 @@ class FullySharded(DataParallel):
             with torch.inference_mode(False), torch.no_grad():
                 outputs = model(inputs)
             # Without a backward, units with reshard_after_forward=false would stay gathered: the next forward would use
-            # stale weights if the shards have changed in between.
+            # stale weights.
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()

@@ -1,7 +1,7 @@
 """Data parallelism outside, model parallelism inside: a mesh of `data_degree` x `model_degree` processes.
 
 The `model_degree` ranks of a model group hold one model, split by filters or by columns. Each batch is sharded over the
-`data_degree` groups, and gradients are summed over them after each backward. Four GPUs form a 2 x 2 mesh.
+`data_degree` groups, and gradients are summed over them.
 """
 
 from functools import partial

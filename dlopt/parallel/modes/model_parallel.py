@@ -97,8 +97,7 @@ class ModelParallel(GroupMode):
         return line + (f"; {self.data_degree} data-parallel groups" if self.data_degree > 1 else "")
 
     def finish_backward(self, loss: Tensor) -> Tensor:
-        # Summed over groups and micro-batches, the weighted losses are the mean over the global batch. Within the
-        # model group first: the sum over groups below then adds complete gradients, on every rank.
+        # Within the model group first: the sum over groups below then adds complete gradients, on every rank.
         partial = [local(p.grad) for p in self._partial_grads if p.grad is not None]
         all_reduce_buckets(partial, self.model_group.process_group)
         if self.data_degree > 1:

@@ -1,9 +1,8 @@
 """Spatial parallelism: each rank holds a strip of rows of every feature map and processes the whole mini-batch.
 
-Convolutions, poolings and locally connected layers exchange boundary rows (the halo) with the neighbouring ranks, once
-per layer. The filters of a convolution are replicated, so their gradients are summed over ranks; a locally connected
-layer has separate filters for each position, which are sharded with the rows. The layers after the feature maps are
-sharded by units, as in `dlopt.parallel.modes.filter`.
+Convolutions, poolings and locally connected layers exchange boundary rows (the halo) with the neighbouring ranks.
+Convolutions are replicated, so their gradients are summed over ranks; a locally connected layer has filters for each
+position, which are sharded with the rows. The layers after the feature maps are sharded as in `filter.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,17 +103,16 @@ class RowWindows:
         start, stop = self.output_rows[self.model_group.rank]
         if stop > start:
             return layer(rows)
-        # A window of padding connects the empty output with the input and the parameters: backward must reach the
-        # collectives of earlier layers on every rank.
+        # A window of padding connects the empty output with the input: backward must reach all earlier collectives.
         return layer(F.pad(rows, (0, 0, 0, self.reach), value=padding))[:, :, :0]
 
 
 def _redistribute_rows(
     rows: Tensor, source: Sequence[RowRange], target: Sequence[RowRange], model_group: ModelGroup
 ) -> Tensor:
-    """Moves rows from the ranges `source` to the ranges `target` (both by rank) and sums rows where sources overlap.
+    """Moves rows from the ranges `source` to the ranges `target`, both by rank, and sums rows where sources overlap.
 
-    Forward, source ranges are disjoint strips and target ranges overlap in the halos; backward, it is the reverse.
+    Strips are disjoint, and overlap in the halos: forward the targets, backward the sources.
     """
     (source_start, source_stop), (start, stop) = source[model_group.rank], target[model_group.rank]
     shape = (*rows.shape[:2], stop - start, rows.shape[3])

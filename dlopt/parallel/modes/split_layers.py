@@ -14,12 +14,10 @@ from dlopt.parallel.collectives import ModelGroup, ShardSpec
 def distribute(model: nn.Module, mesh: Any, shard_specs: Mapping[str, ShardSpec]) -> None:
     """Replaces every parameter, and every sharded buffer, by a DTensor on the one-dimensional `mesh`.
 
-    `shard_specs`: the sharded tensors by name; all others are replicated, and their gradients are equal on all ranks
-    after backward and `ShardingPlan.partial_grads`.
+    `shard_specs`: the sharded tensors by name; all others are replicated.
 
-    Outside forward the module holds DTensors: optimizer, clipping and checkpoints see full shapes. Hooks swap in the
-    local shards for each forward, because layers and blocks here compute on plain tensors and choose their collectives
-    themselves; DTensor's dispatcher would insert other collectives.
+    Optimizer, clipping and checkpoints see DTensors, with full shapes. Hooks swap in the local shards for each forward:
+    layers here choose their collectives themselves, and DTensor's dispatcher would insert others.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -105,8 +103,8 @@ class InputSplitLinear(InputSplitLayer, nn.Linear):
         return total if self.bias is None else total + to_local(self.bias)
 
 
-# -- blocks with a projection shortcut. The projection is split by inputs, too, and reduced together with the last
-#    convolution of the branch: the block needs one reduction instead of two.
+# -- blocks with a projection shortcut, which is split by inputs, too, and reduced together with the last convolution of
+#    the branch.
 
 
 class ProjectedBasicBlock(BasicBlock):

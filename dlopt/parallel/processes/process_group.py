@@ -26,7 +26,7 @@ class ProcessGroup:
         store = join_store(world, minutes=minutes, address=address, port=port)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # A collective: every rank waits here until all have joined, for at most `minutes`.
+        # Every rank waits here until all have joined, for at most `minutes`.
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=distributed.PrefixStore(f"group{next(_numbers)}", store),
@@ -47,7 +47,7 @@ class ProcessGroup:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Returns the sums over ranks, bitwise equal on each."""
-        # Gathered and added up locally: every rank adds in rank order, which an all-reduce does not promise.
+        # Every rank adds in rank order, which an all-reduce does not promise.
         gathered = self.all_gather(torch.tensor(values, dtype=torch.float64))
         return [float(total) for total in gathered.sum(0)]
 
