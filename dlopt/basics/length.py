@@ -8,7 +8,7 @@ Each unit has a type: the sum of two numbers is a plain int, which the type chec
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NewType, Self
@@ -90,6 +90,15 @@ class Length:
         """Returns the samples of the first updates of a run."""
         epochs, rest = divmod(self.batches(updates), self.per_epoch)
         return SampleCount(epochs * self.epoch + rest * self.batch)
+
+    def nearest(self, samples: float) -> UpdateCount:
+        """Returns the number of updates, at least 1, whose samples are nearest: of two, the lower."""
+
+        def distance(updates: int) -> float:
+            return self.samples(UpdateCount(updates)) - samples
+
+        updates = bisect_left(range(math.ceil(samples)), 0.0, key=distance)  # an update has a sample or more
+        return UpdateCount(max(min(updates - 1, updates, key=lambda each: abs(distance(each))), 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns its fields as plain values, for a checkpoint, whose own progress says what is done."""

@@ -28,6 +28,7 @@ def test_a_constant_batch_is_a_growth_by_one() -> None:
     assert all(length.batches(n) == length.updates_before(n) == n for n in range(100))
     assert [length.samples(n) for n in (0, 9, 10, 25)] == [0, 90, 100, 250]
     assert replace(length, epoch=95).samples(25) == 2 * 95 + 50  # the last batch of an epoch has 5 samples
+    assert [length.nearest(samples) for samples in (0.0, 14.9, 15.0, 15.1, 250.0)] == [1, 1, 1, 2, 25]
     # steps=7 ended the first epoch after 7 batches: 30 later updates need three whole epochs and a part of a fourth.
     assert replace(length, skipped=3).epochs == 4 and replace(length, skipped=4).epochs == 5
 

@@ -1,8 +1,6 @@
 """The length of a change that costs as much as the base: `dlopt judge BASE CHANGE equal=updates|flops|time`."""
 
-import math
 import tempfile
-from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,6 @@ def equal_length(base: Side, change: Side, equal: Equal) -> dict[str, Any]:
 
     Reads the data and builds both models; for equal=time, trains both for some seconds. Raises `UserError`.
     """
-    from dlopt.basics.length import UpdateCount
     from dlopt.extend import build_workload, training_batches
     from dlopt.training.length import length_of_run
 
@@ -47,13 +44,7 @@ def equal_length(base: Side, change: Side, equal: Equal) -> dict[str, Any]:
         updates = max(round(steps / cost), 1)
     elif equal == "flops":
         flops, flops_of_change = (_flops(side, workload) for side, workload in zip(SIDES, workloads, strict=True))
-        requested = of_base.samples(of_base.updates) * flops / flops_of_change  # samples
-
-        def trained(number: int) -> int:
-            return of_change.samples(UpdateCount(number))
-
-        updates = bisect_left(range(math.ceil(requested)), requested, key=trained)  # an update has a sample or more
-        updates = max(min(updates - 1, updates, key=lambda number: abs(trained(number) - requested)), 1)
+        updates = of_change.nearest(of_base.samples(of_base.updates) * flops / flops_of_change)
         cost = steps / updates
     for each in workloads:
         each.close()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-from dlopt.basics.length import UpdateCount
 from dlopt.extend import RunConfig, Trainer, UserError, build_workload, probe_trainer
 from dlopt.instruments.measuring_ranks import RankOutcome, run_rank
 from dlopt.instruments.profiling import collective_times
@@ -113,7 +112,7 @@ def updates_of(trainer: Trainer, device: torch.device) -> Callable[[], int]:
     def update() -> int:
         batch = next(batches)
         trainer.run_update(batch, progress.step)
-        progress.step = UpdateCount(progress.step + 1)
+        progress.count(batch.count, batch.total, trainer.step.passes)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return len(batch.targets)
