@@ -45,8 +45,7 @@ class ByNorm:
     @torch.no_grad()
     def scale(self, parameters: Sequence[nn.Parameter], total: Tensor) -> None:
         """Clips gradients whose norm is known to be `total`."""
-        # Always multiplies, like torch's clip_grad_norm_. A branch would make the host wait for the norm, which costs
-        # more than multiplying by 1.
+        # Always multiplies, like torch's clip_grad_norm_: a branch would make the host wait for the norm.
         factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
         if gradients := _local_gradients(parameters):
             torch._foreach_mul_(gradients, factor)

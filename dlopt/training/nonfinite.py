@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ class Diverged(RunError):
         self.before_update = before_update
 
 
+@dataclass(eq=False, repr=False)
 class NonFiniteCheck:
     """Checks the loss and the reduced gradients of every update for NaN and infinity.
 
-    Args:
+    Attributes:
         parameters: whose gradients are checked.
         immediate: check before each update, which is cheap on a CPU and synchronizes on a GPU; otherwise keep one flag
             per update on the device until `flush`.
@@ -42,19 +43,17 @@ class NonFiniteCheck:
         clips_by_norm: clipping would set gradients whose norm overflows to zero, which deferred checks report.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        *,
-        immediate: bool,
-        locate: Callable[[bool], str],
-        sharding: Sharding | None = None,
-        clips_by_norm: bool = False,
-    ) -> None:
-        self.parameters, self.immediate, self.locate = parameters, immediate, locate
-        self._norm = None if sharding is None or sharding.kind == "replicated" else sharding.norm
-        self.needs_norm = bool(parameters) and self._norm is not None
-        self._defers_norm = self.needs_norm or (bool(parameters) and clips_by_norm)
+    parameters: Sequence[Tensor]
+    _: KW_ONLY
+    immediate: bool
+    locate: Callable[[bool], str]
+    sharding: Sharding = field(default_factory=Sharding)
+    clips_by_norm: bool = False
+
+    def __post_init__(self) -> None:
+        parameters = self.parameters
+        self.needs_norm = bool(parameters) and self.sharding.kind != "replicated"
+        self._defers_norm = self.needs_norm or (bool(parameters) and self.clips_by_norm)
         device = next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
         self._one = torch.ones((), device=device)
         self._flag = torch.zeros((), device=device)  # for immediate checks
@@ -143,7 +142,8 @@ class NonFiniteCheck:
     def check_weights(self, module: nn.Module, rate: float) -> None:
         """Raises `Diverged` if a weight is not finite, as after the overflow of an update. Synchronizes."""
         parameters = [p.detach() for p in module.parameters()]
-        if not (is_finite(parameters) if self._norm is None else bool(self._norm(parameters).isfinite())):
+        is_replicated = self.sharding.kind == "replicated"
+        if not (is_finite(parameters) if is_replicated else self.sharding.norm(parameters).isfinite()):
             raise Diverged(
                 f"the weights are not finite after update {self.latest} with a learning rate of {rate:g} "
                 f"(first: {first_nonfinite_weight(module) or 'on another rank'}); {_ADVICE}",

@@ -7,8 +7,8 @@ update is in `around.py`.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -101,13 +101,9 @@ class Observer:
         """Called before the optimizer may overwrite the gradients."""
 
 
+@dataclass(eq=False, repr=False)
 class Step:
     """Runs the updates of an optimizer that evaluates the loss once per update; for others see `ClosureStep`.
-
-    Args:
-        metrics: of the training samples, to which every update adds.
-        synchronize_buffers: makes the buffers equal on all ranks; called after every update.
-        average: updates the average of the weights; called after every update.
 
     Attributes:
         seeds: whether evaluations seed the random numbers of the model's layers.
@@ -115,51 +111,40 @@ class Step:
         passes: forward and backward passes of the latest update; None if it had others.
     """
 
-    passes: int | None = 1
+    network: Network
+    optimizer: Optimizer
+    schedule: Scheduler
+    mode: Mode
+    settings: StepSettings
+    _: KW_ONLY
+    precision: Precision
+    metrics: MetricSum  # of the training samples, to which every update adds
+    clip: Clip = field(default_factory=Unclipped)
+    synchronize_buffers: Callable[[], None] | None = None  # makes the buffers equal on all ranks, after every update
+    average: Callable[[], None] | None = None  # updates the average of the weights, after every update
+    observers: Sequence[Observer] = ()
+    passes: int | None = field(default=1, init=False)
 
-    def __init__(
-        self,
-        network: Network,
-        optimizer: Optimizer,
-        schedule: Scheduler,
-        mode: Mode,
-        settings: StepSettings,
-        *,
-        precision: Precision,
-        metrics: MetricSum,
-        clip: Clip | None = None,
-        synchronize_buffers: Callable[[], None] | None = None,
-        average: Callable[[], None] | None = None,
-        observers: Sequence[Observer] = (),
-    ) -> None:
+    def __post_init__(self) -> None:
+        network, mode = self.network, self.mode
         self.module = network.module
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.mode = mode
-        self.settings = settings
-        self.metrics = metrics
-        self.clip: Clip = Unclipped() if clip is None else clip
         # The clip that needs the norm of all gradients; a class of the user's own derived from it may need others.
-        self._by_norm = clip if type(clip) is ByNorm else None
-        self.synchronize_buffers = synchronize_buffers
-        self.average = average
-        self.observers = observers
+        self._by_norm = self.clip if type(self.clip) is ByNorm else None
         self.seeds = True
-        self.precision = precision
-        self.scaler = precision.scaler()
-        self.accumulate = settings.accumulate
-        self.parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
-        self.rate = schedule.rate
+        self.scaler = self.precision.scaler()
+        self.accumulate = self.settings.accumulate
+        self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.rate = self.schedule.rate
         self.check = NonFiniteCheck(
             self.parameters if self.scaler is None else [],  # non-finite gradients are normal with a scaler
-            immediate=settings.check_now,
+            immediate=self.settings.check_now,
             locate=self._locate,
             sharding=mode.sharding,
             clips_by_norm=self._by_norm is not None,
         )
-        self.micro_loss = MicroLoss(network, precision, metrics)
+        self.micro_loss = MicroLoss(network, self.precision, self.metrics)
         if network.task_loss is not None:
-            self.micro_loss = TaskMicroLoss(network, precision, metrics, mode.device)
+            self.micro_loss = TaskMicroLoss(network, self.precision, self.metrics, mode.device)
         # Seeding costs a tiny model 10 % of its step: the generator's state evicts the model from the CPU cache.
         self._generators = [torch.default_generator] if is_stochastic(network.module) else []
         if self._generators and mode.device.type == "cuda":
@@ -183,8 +168,9 @@ class Step:
             if self.scaler is None or not self._has_gradients():
                 self.optimizer.step()
             else:
-                # Waits for the device, except with a fused optimizer, whose kernel skips an overflow itself.
-                self.scaler.step(self.optimizer)  # skips an overflow, upon which `update` reduces the scale
+                # Skips an overflow, upon which `update` reduces the scale. Waits for the device, except with a fused
+                # optimizer, whose kernel skips it itself.
+                self.scaler.step(self.optimizer)
                 self.scaler.update()
         except Exception as error:
             refuse_missing_closure(self.optimizer, error)
@@ -203,7 +189,7 @@ class Step:
         self.current = CurrentUpdate(batch, number, log_norm, self.settings.seed)
 
     def loss_and_gradients(self, *, checks: bool = True) -> UpdateResult:
-        """Computes the mean loss of the batch and its clipped gradients, which are left in the parameters.
+        """Computes the mean loss of the batch, and its clipped gradients in the parameters.
 
         `checks`: raise `Diverged`, now or later, if the loss or a gradient is not finite.
         """
@@ -212,9 +198,7 @@ class Step:
         self.seed()
 
         # 2. Forward and backward.
-        with ExitStack() as contexts:
-            for observer in self.observers:
-                contexts.enter_context(observer.around_forward_backward())
+        with self._observing() if self.observers else nullcontext():
             if self.settings.halve_on_out_of_memory:
                 loss, micro_batches = self.halving_forward_backward(self.current.batch)
             else:
@@ -224,7 +208,7 @@ class Step:
         if self.scaler is not None and self._has_gradients():
             self.scaler.unscale_(self.optimizer)
 
-        # 4. Compute the norm before clipping once: the log, the check and the clipping would each read all gradients.
+        # 4. The norm before clipping, once: the log, the check and the clipping would each read all gradients.
         is_needed = self.current.log_norm or self._by_norm is not None or (checks and self.check.needs_norm)
         norm = self.gradient_norm() if is_needed else None
 
@@ -353,6 +337,13 @@ class Step:
             self.accumulate = max(self.accumulate, state["accumulate"])  # do not run out of memory again
 
     # -- parts of an evaluation
+
+    @contextmanager
+    def _observing(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for observer in self.observers:
+                stack.enter_context(observer.around_forward_backward())
+            yield
 
     def zero_grad(self) -> None:
         """Drops all gradients."""

@@ -12,7 +12,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.schedules import Scheduler
 from dlopt.training.around import surround
 from dlopt.training.builders.precision import Precision
-from dlopt.training.clipping import Clip
+from dlopt.training.clipping import Clip, Unclipped
 from dlopt.training.closure import ClosureStep
 from dlopt.training.micro_loss import Network
 from dlopt.training.nonfinite import Diverged
@@ -63,7 +63,7 @@ def make_step(
         StepSettings(**{"seed": SEED, **settings}),
         precision=precision or Precision("fp32", CPU),
         metrics=MetricSum(CLASSIFICATION),
-        clip=clip,
+        clip=clip or Unclipped(),
         average=average,
     )
     step.update = surround(step, step.update, after_change=after_change, skip=skip)  # type: ignore[method-assign]

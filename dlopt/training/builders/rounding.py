@@ -1,15 +1,13 @@
 """Stochastic rounding of bf16 weights (`precision=bf16_pure`).
 
-bf16 has 8 significant bits, and rounding to nearest loses changes below half a unit in the last place, 2^-9 to 2^-8 of
-a value: a weight would not move by smaller updates.
+bf16 has 8 significant bits: rounding to nearest would lose every update below 2^-9 to 2^-8 of a weight. An update is
+therefore computed in fp32: it widens some weights with their gradients, runs the optimizer on them, and rounds the new
+values. A value is rounded up with a probability equal to the discarded fraction, and down otherwise (Gupta et al. 2015,
+"Deep Learning with Limited Numerical Precision"). Its expectation is exact. The optimizer's state stays in fp32: it may
+hold slow averages, sums, or matrices to invert.
 
-An update is therefore computed in fp32: it widens some weights with their gradients, runs the optimizer on them, and
-rounds the new values. A value is rounded up with a probability equal to the discarded fraction, and down otherwise
-(Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"). Its expectation is exact. The optimizer's state
-stays in fp32: it may hold slow averages, sums, or matrices to invert.
-
-Random numbers are a hash of seed, update, parameter and element: resumed runs round alike. The noise of a parameter
-costs no memory after its update. Updates are counted on the device, so that a CUDA graph can repeat them.
+Random numbers are a hash of seed, update, parameter and element: resumed runs round alike, and noise needs no memory
+after its use. Updates are counted on the device, so that a CUDA graph can repeat them.
 """
 
 import math
@@ -208,10 +206,9 @@ def random_bits(indices: Tensor, seed: int | Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
-    """Rounds to one of the two neighbours in bf16, so that the expectation is the value.
+    """Rounds to one of the two neighbours in bf16, so that the expectation is the value; keeps non-finite ones.
 
-    The lower 16 of the random `bits` are added to the 16 bits that bf16 lacks, whose carry rounds away from zero. bf16
-    numbers, and non-finite values, stay as they are.
+    Adds the lower 16 of the random `bits` to the 16 bits that bf16 lacks, whose carry rounds away from zero.
     """
     exact = values.float()
     upper = exact.view(torch.int32).add(bits & 0xFFFF).bitwise_right_shift_(16)
