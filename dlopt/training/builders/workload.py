@@ -286,8 +286,11 @@ def _to_device(model: CpuModel) -> WholeModel:
         module = module.to(memory_format=memory_format)
     check_adapters(run_config, module, precision, shape, model.task)
     loss = build_loss(run_config, dataset, module)
-    micro_batch = batch_size(run_config, samples) // settings.micro_batches
-    if settings.threads == "auto" and _is_alone_on_cpu(model) and speed.prefers_one_thread(module, shape, micro_batch):
+    if (
+        settings.threads == "auto"
+        and _is_alone_on_cpu(model)
+        and speed.prefers_one_thread(module, shape, batch_size(run_config, samples) // settings.micro_batches)
+    ):
         set_threads(1)
     # In milliseconds, beside 1 s of imports that the optimizer needs, too.
     flops = None if model.task.calls_model else speed.training_flops(module, shape)
