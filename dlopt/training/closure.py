@@ -25,14 +25,10 @@ class ClosureStep(Step):
     """A step that the optimizer evaluates: `step()` returns the loss and leaves clipped gradients in the parameters.
 
     `step.loss()` and `step.sampled_loss(seed)` return losses with their graph, for Hessian-vector products.
-
-    Attributes:
-        result: of the current update; None until its first evaluation has ended.
-        evaluations: of the loss, in all updates of the run.
     """
 
-    result: UpdateResult | None = None
-    evaluations: int = 0
+    result: UpdateResult | None = None  # of the current update; None until its first evaluation has ended
+    evaluations: int = 0  # of the loss, in all updates of the run
 
     def update(self, batch: Batch, number: int, *, log_norm: bool = False) -> UpdateResult:
         """See `Step.update`."""

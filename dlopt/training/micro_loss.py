@@ -66,20 +66,14 @@ class CurrentUpdate:
 
 
 class MicroLoss:
-    """The loss of outputs and targets.
+    """The loss of outputs and targets."""
 
-    Attributes:
-        name: for messages.
-        errors: context in which the loss and its backward pass run.
-        eager_model: the uncompiled model, which has second derivatives, and whose hooks run.
-    """
-
-    name: str = "the loss"
-    errors: AbstractContextManager[None] = nullcontext()
+    name: str = "the loss"  # for messages
+    errors: AbstractContextManager[None] = nullcontext()  # around the loss and its backward pass
 
     def __init__(self, network: Network, precision: Precision, metrics: MetricSum) -> None:
         self.metrics = metrics
-        self.eager_model = precision.autocast(network.module)
+        self.eager_model = precision.autocast(network.module)  # has second derivatives, and its hooks run
         self._model = model = precision.autocast(network.model)
         self._loss = loss = precision.autocast(network.loss)
         self._further = network.further

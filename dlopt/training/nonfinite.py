@@ -34,21 +34,17 @@ class Diverged(RunError):
 class NonFiniteCheck:
     """Checks the loss and the reduced gradients of every update for NaN and infinity.
 
-    Attributes:
-        parameters: whose gradients are checked.
-        immediate: check before each update, which is cheap on a CPU and synchronizes on a GPU; otherwise keep one flag
-            per update on the device until `flush`.
-        locate: describes the first non-finite tensor, given whether the loss is finite.
-        sharding: of the gradients. If it is over ranks, `needs_norm`: only the norm is the same on all of them.
-        clips_by_norm: clipping would set gradients whose norm overflows to zero, which deferred checks report.
+    An immediate check is before each update, which is cheap on a CPU and synchronizes on a GPU. A deferred one keeps a
+    flag per update on the device until `flush`. If ranks have shards of the gradients, it `needs_norm`: only the norm
+    is the same on all of them.
     """
 
-    parameters: Sequence[Tensor]
+    parameters: Sequence[Tensor]  # whose gradients are checked
     _: KW_ONLY
     immediate: bool
-    locate: Callable[[bool], str]
+    locate: Callable[[bool], str]  # describes the first non-finite tensor, given whether the loss is finite
     sharding: Sharding = field(default_factory=Sharding)
-    clips_by_norm: bool = False
+    clips_by_norm: bool = False  # it sets gradients whose norm overflows to zero, which deferred checks report
 
     def __post_init__(self) -> None:
         parameters = self.parameters
@@ -66,24 +62,17 @@ class NonFiniteCheck:
     def examine(self, loss: Tensor, step: int, rate: float, norm: Tensor | None = None) -> Tensor | None:
         """Checks update `step` (from 0). Raises `Diverged`; a deferred check returns the flag for `defer` instead.
 
-        `norm`: of all gradients, if it is known. If it is finite, so are they; it may overflow (above 1.8e19 in fp32)
-        although they are. Deferred checks ignore a norm that only some updates have, for the same result in all.
+        `norm`: of all gradients, if it is known. It may overflow (above 1.8e19 in fp32) although they are finite.
+        Deferred checks ignore a norm that only some updates have, for the same result in all.
         """
         if not self.immediate:
-            flag = self._new_flag()
-            if norm is None or not self._defers_norm:
-                self.flag_nonfinite(flag)
-            elif norm.device == flag.device:
-                torch.sub(norm, norm, out=flag)  # 0, or NaN: one kernel
-            else:  # without gradients, it is on the CPU
-                flag.copy_(norm - norm)
+            if norm is not None and self._defers_norm and norm.device == self._one.device:
+                return norm - norm  # 0, or NaN: one kernel
+            self.flag_nonfinite(flag := self._new_flag())  # also without gradients, whose norm is on the CPU
             return flag
         self.latest = step + 1
         if self.parameters and (norm is None or not math.isfinite(norm.item())):
-            if self.needs_norm:
-                self._flag.fill_(1.0)
-            else:
-                self.flag_nonfinite(self._flag)
+            self._flag.fill_(1.0) if self.needs_norm else self.flag_nonfinite(self._flag)
         # Reads both on the host, before the optimizer runs: the current weights still explain the value.
         value = loss.item()
         if not math.isfinite(value) or self._flag.item():

@@ -46,19 +46,12 @@ class StepSettings:
 
 @dataclass
 class UpdateResult:
-    """What an update has computed, as tensors on the device.
+    """What an update has computed, as tensors on the device."""
 
-    Attributes:
-        loss: mean over the global batch, at the weights before the update; None if the update was skipped.
-        micro_batches: the input of the metrics for each micro-batch of this process.
-        norm: of the gradient before clipping, if it was computed.
-        flags: (loss, whether a gradient is non-finite) for each evaluation with a deferred check.
-    """
-
-    loss: Tensor | None
-    micro_batches: list[Kept]
-    norm: Tensor | None = None
-    flags: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    loss: Tensor | None  # mean over the global batch, at the weights before the update; None: it was skipped
+    micro_batches: list[Kept]  # of this process, for the metrics
+    norm: Tensor | None = None  # of the gradient before clipping, if it was computed
+    flags: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of deferred checks: (loss, `examine`'s flag)
 
     def clone(self) -> "UpdateResult":
         flags = [(loss.clone(), flag.clone()) for loss, flag in self.flags]
@@ -103,13 +96,7 @@ class Observer:
 
 @dataclass(eq=False, repr=False)
 class Step:
-    """Runs the updates of an optimizer that evaluates the loss once per update; for others see `ClosureStep`.
-
-    Attributes:
-        seeds: whether evaluations seed the random numbers of the model's layers.
-        rate: learning rate of the latest update.
-        passes: forward and backward passes of the latest update; None if it had others.
-    """
+    """Runs the updates of an optimizer that evaluates the loss once per update; for others see `ClosureStep`."""
 
     network: Network
     optimizer: Optimizer
@@ -123,18 +110,18 @@ class Step:
     synchronize_buffers: Callable[[], None] | None = None  # makes the buffers equal on all ranks, after every update
     average: Callable[[], None] | None = None  # updates the average of the weights, after every update
     observers: Sequence[Observer] = ()
-    passes: int | None = field(default=1, init=False)
+    passes: int | None = field(default=1, init=False)  # forward and backward, of the latest update; None: it had others
 
     def __post_init__(self) -> None:
         network, mode = self.network, self.mode
         self.module = network.module
         # The clip that needs the norm of all gradients; a class of the user's own derived from it may need others.
         self._by_norm = self.clip if type(self.clip) is ByNorm else None
-        self.seeds = True
+        self.seeds = True  # whether evaluations seed the random numbers of the model's layers
         self.scaler = self.precision.scaler()
         self.accumulate = self.settings.accumulate
         self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.rate = self.schedule.rate
+        self.rate = self.schedule.rate  # of the latest update
         self.check = NonFiniteCheck(
             self.parameters if self.scaler is None else [],  # non-finite gradients are normal with a scaler
             immediate=self.settings.check_now,
@@ -176,10 +163,8 @@ class Step:
             refuse_missing_closure(self.optimizer, error)
             raise
 
-        # 4. Advance the learning rate.
+        # 4. Advance the learning rate, and end.
         self.advance()
-
-        # 5. End.
         self.end(result, self.average)
         return result
 
@@ -322,7 +307,7 @@ class Step:
         self.check.check_weights(self.module, float(self.rate))
 
     def cost(self) -> dict[str, int]:
-        """Returns the number of loss evaluations so far; nothing for optimizers with one evaluation per update."""
+        """Returns the number of loss evaluations so far, of a `ClosureStep`."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,10 +77,7 @@ def build_update_function(
     observers: Sequence[Observer],
     batch_size: int,
 ) -> tuple[UpdateFunction, str | None]:
-    """Builds the function that runs the updates of a step, surrounded by what the run needs.
-
-    Also returns why they are not replayed from a CUDA graph (None if they are). Raises `UserError`.
-    """
+    """Returns what runs the updates of a step, and why it replays no CUDA graph (None: it does). Raises `UserError`."""
     settings, network = workload.run_config.settings, workload.network
     reason = graphed_update.obstacle(
         step,
