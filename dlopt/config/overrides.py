@@ -77,9 +77,10 @@ def without(overrides: Iterable[str], *keys: str) -> list[str]:
 def with_folder(overrides: Sequence[str], multirun: bool) -> list[str]:
     """Returns the overrides with `output=DIR` as Hydra's key of the folder of a run, or with `multirun` of a sweep.
 
-    Raises `UserError` if the folder is set twice.
+    Raises `UserError` if the folder is set twice, or not quoted as it must be.
     """
     typed = [override for override in overrides if key_of(override) == OUTPUT]
+    parse_overrides(typed)  # a message names the key that was typed
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     both = [override for override in overrides if override in typed or key_of(override) == key]
     if typed and len(both) > 1:
