@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -158,8 +160,18 @@ def _lines_of(composer: "Composer", run: str) -> list[str]:
 
 
 def words_of(side: str) -> list[str]:
-    """Splits "optimizer=sgd epochs=5", typed as one word, before each key; a list may have spaces. [] for a path."""
-    return [] if _is_path(side) else re.split(r"\s+(?=[+~]*[\w./@-]+=)", side.strip())
+    """Splits "optimizer=sgd epochs=5", typed as one word, before each key; a list may have spaces. [] for a path.
+
+    A part may be quoted for the shell, as the head of a run shows its overrides.
+    """
+    parts = [] if _is_path(side) else re.split(r"\s+(?=['\"]?[+~]*[\w./@-]+=)", side.strip())
+    return [_unquoted(part) if part[:1] in ("'", '"') else part for part in parts]
+
+
+def _unquoted(part: str) -> str:
+    with suppress(ValueError):  # an open quotation
+        return " ".join(shlex.split(part))
+    return part
 
 
 def _is_path(side: str) -> bool:

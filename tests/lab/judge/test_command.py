@@ -18,7 +18,7 @@ from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
 from dlopt.lab.judge import command
 from dlopt.lab.judge.ledger import Ledger
-from dlopt.lab.judge.proposal import read_base, read_change
+from dlopt.lab.judge.proposal import read_base, read_change, words_of
 from dlopt.lab.judge.running import Judgement, PairedRun, _with_code
 from dlopt.sweeps.pool import Pool, find_local
 from dlopt.training.builders.batches import training_batches
@@ -48,6 +48,12 @@ def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[PairedR
         return made
 
     return install
+
+
+def test_words_are_split_before_keys_and_may_be_quoted_for_the_shell() -> None:
+    quoted = """epochs=5 'optimizer.groups=[{match:"*bias", lr:0.1}]' "name='a b'" note='c' """
+    assert words_of(quoted) == ["epochs=5", 'optimizer.groups=[{match:"*bias", lr:0.1}]', "name='a b'", "note='c'"]
+    assert words_of("epochs=5 'seed=1") == ["epochs=5", "'seed=1"]
 
 
 def better(trial: PairedRun) -> float:
