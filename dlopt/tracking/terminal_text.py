@@ -571,14 +571,14 @@ def _strip_end(line: list[Segment]) -> list[Segment]:
 
 
 def _stack_cells(table: Table) -> Group:
-    """Renders each row as its first cell, followed by the other cells with their column headers."""
+    """Renders each row as its first cell, followed by the other cells that it has, with their column headers."""
     headers = [" ".join(str(column.header).split()) for column in table.columns]
     blocks: list[RenderableType] = [] if table.title is None else [table.title]
     for row, cells in zip(table.rows, zip(*(column.cells for column in table.columns), strict=True), strict=True):
         first, *others = (cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells)
         blocks.append(Text.assemble(first, style=row.style or "bold"))
         pairs = zip(headers[1:], others, strict=True)
-        texts = [Text.assemble((header, "dim"), " ", cell) for header, cell in pairs if cell]
+        texts = [Text.assemble((header, "dim"), " ", cell) for header, cell in pairs if str(cell) not in ("", "-")]
         blocks += [Flow(texts, indent="  ")] if texts else []
     blocks += [] if table.caption is None else [table.caption]
     return Group(*blocks)
