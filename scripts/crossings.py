@@ -1,11 +1,11 @@
 """Tries features together: every pair of them keeps the laws of a run, or is refused in one line.
 
-    python scripts/crossings.py [--seed 0] [--rows N] [--strength 2|3] [--slow] [--law NAME ...] [--only NUMBER]
+    python scripts/crossings.py [--seed 0] [--rows N] [--strength 1|2|3] [--slow] [--law NAME ...] [--only NUMBER]
 
-Draws a covering array of tests/support/crossings/features.py: rows in which every pair of values (or, with --strength
-3, every three) occurs. Each row trains a tiny model for some updates, and tests/support/crossings/laws.py is asked of
-it. A row that is refused is tried again without the value that is refused. A row that breaks a law is shown with the
-fewest features that break it. Exits with 1 if there is one.
+Draws a covering array of tests/support/crossings/features.py: rows in which every pair of values occurs (or, with
+--strength 1 or 3, every value, or every three). Each row trains a tiny model for some updates, and the laws of
+tests/support/crossings/laws.py are asked of it. A row that is refused is tried again without the value that is refused.
+A row that breaks a law, or diverges, is shown with the fewest features that do. Exits with 1 if there is one.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, help="number of rows to try, of those that cover most first")
     parser.add_argument("--only", type=int, help="number of one row to try, from 1")
-    parser.add_argument("--strength", type=int, choices=(2, 3), default=2)
+    parser.add_argument("--strength", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--slow", action="store_true", help="also the laws that take several processes")
     parser.add_argument("--law", choices=[law.name for law in LAWS], nargs="+", help="only these")
     typed = parser.parse_args()

@@ -94,7 +94,7 @@ def test_the_folder_of_a_run_or_a_sweep() -> None:
     assert with_folder(["seed=1"], multirun=True) == ["seed=1"]
     with pytest.raises(UserError, match=r"output=a hydra\.run\.dir=b: set the folder once"):
         with_folder(["output=a", "hydra.run.dir=b"], multirun=False)
-    with pytest.raises(UserError, match="^'output=a/b=c': the value must be quoted for Hydra"):
+    with pytest.raises(UserError, match=r"^'output=a/b=c': the value must be quoted for Hydra"):
         with_folder(["output=a/b=c"], multirun=False)
 
 

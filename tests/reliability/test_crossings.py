@@ -67,10 +67,11 @@ def test_a_broken_law_is_shown_with_the_features_that_break_it(
         if trial.has("average", "ema") and trial.has("clip", "norm"):
             raise AssertionError("ema and clip: 1 instead of 2")
 
-    def refusal(self: Campaign, row: dict[str, str]) -> str | None:
-        return "adapt=lora with dropout" if row["adapt"] == "lora" and row["dropout"] == "0.2" else None
+    def refused(self: Campaign, trial: Trial) -> str | None:
+        return "adapt=lora with dropout" if trial.has("adapt", "lora") and trial.has("dropout", "0.2") else None
 
-    monkeypatch.setattr(Campaign, "refusal", refusal)
+    monkeypatch.setattr(Campaign, "refused", refused)
+    monkeypatch.setattr(Trial, "run", None)
     campaign = Campaign(tmp_path, [Law(breaks)], seed=0)
     row = {**DEFAULTS, "dropout": "0.2", "adapt": "lora", "average": "ema", "clip": "norm", "schedule": "cosine"}
     campaign.check(3, row)

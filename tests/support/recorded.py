@@ -4,8 +4,12 @@ As with a real one the recording itself leaves no trace, a replay runs no Python
 they were, results lie where they lay, and random draws follow the generators' states at the time of the replay.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from dlopt.machine.cuda_graphs import Recorder
+from dlopt.training import graphed_update
+from dlopt.training.builders import speed, step
 
 T = TypeVar("T")
 Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
@@ -95,3 +101,23 @@ class SimulatedRecorder(Recorder):
                             old.detach().copy_(new)
 
         return replay, tree_map(lambda each: each, results)
+
+
+@contextmanager
+def capturing(recorder: SimulatedRecorder) -> Iterator[None]:
+    """Runs capture batches and updates on the CPU wherever they would on a GPU, without the check of each update."""
+    gpu = torch.device("cuda")
+    obstacle, data_recorder = graphed_update.obstacle, speed.data_recorder
+
+    def obstacle_on_gpu(*args: Any, **kwargs: Any) -> str | None:
+        module, parts, optimizer, schedule, mode, settings = args
+        mode = SimpleNamespace(device=gpu, ranks=mode.ranks)
+        return obstacle(module, parts, optimizer, schedule, mode, replace(settings, check_now=False), **kwargs)
+
+    with (
+        patch.object(graphed_update, "obstacle", obstacle_on_gpu),
+        patch.object(speed, "data_recorder", lambda config, device, parts: data_recorder(config, gpu, parts)),
+        patch.object(speed, "Recorder", return_value=recorder),
+        patch.object(step, "Recorder", return_value=recorder),
+    ):
+        yield

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 from dlopt.basics.errors import UserError
 from tests.support.crossings.features import DEFAULTS, FEATURES, KIND, Row, changed, is_possible
 from tests.support.crossings.laws import Law
-from tests.support.crossings.trial import RefusedError, Trial
+from tests.support.crossings.trial import DIVERGED, RefusedError, Trial
 from tests.support.runs import run_config
 
 
@@ -36,19 +37,23 @@ class Campaign:
     def trial(self, row: Row, draws: str = "") -> Trial:
         return Trial(row, self.files, self.files / f"row{next(self.numbers)}", random.Random(draws))
 
-    def refusal(self, row: Row) -> str | None:
-        """Returns why the row is refused; None if it runs, or fails otherwise."""
-        trial = self.trial(row)
+    def refused(self, trial: Trial) -> str | None:
+        """Returns why a row is refused; None if it runs, or fails otherwise."""
         try:
             run_config(*trial.words)  # most refusals come before a process is needed
             trial.run  # noqa: B018
         except (UserError, RefusedError) as error:
+            shutil.rmtree(trial.place, ignore_errors=True)
             return str(error)
         except AssertionError:
             pass
-        finally:
-            shutil.rmtree(trial.place, ignore_errors=True)
         return None
+
+    def refusal(self, row: Row) -> str | None:
+        trial = self.trial(row)
+        refusal = self.refused(trial)
+        shutil.rmtree(trial.place, ignore_errors=True)
+        return refusal
 
     def breach(self, row: Row, law: Law, draws: str) -> str | None:
         """Returns how the row breaks the law; None if it keeps it, or is refused."""
@@ -69,21 +74,30 @@ class Campaign:
         """Returns the features of the row that are refused together, and records them."""
         named = {feature: value for feature, value in row.items() if is_named(feature, value, refusal)}
         start = {**DEFAULTS, KIND: row[KIND], **named}  # these are likely the reason, and fewer
-        start = start if self.refusal(start) == refusal else row
-        least = minimal(start, lambda smaller: self.refusal(smaller) == refusal)
-        self.found.refused[refusal] = least
+
+        def is_refused(row: Row) -> bool:
+            return without_numbers(self.refusal(row) or "") == without_numbers(refusal)
+
+        least = minimal(start if is_refused(start) else row, is_refused)
+        self.found.refused[without_numbers(refusal)] = least
         return least
 
     def check(self, number: int, row: Row) -> None:
-        """Asks all laws of a row, or of what is left of it without the values that are refused."""
-        while (refusal := self.refusal(row)) is not None:
-            least = self.found.refused.get(refusal, {})
+        """Asks all laws of a row, or of what is left of it without the values that are refused.
+
+        A row that diverges has a value that is too large, or shows a defect.
+        """
+        trial = self.trial(row)
+        while (refusal := self.refused(trial)) is not None:
+            least = self.found.refused.get(without_numbers(refusal), {})
             if not least or not least.items() <= row.items():
                 least = self.least_refused(row, refusal)
             features = [feature for feature in least if feature != KIND]
             assert features, f"{least}: {refusal}"
+            if refusal == DIVERGED:
+                self.add(number, "converges", least, refusal)
             row = {**row, features[-1]: DEFAULTS[features[-1]]}
-        trial = self.trial(row)
+            trial = self.trial(row)
         for law in self.laws:
             draws = f"{self.seed} {number} {law.name}"
             trial.draw = random.Random(draws)
@@ -94,14 +108,22 @@ class Campaign:
                 trial.run  # noqa: B018
                 law.check(trial)
             except RefusedError as error:
-                self.found.refused_by_law.setdefault(str(error), law.name)
+                self.found.refused_by_law.setdefault(str(error), f"{law.name} of row {number}")
             except Exception as error:
                 text = described(error)
                 breach = partial(self.breach, law=law, draws=draws)
                 least = minimal(row, lambda smaller, breach=breach: breach(smaller) is not None)  # type: ignore[misc]
-                self.found.broken.append((number, law.name, least, breach({**DEFAULTS, **least}) or text))
-                print(f"row {number}: {law.name}: {shown(least)}\n  {self.found.broken[-1][3]}", flush=True)
+                self.add(number, law.name, least, breach({**DEFAULTS, **least}) or text)
         shutil.rmtree(trial.place, ignore_errors=True)
+
+    def add(self, number: int, law: str, least: Row, text: str) -> None:
+        self.found.broken.append((number, law, least, text))
+        print(f"row {number}: {law}: {shown(least)}\n  {text}", flush=True)
+
+
+def without_numbers(refusal: str) -> str:
+    """Returns a message in which numbers are N: it is the same for other rows."""
+    return re.sub(r"\b[0-9][0-9.]*(e-?[0-9]+)?\b", "N", refusal)
 
 
 def is_named(feature: str, value: str, message: str) -> bool:

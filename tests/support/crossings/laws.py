@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 import dlopt
 from dlopt.metrics.declared import DECLARED
+from dlopt.metrics.shown import format_metric
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.crossings import plain
 from tests.support.crossings.features import DEFAULTS, FEATURES, KIND, TABLES, overrides
@@ -35,6 +36,7 @@ from tests.support.crossings.trial import (
     summary,
     weights,
 )
+from tests.support.recorded import SimulatedRecorder, capturing
 from tests.support.runs import at_update, metrics, same, terminate
 
 EXACT, ROUNDING = 1e-12, 1e-9
@@ -107,6 +109,15 @@ _KEEPING = {  # rounding errors of double precision grow little
 
 
 _TOGETHER = _KEEPING | {"tta": ("none",)}
+_CAPTURABLE = ("sgd", "nesterov", "adamw")
+_CAPTURED = {
+    "precision": ("fp32", "fp64"),
+    "accumulate": ("1", "2"),
+    "recompute": ("none",),
+    "divergence": ("stop",),
+    "diagnostics": ("none",),
+    "observer": ("none",),
+}
 
 
 def accumulates(trial: Trial) -> None:
@@ -192,6 +203,24 @@ def judges(trial: Trial) -> None:
     change = ["optimizer.lr=0.01", "seeds=7", f"output={trial.place / 'judge'}", *_packages(trial)]
     ended = trial.dlopt("judge", " ".join(words), *change)
     _done(ended, (0, 3, 4))
+
+
+def captured(trial: Trial) -> None:
+    """Updates and batches replayed from simulated graphs, whose rates have single precision, are eager ones."""
+    trial, recorder = trial.narrowed(_CAPTURED, "eager"), SimulatedRecorder()
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        try:
+            with capturing(recorder):
+                yield
+        finally:
+            if recorder.replayed:
+                print("replayed")
+
+    folder = trial.train("captured", trial.with_words("precision=fp64"), around=around())
+    check_close(trial.pure, folder, 1e-6)
+    assert "replayed" in trial.outputs["captured"] or summary(folder)["steps"] < 6, "no replays"
 
 
 def compiled(trial: Trial) -> None:
@@ -320,7 +349,7 @@ def tensors_as_csv(trial: Trial) -> None:
 
 
 def measures_what_is_requested(trial: Trial) -> None:
-    """Every requested metric is one finite number: in metrics.jsonl, summary.json, the page and the CSV file."""
+    """Every requested metric is one finite number: in metrics.jsonl, summary.json, the table, the page, and CSV."""
     [requested] = [
         word.partition("=")[2].strip("[]").split(",") for word in trial.words if word.startswith("evaluate.metrics=")
     ]
@@ -332,9 +361,13 @@ def measures_what_is_requested(trial: Trial) -> None:
         for name in (f"val_{each}{name}" for each in sets for name in columns):
             if any(key.startswith("val_") for key in line):
                 assert math.isfinite(line.get(name, math.nan)), f"{name} of line {number}: {line.get(name)}"
+    printed = " ".join(trial.output.partition("best validation")[2].split())
     for name in columns:
         assert math.isfinite(trial.summary.get(f"test_{name}", math.nan)), f"summary.json: no test_{name}"
         assert math.isfinite(trial.summary.get(f"best_val_{name}", math.nan)), f"summary.json: no best_val_{name}"
+        for key in (f"best_val_{name}", f"test_{name}"):
+            shown = format_metric(key, trial.summary[key])
+            assert shown in printed, f"printed: no {key} {shown} in {printed[:500]}"
     report = trial.place / "report"
     ended = trial.dlopt("report", str(trial.run), f"output={report}", "format=[html,csv]")
     assert ended.code == 0, ended.output[-700:]
@@ -503,6 +536,7 @@ LAWS = (
     Law(trains_again),
     Law(plain_torch, lambda trial: trial.kind in plain.FEATURES[KIND]),
     Law(accumulates, lambda trial: trial.kind != "resnet"),
+    Law(captured, lambda trial: trial.has("optimizer", *_CAPTURABLE) and trial.kind not in ("recurrent", "own")),
     Law(evaluated_as_logged),
     Law(predicted_as_evaluated, _predicts),
     Law(predicted_as_decided, lambda trial: _predicts(trial) and trial.kind != "regression"),

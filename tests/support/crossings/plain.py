@@ -25,7 +25,7 @@ FEATURES = {
     "average": ("none", "ema"),
     "accumulate": ("1",),
     "scale": ("none", "linear"),
-    "augmentation": ("none", "crop", "noise"),
+    "augmentation": ("none", "crop", "noise", "mixup"),
     "sampler": ("random", "balanced", "replaced", "sequential"),
     "loss": ("plain", "smooth"),
     "groups": ("none", "frozen", "slower"),
@@ -100,7 +100,9 @@ def loss_of(row: Row, outputs: Tensor, targets: Tensor) -> Tensor:
     if row[KIND] == "regression":
         return F.mse_loss(outputs, targets.view_as(outputs))
     smoothing = 0.1 if row["loss"] == "smooth" else 0.0
-    return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), label_smoothing=smoothing)
+    # Mixed targets are probabilities; those of a text have a class per position.
+    targets = targets.to(outputs) if targets.is_floating_point() else targets.flatten()
+    return F.cross_entropy(outputs.flatten(0, -2), targets, label_smoothing=smoothing)
 
 
 def clip(choice: str, parameters: Iterable[nn.Parameter]) -> None:

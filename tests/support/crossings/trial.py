@@ -26,6 +26,7 @@ from dlopt.training.checkpoint.checkpoints import load
 from tests.support.crossings.features import DEFAULTS, KIND, Row, overrides
 from tests.support.runs import result, same, timeless
 
+DIVERGED = "dlopt: the loss became infinite"
 _LIMIT = 120  # seconds of a process: one that hangs fails its law
 
 
@@ -42,7 +43,7 @@ class Ended:
         lines = [line for line in self.output.splitlines() if line]
         first = next((place for place, line in enumerate(lines) if line.startswith("dlopt: ")), None)
         if first is not None and self.code == 1 and re.search(r"the loss became (nan|inf)", lines[first]):
-            return "dlopt: the loss became infinite"  # of a learning rate that is too large for this row
+            return DIVERGED
         if self.code != 2 or first is None:
             return None
         rest = lines[first + 1 :]
@@ -158,9 +159,12 @@ class Trial:
         assert "Traceback" not in ended.output, ended.output[-1500:]
         return ended
 
-    def train(self, name: str, words: Iterable[str] | None = None) -> Path:
+    def train(
+        self, name: str, words: Iterable[str] | None = None, around: AbstractContextManager[object] | None = None
+    ) -> Path:
         """Trains in the folder `name`. Fails, or raises `Refused`, if that does not work."""
-        ended = self.dlopt("train", *(self.words if words is None else words), f"output={self.place / name}")
+        words = ["train", *(self.words if words is None else words), f"output={self.place / name}"]
+        ended = self.dlopt(*words, around=around)
         if ended.refusal is not None:
             raise RefusedError(ended.refusal)
         assert ended.code == 0, f"exit code {ended.code}: {ended.output[-700:]}"
