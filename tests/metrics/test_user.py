@@ -15,7 +15,7 @@ from dlopt.results.reading import RunReader
 from dlopt.training.builders.workload import Workload, build_workload
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support import user_parts
-from tests.support.runs import REGRESSION, assert_same_run, at_update, metrics, resume, run_config, start, terminate
+from tests.support.runs import REGRESSION, metrics, run_config, start
 from tests.support.sizes import SMALL
 
 OWN = "tests.support.user_parts."
@@ -95,14 +95,6 @@ def test_with_crops(tmp_path: Path) -> None:
     summary = start(tmp_path, *lines)
     assert -1 <= summary["test_mean_rank_score"] <= 1
     assert summary["test_mean_rank_score"] != start(tmp_path / "plain", *CASE)["test_mean_rank_score"]
-
-
-def test_resumed(tmp_path: Path) -> None:
-    start(tmp_path / "whole", *CASE)
-    with at_update(6, terminate):
-        start(tmp_path / "run", *CASE)
-    resume(tmp_path / "run", *CASE)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
