@@ -194,6 +194,7 @@ FEATURES: dict[str, dict[str, Value]] = {
         "steps": Value("evaluate.every_steps=2"),
         "seldom": Value("evaluate.every_epochs=2"),
     },
+    "size": {"kind's": Value(), "smaller": Value("data.image_size=6", ("mlp", "resnet", "folder", "own"), acts=True)},
     "noise": {"0": Value(), "0.3": Value("data.label_noise=0.3", CLASSES, acts=True)},
     "reading": {
         "memory": Value(),
