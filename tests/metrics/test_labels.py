@@ -24,7 +24,7 @@ from dlopt.training.builders.workload import build_workload
 from tests.support.equality import compare
 from tests.support.line import dlopt
 from tests.support.modes import SYNC_DDP, SYNC_FSDP
-from tests.support.runs import metrics, run_config, start
+from tests.support.runs import assert_same_run, at_update, metrics, resume, run_config, start, terminate
 
 LABEL_METRICS = ("mean_average_precision", "macro_f1", "micro_f1")
 ALWAYS = [each for each in METRICS if each.when == "always"]
@@ -153,6 +153,15 @@ def test_balanced_weights_count_the_training_split() -> None:
     workload = build_workload(run_config(*PAIRS, "loss.pos_weight=balanced"))
     positives = workload.dataset.train.targets.sum(0).double()
     torch.testing.assert_close(workload.loss.pos_weight, ((90 - positives) / positives).float())
+
+
+def test_an_interrupted_run_is_the_same(tmp_path: Path) -> None:
+    line = [*PAIRS, "monitor=val_micro_f1", "loss.label_smoothing=0.1", "loss.pos_weight=balanced"]
+    start(tmp_path / "whole", *line)
+    with at_update(6, terminate):
+        start(tmp_path / "resumed", *line)
+    resume(tmp_path / "resumed", *line)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_equal_over_ranks(tmp_path: Path) -> None:

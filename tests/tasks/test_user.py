@@ -19,7 +19,7 @@ from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
 from tests.support.equality import compare
 from tests.support.line import dlopt, refused
-from tests.support.runs import metrics, run_config, start, timeless
+from tests.support.runs import assert_same_run, at_update, metrics, resume, run_config, start, terminate, timeless
 from tests.support.user_parts import UnitNet
 
 PACKAGE = "tests.support.own_tasks"
@@ -129,6 +129,14 @@ def test_the_parts_add_up_to_the_loss(tmp_path: Path) -> None:
     for line in metrics(tmp_path):
         assert line["train_fit"] + line["train_shift"] == pytest.approx(line["train_loss"], rel=1e-6)
     assert summary["test_accuracy"] == 1 and math.isfinite(summary["test_spread"])
+
+
+def test_resumes_within_an_epoch_bitwise(tmp_path: Path) -> None:
+    start(tmp_path / "whole", *task(), "augmentation=affine")
+    with at_update(6, terminate):
+        start(tmp_path / "stopped", *task(), "augmentation=affine")
+    resume(tmp_path / "stopped", *task(), "augmentation=affine")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_monitors_a_value_in_its_direction(tmp_path: Path) -> None:

@@ -236,6 +236,7 @@ RECIPES = {
     "decay linear": [*DECAYS, "optimizer=adamw", "decay=linear"],
     "decay corrected, bf16": [*DECAYS, "optimizer=muon", "decay=corrected", "precision=bf16_pure", "ema=null"],
     "decay independent": [*DECAYS, "optimizer=lion", "decay=independent", "accumulate=2"],
+    "text": [*TEXT, "optimizer=adamw", "ema=0.9", "clip=norm", "model.positions=rotary"],
     "text in a file": [*TEXT, "optimizer=adamw", "data.memory=false"],
     "labels drawn by sophia": [*TEXT, "optimizer=sophia", "optimizer.hessian=gnb", "optimizer.update_every=3"],
 }
