@@ -57,7 +57,7 @@ class _Recording(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> None:
         key = _storage(tensor)
         if key not in self.own and key not in self.before:
-            whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
             self.before[key] = whole, whole.clone()
 
     def undo(self) -> None:
@@ -111,8 +111,8 @@ def capturing(recorder: SimulatedRecorder) -> Iterator[None]:
 
     def obstacle_on_gpu(*args: Any, **kwargs: Any) -> str | None:
         module, parts, optimizer, schedule, mode, settings = args
-        mode = SimpleNamespace(device=gpu, ranks=mode.ranks)
-        return obstacle(module, parts, optimizer, schedule, mode, replace(settings, check_now=False), **kwargs)
+        here: Any = SimpleNamespace(device=gpu, ranks=mode.ranks)
+        return obstacle(module, parts, optimizer, schedule, here, replace(settings, check_now=False), **kwargs)
 
     with (
         patch.object(graphed_update, "obstacle", obstacle_on_gpu),
