@@ -95,7 +95,8 @@ def plain_torch(trial: Trial) -> None:
     trial = trial.narrowed(plain.FEATURES, "plain")
     state = load(trial.pure / "checkpoints" / "last.pt")
     progress, steps, epochs = state.state["progress"], state.step, state.config["schedule_epochs"]
-    horizon = progress["horizon"] if epochs is None else epochs * progress["steps_per_epoch"]
+    length = progress["length"]
+    horizon = length["horizon"] if epochs is None else epochs * length["per_epoch"]
     words = trial.with_words("precision=fp64")
     ended = in_process(lambda: plain.train(trial.row, words, steps, horizon, trial.place), trial.place).wait()
     assert ended.code == 0, ended.output[-700:]
@@ -167,7 +168,7 @@ def branches(trial: Trial) -> None:
     words = [f"from={longer}", "at=2", "hydra/launcher=serial", f"output={trial.place / 'branches'}"]
     packages = [word for word in trial.words if word.startswith("allow_packages=")]
     _done(trial.dlopt("train", "-m", *words, *packages))
-    check_same(straight, trial.place / "branches" / "0", but=["horizon"])
+    check_same(straight, trial.place / "branches" / "0", but=["length"])
 
 
 def job_of_a_sweep(trial: Trial) -> None:
