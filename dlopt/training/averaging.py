@@ -19,6 +19,7 @@ class WeightAverage:
     """
 
     is_steady = False  # w_n is the same for all updates, so that a CUDA graph can capture it
+    first = 1  # the first update after which the average differs from the weights
 
     def __init__(self, model: nn.Module) -> None:
         self.updates = 0
@@ -87,6 +88,7 @@ class TailAverage(WeightAverage):
     def __init__(self, model: nn.Module, updates: int) -> None:
         super().__init__(model)
         self._start = updates - max(updates // 4, 1)
+        self.first = self._start + 2  # of the mean of two
 
     def _weight(self, update: int) -> float:
         return 1 / max(update - self._start, 1)

@@ -82,6 +82,13 @@ def train_run(
         interruption.raise_if_received()
         status = trainer.fit(stop, interruption.defer)
 
+        average = trainer.average
+        if status != "interrupted" and average is not None and average.updates < average.first:
+            trainer.tracking.message(
+                f"ema={workload.run_config.settings.ema}: the run ended after update {average.updates}, its average "
+                f"begins to differ from its weights with update {average.first}: nothing was averaged"
+            )
+
         # 3. Test the best model.
         tested: TestReport | None = TestReport({})
         if status != "interrupted" and workload.run_config.settings.evaluate.test:
