@@ -510,7 +510,7 @@ def test_resuming_keeps_the_best_epoch_where_only_rank_0_sees_its_file(tmp_path:
 
 
 @pytest.mark.parametrize(("stopping", "is_said"), [("none", False), ("target", True)])
-def test_says_that_a_run_has_ended_before_its_average(tmp_path: Path, stopping: str, *, is_said: bool) -> None:
+def test_a_run_that_ends_before_its_average_begins(tmp_path: Path, stopping: str, *, is_said: bool) -> None:
     """Its last quarter is that of the length that was typed."""
     lines = [f"stopping={stopping}", *["stopping.monitor=train_loss", "stopping.value=100"][: 2 * is_said]]
     start(tmp_path, *SMALL, "ema=tail", "epochs=4", *lines)
