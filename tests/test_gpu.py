@@ -139,8 +139,8 @@ def test_replayed_updates_are_bitwise_identical(tmp_path: Path, device: str, opt
     eager = trained(tmp_path, device, *keys, "cuda_graphs=false", updates=9)
     with graphs(device):
         replayed = trained(tmp_path, device, *keys, updates=9)
-    assert isinstance(replayed.update, GraphedUpdate) and not isinstance(eager.update, GraphedUpdate)
-    assert replayed.update._graphed._replay is not None
+    assert isinstance(replayed.run_update, GraphedUpdate) and not isinstance(eager.run_update, GraphedUpdate)
+    assert replayed.run_update._graphed._replay is not None
     states = [trainer.module.state_dict() for trainer in (eager, replayed)]
     assert same(*states)
 
