@@ -4,6 +4,7 @@ As with a real one the recording itself leaves no trace, a replay runs no Python
 they were, results lie where they lay, and random draws follow the generators' states at the time of the replay.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from dlopt.machine.cuda_graphs import Recorder
 from dlopt.training import graphed_update
 from dlopt.training.builders import speed, step
+from dlopt.training.step import Step
 
 T = TypeVar("T")
 Operation = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
@@ -109,10 +111,11 @@ def capturing(recorder: SimulatedRecorder) -> Iterator[None]:
     gpu = torch.device("cuda")
     obstacle, data_recorder = graphed_update.obstacle, speed.data_recorder
 
-    def obstacle_on_gpu(*args: Any, **kwargs: Any) -> str | None:
-        module, parts, optimizer, schedule, mode, settings = args
-        here: Any = SimpleNamespace(device=gpu, ranks=mode.ranks)
-        return obstacle(module, parts, optimizer, schedule, here, replace(settings, check_now=False), **kwargs)
+    def obstacle_on_gpu(of: Step, parts: Sequence[object], **kwargs: Any) -> str | None:
+        there: Any = copy.copy(of)
+        there.mode = SimpleNamespace(device=gpu, ranks=of.mode.ranks)
+        there.settings = replace(of.settings, check_now=False)
+        return obstacle(there, parts, **kwargs)
 
     with (
         patch.object(graphed_update, "obstacle", obstacle_on_gpu),
