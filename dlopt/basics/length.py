@@ -1,10 +1,10 @@
-"""The length of a run in updates, batches and samples, and the conversion from one to another: `Length`.
+"""The length of a run in updates, batches, epochs and samples, and the conversion from one to another: `Length`.
 
 The data, the schedule and the length of a run count in batches of `data.batch_size` samples. An update takes one of
 them; once the batch has grown (`accumulate` with milestones), it takes several. Below, t is the number of batches
 before an update; every epoch ends with an update, which may be smaller than the others.
 
-Each unit has a type: the sum of two numbers is a plain int, which the type checker does not accept as either.
+Each unit has a type: the sum of two numbers is a plain one, which the type checker does not accept as either.
 """
 
 import math
@@ -16,7 +16,8 @@ from typing import Any, NewType, Self
 UpdateCount = NewType("UpdateCount", int)
 BatchCount = NewType("BatchCount", int)
 SampleCount = NewType("SampleCount", int)
-NO_UPDATES, NO_BATCHES = UpdateCount(0), BatchCount(0)
+EpochCount = NewType("EpochCount", float)
+NO_UPDATES, NO_BATCHES, NO_EPOCHS = UpdateCount(0), BatchCount(0), EpochCount(0)
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Length:
         """Returns the batches before the one that follows this number of updates, skipped ones included."""
         return BatchCount(self.batches(updates) + self.skipped)
 
-    def epochs_of(self, t: float) -> float:
+    def epochs_of(self, t: float) -> EpochCount:
         """Returns the epochs of t batches."""
-        return t / self.per_epoch
+        return EpochCount(t / self.per_epoch)
 
     def samples(self, updates: UpdateCount) -> SampleCount:
         """Returns the samples of the first updates of a run."""

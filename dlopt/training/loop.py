@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import Interruption
-from dlopt.basics.length import NO_BATCHES, Length, UpdateCount
+from dlopt.basics.length import NO_BATCHES, EpochCount, Length, UpdateCount
 from dlopt.data.batches import Batch
 from dlopt.data.samplers import LossAwareSampler, MeasuredSampler, Sampler
 from dlopt.machine.memory import frozen_objects, process_memory
@@ -43,7 +43,7 @@ class _InterruptedError(Exception):
     """The run stops here, between two updates or within an evaluation."""
 
 
-def _refuse(stop: Interruption) -> None:
+def _interrupt_if(stop: Interruption) -> None:
     """Raises `_InterruptedError` if the run is to stop."""
     if stop:
         raise _InterruptedError
@@ -133,7 +133,7 @@ class Trainer:
 
                         # 3. Stop, evaluate or save. Between updates only: all ranks have counted the same updates
                         #    when they read the flag, and a checkpoint never holds half an update.
-                        _refuse(stop)
+                        _interrupt_if(stop)
                         if self.stopping.should_stop:
                             break
                         if self._is_evaluation_due():
@@ -147,7 +147,7 @@ class Trainer:
 
                     # 4. End the epoch, unless an evaluation within it has stopped the run and ended it.
                     self.step.check_weights()
-                    _refuse(stop)
+                    _interrupt_if(stop)
                     if progress.position > 0:
                         self._evaluate(clock, stop, ends_epoch=True)
             except _InterruptedError:  # saved as it is: its time is limited, and it resumes right here
@@ -254,9 +254,9 @@ class Trainer:
         others = {"weight_decay": schedule.weight_decay(latest), "momentum": schedule.momentum(latest)}
         return {"lr": float(self.step.rate), **{key: value for key, value in others.items() if value is not None}}
 
-    def _fractional_epoch(self) -> float:
+    def _fractional_epoch(self) -> EpochCount:
         """Returns completed epochs, with the fraction of the current one."""
-        return self.progress.epoch + self.progress.position / self.length.per_epoch
+        return EpochCount(self.progress.epoch + self.length.epochs_of(self.progress.position))
 
     def _is_evaluation_due(self) -> bool:
         """Returns whether to evaluate after this update, within an epoch; at its end, and the run's, `fit` evaluates.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from dlopt.basics.length import NO_BATCHES, NO_UPDATES, BatchCount, UpdateCount
+from dlopt.basics.length import NO_BATCHES, NO_EPOCHS, NO_UPDATES, BatchCount, EpochCount, UpdateCount
 from dlopt.config.run_config import RunConfig
 from dlopt.data.batches import Batch
 from dlopt.metrics.names import Metric, tag_of
@@ -46,7 +46,7 @@ class Progress:
     resumed_from: list[int] = field(default_factory=list)
     data: Mapping[str, Any] = field(default_factory=dict)  # see `build.data_spec`
     found_lr: float | None = None  # learning rate of a range test
-    evaluated: float = 0  # epoch of the latest line of metrics.jsonl; a fraction within an epoch
+    evaluated: EpochCount = NO_EPOCHS  # of the latest line of metrics.jsonl; a fraction within an epoch
 
     def count(self, batches: int, samples: int, passes: int | None) -> None:
         """Counts an update of this many batches and samples. `passes`: see `Step.passes`."""

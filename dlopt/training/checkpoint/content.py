@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from dlopt.adapt import merged
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
-from dlopt.basics.length import BatchCount, Length, SampleCount, UpdateCount
+from dlopt.basics.length import BatchCount, EpochCount, Length, SampleCount, UpdateCount
 from dlopt.basics.plain_values import check_plain, join
 from dlopt.data.feature_columns import FeatureColumns
 from dlopt.metrics.names import Direction
@@ -123,9 +123,9 @@ class Checkpoint:
         return self._progress["found_lr"]
 
     @property
-    def evaluated_epoch(self) -> float:
+    def evaluated_epoch(self) -> EpochCount:
         """The latest evaluated epoch, a fraction within an epoch."""
-        return self._progress["evaluated"]
+        return EpochCount(self._progress["evaluated"])
 
     @property
     def best_epoch(self) -> float | None:
