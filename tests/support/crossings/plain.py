@@ -101,7 +101,7 @@ def loss_of(row: Row, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.mse_loss(outputs, targets.view_as(outputs))
     smoothing = 0.1 if row["loss"] == "smooth" else 0.0
     # Mixed targets are probabilities; those of a text have a class per position.
-    targets = targets.to(outputs) if targets.is_floating_point() else targets.flatten()
+    targets = targets if targets.is_floating_point() else targets.flatten()
     return F.cross_entropy(outputs.flatten(0, -2), targets, label_smoothing=smoothing)
 
 
