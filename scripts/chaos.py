@@ -297,7 +297,7 @@ class Campaign:
         files = {
             "full, read-only and limited disks": ["tests/reliability/test_disk.py"],
             "non-finite losses and gradients, out of memory": ["tests/training/test_nonfinite.py"],
-            "corrupt and malicious images": ["tests/data/test_hard_images.py"],
+            "corrupt and malicious images": ["tests/data/images/test_hard_images.py"],
             "killed, stopped and interrupted ranks": ["tests/reliability/test_ranks.py", "-m", "slow or not slow"],
         }
         for what, arguments in files.items():

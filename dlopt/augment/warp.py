@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlopt.augment.operation import Warp
-from dlopt.data.resampling import Taps, filter_taps, resample
+from dlopt.data.images.resampling import Taps, filter_taps, resample
 
 Border = Literal["zero", "reflect"]
 Entry = Tensor | float

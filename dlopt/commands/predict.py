@@ -162,7 +162,7 @@ def _target(output: str | None, file: str | None, *, is_table: bool) -> Path:
     if file is not None and target.exists() and target.samefile(file):
         raise UserError(f"output={output}: is the input; write to another file")
     if target.suffix == ".parquet":
-        from dlopt.data.parquet import library
+        from dlopt.data.tables.parquet import library
 
         library(f"output={output}")
     return target

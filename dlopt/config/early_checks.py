@@ -69,8 +69,8 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     data = config.get("data")
     if isinstance(data, Mapping) and data.get("test_split") and "data.test_split" in map(key_of, overrides):
         _refuse_test_split(data)
-    if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.features.table":
-        from dlopt.data.table_columns import check_table
+    if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.tables.table.table":
+        from dlopt.data.tables.kinds import check_table
 
         check_table(data)
 

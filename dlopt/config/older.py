@@ -5,13 +5,41 @@ from typing import Any
 
 from dlopt.basics.errors import UserError
 
+# Modules of data that have moved: the configs of runs name their callables.
+_MOVED = {
+    "arrow": "rows.arrow",
+    "custom": "rows.custom",
+    "digits": "images.digits",
+    "downloads": "images.downloads",
+    "features": "tables.table",
+    "folder": "images.folder",
+    "table": "images.csv_images",
+    "text": "texts.text",
+    "webdataset": "rows.webdataset",
+}
+
+
+def moved(target: str) -> str:
+    """Returns the dotted name that a callable of data has today."""
+    package, _, name = target.rpartition(".")
+    module = package.removeprefix("dlopt.data.")
+    return f"dlopt.data.{_MOVED[module]}.{name}" if module in _MOVED and module != package else target
+
+
+def with_moved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved config with the names that callables of data have today."""
+    config = dict(saved)
+    if isinstance(data := saved.get("data"), Mapping) and isinstance(target := data.get("_target_"), str):
+        config["data"] = {**data, "_target_": moved(target)}
+    return config
+
 
 def of_today(saved: Mapping[str, Any], *, trains: bool = False) -> dict[str, Any]:
-    """Returns a saved config without the keys that are gone.
+    """Returns a saved config without the keys that are gone, with the names that callables of data have today.
 
     `trains`: for more training; raises `UserError` if one of them would change it.
     """
-    config, recovery = dict(saved), saved.get("recovery")
+    config, recovery = with_moved(saved), saved.get("recovery")
     if not isinstance(recovery, Mapping) or "lr_factor" not in recovery:  # a config of today
         return config
     config["recovery"] = {key: value for key, value in recovery.items() if key != "lr_factor"}

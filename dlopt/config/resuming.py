@@ -14,7 +14,7 @@ from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.basics.secrets import redacted
 from dlopt.config.keys import LABELS, role_of
-from dlopt.config.older import of_today
+from dlopt.config.older import moved, of_today
 from dlopt.config.overrides import OUTPUT, quoted_plain, without
 from dlopt.tracking.metrics import read_metrics
 
@@ -141,15 +141,17 @@ def differences(
         new["ema_warmup"] = old.get("ema_warmup")  # there is no average, whose warmup could differ
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
-    complete_test_splits(old, new)
+    as_today(old, new)
     keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in _NO_AXES)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_same_path(key, *pair)}
 
 
-def complete_test_splits(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Adds data.test_split=0 to configs by dotted key: older versions have saved it for fewer data, but also for
-    validation sets."""
+def as_today(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Makes configs by dotted key comparable that different versions have saved: callables of data have moved, and
+    data.test_split was a key of fewer data, but also of validation sets."""
+    for config in (old, new):
+        config |= {key: moved(config[key]) for key in config if key.endswith("data._target_") and config[key]}
     for key in old.keys() ^ new.keys():
         if key.endswith(".test_split"):
             old.setdefault(key, 0.0)

@@ -9,8 +9,8 @@ from dlopt.config.schema import Component
 from dlopt.config.settings import GROUPS as RUNTIME
 from dlopt.config.settings import Settings as Settings
 from dlopt.config.validation_sets import Use
-from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.settings import DataSettings
+from dlopt.data.tables.columns import FeatureColumns
 from dlopt.metrics.declaration import Direction
 from dlopt.metrics.names import known_direction, without_set
 from dlopt.optim.parameters import Grouping
@@ -123,9 +123,9 @@ class RunConfig:
     def _read(
         self, data: Component, settings: DataSettings, tokenizer: str | None, columns: FeatureColumns | None
     ) -> Any:
+        from dlopt.data.normalization import standardized
         from dlopt.data.samples import Dataset
         from dlopt.data.splits import with_test_set
-        from dlopt.data.targets import standardized
 
         dataset = data.build_as(Dataset, **vars(settings), saved_tokenizer=tokenizer, saved_columns=columns)
         forget(dataset.classes or ())

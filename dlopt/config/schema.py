@@ -31,6 +31,7 @@ from dlopt.basics.names import Names
 from dlopt.basics.plain_values import is_below, join
 from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folders, extensions
+from dlopt.config.older import moved
 from dlopt.config.packages import entries, leave_working_folder
 from dlopt.config.parameters import named_parameters, parameters_of, several_values, show
 from dlopt.config.synonyms import for_choice, for_key
@@ -45,7 +46,7 @@ _CONFIGURABLE = (
     "dlopt.training.clipping", "dlopt.training.stopping",
 )  # fmt: skip
 _NOT_CONFIGURABLE = (
-    "dlopt.data.cache", "dlopt.data.unreadable_images", "dlopt.optim.parameters", "dlopt.parallel.processes",
+    "dlopt.data.images.unreadable", "dlopt.optim.parameters", "dlopt.parallel.processes",
     "torchvision.datasets.utils", "torchvision.io", "torchvision.utils",
 )  # fmt: skip
 # Ranges of third-party arguments, by name: torch's own SGD accepts lr=nan and momentum=1.5.
@@ -189,7 +190,7 @@ def resolve_target(key: str, path: str, packages: Iterable[str]) -> Callable[...
     It must be defined in one of `packages` or its submodules (torch.optim's and torch.nn's classes are), at the top
     level of a module, not merely be importable from it (modules import others, such as `os`). Raises `UserError`.
     """
-    packages = tuple(packages)
+    packages, path = tuple(packages), moved(path)
     package = path.split(".")[0]
     if package == "__main__":
         raise UserError(

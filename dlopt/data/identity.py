@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlopt.data.records import Records
-from dlopt.data.rows import RowDataset
+from dlopt.data.rows.records import Records
+from dlopt.data.rows.rows import RowDataset
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped
 from dlopt.data.settings import SPLITS
-from dlopt.data.table_rows import TableRows
-from dlopt.data.windows import Shards, Windows
+from dlopt.data.tables.table import TableRows
+from dlopt.data.texts.windows import Shards, Windows
 
 _WHOLE = 1 << 30  # bytes; larger contents are hashed in part
 _MOST_FILES = 1 << 17  # more are neither measured nor read as a whole

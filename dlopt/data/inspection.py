@@ -11,11 +11,11 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import LEFT_OUT, WARNING, listed, sampled
-from dlopt.data.images import Stored, describe
-from dlopt.data.rows import RowDataset
+from dlopt.data.images.decoding import Stored, describe
+from dlopt.data.rows.rows import RowDataset
 from dlopt.data.samples import Dataset, Files, Samples, Wrapped, white_of
 from dlopt.data.settings import SPLITS
-from dlopt.data.windows import Windows
+from dlopt.data.texts.windows import Windows
 
 _PICTURES = 16  # images that are looked at
 _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16

@@ -23,7 +23,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import end_with_parent
 from dlopt.basics.scratch import own_multiprocessing_folder
 from dlopt.data.samples import Files, InMemory, Reader, Samples
-from dlopt.data.windows import Windows
+from dlopt.data.texts.windows import Windows
 from dlopt.machine.memory import M_MMAP_THRESHOLD, set_malloc
 from dlopt.machine.threads import usable_cores
 

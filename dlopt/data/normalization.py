@@ -9,16 +9,18 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dlopt.basics.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Positive
-from dlopt.data.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.data.loading import chunks
-from dlopt.data.samples import Dataset, Files, Samples, white
+from dlopt.data.samples import Dataset, Files, InMemory, Samples, white
+from dlopt.data.tables.columns import FeatureColumns
 
 _MAX_ROUNDING = 1e-4  # of an output, beyond which samples are centred first
 
@@ -358,3 +360,33 @@ def _digest(files: Files) -> str:
             state = "-"  # decoding the file will report the error
         digest.update(os.fsencode(os.path.abspath(path)) + b"\0" + state.encode() + b"\0")
     return digest.hexdigest()
+
+
+def standardized(dataset: Dataset, saved: FeatureColumns | None, *, is_enabled: bool = True) -> Dataset:
+    """Returns a dataset of numbers whose targets have mean 0 and standard deviation 1 in the training set.
+
+    Several values per sample have one mean and one deviation; a constant only becomes 0. Loss and outputs are then in
+    these units, and the columns of the dataset have the constants, with which predictions are in the unit of the label.
+
+    Args:
+        saved: columns of the training data, whose constants hold for other data, too; None to compute them.
+        is_enabled: otherwise targets are only scaled if those of the training data are; all become float32.
+    """
+    if dataset.classes is not None or dataset.layout is not None:
+        return dataset
+    present: list[Any] = [each for each in (dataset.train, dataset.val, dataset.test) if each is not None]
+    if not is_enabled and (saved is None or saved.scale == 1.0):
+        for samples in present:
+            if samples.targets.dtype == torch.float64:
+                samples.targets = samples.targets.float()
+        return dataset
+    if saved is None:
+        known = dataset.train.targets.to(torch.float64, copy=True).reshape(-1, 1)  # which `moments` overwrites
+        center, deviation = moments(InMemory(known, known))
+        saved = FeatureColumns((), "", mean=center.item(), scale=deviation.item())
+    mean, scale = saved.mean, saved.scale
+    for samples in present:
+        samples.targets = ((samples.targets.double() - mean) / scale).float()
+    note = f"targets and outputs: (value - {mean:.6g}) / {scale:.6g} (data.standardize_target)"
+    columns = dataset.columns or FeatureColumns((), "target")
+    return replace(dataset, columns=replace(columns, mean=mean, scale=scale), notes=(*dataset.notes, note))

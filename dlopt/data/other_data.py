@@ -8,8 +8,8 @@ import torch
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import LEFT_OUT, WARNING, form, listed
 from dlopt.data.samples import Dataset, InMemory, Samples
-from dlopt.data.table_rows import TableRows
-from dlopt.data.windows import Windows
+from dlopt.data.tables.table import TableRows
+from dlopt.data.texts.windows import Windows
 from dlopt.tasks.text import NextToken
 
 NOT_ENCODED = "the model was trained on columns of numbers without gaps; these have gaps, texts or dates"

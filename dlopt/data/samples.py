@@ -19,12 +19,12 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
 from dlopt.data.checks import column_warnings, rounding_warnings, sampled
-from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.images import Boxes, Size, decode, decode_boxes, from_pil, header_size, orientation
-from dlopt.data.items import name_of, read_item
-from dlopt.data.resampling import resize, resize_box
-from dlopt.data.tokenizer import Tokenizer
-from dlopt.data.windows import Windows
+from dlopt.data.images.decoding import Boxes, Size, decode, decode_boxes, from_pil, header_size, orientation
+from dlopt.data.images.resampling import resize, resize_box
+from dlopt.data.rows.items import name_of, read_item
+from dlopt.data.tables.columns import FeatureColumns
+from dlopt.data.texts.tokenizer import Tokenizer
+from dlopt.data.texts.windows import Windows
 from dlopt.tasks import kinds
 from dlopt.tasks.layout import Layout
 from dlopt.tasks.task import Task

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
+from dlopt.data.division import split
 from dlopt.data.equal_samples import contents, equal_sample_warnings
-from dlopt.data.images import size_pair
+from dlopt.data.images.decoding import size_pair
+from dlopt.data.images.resampling import resize
 from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
-from dlopt.data.records import Records
-from dlopt.data.resampling import resize
+from dlopt.data.rows.records import Records
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, white, whole_images
 from dlopt.data.settings import DataSettings as DataSettings
-from dlopt.data.table_rows import TableRows, encoded
-from dlopt.data.windows import Windows
+from dlopt.data.tables.table import TableRows, encoded
+from dlopt.data.texts.windows import Windows
 from dlopt.machine.memory import available_memory
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
@@ -42,7 +43,7 @@ def with_test_set(dataset: Dataset, fraction: float, source: str) -> Dataset:
         found = f"{source} has a test set of {len(dataset.test):,} samples"
         raise UserError(f"data.test_split={fraction:g}: {found}; use 0")
     count = max(1, round(fraction * len(dataset.train)))
-    held_out, kept = split(dataset.train, count, _TEST_SEED, keep_one=True)
+    held_out, kept = split(dataset.train.targets, count, _TEST_SEED, keep_one=True)
     if not len(held_out):
         return dataset
     return replace(dataset, train=dataset.train.select(kept), test=dataset.train.select(held_out))
@@ -82,11 +83,11 @@ def prepare(
     is_stratified = dataset.classes is not None and not dataset.has_several_labels
     if settings.subset is not None:
         count = _subset_count(train, settings.subset, is_stratified=is_stratified)
-        selected, _ = split(train, count, settings.split_seed, _SUBSET)
+        selected, _ = split(train.targets, count, settings.split_seed, _SUBSET)
         train = train.select(selected)
     if val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
-        held_out, kept = split(train, count, settings.split_seed, _VAL, keep_one=True)
+        held_out, kept = split(train.targets, count, settings.split_seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
     if isinstance(train, TableRows):
@@ -176,7 +177,7 @@ def evaluation_subset(val: Samples, count: int | None, seed: int) -> Samples:
             f"evaluate.samples={count}: {count} samples cannot include one of each of the {classes} classes; "
             f"use at least {classes}"
         )
-    selected, _ = split(val, count, seed, _EVALUATED)
+    selected, _ = split(val.targets, count, seed, _EVALUATED)
     return val.select(selected)
 
 
@@ -186,52 +187,6 @@ def corrupted(targets: Tensor, classes: int, settings: DataSettings) -> Tensor:
     chosen = torch.randperm(len(targets), generator=rng)[: round(settings.label_noise * len(targets))]
     shift = torch.randint(1, max(classes, 2), chosen.shape, generator=rng)
     return targets.index_put((chosen,), (targets[chosen] + shift) % classes)
-
-
-def split(samples: Samples, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:
-    """Calls `stratified` on the classes; ignores the values of continuous targets."""
-    targets = samples.targets
-    if targets.is_floating_point():
-        targets = torch.zeros(len(targets), dtype=torch.int64)
-    return stratified(targets, count, seed, *counters, keep_one=keep_one)
-
-
-def stratified(targets: Tensor, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:
-    """Selects `count` samples with the class proportions of `targets` [N]; returns (selected, rest), ascending indices.
-
-    Every class gets its exact proportion, rounded by largest remainders, but at least one sample; with many small
-    classes more than `count` samples may be selected. `keep_one`: the rest also keeps at least one sample of each
-    class, and the only sample of a class stays in the rest.
-    """
-    _, classes = targets.unique(return_inverse=True)
-    available = torch.bincount(classes).tolist()
-    quotas = _allocate(available, count, keep_one)
-    order = torch.randperm(len(targets), generator=generator("cpu", seed, *counters))
-    grouped = order[classes[order].argsort(stable=True)]  # class by class, shuffled within each
-    selected = torch.zeros(len(targets), dtype=torch.bool)
-    start = 0
-    for quota, total in zip(quotas, available, strict=True):
-        selected[grouped[start : start + quota]] = True
-        start += total
-    return selected.nonzero().squeeze(1), (~selected).nonzero().squeeze(1)
-
-
-def _allocate(available: list[int], count: int, keep_one: bool) -> list[int]:
-    """Distributes `count` over the classes by largest remainders, with at least 1 (if possible) of each class."""
-    upper = [total - 1 for total in available] if keep_one else available
-    lower = [min(1, limit) if count > 0 else 0 for limit in upper]
-    exact = [count * total / sum(available) for total in available]
-    result = [min(max(math.floor(quota), low), high) for quota, low, high in zip(exact, lower, upper, strict=True)]
-    while sum(result) != count:
-        step = 1 if sum(result) < count else -1
-        bound = upper if step > 0 else lower
-        adjustable = [i for i in range(len(result)) if result[i] != bound[i]]
-        if not adjustable:
-            break
-        # Ties go to the first class, so that the result depends only on the counts.
-        best = max(adjustable, key=lambda i: (step * (exact[i] - result[i]), -i))
-        result[best] += step
-    return result
 
 
 def _subset_count(train: Samples, subset: int | float, *, is_stratified: bool) -> int:

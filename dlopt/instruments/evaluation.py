@@ -15,8 +15,8 @@ from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import short_path
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redacted
-from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.samples import Dataset, white
+from dlopt.data.tables.columns import FeatureColumns
 from dlopt.instruments import reconstructions
 from dlopt.metrics.declaration import Evaluated
 from dlopt.metrics.names import SPLITS, set_of, without_set

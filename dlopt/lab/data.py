@@ -6,10 +6,10 @@ from typing import Literal, Unpack
 import torch
 
 from dlopt.basics.random import generator
-from dlopt.data.digits import digits
+from dlopt.data.division import stratified
 from dlopt.data.generated import Function, polynomial
+from dlopt.data.images.digits import digits
 from dlopt.data.samples import SplitKeys
-from dlopt.data.splits import stratified
 from dlopt.extend import Count, Dataset, NonNegative, Seed, UserError
 
 _VAL_SEED = 1

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import global_state_held
-from dlopt.data.feature_columns import texts_of
-from dlopt.data.images import Source, Stored
+from dlopt.data.images.decoding import Source, Stored
 from dlopt.data.samples import channels_first, described
+from dlopt.data.tables.columns import texts_of
 from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting
 from dlopt.machine.threads import set_threads

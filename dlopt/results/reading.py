@@ -21,6 +21,7 @@ from dlopt.basics.formats import printable
 from dlopt.basics.names import Names
 from dlopt.basics.plain_values import choices_of_groups, flatten, load_json, load_yaml, parse_numbers, regular_lines
 from dlopt.config.keys import LABELS
+from dlopt.config.older import with_moved
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
@@ -134,6 +135,7 @@ def _read(path: Path) -> Record:
     config = _mapping(path / "config.yaml", load_yaml)
     if config is None:
         raise _DamageError("config.yaml is missing")
+    config = with_moved(config)
     if not any((path / name).exists() for name in (*_OWN_FILES, SUMMARY, METRICS)):
         raise _DamageError("has a config.yaml, but no other file of a run; another tool may have written it")
     environment = _mapping(path / "environment.json", load_json) or {}

@@ -139,7 +139,7 @@ class SweepRequest:
 
     def _check_size(self, run_config: "RunConfig") -> None:
         """Raises `UserError` for a model that does not fit into memory, and for tasks that would train the same one."""
-        from dlopt.data.images import size_pair
+        from dlopt.data.images.decoding import size_pair
         from dlopt.training.builders.model_check import check_minimum_memory
 
         size = size_pair(run_config.data_settings.image_size)

@@ -25,7 +25,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import hold, locked, taken
 from dlopt.basics.plain_values import open_regular
 from dlopt.basics.secrets import redact, redacted
-from dlopt.config.resuming import complete_test_splits, describe, may_change
+from dlopt.config.resuming import as_today, describe, may_change
 from dlopt.metrics.names import Goal
 from dlopt.sweeps.array import WORKERS
 from dlopt.sweeps.live import name_worker
@@ -315,7 +315,7 @@ def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
         a, b = saved.get(key), current.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             a, b = dict(a), dict(b)
-            complete_test_splits(a, b)
+            as_today(a, b)
             keys = [inner for inner in {**a, **b} if key != "config" or is_fact(inner)]
             pairs |= {inner: (a.get(inner), b.get(inner)) for inner in keys}
         else:

@@ -15,8 +15,8 @@ from torch import Tensor
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import left_out_note
-from dlopt.data.folder import images_below, reading
-from dlopt.data.images import Source, Stored, decode_described
+from dlopt.data.images.decoding import Source, Stored, decode_described
+from dlopt.data.images.folder import images_below, reading
 from dlopt.machine.threads import usable_cores
 from dlopt.trained.predict_output import Column
 from dlopt.trained.restore import Trained

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import GAPS, number
-from dlopt.data.parquet import is_parquet, library
+from dlopt.data.tables.parquet import is_parquet, library
 
 _GROUP = 1 << 16  # rows of a row group
 _INTEGER = re.compile(r"[+-]?[0-9]{1,300}")

@@ -14,9 +14,9 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count
 from dlopt.basics.names import Names
 from dlopt.data.checks import LEFT_OUT, listed
-from dlopt.data.csv_file import Doubts, Header, read_chunks, read_header
-from dlopt.data.feature_columns import FeatureColumns
-from dlopt.data.parquet import open_parquet, stored_names, with_names
+from dlopt.data.tables.columns import FeatureColumns
+from dlopt.data.tables.csv_file import Doubts, Header, read_chunks, read_header
+from dlopt.data.tables.parquet import open_parquet, stored_names, with_names
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.regression import Regression
 from dlopt.trained.predict_output import Column, is_table_of_parquet, refuse_taken
@@ -135,7 +135,7 @@ def _feature_columns(trained: Trained, path: Path) -> FeatureColumns:
     if trained.columns is not None:
         return trained.columns
     data = trained.config["data"]
-    if "standardize_target" in data and data["_target_"].startswith("dlopt.data.features."):
+    if "standardize_target" in data and data["_target_"].startswith("dlopt.data.tables.table."):
         raise UserError(
             f"checkpoint={path}: is of a version of dlopt that did not store the columns of tables; train again"
         )

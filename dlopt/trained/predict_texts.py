@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count, format_number
-from dlopt.data.text import BYTES, SEPARATOR, read_text, token_outside
-from dlopt.data.token_files import read_tokens
+from dlopt.data.texts.text import BYTES, SEPARATOR, read_text, token_outside
+from dlopt.data.texts.token_files import read_tokens
 from dlopt.losses import MSE
 from dlopt.metrics.text import bits_per_byte
 from dlopt.tasks.text import NextToken

@@ -21,7 +21,7 @@ from torch import Tensor
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.checks import GAPS, number
-from dlopt.data.columns import ColumnEncoding, Form
+from dlopt.data.tables.columns import ColumnEncoding, Form
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.labels import MultiLabel
 from dlopt.tasks.regression import Regression
@@ -199,7 +199,7 @@ def _merged(graph: _Graph, inputs: Mapping[str, tuple[int, list[str]]], result: 
 
 
 def _pixels(graph: _Graph, sample: tuple[int, ...]) -> str:
-    """Adds what `dlopt.data.images` does to decoded images, uint8 [B, H, W, 1 or 3]; returns uint8 [B, *sample].
+    """Adds what `dlopt.data.images.decoding` does to images, uint8 [B, H, W, 1 or 3]; returns uint8 [B, *sample].
 
     The resizing is Pillow's, bilinear with anti-aliasing: integer weights of the pixels along one axis, then along the
     other, rounded to 8 bits after each. float64 computes it exactly.
@@ -248,7 +248,7 @@ def _pixels(graph: _Graph, sample: tuple[int, ...]) -> str:
 
 
 def _features(graph: _Graph, columns: Sequence[ColumnEncoding]) -> str:
-    """Adds what `dlopt.data.columns` does to numbers, NaN for a gap, and to texts [B]; returns float32 [B, F]."""
+    """Adds what `dlopt.data.tables.columns` does to numbers (NaN: a gap) and texts [B]; returns float32 [B, F]."""
     parts = []
     for column in columns:
         values = graph("Unsqueeze", column.name, np.array([1]))

@@ -16,9 +16,9 @@ from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.run_config import RunConfig
 from dlopt.config.saved import with_changes
-from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.identity import Identity
-from dlopt.data.tokenizer import Tokenizer
+from dlopt.data.tables.columns import FeatureColumns
+from dlopt.data.texts.tokenizer import Tokenizer
 from dlopt.machine.device import choose_device
 from dlopt.machine.threads import set_threads
 from dlopt.metrics.declaration import predicted_classes

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
-from dlopt.data.resampling import resize
+from dlopt.data.images.resampling import resize
 
 Size = tuple[int, int]  # height, width
 Crops = Callable[[Tensor], Iterator[tuple[float, Tensor]]]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dlopt.basics.random import generator, stream  # seeds and generators that depend on a seed and on counters only
-from dlopt.data.digits import digits
-from dlopt.data.splits import stratified
+from dlopt.data.division import stratified
+from dlopt.data.images.digits import digits
 from dlopt.models.resnet import CifarResNet
 
 EPOCHS = 20  # epochs

@@ -34,7 +34,7 @@ from dlopt.augment import HorizontalFlip, Pipeline, RandomResizedCrop, RandomSca
 from dlopt.augment.crops import CropReader
 from dlopt.augment.pipeline import crop_when_reading
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.folder import image_folder
+from dlopt.data.images.folder import image_folder
 from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random

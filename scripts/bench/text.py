@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from dlopt.config.compose import Composer
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import to_plain
-from dlopt.data.text import python_source
+from dlopt.data.texts.text import python_source
 from dlopt.machine.threads import set_threads
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, build_workload

@@ -255,7 +255,7 @@ def test_crops_of_another_size(folder: Path) -> None:
 def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     from torchvision.transforms.v2.functional import ten_crop
 
-    from dlopt.data.images import decode
+    from dlopt.data.images.decoding import decode
 
     draws = np.random.default_rng(0)
     for part in ("train", "test"):

@@ -21,7 +21,7 @@ from torch import Tensor
 from dlopt.basics.errors import RunError
 from dlopt.config.parsing import parse
 from dlopt.data.checks import GAPS
-from dlopt.data.columns import as_dates
+from dlopt.data.tables.columns import as_dates
 from dlopt.trained import exporting, portable, preprocessing
 from dlopt.trained.classify import Classified
 from dlopt.training.builders.workload import build_workload

@@ -249,7 +249,7 @@ def test_experiments_compose_and_are_valid(name: str) -> None:
 
 def test_command_line_overrides_a_recipe() -> None:
     plain, _ = to_plain(Composer().compose(["experiment=resnet20_cifar10", "optimizer.lr=0.5", "data=digits"]))
-    assert plain["optimizer"]["lr"] == 0.5 and plain["data"]["_target_"] == "dlopt.data.digits.digits"
+    assert plain["optimizer"]["lr"] == 0.5 and plain["data"]["_target_"] == "dlopt.data.images.digits.digits"
     assert plain["epochs"] == 200 and plain["optimizer"]["weight_decay"] == 1e-4
 
 

@@ -66,7 +66,9 @@ def test_broken_file(kind: str, tmp_path: Path) -> None:
         ("experiment/mine.yaml", "# @package _global_\ntrue: 1\n", "experiment=mine model=mlp", "True=1: unknown key"),
         ("experiment/mine.yaml", "epochs: 3\n", "experiment=mine model=mlp", "`# @package _global_`"),
         (
-            "data/mine.yaml", "_target_: dlopt.data.custom.custom\ntrain: null\nbatch_size: 8\n", "data=mine model=mlp",
+            "data/mine.yaml",
+            "_target_: dlopt.data.rows.custom.custom\ntrain: null\nbatch_size: 8\n",
+            "data=mine model=mlp",
             "dlopt: data=mine: lacks subset, split_seed, memory, workers, drop_last; begin its file with: "
             "defaults: [_common, _self_]\n",
         ),

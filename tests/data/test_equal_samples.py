@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from dlopt.data import equal_samples
-from dlopt.data.digits import digits
 from dlopt.data.equal_samples import equal_sample_warnings
-from dlopt.data.folder import image_folder
 from dlopt.data.identity import identify
+from dlopt.data.images.digits import digits
+from dlopt.data.images.folder import image_folder
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import prepare
 from tests.support.data import data_settings as settings

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 
 from dlopt.data import identity as module
-from dlopt.data.arrow import Columns, parquet
-from dlopt.data.custom import custom
-from dlopt.data.features import table
-from dlopt.data.folder import image_folder
 from dlopt.data.generated import polynomial
 from dlopt.data.identity import difference, identify
+from dlopt.data.images.csv_images import csv
+from dlopt.data.images.folder import image_folder
+from dlopt.data.rows.arrow import Columns, parquet
+from dlopt.data.rows.custom import custom
+from dlopt.data.rows.webdataset import webdataset
 from dlopt.data.samples import Dataset, Files, InMemory, Wrapped
-from dlopt.data.table import csv
-from dlopt.data.text import text, tokens
-from dlopt.data.webdataset import webdataset
+from dlopt.data.tables.table import table
+from dlopt.data.texts.text import text, tokens
 from tests.support.runs import run_config
 
 COUNT = 24

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from dlopt.config.parameters import parameters_of
-from dlopt.data.images import decode
+from dlopt.data.images.decoding import decode
 from dlopt.data.inspection import notes
 from dlopt.data.samples import Dataset, Files, InMemory, Wrapped
 from tests.support.line import dlopt

@@ -16,7 +16,7 @@ from dlopt.basics.errors import RunError, UserError
 from dlopt.data import loading
 from dlopt.data.loading import Loader
 from dlopt.data.samples import InMemory, Wrapped
-from dlopt.data.windows import Windows
+from dlopt.data.texts.windows import Windows
 from tests.support.runs import in_fork
 
 

@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlopt.data import digits, generated, identity, normalization, whitening
+from dlopt.data import generated, identity, normalization, whitening
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.resampling import filter_taps, resize_box
+from dlopt.data.division import stratified
+from dlopt.data.images import digits
+from dlopt.data.images.resampling import filter_taps, resize_box
 from dlopt.data.samplers import (
     ClassBalanced,
     ClassInterleaved,
@@ -32,10 +34,10 @@ from dlopt.data.samplers import (
 from dlopt.data.samplers.diverse import batch_variation, input_features, k_means
 from dlopt.data.samplers.hard import expected_draws
 from dlopt.data.samples import Dataset, InMemory, Samples, white
-from dlopt.data.splits import evaluation_subset, prepare, stratified
-from dlopt.data.text import _cut, python_source
-from dlopt.data.tokenizer import _chunks
-from dlopt.data.windows import Windows
+from dlopt.data.splits import evaluation_subset, prepare
+from dlopt.data.texts.text import _cut, python_source
+from dlopt.data.texts.tokenizer import _chunks
+from dlopt.data.texts.windows import Windows
 from tests.support.data import data_settings
 
 FILE = Path(__file__).with_name("recorded.txt")
@@ -225,7 +227,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for tolerance in (0.3, 0.05, 0.01):
         yield f"cuts: {numbers(_cut(lines, ends, fraction, tolerance) for fraction in fractions)}"
     yield f"without lines: {numbers(_cut(lines[:5], [5], fraction, 0.1) for fraction in fractions)}"
-    monkeypatch.setattr("dlopt.data.tokenizer._CHUNK", 50)
+    monkeypatch.setattr("dlopt.data.texts.tokenizer._CHUNK", 50)
     content = lines.tobytes() + "→".encode() * 60 + b"a\n\nb" * 40
     yield f"chunks: {numbers(map(len, _chunks(content)))}"
 

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.arrow import parquet
-from dlopt.data.images import decode, from_pil
+from dlopt.data.images.decoding import decode, from_pil
 from dlopt.data.loading import materialize
+from dlopt.data.rows.arrow import parquet
+from dlopt.data.rows.webdataset import webdataset
 from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, at_size, white
 from dlopt.data.splits import prepare
-from dlopt.data.webdataset import webdataset
 from dlopt.training.builders.dataset import read_source
 from tests.support.runs import run_config
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from dlopt.basics.errors import UserError
 from dlopt.data import splits
+from dlopt.data.division import stratified
 from dlopt.data.samples import Dataset, Files, InMemory, Samples
-from dlopt.data.splits import DataSettings, evaluation_subset, prepare, stratified
-from dlopt.data.windows import Windows
+from dlopt.data.splits import DataSettings, evaluation_subset, prepare
+from dlopt.data.texts.windows import Windows
 from tests.support.data import data_settings
 
 Make = Callable[..., DataSettings]

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from dlopt.config.parsing import parse
-from dlopt.data.custom import custom
-from dlopt.data.feature_columns import FeatureColumns
+from dlopt.data.normalization import standardized
+from dlopt.data.rows.custom import custom
 from dlopt.data.samples import Dataset
-from dlopt.data.targets import standardized
+from dlopt.data.tables.columns import FeatureColumns
 from tests.support.runs import composed, run_config
 
 VALUES = np.random.default_rng(0).normal(1005, 2, 40)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.samples import Dataset, InMemory, Lines
+from dlopt.data.tables.columns import FeatureColumns
 from dlopt.instruments import evaluation
 from dlopt.metrics.declaration import Evaluated
 from dlopt.tasks.classification import Classification

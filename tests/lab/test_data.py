@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.digits import digits
+from dlopt.data.images.digits import digits
 from dlopt.lab.data import Digit, unrepresentative_curve, unrepresentative_digits
 
 RARE: list[Digit] = [7, 8, 9]

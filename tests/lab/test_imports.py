@@ -9,8 +9,8 @@ STILL_IMPORTED = """
 _version basics.errors basics.folders basics.formats basics.locks basics.plain_values basics.random basics.scratch
 basics.status_line commands.shared.command_line commands.shared.processes commands.shared.usage config.choices
 config.run_config config.flags config.keys config.overrides config.parameters config.parsing config.plan config.reads
-config.early_checks config.resolve config.resuming config.rules config.saved config.schema data.batches data.digits
-data.generated data.samples data.splits instruments.curvature instruments.diagnostics instruments.layers
+config.early_checks config.resolve config.resuming config.rules config.saved config.schema data.batches data.division
+data.generated data.images.digits data.samples instruments.curvature instruments.diagnostics instruments.layers
 instruments.lr_range instruments.profiling instruments.measuring_ranks machine.device machine.world machine.memory
 machine.threads metrics.measures metrics.names metrics.shown models.order models.gpt models.layers
 models.locally_connected models.recurrent models.vit optim optim.adam optim.common optim.newton optim.parameters

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn import metrics as reference
 
 from dlopt.basics.errors import UserError
-from dlopt.data.digits import digit_pairs
+from dlopt.data.images.digits import digit_pairs
 from dlopt.metrics.accumulators import Wholes
 from dlopt.metrics.declaration import Evaluated
 from dlopt.metrics.labels import METRICS, label_report

@@ -60,6 +60,7 @@ EXCEPTIONS = {
     "config/schema.py": OWN,
     "config/signatures.py": OWN,
     "data": DATA,
+    "basics/cache.py": DATA,
     "instruments/lr_range.py": SCRATCH,
     "instruments/measuring_ranks.py": SCRATCH,
     "lab/benchmark/page.py": OWN,

@@ -38,7 +38,7 @@ def make_run(
         "name": "train", "seed": seed, "init_seed": seed, "order_seed": seed, "augmentation_seed": seed,
         "epochs": len(accuracies), "steps": None, "monitor": "auto", "tracking": ["tensorboard"],
         "optimizer": {"_target_": TARGETS[optimizer], "lr": lr, "weight_decay": 0.0, **group_keys},
-        "data": {"_target_": "dlopt.data.digits.digits", "batch_size": 64},
+        "data": {"_target_": "dlopt.data.images.digits.digits", "batch_size": 64},
         "model": {"_target_": "dlopt.models.mlp.MLP", "widths": [64, 64]},
         "clip": {"_target_": "dlopt.training.clipping.Unclipped"},
     }  # fmt: skip

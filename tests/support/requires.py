@@ -46,7 +46,7 @@ def _missing(need: str) -> str | None:
 
         return None if torch.cuda.is_available() else "a CUDA device"
     if need == "fashion-mnist":
-        from dlopt.data.downloads import DEBIAN_FASHION_MNIST
+        from dlopt.data.images.downloads import DEBIAN_FASHION_MNIST
 
         return None if DEBIAN_FASHION_MNIST.is_dir() else "Fashion-MNIST (Debian package dataset-fashion-mnist)"
     return None if find(need) else f"{need} (Debian package {_PACKAGES[need]})"

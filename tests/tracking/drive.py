@@ -15,7 +15,7 @@ CONFIG = {
     "seed": 0,
     "epochs": 3,
     "resume": None,
-    "data": {"_target_": "dlopt.data.digits", "batch_size": 128, "val_split": 0.1, "memory": "auto"},
+    "data": {"_target_": "dlopt.data.images.digits", "batch_size": 128, "val_split": 0.1, "memory": "auto"},
     "model": {"_target_": "dlopt.models.resnet", "depth": 20, "norm": "batch", "widths": [16, 32, 64]},
     "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
     "clip": None,

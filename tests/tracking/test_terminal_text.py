@@ -104,7 +104,7 @@ def test_a_narrow_terminal_hides_the_time_left_first() -> None:
 CONFIG = {
     "name": "try",
     "seed": 3,
-    "data": {"_target_": "dlopt.data.digits.digits", "batch_size": 64},
+    "data": {"_target_": "dlopt.data.images.digits.digits", "batch_size": 64},
     "model": {"_target_": "dlopt.models.MLP", "widths": [64, 64], "dropout": None},
     "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": None},
     "schedule": {"_target_": "dlopt.schedules.cosine"},

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dlopt.data.images import Stored
+from dlopt.data.images.decoding import Stored
 from dlopt.losses import MSE
 from dlopt.metrics.declaration import predicted_classes
 from dlopt.tasks.classification import Classification

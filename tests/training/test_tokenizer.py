@@ -58,7 +58,7 @@ def test_a_resumed_run_is_bitwise_identical(lines: list[str], tmp_path: Path, mo
     """It takes the tokenizer from its checkpoint, and trains no other one."""
     start(tmp_path / "whole", *lines)
     start(tmp_path / "parts", *lines, "max_time=0.0001")
-    monkeypatch.setattr("dlopt.data.text.train_tokenizer", None)
+    monkeypatch.setattr("dlopt.data.texts.text.train_tokenizer", None)
     assert resume(tmp_path / "parts", *lines)["status"] == "finished"
     states = [torch.load(tmp_path / each / "checkpoints" / "last.pt", weights_only=True) for each in ("whole", "parts")]
     assert same(states[0]["model"], states[1]["model"])

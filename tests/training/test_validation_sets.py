@@ -170,7 +170,7 @@ def test_eval_shows_all_sets(tmp_path: Path) -> None:
         not in dlopt(tmp_path, "eval", str(run), "threads=1", "validation=null").out.partition("checkpoint:")[2]
     )
     words = inherit(Composer(), [f"from={run}"])
-    assert Composer().compose(words).validation.shaded["_target_"] == "dlopt.data.digits.shaded_digits"
+    assert Composer().compose(words).validation.shaded["_target_"] == "dlopt.data.images.digits.shaded_digits"
 
 
 BAD = {

@@ -13,7 +13,7 @@ from dlopt.basics.ranges import Count
 from dlopt.data.samplers.classes import ClassBalanced, ClassInterleaved, ClassSorted
 from dlopt.data.samplers.diverse import Diverse
 from dlopt.data.samplers.hard import HardExamples
-from dlopt.data.windows import Windows
+from dlopt.data.texts.windows import Windows
 
 BY_SAMPLE = (ClassBalanced, ClassSorted, ClassInterleaved, Diverse, HardExamples)
 """Samplers that order samples by their labels, inputs or losses: not the windows of a text, which have no labels and

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dlopt.data.digits import digits
+from dlopt.data.images.digits import digits
 from dlopt.extend import Count, NonNegative, Positive, UserError
 
 Point = tuple[float, ...]

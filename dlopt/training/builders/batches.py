@@ -12,7 +12,7 @@ from dlopt.basics.random import stream
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.samplers import BY_SAMPLE, LossAwareSampler, loss_aware, shifted
 from dlopt.data.samples import Samples
-from dlopt.data.windows import Windows
+from dlopt.data.texts.windows import Windows
 from dlopt.losses import Distillation
 from dlopt.models.known import treats_samples_alone
 from dlopt.training.builders import speed

@@ -16,14 +16,14 @@ from dlopt.config.run_config import RunConfig
 from dlopt.config.saved import unwatched
 from dlopt.config.schema import Component, dotted_name
 from dlopt.data.checks import WARNING, problems
-from dlopt.data.feature_columns import FeatureColumns
 from dlopt.data.identity import difference, identify
 from dlopt.data.normalization import Nothing
 from dlopt.data.other_data import NOT_ENCODED, as_trained, with_classes
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.settings import SPLITS
 from dlopt.data.splits import equal_samples, prepare, with_validation_set
-from dlopt.data.table_rows import TableRows
+from dlopt.data.tables.columns import FeatureColumns
+from dlopt.data.tables.table import TableRows
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.kinds import chosen
 from dlopt.tasks.user import OwnTask, UserTask

@@ -18,7 +18,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
 from dlopt.basics.length import BatchCount, EpochCount, Length, SampleCount, UpdateCount
 from dlopt.basics.plain_values import check_plain, join
-from dlopt.data.feature_columns import FeatureColumns
+from dlopt.data.tables.columns import FeatureColumns
 from dlopt.metrics.names import Direction
 from dlopt.tasks.kinds import restored
 from dlopt.tasks.task import Task

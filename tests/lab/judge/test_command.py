@@ -72,7 +72,7 @@ def better(trial: PairedRun) -> float:
         ([BASE, "monitor=val_loss"], "monitor=val_loss: alters the metric or how it is measured; "),
         ([BASE, "evaluate.every_epochs=2"], "evaluate.every_epochs=2: alters the metric or how it is measured; "),
         ([BASE, "data.val_split=0.2"], "data.val_split=0.2: other data than the base's (0.1) are not comparable"),
-        ([BASE, "data=breast_cancer"], "data._target_=dlopt.data.features.breast_cancer: other data than "),
+        ([BASE, "data=breast_cancer"], "data._target_=dlopt.data.tables.table.breast_cancer: other data than "),
         ([f"{BASE} monitor=val_loss", "loss.label_smoothing=0.1"], "loss.label_smoothing=0.1: alters the metric val_"),
         ([BASE, "optimizer.lr=0.2", "seeds=3"], "seeds=3: proposal 1 against this base takes 7 pairs or more: "),
         ([BASE, "optimizer.lr=0.2", "error_rate=1"], "error_rate=1: input should be less than 1; "),

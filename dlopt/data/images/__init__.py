@@ -1,0 +1,1 @@
+"""Images: files in folders, lists and archives, decoded, resized and cropped."""

@@ -1,0 +1,102 @@
+"""Datasets of the user whose items are dicts or tuples of tensors, for tasks of the user's own."""
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlopt.basics.errors import UserError
+from dlopt.data.images.decoding import from_pil
+from dlopt.data.rows.items import name_of, read_item
+from dlopt.tasks.layout import Layout
+
+
+class Records:
+    """A map-style `torch.utils.data.Dataset` of records: its samples are their bytes, and there are no labels.
+
+    Args:
+        dataset: its items are dicts or tuples of tensors, arrays, images of PIL and numbers. All have the same entries,
+            of the same types and shapes.
+        key: of the config, for messages.
+
+    Raises:
+        UserError: an item has another form.
+    """
+
+    def __init__(self, dataset: Any, key: str) -> None:
+        self.dataset = dataset
+        self._name = name_of(dataset, key)
+        self._indices = torch.arange(len(dataset))
+        item = read_item(dataset, 0, self._name)
+        self.layout = Layout.of(self._tensors(item, 0), "dict" if isinstance(item, Mapping) else "tuple")
+
+    @property
+    def targets(self) -> Tensor:
+        return torch.zeros(len(self))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.layout.bytes,)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        rows = [self._row(index) for index in self._indices[indices].tolist()]
+        return torch.stack(rows) if rows else torch.empty((0, *self.shape), dtype=torch.uint8)
+
+    def select(self, indices: Tensor) -> "Records":
+        selected = copy(self)
+        selected._indices = self._indices[indices]
+        return selected
+
+    def _row(self, index: int) -> Tensor:
+        values = self._tensors(read_item(self.dataset, index, self._name), index)
+        found = Layout.of(values, self.layout.kind)
+        if {*found.entries} != {*self.layout.entries}:
+            raise UserError(
+                f"{self._name}[{index}]: has {found}; the first item has {self.layout}; all must have the same "
+                "entries, types and shapes"
+            )
+        return self.layout.pack(values)
+
+    def _tensors(self, item: Any, index: int) -> dict[str, Tensor]:
+        if not isinstance(item, Mapping | tuple):
+            raise UserError(f"{self._name}[{index}]: is of type {type(item).__name__}; expected a dict or a tuple")
+        if not item:
+            raise UserError(f"{self._name}[{index}]: is empty")
+        named: Mapping[Any, Any] = item if isinstance(item, Mapping) else dict(enumerate(item))
+        return {str(name): self._tensor(name, value, index) for name, value in named.items()}
+
+    def _tensor(self, name: Any, value: Any, index: int) -> Tensor:
+        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
+            try:
+                return from_pil(value)
+            except ValueError as error:
+                raise UserError(f"{self._name}[{index}]: {name}: {error}") from None
+        try:
+            if isinstance(value, float):
+                return torch.tensor(value, dtype=torch.float64)
+            tensor = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(
+                f"{self._name}[{index}]: {name} is of type {type(value).__name__}; must be a tensor, an array, a PIL "
+                "image or a number"
+            ) from None
+        return tensor.detach().cpu()
+
+
+def are_records(dataset: Any) -> bool:
+    """Returns whether the items of a map-style dataset are records: dicts or tuples, but no pairs (input, label)."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or len(dataset) == 0:
+        return False
+    try:
+        with torch.random.fork_rng(devices=()):  # a transform may draw numbers, on which the run depends
+            item = dataset[0]
+    except Exception:  # reported by whoever reads it
+        return False
+    is_pair = isinstance(item, Sequence) and len(item) == 2 and not isinstance(item[0], Mapping | tuple | list)
+    return isinstance(item, Mapping | tuple) and not is_pair

@@ -1,0 +1,1 @@
+"""Tables: CSV and Parquet files, whose columns become features."""

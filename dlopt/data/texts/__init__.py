@@ -1,0 +1,1 @@
+"""Texts as tokens, and the windows of them that a model reads."""
