@@ -384,6 +384,8 @@ def measures_what_is_requested(trial: Trial) -> None:
 def every_key_acts(trial: Trial) -> None:
     """A feature without which the run is the same says so, unless its config is the same, too."""
     features = [f for f, v in trial.row.items() if f != KIND and v != DEFAULTS[f] and FEATURES[f][v].acts]
+    if not trial.has("stopping", "none"):
+        features = [each for each in features if each != "accumulate"]  # the run may end before its batch has grown
     if not features:
         return
     order = trial.draw.sample([*FEATURES], len(FEATURES))  # of all: the same for the smaller rows that break the law
@@ -393,7 +395,9 @@ def every_key_acts(trial: Trial) -> None:
     other = trial.train("without", without)
     lines = [results(each) for each in (trial.run, other)]
     tests = [{key: value for key, value in each[-1].items() if key.startswith("test_")} for each in lines]
-    is_same = lines[0][:-1] == lines[1][:-1] and same(weights(trial.run), weights(other)) and tests[0] == tests[1]
+    of_models = [weights(each) for each in (trial.run, other)]
+    averages = [load(each / "checkpoints" / "last.pt").evaluated_weights for each in (trial.run, other)]
+    is_same = lines[0][:-1] == lines[1][:-1] and tests[0] == tests[1] and same(*of_models) and same(*averages)
     keys = [word.partition("=")[0] for word in value.words.split()]
     is_said = any(key in line for key in keys for line in _said(trial))
     configs = [{**load(each / "checkpoints" / "last.pt").config, "run_id": ""} for each in (trial.run, other)]
@@ -407,7 +411,7 @@ def header_counts(trial: Trial) -> None:
     [parameters] = [int(each.replace(",", "")) for each in re.findall(r"model .*? ([0-9,]+) parameters", header)[:1]]
     assert parameters == trial.summary["parameters"], f"{parameters} and {trial.summary['parameters']} parameters"
     if trial.has("length", "epochs") and trial.has("stopping", "none") and not trial.has("accumulate", "grows"):
-        [(epochs, steps)] = re.findall(r"(\d+) epochs of (\d+) steps", header)[:1]
+        [(epochs, steps)] = re.findall(r"(\d+) epochs? of (\d+) steps?", header)[:1]
         assert int(epochs) * int(steps) == trial.summary["steps"], f"{epochs} x {steps}, {trial.summary['steps']} steps"
     if trial.summary["test_loss"] is not None and trial.kind not in ("gpt", "own"):
         found = _evaluate(trial, str(trial.run), "split=test")
