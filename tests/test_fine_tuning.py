@@ -151,6 +151,8 @@ def test_states_what_changes_nothing() -> None:
     workload = small_workload("adapt=lora", "model.norm=none", "norm_statistics=exact", rules)
     what = "all parameters that it matches are frozen; it changes nothing"
     assert idle_rules(workload.module, workload.run_config.grouping) == [f"optimizer.groups.0.match=*weight: {what}"]
+    frozen = small_workload("adapt=lora", 'optimizer.groups=[{match: "*weight", freeze: true}]')
+    assert frozen.already_frozen == [f"optimizer.groups.0.match=*weight: {what}"]
     [line] = norm_notes(workload)
     assert line == "norm_statistics=exact: changes nothing; the model has no batch norm with running statistics"
     assert norm_notes(small_workload("norm_statistics=exact", "model.norm=batch")) == []

@@ -1,6 +1,6 @@
 """Parameter groups: frozen parameters, learning rates and weight decay per group."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -52,22 +52,33 @@ class Grouping:
     layer_decay: PositiveFraction | None
 
 
-def freeze(model: nn.Module, grouping: Grouping) -> None:
-    """Sets `requires_grad` by the rules. Call before parallelizing the model: DDP waits for all required gradients."""
+_CHANGES_NOTHING = "all parameters that it matches are frozen; it changes nothing"
+
+
+def freeze(model: nn.Module, grouping: Grouping) -> list[str]:
+    """Sets `requires_grad` by the rules. Call before parallelizing the model: DDP waits for all required gradients.
+
+    Returns a line for each rule that freezes frozen parameters only, such as those beside adapters.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in model.named_parameters():
         flags = [rule.freeze for rule in grouping.groups if rule.freeze is not None and fnmatchcase(name, rule.match)]
         if flags:
             parameter.requires_grad_(not flags[-1])
+    return [line for rule, line in _idle(grouping, trained) if rule.freeze]
 
 
 def idle_rules(model: nn.Module, grouping: Grouping) -> list[str]:
-    """Returns a line for each rule that sets something of frozen parameters only."""
-    names = dict(model.named_parameters())
-    return [
-        f"optimizer.groups.{number}.match={rule.match}: all parameters that it matches are frozen; it changes nothing"
-        for number, rule in enumerate(grouping.groups)
-        if rule.freeze is None and not any(p.requires_grad for n, p in names.items() if fnmatchcase(n, rule.match))
-    ]
+    """Returns a line for each rule that sets something else of frozen parameters only."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [line for rule, line in _idle(grouping, trained) if rule.freeze is None]
+
+
+def _idle(grouping: Grouping, trained: Iterable[str]) -> Iterator[tuple[Rule, str]]:
+    """Yields the rules that match no trained parameter, with what to say about them."""
+    for number, rule in enumerate(grouping.groups):
+        if not any(fnmatchcase(name, rule.match) for name in trained):
+            yield rule, f"optimizer.groups.{number}.match={rule.match}: {_CHANGES_NOTHING}"
 
 
 def parameter_groups(

@@ -134,7 +134,7 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
     notes = (*balanced, *workload.notes, workload.throughput.note, small)
     lines = (describe(workload.module), chosen, pretrained, rates, *notes)
     described = [line for line in lines if line]
-    idle = idle_rules(workload.module, workload.run_config.grouping)
+    idle = [*workload.already_frozen, *idle_rules(workload.module, workload.run_config.grouping)]
     of_sets = [f"{KEY}.{name}: {line}" for name, each in workload.validation_sets.items() for line in each.notes]
     return [*described, *dataset.notes, *of_sets, *workload.placed.notes, *norm_notes(workload), *idle]
 

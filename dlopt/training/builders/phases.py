@@ -58,5 +58,6 @@ class WholeModel(CpuModel):
 
     loss: nn.Module
     memory_format: torch.memory_format
+    already_frozen: Sequence[str] = ()  # rules that freeze nothing else
     flops: float | None = None  # of a training sample; None if unknown
     compile_obstacle: str = ""  # why the model is not compiled; empty if it is

@@ -296,12 +296,13 @@ def _to_device(model: CpuModel) -> WholeModel:
     flops = None if model.task.calls_model else speed.training_flops(module, shape)
     epoch = len(build_sampler(run_config, samples))
     obstacle = speed.compile_obstacle(run_config, model.parallel, flops, epoch)
-    freeze(module, run_config.grouping)
+    already_frozen = freeze(module, run_config.grouping)
     recompute(module, settings.activation_checkpointing, choice=run_config.model.choice)
     return WholeModel(
         **{**vars(model), "module": module},
         loss=loss if model.task.calls_model else precision.place_data(loss),
         memory_format=memory_format,
+        already_frozen=already_frozen,
         flops=flops,
         compile_obstacle=obstacle,
     )
