@@ -11,7 +11,7 @@ from dlopt.augment.warp import Affine
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count
-from dlopt.data.samples import Files, Wrapped
+from dlopt.data.samples import Samples
 
 
 class RandomCrop(Operation):
@@ -163,7 +163,7 @@ class CropReader:
         shape: of the samples without the crop, [C, H, W].
     """
 
-    def __init__(self, samples: Files | Wrapped, crop: ResizingCrop, shape: Shape, seed: int) -> None:
+    def __init__(self, samples: Samples, crop: ResizingCrop, shape: Shape, seed: int) -> None:
         self._samples = samples
         self._crop = crop
         self._size = crop.output_shape(shape)[1:]

@@ -12,7 +12,7 @@ from dlopt.augment.operation import DrawnStep, Draws, MixingStep, Operation, Pix
 from dlopt.augment.warp import Border, warp
 from dlopt.basics.errors import UserError
 from dlopt.data.batches import Position
-from dlopt.data.samples import Samples, white, whole_images
+from dlopt.data.samples import Samples
 
 
 class Pipeline:
@@ -39,7 +39,7 @@ class Pipeline:
     def __init__(
         self, *, operations: list[Operation], border: Border, input_shape: tuple[int, ...], train: Samples | None = None
     ) -> None:
-        in_grey_levels = train is None or white(train) == 255
+        in_grey_levels = train is None or train.white() == 255
         erases = False
         for i, operation in enumerate(operations):
             if not isinstance(operation, Operation):
@@ -136,8 +136,7 @@ def crop_when_reading(
 
     Raises `UserError` if the crop is not the first operation.
     """
-    images = whole_images(samples)
-    if pipeline is None or images is None:
+    if pipeline is None or not samples.is_cut:
         return None, pipeline
     first = next((each for each in pipeline.operations if isinstance(each, ResizingCrop)), None)
     if first is None:
@@ -151,7 +150,7 @@ def crop_when_reading(
     shape = image_shape(samples.shape)
     after = crop.output_shape(shape)
     rest = Pipeline(operations=others, border=pipeline.border, input_shape=after) if others else None
-    return CropReader(images, crop, shape, seed), rest
+    return CropReader(samples, crop, shape, seed), rest
 
 
 class CentreCrop:

@@ -7,21 +7,10 @@ import torch
 from torch import Tensor
 
 from dlopt.data.checks import WARNING
-from dlopt.data.samples import Files, InMemory, Samples, Wrapped
 
 _CHUNK_BYTES = 1 << 18  # hashed at once: they stay in the cache
 _SEED = 0  # of the factors of the hash
 _NAMES = {"val": "validation", "test": "test"}
-
-
-def contents(samples: Samples | None) -> Tensor | None:
-    """Returns a row [N, ...] for each sample, equal for equal inputs: these inputs, or digests of files and rows.
-
-    None if neither is known: inputs that are read one at a time are not read for this.
-    """
-    if isinstance(samples, InMemory):
-        return samples.inputs
-    return samples.digests if isinstance(samples, Files | Wrapped) else None
 
 
 def equal_sample_warnings(
@@ -30,7 +19,7 @@ def equal_sample_warnings(
     """Returns a line for each held-out split that has samples of the training set, and one for contradictory labels.
 
     Args:
-        rows: the `contents` of train, val and test. A split of another kind of contents is left out.
+        rows: the `Samples.digests` of train, val and test. A split with digests of another form is left out.
         targets: of the same splits.
         has_classes: targets are labels; a regression may well have several values of equal inputs.
     """

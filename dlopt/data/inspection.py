@@ -11,11 +11,8 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import LEFT_OUT, WARNING, listed, sampled
-from dlopt.data.images.decoding import Stored, describe
-from dlopt.data.rows.rows import RowDataset
-from dlopt.data.samples import Dataset, Files, Samples, Wrapped, white_of
+from dlopt.data.samples import Dataset, Samples, white_of
 from dlopt.data.settings import SPLITS
-from dlopt.data.texts.windows import Windows
 
 _PICTURES = 16  # images that are looked at
 _DARK, _BRIGHT = 16, 239  # of 0..255; 12 bits stored in 16 have pixels below 16
@@ -29,7 +26,7 @@ def notes(dataset: Dataset) -> tuple[str, ...]:
 
 def _split_notes(dataset: Dataset) -> list[str]:
     if dataset.test is None and not dataset.is_generated:
-        is_text = isinstance(dataset.train, Windows)
+        is_text = dataset.train.kind == "text"
         found = ["no test set" if is_text else "no test set: data.test_split=0.2 sets a fifth of the samples apart"]
     else:
         found = []
@@ -68,11 +65,10 @@ def _image_warnings(dataset: Dataset) -> tuple[str, ...]:
         )
     for name, label in (("val", "validation"), ("test", "test")):
         samples: Samples | None = getattr(dataset, name)
-        if isinstance(samples, Files):  # which have one range
+        if samples is None:
             continue
-        with contextlib.suppress(UserError):  # raised where the image is read
-            others = _pictures(samples)
-            if others is not None and white_of(others) != white_of(images):
+        with contextlib.suppress(UserError), torch.random.fork_rng(devices=()):  # raised where the image is read
+            if samples.white() != white_of(images) and (others := _pictures(samples)) is not None:
                 found.append(
                     f"{WARNING}the {label} images have another range than the training images: "
                     f"{others.min().item():.3g} to {others.max().item():.3g}, not {low:.3g} to {high:.3g}; scale "
@@ -99,7 +95,7 @@ def _losses(dataset: Dataset) -> list[str]:
     for samples in splits:
         for row in sampled(len(samples)).tolist() if len(samples.shape) == 3 else ():
             with contextlib.suppress(UserError):  # raised where the image is read
-                if (stored := _stored(samples, row)) is None:
+                if (stored := samples.stored(row)) is None:
                     continue
                 total += 1
                 losses["the colour"] += samples.shape[0] == 1 and not stored.is_grey
@@ -110,22 +106,13 @@ def _losses(dataset: Dataset) -> list[str]:
         for name, count in losses.items()
         if count
     ]
-    rotated = sum(samples.rotated for samples in splits if isinstance(samples, Wrapped))
+    rotated = sum(samples.rotated for samples in splits)
     if rotated:
         found.append(
             f"{WARNING}the dataset returns images with an EXIF orientation, which is not applied, but is by `dlopt "
             "predict`; use PIL.ImageOps.exif_transpose"
         )
     return found
-
-
-def _stored(samples: Samples, row: int) -> Stored | None:
-    """Returns how an image file is stored; None if it is no file, or missing. Raises `UserError`."""
-    if isinstance(samples, Files):
-        return describe(path := samples.path(row), path)
-    if isinstance(samples, Wrapped) and isinstance(samples.dataset, RowDataset):
-        return samples.dataset.stored(row)
-    return None
 
 
 def _classes(names: Sequence[str]) -> str:

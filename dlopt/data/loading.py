@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.interruption import end_with_parent
 from dlopt.basics.scratch import own_multiprocessing_folder
-from dlopt.data.samples import Files, InMemory, Reader, Samples
-from dlopt.data.texts.windows import Windows
+from dlopt.data.samples import InMemory, Reader, Samples
 from dlopt.machine.memory import M_MMAP_THRESHOLD, set_malloc
 from dlopt.machine.threads import usable_cores
 
@@ -43,7 +42,7 @@ def worker_count(workers: int | Literal["auto"], samples: Sized, processes: int 
     """
     if workers != "auto":
         return workers
-    if isinstance(samples, InMemory | Windows) or len(samples) < _MIN_SAMPLES_FOR_WORKERS:
+    if len(samples) < _MIN_SAMPLES_FOR_WORKERS or not getattr(samples, "uses_workers", True):
         return 0
     return max(1, min(usable_cores() // processes, _MAX_WORKERS))
 
@@ -147,19 +146,17 @@ class Loader:
 def chunks(samples: Samples, workers: int | Literal["auto"] = "auto") -> Iterator[Tensor]:
     """Yields all inputs in order, in chunks of a few megabytes whose size depends only on the shape."""
     size = max(1, _CHUNK_BYTES // max(1, int(np.prod(samples.shape))))
-    if isinstance(samples, InMemory):
-        yield from samples.inputs.split(size)
+    if not samples.uses_workers:
+        yield from (samples.fetch_range(start, start + size) for start in range(0, len(samples), size))
         return
     with closing(Loader(samples, worker_count(workers, samples))) as loader:
         yield from loader.run(torch.arange(len(samples)).split(size))
 
 
-def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> InMemory | Windows:
+def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> Samples:
     """Reads all samples into one tensor, or the tokens of a text."""
-    if isinstance(samples, InMemory):
-        return samples
-    if isinstance(samples, Windows):
-        return samples.loaded()
+    if (loaded := samples.loaded()) is not None:
+        return loaded
     inputs: Tensor | None = None
     filled = 0
     for chunk in chunks(samples, workers):
@@ -168,13 +165,12 @@ def materialize(samples: Samples, workers: int | Literal["auto"] = "auto") -> In
         inputs[filled : filled + len(chunk)] = chunk
         filled += len(chunk)
     assert inputs is not None and filled == len(samples)  # no dataset is empty
-    return InMemory(inputs, samples.targets, samples if isinstance(samples, Files) else None)
+    return InMemory(inputs, samples.targets, samples.origin, samples.further)
 
 
 def on_device(samples: Samples, workers: int | Literal["auto"], device: torch.device) -> Tensor:
     """Returns all inputs [N, *shape] on the device; the windows of a text are a view of its tokens."""
-    loaded = materialize(samples, workers)
-    return loaded.view(device) if isinstance(loaded, Windows) else loaded.inputs.to(device)
+    return materialize(samples, workers).on(device)
 
 
 @dataclass(frozen=True)

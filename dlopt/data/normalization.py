@@ -4,10 +4,8 @@ Their statistics are computed on the training split and kept in buffers, hence i
 buffers' dtype.
 """
 
-import hashlib
 import itertools
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dlopt.basics.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
+from dlopt.basics.cache import cache_file, exclusive, load_arrays, save_arrays
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Positive
 from dlopt.data.loading import chunks
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, white
+from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.tables.columns import FeatureColumns
 
 _MAX_ROUNDING = 1e-4  # of an output, beyond which samples are centred first
@@ -185,7 +183,7 @@ class Fixed(ScaleShift):
     def fit(self, samples: Samples) -> None:
         """Sets the constants in the units of the samples."""
         # The same unit as in augmentation and pictures: floating-point images may have values 0..255, too.
-        unit = white(samples) if len(samples.shape) == 3 else 1.0
+        unit = samples.white() if len(samples.shape) == 3 else 1.0
         for name, values in (("mean", self._mean), ("std", self._std)):
             if unit == 255.0 and values.abs().max() > 1:
                 shown = [round(value, 4) for value in values.tolist()]
@@ -327,7 +325,7 @@ _CACHE_MIN_SAMPLES = 1000  # fewer are quickly read again
 def fit(normalize: nn.Module, dataset: Dataset, *, count: int | None, kind: str) -> None:
     """Fits `normalize` to the training samples; if they are not in memory, to at most `count` evenly spaced ones.
 
-    Caches the statistics of large sets of image files for as long as the files are unchanged.
+    Caches the statistics of large sets for as long as their `Samples.state` is unchanged, as that of image files.
 
     Args:
         kind: identifies the normalization and its settings in the cache.
@@ -335,10 +333,11 @@ def fit(normalize: nn.Module, dataset: Dataset, *, count: int | None, kind: str)
     samples = dataset.train
     if not dataset.in_memory and count is not None and len(samples) > count:
         samples = samples.select(torch.linspace(0, len(samples) - 1, count, dtype=torch.float64).round().long())
-    if dataset.in_memory or not isinstance(samples, Files) or len(samples) < _CACHE_MIN_SAMPLES:
+    state = None if dataset.in_memory or len(samples) < _CACHE_MIN_SAMPLES else samples.state()
+    if state is None:
         normalize.fit(samples)  # type: ignore[operator]
         return
-    path = cache_file("statistics", _VERSION, kind, _digest(samples))
+    path = cache_file("statistics", _VERSION, kind, state.hex())
     with exclusive(path):
         shapes = {name: tuple(value.shape) for name, value in normalize.state_dict().items()}
         cached = load_arrays(path)
@@ -347,19 +346,6 @@ def fit(normalize: nn.Module, dataset: Dataset, *, count: int | None, kind: str)
             return
         normalize.fit(samples)  # type: ignore[operator]
         save_arrays(path, {name: value.cpu().numpy() for name, value in normalize.state_dict().items()})
-
-
-def _digest(files: Files) -> str:
-    """Hashes the paths, sizes and times of the files, and the format to which they are decoded."""
-    digest = hashlib.sha256(repr((files.image_size, files.channels)).encode())
-    for index in range(len(files)):
-        path = files.path(index)
-        try:
-            state = repr(file_state(path))
-        except OSError:
-            state = "-"  # decoding the file will report the error
-        digest.update(os.fsencode(os.path.abspath(path)) + b"\0" + state.encode() + b"\0")
-    return digest.hexdigest()
 
 
 def standardized(dataset: Dataset, saved: FeatureColumns | None, *, is_enabled: bool = True) -> Dataset:

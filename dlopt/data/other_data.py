@@ -1,18 +1,13 @@
 """Fits samples of other data to the data that a model was trained on: columns, class numbers, kinds of targets."""
 
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import LEFT_OUT, WARNING, form, listed
-from dlopt.data.samples import Dataset, InMemory, Samples
-from dlopt.data.tables.table import TableRows
-from dlopt.data.texts.windows import Windows
+from dlopt.data.samples import Dataset, Samples
 from dlopt.tasks.text import NextToken
-
-NOT_ENCODED = "the model was trained on columns of numbers without gaps; these have gaps, texts or dates"
 
 
 def as_trained(samples: Samples, source: Dataset, trained: Dataset) -> Samples:
@@ -23,13 +18,14 @@ def as_trained(samples: Samples, source: Dataset, trained: Dataset) -> Samples:
     if source.layout != trained.layout:
         mine, other = (each.layout or "one input and one label" for each in (source, trained))
         raise UserError(f"its items have {mine}, those of the training data {other}")
-    if isinstance(samples, Windows) != isinstance(trained.train, Windows):
-        kinds = ["text" if isinstance(each, Windows) else "no text" for each in (samples, trained.train)]
+    is_text, was_text = (each.kind == "text" for each in (samples, trained.train))
+    if is_text != was_text:
+        kinds = ["text" if each else "no text" for each in (is_text, was_text)]
         raise UserError(f"is {kinds[0]}, the training data are {kinds[1]}")
-    if isinstance(samples, Windows):
+    if is_text:
         _check_tokens(source, trained)
         return samples
-    samples = _encoded(samples, trained)
+    samples = samples.encoded(trained.columns)
     kinds = [_kind(each) for each in (source, trained)]
     if kinds[0] != kinds[1]:
         raise UserError(f"its targets are {kinds[0]}, those of the training data {kinds[1]}")
@@ -44,16 +40,6 @@ def _check_tokens(source: Dataset, trained: Dataset) -> None:
         raise UserError(
             f"has {own.unit}s of a vocabulary of {own.outputs:,}, the training data {task.unit}s of {task.outputs:,}"
         )
-
-
-def _encoded(samples: Samples, dataset: Dataset) -> Samples:
-    """Returns rows of a table with the features of the training data."""
-    if isinstance(samples, TableRows):
-        if dataset.columns is None or dataset.columns.encoding is None:
-            raise UserError(NOT_ENCODED)
-        features = torch.from_numpy(dataset.columns.encoding.apply(samples.columns))
-        return InMemory(features, samples.targets, samples.origin)
-    return samples
 
 
 def with_classes(
@@ -80,10 +66,10 @@ def with_classes(
     if lacking:
         count = f"{int(others.sum()):,} of {len(samples):,} samples"
         notes += (f"{LEFT_OUT}{count}, of classes that the model does not know ({listed(lacking)})",)
-    kept = samples.select((~others).nonzero().squeeze(1)) if lacking else copy(samples)
+    kept = samples.select((~others).nonzero().squeeze(1)) if lacking else samples
     hot = torch.eye(len(known) + 1)[numbers, :-1]  # of a class that the model does not know: zeros
-    kept.targets = (targets @ hot).clamp(max=1)[~others] if targets.ndim == 2 else numbers[targets][~others]  # type: ignore[misc]
-    return kept, notes
+    known_targets = (targets @ hot).clamp(max=1) if targets.ndim == 2 else numbers[targets]
+    return kept.with_targets(known_targets[~others]), notes
 
 
 def _kind(dataset: Dataset) -> str:

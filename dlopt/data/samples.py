@@ -1,14 +1,12 @@
-"""Sources of samples: memory, image files, or a user-defined `torch.utils.data.Dataset`.
+"""What a source of samples can do, samples in memory, and the three splits of a dataset."""
 
-A `Samples` object returns batches by index and holds all targets, whether it indexes a tensor or decodes files.
-"""
-
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
@@ -18,45 +16,301 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.basics.ranges import Count, Natural
-from dlopt.data.checks import column_warnings, rounding_warnings, sampled
-from dlopt.data.images.decoding import Boxes, Size, decode, decode_boxes, from_pil, header_size, orientation
+from dlopt.data.images.decoding import Boxes, Stored
 from dlopt.data.images.resampling import resize, resize_box
-from dlopt.data.rows.items import name_of, read_item
 from dlopt.data.tables.columns import FeatureColumns
 from dlopt.data.texts.tokenizer import Tokenizer
-from dlopt.data.texts.windows import Windows
+from dlopt.machine.memory import available_memory
 from dlopt.tasks import kinds
 from dlopt.tasks.layout import Layout
 from dlopt.tasks.task import Task
 from dlopt.tasks.text import NextToken
 
-_HEADERS_CHECKED = 256  # images whose size is checked in advance; the others are checked when decoded
-_LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute
+WHOLE = 1 << 30  # bytes; larger contents are hashed in part
+_BLOCK = 1 << 20  # bytes, at least one sample
+_BLOCKS = 128  # of a content that is hashed in part, evenly spaced
+_KINDS = {1: "vectors", 2: "sequences", 3: "images"}  # by the dimensions of an input
 
 
-class Samples(Protocol):
-    """Inputs and targets by index.
+@dataclass(frozen=True)
+class Content:
+    """Inputs as they are stored: `count` of `size` bytes in total; `read(start, stop)` returns a range of them.
 
-    `targets`: int64 [N] class indices; float32 [N, K], 0 or 1, of samples with several labels; or float32 [N] or [N, K]
-    for regression.
-    `shape`: of one input, (C, H, W) for images or (F,) for vectors.
+    `threads`: that read at the same time; 8 hide the latency of a network file system.
     """
 
-    @property
-    def targets(self) -> Tensor: ...
+    count: int
+    size: int
+    read: Callable[[int, int], bytes]
+    threads: int = 8
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    @classmethod
+    def of_array(cls, array: Any) -> "Content":
+        """Returns the content of a tensor, or of what returns arrays for ranges."""
+        return cls(len(array), array.nbytes, lambda start, stop: as_bytes(array[start:stop]))
 
-    def __len__(self) -> int: ...
+    def digest(self) -> str:
+        """Returns the SHA-256 of up to 1 GiB as a whole; of more, at 128 evenly spaced places of 1 MiB."""
+        length = max(1, int(_BLOCK * self.count / max(self.size, 1)))
+        starts: Sequence[int] = range(0, self.count, length)
+        if self.size > WHOLE:
+            starts = np.unique(np.linspace(0, max(self.count - length, 0), _BLOCKS, dtype=np.int64)).tolist()
+
+        def block(start: int) -> bytes:
+            return hashlib.sha256(self.read(start, min(start + length, self.count))).digest()
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            return hashlib.sha256(b"".join(pool.map(block, starts))).hexdigest()
+
+
+def as_bytes(array: Tensor | np.ndarray) -> bytes:
+    values = array.contiguous().numpy() if isinstance(array, Tensor) else array
+    return values.tobytes()
+
+
+def digest_of(data: bytes) -> bytes:
+    """Returns 16 bytes that are equal for equal data."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class Samples:
+    """Inputs and targets by index: the base of every kind of samples, and of those of a user's own.
+
+    A kind has to implement `read`. What its inputs need beyond that has a default that is right for a store from which
+    any inputs can be read, such as one large array; see each method.
+
+    Args:
+        targets: int64 [N] class indices; float32 [N, K], 0 or 1, of samples with several labels; or float32 [N] or
+            [N, K] for regression.
+        shape: of one input: (C, H, W) of images, (F,) of vectors, or (C, L) of sequences.
+        further: other tensors [N, ...] of the samples, by name.
+
+    Attributes:
+        rows: places of the samples in the store, int64 [N]; None if they are all that it has, in its order.
+        image_size: to which `fetch` resizes the images, and cuts off what is beyond; None for their own.
+        digests: [N, ...], equal for equal inputs; None if they are not known. Equal samples of two splits are found by
+            them.
+        origin: what names the samples once they are in memory: has `place` and `select`; None if nothing does.
+        rotated: images read so far whose EXIF orientation is not applied.
+    """
+
+    rows: Tensor | None = None
+    image_size: tuple[int, int] | None = None
+    digests: Tensor | None = None
+    origin: Any = None
+    rotated = 0
+    is_loaded = False  # whether the inputs are in main memory
+    uses_workers = True  # whether reading in several processes is faster
+    is_encoded = True  # whether `fetch` works before `encode`
+
+    def __init__(self, targets: Tensor, shape: tuple[int, ...], further: Mapping[str, Tensor] | None = None) -> None:
+        self.targets = targets
+        self.shape = shape
+        self.further: Mapping[str, Tensor] = {} if further is None else further
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Returns the inputs [B, ...] at int64 `rows` [B] of the store: uint8 0..255 for images, else float32."""
+        raise NotImplementedError(f"{type(self).__name__}.read")
+
+    # -- inputs
+
+    def rows_of(self, indices: Tensor) -> Tensor:
+        """Returns the places in the store of the samples at int64 `indices` [B]."""
+        return indices if self.rows is None else self.rows[indices]
 
     def fetch(self, indices: Tensor) -> Tensor:
-        """Returns inputs [B, *shape] for int64 `indices` [B]: uint8 0..255 for images, else float32."""
-        ...
+        """Returns inputs [B, *shape] for int64 `indices` [B]."""
+        inputs = torch.as_tensor(self.read(self.rows_of(indices)))
+        if self.is_cut and self.image_size is not None:
+            inputs = resize(inputs, self.image_size)
+        if inputs.shape != (expected := (len(indices), *self.shape)):
+            raise UserError(f"{type(self).__name__}.read: has returned {list(inputs.shape)}, not {list(expected)}")
+        return inputs
 
-    def select(self, indices: Tensor) -> "Samples":
+    def fetch_range(self, start: int, stop: int) -> Tensor:
+        """Returns inputs of consecutive samples."""
+        return self.fetch(torch.arange(start, min(stop, len(self))))
+
+    def whole(self, indices: Tensor) -> Sequence[Tensor]:
+        """Returns images [C, H, W] at their own sizes."""
+        return self.read(self.rows_of(indices)).unbind()
+
+    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
+        """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
+        images = self.whole(indices)
+        heights, widths = (torch.tensor([image.shape[axis] for image in images]) for axis in (1, 2))
+        edges = boxes(heights, widths).tolist()
+        results = [resize_box(image, box, size) for image, box in zip(images, edges, strict=True)]
+        return torch.stack(results) if results else self.fetch(indices).new_empty((0, self.shape[0], *size))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether images have more than `fetch` returns of them. `fetch_boxes` returns any part."""
+        return self.image_size is not None and len(self.shape) == 3
+
+    # -- other samples
+
+    def select(self, indices: Tensor) -> Self:
         """Returns the samples at `indices`, in that order."""
-        ...
+        selected = copy(self)
+        selected.rows, selected.targets = self.rows_of(indices), self.targets.index_select(0, indices)
+        selected.further = {name: each.index_select(0, indices) for name, each in self.further.items()}
+        selected.digests = None if self.digests is None else self.digests.index_select(0, indices)
+        selected.origin = None if self.origin is None else self.origin.select(indices)
+        return selected
+
+    def with_targets(self, targets: Tensor) -> Self:
+        """Returns the same inputs with other targets."""
+        changed = copy(self)
+        changed.targets = targets
+        return changed
+
+    def with_further(self, further: Mapping[str, Tensor]) -> Self:
+        """Returns the same samples with other further tensors [N, ...]."""
+        changed = copy(self)
+        changed.further = further
+        return changed
+
+    def resized(self, size: tuple[int, int]) -> "Samples":
+        """Returns the same images at another size. Raises `UserError` if they are no images."""
+        if len(self.shape) != 3:
+            raise UserError(
+                f"data.image_size={list(size)}: the samples are {self.kind}, not images; use data.image_size=null"
+            )
+        changed = copy(self)
+        changed.image_size, changed.shape = size, (self.shape[0], *size)
+        return changed
+
+    def encode(
+        self, dataset: "Dataset", val: "Samples | None", test: "Samples | None"
+    ) -> "tuple[Dataset, Samples, Samples | None, Samples | None]":
+        """Returns the dataset and its splits with features learned from these samples, the training set."""
+        return dataset, self, val, test
+
+    def encoded(self, columns: FeatureColumns | None) -> "Samples":
+        """Returns the samples with the features of `columns`, those of a model. Raises `UserError`."""
+        return self
+
+    def loaded(self) -> "Samples | None":
+        """Returns the samples in main memory; None if `fetch` has to read them."""
+        return None
+
+    def on(self, device: torch.device) -> Tensor:
+        """Returns all inputs [N, *shape] on a device."""
+        return self.fetch_range(0, len(self)).to(device)
+
+    # -- facts
+
+    @property
+    def kind(self) -> str:
+        """What the inputs are, for messages: images, vectors, sequences or text."""
+        return _KINDS.get(len(self.shape), f"{len(self.shape)}-dimensional arrays")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs in memory."""
+        return len(self) * prod(self.shape) * (1 if len(self.shape) == 3 else 4)
+
+    def size(self) -> dict[str, int]:
+        """Returns how many samples there are, under the name of their unit."""
+        return {"samples": len(self)}
+
+    def content(self) -> Content | None:
+        """Returns the inputs as they are stored, before they are resized; None if they change with every reading.
+
+        Keeps the `digests` while the content is read, if it is read as a whole.
+        """
+        some = torch.from_numpy(np.unique(np.linspace(0, len(self) - 1, 16, dtype=np.int64)))
+        if not torch.equal(self.fetch(some), self.fetch(some)):
+            return None
+        size = self.nbytes
+        digests = torch.zeros(len(self), 2, dtype=torch.int64) if size <= WHOLE else None
+        self.digests = digests
+
+        def read(start: int, stop: int) -> bytes:
+            inputs = self.fetch_range(start, stop)
+            if digests is not None:
+                found = b"".join(digest_of(as_bytes(each)) for each in inputs)
+                digests.numpy()[start:stop] = np.frombuffer(found, dtype=np.int64).reshape(-1, 2)
+            return as_bytes(inputs)
+
+        return Content(len(self), size, read, threads=1)  # files and libraries may allow one reader at a time
+
+    def state(self) -> bytes | None:
+        """Returns what changes when the stored inputs change, known without reading them; None if nothing is.
+
+        The statistics of large sets are kept under it, for later runs.
+        """
+        return None
+
+    def white(self) -> float:
+        """Returns the value of a white pixel: 255; 1 for floating-point images whose values are not in 0..255.
+
+        Tells the values of floating-point images by 16 of them: negative ones, or none above 1.
+        """
+        if len(self.shape) != 3:
+            return 255.0
+        return white_of(self.fetch(torch.linspace(0, len(self) - 1, min(16, len(self))).long()))
+
+    def place(self, index: int) -> str:
+        """Names the file or the row of a sample; "" if it has none."""
+        return "" if self.origin is None else self.origin.place(index)
+
+    def stored(self, index: int) -> Stored | None:
+        """Returns how an image file is stored; None if it is no file, or missing. Raises `UserError`."""
+        return None
+
+    def predicted(self) -> np.ndarray:
+        """Returns the tokens that a model of a text predicts: all but the first of each sample."""
+        return self.fetch_range(0, len(self))[:, 1:].numpy().reshape(-1)
+
+
+class InMemory(Samples):
+    """Samples in one tensor [N, *shape]; `origin`: where they have been read."""
+
+    is_loaded = True
+    uses_workers = False
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, origin: Any = None, further: Mapping[str, Tensor] | None = None
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
+        super().__init__(targets, tuple(inputs.shape[1:]), further)
+        self.inputs = self.digests = inputs
+        self.origin = origin
+
+    def read(self, rows: Tensor) -> Tensor:
+        return self.inputs.index_select(0, rows)
+
+    def fetch_range(self, start: int, stop: int) -> Tensor:
+        return self.inputs[start:stop]
+
+    def select(self, indices: Tensor) -> Self:
+        selected = super().select(indices)
+        assert selected.digests is not None
+        selected.rows, selected.inputs = None, selected.digests
+        return selected
+
+    def resized(self, size: tuple[int, int]) -> Samples:
+        """Resizes all images. Raises `UserError` if they do not fit in memory."""
+        needed = super().resized(size).nbytes
+        if needed > available_memory():
+            raise UserError(
+                f"data.image_size={list(size)}: {len(self):,} images of this size need {needed / 2**30:,.1f} GiB, "
+                "more than the free memory; use a smaller data.image_size, or data.subset"
+            )
+        inputs = torch.cat([resize(chunk, size) for chunk in self.inputs.split(1024)])
+        return InMemory(inputs, self.targets, self.origin, self.further)
+
+    def loaded(self) -> Samples:
+        return self
+
+    def content(self) -> Content:
+        return Content.of_array(self.inputs)
 
 
 class Reader(Protocol):
@@ -67,21 +321,11 @@ class Reader(Protocol):
         ...
 
 
-def whole_images(samples: Samples) -> "Files | Wrapped | None":
-    """Returns the samples if `image_size` makes `fetch` cut off a part of the images; otherwise None.
-
-    `fetch` then returns the centre of the images at one size, `fetch_boxes` any box of them.
-    """
-    if isinstance(samples, Files | Wrapped) and samples.image_size is not None and len(samples.shape) == 3:
-        return samples
-    return None
-
-
-def at_size(samples: "Files | Wrapped", size: tuple[int, int]) -> "Files | Wrapped":
-    """Returns the same images, of which `fetch` returns the centre at another size."""
-    resized = copy(samples)
-    resized.image_size, resized.shape = size, (samples.shape[0], *size)
-    return resized
+def white_of(images: Tensor) -> float:
+    """Returns the `Samples.white` of a set that contains these images."""
+    if images.dtype == torch.uint8 or not images.numel():
+        return 255.0
+    return 255.0 if images.min() >= 0 and images.max() > 1 else 1.0
 
 
 @dataclass
@@ -130,28 +374,13 @@ class Dataset:
     def task_on(self, samples: Samples) -> Task:
         """Returns the task with the bytes per token of `samples`, a split: the texts of splits differ."""
         task = self.task
-        if self.tokenizer is None or not isinstance(samples, Windows) or not isinstance(task, NextToken):
+        if self.tokenizer is None or not isinstance(task, NextToken):
             return task
-        return replace(task, bytes_per_token=self.tokenizer.bytes_per_token(samples))
+        return replace(task, bytes_per_token=self.tokenizer.bytes_per_token(samples.predicted()))
 
     @cached_property
     def _white(self) -> float:
-        return white(self.train)
-
-
-def white(samples: Samples) -> float:
-    """Returns the value of a white pixel: 255; 1 for floating-point images whose values are not in 0..255.
-
-    Tells the values of floating-point images by 16 of them: negative ones, or none above 1.
-    """
-    if len(samples.shape) != 3 or isinstance(samples, Files):
-        return 255.0
-    return white_of(samples.fetch(torch.linspace(0, len(samples) - 1, min(16, len(samples))).long()))
-
-
-def white_of(images: Tensor) -> float:
-    """Returns `white` for a set that contains these images."""
-    return 255.0 if images.dtype == torch.uint8 or (images.min() >= 0 and images.max() > 1) else 1.0
+        return self.train.white()
 
 
 class SplitKeys(TypedDict):
@@ -191,314 +420,3 @@ class Lines:
 
     def select(self, indices: Tensor) -> "Lines":
         return Lines(self.numbers[indices], self.unit)
-
-
-class InMemory:
-    """Samples in one tensor [N, *shape]; `origin`: where they have been read."""
-
-    def __init__(self, inputs: Tensor, targets: Tensor, origin: "ImageList | Lines | None" = None) -> None:
-        if len(inputs) != len(targets):
-            raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
-        self.inputs = inputs
-        self.targets = targets
-        self.origin = origin
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.inputs.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        return self.inputs.index_select(0, indices)
-
-    def select(self, indices: Tensor) -> "InMemory":
-        origin = None if self.origin is None else self.origin.select(indices)
-        return InMemory(self.inputs.index_select(0, indices), self.targets.index_select(0, indices), origin)
-
-    def place(self, index: int) -> str:
-        """Names the file or the row of a sample; "" if it has none."""
-        return "" if self.origin is None else self.origin.place(index)
-
-
-@dataclass
-class ImageList:
-    """Paths of image files with their targets.
-
-    `paths` [N] is one array of bytes: changing reference counts would copy a list of a million strings into every
-    worker, page by page. Paths may be relative to `folder`, which keeps the array small.
-    """
-
-    paths: np.ndarray
-    targets: Tensor
-    folder: str = ""
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.folder, os.fsdecode(bytes(self.paths[index])))
-
-    def place(self, index: int) -> str:
-        return self.path(index)
-
-    def select(self, indices: Tensor) -> Self:
-        selected = copy(self)
-        selected.paths, selected.targets = self.paths[indices.numpy()], self.targets.index_select(0, indices)
-        return selected
-
-
-class Files(ImageList):
-    """Image files, decoded when fetched.
-
-    `image_size` None: no resizing; all images must have the size of the first.
-    `channels`: 1 (grey) or 3 (RGB).
-    `paths`: absolute, or relative to `folder`.
-    `digests`: int64 [N, 2], of the content of each file; None if not computed (see `dlopt.data.identity`).
-    """
-
-    digests: Tensor | None = None
-
-    def __init__(
-        self,
-        paths: "Sequence[str] | np.ndarray",
-        targets: Tensor,
-        image_size: tuple[int, int] | None,
-        channels: int,
-        folder: str = "",
-    ) -> None:
-        array = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
-        super().__init__(array, targets, folder)
-        self.image_size = image_size
-        self.channels = channels
-        self.shape: tuple[int, ...] = (channels, *(self._native_size() if image_size is None else image_size))
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        result = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
-        for row, index in zip(result, indices.tolist(), strict=True):
-            path = self.path(index)
-            with _naming_the_key():
-                image = decode(path, self.image_size, self.channels)
-            if image.shape != row.shape:
-                raise self._mismatch(path, (image.shape[1], image.shape[2]))
-            row.copy_(image)
-        return result
-
-    def select(self, indices: Tensor) -> Self:
-        selected = super().select(indices)
-        selected.digests = None if self.digests is None else self.digests[indices]
-        return selected
-
-    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
-        """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
-        result = torch.empty((len(indices), self.channels, *size), dtype=torch.uint8)
-        with _naming_the_key():
-            images = decode_boxes([self.path(index) for index in indices.tolist()], boxes, size, self.channels)
-            for row, image in zip(result, images, strict=True):
-                row.copy_(image)
-        return result
-
-    def _native_size(self) -> tuple[int, int]:
-        with _naming_the_key():
-            self.shape = (self.channels, *header_size(self.path(0)))
-        for index in np.unique(np.linspace(0, len(self) - 1, _HEADERS_CHECKED, dtype=np.int64)).tolist():
-            path = self.path(index)
-            with _naming_the_key():
-                size = header_size(path)
-            if size != self.shape[1:]:
-                raise self._mismatch(path, size)
-        return self.shape[1], self.shape[2]
-
-    def _mismatch(self, path: str, size: tuple[int, int]) -> UserError:
-        (height, width), (_, expected_height, expected_width) = size, self.shape
-        return UserError(
-            f"data.image_size=null: the images have different sizes ({path} is {height}x{width}, others are "
-            f"{expected_height}x{expected_width}, height x width); give one, for example data.image_size=224"
-        )
-
-
-@contextmanager
-def _naming_the_key() -> Iterator[None]:
-    """Adds the key that skips unreadable images to a `UserError` about one."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; to skip unreadable images, set data.on_error=skip") from error
-
-
-_CHANNELS = (1, 3, 4)  # of grey images, colour images, and colour images with transparency
-
-
-def channels_first(image: np.ndarray, where: str) -> np.ndarray:
-    """Returns an image [H, W, C] or [C, H, W] as [C, H, W]; C is the dimension of 1, 3 or 4 numbers.
-
-    Raises `UserError`, which starts with `where`, if both or none of them may be the channels.
-    """
-    is_first, is_last = (image.shape[axis] in _CHANNELS for axis in (0, 2))
-    if is_first == is_last:
-        shape = "x".join(map(str, image.shape))
-        raise UserError(
-            f"{where}: the uint8 array {shape} may be [height, width, channels] or [channels, height, width]: "
-            f"{'both' if is_first else 'neither'} the first and the last dimension {'are' if is_first else 'is'} 1, 3 "
-            "or 4; return a torch tensor [channels, height, width], or store encoded images (PNG)"
-        )
-    return image if is_first else image.transpose(2, 0, 1)
-
-
-class Wrapped:
-    """Wraps a map-style `torch.utils.data.Dataset` whose items are pairs (input, label).
-
-    Inputs: a PIL image, a uint8 array [H, W], [H, W, C] or [C, H, W] (see `channels_first`), or a
-    tensor [F], [H, W] or [C, H, W]; uint8 inputs are
-    images 0..255, all others become float32. Labels: an integer class, or floating-point values (regression).
-    Labels are read from the attribute `targets` or `labels` if it matches an item of each class (at most 64 items);
-    otherwise every item is read once.
-
-    `indices`: of the samples in the dataset, int64 [N]. `digests`: as in `Files`.
-
-    Raises:
-        UserError: not a map-style dataset, empty, or an item has another form.
-    """
-
-    digests: Tensor | None = None
-
-    def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
-        self.dataset = dataset
-        self.image_size = image_size
-        self._name = name_of(dataset, key)
-        self.indices = torch.arange(len(dataset))
-        self.target_warnings: tuple[str, ...] = ()
-        self.rotated = 0  # images of PIL that were read, whose EXIF orientation the dataset has not applied
-        first, label = self._item(0)
-        self.shape, self._dtype = tuple(first.shape), first.dtype
-        self.targets = self._targets(label)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        inputs = [self._item(index)[0] for index in self.indices[indices].tolist()]
-        for index, item in zip(indices.tolist(), inputs, strict=True):
-            if tuple(item.shape) != self.shape:
-                raise UserError(
-                    f"{self._name}[{index}]: has shape {tuple(item.shape)}, the first item has {self.shape}; "
-                    "all inputs must have one shape (data.image_size resizes images)"
-                )
-            if item.dtype != self._dtype:
-                raise UserError(
-                    f"{self._name}[{index}]: has the type {item.dtype}, the first item {self._dtype}; images 0..255 "
-                    "(uint8) and numbers must not be mixed"
-                )
-        return torch.stack(inputs) if inputs else self._item(0)[0].new_empty((0, *self.shape))
-
-    def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
-        """See `Files.fetch_boxes`."""
-        images = [self._item(index, resized=False)[0] for index in self.indices[indices].tolist()]
-        heights, widths = (torch.tensor([image.shape[axis] for image in images]) for axis in (1, 2))
-        edges = boxes(heights, widths).tolist()
-        results = [resize_box(image, box, size) for image, box in zip(images, edges, strict=True)]
-        return torch.stack(results) if results else self.fetch(indices).new_empty((0, self.shape[0], *size))
-
-    def select(self, indices: Tensor) -> "Wrapped":
-        selected = copy(self)
-        selected.indices = self.indices[indices]
-        selected.targets = self.targets[indices]
-        selected.digests = None if self.digests is None else self.digests[indices]
-        return selected
-
-    def place(self, index: int) -> str:
-        """Names the row of a table, or an item of a dataset of the user."""
-        return str(getattr(self.dataset, "row_place", "item {}".format)(int(self.indices[index])))
-
-    def warnings(self) -> tuple[str, ...]:
-        """Returns what looks wrong in vectors: features that count the items, or that float32 rounds. Reads a few."""
-        if len(self.shape) != 1 or len(self) == 0:
-            return self.target_warnings
-        values = [_as_tensor(self._pair(index)[0]) for index in sampled(len(self)).tolist()]
-        if any(tuple(value.shape) != self.shape for value in values):  # reported where a batch is read
-            return self.target_warnings
-        columns = ((str(i + 1), column) for i, column in enumerate(torch.stack(values).double().numpy().T))
-        return (*column_warnings(columns, "leave it out", "feature"), *self.target_warnings)
-
-    def _item(self, index: int, *, resized: bool = True) -> tuple[Tensor, Any]:
-        # Image files in tables and archives are decoded at their size, as those in folders.
-        item = self._pair(index, self.image_size if resized else None)
-        value = self._input(item[0], index)
-        if resized and self.image_size is not None and value.dim() == 3:
-            value = resize(value, self.image_size)
-        return value.contiguous(), item[1]
-
-    def _pair(self, index: int, size: Size = None) -> Sequence[Any]:
-        """Returns an item, see `read_item`. Raises `UserError`."""
-        item = read_item(self.dataset, index, self._name, size)
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise UserError(f"{self._name}[{index}]: is {described(item)}; expected a pair (input, label)")
-        return item
-
-    def _input(self, value: Any, index: int) -> Tensor:
-        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
-            self.rotated += orientation(value) > 1
-            try:
-                value = from_pil(value)
-            except ValueError as error:
-                raise UserError(f"{self._name}[{index}]: {error}") from None
-        elif isinstance(value, np.ndarray):
-            if value.dtype == np.uint8 and value.ndim == 3:
-                value = channels_first(value, f"{self._name}[{index}]")
-            value = _as_tensor(value)
-        if not isinstance(value, Tensor) or not 1 <= value.dim() <= 3 or value.is_complex():
-            raise UserError(
-                f"{self._name}[{index}]: the input is {described(value)}; expected a PIL image, an array, or a tensor "
-                "[F], [H, W] or [C, H, W]"
-            )
-        value = value.detach().cpu()
-        if value.dim() == 2:
-            value = value.unsqueeze(0)
-        if value.dtype != torch.uint8 or value.dim() == 1:
-            value = value.to(torch.float32)
-        return value
-
-    def _targets(self, first: Any) -> Tensor:
-        for attribute in ("targets", "labels"):
-            values = getattr(self.dataset, attribute, None)
-            if isinstance(values, list | tuple | np.ndarray | Tensor) and len(values) == len(self):
-                targets = self._as_targets(list(values) if isinstance(values, tuple) else values)
-                # One item of each class: a `target_transform` changes the labels of the items only.
-                indices = np.unique(targets.numpy(), return_index=True, axis=0)[1]
-                indices = indices[np.linspace(0, len(indices) - 1, min(len(indices), _LABELS_CHECKED), dtype=np.int64)]
-                labels = self._as_targets([first, *(self._item(index)[1] for index in indices.tolist())])
-                if targets.dtype == labels.dtype and torch.equal(targets[[0, *indices.tolist()]], labels):
-                    return targets
-        return self._as_targets([self._item(index)[1] for index in range(len(self))])
-
-    def _as_targets(self, values: Any) -> Tensor:
-        try:
-            if isinstance(values, list) and isinstance(values[0], Tensor | np.ndarray):
-                values = torch.stack([torch.as_tensor(value) for value in values])
-            targets = torch.as_tensor(values).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self._name}: labels must be class numbers or float values ({error})") from error
-        if targets.is_floating_point():
-            columns = targets.double().reshape(len(targets), -1).numpy().T
-            self.target_warnings = rounding_warnings(("the label", each) for each in columns) or self.target_warnings
-            return targets.to(torch.float32)
-        if targets.dim() == 2 and targets.shape[1] == 1:
-            targets = targets.squeeze(1)
-        if targets.dim() != 1 or targets.is_complex():
-            raise UserError(
-                f"{self._name}: class labels must be one integer per sample, got {described(targets[0])}; several "
-                "labels per sample must be float zeros and ones, with data.classes"
-            )
-        return targets.to(torch.int64)
-
-
-def _as_tensor(value: Tensor | np.ndarray) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-    return tensor.detach().cpu()
-
-
-def described(value: Any) -> str:
-    if isinstance(value, Tensor | np.ndarray):
-        return f"a {type(value).__name__} of shape {tuple(value.shape)} and type {value.dtype}"
-    return f"of type {type(value).__name__}"

@@ -1,9 +1,8 @@
 """Prepares a dataset for a run: subset, validation split, image size, and loading into memory."""
 
-import math
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +10,12 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.data.division import split
-from dlopt.data.equal_samples import contents, equal_sample_warnings
+from dlopt.data.equal_samples import equal_sample_warnings
 from dlopt.data.images.decoding import size_pair
-from dlopt.data.images.resampling import resize
 from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
-from dlopt.data.rows.records import Records
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, white, whole_images
+from dlopt.data.samples import Dataset, Samples
 from dlopt.data.settings import DataSettings as DataSettings
-from dlopt.data.tables.table import TableRows, encoded
-from dlopt.data.texts.windows import Windows
 from dlopt.machine.memory import available_memory
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
@@ -90,18 +85,14 @@ def prepare(
         held_out, kept = split(train.targets, count, settings.split_seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
-    if isinstance(train, TableRows):
-        dataset, train, val, test = encoded(dataset, train, val, test)
-    stored = {"train": train, "val": val, "test": test}  # at their size, and without noise
+    dataset, train, val, test = train.encode(dataset, val, test)
+    stored: dict[str, Any] = {"train": train, "val": val, "test": test}  # at their size, and without noise
     if settings.label_noise > 0:
         if not is_stratified or dataset.unlabelled is not None:
             raise UserError(
                 f"data.label_noise={settings.label_noise}: the targets are not classes, one per sample; use 0"
             )
-        if not isinstance(train, InMemory | Files | Wrapped):  # a kind of samples that a package adds
-            raise UserError(f"data.label_noise={settings.label_noise}: {type(train).__name__} keeps its labels; use 0")
-        train = copy(train)
-        train.targets = corrupted(train.targets, len(dataset.classes or ()), settings)
+        train = train.with_targets(corrupted(train.targets, len(dataset.classes or ()), settings))
     size = size_pair(settings.image_size)
     train = _resized(train, size)
     val, test = (None if samples is None else _resized(samples, size) for samples in (val, test))
@@ -111,7 +102,7 @@ def prepare(
                 f"data.image_size=null: {name} samples have the shape {list(samples.shape)}, training samples "
                 f"{list(train.shape)}; resize images to one size, for example data.image_size=224"
             )
-    if random_crops and whole_images(train) is not None:
+    if random_crops and train.is_cut:
         if settings.memory is True:
             raise UserError(
                 "data.memory=true: keeps the centre of each image only, but the augmentation crops from the whole "
@@ -124,7 +115,7 @@ def prepare(
     if in_memory:
         train = materialize(train, worker_count(settings.workers, train, processes))
         val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
-    loaded = stored | {"train": train, "val": val} if contents(stored["train"]) is None else stored
+    loaded = stored | {"train": train, "val": val} if stored["train"].digests is None else stored
     found = equal_samples(dataset, loaded, stored) if compare else ()
     return replace(dataset, train=train, val=val, test=test, in_memory=in_memory, notes=(*dataset.notes, *found))
 
@@ -141,7 +132,7 @@ def with_validation_set(
     if samples.shape != shape:
         images = "; for images of several sizes, set data.image_size" if len(shape) == 3 else ""
         raise UserError(f"its samples have the shape {list(samples.shape)}, training samples {list(shape)}{images}")
-    if (largest := white(samples)) != dataset.task.white:
+    if (largest := samples.white()) != dataset.task.white:
         raise UserError(f"its pixels are in 0..{largest:g}, those of the training images in 0..{dataset.task.white:g}")
     in_memory = dataset.in_memory and _load_into_memory([samples], settings, device, processes)
     return replace(dataset, val=samples, in_memory=in_memory)
@@ -157,7 +148,7 @@ def equal_samples(
     if dataset.is_generated:
         return ()
     targets = {name: each.targets for name, each in (labelled or splits).items() if each is not None}
-    rows = {name: contents(each) for name, each in splits.items()}
+    rows = {name: None if each is None else each.digests for name, each in splits.items()}
     return equal_sample_warnings(rows, targets, has_classes=dataset.classes is not None)
 
 
@@ -203,44 +194,20 @@ def _subset_count(train: Samples, subset: int | float, *, is_stratified: bool) -
 
 
 def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:
-    """Resizes samples in memory; all others are resized when they are fetched."""
-    if size is None:
-        return samples
-    if len(samples.shape) != 3:
-        kind = "text" if isinstance(samples, Windows) else "vectors"
-        raise UserError(f"data.image_size={list(size)}: the samples are {kind}, not images; use data.image_size=null")
-    if samples.shape[1:] == size:
-        return samples
-    if not isinstance(samples, InMemory):
-        raise UserError(f"data.image_size={list(size)}: {type(samples).__name__} resizes no images; use null")
-    needed = len(samples) * samples.shape[0] * size[0] * size[1]
-    if needed > available_memory():
-        raise UserError(
-            f"data.image_size={list(size)}: {len(samples):,} images of this size need {needed / 2**30:,.1f} GiB, "
-            "more than the free memory; use a smaller data.image_size, or data.subset"
-        )
-    chunks = samples.inputs.split(1024)
-    return InMemory(torch.cat([resize(chunk, size) for chunk in chunks]), samples.targets)
-
-
-def _bytes(samples: Samples) -> int:
-    if isinstance(samples, Windows):
-        return samples.tokens.nbytes
-    is_bytes = len(samples.shape) == 3 or isinstance(samples, Records)
-    return len(samples) * math.prod(samples.shape) * (1 if is_bytes else 4)
+    return samples if size is None or samples.shape[1:] == size else samples.resized(size)
 
 
 def _load_into_memory(splits: list[Samples], settings: DataSettings, device: torch.device, processes: int) -> bool:
     if settings.memory is False:
         return False
-    needed = sum(map(_bytes, splits))
+    needed = sum(samples.nbytes for samples in splits)
     free = available_memory() // processes
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     if settings.memory == "auto":
         return needed <= MEMORY_FRACTION * free
     # Samples already in memory need no further check: they have been loaded.
-    if not all(isinstance(samples, InMemory) for samples in splits) and needed > free:
+    if not all(samples.is_loaded for samples in splits) and needed > free:
         raise UserError(
             f"data.memory=true: the samples need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
             "use data.memory=auto, a smaller data.image_size, or data.subset"

@@ -15,7 +15,7 @@ from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import short_path
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redacted
-from dlopt.data.samples import Dataset, white
+from dlopt.data.samples import Dataset
 from dlopt.data.tables.columns import FeatureColumns
 from dlopt.instruments import reconstructions
 from dlopt.metrics.declaration import Evaluated
@@ -150,11 +150,10 @@ def _of_samples(
             figures["predicted.png"] = plot_values(*pairs, columns.target, title)
 
     # 2. The most wrong samples.
-    place = getattr(test, "place", lambda index: "")  # a kind of samples that a package adds may have none
-    samples = [replace(each, source=place(each.position)) for each in samples]
+    samples = [replace(each, source=test.place(each.position)) for each in samples]
     positions = torch.tensor([each.position for each in samples], dtype=torch.int64)
     if draws and samples and len(test.shape) == 3:
-        tiles = [tile_of(image * (255 / white(test)), most_wrong.TILE) for image in test.fetch(positions)]
+        tiles = [tile_of(image * (255 / test.white()), most_wrong.TILE) for image in test.fetch(positions)]
         which = f"the {len(samples)} most wrong of {wrong:,} wrong images" if names else "the largest errors"
         below = "labels, and the one that is most wrong" if samples[0].label else "truth, and the prediction"
         heading = f"{title}\n{which}: the {below}"

@@ -19,7 +19,7 @@ from dlopt.augment.pipeline import CentreCrop
 from dlopt.basics.errors import RunError, UserError
 from dlopt.basics.locks import global_state_held
 from dlopt.data.images.decoding import Source, Stored
-from dlopt.data.samples import channels_first, described
+from dlopt.data.rows.wrapped import channels_first, described
 from dlopt.data.tables.columns import texts_of
 from dlopt.machine.device import WORKSPACE, set_deterministic
 from dlopt.machine.openmp import adapt_waiting

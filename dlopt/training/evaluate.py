@@ -16,7 +16,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import Interruption
 from dlopt.config.rules import require_named_monitors, require_validation_set
 from dlopt.data.batches import Batch, Batches, Delivery
-from dlopt.data.samples import Dataset, Samples, at_size, whole_images
+from dlopt.data.samples import Dataset, Samples
 from dlopt.data.splits import evaluation_subset
 from dlopt.losses import CrossEntropy, processes_in_chunks
 from dlopt.metrics.accumulators import Accumulator, Sums, Wholes, accumulators
@@ -426,8 +426,8 @@ def _build_transform(workload: Workload, choice: Augmentation, samples: Samples,
 def _image_batches(workload: Workload, samples: Samples, transform: TestTransform) -> Batches:
     """Returns batches of images before normalization. Files are decoded at the largest size that the crops need."""
     mode, data, in_memory = workload.parallel, workload.run_config.data_settings, workload.dataset.in_memory
-    if (images := whole_images(samples)) is not None and min(transform.image_size) > min(samples.shape[1:]):
-        samples, in_memory = at_size(images, transform.image_size), False
+    if samples.is_cut and min(transform.image_size) > min(samples.shape[1:]):
+        samples, in_memory = samples.resized(transform.image_size), False
     dtype, processes = workload.precision.data_dtype, mode.ranks.local_processes
     delivery = Delivery(workload.device, in_memory, data.workers, dtype=dtype, processes=processes)
     return Batches(samples, delivery, batch_size=data.batch_size, shard=mode.split.evaluation_shard)

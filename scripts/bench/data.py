@@ -38,7 +38,7 @@ from dlopt.data.images.folder import image_folder
 from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
-from dlopt.data.samples import Reader, Samples, whole_images
+from dlopt.data.samples import Reader, Samples
 
 
 def load(root: Path, size: int) -> tuple[Samples, float]:
@@ -177,15 +177,14 @@ def measure(root: Path, arguments: argparse.Namespace) -> dict[str, object]:
         "memory": first_batch_and_memory(samples, batch, workers, arguments.memory_images),
     }
     order = Random(targets=samples.targets, seed=1, epoch_size=None).order(0)[: arguments.round_images]
-    whole, shape = whole_images(samples), (3, arguments.size, arguments.size)
-    assert whole is not None
+    shape = 3, arguments.size, arguments.size
     crop = RandomResizedCrop(size=224, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     requests = torch.stack([order, torch.zeros_like(order), torch.arange(len(order))], 1)
     centre = [v2.Resize(arguments.size), v2.CenterCrop(arguments.size)]
     candidates = {
         "dlopt": dlopt_rates(samples, batch, workers, order),
         "torchvision": torchvision_rates(root, centre, batch, workers, order),
-        "dlopt, crops": dlopt_rates(CropReader(whole, crop, shape, 0), batch, workers, requests),
+        "dlopt, crops": dlopt_rates(CropReader(samples, crop, shape, 0), batch, workers, requests),
         "torchvision, crops": torchvision_rates(root, [v2.RandomResizedCrop(224)], batch, workers, order),
     }
     rounds = [{name: next(candidate) for name, candidate in candidates.items()} for _ in range(arguments.rounds)]

@@ -9,6 +9,7 @@ from dlopt.augment import Draws, Operation, Pipeline
 from dlopt.augment.operation import FixedStrengthDraws
 from dlopt.augment.warp import Affine, Border
 from dlopt.basics.random import generator
+from dlopt.data.samples import InMemory
 
 
 def pictures(n: int, *shape: int) -> Tensor:
@@ -25,27 +26,13 @@ def smooth_pictures(n: int, channels: int, height: int, width: int) -> Tensor:
     return 127.5 + 87.5 * angle.sin()
 
 
+def in_memory(images: Tensor) -> InMemory:
+    return InMemory(images, torch.zeros(len(images), dtype=torch.long))
+
+
 # Of six samples: strengths as fractions of the maximum, and the signs of their changes.
 STRENGTHS = torch.tensor([1.0, 0.7, 0.25, 0.0, 0.5, 1.0])
 SIGNS = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
-
-
-class Images:
-    """Training samples in memory."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-        self.targets = torch.zeros(len(images), dtype=torch.long)
-        self.shape = tuple(images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        return self.images[indices]
-
-    def select(self, indices: Tensor) -> "Images":
-        return Images(self.images[indices])
 
 
 def run(

@@ -8,7 +8,7 @@ from torch import Tensor
 from dlopt.augment import Brightness, Contrast, Draws, Operation, PCAColour, Saturation
 from dlopt.augment.colour import Colour, colour_statistics
 from dlopt.basics.random import generator
-from tests.augment.helpers import SIGNS, STRENGTHS, Images, pictures, run, smooth_pictures
+from tests.augment.helpers import SIGNS, STRENGTHS, in_memory, pictures, run, smooth_pictures
 
 FACTORS = (1 + 0.8 * STRENGTHS * SIGNS).tolist()
 
@@ -76,7 +76,7 @@ def test_all_colour_operations_are_one_transform(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Colour, "apply", counting)
     images = pictures(4, 3, 8, 8)
-    pca = PCAColour(std=0.1, train=Images(images))
+    pca = PCAColour(std=0.1, train=in_memory(images))
     run([Contrast(limit=0.3), Brightness(limit=0.2), Saturation(limit=0.4), pca], images)
     assert len(applied) == 1
 
@@ -90,7 +90,7 @@ def test_factors_are_uniform() -> None:
 def test_statistics_match_numpy_over_several_chunks() -> None:
     images = smooth_pictures(1100, 3, 6, 5).to(torch.uint8)
     pixels = images.numpy().transpose(1, 0, 2, 3).reshape(3, -1) / 255
-    mean, covariance = colour_statistics(Images(images))
+    mean, covariance = colour_statistics(in_memory(images))
     np.testing.assert_allclose(mean, pixels.mean(1), rtol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(pixels, bias=True), rtol=1e-9, atol=1e-12)
 
@@ -106,7 +106,7 @@ def test_pca_offsets_match_numpys_eigenvectors_times_eigenvalues() -> None:
     images = smooth_pictures(50, 3, 8, 8) * torch.tensor([1.0, 0.7, 0.3])[:, None, None]
     pixels = (images / 255).double().numpy().transpose(1, 0, 2, 3).reshape(3, -1)
     values, vectors = np.linalg.eigh(np.cov(pixels, bias=True))
-    operation = PCAColour(std=0.1, train=Images(images))
+    operation = PCAColour(std=0.1, train=in_memory(images))
     (step,) = operation.plan(OneComponent(generator("cpu", 0), 3), (3, 8, 8))
     assert isinstance(step, Colour)
     grey = torch.full((3, 3, 2, 2), 128.0)
@@ -119,7 +119,7 @@ def test_pca_offsets_match_numpys_eigenvectors_times_eigenvalues() -> None:
 
 
 def test_pca_offsets_have_their_covariance() -> None:
-    train = Images(smooth_pictures(50, 3, 8, 8))
+    train = in_memory(smooth_pictures(50, 3, 8, 8))
     grey = torch.full((20000, 3, 1, 1), 128.0)
     offsets = run([PCAColour(std=0.1, train=train)], grey)[:, :, 0, 0] - 128
     covariance = colour_statistics(train)[1].numpy()
@@ -129,6 +129,6 @@ def test_pca_offsets_have_their_covariance() -> None:
 
 def test_pca_works_on_one_channel() -> None:
     images = smooth_pictures(20, 1, 8, 8)
-    out = run([PCAColour(std=0.5, train=Images(images))], images)
+    out = run([PCAColour(std=0.5, train=in_memory(images))], images)
     difference = (out - images)[:, 0].flatten(1)
     assert difference.std(1).max() < 0.01 and difference.mean(1).std() > 0.1

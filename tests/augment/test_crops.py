@@ -18,7 +18,9 @@ from dlopt.augment.pipeline import crop_when_reading
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.data.batches import Batches, Delivery
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, whole_images
+from dlopt.data.images.files import Files, ImageList
+from dlopt.data.rows.wrapped import Wrapped
+from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.splits import prepare
 from tests.augment.helpers import matrix, pictures, run
 from tests.support.data import data_settings
@@ -155,7 +157,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     for number in range(40):
         paths.append(str(folder / f"{number}.png"))
         Image.fromarray(draw.integers(0, 256, (*SIZES[number % 5], 3), dtype=np.uint8)).save(paths[-1])
-    return Files(paths, torch.arange(40), (16, 16), 3)
+    return Files(ImageList.of(paths, torch.arange(40)), (16, 16), 3)
 
 
 def boxes_of(crop: ResizingCrop, requests: Tensor, files: Files) -> list[list[float]]:
@@ -195,7 +197,7 @@ def test_rotated_and_large_jpegs(tmp_path: Path) -> None:
     exif[0x0112] = 6  # shown after a quarter turn
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", quality=95, exif=exif)
     paths = [str(tmp_path / "plain.png"), str(tmp_path / "turned.jpg")]
-    samples = Files(paths, torch.zeros(2, dtype=torch.long), (16, 16), 3)
+    samples = Files(ImageList.of(paths, torch.zeros(2, dtype=torch.long)), (16, 16), 3)
     crop = RandomResizedCrop(size=16, scale=(0.3, 0.9), ratio=(3 / 4, 4 / 3))
     reader = CropReader(samples, crop, (3, 16, 16), seed=0)
     for update in range(8):
@@ -259,5 +261,5 @@ def test_crops_must_come_first_and_need_the_files(files: Files) -> None:
     assert prepare(Dataset(memory, None, None, None), memory_only, random_crops=True).in_memory
     with pytest.raises(UserError, match=r"data.memory=true: .* crops from the whole image; use data.memory=auto"):
         prepare(data, memory_only, random_crops=True)
-    same_size = Files([files.path(0)] * 2, torch.arange(2), None, 3)
-    assert whole_images(same_size) is None  # shows the whole images
+    same_size = Files(ImageList.of([files.path(0)] * 2, torch.arange(2)), None, 3)
+    assert not same_size.is_cut  # shows the whole images

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from dlopt.augment import Erase, RandomErase
-from tests.augment.helpers import Images, pictures, run
+from tests.augment.helpers import in_memory, pictures, run
 
 
 @pytest.mark.parametrize(("size", "side"), [(0.5, 6), (0.25, 3), (1.0, 12)])
 def test_a_square_about_a_random_pixel_is_erased(size: float, side: int) -> None:
     images = torch.full((3000, 1, 12, 16), 9, dtype=torch.uint8)
-    out = run([Erase(p=1.0, size=size, fill="zero", train=Images(images))], images)
+    out = run([Erase(p=1.0, size=size, fill="zero", train=in_memory(images))], images)
     assert out.dtype == torch.uint8
     squares = set()
     for y in range(12):
@@ -22,13 +22,13 @@ def test_a_square_about_a_random_pixel_is_erased(size: float, side: int) -> None
 
 
 def test_fills_with_the_training_sets_mean_colour_with_probability_p() -> None:
-    train = Images(pictures(40, 3, 6, 6))
+    train = in_memory(pictures(40, 3, 6, 6))
     images = torch.zeros(4000, 3, 6, 6)
     out = run([Erase(p=0.3, size=1.0, fill="mean", train=train)], images)
     erased = out.flatten(1).any(1)
     assert abs(erased.float().mean() - 0.3) < 5 * (0.21 / 4000) ** 0.5
     colours = out[erased].amax((2, 3))
-    assert torch.allclose(colours, train.images.float().mean((0, 2, 3)).expand_as(colours), atol=1e-3)
+    assert torch.allclose(colours, train.inputs.float().mean((0, 2, 3)).expand_as(colours), atol=1e-3)
 
 
 def boxes(images: torch.Tensor) -> list[tuple[int, int, int, int]]:
@@ -45,7 +45,7 @@ def boxes(images: torch.Tensor) -> list[tuple[int, int, int, int]]:
 
 def test_random_boxes_are_within_the_image_with_the_drawn_area_and_shape() -> None:
     images = torch.ones(4000, 1, 28, 32, dtype=torch.uint8)
-    erase = RandomErase(p=0.5, area=(0.02, 0.4), ratio=(0.3, 1 / 0.3), fill="zero", train=Images(images))
+    erase = RandomErase(p=0.5, area=(0.02, 0.4), ratio=(0.3, 1 / 0.3), fill="zero", train=in_memory(images))
     found = boxes(run([erase], images))
     assert abs(len(found) / 4000 - 0.5) < 5 * (0.25 / 4000) ** 0.5
     areas = torch.tensor([h * w / (28 * 32) for _, _, h, w in found])
@@ -61,13 +61,13 @@ def test_random_boxes_are_within_the_image_with_the_drawn_area_and_shape() -> No
 
 def test_box_that_does_not_fit_erases_nothing() -> None:
     images = torch.ones(50, 1, 8, 8)
-    erase = RandomErase(p=1.0, area=(1.0, 1.0), ratio=(1.0, 1.0), fill="zero", train=Images(images))
+    erase = RandomErase(p=1.0, area=(1.0, 1.0), ratio=(1.0, 1.0), fill="zero", train=in_memory(images))
     assert boxes(run([erase], images)) == []
 
 
 def test_random_values_fill_the_box() -> None:
     images = torch.zeros(400, 3, 16, 16)
-    erase = RandomErase(p=1.0, area=(0.3, 0.3), ratio=(1.0, 1.0), fill="random", train=Images(images))
+    erase = RandomErase(p=1.0, area=(0.3, 0.3), ratio=(1.0, 1.0), fill="random", train=in_memory(images))
     values = run([erase], images)
     values = values[values > 0]
     assert abs(values.mean() - 127.5) < 1 and abs(values.std() - 255 / 12**0.5) < 1

@@ -28,7 +28,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.config.schema import component
 from dlopt.data.samples import InMemory
-from tests.augment.helpers import Images, apply, pictures
+from tests.augment.helpers import apply, in_memory, pictures
 from tests.support.choices import files
 
 
@@ -107,7 +107,7 @@ def test_rejects_vectors_and_foreign_operations() -> None:
     with pytest.raises(UserError, match="use augmentation=none"):
         Pipeline(operations=[HorizontalFlip(p=0.5)], border="zero", input_shape=(64,))
     with pytest.raises(UserError, match="use augmentation=none"):
-        PCAColour(std=0.1, train=Images(torch.zeros(5, 64)))
+        PCAColour(std=0.1, train=in_memory(torch.zeros(5, 64)))
     strange: list[Operation] = [torch.nn.ReLU()]  # type: ignore[list-item]
     with pytest.raises(UserError, match=r"augmentation\.operations\.0: ReLU"):
         Pipeline(operations=strange, border="zero", input_shape=(3, 8, 8))
@@ -146,7 +146,7 @@ def ready(path: Path, images: Tensor) -> Pipeline:
     if path.stem == "alexnet":
         node["operations"][0]["size"] = 6  # the images are smaller than the paper's crops
     checked = component("augmentation", node, ("input_shape", "classes", "train"), ("dlopt",))
-    pipeline = checked.build(input_shape=tuple(images.shape[1:]), classes=10, train=Images(images))
+    pipeline = checked.build(input_shape=tuple(images.shape[1:]), classes=10, train=in_memory(images))
     assert isinstance(pipeline, Pipeline)
     return pipeline
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data.batches import Batches, Delivery
+from dlopt.data.images.files import Files, ImageList
 from dlopt.data.loading import Loader
 from dlopt.data.normalization import Standardize
 from dlopt.data.samplers import Random
-from dlopt.data.samples import Files, InMemory, Samples
+from dlopt.data.samples import InMemory, Samples
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -129,7 +130,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     for number in range(23):
         paths.append(str(folder / f"{number}.jpg"))
         Image.fromarray(draw.integers(0, 256, (8, 6, 3), dtype=np.uint8)).save(paths[-1])
-    return Files(paths, torch.arange(23) % 4, None, 3)
+    return Files(ImageList.of(paths, torch.arange(23) % 4), None, 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -174,7 +175,7 @@ def test_corrupt_image_is_named_with_and_without_workers(tmp_path: Path, files: 
     good = [files.path(i) for i in range(5)]
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"not an image")
-    samples = Files([*good, str(bad)], torch.zeros(6, dtype=torch.int64), (8, 6), 3)
+    samples = Files(ImageList.of([*good, str(bad)], torch.zeros(6, dtype=torch.int64)), (8, 6), 3)
     loop = batches(samples, batch_size=2, in_memory=False, workers=workers)
     try:
         with pytest.raises(UserError) as caught:
@@ -184,23 +185,15 @@ def test_corrupt_image_is_named_with_and_without_workers(tmp_path: Path, files: 
     assert str(caught.value).startswith(f"{bad}: cannot be read as an image") and "\n" not in str(caught.value)
 
 
-class ProbeSamples:
+class ProbeSamples(Samples):
     """Samples that report on the process that fetches them."""
 
-    shape = (1,)
-    targets = torch.zeros(12, dtype=torch.int64)
-
     def __init__(self, probe: Callable[[], float]) -> None:
+        super().__init__(torch.zeros(12, dtype=torch.int64), (1,))
         self._probe = probe
 
-    def __len__(self) -> int:
-        return 12
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        return torch.full((len(indices), 1), self._probe(), dtype=torch.float64)
-
-    def select(self, indices: Tensor) -> "ProbeSamples":
-        return self
+    def read(self, rows: Tensor) -> Tensor:
+        return torch.full((len(rows), 1), self._probe(), dtype=torch.float64)
 
 
 def test_workers_use_one_thread_and_survive_sigterm() -> None:

@@ -16,14 +16,18 @@ import torch
 from PIL import Image
 
 from dlopt.data import identity as module
+from dlopt.data import samples as of_samples
 from dlopt.data.generated import polynomial
 from dlopt.data.identity import difference, identify
+from dlopt.data.images import files
 from dlopt.data.images.csv_images import csv
+from dlopt.data.images.files import Files, ImageList
 from dlopt.data.images.folder import image_folder
 from dlopt.data.rows.arrow import Columns, parquet
 from dlopt.data.rows.custom import custom
 from dlopt.data.rows.webdataset import webdataset
-from dlopt.data.samples import Dataset, Files, InMemory, Wrapped
+from dlopt.data.rows.wrapped import Wrapped
+from dlopt.data.samples import Content, Dataset, InMemory
 from dlopt.data.tables.table import table
 from dlopt.data.texts.text import text, tokens
 from tests.support.runs import run_config
@@ -165,23 +169,23 @@ def test_a_text_and_its_tokens(tmp_path: Path) -> None:
 
 
 def test_large_contents_are_hashed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WHOLE", 1 << 10)
-    monkeypatch.setattr(module, "_BLOCK", 16)
+    monkeypatch.setattr(of_samples, "WHOLE", 1 << 10)
+    monkeypatch.setattr(of_samples, "_BLOCK", 16)
     inputs = torch.arange(1 << 16, dtype=torch.int16).view(torch.uint8)
     changed = inputs.clone()
     changed[:16], changed[-1] = 1, 0
     found = [identify(Dataset(InMemory(each, torch.zeros(len(each))), None, None, None)) for each in (inputs, changed)]
     assert "other inputs" in str(difference(*found))
-    assert module._content(InMemory(inputs, inputs)).digest() == found[0]["train"]["content"]  # type: ignore[union-attr]
+    assert InMemory(inputs, inputs).content().digest() == found[0]["train"]["content"]
 
 
 def test_many_files_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = read_folder(tmp_path / "a", IMAGES, LABELS)
-    monkeypatch.setattr(module, "_MOST_FILES", COUNT - 1)
+    monkeypatch.setattr(files, "_MOST_FILES", COUNT - 1)
     monkeypatch.setattr(os, "stat", lambda *_: pytest.fail("measured"))
     first = identify(dataset)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_MOST_FILES", COUNT - 1)
+    monkeypatch.setattr(files, "_MOST_FILES", COUNT - 1)
     assert identify(read_folder(tmp_path / "b", IMAGES, LABELS)) == first
     assert identify(read_folder(tmp_path / "c", IMAGES ^ 1, LABELS)) != first
 
@@ -230,9 +234,9 @@ def test_the_first_difference_is_named() -> None:
 def test_missing_and_special_files_are_empty(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     os.mkfifo(tmp_path / "fifo")
-    assert module._read(str(tmp_path / "a")) == b"content" and module._size(str(tmp_path / "a")) == 7
-    assert module._read(str(tmp_path / "fifo")) == module._read(str(tmp_path)) == b""
-    assert module._read(str(tmp_path / "none")) == b"" and module._size(str(tmp_path / "none")) == 0
+    assert files._read(str(tmp_path / "a")) == b"content" and files._size(str(tmp_path / "a")) == 7
+    assert files._read(str(tmp_path / "fifo")) == files._read(str(tmp_path)) == b""
+    assert files._read(str(tmp_path / "none")) == b"" and files._size(str(tmp_path / "none")) == 0
 
 
 @pytest.mark.parametrize(
@@ -253,10 +257,10 @@ def test_missing_and_special_files_are_empty(tmp_path: Path) -> None:
 def test_blocks_of_a_content_that_are_hashed(
     count: int, size: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("_WHOLE", 1000), ("_BLOCK", 100), ("_BLOCKS", 4), ("_THREADS", 1)):
-        monkeypatch.setattr(module, name, value)
+    for name, value in (("WHOLE", 1000), ("_BLOCK", 100), ("_BLOCKS", 4)):
+        monkeypatch.setattr(f"dlopt.data.samples.{name}", value)
     read: list[tuple[int, int]] = []
-    content = module._Content(count, size, lambda start, stop: read.append((start, stop)) or b"x")
+    content = Content(count, size, lambda start, stop: read.append((start, stop)) or b"x", threads=1)
     assert content.digest() == hashlib.sha256(hashlib.sha256(b"x").digest() * len(expected)).hexdigest()
     assert read == expected
 
@@ -268,7 +272,7 @@ def test_what_is_hashed_is_the_size_and_the_content_of_each_input(tmp_path: Path
     paths = [str(tmp_path / f"{number}") for number in range(3)]
     for path, content in zip(paths, contents, strict=True):
         Path(path).write_bytes(content)
-    files = module._of_files(Files(paths, torch.arange(3), (1, 1), 3))
+    files = Files(ImageList.of(paths, torch.arange(3)), (1, 1), 3).content()
     assert (files.count, files.size) == (3, 14) and files.read(0, 3) == b"".join(framed)
     assert files.read(1, 3) == b"".join(framed[1:])
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -278,7 +282,7 @@ def test_what_is_hashed_is_the_size_and_the_content_of_each_input(tmp_path: Path
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
     shards = webdataset(file=str(tmp_path / "a.tar"), **{**ROWS, "input": "json", "target": "cls"})
-    table = shards.train.dataset.table  # type: ignore[attr-defined]
+    table = shards.train.table  # type: ignore[attr-defined]
     assert table.size == 6 and table.read(0, 2) == b"".join(struct.pack("<Q", 3) + b"[%d]" % i for i in range(2))
 
 
@@ -308,7 +312,7 @@ def test_evenly_spaced_items_of_a_dataset_are_read() -> None:
 
     samples = Wrapped(Items(), None, "data.train")
     read.clear()
-    content = module._of_items(samples)
+    content = samples.content()
     assert content is not None and read == [*range(0, 31, 2)] * 2
     expected = torch.arange(0, 31, 2).float()[:, None].expand(16, 2).contiguous().numpy().tobytes()
     assert content.read(0, 16) == expected

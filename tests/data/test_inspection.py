@@ -12,8 +12,10 @@ from PIL import Image, ImageOps
 
 from dlopt.config.parameters import parameters_of
 from dlopt.data.images.decoding import decode
+from dlopt.data.images.files import Files, ImageList
 from dlopt.data.inspection import notes
-from dlopt.data.samples import Dataset, Files, InMemory, Wrapped
+from dlopt.data.rows.wrapped import Wrapped
+from dlopt.data.samples import Dataset, InMemory
 from tests.support.line import dlopt
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -128,7 +130,7 @@ def test_what_decoding_drops_is_counted(tmp_path: Path) -> None:
         (1, ["the colour of 4 of 6", "the transparency (now white) of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
         (3, ["the transparency (now white) of 1 of 6", "the lower 8 of 16 bits of 1 of 6"]),
     ):
-        files = Files(paths, torch.tensor([0, 1, 2] * 2), None, channels)
+        files = Files(ImageList.of(paths, torch.tensor([0, 1, 2] * 2)), None, channels)
         lines = notes(Dataset(files, None, None, ("a", "b", "c")))
         assert lines[1:] == tuple(f"left out: {each} images that were looked at" for each in expected)
 

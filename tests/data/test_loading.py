@@ -15,7 +15,8 @@ from torch import Tensor
 from dlopt.basics.errors import RunError, UserError
 from dlopt.data import loading
 from dlopt.data.loading import Loader
-from dlopt.data.samples import InMemory, Wrapped
+from dlopt.data.rows.wrapped import Wrapped
+from dlopt.data.samples import InMemory, Samples
 from dlopt.data.texts.windows import Windows
 from tests.support.runs import in_fork
 
@@ -33,25 +34,17 @@ def test_batches_larger_than_a_worker_chunk(numbered: Callable[..., InMemory], w
     loader.close()
 
 
-class Large:
+class Large(Samples):
     """Images of 256 x 256, each with small persistent allocations, like a decoder's tables."""
 
-    shape = (3, 256, 256)
-    targets = torch.zeros(100_000, dtype=torch.int64)
-
     def __init__(self) -> None:
+        super().__init__(torch.zeros(100_000, dtype=torch.int64), (3, 256, 256))
         self._kept: list[Tensor] = []
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        result = torch.zeros(len(indices), *self.shape, dtype=torch.uint8)
-        self._kept = [*self._kept[-500:], *(torch.zeros(200) for _ in indices)]
+    def read(self, rows: Tensor) -> Tensor:
+        result = torch.zeros(len(rows), *self.shape, dtype=torch.uint8)
+        self._kept = [*self._kept[-500:], *(torch.zeros(200) for _ in rows)]
         return result
-
-    def select(self, indices: Tensor) -> "Large":
-        return self
 
 
 def private_mib(process: int) -> float:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import Normalize
 
 from dlopt.basics.errors import UserError
+from dlopt.data.images.files import Files, ImageList
 from dlopt.data.normalization import Fixed, MeanImage, MeanPixel, Nothing, ScaleShift, Standardize, Unit, moments
-from dlopt.data.samples import Files, InMemory
+from dlopt.data.samples import InMemory
 from dlopt.data.whitening import PCA, PCAWhiten, ZCAWhiten
 
 
@@ -133,7 +134,7 @@ def test_state_dict_is_complete() -> None:
 
 
 def test_statistics_of_files_equal_those_in_memory(tmp_path: Path, write_images: Callable[..., list[Path]]) -> None:
-    files = Files([str(path) for path in write_images(tmp_path, 9)], torch.zeros(9), None, 3)
+    files = Files(ImageList.of([str(path) for path in write_images(tmp_path, 9)], torch.zeros(9)), None, 3)
     a, b = Standardize(per="channel", input_shape=files.shape), Standardize(per="channel", input_shape=files.shape)
     a.fit(files)
     b.fit(samples(files.fetch(torch.arange(9))))

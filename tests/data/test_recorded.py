@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dlopt.data import generated, identity, normalization, whitening
+from dlopt.data import samples as of_samples
 from dlopt.data.batches import Batches, Delivery
 from dlopt.data.division import stratified
 from dlopt.data.images import digits
@@ -33,7 +34,7 @@ from dlopt.data.samplers import (
 )
 from dlopt.data.samplers.diverse import batch_variation, input_features, k_means
 from dlopt.data.samplers.hard import expected_draws
-from dlopt.data.samples import Dataset, InMemory, Samples, white
+from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.splits import evaluation_subset, prepare
 from dlopt.data.texts.text import _cut, python_source
 from dlopt.data.texts.tokenizer import _chunks
@@ -140,7 +141,7 @@ def statistics() -> Iterator[str]:
         ("wide", floats(255.0)),
     ):
         shape = samples.shape
-        yield f"{name}: white {white(samples)}"
+        yield f"{name}: white {samples.white()}"
         modules: dict[str, Any] = {
             "nothing": normalization.Nothing(input_shape=shape),
             "unit": normalization.Unit(input_shape=shape),
@@ -215,9 +216,9 @@ def hashes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for _ in range(2):
         for found in map(identity.identify, (dataset, texts)):
             yield f"identity: {found}"
-        monkeypatch.setattr(identity, "_WHOLE", 1000)
-        monkeypatch.setattr(identity, "_BLOCK", 700)
-        monkeypatch.setattr(identity, "_BLOCKS", 3)
+        monkeypatch.setattr(of_samples, "WHOLE", 1000)
+        monkeypatch.setattr(of_samples, "_BLOCK", 700)
+        monkeypatch.setattr(of_samples, "_BLOCKS", 3)
 
 
 def texts(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

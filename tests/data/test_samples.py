@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.data.images.decoding import decode, from_pil
+from dlopt.data.images.files import Files, ImageList
 from dlopt.data.loading import materialize
 from dlopt.data.rows.arrow import parquet
 from dlopt.data.rows.webdataset import webdataset
-from dlopt.data.samples import Dataset, Files, InMemory, Samples, Wrapped, at_size, white
+from dlopt.data.rows.wrapped import Wrapped
+from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.splits import prepare
 from dlopt.training.builders.dataset import read_source
 from tests.support.runs import run_config
@@ -62,7 +64,7 @@ def test_files_follow_the_protocol(
     tmp_path: Path, write_images: WriteImages, channels: int, size: tuple[int, int] | None
 ) -> None:
     paths = write_images(tmp_path, 5)
-    samples = Files([str(path) for path in paths], torch.arange(5), size, channels)
+    samples = Files(ImageList.of([str(path) for path in paths], torch.arange(5)), size, channels)
     assert samples.shape == (channels, *(size or (6, 5)))
     check_protocol(samples)
 
@@ -70,22 +72,22 @@ def test_files_follow_the_protocol(
 def test_files_of_different_sizes_need_an_image_size(tmp_path: Path, write_images: WriteImages) -> None:
     paths = write_images(tmp_path / "a", 2) + write_images(tmp_path / "b", 1, size=(9, 9))
     with pytest.raises(UserError, match=rf"data.image_size=null.*{paths[2]} is 9x9, others are 6x5.*image_size=224"):
-        Files([str(path) for path in paths], torch.arange(3), None, 3)
+        Files(ImageList.of([str(path) for path in paths], torch.arange(3)), None, 3)
 
 
 def test_different_size_missed_by_the_header_check_is_reported_on_fetch(
     tmp_path: Path, write_images: WriteImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlopt.data.samples._HEADERS_CHECKED", 2)
+    monkeypatch.setattr("dlopt.data.images.files._HEADERS_CHECKED", 2)
     paths = write_images(tmp_path / "a", 2) + write_images(tmp_path / "b", 1, size=(9, 9))
-    samples = Files([str(paths[i]) for i in (0, 2, 1)], torch.arange(3), None, 3)
+    samples = Files(ImageList.of([str(paths[i]) for i in (0, 2, 1)], torch.arange(3)), None, 3)
     with pytest.raises(UserError, match="9x9"):
         samples.fetch(torch.arange(3))
 
 
 def test_paths_outside_ascii(tmp_path: Path, write_images: WriteImages) -> None:
     paths = write_images(tmp_path / "Käfer 甲虫", 2)
-    samples = Files([str(path) for path in paths], torch.arange(2), None, 3)
+    samples = Files(ImageList.of([str(path) for path in paths], torch.arange(2)), None, 3)
     assert samples.path(1) == str(paths[1]) and samples.fetch(torch.tensor([1])).shape == (1, 3, 6, 5)
 
 
@@ -219,7 +221,7 @@ def test_boxes_of_images(tmp_path: Path) -> None:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
     paths = [str(tmp_path / f"{number}.png") for number in range(3)]
     wrapped = Wrapped(Items([(image, i) for i, image in enumerate(images)]), (4, 4), "data.train")
-    files = Files(paths, torch.arange(3), (4, 4), 3)
+    files = Files(ImageList.of(paths, torch.arange(3)), (4, 4), 3)
     chosen = torch.tensor([2, 0])
     found = [samples.fetch_boxes(chosen, boxes, (2, 5)) for samples in (wrapped, files)]
     assert sizes == [[8, 6, 9, 9]] * 2 and found[0].shape == found[1].shape == (2, 3, 2, 5)
@@ -244,7 +246,7 @@ def test_boxes_of_images(tmp_path: Path) -> None:
     ],
 )
 def test_the_value_of_a_white_pixel(images: Tensor, expected: float) -> None:
-    assert white(InMemory(images, torch.zeros(len(images)))) == expected
+    assert InMemory(images, torch.zeros(len(images))).white() == expected
 
 
 def test_tasks_of_targets() -> None:
@@ -300,14 +302,16 @@ def test_every_source_reads_the_pixels_of_predict(tmp_path: Path) -> None:
     keys: dict[str, Any] = dict.fromkeys(("val_file", "test_file"))
     keys |= {"labels": "class", "image_size": (10, 7)}
     for channels in (1, 3):
-        files = Files([*map(str, paths)], torch.zeros(len(paths)), (10, 7), channels).fetch(torch.arange(len(paths)))
+        files = Files(ImageList.of([*map(str, paths)], torch.zeros(len(paths))), (10, 7), channels).fetch(
+            torch.arange(len(paths))
+        )
         tables = parquet(file=str(tmp_path / "a.parquet"), input="image", target="label", channels=channels, **keys)
         archives = webdataset(
             file=str(tmp_path / "a.tar"), input=["png", "jpg"], target="cls", channels=channels, **keys
         )
         for found in (tables, archives):
             assert torch.equal(found.train.fetch(torch.arange(len(paths))), files)
-            larger = at_size(found.train, (31, 30)).fetch(torch.arange(len(paths)))
+            larger = found.train.resized((31, 30)).fetch(torch.arange(len(paths)))
             assert torch.equal(larger[0], decode(str(paths[0]), (31, 30), channels))
     own = Wrapped(Items([(each, 0) for each in images]), (10, 7), "data.train")
     assert torch.equal(own.fetch(torch.arange(3)), files[:3])
@@ -331,7 +335,7 @@ def test_names_the_line_of_a_row(tmp_path: Path, unit: str) -> None:
 
 def test_names_files_also_in_memory_and_items(write_images: WriteImages, tmp_path: Path) -> None:
     paths = write_images(tmp_path, 3)
-    files = Files([*map(str, paths)], torch.arange(3), (8, 8), 1).select(torch.tensor([2, 0]))
+    files = Files(ImageList.of([*map(str, paths)], torch.arange(3)), (8, 8), 1).select(torch.tensor([2, 0]))
     loaded = materialize(files, 0)
     items = Wrapped(Items([(torch.zeros(2), 0)] * 4), None, "data.train").select(torch.tensor([3, 1]))
     assert [each.place(1) for each in (files, loaded, loaded.select(torch.tensor([1, 0])), items)] == [

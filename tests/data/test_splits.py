@@ -1,7 +1,6 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,9 @@ from hypothesis import strategies as st
 from dlopt.basics.errors import UserError
 from dlopt.data import splits
 from dlopt.data.division import stratified
-from dlopt.data.samples import Dataset, Files, InMemory, Samples
+from dlopt.data.identity import identify
+from dlopt.data.images.files import Files, ImageList
+from dlopt.data.samples import Dataset, InMemory, Samples
 from dlopt.data.splits import DataSettings, evaluation_subset, prepare
 from dlopt.data.texts.windows import Windows
 from tests.support.data import data_settings
@@ -105,37 +106,39 @@ def test_label_noise_changes_a_fraction_of_the_training_labels_only(settings: Ma
     assert torch.equal(again.train.targets, noisy.train.targets)
 
 
-class Theirs:
-    """Samples of a kind that a package adds: it has no files, and its labels cannot be set."""
+class Theirs(Samples):
+    """Samples of a kind that a package adds."""
 
-    shape = (1, 4, 4)
+    def __init__(self, inputs: torch.Tensor) -> None:
+        super().__init__(torch.arange(len(inputs)) % 2, tuple(inputs.shape[1:]), {"age": torch.arange(len(inputs))})
+        self.inputs = inputs
 
-    @property
-    def targets(self) -> torch.Tensor:
-        return torch.arange(20) % 2
-
-    def __len__(self) -> int:
-        return 20
-
-    def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        return torch.zeros((len(indices), *self.shape), dtype=torch.uint8)
-
-    def select(self, indices: torch.Tensor) -> "Theirs":
-        return self
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.inputs[rows]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"image_size": 8}, r"data\.image_size=\[8, 8\]: Theirs resizes no images; use null"),
-        ({"label_noise": 0.5}, r"data\.label_noise=0\.5: Theirs keeps its labels; use 0"),
-    ],
-)
-def test_refuses_what_another_kind_of_samples_cannot_do(settings: Make, changed: Any, message: str) -> None:
-    dataset = Dataset(Theirs(), None, None, ("a", "b"))
-    assert prepare(dataset, settings(memory=False, image_size=4)).train.shape == (1, 4, 4)
-    with pytest.raises(UserError, match=message):
-        prepare(dataset, settings(memory=False, **changed))
+@pytest.mark.parametrize("memory", [True, False])
+def test_another_kind_of_samples_has_what_those_in_memory_have(settings: Make, memory: bool) -> None:
+    inputs = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8)
+    inputs[7] = inputs[2]
+    found = []
+    for samples in (Theirs(inputs), InMemory(inputs, torch.arange(20) % 2, None, {"age": torch.arange(20)})):
+        dataset = Dataset(samples, None, None, ("a", "b"))
+        dataset.identity = identify(dataset)
+        found.append(prepare(dataset, settings(memory=memory, val_split=0.2, image_size=8, label_noise=0.5)))
+    for one, other in zip(*([each.train, each.val] for each in found), strict=True):
+        assert one is not None and other is not None and one.shape == (1, 8, 8) and len(one) == len(other) > 0
+        assert torch.equal(one.targets, other.targets) and torch.equal(one.further["age"], other.further["age"])
+        everything = [each.fetch_range(0, len(each)) for each in (one, other)]
+        assert torch.equal(*everything)
+    assert found[0].identity == found[1].identity and found[0].notes == found[1].notes
+    assert any("equal to" in note for note in found[0].notes)
+
+
+def test_vectors_of_another_kind_are_not_resized(settings: Make) -> None:
+    dataset = Dataset(Theirs(torch.rand(20, 3)), None, None, ("a", "b"))
+    with pytest.raises(UserError, match=r"data\.image_size=\[8, 8\]: the samples are vectors, not images"):
+        prepare(dataset, settings(memory=False, image_size=8))
 
 
 def test_label_noise_needs_classes(settings: Make) -> None:
@@ -208,7 +211,7 @@ def test_rejects_splits_of_different_shapes(settings: Make) -> None:
 @pytest.fixture
 def files(tmp_path: Path, write_images: Callable[..., list[Path]]) -> Dataset:
     paths = [str(path) for path in write_images(tmp_path, 12)]
-    train, test = (Files(part, torch.arange(len(part)) % 2, None, 3) for part in (paths[:8], paths[8:]))
+    train, test = (Files(ImageList.of(part, torch.arange(len(part)) % 2), None, 3) for part in (paths[:8], paths[8:]))
     return Dataset(train, None, test, ("a", "b"))
 
 
@@ -245,7 +248,9 @@ def test_images_that_are_cropped_at_random_are_not_kept_as_their_centres(
     settings: Make, tmp_path: Path, write_images: Callable[..., list[Path]]
 ) -> None:
     paths = [str(path) for path in write_images(tmp_path, 4)]
-    cut, whole = (Dataset(Files(paths, torch.arange(4), size, 3), None, None, None) for size in ((4, 4), None))
+    cut, whole = (
+        Dataset(Files(ImageList.of(paths, torch.arange(4)), size, 3), None, None, None) for size in ((4, 4), None)
+    )
     parts = prepare(cut, settings(), random_crops=True)
     assert not parts.in_memory and isinstance(parts.train, Files)
     with pytest.raises(UserError, match=r"data\.memory=true: keeps the centre of each image only"):
@@ -268,7 +273,7 @@ def test_a_subset_of_the_validation_set() -> None:
 def test_resized_images_must_fit_into_memory(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = 5 * 9 * 7
     for free in (needed, needed - 1):
-        monkeypatch.setattr("dlopt.data.splits.available_memory", lambda free=free: free)
+        monkeypatch.setattr("dlopt.data.samples.available_memory", lambda free=free: free)
         if free == needed:
             assert prepare(random_dataset([5]), settings(image_size=(9, 7), memory=False)).train.shape == (1, 9, 7)
         else:
@@ -284,7 +289,7 @@ def test_bytes_of_samples() -> None:
         (InMemory(torch.zeros(6, 5), labels), 6 * 5 * 4),
         (Windows(np.zeros(100, dtype=np.uint16), 7), 200),
     ):
-        assert splits._bytes(samples) == expected
+        assert samples.nbytes == expected
 
 
 def test_samples_of_a_run_share_the_memory_of_a_gpu(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:

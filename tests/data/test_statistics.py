@@ -8,8 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from dlopt.data import normalization
+from dlopt.data.images.files import Files, ImageList
 from dlopt.data.normalization import Standardize
-from dlopt.data.samples import Dataset, Files, InMemory, Samples
+from dlopt.data.samples import Dataset, InMemory, Samples
 from tests.support.runs import same
 
 
@@ -34,7 +35,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
         pixels = np.random.default_rng(number).integers(10 * number, 10 * number + 20, (6, 6, 3), dtype=np.uint8)
         paths.append(str(tmp_path / f"{number:02}.png"))
         Image.fromarray(pixels).save(paths[-1])
-    return Files(paths, torch.zeros(24, dtype=torch.long), None, 3)
+    return Files(ImageList.of(paths, torch.zeros(24, dtype=torch.long)), None, 3)
 
 
 def fitted(samples: Samples, count: int | None, kind: str = "a", in_memory: bool = False) -> dict[str, Tensor]:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack
 
-import numpy as np
 import torch
 from annotated_types import MinLen
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import label_warnings, natural, refuse_values, rounding_warnings, without_decimals
+from dlopt.data.images.files import ImageList
 from dlopt.data.images.unreadable import ImageKeys, image_files
 from dlopt.data.rows.rows import Labels
-from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.samples import Dataset
 from dlopt.data.settings import SPLITS
 from dlopt.data.tables.csv_file import read_columns, read_header
 
@@ -81,7 +81,7 @@ def csv(
             raise UserError(f"data.file={file}: no training row has a label in {label_column}")
         classes = tuple(sorted(names, key=natural))
     lists = {
-        split: ImageList(np.array([os.fsencode(path) for path, _ in rows]), _targets(rows, classes, separator))
+        split: ImageList.of([path for path, _ in rows], _targets(rows, classes, separator))
         for split, rows in splits.items()
         if rows
     }

@@ -71,10 +71,9 @@ def shaded_digits() -> Dataset:
     place = torch.linspace(-1, 1, 8)
 
     def shaded(samples: Samples) -> InMemory:
-        assert isinstance(samples, InMemory)
         a, b = 2 * torch.rand(2, len(samples), 1, 1, 1, generator=random) - 1
         light = 76.5 * (1 + a * place + (1 - a.abs()) * b * place[:, None])
-        return InMemory((0.4 * samples.inputs + light).round().to(torch.uint8), samples.targets)
+        return InMemory((0.4 * samples.fetch_range(0, len(samples)) + light).round().to(torch.uint8), samples.targets)
 
     assert dataset.test is not None
     return replace(dataset, train=shaded(dataset.train), test=shaded(dataset.test))

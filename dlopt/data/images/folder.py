@@ -20,8 +20,9 @@ from dlopt.basics.cache import FileState, cache_file, file_state, load_arrays, s
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.checks import IMAGE_EXTENSIONS, LEFT_OUT, ending, label_warnings, left_out_note, natural
+from dlopt.data.images.files import ImageList
 from dlopt.data.images.unreadable import ImageKeys, image_files
-from dlopt.data.samples import Dataset, ImageList
+from dlopt.data.samples import Dataset
 from dlopt.data.settings import SPLITS
 
 CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a cache

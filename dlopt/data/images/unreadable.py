@@ -22,8 +22,8 @@ from dlopt.basics.cache import FileState, cache_file, exclusive, file_state, loa
 from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Natural, PositiveFraction
 from dlopt.data.images.decoding import decode, size_pair
+from dlopt.data.images.files import Files, ImageList
 from dlopt.data.loading import Loader, worker_count
-from dlopt.data.samples import Files, ImageList
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,7 @@ def image_files(
     image_size = size_pair(keys["image_size"])
     if keys["on_error"] == "skip":
         splits, notes = _readable_splits(os.path.abspath(key), splits, image_size, channels, keys["max_skips"])
-    files = {
-        split: Files(images.paths, images.targets, image_size, channels, images.folder)
-        for split, images in splits.items()
-    }
-    return files, tuple(notes)
+    return {split: Files(images, image_size, channels) for split, images in splits.items()}, tuple(notes)
 
 
 def _readable_splits(

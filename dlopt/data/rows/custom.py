@@ -11,7 +11,8 @@ from dlopt.basics.ranges import Count
 from dlopt.data.checks import label_warnings, listed
 from dlopt.data.images.decoding import size_pair
 from dlopt.data.rows.records import Records, are_records
-from dlopt.data.samples import Dataset, Samples, Wrapped
+from dlopt.data.rows.wrapped import Wrapped
+from dlopt.data.samples import Dataset, Samples
 
 
 def custom(

@@ -2,9 +2,29 @@
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from dlopt.basics.errors import UserError
+from dlopt.data.samples import Content, Samples
+
+
+class Items(Samples):
+    """A map-style `torch.utils.data.Dataset`, read one item at a time. Raises `UserError` if it is none, or empty."""
+
+    def __init__(self, dataset: Any, key: str) -> None:
+        self.dataset = dataset
+        self._name = name_of(dataset, key)
+
+    def place(self, index: int) -> str:
+        return f"item {int(self.rows_of(torch.tensor(index)))}"
+
+    def content(self) -> Content | None:
+        """Reads 16 evenly spaced items, twice: they may be augmented at random."""
+        some = torch.from_numpy(np.unique(np.linspace(0, len(self) - 1, 16, dtype=np.int64)))
+        items = self.fetch(some)
+        return Content.of_array(items) if torch.equal(items, self.fetch(some)) else None
 
 
 def name_of(dataset: Any, key: str) -> str:
@@ -19,10 +39,10 @@ def name_of(dataset: Any, key: str) -> str:
     return name
 
 
-def read_item(dataset: Any, index: int, name: str, size: tuple[int, int] | None = None) -> Any:
-    """Returns an item as the dataset has it; `size`: of images that it can decode at a size. Raises `UserError`."""
+def read_item(dataset: Any, index: int, name: str) -> Any:
+    """Returns an item as the dataset has it. Raises `UserError`."""
     try:
-        return dataset.read_resized(index, size) if size and hasattr(dataset, "read_resized") else dataset[index]
+        return dataset[index]
     except UserError:
         raise
     except Exception as error:  # user code may raise anything; name the sample

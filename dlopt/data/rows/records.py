@@ -1,7 +1,6 @@
 """Datasets of the user whose items are dicts or tuples of tensors, for tasks of the user's own."""
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.data.images.decoding import from_pil
-from dlopt.data.rows.items import name_of, read_item
+from dlopt.data.rows.items import Items, read_item
+from dlopt.data.samples import Samples
 from dlopt.tasks.layout import Layout
 
 
-class Records:
+class Records(Items):
     """A map-style `torch.utils.data.Dataset` of records: its samples are their bytes, and there are no labels.
 
     Args:
@@ -27,31 +27,18 @@ class Records:
     """
 
     def __init__(self, dataset: Any, key: str) -> None:
-        self.dataset = dataset
-        self._name = name_of(dataset, key)
-        self._indices = torch.arange(len(dataset))
+        super().__init__(dataset, key)
         item = read_item(dataset, 0, self._name)
         self.layout = Layout.of(self._tensors(item, 0), "dict" if isinstance(item, Mapping) else "tuple")
+        Samples.__init__(self, torch.zeros(len(dataset)), (self.layout.bytes,))
 
     @property
-    def targets(self) -> Tensor:
-        return torch.zeros(len(self))
+    def nbytes(self) -> int:
+        return len(self) * self.layout.bytes
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.layout.bytes,)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def fetch(self, indices: Tensor) -> Tensor:
-        rows = [self._row(index) for index in self._indices[indices].tolist()]
-        return torch.stack(rows) if rows else torch.empty((0, *self.shape), dtype=torch.uint8)
-
-    def select(self, indices: Tensor) -> "Records":
-        selected = copy(self)
-        selected._indices = self._indices[indices]
-        return selected
+    def read(self, rows: Tensor) -> Tensor:
+        found = [self._row(row) for row in rows.tolist()]
+        return torch.stack(found) if found else torch.empty((0, *self.shape), dtype=torch.uint8)
 
     def _row(self, index: int) -> Tensor:
         values = self._tensors(read_item(self.dataset, index, self._name), index)

@@ -25,7 +25,8 @@ from dlopt.data.checks import (
     rounding_warnings,
 )
 from dlopt.data.images.decoding import Size, Stored, describe, has_colour, size_pair
-from dlopt.data.samples import Dataset, Wrapped
+from dlopt.data.rows.wrapped import Wrapped
+from dlopt.data.samples import WHOLE, Content, Dataset, Samples, digest_of
 
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
@@ -127,7 +128,7 @@ def dataset(
     samples = [
         None
         if table is None or target is None
-        else Wrapped(RowDataset(table, _stored(target), channels, is_checked=is_checked), size, key)
+        else Rows(table, _stored(target), channels, size, key, is_checked=is_checked)
         for (key, table), target in zip(splits, targets, strict=True)
     ]
     assert samples[0] is not None and targets[0] is not None
@@ -151,7 +152,7 @@ def dataset(
 def _coloured(tables: Sequence[RowSource]) -> str | None:
     """Names an image with colour among evenly spaced ones of each split; None if all are grey, or cannot be read.
 
-    `RowDataset` checks the others when it reads them.
+    `Rows` checks the others when it reads them.
     """
     for table in tables:
         for row in np.unique(np.linspace(0, len(table) - 1, _LOOKED_AT, dtype=np.int64)).tolist():
@@ -171,34 +172,46 @@ def _counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
     return targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=classes)
 
 
-class RowDataset:
-    """Map-style dataset of (input, label) for `Wrapped`; reads one row at a time."""
+class Rows(Wrapped):
+    """The rows of a table or of an archive, read one at a time."""
 
     def __init__(
-        self, table: RowSource, targets: torch.Tensor, channels: Channels, *, is_checked: bool = False
+        self,
+        table: RowSource,
+        targets: torch.Tensor,
+        channels: Channels,
+        image_size: tuple[int, int] | None,
+        key: str,
+        *,
+        is_checked: bool = False,
     ) -> None:
         """`is_checked`: an image that has a colour although `channels` is 1 is refused."""
-        self.targets = targets
         self.table, self._channels, self._is_checked = table, channels, is_checked
+        self._name, self.image_size = key, image_size
+        first, _ = self._item(0)
+        self._dtype = first.dtype
+        Samples.__init__(self, targets, tuple(first.shape))
 
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self.read_resized(index, None)
-
-    def read_resized(self, index: int, size: Size) -> tuple[Any, Any]:
-        """Returns an item; see `RowSource.value` for `size`."""
-        label = self.targets[index]
-        return self._value(index, size), label if label.ndim else label.item()
-
-    def row_place(self, index: int) -> str:
-        return self.table.place(index)
+    def place(self, index: int) -> str:
+        return self.table.place(int(self.rows_of(torch.tensor(index))))
 
     def stored(self, index: int) -> Stored | None:
-        """Returns how an image is stored; None if it is missing, or no file. Raises `UserError`."""
-        content = self.table.content(index) if self.table.encoded else None
-        return None if content is None else describe(content, self.table.place(index))
+        row = int(self.rows_of(torch.tensor(index)))
+        content = self.table.content(row) if self.table.encoded else None
+        return None if content is None else describe(content, self.table.place(row))
+
+    def content(self) -> Content:
+        table, rows = self.table, self.table.rows() if self.table.size <= WHOLE else None
+        if rows is not None:
+            digests = np.frombuffer(b"".join(map(digest_of, rows)), dtype=np.int64).reshape(-1, 2)
+            # Writable, as torch expects.
+            self.digests = torch.from_numpy(digests.copy())[self.rows_of(torch.arange(len(self)))]
+            if len(self) < len(table):  # data.test_split
+                return Content.of_array(self.digests)
+        return Content(len(table), table.size, table.read)
+
+    def _pair(self, index: int, size: Size = None) -> tuple[Any, Any]:
+        return self._value(index, size), None
 
     def _value(self, index: int, size: Size) -> Any:
         if not self._is_checked:

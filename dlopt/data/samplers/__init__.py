@@ -137,7 +137,7 @@ class ShiftedWindows:
 
     def order(self, epoch: int) -> Tensor:
         starts = self.windows.starts(self.sampler.order(epoch))
-        if self.windows.is_subset:
+        if self.windows.rows is not None:
             return starts
         length = self.windows.length
         shift = int(torch.randint(length, (), generator=generator("cpu", self.seed, epoch, length)))

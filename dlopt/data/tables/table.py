@@ -4,18 +4,21 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.data.checks import natural
 from dlopt.data.images.digits import read_bundled
-from dlopt.data.samples import Dataset, InMemory, Lines, Samples
+from dlopt.data.samples import Content, Dataset, InMemory, Lines, Samples
 from dlopt.data.settings import SPLITS
 from dlopt.data.tables.columns import Column, FeatureColumns, TableEncoding
 from dlopt.data.tables.kinds import Labels, read_table
 
+NOT_ENCODED = "the model was trained on columns of numbers without gaps; these have gaps, texts or dates"
 _UNNAMED = FeatureColumns((), "target")  # the names that scikit-learn gives the columns are not in its files
 
 
@@ -36,7 +39,7 @@ def table(
     """Loads a CSV file with a header line, or a Parquet file: float32 [N, F], and classes int64 [N] or values [N].
 
     Categories, dates and columns with gaps become features when the training rows are known: see
-    `dlopt.data.tables.table.encoded`.
+    `TableRows.encode`.
 
     Args:
         delimiter: one character, or a backslash and a t for a tab.
@@ -135,37 +138,49 @@ def _dataset(
     return Dataset(train, val, test, classes, columns=columns)
 
 
-class TableRows:
+class TableRows(Samples):
     """Rows whose columns are no features yet: the validation set is split off before anything is learned from them."""
 
+    is_encoded = False
+
     def __init__(self, columns: Sequence[Column], targets: Tensor, origin: Lines | None = None) -> None:
+        super().__init__(targets, (len(columns),))
         self.columns = columns
-        self.targets = targets
         self.origin = origin
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.columns),)
+    def select(self, indices: Tensor) -> Self:
+        selected = super().select(indices)
+        selected.rows, selected.columns = None, [each.select(indices.numpy()) for each in self.columns]
+        return selected
 
-    def __len__(self) -> int:
-        return len(self.targets)
+    def content(self) -> Content:
+        """Returns the values: equal bytes for equal values, whatever other rows have."""
+        size = sum(each.values.nbytes for each in self.columns)
 
-    def fetch(self, indices: Tensor) -> Tensor:
-        raise NotImplementedError("the columns have no features yet: see `encoded`")
+        def read(start: int, stop: int) -> bytes:
+            return b"".join(_content(each, slice(start, stop)) for each in self.columns)
 
-    def select(self, indices: Tensor) -> "TableRows":
-        rows = indices.numpy()
-        origin = None if self.origin is None else self.origin.select(indices)
-        return TableRows([each.select(rows) for each in self.columns], self.targets[indices], origin)
+        return Content(len(self), size, read)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the values."""
-        return sum(each.values.nbytes for each in self.columns)
+    def encoded(self, columns: FeatureColumns | None) -> InMemory:
+        if columns is None or columns.encoding is None:
+            raise UserError(NOT_ENCODED)
+        features = torch.from_numpy(columns.encoding.apply(self.columns))
+        return InMemory(features, self.targets, self.origin, self.further)
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Returns the values of a range of rows: equal bytes for equal values, whatever other rows have."""
-        return b"".join(_content(each, slice(start, stop)) for each in self.columns)
+    def encode(
+        self, dataset: Dataset, val: Samples | None, test: Samples | None
+    ) -> tuple[Dataset, Samples, Samples | None, Samples | None]:
+        """The encoding is that of a checkpoint, or else learned from these rows."""
+        assert dataset.columns is not None
+        encoding = dataset.columns.encoding or TableEncoding.fitted(self.columns)
+        notes = [encoding.describe(self.columns)]
+        for name, rows in (("the validation set has ", val), ("the test set has ", test)):
+            if isinstance(rows, TableRows):
+                notes += encoding.warnings(rows.columns, name)
+        columns = replace(dataset.columns, encoding=encoding)
+        val, test = (None if each is None else each.encoded(columns) for each in (val, test))
+        return replace(dataset, columns=columns, notes=(*dataset.notes, *notes)), self.encoded(columns), val, test
 
 
 def _content(column: Column, rows: slice) -> bytes:
@@ -174,29 +189,3 @@ def _content(column: Column, rows: slice) -> bytes:
         return values.tobytes()
     texts = ["" if np.isnan(value) else column.texts[int(value)] for value in values]
     return "\0".join(texts).encode()
-
-
-def encoded(
-    dataset: Dataset, train: TableRows, val: Samples | None, test: Samples | None
-) -> tuple[Dataset, InMemory, InMemory | None, InMemory | None]:
-    """Returns the dataset with the encoding of its columns, and the splits with their features.
-
-    The encoding is that of a checkpoint, or else learned from the training rows.
-    """
-    assert dataset.columns is not None
-    encoding = dataset.columns.encoding or TableEncoding.fitted(train.columns)
-    notes = [encoding.describe(train.columns)]
-    splits: list[InMemory | None] = []
-    for name, rows in (("", train), ("the validation set has ", val), ("the test set has ", test)):
-        if rows is None:
-            splits.append(None)
-            continue
-        assert isinstance(rows, TableRows)
-        if rows is not train:
-            notes += encoding.warnings(rows.columns, name)
-        splits.append(InMemory(torch.from_numpy(encoding.apply(rows.columns)), rows.targets, rows.origin))
-    described = replace(dataset.columns, encoding=encoding)
-    features, val_features, test_features = splits
-    assert features is not None
-    found = replace(dataset, columns=described, notes=(*dataset.notes, *notes))
-    return found, features, val_features, test_features

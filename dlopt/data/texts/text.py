@@ -215,7 +215,7 @@ def _dataset(
     if tokenizer is None:
         task = NextToken(BYTES, predictions=length, unit="byte")
         return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts)
-    task = NextToken(tokenizer.size, predictions=length, bytes_per_token=tokenizer.bytes_per_token(train))
+    task = NextToken(tokenizer.size, predictions=length, bytes_per_token=tokenizer.bytes_per_token(train.predicted()))
     notes = (*notes, f"tokenizer: {tokenizer.size:,} tokens, {task.bytes_per_token:.2f} bytes per token")
     return Dataset(train, val, test, None, unlabelled=task, notes=notes, facts=facts, tokenizer=tokenizer)
 

@@ -14,7 +14,6 @@ from dlopt.basics.cache import cache_file, exclusive, load_arrays, save_arrays
 from dlopt.basics.errors import UserError, require_package
 from dlopt.basics.files import reason
 from dlopt.basics.plain_values import read_regular
-from dlopt.data.texts.windows import Windows
 
 SEPARATOR = "\0"  # between documents: one token, one byte
 SMALLEST = 257  # every byte, and the separator
@@ -88,9 +87,9 @@ class Tokenizer:
         """Number of bytes of each token, int64 [size]."""
         return np.array([len(each) for each in self.bytes_of], dtype=np.int64)
 
-    def bytes_per_token(self, windows: Windows) -> float:
-        """Returns the mean number of bytes of the tokens that a model predicts in `windows`."""
-        return float(self.lengths[windows.predicted()].mean())
+    def bytes_per_token(self, tokens: np.ndarray) -> float:
+        """Returns the mean number of bytes of the tokens."""
+        return float(self.lengths[tokens].mean())
 
     def encode(self, text: bytes, name: str) -> np.ndarray:
         """Returns the tokens of a text: uint16, or int32 for more than 65,536 tokens.

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.data.samples import Content, Samples
+
 
 class Shards:
     """Memory-mapped arrays [N_i] that are indexed like one array [sum of N_i], without a copy of them."""
@@ -37,7 +39,7 @@ class Shards:
         return np.concatenate(self._arrays, dtype=dtype or self.dtype)
 
 
-class Windows:
+class Windows(Samples):
     """Windows of `length` + 1 tokens: the first `length` are inputs, the last `length` are targets.
 
     Window i starts at token i * stride. By default stride = `length`: neighbours share one token, and every token but
@@ -48,47 +50,43 @@ class Windows:
         tokens: uint8, uint16 or int32 [N]; may be memory maps.
     """
 
+    uses_workers = False
+
     def __init__(self, tokens: np.ndarray | Shards, length: int, stride: int | None = None) -> None:
         self.tokens = tokens
         self.length = length
         self._stride = length if stride is None else stride
-        self._selected: Tensor | None = None  # window numbers; None for all
         self._count = max((len(tokens) - length - 1) // self._stride + 1, 0)
+        # Zeros: a text has no labels.
+        super().__init__(torch.zeros(1, dtype=torch.int64).expand(self._count), (length + 1,))
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.length + 1,)
+    def kind(self) -> str:
+        return "text"
 
     @property
-    def targets(self) -> Tensor:
-        """Zeros: a text has no labels."""
-        return torch.zeros(1, dtype=torch.int64).expand(len(self))
+    def nbytes(self) -> int:
+        return self.tokens.nbytes
 
-    @property
-    def is_subset(self) -> bool:
-        return self._selected is not None
+    def size(self) -> dict[str, int]:
+        return {"tokens": len(self.tokens)}  # the number of windows depends on their length
 
-    def __len__(self) -> int:
-        return self._count if self._selected is None else len(self._selected)
+    def content(self) -> Content:
+        return Content.of_array(self.tokens)
 
     def starts(self, indices: Tensor) -> Tensor:
         """Returns the first tokens of windows `indices`."""
-        return (indices if self._selected is None else self._selected[indices]) * self._stride
+        return self.rows_of(indices) * self._stride
 
-    def fetch(self, indices: Tensor) -> Tensor:
-        positions = self.starts(indices).numpy()[:, None] + np.arange(self.length + 1)
+    def read(self, rows: Tensor) -> Tensor:
+        positions = (rows * self._stride).numpy()[:, None] + np.arange(self.length + 1)
         return torch.from_numpy(np.ascontiguousarray(self.tokens[positions]))
 
     def predicted(self) -> np.ndarray:
         """Returns the tokens that are targets of a window, [len * length]; without a copy if all windows are used."""
-        if self._selected is None and self._stride == self.length:
+        if self.rows is None and self._stride == self.length:
             return self.tokens[1 : self._count * self.length + 1]
-        return self.fetch(torch.arange(len(self)))[:, 1:].numpy().reshape(-1)
-
-    def select(self, indices: Tensor) -> "Windows":
-        selected = copy(self)
-        selected._selected = indices if self._selected is None else self._selected[indices]
-        return selected
+        return super().predicted()
 
     def at_every_token(self) -> "Windows":
         """Returns the windows that start at each token: sample i starts at token i."""
@@ -100,10 +98,10 @@ class Windows:
         windows.tokens = np.array(self.tokens)
         return windows
 
-    def view(self, device: torch.device) -> Tensor:
+    def on(self, device: torch.device) -> Tensor:
         """Returns all windows [len, length + 1] on the device, as a view of its copy of the tokens."""
         tokens = torch.from_numpy(np.asarray(self.tokens))
         if tokens.dtype == torch.uint16 and device.type != "cpu":
             tokens = tokens.to(torch.int32)  # accelerators have few operations for uint16
         view = tokens.to(device).as_strided((self._count, self.length + 1), (self._stride, 1))
-        return view if self._selected is None else view.index_select(0, self._selected.to(device))
+        return view if self.rows is None else view.index_select(0, self.rows.to(device))

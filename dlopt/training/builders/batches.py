@@ -27,7 +27,7 @@ def training_batches(workload: Workload) -> Batches:
     run_config, samples, split = workload.run_config, workload.dataset.train, workload.parallel.split
     settings, data = run_config.settings, run_config.data_settings
     sampler = build_sampler(run_config, samples)
-    if isinstance(samples, Windows):
+    if isinstance(samples, Windows):  # whose places in the text move in every epoch, which no other kind has
         if isinstance(sampler, BY_SAMPLE):
             raise UserError(
                 f"{run_config.sampler.choice}: the windows of a text have no labels and change in every epoch; "

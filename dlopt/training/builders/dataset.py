@@ -18,12 +18,12 @@ from dlopt.config.schema import Component, dotted_name
 from dlopt.data.checks import WARNING, problems
 from dlopt.data.identity import difference, identify
 from dlopt.data.normalization import Nothing
-from dlopt.data.other_data import NOT_ENCODED, as_trained, with_classes
+from dlopt.data.other_data import as_trained, with_classes
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.settings import SPLITS
 from dlopt.data.splits import equal_samples, prepare, with_validation_set
 from dlopt.data.tables.columns import FeatureColumns
-from dlopt.data.tables.table import TableRows
+from dlopt.data.tables.table import NOT_ENCODED
 from dlopt.parallel.mode import Mode
 from dlopt.tasks.kinds import chosen
 from dlopt.tasks.user import OwnTask, UserTask
@@ -51,7 +51,7 @@ def prepare_data(
         run_config, source, is_other = _tested(run_config, saved)
     else:
         source = read_source(run_config, saved_tokenizer(run_config, saved), identified, columns)
-    if saved is not None and (columns is None or columns.encoding is None) and isinstance(source.train, TableRows):
+    if saved is not None and (columns is None or columns.encoding is None) and not source.train.is_encoded:
         raise UserError(f"data: {NOT_ENCODED}")
     operations = run_config.augmentation.arguments.get("operations")
     dataset = prepare(

@@ -247,7 +247,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"test_file": tar(("0.png", image), ("0.cls", "5"))}, rf"data\.test_file: {sample}: cls is 5, a class that no"),  # noqa: E501
         (
             {"file": tar(*pair, ("1.png", png(pictures(1)[0, :3])), ("1.cls", "1"))},
-            r"data\.file \(.*\)\[1\]: has shape \(3, 3, 5\), the first .*data\.image_size resizes images",
+            r"data\.file\[1\]: has shape \(3, 3, 5\), the first .*data\.image_size resizes images",
         ),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message) as caught:

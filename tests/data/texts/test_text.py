@@ -35,7 +35,7 @@ def test_an_epoch_covers_the_text_once_in_shifted_windows(count: int, length: in
     source = windows.at_every_token()
     fetched = source.fetch(starts)
     assert torch.equal(fetched[:, 0].int(), starts.int()) and fetched.shape[1] == length + 1
-    assert torch.equal(source.view(CPU).index_select(0, starts), fetched)
+    assert torch.equal(source.on(CPU).index_select(0, starts), fetched)
 
 
 def test_the_shift_changes_with_the_epoch_and_not_for_a_subset() -> None:
@@ -45,12 +45,12 @@ def test_the_shift_changes_with_the_epoch_and_not_for_a_subset() -> None:
     chosen = windows.select(torch.tensor([1, 5, 7]))
     subset = ShiftedWindows(Random(targets=chosen.targets, seed=3, epoch_size=None), chosen, seed=4)
     assert sorted(subset.order(3).tolist()) == [50, 250, 350]
-    assert torch.equal(chosen.view(CPU), chosen.fetch(torch.arange(3)))
+    assert torch.equal(chosen.on(CPU), chosen.fetch(torch.arange(3)))
 
 
 def test_windows_are_views_of_the_tokens() -> None:
     windows = Windows(np.zeros(1000, dtype=np.uint8), 99).at_every_token()
-    assert windows.view(CPU).untyped_storage().nbytes() == 1000 and len(windows) == 901
+    assert windows.on(CPU).untyped_storage().nbytes() == 1000 and len(windows) == 901
 
 
 def test_splits_are_cut_between_documents(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_shards_are_one_text_in_the_order_of_their_names(tmp_path: Path) -> None
         everything = torch.arange(len(plain.train.at_every_token()))
         expected = plain.train.at_every_token().fetch(everything)
         assert torch.equal(found.train.at_every_token().fetch(everything), expected)
-        assert torch.equal(found.train.loaded().view(CPU), plain.train.view(CPU))
+        assert torch.equal(found.train.loaded().on(CPU), plain.train.on(CPU))
         assert identify(found) == identify(plain) and found.source == "tokens: train 500 (2 files), val 500 (1 file)"
     left_out = "left out: 1 file without train, val or test in the name: tokenizer.bin"
     assert tokens(root=str(tmp_path), sequence_length=16, vocabulary=50257).notes == (left_out,)

@@ -157,7 +157,7 @@ def test_a_file_or_a_saved_tokenizer_replaces_the_training(
     wide = trained.encode(TEXT, "a text")
     assert wide.dtype == np.int32 and np.array_equal(wide, narrow)
     windows = Windows(wide, 8)
-    assert torch.equal(windows.view(torch.device("cpu")), windows.fetch(torch.arange(len(windows))))
+    assert torch.equal(windows.on(torch.device("cpu")), windows.fetch(torch.arange(len(windows))))
 
 
 def test_what_cannot_be_tokenized_is_refused(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
