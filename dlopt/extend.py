@@ -23,7 +23,7 @@ Results
     Table, short_path, printable: texts.
 Components
     OptimizerTraits, LossClosure: of an optimizer. RunObserver: methods of an observer. Dataset: splits of a data set.
-    GroupMode: base of a parallel mode. UserTask, Draws: a task of the user, and its random numbers.
+    Samples: base of a source of data. GroupMode: base of a parallel mode. UserTask, Draws: a task of the user, and its random numbers.
 """
 
 from importlib import import_module
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from dlopt.config.plan import Plan, plan
     from dlopt.config.run_config import RunConfig
     from dlopt.config.schema import Component, check_arguments
-    from dlopt.data.samples import Dataset
+    from dlopt.data.samples import Dataset, Samples
     from dlopt.metrics.names import lower_is_better
     from dlopt.optim import LossClosure, OptimizerTraits
     from dlopt.parallel.mode import GroupMode
@@ -82,7 +82,7 @@ _MODULES = {  # imported on first use, because most of them import torch
     "dlopt.config.plan": "Plan plan",
     "dlopt.config.schema": "Component check_arguments",
     "dlopt.config.parameters": "show",
-    "dlopt.data.samples": "Dataset",
+    "dlopt.data.samples": "Dataset Samples",
     "dlopt.metrics.names": "lower_is_better",
     "dlopt.optim": "LossClosure OptimizerTraits",
     "dlopt.parallel.mode": "GroupMode",
