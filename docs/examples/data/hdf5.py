@@ -32,10 +32,10 @@ class Measurements(Samples):
             super().__init__(torch.from_numpy(targets).float(), inputs.shape[1:])
 
     def read(self, rows: Tensor) -> Tensor:
-        wanted, places = np.unique(rows.numpy(), return_inverse=True)  # HDF5 reads increasing places
+        unique, inverse = np.unique(rows.numpy(), return_inverse=True)  # HDF5 reads increasing places
         with h5py.File(self.path) as file:
-            inputs = file[self.group]["inputs"][wanted]
-        return torch.from_numpy(inputs[places]).float()
+            inputs = file[self.group]["inputs"][unique]
+        return torch.from_numpy(inputs[inverse]).float()
 
     def place(self, index: int) -> str:
         return f"{self.group}, row {int(self.rows_of(torch.tensor(index)))}"
