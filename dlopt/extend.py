@@ -23,7 +23,8 @@ Results
     Table, short_path, printable: texts.
 Components
     OptimizerTraits, LossClosure: of an optimizer. RunObserver: methods of an observer. Dataset: splits of a data set.
-    Samples: base of a source of data. GroupMode: base of a parallel mode. UserTask, Draws: a task of the user, and its random numbers.
+    Samples: base of a source of data. GroupMode: base of a parallel mode. UserTask, Draws: a task of the user, and its
+    random numbers.
 """
 
 from importlib import import_module

@@ -51,9 +51,9 @@ WORDS = {
     "group data": """
         categories channels class_names classes column configuration dates delimiter download file function ignore
         input interval intervals label_column label_separator labels length max_skips name noise numbers offline
-        on_error path_column pattern revision root seed sequence_length split split_column standardize_target
+        on_error path_column pattern revision root seed sequence_length sequences split split_column standardize_target
         symbols target test test_file test_size tokenizer train_size val val_file val_size vocabulary
-    """,
+    """,  # sequences replaces a model's x[:, 0]
     "group optimizer": """
         adapt_vectors adaptive adjust_lr_fn alpha amsgrad base.dampening base.lr base.momentum base.nesterov
         base.weight_decay beta2_decay betas bias_correction c1 c2 cautious centered constrained d d0 d_coef

@@ -10,19 +10,27 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.ranges import Count
 from dlopt.data.checks import label_warnings, listed
 from dlopt.data.images.decoding import size_pair
+from dlopt.data.rows.items import without_loaders
 from dlopt.data.rows.records import Records, are_records
 from dlopt.data.rows.wrapped import Wrapped
 from dlopt.data.samples import Dataset, Samples
 
 
 def custom(
-    *, train: Any, val: Any, test: Any, classes: Count | list[str] | None, image_size: int | tuple[int, int] | None
+    *,
+    train: Any,
+    val: Any,
+    test: Any,
+    classes: Count | list[str] | None,
+    image_size: int | tuple[int, int] | None,
+    sequences: bool = False,  # runs from before this key have none
 ) -> Dataset:
     """Wraps map-style `torch.utils.data.Dataset` objects; see `Wrapped` for the items they may return, or `Records`.
 
     Args:
         classes: number or names of the classes; None to infer them from the training labels. Floating-point labels mean
             regression and need None; or, with K classes, several labels per sample: float [K], 0 or 1.
+        sequences: inputs [C, L] are sequences with C channels, not images [H, W].
 
     Raises:
         UserError: an item is not a usable pair, or labels do not match the classes.
@@ -30,19 +38,21 @@ def custom(
     size = size_pair(image_size)
     if train is None:
         raise UserError("data.train=null: a dataset is required; set data.train._target_")
-    datasets = {"train": train, "val": val, "test": test}
-    if are_records(train):
-        return _of_records({key: data for key, data in datasets.items() if data is not None})
-    splits = {key: Wrapped(data, size, f"data.{key}") for key, data in datasets.items() if data is not None}
+    datasets, lost = without_loaders(train, val, test)
+    if are_records(datasets["train"]):
+        return _of_records(datasets, lost)
+    if sequences and size is not None:
+        raise UserError(f"data.image_size={list(size)}: data.sequences=true has no images; use data.image_size=null")
+    splits = {key: Wrapped(data, size, f"data.{key}", sequences=sequences) for key, data in datasets.items()}
     names = _class_names(splits["train"], classes)
-    numbers = {key: _class_numbers(f"data.{key}", data) for key, data in datasets.items() if data is not None}
+    numbers = {key: _class_numbers(f"data.{key}", data) for key, data in datasets.items()}
     if (own := numbers["train"]) is not None and isinstance(classes, list):
         _refuse_other_order(classes, own)
     for key, split in splits.items():
         _renumber(f"data.{key}", split, numbers[key], own)
     for key, split in splits.items():
         _check_labels(f"data.{key}", split, splits["train"], names)
-    warnings = splits["train"].warnings()
+    warnings = (*lost, *splits["train"].warnings())
     if names is not None:
         targets = torch.cat([split.targets for split in splits.values()])
         counts = targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=len(names))
@@ -53,14 +63,14 @@ def custom(
     return Dataset(splits["train"], splits.get("val"), splits.get("test"), names, notes=warnings, source=source)
 
 
-def _of_records(datasets: Mapping[str, Any]) -> Dataset:
+def _of_records(datasets: Mapping[str, Any], lost: tuple[str, ...]) -> Dataset:
     splits = {key: Records(data, f"data.{key}") for key, data in datasets.items()}
     train = splits["train"]
     for key, split in splits.items():
         if split.layout != train.layout:
             raise UserError(f"data.{key}: its items have {split.layout}; those of data.train have {train.layout}")
     source = f"{sum(map(len, splits.values())):,} items"
-    return Dataset(train, splits.get("val"), splits.get("test"), None, source=source, layout=train.layout)
+    return Dataset(train, splits.get("val"), splits.get("test"), None, notes=lost, source=source, layout=train.layout)
 
 
 def _class_names(train: Samples, classes: int | list[str] | None) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from dlopt.basics.errors import UserError
 from dlopt.data.samples import Content, Samples
@@ -27,11 +27,40 @@ class Items(Samples):
         return Content.of_array(items) if torch.equal(items, self.fetch(some)) else None
 
 
+def without_loaders(train: Any, val: Any, test: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the datasets of a training, validation and test set, and what is lost of a DataLoader, a line for each.
+
+    `train` may be a pair of DataLoaders, of training and validation. Raises `UserError` if there is another one.
+    """
+    if isinstance(train, list | tuple) and train and all(isinstance(each, DataLoader) for each in train):
+        if len(train) > 2 or (len(train) == 2 and val is not None):
+            raise UserError(
+                f"data.train: is {len(train)} DataLoaders; must be one, or (with data.val=null) train and val"
+            )
+        train, val = (*train, val)[:2]
+    splits = {"train": train, "val": val, "test": test}
+    loaders = {key: each for key, each in splits.items() if isinstance(each, DataLoader)}
+    datasets = {key: each.dataset if key in loaders else each for key, each in splits.items() if each is not None}
+    return datasets, tuple(_lost(f"data.{key}", loader) for key, loader in loaders.items())
+
+
+def _lost(key: str, loader: DataLoader[Any]) -> str:
+    """Says that only the dataset of a DataLoader is used, and what draws the batches in its place."""
+    drawn = "" if loader.batch_size is None else f"batch_size={loader.batch_size}, "
+    collate = "" if loader.collate_fn is default_collate else f", {_named(loader.collate_fn)}"
+    return (
+        f"{key}: of the DataLoader only its dataset is used; data.batch_size, sampler and data.workers replace its "
+        f"{drawn}{type(loader.sampler).__name__}, num_workers={loader.num_workers}{collate}"
+    )
+
+
+def _named(collate: Any) -> str:
+    return f"collate_fn {getattr(collate, '__qualname__', type(collate).__qualname__)}, which is not called"
+
+
 def name_of(dataset: Any, key: str) -> str:
     """Returns the name of the dataset at `key` of the config, for messages. Raises `UserError` if it has no items."""
     name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
-    if any(isinstance(each, DataLoader) for each in (dataset if isinstance(dataset, list | tuple) else [dataset])):
-        raise UserError(f"{name}: takes no DataLoader; give its .dataset: data.batch_size and sampler draw the batches")
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise UserError(f"{name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
     if len(dataset) == 0:

@@ -39,7 +39,8 @@ class Wrapped(Items):
 
     Inputs: a PIL image, a uint8 array [H, W], [H, W, C] or [C, H, W] (see `channels_first`), or a
     tensor [F], [H, W] or [C, H, W]; uint8 inputs are
-    images 0..255, all others become float32. Labels: an integer class, or floating-point values (regression).
+    images 0..255, all others become float32. With `sequences` arrays or tensors [C, L], which become float32.
+    Labels: an integer class, or floating-point values (regression).
     Labels are read from the attribute `targets` or `labels` if it matches an item of each class (at most 64 items);
     otherwise every item is read once.
 
@@ -49,9 +50,10 @@ class Wrapped(Items):
 
     target_warnings: tuple[str, ...] = ()
 
-    def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str) -> None:
+    def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str, *, sequences: bool = False) -> None:
         super().__init__(dataset, key)
         self.image_size = image_size
+        self._has_sequences = sequences
         first, label = self._item(0)
         self._dtype = first.dtype
         Samples.__init__(self, self._targets(label), tuple(first.shape))
@@ -116,6 +118,11 @@ class Wrapped(Items):
                 "[F], [H, W] or [C, H, W]"
             )
         value = value.detach().cpu()
+        if self._has_sequences:
+            if value.dim() != 2:
+                shape = tuple(value.shape)
+                raise UserError(f"data.sequences=true: {self._name}[{index}] has the shape {shape}, not [C, L]")
+            return value.to(torch.float32)
         if value.dim() == 2:
             value = value.unsqueeze(0)
         if value.dtype != torch.uint8 or value.dim() == 1:

@@ -257,7 +257,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _failed(path: str, shape: tuple[int, ...], error: Exception) -> UserError:
-    read = f"; items {list(shape[1:])} are read as grey images [H, W]: for [channels, length], begin with x = x[:, 0]"
+    read = f"; items {list(shape[1:])} are read as grey images [H, W]: data.sequences=true reads [channels, length]"
     advice = read * (len(shape) == 3 and shape[0] == 1)
     return UserError(f"{path}: fails for inputs of shape {_batch(shape)}: {_first_line(error)}{advice}")
 

@@ -54,12 +54,42 @@ def test_floating_point_labels_mean_regression() -> None:
     assert data.classes is None and data.train.targets.tolist() == [0.5, 1.5]
 
 
+def test_a_loader_or_a_pair_of_them_gives_its_dataset() -> None:
+    train, val = Points([0, 1, 1]), Points([1, 0])
+    loaders = DataLoader(train, 2, shuffle=True, num_workers=3), DataLoader(val, collate_fn=list)
+    for given in ({"train": loaders}, {"train": loaders[0], "val": loaders[1]}):
+        data = load(**given)
+        assert data.train.targets.tolist() == [0, 1, 1]
+        assert data.val is not None and data.val.targets.tolist() == [1, 0]
+        lines = [line for line in data.notes if "DataLoader" in line]
+        assert [line.partition(" replace its ")[2] for line in lines] == [
+            "batch_size=2, RandomSampler, num_workers=3",
+            "batch_size=1, SequentialSampler, num_workers=0, collate_fn list, which is not called",
+        ]
+
+
+class Waves(Points):
+    """Sequences with two channels."""
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        wave = torch.linspace(0, index + 1, 5, dtype=torch.float64)
+        return torch.stack([wave, -wave]), index
+
+
+def test_items_are_sequences_or_grey_images() -> None:
+    sequences, images = (load(train=Waves([0, 1, 2]), sequences=each).train for each in (True, False))
+    assert sequences.shape == (2, 5) and images.shape == (1, 2, 5)
+    inputs = sequences.fetch(torch.arange(3))
+    assert inputs.dtype == torch.float32 and torch.equal(inputs, images.fetch(torch.arange(3))[:, 0])
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
         ({"train": None}, "data.train=null: a dataset is required"),
-        ({"train": DataLoader(Points([0, 1]))}, r"data.train .*: takes no DataLoader; give its \.dataset"),
-        ({"train": (DataLoader(Points([0, 1])),) * 2}, r"data.train \(builtins.tuple\): takes no DataLoader"),
+        ({"train": (DataLoader(Points([0, 1])),) * 3}, r"data\.train: is 3 DataLoaders; must be one, or .* train and val"),
+        ({"sequences": True}, r"data\.sequences=true: data\.train .*\[0\] has the shape .*, not \[C, L\]"),
+        ({"sequences": True, "image_size": 8}, r"data\.image_size=\[8, 8\]: data\.sequences=true has no images"),
         ({"train": 3}, r"data.train \(builtins.int\): has no __getitem__"),
         ({"classes": 2}, "data.train: has labels from 0 to 2; with 2 classes 0 to 1 are allowed"),
         ({"classes": ["a"]}, "with 1 classes"),

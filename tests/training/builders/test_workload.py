@@ -191,7 +191,7 @@ def test_lazy_layers_get_their_sizes_and_seeded_weights() -> None:
 OUTPUTS = r"_Outputs: returns \[batch, 12\] values, but the data has 10 classes; .*num_classes=10$"
 SIGNALS = (
     r"fails for inputs of shape \[batch, 1, 8, 8\]: .*; "
-    r"items \[8, 8\] are read as grey images \[H, W\]: for \[channels, length\], begin with x = x\[:, 0\]$"
+    r"items \[8, 8\] are read as grey images \[H, W\]: data\.sequences=true reads \[channels, length\]$"
 )
 POINTWISE = {"out_channels": 10, "kernel_size": 1}
 MODELS: list[tuple[type[nn.Module], dict[str, Any], str | None]] = [
