@@ -21,6 +21,7 @@ from dlopt.config.older import of_today
 from dlopt.config.overrides import key_of, value_of
 from dlopt.config.packages import entries
 from dlopt.config.parameters import show
+from dlopt.config.schema import first_lines_of_data
 from dlopt.config.trust import check_expansion, leaves
 from dlopt.data.settings import REQUIRED
 
@@ -90,7 +91,10 @@ def to_plain(config: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     if (
         lacking and "hydra" in config and (name := choices_of(config).get("data")) is not None
     ):  # not of `dlopt trajectory`
-        raise UserError(f"data={name}: lacks {', '.join(lacking)}; begin its file with: defaults: [_common, _self_]")
+        data = raw["data"] if isinstance(raw["data"], dict) else {}
+        own = train.get("_target_") if isinstance(train := data.get("train"), dict) else None
+        begin = first_lines_of_data(own or data.get("_target_") or "mine.function", is_dataset=own is not None)
+        raise UserError(f"data={name}: lacks {', '.join(lacking)}; {begin}")
     try:
         plain: Any = OmegaConf.to_container(task, resolve=True)
     except OmegaConfBaseException as error:

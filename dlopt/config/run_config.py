@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from dlopt.basics.errors import UserError
 from dlopt.basics.secrets import forget
-from dlopt.config.schema import Component
+from dlopt.config.schema import Component, dotted_name, first_lines_of_data
 from dlopt.config.settings import GROUPS as RUNTIME
 from dlopt.config.settings import Settings as Settings
 from dlopt.config.validation_sets import Use
-from dlopt.data.settings import DataSettings
+from dlopt.data.settings import SPLITS, DataSettings
 from dlopt.data.tables.columns import FeatureColumns
 from dlopt.metrics.declaration import Direction
 from dlopt.metrics.names import known_direction, without_set
@@ -124,10 +125,21 @@ class RunConfig:
         self, data: Component, settings: DataSettings, tokenizer: str | None, columns: FeatureColumns | None
     ) -> Any:
         from dlopt.data.normalization import standardized
-        from dlopt.data.samples import Dataset
+        from dlopt.data.samples import Dataset, Samples
         from dlopt.data.splits import with_test_set
 
-        dataset = data.build_as(Dataset, **vars(settings), saved_tokenizer=tokenizer, saved_columns=columns)
+        dataset = data.build(**vars(settings), saved_tokenizer=tokenizer, saved_columns=columns)
+        if not isinstance(dataset, Dataset):
+            found = f"{data.choice}: returns {type(dataset).__name__}; must return a dlopt Dataset"
+            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+                begin = first_lines_of_data(dotted_name(data.target), is_dataset=True)
+                found += f", or, for a dataset of torch, {begin}"
+            raise UserError(found)
+        for name in SPLITS:
+            if not isinstance(samples := getattr(dataset, name), Samples | None):
+                raise UserError(
+                    f"{data.choice}: its {name} set is of type {type(samples).__name__}; must be dlopt.extend.Samples"
+                )
         forget(dataset.classes or ())
         is_split = data.takes("test_split") or data.arguments.get("split_column") is not None
         if settings.test_split > 0 and not is_split:

@@ -142,6 +142,13 @@ class Component:
         return dataclasses.replace(self, arguments={**self.arguments, **extra})
 
 
+def first_lines_of_data(target: str, *, is_dataset: bool) -> str:
+    """Shows how the file of a data set of the user's own begins; `is_dataset`: `target` is one of torch."""
+    if is_dataset:
+        return f"begin its file with two lines, defaults: [custom, _self_] and train: {{_target_: {target}}}"
+    return f"begin its file with two lines, defaults: [_common, _self_] and _target_: {target}"
+
+
 def dotted_name(target: Callable[..., Any]) -> str:
     return f"{target.__module__}.{target.__qualname__}"
 

@@ -69,12 +69,26 @@ def test_broken_file(kind: str, tmp_path: Path) -> None:
             "data/mine.yaml",
             "_target_: dlopt.data.rows.custom.custom\ntrain: null\nbatch_size: 8\n",
             "data=mine model=mlp",
-            "dlopt: data=mine: lacks subset, split_seed, memory, workers, drop_last; begin its file with: "
-            "defaults: [_common, _self_]\n",
+            "dlopt: data=mine: lacks subset, split_seed, memory, workers, drop_last; begin its file with "
+            "two lines, defaults: [_common, _self_] and _target_: dlopt.data.rows.custom.custom\n",
         ),
         (
             "data/mine.yaml", "defaults: [_common, _self_]\n_target_: torch.nn.Identity\n", "data=mine model=mlp",
             "dlopt: data=mine: returns Identity; must return a dlopt Dataset\n",
+        ),
+        (
+            "data/mine.yaml", "train: {_target_: torch.nn.ModuleList}\n", "data=mine model=mlp",
+            "begin its file with two lines, defaults: [custom, _self_] and train: {_target_: torch.nn.ModuleList}\n",
+        ),
+        (
+            "data/mine.yaml", "defaults: [_common, _self_]\n_target_: torch.nn.ModuleList\n", "data=mine model=mlp",
+            "data=mine: returns ModuleList; must return a dlopt Dataset, or, for a dataset of torch, begin its "
+            "file with two lines, defaults: [custom, _self_] and train: {_target_: "
+            "torch.nn.modules.container.ModuleList}\n",
+        ),
+        (
+            "data/mine.yaml", "defaults: [custom, _self_]\ntrain: mine.Dataset\n", "data=mine model=mlp",
+            "data.train=mine.Dataset: names no dataset; a file has train: {_target_: mine.Dataset}\n",
         ),
     ],
 )  # fmt: skip

@@ -61,6 +61,10 @@ def _named(collate: Any) -> str:
 def name_of(dataset: Any, key: str) -> str:
     """Returns the name of the dataset at `key` of the config, for messages. Raises `UserError` if it has no items."""
     name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
+    if isinstance(dataset, str):
+        raise UserError(
+            f"{key}={dataset}: names no dataset; a file has {key.rpartition('.')[2]}: {{_target_: {dataset}}}"
+        )
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise UserError(f"{name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
     if len(dataset) == 0:

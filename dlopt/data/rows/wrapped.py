@@ -49,6 +49,7 @@ class Wrapped(Items):
     """
 
     target_warnings: tuple[str, ...] = ()
+    _has_sequences = False
 
     def __init__(self, dataset: Any, image_size: tuple[int, int] | None, key: str, *, sequences: bool = False) -> None:
         super().__init__(dataset, key)

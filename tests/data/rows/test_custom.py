@@ -56,14 +56,14 @@ def test_floating_point_labels_mean_regression() -> None:
 
 def test_a_loader_or_a_pair_of_them_gives_its_dataset() -> None:
     train, val = Points([0, 1, 1]), Points([1, 0])
-    loaders = DataLoader(train, 2, shuffle=True, num_workers=3), DataLoader(val, collate_fn=list)
+    loaders = DataLoader(train, 2, shuffle=True, num_workers=1), DataLoader(val, collate_fn=list)
     for given in ({"train": loaders}, {"train": loaders[0], "val": loaders[1]}):
         data = load(**given)
         assert data.train.targets.tolist() == [0, 1, 1]
         assert data.val is not None and data.val.targets.tolist() == [1, 0]
         lines = [line for line in data.notes if "DataLoader" in line]
         assert [line.partition(" replace its ")[2] for line in lines] == [
-            "batch_size=2, RandomSampler, num_workers=3",
+            "batch_size=2, RandomSampler, num_workers=1",
             "batch_size=1, SequentialSampler, num_workers=0, collate_fn list, which is not called",
         ]
 
@@ -87,7 +87,10 @@ def test_items_are_sequences_or_grey_images() -> None:
     "changed, message",
     [
         ({"train": None}, "data.train=null: a dataset is required"),
-        ({"train": (DataLoader(Points([0, 1])),) * 3}, r"data\.train: is 3 DataLoaders; must be one, or .* train and val"),
+        (
+            {"train": (DataLoader(Points([0, 1])),) * 3},
+            r"data\.train: is 3 DataLoaders; must be one, or .* train and val",
+        ),
         ({"sequences": True}, r"data\.sequences=true: data\.train .*\[0\] has the shape .*, not \[C, L\]"),
         ({"sequences": True, "image_size": 8}, r"data\.image_size=\[8, 8\]: data\.sequences=true has no images"),
         ({"train": 3}, r"data.train \(builtins.int\): has no __getitem__"),
