@@ -1,11 +1,82 @@
 """Divides samples: a subset, a validation set, a test set."""
 
 import math
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
+
+GROUP, ORDER = "group", "order"
+"""Further tensors of samples: int64 [N], equal for samples that stay together; float64 [N], such as a time."""
+
+
+def divide(
+    targets: Tensor, further: Mapping[str, Tensor], count: int, seed: int, *counters: int, keep_one: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Selects about `count` samples; returns (selected, rest), ascending indices.
+
+    With an order the last ones, with groups whole groups, and otherwise the samples that `split` selects. Raises
+    `UserError` if neither part can have a sample.
+    """
+    if ORDER in further:
+        return ordered(further[ORDER], count)
+    if GROUP in further:
+        classes = torch.zeros(len(targets)) if targets.is_floating_point() else targets
+        return grouped(classes, further[GROUP], count, seed, *counters)
+    return split(targets, count, seed, *counters, keep_one=keep_one)
+
+
+def ordered(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Selects the last samples by `values` [N], about `count`: equal values stay on one side.
+
+    Raises `UserError` if all values are equal.
+    """
+    ascending, places = values.sort(stable=True)
+    cuts = (ascending[1:] != ascending[:-1]).nonzero().squeeze(1) + 1  # between different values
+    if count == len(values):
+        cuts = torch.cat([torch.zeros(1, dtype=torch.int64), cuts])
+    if not len(cuts):
+        raise UserError(f"data.order: all {len(values):,} samples have one value; nothing divides them")
+    cut = int(cuts[(cuts - (len(values) - count)).abs().argmin()])
+    return places[cut:].sort().values, places[:cut].sort().values
+
+
+def grouped(classes: Tensor, groups: Tensor, count: int, seed: int, *counters: int) -> tuple[Tensor, Tensor]:
+    """Selects whole groups with about `count` samples, and as far as groups allow with the proportions of `classes`.
+
+    The groups are dealt from the largest to the smallest, each to the part that lacks most of its samples, as
+    scikit-learn's StratifiedGroupKFold does. Those with all samples of a class stay in the rest. `classes`, `groups`:
+    int64 [N]. Raises `UserError` for a single group.
+    """
+    _, members = groups.unique(return_inverse=True)
+    _, labels = classes.unique(return_inverse=True)
+    total, kinds = int(members.max()) + 1, int(labels.max()) + 1
+    if count == len(groups):
+        return torch.arange(len(groups)), torch.arange(0)
+    if total < 2:
+        raise UserError("data.group: all samples are of one group; at least two are needed to divide them")
+    counts = np.bincount((members * kinds + labels).numpy(), minlength=total * kinds).reshape(total, kinds)
+    of_class = counts.sum(0)
+    shares = np.array([count / len(groups), 1 - count / len(groups)])
+    order = torch.randperm(total, generator=generator("cpu", seed, *counters)).numpy()
+    order = order[np.argsort(-counts[order].sum(1), kind="stable")]
+    dealt, selected = np.zeros((2, kinds)), np.zeros(total, dtype=bool)
+    has_whole_class = (counts == of_class).any(1) if kinds > 1 else np.zeros(total, dtype=bool)
+    for group in order:
+        # The rise of the sum over parts and classes of share * (dealt / wanted - 1)^2, up to a constant.
+        rise = ((2 * dealt + counts[group]) * counts[group] / of_class**2).sum(1) / shares
+        has_room = dealt[0].sum() + counts[group].sum() / 2 <= count  # with it the count is nearer
+        selected[group] = rise[0] < rise[1] and has_room and not has_whole_class[group]
+        dealt[0 if selected[group] else 1] += counts[group]
+    if not selected.any() or selected.all():  # a part needs a group: the smallest one
+        smallest = next((group for group in order[::-1] if not has_whole_class[group]), order[-1])
+        selected[smallest] = not selected.any()
+    chosen = torch.from_numpy(selected)[members]
+    return chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
 
 
 def split(targets: Tensor, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:

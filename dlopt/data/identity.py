@@ -13,11 +13,12 @@ from dlopt.data.settings import SPLITS
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 _TEXTS = {
     "targets": "the {name} set has other labels, or the same ones in another order",
+    "further": "the {name} set has other groups, or another order",
     "content": "the {name} set has other inputs, or the same ones in another order",
 }
 
 Identity = Mapping[str, Any]
-"""For each split `samples` or `tokens` (its size), `targets` and `content` (SHA-256)."""
+"""For each split `samples` or `tokens` (its size), `targets`, `further` and `content` (SHA-256)."""
 
 
 def identify(dataset: Dataset, contents: Sequence[str] = SPLITS) -> Identity:
@@ -63,6 +64,8 @@ def _identify(samples: Samples, *, has_hashes: bool, has_content: bool) -> dict[
     found: dict[str, Any] = samples.size()
     if has_hashes and "samples" in found:
         found["targets"] = hashlib.sha256(as_bytes(samples.targets)).hexdigest()
+        if samples.further:
+            found["further"] = hashlib.sha256(b"".join(map(as_bytes, samples.further.values()))).hexdigest()
     if has_hashes and has_content and (content := samples.content()) is not None:
         found["content"] = content.digest()
     return found

@@ -26,6 +26,8 @@ class DataSettings:
     test_split: Annotated[Fraction, Role.IDENTITY] = 0.0
     subset: Annotated[Count | PositiveFraction | None, Role.IDENTITY]
     split_seed: Annotated[Seed, Role.SEED]
+    group: Annotated[str | None, Role.IDENTITY] = None
+    order: Annotated[str | None, Role.IDENTITY] = None
     label_noise: Annotated[Fraction, Role.IDENTITY] = 0.0
     standardize_target: Annotated[bool, Role.IDENTITY] = False
     image_size: Annotated[ImageSize | tuple[ImageSize, ImageSize] | None, Role.IDENTITY] = None

@@ -1,6 +1,6 @@
 """Prepares a dataset for a run: subset, validation split, image size, and loading into memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
-from dlopt.data.division import split
+from dlopt.data.checks import WARNING
+from dlopt.data.division import GROUP, ORDER, divide, split
 from dlopt.data.equal_samples import equal_sample_warnings
 from dlopt.data.images.decoding import size_pair
 from dlopt.data.inspection import notes
@@ -24,7 +25,7 @@ _SUBSET, _VAL, _NOISE, _EVALUATED = 1, 2, 3, 4  # RNG streams: each is drawn ind
 
 
 def with_test_set(dataset: Dataset, fraction: float, source: str) -> Dataset:
-    """Returns a dataset as read with a fraction of its training set as the test set, stratified by class.
+    """Returns a dataset as read with a fraction of its training set as the test set, divided as `divide` does.
 
     It is the same for all seeds. If no class has two samples, there is no test set.
 
@@ -38,7 +39,7 @@ def with_test_set(dataset: Dataset, fraction: float, source: str) -> Dataset:
         found = f"{source} has a test set of {len(dataset.test):,} samples"
         raise UserError(f"data.test_split={fraction:g}: {found}; use 0")
     count = max(1, round(fraction * len(dataset.train)))
-    held_out, kept = split(dataset.train.targets, count, _TEST_SEED, keep_one=True)
+    held_out, kept = divide(dataset.train.targets, dataset.train.further, count, _TEST_SEED, keep_one=True)
     if not len(held_out):
         return dataset
     return replace(dataset, train=dataset.train.select(kept), test=dataset.train.select(held_out))
@@ -78,13 +79,14 @@ def prepare(
     is_stratified = dataset.classes is not None and not dataset.has_several_labels
     if settings.subset is not None:
         count = _subset_count(train, settings.subset, is_stratified=is_stratified)
-        selected, _ = split(train.targets, count, settings.split_seed, _SUBSET)
+        selected, _ = divide(train.targets, train.further, count, settings.split_seed, _SUBSET)
         train = train.select(selected)
     if val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
-        held_out, kept = split(train.targets, count, settings.split_seed, _VAL, keep_one=True)
+        held_out, kept = divide(train.targets, train.further, count, settings.split_seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
+    dataset = replace(dataset, notes=(*dataset.notes, *_division_notes(settings, train, val, test)))
     dataset, train, val, test = train.encode(dataset, val, test)
     stored: dict[str, Any] = {"train": train, "val": val, "test": test}  # at their size, and without noise
     if settings.label_noise > 0:
@@ -118,6 +120,28 @@ def prepare(
     loaded = stored | {"train": train, "val": val} if stored["train"].digests is None else stored
     found = equal_samples(dataset, loaded, stored) if compare else ()
     return replace(dataset, train=train, val=val, test=test, in_memory=in_memory, notes=(*dataset.notes, *found))
+
+
+def _division_notes(settings: DataSettings, train: Samples, val: Samples | None, test: Samples | None) -> Iterator[str]:
+    """Yields what groups or an order have made of the splits, and a warning where a given split breaks them."""
+    held_out = {"validation": val, "test": test}
+    if settings.group is not None:
+        groups = {name: each.further[GROUP] for name, each in (("training", train), *held_out.items()) if each}
+        counts = ", ".join(f"{len(each.unique()):,} {name}" for name, each in groups.items())
+        yield f"data.group={settings.group}: {counts} groups"
+        for name, each in groups.items():
+            if name != "training" and (count := int(torch.isin(each, groups["training"]).sum())):
+                shared = f"{count:,} of {len(each):,} {name} samples share a group ({settings.group})"
+                yield f"{WARNING}{shared} with training samples"
+    if settings.order is not None:
+        yield f"data.order={settings.order}: training before validation before test, not stratified by class"
+        last = train.further[ORDER].max()
+        for name, samples in held_out.items():
+            if samples is not None:
+                values = samples.further[ORDER]
+                if count := int((values <= last).sum()):
+                    yield f"{WARNING}{count:,} of {len(values):,} {name} samples are not after those before them"
+                last = torch.maximum(last, values.max())
 
 
 def with_validation_set(

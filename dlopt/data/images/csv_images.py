@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack
 
+import numpy as np
 import torch
 from annotated_types import MinLen
 from torch import Tensor
@@ -17,6 +18,7 @@ from dlopt.data.images.unreadable import ImageKeys, image_files
 from dlopt.data.rows.rows import Labels
 from dlopt.data.samples import Dataset
 from dlopt.data.settings import SPLITS
+from dlopt.data.tables.columns import dividing_columns, further_of
 from dlopt.data.tables.csv_file import read_columns, read_header
 
 
@@ -30,6 +32,8 @@ def csv(
     labels: Labels,
     channels: Literal[1, 3],
     label_separator: Annotated[str, MinLen(1)],
+    group: str | None = None,  # runs from before these keys have none
+    order: str | None = None,
     **keys: Unpack[ImageKeys],
 ) -> Dataset:
     """Loads images whose paths and labels are listed in a CSV file with a header line.
@@ -39,13 +43,15 @@ def csv(
         split_column: column with train, val or test; None if all rows are for training.
         labels: class names, several of them per image, or numbers for regression.
         label_separator: between several labels; an empty field has none.
+        group: column whose equal values stay in one split; `order`: column by which the images are divided.
 
     Raises:
         UserError: the file, an image or a column is missing, a field is empty or invalid, or a split has a class that
             no training row has.
     """
     header = read_header(file)
-    other = [path_column, *([] if split_column is None else [split_column])]
+    dividing = dividing_columns(label_column, split_column=split_column, group=group, order=order)
+    other = [path_column, *([] if split_column is None else [split_column]), *dividing.values()]
     header.require([*other, label_column], " (for a table of numbers and categories: data=table)")
     answers: Sequence[str] | Sequence[float]
     warnings: tuple[str, ...] = ()
@@ -62,6 +68,7 @@ def csv(
     paths = content.column(path_column)
     parts = content.splits(split_column) or ["train"] * len(paths)
     base = content.path.parent if root is None else Path(os.path.expanduser(root))
+    further = further_of(dividing, content.column, content.place)
     splits: dict[str, list[tuple[str, Any]]] = {name: [] for name in SPLITS}
     for row, (name, answer, split) in enumerate(zip(paths, answers, parts, strict=True)):
         image = base / name
@@ -81,7 +88,11 @@ def csv(
             raise UserError(f"data.file={file}: no training row has a label in {label_column}")
         classes = tuple(sorted(names, key=natural))
     lists = {
-        split: ImageList.of([path for path, _ in rows], _targets(rows, classes, separator))
+        split: ImageList.of(
+            [path for path, _ in rows],
+            _targets(rows, classes, separator),
+            {name: torch.from_numpy(each[np.array(parts) == split]) for name, each in further.items()},
+        )
         for split, rows in splits.items()
         if rows
     }

@@ -37,8 +37,8 @@ class ImageList:
     further: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, paths: Iterable[str], targets: Tensor) -> Self:
-        return cls(np.array([os.fsencode(path) for path in paths]), targets)
+    def of(cls, paths: Iterable[str], targets: Tensor, further: Mapping[str, Tensor] | None = None) -> Self:
+        return cls(np.array([os.fsencode(path) for path in paths]), targets, further=further or {})
 
     def __len__(self) -> int:
         return len(self.targets)

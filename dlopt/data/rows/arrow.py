@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
@@ -19,7 +20,7 @@ from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.images.decoding import Size, decode
 from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
-from dlopt.data.tables.columns import FeatureColumns
+from dlopt.data.tables.columns import FeatureColumns, dividing_columns, field_of, further_of
 from dlopt.data.tables.parquet import (
     Parts,
     innermost,
@@ -45,6 +46,8 @@ def parquet(
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
+    group: str | None = None,  # runs from before these keys have none
+    order: str | None = None,
 ) -> Dataset:
     """Loads columns of Parquet files: images, lists of numbers, or numbers, and their labels.
 
@@ -57,11 +60,13 @@ def parquet(
         target: the column of the labels.
         labels: class: names or integers; several: lists of them; value: numbers for a regression.
         channels: of images from files: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
+        group: column whose equal values stay in one split; `order`: column by which the rows are divided.
 
     Raises:
         UserError: a file or a column is missing, a column has another type, or a value is missing.
     """
-    columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target]))
+    dividing = dividing_columns(target, group=group, order=order)
+    columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     tables: list[tuple[str, Any]] = []
     parts: dict[str, Parts] = {}
@@ -77,7 +82,7 @@ def parquet(
         tables.append((key, table))
     source = f"rows of {count:,} file{'s' * (count > 1)}"
     form: dict[str, Any] = {"labels": labels, "channels": channels, "image_size": image_size}
-    notes = left_out_note(others)
+    form["dividing"], notes = dividing, left_out_note(others)
     return _dataset(tables, input, target, **form, source=source, notes=notes, roots=sorted(roots), parts=parts)
 
 
@@ -91,19 +96,24 @@ def _dataset(
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
+    dividing: Mapping[str, str],
     source: str,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
     """Builds a dataset from the tables of training, validation and test set, each with the key that set it.
 
     `roots`: folders below which images outside of the tables may be; (): anywhere. `parts`: the files of each table;
-    None if it is one.
+    None if it is one. `dividing`: columns by key, see `further_of`.
     """
     names = [input] if isinstance(input, str) else list(input)
     for key, table in splits:
         if table is None:
             continue
-        for option, name in (*(("data.input", name) for name in names), ("data.target", target)):
+        for option, name in (
+            *(("data.input", name) for name in names),
+            ("data.target", target),
+            *((f"data.{key}", name) for key, name in dividing.items()),
+        ):
             if name not in table.column_names:
                 raise UserError(f"{option}={name}: {key} has no such column; it has {', '.join(table.column_names)}")
         if len(table) == 0:
@@ -118,6 +128,9 @@ def _dataset(
             columns.refuse_unlabelled()
             notes += columns.notes
     found = dataset(tables, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
+    for columns, samples in zip((each for _, each in tables), (found.train, found.val, found.test), strict=True):
+        if columns is not None and samples is not None:
+            samples.further = columns.further(dividing)
     return replace(found, columns=FeatureColumns(tuple(names), target) if len(found.train.shape) == 1 else None)
 
 
@@ -152,6 +165,17 @@ class Columns:
             f"{WARNING}{self._key}: {lacking} of {len(self._stored)} files have no names of the classes of "
             f"{self.target}; their numbers are taken for those of the first file with names",
         )
+
+    def further(self, dividing: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Returns the columns that divide the rows; see `further_of`."""
+        found = further_of(dividing, self._fields, self.place)
+        return {name: torch.from_numpy(values) for name, values in found.items()}
+
+    def _fields(self, name: str) -> list[str]:
+        fields = [field_of(value) for value in self.table.column(name).to_pylist()]
+        if "" in fields:
+            raise UserError(f"{self.place(fields.index(''))}: {name} is missing")
+        return fields
 
     def labels(self) -> list[Any]:
         values: list[Any] = self.table.column(self.target).to_pylist()
@@ -310,6 +334,8 @@ def huggingface(
     labels: Labels,
     channels: Channels,
     image_size: int | tuple[int, int] | None,
+    group: str | None = None,
+    order: str | None = None,
 ) -> Dataset:
     """Loads columns of a dataset with the package datasets, which memory-maps them; see `parquet`.
 
@@ -321,12 +347,14 @@ def huggingface(
     Raises:
         UserError: the package, the dataset, a split or a column is missing; see `parquet`.
     """
-    columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target]))
+    dividing = dividing_columns(target, group=group, order=order)
+    columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
     splits = {"data.split": split, "data.val": val, "data.test": test}
     load = _Hub(name, configuration, revision, offline, target)
     tables = [(key, None if part is None else load.table(key, part, columns)) for key, part in splits.items()]
     source = f"rows of {name}"
-    return _dataset(tables, input, target, labels=labels, channels=channels, image_size=image_size, source=source)
+    form: dict[str, Any] = {"labels": labels, "channels": channels, "image_size": image_size}
+    return _dataset(tables, input, target, **form, dividing=dividing, source=source)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ from dlopt.data.tables.columns import (
     categorical,
     column_of,
     date_problem,
+    dividing_columns,
     field_of,
+    further_of,
     numeric,
 )
 from dlopt.data.tables.csv_file import (
@@ -79,6 +81,7 @@ class Table:
         has_units: a row below the names of the columns has their units.
         notes: what was left out, and what looks wrong.
         lines: number of each row in the file; `unit`: what it counts.
+        further: what divides the rows; see `dlopt.data.division`.
     """
 
     names: tuple[str, ...]
@@ -92,6 +95,7 @@ class Table:
     notes: tuple[str, ...]
     lines: Sequence[int]
     unit: str
+    further: Mapping[str, np.ndarray]
 
 
 def read_table(
@@ -106,6 +110,8 @@ def read_table(
     labels: Labels,
     standardize_target: bool,
     split_column: str | None,
+    group: str | None = None,
+    order: str | None = None,
     trained: FeatureColumns | None = None,
 ) -> Table:
     """Reads a table; see `dlopt.data.tables.table.table`. `trained`: the columns that a trained model reads."""
@@ -116,7 +122,8 @@ def read_table(
     forms = {} if encoding is None else {each.name: each.form for each in encoding.columns}
     if target is None:
         target = names[-1] if trained is None else trained.target
-    split_columns = [] if split_column is None else [split_column]
+    split_columns = [each for each in (split_column, group, order) if each is not None]
+    dividing = dividing_columns(target, split_column=split_column, group=group, order=order)
     reader.require([target, *ignore, *split_columns, *categories, *dates, *numbers])
     features = [name for name in names if name not in (target, *ignore, *split_columns)]
     unread: tuple[str, ...] = ()
@@ -179,7 +186,10 @@ def read_table(
     left_out = (f"{LEFT_OUT}columns that the model does not read: {listed(unread)}",) if unread else ()
     notes = (*reader.notes, *left_out, *content.notes, *warnings)
     form = reader.delimiter, reader.has_units
-    return Table(tuple(features), target, found, answers, parts, others, *form, notes, content.lines, content.unit)
+    further = further_of(dividing, content.column, content.place)
+    return Table(
+        tuple(features), target, found, answers, parts, others, *form, notes, content.lines, content.unit, further
+    )
 
 
 def _labelled(content: TableFile, target: str) -> list[str]:
@@ -511,9 +521,9 @@ def check_table(arguments: Mapping[str, Any]) -> None:
     path = os.path.expanduser(file)
     if not os.path.isfile(path) or os.path.getsize(path) > _EARLY:  # reported where the data are read
         return
-    names = ("file", "delimiter", "target", "labels", "standardize_target", "split_column")
+    names = ("file", "delimiter", "target", "labels", "standardize_target", "split_column", "group", "order")
     lists = {name: tuple(arguments[name]) for name in ("ignore", "categories", "dates", "numbers")}
-    _check(str(file_state(path)), **{name: arguments[name] for name in names}, **lists)
+    _check(str(file_state(path)), **{name: arguments.get(name) for name in names}, **lists)
 
 
 @functools.lru_cache(maxsize=16)  # of the jobs of a sweep

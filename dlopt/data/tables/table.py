@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -34,6 +34,8 @@ def table(
     categories: tuple[str, ...] = (),  # runs from before these keys have none
     dates: tuple[str, ...] = (),
     numbers: tuple[str, ...] = (),
+    group: str | None = None,
+    order: str | None = None,
     saved_columns: FeatureColumns | None,
 ) -> Dataset:
     """Loads a CSV file with a header line, or a Parquet file: float32 [N, F], and classes int64 [N] or values [N].
@@ -49,6 +51,7 @@ def table(
         labels: class names, or numbers for regression.
         standardize_target: whether values are to be scaled before they are rounded to float32.
         split_column: column with train, val or test; None: all rows are for training.
+        group: column whose equal values stay in one split; `order`: column by which the rows are divided.
         saved_columns: of a checkpoint, or of the training data; None to decide what the columns are.
 
     Raises:
@@ -66,13 +69,16 @@ def table(
         labels=labels,
         standardize_target=standardize_target,
         split_column=split_column,
+        group=group,
+        order=order,
         trained=saved_columns,
     )
     described = FeatureColumns(
         read.names, read.target, read.others, read.delimiter, encoding=encoding, has_units=read.has_units
     )
     lines = Lines(torch.from_numpy(np.array(read.lines, dtype=np.int64)), read.unit)
-    dataset = _dataset(read.features, read.answers, described, read.parts, lines)
+    further = {name: torch.from_numpy(values) for name, values in read.further.items()}
+    dataset = _dataset(read.features, read.answers, described, read.parts, lines, further)
     count, unit = len(read.names), "feature" if isinstance(read.features, np.ndarray) else "column"
     dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.target}"
     dataset.notes += read.notes
@@ -112,6 +118,7 @@ def _dataset(
     columns: FeatureColumns,
     parts: Sequence[str] | None = None,
     origin: Lines | None = None,
+    further: Mapping[str, Tensor] | None = None,
 ) -> Dataset:
     """Builds the splits from inputs [N, F], or columns [N], and class names, or values [N], which stay float64.
 
@@ -128,9 +135,9 @@ def _dataset(
         targets = torch.tensor([numbers[name] for name in answers])
     samples: InMemory | TableRows
     if isinstance(inputs, np.ndarray):
-        samples = InMemory(torch.from_numpy(inputs).float(), targets, origin)
+        samples = InMemory(torch.from_numpy(inputs).float(), targets, origin, further)
     else:
-        samples = TableRows(inputs, targets, origin)
+        samples = TableRows(inputs, targets, origin, further)
     names = np.array(["train"] * len(samples) if parts is None else parts)
     rows = {part: torch.from_numpy(np.flatnonzero(names == part)) for part in SPLITS}
     train = samples.select(rows["train"])
@@ -143,8 +150,14 @@ class TableRows(Samples):
 
     is_encoded = False
 
-    def __init__(self, columns: Sequence[Column], targets: Tensor, origin: Lines | None = None) -> None:
-        super().__init__(targets, (len(columns),))
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        targets: Tensor,
+        origin: Lines | None = None,
+        further: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(targets, (len(columns),), further)
         self.columns = columns
         self.origin = origin
 

@@ -97,6 +97,7 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
         if "test_split" not in typed:
             settings = replace(settings, test_split=0.0)
         reset = {key: None for key in _SPLITS if key in own and key not in typed}
+        settings = replace(settings, group=None, order=None)
         data = replace(run_config.data, arguments={**run_config.data.arguments, **reset})
         run_config = replace(run_config, data=data, data_settings=settings)
         source = read_source(run_config, tokenizer, SPLITS, saved.columns)

@@ -1,0 +1,185 @@
+"""Groups stay together, an order divides strictly, and classes have their proportions as far as groups allow."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor
+
+from dlopt.basics.errors import UserError
+from dlopt.data.division import divide, grouped, ordered
+from dlopt.data.identity import difference, identify
+from dlopt.data.samples import Dataset
+from dlopt.data.splits import prepare, with_test_set
+from tests.support.data import data_settings
+from tests.support.runs import run_config
+
+SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=12)
+
+
+def parts(selected: Tensor, rest: Tensor) -> Tensor:
+    both = torch.cat([selected, rest])
+    assert torch.equal(both.sort().values, torch.arange(len(both)))
+    assert torch.equal(selected, selected.sort().values) and torch.equal(rest, rest.sort().values)
+    return both
+
+
+@given(SIZES, st.integers(0, 3), st.floats(0.05, 0.95))
+def test_groups_stay_together(sizes: list[int], seed: int, fraction: float) -> None:
+    groups = torch.repeat_interleave(torch.arange(len(sizes)) * 7 - 3, torch.tensor(sizes))
+    groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+    classes = torch.arange(len(groups)) % 2
+    count = max(1, round(fraction * (len(groups) - 1)))
+    selected, rest = grouped(classes, groups, count, seed)
+    parts(selected, rest)
+    assert len(selected) and len(rest) and not torch.isin(groups[selected], groups[rest]).any()
+    assert abs(len(selected) - count) <= max(sizes)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.integers(1, 20))
+def test_an_order_divides_strictly(values: list[int], count: int) -> None:
+    count, order = min(count, len(values)), torch.tensor(values, dtype=torch.float64)
+    if len(set(values)) == 1 and count < len(values):
+        with pytest.raises(UserError, match=r"data\.order: all \d+ samples have one value"):
+            ordered(order, count)
+        return
+    selected, rest = ordered(order, count)
+    parts(selected, rest)
+    assert len(selected) and (not len(rest) or order[selected].min() > order[rest].max())
+    assert abs(len(selected) - count) < max(Counter(values).values())
+
+
+def test_proportions_are_as_close_as_those_of_scikit_learn() -> None:
+    """The largest distance of a class's share from that of all samples, of 100 draws."""
+    draw, ours, theirs = np.random.default_rng(0), [], []
+    for seed in range(100):
+        groups = np.repeat(np.arange(40), draw.integers(3, 30, 40))
+        classes = (draw.random(len(groups)) < draw.random(40)[groups]).astype(np.int64)
+        share = classes.mean()
+        selected, _ = grouped(torch.from_numpy(classes), torch.from_numpy(groups), round(len(groups) / 5), seed)
+        [*_, (_, test)] = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(groups, classes, groups)
+        ours.append(abs(classes[selected.numpy()].mean() - share))
+        theirs.append(abs(classes[test].mean() - share))
+    assert np.mean(ours) < 1.1 * np.mean(theirs) < 0.05
+
+
+def test_a_class_of_one_group_is_trained() -> None:
+    groups = torch.arange(10).repeat_interleave(3)
+    classes = (groups == 4).long()
+    for seed in range(20):
+        selected, _ = grouped(classes, groups, 15, seed)
+        assert len(selected) in (12, 15) and not classes[selected].any()
+
+
+def test_one_group_is_not_divided() -> None:
+    with pytest.raises(UserError, match=r"data\.group: all samples are of one group"):
+        divide(torch.zeros(5), {"group": torch.ones(5, dtype=torch.int64)}, 2, 0)
+
+
+# -- as users name the columns
+
+ROWS = [(f"p{i % 6}", f"2024-{1 + i % 12:02}-01", i * 1.7 % 5, "ab"[i % 2]) for i in range(48)]
+
+
+def written(folder: Path, kind: str) -> list[str]:
+    if kind == "parquet":
+        columns = dict(zip(("patient", "day", "x", "label"), map(list, zip(*ROWS, strict=True)), strict=True))
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "rows.parquet")
+        return ["data=parquet", f"data.file={folder}/rows.parquet", "data.input=[x]", "data.target=label"]
+    lines = ["patient,day,x,label", *(",".join(map(str, row)) for row in ROWS)]
+    if kind == "csv":
+        for number in range(48):
+            Image.new("L", (4, 4), number * 5).save(folder / f"{number}.png")
+        lines = ["path,patient,day,label", *(f"{i}.png,{a},{b},{c}" for i, (a, b, _, c) in enumerate(ROWS))]
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    return [f"data={kind}", f"data.file={folder}/rows.csv", *(["data.target=label"] if kind == "table" else [])]
+
+
+def read(*words: str, **settings: object) -> Dataset:
+    config = run_config(*words, "model=mlp")
+    keys = {"val_split": 0.2, "group": config.data_settings.group, "order": config.data_settings.order} | settings
+    return prepare(config.read_data(), data_settings(**keys))
+
+
+@pytest.mark.parametrize("kind", ["table", "csv", "parquet"])
+@pytest.mark.parametrize("key", ["group", "order"])
+def test_columns_divide_the_rows(tmp_path: Path, kind: str, key: str) -> None:
+    words = [*written(tmp_path, kind), "data.test_split=0.2", f"data.{key}={'patient' if key == 'group' else 'day'}"]
+    ignored = "day" if key == "group" else "patient"
+    dataset = read(*words, *([f"data.ignore=[{ignored}]"] if kind == "table" else []))
+    assert dataset.val is not None and dataset.test is not None
+    splits = [each.further[key] for each in (dataset.train, dataset.val, dataset.test)]
+    assert sum(map(len, splits)) == 48 and len(torch.cat(splits).unique()) == (6 if key == "group" else 12)
+    if key == "group":
+        assert sum(len(each.unique()) for each in splits) == 6
+        assert "data.group=patient: 4 training, 1 validation, 1 test groups" in dataset.notes
+    else:
+        assert splits[0].max() < splits[1].min() and splits[1].max() < splits[2].min()
+        assert any(line.startswith("data.order=day: training before validation") for line in dataset.notes)
+    subset = read(*words, *([f"data.ignore=[{ignored}]"] if kind == "table" else []), subset=20)
+    assert len(subset.train) + len(subset.val or ()) in range(16, 25)
+    if key == "order":
+        assert subset.train.further[key].min() > splits[0].min(), "the newest rows"
+    if kind != "csv":
+        assert dataset.train.shape == (1,), "the column is no feature"
+
+
+def test_given_splits_are_checked(tmp_path: Path) -> None:
+    lines = ["patient,day,x,label,part"]
+    lines += [f"p{i % 6},{i},{i % 5},{'ab'[i % 2]},{['train', 'val', 'test'][i % 3]}" for i in range(48)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    words = ["data=table", f"data.file={tmp_path}/rows.csv", "data.target=label", "data.split_column=part"]
+    grouping = read(*words, "data.group=patient", "data.ignore=[day]")
+    assert not any("share a group" in line for line in grouping.notes), "6 is a multiple of 3"
+    ordering = read(*words, "data.order=day", "data.ignore=[patient]")
+    assert "warning: 15 of 16 validation samples are not after those before them" in ordering.notes
+    text = (tmp_path / "rows.csv").read_text().replace("p3,9,4,b,train", "p4,9,4,b,train")
+    (tmp_path / "rows.csv").write_text(text)
+    shared = read(*words, "data.group=patient", "data.ignore=[day]")
+    assert "warning: 8 of 16 validation samples share a group (patient) with training samples" in shared.notes
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["data.group=label"], r"data\.group=label: is also data\.target; give another column"),
+        (
+            ["data.group=patient", "data.order=day"],
+            r"data\.order=day: data\.group=patient may keep .*; use one of them",
+        ),
+        (["data.group=nope"], "has no column 'nope'"),
+        (["data.order=patient"], r"line 2: patient is 'p0'; data\.order needs a column of numbers or of dates"),
+    ],
+)
+def test_what_cannot_divide_is_named(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_config(*written(tmp_path, "table"), "data.ignore=[day]", *words, "model=mlp").read_data()
+
+
+def test_other_groups_are_other_data(tmp_path: Path) -> None:
+    words = [*written(tmp_path, "table"), "data.group=patient", "data.ignore=[day]", "model=mlp"]
+    before = identify(run_config(*words).read_data())
+    text = (tmp_path / "rows.csv").read_text()
+    (tmp_path / "rows.csv").write_text(text.replace("p0", "q0"))
+    message = "the training set has other groups, or another order"
+    assert difference(before, identify(run_config(*words).read_data())) == message
+    (tmp_path / "rows.csv").write_text(text)
+    assert difference(before, identify(run_config(*words).read_data())) is None
+
+
+def test_the_test_set_is_the_same_for_all_seeds(tmp_path: Path) -> None:
+    words = [*written(tmp_path, "table"), "data.group=patient", "data.ignore=[day]", "model=mlp"]
+    tests = []
+    for seed in (0, 1):
+        dataset = with_test_set(run_config(*words, "data.test_split=0", f"seed={seed}").read_data(), 0.3, "data=table")
+        assert dataset.test is not None
+        tests.append(dataset.test.further["group"])
+    assert torch.equal(*tests)
