@@ -35,14 +35,14 @@ def ordered(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Raises `UserError` if all values are equal.
     """
-    ascending, places = values.sort(stable=True)
+    ascending, positions = values.sort(stable=True)
     cuts = (ascending[1:] != ascending[:-1]).nonzero().squeeze(1) + 1  # between different values
     if count == len(values):
         cuts = torch.cat([torch.zeros(1, dtype=torch.int64), cuts])
     if not len(cuts):
         raise UserError(f"data.order: all {len(values):,} samples have one value; nothing divides them")
     cut = int(cuts[(cuts - (len(values) - count)).abs().argmin()])
-    return places[cut:].sort().values, places[:cut].sort().values
+    return positions[cut:].sort().values, positions[:cut].sort().values
 
 
 def grouped(classes: Tensor, groups: Tensor, count: int, seed: int, *counters: int) -> tuple[Tensor, Tensor]:
