@@ -343,7 +343,9 @@ def tensors_as_csv(trial: Trial) -> None:
     table = ("data=", "data.file", "data.labels", "data.split_column", "data.ignore", "allow_packages")
     words = [word for word in trial.words if not word.startswith(table)]
     other = trial.train("tensors", [*words, *data, "allow_packages=[tests]"])
-    check_close(trial.run, other, 1e-5 if trial.has("precision", "fp32", "fp64") else 1e-2)
+    # The values were scaled in float64 and in float32; a basis of eigenvectors, for example, amplifies what differs.
+    is_exact = trial.has("precision", "fp32", "fp64") and trial.has("optimizer", *_KEEPING["optimizer"])
+    check_close(trial.run, other, 1e-5 if is_exact else 1e-2)
 
 
 # -- what a run says
@@ -386,6 +388,8 @@ def every_key_acts(trial: Trial) -> None:
     features = [f for f, v in trial.row.items() if f != KIND and v != DEFAULTS[f] and FEATURES[f][v].acts]
     if not trial.has("stopping", "none"):
         features = [each for each in features if each != "accumulate"]  # the run may end before its batch has grown
+    if trial.has("validation", "none"):
+        features = [each for each in features if each != "reading"]  # all samples make whole batches
     if not features:
         return
     order = trial.draw.sample([*FEATURES], len(FEATURES))  # of all: the same for the smaller rows that break the law
