@@ -221,6 +221,26 @@ class Distillation(nn.Module):
         return (1 - self.weight) * plain + self.weight * self.temperature**2 * divergence
 
 
+class Weighted(nn.Module):
+    """Mean over the samples of weight x loss, of a loss that is itself a mean over independent samples.
+
+    weight: floating-point [N], of mean 1 over the training set. A batch has no normalizer of its own, so that the
+    losses of micro-batches and processes add up to that of the batch.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        return (self.of_samples(outputs, targets) * weight).mean()
+
+    def of_samples(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss of each sample [N], as a batch of one."""
+        single = lambda output, target: self.loss(output.unsqueeze(0), target.unsqueeze(0))  # noqa: E731
+        return torch.vmap(single)(outputs, targets)
+
+
 class MSE(nn.Module):
     """Mean over samples of the mean over outputs of (outputs - targets)^2.
 

@@ -1,7 +1,8 @@
 """Batches for the training loop: on the device, augmented and normalized."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, Unpack
 
 import torch
@@ -54,6 +55,7 @@ class Batch:
         teacher_inputs: `inputs` in the normalization of a teacher; None if it is the same, or there is no teacher.
         is_last: whether it is the last micro-batch of its update.
         joined: totals of the batches of data.batch_size that a larger one consists of; empty if it is a single one.
+        further: other tensors [B, ...] of the samples that the loss reads, by name.
     """
 
     inputs: Tensor
@@ -65,6 +67,7 @@ class Batch:
     is_last: bool = True
     teacher_inputs: Tensor | None = None
     joined: tuple[int, ...] = ()
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.inputs, self.targets))
@@ -135,6 +138,8 @@ class Batches:
         shard: maps the size of a global batch to this rank's positions in it; None for the whole batch.
         reader: reads the inputs in place of `samples`, in worker processes, for requests [B, 3] of index, update and
             position in the global batch.
+        further: other tensors [N, ...] of the samples, which `Batch.further` has; floating-point ones in the data's
+            precision, at least fp32.
 
     Attributes:
         batch_size: samples in a global batch; the last one may have fewer.
@@ -156,6 +161,7 @@ class Batches:
         seed: int = 0,
         shard: Callable[[int], slice | Tensor] | None = None,
         reader: Reader | None = None,
+        further: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._device = device = delivery.device
         self.sampler = sampler if sampler is not None else Sequential(targets=samples.targets)
@@ -179,6 +185,10 @@ class Batches:
         reads_labels = self._task is None or self._task.reads_labels
         nothing = torch.zeros((), device=device).expand(len(samples))
         self._labels = samples.targets.to(device) if reads_labels else nothing
+        wide = torch.promote_types(delivery.dtype, torch.float32)
+        self._further = {
+            name: each.to(device, wide if each.is_floating_point() else None) for name, each in further.items()
+        }
         self._inputs: Tensor | None = None
         self._loader: Loader | None = None
         self._reader = reader
@@ -231,7 +241,14 @@ class Batches:
             if loss_aware is not None and weight:
                 loss_aware.serve(step + number, order[number * self.batch_size :][shard])
             local_inputs, targets, *others = samples
-            yield Batch(local_inputs, targets, total, weight=weight, teacher_inputs=others[0] if others else None)
+            yield Batch(
+                local_inputs,
+                targets,
+                total,
+                weight=weight,
+                teacher_inputs=others[0] if others else None,
+                further={name: each.index_select(0, indices) for name, each in self._further.items()},
+            )
 
     def _build(
         self,

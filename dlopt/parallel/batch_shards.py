@@ -174,6 +174,7 @@ class BatchSplit:
                     weight=shard.samples * self.scale / batch.total,
                     is_last=number == len(shards),
                     teacher_inputs=None if batch.teacher_inputs is None else batch.teacher_inputs[samples],
+                    further={name: each[samples] for name, each in batch.further.items()},
                 )
             )
             start += shard.samples

@@ -55,4 +55,5 @@ def joined(batches: Sequence[Batch]) -> Batch:
         sum(totals),
         teacher_inputs=torch.cat(teacher_inputs) if teacher_inputs else None,
         joined=totals,
+        further={name: torch.cat([each.further[name] for each in batches]) for name in batches[0].further},
     )

@@ -25,6 +25,7 @@ from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import norm_notes
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
+from dlopt.training.builders.sample_weights import describe_weights
 from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, batch_size, build_sampler, data_spec
 from dlopt.training.checkpoint.content import Checkpoint
@@ -131,7 +132,7 @@ def notes(workload: Workload, optimizer: Optimizer, graph_obstacle: str | None) 
         for key, value in workload.run_config.loss.arguments.items() if value == "balanced"
         for weights in workload.loss.buffers()
     ]  # fmt: skip
-    notes = (*balanced, *workload.notes, workload.throughput.note, small)
+    notes = (*balanced, describe_weights(workload), *workload.notes, workload.throughput.note, small)
     lines = (describe(workload.module), chosen, pretrained, rates, *notes)
     described = [line for line in lines if line]
     idle = [*workload.already_frozen, *idle_rules(workload.module, workload.run_config.grouping)]

@@ -16,6 +16,7 @@ from dlopt.data.texts.windows import Windows
 from dlopt.losses import Distillation
 from dlopt.models.known import treats_samples_alone
 from dlopt.training.builders import speed
+from dlopt.training.builders.sample_weights import WEIGHT
 from dlopt.training.builders.workload import Workload, build_sampler
 from dlopt.training.rng import AUGMENTATION, ORDER
 
@@ -59,6 +60,7 @@ def training_batches(workload: Workload) -> Batches:
         seed=seed,
         shard=split.shard,
         reader=reader,
+        further={} if workload.weights is None else {WEIGHT: workload.weights},
     )
     workload.opened.add(batches)
     return batches

@@ -97,7 +97,7 @@ def build_optimizer(workload: Workload) -> Optimizer:
     _check_decay(workload, optimizer)
     if needs_whole_tensors(workload.parallel, optimizer):
         step_by_owners(optimizer)
-    check_label_sampling(workload.parallel, optimizer, workload.loss)
+    check_label_sampling(workload.parallel, optimizer, workload.loss, is_weighted=workload.weights is not None)
     if fused:
         match_state_layout(optimizer)
         if isinstance(optimizer, torch.optim.SGD):
@@ -239,7 +239,9 @@ def _check_decay(workload: Workload, optimizer: Optimizer) -> None:
         log.warning("%s: has no effect, because the weight decay is 0; set optimizer.weight_decay", key)
 
 
-def check_label_sampling(parallel: Mode, optimizer: Optimizer, loss: nn.Module) -> None:
+def check_label_sampling(
+    parallel: Mode, optimizer: Optimizer, loss: nn.Module, *, is_weighted: bool = False
+) -> None:
     """Raises `UserError` if the optimizer needs labels drawn from the predictions, which the run cannot provide."""
     if not optimizer_traits(optimizer).samples_labels:
         return
@@ -254,7 +256,8 @@ def check_label_sampling(parallel: Mode, optimizer: Optimizer, loss: nn.Module) 
             f"task={loss.task.path}: has no class probabilities, of which {name} draws labels; use another optimizer "
             "(sophia: optimizer.hessian=hutchinson)"
         )
-    obstacle = sampling_obstacle(loss)
+    obstacle = "data.weight: labels drawn from the model have no weights; leave it out" if is_weighted else None
+    obstacle = obstacle or sampling_obstacle(loss)
     if obstacle is not None:
         raise UserError(f"{obstacle}, or an optimizer that draws no labels (sophia: optimizer.hessian=hutchinson)")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakSet
@@ -25,7 +25,7 @@ from dlopt.data.samplers import ClassBalanced, Sampler
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.settings import SPLITS
 from dlopt.init import WidthGrowth
-from dlopt.losses import Distillation
+from dlopt.losses import Distillation, Weighted
 from dlopt.machine.device import choose_device, set_deterministic
 from dlopt.machine.memory import keep_freed_memory
 from dlopt.machine.threads import set_threads
@@ -50,6 +50,7 @@ from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.phases import CpuModel, Inputs, WholeModel
 from dlopt.training.builders.precision import choose_precision
 from dlopt.training.builders.recompute import recompute, repeated_blocks
+from dlopt.training.builders.sample_weights import WEIGHT, sample_weights
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.micro_loss import Network
@@ -91,6 +92,11 @@ class Workload(WholeModel):
         freezes = any(rule.horizon is not None for rule in self.run_config.grouping.groups)
         return None if freezes or recomputes or isinstance(self.loss, Distillation) else self._unfrozen_flops
 
+    @cached_property
+    def weights(self) -> Tensor | None:
+        """The weights of the training samples in the loss, see `sample_weights`. Raises `UserError`."""
+        return sample_weights(self)
+
     @property
     def network(self) -> Network:
         setting = self.run_config.settings.compile
@@ -101,8 +107,10 @@ class Workload(WholeModel):
             elif self.parallel.sharding.kind != "replicated":
                 advice = f"parallel={self.parallel.name}", "use parallel=ddp, which supports second derivatives"
             return Network(self.module, self.placed.model, self.loss, task_loss=cast(Any, self.model), advice=advice)
-        further = self.loss.further if isinstance(self.loss, Distillation) else None
-        network = Network(self.module, self.model, self.loss, further)
+        loss, further = self.loss, self.loss.further if isinstance(self.loss, Distillation) else None
+        if self.weights is not None:
+            loss, further = Weighted(loss), lambda batch: (batch.further[WEIGHT],)
+        network = Network(self.module, self.model, loss, further)
         if self.compile_obstacle:
             return network
         compile = partial(speed.compiled, setting=setting)
@@ -110,7 +118,7 @@ class Workload(WholeModel):
             return replace(network, model=self.placed.model, compile=compile)
         # Without the model: its blocks are compiled alone, or it is compiled as a whole with the mode's wrapper, which
         # communicates in forward and backward.
-        return replace(network, loss=compile(self.loss))
+        return replace(network, loss=compile(loss))
 
     def close(self) -> None:
         """Ends the worker processes of all batches."""

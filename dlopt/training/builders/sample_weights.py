@@ -1,0 +1,86 @@
+"""Weights of the training samples in the loss: the tensor `weight` of the data (`Samples.further`)."""
+
+import torch
+from torch import Tensor
+
+from dlopt.augment.mixing import CutMix, Mixup
+from dlopt.augment.operation import image_shape, leaves
+from dlopt.augment.pipeline import Pipeline
+from dlopt.basics.errors import UserError
+from dlopt.losses import Distillation, Weighted
+from dlopt.training.builders.phases import WholeModel
+
+WEIGHT = "weight"
+_MODES = ("single", "ddp", "fsdp", "local")  # whose processes compute the loss of whole samples
+_MIXING = (Mixup, CutMix)
+
+
+def sample_weights(model: WholeModel) -> Tensor | None:
+    """Returns the weights of the training samples, float64 [N] of mean 1; None if there are none, or if all are equal.
+
+    Raises `UserError` for a weight that is negative or not finite, and for what the weighted loss does not support.
+    """
+    samples = model.dataset.train
+    if WEIGHT not in samples.further:
+        return None
+    weights = samples.further[WEIGHT].double()
+    if weights.shape != (len(samples),):
+        raise UserError(f"data.weight: has the shape {list(weights.shape)}; must have one number per sample")
+    wrong = (~(weights.isfinite() & (weights >= 0))).nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        place = samples.place(index) or f"training sample {index}"
+        raise UserError(f"data.weight: {place} has the weight {weights[index]:g}; must be finite and not negative")
+    if not weights.any():
+        raise UserError("data.weight: all training samples have the weight 0; at least one must have more")
+    if bool((weights == weights[0]).all()):
+        return None
+    if (obstacle := _obstacle(model)) is not None:
+        raise UserError(f"data.weight: {obstacle}, or leave out data.weight")
+    return weights / weights.mean()
+
+
+def _obstacle(model: WholeModel) -> str | None:
+    """Returns what does not support weights, and what to use instead."""
+    run_config, loss = model.run_config, model.loss
+    if model.task.calls_model:
+        return f"task={model.task.name} computes its own loss, without weights; use task=auto"
+    if isinstance(loss, Distillation):
+        return "loss=distillation has no weights; use loss=cross_entropy"
+    if model.parallel.name not in _MODES:
+        return f"parallel={model.parallel.name} does not support it; use parallel={', '.join(_MODES)}"
+    if isinstance(model.augment, Pipeline):
+        image = image_shape(model.augment.output_shape)
+        for each in (leaf for top in model.augment.operations for leaf in (top, *leaves(top, image))):
+            if isinstance(each, _MIXING):
+                return f"augmentation: {type(each).__name__} mixes samples of different weights; use another one"
+    if run_config.settings.diagnostics:
+        return "diagnostics measure the loss without weights; use diagnostics=[]"
+    is_own = not run_config.loss.target.__module__.startswith("dlopt.")
+    if is_own and not _is_mean_of_samples(model):
+        return f"{run_config.loss.choice} is no mean over independent samples; use loss=cross_entropy or loss=mse"
+    return None
+
+
+def _is_mean_of_samples(model: WholeModel) -> bool:
+    """Returns whether the loss of some samples is the mean of their losses as batches of one."""
+    targets = model.dataset.train.targets[:4].to(model.device)
+    shape = (len(targets), *model.task.output_shape(model.shape))
+    outputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    try:
+        with torch.no_grad():
+            values = Weighted(model.loss).of_samples(outputs, targets)
+            return torch.allclose(values.mean(), model.loss(outputs, targets), rtol=1e-3, atol=1e-5)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def describe_weights(model: WholeModel) -> str | None:
+    """Describes the weights of the training samples for the header; None without any."""
+    weights = model.dataset.train.further.get(WEIGHT)
+    if weights is None:
+        return None
+    values = f"mean {weights.double().mean():.3g}, {weights.min():.3g} to {weights.max():.3g}"
+    if bool((weights == weights[0]).all()):
+        return f"weights of the training samples: all {weights[0]:.3g}, which changes nothing"
+    return f"weights of the training samples: {values}; validation and test are not weighted"
