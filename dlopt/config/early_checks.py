@@ -16,6 +16,7 @@ from dlopt.config.schema import RANGES, check_arguments, check_value
 from dlopt.config.settings import AUTO_TASK, GROUPS, Settings
 from dlopt.config.settings_rules import check_run_monitor, check_settings
 from dlopt.config.signatures import annotations_of
+from dlopt.data.settings import refuse_folds
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -69,6 +70,12 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     data = config.get("data")
     if isinstance(data, Mapping) and data.get("test_split") and "data.test_split" in map(key_of, overrides):
         _refuse_test_split(data)
+    if isinstance(data, Mapping):
+        folds, fold = data.get("folds"), data.get("fold")
+        if all(isinstance(each, int | None) for each in (folds, fold)):  # others are refused with their type
+            refuse_folds(folds, fold, data.get("order"))
+        if folds is not None and "data.val_split" in map(key_of, overrides):
+            raise UserError(f"data.val_split={show(data.get('val_split'))}: data.folds={folds} validates; leave it out")
     if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.tables.table.table":
         from dlopt.data.tables.kinds import check_table
 

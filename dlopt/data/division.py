@@ -79,6 +79,35 @@ def grouped(classes: Tensor, groups: Tensor, count: int, seed: int, *counters: i
     return chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1)
 
 
+def partition(targets: Tensor, further: Mapping[str, Tensor], folds: int, seed: int) -> Tensor:
+    """Returns the part of each sample for cross-validation, int64 [N], 0 .. `folds` - 1.
+
+    Sizes of parts differ by at most 1, and so do the samples that they have of a class. With groups, whole ones are
+    dealt from the largest to the smallest, each to the part that lacks most of its samples. Raises `UserError` for
+    fewer samples or groups than parts.
+    """
+    classes = torch.zeros(len(targets), dtype=torch.int64) if targets.is_floating_point() else targets
+    _, labels = classes.unique(return_inverse=True)
+    members = further[GROUP].unique(return_inverse=True)[1] if GROUP in further else torch.arange(len(targets))
+    total, kinds = int(members.max()) + 1, int(labels.max()) + 1
+    if total < folds:
+        units = "groups (data.group)" if GROUP in further else "samples"
+        raise UserError(f"data.folds={folds}: the training set has only {total} {units}; use at most {total}")
+    order = torch.randperm(total, generator=generator("cpu", seed))
+    parts = torch.empty(total, dtype=torch.int64)
+    if GROUP not in further:  # class by class, shuffled within each
+        parts[order[labels[order].argsort(stable=True)]] = torch.arange(total) % folds
+        return parts
+    counts = np.bincount((members * kinds + labels).numpy(), minlength=total * kinds).reshape(total, kinds)
+    of_class, dealt = counts.sum(0), np.zeros((folds, kinds))
+    for group in order[np.argsort(-counts[order].sum(1), kind="stable")].tolist():
+        rise = ((2 * dealt + counts[group]) * counts[group] / of_class**2).sum(1)  # as in `grouped`
+        part = np.lexsort((dealt.sum(1), rise))[0]  # of equal ones the smallest part, so that none stays empty
+        parts[group] = int(part)
+        dealt[part] += counts[group]
+    return parts[members]
+
+
 def split(targets: Tensor, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:
     """Calls `stratified` on the classes; ignores the values of continuous targets."""
     if targets.is_floating_point():

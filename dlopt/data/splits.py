@@ -10,7 +10,7 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.basics.random import generator
 from dlopt.data.checks import WARNING
-from dlopt.data.division import GROUP, ORDER, divide, split
+from dlopt.data.division import GROUP, ORDER, divide, partition, split
 from dlopt.data.equal_samples import equal_sample_warnings
 from dlopt.data.images.decoding import size_pair
 from dlopt.data.inspection import notes
@@ -20,7 +20,7 @@ from dlopt.data.settings import DataSettings as DataSettings
 from dlopt.machine.memory import available_memory
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
-_TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared
+_TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared, and folds are parts of one division
 _SUBSET, _VAL, _NOISE, _EVALUATED = 1, 2, 3, 4  # RNG streams: each is drawn independently of the others
 
 
@@ -56,7 +56,8 @@ def prepare(
 ) -> Dataset:
     """Applies the settings to `dataset`.
 
-    In this order: selects `subset` of the training set, splits off the validation set (unless the dataset has one),
+    In this order: selects `subset` of the training set, splits off the validation set (unless the dataset has one) or
+    the part `fold` of `folds`, which with `subset` are the same for all seeds,
     makes features of the columns of a table, replaces a fraction of the training labels (`label_noise`),
     resizes images to `image_size`, and decodes training and validation samples into memory if requested or if they
     fit. Test samples are decoded when they are used.
@@ -77,13 +78,21 @@ def prepare(
     dataset = replace(dataset, notes=notes(dataset))
     train, val, test = dataset.train, dataset.val, dataset.test
     is_stratified = dataset.classes is not None and not dataset.has_several_labels
+    seed = settings.split_seed if settings.folds is None else _TEST_SEED
+    if settings.folds is not None and val is not None:
+        found = f"the data have a validation set of {len(val):,} samples"
+        raise UserError(f"data.folds={settings.folds}: {found}, which no fold replaces; use null")
     if settings.subset is not None:
         count = _subset_count(train, settings.subset, is_stratified=is_stratified)
-        selected, _ = divide(train.targets, train.further, count, settings.split_seed, _SUBSET)
+        selected, _ = divide(train.targets, train.further, count, seed, _SUBSET)
         train = train.select(selected)
-    if val is None and settings.val_split > 0:
+    if settings.folds is not None:
+        parts = partition(train.targets, train.further, settings.folds, seed)
+        held_out, kept = ((parts == settings.fold).nonzero().squeeze(1), (parts != settings.fold).nonzero().squeeze(1))
+        train, val = train.select(kept), train.select(held_out)
+    elif val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
-        held_out, kept = divide(train.targets, train.further, count, settings.split_seed, _VAL, keep_one=True)
+        held_out, kept = divide(train.targets, train.further, count, seed, _VAL, keep_one=True)
         if len(held_out):
             train, val = train.select(kept), train.select(held_out)
     dataset = replace(dataset, notes=(*dataset.notes, *_division_notes(settings, train, val, test)))
@@ -123,8 +132,13 @@ def prepare(
 
 
 def _division_notes(settings: DataSettings, train: Samples, val: Samples | None, test: Samples | None) -> Iterator[str]:
-    """Yields what groups or an order have made of the splits, and a warning where a given split breaks them."""
+    """Yields what groups, an order or folds have made of the splits, and warnings where these do not keep to it."""
     held_out = {"validation": val, "test": test}
+    if settings.folds is not None and val is not None and not train.targets.is_floating_point():
+        count = int((~torch.isin(val.targets, train.targets)).sum())
+        if count:
+            classes = "are of classes" if count > 1 else "is of a class"
+            yield f"{WARNING}{count:,} of {len(val):,} validation samples {classes} that no training sample has"
     if settings.group is not None:
         groups = {name: each.further[GROUP] for name, each in (("training", train), *held_out.items()) if each}
         counts = ", ".join(f"{len(each.unique()):,} {name}" for name, each in groups.items())

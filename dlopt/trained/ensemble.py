@@ -127,7 +127,8 @@ def test(
             assert dataset.val is not None
             on_sets[name] = predict_samples(workload, dataset.val, views, chosen) or []
         data, functions = workload.run_config.data_settings, workload.run_config.user_metrics
-        division = (used, *((data.val_split, data.subset, data.split_seed) if used != "test" else ()))
+        keys = (data.val_split, data.subset, data.split_seed, data.folds, data.fold)
+        division = (used, *(keys if used != "test" else ()))
         models.append(_Predictions(path, chosen, *kind, functions, metrics, batches, division, on_sets))
         models[-1].check_matches(models[0])
         found += [line for line in problems(workload.dataset.notes) if line not in found]

@@ -62,6 +62,12 @@ def test_errors_of_values_come_before_torch() -> None:
         "train loss.class_weights=balanced sampler=hard_examples": "loss.class_weights=balanced with "
         "sampler=hard_examples: the sampler draws by the losses: no fixed weights balance its draws; "
         "use loss.class_weights=null or a list, or another sampler",
+        "train data.folds=5": "data.fold=null: data.folds=5 needs one of 0 to 4, or several with -m",
+        "train data.folds=5 data.fold=5": "data.fold=5: data.folds=5 needs one of 0 to 4, or several with -m",
+        "train data.fold=1": "data.fold=1: is a part of data.folds, which is null; use for example data.folds=5",
+        "train data.folds=5 data.fold=1 data.val_split=0.2": "data.val_split=0.2: data.folds=5 validates; leave it out",
+        "train data=table data.file=a data.order=day data.folds=5 data.fold=1": "data.folds=5: data.order=day would "
+        "train on what comes after the validation set; use one of them",
         "train model=resnet20 model.depth=9": "model.depth=9: must be 6n+2, for example 8, 14, 20, 26, 38, 56, 110",
         "train model=wrn_16_4 model.depth=4": "model.depth=4: must be 6n+4, for example 10, 16, 22, 28, 40, 58, 112",
         "train model=lstm model.norm=batch": "model.norm=batch: unknown value; allowed: layer | none",

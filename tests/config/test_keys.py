@@ -30,6 +30,7 @@ def test_every_declared_key_exists() -> None:
     plain, _ = to_plain(Composer().compose(["data=image_folder", "data.root=x"]))
     others = {"hydra", "experiment", "debug", "from", "run_id", "directions"}  # the last two: dlopt sets them
     others |= {"data.offline", "data.standardize_target", "loss.teacher"}  # of a choice
+    others |= {"data.group", "data.order", "data.weight"}
     assert set(ROLES) - others <= {*flatten(plain), *GROUPS}
 
 
@@ -43,6 +44,8 @@ def test_every_declared_key_exists() -> None:
         ("deterministic", Role.IDENTITY),
         ("init_from", Role.IDENTITY),
         ("data.split_seed", Role.SEED),
+        ("data.folds", Role.IDENTITY),
+        ("data.fold", Role.SEED),  # the runs of a configuration differ in it
         ("optimizer.seed", Role.SEED),
         ("monitor", Role.PROTOCOL),
         ("monitor_mode", Role.PROTOCOL),

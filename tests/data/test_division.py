@@ -15,9 +15,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.division import divide, grouped, ordered
+from dlopt.data.division import divide, grouped, ordered, partition
 from dlopt.data.identity import difference, identify
-from dlopt.data.samples import Dataset
+from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import prepare, with_test_set
 from tests.support.data import data_settings
 from tests.support.runs import run_config
@@ -69,6 +69,58 @@ def test_proportions_are_as_close_as_those_of_scikit_learn() -> None:
         ours.append(abs(classes[selected.numpy()].mean() - share))
         theirs.append(abs(classes[test].mean() - share))
     assert np.mean(ours) < 1.1 * np.mean(theirs) < 0.05
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.integers(2, 7), st.integers(0, 3))
+def test_parts_are_equal_and_stratified(labels: list[int], folds: int, seed: int) -> None:
+    classes = torch.tensor(labels)
+    if len(labels) < folds:
+        with pytest.raises(UserError, match=rf"data\.folds={folds}: .* only {len(labels)} samples; use at most"):
+            partition(classes, {}, folds, seed)
+        return
+    found = partition(classes, {}, folds, seed)
+    assert sorted(set(found.tolist())) == list(range(folds))
+    for among in (classes >= 0, *(classes == each for each in set(labels))):
+        counts = torch.bincount(found[among], minlength=folds)
+        assert counts.max() - counts.min() <= 1 and counts.sum() == among.sum()
+
+
+@given(SIZES, st.integers(2, 5), st.integers(0, 3))
+def test_parts_have_whole_groups(sizes: list[int], folds: int, seed: int) -> None:
+    groups = torch.repeat_interleave(torch.arange(len(sizes)) * 7 - 3, torch.tensor(sizes))
+    groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+    classes = torch.arange(len(groups)) % 2
+    if len(sizes) < folds:
+        with pytest.raises(UserError, match=rf"only {len(sizes)} groups \(data\.group\); use at most"):
+            partition(classes, {"group": groups}, folds, seed)
+        return
+    found = partition(classes, {"group": groups}, folds, seed)
+    assert len(found.unique()) == folds
+    assert all(len(found[groups == each].unique()) == 1 for each in groups.unique())
+
+
+@pytest.mark.parametrize("words", [["data=digits", "data.subset=100"], ["data=wine", "data.test_split=0.1"]])
+def test_every_sample_validates_once_at_any_seed(words: list[str]) -> None:
+    folds = []
+    for fold in range(3):
+        config = run_config(*words, "data.folds=3", f"data.fold={fold}", f"seed={fold}", "model=mlp")
+        dataset = prepare(config.read_data(), config.data_settings, compare=False)
+        assert dataset.val is not None
+        folds.append((dataset.train.fetch_range(0, 10**4), dataset.val.fetch_range(0, 10**4)))
+    whole = torch.cat([val for _, val in folds]).unique(dim=0)
+    for train, val in folds:
+        assert torch.equal(torch.cat([train, val]).unique(dim=0), whole)
+
+
+def test_a_fold_alone_has_a_class() -> None:
+    targets = torch.tensor([0] * 8 + [1])
+    parts = partition(targets, {}, 3, 0)
+    dataset = Dataset(InMemory(torch.arange(9.0)[:, None], targets), None, None, ("a", "b"))
+    prepared = prepare(dataset, data_settings(folds=3, fold=int(parts[8])))
+    assert "warning: 1 of 3 validation samples is of a class that no training sample has" in prepared.notes
+    dataset.val = dataset.train
+    with pytest.raises(UserError, match=r"data\.folds=3: the data have a validation set of 9 samples, which no fold"):
+        prepare(dataset, data_settings(folds=3, fold=0))
 
 
 def test_a_class_of_one_group_is_trained() -> None:

@@ -45,16 +45,16 @@ BUDGET = {
 
 WORDS = {
     "data/_common.yaml": """
-        batch_size drop_last image_size label_noise memory split_seed statistics_samples subset test_split val_split
-        workers
-    """,  # test_split replaces the keys of four data sets
+        batch_size drop_last fold folds image_size label_noise memory split_seed statistics_samples subset test_split
+        val_split workers
+    """,  # test_split replaces the keys of four data sets; folds and fold, a script that cuts the files
     "group data": """
         categories channels class_names classes column configuration dates delimiter download file function
         group ignore input interval intervals label_column label_separator labels length max_skips name noise
         numbers offline on_error order path_column pattern revision root seed sequence_length sequences split
         split_column standardize_target symbols target test test_file test_size tokenizer train_size val
-        val_file val_size vocabulary
-    """,  # sequences replaces a model's x[:, 0]; group and order, splits made by hand
+        val_file val_size vocabulary weight
+    """,  # sequences replaces a model's x[:, 0]; group and order, splits made by hand; weight, a loss of one's own
     "group optimizer": """
         adapt_vectors adaptive adjust_lr_fn alpha amsgrad base.dampening base.lr base.momentum base.nesterov
         base.weight_decay beta2_decay betas bias_correction c1 c2 cautious centered constrained d d0 d_coef

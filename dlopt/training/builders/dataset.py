@@ -92,12 +92,13 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
         is_same = source.classes == saved.classes and difference(saved.identity or {}, source.identity) is None
         is_other = is_other and not is_same
     # No part of the test is another split.
-    settings = replace(run_config.data_settings, val_split=0.0, subset=None, label_noise=0.0, memory=False)
+    settings = replace(run_config.data_settings, val_split=0.0, subset=None, folds=None, fold=None)
+    settings = replace(settings, label_noise=0.0, memory=False)
     if is_other:
         if "test_split" not in typed:
             settings = replace(settings, test_split=0.0)
         reset = {key: None for key in _SPLITS if key in own and key not in typed}
-        settings = replace(settings, group=None, order=None)
+        settings = replace(settings, group=None, order=None, weight=None)
         data = replace(run_config.data, arguments={**run_config.data.arguments, **reset})
         run_config = replace(run_config, data=data, data_settings=settings)
         source = read_source(run_config, tokenizer, SPLITS, saved.columns)
