@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from threading import Lock
 from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
@@ -104,14 +105,15 @@ class Samples:
     is_encoded = True  # whether `fetch` works before `encode`
 
     def __init__(self, targets: Tensor, shape: tuple[int, ...], further: Mapping[str, Tensor] | None = None) -> None:
-        self.targets = targets
-        self.shape = shape
+        targets = torch.as_tensor(targets)
+        self.targets = targets if targets.is_floating_point() else targets.long()
+        self.shape = tuple(shape)
         self.further: Mapping[str, Tensor] = {} if further is None else further
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def read(self, rows: Tensor) -> Tensor:
+    def read(self, rows: Tensor) -> Tensor | np.ndarray:
         """Returns the inputs [B, ...] at int64 `rows` [B] of the store: uint8 0..255 for images, else float32."""
         raise NotImplementedError(f"{type(self).__name__}.read")
 
@@ -123,7 +125,7 @@ class Samples:
 
     def fetch(self, indices: Tensor) -> Tensor:
         """Returns inputs [B, *shape] for int64 `indices` [B]."""
-        inputs = torch.as_tensor(self.read(self.rows_of(indices)))
+        inputs = self._read(indices)
         if self.is_cut and self.image_size is not None:
             inputs = resize(inputs, self.image_size)
         if inputs.shape != (expected := (len(indices), *self.shape)):
@@ -136,7 +138,7 @@ class Samples:
 
     def whole(self, indices: Tensor) -> Sequence[Tensor]:
         """Returns images [C, H, W] at their own sizes."""
-        return self.read(self.rows_of(indices)).unbind()
+        return self._read(indices).unbind()
 
     def fetch_boxes(self, indices: Tensor, boxes: Boxes, size: tuple[int, int]) -> Tensor:
         """Returns a box of each image at `indices` [B], resized to [B, C, *size]."""
@@ -145,6 +147,11 @@ class Samples:
         edges = boxes(heights, widths).tolist()
         results = [resize_box(image, box, size) for image, box in zip(images, edges, strict=True)]
         return torch.stack(results) if results else self.fetch(indices).new_empty((0, self.shape[0], *size))
+
+    def _read(self, indices: Tensor) -> Tensor:
+        inputs = self.read(self.rows_of(indices))
+        # A tensor has no negative strides, which a mirrored array has.
+        return inputs if isinstance(inputs, Tensor) else torch.from_numpy(np.ascontiguousarray(inputs))
 
     @property
     def is_cut(self) -> bool:
@@ -224,20 +231,24 @@ class Samples:
         Keeps the `digests` while the content is read, if it is read as a whole.
         """
         some = torch.from_numpy(np.unique(np.linspace(0, len(self) - 1, 16, dtype=np.int64)))
-        if not torch.equal(self.fetch(some), self.fetch(some)):
+        if (once := as_bytes(self.fetch(some))) != as_bytes(self.fetch(some)):  # bytes: NaN equals itself
             return None
-        size = self.nbytes
+        width = len(once) // len(some)
+        size = width * len(self)
         digests = torch.zeros(len(self), 2, dtype=torch.int64) if size <= WHOLE else None
         self.digests = digests
 
-        def read(start: int, stop: int) -> bytes:
-            inputs = self.fetch_range(start, stop)
-            if digests is not None:
-                found = b"".join(digest_of(as_bytes(each)) for each in inputs)
-                digests.numpy()[start:stop] = np.frombuffer(found, dtype=np.int64).reshape(-1, 2)
-            return as_bytes(inputs)
+        alone = Lock()  # files and libraries may allow one reader at a time
 
-        return Content(len(self), size, read, threads=1)  # files and libraries may allow one reader at a time
+        def read(start: int, stop: int) -> bytes:
+            with alone:
+                inputs = as_bytes(self.fetch_range(start, stop))
+            if digests is not None:
+                found = b"".join(digest_of(inputs[at : at + width]) for at in range(0, len(inputs), width))
+                digests.numpy()[start:stop] = np.frombuffer(found, dtype=np.int64).reshape(-1, 2)
+            return inputs
+
+        return Content(len(self), size, read)
 
     def state(self) -> bytes | None:
         """Returns what changes when the stored inputs change, known without reading them; None if nothing is.

@@ -135,6 +135,25 @@ def test_another_kind_of_samples_has_what_those_in_memory_have(settings: Make, m
     assert any("equal to" in note for note in found[0].notes)
 
 
+def test_what_another_kind_returns_may_be_an_array_of_numpy() -> None:
+    """Also a mirrored one, which torch does not take, with values that are no numbers, and labels of other types."""
+    inputs = np.random.default_rng(0).normal(size=(20, 1, 5, 4))
+    inputs[3, 0, 0, 0] = np.nan
+
+    class Mirrored(Samples):
+        def read(self, rows: torch.Tensor) -> np.ndarray:
+            return inputs[rows.numpy()][..., ::-1]
+
+    samples = Mirrored(np.arange(20, dtype=np.int32) % 2, list(inputs.shape[1:]))  # type: ignore[arg-type]
+    expected = torch.from_numpy(inputs).flip(-1)
+    assert samples.targets.dtype == torch.int64 and samples.shape == (1, 5, 4)
+    torch.testing.assert_close(samples.fetch(torch.arange(20)), expected, rtol=0, atol=0, equal_nan=True)
+    whole = samples.resized((2, 2)).fetch_boxes(torch.tensor([7]), lambda h, w: torch.tensor([[0.0, 0, 4, 5]]), (5, 4))
+    torch.testing.assert_close(whole, expected[[7]])
+    content, in_memory = samples.content(), InMemory(expected.contiguous(), samples.targets).content()
+    assert content is not None and content.size == inputs.nbytes and content.digest() == in_memory.digest()
+
+
 def test_vectors_of_another_kind_are_not_resized(settings: Make) -> None:
     dataset = Dataset(Theirs(torch.rand(20, 3)), None, None, ("a", "b"))
     with pytest.raises(UserError, match=r"data\.image_size=\[8, 8\]: the samples are vectors, not images"):
