@@ -118,8 +118,8 @@ class RunConfig:
 
         `saved_tokenizer`, `saved_columns`: of the training data.
         """
-        whole: dict[str, Any] = {"test_split": 0.0, "val_split": 0.0, "subset": None, "group": None, "order": None}
-        settings = replace(self.data_settings, **whole, label_noise=0.0)
+        whole: dict[str, Any] = {"test_split": 0.0, "val_split": 0.0, "subset": None, "label_noise": 0.0}
+        settings = replace(self.data_settings, **whole, group=None, order=None, weight=None)
         return self._read(self.validation[name].data, settings, saved_tokenizer, saved_columns)
 
     def _read(

@@ -52,10 +52,10 @@ def shared(fragment: str) -> dict[str, object]:
 
 def test_shared_keys_match_the_settings() -> None:
     """Keys that not every data set has default to the values of the files."""
-    assert set(shared("_common")) == COMMON - NEWER - {"group", "order"}
+    assert set(shared("_common")) == COMMON - NEWER - {"group", "order", "weight"}
     defaults = {field.name: field.default for field in fields(DataSettings) if field.default is not MISSING}
     assert {defaults.pop(name) for name in NEWER} == {False}
-    assert {defaults.pop(name) for name in ("group", "order")} == {None}  # of data with columns
+    assert {defaults.pop(name) for name in ("group", "order", "weight")} == {None}  # of data with columns
     assert defaults == {name: value for name, value in shared("_common").items() if name not in shared("_base")}
 
 

@@ -54,7 +54,7 @@ WORDS = {
         numbers offline on_error order path_column pattern revision root seed sequence_length sequences split
         split_column standardize_target symbols target test test_file test_size tokenizer train_size val
         val_file val_size vocabulary weight
-    """,  # sequences replaces a model's x[:, 0]; group and order, splits made by hand; weight, a loss of one's own
+    """,  # sequences replaces a model's x[:, 0]; group and order, splits made by hand; weight, a written loss
     "group optimizer": """
         adapt_vectors adaptive adjust_lr_fn alpha amsgrad base.dampening base.lr base.momentum base.nesterov
         base.weight_decay beta2_decay betas bias_correction c1 c2 cautious centered constrained d d0 d_coef

@@ -34,6 +34,7 @@ def csv(
     label_separator: Annotated[str, MinLen(1)],
     group: str | None = None,  # runs from before these keys have none
     order: str | None = None,
+    weight: str | None = None,
     **keys: Unpack[ImageKeys],
 ) -> Dataset:
     """Loads images whose paths and labels are listed in a CSV file with a header line.
@@ -44,13 +45,15 @@ def csv(
         labels: class names, several of them per image, or numbers for regression.
         label_separator: between several labels; an empty field has none.
         group: column whose equal values stay in one split; `order`: column by which the images are divided.
+        weight: column with the weights of the images in the training loss.
 
     Raises:
         UserError: the file, an image or a column is missing, a field is empty or invalid, or a split has a class that
             no training row has.
     """
     header = read_header(file)
-    dividing = dividing_columns(label_column, split_column=split_column, group=group, order=order)
+    keyed = {"group": group, "order": order, "weight": weight}
+    dividing = dividing_columns(label_column, split_column=split_column, **keyed)
     other = [path_column, *([] if split_column is None else [split_column]), *dividing.values()]
     header.require([*other, label_column], " (for a table of numbers and categories: data=table)")
     answers: Sequence[str] | Sequence[float]

@@ -48,6 +48,7 @@ def parquet(
     image_size: int | tuple[int, int] | None,
     group: str | None = None,  # runs from before these keys have none
     order: str | None = None,
+    weight: str | None = None,
 ) -> Dataset:
     """Loads columns of Parquet files: images, lists of numbers, or numbers, and their labels.
 
@@ -61,11 +62,12 @@ def parquet(
         labels: class: names or integers; several: lists of them; value: numbers for a regression.
         channels: of images from files: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
         group: column whose equal values stay in one split; `order`: column by which the rows are divided.
+        weight: column with the weights of the rows in the training loss.
 
     Raises:
         UserError: a file or a column is missing, a column has another type, or a value is missing.
     """
-    dividing = dividing_columns(target, group=group, order=order)
+    dividing = dividing_columns(target, group=group, order=order, weight=weight)
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     tables: list[tuple[str, Any]] = []
@@ -336,6 +338,7 @@ def huggingface(
     image_size: int | tuple[int, int] | None,
     group: str | None = None,
     order: str | None = None,
+    weight: str | None = None,
 ) -> Dataset:
     """Loads columns of a dataset with the package datasets, which memory-maps them; see `parquet`.
 
@@ -347,7 +350,7 @@ def huggingface(
     Raises:
         UserError: the package, the dataset, a split or a column is missing; see `parquet`.
     """
-    dividing = dividing_columns(target, group=group, order=order)
+    dividing = dividing_columns(target, group=group, order=order, weight=weight)
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
     splits = {"data.split": split, "data.val": val, "data.test": test}
     load = _Hub(name, configuration, revision, offline, target)

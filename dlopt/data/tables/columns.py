@@ -530,9 +530,9 @@ def _stacked(rows: Sequence[np.ndarray], name: str, place: Callable[[int], str])
 
 
 def dividing_columns(target: str, *, split_column: str | None = None, **keys: str | None) -> dict[str, str]:
-    """Returns the columns of `group` and `order`, by key.
+    """Returns the columns of `group`, `order` and `weight`, by key.
 
-    Raises `UserError` if one is the target or named twice, or if they exclude each other.
+    Raises `UserError` if one is the target or named twice, or if group and order are both given.
     """
     named = {"target": target, "split_column": split_column}
     found: dict[str, str] = {}
@@ -542,7 +542,7 @@ def dividing_columns(target: str, *, split_column: str | None = None, **keys: st
         if other := next((each for each, column in (named | found).items() if column == name), None):
             raise UserError(f"data.{key}={name}: is also data.{other}; give another column")
         found[key] = name
-    if len(found) > 1:
+    if {"group", "order"} <= found.keys():
         raise UserError(
             f"data.order={found['order']}: data.group={found['group']} may keep an earlier row with a later one; use "
             "one of them"
@@ -553,9 +553,10 @@ def dividing_columns(target: str, *, split_column: str | None = None, **keys: st
 def further_of(
     keys: Mapping[str, str], fields: Callable[[str], list[str]], place: Callable[[int], str]
 ) -> dict[str, np.ndarray]:
-    """Returns the columns of `keys`: a group int64 [N], equal for equal texts; an order, numbers or dates, float64 [N].
+    """Returns the columns of `keys`: a group int64 [N], equal for equal texts; an order, numbers or dates, and a
+    weight, float64 [N].
 
-    Raises `UserError` for a missing value, and for an order of another kind. `place`: names a row.
+    Raises `UserError` for a missing value, and for an order or a weight of another kind. `place`: names a row.
     """
     found: dict[str, np.ndarray] = {}
     for key, name in keys.items():
@@ -565,11 +566,12 @@ def further_of(
             found[key] = np.frombuffer(b"".join(codes[text] for text in texts), dtype=np.int64).copy()
             continue
         values = np.array([number(text) for text in texts])
-        if not np.isfinite(values).all():
+        if key == "order" and not np.isfinite(values).all():
             dates = as_dates(name, texts)
             values = values if dates is None else dates.values
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise UserError(f"{place(row)}: {name} is {texts[row]!r}; data.order needs a column of numbers or of dates")
+            kinds = "numbers or of dates" if key == "order" else "finite numbers, none missing"
+            raise UserError(f"{place(row)}: {name} is {texts[row]!r}; data.{key} needs a column of {kinds}")
         found[key] = values
     return found

@@ -112,6 +112,7 @@ def read_table(
     split_column: str | None,
     group: str | None = None,
     order: str | None = None,
+    weight: str | None = None,
     trained: FeatureColumns | None = None,
 ) -> Table:
     """Reads a table; see `dlopt.data.tables.table.table`. `trained`: the columns that a trained model reads."""
@@ -122,8 +123,8 @@ def read_table(
     forms = {} if encoding is None else {each.name: each.form for each in encoding.columns}
     if target is None:
         target = names[-1] if trained is None else trained.target
-    split_columns = [each for each in (split_column, group, order) if each is not None]
-    dividing = dividing_columns(target, split_column=split_column, group=group, order=order)
+    split_columns = [each for each in (split_column, group, order, weight) if each is not None]
+    dividing = dividing_columns(target, split_column=split_column, group=group, order=order, weight=weight)
     reader.require([target, *ignore, *split_columns, *categories, *dates, *numbers])
     features = [name for name in names if name not in (target, *ignore, *split_columns)]
     unread: tuple[str, ...] = ()
@@ -521,7 +522,15 @@ def check_table(arguments: Mapping[str, Any]) -> None:
     path = os.path.expanduser(file)
     if not os.path.isfile(path) or os.path.getsize(path) > _EARLY:  # reported where the data are read
         return
-    names = ("file", "delimiter", "target", "labels", "standardize_target", "split_column", "group", "order")
+    names = (
+        "file",
+        "delimiter",
+        "target",
+        "labels",
+        "standardize_target",
+        "split_column",
+        *("group", "order", "weight"),
+    )
     lists = {name: tuple(arguments[name]) for name in ("ignore", "categories", "dates", "numbers")}
     _check(str(file_state(path)), **{name: arguments.get(name) for name in names}, **lists)
 

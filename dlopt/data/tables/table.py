@@ -36,6 +36,7 @@ def table(
     numbers: tuple[str, ...] = (),
     group: str | None = None,
     order: str | None = None,
+    weight: str | None = None,
     saved_columns: FeatureColumns | None,
 ) -> Dataset:
     """Loads a CSV file with a header line, or a Parquet file: float32 [N, F], and classes int64 [N] or values [N].
@@ -52,6 +53,7 @@ def table(
         standardize_target: whether values are to be scaled before they are rounded to float32.
         split_column: column with train, val or test; None: all rows are for training.
         group: column whose equal values stay in one split; `order`: column by which the rows are divided.
+        weight: column with the weights of the rows in the training loss.
         saved_columns: of a checkpoint, or of the training data; None to decide what the columns are.
 
     Raises:
@@ -71,6 +73,7 @@ def table(
         split_column=split_column,
         group=group,
         order=order,
+        weight=weight,
         trained=saved_columns,
     )
     described = FeatureColumns(

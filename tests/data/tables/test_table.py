@@ -263,3 +263,22 @@ def test_classes_with_and_without_decimals(tmp_path: Path, labels: list[str], cl
     assert dataset.classes == classes
     merged = [note for note in dataset.notes if "is read as the class" in note]
     assert len(merged) == (not {*labels} <= {*classes})
+
+
+def test_a_weight_is_no_feature_and_follows_its_row(tmp_path: Path) -> None:
+    dataset = load(tmp_path, ROWS, ignore=("id",), weight="weight", target="kind")
+    assert dataset.train.shape == (1,) and dataset.test is not None
+    for samples in (dataset.train, dataset.test):
+        assert isinstance(samples, InMemory)
+        torch.testing.assert_close(
+            samples.further["weight"], 100 - 10 * samples.inputs[:, 0].double(), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("kind", "data.weight=kind: is also data.target"), ("id", "row0'; data.weight needs a column of finite numbers")],
+)
+def test_refuses_a_weight_that_is_no_number(tmp_path: Path, column: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, ROWS, weight=column, target="kind")

@@ -123,8 +123,8 @@ def test_micro_batches_of_ranks_and_joined_batches_keep_them() -> None:
         for rank, part in enumerate((torch.tensor([0, 1, 3, 4]), torch.tensor([2, 5])))
     ]
     for part in (each for parts in of_ranks for each in parts):
-        places = [int((row == OUTPUTS).all(1).nonzero()) for row in part.inputs]
-        assert torch.equal(part.further["weight"], WEIGHTS[places])
+        slots = [int((row == OUTPUTS).all(1).nonzero()) for row in part.inputs]
+        assert torch.equal(part.further["weight"], WEIGHTS[slots])
 
 
 @pytest.mark.parametrize(
