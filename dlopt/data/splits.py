@@ -80,15 +80,16 @@ def prepare(
     is_stratified = dataset.classes is not None and not dataset.has_several_labels
     seed = settings.split_seed if settings.folds is None else _TEST_SEED
     if settings.folds is not None and val is not None:
-        found = f"the data have a validation set of {len(val):,} samples"
-        raise UserError(f"data.folds={settings.folds}: {found}, which no fold replaces; use null")
+        own = f"the data have a validation set of {len(val):,} samples"
+        raise UserError(f"data.folds={settings.folds}: {own}, which no fold replaces; use null")
     if settings.subset is not None:
         count = _subset_count(train, settings.subset, is_stratified=is_stratified)
         selected, _ = divide(train.targets, train.further, count, seed, _SUBSET)
         train = train.select(selected)
     if settings.folds is not None:
         parts = partition(train.targets, train.further, settings.folds, seed)
-        held_out, kept = ((parts == settings.fold).nonzero().squeeze(1), (parts != settings.fold).nonzero().squeeze(1))
+        is_held_out = torch.eq(parts, settings.fold or 0)
+        held_out, kept = is_held_out.nonzero().squeeze(1), is_held_out.logical_not().nonzero().squeeze(1)
         train, val = train.select(kept), train.select(held_out)
     elif val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))

@@ -17,6 +17,7 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.data.division import divide, grouped, ordered, partition
 from dlopt.data.identity import difference, identify
+from dlopt.data.normalization import Standardize, fit
 from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import prepare, with_test_set
 from tests.support.data import data_settings
@@ -235,3 +236,12 @@ def test_the_test_set_is_the_same_for_all_seeds(tmp_path: Path) -> None:
         assert dataset.test is not None
         tests.append(dataset.test.further["group"])
     assert torch.equal(*tests)
+
+
+@pytest.mark.parametrize("words", ["data.order=day data.ignore=[patient]", "data.group=patient data.ignore=[day]"])
+def test_normalization_sees_training_rows_only(tmp_path: Path, words: str) -> None:
+    dataset = read(*written(tmp_path, "table"), *words.split(), "data.test_split=0.3")
+    module = Standardize(per="channel", input_shape=(1,))
+    fit(module, dataset, count=None, kind="standardize")
+    values = module(dataset.train.fetch_range(0, 48))
+    assert abs(float(values.mean())) < 1e-6 and abs(float(values.std(correction=0)) - 1) < 1e-6
