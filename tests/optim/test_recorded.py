@@ -83,17 +83,16 @@ COARSE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-def recorded(name: str) -> Any:
-    return json.loads(FILE.read_text())[name]
-
-
 def check(name: str, found: Any, **tolerance: float) -> None:
     """Compares with the file, or writes it."""
     if os.environ.get("REGENERATE_GOLDEN"):
         known = json.loads(FILE.read_text()) if FILE.exists() else {}
         entries = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted((known | {name: found}).items())]
         FILE.write_text("{\n" + ",\n".join(entries) + "\n}\n")
-    assert found == [pytest.approx(each, **tolerance) for each in recorded(name)]
+    recorded = json.loads(FILE.read_text())
+    message = f"{name!r} is not in {FILE.name}: run REGENERATE_GOLDEN=1 python -m pytest tests/optim/test_recorded.py"
+    assert name in recorded, message
+    assert found == [pytest.approx(each, **tolerance) for each in recorded[name]]
 
 
 def steps(make: Callable[..., Any], keys: dict[str, Any], problem: Any, updates: int = 6) -> list[list[float]]:

@@ -91,6 +91,23 @@ def test_updates_do_not_depend_on_the_scale_of_the_gradient(name: str, choose: C
     torch.testing.assert_close(*ends, rtol=1e-2, atol=1e-7)
 
 
+def test_updates_of_entries_of_one_size_do_not_depend_on_the_norm_of_the_weights(name: str, choose: Choose) -> None:
+    """As init=mup assumes of them; a trust ratio would multiply the update by the norm."""
+    ends = []
+    for scale in (1, 100):
+        optimizer, params = build(choose, name)
+        if not optimizer_traits(optimizer).normalizes_entries:
+            pytest.skip("may depend on it")
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        with torch.no_grad():
+            torch._foreach_mul_(params, scale)
+        before = [p.detach().clone() for p in params]
+        moved(optimizer, params, draw_gradients(3))
+        ends.append(torch.cat([(p - start).detach().reshape(-1) for p, start in zip(params, before, strict=True)]))
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-9)
+
+
 def test_decoupled_decay_subtracts_a_multiple_of_the_weights(name: str, choose: Choose) -> None:
     """lr * weight_decay * theta, to first order: in the second update, because some move nothing in the first."""
     ends, gradients = [], draw_gradients(2)
