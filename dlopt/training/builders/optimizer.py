@@ -239,9 +239,7 @@ def _check_decay(workload: Workload, optimizer: Optimizer) -> None:
         log.warning("%s: has no effect, because the weight decay is 0; set optimizer.weight_decay", key)
 
 
-def check_label_sampling(
-    parallel: Mode, optimizer: Optimizer, loss: nn.Module, *, is_weighted: bool = False
-) -> None:
+def check_label_sampling(parallel: Mode, optimizer: Optimizer, loss: nn.Module, *, is_weighted: bool = False) -> None:
     """Raises `UserError` if the optimizer needs labels drawn from the predictions, which the run cannot provide."""
     if not optimizer_traits(optimizer).samples_labels:
         return
