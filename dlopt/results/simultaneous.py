@@ -11,7 +11,12 @@ named before. Of tables of equal rows, at most `RATE` have an interval without 0
 - If a row is noisier than the others (Cochran's test, Annals of Eugenics 11, 1941), each pair has its own spread, and
   Student's interval with Bonferroni's level over all k (k - 1) / 2 pairs.
 
-Rows enter from `FEWEST` common seeds on. `scripts/verdict_simulations.py` has the tables on which this was tried.
+The blocks may be the folds of a cross-validation. Their training sets share samples, so that the errors of two folds
+are correlated. The variance of a mean of n folds is that of a fold times 1/n + n_test/n_train, in place of 1/n. This is
+exact for a correlation of 1/folds (Nadeau and Bengio, Machine Learning 52, 2003).
+
+Rows enter from `FEWEST` common seeds or folds on. `scripts/verdict_simulations.py` has the tables on which this was
+tried.
 """
 
 import math
@@ -29,7 +34,7 @@ RATE = 0.05
 _FIRST_LOOK = 0.04
 _COCHRAN = 0.05
 Values = Mapping[Any, float]
-"""Of a row, by seed."""
+"""Of a row, by seed or fold."""
 
 
 def rate_of(look: int) -> float:
@@ -38,7 +43,12 @@ def rate_of(look: int) -> float:
 
 
 def compare(
-    rows: Sequence[Values], *, enters: Sequence[bool] = (), seen: Sequence[int] = (), resolution: float = 0.0
+    rows: Sequence[Values],
+    *,
+    enters: Sequence[bool] = (),
+    seen: Sequence[int] = (),
+    resolution: float = 0.0,
+    overlap: float = 0.0,
 ) -> Comparison:
     """Compares the first row with each other one over common seeds.
 
@@ -48,6 +58,7 @@ def compare(
         seen: see `Comparison`.
         resolution: the smallest difference between two runs, such as one sample of an accuracy. Intervals extend at
             least as far to each side.
+        overlap: validation samples of a fold / its training samples; 0 for seeds.
     """
     first, enters = rows[0], enters or [True] * len(rows)
     pairs = [np.array([row[seed] - first[seed] for seed in row if seed in first]) for row in rows[1:]]
@@ -58,7 +69,7 @@ def compare(
         return Comparison(found, seen)
     table = np.array([[row.get(seed, math.nan) for seed in first] for row in (first, *(rows[1 + i] for i in entered))])
     rates = rate_of(1 + len(seen)), rate_of(2 + len(seen))
-    halves, half_width = _half_widths(table, [pairs[i] for i in entered], *rates)
+    halves, half_width = _half_widths(table, [pairs[i] for i in entered], overlap, *rates)
     for i, half in zip(entered, halves.tolist(), strict=True):
         if half > 0:
             mean, half = float(pairs[i].mean()), max(half, resolution)
@@ -68,7 +79,7 @@ def compare(
 
 
 def _half_widths(
-    table: NDArray[np.float64], pairs: Sequence[NDArray[np.float64]], rate: float, later: float
+    table: NDArray[np.float64], pairs: Sequence[NDArray[np.float64]], overlap: float, rate: float, later: float
 ) -> tuple[NDArray[np.float64], Callable[[int, int], float]]:
     """Returns the half widths of the intervals of `pairs`, 0 without a spread, and those with more seeds later.
 
@@ -77,6 +88,7 @@ def _half_widths(
     rows, unit = len(table), float(np.nanmax(np.abs(table))) or 1.0  # squares of 1e200 are out of range
     means = np.array([each.mean() for each in pairs]) / unit
     counts = np.array([len(each) for each in pairs])
+    roots = np.sqrt(1 / counts + overlap)  # the error of a mean of this many, in deviations of one of them
     own = np.array([(each / unit).std(ddof=1) for each in pairs])
     pooled, each_row, freedom = _spreads(table / unit, counts)
     smallest = 1e-6 * np.abs(means)  # differences that are equal up to rounding tell nothing of the spread
@@ -85,13 +97,13 @@ def _half_widths(
         all_pairs = rows * (rows - 1) / 2
         quantiles = np.array([_student(n - 1, rate / all_pairs) for n in counts.tolist()])
         return (
-            quantiles * own / np.sqrt(counts) * unit,
-            lambda i, seeds: unit * _student(seeds - 1, later / all_pairs) * own[i] / math.sqrt(seeds),
+            quantiles * own * roots * unit,
+            lambda i, seeds: unit * _student(seeds - 1, later / all_pairs) * own[i] * math.sqrt(1 / seeds + overlap),
         )
     spreads = np.sqrt(np.maximum(pooled, (each_row[0] + each_row[1:]) / 2))
     if math.sqrt(pooled) <= smallest.max():
         return np.zeros(len(pairs)), lambda i, seeds: 0.0
-    errors = spreads / np.sqrt(counts)
+    errors = spreads * roots
     factors, factor, is_open = np.zeros(len(pairs)), 0.0, False
     for size, i in zip(range(rows, 1, -1), np.argsort(-np.abs(means) / errors).tolist(), strict=True):
         if not is_open:
@@ -103,7 +115,8 @@ def _half_widths(
         factors[i] = factor
 
     def half_width(i: int, seeds: int) -> float:
-        return unit * studentized_range(rows, (rows - 1) * (seeds - 1), later) * spreads[i] / math.sqrt(seeds)
+        error = spreads[i] * math.sqrt(1 / seeds + overlap)
+        return unit * studentized_range(rows, (rows - 1) * (seeds - 1), later) * error
 
     return factors * errors * unit, half_width
 
