@@ -6,6 +6,8 @@ test metrics would select on the test set.
 
 import hashlib
 import math
+import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,10 +37,13 @@ Seeds = tuple[tuple[str, Any], ...]
 ENDED = ("finished", "stopped_early")
 # Modes equal a single process only without local batch norm, gradient compression and the like; and they are compared
 # by their speed: unlike others where a run executes. The handling of errors changes the runs that meet one.
+FOLDS, FOLD = "data.folds", "data.fold"
 ORIGINS = {
     "data": "data", "code": "code of allow_packages", "versions": "versions of dlopt or torch",
 }  # fmt: skip
 """Of `Record.origin`: what makes the metrics of two runs not comparable."""
+OTHER_FOLDS = "folds"
+"""Of `Row.apart`: a mean over some folds, or folds of another division, is not one over all."""
 _ALSO_COMPARED = ("parallel", "on_divergence", "on_out_of_memory")
 
 
@@ -92,8 +97,14 @@ class Record:
 
     @property
     def seeds(self) -> Seeds:
-        """Values of all seed keys; pairs runs of two configurations."""
-        return tuple((key, value) for key, value in sorted(flatten(self.config).items()) if is_seed(key))
+        """Values of all seed keys, and the fold that validates; pairs runs of two configurations."""
+        flat = sorted(flatten(self.config).items())
+        return tuple((k, value) for k, value in flat if is_seed(k) or (k == FOLD and value is not None))
+
+    @property
+    def fold(self) -> int | None:
+        """The fold of a cross-validation that validates; None without one."""
+        return dict(self.seeds).get(FOLD)
 
 
 @dataclass(frozen=True)
@@ -116,8 +127,22 @@ class Row:
         return self.rank == 1
 
     def statistic(self, metric: str) -> Statistic | None:
-        """Computes mean, standard deviation and count of a metric over ended runs, one per seed."""
-        return statistic([run.metric(metric) or 0.0 for run in self.counted(metric)])
+        """Computes mean, standard deviation and count of a metric over ended runs, one per seed, or over folds."""
+        return statistic([*self.by_seeds(metric).values()])
+
+    @property
+    def folds(self) -> int | None:
+        """The parts of its cross-validation; None without one."""
+        folds = flatten(self.runs[0].config).get(FOLDS)
+        return folds if isinstance(folds, int) and folds > 1 else None
+
+    @property
+    def overlap(self) -> float:
+        """Validation samples of a fold divided by its training samples; 0 without folds."""
+        return 0.0 if self.folds is None else 1 / (self.folds - 1)
+
+    def folds_with(self, metric: str) -> set[int | None]:
+        return {run.fold for run in self.counted(metric)}
 
     @property
     def distinct(self) -> tuple[Record, ...]:
@@ -144,14 +169,32 @@ class Row:
         if self.is_pruned:
             return "pruned" if len(self.runs) == 1 else f"{len(self.runs)} pruned"
         counted, runs = len(self.counted(metric)), len(self.runs)
+        if self.folds is not None:
+            return self._count_folds(metric)
         return str(runs) if counted == runs else f"{counted} of {runs}"
+
+    def _count_folds(self, metric: str) -> str:
+        """Formats "5 folds", "3 of 5 folds", "5 folds × 2 seeds", or "5 folds, 7 runs" if their seeds differ."""
+        counts = Counter(run.fold for run in self.counted(metric))
+        shown = f"{self.folds} folds" if len(counts) == self.folds else f"{len(counts)} of {self.folds} folds"
+        sizes = set(counts.values())
+        if len(sizes) > 1:
+            return f"{shown}, {counts.total()} runs"
+        return shown if sizes <= {1} else f"{shown} × {sizes.pop()} seeds"
 
     def count_with_failed(self, metric: str) -> str:
         """Formats "2 of 3, 1 failed"; see `count`."""
         return f"{self.count(metric)}, {self.failed} failed" if self.failed else self.count(metric)
 
     def by_seeds(self, metric: str) -> dict[Seeds, float]:
-        return {run.seeds: run.metric(metric) or 0.0 for run in self.counted(metric)}
+        """Returns the values by seed; of a cross-validation the means over seeds by fold."""
+        counted = self.counted(metric)
+        if self.folds is None:
+            return {run.seeds: run.metric(metric) or 0.0 for run in counted}
+        values: dict[Seeds, list[float]] = {}
+        for run in counted:
+            values.setdefault(((FOLD, run.fold),), []).append(run.metric(metric) or 0.0)
+        return {fold: statistics.fmean(each) for fold, each in values.items()}
 
     def counted(self, metric: str) -> tuple[Record, ...]:
         """Returns the distinct runs whose metric counts; none of a trial of a search that lacks a seed."""
@@ -186,6 +229,11 @@ class Leaderboard:
     direction: Goal
     rows: Sequence[Row] = ()
     comparison: Comparison = field(default_factory=Comparison)
+
+    @property
+    def blocks(self) -> str:
+        """What the runs of a row differ in, over which it is averaged and compared: "seeds" or "folds"."""
+        return "folds" if any(row.folds for row in self.rows) else "seeds"
 
 
 Look = Mapping[str, int]
@@ -233,16 +281,24 @@ def leaderboard(
     direction = goal_of(metric, directions_of(entries)) if direction is None else direction
     sign = -1.0 if direction == "maximize" else 1.0
     rows = [replace(row, value=row.statistic(metric)) for row in _grouped(entries)]
+    most = max((_part_of_folds(row, metric) for row in rows), default=1.0)
 
-    def order(row: Row) -> tuple[float, float]:
+    def order(row: Row) -> tuple[float, float, float]:
         loss = row.statistic(VAL_LOSS.column)  # orders rows that are tied
         return (
+            # A mean over some of the folds may be that of the easy ones.
+            math.inf if row.value is None else float(_part_of_folds(row, metric) < most),
             math.inf if row.value is None else sign * row.value.mean,
             math.inf if loss is None else loss.mean,
         )
 
     rows.sort(key=order)
     return Leaderboard(metric, direction, *_compared(_with_ranks(rows), metric, looks))
+
+
+def _part_of_folds(row: Row, metric: str) -> float:
+    """Returns the fraction of the folds that have a value; 1 without folds."""
+    return 1.0 if row.folds is None or row.value is None else len(row.folds_with(metric)) / row.folds
 
 
 def _with_ranks(rows: Iterable[Row]) -> list[Row]:
@@ -266,20 +322,24 @@ def _compared(rows: Sequence[Row], metric: str, looks: Sequence[Look]) -> tuple[
     from dlopt.results.simultaneous import compare  # imports NumPy, which the help does not need
 
     first, step = rows[0], resolution(rows, metric)
-    rows = [first, *(replace(row, apart=_apart(first, row)) for row in rows[1:])]
+    rows = [first, *(replace(row, apart=_apart(first, row, metric)) for row in rows[1:])]
     known = [i for i, row in enumerate(rows) if row.value is not None and not row.apart]
     values = of_common_seeds([rows[i].by_seeds(metric) for i in known])
     enters = [not rows[i].has_lost and not first.has_lost for i in known]
-    counts = {rows[i].key: len(each) for i, each, is_in in zip(known, values, enters, strict=True) if is_in}
+    counts = {rows[i].key: len(rows[i].counted(metric)) for i, is_in in zip(known, enters, strict=True) if is_in}
     comparison = compare(
-        values, enters=enters, seen=_seen(looks, counts), resolution=0.0 if step is None else step.size
+        values,
+        enters=enters,
+        seen=_seen(looks, counts),
+        resolution=0.0 if step is None else step.size,
+        overlap=first.overlap,
     )
     found = dict(zip(known[1:], comparison.differences, strict=True))
     return [replace(row, difference=found.get(i)) for i, row in enumerate(rows)], comparison
 
 
 def _seen(looks: Sequence[Look], counts: Mapping[str, int]) -> list[int]:
-    """Returns the numbers of seeds at which others have looked at these rows, before some of them got more."""
+    """Returns the numbers of runs of a row at which others have looked at these rows, before some of them got more."""
     found = set()
     for look in looks:
         before = {key: look[key] for key in counts if look.get(key, 0) >= FEWEST}
@@ -294,11 +354,14 @@ def look_of(board: Leaderboard) -> Look:
     return {row.key: len(row.counted(board.metric)) for row in (board.rows[0], *shown)} if shown else {}
 
 
-def _apart(one: Row, other: Row) -> str:
+def _apart(one: Row, other: Row, metric: str) -> str:
     """Names what differs between the runs of two rows, so that they are not comparable; "" if nothing does.
 
     Runs of the same seed are compared: all rows may have later seeds of a later version.
     """
+    has_value = other.value is not None
+    if one.folds != other.folds or (has_value and one.folds_with(metric) != other.folds_with(metric)):
+        return OTHER_FOLDS
     own = {run.seeds: run for run in one.distinct}
     pairs = [(own[run.seeds], run) for run in other.distinct if run.seeds in own]
     pairs = pairs or [(one.runs[0], run) for run in other.runs]

@@ -18,10 +18,11 @@ from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.names import Metric, column_of, direction_of
 from dlopt.metrics.shown import format_metric, listed_in
 from dlopt.results import reading
-from dlopt.results.leaderboard import directions_of
+from dlopt.results.leaderboard import FOLD, directions_of
 from dlopt.results.reading import Condition, Damaged, Record, RunReader, value_of
 from dlopt.tracking.terminal_text import FittedTable, plain_table
 
+_REPEATED = ("seed", FOLD)  # in which the runs of a configuration differ
 _METRICS = listed_in("runs")  # default columns, the most important first
 _MAX_CELL = 24  # characters of a config value in a terminal
 _STYLES = {"finished": "green", "stopped_early": "green", "running": "cyan", "failed": "red"}
@@ -106,9 +107,7 @@ def columns_of(query: Query, records: Sequence[Record]) -> list[str]:
     keys += [condition.key for condition in query.conditions]
     if query.sort is not None:
         keys.append(query.sort)
-    seeds = {record.config.get("seed") for record in records}
-    if len(seeds) > 1:
-        keys.append("seed")
+    keys += [key for key in _REPEATED if len({record.config.get(key) for record in records}) > 1]
     for key in LABELS:
         if any(record.config.get(key) for record in records):
             keys.append(key)
@@ -155,7 +154,7 @@ def _by_importance(query: Query, records: Sequence[Record], columns: Sequence[st
     typed += [condition.key for condition in query.conditions]
     named = [key for key in typed if key in columns]
     status = ["status"] if "status" in columns else []
-    last = [key for key in ("seed", *_METRICS) if key in columns]
+    last = [key for key in (*_REPEATED, *_METRICS) if key in columns]
     keys = [key for key in columns if key not in last]
     keys.sort(key=lambda key: max(_counts(key, records).values()))
     return list(dict.fromkeys([main, *named, *status, *keys, *last]))

@@ -137,10 +137,12 @@ class _Metrics:
 
 def _ranked_by(ranking: Ranking) -> str:
     has_spread = any(len(row.runs) > 1 for row in ranking.rows)
-    spread = ": mean ± standard deviation over seeds" if has_spread else ""
+    blocks = ranking.board.blocks
+    spread = f": mean ± standard deviation over {blocks}" if has_spread else ""
     is_paired = any(row.difference is not None and row.difference.low is not None for row in ranking.rows)
-    note = " Differences to #1 are paired over seeds, with 95 % intervals for the whole table." if is_paired else ""
-    return f"Ranked by {in_words(ranking.by)} of the best epoch{spread}.{note}"
+    note = f" Differences to #1 are paired over {blocks}, with 95 % intervals for the whole table." if is_paired else ""
+    epoch = "best" if blocks == "seeds" else "last"
+    return f"Ranked by {in_words(ranking.by)} of the {epoch} epoch{spread}.{note}"
 
 
 def _columns(ranking: Ranking, metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -316,7 +318,8 @@ def _path(run: Record) -> str:
 
 
 def _seed(run: Record) -> str:
-    return printable(brief(run.config.get("seed")))
+    fold = "" if run.fold is None else f", fold {run.fold}"
+    return printable(f"{brief(run.config.get('seed'))}{fold}")
 
 
 def _shared_config(ranking: Ranking) -> dict[str, str]:

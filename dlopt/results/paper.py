@@ -17,8 +17,8 @@ from dlopt.results.remarks import lines, mark
 from dlopt.results.tables import Bold, Table, escaped
 
 _LINE = 80  # characters of a remark below a table in LaTeX
-_NOTE = "mean ± sample standard deviation over seeds"
-_DIFFERENCE_NOTE = "difference to the first row: paired over seeds, with 95 % intervals for the whole table"
+_NOTE = "mean ± sample standard deviation over {}"
+_DIFFERENCE_NOTE = "difference to the first row: paired over {}, with 95 % intervals for the whole table"
 
 
 def latex(ranking: Ranking, *, made: str, test: bool, top: int) -> str:
@@ -44,8 +44,9 @@ def markdown(ranking: Ranking, *, made: str, test: bool, top: int) -> str:
 
 
 def _notes(ranking: Ranking, top: int) -> list[str]:
-    notes = [_NOTE] * any(len(row.runs) > 1 for row in ranking.rows)
-    notes += [_DIFFERENCE_NOTE] * _is_compared(ranking)
+    blocks = ranking.board.blocks
+    notes = [_NOTE.format(blocks)] * any(len(row.runs) > 1 for row in ranking.rows)
+    notes += [_DIFFERENCE_NOTE.format(blocks)] * _is_compared(ranking)
     counts = [row.count_with_failed(ranking.by) for row in ranking.rows[:top]]
     notes += ["1 of 3 runs: the metrics are those of one"] * any(" of " in count for count in counts)
     notes += [ranking.verdict] * bool(ranking.verdict)

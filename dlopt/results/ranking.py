@@ -28,6 +28,8 @@ from dlopt.metrics.names import column_of, direction_of, split_of
 from dlopt.results.history import columns
 from dlopt.results.intervals import Statistic, half_width, statistic
 from dlopt.results.leaderboard import (
+    FOLD,
+    FOLDS,
     Leaderboard,
     Look,
     Row,
@@ -66,12 +68,25 @@ class Configuration(Row):
     @property
     def command(self) -> str | None:
         """Shell command that repeats these runs; None if unknown."""
+        if self.folds is not None:
+            return self._command_of_folds()
         overrides = [_repeatable(run.overrides, "seed") for run in self.runs]
         seeds = sorted({seed for run in self.runs if isinstance(seed := run.config.get("seed"), int)})
         are_equal = all(lines == overrides[0] for lines in overrides) and 1 < len(seeds) == len(self.runs)
         if overrides[0] is None or not are_equal:
             return command(self.runs[0])
         return _shell(["-m", *overrides[0], f"seed={_values(seeds)}"])
+
+    def _command_of_folds(self) -> str | None:
+        """Returns the command of all its folds and seeds; None unless each fold has the same seeds."""
+        overrides = [_repeatable(run.overrides, "seed", FOLD) for run in self.runs]
+        pairs = {(run.config.get("seed"), run.fold) for run in self.runs}
+        seeds, folds = ({value for pair in pairs if isinstance(value := pair[i], int)} for i in (0, 1))
+        if overrides[0] is None or len(self.runs) == 1 or len({*map(str, overrides)}) > 1:
+            return command(self.runs[0])
+        if not len(seeds) * len(folds) == len(pairs) == len(self.runs):
+            return command(self.runs[0])
+        return _shell(["-m", *overrides[0], f"seed={_values(sorted(seeds))}", f"{FOLD}={_values(sorted(folds))}"])
 
     @property
     def needs(self) -> str:
@@ -214,7 +229,7 @@ def _repeatable(overrides: Iterable[str], *omitted: str) -> list[str] | None:
     lines = list(overrides)
     if not lines or not all(_OVERRIDE.fullmatch(line) for line in lines):
         return None
-    return [line for line in lines if group_of(line) not in (*_NOT_REPEATED, *omitted)]
+    return [line for line in lines if group_of(line) not in (*_NOT_REPEATED, *omitted) and key_of(line) not in omitted]
 
 
 def _values(seeds: Sequence[int]) -> str:
@@ -259,8 +274,8 @@ class Band:
 
 
 def default_spread(ranking: Ranking) -> Spread:
-    """Selects the band: the range for few seeds, the confidence interval for many."""
-    return "confidence" if ranking.most_seeds >= _MANY_SEEDS else "range"
+    """Selects the band: the range for few seeds and for folds, the confidence interval for many seeds."""
+    return "confidence" if ranking.board.blocks == "seeds" and ranking.most_seeds >= _MANY_SEEDS else "range"
 
 
 def band(runs: Sequence[Record], metric: str) -> Band | None:
@@ -290,8 +305,11 @@ def band(runs: Sequence[Record], metric: str) -> Band | None:
     largest = max(float(np.nanmax(np.abs(distances))), np.finfo(float).tiny)
     deviation = largest * np.sqrt(np.nansum((distances / largest) ** 2, 0) / np.maximum(count - 1, 1))
     widths = np.array([half_width(n) if n > 1 else 0.0 for n in count.tolist()])
+    folds = runs[0].config.get(FOLDS)
+    # Folds share training samples: see `dlopt.results.simultaneous`.
+    shared = np.sqrt(1 + count / (folds - 1)) if isinstance(folds, int) and folds > 1 else 1.0
     halves: dict[Spread, np.ndarray] = {
-        "std": deviation, "error": deviation / np.sqrt(count), "confidence": widths * deviation,
+        "std": deviation, "error": shared * deviation / np.sqrt(count), "confidence": shared * widths * deviation,
     }  # fmt: skip
     spreads = {spread: (mean - half, mean + half) for spread, half in halves.items()}
     spreads["range"] = np.nanmin(values, 0), np.nanmax(values, 0)

@@ -25,7 +25,7 @@ from dlopt.config.older import with_moved
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History
-from dlopt.results.leaderboard import ENDED, Record, Search, canonical, distinguishes, is_number
+from dlopt.results.leaderboard import ENDED, FOLDS, Record, Search, canonical, distinguishes, is_number
 from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY
 
 OPEN = ("running", "interrupted", "unfinished")
@@ -245,8 +245,11 @@ def _flat(config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, An
 def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, Any]) -> dict[str, float]:
     """Returns the metrics of the best epoch, and the costs of the whole run: a gap fits the metrics beside it.
 
-    Training metrics and gaps are those of the last epoch if no epoch is known to be the best one.
+    Training metrics and gaps are those of the last epoch if no epoch is known to be the best one. With `data.folds`,
+    metrics of validation and training are those of the last evaluation: the fold that reports them would choose the
+    best one.
     """
+    has_folds = flatten(config).get(FOLDS) is not None
     metrics: dict[str, Any] = {}
     if history:
         found = (i for i, epoch in enumerate(history.values("epoch")) if epoch == summary.get("best_epoch"))
@@ -255,12 +258,17 @@ def _metrics(summary: Mapping[str, Any], history: History, config: Mapping[str, 
         costs = {k: v for k, v in last.items() if split_of(k) is None and k not in (*_STATE, *_GAPS)}
         metrics = costs | {"epochs": last["epoch"], "steps": last["step"]}
         chosen = {k: v for k, v in last.items() if split_of(k) != "val"} if best is None else best
+        if has_folds:
+            chosen = next((line for line in reversed(history) if any(split_of(k) == "val" for k in line)), last)
         metrics |= {k: v for k, v in chosen.items() if split_of(k) is not None or k in _GAPS}
         metrics |= {} if best is None else {"best_epoch": best["epoch"]}
     for key, value in summary.items():
         if key not in ("epochs", "steps") or is_number(value):
             column = column_of(key)
-            metrics[column if split_of(column) == "val" else key] = value
+            if split_of(column) != "val":
+                metrics[key] = value
+            elif not (has_folds and history):
+                metrics[column] = value
     return _numbers(metrics)
 
 

@@ -14,7 +14,17 @@ from dlopt.basics.roles import Role
 from dlopt.config.keys import role_of
 from dlopt.metrics.names import Goal
 from dlopt.results.intervals import FEWEST, edge
-from dlopt.results.leaderboard import ORIGINS, Leaderboard, Row, differs, is_number, of_common_seeds, resolution
+from dlopt.results.leaderboard import (
+    FOLD,
+    ORIGINS,
+    OTHER_FOLDS,
+    Leaderboard,
+    Row,
+    differs,
+    is_number,
+    of_common_seeds,
+    resolution,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,9 @@ def remarks(board: Leaderboard) -> list[Remark]:
     ranked = [(rank, row) for rank, row in enumerate(board.rows, 1) if row.value is not None]
     if not ranked:
         return []
-    found = [*_seeds(ranked, board.metric, board.direction), *_origins(board.rows), *_resolution(ranked, board.metric)]
+    paired = [(rank, row) for rank, row in ranked if row.apart != OTHER_FOLDS]
+    found = [*_seeds(paired, board.metric, board.direction), *_origins(board.rows), *_folds(ranked, board.metric)]
+    found += _resolution(ranked, board.metric)
     found += _ends_of_grids(ranked, board.rows)
     known = [remark for remark in found if remark.ranks and remark.text]
     return sorted(known, key=lambda remark: remark.ranks[0])
@@ -94,6 +106,36 @@ def _origins(rows: Sequence[Row]) -> list[Remark]:
         found.append(Remark(f"warning: other {name} than #1, so not comparable with it", apart))
         found.append(Remark(f"warning: runs with different {name} in one mean", mixed))
     return found
+
+
+def _folds(ranked: Sequence[tuple[int, Row]], metric: str) -> list[Remark]:
+    """Says what folds decide besides the value, and names rows with other folds, or other seeds in them."""
+    rows = [(rank, row) for rank, row in ranked if row.folds is not None]
+    first = ranked[0][1]
+
+    def seeds(row: Row) -> set[tuple[tuple[str, Any], ...]]:
+        return {run.seeds for run in row.counted(metric)}
+
+    def is_uneven(row: Row) -> bool:
+        """Whether some of its folds have seeds that others lack."""
+        of: dict[object, set[object]] = {}
+        for run in row.counted(metric):
+            of.setdefault(run.fold, set()).add(tuple(pair for pair in run.seeds if pair[0] != FOLD))
+        return len({frozenset(each) for each in of.values()}) > 1
+
+    apart = [rank for rank, row in ranked if row.apart == OTHER_FOLDS]
+    partial = [rank for rank, row in rows if len(row.folds_with(metric)) < (row.folds or 0)]
+    uneven = [rank for rank, row in rows if is_uneven(row) or (not row.apart and seeds(row) != seeds(first))]
+    ended = [rank for rank, row in rows if any(run.status == "stopped_early" for run in row.counted(metric))]
+    tested = any(name.startswith("test_") for _, row in rows for run in row.runs for name in run.metrics)
+    test = "; test metrics are those of the best epoch, which the fold chose" if tested else ""
+    return [
+        Remark("warning: other folds than #1, so not comparable with it", apart),
+        Remark("a mean over some of the folds: the others may be harder", partial),
+        Remark("warning: its folds have not the same seeds, or not those of #1", uneven),
+        Remark("warning: stopped early, perhaps by the fold that is reported: its value is then optimistic", ended),
+        Remark(f"folds: the last epoch counts, because the fold would choose the best one{test}", [r for r, _ in rows]),
+    ]
 
 
 def _resolution(ranked: Sequence[tuple[int, Row]], metric: str) -> list[Remark]:

@@ -40,14 +40,17 @@ def verdict(board: Leaderboard) -> str:
     for label, each in zip(names, found, strict=True):
         of.setdefault(each, []).append(label)
     if of.get("worse"):
-        return f"verdict: {name} has the best mean, but over common seeds it is worse than {_listed(of['worse'])}"
+        return (
+            f"verdict: {name} has the best mean, but over common {board.blocks} it is worse than {_listed(of['worse'])}"
+        )
     head, tied = f"{name} is first", of.get("tied", [])
     if tied:
         is_label = not name.startswith("#")
         head = f"{name} is tied with {_listed(tied)}" if is_label else f"{1 + len(tied)} rows are tied for #1"
-    counts = {len(row.counted(board.metric)) for row in (first, *others)}
+    counts = {len(row.by_seeds(board.metric)) for row in (first, *others)}
     if max(counts) < FEWEST and "equal" not in of:
-        return f"verdict: {head}, by {_runs(counts)} each: {_advice(first, counts, is_tied=bool(tied))}"
+        number = _folds(counts) if first.folds else _runs(counts)
+        return f"verdict: {head}, by {number} each: {_advice(first, counts, is_tied=bool(tied))}"
     beaten = len(of.get("better", ()))
     if beaten:
         number = "all others" if beaten == len(others) else f"{beaten} of {len(others)} others"
@@ -81,7 +84,7 @@ def _rest(of: Mapping[Found, Sequence[str]], board: Leaderboard) -> list[str]:
     if "equal" in of:
         parts.append(f"equal to {_listed(of['equal'])} in every run")
     if "few" in of:
-        parts.append(f"not compared with {_listed(of['few'])}: fewer than {FEWEST} common seeds")
+        parts.append(f"not compared with {_listed(of['few'])}: fewer than {FEWEST} common {board.blocks}")
     if "lost" in of:
         parts.append(f"not compared with {_listed(of['lost'])}: some of the runs failed")
     return parts
@@ -95,7 +98,9 @@ def _limit(board: Leaderboard) -> str:
         if found is None or found.low is None or found.high is None or not found.low <= 0 <= found.high:
             continue
         half = found.high - found.mean
-        limit = f"{found.count} seeds cannot tell differences below {_size(board.metric, half)}"
+        limit = f"{found.count} {board.blocks} cannot tell differences below {_size(board.metric, half)}"
+        if row.folds is not None:
+            return f"{limit}; more seeds would not shrink the part of the folds"
         for seeds in range(found.count + 1, _ENOUGH + 1):
             later = board.comparison.half_width(i, seeds)
             if later <= half / 2:
@@ -111,12 +116,15 @@ def _looks(board: Leaderboard) -> list[str]:
     if not seen:
         return []
     return [
-        f"seeds were added after a look at {' and '.join(map(str, seen))}, "
+        f"{'runs' if board.blocks == 'folds' else 'seeds'} were added after a look at {' and '.join(map(str, seen))}, "
         f"so this one has {100 * rate_of(1 + len(seen)):.2g} of the 5 % of errors"
     ]
 
 
 def _advice(first: Row, counts: set[int], *, is_tied: bool) -> str:
+    if first.folds is not None:
+        folds = max(first.folds, FEWEST)
+        return f"{FEWEST} to {folds} folds tell a gain from luck: data.folds={folds} data.fold={_all(folds)}"
     typed = [line for run in first.runs for line in run.overrides]
     if any(key_of(line) == "resume" and value_of(line) != "auto" for line in typed):
         return "branch from runs with other seeds, too, to tell a gain from luck"
@@ -127,6 +135,14 @@ def _advice(first: Row, counts: set[int], *, is_tied: bool) -> str:
 
 def _runs(counts: set[int]) -> str:
     return "one run" if counts == {1} else "at most two runs"
+
+
+def _folds(counts: set[int]) -> str:
+    return "one fold" if counts == {1} else "at most two folds"
+
+
+def _all(folds: int) -> str:
+    return ",".join(map(str, range(folds))) if folds <= 10 else f"range(0,{folds})"
 
 
 def _size(metric: str, value: float) -> str:

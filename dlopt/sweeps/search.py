@@ -40,7 +40,7 @@ from dlopt.metrics.names import (
     direction_of,
     monitored_directions,
 )
-from dlopt.results.leaderboard import ParetoFront, front, goal_of, is_number
+from dlopt.results.leaderboard import FOLD, ParetoFront, front, goal_of, is_number
 from dlopt.results.printing import show_end, show_front
 from dlopt.results.ranking import of_folder
 from dlopt.results.reading import find
@@ -329,6 +329,11 @@ def build_study_spec(config: DictConfig, axes: Sequence[Axis], monitored: str = 
 
 def _without_seeds(axes: Sequence[Axis]) -> tuple[list[Axis], list[str]]:
     """Separates the axis of the seeds that each trial runs with; returns its overrides, [] if there is none."""
+    if any(FOLD in axis.keys and (axis.is_swept or axis.is_continuous) for axis in axes):
+        raise UserError(
+            f"{FOLD}: a search draws configurations, not folds: set one of them, or data.val_split; compare the best "
+            "configurations in all folds by dlopt train -m"
+        )
     own = [axis for axis in axes if axis.keys == ("seed",) and axis.is_swept and not axis.is_continuous]
     return [axis for axis in axes if axis not in own], [line for axis in own for [line] in axis.rows()]
 
