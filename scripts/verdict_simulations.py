@@ -307,7 +307,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--tables", type=int, default=TABLES)
-    parser.add_argument("--only", choices=["folds"], help="the cases to draw anew; the others are kept")
+    parser.add_argument("--only", choices=["folds"], help="the cases to draw; the others are kept")
     options = parser.parse_args()
     start = time.process_time()
     if options.only:

@@ -12,7 +12,7 @@ from dlopt.basics.formats import brief
 from dlopt.basics.plain_values import flatten
 from dlopt.basics.roles import Role
 from dlopt.config.keys import role_of
-from dlopt.metrics.names import Goal
+from dlopt.metrics.names import Goal, split_of
 from dlopt.results.intervals import FEWEST, edge
 from dlopt.results.leaderboard import (
     FOLD,
@@ -109,7 +109,7 @@ def _origins(rows: Sequence[Row]) -> list[Remark]:
 
 
 def _folds(ranked: Sequence[tuple[int, Row]], metric: str) -> list[Remark]:
-    """Says what folds decide besides the value, and names rows with other folds, or other seeds in them."""
+    """Says what counts of a fold, and names rows with other folds, or other seeds in them."""
     rows = [(rank, row) for rank, row in ranked if row.folds is not None]
     first = ranked[0][1]
 
@@ -127,7 +127,7 @@ def _folds(ranked: Sequence[tuple[int, Row]], metric: str) -> list[Remark]:
     partial = [rank for rank, row in rows if len(row.folds_with(metric)) < (row.folds or 0)]
     uneven = [rank for rank, row in rows if is_uneven(row) or (not row.apart and seeds(row) != seeds(first))]
     ended = [rank for rank, row in rows if any(run.status == "stopped_early" for run in row.counted(metric))]
-    tested = any(name.startswith("test_") for _, row in rows for run in row.runs for name in run.metrics)
+    tested = any(split_of(name) == "test" for _, row in rows for run in row.runs for name in run.metrics)
     test = "; test metrics are those of the best epoch, which the fold chose" if tested else ""
     return [
         Remark("warning: other folds than #1, so not comparable with it", apart),

@@ -354,6 +354,7 @@ BAD = {
     "a step of no size": ([SPACE, "hydra/sweeper/sampler=cmaes", "hydra.sweeper.sampler.sigma=0"], "sigma=0"),
     "a population of one": ([SPACE, "hydra/sweeper/sampler=cmaes", "hydra.sweeper.sampler.population=1"],
         "population=1"),
+    "folds": ([SPACE, "data.folds=3", "data.fold=0,1,2"], "data.fold: a search draws configurations, not folds"),
     "an unknown sampler": ([SPACE, "hydra/sweeper/sampler=tpx"], "tpx"),
     "a sampler's key": ([SPACE, "+hydra.sweeper.sampler.x=1"], "hydra.sweeper.sampler.x"),
     "code for a sampler": ([SPACE, "hydra.sweeper.sampler._target_=os.system"], "_target_"),

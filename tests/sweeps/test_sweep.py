@@ -82,6 +82,20 @@ def test_jobs_are_complete_runs(tmp_path: Path) -> None:
     assert result.out.endswith("\nsweep folder: sweep\nnext:\n  dlopt report sweep\n")
 
 
+@pytest.mark.usefixtures("quick")
+def test_folds_validate_every_sample_once_and_are_one_row(tmp_path: Path) -> None:
+    result = sweep(tmp_path, "data.folds=3", "data.fold=0,1,2", "optimizer=sgd,adamw", "data.subset=0.2")
+    assert result.code == 0, result.err
+    counts: dict[str, list[int]] = {"sgd": [], "adamw": []}
+    for path in (tmp_path / "sweep").glob("[0-9]*"):
+        found = json.loads((path / "environment.json").read_text())
+        counts[found["choices"]["optimizer"]].append(found["data"]["validation"]["count"])
+    assert sorted(counts["sgd"]) == sorted(counts["adamw"]) and max(counts["sgd"]) - min(counts["sgd"]) <= 1
+    table = result.out[result.out.index("higher is better") :]
+    assert table.count(" 3 folds ") == 2 and "a seed was run more than once" not in table
+    assert sum(counts["sgd"]) == round(0.2 * found["data"]["identity"]["train"]["samples"])
+
+
 def test_failed_job_does_not_stop_others(tmp_path: Path, own: list[str]) -> None:
     result = sweep(tmp_path, *own, "optimizer.end=raise,exit,sysexit,none")
     assert result.code == 1
