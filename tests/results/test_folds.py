@@ -26,19 +26,21 @@ VALUES = {
 """By learning rate: the accuracies of four folds, with two seeds each."""
 
 
-def run(folder: Path, lr: float, fold: int, value: float, *, seed: int = 0, folds: int = 4, **keys: str) -> None:
+def run(
+    folder: Path, lr: float, fold: int, value: float, *, seed: int = 0, folds: int = 4, status: str = "finished"
+) -> None:
     config = {"data.folds": folds, "data.fold": fold}
     typed = [f"optimizer.lr={lr}", f"seed={seed}", *(f"{key}={each}" for key, each in config.items())]
     accuracies = (0.1, 0.99, value)  # the best epoch is not the last one
     path = folder / f"{lr}-{folds}-{fold}-{seed}"
-    make_run(path, lr=lr, seed=seed, accuracies=accuracies, config=config, overrides=typed, **keys)  # type: ignore[arg-type]
+    make_run(path, lr=lr, seed=seed, accuracies=accuracies, config=config, overrides=typed, status=status)
 
 
-def four(folder: Path, **keys: str) -> Ranking:
+def four(folder: Path) -> Ranking:
     for lr, folds in VALUES.items():
         for fold, values in enumerate(folds):
             for seed, value in enumerate(values):
-                run(folder, lr, fold, value, seed=seed, **keys)
+                run(folder, lr, fold, value, seed=seed)
     return table(folder)
 
 
