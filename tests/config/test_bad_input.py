@@ -442,7 +442,7 @@ def test_random_overrides() -> None:
             rejected += 1
         except Exception as error:
             pytest.fail(f"{type(error).__name__} for {[each[:200] for each in line]}: {error!s:.200}")
-    assert accepted > 2 and rejected > 60
+    assert accepted > 0 and rejected > 60
 
 
 def test_random_flags() -> None:
