@@ -74,8 +74,12 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
         folds, fold = data.get("folds"), data.get("fold")
         if all(isinstance(each, int | None) for each in (folds, fold)):  # others are refused with their type
             refuse_folds(folds, fold, data.get("order"))
-        if folds is not None and "data.val_split" in map(key_of, overrides):
+        typed = [] if folds is None else [*map(key_of, overrides)]
+        if "data.val_split" in typed:
             raise UserError(f"data.val_split={show(data.get('val_split'))}: data.folds={folds} validates; leave it out")
+        if "data.split_seed" in typed:
+            value = show(data.get("split_seed"))
+            raise UserError(f"data.split_seed={value}: data.folds={folds} divides alike for all seeds; leave it out")
     if isinstance(data, Mapping) and data.get("_target_") == "dlopt.data.tables.table.table":
         from dlopt.data.tables.kinds import check_table
 

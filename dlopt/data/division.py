@@ -59,7 +59,7 @@ def grouped(classes: Tensor, groups: Tensor, count: int, seed: int, *counters: i
         return torch.arange(len(groups)), torch.arange(0)
     if total < 2:
         raise UserError("data.group: all samples are of one group; at least two are needed to divide them")
-    counts = np.bincount((members * kinds + labels).numpy(), minlength=total * kinds).reshape(total, kinds)
+    counts = _counts(members, labels)
     of_class = counts.sum(0)
     shares = np.array([count / len(groups), 1 - count / len(groups)])
     order = torch.randperm(total, generator=generator("cpu", seed, *counters)).numpy()
@@ -67,8 +67,7 @@ def grouped(classes: Tensor, groups: Tensor, count: int, seed: int, *counters: i
     dealt, selected = np.zeros((2, kinds)), np.zeros(total, dtype=bool)
     has_whole_class = (counts == of_class).any(1) if kinds > 1 else np.zeros(total, dtype=bool)
     for group in order:
-        # The rise of the sum over parts and classes of share * (dealt / wanted - 1)^2, up to a constant.
-        rise = ((2 * dealt + counts[group]) * counts[group] / of_class**2).sum(1) / shares
+        rise = _rise(dealt, counts[group], of_class) / shares
         has_room = dealt[0].sum() + counts[group].sum() / 2 <= count  # with it the count is nearer
         selected[group] = rise[0] < rise[1] and has_room and not has_whole_class[group]
         dealt[0 if selected[group] else 1] += counts[group]
@@ -89,7 +88,7 @@ def partition(targets: Tensor, further: Mapping[str, Tensor], folds: int, seed: 
     classes = torch.zeros(len(targets), dtype=torch.int64) if targets.is_floating_point() else targets
     _, labels = classes.unique(return_inverse=True)
     members = further[GROUP].unique(return_inverse=True)[1] if GROUP in further else torch.arange(len(targets))
-    total, kinds = int(members.max()) + 1, int(labels.max()) + 1
+    total = int(members.max()) + 1
     if total < folds:
         units = "groups (data.group)" if GROUP in further else "samples"
         raise UserError(f"data.folds={folds}: the training set has only {total} {units}; use at most {total}")
@@ -98,14 +97,31 @@ def partition(targets: Tensor, further: Mapping[str, Tensor], folds: int, seed: 
     if GROUP not in further:  # class by class, shuffled within each
         parts[order[labels[order].argsort(stable=True)]] = torch.arange(total) % folds
         return parts
-    counts = np.bincount((members * kinds + labels).numpy(), minlength=total * kinds).reshape(total, kinds)
-    of_class, dealt = counts.sum(0), np.zeros((folds, kinds))
+    counts = _counts(members, labels)
+    of_class, dealt = counts.sum(0), np.zeros((folds, counts.shape[1]))
     for group in order[np.argsort(-counts[order].sum(1), kind="stable")].tolist():
-        rise = ((2 * dealt + counts[group]) * counts[group] / of_class**2).sum(1)  # as in `grouped`
+        rise = _rise(dealt, counts[group], of_class)
         part = np.lexsort((dealt.sum(1), rise))[0]  # of equal ones the smallest part, so that none stays empty
         parts[group] = int(part)
         dealt[part] += counts[group]
     return parts[members]
+
+
+def _counts(members: Tensor, labels: Tensor) -> np.ndarray:
+    """Returns the samples of each group and class, [G, K]."""
+    total, kinds = int(members.max()) + 1, int(labels.max()) + 1
+    counts: np.ndarray = np.bincount((members * kinds + labels).numpy(), minlength=total * kinds)
+    return counts.reshape(total, kinds)
+
+
+def _rise(dealt: np.ndarray, group: np.ndarray, of_class: np.ndarray) -> np.ndarray:
+    """Returns what a group [K] adds to the imbalance if a part gets it, for parts of one size that have `dealt` [P, K].
+
+    The imbalance is the sum over parts and classes of share * (dealt / wanted - 1)^2; what all parts have in common is
+    left out.
+    """
+    rise: np.ndarray = ((2 * dealt + group) * group / of_class**2).sum(1)
+    return rise
 
 
 def split(targets: Tensor, count: int, seed: int, *counters: int, keep_one: bool = False) -> tuple[Tensor, Tensor]:

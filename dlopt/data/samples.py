@@ -30,20 +30,17 @@ from dlopt.tasks.text import NextToken
 WHOLE = 1 << 30  # bytes; larger contents are hashed in part
 _BLOCK = 1 << 20  # bytes, at least one sample
 _BLOCKS = 128  # of a content that is hashed in part, evenly spaced
+_THREADS = 8  # hide the latency of a network file system
 _KINDS = {1: "vectors", 2: "sequences", 3: "images"}  # by the dimensions of an input
 
 
 @dataclass(frozen=True)
 class Content:
-    """Inputs as they are stored: `count` of `size` bytes in total; `read(start, stop)` returns a range of them.
-
-    `threads`: that read at the same time; 8 hide the latency of a network file system.
-    """
+    """Inputs as they are stored: `count` of `size` bytes in total; `read(start, stop)` returns a range of them."""
 
     count: int
     size: int
     read: Callable[[int, int], bytes]
-    threads: int = 8
 
     @classmethod
     def of_array(cls, array: Any) -> "Content":
@@ -60,7 +57,7 @@ class Content:
         def block(start: int) -> bytes:
             return hashlib.sha256(self.read(start, min(start + length, self.count))).digest()
 
-        with ThreadPoolExecutor(self.threads) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             return hashlib.sha256(b"".join(pool.map(block, starts))).hexdigest()
 
 
@@ -173,12 +170,6 @@ class Samples:
         """Returns the same inputs with other targets."""
         changed = copy(self)
         changed.targets = targets
-        return changed
-
-    def with_further(self, further: Mapping[str, Tensor]) -> Self:
-        """Returns the same samples with other further tensors [N, ...]."""
-        changed = copy(self)
-        changed.further = further
         return changed
 
     def resized(self, size: tuple[int, int]) -> "Samples":

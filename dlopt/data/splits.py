@@ -79,6 +79,8 @@ def prepare(
     train, val, test = dataset.train, dataset.val, dataset.test
     is_stratified = dataset.classes is not None and not dataset.has_several_labels
     seed = settings.split_seed if settings.folds is None else _TEST_SEED
+    if settings.folds is not None and ORDER in train.further and settings.order is None:
+        raise UserError(f"data.folds={settings.folds}: the samples have an order, which folds would mix; use null")
     if settings.folds is not None and val is not None:
         own = f"the data have a validation set of {len(val):,} samples"
         raise UserError(f"data.folds={settings.folds}: {own}, which no fold replaces; use null")
@@ -140,23 +142,26 @@ def _division_notes(settings: DataSettings, train: Samples, val: Samples | None,
         if count:
             classes = "are of classes" if count > 1 else "is of a class"
             yield f"{WARNING}{count:,} of {len(val):,} validation samples {classes} that no training sample has"
-    if settings.group is not None:
-        groups = {name: each.further[GROUP] for name, each in (("training", train), *held_out.items()) if each}
+    divided = {"training": train} | {name: each for name, each in held_out.items() if each is not None}
+    if GROUP in train.further:
+        groups = {name: each.further[GROUP] for name, each in divided.items() if GROUP in each.further}
         counts = ", ".join(f"{len(each.unique()):,} {name}" for name, each in groups.items())
-        yield f"data.group={settings.group}: {counts} groups"
+        yield f"{_divider(GROUP, settings.group)}: {counts} groups"
         for name, each in groups.items():
             if name != "training" and (count := int(torch.isin(each, groups["training"]).sum())):
-                shared = f"{count:,} of {len(each):,} {name} samples share a group ({settings.group})"
-                yield f"{WARNING}{shared} with training samples"
-    if settings.order is not None:
-        yield f"data.order={settings.order}: training before validation before test, not stratified by class"
+                yield f"{WARNING}{count:,} of {len(each):,} {name} samples share a group with training samples"
+    if ORDER in train.further:
+        yield f"{_divider(ORDER, settings.order)}: training before validation before test, not stratified by class"
         last = train.further[ORDER].max()
-        for name, samples in held_out.items():
-            if samples is not None:
-                values = samples.further[ORDER]
-                if count := int((values <= last).sum()):
-                    yield f"{WARNING}{count:,} of {len(values):,} {name} samples are not after those before them"
-                last = torch.maximum(last, values.max())
+        for name, values in ((name, each.further[ORDER]) for name, each in divided.items() if ORDER in each.further):
+            if name != "training" and (count := int((values <= last).sum())):
+                yield f"{WARNING}{count:,} of {len(values):,} {name} samples are not after those before them"
+            last = torch.maximum(last, values.max())
+
+
+def _divider(name: str, column: str | None) -> str:
+    """Names what divides the samples: the key of a column, or a tensor of a source of the user's own."""
+    return f"{name} of the samples" if column is None else f"data.{name}={column}"
 
 
 def with_validation_set(

@@ -433,7 +433,7 @@ def test_random_overrides() -> None:
     bases = (["model=mlp"], ["model=mlp", "optimizer=adam"])
     configs = [OmegaConf.to_container(composer.compose(base), resolve=False) for base in bases]
     keys = [*dict.fromkeys(key for config in configs for key in (*config, *flatten(config))), *2 * OTHER_KEYS]
-    for _ in range(120):
+    for _ in range(200):
         line = [*draw.choice(bases), *(random_override(draw, keys) for _ in range(draw.choice([1, 1, 1, 2, 3])))]
         try:
             plan(composer, line)
@@ -442,7 +442,7 @@ def test_random_overrides() -> None:
             rejected += 1
         except Exception as error:
             pytest.fail(f"{type(error).__name__} for {[each[:200] for each in line]}: {error!s:.200}")
-    assert accepted > 0 and rejected > 60
+    assert accepted > 2 and rejected > 60
 
 
 def test_random_flags() -> None:

@@ -65,6 +65,8 @@ def test_errors_of_values_come_before_torch() -> None:
         "train data.folds=5": "data.fold=null: data.folds=5 needs one of 0 to 4, or several with -m",
         "train data.folds=5 data.fold=5": "data.fold=5: data.folds=5 needs one of 0 to 4, or several with -m",
         "train data.fold=1": "data.fold=1: is a part of data.folds, which is null; use for example data.folds=5",
+        "train data.folds=5 data.fold=1 data.split_seed=3": "data.split_seed=3: data.folds=5 divides alike for all "
+        "seeds; leave it out",
         "train data.folds=5 data.fold=1 data.val_split=0.2": "data.val_split=0.2: data.folds=5 validates; leave it out",
         "train data=table data.file=a data.order=day data.folds=5 data.fold=1": "data.folds=5: data.order=day would "
         "train on what comes after the validation set; use one of them",

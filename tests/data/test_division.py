@@ -197,7 +197,7 @@ def test_given_splits_are_checked(tmp_path: Path) -> None:
     text = (tmp_path / "rows.csv").read_text().replace("p3,9,4,b,train", "p4,9,4,b,train")
     (tmp_path / "rows.csv").write_text(text)
     shared = read(*words, "data.group=patient", "data.ignore=[day]")
-    assert "warning: 8 of 16 validation samples share a group (patient) with training samples" in shared.notes
+    assert "warning: 8 of 16 validation samples share a group with training samples" in shared.notes
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_other_groups_are_other_data(tmp_path: Path) -> None:
     before = identify(run_config(*words).read_data())
     text = (tmp_path / "rows.csv").read_text()
     (tmp_path / "rows.csv").write_text(text.replace("p0", "q0"))
-    message = "the training set has other groups, or another order"
+    message = "the training set has other groups, weights or times"
     assert difference(before, identify(run_config(*words).read_data())) == message
     (tmp_path / "rows.csv").write_text(text)
     assert difference(before, identify(run_config(*words).read_data())) is None
@@ -245,3 +245,16 @@ def test_normalization_sees_training_rows_only(tmp_path: Path, words: str) -> No
     fit(module, dataset, count=None, kind="standardize")
     values = module(dataset.train.fetch_range(0, 48))
     assert abs(float(values.mean())) < 1e-6 and abs(float(values.std(correction=0)) - 1) < 1e-6
+
+
+def test_a_source_may_bring_what_divides_it() -> None:
+    """Without a key: further tensors of a source of the user's own."""
+    rows = torch.arange(20)
+    of_groups = InMemory(torch.rand(20, 2), rows % 2, None, {"group": rows // 4})
+    dataset = prepare(Dataset(of_groups, None, None, ("a", "b")), data_settings(val_split=0.2))
+    assert "group of the samples: 4 training, 1 validation groups" in dataset.notes
+    of_times = InMemory(torch.rand(20, 2), rows % 2, None, {"order": rows.double()})
+    dataset = prepare(Dataset(of_times, None, None, ("a", "b")), data_settings(val_split=0.2))
+    assert dataset.val is not None and dataset.val.further["order"].tolist() == [16, 17, 18, 19]
+    with pytest.raises(UserError, match=r"data\.folds=2: the samples have an order, which folds would mix"):
+        prepare(Dataset(of_times, None, None, ("a", "b")), data_settings(folds=2, fold=0))

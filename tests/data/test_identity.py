@@ -257,10 +257,10 @@ def test_missing_and_special_files_are_empty(tmp_path: Path) -> None:
 def test_blocks_of_a_content_that_are_hashed(
     count: int, size: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("WHOLE", 1000), ("_BLOCK", 100), ("_BLOCKS", 4)):
+    for name, value in (("WHOLE", 1000), ("_BLOCK", 100), ("_BLOCKS", 4), ("_THREADS", 1)):
         monkeypatch.setattr(f"dlopt.data.samples.{name}", value)
     read: list[tuple[int, int]] = []
-    content = Content(count, size, lambda start, stop: read.append((start, stop)) or b"x", threads=1)
+    content = Content(count, size, lambda start, stop: read.append((start, stop)) or b"x")
     assert content.digest() == hashlib.sha256(hashlib.sha256(b"x").digest() * len(expected)).hexdigest()
     assert read == expected
 

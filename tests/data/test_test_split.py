@@ -139,7 +139,10 @@ def test_a_folder_of_classes_is_trained_and_tested(tmp_path: Path) -> None:
     report = tested()
     assert report["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-9) and report["samples"] == 10
     error = refused(tmp_path, "eval", "run", "data.test_split=0.5")
-    assert "data.test_split=0.5: the run has split off 0.25 of these data, and trained on the others" in error
+    assert "data.test_split=0.5: the run has divided these data with 0.25, and trained on a part; leave it out" in error
+    for key in ("data.split_seed=7", "data.val_split=0.3", "data.folds=4"):  # would validate what was trained
+        error = refused(tmp_path, "eval", "run", "split=val", *([key, "data.fold=1"] if "folds" in key else [key]))
+        assert f"{key}: the run has divided these data with" in error
     (tmp_path / "photos").rename(tmp_path / "moved")
     assert tested("data.root=moved")["test_loss"] == report["test_loss"], "a moved folder is the same data"
     (tmp_path / "moved/dog/00.png").unlink()

@@ -40,7 +40,7 @@ BUDGET = {
     + 1
     + 2  # Checkpoint replaces the nine keys of its file; UserTask, Draws
     + 1  # Stored: instead of a reader for each file of a command's own; Names and NotEmpty replace two functions
-    + 1,  # Samples: instead of the questions which kind of samples one is
+    + 1,  # Samples: instead of 29 questions about the kind of a source
 }
 
 WORDS = {

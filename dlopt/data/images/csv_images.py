@@ -18,8 +18,8 @@ from dlopt.data.images.unreadable import ImageKeys, image_files
 from dlopt.data.rows.rows import Labels
 from dlopt.data.samples import Dataset
 from dlopt.data.settings import SPLITS
-from dlopt.data.tables.columns import dividing_columns, further_of
 from dlopt.data.tables.csv_file import read_columns, read_header
+from dlopt.data.tables.further import columns_of, further_of
 
 
 def csv(
@@ -53,7 +53,7 @@ def csv(
     """
     header = read_header(file)
     keyed = {"group": group, "order": order, "weight": weight}
-    dividing = dividing_columns(label_column, split_column=split_column, **keyed)
+    dividing = columns_of(label_column, split_column=split_column, **keyed)
     other = [path_column, *([] if split_column is None else [split_column]), *dividing.values()]
     header.require([*other, label_column], " (for a table of numbers and categories: data=table)")
     answers: Sequence[str] | Sequence[float]

@@ -20,7 +20,8 @@ from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.images.decoding import Size, decode
 from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
 from dlopt.data.samples import Dataset
-from dlopt.data.tables.columns import FeatureColumns, dividing_columns, field_of, further_of
+from dlopt.data.tables.columns import FeatureColumns, field_of
+from dlopt.data.tables.further import columns_of, further_of
 from dlopt.data.tables.parquet import (
     Parts,
     innermost,
@@ -67,7 +68,7 @@ def parquet(
     Raises:
         UserError: a file or a column is missing, a column has another type, or a value is missing.
     """
-    dividing = dividing_columns(target, group=group, order=order, weight=weight)
+    dividing = columns_of(target, group=group, order=order, weight=weight)
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     tables: list[tuple[str, Any]] = []
@@ -350,7 +351,7 @@ def huggingface(
     Raises:
         UserError: the package, the dataset, a split or a column is missing; see `parquet`.
     """
-    dividing = dividing_columns(target, group=group, order=order, weight=weight)
+    dividing = columns_of(target, group=group, order=order, weight=weight)
     columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
     splits = {"data.split": split, "data.val": val, "data.test": test}
     load = _Hub(name, configuration, revision, offline, target)

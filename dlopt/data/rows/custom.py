@@ -40,6 +40,8 @@ def custom(
         raise UserError("data.train=null: a dataset is required; set data.train._target_")
     datasets, lost = without_loaders(train, val, test)
     if are_records(datasets["train"]):
+        if sequences:
+            raise UserError("data.sequences=true: the items are no pairs (input, label); a task reads them as they are")
         return _of_records(datasets, lost)
     if sequences and size is not None:
         raise UserError(f"data.image_size={list(size)}: data.sequences=true has no images; use data.image_size=null")

@@ -42,9 +42,7 @@ from dlopt.data.tables.columns import (
     categorical,
     column_of,
     date_problem,
-    dividing_columns,
     field_of,
-    further_of,
     numeric,
 )
 from dlopt.data.tables.csv_file import (
@@ -57,6 +55,7 @@ from dlopt.data.tables.csv_file import (
     remedy,
     require_columns,
 )
+from dlopt.data.tables.further import columns_of, further_of
 from dlopt.data.tables.parquet import bounded, is_parquet, library, open_parquet, read_parquet, stored_names, with_names
 
 Labels = Literal["class", "value"]
@@ -124,7 +123,7 @@ def read_table(
     if target is None:
         target = names[-1] if trained is None else trained.target
     split_columns = [each for each in (split_column, group, order, weight) if each is not None]
-    dividing = dividing_columns(target, split_column=split_column, group=group, order=order, weight=weight)
+    dividing = columns_of(target, split_column=split_column, group=group, order=order, weight=weight)
     reader.require([target, *ignore, *split_columns, *categories, *dates, *numbers])
     features = [name for name in names if name not in (target, *ignore, *split_columns)]
     unread: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from dlopt.augment import Pipeline
 from dlopt.augment.crops import ResizingCrop
 from dlopt.basics.errors import UserError, refused_path
 from dlopt.config import validation_sets
+from dlopt.config.parameters import show
 from dlopt.config.parsing import parse
 from dlopt.config.resolve import resolve_saved
 from dlopt.config.run_config import RunConfig
@@ -29,6 +30,8 @@ from dlopt.tasks.kinds import chosen
 from dlopt.tasks.user import OwnTask, UserTask
 from dlopt.training.checkpoint.content import Checkpoint
 
+# Keys by which a run divides its data.
+_DIVISION = ("test_split", "val_split", "subset", "split_seed", "folds", "fold", "group", "order")
 # Keys that name the data, and keys of their splits, which are not those of other data.
 _SOURCES, _SPLITS = ("file", "root", "name", "split", "train"), ("val", "test", "val_file", "test_file")
 
@@ -80,12 +83,12 @@ def _tested(run_config: RunConfig, saved: Checkpoint) -> tuple[RunConfig, Datase
     """
     own, config = saved.config["data"], run_config.config["data"]
     tokenizer = saved_tokenizer(run_config, saved)
-    typed = {key for key in own if own[key] != config.get(key)}
+    typed = {key for key in own | config if own.get(key) != config.get(key)}
     is_other = not typed.isdisjoint(_SOURCES)
-    if not is_other and "test_split" in typed:
+    if not is_other and (keys := [key for key in _DIVISION if key in typed]):
+        value, before = (show(each.get(keys[0])) for each in (config, own))
         raise UserError(
-            f"data.test_split={config['test_split']:g}: the run has split off {own['test_split']:g} of these data, and "
-            "trained on the others; leave it out"
+            f"data.{keys[0]}={value}: the run has divided these data with {before}, and trained on a part; leave it out"
         )
     with contextlib.suppress(*[UserError] * is_other):  # a small text has no splits
         source = read_source(run_config, tokenizer, ("test",), saved.columns)

@@ -92,6 +92,7 @@ def test_items_are_sequences_or_grey_images() -> None:
             r"data\.train: is 3 DataLoaders; must be one, or .* train and val",
         ),
         ({"sequences": True}, r"data\.sequences=true: data\.train .*\[0\] has the shape .*, not \[C, L\]"),
+        ({"sequences": True, "train": [{"a": 1.0}]}, "data\\.sequences=true: the items are no pairs"),
         ({"sequences": True, "image_size": 8}, r"data\.image_size=\[8, 8\]: data\.sequences=true has no images"),
         ({"train": 3}, r"data.train \(builtins.int\): has no __getitem__"),
         ({"classes": 2}, "data.train: has labels from 0 to 2; with 2 classes 0 to 1 are allowed"),

@@ -18,6 +18,7 @@ from dlopt.data.samples import Dataset, InMemory
 from dlopt.data.splits import with_test_set
 from dlopt.data.tables.table import breast_cancer, diabetes, table, wine
 from tests.support.line import dlopt
+from tests.support.runs import run_config
 
 DEFAULTS: dict[str, Any] = {
     "delimiter": ",",
@@ -273,6 +274,14 @@ def test_a_weight_is_no_feature_and_follows_its_row(tmp_path: Path) -> None:
         torch.testing.assert_close(
             samples.further["weight"], 100 - 10 * samples.inputs[:, 0].double(), atol=1e-5, rtol=0
         )
+
+
+def test_a_weight_below_0_is_refused_in_any_split(tmp_path: Path) -> None:
+    lines = ["a,w,kind,part", "1,2,x,train", "2,1,y,train", "3,-1,x,test"]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    words = ["data=table", f"data.file={tmp_path}/t.csv", "data.target=kind", "data.split_column=part", "model=mlp"]
+    with pytest.raises(UserError, match=r"t\.csv, line 4: w is -1; data\.weight needs numbers of 0 or more"):
+        run_config(*words, "data.weight=w").read_data()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Weights of the samples in the loss, beside a plain loop over the samples in float64."""
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ WEIGHTS = torch.tensor([0.0, 1.0, 3.0, 2.0, 1.0, 2.0], dtype=torch.float64)
 
 def weighted_workload(*overrides: str, weights: Tensor | None = None) -> Workload:
     workload = small_workload(*overrides)
-    train = workload.dataset.train
+    train = copy(workload.dataset.train)
     values = torch.arange(len(train)) % 3 if weights is None else weights
-    return replace(workload, dataset=replace(workload.dataset, train=train.with_further({"weight": values})))
+    train.further = {"weight": values}
+    return replace(workload, dataset=replace(workload.dataset, train=train))
 
 
 @pytest.mark.parametrize(
