@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,25 @@ def differences(
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
     as_today(old, new)
-    keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in _NO_AXES)]
+    keys = [key for key in old | new if _tells_apart(key, axes)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_same_path(key, *pair)}
+
+
+def comparable(saved: Mapping[str, Any], axes: Collection[str] = ()) -> Hashable:
+    """Returns the part of a config that tells runs apart: equal where `differences` finds none."""
+    config = flatten(redacted(of_today(saved, trains=True)))
+    config = {key: value for key, value in config.items() if not (key.endswith(".test_split") and not value)}
+    if config.get("ema") is None:
+        config.pop("ema_warmup", None)
+    for key in config.keys() & {"data.root", *_FILES}:
+        config[key] = config[key] and os.path.abspath(os.path.expanduser(config[key]))
+    kept = [key for key in sorted(config) if key != _TEACHER and _tells_apart(key, axes)]
+    return tuple((key, repr(value) if isinstance(value := config[key], list | dict) else value) for key in kept)
+
+
+def _tells_apart(key: str, axes: Collection[str]) -> bool:
+    return not may_change(key) or (is_below(key, axes) and key not in _NO_AXES)
 
 
 def as_today(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -96,9 +96,11 @@ def labels(jobs: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(line for line in job if line not in common) or "as configured" for job in jobs]
 
 
-def list_jobs(sweep: Path, jobs: Sequence[Job]) -> None:
-    """Writes the overrides of the jobs into the folder of a sweep."""
-    write_yaml(sweep / SPACE, [storable(job.plan.texts) for job in jobs])
+def list_jobs(sweep: Path, jobs: Sequence[Job], space: Any = None) -> None:
+    """Writes the overrides of the jobs into the folder of a sweep. `space`: its content, which may have other jobs."""
+    former = dict(enumerate(space if isinstance(space, list) else []))
+    listed = former | {job.number: storable(job.plan.texts) for job in jobs}
+    write_yaml(sweep / SPACE, [listed[number] for number in sorted(listed)])
 
 
 def prepare(job: Job) -> JobResult | None:

@@ -38,6 +38,7 @@ from dlopt.config.resolve import job_variables, task_overrides
 from dlopt.config.resuming import in_folder, refuse_other_config, shortened
 from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results.ranking import of_folder
+from dlopt.results.reading import find
 from dlopt.sweeps import jobs as sweep_jobs
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.array import is_submitted
@@ -45,12 +46,12 @@ from dlopt.sweeps.axes import is_grid, read_axes
 from dlopt.sweeps.branches import begin
 from dlopt.sweeps.jobs import Job, labels, list_jobs, record_dead
 from dlopt.sweeps.live import live_workers
-from dlopt.sweeps.matching import distance_of_unfinished, has_jobs, refuse_other_labels, refuse_other_order, swept_keys
+from dlopt.sweeps.matching import distance_of_unfinished, lists_jobs, numbers, refuse_other_labels, swept_keys
 from dlopt.sweeps.request import SweepEnd, SweepRequest, print_next
 from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_working
 from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_grid
-from dlopt.sweeps.sweep_file import read_space
+from dlopt.sweeps.sweep_file import find_space, read_space
 
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
@@ -152,10 +153,22 @@ def build_launcher(config: DictConfig, refusal: str | None) -> pools.Pool | Slur
 # -- grids
 
 
-def _jobs(sweep: Path, plans: Sequence[Plan]) -> list[Job]:
-    """Returns the jobs of a grid in the folder `sweep`."""
-    named = enumerate(zip(plans, labels([plan.texts for plan in plans]), strict=True))
-    return [Job(number, RunFolder(sweep / plan.subfolder), plan, label) for number, (plan, label) in named]
+def _jobs(request: SweepRequest, sweep: Path, plans: Sequence[Plan], space: Any, key: str) -> list[Job]:
+    """Returns the jobs of a grid in the folder `sweep`, numbered as in its file, which has `space`.
+
+    Raises `UserError`.
+    """
+    found = numbers(space, sweep, plans, request.plan_job, key)
+    if not isinstance(request.launcher, pools.Pool | Slurm) and found != [*range(len(plans))]:
+        name = request.config.hydra.runtime.choices["hydra/launcher"]
+        raise UserError(f"hydra/launcher={name}: numbers the jobs itself, so it cannot extend a sweep; use serial")
+    plans = [
+        plan if number == index else request.plan_job(plan.texts, number)
+        for index, (number, plan) in enumerate(zip(found, plans, strict=True))
+    ]
+    named = zip(found, plans, labels([plan.texts for plan in plans]), strict=True)
+    jobs = [Job(number, RunFolder(sweep / plan.subfolder), plan, label) for number, plan, label in named]
+    return sorted(jobs, key=lambda job: job.number)
 
 
 def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[int, str]:
@@ -188,17 +201,23 @@ def _grid(request: SweepRequest) -> SweepEnd:
         refuse_different_environments(plans)
     request.check_tracking(plans)
     before = FolderSnapshot(request.path)
-    folder = request.find_folder(
-        lambda candidate: distance_of_unfinished(candidate, _jobs(candidate.path, plans)),
-        lambda path, key: check_folder(
-            RunFolder(path),
-            key,
-            _jobs(path, plans),
-            request.config.resume,
-            joins=isinstance(request.launcher, Slurm),
-        ),
-    )
-    jobs = _jobs(folder, plans)
+    jobs: list[Job] = []
+
+    def distance(candidate: RunFolder) -> int | None:
+        space = find_space(candidate.path)
+        is_listed = lists_jobs(space, plans)
+        return distance_of_unfinished(candidate, _jobs(request, candidate.path, plans, is_listed and space, ""))
+
+    def check(path: Path, key: str) -> None:
+        extends = request.config.resume == "auto" or is_submitted(path)
+        jobs[:] = _jobs(request, path, plans, extends and read_space(path), key)
+        check_folder(RunFolder(path), key, jobs, request.config.resume, joins=isinstance(request.launcher, Slurm))
+
+    folder = request.find_folder(distance, check)
+    jobs = jobs or _jobs(request, folder, plans, None, "")
+    listed = len(space) if isinstance(space := find_space(folder), list) else 0
+    if listed and (added := sum(job.number >= listed for job in jobs)):
+        print(f"adds {format_count('jobs', added)} to the {listed} of this sweep")
     if jobs and all(job.is_done for job in jobs):
         print_next(f"this sweep is already finished: {folder}", folder)
         return SweepEnd(DONE, of_folder(folder))
@@ -208,7 +227,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
         if isinstance(request.launcher, Slurm):
             submit_grid(request, folder, jobs, before)
             return SweepEnd(DONE, is_submitted=True)
-        list_jobs(folder, jobs)
+        list_jobs(folder, jobs, read_space(folder))
         for job in jobs:
             record_dead(job.folder)
         ended = _run_jobs(request, folder, jobs)
@@ -270,23 +289,25 @@ def check_folder(
     if sweep.is_live() or live_workers(sweep.path) or (working and not joins):
         raise UserError(f"{key}: another {what} is active in this folder")
     space = read_space(sweep.path)
-    axes = swept_keys(space, jobs)
-    submitted = len(space) if isinstance(space, list) and not working else len(jobs)
-    if is_submitted(sweep.path) and not has_jobs(space, jobs[:submitted], axes):
-        raise UserError(
-            f"{key}: another sweep was submitted in this folder; use another one. More values of the first axis extend "
-            "a grid whose elements have ended"
-        )
+    axes = swept_keys(space, [job.plan for job in jobs])
+    if is_submitted(sweep.path) and isinstance(space, list):
+        own = {job.number for job in jobs}
+        if working and len(own | {*range(len(space))}) > len(space):
+            raise UserError(f"{key}: elements of this sweep are queued or running; add jobs to it when they have ended")
+        if missing := {*range(len(space))} - own:
+            first = " ".join(line for line in space[min(missing)] if key_of(line) in axes)
+            raise UserError(
+                f"{key}: the sweep that was submitted in this folder has a job {min(missing)} ({first}), which is not "
+                "one of these; type its values, too, or use another folder"
+            )
     if working:  # the submission compares all of its jobs with these
         return
     for job in jobs:
         job.folder.refuse_other_format(key)
-    if resume == "auto" and what == "sweep":
-        refuse_other_order(space, jobs, axes, key)
+    if resume != "auto" and any(RunFolder(path).has_begun() for path in find(sweep.path)):
+        found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
+        raise UserError(f"{key}: this folder contains {found} with resume=auto")
     for job in [job for job in jobs if job.folder.has_begun()]:
-        if resume != "auto":
-            found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
-            raise UserError(f"{key}: this folder contains {found} with resume=auto")
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
         refuse_other_config(former, saved, str(folder.path), folder.typed(), axes)

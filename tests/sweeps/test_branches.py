@@ -67,7 +67,7 @@ def jobs_of(folder: Path, *words: str) -> list[Job]:
     """Returns the jobs of a sweep of branches, with their checkpoints in their folders."""
     composer = Composer()
     request = sweeps.request(composer, branched(composer, with_folder([*words, f"output={folder}"], multirun=True)))
-    jobs = sweeps._jobs(folder, sweeps._plans(request))
+    jobs = sweeps._jobs(request, folder, sweeps._plans(request), None, "")
     begin(jobs)
     return jobs
 

@@ -52,26 +52,33 @@ def sweep(folder: Path, *words: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "key"),
+    ("first", "then", "new"),
     [
-        ("threads=1,2", "threads=3,2", "threads"),
-        ("threads=1,2", "threads=3", "threads"),
-        ("threads=2", "threads=1,2", "threads"),
-        ("device=cpu,auto", "device=auto,cpu", "device"),
-        ("epochs=1,2", "epochs=2,1", "epochs"),
-        ("check=auto,step", "check=step,auto", "check"),
-        ("parallel=ddp,fsdp", "parallel=fsdp,ddp", "parallel"),
-        ("a=zip(log_every_steps=[1,2],name=[a,b])", "a=zip(log_every_steps=[1,2],name=[c,b])", "name"),
-        ("data.memory=auto,true", "data.memory=false,true", "data.memory"),
-        ("data.root=a,b", "data.root=c,b", "data.root"),
-        ("experiment=first,second", "experiment=third,second", "log_every_steps"),
-        ("a=zip(note=[a,b],tags=[x,y])", "a=zip(note=[c,b],tags=[x,y])", "note=c"),
-        ("tags=[a],[b]", "tags=[c],[b]", "tags=[c]"),
-        ("seed=1,2 check=auto,step", "check=auto,step seed=1,2", "check: saved step, now auto"),
+        ("threads=1,2", "threads=3,2", 1),
+        ("threads=1,2", "threads=3", 1),
+        ("threads=2", "threads=1,2", 1),
+        ("device=cpu,auto", "device=auto,cpu", 0),
+        ("epochs=1,2", "epochs=2,1", 0),
+        ("check=auto,step", "check=step,auto", 0),
+        ("parallel=ddp,fsdp", "parallel=fsdp,ddp", 0),
+        ("a=zip(log_every_steps=[1,2],name=[a,b])", "a=zip(log_every_steps=[1,2],name=[c,b])", 1),
+        ("data.memory=auto,true", "data.memory=false,true", 1),
+        ("data.root=a,b", "data.root=c,b", 1),
+        ("experiment=first,second", "experiment=third,second", 1),
+        ("a=zip(note=[a,b],tags=[x,y])", "a=zip(note=[c,b],tags=[x,y])", 1),
+        ("tags=[a],[b]", "tags=[c],[b]", 1),
+        ("seed=1,2 check=auto,step", "check=auto,step seed=1,2", 0),
+        ("optimizer=sgd,adamw seed=0,1", "optimizer=sgd,adamw seed=0,1,2", 2),
+        ("seed=1,2", "seed=0,1,2", 1),
+        ("seed=0,1 optimizer=sgd", "seed=0,1 optimizer=sgd,adamw", 2),
+        ("optimizer=sgd,adamw", "optimizer=sgd,adamw seed=1,0", 2),  # had the default seed, 0
+        ("optimizer.lr=1e-1,0.2", "optimizer.lr=0.2,0.1,0.3", 1),
     ],
 )
-def test_an_axis_tells_jobs_apart_whatever_its_role(first: str, then: str, key: str, tmp_path: Path) -> None:
-    """Also a key that may change when a run is resumed: a job of another value does not count as this one."""
+def test_equal_jobs_keep_their_numbers_and_new_ones_follow(
+    first: str, then: str, new: int, tmp_path: Path, started: list[list[str]]
+) -> None:
+    """An axis tells jobs apart whatever its role: also a key that may change when a run is resumed."""
     words = [HERE]
     if "experiment" in first:
         recipes = tmp_path / "conf/experiment"
@@ -84,10 +91,52 @@ def test_an_axis_tells_jobs_apart_whatever_its_role(first: str, then: str, key: 
         for name in "abc":
             (tmp_path / name).mkdir()
     assert sweep(tmp_path, *words, *first.split(" ")).code == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*.*ml")}
-    assert before
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").glob("*/*.*ml")}
+    listed = yaml.safe_load((tmp_path / "sweep/sweep.yaml").read_text())
+    assert len(before) == 2 * len(listed) == 2 * len(started)
+    started.clear()
     result = sweep(tmp_path, *words, *then.split(" "), "resume=auto")
-    assert result.code == 2 and f"{key}" in result.err, result
+    assert result.code == 0 and len(started) == new, result
+    assert {path: path.read_bytes() for path in before} == before
+    extended = yaml.safe_load((tmp_path / "sweep/sweep.yaml").read_text())
+    assert len(extended) == len(listed) + new and [job[-1] for job in extended[len(listed) :]] == ["resume=auto"] * new
+    numbers = [int(path.parent.name) for path in (tmp_path / "sweep").glob("*/config.yaml")]
+    assert sorted(numbers) == [*range(len(extended))]
+    assert (f"adds {new} job{'s' * (new > 1)} to the {len(listed)} of this sweep\n" in result.out) == (new > 0)
+    started.clear()
+    assert sweep(tmp_path, *words, *then.split(" "), "resume=auto").code == 0 and not started
+
+
+def test_a_job_that_never_began_keeps_its_number(tmp_path: Path, started: list[list[str]]) -> None:
+    """Although its words are others in the extended sweep, and no config tells its settings."""
+    assert sweep(tmp_path, HERE, "optimizer=sgd,adamw").code == 0
+    shutil.rmtree(tmp_path / "sweep/1")
+    started.clear()
+    assert sweep(tmp_path, HERE, "optimizer=adamw,sgd", "seed=0,1", "resume=auto").code == 0
+    optimizers = [yaml.safe_load((tmp_path / f"sweep/{number}/config.yaml").read_text()) for number in range(4)]
+    names = [each["optimizer"]["_target_"].split(".")[-1] for each in optimizers]
+    assert names[:2] == ["SGD", "adamw"] and len(started) == 3
+    assert sorted((name, each["seed"]) for name, each in zip(names, optimizers, strict=True)) == [
+        ("SGD", 0), ("SGD", 1), ("adamw", 0), ("adamw", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "there", "here"),
+    [
+        ("seed=1,2 optimizer=sgd", "seed=1,3 optimizer=adamw", "optimizer=sgd", "optimizer=adamw"),
+        ("threads=1,2", "threads=2 seed=5", "no override", "seed=5"),
+        ("seed=1,2 optimizer.lr=0.3", "seed=1,2,3", "optimizer.lr=0.3", "no override"),
+    ],
+)
+def test_jobs_that_differ_in_more_than_axes_are_another_sweep(
+    first: str, then: str, there: str, here: str, tmp_path: Path
+) -> None:
+    assert sweep(tmp_path, HERE, *first.split()).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*.*ml")}
+    result = sweep(tmp_path, HERE, *then.split(), "resume=auto")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"sweep: this folder contains another sweep ({there} there, {here} here); use another folder" in result.err
     assert {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*.*ml")} == before
 
 
@@ -120,13 +169,6 @@ def test_a_changed_tag_changes_no_job(tmp_path: Path) -> None:
     assert sweep(tmp_path, *line, "resume=auto").out.startswith("this sweep is already finished")
 
 
-def test_an_added_value_is_a_new_job(tmp_path: Path, started: list[list[str]]) -> None:
-    assert sweep(tmp_path, HERE, "threads=1,2").code == 0
-    started.clear()
-    assert sweep(tmp_path, HERE, "threads=1,2,3", "resume=auto").code == 0
-    assert [[line for line in job if line.startswith("threads")] for job in started] == [["threads=3"]]
-
-
 def job(texts: list[str], saved: dict[str, Any], former: dict[str, Any] | None = None) -> Any:
     """A job with these overrides and this config, whose folder has the config `former`."""
     return SimpleNamespace(
@@ -136,7 +178,7 @@ def job(texts: list[str], saved: dict[str, Any], former: dict[str, Any] | None =
 
 def test_a_key_that_only_some_jobs_have_is_an_axis() -> None:
     jobs = [job(["seed=1"], {"seed": 1, "threads": 1}), job(["seed=1", "threads=2"], {"seed": 1, "threads": 2})]
-    assert swept_keys(None, jobs) == {"threads"}
+    assert swept_keys(None, [each.plan for each in jobs]) == {"threads"}
 
 
 def test_the_distance_of_a_sweep_is_that_of_its_farthest_job(tmp_path: Path) -> None:
@@ -217,25 +259,6 @@ def test_the_printed_words_continue_this_sweep(tmp_path: Path, monkeypatch: pyte
     )
     sweep(tmp_path, "seed=1,2", *words)
     assert seen == [older / "0", older / "1"]
-
-
-@pytest.mark.parametrize(
-    ("first", "then", "said"),
-    [
-        (
-            "optimizer=sgd,adamw seed=0,1",
-            "optimizer=sgd,adamw seed=0,1,2",
-            "job 2 has optimizer=adamw seed=0, and now ",
-        ),
-        ("seed=1,2", "seed=0,1,2", "job 0 has seed=1, and now seed=0: "),
-        ("seed=0,1 optimizer=sgd", "seed=0,1 optimizer=sgd,adamw", "job 1 has seed=1 optimizer=sgd, and now "),
-    ],
-)
-def test_a_grid_is_extended_by_its_first_axis(first: str, then: str, said: str, tmp_path: Path) -> None:
-    assert sweep(tmp_path, HERE, *first.split()).code == 0
-    result = sweep(tmp_path, HERE, *then.split(), "resume=auto")
-    assert result.code == 2 and result.err.count("\n") == 1
-    assert said in result.err and "only the first axis can get more values, after its own" in result.err
 
 
 @pytest.mark.parametrize(

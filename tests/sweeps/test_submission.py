@@ -217,7 +217,8 @@ def test_a_second_submission_joins_the_first(
     assert result.code == 0 and "Slurm job 2" in result.out and array_ids(sweep) == ["1", "2"], result
     line[line.index("seed=0,1")] = "seed=0,2"
     for words in (line, [*line, "resume=auto"]):
-        assert "another sweep was submitted in this folder" in said(dlopt(tmp_path, *words))
+        other = said(dlopt(tmp_path, *words))
+        assert "the sweep that was submitted in this folder has a job 1 (seed=1), which is not one of these" in other
 
 
 @pytest.fixture
@@ -350,13 +351,15 @@ def test_why_a_grid_was_stopped(submitted: Path, slurm: Path, tmp_path: Path) ->
     assert "stopped" not in dlopt(tmp_path, "sweep", "status", PLACE).out
 
 
-def test_more_values_of_the_first_axis(submitted: Path, tmp_path: Path) -> None:
-    """Extend a submitted grid, as a local one."""
-    result = dlopt(tmp_path, *SUBMIT, "seed=0,1,2", "resume=auto", *SMALL)
+def test_more_values_extend_a_submitted_grid(submitted: Path, tmp_path: Path) -> None:
+    """As a local one; all of its jobs are submitted again, because the array consists of them."""
+    result = dlopt(tmp_path, *SUBMIT, "seed=2,0,1", "resume=auto", *SMALL)
     assert result.code == 0, result
     assert jobs(tmp_path) == ["queued"] * 3 and submission.read(submitted).elements == 3
+    array = read_array(submitted)
+    assert array is not None and [job.label for job in array.jobs] == ["seed=0", "seed=1", "seed=2"]
     other = said(dlopt(tmp_path, *SUBMIT, "seed=3,4,5", "resume=auto", *SMALL))
-    assert "another sweep was submitted in this folder; use another one. More values of the first axis extend" in other
+    assert "sweep: the sweep that was submitted in this folder has a job 0 (seed=0), which is not one of these" in other
 
 
 @requires("git")
