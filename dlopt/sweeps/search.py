@@ -114,7 +114,7 @@ def search(request: SweepRequest) -> SweepEnd:
         lambda path, key: _check_folder(path, key, facts, request.config.resume),
     )
     saved = read_space(folder)
-    if _jobs_left(saved, facts, spec.total) == 0:
+    if _jobs_left(saved, facts, spec.total) == 0 and not spec.enqueued:
         print_next(f"this sweep is already finished: {folder}", folder)
         return SweepEnd(DONE, None if len(spec.objectives) > 1 else of_folder(folder))
     try:
@@ -201,8 +201,7 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
     if not isinstance(saved, dict):
         raise UserError(f"{key}: this folder contains a grid sweep, not a search")
     if different := describe_differences(saved.get("facts", {}), facts):
-        only = "; points are enqueued when a search begins: repeat them" if different.startswith("enqueue: ") else ""
-        raise UserError(f"{key}: this folder contains a different search ({different}){only}; use another folder")
+        raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
     has_begun = any(RunFolder(path).has_begun() for path in find(sweep))
     if resume != "auto" and has_begun and not live_workers(sweep):
         raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
@@ -440,8 +439,6 @@ def study_facts(spec: StudySpec, saved: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"objective": list(spec.objectives), "config": fixed, "space": spec.space.describe()}
     if spec.seeds:
         facts["seeds"] = ",".join(map(value_of, spec.seeds))
-    if spec.enqueued:
-        facts["enqueue"] = "; ".join(map(spec.space.label, spec.enqueued))
     return facts
 
 

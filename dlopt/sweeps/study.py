@@ -56,7 +56,7 @@ class StudySpec:
     name: str
     negate_pruning_metric: bool = False  # it improves in the opposite direction of the objective
     seeds: Sequence[str] = ()  # overrides of the jobs of each trial; () for trials of one job
-    enqueued: Sequence[Mapping[str, Value]] = ()  # values of the first trials
+    enqueued: Sequence[Mapping[str, Value]] = ()  # values of the trials to run next
 
     @property
     def jobs_per_trial(self) -> int:
@@ -149,7 +149,7 @@ class Study:
         """Creates the study, or joins it. Raises `UserError` if it has other `facts` (JSON values)."""
         self.folder, self.space, self.total = folder, spec.space, spec.total
         self._storage, self._sampler = open_storage(spec.storage, folder), spec.sampler
-        self._enqueued, self._is_shared = spec.enqueued, spec.storage is not None
+        self._is_shared = spec.storage is not None
         self._workers = folder / WORKERS
         self.worker = name_worker()
         self._claimed: set[int] = set()
@@ -177,6 +177,30 @@ class Study:
             # without this folder may add trials at the same time: trials beyond the total are ignored.
             for _ in range(self.total - len(self._trials())):
                 self._study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING))
+            self._enqueue(spec.enqueued)
+
+    def _enqueue(self, points: Sequence[Mapping[str, Value]]) -> None:
+        """Gives each point that the study does not have yet to the next trial. Raises `UserError` if too few wait."""
+        known = [trial.system_attrs[_FIXED] for trial in self._trials() if _FIXED in trial.system_attrs]
+        new = []
+        for point in map(dict, points):
+            if point in known:
+                known.remove(point)  # a point that is listed twice runs twice
+            else:
+                new.append(point)
+        free = [each for each in self._trials(TrialState.WAITING) if _FIXED not in each.system_attrs]
+        if len(new) > len(free):
+            raise UserError(
+                f"hydra.sweeper.enqueue: {len(new)} new points, but {len(free)} of hydra.sweeper.n_trials={self.total} "
+                f"have not begun; set hydra.sweeper.n_trials={self.total + len(new) - len(free)}"
+            )
+        for trial in free:
+            if not new:
+                return
+            self._storage.set_trial_system_attr(trial._trial_id, _FIXED, new[0])
+            # A process on another machine may have begun the trial before it had the point.
+            if self._storage.get_trial(trial._trial_id).state == TrialState.WAITING:
+                del new[0]
 
     def close(self) -> None:
         """Releases the unfinished jobs, so that another process can take them over."""
@@ -235,13 +259,11 @@ class Study:
 
     def _draw_values(self, frozen: FrozenTrial, is_takeover: bool) -> ClaimedTrial:
         self._claimed.add(frozen.number)
-        fixed: Mapping[str, Value] = {}
-        index = frozen.number - len(self._enqueued)
-        if index < 0:
-            # By number, when the trial is claimed: processes that create the study at the same time add more trials
-            # than needed.
-            fixed, index = self._enqueued[frozen.number], frozen.number
-            self._storage.set_trial_system_attr(frozen._trial_id, _FIXED, dict(fixed))
+        enqueued = [each.number for each in self._trials() if _FIXED in each.system_attrs]
+        frozen = self._storage.get_trial(frozen._trial_id)  # it may have got a point since it was listed
+        fixed: Mapping[str, Value] = frozen.system_attrs.get(_FIXED, {})
+        # A sequence of points goes on where the last trial that was drawn has left it.
+        index = frozen.number if fixed else frozen.number - sum(number < frozen.number for number in enqueued)
         self._study.sampler = self._sampler(index)
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
         values: dict[str, Any] = {}
@@ -312,6 +334,8 @@ def describe_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
     saved, current = redacted(saved), redacted(current)
     pairs: dict[str, tuple[Any, Any]] = {}
     for key in {**saved, **current}:
+        if key == "enqueue":  # of earlier versions
+            continue
         a, b = saved.get(key), current.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             a, b = dict(a), dict(b)

@@ -243,9 +243,14 @@ def test_each_trial_runs_with_all_seeds_and_counts_by_their_mean(tmp_path: Path)
     assert sorted(study) == sorted(means)
     message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, *line[:1], *line[2:], "resume=auto")
     assert "seeds: saved 0,1, now nothing" in message
-    message = refused(tmp_path, "train", "-m", *TINY, *SEARCH, HERE, *line[:2], line[3], "resume=auto")
-    assert "enqueue: saved optimizer.lr=0.3; optimizer.lr=0.02, now nothing" in message
-    assert "points are enqueued when a search begins: repeat them" in message
+    # Points may be added, and those that the study has need not be repeated.
+    new = "hydra.sweeper.enqueue=[{optimizer.lr:0.07}]"
+    full = search(tmp_path, *line[:2], new, line[3], "resume=auto")
+    assert full.code == 2 and full.err.count("\n") == 1
+    assert "1 new points, but 0 of hydra.sweeper.n_trials=3 have not begun; set hydra.sweeper.n_trials=4" in full.err
+    assert search(tmp_path, *line[:2], new, "hydra.sweeper.n_trials=4", "resume=auto").code == 0
+    rates = [yaml.safe_load((tmp_path / f"sweep/{i}/config.yaml").read_text())["optimizer"]["lr"] for i in range(8)]
+    assert rates[:4] == [0.3, 0.3, 0.02, 0.02] and rates[6:] == [0.07, 0.07]
 
 
 def study_of_sweep(sweep: Path) -> list[float]:

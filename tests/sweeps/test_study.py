@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from dlopt.basics.locks import hold, is_held, taken
 from dlopt.config.overrides import grid, parse_axes
 from dlopt.sweeps import samplers
 from dlopt.sweeps.space import parse_space
-from dlopt.sweeps.study import JOURNAL, WORKERS, hide_password, open_storage
+from dlopt.sweeps.study import JOURNAL, WORKERS, StudySpec, hide_password, open_storage
 from tests.support.requires import find, requires
 from tests.sweeps.worker import make_spec, study_of
 
@@ -189,7 +189,7 @@ def test_takeover_draws_the_same_remaining_values(sampler: str, enqueued: list[d
     assert (whole.values["lr"] == 0.1) == bool(enqueued)
     study.close()
     lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
-    for drawn in range(5 + len(enqueued)):
+    for drawn in range(5):
         (tmp_path / JOURNAL).write_bytes(b"".join(lines[: len(lines) - drawn]))
         study = study_of(tmp_path, spec)
         again = study.claim()
@@ -213,6 +213,32 @@ def test_enqueued_points_leave_out_no_point_of_a_sequence(
         drawn[name] = [claim.values for claim in claims if claim is not None]
         study.close()
     assert drawn["enqueued"] == [point, *drawn["plain"]] and len(drawn["plain"]) == 4
+
+
+def test_points_are_enqueued_in_a_study_that_has_begun(tmp_path: Path) -> None:
+    """They are the next trials; the sequence of the drawn ones is that of a study without them."""
+    spec = make_spec(4, None, "lr=tag(log,interval(0.001,1))", "width=interval(0.0,1.0)")
+    spec = replace(spec, sampler=samplers.halton(space=spec.space, seed=0, scramble=False))
+
+    def claimed(folder: Path, *parts: StudySpec, most: int = 2) -> list[Mapping[str, Any]]:
+        values = []
+        for part in parts:
+            study = study_of(folder, part)
+            claims = [study.claim() for _ in range(most)]
+            for claim in filter(None, claims):
+                study.finish(claim, TrialState.COMPLETE, [0.0])
+                values.append(claim.values)
+            study.close()
+        return values
+
+    points = [{"lr": 0.1, "width": 0.5}, {"lr": 0.2, "width": 0.5}]
+    for name in ("plain", "enqueued"):
+        (tmp_path / name).mkdir()
+    plain = claimed(tmp_path / "plain", spec, spec)
+    later = replace(spec, total=6, enqueued=points)
+    assert claimed(tmp_path / "enqueued", spec, later, later, later) == [*plain[:2], *points, *plain[2:]]
+    with pytest.raises(UserError, match=r"1 new points, but 0 of hydra.sweeper.n_trials=6 have not begun"):
+        study_of(tmp_path / "enqueued", replace(later, enqueued=[*points, points[0]]))
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "sobol", "grid"])
