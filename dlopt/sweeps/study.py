@@ -262,7 +262,7 @@ class Study:
         enqueued = [each.number for each in self._trials() if _FIXED in each.system_attrs]
         frozen = self._storage.get_trial(frozen._trial_id)  # it may have got a point since it was listed
         fixed: Mapping[str, Value] = frozen.system_attrs.get(_FIXED, {})
-        # A sequence of points goes on where the last trial that was drawn has left it.
+        # A sequence of points resumes after the last trial that was drawn.
         index = frozen.number if fixed else frozen.number - sum(number < frozen.number for number in enqueued)
         self._study.sampler = self._sampler(index)
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
