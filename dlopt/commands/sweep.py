@@ -1,5 +1,6 @@
 """`dlopt sweep`: looks at a sweep from its folder, and stops, resumes and joins one that was submitted."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,32 +11,37 @@ from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.names import Names
 from dlopt.basics.ranges import Count
+from dlopt.commands.command_table import every_command
 from dlopt.commands.completion import folders
 from dlopt.commands.shared.command_line import take_command_keys
 from dlopt.commands.shared.document import print_document
+from dlopt.config.packages import function
 from dlopt.config.resuming import in_folder
 
 if TYPE_CHECKING:
     from dlopt.sweeps.status import SweepStatus
 
 USAGE = """\
-Look at a sweep, stop or resume one that was submitted, or run a part of it
+Look at a series of runs, stop or resume it, or run a part of a submitted one
 
 Usage:
   dlopt sweep status FOLDER [--json]
   dlopt sweep wait FOLDER
-  dlopt sweep stop FOLDER
+  dlopt sweep stop FOLDER|RUN
   dlopt sweep resume FOLDER
   dlopt sweep work FOLDER [part=I/N] [n_jobs=N] [trust=SHA256]
 
-`dlopt train -m hydra/launcher=slurm ...` submits a sweep: a job array runs it without the shell that started it.
-(`dlopt train -m` starts a sweep; this command does not.)
+FOLDER: of a sweep, a search, a comparison, a benchmark, a ladder or a proposal of `dlopt judge`, which runs in another
+shell or was submitted: `dlopt train -m hydra/launcher=slurm ...` lets a job array run a sweep without the shell that
+started it. (`dlopt train -m` starts a sweep; this command does not.)
 
   status :: counts of jobs, from their run folders, and of the elements in Slurm's queue. Exit code 0: all jobs have \
 ended; 1: they have, and some failed; 75: some are queued, running or interrupted
   wait :: show the progress until the last job has ended, then the leaderboard; exit code as for status
-  stop :: cancel the job array (scancel): running jobs write checkpoints
-  resume :: submit an array of the elements with jobs that failed, were interrupted or have not started
+  stop :: stop all of its processes, or cancel its job array (scancel): running jobs write checkpoints. RUN: \
+stop this job only; the others continue
+  resume :: repeat the command of the series, which runs what is left; of a submitted one, submit an array of the \
+elements with jobs that failed, were interrupted or have not started
   work :: run jobs of the sweep on this machine: those of `part`, or of the index of a job array (Slurm, PBS, SGE, \
 LSF, AWS Batch, Kubernetes), else all. It must see FOLDER under the same path
 
@@ -47,6 +53,7 @@ Keys of work:
 
 Examples:
   dlopt sweep status outputs/train/DATE
+  dlopt sweep stop outputs/train/DATE/3
   dlopt sweep work outputs/train/DATE part=3/64
 """
 
@@ -123,10 +130,12 @@ def _print(folder: Path, status: "SweepStatus") -> None:
         print(printable("ended early: " + ", ".join(f"{name} {state}" for name, state in status.early.items())))
     path = _quoted(folder)
     if status.is_lost:
+        from dlopt.sweeps import series
         from dlopt.sweeps.array import is_submitted
 
-        how = f"dlopt sweep {'resume' if array_ids(folder) else 'work'} {path}"
-        if not is_submitted(folder):
+        is_left = is_submitted(folder) and not array_ids(folder)
+        how = f"dlopt sweep {'work' if is_left else 'resume'} {path}"
+        if not is_submitted(folder) and not (folder / series.SERIES).exists():
             how = f"its command with {shlex.join(in_folder(folder))}"
         print(f"nothing runs the jobs that are left; to continue: {how}")
     elif status.code == DONE and (folder / SPACE).exists():  # not the folder of another command
@@ -178,9 +187,17 @@ def _wait(folder: Path) -> int:
 
 
 def _stop(folder: Path) -> int:
-    """Stops a submitted sweep. Raises `UserError`."""
-    from dlopt.sweeps import submission  # with Hydra, which the help and the status do not need
+    """Stops a series, or one of its runs. Raises `UserError`."""
+    from dlopt.sweeps import array, series, submission  # with Hydra, which the help and the status do not need
 
+    if series.of_run(folder) is not None:
+        series.stop_run(folder)
+        print(f"stopping this job, which writes a checkpoint; the others continue\nto continue it: {_again(folder)}")
+        return DONE
+    if not array.is_submitted(folder):
+        series.stop(folder, "dlopt sweep stop")
+        print(f"stopping its jobs, which write checkpoints; to continue: dlopt sweep resume {_quoted(folder)}")
+        return DONE
     submitted, _ = submission.read_own(folder, "stop")
     cancelled = submission.stop(folder, submitted, "dlopt sweep stop")
     resume = f"to continue: dlopt sweep resume {_quoted(folder)}"
@@ -191,10 +208,25 @@ def _stop(folder: Path) -> int:
     return DONE
 
 
-def _resume(folder: Path) -> int:
-    """Submits what is left of a sweep. Raises `UserError`."""
-    from dlopt.sweeps import submission
+def _again(run: Path) -> str:
+    """Returns the command that runs a job of a series again."""
+    from dlopt.sweeps import series
 
+    return f"dlopt sweep resume {_quoted(series.of_run(run) or run)}"
+
+
+def _resume(folder: Path) -> int:
+    """Runs or submits what is left of a series. Raises `UserError`."""
+    from dlopt.sweeps import array, series, submission
+
+    if not array.is_submitted(folder) and (found := series.read(folder)) is not None:
+        if not found.is_own:
+            raise UserError(f"{short_path(folder)}: only the user who has started this series can resume it")
+        name, *words = found.command
+        print(shlex.join(["dlopt", *found.command]), flush=True)
+        os.chdir(found.cwd)
+        code: int = function(every_command()[name])(words)
+        return code
     count, job_id = submission.resume(folder)
     how = "none was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
     print(f"resumed: {format_count('elements', count)}, {how}\nnext:\n  dlopt sweep status {_quoted(folder)}")

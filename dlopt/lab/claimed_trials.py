@@ -17,6 +17,7 @@ from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import Line, Role, RunFolder, UserError, group_of, key_of, role_of, without
 from dlopt.results.leaderboard import ENDED
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps import series
 from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
 from dlopt.sweeps.pool import JobSource, Pool
 
@@ -100,7 +101,9 @@ def refuse_protocol(overrides: Iterable[str], advice: str) -> None:
             raise UserError(f"{override}: part of the protocol, and cannot be changed; {advice}")
 
 
-def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials: int) -> tuple[Pool, PlanJob] | None:
+def launcher(
+    line: Line, run: Sequence[str], command: str, folder: Path, waiting: int, total: int
+) -> tuple[Pool, PlanJob] | None:
     """Returns the pool of the launcher of the command line, by default one process per core, and how jobs compose.
 
     None for hydra/launcher=slurm: workers that run `command` on these trials were submitted.
@@ -108,6 +111,7 @@ def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials:
     Args:
         run: overrides of one trial.
         folder: of the results.
+        waiting: trials without a result; `total`: all trials.
 
     Raises:
         UserError: wrong settings of the launcher.
@@ -116,11 +120,12 @@ def launcher(line: Line, run: Sequence[str], command: str, folder: Path, trials:
     from dlopt.sweeps.submitting import submit_command
 
     pool, plan_job, config = build_pool(line, run)
+    words = [command, *without(line.typed, "output"), f"output={folder}"]
     if not isinstance(pool, Pool):
-        words = [command, *without(line.typed, "output"), f"output={folder}"]
         header = line.composer.describe_launcher(config)
-        submit_command(pool, words, line.composer, folder, config, job_variables(config), trials, header=header)
+        submit_command(pool, words, line.composer, folder, config, job_variables(config), waiting, header=header)
         return None
+    series.begin(folder, command, [command, *line.composer.flags, *words[1:]], total)
     pools.warm_up()
     return pool, plan_job
 
@@ -210,6 +215,7 @@ class ClaimedTrials(JobSource, Generic[T]):
         from dlopt.tracking.overview import Overview
 
         self.request, self._plan_job, self._kept = request, plan_job, kept
+        self.series = request.folder
         self.waiting: dict[T, None] = dict.fromkeys(request.waiting())  # in order
         # There is no best job: trials of different workloads are not comparable.
         self.overview = overview or Overview(len(self.waiting), metric="")

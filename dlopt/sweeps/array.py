@@ -19,6 +19,7 @@ from dlopt.basics.stored import Stored
 
 WORKERS = "workers"  # in the folder of a sweep: the files of a submitted one, and the locks of a search's processes
 JOBS, SUBMISSION, STOP = "jobs.json", "submission.json", "stop"  # in that folder
+STOP_RUN = ".stop"  # in the folder of a run that is to stop
 SUBMIT_AGAIN = "restore it, or submit the sweep again with this version of dlopt"
 _MAX_BYTES = 1 << 28  # 10,000 jobs have 1 MB
 _ELEMENTS_PER_SLOT = 4  # by default: few enough for Slurm, and enough to keep all slots busy until the end
@@ -82,7 +83,7 @@ def is_submitted(sweep: Path) -> bool:
 
 
 def stop_reason(sweep: Path) -> str | None:
-    """Returns why the workers of a search must stop; None to continue."""
+    """Returns why the processes of a series must stop; None to continue."""
     try:
         return read_regular(sweep / WORKERS / STOP).decode(errors="replace")[:200]
     except OSError:

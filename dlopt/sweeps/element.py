@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dlopt.basics.errors import DONE, UserError, disk_failure
 from dlopt.basics.files import digest_file, read_json, write_json
-from dlopt.basics.folders import LOCK, RunFolder
+from dlopt.basics.folders import LOCK, RunFolder, short_path
 from dlopt.basics.locks import taken
 from dlopt.basics.plain_values import read_regular
-from dlopt.sweeps.array import JobEntry
+from dlopt.sweeps.array import STOP_RUN, JobEntry
 from dlopt.sweeps.jobs import ELSEWHERE, DescribedPlan, Job, JobResult, prepare, result_of
 from dlopt.sweeps.pool import JobSource
 from dlopt.tracking.overview import Overview
@@ -39,7 +39,8 @@ class Element(JobSource):
         packages: Sequence[str],
         restarts: int,
     ) -> None:
-        self._sweep, self._left, self._restarts = sweep, dict(jobs), restarts
+        self.series = self._sweep = sweep
+        self._left, self._restarts = dict(jobs), restarts
         self._environment, self._packages = environment, packages
         self.has_failed = False  # a job has, in this process or an earlier one
         self._has_stopped = False  # a job has, with this process
@@ -84,6 +85,8 @@ class Element(JobSource):
             summary = job.folder.summary() or {}
             if job.is_done or summary.get("status") == "failed":
                 return result_of(job.folder, DONE)
+            if (job.folder.path / STOP_RUN).exists():
+                return JobResult("interrupted", summary, f"stopped; dlopt sweep resume {short_path(self._sweep)}")
             if not self._may_restart(job.folder):
                 reason = f"no progress in {self._restarts} restarts"
                 interrupted = {"status": "interrupted", "run_id": job.folder.run_id(), "reason": reason, **summary}

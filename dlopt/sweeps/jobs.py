@@ -13,6 +13,7 @@ from dlopt.basics.folders import SPACE, RunFolder, inside
 from dlopt.config.overrides import storable
 from dlopt.config.resuming import refuse_other_config
 from dlopt.run.record import describe, record_failure
+from dlopt.sweeps.array import STOP_RUN
 
 if TYPE_CHECKING:
     from dlopt.config.plan import Plan
@@ -109,6 +110,7 @@ def prepare(job: Job) -> JobResult | None:
     Raises `UserError` if the job cannot be composed, or the folder holds a run with another config.
     """
     folder, plan = job.folder, job.checked
+    (folder.path / STOP_RUN).unlink(missing_ok=True)
     if folder.has_begun():
         refuse_other_config(folder.config() or plan.saved, plan.saved, str(folder.path), folder.typed())
         if job.is_done:

@@ -31,6 +31,7 @@ from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import GRACE, SIGNALS, Interruption, block_signals, ignore_hangup, signals_deferred
 from dlopt.basics.ranges import Count
 from dlopt.basics.scratch import own_multiprocessing_folder
+from dlopt.sweeps.array import STOP_RUN, stop_reason
 from dlopt.sweeps.jobs import ELSEWHERE, OUTPUT, Job, JobResult, failed, prepare, record_pruned, result_of
 from dlopt.tracking.metrics import METRICS, parse_metrics
 
@@ -77,6 +78,7 @@ class JobSource:
     """Supplies the jobs of a sweep and receives their results."""
 
     is_stopping = False  # the pool has stopped the jobs whose results it reports
+    series: Path | None = None  # the folder of the series, in which its end may be requested
 
     def next(self) -> Job | None:
         """Returns a job for a free slot; None if there is none now. `ended` receives its result."""
@@ -100,16 +102,21 @@ class JobSource:
 def run(source: JobSource, pool: Pool, overview: "Overview") -> str | None:
     """Runs the jobs of `source`; returns why it stopped early, or None.
 
-    On a signal, stops the running ones with checkpoints, then raises KeyboardInterrupt.
+    On a signal, or if the end of the series is requested, stops the running ones with checkpoints, then raises
+    KeyboardInterrupt.
     """
     workers = _Workers(source, pool, overview)
+
+    def request() -> str | None:
+        return interruption.reason or (None if source.series is None else stop_reason(source.series))
+
     with Interruption() as interruption, _suspended_together(workers):
         try:
-            while (reason := interruption.reason or workers.stop_reason()) is None and workers.update():
+            while (reason := request() or workers.stop_reason()) is None and workers.update():
                 workers.wait()
             if reason is not None:
                 workers.stop(reason)
-            if interruption:
+            if request() is not None:
                 raise KeyboardInterrupt
         except BaseException:
             for worker in workers.active.values():
@@ -143,11 +150,11 @@ def _suspended_together(workers: "_Workers") -> Iterator[None]:
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
 
-def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
+def run_jobs(jobs: Iterable[Job], total: int, pool: Pool, series: Path | None = None) -> dict[int, str]:
     """Runs jobs and returns their status by number."""
     from dlopt.tracking.overview import Overview
 
-    source = _JobList(iter(jobs))
+    source = _JobList(iter(jobs), series)
     run(source, pool, Overview(total))
     return source.statuses
 
@@ -155,6 +162,7 @@ def run_jobs(jobs: Iterable[Job], total: int, pool: Pool) -> dict[int, str]:
 @dataclass
 class _JobList(JobSource):
     jobs: Iterator[Job]
+    series: Path | None
     statuses: dict[int, str] = field(default_factory=dict)
 
     def next(self) -> Job | None:
@@ -170,7 +178,13 @@ class _Worker:
     def __init__(self, job: Job, process: Process, *, is_adopted: bool = False) -> None:
         self.job, self.process, self.is_adopted = job, process, is_adopted
         self.pruned_at: int | None = None
+        self._is_stopped = False  # by request
         self._lines = NewLines(job.folder.path / METRICS)  # a resumed job removes the lines after its checkpoint
+
+    def stop_on_request(self) -> None:
+        if not self._is_stopped and (self.job.folder.path / STOP_RUN).exists():
+            self._is_stopped = True
+            self.process.stop()
 
     def new_metrics(self) -> list[dict[str, Any]]:
         with contextlib.suppress(OSError):
@@ -195,6 +209,7 @@ class _Workers:
         """Collects the jobs that have ended and fills free slots; returns False when all jobs are done."""
         for worker in self.active.values():
             self._read_metrics(worker)
+            worker.stop_on_request()
         for slot, worker, code in self._take_ended():
             self._collect(slot, worker, code)
         try:

@@ -15,12 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import RunFolder, make, make_new, newest, refuse_links, short_path
 from dlopt.config.compose import Composer
-from dlopt.config.overrides import BRANCH, Axis
+from dlopt.config.overrides import BRANCH, OUTPUT, WAIT, Axis, without
 from dlopt.config.packages import series_of
 from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
+from dlopt.config.resuming import in_folder
 from dlopt.results.leaderboard import ParetoFront
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps import series
 from dlopt.sweeps.branches import from_checkpoint
 from dlopt.sweeps.jobs import seconds_of_ended
 from dlopt.tracking.remote import check
@@ -82,6 +84,12 @@ class SweepRequest:
         refuse_links(folder, f"{self.key}={folder}")
         self.found[:] = [folder]
         return folder
+
+    def begin(self, folder: Path, kind: str, total: int | None = None) -> None:
+        """Records what runs in the folder, and the command that continues it."""
+        words = without(self.composer.command_line.words, WAIT, "resume", OUTPUT, "hydra.run.dir", "hydra.sweep.dir")
+        flags = [*([] if self.series else ["-m"]), *self.composer.flags]
+        series.begin(folder, kind, ["train", *flags, *words, *in_folder(folder)], total)
 
     @property
     def launcher_line(self) -> str:

@@ -163,6 +163,7 @@ def _run(request: SweepRequest, spec: StudySpec, facts: Mapping[str, Any], folde
     with storage_errors(spec.storage):
         study = _joined(folder, spec, facts, is_new=is_new)
         _write_sweep_file(folder, facts, study, spec)
+        request.begin(folder, "search")
         source = Search(spec, study, partial(build_job, request.plan_job, folder))
         try:
             pools.run(source, request.launcher, source.overview)
@@ -483,6 +484,7 @@ class Search(JobSource):
 
     def __init__(self, spec: StudySpec, study: Study, build: Callable[[Sequence[str], int, str], Job]) -> None:
         self._spec, self._study, self._build = spec, study, build
+        self.series = study.folder
         self._trials: dict[int, _Trial] = {}  # claimed and without a result in the study
         self._last_empty_claim = float("-inf")
         size = spec.jobs_per_trial

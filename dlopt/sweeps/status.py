@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
 from dlopt.basics.folders import LOCK, SPACE, RunFolder, short_path
 from dlopt.basics.interruption import print_line
+from dlopt.sweeps import series
 from dlopt.sweeps.array import JobArray, is_submitted, read_array, stop_reason
 from dlopt.sweeps.live import live_workers
 from dlopt.sweeps.slurm_queue import Elements, ended_early, queued_elements
@@ -86,7 +87,8 @@ class SweepStatus:
     @property
     def is_lost(self) -> bool:
         """Returns whether jobs are left, but nothing runs them or waits to do so."""
-        return self.code == INTERRUPTED and not self.workers and not self.waiting and not self.slurm and self.answers
+        is_run = self.workers or self.waiting or self.slurm or self.counts[RUNNING]
+        return self.code == INTERRUPTED and not is_run and self.answers
 
 
 class StatusReader:
@@ -99,8 +101,9 @@ class StatusReader:
         self._sweep, self._array = sweep.absolute(), read_array(sweep)
         self._runs: RunReader | None = None
         self.seconds = 0.0  # of CPU that the last look took
-        if not (sweep / SPACE).exists() and not is_submitted(sweep):
-            raise UserError(f"{short_path(sweep)}: not the folder of a sweep ({SPACE} is missing)")
+        self._series = series.read(sweep)
+        if self._series is None and not (sweep / SPACE).exists() and not is_submitted(sweep):
+            raise UserError(f"{short_path(sweep)}: not the folder of a series ({series.SERIES} is missing)")
         self._elements, self._last_call, self._pause = Elements({}), float("-inf"), _POLL_SECONDS
 
     def read(self) -> SweepStatus:
@@ -170,7 +173,7 @@ class StatusReader:
             jobs.append(JobStatus(number, record.path, " ".join(record.overrides), record.status, reason=reason))
         return SweepStatus(
             jobs,
-            _total(read_space(self._sweep)),
+            self._total(),
             workers,
             elements.pending,
             elements.reasons,
@@ -180,17 +183,17 @@ class StatusReader:
             damaged=damaged,
         )
 
+    def _total(self) -> int | None:
+        """Returns the number of jobs that the files of the series state; None if they do not."""
+        space = read_space(self._sweep)
+        if isinstance(space, list):
+            return len(space)
+        total = space.get("jobs", space.get("total")) if isinstance(space, dict) else None
+        return total if isinstance(total, int) else None if self._series is None else self._series.total
 
-def _total(space: object) -> int | None:
-    """Returns the number of jobs that the file of a sweep states; None if it does not."""
-    if isinstance(space, list):
-        return len(space)
-    total = space.get("jobs", space.get("total")) if isinstance(space, dict) else None
-    return total if isinstance(total, int) else None
 
-
-def wait(sweep: Path) -> "tuple[SweepStatus, Ranking]":
-    """Shows the progress of a sweep of other processes, and then its leaderboard; returns its end, and the leaderboard.
+def wait(sweep: Path) -> "tuple[SweepStatus, Ranking | None]":
+    """Shows the progress of a series of other processes, and then the leaderboard of a sweep; returns its end, and it.
 
     Waits for the last job, or until nothing is left that runs one. Raises `UserError`; on Ctrl-C, KeyboardInterrupt.
     """
@@ -202,6 +205,8 @@ def wait(sweep: Path) -> "tuple[SweepStatus, Ranking]":
     except KeyboardInterrupt:
         print_line(f"the sweep continues; to stop it: dlopt sweep stop {shlex.quote(short_path(sweep))}")
         raise
+    if not (sweep / SPACE).exists():  # its own command draws the conclusions
+        return status, None
     ranking = of_folder(sweep.absolute())
     show_end(ranking, sweep, is_final=status.code != INTERRUPTED)
     return status, ranking

@@ -34,6 +34,7 @@ from dlopt.parallel.processes.launch import python_module
 from dlopt.sweeps.array import (
     JOBS,
     STOP,
+    STOP_RUN,
     SUBMISSION,
     SUBMIT_AGAIN,
     WORKERS,
@@ -131,7 +132,7 @@ def _read(sweep: Path, name: str, kind: type[T]) -> T:
 def read_own(sweep: Path, verb: str) -> tuple[Submission, Slurm]:
     """Reads a submission of this user. Raises `UserError`, also for a sweep of another user."""
     submission, launcher = read(sweep), _read(sweep, LAUNCHER, Slurm)
-    if not {submission.digest, digest_of(asdict(launcher))} <= _trusted():
+    if not {submission.digest, digest_of(asdict(launcher))} <= trusted():
         raise UserError(f"{short_path(sweep)}: only the user who has submitted this sweep can {verb} it")
     return submission, launcher
 
@@ -287,7 +288,8 @@ def _failures_removed(runs: Iterable[RunFolder]) -> Iterator[None]:
     """Lets elements start failed jobs again, and counts restarts from 0; a `UserError` in the block undoes it."""
     removed: dict[Path, bytes] = {}
     for run in runs:
-        (run.path / RESTARTS).unlink(missing_ok=True)
+        for name in (RESTARTS, STOP_RUN):
+            (run.path / name).unlink(missing_ok=True)
         if (run.summary() or {}).get("status") == "failed" and not run.is_live():
             path = run.path / "summary.json"
             removed[path] = read_regular(path)
@@ -306,7 +308,7 @@ def become_worker(sweep: Path, typed: str | None, slots: int, part: tuple[int, i
     Raises `UserError`, also for a sweep that another user has submitted, unless its SHA-256 was `typed`.
     """
     submission = read(sweep)
-    digest, is_own = submission.digest, submission.digest in _trusted()
+    digest, is_own = submission.digest, submission.digest in trusted()
     if not is_own and submission.in_place:
         raise UserError(
             f"{short_path(sweep)}: only the user who has submitted this sweep can start its workers, because its code "
@@ -335,7 +337,8 @@ def _state() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or (home if os.path.isabs(home) else os.devnull), "dlopt", "submitted")
 
 
-def _trusted() -> set[str]:
+def trusted() -> set[str]:
+    """Returns the digests of the submissions and the series of this user."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return set(_state().read_text().split())
     return set()
@@ -344,7 +347,7 @@ def _trusted() -> set[str]:
 def trust(*digests: str) -> None:
     with contextlib.suppress(OSError):  # without a home: `trust=` is needed
         _state().parent.mkdir(parents=True, exist_ok=True)
-        if new := set(digests) - _trusted():
+        if new := set(digests) - trusted():
             with _state().open("a") as file:
                 file.write("".join(f"{each}\n" for each in sorted(new)))
 

@@ -184,7 +184,7 @@ def _run_jobs(request: SweepRequest, folder: Path, jobs: Sequence[Job]) -> dict[
     size = request.config.hydra.sweeper.get("max_batch_size") or len(jobs)
     for first in range(0, len(jobs), size):
         batch = jobs[first : first + size]
-        ended |= pools.run_jobs(batch, len(batch), request.launcher)
+        ended |= pools.run_jobs(batch, len(batch), request.launcher, folder)
     return ended
 
 
@@ -228,6 +228,7 @@ def _grid(request: SweepRequest) -> SweepEnd:
             submit_grid(request, folder, jobs, before)
             return SweepEnd(DONE, is_submitted=True)
         list_jobs(folder, jobs, read_space(folder))
+        request.begin(folder, "grid")
         for job in jobs:
             record_dead(job.folder)
         ended = _run_jobs(request, folder, jobs)

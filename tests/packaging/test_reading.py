@@ -78,7 +78,7 @@ EXCEPTIONS = {
     "sweeps/code_copy.py": CODE,
     "sweeps/slurm.py:Slurm.submit": OWN,
     "sweeps/study.py:_JournalLock.acquire": CHECKED,
-    "sweeps/submission.py:_trusted": "in the user's home",
+    "sweeps/submission.py:trusted": "in the user's home",
     "sweeps/submission.py:trust": "in the user's home",
     "tracking/console.py": WRITES,
     "trained/exporting.py": SCRATCH,

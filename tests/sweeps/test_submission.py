@@ -264,7 +264,7 @@ def test_a_sweep_of_another_user_runs_nothing(submitted: Path, tmp_path: Path, m
 def test_refusals(submitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = submitted / WORKERS / SUBMISSION
     content = json.loads(path.read_text())
-    monkeypatch.setattr(submission, "_trusted", lambda: {submission.read(submitted).digest})
+    monkeypatch.setattr(submission, "trusted", lambda: {submission.read(submitted).digest})
     for change, message in {
         ("torch", "1.0"): "submitted with torch 1.0, but this is torch",
         ("secrets", ("NO_SUCH_TOKEN",)): "its jobs need these environment variables: NO_SUCH_TOKEN",

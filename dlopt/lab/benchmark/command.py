@@ -167,7 +167,8 @@ def _launch(line: Line, request: "TrialRequest") -> int | None:
     """
     from dlopt.lab.benchmark.trials import run_trials
 
-    launched = launcher(line, request.overrides, "benchmark", request.folder, len(request.waiting()))
+    waiting, total = len(request.waiting()), len(request.trials)
+    launched = launcher(line, request.overrides, "benchmark", request.folder, waiting, total)
     return None if launched is None else run_trials(request, launched[1], launched[0])
 
 

@@ -126,7 +126,8 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
             print(f"for the verdicts, once all have ended: this command with {place} resume=auto")
             return 0
         list_jobs(folder, [*jobs.values()])
-        runs = VariantJobs(comparison, jobs, request.plan_job)
+        request.begin(folder, "comparison")
+        runs = VariantJobs(folder, comparison, jobs, request.plan_job)
         for line in _first_lines(composer, config, comparison, len(plans), folder):
             runs.screen.message(line)
         gc.freeze()  # speeds up the full collection after each run: it skips the objects of the imported libraries

@@ -70,9 +70,10 @@ class VariantJobs(pools.JobSource):
         code: DONE, or why no run follows.
     """
 
-    def __init__(self, comparison: Comparison, jobs: Mapping[VariantRun, Job], plan_job: PlanJob) -> None:
+    def __init__(self, folder: Path, comparison: Comparison, jobs: Mapping[VariantRun, Job], plan_job: PlanJob) -> None:
         self.outcomes: dict[VariantRun, VariantOutcome] = {}
         self.code = DONE
+        self.series = folder
         self.screen = Overview(len(jobs), silent=True)
         self._comparison, self._jobs, self._plan_job = comparison, jobs, plan_job
         self._cells, self._waiting = list(jobs), deque(jobs)

@@ -56,6 +56,7 @@ from dlopt.lab.judge.wording import COSTS, cost_lines, cost_warning, sentences
 from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results import drawing
 from dlopt.run.environment import changed_versions
+from dlopt.sweeps import series
 from dlopt.sweeps.pool import Pool
 
 if TYPE_CHECKING:
@@ -117,11 +118,12 @@ def _read(words: list[str]) -> tuple[int, dict[str, Any]]:
     base = read_base(line.composer, sides[0])
     change = read_change(line.composer, base, sides[1:])
     hydra = replace(line, overrides=[each for each in rest.overrides if is_hydra(each)])
-    return _judge(hydra, base, change, sides[1:], **values)
+    return _judge(hydra, words, base, change, sides[1:], **values)
 
 
 def _judge(
     line: Line,
+    words: Sequence[str],
     base: Side,
     change: Side,
     typed: Sequence[str],
@@ -181,6 +183,7 @@ def _judge(
             is_answered = _is_answered(entry, seeds)
             if not is_answered:
                 judgement.refuse_foreign()
+                series.begin(home, "judge", ["judge", *words], len(SIDES) * seeds)
                 print(f"proposal {entry.number} against this base, in {short_path(home)}", flush=True)
                 try:
                     run(judgement, pool, plan_job)

@@ -273,7 +273,7 @@ def _launch(line: Line, request: LadderRequest) -> bool:
     from dlopt.lab.ladder.running import run
 
     waiting = request.waiting()
-    launched = launcher(line, request.line(waiting[0]), "ladder", request.folder, len(waiting))
+    launched = launcher(line, request.line(waiting[0]), "ladder", request.folder, len(waiting), request.expected())
     if launched is not None:
         run(request, launched[1], launched[0])
     return launched is not None
