@@ -21,6 +21,7 @@ from dlopt.config.plan import Plan, as_job, checked
 from dlopt.config.reads import refuse_untested
 from dlopt.results.leaderboard import ParetoFront
 from dlopt.sweeps import pool as pools
+from dlopt.sweeps.axes import is_grid
 from dlopt.sweeps.branches import from_checkpoint
 from dlopt.sweeps.jobs import seconds_of_ended
 from dlopt.tracking.remote import check
@@ -112,6 +113,9 @@ class SweepRequest:
         config = self.composer.compose([*self.hydra, *parsed])
         self._refuse_recipe(config)
         job = as_job(checked(config, parsed, self.composer.flags, self.later), number, parsed)
+        if job.run_config.settings.budget is not None and (self.series or not is_grid(self.config)):
+            one = f"a {self.series or 'search'} compares runs of one length; set a number, or steps"
+            raise UserError(f"epochs={job.saved['epochs']}: {one}")
         refuse_untested(job.saved, parsed)
         self._check_size(job.run_config)
         resume = job.saved["resume"]

@@ -35,7 +35,7 @@ from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.refusals import refused_together
 from dlopt.config.resolve import job_variables, task_overrides
-from dlopt.config.resuming import in_folder, refuse_other_config, shortened
+from dlopt.config.resuming import in_folder, refuse_other_config, shortened, with_counted_updates
 from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results.ranking import of_folder
 from dlopt.sweeps import jobs as sweep_jobs
@@ -289,11 +289,12 @@ def check_folder(
             raise UserError(f"{key}: this folder contains {found} with resume=auto")
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
+        counted = with_counted_updates(saved, former)
         refuse_other_config(former, saved, str(folder.path), folder.typed(), axes)
         refuse_other_labels(job, axes)
         if job.is_done:
             continue
-        has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
+        has_other_length = any(former.get(name) != counted[name] for name in ("epochs", "steps"))
         if has_other_length and (newest := Checkpoints(folder.checkpoints).load_newest()) is not None:
             check_lengthened(job.plan.run_config, newest)
     if all(job.is_done for job in jobs):
