@@ -36,8 +36,8 @@ class Duration(str):
         from pydantic_core import core_schema
 
         text = core_schema.str_schema(pattern=r"^([1-9][0-9]{0,5}(\.[0-9]+)?|0\.0*[1-9][0-9]*)(s|min|h)$")
-        checked = core_schema.no_info_after_validator_function(cls, text)
-        return core_schema.custom_error_schema(checked, "int_type")  # not that it should be a text
+        # The error of a number: one that is too small should not become a text.
+        return core_schema.custom_error_schema(core_schema.no_info_after_validator_function(cls, text), "int_type")
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,9 @@ def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequenc
 
 def shortened(done: RunFolder, config: Mapping[str, Any]) -> str | None:
     """Returns the length of a run that has finished after more epochs, or updates, than `config` asks for, or None."""
-    config = with_counted_updates(config, done.config() or {})
     summary, key = done.summary() or {}, "epochs" if config["steps"] is None else "steps"
-    length = summary.get(key)
-    if summary.get("status") != "finished" or not isinstance(length, int) or config[key] >= length:
+    length, most = summary.get(key), config[key]
+    if summary.get("status") != "finished" or not isinstance(length, int) or isinstance(most, str) or most >= length:
         return None
     return format_count(key, length)
 
@@ -149,9 +148,8 @@ def differences(
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
     as_today(old, new)
-    new = with_counted_updates(new, old)
-    if isinstance(new.get("epochs"), str) and new.get("steps") is None:  # another time, which nobody has counted
-        axes = {*axes, "epochs"}
+    if isinstance(new.get("epochs"), str) and new.get("steps") is None:  # another time is one that nobody has counted
+        axes = {*axes, "epochs"} - {"steps"}
     keys = [key for key in old | new if not may_change(key) or (is_below(key, axes) and key not in _NO_AXES)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_same_path(key, *pair)}

@@ -364,7 +364,7 @@ def _may_be_component(annotation: Any) -> bool:
     inner = [each for each in typing.get_args(annotation) if isinstance(each, type) or typing.get_origin(each)]
     if inner and typing.get_origin(annotation) is not Callable:
         return any(map(_may_be_component, inner))
-    return annotation not in (int, float, str, bool, type(None))
+    return annotation not in (int, float, str, bool, Duration, type(None))
 
 
 def _exceeds_int64(value: Any) -> bool:

@@ -70,9 +70,8 @@ def show(plan: Plan, jobs: int = 1, at_once: int = 1, *, tasks: int = 1, ended: 
         tasks: processes that a launcher starts for each job.
         ended: seconds of such jobs that have ended.
     """
-    run_config, settings, budget = plan.run_config, plan.run_config.settings, plan.run_config.settings.budget
-    if budget is not None:
-        run_config = run_config.with_steps(MANY)
+    settings, budget = plan.run_config.settings, plan.run_config.settings.budget
+    run_config = plan.run_config if budget is None else plan.run_config.with_steps(MANY)
     processes = _processes(run_config, tasks)
     mode, split = _mode(run_config, processes)
     device = choose_device(settings.device).type

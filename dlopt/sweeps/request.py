@@ -114,8 +114,7 @@ class SweepRequest:
         self._refuse_recipe(config)
         job = as_job(checked(config, parsed, self.composer.flags, self.later), number, parsed)
         if job.run_config.settings.budget is not None and (self.series or not is_grid(self.config)):
-            one = f"a {self.series or 'search'} compares runs of one length; set a number, or steps"
-            raise UserError(f"epochs={job.saved['epochs']}: {one}")
+            raise UserError(f"epochs={job.saved['epochs']}: not in a {self.series or 'search'}; set a number, or steps")
         refuse_untested(job.saved, parsed)
         self._check_size(job.run_config)
         resume = job.saved["resume"]

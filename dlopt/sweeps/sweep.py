@@ -287,14 +287,13 @@ def check_folder(
         if resume != "auto":
             found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
             raise UserError(f"{key}: this folder contains {found} with resume=auto")
-        folder, saved = job.folder, job.plan.saved
-        former = folder.config() or saved
-        counted = with_counted_updates(saved, former)
+        folder, former = job.folder, job.folder.config() or job.plan.saved
+        saved = with_counted_updates(job.plan.saved, former)
         refuse_other_config(former, saved, str(folder.path), folder.typed(), axes)
         refuse_other_labels(job, axes)
         if job.is_done:
             continue
-        has_other_length = any(former.get(name) != counted[name] for name in ("epochs", "steps"))
+        has_other_length = any(former.get(name) != saved[name] for name in ("epochs", "steps"))
         if has_other_length and (newest := Checkpoints(folder.checkpoints).load_newest()) is not None:
             check_lengthened(job.plan.run_config, newest)
     if all(job.is_done for job in jobs):

@@ -16,6 +16,7 @@ from typing import Any
 
 from dlopt.basics.files import read_json, write_json, write_yaml
 from dlopt.basics.folders import SPACE, RunFolder
+from dlopt.basics.formats import format_amount
 from dlopt.basics.interruption import Interruption
 from dlopt.basics.length import BatchCount, UpdateCount
 from dlopt.basics.locks import locked
@@ -31,13 +32,13 @@ from dlopt.training.progress import TrainingRun, endless_batches
 
 MANY = 1_000_000
 """Updates of the run whose first ones are timed: its schedule does not end before them."""
-_UNTIMED = 3  # updates, which load and compile code, and record a CUDA graph
-_LONGEST = 10.0  # seconds of the timed updates, or a fiftieth of a short run
+# Updates that load and compile code, and record a CUDA graph; seconds of the timed ones, or a fiftieth of a short run.
+_UNTIMED, _LONGEST = 3, 10.0
 
-AddTeacher = Callable[[Workload], Workload]
+Change = Callable[[Workload], Workload]
 
 
-def count_updates(run: TrainingRun, mode: Mode, add_teacher: AddTeacher) -> tuple[TrainingRun, str | None]:
+def count_updates(run: TrainingRun, mode: Mode, budget: float, add_teacher: Change) -> tuple[TrainingRun, str | None]:
     """Returns a run with epochs=5min as one of so many updates, and a line that explains them. All ranks call this.
 
     A resumed run keeps its number. Runs of a sweep that differ in seeds or folds only, and are averaged, have one: the
@@ -49,34 +50,32 @@ def count_updates(run: TrainingRun, mode: Mode, add_teacher: AddTeacher) -> tupl
     path = home / f".updates-{hashlib.sha256(shared.encode()).hexdigest()[:16]}.json"
     with locked(path.with_suffix(".lock")) if mode.ranks.is_main else contextlib.nullcontext():
         known = read_json(path) if run.checkpoint is None else {"updates": run.checkpoint.config["steps"]}
-        counted = mode.ranks.broadcast(known) or _count(run, mode, add_teacher)
+        counted = mode.ranks.broadcast(known) or _count(run, mode, budget, add_teacher)
         if mode.ranks.is_main:
             write_json(path, counted)
     gc.collect()  # on a GPU, reference cycles of the timed updates may hold gigabytes
-    steps = int(counted["updates"])
     if mode.ranks.is_main and (described := RunFolder(run.folder).config()) is not None:
-        write_yaml(run.folder / "config.yaml", {**described, "steps": steps})
-    return replace(run, run_config=run.run_config.with_steps(steps)), counted.get("line")
+        write_yaml(run.folder / "config.yaml", {**described, "steps": counted["updates"]})
+    return replace(run, run_config=run.run_config.with_steps(counted["updates"])), counted.get("line")
 
 
-def _count(run: TrainingRun, mode: Mode, add_teacher: AddTeacher) -> dict[str, Any]:
-    settings, folder = run.run_config.settings, run.folder / ".timed"
-    assert settings.budget is not None
+def _count(run: TrainingRun, mode: Mode, budget: float, add_teacher: Change) -> dict[str, Any]:
+    folder = run.folder / ".timed"
     workload = add_teacher(build_workload(run.run_config.with_steps(MANY), parallel=mode))
     with contextlib.closing(workload):
         trainer = probe_trainer(workload.with_lr(1e-3) if run.run_config.auto_lr else workload, folder)
-        update = update_seconds(trainer, min(settings.budget / 50, _LONGEST))
+        update = update_seconds(trainer, min(budget / 50, _LONGEST))
         evaluate = (lambda: None) if trainer.validate is None else partial(trainer.validate, Interruption())
-        _seconds(trainer, evaluate)  # may compile
-        evaluation, checkpoint = _seconds(trainer, evaluate), _seconds(trainer, partial(trainer.save, best=True))
+        actions = evaluate, evaluate, partial(trainer.save, best=True)  # the first evaluation may compile
+        _, evaluation, checkpoint = (_seconds(trainer, each) for each in actions)
         trainer.checkpoints.wait()
+    mode.ranks.gather([None])  # all have written their shards
     shutil.rmtree(folder, ignore_errors=True)
-    updates, length = updates_within(settings.budget, trainer, update, evaluation, checkpoint), trainer.length
-    times = (
-        f"{1000 * update:,.3g} ms per update, {evaluation:,.2g} s per evaluation, {checkpoint:,.2g} s per checkpoint"
-    )
+    updates, length = updates_within(budget, trainer, update, evaluation, checkpoint), trainer.length
+    shown = [format_amount(each) for each in (1000 * update, evaluation, checkpoint)]
+    times = "{} ms per update, {} s per evaluation, {} s per checkpoint".format(*shown)
     total = f"{updates:,} updates ({length.epochs_of(length.batches(updates)):.4g} epochs)"
-    return {"updates": updates, "line": f"epochs={settings.epochs}: {times}: {total}"}
+    return {"updates": updates, "line": f"epochs={run.run_config.settings.epochs}: {times}: {total}"}
 
 
 def update_seconds(trainer: Trainer, shortest: float) -> float:
@@ -96,12 +95,11 @@ def _seconds(trainer: Trainer, action: Callable[[], object], times: int = 1) -> 
     return trainer.mode.ranks.broadcast(synchronized_time(trainer.mode.device) - start)
 
 
-def updates_within(budget: float, trainer: Trainer, *seconds: float) -> UpdateCount:
+def updates_within(budget: float, trainer: Trainer, update: float, evaluation: float, checkpoint: float) -> UpdateCount:
     """Returns the updates, at least 1, that take `budget` seconds or less, with their evaluations and checkpoints.
 
-    `seconds`: of an update, an evaluation and a checkpoint.
+    `update`, `evaluation`, `checkpoint`: seconds of one of them.
     """
-    update, evaluation, checkpoint = seconds
     per_epoch, every = trainer.length.per_epoch, trainer.intervals
     evaluations = 1 / (every.evaluate_every * per_epoch) + 1 / (every.evaluate_every_steps or math.inf)
     saves = 1 / (per_epoch * (every.save_every_epochs or math.inf)) + 1 / (every.save_every_steps or math.inf)

@@ -117,7 +117,7 @@ def test_runs_of_a_sweep_share_the_updates_of_a_configuration(
     assert [saved(tmp_path / f"sweep/{job}")[1] for job in range(4)] == [12, 12, 5, 5]
     assert [summary(tmp_path / f"sweep/{job}")["steps"] for job in range(4)] == [12, 12, 5, 5]
     log = (tmp_path / "sweep/3/train.log").read_text()
-    assert "epochs=10s: 1e+03 ms per update" in log  # what the first run of the configuration has measured
+    assert "epochs=10s: 1,000 ms per update" in log  # what the first run of the configuration has measured
     assert len([*(tmp_path / "sweep").glob(".updates-*.json")]) == 2
     # Finished, and with a job that was lost, the same command finds the sweep and its numbers.
     again = dlopt(tmp_path, "train", "-m", *words, "resume=auto")
@@ -148,8 +148,11 @@ def test_of_the_library(tmp_path: Path, clock: list[float], monkeypatch: pytest.
     ("words", "message"),
     [
         (["train", "steps=4"], "epochs=10s: steps=4 sets the number of updates; leave one out"),
-        (["train", "-m", "optimizer.lr=0.1,0.2", "hydra/sweeper=dlopt_optuna"], "a search compares runs of one length"),
-        (["train", "experiment=lecture/momentum"], "a comparison compares runs of one length"),
+        (
+            ["train", "-m", "optimizer.lr=0.1,0.2", "hydra/sweeper=dlopt_optuna"],
+            "epochs=10s: not in a search; set a number, or steps",
+        ),
+        (["train", "experiment=lecture/momentum"], "epochs=10s: not in a comparison"),
         (["diagnose", "model=mlp"], "epochs=10s: only a run counts its updates; set a number of epochs, or steps"),
         (["trajectory", "schedule=cosine"], "epochs=10s: only a run counts its updates"),
     ],
@@ -188,7 +191,7 @@ def test_the_updates_take_the_time(intervals: Intervals, seconds: float, tmp_pat
     found = budget.updates_within(seconds, trainer, update, evaluation, checkpoint)
     most = next(number for number in itertools.count(1) if taken(number + 1) > seconds)
     assert found == 1 if most == 1 else taken(found) <= seconds
-    assert most == 1 or taken(found) >= 0.9 * seconds - evaluation - checkpoint - update
+    assert most == 1 or taken(found) >= 0.9 * seconds - 2 * (evaluation + checkpoint)
 
 
 def test_of_a_batch_that_grows(tmp_path: Path) -> None:
@@ -197,9 +200,9 @@ def test_of_a_batch_that_grows(tmp_path: Path) -> None:
     assert budget.updates_within(16.0, trainer, 1.0, 0.0, 0.0) == 8 + 4
 
 
-def test_a_dry_run_says_how_many(tmp_path: Path, clock: list[float]) -> None:
-    clock[0] = 0.2
+def test_a_dry_run_prints_how_many(tmp_path: Path, clock: list[float]) -> None:
+    clock[0] = 0.25
     result = dlopt(tmp_path, "train", *SMALL, BUDGET, "dry_run=true")
     shown = " ".join(result.out.split())
-    assert "updates 4 per epoch 50 in all" in shown and "1 job of about 10.0 s" in shown, result.err
-    assert "run 50 steps (4 per epoch)" in shown
+    assert "updates 4 per epoch 40 in all" in shown and "1 job of about 10.0 s" in shown, result.err
+    assert "run 10 epochs of 4 steps" in shown
