@@ -105,7 +105,8 @@ class RunFolder:
         summary = self.summary() or {}
         status, key = summary.get("status"), "epochs" if config["steps"] is None else "steps"
         length = summary.get(key)  # config.yaml may be of a longer attempt, which was killed
-        is_longer = isinstance(length, int) and config[key] > length
+        # epochs=5min: a run of the same config has counted its updates, and made them.
+        is_longer = isinstance(length, int) and isinstance(config[key], int) and config[key] > length
         return status == "stopped_early" or (status == "finished" and not is_longer)
 
     def is_live(self) -> bool:

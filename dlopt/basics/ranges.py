@@ -23,6 +23,23 @@ _T = TypeVar("_T")
 NotEmpty = Annotated[list[_T], MinLen(1)]
 
 
+class Duration(str):
+    """A time > 0 as it is typed: 90s, 5min, 1.5h."""
+
+    @property
+    def seconds(self) -> float:
+        number = self.rstrip("sminh")
+        return float(number) * {"s": 1, "min": 60, "h": 3600}[self.removeprefix(number)]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        text = core_schema.str_schema(pattern=r"^([1-9][0-9]{0,5}(\.[0-9]+)?|0\.0*[1-9][0-9]*)(s|min|h)$")
+        # The error of a number: one that is too small should not become a text.
+        return core_schema.custom_error_schema(core_schema.no_info_after_validator_function(cls, text), "int_type")
+
+
 @dataclass(frozen=True)
 class Condition:
     """What a value must meet beyond its type and range: `kernel: Annotated[Count, ODD]`.

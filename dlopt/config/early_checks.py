@@ -56,6 +56,8 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     settings = run_settings(config)
     if settings.resume not in (None, "auto") and not os.path.lexists(settings.resume):
         raise UserError(f"resume={settings.resume}: no such file; resume=auto resumes the newest unfinished run")
+    if isinstance(settings.epochs, str) and settings.steps is not None and "epochs" in map(key_of, overrides):
+        raise UserError(f"epochs={settings.epochs}: steps={settings.steps} sets the number of updates; leave one out")
     task = flatten(config).get("task._target_")
     if task in (None, AUTO_TASK):
         check_run_monitor(settings)

@@ -56,6 +56,8 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
         for key, value in saved.items()
         if role_of(key) is not Role.COMMAND and key not in LABELS and key.partition(".")[0] not in replaced
     }
+    if isinstance(saved.get("epochs"), str) and saved.get("steps") is not None:  # counted: the new run is as long
+        del inherited["steps" if "epochs" in keys else "epochs"]
     lines: list[str] = []
     # Interpolated keys (init_seed: ${seed}) come second: with `seed` overridden, most need no override of their own.
     for interpolated in (False, True):

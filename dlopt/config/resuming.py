@@ -28,6 +28,12 @@ _FILES = (
 _FREE = (Role.LENGTH, Role.PLACE, Role.WATCH, Role.COMMAND)
 
 
+def with_counted_updates(config: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `config` with the updates that a run has counted for the same epochs=5min: it counts once."""
+    is_same = isinstance(config.get("epochs"), str) and config["epochs"] == saved.get("epochs")
+    return {**config, "steps": saved.get("steps")} if is_same and config.get("steps") is None else {**config}
+
+
 def may_change(key: str) -> bool:
     """Returns whether a resumed run may have another value of this key, by the key's role."""
     return role_of(key) in _FREE
@@ -96,8 +102,8 @@ def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequenc
 def shortened(done: RunFolder, config: Mapping[str, Any]) -> str | None:
     """Returns the length of a run that has finished after more epochs, or updates, than `config` asks for, or None."""
     summary, key = done.summary() or {}, "epochs" if config["steps"] is None else "steps"
-    length = summary.get(key)
-    if summary.get("status") != "finished" or not isinstance(length, int) or config[key] >= length:
+    length, most = summary.get(key), config[key]
+    if summary.get("status") != "finished" or not isinstance(length, int) or isinstance(most, str) or most >= length:
         return None
     return format_count(key, length)
 
@@ -120,7 +126,7 @@ def distance(saved: Mapping[str, Any] | None, current: Mapping[str, Any]) -> int
     """
     if saved is None or differences(saved, current):
         return None
-    old, new = flatten(redacted(saved)), flatten(redacted(current))
+    old, new = flatten(redacted(saved)), flatten(redacted(with_counted_updates(current, saved)))
     changed = {key for key in old | new if old.get(key) != new.get(key) and role_of(key) is not Role.COMMAND}
     lengths = {key for key in changed if role_of(key) is Role.LENGTH}
     return 4 * bool(lengths) + 2 * bool(changed - lengths - {*LABELS}) + bool(changed & {*LABELS})
@@ -142,6 +148,8 @@ def differences(
     if new.get(_TEACHER) is None:
         new[_TEACHER] = old.get(_TEACHER)  # planned before the teacher is trained
     as_today(old, new)
+    if isinstance(new.get("epochs"), str) and new.get("steps") is None:  # another time is one that nobody has counted
+        axes = {*axes, "epochs"} - {"steps"}
     keys = [key for key in old | new if _tells_apart(key, axes)]
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _is_same_path(key, *pair)}

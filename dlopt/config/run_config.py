@@ -76,6 +76,10 @@ class RunConfig:
     validation: Mapping[str, ValidationSet] = field(default_factory=dict)  # by name
     auto_lr: bool = False  # optimizer.lr=auto: a learning-rate range test runs first
 
+    def with_steps(self, steps: int) -> "RunConfig":
+        """Returns the config with this number of updates."""
+        return replace(self, settings=replace(self.settings, steps=steps), config={**self.config, "steps": steps})
+
     @property
     def directions(self) -> Mapping[str, Direction]:
         """Directions of the values that a task of the user's own evaluates, by name."""

@@ -29,7 +29,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import SUBMITTED
 from dlopt.basics.names import Names
 from dlopt.basics.plain_values import is_below, join
-from dlopt.basics.ranges import Count, Fraction, NonNegative, OpenFraction, Positive, Probability
+from dlopt.basics.ranges import Count, Duration, Fraction, NonNegative, OpenFraction, Positive, Probability
 from dlopt.config.choices import config_folders, extensions
 from dlopt.config.older import moved
 from dlopt.config.packages import entries, leave_working_folder
@@ -364,7 +364,7 @@ def _may_be_component(annotation: Any) -> bool:
     inner = [each for each in typing.get_args(annotation) if isinstance(each, type) or typing.get_origin(each)]
     if inner and typing.get_origin(annotation) is not Callable:
         return any(map(_may_be_component, inner))
-    return annotation not in (int, float, str, bool, type(None))
+    return annotation not in (int, float, str, bool, Duration, type(None))
 
 
 def _exceeds_int64(value: Any) -> bool:
@@ -415,7 +415,7 @@ _TYPE_MISMATCH = {"none_required", "bool_type", "int_type", "float_type", "strin
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _PLAIN = {
     int: "an integer", float: "a number", bool: "true | false", str: "a string", type(None): "null", None: "null",
-    _EMPTY: "any value", Any: "any value",
+    _EMPTY: "any value", Any: "any value", Duration: "a time > 0 (90s, 5min, 1.5h)",
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
-from dlopt.basics.ranges import Count, Natural, OpenFraction, Positive, Seed
+from dlopt.basics.errors import UserError
+from dlopt.basics.ranges import Count, Duration, Natural, OpenFraction, Positive, Seed
 from dlopt.basics.roles import Role
 from dlopt.metrics.declaration import Direction
 from dlopt.metrics.declared import REQUESTABLE
@@ -116,7 +117,7 @@ class Settings:
     resume: Annotated[Literal["auto"] | str | None, Role.COMMAND]
     init_from: Annotated[str | None, Role.IDENTITY]
     allow_packages: Annotated[list[str], Role.COMMAND]
-    epochs: Annotated[Count, Role.LENGTH]
+    epochs: Annotated[Count | Duration, Role.LENGTH]
     steps: Annotated[Count | None, Role.LENGTH]
     max_time: Annotated[Positive | None, Role.WATCH]
     schedule_epochs: Annotated[Positive | None, Role.LENGTH]
@@ -152,6 +153,18 @@ class Settings:
     log_every_steps: Annotated[Count | None, Role.WATCH]
     published: Annotated[list[Published], Role.WATCH]
     observers: Annotated[list[dict[str, Any]], Role.WATCH]  # see `RunConfig.user_observers`
+
+    @property
+    def budget(self) -> float | None:
+        """Seconds of epochs=5min, from which a run counts its updates when it begins; None once `steps` has them."""
+        return self.epochs.seconds if isinstance(self.epochs, Duration) and self.steps is None else None
+
+    @property
+    def whole_epochs(self) -> int:
+        """The epochs of a run without `steps`. Raises `UserError` if they are not known yet."""
+        if isinstance(self.epochs, Duration):
+            raise UserError(f"epochs={self.epochs}: only a run counts its updates; set a number of epochs, or steps")
+        return self.epochs
 
     @property
     def micro_batches(self) -> int:

@@ -25,7 +25,7 @@ from dlopt.basics.scratch import scratch
 from dlopt.config.overrides import value_of
 from dlopt.config.plan import Plan
 from dlopt.config.run_config import RunConfig
-from dlopt.machine.device import choose_device, synchronized_time
+from dlopt.machine.device import choose_device
 from dlopt.machine.world import current
 from dlopt.optim.parameters import freeze
 from dlopt.optim.traits import optimizer_traits
@@ -37,6 +37,7 @@ from dlopt.parallel.processes.launch import count_processes
 from dlopt.parallel.shards import Kind
 from dlopt.tracking.terminal_text import header_rows, rows_table, show_table
 from dlopt.trained.distillation import with_teacher
+from dlopt.training.budget import MANY, update_seconds, updates_within
 from dlopt.training.builders.dataset import prepare_data, read_source
 from dlopt.training.builders.model_check import check_memory, model_on_meta, on_meta
 from dlopt.training.builders.optimizer import LR_SCALES, check_optimizer, needs_whole_tensors
@@ -44,10 +45,9 @@ from dlopt.training.builders.precision import Precision, torch_defaults
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload, batch_size, build_loss, build_mode, build_workload
 from dlopt.training.loop import Trainer
-from dlopt.training.progress import endless_batches
 from dlopt.training.reporting import header_facts
 
-_TIMED = 3  # updates of dry_run=timed, after one that loads and compiles code; the fastest counts
+_TIMED = 0.1  # seconds of the updates of dry_run=timed
 _LOCAL = {"download": False, "offline": True}  # keys with which a data set downloads nothing
 _ANY_LR = 1e-3  # in place of optimizer.lr=auto
 _ALONE = {"processes": None, "data_degree": None, "model_degree": 1}  # keys of modes, for a process without others
@@ -70,7 +70,8 @@ def show(plan: Plan, jobs: int = 1, at_once: int = 1, *, tasks: int = 1, ended: 
         tasks: processes that a launcher starts for each job.
         ended: seconds of such jobs that have ended.
     """
-    run_config, settings = plan.run_config, plan.run_config.settings
+    settings, budget = plan.run_config.settings, plan.run_config.settings.budget
+    run_config = plan.run_config if budget is None else plan.run_config.with_steps(MANY)
     processes = _processes(run_config, tasks)
     mode, split = _mode(run_config, processes)
     device = choose_device(settings.device).type
@@ -92,10 +93,12 @@ def show(plan: Plan, jobs: int = 1, at_once: int = 1, *, tasks: int = 1, ended: 
             per_epoch = "batches that grow" if length.grows else f"{length.per_epoch:,} per epoch"
             rows["updates"] = [per_epoch, f"{length.updates:,} in all"]
             rows |= _of_memory(workload, trainer, mode, split)
-            if settings.dry_run == "timed":
+            if settings.dry_run == "timed" or budget is not None:
                 samples = max(_local_samples(size, settings.micro_batches, split.batch))
                 update = _timed_update(run_config, samples, folder)
-                seconds = update * length.batches(length.updates)
+                updates = length.updates if budget is None else updates_within(budget, trainer, update, 0.0, 0.0)
+                facts["length"], rows["updates"][1] = replace(length, updates=updates), f"{updates:,} in all"
+                seconds = update * length.batches(updates)
                 source = f"updates of {1000 * update:,.3g} ms with {samples:,} samples, timed in one process; start"
                 source += f"{', communication' if processes > 1 else ''} and evaluation not counted"
     header = header_rows(plan.saved, plan.choices, facts)
@@ -295,11 +298,4 @@ def _timed_update(run_config: RunConfig, samples: int, folder: Path) -> float:
     workload = with_teacher(build_workload(replace(run_config, data_settings=data)))
     with contextlib.closing(workload):
         workload = workload.with_lr(_ANY_LR) if run_config.auto_lr else workload
-        trainer = probe_trainer(workload, folder, checks=False)
-        trainer.module.train()
-        batches, seconds = endless_batches(trainer.batches, trainer.progress), []
-        for number in range(1 + _TIMED):
-            start = synchronized_time(workload.device)
-            trainer.run_update(next(batches), number)
-            seconds.append(synchronized_time(workload.device) - start)
-    return min(seconds[1:])
+        return update_seconds(probe_trainer(workload, folder, checks=False), _TIMED)

@@ -23,6 +23,7 @@ from dlopt.config.resuming import in_folder
 from dlopt.results.leaderboard import ParetoFront
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps import series
+from dlopt.sweeps.axes import is_grid
 from dlopt.sweeps.branches import from_checkpoint
 from dlopt.sweeps.jobs import seconds_of_ended
 from dlopt.tracking.remote import check
@@ -120,6 +121,8 @@ class SweepRequest:
         config = self.composer.compose([*self.hydra, *parsed])
         self._refuse_recipe(config)
         job = as_job(checked(config, parsed, self.composer.flags, self.later), number, parsed)
+        if job.run_config.settings.budget is not None and (self.series or not is_grid(self.config)):
+            raise UserError(f"epochs={job.saved['epochs']}: not in a {self.series or 'search'}; set a number, or steps")
         refuse_untested(job.saved, parsed)
         self._check_size(job.run_config)
         resume = job.saved["resume"]

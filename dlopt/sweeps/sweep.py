@@ -35,7 +35,7 @@ from dlopt.config.plan import Plan, checked
 from dlopt.config.reads import COMPOSITION, refuse_unread_hydra
 from dlopt.config.refusals import refused_together
 from dlopt.config.resolve import job_variables, task_overrides
-from dlopt.config.resuming import in_folder, refuse_other_config, shortened
+from dlopt.config.resuming import in_folder, refuse_other_config, shortened, with_counted_updates
 from dlopt.parallel.processes.rendezvous import refuse_ranks
 from dlopt.results.ranking import of_folder
 from dlopt.results.reading import find
@@ -309,8 +309,8 @@ def check_folder(
         found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
         raise UserError(f"{key}: this folder contains {found} with resume=auto")
     for job in [job for job in jobs if job.folder.has_begun()]:
-        folder, saved = job.folder, job.plan.saved
-        former = folder.config() or saved
+        folder, former = job.folder, job.folder.config() or job.plan.saved
+        saved = with_counted_updates(job.plan.saved, former)
         refuse_other_config(former, saved, str(folder.path), folder.typed(), axes)
         refuse_other_labels(job, axes)
         if job.is_done:

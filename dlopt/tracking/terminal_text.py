@@ -226,7 +226,7 @@ def _length(length: Length | None) -> str | None:
 
 def _is_overruled(values: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     """Returns whether the typed `epochs` is overridden by `steps`."""
-    typed = any(re.match(r"\+*epochs=", str(each)) for each in facts.get("overrides", ()))
+    typed = any(re.match(r"\+*epochs=\d+$", str(each)) for each in facts.get("overrides", ()))
     return typed and values.get("steps") is not None
 
 

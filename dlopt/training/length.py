@@ -45,7 +45,7 @@ def with_ends(length: Length, settings: Settings, checkpoint: Checkpoint | None)
         updates = UpdateCount(settings.steps)
         end = length.batches(updates)
     else:
-        end = BatchCount(settings.epochs * length.per_epoch)
+        end = BatchCount(settings.whole_epochs * length.per_epoch)
         is_ahead = end >= length.origin[1]
         updates = length.updates_before(end) if is_ahead else UpdateCount(length.done - 1)  # refused later
     if settings.schedule_epochs is not None:

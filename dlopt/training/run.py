@@ -23,6 +23,7 @@ from dlopt.parallel.processes.rendezvous import is_launched
 from dlopt.tasks.report import TestReport
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.averaging import evaluation_weights
+from dlopt.training.budget import count_updates
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.trainer import build_trainer
 from dlopt.training.builders.workload import (
@@ -119,8 +120,10 @@ def train_run(
 def _prepared(run: TrainingRun, tools: Tools, *, console: bool) -> Iterator[tuple[Workload, Trainer]]:
     """Builds a run up to its next update; closes its data and its tracking at the end of the block."""
     # 1. Join the processes of the run, and build data, model and loss.
+    mode, count_note = build_mode(run.run_config), None
+    if (budget := run.run_config.settings.budget) is not None:
+        run, count_note = count_updates(run, mode, budget, tools.add_teacher or (lambda workload: workload))
     settings = run.run_config.settings
-    mode = build_mode(run.run_config)
     if mode.device.type == "cuda":  # this process may have trained other runs
         torch.cuda.reset_peak_memory_stats(mode.device)
     checkpoint = mode.ranks.broadcast(run.checkpoint)  # rank 0 has loaded it
@@ -173,8 +176,8 @@ def _prepared(run: TrainingRun, tools: Tools, *, console: bool) -> Iterator[tupl
             tracking.message(line)
         if trainer.progress.step == 0 and is_shown:
             show_first_batch(workload, trainer.batches, tracking)
-        if horizon_note is not None:
-            tracking.message(horizon_note)
+        for note in filter(None, (count_note, horizon_note)):
+            tracking.message(note)
         yield workload, trainer
 
 

@@ -148,6 +148,8 @@ def _judge(
 
     if equal is not None:
         check_equal(base, change, equal)
+    if any(side.plan.run_config.settings.budget for side in (base, change)):
+        raise UserError(f"epochs={change.plan.saved['epochs']}: train the base first, and judge against its folder")
     start = time.monotonic()
     pool, plan_job, _ = build_pool(line, base.lines)
     if not isinstance(pool, Pool) or (change.code is not None and line.overrides):

@@ -63,7 +63,7 @@ def _curve(line: Line, job: Combination, steps_per_epoch: int) -> tuple[str, "Cu
         raise UserError("optimizer.lr=auto: only available in `dlopt train`; must be a number here")
     if settings.scale_lr != "none":
         raise UserError(f"scale_lr={settings.scale_lr}: not supported here; use scale_lr=none")
-    steps = settings.epochs * steps_per_epoch if settings.steps is None else settings.steps
+    steps = settings.whole_epochs * steps_per_epoch if settings.steps is None else settings.steps
     horizon = steps if settings.schedule_epochs is None else round(settings.schedule_epochs * steps_per_epoch)
     schedule, warmup = run_config.schedule, run_config.warmup
     factor = schedules.build(schedule.build, warmup, steps=horizon, steps_per_epoch=steps_per_epoch)

@@ -67,7 +67,7 @@ def compile_obstacle(run_config: RunConfig, parallel: Mode, flops: float | None,
         return "the FLOPs of the model cannot be counted"
     size = run_config.data_settings.batch_size
     batch_size = samples if size == "full" else min(size, samples)
-    total = settings.steps * batch_size if settings.steps else settings.epochs * samples
+    total = settings.steps * batch_size if settings.steps else settings.whole_epochs * samples
     if flops * total < _WORTH_COMPILING:
         return "compiling takes longer than it saves in a run this short"
     return ""

@@ -77,6 +77,11 @@ def better(trial: PairedRun) -> float:
         ([BASE, "optimizer.lr=0.2", "seeds=3"], "seeds=3: proposal 1 against this base takes 7 pairs or more: "),
         ([BASE, "optimizer.lr=0.2", "error_rate=1"], "error_rate=1: input should be less than 1; "),
         ([BASE, "optimizer.lr=0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: the runs are started on this "),
+        (
+            [f"{BASE} epochs=5min", "optimizer.lr=0.2"],
+            "epochs=5min: train the base first, and judge against its folder",
+        ),
+        ([BASE, "epochs=5min"], "epochs=5min: train the base first, and judge against its folder"),
         ([BASE, "code=nowhere"], "code=nowhere: must be a folder with Python files"),
         ([BASE, "unfinished", "optimizer.lr=0.2"], "unfinished optimizer.lr=0.2: a change is one run, or overrides"),
         (["unfinished", "optimizer.lr=0.2"], "unfinished: the base has not finished (unfinished): "),
