@@ -1,21 +1,21 @@
 """Weights of the training samples in the loss: the tensor `weight` of the data (`Samples.further`)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from dlopt.augment.mixing import CutMix, Mixup
-from dlopt.augment.operation import image_shape, leaves
-from dlopt.augment.pipeline import Pipeline
 from dlopt.basics.errors import UserError
 from dlopt.losses import Distillation, Weighted
+from dlopt.models.layers import evaluation_mode
+from dlopt.training.builders.further import WEIGHT, names_of, obstacle
 from dlopt.training.builders.phases import WholeModel
 
-WEIGHT = "weight"
-_MODES = ("single", "ddp", "fsdp", "local")  # whose processes compute the loss of whole samples
-_MIXING = (Mixup, CutMix)
+if TYPE_CHECKING:
+    from dlopt.training.builders.workload import Workload
 
 
-def sample_weights(model: WholeModel) -> Tensor | None:
+def sample_weights(model: "Workload") -> Tensor | None:
     """Returns the weights of the training samples, float64 [N] of mean 1; None if there are none, or if all are equal.
 
     Raises `UserError` for a weight that is negative or not finite, and for what the weighted loss does not support.
@@ -35,42 +35,39 @@ def sample_weights(model: WholeModel) -> Tensor | None:
         raise UserError("data.weight: all training samples have the weight 0; at least one must have more")
     if bool((weights == weights[0]).all()):
         return None
-    if (obstacle := _obstacle(model)) is not None:
-        raise UserError(f"data.weight: {obstacle}, or leave out data.weight")
+    if (found := _obstacle(model)) is not None:
+        raise UserError(f"data.weight: {found}, or leave out data.weight")
     return weights / weights.mean()
 
 
-def _obstacle(model: WholeModel) -> str | None:
+def _obstacle(model: "Workload") -> str | None:
     """Returns what does not support weights, and what to use instead."""
     run_config, loss = model.run_config, model.loss
     if model.task.calls_model:
         return f"task={model.task.name} computes its own loss, without weights; use task=auto"
     if isinstance(loss, Distillation):
         return "loss=distillation has no weights; use loss=cross_entropy"
-    if model.parallel.name not in _MODES:
-        return f"parallel={model.parallel.name} does not support it; use parallel={', '.join(_MODES)}"
-    if isinstance(model.augment, Pipeline):
-        image = image_shape(model.augment.output_shape)
-        for each in (leaf for top in model.augment.operations for leaf in (top, *leaves(top, image))):
-            if isinstance(each, _MIXING):
-                return f"augmentation: {type(each).__name__} mixes samples of different weights; use another one"
-    if run_config.settings.diagnostics:
-        return "diagnostics measure the loss without weights; use diagnostics=[]"
+    if (found := obstacle(model, "weights")) is not None:
+        return found
     is_own = not run_config.loss.target.__module__.startswith("dlopt.")
     if is_own and not _is_mean_of_samples(model):
         return f"{run_config.loss.choice} is no mean over independent samples; use loss=cross_entropy or loss=mse"
     return None
 
 
-def _is_mean_of_samples(model: WholeModel) -> bool:
+def _is_mean_of_samples(model: "Workload") -> bool:
     """Returns whether the loss of some samples is the mean of their losses as batches of one."""
-    targets = model.dataset.train.targets[:4].to(model.device)
-    shape = (len(targets), *model.task.output_shape(model.shape))
-    outputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    samples = model.dataset.train
+    targets = samples.targets[:4].to(model.device)
+    further = {name: samples.further[name][:4].to(model.device) for name in names_of(model.loss)}
+    dtype = model.task.input_dtype(model.precision.dtype)
     try:
-        with torch.no_grad():
-            values = Weighted(model.loss).of_samples(outputs, targets)
-            return torch.allclose(values.mean(), model.loss(outputs, targets), rtol=1e-3, atol=1e-5)
+        with torch.no_grad(), torch.random.fork_rng([]), evaluation_mode(model.module):
+            inputs = model.task.random_inputs((len(targets), *model.shape)).to(model.device, dtype)
+            shape = model.placed.model(inputs).shape  # a loss of the user's own may need other outputs than the task
+            outputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+            values = Weighted(model.loss).of_samples(outputs, targets, **further)
+            return torch.allclose(values.mean(), model.loss(outputs, targets, **further), rtol=1e-3, atol=1e-5)
     except (RuntimeError, TypeError, ValueError):
         return False
 
