@@ -237,12 +237,7 @@ class Weighted(nn.Module):
 
     def of_samples(self, outputs: Tensor, targets: Tensor, **further: Tensor) -> Tensor:
         """Returns the loss of each sample [N], as a batch of one."""
-
-        def single(output: Tensor, target: Tensor, further: dict[str, Tensor]) -> Tensor:
-            batch = {name: each.unsqueeze(0) for name, each in further.items()}
-            loss: Tensor = self.loss(output.unsqueeze(0), target.unsqueeze(0), **batch)
-            return loss
-
+        single = lambda o, t, more: self.loss(o[None], t[None], **{name: each[None] for name, each in more.items()})  # noqa: E731
         return torch.vmap(single)(outputs, targets, further)
 
 

@@ -23,10 +23,9 @@ from dlopt.optim.parameters import idle_rules
 from dlopt.tasks.user import UserTask
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import norm_notes
-from dlopt.training.builders.further import names_of
+from dlopt.training.builders.further import describe_weights, names_of
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
-from dlopt.training.builders.sample_weights import describe_weights
 from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, batch_size, build_sampler, data_spec
 from dlopt.training.checkpoint.content import Checkpoint

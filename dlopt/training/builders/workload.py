@@ -37,7 +37,7 @@ from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
 from dlopt.training.builders.dataset import prepare_data, read_validation_sets
-from dlopt.training.builders.further import WEIGHT, named_tensors, names_of, require_further
+from dlopt.training.builders.further import WEIGHT, named_tensors, names_of, require_further, sample_weights
 from dlopt.training.builders.layer_order import layer_order
 from dlopt.training.builders.model_check import (
     accepts_an_empty_batch,
@@ -51,7 +51,6 @@ from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.phases import CpuModel, Inputs, WholeModel
 from dlopt.training.builders.precision import choose_precision
 from dlopt.training.builders.recompute import recompute, repeated_blocks
-from dlopt.training.builders.sample_weights import sample_weights
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.micro_loss import Network
