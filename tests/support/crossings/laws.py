@@ -118,6 +118,7 @@ _CAPTURED = {
     "divergence": ("stop",),
     "diagnostics": ("none",),
     "observer": ("none",),
+    "weight": ("none",),
 }
 
 
