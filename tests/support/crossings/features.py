@@ -251,6 +251,8 @@ def overrides(row: Mapping[str, str], folder: Path) -> list[str]:
             if key == "optimizer" and "optimizer.lr" in words:  # of the optimizer that this one replaces
                 del words["optimizer.lr"]
             words[key] = word
+    if "data.folds" in words:  # in its place
+        words.pop("data.val_split", None)
     return sorted(words.values(), key=lambda word: ("." in word.partition("=")[0], "=" not in word))
 
 
