@@ -160,9 +160,7 @@ def test_refuses_a_mode_that_computes_losses_of_parts() -> None:
 def test_refuses_labels_drawn_from_the_model() -> None:
     """Of a loss whose outputs are class probabilities."""
     aged = workload("loss=tests.support.further.AgedEntropy", "optimizer=sophia", "optimizer.hessian=gnb")
-    with pytest.raises(
-        UserError, match=r"^loss=AgedEntropy: labels drawn from the model have no age; use another loss"
-    ):
+    with pytest.raises(UserError, match=r"^age: labels drawn from the model do not have it; leave it out, or an"):
         probe_trainer(aged, Path("unused"))
 
 
