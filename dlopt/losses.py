@@ -201,9 +201,9 @@ class Distillation(nn.Module):
         self.cross_entropy = CrossEntropy(label_smoothing=0.0, class_weights=None, classes=classes)
         self.trained: TrainedTeacher | None = None
 
-    def further(self, batch: Any) -> tuple[Tensor, ...]:
+    def further(self, batch: Any) -> dict[str, Tensor]:
         """Returns the third argument of `forward` for a micro-batch; nothing without a teacher."""
-        return () if self.trained is None else (self.trained(batch),)
+        return {} if self.trained is None else {"teacher_outputs": self.trained(batch)}
 
     def forward(self, outputs: Tensor, targets: Tensor, teacher_outputs: Tensor | None = None) -> Tensor:
         plain: Tensor = self.cross_entropy(outputs, targets)
@@ -232,13 +232,13 @@ class Weighted(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, outputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        return (self.of_samples(outputs, targets) * weight).mean()
+    def forward(self, outputs: Tensor, targets: Tensor, weight: Tensor, **further: Tensor) -> Tensor:
+        return (self.of_samples(outputs, targets, **further) * weight).mean()
 
-    def of_samples(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def of_samples(self, outputs: Tensor, targets: Tensor, **further: Tensor) -> Tensor:
         """Returns the loss of each sample [N], as a batch of one."""
-        single = lambda output, target: self.loss(output.unsqueeze(0), target.unsqueeze(0))  # noqa: E731
-        return torch.vmap(single)(outputs, targets)
+        single = lambda o, t, more: self.loss(o[None], t[None], **{name: each[None] for name, each in more.items()})  # noqa: E731
+        return torch.vmap(single)(outputs, targets, further)
 
 
 class MSE(nn.Module):

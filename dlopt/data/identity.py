@@ -13,7 +13,7 @@ from dlopt.data.settings import SPLITS
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 _TEXTS = {
     "targets": "the {name} set has other labels, or the same ones in another order",
-    "further": "the {name} set has other groups, weights or times",
+    "further": "the {name} set has other groups, weights, times or further tensors",
     "content": "the {name} set has other inputs, or the same ones in another order",
 }
 

@@ -31,6 +31,8 @@ class CountsPredictions(Protocol):
 
     def loss_metrics(self, loss: float) -> dict[str, float]: ...
 
+    def predictions_in(self, outputs: Tensor) -> Tensor: ...
+
 
 class Kept(NamedTuple):
     """What the metrics need of a micro-batch, on the device."""
@@ -191,7 +193,7 @@ class MetricSum:
         self._flushed.append((values, [each.samples for each in pending]))
 
     def _count_correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return (predicted_classes(outputs) == labels).sum()
+        return (predicted_classes(self.task.predictions_in(outputs)) == labels).sum()
 
     def means(self, split: Split) -> dict[str, float]:
         """Returns by column the loss and, for a classifier, the accuracy (a fraction) over all samples so far.

@@ -199,7 +199,12 @@ class Task:
         """Returns what outputs [..., K] mean, after training with `loss`: probabilities, or numbers."""
         return outputs
 
+    def predictions_in(self, outputs: Tensor) -> Tensor:
+        """Returns the first `outputs` of the outputs [..., K]: a loss of the user's own may need more."""
+        return outputs[..., : self.outputs] if outputs.ndim > 1 else outputs
+
     def evaluated(self, outputs: Tensor, targets: Tensor, loss: nn.Module, origin: Tensor | None = None) -> Evaluated:
+        outputs = self.predictions_in(outputs)
         return Evaluated(outputs, targets, self.outputs, lambda outputs: self.values(outputs, loss), origin=origin)
 
     def class_names(self, classes: Names) -> tuple[str, ...] | None:

@@ -21,6 +21,7 @@ from dlopt.parallel.mode import Mode
 from dlopt.tasks.report import TestReport
 from dlopt.tasks.task import Average, Task
 from dlopt.trained.restore import fitting
+from dlopt.training.builders.further import names_of
 from dlopt.training.builders.workload import Workload, build_workload, data_spec, with_validation_sets
 from dlopt.training.checkpoint.checkpoints import foreign
 from dlopt.training.checkpoint.content import Checkpoint
@@ -42,7 +43,7 @@ class Tested:
 
     `samples`: how many were tested. `average`: the quantity averaged over crops and models. `problems`: data that were
     left out, or look wrong.
-    `workload`: of a task without labels, whose outputs are too large to keep. `sets`: names of validation sets.
+    `workload`: of a test whose outputs were not kept. `sets`: names of validation sets.
     `split`: of the samples, after which the metrics are named. `dataset`: with the tested samples as its test set.
     """
 
@@ -113,11 +114,11 @@ def test(
     for path, workload in zip(paths, workloads, strict=True):
         workload, used = _on_split(workload, split)
         chosen = workload.task.choose_average(average, workload.loss, "average")
-        if not workload.task.keeps_outputs:
+        if not workload.task.keeps_outputs or names_of(workload.loss):
             tested = streamed_report(workload, tta=tta, members=len(paths), on_batch=on_batch)
             found, count = problems(workload.dataset.notes), len(workload.dataset.test or ())
-            sets = [*workload.validation_sets]
-            return Tested(_named(tested, used), chosen, None, found, count, workload, sets, used)
+            sets, classes = [*workload.validation_sets], workload.class_names
+            return Tested(_named(tested, used), chosen, classes, found, count, workload, sets, used, workload.dataset)
         assert workload.dataset.test is not None  # see `_on_split`
         batches = predict_samples(workload, workload.dataset.test, views, chosen, on_batch=on_batch) or []
         kind = (workload.dataset.classes, workload.loss, workload.task)

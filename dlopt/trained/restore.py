@@ -76,7 +76,7 @@ class Trained:
         if not self.task.accepts(tuple(inputs.shape[1:]), self.window):
             inputs = CentreCrop(self.window).crop(inputs)
         model: Callable[[Tensor], Tensor] = self.precision.autocast(self.module)
-        outputs = model(self.task.normalized(inputs, self.normalize, self.precision.dtype))
+        outputs = self.task.predictions_in(model(self.task.normalized(inputs, self.normalize, self.precision.dtype)))
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
     def values(self, outputs: Tensor) -> Tensor:

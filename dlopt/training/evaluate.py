@@ -31,6 +31,7 @@ from dlopt.tasks.task import Average, Task
 from dlopt.training.averaging import WeightAverage, evaluation_weights
 from dlopt.training.batch_norm import norm_statistics
 from dlopt.training.builders.batches import evaluation_batches, evaluation_model
+from dlopt.training.builders.further import names_of, reader
 from dlopt.training.builders.workload import Workload
 from dlopt.training.requested_metrics import requested_metrics, tested_metrics
 from dlopt.training.task_evaluation import TaskBatches, evaluate_task
@@ -50,7 +51,7 @@ Validate = Callable[[Interruption], dict[str, float] | None]
 def evaluate(
     module: nn.Module,
     model: Callable[[Tensor], Tensor],
-    batches: Iterable[Iterable[Tensor]],
+    batches: Iterable[Batch],
     loss: nn.Module,
     *,
     task: Task,
@@ -70,14 +71,15 @@ def evaluate(
     """
     metrics = MetricSum(task, reduce=reduce)
     with evaluation_mode(module, loss):
-        for inputs, targets in batches:
+        for batch in batches:
+            inputs, targets = batch
             outputs = model(inputs)  # also without samples: it may contain collectives
             if len(targets):
                 # The loss is never computed in bf16 or fp16. In chunks it promotes each of them.
                 chunked = isinstance(loss, CrossEntropy) and processes_in_chunks(outputs, targets)
                 if extra or not chunked:
                     outputs = _promoted(outputs)
-                metrics.add(metrics.keep(loss(outputs, targets), outputs, targets))
+                metrics.add(metrics.keep(loss(outputs, targets, **batch.further), outputs, targets))
                 for each in extra:
                     each.add(outputs, targets)
             else:
@@ -262,11 +264,13 @@ def report(
 
 
 def streamed_report(workload: Workload, *, tta: str, members: int = 1, on_batch: OnBatch | None = None) -> TestReport:
-    """Returns the test metrics of a model whose outputs are too large to keep.
+    """Returns the test metrics of a model whose outputs are too large to keep, or whose loss reads further tensors.
 
     Raises `UserError` for test-time augmentation and ensembles, which average predictions of labels.
     """
     _refuse_tta(workload, "tta", tta)
+    if members > 1 and workload.task.keeps_outputs:
+        raise UserError(f"{reader(workload)}, so {members} models cannot be averaged; give one checkpoint")
     if members > 1:
         kind = workload.task.name
         raise UserError(f"checkpoint: {members} models of a {kind} task cannot be averaged; give one checkpoint")
@@ -317,6 +321,8 @@ def _refuse_tta(workload: Workload, key: str, tta: str) -> None:
     if tta != "none" and not workload.task.keeps_outputs:
         kind = workload.task.name
         raise UserError(f"{key}={tta}: averages predictions of labels, which a {kind} task has not; use {key}=none")
+    if tta != "none" and names_of(workload.loss):
+        raise UserError(f"{reader(workload)}, which {key}={tta} does not pass; use {key}=none")
 
 
 def _final_average(workload: Workload) -> Average:

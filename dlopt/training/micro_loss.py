@@ -17,7 +17,7 @@ from dlopt.tasks.user import TaskErrors, TaskLoss
 from dlopt.training.builders.precision import Precision
 
 Forward = Callable[..., tuple[Tensor, Kept]]
-"""(inputs, targets, *further arguments of the loss) of a micro-batch -> mean loss with its graph, for the metrics."""
+"""(inputs, targets, **further arguments of the loss) of a micro-batch -> mean loss with its graph, for the metrics."""
 TaskLossCall = Callable[[TaskBatch, Draws], Mapping[str, Tensor]]
 """See `dlopt.tasks.user.TaskLoss`."""
 
@@ -30,7 +30,7 @@ class Network:
 
     Attributes:
         model: calls the module: wrapped by the parallel mode, compiled.
-        loss: (outputs, targets, *additional arguments) -> mean over the samples.
+        loss: (outputs, targets, **additional arguments) -> mean over the samples.
         further: returns the additional arguments of the loss for a micro-batch; None if there are none.
         compile: compiles model, loss and metrics as one region; None to call `model` and `loss` separately.
         task_loss: of a task of the user's own, in the place of `model` and `loss`: (batch, draws) -> the parts of the
@@ -41,7 +41,7 @@ class Network:
     module: nn.Module
     model: Callable[[Tensor], Tensor]
     loss: Callable[..., Tensor]
-    further: Callable[[Batch], tuple[Tensor, ...]] | None = None
+    further: Callable[[Batch], Mapping[str, Tensor]] | None = None
     compile: Callable[[Forward], Forward] | None = None
     task_loss: TaskLossCall | None = None
     advice: tuple[str, str] | None = None
@@ -80,9 +80,9 @@ class MicroLoss:
 
         # A compiler sees the three as a whole. Compiled separately, the loss would read and write the outputs once per
         # operation. With text, whose outputs are larger than all activations, that takes as long as the model.
-        def forward(inputs: Tensor, targets: Tensor, *further: Tensor) -> tuple[Tensor, Kept]:
+        def forward(inputs: Tensor, targets: Tensor, **further: Tensor) -> tuple[Tensor, Kept]:
             outputs = model(inputs)
-            value = loss(outputs, targets, *further)
+            value = loss(outputs, targets, **further)
             return value, metrics.keep(value.detach(), outputs.detach(), targets)
 
         self._forward: Forward = forward if network.compile is None else network.compile(forward)
@@ -105,11 +105,11 @@ class MicroLoss:
         if not part.weight:
             loss = self._model(part.inputs[self._placeholder]).sum()
             return loss, Kept.of_no_samples(loss)
-        return self._forward(part.inputs, part.targets, *self._arguments(part))
+        return self._forward(part.inputs, part.targets, **self._arguments(part))
 
     def eager(self, part: Batch, update: CurrentUpdate) -> Tensor:
         """Returns the mean loss of a micro-batch with its graph, of the uncompiled model."""
-        loss: Tensor = self._loss(self.eager_model(part.inputs), part.targets, *self._arguments(part))
+        loss: Tensor = self._loss(self.eager_model(part.inputs), part.targets, **self._arguments(part))
         return loss
 
     def of_outputs(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Kept]:
@@ -117,8 +117,8 @@ class MicroLoss:
         loss = self._loss(outputs, targets)
         return loss, self.metrics.keep(loss.detach(), outputs.detach(), targets)
 
-    def _arguments(self, part: Batch) -> tuple[Tensor, ...]:
-        return () if self._further is None else self._further(part)
+    def _arguments(self, part: Batch) -> Mapping[str, Tensor]:
+        return {} if self._further is None else self._further(part)
 
 
 class TaskMicroLoss(MicroLoss):

@@ -23,9 +23,9 @@ from dlopt.optim.parameters import idle_rules
 from dlopt.tasks.user import UserTask
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.batch_norm import norm_notes
+from dlopt.training.builders.further import describe_weights, names_of
 from dlopt.training.builders.mup import describe_rates
 from dlopt.training.builders.precision import bf16_slowdown
-from dlopt.training.builders.sample_weights import describe_weights
 from dlopt.training.builders.speed import describe_auto
 from dlopt.training.builders.workload import Workload, batch_size, build_sampler, data_spec
 from dlopt.training.checkpoint.content import Checkpoint
@@ -173,7 +173,8 @@ def show_first_batch(workload: Workload, batches: EpochBatches, tracking: Tracki
 
 def _emulation_warning(workload: Workload, batches: EpochBatches) -> str:
     cost, name = "is slower than fp32", workload.precision.name
-    if workload.parallel.sharding.kind == "replicated":  # otherwise this process has only a part of the model
+    # Otherwise this process has only a part of the model, or the loss reads more than the batch below has.
+    if workload.parallel.sharding.kind == "replicated" and not names_of(workload.loss):
         batch = next(iter(batches.epoch(0)))
         loss = workload.loss.cross_entropy if isinstance(workload.loss, Distillation) else workload.loss
         slowdown = bf16_slowdown(workload.module, loss, *batch, name=name)

@@ -1,5 +1,7 @@
 """The examples of sources of the user's own have what samples of dlopt have: workers, resumption, identity, sizes."""
 
+import csv
+import json
 import os
 import shutil
 import signal
@@ -11,18 +13,23 @@ import h5py
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+from dlopt.training.checkpoint.checkpoints import load
 from tests.support.line import dlopt, refused
 from tests.support.pages import ROOT
 from tests.support.runs import assert_same_run, metrics
 
 FOLDER = ROOT / "docs/examples/data"
 COUNT = 60
-LINE = ["model=mlp", "model.widths=[4]", "data.batch_size=10", "epochs=2", "tracking=[]", "threads=1", "device=cpu"]
+LINE = ["data.batch_size=10", "epochs=2", "tracking=[]", "threads=1", "device=cpu"]
+MLP = ["model=mlp", "model.widths=[4]"]
 SOURCES = {
-    "memmap": ["data=arrays", "data.root=images", "allow_packages=[memmap]"],
-    "hdf5": ["data=measurements", "data.file=rows.h5", "allow_packages=[hdf5]", "loss=mse"],
-}
+    "memmap": ["data=arrays", "data.root=images", "allow_packages=[memmap]", *MLP],
+    "hdf5": ["data=measurements", "data.file=rows.h5", "allow_packages=[hdf5]", "loss=mse", *MLP],
+    "two_targets": ["data=faces", "data.root=images", "allow_packages=[two_targets]", "loss.factor=0.1",
+                    "loss=two_targets.ClassAndAge", "model=two_targets.TwoHeads", "model.width=4"],
+}  # fmt: skip
 KILLED = """
 import os, signal
 from dlopt import cli
@@ -50,6 +57,7 @@ def write_images(folder: Path, seed: int = 0) -> None:
             images[11] = 7
         np.save(folder / f"{split}_images.npy", images)
         np.save(folder / f"{split}_labels.npy", np.arange(count) % 3)
+        np.save(folder / f"{split}_ages.npy", draw.uniform(0, 9, count))
 
 
 def write_rows(path: Path, seed: int = 0) -> None:
@@ -130,7 +138,7 @@ def test_a_run_goes_on_with_the_same_data_only(folder: Path, name: str) -> None:
     write_images(folder / "images", seed=1)
     write_rows(folder / "rows.h5", seed=1)
     assert "the training set has other" in refused(folder, *words, "max_time=1", "resume=auto")
-    moved = "data.root=moved" if name == "memmap" else "data.file=moved.h5"
+    moved = "data.file=moved.h5" if name == "hdf5" else "data.root=moved"
     assert dlopt(folder, *line(name, moved, "resume=run", "output=other")).code == 0
 
 
@@ -144,3 +152,39 @@ def test_keys_of_data_are_those_of_any_data_set(folder: Path) -> None:
     assert dlopt(folder, *line("memmap", "data.image_size=8", "output=clean")).code == 0
     assert metrics(folder / "clean")[0]["train_loss"] != metrics(folder / "memory_true")[0]["train_loss"]
     assert "data.image_size" in refused(folder, *line("hdf5", "data.image_size=8"))
+
+
+def test_the_loss_of_two_targets_in_numpy(folder: Path) -> None:
+    """In training, on the validation set, a named one and the test set, and by `eval`; metrics read the classes."""
+    words = ["precision=fp64", "normalize=none", "data.val_split=0.2", "optimizer.lr=1e-12", "epochs=1", "output=run"]
+    assert dlopt(folder, *line("two_targets", *words, "validation.other.use=test", "loss.factor=0.5")).code == 0
+    weights = {name: value.numpy() for name, value in load(folder / "run/checkpoints/last.pt").model.items()}
+
+    def outputs_and_losses(split: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels, ages = (
+            np.load(folder / f"images/{split}_{name}.npy").astype(float) for name in ("images", "labels", "ages")
+        )
+        hidden = np.maximum(images.reshape(len(images), -1) @ weights["1.weight"].T + weights["1.bias"], 0)
+        outputs = hidden @ weights["3.weight"].T + weights["3.bias"]
+        logits, rows = outputs[:, :3], np.arange(len(images))
+        entropy = np.log(np.exp(logits).sum(1)) - logits[rows, labels.astype(int)]
+        return logits, entropy + 0.5 * (outputs[:, 3] - ages.astype(np.float32)) ** 2
+
+    [logged] = metrics(folder / "run")
+    _, losses = outputs_and_losses("train")
+    assert 48 * logged["train_loss"] + 12 * logged["val_loss"] == pytest.approx(losses.sum(), rel=1e-6)
+    logits, losses = outputs_and_losses("test")
+    assert dlopt(folder, "eval", "run", "split=test", "allow_packages=[two_targets]").code == 0
+    tested = json.loads((folder / "run/eval.json").read_text())
+    accuracy = (logits.argmax(1) == np.arange(20) % 3).mean()
+    assert [logged["val_other_loss"], tested["test_loss"]] == pytest.approx([losses.mean()] * 2, rel=1e-9)
+    assert [logged["val_other_accuracy"], tested["test_accuracy"]] == [accuracy] * 2
+
+    for number, image in enumerate(np.load(folder / "images/test_images.npy")):
+        Image.fromarray(image[0]).save(folder / "images" / f"{number:02}.png")
+    words = ["images=images", "output=predicted.csv", "allow_packages=[two_targets]"]
+    assert dlopt(folder, "predict", "run", *words).code == 0
+    with (folder / "predicted.csv").open(newline="") as file:
+        rows = [[float(row[f"p({label})"]) for label in range(3)] for row in csv.DictReader(file)]
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-6)

@@ -20,6 +20,7 @@ from sklearn import metrics as reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dlopt.data.batches import Batch
 from dlopt.losses import MSE, BinaryCrossEntropy, CrossEntropy
 from dlopt.metrics import classes, labels, regression, text
 from dlopt.metrics.accumulators import accumulators
@@ -341,7 +342,9 @@ def evaluation(case: Case, size: int, rank: Ranks) -> dict[str, float]:
     """Evaluates a model that returns its inputs on the rank's samples of batches of `size`, with every metric."""
     task, function = case.task, copy.deepcopy(case.loss)
     batches = zip(case.outputs.split(size), case.targets.split(size), strict=True)
-    shards = [[column.tensor_split(rank.processes)[rank.rank] for column in batch] for batch in batches]
+    shards = [
+        Batch(*(column.tensor_split(rank.processes)[rank.rank] for column in batch), len(batch[0])) for batch in batches
+    ]
     part = partial(task.evaluated, loss=function, origin=case.targets[:1])
     requested = [metric for metric in task.metrics if metric.least <= task.outputs]
     extra = accumulators(task.computed(requested), part, task.outputs, CLASSES[: task.outputs], rank)

@@ -19,6 +19,7 @@ from dlopt.training.checkpoint.checkpoints import Checkpoints
 from dlopt.training.progress import TrainingRun
 from tests.support.choices import names
 from tests.support.equality import Cases, compare, metric_values, run_distributed
+from tests.support.further import AGED, PEOPLE, WEIGHTED
 from tests.support.modes import DDP, SYNC_DDP, build_mode
 from tests.support.ranks import run_ranks
 from tests.support.runs import at_update, metrics, resume, run_config, run_job, start, terminate
@@ -46,6 +47,8 @@ CASES: Cases = {
     "activation checkpointing": ([*RESNET, "data.batch_size=35", "accumulate=2", "steps=4"], [*SYNC_DDP,
         "activation_checkpointing=all"]),
     "many evaluations": ([*MLP, "optimizer=sam", "data.batch_size=32", "epochs=2"], SYNC_DDP),
+    "weights of the samples, empty shards": ([*PEOPLE, WEIGHTED, "accumulate=2"], DDP),
+    "a loss of further tensors, weighted": ([*PEOPLE, WEIGHTED, AGED, "validation.other.use=test"], DDP),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from dlopt.parallel.modes.fsdp import fsdp_units
 from tests.support.equality import Cases, compare
+from tests.support.further import AGED, PEOPLE, WEIGHTED
 from tests.support.modes import FSDP, SYNC_FSDP
 from tests.support.sizes import MLP, RESNET
 
@@ -34,6 +35,8 @@ CASES: Cases = {
     "shampoo, muP": ([*MLP, *MUP, "model.norm=none", "optimizer=shampoo", "data.batch_size=19", "epochs=2"], FSDP),
     "scion, muP": ([*MLP, *MUP, "model.norm=none", "optimizer=scion", "data.batch_size=19", "epochs=2"], FSDP),
     "two points": ([*MLP, "optimizer=schedule_free_adamw", "data.batch_size=32", "epochs=2"], [*SYNC_FSDP, KEPT]),
+    "weights of the samples, empty shards": ([*PEOPLE, WEIGHTED, "accumulate=2"], FSDP),
+    "a loss of further tensors, weighted": ([*PEOPLE, WEIGHTED, AGED, "validation.other.use=test"], FSDP),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlopt import losses
+from dlopt.data.batches import Batch
 from dlopt.losses import CrossEntropy
 from dlopt.tasks.classification import Classification
 from dlopt.tasks.regression import Regression
@@ -39,9 +40,9 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
 
 
-def cut(size: int, count: int = 23) -> Iterator[tuple[Tensor, Tensor]]:
+def cut(size: int, count: int = 23) -> Iterator[Batch]:
     inputs, targets = data(count)
-    yield from zip(inputs.split(size), targets.split(size), strict=True)
+    yield from (Batch(x, y, len(x)) for x, y in zip(inputs.split(size), targets.split(size), strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 5, 22, 23, 50])
@@ -53,7 +54,7 @@ def test_result_does_not_depend_on_batch_size(size: int) -> None:
         outputs = model(x[None])
         loss += F.cross_entropy(outputs, y[None]).item()
         right += int(outputs.argmax()) == int(y)
-    batches = ((x.double(), y) for x, y in cut(size))
+    batches = (Batch(x.double(), y, len(x)) for x, y in cut(size))
     found = evaluate(model.train(), model, batches, CROSS_ENTROPY, task=CLASSES, split="val")
     assert found is not None and set(found) == {"val_loss", "val_accuracy"}
     assert found["val_loss"] == pytest.approx(loss / 23, rel=1e-13)
@@ -79,7 +80,8 @@ def test_restores_training_mode_of_each_layer_after_an_error() -> None:
     model = net()
     model[0].eval()
     with pytest.raises(RuntimeError):
-        evaluate(model, model, [(torch.zeros(2, 5), torch.zeros(2))], CROSS_ENTROPY, task=CLASSES, split="val")
+        wrong = Batch(torch.zeros(2, 5), torch.zeros(2), 2)
+        evaluate(model, model, [wrong], CROSS_ENTROPY, task=CLASSES, split="val")
     assert model.training and not model[0].training and CROSS_ENTROPY.training
 
 
@@ -97,7 +99,7 @@ class After:
 def test_returns_none_if_interrupted() -> None:
     model, taken = net(), []
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    def batches() -> Iterator[Batch]:
         for number, each in enumerate(cut(5)):
             taken.append(number)
             yield each
@@ -111,7 +113,7 @@ def test_regression() -> None:
     model = nn.Linear(4, 1)
     inputs = data()[0]
     targets = inputs.sum(1)
-    batches = zip(inputs.split(6), targets.split(6), strict=True)
+    batches = [Batch(inputs[:20], targets[:20], 20), Batch(inputs[20:], targets[20:], 3)]
     found = evaluate(model, lambda x: model(x).squeeze(1), batches, nn.MSELoss(), task=NUMBERS, split="test")
     expected = F.mse_loss(model(inputs).squeeze(1), targets).item()
     assert found == {"test_loss": pytest.approx(expected, rel=1e-6)}
@@ -165,7 +167,7 @@ def test_empty_batches_are_passed_to_the_model_and_not_counted() -> None:
         outputs: Tensor = model(inputs)
         return outputs
 
-    parts = [(inputs, targets), (inputs[:0], targets[:0])]
+    parts = [Batch(inputs, targets, 23), Batch(inputs[:0], targets[:0], 23)]
     whole, with_none = (
         evaluate(model, call, batches, CROSS_ENTROPY, task=CLASSES, split="val") for batches in (parts[:1], parts)
     )

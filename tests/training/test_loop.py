@@ -150,7 +150,7 @@ def training(
     inputs, targets = samples()
 
     def validate(interruption: Interruption) -> dict[str, float] | None:
-        batches = zip(inputs.split(7), targets.split(7), strict=True)
+        batches = (Batch(x, y, len(x)) for x, y in zip(inputs.split(7), targets.split(7), strict=True))
         with evaluation_weights(optimizer, average):
             return evaluate(
                 model,

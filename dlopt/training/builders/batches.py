@@ -16,7 +16,7 @@ from dlopt.data.texts.windows import Windows
 from dlopt.losses import Distillation
 from dlopt.models.known import treats_samples_alone
 from dlopt.training.builders import speed
-from dlopt.training.builders.sample_weights import WEIGHT
+from dlopt.training.builders.further import names_of, reader
 from dlopt.training.builders.workload import Workload, build_sampler
 from dlopt.training.rng import AUGMENTATION, ORDER
 
@@ -60,7 +60,7 @@ def training_batches(workload: Workload) -> Batches:
         seed=seed,
         shard=split.shard,
         reader=reader,
-        further={} if workload.weights is None else {WEIGHT: workload.weights},
+        further=workload.further,
     )
     workload.opened.add(batches)
     return batches
@@ -80,7 +80,8 @@ def evaluation_batches(
     if shared and workload.device.type == "cuda" and has_small_outputs and size != "full":
         size = max(size, _MIN_EVALUATION_BATCH)
     augment = None if shape == samples.shape else CentreCrop(shape)
-    batches = Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard)
+    further = {name: samples.further[name] for name in names_of(workload.loss)}
+    batches = Batches(samples, _delivery(workload), batch_size=size, augment=augment, shard=shard, further=further)
     workload.opened.add(batches)
     return batches
 
@@ -128,6 +129,8 @@ def loss_aware_sampler(workload: Workload, batches: Batches) -> LossAwareSampler
     sampler = loss_aware(batches.sampler)
     if sampler is None:
         return None
+    if names_of(workload.loss):
+        raise UserError(f"{reader(workload)}, but {workload.run_config.sampler.choice} observes losses; use another")
     # Each rank observes the losses of its own samples only: the sampler merges them before it plans an epoch and before
     # it is saved, on all ranks together.
     sampler.maximum = workload.parallel.ranks.maximum

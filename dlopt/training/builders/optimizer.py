@@ -27,6 +27,7 @@ from dlopt.schedules.decay import constant, corrected, independent
 from dlopt.tasks.user import TaskLoss
 from dlopt.training import rng
 from dlopt.training.builders import mup
+from dlopt.training.builders.further import names_of
 from dlopt.training.builders.rounding import round_updates
 from dlopt.training.builders.speed import GRAPH_MODES
 from dlopt.training.builders.workload import Workload, batch_size
@@ -254,8 +255,9 @@ def check_label_sampling(parallel: Mode, optimizer: Optimizer, loss: nn.Module, 
             f"task={loss.task.path}: has no class probabilities, of which {name} draws labels; use another optimizer "
             "(sophia: optimizer.hessian=hutchinson)"
         )
-    obstacle = "data.weight: labels drawn from the model have no weights; leave it out" if is_weighted else None
-    obstacle = obstacle or sampling_obstacle(loss)
+    further = "data.weight" if is_weighted else ", ".join(names_of(loss))
+    lacks = "labels drawn from the model do not have it; leave it out"
+    obstacle = f"{further}: {lacks}" if further else sampling_obstacle(loss)
     if obstacle is not None:
         raise UserError(f"{obstacle}, or an optimizer that draws no labels (sophia: optimizer.hessian=hutchinson)")
 

@@ -78,7 +78,7 @@ class Precision:
         """Returns the function under autocast for bf16 and fp16, with fp32 outputs for bf16_pure, or itself."""
         if self.name == "bf16_pure":
             # A bf16 loss would have three digits, too few for metrics and for stopping rules.
-            return lambda *inputs: function(*inputs).float()
+            return lambda *inputs, **further: function(*inputs, **further).float()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
         if low is None:
             return function

@@ -37,6 +37,7 @@ from dlopt.training import rng
 from dlopt.training.builders import speed
 from dlopt.training.builders.adapter_check import check_adapters
 from dlopt.training.builders.dataset import prepare_data, read_validation_sets
+from dlopt.training.builders.further import WEIGHT, named_tensors, names_of, require_further, sample_weights
 from dlopt.training.builders.layer_order import layer_order
 from dlopt.training.builders.model_check import (
     accepts_an_empty_batch,
@@ -50,7 +51,6 @@ from dlopt.training.builders.mup import width_growth
 from dlopt.training.builders.phases import CpuModel, Inputs, WholeModel
 from dlopt.training.builders.precision import choose_precision
 from dlopt.training.builders.recompute import recompute, repeated_blocks
-from dlopt.training.builders.sample_weights import WEIGHT, sample_weights
 from dlopt.training.checkpoint.content import Checkpoint, blamed
 from dlopt.training.checkpoint.weights import match_weights, other_class
 from dlopt.training.micro_loss import Network
@@ -97,6 +97,11 @@ class Workload(WholeModel):
         """The weights of the training samples in the loss, see `sample_weights`. Raises `UserError`."""
         return sample_weights(self)
 
+    @cached_property
+    def further(self) -> Mapping[str, Tensor]:
+        """The tensors of the training samples that the loss of an update reads, by name. Raises `UserError`."""
+        return named_tensors(self) | ({} if self.weights is None else {WEIGHT: self.weights})
+
     @property
     def network(self) -> Network:
         setting = self.run_config.settings.compile
@@ -108,8 +113,8 @@ class Workload(WholeModel):
                 advice = f"parallel={self.parallel.name}", "use parallel=ddp, which supports second derivatives"
             return Network(self.module, self.placed.model, self.loss, task_loss=cast(Any, self.model), advice=advice)
         loss, further = self.loss, self.loss.further if isinstance(self.loss, Distillation) else None
-        if self.weights is not None:
-            loss, further = Weighted(loss), lambda batch: (batch.further[WEIGHT],)
+        if self.further:
+            loss, further = loss if self.weights is None else Weighted(loss), lambda batch: batch.further
         network = Network(self.module, self.model, loss, further)
         if self.compile_obstacle:
             return network
@@ -338,6 +343,7 @@ def with_validation_sets(workload: Workload, *, identifies: bool = False) -> Wor
     identifies |= mode.ranks.processes > 1
     sets = read_validation_sets(workload.run_config, workload.dataset, mode, identifies=identifies)
     mode.ranks.refuse_difference(KEY, _identities(sets), difference)
+    require_further(workload.run_config.loss, workload.loss, {f"{KEY}.{name}": each.val for name, each in sets.items()})
     return replace(workload, validation_sets=sets)
 
 
@@ -359,7 +365,10 @@ def build_loss(run_config: RunConfig, dataset: Dataset, module: nn.Module) -> nn
         targets = targets[order[: len(targets.unique())] if sampler.is_a(ClassBalanced) else order]
     balance = task.balance(component.arguments, targets)
     loss = component.build_as(nn.Module, **task.target_arguments, **balance)
-    component.require_call(loss.forward, "forward(outputs, targets)")
+    names = names_of(loss)
+    call = partial(loss.forward, **dict.fromkeys(names)) if names else loss.forward
+    component.require_call(call, "forward(outputs, targets)")
+    require_further(component, loss, {"training": dataset.train, "validation": dataset.val, "test": dataset.test})
 
     def check(loss: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim:
@@ -368,8 +377,14 @@ def build_loss(run_config: RunConfig, dataset: Dataset, module: nn.Module) -> nn
         if inputs[0].requires_grad and not value.requires_grad:
             raise UserError(f"{component.choice}: its result has no gradient; do not detach the outputs")
 
+    def check_passed(loss: nn.Module, inputs: tuple[Any, ...], further: Mapping[str, Any]) -> None:
+        if lacking := [name for name in names if name not in further]:
+            raise UserError(f"{component.choice}: reads {', '.join(lacking)}, which only training and evaluation pass")
+
     if not component.target.__module__.startswith("dlopt."):
         loss.register_forward_hook(check)
+    if names:
+        loss.register_forward_pre_hook(check_passed, with_kwargs=True)
     return loss
 
 

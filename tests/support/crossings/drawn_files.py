@@ -22,6 +22,9 @@ def write_files(folder: Path) -> None:
     numbers = draw.normal(size=(count, 4)).round(3)
     columns: dict[str, list[Any]] = {f"x{place}": [*map(float, column)] for place, column in enumerate(numbers.T)}
     columns["id"] = [f"r{number}" for number in range(count)]
+    columns["weight"] = [number % 4 % 3 for number in range(count)]
+    columns["person"] = [f"p{number // 3}" for number in range(count)]
+    columns["day"] = [*map(float, np.random.default_rng(1).permutation(count))]
     columns["split"] = [split for split, size in ROWS.items() for _ in range(size)]
     target = numbers @ [1.0, -2.0, 0.5, 0.0]
     city = draw.choice(["Bern", "Oslo", "Rome"], count)

@@ -42,6 +42,7 @@ TABLES = ("table", "binary", "regression")
 IMAGES = ("mlp", "resnet", "vit", "folder", "pairs", "own", "autoencoder")
 CLASSES = ("mlp", "resnet", "vit", "folder", "table", "binary", "recurrent")
 NORMS = ("mlp", "resnet", "folder", *TABLES, "pairs", "own")
+WITHOUT_VAL = ("mlp", "resnet", "vit", "autoencoder", "own")  # of its own
 LINEAR = ("mlp", "vit", "folder", *TABLES, "pairs", "gpt", "own", "autoencoder")
 
 _DIGITS = "data.subset=60 data.val_split=0.25 data.batch_size=20"
@@ -52,7 +53,7 @@ BASE = (
 )  # fmt: skip
 
 KIND = "kind"
-_TABLE = "data.split_column=split data.ignore=[id] data.batch_size=20"
+_TABLE = "data.split_column=split data.ignore=[id,weight,person,day] data.batch_size=20"
 FEATURES: dict[str, dict[str, Value]] = {
     KIND: {
         "mlp": Value(f"{_DIGITS} {_MLP} model.norm=none"),
@@ -175,13 +176,23 @@ FEATURES: dict[str, dict[str, Value]] = {
         "one": Value(),
         "two": Value("+validation.other.use=train"),
         "samples": Value("evaluate.samples=12", acts=True),
-        "none": Value("data.val_split=0", ("mlp", "resnet", "vit", "autoencoder", "gpt", "own")),
+        "none": Value("data.val_split=0", (*WITHOUT_VAL, "gpt")),
     },
     "split": {
         "kind's": Value(),
-        "rows": Value("data.split_column=null data.ignore=[id,split] data.test_split=0.2 data.val_split=0.2", TABLES),
+        "rows": Value(
+            "data.split_column=null data.ignore=[id,weight,person,day,split] data.test_split=0.2 data.val_split=0.2",
+            TABLES,
+        ),
         "files": Value("data.root={folder}/images/train data.test_split=0.2 data.val_split=0.2", ("folder",)),
     },
+    "division": {
+        "rows": Value(),
+        "groups": Value("data.group=person", TABLES),
+        "time": Value("data.order=day", TABLES),
+    },
+    "folds": {"none": Value(), "second": Value("data.folds=3 data.fold=1", (*WITHOUT_VAL, *TABLES), acts=True)},
+    "weight": {"none": Value(), "column": Value("data.weight=weight", TABLES, acts=True)},
     "metrics": {
         "usual": Value(),
         "classes": Value("evaluate.metrics=[macro_f1,matthews_correlation,class_accuracy]", CLASSES),
@@ -240,6 +251,8 @@ def overrides(row: Mapping[str, str], folder: Path) -> list[str]:
             if key == "optimizer" and "optimizer.lr" in words:  # of the optimizer that this one replaces
                 del words["optimizer.lr"]
             words[key] = word
+    if "data.folds" in words:  # in its place
+        words.pop("data.val_split", None)
     return sorted(words.values(), key=lambda word: ("." in word.partition("=")[0], "=" not in word))
 
 

@@ -118,6 +118,7 @@ _CAPTURED = {
     "divergence": ("stop",),
     "diagnostics": ("none",),
     "observer": ("none",),
+    "weight": ("none",),
 }
 
 
@@ -340,7 +341,8 @@ def tensors_as_csv(trial: Trial) -> None:
     for split in ("train", "val", "test"):
         target = f"data.{split}._target_=tests.support.crossings.own_data.Numbers"
         data += [target, f"+data.{split}.file={trial.files / 'values.csv'}", f"+data.{split}.split={split}"]
-    table = ("data=", "data.file", "data.labels", "data.split_column", "data.ignore", "allow_packages")
+    table = ("data=", *(f"data.{key}=" for key in ("file", "labels", "split_column", "ignore", "group", "order")))
+    table += ("allow_packages",)
     words = [word for word in trial.words if not word.startswith(table)]
     other = trial.train("tensors", [*words, *data, "allow_packages=[tests]"])
     # The values were scaled in float64 and in float32; a basis of eigenvectors, for example, amplifies what differs.
@@ -553,7 +555,10 @@ LAWS = (
     Law(predicted_as_decided, lambda trial: _predicts(trial) and trial.kind != "regression"),
     Law(parquet_as_csv, lambda trial: trial.kind in TABLES),
     Law(images_in_other_files, lambda trial: trial.kind == "folder" and trial.has("split", "kind's")),
-    Law(tensors_as_csv, lambda trial: trial.kind == "regression" and trial.has("split", "kind's")),
+    Law(
+        tensors_as_csv,
+        lambda trial: trial.kind == "regression" and trial.has("split", "kind's") and trial.has("weight", "none"),
+    ),
     Law(measures_what_is_requested, lambda trial: not trial.has("metrics", "usual") and _has_val(trial)),
     Law(every_key_acts),
     Law(header_counts),

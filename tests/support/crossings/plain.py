@@ -66,13 +66,14 @@ def train(row: Row, words: Sequence[str], updates: int, horizon: float, folder: 
     update = 0
     model.train()
     for epoch in range(updates):
-        for inputs, targets in batches.epoch(epoch, 0, update):
+        for batch in batches.epoch(epoch, 0, update):
             if update == updates:
                 break
             for group, peak in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = peak * (cosine(update, horizon) if row["schedule"] == "cosine" else 1)
             optimizer.zero_grad()
-            loss_of(row, model(inputs), targets).backward()
+            losses = losses_of(row, model(batch.inputs), batch.targets)
+            (losses * batch.further.get("weight", 1)).mean().backward()
             clip(row["clip"], [p for p in model.parameters() if p.grad is not None])
             optimizer.step()
             update += 1
@@ -96,13 +97,13 @@ def cosine(update: int, horizon: float) -> float:
     return (1 + math.cos(math.pi * (update - warmup) / (horizon - warmup))) / 2
 
 
-def loss_of(row: Row, outputs: Tensor, targets: Tensor) -> Tensor:
+def losses_of(row: Row, outputs: Tensor, targets: Tensor) -> Tensor:
     if row[KIND] == "regression":
-        return F.mse_loss(outputs, targets.view_as(outputs))
+        return F.mse_loss(outputs, targets.view_as(outputs), reduction="none").squeeze(1)
     smoothing = 0.1 if row["loss"] == "smooth" else 0.0
     # Mixed targets are probabilities; those of a text have a class per position.
     targets = targets if targets.is_floating_point() else targets.flatten()
-    return F.cross_entropy(outputs.flatten(0, -2), targets, label_smoothing=smoothing)
+    return F.cross_entropy(outputs.flatten(0, -2), targets, label_smoothing=smoothing, reduction="none")
 
 
 def clip(choice: str, parameters: Iterable[nn.Parameter]) -> None:

@@ -16,7 +16,7 @@ from dlopt.losses import MSE, BinaryCrossEntropy, CrossEntropy, PixelCrossEntrop
 from dlopt.parallel.batch_shards import BatchSplit
 from dlopt.training.batch_growth import joined
 from dlopt.training.builders.batches import training_batches
-from dlopt.training.builders.sample_weights import describe_weights
+from dlopt.training.builders.further import describe_weights
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import Workload
 from tests.support.runs import same, small_workload
