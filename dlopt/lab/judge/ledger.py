@@ -46,6 +46,9 @@ class Entry:
         update_cost: of an update of the change, relative to the base's.
         updates: of the change, from these two.
         costs: by side and name of summary.json, medians over the runs of the pairs; None: unknown.
+        because: why the change was proposed.
+        of: number of the proposal whose change takes the place of the base, of which this one lacks a part; None: the
+            base of the ledger.
     """
 
     __pydantic_config__: ClassVar[Any] = _STRICT
@@ -67,6 +70,8 @@ class Entry:
     update_cost: Annotated[_Finite, Field(gt=0)] | None = None
     updates: Annotated[int, Field(ge=1)] | None = None
     costs: Mapping[str, Mapping[str, Annotated[_Finite, Field(ge=0)] | None]] | None = None
+    because: str = ""
+    of: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def pairs(self) -> int:
@@ -127,19 +132,19 @@ class Ledger:
         margin: float,
         seeds: int,
         data: str,
-        **length: Any,
+        **more: Any,
     ) -> Entry:
         """Returns the entry of a change, a new one if it was not proposed before, or with other data.
 
-        `length`: `equal`, `update_cost` and `updates` of a new entry.
+        `more`: further attributes of a new entry.
 
         Raises `UserError`, and leaves no file, if `seeds` pairs cannot decide, or the ledger has another error rate or
         is damaged.
         """
-        entry = self._entry(key, change, code_sha256, margin, seeds, data, length)
+        entry = self._entry(key, change, code_sha256, margin, seeds, data, more)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / _LOCK):  # another process may have proposed a change in the meantime
-            entry = self._entry(key, change, code_sha256, margin, seeds, data, length)
+            entry = self._entry(key, change, code_sha256, margin, seeds, data, more)
             if entry.number > len(self.entries()):
                 self._append(entry)
         return entry
@@ -152,7 +157,7 @@ class Ledger:
         margin: float,
         seeds: int,
         data: str,
-        length: Mapping[str, Any],
+        more: Mapping[str, Any],
     ) -> Entry:
         from dlopt.lab.judge.sequential import fewest_pairs, rate_of  # imports NumPy, which the help does not need
 
@@ -161,7 +166,7 @@ class Ledger:
             reason = f"the changes in {self.folder} share {rate}; keep it, or start another ledger with output=DIR"
             raise UserError(f"error_rate={self.rate:g}: {reason}")
         number = len(entries) + 1
-        new = Entry(number, key, list(change), code_sha256, rate_of(number, self.rate), margin, data=data, **length)
+        new = Entry(number, key, list(change), code_sha256, rate_of(number, self.rate), margin, data=data, **more)
         entry = next((each for each in entries if (each.key, each.data) == (key, data)), new)
         if not entry.is_final and seeds < (least := fewest_pairs(entry.rate)):
             reason = f"proposal {entry.number} against this base takes {least} pairs or more"
@@ -240,7 +245,7 @@ def _add(entries: list[Entry], entry: Entry, rate: float) -> None:
     if printable(entry.metric) != entry.metric:
         raise ValueError("metric: is not the name of a metric")
     former = entries[entry.number - 1] if entry.number <= len(entries) else entry
-    for name in ("key", "data", "margin", "code_sha256", "equal", "update_cost", "updates"):
+    for name in ("key", "data", "margin", "code_sha256", "equal", "update_cost", "updates", "of"):
         if getattr(former, name) != getattr(entry, name):
             raise ValueError(f"{name}: is not that of the former line of proposal {entry.number}")
     entries[entry.number - 1 :] = [replace(entry, gains=tuple(entry.gains)), *entries[entry.number :]]

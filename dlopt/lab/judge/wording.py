@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.formats import format_count
+from dlopt.basics.formats import format_count, printable
 from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.shown import is_percent, words
 
@@ -113,6 +113,40 @@ def cost_warning(entry: "Entry", lengths: Sequence[str]) -> str | None:
         advice = f": a longer training may be all that it gains; leave out {', '.join(lengths)} to judge the rest"
     shown = ", ".join(f"{known[name]:.3g} times the {COSTS[name]}" for name in more.values())
     return f"warning: the change costs {shown}{advice}"
+
+
+def ledger_row(entry: "Entry") -> dict[str, Any]:
+    """Returns what the document of a ledger says of a proposal, in few words."""
+    time = entry.times("seconds")
+    return {
+        "proposal": entry.number,
+        "change": " ".join(entry.change)[:120],
+        "verdict": entry.verdict,
+        "gain": None if entry.estimate is None else float(f"{entry.estimate:.3g}"),
+        "pairs": entry.pairs,
+        "times_the_time": None if time is None else float(f"{time:.3g}"),
+        **({"because": entry.because[:120]} if entry.because else {}),
+        **({"of": entry.of} if entry.of else {}),
+    }
+
+
+def ledger_lines(entries: Sequence["Entry"]) -> list[str]:
+    """Returns a table of the proposals, each with why it was made."""
+    rows: list[Sequence[str]] = [("", "verdict", "gain", "interval", "pairs", "time", "change")]
+    for entry in entries:
+        low, high = (
+            math.copysign(math.inf, sign) if end is None else end for sign, end in ((-1, entry.low), (1, entry.high))
+        )
+        gain = "" if entry.estimate is None else signed(entry.metric, entry.estimate) + unit(entry.metric)
+        time = entry.times("seconds")
+        change = " ".join(entry.change) if entry.of is None else f"{entry.of} without a part: {' '.join(entry.change)}"
+        why = f" (because: {entry.because})" if entry.because else ""
+        rows.append((
+            str(entry.number), entry.verdict, gain, interval_text(entry.metric, low, high), str(entry.pairs),
+            "" if time is None else f"{time:.3g}x", printable(change + why),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _amount(entry: "Entry") -> str:

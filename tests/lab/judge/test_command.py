@@ -20,6 +20,7 @@ from dlopt.lab.judge import command
 from dlopt.lab.judge.ledger import Ledger
 from dlopt.lab.judge.proposal import read_base, read_change, words_of
 from dlopt.lab.judge.running import Judgement, PairedRun, _with_code
+from dlopt.lab.judge.sequential import rate_of
 from dlopt.sweeps.pool import Pool, find_local
 from dlopt.training.builders.batches import training_batches
 from dlopt.training.builders.workload import build_workload
@@ -394,3 +395,59 @@ def test_runs_of_a_change_import_its_code_first(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "judge", base, "code=other", "seeds=7")
     assert result.code == 4 and "the change has done nothing so far: 7 pairs" in result.out, result.err
     assert (tmp_path / "imported").exists()
+
+
+def test_the_ledger_of_a_base_and_why_each_change_was_proposed(
+    tmp_path: Path, trains: Callable[..., list[PairedRun]]
+) -> None:
+    trains(better)
+    because = "because=faster, (says) 'a paper': 100 %"
+    assert dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.2", because).code == 0
+    assert dlopt(tmp_path, "judge", BASE, "optimizer.lr=0.3").code == 0
+    read = dlopt(tmp_path, "judge", "ledger", BASE)
+    assert read.code == 0 and len(read.out.splitlines()) == 3
+    head, first, second = read.out.splitlines()
+    assert head.split() == ["verdict", "gain", "interval", "pairs", "time", "change"]
+    assert first.startswith("1  better   +9.00 points") and first.endswith(f"optimizer.lr=0.2 ({because.replace('=', ': ')})")
+    assert second.startswith("2  better") and second.endswith("  optimizer.lr=0.3")
+    document = json.loads(dlopt(tmp_path, "judge", "ledger", BASE, "--json").out)
+    assert document["proposals"] == 2 and [each["proposal"] for each in document["newest"]] == [2, 1]
+    assert document["newest"][1]["because"] == because.partition("=")[2]
+    other = dlopt(tmp_path, "judge", "ledger", f"{BASE} data.batch_size=7")
+    assert other.code == 2 and "no change was judged against this base" in other.err
+
+
+def test_the_document_of_a_long_ledger_is_short(tmp_path: Path, trains: Callable[..., list[PairedRun]]) -> None:
+    trains(better)
+    for number in range(1, 13):
+        assert dlopt(tmp_path, "judge", BASE, f"optimizer.lr=0.{number}1", f"because={'why ' * 40}").code in (0, 4)
+    document = json.loads(text := dlopt(tmp_path, "judge", "ledger", BASE, "--json").out)
+    assert document["proposals"] == 12 and document["newest"][0]["proposal"] == 12
+    assert 3 < len(document["newest"]) < 12 and len(json.dumps(document)) < 2300, text
+
+
+def test_each_part_of_a_better_change_is_taken_back(tmp_path: Path, trains: Callable[..., list[PairedRun]]) -> None:
+    """In the same ledger, whose later proposals have smaller rates; the whole change takes the place of the base."""
+
+    def of_parts(trial: PairedRun) -> float:
+        if trial.seed >= 3000:  # the proposal without the second part: as good
+            return 0.6 + 0.01 * ((trial.seed * (2 if trial.side == "base" else 3)) % 5)
+        return better(trial) if trial.seed < 2000 else 0.6 - 0.1 * (trial.side == "change") + 0.001 * (trial.seed % 3)
+
+    trains(of_parts)
+    words = ["optimizer.lr=0.2 optimizer.momentum=0.8", "ablate=true"]
+    result = dlopt(tmp_path, "judge", BASE, *words, "--json")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    assert document["verdict"] == "better"
+    parts = {each["without"]: each for each in document["ablations"]}
+    assert parts["optimizer.lr=0.2"]["verdict"] == "worse" and parts["optimizer.lr=0.2"]["of"] == 1
+    assert parts["optimizer.lr=0.2"]["change"] == ["optimizer.momentum=0.8"]
+    assert parts["optimizer.momentum=0.8"]["verdict"] in ("undecided", "same")
+    assert "optimizer.lr=0.2 is needed: the change is worse without it\n" in result.err
+    rates = [document["error_rate"], *(each["error_rate"] for each in document["ablations"])]
+    assert rates == [rate_of(number, 0.05) for number in (1, 2, 3)]
+    listed = dlopt(tmp_path, "judge", "ledger", BASE).out
+    assert "1 without a part: optimizer.momentum=0.8" in listed
+    refused_line = refused(tmp_path, "judge", BASE, "optimizer.lr=0.25", "ablate=true")
+    assert "ablate=true: needs a change of two or more overrides" in refused_line
