@@ -408,7 +408,8 @@ def test_the_ledger_of_a_base_and_why_each_change_was_proposed(
     assert read.code == 0 and len(read.out.splitlines()) == 3
     head, first, second = read.out.splitlines()
     assert head.split() == ["verdict", "gain", "interval", "pairs", "time", "change"]
-    assert first.startswith("1  better   +9.00 points") and first.endswith(f"optimizer.lr=0.2 ({because.replace('=', ': ')})")
+    assert first.startswith("1  better   +9.00 points")
+    assert first.endswith(f"optimizer.lr=0.2 ({because.replace('=', ': ')})")
     assert second.startswith("2  better") and second.endswith("  optimizer.lr=0.3")
     document = json.loads(dlopt(tmp_path, "judge", "ledger", BASE, "--json").out)
     assert document["proposals"] == 2 and [each["proposal"] for each in document["newest"]] == [2, 1]
