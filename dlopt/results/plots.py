@@ -314,11 +314,21 @@ def times(ranking: Ranking, target: float | None) -> "Figure | None":
     figure = drawing.figure(1.5 * _WIDTH, 1.4 + (0.2 + 0.14 * lines) * len(drawn))
     panels = figure.subplots(1, 2)
     drawing.clean_axes(*panels, axis="x")
-    for axis, name, colour in zip(panels, TIMES, COLOURS, strict=False):
-        for y, (_, result) in enumerate(drawn):
+    optimizers = _optimizers(ranking)
+    for axis, name in zip(panels, TIMES, strict=True):
+        for y, (row, result) in enumerate(drawn):
             if (value := getattr(result, name)) is not None:
+                colour = optimizers.index(text(row.values.get("optimizer", ""))) if optimizers else 0
                 alpha = 1.0 if result.count == result.runs else 0.4
-                axis.barh(y, value.mean, xerr=value.std or None, color=colour, alpha=alpha, height=0.6, capsize=2)
+                axis.barh(
+                    y,
+                    value.mean,
+                    xerr=value.std or None,
+                    color=COLOURS[colour % len(COLOURS)],
+                    alpha=alpha,
+                    height=0.6,
+                    capsize=2,
+                )
         axis.set_xlabel(TIMES[name])
         axis.set_yticks([])
     panels[0].set_yticks(range(len(drawn)), labels, fontsize="small")

@@ -204,7 +204,7 @@ def _in_words(key: str, name: str, value: Any) -> str:
     if value is False or value is None or value == "none":
         return f"no {name}"
     if isinstance(value, str) and "." not in key:  # the choice of a group
-        return f"{value} {name}" if value in ("default", "auto") else value
+        return f"{value} {name}" if value in ("default", "auto") else value.replace("_", " ")
     return f"{name} {brief(value)}"
 
 

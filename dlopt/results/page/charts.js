@@ -46,7 +46,8 @@ function paintChart(chart) {
     ...ticksY.flatMap((tick) => [gridLine(left, y(tick), right, y(tick)), label(left - 5, y(tick) + 4, options.textY(tick), "end")]),
     svg("path", { class: "axis", fill: "none", d: `M${left} 8V${bottom}H${right}` }),
     label((left + right) / 2, height - 8, options.nameX),
-    svg("text", { transform: `translate(12 ${(8 + bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, options.nameY),
+    svg("text", { transform: `translate(12 ${(8 + bottom) / 2}) rotate(-90)`, "text-anchor": "middle",
+      textLength: 6.7 * options.nameY.length > bottom ? bottom : null, lengthAdjust: "spacingAndGlyphs" }, options.nameY),
     svg("g", { "clip-path": `url(#${clip})` }, ...lines.map((line) => bandPath(line, x, y, options.logY)),
       ...lines.flatMap((line) => linePaths(line, x, y)), ...(options.extra ? options.extra(x, y) : [])),
     svg("g", { "clip-path": `url(#${clip}-below)` }, ...(options.below ? options.below(x, bottom) : [])),
@@ -67,6 +68,13 @@ function gridLine(x1, y1, x2, y2) {
 
 function label(x, y, text, anchor = "middle") {
   return svg("text", { x, y, "text-anchor": anchor }, text);
+}
+
+const pen = html("canvas").getContext("2d");
+
+function textWidth(text) {
+  pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+  return pen.measureText(text).width;
 }
 
 function pathOf(points) {

@@ -143,6 +143,7 @@ function heatCells() {
 
 function heatMap(cells, available) {
   const [xs, ys] = [state.heatX, state.heatY].map((key) => valuesOf(key).map(formatValue)), [low, high] = extent(cells.map((cell) => cell.value));
+  const isLog = low > 0 && high > 20 * low, shade = scaleOf(low, high, 0, 1, isLog); // losses of diverged runs would make all others equal
   const [nameX, nameY] = [state.heatX, state.heatY].map((key) => data.columns.find((column) => column.id === `key ${key}`).name);
   const left = 16 + 9 * Math.min(LONGEST_LABEL, Math.max(nameY.length, ...ys.map((text) => text.length)));
   const least = Math.max(56, 8 * Math.max(...xs.map((text) => text.length)) + 6); // for the labels below
@@ -152,7 +153,7 @@ function heatMap(cells, available) {
   root.append(svg("text", { x: left - 8, y: 15, "text-anchor": "end", "font-weight": 600 }, shortened(nameY)),
     ...ys.map((text, i) => label(left - 8, line(i) + 19, shortened(text), "end")), ...xs.map((text, i) => label(middle(i), height - 8, shortened(text).slice(0, Math.floor(size / 7)))),
     svg("text", { x: left + (size * xs.length) / 2, y: 15, "text-anchor": "middle", "font-weight": 600 }, nameX),
-    ...cells.map((cell) => heatCell(cell, middle(xs.indexOf(cell.x)) - size / 2, line(ys.indexOf(cell.y)), size, high > low ? (cell.value - low) / (high - low) : 1)));
+    ...cells.map((cell) => heatCell(cell, middle(xs.indexOf(cell.x)) - size / 2, line(ys.indexOf(cell.y)), size, high > low ? shade(cell.value) : 1)));
   return root;
 }
 

@@ -13,8 +13,10 @@ function differenceRange(rows) {
   const found = rows.map((row) => row.difference).filter(Boolean), middle = (values) => values.sort((a, b) => a - b)[values.length >> 1] ?? 0;
   const widest = 2 * middle(found.filter(([, low]) => low !== null).map(([value, low]) => value - low));
   const farthest = isPercent(data.by) ? Infinity : 20 * middle(found.map(([value]) => Math.abs(value)).filter(Boolean)) || Infinity;
-  const [low, high] = extent([0, ...found.flatMap(([value, from, to]) => [value - Math.min(value - (from ?? value), widest), value + Math.min((to ?? value) - value, widest)])]
-    .map((value) => Math.min(Math.max(value, -farthest), farthest)));
+  const [low, high] = extent([0, ...found.flatMap(([value, from, to]) => {
+    const near = Math.min(Math.max(value, -farthest), farthest);
+    return [near - Math.min(value - (from ?? value), widest), near + Math.min((to ?? value) - value, widest)];
+  })]);
   const margin = 0.04 * (high - low) || 0.01;
   return [low - margin, high + margin];
 }
@@ -49,14 +51,14 @@ function versusNote(rows) {
 
 function drawVersus(root, rows, column, width) {
   const isNarrow = width < 560, size = isNarrow ? 40 : 26, names = rows.map((row) => `#${row.cells.rank[1]} ${row.label}`);
-  const texts = rows.map((row) => (row.difference ? row.cells.difference[1] : row.cells[data.by][1])), longest = (values) => Math.max(...values.map((text) => text.length));
-  const most = Math.floor((isNarrow ? width - 7 * longest(texts) : 0.4 * width) / 7), short = names.map((text) => (text.length > most ? `${text.slice(0, most - 1)}…` : text));
-  const from = isNarrow ? 8 : 18 + 6.6 * longest(short), to = isNarrow ? width - 8 : width - 14 - 6.9 * longest(texts);
+  const texts = rows.map((row) => (row.difference ? row.cells.difference[1] : row.cells[data.by][1])), longest = (values) => Math.max(...values.map(textWidth));
+  const most = Math.floor((isNarrow ? width - longest(texts) : 0.4 * width) / 7), short = names.map((text) => (text.length > most ? `${text.slice(0, most - 1)}…` : text));
+  const from = isNarrow ? 8 : 18 + longest(short), to = isNarrow ? width - 8 : width - 18 - longest(texts);
   const top = 20, bottom = top + size * rows.length + 4, [low, high] = differenceRange(rows), x = scaleOf(low, high, from, to);
   const scale = isPercent(data.by) ? 100 : 1, worse = data.lower ? 1 : -1, ticks = linearTicks(scale * low, scale * high, (to - from) / 60);
   root.append(...ticks.flatMap((tick) => [gridLine(x(tick / scale), top, x(tick / scale), bottom), label(x(tick / scale), bottom + 15, formatNumber(tick))]),
     svg("line", { class: "axis zero", x1: x(0), x2: x(0), y1: top - 4, y2: bottom }), label(worse < 0 ? from : to, 11, worse < 0 ? "← worse" : "worse →", worse < 0 ? "start" : "end"),
-    label(Math.min(Math.max(x(0), from + 70), to - 70), 11, "#1"), label((from + to) / 2, bottom + 33, column), ...rows.map((row, i) => versusRow(row, short[i], texts[i], { x, from, to, width, size, isNarrow, y: top + size * i })));
+    label(x(0), 11, "#1"), label((from + to) / 2, bottom + 33, column), ...rows.map((row, i) => versusRow(row, short[i], texts[i], { x, from, to, width, size, isNarrow, y: top + size * i })));
   fill(root, { viewBox: `0 0 ${width} ${bottom + 40}`, width, height: bottom + 40 }, []);
 }
 
