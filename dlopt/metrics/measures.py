@@ -175,9 +175,9 @@ OTHERS = (
         axis="gap: validation loss minus training loss",
     ),
     Measure(
-        "accuracy_gap", "accuracy gap", format_percent, needs=("train_accuracy", "val_accuracy"),
+        "accuracy_gap", "accuracy gap", lambda gap: f"{100 * gap:.2f}", needs=("train_accuracy", "val_accuracy"),
         of_line=lambda train, val: train - val, priority=80, shown={"leaderboard": 40},
-        words="training − validation accuracy", axis="gap: training accuracy minus validation accuracy",
+        words="training − validation accuracy (points)", axis="gap: training accuracy minus validation accuracy",
     ),
 
     Measure("lr", "lr", format_lr, shown={"table": 50, "log": KEPT, "live": KEPT}, is_state=True),

@@ -73,6 +73,11 @@ def is_percent(name: str) -> bool:
     return "accuracy" in name if declared is None else declared.unit == "%"
 
 
+def unit_of(name: str) -> str:
+    """Returns the unit of the numbers in plots: % or, of the gap of an accuracy, points; "" of others."""
+    return "" if not is_percent(name) else "points" if name.endswith("_gap") else "%"
+
+
 def format_metric(name: str, value: float | None) -> str:
     """Formats a metric by its name: accuracies in percent, times, counts, learning rates, others as numbers.
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from functools import partial
 from typing import Any
 
 from dlopt.basics.folders import short_path
-from dlopt.basics.formats import format_count, printable
+from dlopt.basics.formats import format_amount, format_count, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import flatten
 from dlopt.metrics.declared import DECLARED
+from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.names import VAL_LOSS, Metric, Split, split_of, validation_sets, without_set
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.results.intervals import Difference, Statistic
@@ -85,7 +87,10 @@ def statistic_text(name: str, statistic: Statistic | None) -> str:
     """Formats 90.00 ± 1.00 %; the unit appears once."""
     if statistic is None:
         return "-"
-    shown = statistic.show(_form(name, [statistic.mean, statistic.std or 0.0]))
+    form = _form(name, [statistic.mean, statistic.std or 0.0])
+    if statistic.std and name in MEASURES and MEASURES[name].format is format_amount:
+        form = f"{{:,.{max(0, 1 - math.floor(math.log10(statistic.std)))}f}}".format  # two digits of the deviation
+    shown = statistic.show(form)
     return shown.replace(" % ±", " ±").replace(" s ±", " ±").replace(" MiB ±", " ±")
 
 

@@ -65,7 +65,7 @@ def draw(
         _mark_best(
             axes, history, summary.get("best_epoch"), monitored.column, drawing.COLOURS[place % len(drawing.COLOURS)]
         )
-        axes.set_ylabel("accuracy [%]" if name == "accuracy" else name)
+        axes.set_ylabel("accuracy (%)" if name == "accuracy" else name)
         losses = [loss for column in columns for loss in _values(history, column) if math.isfinite(loss)]
         if name == "loss" and drawing.spans_decades(losses):
             drawing.logarithmic(axes)

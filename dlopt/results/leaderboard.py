@@ -70,7 +70,7 @@ class Record:
         history: the evaluated epochs.
         overrides: of the command line.
         origin: inputs of the run beside its config: the `data` by content, the `code` of the user's packages, the
-            `versions`; and what its validation counts (`validation`: `count` and `unit`).
+            `versions`; what its validation counts (`validation`: `count` and `unit`), and the `device` by its name.
         search: the search that it is a job of; None for another run.
     """
 

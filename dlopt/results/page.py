@@ -27,6 +27,7 @@ from dlopt.metrics.names import in_words
 from dlopt.results.columns import counts_text, published_table
 from dlopt.results.page_data import page_data
 from dlopt.results.ranking import Ranking, importance
+from dlopt.results.setting import setting_text
 from dlopt.results.tables import Bold, Section
 
 FOLDER = Path(__file__).with_name("page")
@@ -36,6 +37,7 @@ SCRIPTS = (
     "filters.js",
     "leaderboard.js",
     "charts.js",
+    "versus.js",
     "curves.js",
     "plots.js",
     "tests.js",
@@ -65,7 +67,7 @@ def page(
     return render(
         "report.html", FOLDER,
         title=title, made=made, refresh=refresh, version=__version__,
-        counts=counts_text(ranking),
+        headline=ranking.headline, setting=setting_text(ranking), counts=counts_text(ranking),
         samples=sum(len(each["most_wrong"]) for each in tests),
         published=published_table(ranking),
         sections=sections,

@@ -17,7 +17,7 @@ from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import regular_tail
 from dlopt.metrics.names import direction_of, in_words
-from dlopt.metrics.shown import expendable_in, format_metric, is_percent, listed_in, words
+from dlopt.metrics.shown import expendable_in, format_metric, is_percent, listed_in, unit_of, words
 from dlopt.results import drawing
 from dlopt.results.columns import (
     COSTS,
@@ -85,13 +85,14 @@ def page_data(
         "lower": ranking.lower,
         "titles": {name: words(name) for name in (ranking.by, *curves)},
         "percent": [name for name in (ranking.by, *curves) if is_percent(name)],
+        "points": [name for name in (ranking.by, *curves) if unit_of(name) == "points"],
         "keys": list(ranking.keys),
         "columns": _columns(ranking, metrics.of_table),
         # Hidden, the first ones first, until the table fits the page; the reader may choose others.
         "expendable": [name for name in expendable if name in metrics.known and name != ranking.by],
         "ranked": _ranked_by(ranking),
         "remarks": lines(ranking.remarks, len(ranking.rows)),
-        "verdict": ranking.verdict,
+        "searched": any(run.search for run in ranking.records),
         "rows": _rows(ranking, metrics, curves, shared, sections),
         "curves": curves,
         "config": shared,
@@ -140,16 +141,16 @@ def _ranked_by(ranking: Ranking) -> str:
     blocks = ranking.board.blocks
     spread = f": mean ± standard deviation over {blocks}" if has_spread else ""
     is_paired = any(row.difference is not None and row.difference.low is not None for row in ranking.rows)
-    note = f" Differences to #1 are paired over {blocks}, with 95 % intervals for the whole table." if is_paired else ""
+    note = f" “vs. best” is paired over {blocks}, with 95 % intervals for the whole table." if is_paired else ""
     epoch = "best" if blocks == "seeds" else "last"
-    return f"Ranked by {in_words(ranking.by)} of the {epoch} epoch{spread}.{note}"
+    return (
+        f"Ranked by {in_words(ranking.by)}{spread}. All metrics are of the {epoch} epoch, costs of the whole run.{note}"
+    )
 
 
 def _columns(ranking: Ranking, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the columns in their order; `_cells` has their cells by `id`."""
     columns: list[dict[str, Any]] = [{"id": "rank", "name": "#", "number": True}]
-    if ranking.remarks:
-        columns.append({"id": "remarks", "name": "remarks", "number": False})
     for key in ranking.keys:
         are_numbers = all(is_number(row.values.get(key, 0)) for row in ranking.rows)
         name = short_key(key, ranking.keys)
@@ -162,7 +163,7 @@ def _columns(ranking: Ranking, metrics: Sequence[str]) -> list[dict[str, Any]]:
         columns.append({"id": name, "name": words(name), "number": True, "higher": is_higher_better})
         if name == ranking.by and is_compared:
             unit = " (points)" if is_percent(name) else ""
-            columns.append({"id": "difference", "name": f"difference to #1{unit}", "number": True})
+            columns.append({"id": "difference", "name": f"vs. best{unit}", "number": True})
     return columns
 
 
@@ -172,10 +173,6 @@ def _cells(
     """Returns by `id` of a column the value to sort by and the text. `statistics`: of the metrics."""
     place = [None, "-"] if row.rank is None else [rank, str(row.rank)]
     cells: dict[str, list[Any]] = {"rank": place, "runs": [len(row.runs), row.count(ranking.by)]}
-    if marked := mark(ranking.remarks, rank):
-        cells["remarks"] = [marked, marked]
-    else:
-        cells["remarks"] = [None, ""]
     for key in ranking.keys:
         if key in row.values:
             cells[_key_id(key)] = [_value(row.values[key]), printable(brief(row.values[key]))]
@@ -183,13 +180,18 @@ def _cells(
             cells[_key_id(key)] = [None, "-"]
     for name, statistic in statistics.items():
         is_unknown = statistic is None and row.value is not None and name in COSTS  # of an older run
-        shown = "unknown" if is_unknown else statistic_text(name, statistic)
+        shown = "unknown" if is_unknown else _minus(statistic_text(name, statistic))
         cells[name] = [None if statistic is None else statistic.mean, shown]
     if row.difference is None:
         cells["difference"] = [None, "" if rank == 1 else "-"]
     else:
-        cells["difference"] = [row.difference.mean, difference_text(ranking.by, row.difference)]
+        cells["difference"] = [row.difference.mean, _minus(difference_text(ranking.by, row.difference))]
     return cells
+
+
+def _minus(text: str) -> str:
+    """Replaces the hyphen before a number by a minus sign, except in 1e-05."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
 def _key_id(key: str) -> str:
@@ -236,22 +238,28 @@ def _has(row: Configuration, name: str) -> bool:
 
 
 def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> dict[str, Any]:
-    """Returns a configuration without its runs. `facts`: title and text."""
+    """Returns a configuration without its runs. `facts`: title and text; `tested`: titles of those of the test."""
     tests = metrics.tests_of(row)
     statistics = {name: row.statistic(name) for name in (*metrics.known, *tests)}
     facts = []
     for name, statistic in statistics.items():
         if statistic is not None or name in metrics.known:
-            facts.append([words(name), statistic_text(name, statistic)])
+            facts.append([words(name), _minus(statistic_text(name, statistic))])
     return {
         "rank": rank,
-        "label": row.label,
+        "label": row.in_words,
+        "typed": row.label,
+        "mark": mark(ranking.remarks, rank),
+        "difference": None
+        if row.difference is None
+        else [row.difference.mean, row.difference.low, row.difference.high],
         "values": {key: _value(value) for key, value in row.values.items()},
         "ranked": row.value is not None,
         "cells": _cells(ranking, row, rank, {name: statistics[name] for name in metrics.of_table}),
         "note": _not_ended(row),
         "bad": row.failed > 0,
         "facts": facts + _labels(row),
+        "tested": [words(name) for name in tests],
         "remarks": texts(ranking.remarks, rank),
         "about": _about_tests(row, is_shown=bool(tests), is_all=metrics.is_test_of_all),
         "command": row.command,
@@ -261,7 +269,7 @@ def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> 
 def _about_tests(row: Configuration, *, is_shown: bool, is_all: bool) -> str:
     """Says why test metrics are hidden, or shown for #1 only."""
     if is_shown:
-        return "" if is_all else "Test metrics are shown for #1 only, which was selected on the validation set."
+        return "" if is_all else "The only unbiased values: #1 was selected on the validation set."
     if row.is_first:
         return ""
     return (
@@ -307,7 +315,7 @@ def _run(run: Record, metrics: Sequence[str]) -> dict[str, Any]:
         "id": _path(run),
         "seed": _seed(run),
         "status": run.status.replace("_", " "),
-        "metrics": [format_metric(name, run.metrics.get(name)) for name in metrics],
+        "metrics": [_minus(format_metric(name, run.metrics.get(name))) for name in metrics],
         "command": command(run),
         "from": command_from(run),
     }

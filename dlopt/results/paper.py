@@ -18,7 +18,7 @@ from dlopt.results.tables import Bold, Table, escaped
 
 _LINE = 80  # characters of a remark below a table in LaTeX
 _NOTE = "mean ± sample standard deviation over {}"
-_DIFFERENCE_NOTE = "difference to the first row: paired over {}, with 95 % intervals for the whole table"
+_DIFFERENCE_NOTE = "vs. best: difference to the first row, paired over {}, with 95 % intervals for the whole table"
 
 
 def latex(ranking: Ranking, *, made: str, test: bool, top: int) -> str:
@@ -64,7 +64,7 @@ def _table(ranking: Ranking, *, test: bool, top: int) -> Table:
     is_marked = any(marks)
     heads = [*key_labels(ranking.keys), *[""] * is_marked, "runs"]
     heads += [drawing.metric_label(name) + _unit(name) for name in metrics]
-    heads += ["difference" + " [points]" * bool(_unit(ranking.by))] * _is_compared(ranking)
+    heads += ["vs. best" + " (points)" * bool(_unit(ranking.by))] * _is_compared(ranking)
     best = {row.value.mean for row in ranking.ranked[:1] if row.value is not None}
     rows = []
     for number, row in enumerate(ranking.rows[:top]):
@@ -80,7 +80,7 @@ def _table(ranking: Ranking, *, test: bool, top: int) -> Table:
 
 
 def _unit(metric: str) -> str:
-    return " [%]" if is_percent(metric) else ""
+    return " (%)" if is_percent(metric) else ""
 
 
 def _statistic(metric: str, statistic: Statistic | None) -> str:

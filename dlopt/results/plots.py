@@ -13,7 +13,7 @@ import numpy as np
 
 from dlopt.basics.formats import brief
 from dlopt.basics.formats import format_value as text
-from dlopt.metrics.shown import is_percent
+from dlopt.metrics.shown import is_percent, unit_of
 from dlopt.results import drawing
 from dlopt.results.drawing import COLOURS, MARKERS, literal, metric_label, style
 from dlopt.results.history import columns
@@ -59,7 +59,7 @@ def _scale(metric: str) -> float:
 
 
 def _label(metric: str) -> str:
-    return literal(metric_label(metric)) + (" [%]" if _scale(metric) == 100 else "")
+    return literal(metric_label(metric)) + f" ({unit_of(metric)})" * is_percent(metric)
 
 
 def _wrapped(label: str, width: int) -> str:
@@ -176,7 +176,7 @@ def importance_bars(ranking: Ranking) -> "Figure | None":
     keys = sorted(importances.fractions, key=lambda key: importances.fractions[key])
     figure, axis = _figure(1.7 + 0.4 * len(keys))
     axis.barh(key_labels(keys), [100 * importances.fractions[key] for key in keys], color=COLOURS[0])
-    axis.set_xlabel(f"explained variance of {metric_label(ranking.by)} [%]")
+    axis.set_xlabel(f"explained variance of {metric_label(ranking.by)} (%)")
     axis.set_xlim(0, 100)
     axis.grid(visible=False, axis="y")
     title = f"functional ANOVA of {len(ranking.ranked)} configurations, main effects"
@@ -314,11 +314,21 @@ def times(ranking: Ranking, target: float | None) -> "Figure | None":
     figure = drawing.figure(1.5 * _WIDTH, 1.4 + (0.2 + 0.14 * lines) * len(drawn))
     panels = figure.subplots(1, 2)
     drawing.clean_axes(*panels, axis="x")
-    for axis, name, colour in zip(panels, TIMES, COLOURS, strict=False):
-        for y, (_, result) in enumerate(drawn):
+    optimizers = _optimizers(ranking)
+    for axis, name in zip(panels, TIMES, strict=True):
+        for y, (row, result) in enumerate(drawn):
             if (value := getattr(result, name)) is not None:
+                colour = optimizers.index(text(row.values.get("optimizer", ""))) if optimizers else 0
                 alpha = 1.0 if result.count == result.runs else 0.4
-                axis.barh(y, value.mean, xerr=value.std or None, color=colour, alpha=alpha, height=0.6, capsize=2)
+                axis.barh(
+                    y,
+                    value.mean,
+                    xerr=value.std or None,
+                    color=COLOURS[colour % len(COLOURS)],
+                    alpha=alpha,
+                    height=0.6,
+                    capsize=2,
+                )
         axis.set_xlabel(TIMES[name])
         axis.set_yticks([])
     panels[0].set_yticks(range(len(drawn)), labels, fontsize="small")

@@ -66,6 +66,12 @@ class Configuration(Row):
     values: Mapping[str, Any]  # of the keys in which configurations differ, and `DATA`
 
     @property
+    def in_words(self) -> str:
+        """Its label for headlines and charts: adamw lr 0.01 no nesterov."""
+        words = [_in_words(key, short_key(key, self.values), value) for key, value in self.values.items()]
+        return printable(" ".join(words)) or self.label
+
+    @property
     def command(self) -> str | None:
         """Shell command that repeats these runs; None if unknown."""
         if self.folds is not None:
@@ -124,6 +130,17 @@ class Ranking:
         return verdict(self.board)
 
     @property
+    def headline(self) -> tuple[str, str]:
+        """The verdict with configurations in words, and what follows from it; "" if there is nothing to compare."""
+        rows = [replace(row, label=row.in_words) for row in self.rows]
+        sentence = verdict(replace(self.board, rows=rows)).removeprefix("verdict: ")
+        head, _, rest = sentence.partition(": ")
+        if head.startswith("#1 "):  # of labels that are too long for a list of them
+            head = f"#1 ({rows[0].label}){head[2:]}"
+        is_open = head.startswith("after")  # the last run
+        return f"Verdict {head}" if is_open else head, rest[:1].upper() + rest[1:]
+
+    @property
     def failed(self) -> list[Record]:
         return [record for record in self.records if record.status in ("failed", "unfinished")]
 
@@ -177,6 +194,18 @@ def gather(
         rows.append(Configuration(**vars(row) | {"label": label, "values": values}))
     keys += [DATA] * any(row.data for row in rows)
     return Ranking(replace(board, rows=rows), keys, records, damaged, seen)
+
+
+def _in_words(key: str, name: str, value: Any) -> str:
+    """Returns a key and its value as words: adamw, lr 0.01, no nesterov, default init."""
+    name = name.replace("_", " ")
+    if value is True:
+        return name
+    if value is False or value is None or value == "none":
+        return f"no {name}"
+    if isinstance(value, str) and "." not in key:  # the choice of a group
+        return f"{value} {name}" if value in ("default", "auto") else value.replace("_", " ")
+    return f"{name} {brief(value)}"
 
 
 def of_folder(folder: Path, *others: Path) -> Ranking:

@@ -148,10 +148,10 @@ def _read(path: Path) -> Record:
     choices, reason, commit = environment.get("choices"), summary.get("reason"), environment.get("git_commit")
     flat, metrics = _flat(config, choices if isinstance(choices, dict) else {}), _metrics(summary, history, config)
     reason, commit = (each if isinstance(each, str) else None for each in (reason, commit))
-    return Record(path, status, flat, metrics, history, overrides, reason, commit, _origin(environment))
+    return Record(path, status, flat, metrics, history, overrides, reason, commit, _origin(environment, config))
 
 
-def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
+def _origin(environment: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `Record.origin`; without folders, which may have moved."""
     data, packages = environment.get("data"), environment.get("allow_packages")
     code = {
@@ -163,7 +163,11 @@ def _origin(environment: Mapping[str, Any]) -> dict[str, Any]:
     versions = {name: environment[name] for name in names if isinstance(environment.get(name), str)}
     facts = data if isinstance(data, dict) else {}
     validation = _validation(facts.get("validation"))
-    return {"data": facts.get("identity"), "code": code, "versions": versions, "validation": validation}
+    device = environment.get("processor") if config.get("device") == "cpu" else environment.get("gpu")
+    return {
+        "data": facts.get("identity"), "code": code, "versions": versions, "validation": validation,
+        "device": next((each for each in (device, environment.get("processor")) if isinstance(each, str)), ""),
+    }  # fmt: skip
 
 
 def _validation(found: object) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ def verdict(board: Leaderboard) -> str:
         number = "all others" if beaten == len(others) else f"{beaten} of {len(others)} others"
         looks = " and all looks at it" if board.comparison.seen else ""
         head = f"{name} is better than {names[0] if len(others) == 1 else number} (95 % for the whole table{looks})"
-    return f"verdict: {'; '.join([head, *_rest(of, board), *_looks(board)])}"
+    return f"verdict: {'; '.join([head, *_rest(of, len(others), board), *_looks(board)])}"
 
 
 def _found(first: Row, row: Row, board: Leaderboard) -> Found:
@@ -74,11 +74,13 @@ def _found(first: Row, row: Row, board: Leaderboard) -> Found:
     return "better" if (difference.mean < 0) == (board.direction == "maximize") else "worse"
 
 
-def _rest(of: Mapping[Found, Sequence[str]], board: Leaderboard) -> list[str]:
+def _rest(of: Mapping[Found, Sequence[str]], others: int, board: Leaderboard) -> list[str]:
     """Returns what is said of the rows that the first one is not better than."""
     parts = []
     if "unclear" in of:
-        parts.append(f"not distinguishable from {_listed(of['unclear'])}: {_limit(board)}".removesuffix(": "))
+        is_every = len(of["unclear"]) == others > _MOST
+        names = f"any of the {others} others" if is_every else _listed(of["unclear"])
+        parts.append(f"not distinguishable from {names}: {_limit(board)}".removesuffix(": "))
     elif "tied" in of:
         parts += [_limit(board)] if _limit(board) else []
     if "equal" in of:

@@ -15,7 +15,7 @@ from dlopt.metrics.shown import axis_label, format_metric, is_percent, live_name
         ("seconds", None, "-"), ("epochs", None, "-"),
         ("best_val_accuracy", 0.9, "90.00 %"), ("class_accuracy/8", 0.9, "90.00 %"), ("val_macro_f1", 0.9, "0.9000"),
         ("utilization", 0.417, "41.70 %"), ("gpu_memory_gib", 3, "3.0 GiB"), ("samples_per_second", 1234.5, "1,234"),
-        ("accuracy_gap", 0.01, "1.00 %"), ("gap", 0.01, "0.0100"), ("val_error", 0.1, "0.1000"),
+        ("accuracy_gap", 0.01, "1.00"), ("gap", 0.01, "0.0100"), ("val_error", 0.1, "0.1000"),
     ],
 )  # fmt: skip
 def test_format_metric(name: str, value: float | None, text: str) -> None:

@@ -36,7 +36,7 @@ def test_losses_accuracies_and_rates() -> None:
     assert [*lines(rate).values()] == [[0.1, 0.05]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training", "validation", "best: epoch 2"]
     assert figure.get_suptitle() == "mlp on digits, sgd: test accuracy 97.25 %"
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy [%]", "learning rate (end of epoch)"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy (%)", "learning rate (end of epoch)"]
 
 
 def test_a_line_for_each_validation_set_with_a_name() -> None:

@@ -80,7 +80,8 @@ def column(browser: Any, name: str) -> list[str]:
     script = """
         const heads = [...document.querySelectorAll("#leaderboard th")];
         const i = heads.findIndex((head) => head.dataset.column === arguments[0]);
-        return [...document.querySelectorAll("#leaderboard tbody tr")].map((row) => row.cells[i].textContent);"""
+        return [...document.querySelectorAll("#leaderboard tbody tr")].map((row) =>
+            (row.cells[i].querySelector("a:has(+ sup)") || row.cells[i]).textContent);"""
     result: list[str] = browser.execute_script(script, name)
     return result
 
@@ -110,7 +111,7 @@ def test_leaderboard_has_the_order_of_the_table(shown: Any, table: Ranking) -> N
     assert column(shown, "rank") == [*map(str, range(1, 8)), "-"], "the last one has no value"
     assert column(shown, "key optimizer.lr")[:3] == ["0.01", "0.1", "0.1"]
     assert column(shown, "val_accuracy")[0] == "90.00 ± 1.00 %"
-    assert column(shown, "difference")[1] == "-5.00"  # equal differences have no interval
+    assert column(shown, "difference")[1] == "−5.00"  # equal differences have no interval
     assert "3 failed" in column(shown, "runs")[-1]
     assert text(shown, "#title").startswith("<img") and "Unreadable" in text(shown, "#damaged")
 
@@ -128,7 +129,7 @@ def test_every_column_sorts_both_ways(shown: Any) -> None:
             )
             cells = column(shown, name)
             known = [cell for cell in cells if cell not in ("-", "")]
-            values = [float(c.split()[0]) if name not in ("key optimizer", "remarks") else c for c in known]
+            values = [c if name == "key optimizer" else float(c.split()[0].replace("−", "-")) for c in known]
             if name != "runs":
                 assert values == sorted(values, reverse=direction == "descending"), name
             assert cells[: len(known)] == known, "missing values are last"
@@ -153,6 +154,112 @@ def test_shows_test_metrics_for_the_first_row_only(shown: Any) -> None:
     assert "dlopt train -m optimizer=adamw optimizer.lr=0.1 seed=0,1,2" in text(shown, "#selected")
 
 
+def test_headline_is_the_verdict_in_words(shown: Any, table: Ranking) -> None:
+    head, reason = table.headline
+    assert head.startswith("adamw lr 0.01 is first; not distinguishable from adamw lr 0.1, ")
+    assert reason == "Fewer than 3 common seeds"
+    assert (text(shown, "h1"), text(shown, "#reason")) == (head, reason)
+    assert text(shown, "#setting") == "digits · mlp, 1,000 parameters · 3 epochs · dlopt 0.1.0 at commit cccccccc"
+    press(shown, "tr[data-rank='2']")
+    hidden = "return !document.querySelector('h1').offsetHeight && !document.querySelector('#versus').offsetHeight"
+    WebDriverWait(shown, 20).until(lambda page: page.execute_script(hidden))
+    assert text(shown, "#title").startswith("<img") and text(shown, "#run h2").startswith("Run ")
+
+
+DOTS = """
+    const at = (node, name) => Number(node.getAttribute(name));
+    return [...document.querySelectorAll("#versus [data-row]")].map((row) => {
+        const dot = row.querySelector(".dot"), bar = row.querySelector(".interval");
+        const ends = bar ? [at(bar, "x1"), at(bar, "x2")] : null;
+        return [at(dot, "cx"), ends, dot.getAttribute("fill"), row.querySelectorAll(".arrow").length];
+    });"""
+TICKS = """
+    const labels = [...document.querySelectorAll("#versus svg > text")]
+        .filter((each) => /^[−\\d.]+$/.test(each.textContent));
+    return labels.map((each) => [Number(each.getAttribute("x")), Number(each.textContent.replace("−", "-"))])"""
+
+
+def test_dots_and_intervals_are_those_of_the_table(browser: Any, tmp_path: Path) -> None:
+    """On the axis that the ticks say, in points; a wider interval than twice the median ends in an arrow."""
+    values = {0.1: (0.90, 0.91, 0.92), 0.2: (0.89, 0.89, 0.92), 0.3: (0.60, 0.61, 0.63), 0.4: (0.86, 0.9, 0.9)}
+    for lr, accuracies in values.items():
+        for seed, accuracy in enumerate(accuracies):
+            make_run(tmp_path / f"{lr}-{seed}", lr=lr, seed=seed, accuracies=(accuracy,))
+    rows = gather(*RunReader().read([tmp_path]))
+    path = tmp_path / "index.html"
+    path.write_text(page(rows, title="t", made="now", target=None, test=False, refresh=None))
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get(path.as_uri())
+    (x0, value0), *_, (x1, value1) = browser.execute_script(TICKS)
+
+    def shown_at(x: float) -> float:
+        return (value0 + (x - x0) / (x1 - x0) * (value1 - value0)) / 100
+
+    dots = browser.execute_script(DOTS)
+    assert len(dots) == len(rows.rows) == 4 and shown_at(dots[0][0]) == pytest.approx(0, abs=1e-6)
+    for row, (x, ends, fill, arrows) in zip(rows.rows[1:], dots[1:], strict=True):
+        found = row.difference
+        assert found is not None and found.low is not None and found.high is not None
+        assert shown_at(x) == pytest.approx(found.mean, abs=1e-6)
+        is_clear = found.high < 0
+        assert (fill == "var(--paper)") == (not is_clear)
+        for end, value in zip(ends, (found.low, found.high), strict=True):
+            assert shown_at(end) == pytest.approx(value, abs=1e-6) or arrows
+    bars = browser.execute_script("return document.querySelectorAll('#leaderboard .bar .dot').length")
+    assert bars == 3 and [bool(arrows) for *_, arrows in dots].count(True) <= 1
+    assert json.dumps(browser.get_log("browser")) == "[]"
+
+
+def test_a_filter_that_matches_nothing_leaves_a_sentence(shown: Any) -> None:
+    hidden = "return document.querySelector(arguments[0]).offsetHeight === 0"
+    is_open = "return document.querySelector('#filters details').open"
+    assert not shown.execute_script(is_open) and shown.execute_script(hidden, "#clear"), "folded, nothing to clear"
+    type_into(shown, "#where", "val_accuracy>0.999")
+    shown.get("about:blank")
+    shown.back()
+    WebDriverWait(shown, 20).until(lambda page: not page.execute_script(hidden, "#nothing"))
+    assert shown.execute_script(is_open), "the address has a filter"
+    for section in ("versus", "leaderboard", "curves", "heat", "parallel", "times"):
+        assert shown.execute_script(hidden, f"#{section}"), section
+    press(shown, "#nothing button")
+    assert len(column(shown, "rank")) == 8 and shown.execute_script(hidden, "#clear")
+
+
+def test_unfinished_and_misspelled_conditions_hide_no_row(shown: Any) -> None:
+    press(shown, "#filters summary")
+    for condition, problem in {
+        "val_acuracy>0.9": "unknown key val_acuracy; did you mean val_accuracy?",
+        "val_acc": "did you mean key val_accuracy?",
+        "optimizer=ad": "no such value; did you mean adamw?",
+        "val_accuracy>": "> needs a number",
+    }.items():
+        type_into(shown, "#where", condition)
+        assert problem in text(shown, "#problem") and len(column(shown, "rank")) == 8
+    options = shown.execute_script("return [...document.querySelectorAll('#keys option')].map((each) => each.value)")
+    assert {"optimizer.lr", "val_accuracy", "status"} <= set(options)
+
+
+def test_a_key_with_many_numbers_has_a_range(browser: Any, tmp_path: Path) -> None:
+    for number in range(8):
+        config = {"optimizer.weight_decay": number % 2 / 10}
+        make_run(tmp_path / str(number), lr=2.0**-number, accuracies=(0.9 - number / 100,), config=config)
+    path = tmp_path / "index.html"
+    rows = gather(*RunReader().read([tmp_path]))
+    path.write_text(page(rows, title="t", made="now", target=None, test=False, refresh=None))
+    browser.get(path.as_uri())
+    boxes = "return [...document.querySelectorAll('#filters [type=checkbox]')].map((each) => each.dataset.key)"
+    assert set(browser.execute_script(boxes)) == {"optimizer.weight_decay"}
+    assert not browser.execute_script("return document.querySelector('#heat').offsetHeight"), "a column per run"
+    type_into(browser, "[data-range='optimizer.lr from']", 0.1)
+    type_into(browser, "[data-range='optimizer.lr to']", 0.5)
+    assert column(browser, "key optimizer.lr") == ["0.5", "0.25", "0.125"]
+    browser.refresh()
+    assert len(column(browser, "rank")) == 3
+    ticks = "return [...document.querySelectorAll('#sensitivity-chart svg > text')].map((each) => each.textContent)"
+    assert {"0.25", "0.5", "1"} <= set(browser.execute_script(ticks)), "the rates that were tried"
+    assert json.dumps(browser.get_log("browser")) == "[]"
+
+
 def select(browser: Any, name: str, value: str) -> None:
     script = """
         const select = document.querySelector(`[data-choice=${arguments[0]}]`);
@@ -163,7 +270,7 @@ def select(browser: Any, name: str, value: str) -> None:
 
 def test_tooltips_show_curve_values(shown: Any, table: Ranking) -> None:
     result = hover(shown, "#curves-chart .over", 0.95, 0.3)
-    assert result.startswith("epoch 3") and "#1 optimizer=adamw lr=0.01" in result
+    assert result.startswith("epoch 3") and "#1 adamw lr 0.01" in result
     row = band(table.rows[0].runs, "val_accuracy")
     assert row is not None
     low, high = row.spreads["range"]
@@ -212,12 +319,13 @@ def test_curves_end_where_less_than_half_of_the_runs_are_left(browser: Any, tmp_
 
 def test_remarks_are_below_the_leaderboard(shown: Any, table: Ranking) -> None:
     """sgd at 0.01 lacks a seed, whose run is damaged."""
-    marks = column(shown, "remarks")
+    rows = "return [...document.querySelectorAll('#leaderboard tbody tr')]"
+    marks = shown.execute_script(f"{rows}.map((row) => row.querySelector('sup')?.textContent ?? '')")
     assert marks[:2] == ["", "a"] and "b" in marks[[row.values["optimizer.lr"] for row in table.rows].index(0.01, 1)]
     below = shown.execute_script("return [...document.querySelectorAll('.remark')].map((each) => each.innerText)")
     assert below[0] == "a: the same difference in every seed, so no interval"
     assert below[1].startswith("b: warning: without")
-    title = "return document.querySelector('#leaderboard [data-rank=\"2\"] [title^=the]').title"
+    title = "return document.querySelector('#leaderboard [data-rank=\"2\"] sup').title"
     assert shown.execute_script(title) == "the same difference in every seed, so no interval"
 
 
@@ -267,7 +375,7 @@ def test_plots_the_checked_rows_in_constant_colours(shown: Any) -> None:
     before = colours("#curves .legend line")
     assert len(before) == 6
     first = next(iter(before))
-    best = {name: next(before[row] for row in before if f"optimizer={name}" in row) for name in ("adamw", "sgd")}
+    best = {name: next(before[row] for row in before if name in row) for name in ("adamw", "sgd")}
     assert {name.split(",")[0]: colour for name, colour in colours("#sensitivity .legend line").items()} == best
     press(shown, "tr[data-rank='1'] input")
     assert colours("#curves .legend line") == {row: colour for row, colour in before.items() if row != first}
@@ -415,7 +523,7 @@ def test_controls_of_the_plots(shown: Any, table: Ranking) -> None:
     rates = [row.values["optimizer.lr"] for row in table.rows[:6]]
     colours = [f"var(--c{sorted({row.values['optimizer.lr'] for row in table.rows}).index(rate)})" for rate in rates]
     swatches = "return [...document.querySelectorAll(arguments[0])].map((each) => each.getAttribute('stroke'))"
-    assert lines(shown) == shown.execute_script(swatches, "#leaderboard tbody line") == colours
+    assert lines(shown) == shown.execute_script(swatches, "#leaderboard .swatch line") == colours
     best = shown.execute_script(swatches, "#parallel-chart path.kept:nth-of-type(7)")
     assert best == [colours[0]]
     select(shown, "group", "optimizer")
@@ -436,9 +544,9 @@ def test_controls_of_the_plots(shown: Any, table: Ranking) -> None:
     assert sorted(files) == names
     csv, png, picture = (files[name] for name in names)
     assert png.startswith("image/png") and 'xmlns="http://www.w3.org/2000/svg"' in picture and "var(" not in picture
-    assert "#1 optimizer=adamw lr=0.01" in picture  # its legend
+    assert "#1 adamw lr 0.01" in picture  # its legend
     assert csv.splitlines()[0] == "text/csv line,epoch,validation accuracy,low,high,runs"
-    first = "#1 optimizer=adamw lr=0.01,3,0.9,0.89,0.91,3"
+    first = "#1 adamw lr 0.01,3,0.9,0.89,0.91,3"
     assert first in [re.sub(r"\d\.\d{9,}", lambda number: f"{float(number[0]):.6g}", line) for line in csv.splitlines()]
     for chart in ("#heat", "#parallel", "#sensitivity-chart", "#rates-chart"):
         assert len(saved(shown, chart)) == 3
@@ -450,6 +558,7 @@ def test_conditions_filter_as_those_of_the_command_line(shown: Any) -> None:
         assert text(shown, "#problem") == ""
         return column(shown, "rank")
 
+    press(shown, "#filters summary")
     assert ranks("optimizer=adamw val_accuracy>0.74") == ["1", "2", "4"] == ranks("optimizer=adam? val_accuracy>74%")
     assert ranks("lr<=0.01 optimizer!=sgd") == ranks("ADAMW lr<=0.01") == ["1", "4"]
     assert ranks("status=failed") == ["-"] and ranks("model=mlp") == ranks("") and ranks("seed=7") == []
@@ -528,7 +637,7 @@ def test_fits_the_width_of_a_phone(shown: Any) -> None:
     assert shown.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (
         "the page scrolls sideways"
     )
-    heads = "return [...document.querySelectorAll('th')].slice(1, 5).map((head) => head.dataset.column)"
+    heads = "return [...document.querySelectorAll('#leaderboard th')].slice(1, 5).map((head) => head.dataset.column)"
     assert shown.execute_script(heads) == ["rank", "key optimizer", "key optimizer.lr", "val_accuracy"]
     small = shown.execute_script("""
         return [...document.querySelectorAll("p, td, th, li, svg text")].filter((each) => each.textContent.trim() &&

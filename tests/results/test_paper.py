@@ -28,8 +28,8 @@ def test_latex_has_booktabs_means_and_deviations(sweep: Path) -> None:
     lines = text.splitlines()
     assert lines[0] == "% made now" and r"\toprule" in lines and r"\midrule" in lines and r"\bottomrule" in lines
     assert lines[lines.index(r"\toprule") + 1].split(" & ") == [
-        "hidden units", "learning rate", "", "runs", r"validation accuracy [\%]", r"test accuracy [\%]",
-        r"difference [points] \\",
+        "hidden units", "learning rate", "", "runs", r"validation accuracy (\%)", r"test accuracy (\%)",
+        r"vs. best (points) \\",
     ]  # fmt: skip
     rows = [line.removesuffix(r" \\").split(" & ")[1:] for line in lines if line.startswith("{}[64,64]")]
     best = r"$\mathbf{90.00 \pm 1.00}$"

@@ -28,7 +28,7 @@ def test_plots_everything_with_data(tmp_path: Path) -> None:
     result = plots(sweep(tmp_path, tops), 0.6)
     assert set(result) == set(PLOTS) - {"learning_curves_updates"}  # epochs have equal lengths
     [axis] = result["learning_curves"].axes
-    assert axis.get_xlabel() == "epoch" and axis.get_ylabel() == "validation accuracy [%]"
+    assert axis.get_xlabel() == "epoch" and axis.get_ylabel() == "validation accuracy (%)"
     best = axis.get_lines()[0]
     assert list(best.get_ydata()) == pytest.approx([50, 70.5]) and best.get_label() == "optimizer=sgd lr=1"
     [legend] = result["learning_curves"].legends

@@ -90,7 +90,7 @@ def test_losses(tmp_path: Path) -> None:
 
 def test_names_few_of_many(tmp_path: Path) -> None:
     rows = {f"lr{number}": (0.5, 0.9 - number / 100, 0.7) for number in range(1, 7)}
-    assert "from lr=2, lr=3, lr=4 and 2 more: 3 seeds" in sentence(tmp_path, **rows)
+    assert "from any of the 5 others: 3 seeds" in sentence(tmp_path, **rows)
 
 
 def test_long_labels_are_ranks(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ function setVisible(section, visible) {
 const AXES = { epoch: "epoch", step: "updates", seconds: "seconds" };
 
 function formatNumber(value, count = 4) {
-  if (value !== 0 && (Math.abs(value) < 1e-4 || Math.abs(value) >= 1e6)) {
+  if (value < 0) return `−${formatNumber(-value, count)}`;
+  if (value !== 0 && (value < 1e-4 || value >= 1e6)) {
     return value.toExponential(count - 1).replace(/\.?0+e/, "e").replace("e+", "e");
   }
   if (Number.isInteger(value)) return value.toLocaleString("en");
@@ -53,22 +54,27 @@ function isPercent(name) {
   return data.percent.includes(name);
 }
 
+// Returns the unit of a text: the title of a metric in points has it.
+function unitOf(name) {
+  return isPercent(name) && !data.points.includes(name) ? " %" : "";
+}
+
 function formatTick(name, value) {
-  return isPercent(name) ? `${formatNumber(100 * value)} %` : formatNumber(value);
+  return isPercent(name) ? `${formatNumber(100 * value)}${unitOf(name)}` : formatNumber(value);
 }
 
 function formatMetric(name, value) {
-  return isPercent(name) ? `${(100 * value).toFixed(2)} %` : formatNumber(value);
+  return isPercent(name) ? `${value < 0 ? "−" : ""}${(100 * Math.abs(value)).toFixed(2)}${unitOf(name)}` : formatNumber(value);
 }
 
 // Formats mean ± deviation with common decimals: two digits of the deviation.
 function formatSpread(name, mean, deviation) {
   if (deviation === null) return formatMetric(name, mean);
-  const scale = isPercent(name) ? 100 : 1, unit = isPercent(name) ? " %" : "";
+  const scale = isPercent(name) ? 100 : 1, unit = unitOf(name);
   const largest = scale * Math.max(Math.abs(mean), deviation);
   if (largest !== 0 && (largest < 1e-4 || largest >= 1e6)) return `${formatNumber(mean, 3)} ± ${formatNumber(deviation, 3)}`;
   const decimals = Math.min(Math.max(1 - Math.floor(Math.log10(scale * deviation || 0.01)), 0), 4);
-  return `${(scale * mean).toFixed(decimals)} ± ${(scale * deviation).toFixed(decimals)}${unit}`;
+  return `${mean < 0 ? "−" : ""}${(scale * Math.abs(mean)).toFixed(decimals)} ± ${(scale * deviation).toFixed(decimals)}${unit}`;
 }
 
 function formatValue(value) {
@@ -87,7 +93,7 @@ function extent(values) {
 
 // -- view state, stored in the fragment of the address, so that it survives reloads: #run=PATH&view=JSON
 
-const DEFAULTS = { sort: ["rank", 1], off: {}, where: "", group: "", colour: data.keys.includes("optimizer") ? "optimizer" : "",
+const DEFAULTS = { sort: ["rank", 1], off: {}, ranges: {}, where: "", group: "", colour: data.keys.includes("optimizer") ? "optimizer" : "",
   shown: null, hidden: [], compare: "", metric: null, x: "epoch", band: data.spread, singles: false, smooth: 0, log: false,
   heatX: "", heatY: "", heatCell: "best", target: null, all: false, open: null, columns: null, choosing: false,
   zooms: {} }; // zooms: chart -> {key, x: [low, high], y: [low, high] or null}
@@ -137,6 +143,14 @@ const valuesOf = cached((key) => {
 });
 
 const colourIndex = cached((key) => new Map(valuesOf(key).map((value, i) => [formatValue(value), i])));
+
+// Returns whether a key is filtered by a range: a searched number, or one with many values.
+const isContinuous = cached((key) => valuesOf(key).length > (data.searched ? 2 : 6) && valuesOf(key).every((value) => typeof value === "number" || value === undefined));
+
+// Returns the keys whose values several configurations share, so that groups, colours and maps of them make sense.
+function sharedKeys() {
+  return data.keys.filter((key) => !isContinuous(key) || 2 * valuesOf(key).length <= data.rows.length);
+}
 
 function compare([a, x], [b, y]) {
   return a - b || (x < y ? -1 : x > y ? 1 : 0);

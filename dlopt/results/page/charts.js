@@ -2,8 +2,12 @@
 
 let isPrinting = false;
 
+function widthOf(container) {
+  return isPrinting ? 690 : Math.max(280, container.clientWidth);
+}
+
 // Draws a chart into a new element. lines: {label, style, points: [[x, mean, low, high, count, raw], ...], marks}
-// options: {id, key, name, nameX, nameY, logX, logY, integers, textY, read, height, extra, footer, more: x-values}
+// options: {id, key, name, nameX, nameY, logX, logY, integers, textY, read, height, extra, below, lanes: pixels of `below`, ticks: x-values, more: x-values}
 function drawChart(container, lines, options) {
   const isUsable = (p) => !(options.logY && p[1] <= 0) && !(options.logX && p[0] <= 0);
   const drawn = lines.map((line) => ({ ...line, points: line.points.filter(isUsable) })).filter((line) => line.points.length);
@@ -14,7 +18,7 @@ function drawChart(container, lines, options) {
   const reset = html("button", { type: "button", class: "reset", hidden: true, onclick: () => zoomTo(chart, null) }, "Reset zoom");
   const chart = { lines: drawn, options, xs, root, reset, cursor: null, zoom: null };
   container.replaceChildren(root, reset, exportButtons(options.name, root, () => chartTable(chart), drawn));
-  chart.width = isPrinting ? 690 : Math.max(280, container.clientWidth);
+  chart.width = widthOf(container);
   chart.height = options.height || (chart.width < 500 ? 260 : 340);
   root.addEventListener("keydown", (event) => onKey(chart, event));
   root.addEventListener("blur", () => readValues(chart, null));
@@ -29,21 +33,24 @@ function paintChart(chart) {
   const { root, lines, options, width, height } = chart;
   chart.reset.hidden = !chart.zoom;
   const [lowX, highX] = chart.zoom ? chart.zoom.x : rangeX(chart), [lowY, highY] = (chart.zoom && chart.zoom.y) || rangeY(chart, lowX, highX);
-  const bottom = height - 42, ticksY = options.logY ? ticksOfDecades(lowY, highY) : linearTicks(lowY, highY, height / 45);
+  const lanes = options.lanes || 0, bottom = height - 42 - lanes, ticksY = options.logY ? ticksOfDecades(lowY, highY) : linearTicks(lowY, highY, height / 45);
   const left = 30 + 7 * Math.max(2, ...ticksY.map((tick) => options.textY(tick).length)), right = width - 16;
   const x = chart.x = scaleOf(lowX, highX, left, right, options.logX), y = chart.y = scaleOf(lowY, highY, bottom, 8, options.logY);
-  const ticksX = options.logX ? ticksOfDecades(lowX, highX) : linearTicks(lowX, highX, (right - left) / 70, options.integers);
+  const tried = apart((options.ticks || []).filter((tick) => tick >= lowX && tick <= highX), x);
+  const ticksX = tried.length > 1 ? tried : options.logX ? ticksOfDecades(lowX, highX) : linearTicks(lowX, highX, (right - left) / 70, options.integers);
   const area = chart.area = { x: left, y: 8, width: right - left, height: bottom - 8 }, clip = `clip-${options.id}`;
   fill(root, { viewBox: `0 0 ${width} ${height}`, width, height }, []);
   root.replaceChildren(
-    svg("clipPath", { id: clip }, svg("rect", area)),
-    ...ticksX.flatMap((tick) => [gridLine(x(tick), 8, x(tick), bottom), label(x(tick), bottom + 16, formatNumber(tick))]),
+    svg("clipPath", { id: clip }, svg("rect", area)), svg("clipPath", { id: `${clip}-below` }, svg("rect", { ...area, x: left - 6, width: right - left + 12, height })),
+    ...ticksX.flatMap((tick) => [gridLine(x(tick), 8, x(tick), bottom), label(x(tick), bottom + lanes + 16, formatNumber(tick))]),
     ...ticksY.flatMap((tick) => [gridLine(left, y(tick), right, y(tick)), label(left - 5, y(tick) + 4, options.textY(tick), "end")]),
     svg("path", { class: "axis", fill: "none", d: `M${left} 8V${bottom}H${right}` }),
     label((left + right) / 2, height - 8, options.nameX),
-    svg("text", { transform: `translate(12 ${(8 + bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, options.nameY),
+    svg("text", { transform: `translate(12 ${(8 + bottom) / 2}) rotate(-90)`, "text-anchor": "middle",
+      textLength: 6.7 * options.nameY.length > bottom ? bottom : null, lengthAdjust: "spacingAndGlyphs" }, options.nameY),
     svg("g", { "clip-path": `url(#${clip})` }, ...lines.map((line) => bandPath(line, x, y, options.logY)),
-      ...lines.flatMap((line) => linePaths(line, x, y)), ...(options.extra ? options.extra(x, y, bottom) : [])),
+      ...lines.flatMap((line) => linePaths(line, x, y)), ...(options.extra ? options.extra(x, y) : [])),
+    svg("g", { "clip-path": `url(#${clip}-below)` }, ...(options.below ? options.below(x, bottom) : [])),
     chart.cursorLine = svg("line", { class: "cursor", y1: 8, y2: bottom, visibility: "hidden" }),
     chart.selection = svg("rect", { class: "selection", visibility: "hidden" }), pointerArea(chart));
 }
@@ -61,6 +68,13 @@ function gridLine(x1, y1, x2, y2) {
 
 function label(x, y, text, anchor = "middle") {
   return svg("text", { x, y, "text-anchor": anchor }, text);
+}
+
+const pen = html("canvas").getContext("2d");
+
+function textWidth(text) {
+  pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+  return pen.measureText(text).width;
 }
 
 function pathOf(points) {
@@ -95,10 +109,10 @@ function rangeY({ lines, options }, lowX, highX) {
   if (!Number.isFinite(low)) return [options.logY ? 0.1 : 0, 1];
   if (options.logY) {
     const bottom = Math.max(low / 1.15, high * 1e-6);
-    return [bottom * (bottom / high) ** (0.06 * (options.footer || 0)), high * 1.15];
+    return [bottom, high * 1.15];
   }
   const margin = 0.06 * (high - low) || 0.1 * Math.abs(low) || 0.1;
-  return [low - margin * (1 + (options.footer || 0)), high + margin];
+  return [low - margin, high + margin];
 }
 
 function linearTicks(low, high, count, integers = false) {
@@ -106,6 +120,16 @@ function linearTicks(low, high, count, integers = false) {
   const step = Math.max([1, 2, 5, 10].find((factor) => factor * power >= least) * power, integers ? 1 : 0);
   const first = Math.ceil(low / step - 1e-9), last = Math.floor(high / step + 1e-9);
   return Array.from({ length: Math.min(Math.max(last - first + 1, 0), 50) }, (_, i) => Number(((first + i) * step).toPrecision(12)));
+}
+
+// Returns the ticks whose labels do not overlap.
+function apart(ticks, x) {
+  let end = -Infinity;
+  return ticks.filter((tick) => {
+    const half = 3.5 * formatNumber(tick).length + 4, isFree = x(tick) - half > end;
+    if (isFree) end = x(tick) + half;
+    return isFree;
+  });
 }
 
 // Returns powers of ten; over less than two decades also their doubles and halves.

@@ -1,6 +1,7 @@
 // Sections with line charts: learning curves, learning rates, learning-rate sensitivity.
 
 const MOST_SINGLES = 120; // single runs in a chart
+const MOST_TICKS = 12; // learning rates that are ticks
 
 // Returns the lines to plot: the groups of the table, or the checked configurations.
 function plottedLines() {
@@ -52,7 +53,7 @@ function renderCurves(update) {
       ...axisControls(draw, update),
       isAveraged ? checkControl("singles", "single runs", update) : null,
       isAveraged && !state.singles ? selectControl("band", "band", data.spreads, update) : null),
-    container, legend(update), html("p", { class: "note" }, curvesNote(isAveraged), html("span", { class: "screen" }, "Drag to zoom; double-click to reset.")));
+    container, legend(update), html("p", { class: "note" }, curvesNote(isAveraged), coincidence(linesOf(metric, x)), html("span", { class: "screen" }, "Drag to zoom; double-click to reset.")));
   draw();
 }
 
@@ -62,11 +63,18 @@ function curvesNote(isAveraged) {
   return `${runs}Smoothing: exponential moving average; the raw curve stays faint. `;
 }
 
+// Names the lines that hide each other.
+function coincidence(lines) {
+  const equal = Map.groupBy(lines.filter((line) => line.points.length), (line) => JSON.stringify(line.points.map((p) => p.slice(0, 2))));
+  const names = [...equal.values()].filter((each) => each.length > 1).map((each) => each.map((line) => line.label).join(", "));
+  return names.length ? `Curves that coincide: ${names.join("; ")}. ` : "";
+}
+
 function renderLearningRates(update) {
   if (!setVisible("rates", data.curves.includes("lr"))) return;
   const container = html("div", { class: "chart", id: "rates-chart" }), x = state.x, lines = linesOf("lr", x);
   const tops = lines.filter((line) => line.points.length).map((line) => extent(line.points.map((p) => p[1]))[1]);
-  sectionBody("rates").replaceChildren(container, legend(update));
+  sectionBody("rates").replaceChildren(container, legend(update), html("p", { class: "note" }, coincidence(lines)));
   drawChart(container, lines, { id: "rates", key: x, name: `learning rate against ${AXES[x]}`, nameX: AXES[x], nameY: "learning rate",
     logY: Math.max(...tops) > 20 * Math.min(...tops), integers: x !== "seconds", height: 260, textY: (tick) => formatNumber(tick), read: (p) => formatNumber(p[1]) });
 }
@@ -98,19 +106,21 @@ function renderSensitivity() {
   const { optimizers, log } = data.sensitivity;
   if (!setVisible("sensitivity", optimizers.length > 0)) return;
   const container = html("div", { class: "chart", id: "sensitivity-chart" }), styles = optimizerStyles(), title = data.titles[data.by];
+  const rates = [...new Set(optimizers.flatMap(({ points, failed }) => [...points.map(([lr]) => lr), ...failed]))].sort((a, b) => a - b);
   const lines = optimizers.map((optimizer, i) => ({ label: optimizer.name, style: styles[i], marks: true, points: optimizer.best.map((p) => p.slice(0, 5)) }));
   sectionBody("sensitivity").replaceChildren(container,
     html("div", { class: "legend" }, ...lines.map((line, i) => html("span", { class: "swatch" }, swatch(line.style), `${line.label}, good rates: `, html("b", {}, optimizers[i].good_text)))),
-    html("p", { class: "note" }, `Best configuration at each learning rate (others: small dots). Band: ± standard deviation over seeds. Bars: good rates, adjacent to the best and at most ${data.tolerance} worse (or one standard deviation over seeds, if larger). ×: failed runs. Filters do not apply.`));
+    html("p", { class: "note" }, `Best configuration at each learning rate (others: small dots). Band: ± standard deviation over seeds. Bars below the axis: good rates, adjacent to the best and at most ${data.tolerance} worse (or one standard deviation over seeds, if larger). ×: failed runs. Filters do not apply.`));
   drawChart(container, lines, { id: "sensitivity", key: "", name: `${title} against learning rate by optimizer`, nameX: "learning rate", nameY: title,
-    logX: true, logY: log, more: optimizers.flatMap((optimizer) => optimizer.failed), footer: 0.6 * lines.length + 0.6, height: 340 + 14 * lines.length,
+    logX: true, logY: log, more: optimizers.flatMap((optimizer) => optimizer.failed), lanes: 10 * lines.length + 4, height: 340 + 10 * lines.length,
+    ticks: rates.length > MOST_TICKS ? [] : rates,
     textY: (tick) => formatTick(data.by, tick), read: (p) => formatSpread(data.by, p[1], p[4] > 1 ? p[3] - p[1] : null),
-    extra: (x, y, bottom) => optimizers.flatMap((optimizer, i) => ratesOf(optimizer, `var(${styles[i].colour})`, x, y, bottom - 8 - 10 * (optimizers.length - 1 - i))) });
+    extra: (x, y) => optimizers.flatMap(({ points }, i) => points.map(([lr, middle]) => svg("circle", { cx: x(lr), cy: y(middle), r: 2.5, fill: `var(${styles[i].colour})`, "fill-opacity": 0.5 }))),
+    below: (x, bottom) => optimizers.flatMap((optimizer, i) => goodRates(optimizer, `var(${styles[i].colour})`, x, bottom + 9 + 10 * i)) });
 }
 
-// Returns what is not a line: all configurations, the range of good rates, failed runs.
-function ratesOf(optimizer, colour, x, y, bottom) {
-  return [...optimizer.points.map(([lr, middle]) => svg("circle", { cx: x(lr), cy: y(middle), r: 2.5, fill: colour, "fill-opacity": 0.5 })),
-    svg("line", { x1: x(optimizer.good[0]) - 3, x2: x(optimizer.good[1]) + 3, y1: bottom, y2: bottom, stroke: colour, "stroke-width": 6 }),
-    ...optimizer.failed.map((lr) => svg("text", { x: x(lr), y: bottom + 5, "text-anchor": "middle", fill: colour }, "×"))];
+// Returns what is below the axis: the range of good rates, failed runs.
+function goodRates(optimizer, colour, x, y) {
+  return [svg("line", { x1: x(optimizer.good[0]) - 3, x2: x(optimizer.good[1]) + 3, y1: y, y2: y, stroke: colour, "stroke-width": 6 }),
+    ...optimizer.failed.map((lr) => svg("text", { x: x(lr), y: y + 5, "text-anchor": "middle", fill: colour }, "×"))];
 }

@@ -1,23 +1,50 @@
 // Filters: text and conditions as in `dlopt runs`, check boxes; what is plotted, in which style; groups.
 
 const SHOWN = 6; // configurations shown by default
-const PAGE = 50; // rows of a table without "Show all"
+const PAGE = 20; // rows of a table without "Show all"
 const CONDITION = /^([\w./-]+?)(!=|>=|<=|=|>|<)(.*)$/;
 const ORDER = { ">": (a, b) => a > b, ">=": (a, b) => a >= b, "<": (a, b) => a < b, "<=": (a, b) => a <= b };
 
 let visible = []; // rows that match the filters
 
-// Returns the tests of the words of a filter, and what is wrong with other words.
+// Returns the tests of the words of a filter, and what is wrong with other words, such as unfinished ones: they hide no row.
 function parseFilter(text) {
   const tests = [], problems = [];
   for (const word of text.split(/\s+/).filter(Boolean)) {
-    const [, key, sign, value] = word.match(CONDITION) || [];
-    if (!key) tests.push((row) => row.label.toLowerCase().includes(word.toLowerCase()));
-    else if (!data.rows.some((row) => rowValues(row, key).length)) problems.push(`${word}: unknown key ${key}`);
+    const [, key, sign, value] = word.match(CONDITION) || [], inLabel = (row) => `${row.label} ${row.typed}`.toLowerCase().includes(word.toLowerCase());
+    if (!key) (data.rows.some(inLabel) ? tests.push(inLabel) : problems.push(`${word}: in no label${suggestion(word, knownKeys(), "key ")}`));
+    else if (!data.rows.some((row) => rowValues(row, key).length)) problems.push(`${word}: unknown key ${key}${suggestion(key, knownKeys())}`);
     else if (sign in ORDER && numberIn(value) === null) problems.push(`${word}: ${sign} needs a number`);
-    else tests.push((row) => holds(rowValues(row, key), sign, value));
+    else {
+      const own = data.rows.flatMap((row) => rowValues(row, key)), longer = own.find((each) => !holds([each], "=", value) && String(each).startsWith(value));
+      if (sign === "=" && longer !== undefined && !holds(own, sign, value)) problems.push(`${word}: no such value; did you mean ${longer}?`);
+      else tests.push((row) => holds(rowValues(row, key), sign, value));
+    }
   }
   return { tests, problems };
+}
+
+// Returns what conditions may begin with: keys of the table, metrics, and what runs have.
+function knownKeys() {
+  return [...data.keys, ...data.columns.filter((column) => "higher" in column).map(({ id }) => id), "runs", "status", "tags", "note"];
+}
+
+// Returns "; did you mean NAME?" for the most similar name, or one that begins with the word; "" if none is similar.
+function suggestion(word, names, kind = "") {
+  const distance = (name) => Math.min(edits(word, name), edits(word, name.slice(0, word.length)), edits(word, name.split(".").at(-1))) / word.length;
+  const best = names.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+  return distance(best) <= 0.4 ? `; did you mean ${kind}${best}?` : "";
+}
+
+// Returns the number of edits between two words (Levenshtein).
+function edits(a, b) {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) next.push(Math.min(row[j] + 1, next[j - 1] + 1, row[j - 1] + (a[i - 1] !== b[j - 1])));
+    row = next;
+  }
+  return row.at(-1);
 }
 
 // Returns the values of a key, metric or status in the runs of a row; a key may be shortened to its last part.
@@ -45,41 +72,66 @@ function numberIn(value) {
   return text.trim() !== "" && Number.isFinite(Number(text)) ? Number(text) / (isPart ? 100 : 1) : null;
 }
 
+function isFiltered() {
+  return state.where.trim() !== "" || [...Object.values(state.off), ...Object.values(state.ranges)].some((each) => each.some((value) => value !== null));
+}
+
+function isInRange(key, value) {
+  const [low, high] = state.ranges[key] || [null, null];
+  return (low === null && high === null) || (typeof value === "number" && value >= (low ?? -Infinity) && value <= (high ?? Infinity));
+}
+
 function filterRows() {
   const { tests, problems } = parseFilter(state.where), field = document.getElementById("where");
   visible = data.rows.filter((row) => tests.every((test) => test(row))
-    && data.keys.every((key) => !(state.off[key] || []).includes(formatValue(row.values[key]))));
+    && data.keys.every((key) => !(state.off[key] || []).includes(formatValue(row.values[key])) && isInRange(key, row.values[key])));
   if (!field) return;
   field.setAttribute("aria-invalid", String(problems.length > 0));
   document.getElementById("problem").textContent = problems.join("; ");
-  document.getElementById("filtered").textContent = `${visible.length} of ${data.rows.length} configurations`;
+  document.getElementById("filtered").textContent = isFiltered() ? `${visible.length} of ${data.rows.length} configurations${visible.length < data.rows.length ? "; verdict, ranks and differences are of all" : ""}` : "";
+  document.getElementById("clear").hidden = !isFiltered();
+  document.getElementById("nothing").hidden = visible.length > 0;
 }
 
 function renderFilters(update) {
-  const section = document.getElementById("filters"), open = state.open ?? innerWidth > 640;
-  const field = html("input", { type: "text", id: "where", value: state.where, spellcheck: "false", autocomplete: "off", "aria-describedby": "problem",
-    placeholder: `${data.by}>${data.lower ? "0.1" : "0.9"} ${data.keys[0] ? `${data.keys[0]}=…` : ""}`,
-    oninput: () => { state.where = field.value; update(); } });
-  const details = html("details", { open, ontoggle: () => { state.open = details.open; saveState(); } },
+  const section = document.getElementById("filters"), list = html("datalist", { id: "keys" });
+  const field = html("input", { type: "text", id: "where", value: state.where, list: "keys", spellcheck: "false", autocomplete: "off", "aria-describedby": "problem",
+    placeholder: `${data.by}${data.lower ? "<0.1" : ">0.9"} ${data.keys[0] ? `${data.keys[0]}=…` : ""}`,
+    oninput: () => { state.where = field.value; suggest(); update(); } });
+  // Offers the keys for the last word, after the words before it.
+  const suggest = () => list.replaceChildren(...knownKeys().map((key) => html("option", { value: field.value.replace(/\S*$/, key) })));
+  const details = html("details", { open: state.open ?? isFiltered(), ontoggle: () => { state.open = details.open; saveState(); } },
     html("summary", {}, "Filters ", html("span", { class: "soft", id: "filtered" })),
-    html("div", { class: "controls" }, html("label", { class: "long" }, "conditions ", field), html("span", { id: "problem", class: "bad", role: "status" })),
-    html("div", { class: "groups" }, ...data.keys.map((key) => valueFilter(key, update))),
-    html("div", { class: "controls" }, html("button", { type: "button", id: "clear", onclick: () => {
-      [state.off, state.where] = [{}, ""];
-      renderFilters(update);
-      update();
-    } }, "Clear filters")));
-  const keys = Object.fromEntries(data.keys.map((key) => [key, key]));
+    html("div", { class: "controls" }, html("label", { class: "long" }, "conditions ", field), list, html("span", { id: "problem", class: "bad", role: "status" })),
+    html("div", { class: "groups" }, ...data.keys.map((key) => (isContinuous(key) ? rangeFilter(key, update) : valueFilter(key, update)))));
+  const clear = () => {
+    [state.off, state.ranges, state.where] = [{}, {}, ""];
+    renderFilters(update);
+    update();
+  };
+  const keys = Object.fromEntries(sharedKeys().map((key) => [key, key]));
+  suggest();
   section.hidden = !data.keys.length;
-  section.replaceChildren(details, html("div", { class: "controls" },
-    selectControl("colour", "colour by", { "": "configuration", ...keys }, update), selectControl("group", "group by", { "": "nothing", ...keys }, update)));
+  section.replaceChildren(html("div", { class: "filterbar" }, details, html("button", { type: "button", id: "clear", hidden: true, onclick: clear }, "Clear filters"),
+    selectControl("colour", "colour by", { "": "configuration", ...keys }, update), selectControl("group", "group by", { "": "nothing", ...keys }, update)),
+  html("p", { id: "nothing", hidden: true }, "No configuration matches the filters. ", html("button", { type: "button", onclick: clear }, "Clear filters")));
 }
 
-// Returns a check box per value of a key; keys with many numbers are filtered by conditions.
+// Returns two fields for the range of a key with many numbers.
+function rangeFilter(key, update) {
+  const ends = extent(valuesOf(key).map((value) => value ?? null)), range = state.ranges[key] || [null, null];
+  const fields = ["from", "to"].map((name, i) => html("input", { type: "number", step: "any", "data-range": `${key} ${name}`, "aria-label": `${key} ${name}`,
+    value: range[i], placeholder: formatNumber(ends[i]), oninput: (event) => {
+      range[i] = event.target.value === "" ? null : Number(event.target.value);
+      state.ranges[key] = range;
+      update();
+    } }));
+  return html("fieldset", {}, html("legend", {}, key), html("div", { class: "range" }, fields[0], " to ", fields[1]));
+}
+
+// Returns a check box per value of a key.
 function valueFilter(key, update) {
-  const values = valuesOf(key);
-  if (values.length > 12 && values.every((value) => typeof value === "number" || value === undefined)) return null;
-  const boxes = values.map(formatValue).map((text) => {
+  const boxes = valuesOf(key).map(formatValue).map((text) => {
     const box = html("input", { type: "checkbox", checked: !(state.off[key] || []).includes(text), "data-key": key, "data-value": text,
       onchange: () => {
         const off = new Set(state.off[key] || []);

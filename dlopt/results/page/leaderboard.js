@@ -37,7 +37,7 @@ function renderLeaderboard(update) {
 }
 
 function drawLeaderboard(update) {
-  const list = columns(), rows = sorted(), plotted = plottedRows();
+  const list = columns(), rows = sorted(), plotted = plottedRows(), range = differenceRange(comparedRows().slice(0, DOTS));
   const head = list.map((column) => {
     const [id, direction] = state.sort, active = id === column.id;
     return html("th", { class: (column.number ? "number" : "") + (column.full ? " key" : ""), scope: "col", title: column.full, "data-column": column.id,
@@ -46,11 +46,11 @@ function drawLeaderboard(update) {
   });
   const visibleRows = state.all ? rows : rows.slice(0, PAGE);
   const table = html("table", { class: "wide" }, html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "plot"), ...head)),
-    html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, update))));
+    html("tbody", {}, ...visibleRows.map((row) => tableRow(row, list, plotted, range, update))));
   sectionBody("leaderboard").replaceChildren(
-    html("p", { class: "note" }, `${data.ranked} Click a heading to sort, or a row to see its runs.`),
+    html("p", { class: "note" }, data.ranked, html("span", { class: "screen" }, " Click a heading to sort, or a row to see its runs.")),
     scrollable(table, "Leaderboard"), ...data.remarks.map((remark) => html("p", { class: "note remark" }, remark)),
-    ...(data.verdict ? [html("p", {}, data.verdict)] : []), columnChoice(update), allButton(rows.length, PAGE, update));
+    columnChoice(update), allButton(rows.length, PAGE, update));
 }
 
 // Returns the button that shows all rows of the tables, or only the first ones.
@@ -71,14 +71,14 @@ function columnChoice(update) {
     html("summary", {}, "Columns ", html("span", { class: "soft" }, names.length ? `hidden: ${names.join(", ")}` : "")), html("div", { class: "choices" }, ...boxes));
 }
 
-function tableRow(row, list, plotted, update) {
+function tableRow(row, list, plotted, range, update) {
   const entry = plotted.find((other) => other.row === row), bad = row.runs.find(urgentOf);
   const box = html("input", { type: "checkbox", checked: Boolean(entry), "aria-label": `plot ${row.label}`, onclick: (event) => event.stopPropagation(),
     onchange: () => { togglePlotted(row); update(); } });
   const contentOf = ({ id }) => {
     const text = row.cells[id][1];
-    if (id === "rank") return [html("a", { href: addressOf(row.id), title: `Show ${row.label}` }, text)];
-    if (id === "remarks") return [html("span", { title: row.remarks.join("\n") }, text)];
+    if (id === "rank") return [html("a", { href: addressOf(row.id), title: `Show ${row.label}` }, text), ...(row.mark ? [html("sup", { title: row.remarks.join("\n") }, row.mark)] : [])];
+    if (id === "difference") return [html("span", {}, text), differenceBar(row, range)];
     if (id === data.by) return [html("b", {}, text)];
     if (id !== "runs") return [text];
     return [text, row.note ? html("small", { class: row.bad ? "bad" : "soft" }, ` ${row.note}`) : null,

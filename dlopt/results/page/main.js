@@ -9,6 +9,8 @@ function renderFailures(update) {
   sectionBody("failed").replaceChildren(scrollable(tableOf([["folder"], ["configuration"], ["seed", "number"], ["reason"], ["repeat or examine"]], rows), "Failed and unfinished runs"), allButton(data.failed.length, PAGE, update));
 }
 
+const FILTERED = ["versus", "groups", "leaderboard", "curves", "rates", "heat", "parallel", "times"]; // empty if no row matches
+
 function render() {
   const restoreFocus = keepFocus();
   hideTooltip();
@@ -23,6 +25,12 @@ function render() {
 }
 
 function renderAll() {
+  for (const section of visible.length ? [] : FILTERED) {
+    setVisible(section, false);
+    sectionBody(section).replaceChildren();
+  }
+  if (!visible.length) return;
+  renderVersus(render);
   renderLeaderboard(render);
   renderGroups();
   renderCurves(render);

@@ -1,9 +1,9 @@
 // Heat map, parallel coordinates, time to target.
 
-// Returns a bar of a fraction of 100 pixels.
+// Returns a bar of a fraction of 70 pixels.
 function bar(fraction, colour, isPale = false) {
-  return svg("svg", { width: 104, height: 12, "aria-hidden": "true" },
-    svg("rect", { y: 1, width: Math.max(1, 102 * fraction), height: 10, fill: `var(${colour})`, opacity: isPale ? 0.4 : null }));
+  return svg("svg", { width: 74, height: 12, "aria-hidden": "true" },
+    svg("rect", { y: 1, width: Math.max(1, 72 * fraction), height: 10, fill: `var(${colour})`, opacity: isPale ? 0.4 : null }));
 }
 
 // -- parallel coordinates
@@ -17,8 +17,9 @@ function renderParallel() {
   const root = svg("svg", { role: "img", "aria-label": "parallel coordinates" });
   const table = () => [[...axes.map((axis) => axis.full)], ...rows.map((row) => axes.map(({ id }) => (row.cells[`key ${id}`] || row.cells[id])[0]))];
   sectionBody("parallel").replaceChildren(container, exportButtons("parallel coordinates", root, table),
-    html("p", { class: "note" }, `One line per configuration; stronger is better (${title}). Drag along an axis to highlight the lines that cross the range; click the axis to reset.`));
-  const left = 16 + widest(axes[0]), right = 16 + widest(axes.at(-1)), available = Math.max(280, container.clientWidth);
+    html("p", { class: "note" }, `One line per configuration; stronger is better (${title}).`,
+      html("span", { class: "screen" }, " Drag along an axis to highlight the lines that cross the range; click the axis to reset.")));
+  const left = 16 + widest(axes[0]), right = 16 + widest(axes.at(-1)), available = widthOf(container);
   const width = Math.max(available, left + right + gapOf(axes) * (axes.length - 1)), height = 330, top = 34, bottom = height - 14;
   const x = (i) => left + (i * (width - left - right)) / (axes.length - 1), y = (fraction) => bottom - fraction * (bottom - top);
   const lines = rows.map((row, i) => {
@@ -112,7 +113,7 @@ const MOST_CELLS = 24; // values of a key on an axis
 // Returns the keys with few values, those with more of them first.
 function heatKeys() {
   const count = (key) => valuesOf(key).length;
-  return data.keys.filter((key) => count(key) > 1 && count(key) <= MOST_CELLS).sort((a, b) => count(b) - count(a));
+  return sharedKeys().filter((key) => count(key) > 1 && count(key) <= MOST_CELLS).sort((a, b) => count(b) - count(a));
 }
 
 function renderHeatMap(update) {
@@ -124,7 +125,7 @@ function renderHeatMap(update) {
   sectionBody("heat").replaceChildren(html("div", { class: "controls" }, selectControl("heatX", "columns", names, update), selectControl("heatY", "rows", names, update),
     selectControl("heatCell", "cells", { best: `best ${data.titles[data.by]}`, mean: `mean ${data.titles[data.by]}` }, update)), container,
     html("p", { class: "note" }, `${state.heatCell === "best" ? "Best" : "Mean"} over the other keys, of the configurations that match the filters; stronger is better.`));
-  const root = heatMap(cells, Math.max(280, container.clientWidth));
+  const root = heatMap(cells, widthOf(container));
   const table = () => [[state.heatX, state.heatY, `${state.heatCell} ${data.by}`, "configurations"], ...cells.map((cell) => [cell.x, cell.y, cell.value, cell.rows.length])];
   container.replaceChildren(html("div", { class: "overflow" }, root), exportButtons(`${data.titles[data.by]} by ${state.heatX} and ${state.heatY}`, root, table));
 }
@@ -142,6 +143,7 @@ function heatCells() {
 
 function heatMap(cells, available) {
   const [xs, ys] = [state.heatX, state.heatY].map((key) => valuesOf(key).map(formatValue)), [low, high] = extent(cells.map((cell) => cell.value));
+  const isLog = low > 0 && high > 20 * low, shade = scaleOf(low, high, 0, 1, isLog); // losses of diverged runs would make all others equal
   const [nameX, nameY] = [state.heatX, state.heatY].map((key) => data.columns.find((column) => column.id === `key ${key}`).name);
   const left = 16 + 9 * Math.min(LONGEST_LABEL, Math.max(nameY.length, ...ys.map((text) => text.length)));
   const least = Math.max(56, 8 * Math.max(...xs.map((text) => text.length)) + 6); // for the labels below
@@ -151,7 +153,7 @@ function heatMap(cells, available) {
   root.append(svg("text", { x: left - 8, y: 15, "text-anchor": "end", "font-weight": 600 }, shortened(nameY)),
     ...ys.map((text, i) => label(left - 8, line(i) + 19, shortened(text), "end")), ...xs.map((text, i) => label(middle(i), height - 8, shortened(text).slice(0, Math.floor(size / 7)))),
     svg("text", { x: left + (size * xs.length) / 2, y: 15, "text-anchor": "middle", "font-weight": 600 }, nameX),
-    ...cells.map((cell) => heatCell(cell, middle(xs.indexOf(cell.x)) - size / 2, line(ys.indexOf(cell.y)), size, high > low ? (cell.value - low) / (high - low) : 1)));
+    ...cells.map((cell) => heatCell(cell, middle(xs.indexOf(cell.x)) - size / 2, line(ys.indexOf(cell.y)), size, high > low ? shade(cell.value) : 1)));
   return root;
 }
 

@@ -5,6 +5,13 @@ function runOf(id) {
   return null;
 }
 
+// Returns the folder of all runs, with its slash.
+function commonFolder() {
+  const ids = data.rows.flatMap((row) => row.runs.map((run) => run.id)), parts = ids[0].split("/").slice(0, -1);
+  while (parts.length && !ids.every((id) => id.startsWith(`${parts.join("/")}/`))) parts.pop();
+  return parts.map((part) => `${part}/`).join("");
+}
+
 // Returns the part of a package that a bad run needs, if there is one.
 function urgentOf(run) {
   return run.sections.find((section) => section.urgent);
@@ -17,17 +24,20 @@ function renderConfiguration(row, current) {
   const best = first > 1 ? `One of ${first} configurations that are tied for #1` : "Best configuration";
   document.querySelector("#selected h2").textContent = current ? "Configuration" : best;
   const runs = row.runs.map((run) => html("tr", { class: "row", "aria-selected": String(run === current), onclick: (event) => { if (!event.target.closest("a, button")) location.hash = addressOf(run.id); } },
-    html("td", {}, html("a", { href: addressOf(run.id) }, run.id)), html("td", { class: "number" }, run.seed),
+    html("td", {}, html("a", { href: addressOf(run.id), title: run.id }, run.id.slice(commonFolder().length))), html("td", { class: "number" }, run.seed),
     html("td", {}, html("span", { class: run.status === "failed" ? "bad" : "" }, run.status)),
-    ...run.metrics.map((text) => html("td", { class: "number" }, text)), html("td", {}, copyButton(run.command || run.from, "Copy command"))));
+    ...run.metrics.map((text) => html("td", { class: "number" }, text)), html("td", {}, copyButton(run.command || run.from, "Copy"))));
   const heads = [["run"], ["seed", "number"], ["status"], ...row.heads.map((name) => [name, "number"]), ["repeat"]];
   sectionBody("selected").replaceChildren(
     html("p", {}, html("b", {}, `#${row.cells.rank[1]} `), row.label),
-    html("ul", { class: "facts" }, ...row.facts.map(([name, text]) => html("li", {}, `${name} `, html("b", {}, text)))),
-    html("p", { class: "note" }, row.about),
-    ...row.remarks.map((remark) => html("p", { class: "note" }, remark)),
+    factList(row.facts.filter(([name]) => row.tested.includes(name)), "test"), html("p", { class: "note" }, row.about), factList(row.facts.filter(([name]) => !row.tested.includes(name))),
+    ...(current ? row.remarks : []).map((remark) => html("p", { class: "note" }, remark)), // else they are below the leaderboard
     row.command ? commandLine(row.command) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
     scrollable(tableOf(heads, runs), "Runs of the configuration"));
+}
+
+function factList(facts, kind = "") {
+  return facts.length ? html("dl", { class: `facts ${kind}` }, ...facts.map(([name, text]) => html("div", {}, html("dt", {}, name), html("dd", {}, text)))) : "";
 }
 
 // -- the view of one run
