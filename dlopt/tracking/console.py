@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.emphasis import emphasized
 from dlopt.basics.length import Length, UpdateCount
 from dlopt.basics.terminal_controls import drop_bad_size, without_controls
 from dlopt.metrics.measures import seconds_left
@@ -331,7 +332,7 @@ class ConsoleView(Screen):
         self.close()
         self._print_block(Text(""), terminal_text.format_result(summary, tested, classes), Text(""))
         for line in lines:
-            self._print(line)
+            self._print(emphasized(line))
 
     def close(self) -> None:
         self._due = float("inf")
