@@ -128,4 +128,4 @@ def test_a_broken_command_can_be_pasted() -> None:
     assert fitted("One two three\nfour.\n\n  key=N   a key\n", 10) == (
         "One two\nthree\nfour.\n\n  key=N   a\n          key"
     )
-    assert fitted("In those of\nsrun or of torchrun.\n", 20) == "In those of srun or\nof torchrun."
+    assert fitted("In those of\nsrun or of torchrun.\n", 18) == "In those of srun\nor of torchrun."
