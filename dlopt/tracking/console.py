@@ -251,6 +251,7 @@ class ConsoleView(Screen):
         self._display: _Display | None = None
         self._rows: terminal_text.EpochRows | None = None
         self._rows_width: int | None = -1  # for which the table's header was printed; -1: for none
+        self._has_marks = False
         self._due = float("inf")
 
     def begin(
@@ -314,6 +315,7 @@ class ConsoleView(Screen):
             self._rows_width = width
             self._print(self._rows.header(metrics, width))
         self._print(self._rows.row(metrics, best))
+        self._has_marks |= best
         if (display := self._display) is not None:
             display.position = display.length.position(metrics["step"])
             train, val = ({name: metrics[name] for name in names if name in metrics} for names in (_TRAIN, _VAL))
@@ -330,6 +332,8 @@ class ConsoleView(Screen):
         """Prints the results (see `terminal_text.format_result`), then `lines` (run folder, suggested commands) without
         wrapping them."""
         self.close()
+        if self._has_marks:
+            self._print(Text("* best epoch so far", "dim"))
         self._print_block(Text(""), terminal_text.format_result(summary, tested, classes), Text(""))
         for line in lines:
             self._print(emphasized(line))
