@@ -5,6 +5,7 @@ Imports torch lazily, so that `--help`, `--version` and shell completion are fas
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -154,8 +155,8 @@ def _print_version(_: list[str]) -> int:
 
 
 def _print(text: str, _: list[str]) -> int:
-    from dlopt.basics.formats import terminal_width
+    from dlopt.basics.emphasis import print_emphasized
     from dlopt.commands.shared.text_columns import fitted
 
-    print(fitted(text, terminal_width(sys.stdout)), end="")
+    print_emphasized(fitted(text, shutil.get_terminal_size().columns))
     return DONE

@@ -252,11 +252,12 @@ def print_line(text: str) -> None:
     flush_streams()
 
 
-def print_message(message: str) -> None:
+def print_message(message: str, prefix: str = "bold red") -> None:
     """Prints an error, a warning or a note to stderr: shortened, without codes that would control a terminal.
 
-    A terminal shows it in lines that break between words.
+    A terminal shows it in lines that break between words, with commands in colour, and "dlopt:" in the style `prefix`.
     """
+    from dlopt.basics.emphasis import print_emphasized
     from dlopt.basics.formats import printable, terminal_width, wrap  # most commands print none
     from dlopt.basics.secrets import redact
 
@@ -270,7 +271,14 @@ def print_message(message: str) -> None:
         text = line.lstrip(" ")
         margin = " " * (len(line) - len(text))
         lines += wrap(text, width, first=margin, indent=f"{margin}  ")
-    print_line("\n".join(lines))
+    with contextlib.suppress(OSError):
+        print_emphasized("\n".join(lines), sys.stderr, prefix)
+    flush_streams()
+
+
+def print_note(message: str) -> None:
+    """Prints what is no error, as `print_message` does."""
+    print_message(message, "bold")
 
 
 def flush_streams() -> None:

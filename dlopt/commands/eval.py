@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import write_json
 from dlopt.basics.folders import short_path
-from dlopt.basics.interruption import print_message
+from dlopt.basics.interruption import print_note
 from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import Line, load_torch, on_checkpoint, on_config, saved_run_config, writing
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
@@ -128,7 +128,7 @@ def _evaluate_checkpoints(
         for path, checkpoint in zip(paths, checkpoints, strict=True)
     ]
     mode = join_processes(choose_device(run_configs[0].settings.device), processes)
-    models: Iterable[Workload] = restored(paths, checkpoints, run_configs, mode, print_message)
+    models: Iterable[Workload] = restored(paths, checkpoints, run_configs, mode, print_note)
     validated = None
     with _counted(mode.ranks.is_main) as on_batch:
         if threshold is not None:

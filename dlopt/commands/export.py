@@ -9,7 +9,7 @@ from dlopt._version import __version__
 from dlopt.basics.errors import DONE, UserError, install, require_package
 from dlopt.basics.files import temporary_sibling, write_atomically, write_json
 from dlopt.basics.folders import short_path
-from dlopt.basics.interruption import print_message
+from dlopt.basics.interruption import print_note
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
@@ -87,7 +87,7 @@ def export(
     with waiting("loading the model ..."):
         trained = restore(path, {**changes, "precision": "fp32", "device": "cpu"}, decision=decision)
     if trained.warning is not None:
-        print_message(trained.warning)
+        print_note(trained.warning)
     metadata = {
         "classes": trained.classes,
         "config": trained.config,

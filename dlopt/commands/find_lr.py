@@ -3,6 +3,7 @@
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
+from dlopt.basics.emphasis import print_emphasized
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import short_path
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, writing
@@ -82,7 +83,7 @@ def find_lr(
     if result.steepest is not None:
         kept = without(line.overrides, "optimizer.lr")
         command = ["dlopt", "train", *line.composer.flags, *kept, f"optimizer.lr={result.steepest:.2g}"]
-        print("next:", f"  {shlex.join(command)}", sep="\n")
+        print_emphasized(f"next:\n  {shlex.join(command)}")
     return DONE
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
 from dlopt.basics.formats import format_value
-from dlopt.basics.interruption import print_message
+from dlopt.basics.interruption import print_note
 from dlopt.basics.ranges import Count, Natural
 from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
@@ -132,12 +132,12 @@ def _predict(
         return DONE
     decided = None if decision is None else f"decided by {FILE}: {decision.text}"
     for note in filter(None, (trained.warning, decided, *predictions.notes)):
-        print_message(note)
+        print_note(note)
     with writing(target), status_line() as show:
 
         def warn(message: str) -> None:
             show("")
-            print_message(message)
+            print_note(message)
 
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(target) as temporary:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from dlopt.basics.errors import DONE, RunError, UserError
 from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.formats import format_bytes, format_count, printable
-from dlopt.basics.interruption import print_message
+from dlopt.basics.interruption import print_note
 from dlopt.basics.ranges import Count
 from dlopt.commands import runs_tag
 from dlopt.commands.completion import folders
@@ -106,14 +106,14 @@ def _list(
     if not records:
         where = " ".join(short_path(folder) for folder in folders)
         matching = f"no run matches {' '.join(condition.line for condition in conditions)}" if conditions else "no runs"
-        print_message(printable(f"{where}: {matching}"))
+        print_note(printable(f"{where}: {matching}"))
     for folder in damaged:
         _print_skipped(folder.path, folder.reason)
     return DONE
 
 
 def _print_skipped(path: Path, reason: str) -> None:
-    print_message(printable(f"{short_path(path)}: skipped: {reason}"))
+    print_note(printable(f"{short_path(path)}: skipped: {reason}"))
 
 
 def parse(

@@ -8,7 +8,7 @@ from annotated_types import Interval
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.files import temporary_sibling
 from dlopt.basics.folders import short_path
-from dlopt.basics.interruption import print_message
+from dlopt.basics.interruption import print_note
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, refuse_folder, writing
 from dlopt.config.reads import RECIPE
 
@@ -69,7 +69,7 @@ def show_batch(
                 picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
                 temporary.replace(path)
     for problem in problems(dataset.notes):
-        print_message(problem)
+        print_note(problem)
     print(*map(short_path, pictures), sep="\n")
     return DONE
 

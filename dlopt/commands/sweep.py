@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from dlopt.basics.emphasis import print_emphasized
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.formats import format_count, printable
@@ -139,7 +140,7 @@ def _print(folder: Path, status: "SweepStatus") -> None:
             how = f"its command with {shlex.join(in_folder(folder))}"
         print(f"nothing runs the jobs that are left; to continue: {how}")
     elif status.code == DONE and (folder / SPACE).exists():  # not the folder of another command
-        print(f"next:\n  dlopt report {path}")
+        print_emphasized(f"next:\n  dlopt report {path}")
 
 
 def _quoted(folder: Path) -> str:
@@ -229,7 +230,8 @@ def _resume(folder: Path) -> int:
         return code
     count, job_id = submission.resume(folder)
     how = "none was submitted (hydra.launcher.n_jobs=0)" if job_id is None else f"Slurm job {job_id}"
-    print(f"resumed: {format_count('elements', count)}, {how}\nnext:\n  dlopt sweep status {_quoted(folder)}")
+    print(f"resumed: {format_count('elements', count)}, {how}")
+    print_emphasized(f"next:\n  dlopt sweep status {_quoted(folder)}")
     return DONE
 
 

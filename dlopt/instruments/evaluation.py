@@ -85,7 +85,7 @@ def write_of_run(folder: Path, workload: Workload, report: TestReport) -> dict[s
     draws = 10 * seconds <= (summary.get("seconds") or 0.0)
     written = write(folder, record, tested, draws=draws)
     if not draws:
-        return {"pictures of the test": f"dlopt eval {shlex.quote(short_path(folder))} draws them"}
+        return {"pictures of the test": f"`dlopt eval {shlex.quote(short_path(folder))}` draws them"}
     return {text: path for text, path in written.items() if path.suffix == ".png"}
 
 

@@ -10,6 +10,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.emphasis import emphasized
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import brief, format_count, printable
 from dlopt.metrics.names import Metric
@@ -75,7 +76,7 @@ def _print_line(line: str, console: Console) -> None:
     """Prints a line, which is wrapped on a terminal."""
     if console.is_terminal:
         line = _wrapped(line, console.width)
-    console.print(Text(line), soft_wrap=True)
+    console.print(emphasized(line), soft_wrap=True)
 
 
 def _wrapped(line: str, width: int) -> str:

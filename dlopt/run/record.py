@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dlopt.basics.errors import FAILED, INTERRUPTED, USER_ERROR, ReportedError, RunError, UserError, disk_failure
 from dlopt.basics.files import read_json, write_atomically, write_json, write_yaml
 from dlopt.basics.folders import FORMAT, RunFolder, new_run_id, refuse_links
-from dlopt.basics.interruption import print_line, print_message
+from dlopt.basics.interruption import print_line, print_message, print_note
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact_bytes
 from dlopt.config.keys import LABELS
@@ -40,7 +40,7 @@ def report(
 
     if isinstance(error, KeyboardInterrupt):
         if prints and rendezvous.is_main():
-            print_message(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
+            print_note(f"interrupted; {how_to_resume(RunFolder(run.folder), rendezvous.is_launched())}")
         return INTERRUPTED
     if isinstance(error, NotStartedError):
         if prints:
@@ -104,7 +104,7 @@ def described(run: "TrainingRun") -> Iterator[None]:
                 paths = [run.folder / name for name in names]
                 former = {path: read_regular(path, sys.maxsize) if path.is_file() else None for path in paths}
                 if changed := _changed_versions(run):
-                    print_message(f"warning: resumes with {changed}; the result may differ from that of one version")
+                    print_note(f"warning: resumes with {changed}; the result may differ from that of one version")
             describe(run.folder, run.run_config.config, run.overrides, run.choices)
         yield
     except (UserError, ReportedError) as error:

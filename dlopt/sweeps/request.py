@@ -1,7 +1,6 @@
 """A composed sweep, grid or search: its folder, its jobs, and what it prints at its end."""
 
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,10 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dlopt.basics.emphasis import print_emphasized
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import RunFolder, make, make_new, newest, refuse_links, short_path
+from dlopt.basics.interruption import print_note
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import BRANCH, OUTPUT, WAIT, Axis, without
 from dlopt.config.packages import series_of
@@ -113,7 +114,7 @@ class SweepRequest:
         if keys.get("optimizer.lr") and "optimizer.rest_lr" not in keys and rates:
             stays = f"optimizer.lr is swept, but optimizer.rest_lr stays at {', '.join(sorted(rates))}"
             both = "rates=zip(optimizer.lr=[A,B],optimizer.rest_lr=[C,D])"
-            print(f"dlopt: warning: {stays}; to sweep both: {both}", file=sys.stderr)
+            print_note(f"warning: {stays}; to sweep both: {both}")
 
     def plan_job(self, overrides: Sequence[str], number: int) -> Plan:
         """Composes and checks a job. Raises `UserError`."""
@@ -177,4 +178,4 @@ def print_next(title: str, sweep: Path, *others: Path, has_failed: bool = False)
     """Prints `title` and the next commands. `others`: folders with further runs of the same study."""
     path = shlex.join(map(short_path, (sweep, *others)))
     failed = [f"  dlopt runs {path} status=failed"] if has_failed else []
-    print(title, "next:", f"  dlopt report {path}", *failed, sep="\n")
+    print_emphasized("\n".join([title, "next:", f"  dlopt report {path}", *failed]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt._version import __version__
+from dlopt.basics.emphasis import print_emphasized
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import write_atomically, write_json
 from dlopt.basics.folders import SPACE as SPACE_FILE
@@ -266,7 +267,8 @@ def _print_submitted(folder: Path, job_id: str | None, how: str, jobs: int) -> N
 
 
 def _print_next(folder: Path, parts: Sequence[str]) -> None:
-    print("next:", *(f"  dlopt sweep {part} {shlex.quote(short_path(folder))}" for part in parts), sep="\n")
+    commands = [f"  dlopt sweep {part} {shlex.quote(short_path(folder))}" for part in parts]
+    print_emphasized("\n".join(["next:", *commands]))
 
 
 def _copy(sweep: Path, packages: Sequence[str], files: Mapping[str, Path]) -> CopiedCode:

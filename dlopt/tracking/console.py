@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.emphasis import emphasized
 from dlopt.basics.length import Length, UpdateCount
 from dlopt.basics.terminal_controls import drop_bad_size, without_controls
 from dlopt.metrics.measures import seconds_left
@@ -250,6 +251,7 @@ class ConsoleView(Screen):
         self._display: _Display | None = None
         self._rows: terminal_text.EpochRows | None = None
         self._rows_width: int | None = -1  # for which the table's header was printed; -1: for none
+        self._has_marks = False
         self._due = float("inf")
 
     def begin(
@@ -313,6 +315,7 @@ class ConsoleView(Screen):
             self._rows_width = width
             self._print(self._rows.header(metrics, width))
         self._print(self._rows.row(metrics, best))
+        self._has_marks |= best
         if (display := self._display) is not None:
             display.position = display.length.position(metrics["step"])
             train, val = ({name: metrics[name] for name in names if name in metrics} for names in (_TRAIN, _VAL))
@@ -329,9 +332,11 @@ class ConsoleView(Screen):
         """Prints the results (see `terminal_text.format_result`), then `lines` (run folder, suggested commands) without
         wrapping them."""
         self.close()
+        if self._has_marks:
+            self._print(Text("* best epoch so far", "dim"))
         self._print_block(Text(""), terminal_text.format_result(summary, tested, classes), Text(""))
         for line in lines:
-            self._print(line)
+            self._print(emphasized(line))
 
     def close(self) -> None:
         self._due = float("inf")

@@ -109,7 +109,7 @@ def commands_table(*, linked: bool = False) -> str:
 def _help(name: str) -> list[str]:
     out = io.StringIO()
     with (
-        mock.patch.dict(os.environ, COLUMNS="100"),
+        mock.patch.dict(os.environ, COLUMNS="80"),
         contextlib.redirect_stdout(out),
         contextlib.suppress(SystemExit),  # argparse
     ):

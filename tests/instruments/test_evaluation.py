@@ -128,4 +128,4 @@ def test_the_end_of_a_run_draws_within_a_tenth_of_its_time(tmp_path: Path, secon
     if draws:
         assert pictures == {"confusion.png", "evaluation.png", "most_wrong.png"} and len(listed) == 3
     else:
-        assert not pictures and listed == {"pictures of the test": f"dlopt eval {tmp_path} draws them"}
+        assert not pictures and listed == {"pictures of the test": f"`dlopt eval {tmp_path}` draws them"}

@@ -87,7 +87,7 @@ def test_a_run_draws_and_names_the_picture_and_the_next_commands(tmp_path: Path)
     assert shown[:6] == [
         "my run",
         "curves: my run/curves.png",
-        "pictures of the test: dlopt eval 'my run' draws them",
+        "pictures of the test: `dlopt eval 'my run'` draws them",
         "next:",
         "dlopt eval checkpoint='my run'",
         "dlopt report .",

@@ -49,6 +49,7 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path, changes: dict[str, str]) -> Non
     assert all(line == line.rstrip() for line in lines)
     assert [line.split()[0] for line in lines if re.match(r" +\d/3 ", line)] == ["1/3", "2/3", "3/3"]
     assert sum(line.split()[:3] == ["epoch", "step", "train"] for line in lines) == 1
+    assert lines.count("* best epoch so far") == 1
     assert sum("sgd  lr 0.1" in line for line in lines) == 1
     assert sum("272,474 parameters" in line for line in lines) == 1
     assert "said to the user" in lines

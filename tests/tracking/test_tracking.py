@@ -34,6 +34,12 @@ def train(
             tracking.finish({"status": "finished", "steps": 30, "test_loss": 1.2, "test_accuracy": 0.3})
 
 
+def test_a_mark_that_no_row_has_is_not_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    train(None, console=True, sinks=[])
+    shown = capsys.readouterr().out
+    assert " 3/3 " in shown and "best epoch so far" not in shown
+
+
 def scalars(folder: Path) -> dict[str, list[int]]:
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import make, make_new, refuse_url
-from dlopt.basics.interruption import print_message
+from dlopt.basics.interruption import print_note
 from dlopt.basics.names import Names
 from dlopt.basics.plain_values import is_below
 from dlopt.basics.status_line import waiting
@@ -369,7 +369,7 @@ def _with_best_runs(checkpoint: Any) -> Any:
     if best is None:
         return checkpoint
     folder, text = best
-    print_message(text)
+    print_note(text)
     return str(Path(checkpoint) / folder.relative_to(Path(checkpoint).absolute()))
 
 

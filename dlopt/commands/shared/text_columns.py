@@ -8,7 +8,7 @@ from itertools import groupby
 
 from dlopt.basics.formats import wrap
 
-_PROSE = re.compile(r"( *)(?!dlopt |srun |Usage: | )((?!  ).)+")
+_PROSE = re.compile(r"( *)(?!dlopt |srun -|Usage: | )((?!  ).)+")
 _GAP = re.compile(r"( *.*\S)(?: {2,}| (?=# ))(\S.*)")  # between two columns, or a command and its comment
 _NARROW = 20  # first column beside which the second one is wrapped
 
@@ -33,18 +33,18 @@ def wrap_row(left: str, right: str, column: int, width: int | None) -> list[str]
     return wrap(right, width, first=f"{left:{column}}  ", indent=indent)
 
 
-def fitted(text: str, width: int | None) -> str:
-    """Wraps a help to `width` characters (None for no limit): paragraphs again, and each longer line alone."""
+def fitted(text: str, width: int) -> str:
+    """Wraps a help to `width` characters: paragraphs again, and each longer line alone."""
     lines: list[str] = []
     for indent, group in groupby(text.splitlines(), lambda line: (match := _PROSE.fullmatch(line)) and match[1]):
         together = [*group]
-        if width is None or max(map(len, together)) <= width:
+        if max(map(len, together)) <= width:
             lines += together
         elif indent is not None:
             lines += wrap(" ".join(map(str.strip, together)), width, first=indent, indent=indent)
         else:
             lines += [each for line in together for each in _broken(line, width)]
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def _broken(line: str, width: int) -> list[str]:

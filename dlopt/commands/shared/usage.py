@@ -133,7 +133,7 @@ def _format(default: Any) -> str:
 def _table(module: ModuleType, lines: Sequence[str]) -> list[str]:
     found = [match for line in lines if (match := _TABLE.fullmatch(line))]
     indent = len(found[0][1])
-    width = min(max(shutil.get_terminal_size((_WIDTH, 24)).columns, 60), _WIDTH)
+    width = min(max(shutil.get_terminal_size().columns, 60), _WIDTH)
     rows: list[tuple[str, str]] = []
     for _, name, left, right in (match.groups() for match in found):
         named = getattr(module, name) if name else None
