@@ -195,7 +195,7 @@ def _stop(folder: Path) -> int:
         series.stop_run(folder)
         print(f"stopping this job, which writes a checkpoint; the others continue\nto continue it: {_again(folder)}")
         return DONE
-    if not array.is_submitted(folder):
+    if not array.is_submitted(folder) and series.read(folder) is not None:
         series.stop(folder, "dlopt sweep stop")
         print(f"stopping its jobs, which write checkpoints; to continue: dlopt sweep resume {_quoted(folder)}")
         return DONE

@@ -1,4 +1,4 @@
-"""`dlopt template`: prints job scripts, a manifest, container files, and the JSON schema of experiment files."""
+"""`dlopt template`: prints job scripts, a manifest, container files, a guide for programs, and the JSON schema."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,14 @@ TEMPLATES = {  # name -> file in dlopt/templates/
     "kubernetes": "kubernetes.yaml",
     "docker": "Dockerfile",
     "apptainer": "dlopt.def",
+    "agents": "AGENTS.md",
 }
 
 SCHEMA = "schema"
 _FLAGS = ("--config-dir", "-cd", "--config-name", "-cn")
 
 USAGE = """\
-Print a job script, a manifest, a container file or the JSON schema of experiment files
+Print a job script, a manifest, a container file, a guide for programs, or the JSON schema of experiment files
 
 Usage: dlopt template NAME > FILE
        dlopt template schema [--config-dir DIR] > dlopt.schema.json
@@ -28,6 +29,7 @@ Usage: dlopt template NAME > FILE
   kubernetes :: manifest: Job, Service, volume for outputs, memory for /dev/shm
   docker :: Dockerfile
   apptainer :: definition file
+  agents :: guide for a program that proposes changes in a loop: the commands, what not to read, exit codes, costs
   schema :: JSON schema with which editors complete and check experiment files, also with the choices in DIR
 
 Fill in the marked lines; the comments at the top of each file show how to use it.

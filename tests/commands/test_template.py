@@ -1,5 +1,6 @@
 """`dlopt template`: what it prints is valid and starts a run."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dlopt.commands.command_table import every_command
 from dlopt.commands.template import TEMPLATES
 from dlopt.machine.world import World, current
 from tests.support.line import SMALL, dlopt, refused
@@ -96,3 +98,13 @@ def test_manifest_describes_the_ranks(tmp_path: Path) -> None:
 def test_options_of_sbatch_belong_to_sbatch(typed: str, tmp_path: Path) -> None:
     message = refused(tmp_path, "template", "slurm", *typed.split())
     assert f"sbatch --{typed.removeprefix('--')} train.sbatch" in message
+
+
+def test_the_guide_for_programs_names_commands_and_keys_that_exist(tmp_path: Path) -> None:
+    text = printed(tmp_path, "agents")
+    assert 40 <= len(text.splitlines()) <= 60
+    for command in re.findall(r"`dlopt ([a-z-]+)", text):
+        assert command in every_command()
+    helps = {name: dlopt(tmp_path, name, "--help").out for name in ("judge", "runs", "sweep", "report", "options")}
+    for key in ("because", "equal", "minutes", "seeds", "margin", "ablate", "ledger"):
+        assert key in text and key in helps["judge"]

@@ -41,7 +41,8 @@ def targets() -> list[str]:
 
 def test_errors_of_values_come_before_torch() -> None:
     lines = {
-        "train epochs=abc": "epochs=abc: input should be a valid integer; allowed: an integer >= 1",
+        "train epochs=abc": "epochs=abc: input should be a valid integer; allowed: an integer >= 1 | a time > 0 "
+        "(90s, 5min, 1.5h)",
         "train data.batch_size=0": "data.batch_size=0: input should be greater than or equal to 1; allowed: an integer "
         ">= 1 and <= 16777216 | full",
         "train optimizer.lr=-1": "optimizer.lr=-1: input should be greater than 0; allowed: a number > 0",  # of torch

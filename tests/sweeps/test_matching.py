@@ -25,7 +25,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Jobs end as soon as they are described; returns what is started."""
     started: list[list[str]] = []
 
-    def run_jobs(jobs: Sequence[Job], total: int, pool: Any) -> dict[int, str]:
+    def run_jobs(jobs: Sequence[Job], total: int, pool: Any, folder: Path) -> dict[int, str]:
         for job in jobs:
             if prepare(job) is None:
                 started.append(job.plan.texts)

@@ -170,6 +170,8 @@ def test_pruner_stops_jobs_with_a_worse_metric(objective: str, watch: str, direc
     prunes = []
 
     class Recorded:
+        folder = Path()
+
         def report(self, claim: ClaimedTrial, epoch: int, value: float) -> bool:
             claim.trial.report(value, epoch)
             return claim.trial.should_prune()

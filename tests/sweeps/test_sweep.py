@@ -195,7 +195,7 @@ def test_shuffled_values_run_in_the_order_of_the_checked_jobs(tmp_path: Path, mo
     launched: list[list[str]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
     monkeypatch.setattr(
-        "dlopt.sweeps.pool.run_jobs", lambda jobs, total, pool: launched.extend(job.plan.texts for job in jobs) or {}
+        "dlopt.sweeps.pool.run_jobs", lambda jobs, *_: launched.extend(job.plan.texts for job in jobs) or {}
     )
     line = ["seed=shuffle(range(0,6))", "optimizer.lr=shuffle(0.1,0.2)"]
     sweep(tmp_path, *line)
@@ -216,7 +216,7 @@ def test_jobs_run_as_checked_and_are_composed_once(tmp_path: Path, monkeypatch: 
 
     batches: list[list[Any]] = []
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
-    monkeypatch.setattr("dlopt.sweeps.pool.run_jobs", lambda jobs, total, pool: batches.append(list(jobs)) or {})
+    monkeypatch.setattr("dlopt.sweeps.pool.run_jobs", lambda jobs, *_: batches.append(list(jobs)) or {})
     monkeypatch.setattr(Composer, "_compose", count)
     sweep(tmp_path, "seed=1,2,3", "hydra.sweeper.max_batch_size=2", "+hydra.job.env_set.A_KEY=value")
     assert len(composed) == 4  # the sweep and its jobs

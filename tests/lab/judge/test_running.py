@@ -121,6 +121,6 @@ def test_pairs_are_shown_without_a_display_of_jobs(tmp_path: Path, monkeypatch: 
 
     made = []
     monkeypatch.setattr(overview.Overview, "__init__", lambda self, *_, silent=False, **__: made.append(silent))
-    judgement = SimpleNamespace(waiting=list, looks=[], seeds=3)
+    judgement = SimpleNamespace(waiting=list, looks=[], seeds=3, folder=tmp_path)
     running._Pairs(judgement, None, print)  # type: ignore[arg-type]
     assert made == [True]
