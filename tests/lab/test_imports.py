@@ -21,7 +21,7 @@ sweeps.samplers sweeps.search sweeps.space tracking.console tracking.terminal_te
 tracking.tensorboard trained.distillation trained.restore training.averaging training.builders.dataset
 training.builders.model_check training.builders.optimizer training.builders.speed training.builders.workload
 training.checkpoint.checkpoints training.clipping training.evaluate training.length training.progress training.step
-training.stopping sweeps.branches sweeps.matching sweeps.submitting
+training.stopping sweeps.branches sweeps.matching sweeps.series sweeps.submitting
 """
 
 

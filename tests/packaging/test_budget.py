@@ -99,7 +99,8 @@ WORDS = {
         precision processes profiled seconds simulate sizes speedup tflops threads training updates validate
         value_bytes variation warmup
     """,
-    "dlopt judge": "equal error_rate margin minutes output seeds",
+    # because: instead of a file of notes beside the ledger; ablate: instead of a command typed for each part
+    "dlopt judge": "ablate because equal error_rate margin minutes output seeds",
     "dlopt verify": "paper",
 }
 

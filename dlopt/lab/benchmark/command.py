@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.errors import require_package
 from dlopt.basics.formats import format_count, format_duration
-from dlopt.basics.interruption import print_note
 from dlopt.basics.locks import locked
 from dlopt.basics.scratch import scratch
 from dlopt.basics.status_line import announce_dry_run
@@ -313,7 +312,8 @@ def _measure(line: Line, request: "TrialRequest", manifest: Manifest) -> None:
                 _measure_cost(line, request, optimizer, workload, folder / COST)
             except Exception as error:  # of the optimizer, which is the user's
                 reason = f"{type(error).__name__}: {error}"
-                print_note(f"{optimizer} on {workload}: cannot measure the time of an update: {reason}")
+                message = f"dlopt: {optimizer} on {workload}: cannot measure the time of an update: {reason}"
+                print(message, file=sys.stderr)
         for study, record in best.items():
             costs.test_trial(folder / f"{study}-{record.trial}")
 
@@ -396,7 +396,7 @@ def _on_folder(action: str, line: Line) -> int:
         waiting = [not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials]
         if any(waiting):
             message = f"{sum(waiting)} of {len(waiting)} trials have not ended: the targets are preliminary"
-            print_note(f"warning: {message}")
+            print(f"dlopt: warning: {message}", file=sys.stderr)
         none = "none, because most studies have no finite value in time"
         for name, target in targets(folder, manifest).items():
             print(f"{name}: {f'{target:.4g}' if math.isfinite(target) else none}")
