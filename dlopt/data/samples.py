@@ -89,6 +89,7 @@ class Samples:
         digests: [N, ...], equal for equal inputs; None if they are not known. Equal samples of two splits are found by
             them.
         origin: what names the samples once they are in memory: has `place` and `select`; None if nothing does.
+        dtype: of the inputs; None if reading them tells.
         rotated: images read so far whose EXIF orientation is not applied.
     """
 
@@ -96,6 +97,7 @@ class Samples:
     image_size: tuple[int, int] | None = None
     digests: Tensor | None = None
     origin: Any = None
+    dtype: torch.dtype | None = None
     rotated = 0
     is_loaded = False  # whether the inputs are in main memory
     uses_workers = True  # whether reading in several processes is faster
@@ -209,8 +211,12 @@ class Samples:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the inputs in memory."""
-        return len(self) * prod(self.shape) * (1 if len(self.shape) == 3 else 4)
+        """Bytes of the inputs in memory. Reads an image if their `dtype` is not known."""
+        dtype = self.dtype
+        if dtype is None and len(self.shape) == 3:
+            with torch.random.fork_rng(devices=()):  # transforms of the user may draw numbers, on which the run depends
+                dtype = self.fetch(torch.zeros(1, dtype=torch.int64)).dtype
+        return len(self) * prod(self.shape) * (dtype or torch.float32).itemsize
 
     def size(self) -> dict[str, int]:
         """Returns how many samples there are, under the name of their unit."""
@@ -283,6 +289,7 @@ class InMemory(Samples):
             raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
         super().__init__(targets, tuple(inputs.shape[1:]), further)
         self.inputs = self.digests = inputs
+        self.dtype = inputs.dtype
         self.origin = origin
 
     def read(self, rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from dlopt.data.equal_samples import equal_sample_warnings
 from dlopt.data.images.decoding import size_pair
 from dlopt.data.inspection import notes
 from dlopt.data.loading import materialize, worker_count
+from dlopt.data.near_duplicates import near_duplicate_warnings
 from dlopt.data.samples import Dataset, Samples
 from dlopt.data.settings import DataSettings as DataSettings
 from dlopt.machine.memory import available_memory
 
 MEMORY_FRACTION = 0.25  # of the free memory, main or GPU, that data.memory=auto may fill with samples
+_UNEVEN = 0.2  # relative error of a requested fraction, from which on a line says so
 _TEST_SEED = 0  # fixed, so that test metrics of all runs can be compared, and folds are parts of one division
 _SUBSET, _VAL, _NOISE, _EVALUATED = 1, 2, 3, 4  # RNG streams: each is drawn independently of the others
 
@@ -70,13 +73,16 @@ def prepare(
         processes: training processes that share this machine.
         random_crops: training images are cropped at random. Images that `image_size` would cut are then read from their
             files in every epoch, because decoded ones have lost their margins.
-        compare: look for equal samples, see `dlopt.data.equal_samples`.
+        compare: look for equal samples and nearly equal rows, see `equal_samples`.
 
     Raises:
         UserError: the settings do not fit the data, or a sample cannot be read.
     """
     dataset = replace(dataset, notes=notes(dataset))
     train, val, test = dataset.train, dataset.val, dataset.test
+    requested: dict[str, tuple[str, float, int]] = {}
+    if test is not None and (fraction := settings.test_split):
+        requested["test"] = f"data.test_split={fraction:g}", fraction, len(train) + len(test)
     is_stratified = dataset.classes is not None and not dataset.has_several_labels
     seed = settings.split_seed if settings.folds is None else _TEST_SEED
     if settings.folds is not None and ORDER in train.further and settings.order is None:
@@ -92,13 +98,15 @@ def prepare(
         parts = partition(train.targets, train.further, settings.folds, seed)
         is_held_out = torch.eq(parts, settings.fold or 0)
         held_out, kept = is_held_out.nonzero().squeeze(1), is_held_out.logical_not().nonzero().squeeze(1)
+        requested["validation"] = f"data.folds={settings.folds}", 1 / settings.folds, len(train)
         train, val = train.select(kept), train.select(held_out)
     elif val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
         held_out, kept = divide(train.targets, train.further, count, seed, _VAL, keep_one=True)
         if len(held_out):
+            requested["validation"] = f"data.val_split={settings.val_split:g}", settings.val_split, len(train)
             train, val = train.select(kept), train.select(held_out)
-    dataset = replace(dataset, notes=(*dataset.notes, *_division_notes(settings, train, val, test)))
+    dataset = replace(dataset, notes=(*dataset.notes, *_division_notes(settings, train, val, test, requested)))
     dataset, train, val, test = train.encode(dataset, val, test)
     stored: dict[str, Any] = {"train": train, "val": val, "test": test}  # at their size, and without noise
     if settings.label_noise > 0:
@@ -129,13 +137,21 @@ def prepare(
     if in_memory:
         train = materialize(train, worker_count(settings.workers, train, processes))
         val = None if val is None else materialize(val, worker_count(settings.workers, val, processes))
-    loaded = stored | {"train": train, "val": val} if stored["train"].digests is None else stored
-    found = equal_samples(dataset, loaded, stored) if compare else ()
+    found = equal_samples(dataset, {"train": train, "val": val, "test": test}, stored) if compare else ()
     return replace(dataset, train=train, val=val, test=test, in_memory=in_memory, notes=(*dataset.notes, *found))
 
 
-def _division_notes(settings: DataSettings, train: Samples, val: Samples | None, test: Samples | None) -> Iterator[str]:
-    """Yields what groups, an order or folds have made of the splits, and warnings where these do not keep to it."""
+def _division_notes(
+    settings: DataSettings,
+    train: Samples,
+    val: Samples | None,
+    test: Samples | None,
+    requested: Mapping[str, tuple[str, float, int]],
+) -> Iterator[str]:
+    """Yields what groups, an order or folds have made of the splits, and warnings where these do not keep to it.
+
+    `requested`: of the splits that dlopt has made, the key with its value, the fraction, and of how many samples.
+    """
     held_out = {"validation": val, "test": test}
     if settings.folds is not None and val is not None and not train.targets.is_floating_point():
         count = int((~torch.isin(val.targets, train.targets)).sum())
@@ -147,9 +163,16 @@ def _division_notes(settings: DataSettings, train: Samples, val: Samples | None,
         groups = {name: each.further[GROUP] for name, each in divided.items() if GROUP in each.further}
         counts = ", ".join(f"{len(each.unique()):,} {name}" for name, each in groups.items())
         yield f"{_divider(GROUP, settings.group)}: {counts} groups"
-        for name, each in groups.items():
-            if name != "training" and (count := int(torch.isin(each, groups["training"]).sum())):
-                yield f"{WARNING}{count:,} of {len(each):,} {name} samples share a group with training samples"
+        for (first, known), (name, each) in combinations(groups.items(), 2):
+            if count := int(torch.isin(each, known).sum()):
+                yield f"{WARNING}{count:,} of {len(each):,} {name} samples share a group with {first} samples"
+        largest = int(torch.cat([*groups.values()]).unique(return_counts=True)[1].max())
+        for name, (setting, fraction, total) in requested.items():
+            if abs((share := len(groups[name]) / total) / fraction - 1) > _UNEVEN:
+                yield (
+                    f"{setting}: groups stay together, so the {name} set has {100 * share:.3g} % of the samples, not "
+                    f"{100 * fraction:.3g} %; the largest group has {largest:,}"
+                )
     if ORDER in train.further:
         yield f"{_divider(ORDER, settings.order)}: training before validation before test, not stratified by class"
         last = train.further[ORDER].max()
@@ -183,17 +206,21 @@ def with_validation_set(
 
 
 def equal_samples(
-    dataset: Dataset, splits: Mapping[str, Samples | None], labelled: Mapping[str, Samples | None] | None = None
+    dataset: Dataset, splits: Mapping[str, Samples | None], stored: Mapping[str, Samples | None] | None = None
 ) -> tuple[str, ...]:
-    """Returns the warnings of equal samples; none of generated data, whose inputs may be few by design.
+    """Returns the warnings of equal samples and nearly equal rows; none of generated data, which may have few inputs.
 
-    `labelled`: the splits with clean labels, if the labels of `splits` have noise.
+    `stored`: the splits as read, with clean labels, if those of `splits` have noise or other sizes. Their digests are
+    used if they are known.
     """
     if dataset.is_generated:
         return ()
-    targets = {name: each.targets for name, each in (labelled or splits).items() if each is not None}
-    rows = {name: None if each is None else each.digests for name, each in splits.items()}
-    return equal_sample_warnings(rows, targets, has_classes=dataset.classes is not None)
+    stored = stored or splits
+    targets = {name: each.targets for name, each in stored.items() if each is not None}
+    known = splits if getattr(stored["train"], "digests", None) is None else stored
+    rows = {name: None if each is None else each.digests for name, each in known.items()}
+    found = equal_sample_warnings(rows, targets, has_classes=dataset.classes is not None)
+    return (*found, *near_duplicate_warnings(splits))
 
 
 def evaluation_subset(val: Samples, count: int | None, seed: int) -> Samples:

@@ -198,6 +198,38 @@ def test_given_splits_are_checked(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(text)
     shared = read(*words, "data.group=patient", "data.ignore=[day]")
     assert "warning: 8 of 16 validation samples share a group with training samples" in shared.notes
+    (tmp_path / "rows.csv").write_text(text.replace("p5,47,2,b,test", "p1,47,2,b,test"))
+    shared = read(*words, "data.group=patient", "data.ignore=[day]")
+    assert [line for line in shared.notes if "share a group" in line] == [
+        "warning: 8 of 16 validation samples share a group with training samples",
+        "warning: 1 of 16 test samples share a group with validation samples",
+    ]
+
+
+@pytest.mark.parametrize(
+    "sizes, settings, expected",
+    [
+        ([10] * 10, {"val_split": 0.2}, None),
+        ([50, 50], {"val_split": 0.1}, ("data.val_split=0.1", "validation", "50 %", "10 %", 50)),
+        ([80, 10, 10], {"folds": 2, "fold": 0}, ("data.folds=2", "validation", "80 %", "50 %", 80)),
+        ([30] * 3, {"test_split": 0.1, "val_split": 0.5}, ("data.test_split=0.1", "test", "33.3 %", "10 %", 30)),
+    ],
+)
+def test_sizes_that_groups_change_are_named(
+    sizes: list[int], settings: dict[str, float], expected: tuple[object, ...] | None
+) -> None:
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    rows = InMemory(torch.rand(len(groups), 2), torch.arange(len(groups)) % 2, None, {"group": groups})
+    dataset = Dataset(rows, None, None, ("a", "b"))
+    if "test_split" in settings:
+        dataset = with_test_set(dataset, settings["test_split"], "data=mine")
+    found = prepare(dataset, data_settings(**settings))
+    text = "{}: groups stay together, so the {} set has {} of the samples, not {}; the largest group has {}"
+    lines = [] if expected is None else [text.format(*expected)]
+    assert [line for line in found.notes if "stay together" in line] == lines
+    dataset.val = dataset.train
+    given = prepare(dataset, data_settings(val_split=settings.get("val_split", 0)))
+    assert not any("stay together" in line for line in given.notes), "dlopt has not divided these"
 
 
 @pytest.mark.parametrize(

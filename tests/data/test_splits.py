@@ -311,6 +311,20 @@ def test_bytes_of_samples() -> None:
         assert samples.nbytes == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_bytes_of_images_of_another_kind(settings: Make, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    samples = Theirs(torch.zeros(20, 3, 4, 4, dtype=dtype))
+    needed = 20 * 48 * dtype.itemsize
+    state = torch.get_rng_state()
+    assert samples.nbytes == needed and samples.resized((2, 2)).nbytes == needed / 4
+    assert torch.equal(state, torch.get_rng_state())
+    for free in (4 * needed, 4 * needed - 1):
+        monkeypatch.setattr(splits, "available_memory", lambda free=free: free)
+        assert prepare(Dataset(samples, None, None, ("a", "b")), settings()).in_memory == (free == 4 * needed)
+    samples.dtype, samples.inputs = dtype, torch.empty(0)
+    assert samples.nbytes == needed, "no image is read if the type is known"
+
+
 def test_samples_of_a_run_share_the_memory_of_a_gpu(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splits, "available_memory", lambda: 100)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 1000))

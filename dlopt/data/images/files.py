@@ -63,6 +63,8 @@ class Files(Samples):
     `channels`: 1 (grey) or 3 (RGB).
     """
 
+    dtype = torch.uint8
+
     def __init__(self, images: ImageList, image_size: tuple[int, int] | None, channels: int) -> None:
         self.origin: ImageList = images
         self.image_size = image_size

@@ -189,7 +189,7 @@ class Rows(Wrapped):
         self.table, self._channels, self._is_checked = table, channels, is_checked
         self._name, self.image_size = key, image_size
         first, _ = self._item(0)
-        self._dtype = first.dtype
+        self.dtype = first.dtype
         Samples.__init__(self, targets, tuple(first.shape))
 
     def place(self, index: int) -> str:

@@ -56,7 +56,7 @@ class Wrapped(Items):
         self.image_size = image_size
         self._has_sequences = sequences
         first, label = self._item(0)
-        self._dtype = first.dtype
+        self.dtype = first.dtype
         Samples.__init__(self, self._targets(label), tuple(first.shape))
 
     def read(self, rows: Tensor) -> Tensor:
@@ -67,12 +67,12 @@ class Wrapped(Items):
                     f"{self._name}[{row}]: has shape {tuple(item.shape)}, the first item has {self.shape}; "
                     "all inputs must have one shape (data.image_size resizes images)"
                 )
-            if item.dtype != self._dtype:
+            if item.dtype != self.dtype:
                 raise UserError(
-                    f"{self._name}[{row}]: has the type {item.dtype}, the first item {self._dtype}; images 0..255 "
+                    f"{self._name}[{row}]: has the type {item.dtype}, the first item {self.dtype}; images 0..255 "
                     "(uint8) and numbers must not be mixed"
                 )
-        return torch.stack(inputs) if inputs else torch.empty((0, *self.shape), dtype=self._dtype)
+        return torch.stack(inputs) if inputs else torch.empty((0, *self.shape), dtype=self.dtype)
 
     def whole(self, indices: Tensor) -> list[Tensor]:
         return [self._item(row, resized=False)[0] for row in self.rows_of(indices).tolist()]
