@@ -308,7 +308,7 @@ def listed_images(
         )
         for split, each in listings.items()
     }
-    files, notes = image_files(str(base), lists, channels=channels, **keys)
+    files, notes = image_files(str(base), lists, channels, keys)
     unread: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for each in listings.values():

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class ImageKeys(TypedDict):
 
 
 def image_files(
-    key: str, splits: Mapping[str, ImageList], *, channels: int, **keys: Unpack[ImageKeys]
+    key: str, splits: Mapping[str, ImageList], channels: int, keys: ImageKeys
 ) -> tuple[dict[str, Files], tuple[str, ...]]:
     """Returns the images of each split as samples, and lines for the user about skipped images.
 

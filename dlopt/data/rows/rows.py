@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -34,6 +34,20 @@ SLOW_ROWS = 10_000  # that are read one at a time within a second
 Files = str | NotEmpty[str]
 _LOOKED_AT = 256  # images of each split, if the first one is grey
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
+
+
+class RowKeys(TypedDict):
+    """Config keys of every data set of rows.
+
+    `labels`: class: names or integers; several: lists of them; value: numbers for a regression.
+    `channels`: of images from files: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
+    """
+
+    input: str | NotEmpty[str]
+    target: str
+    labels: Labels
+    channels: Channels
+    image_size: int | tuple[int, int] | None
 
 
 class RowSource(Protocol):
@@ -96,9 +110,7 @@ class RowSource(Protocol):
 def dataset(
     splits: Sequence[tuple[str, RowSource | None]],
     *,
-    labels: Labels,
-    channels: Channels,
-    image_size: int | tuple[int, int] | None,
+    keys: RowKeys,
     source: str,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
@@ -109,7 +121,7 @@ def dataset(
     """
     key, train = splits[0]
     assert train is not None
-    several = labels == "several"
+    labels, channels, several = keys["labels"], keys["channels"], keys["labels"] == "several"
     train_labels = _labels(train)
     classes = None if labels == "value" else _classes(key, train, train_labels, several=several)
     if channels is not None and not train.encoded:
@@ -121,7 +133,7 @@ def dataset(
         is_checked = channels == 1
         if coloured is not None:
             notes += (f"the first image is grey, others have colour ({coloured}): all are read in colour",)
-    size = size_pair(image_size)
+    size = size_pair(keys["image_size"])
     for other, table in splits[1:]:
         notes += () if table is None else _naming_warnings(key, train, other, table, classes)
     targets = [None if table is None else _targets(table, train, train_labels, classes, several) for _, table in splits]
@@ -338,25 +350,20 @@ def _targets(
     values = train_labels if table is train else _labels(table, train, classes)
     if classes is not None:
         values = values if several else _whole(values)
-        numbers = {label: number for number, label in enumerate(classes)}
         unknown: dict[str, int] = {}  # the first row of each
+        known = {*classes}
         if several and table is not train:
             _refuse_other_than_lists(table, values)
         for row, labels in enumerate(values):
             for label in labels if several else (labels,):
-                if isinstance(label, list | dict) or label not in numbers:
+                if isinstance(label, list | dict) or label not in known:
                     is_number = isinstance(label, int) and train.names is not None and 0 <= label < len(train.names)
                     unknown.setdefault(repr(_shown(label, train) if is_number else label), row)
         if unknown:
             (label, row), *others = unknown.items()
             more = f"; nor {listed([name for name, _ in others])}" if others else ""
             raise UserError(f"{table.place(row)}: {table.target} is {label}, a class that no training row has{more}")
-        if several:
-            targets = torch.zeros(len(values), len(classes))
-            for row, labels in zip(targets, values, strict=True):
-                row[[numbers[label] for label in labels]] = 1.0
-            return targets
-        return torch.tensor([numbers[label] for label in values])
+        return class_targets(values, classes, several=several)
     for row, value in enumerate(values if table.names is not None else ()):
         if isinstance(value, str):
             raise UserError(f"{table.place(row)}: {table.target} is {value!r}, a class that the training set lacks")
@@ -367,6 +374,17 @@ def _targets(
     if not bool(targets.float().isfinite().all()):
         row = int((~targets.float().reshape(len(targets), -1).isfinite().all(1)).nonzero()[0])
         raise UserError(f"{table.place(row)}: {table.target} is {values[row]}, not a finite number")
+    return targets
+
+
+def class_targets(labels: Sequence[Any], classes: Sequence[Any], *, several: bool = False) -> torch.Tensor:
+    """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels."""
+    numbers = {label: number for number, label in enumerate(classes)}
+    if not several:
+        return torch.tensor([numbers[label] for label in labels])
+    targets = torch.zeros(len(labels), len(classes))
+    for row, names in zip(targets, labels, strict=True):
+        row[[numbers[name] for name in names]] = 1.0
     return targets
 
 

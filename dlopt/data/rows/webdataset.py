@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from dlopt.basics.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
-from dlopt.basics.ranges import NotEmpty
+from dlopt.basics.formats import format_count
 from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note, numbers
 from dlopt.data.images.decoding import Size, decode
-from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
+from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, RowKeys, dataset, find_files
 from dlopt.data.samples import Dataset
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name
@@ -38,17 +38,7 @@ Members = dict[str, tarfile.TarInfo]
 """Members of a sample by extension."""
 
 
-def webdataset(
-    *,
-    file: Files,
-    val_file: Files | None,
-    test_file: Files | None,
-    input: str | NotEmpty[str],
-    target: str,
-    labels: Labels,
-    channels: Channels,
-    image_size: int | tuple[int, int] | None,
-) -> Dataset:
+def webdataset(*, file: Files, val_file: Files | None, test_file: Files | None, **keys: Unpack[RowKeys]) -> Dataset:
     """Loads samples of tar files: images, arrays or numbers, and their labels.
 
     The files are indexed once. Inputs are read when a batch needs them; only positions and labels are in memory.
@@ -58,22 +48,20 @@ def webdataset(
             `test_file` likewise.
         input: the extension of the inputs, an image, npy or json; of several, the first one that a sample has.
         target: the extension of the labels: cls, txt, json or npy. json.NAME is a field of an object in json.
-        labels: class: names or integers; several: lists of them; value: numbers for a regression.
-        channels: of images: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
 
     Raises:
         UserError: a file is missing, damaged or compressed, or a sample lacks a member or has an invalid one.
     """
-    names = [input] if isinstance(input, str) else list(input)
+    names = [keys["input"]] if isinstance(keys["input"], str) else keys["input"]
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     others: Counter[str] = Counter()
     shards = [
-        (key, None if files is None else _indexed(key, files, names, target, others)) for key, files in splits.items()
+        (key, None if files is None else _indexed(key, files, names, keys["target"], others))
+        for key, files in splits.items()
     ]
     count = sum(len(shard.paths) for _, shard in shards if shard is not None)
-    source = f"samples of {count:,} file{'s' * (count > 1)}"
-    notes = left_out_note(others)
-    return dataset(shards, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
+    source = f"samples of {format_count('files', count)}"
+    return dataset(shards, keys=keys, source=source, notes=left_out_note(others))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -10,17 +11,28 @@ from dlopt.data.checks import number
 from dlopt.data.tables.columns import as_dates
 
 
-def columns_of(target: str, *, split_column: str | None = None, **keys: str | None) -> dict[str, str]:
-    """Returns the columns of `group`, `order` and `weight`, by key.
+class FurtherKeys(TypedDict, total=False):
+    """Config keys of every data set of rows with named columns; runs from before these keys have none.
 
-    Raises `UserError` if one is the target or named twice, or if group and order are both given.
+    `group`: column whose equal values stay in one split; `order`: column by which the rows are divided; `weight`:
+    column with the weights of the rows in the training loss.
     """
-    named = {"target": target, "split_column": split_column}
+
+    group: str | None
+    order: str | None
+    weight: str | None
+
+
+def columns_of(keys: Mapping[str, Any], **others: str | None) -> dict[str, str]:
+    """Returns the columns of `FurtherKeys`, by key.
+
+    Raises `UserError` if one is also that of one of the `others` or named twice, or if group and order are both given.
+    """
     found: dict[str, str] = {}
-    for key, name in keys.items():
-        if name is None:
+    for key in ("group", "order", "weight"):
+        if (name := keys.get(key)) is None:
             continue
-        if other := next((each for each, column in (named | found).items() if column == name), None):
+        if other := next((each for each, column in (others | found).items() if column == name), None):
             raise UserError(f"data.{key}={name}: is also data.{other}; give another column")
         found[key] = name
     if {"group", "order"} <= found.keys():
