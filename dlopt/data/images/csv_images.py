@@ -17,7 +17,7 @@ from dlopt.data.images.unreadable import ImageKeys, image_files
 from dlopt.data.rows.rows import Labels, class_targets
 from dlopt.data.samples import Dataset
 from dlopt.data.settings import SPLITS
-from dlopt.data.tables.csv_file import read_columns, read_header
+from dlopt.data.tables.csv_file import read_columns, read_header, require_columns
 from dlopt.data.tables.further import FurtherKeys, columns_of, further_of
 
 
@@ -39,11 +39,7 @@ def csv(
 ) -> Dataset:
     """Loads images whose paths and labels are listed in a CSV file with a header line.
 
-    Args:
-        root: folder of relative paths; None for the CSV file's folder.
-        split_column: column with train, val or test; None if all rows are for training.
-        labels: class names, several of them per image, or numbers for regression.
-        label_separator: between several labels; an empty field has none.
+    The keys: see `conf/data/csv.yaml`.
 
     Raises:
         UserError: the file, an image or a column is missing, a field is empty or invalid, or a split has a class that
@@ -52,7 +48,9 @@ def csv(
     header = read_header(file)
     dividing = columns_of(keys, target=label_column, split_column=split_column)
     other = [path_column, *([] if split_column is None else [split_column]), *dividing.values()]
-    header.require([*other, label_column], " (for a table of numbers and categories: data=table)")
+    require_columns(
+        header.path, header.names, [*other, label_column], " (for a table of numbers and categories: data=table)"
+    )
     advice: dict[str, str | None] = {label_column: "data.labels=value needs numbers"} if labels == "value" else {}
     content = read_columns(header, other if advice else [*other, label_column], advice)
     answers: Sequence[str] = () if advice else content.texts[label_column]

@@ -220,11 +220,7 @@ def imagenet(*, root: str, class_names: str | None, **keys: Unpack[ImageKeys]) -
     """Loads colour images from `root`/train/WNID/ and `root`/val/WNID/ (Russakovsky et al. 2015).
 
     ImageNet's test labels are not public, so papers report results on its validation set. Here that is the test set,
-    and the validation set is split off the training set.
-
-    Args:
-        class_names: file with a line "WNID name, other names" per class; None: `root`/LOC_synset_mapping.txt if it
-            exists, else the names of the class folders.
+    and the validation set is split off the training set. The keys: see `conf/data/imagenet.yaml`.
 
     Raises:
         UserError: as `image_folder`, or a class has no name.

@@ -34,11 +34,7 @@ _VERSION = "2"
 
 
 class ImageKeys(TypedDict):
-    """Config keys of every dataset of image files.
-
-    `on_error`: `skip`: check all images in advance and skip unreadable ones; `fail`: check nothing in advance.
-    `max_skips`: maximum number of skipped images: a count, or a float fraction of all (at least one).
-    """
+    """Config keys of every dataset of image files: see `conf/data/image_folder.yaml`."""
 
     on_error: Literal["fail", "skip"]
     max_skips: Natural | PositiveFraction

@@ -38,10 +38,7 @@ _FILE_BYTES = 1 << 17  # estimated size of an image file outside of the table
 
 
 class ArrowKeys(RowKeys, FurtherKeys):
-    """Config keys of every data set of columns.
-
-    `input`: the column of the inputs; several columns of numbers are one vector. `target`: the column of the labels.
-    """
+    """Config keys of every data set of columns: see `conf/data/parquet.yaml`."""
 
 
 def parquet(
@@ -54,10 +51,7 @@ def parquet(
     """Loads columns of Parquet files: images, lists of numbers, or numbers, and their labels.
 
     Files of more than 256 MiB (uncompressed) are converted once to an Arrow file in the cache, which is memory-mapped:
-    only the rows of the current batches, and all labels, are in memory.
-
-    Args:
-        file: training files: names, patterns such as shards/*.parquet, or folders; `val_file`, `test_file` likewise.
+    only the rows of the current batches, and all labels, are in memory. The keys: see `conf/data/parquet.yaml`.
 
     Raises:
         UserError: a file or a column is missing, a column has another type, or a value is missing.
@@ -309,10 +303,7 @@ def huggingface(
 ) -> Dataset:
     """Loads columns of a dataset with the package datasets, which memory-maps them; see `parquet`.
 
-    Args:
-        name: a dataset of the Hugging Face Hub, a folder of data files, or a folder of `save_to_disk`.
-        split: of the training set; `val`, `test` likewise. Parts of a split are possible: train[:90%].
-        offline: use local folders and the cache only.
+    The keys: see `conf/data/huggingface.yaml`.
 
     Raises:
         UserError: the package, the dataset, a split or a column is missing; see `parquet`.
@@ -366,13 +357,11 @@ class _Hub:
     def _refuse_other_names(self, path: str) -> None:
         """Raises `UserError` if Parquet files of a folder name the classes differently: the package ignores it."""
         arrow = library(f"data.name={self.name}")
-        from pyarrow import parquet as reader
-
         first: tuple[str, list[str]] | None = None
         for file in sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)):
             try:
                 refuse_special(file)
-                names = stored_names(reader.read_schema(file).metadata, self.target)
+                names = stored_names(arrow.parquet.read_schema(file).metadata, self.target)
             except (arrow.ArrowException, OSError):  # reported by the package, if it reads the file
                 continue
             if names is None:

@@ -37,11 +37,7 @@ _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {00
 
 
 class RowKeys(TypedDict):
-    """Config keys of every data set of rows.
-
-    `labels`: class: names or integers; several: lists of them; value: numbers for a regression.
-    `channels`: of images from files: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
-    """
+    """Config keys of every data set of rows: see `conf/data/parquet.yaml` and `conf/data/webdataset.yaml`."""
 
     input: str | NotEmpty[str]
     target: str
@@ -140,7 +136,14 @@ def dataset(
     samples = [
         None
         if table is None or target is None
-        else Rows(table, _stored(target), channels, size, key, is_checked=is_checked)
+        else Rows(
+            table,
+            target.float() if target.dtype == torch.float64 else target,
+            channels,
+            size,
+            key,
+            is_checked=is_checked,
+        )
         for (key, table), target in zip(splits, targets, strict=True)
     ]
     assert samples[0] is not None and targets[0] is not None
@@ -149,7 +152,7 @@ def dataset(
         shown = tuple(_shown(label, train) for label in classes)
         if not several and isinstance(label := train_labels[0], float):
             notes += (f"{train.target}: {label} is read as the class {int(label)}",)
-        counts = torch.stack([_counts(target, len(classes)) for target in targets if target is not None]).sum(0)
+        counts = torch.stack([class_counts(target, len(classes)) for target in targets if target is not None]).sum(0)
         notes += label_warnings(train.target, dict(zip(shown, counts.tolist(), strict=True)))
     else:
         values = targets[0].reshape(len(train), -1).numpy()
@@ -175,11 +178,7 @@ def _coloured(tables: Sequence[RowSource]) -> str | None:
     return None
 
 
-def _stored(targets: torch.Tensor) -> torch.Tensor:
-    return targets.float() if targets.dtype == torch.float64 else targets
-
-
-def _counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
+def class_counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
     """Returns the samples of each class, or with each label."""
     return targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=classes)
 

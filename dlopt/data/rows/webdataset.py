@@ -41,13 +41,8 @@ Members = dict[str, tarfile.TarInfo]
 def webdataset(*, file: Files, val_file: Files | None, test_file: Files | None, **keys: Unpack[RowKeys]) -> Dataset:
     """Loads samples of tar files: images, arrays or numbers, and their labels.
 
-    The files are indexed once. Inputs are read when a batch needs them; only positions and labels are in memory.
-
-    Args:
-        file: training files: names, patterns such as shards/*.tar or shards/{000..012}.tar, or folders; `val_file`,
-            `test_file` likewise.
-        input: the extension of the inputs, an image, npy or json; of several, the first one that a sample has.
-        target: the extension of the labels: cls, txt, json or npy. json.NAME is a field of an object in json.
+    The files are indexed once. Inputs are read when a batch needs them; only positions and labels are in memory. The
+    keys: see `conf/data/webdataset.yaml`.
 
     Raises:
         UserError: a file is missing, damaged or compressed, or a sample lacks a member or has an invalid one.

@@ -17,8 +17,8 @@ from typing_extensions import TypedDict
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
-from dlopt.data.checks import GAPS, LARGEST, WARNING, listed, natural, number, numbers
-from dlopt.data.tables.csv_file import finite_numbers, not_a_number
+from dlopt.data.checks import GAPS, WARNING, listed, natural, number, numbers
+from dlopt.data.tables.csv_file import finite_numbers, not_a_number, not_finite
 from dlopt.data.tables.parquet import innermost
 
 Kind = Literal["number", "category", "date"]
@@ -61,23 +61,14 @@ class Column:
         return replace(self, values=self.values[rows])
 
 
-def numeric(name: str, values: np.ndarray) -> Column:
-    """Returns a column of numbers, NaN for a gap."""
-    return Column(name, "number", values)
-
-
 def categorical(name: str, fields: Sequence[str]) -> Column:
     """Returns a column of categories. 1.0 is the category 1."""
-    plain = {field: _plain(field) for field in set(fields)}
+    whole = {field: _DECIMALS.fullmatch(field) for field in set(fields)}
+    plain = {field: field if found is None else found[1] for field, found in whole.items()}
     texts = sorted({text for text in plain.values() if text.lower() not in GAPS}, key=natural)
     positions = {text: float(position) for position, text in enumerate(texts)}
     codes = {field: positions.get(text, np.nan) for field, text in plain.items()}
     return Column(name, "category", np.array([codes[field] for field in fields], dtype=np.float64), tuple(texts))
-
-
-def _plain(field: str) -> str:
-    whole = _DECIMALS.fullmatch(field)
-    return field if whole is None else whole[1]
 
 
 # -- dates
@@ -385,10 +376,10 @@ def column_of(
             raise UserError(f"{place(wrong)}: {name} is {fields[wrong]!r}, not a date in the form {form or _PLAIN}")
         return found or Column(name, "date", np.full(len(fields), np.nan))
     values = np.array([number(field) for field in fields], dtype=np.float64)
-    for row in np.flatnonzero(~(np.abs(values) <= LARGEST)).tolist():
+    for row in not_finite(values):
         if fields[row].lower() not in GAPS:
             raise not_a_number(place(row), name, fields[row], "the model reads numbers in this column")
-    return numeric(name, values)
+    return Column(name, "number", values)
 
 
 @dataclass(frozen=True)
@@ -512,8 +503,7 @@ def _numbers(values: Any, name: str, place: Callable[[int], str]) -> np.ndarray:
     if column.dtype.kind not in "biuf":
         raise UserError(f"{place(0)}: {name} has the type {kind}; the model reads numbers in this column")
     column = column.astype(np.float64)
-    if not (np.abs(column) <= LARGEST).all():  # also NaN
-        row = int(np.flatnonzero(~(np.abs(column) <= LARGEST))[0])
+    for row in not_finite(column):
         raise UserError(f"{place(row)}: {name} is {column[row]}, not a finite number of float32")
     return column[:, None]
 

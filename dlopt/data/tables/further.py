@@ -12,11 +12,7 @@ from dlopt.data.tables.columns import as_dates
 
 
 class FurtherKeys(TypedDict, total=False):
-    """Config keys of every data set of rows with named columns; runs from before these keys have none.
-
-    `group`: column whose equal values stay in one split; `order`: column by which the rows are divided; `weight`:
-    column with the weights of the rows in the training loss.
-    """
+    """Config keys of every data set with named columns: see `conf/data/table.yaml`. Older runs lack them."""
 
     group: str | None
     order: str | None

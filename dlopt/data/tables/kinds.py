@@ -44,13 +44,13 @@ from dlopt.data.tables.columns import (
     column_of,
     date_problem,
     field_of,
-    numeric,
 )
 from dlopt.data.tables.csv_file import (
     Header,
     NoNumbers,
     TableFile,
     not_a_number,
+    not_finite,
     read_columns,
     read_header,
     remedy,
@@ -76,18 +76,7 @@ class _KindKeys(FurtherKeys, total=False):  # runs from before these keys have n
 
 
 class TableKeys(_KindKeys):
-    """Config keys of a table.
-
-    Attributes:
-        file: a CSV file with a header line, or a Parquet file.
-        delimiter: one character, or a backslash and a t for a tab.
-        target: column to predict; None for the last one.
-        ignore: columns that are not features.
-        categories: columns of them whose values do not show it, such as integers; `dates`, `numbers` likewise.
-        labels: class names, or numbers for regression.
-        standardize_target: whether values are to be scaled before they are rounded to float32.
-        split_column: column with train, val or test; None: all rows are for training.
-    """
+    """Config keys of a table: see `conf/data/table.yaml`."""
 
     file: str
     delimiter: str
@@ -125,8 +114,8 @@ class Table:
 def read_table(trained: FeatureColumns | None = None, **keys: Unpack[TableKeys]) -> Table:
     """Reads a table; see `dlopt.data.tables.table.table`. `trained`: the columns that a trained model reads."""
     file, target, ignore, labels = keys["file"], keys["target"], keys["ignore"], keys["labels"]
-    is_packed = is_parquet(os.path.expanduser(file))
-    reader = _ParquetReader(file) if is_packed else _CsvReader(file, keys["delimiter"], trained)
+    path = Path(os.path.expanduser(file))
+    reader = _ParquetReader(path) if is_parquet(str(path)) else _CsvReader(file, keys["delimiter"], trained)
     names = reader.names
     encoding = None if trained is None else trained.encoding
     kinds = None if encoding is None else encoding.kinds
@@ -137,7 +126,7 @@ def read_table(trained: FeatureColumns | None = None, **keys: Unpack[TableKeys])
     dividing = columns_of(keys, target=target, split_column=split_column)
     split_columns = [*([] if split_column is None else [split_column]), *dividing.values()]
     typed: dict[Kind, Sequence[str]] = {kind: by_name.get(key, ()) for kind, key in _KEYS.items()}
-    reader.require([target, *ignore, *split_columns, *itertools.chain(*typed.values())])
+    require_columns(path, names, [target, *ignore, *split_columns, *itertools.chain(*typed.values())])
     features = [name for name in names if name not in (target, *ignore, *split_columns)]
     unread: tuple[str, ...] = ()
     if trained is not None:
@@ -184,7 +173,7 @@ def read_table(trained: FeatureColumns | None = None, **keys: Unpack[TableKeys])
         found = content.numbers[:, : len(features)]
         ignored = "leave it out with data.ignore=[{name}]"
         if trained is None and len(features) > 1:
-            decision.look_for_leaks([numeric(name, by_number[name]) for name in features], target, numbers)
+            decision.look_for_leaks([Column(name, "number", by_number[name]) for name in features], target, numbers)
         leaks = (f"{WARNING}{each}" for each in decision.problems)
         warnings = (*column_warnings(zip(features, found.T, strict=True), ignored), *leaks, *warnings)
     else:
@@ -255,7 +244,7 @@ class _Decision:
         """Returns a column; an empty one after a problem."""
         found = self._found(name)
         if found is None:
-            return numeric(name, np.full(len(self.content), np.nan))
+            return Column(name, "number", np.full(len(self.content), np.nan))
         if np.isnan(found.values).all() and name not in self.chosen:
             self.problems.append(f"{name} has no values; leave it out with {_override('ignore', [name])}")
             self.to_ignore.append(name)
@@ -267,7 +256,7 @@ class _Decision:
             doubt = self.content.no_numbers[name]
             if doubt.first is not None:
                 self._report(name, *doubt.first, "")
-            return numeric(name, self.numbers[name])
+            return Column(name, "number", self.numbers[name])
         if kind is not None:
             try:
                 return column_of(name, kind, fields, self._line, self.forms.get(name))
@@ -424,9 +413,6 @@ class _CsvReader:
             likely = next((f"={each!r}" for each in ";\t|," if each in found), f" if it is not {delimiter!r}")
             raise UserError(f"data.file={file}: has {len(self.names)} columns; set data.delimiter{likely}")
 
-    def require(self, names: Collection[str]) -> None:
-        self._header.require(names)
-
     def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
         return read_columns(self._header, texts, numbers)
 
@@ -440,20 +426,18 @@ class _ParquetReader:
     notes: tuple[str, ...] = ()
     delimiter, has_units = ",", False
 
-    def __init__(self, file: str) -> None:
-        self._path = Path(os.path.expanduser(file))
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._schema, _ = open_parquet(f"data.file={self._path}", str(self._path))
         self.names = tuple(name for name in self._schema.names if not name.startswith("__index_level_"))  # pandas'
-        self.categories = [name for name in self.names if self._is_categorical(name)]
+        is_dictionary, metadata = library("data.file").types.is_dictionary, self._schema.metadata
+        self.categories = [
+            name
+            for name in self.names
+            if is_dictionary(self._schema.field(name).type) or stored_names(metadata, name) is not None
+        ]
         texts = {field.name for field in self._schema if str(field.type) in _TEXTS}
         self.texts = [name for name in self.names if name in texts or name in self.categories]
-
-    def _is_categorical(self, name: str) -> bool:
-        is_dictionary = library("data.file").types.is_dictionary(self._schema.field(name).type)
-        return is_dictionary or stored_names(self._schema.metadata, name) is not None
-
-    def require(self, names: Collection[str]) -> None:
-        require_columns(self._path, self.names, names)
 
     def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
         columns = [*texts, *numbers]
@@ -469,7 +453,7 @@ class _ParquetReader:
             for position, (name, advice) in enumerate(numbers.items()):
                 column = _decoded(table.column(name))
                 values[:, position] = _numbers_of(column)
-                for row in np.flatnonzero(~(np.abs(values[:, position]) <= LARGEST)).tolist():
+                for row in not_finite(values[:, position]):
                     field = field_of(column[row].as_py())
                     if advice is not None:
                         raise not_a_number(self._place(row), name, field, advice)

@@ -170,11 +170,16 @@ def _chunks(text: bytes) -> Iterator[bytes]:
         end = start + _CHUNK
         if end < len(text):
             line = _LINE_END.search(text, end, end + _CHUNK)
-            end = end if line is None else line.end()
-            while end < len(text) and text[end] & 0xC0 == 0x80:  # a continuation byte of UTF-8
-                end += 1
+            end = character_start(text, end if line is None else line.end())
         yield text[start:end]
         start = end
+
+
+def character_start(text: bytes | np.ndarray, position: int) -> int:
+    """Returns the first position from `position` at which a character of UTF-8 starts."""
+    while position < len(text) and text[position] & 0xC0 == 0x80:
+        position += 1
+    return position
 
 
 def _decoded(chunk: bytes, name: str) -> str:
