@@ -90,9 +90,8 @@ def prepare(
         train = train.select(selected)
     if settings.folds is not None:
         parts = partition(train.targets, train.further, settings.folds, seed)
-        is_held_out = torch.eq(parts, settings.fold or 0)
-        held_out, kept = is_held_out.nonzero().squeeze(1), is_held_out.logical_not().nonzero().squeeze(1)
-        train, val = train.select(kept), train.select(held_out)
+        is_kept = parts != (settings.fold or 0)
+        train, val = (train.select(each.nonzero().squeeze(1)) for each in (is_kept, ~is_kept))
     elif val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
         held_out, kept = divide(train.targets, train.further, count, seed, _VAL, keep_one=True)

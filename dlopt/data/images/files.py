@@ -46,8 +46,7 @@ class ImageList:
     def path(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(bytes(self.paths[index])))
 
-    def place(self, index: int) -> str:
-        return self.path(index)
+    place = path
 
     def select(self, indices: Tensor) -> Self:
         selected = copy(self)

@@ -47,15 +47,14 @@ def without_loaders(train: Any, val: Any, test: Any) -> tuple[dict[str, Any], tu
 def _lost(key: str, loader: DataLoader[Any]) -> str:
     """Says that only the dataset of a DataLoader is used, and what draws the batches in its place."""
     drawn = "" if loader.batch_size is None else f"batch_size={loader.batch_size}, "
-    collate = "" if loader.collate_fn is default_collate else f", {_named(loader.collate_fn)}"
+    collate, function = "", loader.collate_fn
+    if function is not default_collate:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        collate = f", collate_fn {name}, which is not called"
     return (
         f"{key}: of the DataLoader only its dataset is used; data.batch_size, sampler and data.workers replace its "
         f"{drawn}{type(loader.sampler).__name__}, num_workers={loader.num_workers}{collate}"
     )
-
-
-def _named(collate: Any) -> str:
-    return f"collate_fn {getattr(collate, '__qualname__', type(collate).__qualname__)}, which is not called"
 
 
 def name_of(dataset: Any, key: str) -> str:

@@ -96,11 +96,11 @@ class RowSource(Protocol):
     @property
     def names(self) -> Sequence[str] | None:
         """The names of the classes that are stored with the labels, which are numbers in this list; None without."""
-        ...
+        return None
 
     def columns(self) -> Iterator[tuple[str, np.ndarray]] | None:
         """Yields name and first values [n] of every column that is one feature; None for other inputs."""
-        ...
+        return None
 
 
 def dataset(

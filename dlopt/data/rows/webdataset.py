@@ -24,7 +24,7 @@ from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note, numbers
 from dlopt.data.images.decoding import Size, decode
-from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, RowKeys, dataset, find_files
+from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, RowKeys, RowSource, dataset, find_files
 from dlopt.data.samples import Dataset
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name
@@ -60,7 +60,7 @@ def webdataset(*, file: Files, val_file: Files | None, test_file: Files | None, 
 
 
 @dataclass
-class Shards:
+class Shards(RowSource):
     """Samples of tar files; see `dlopt.data.rows.rows.RowSource`.
 
     `arrays`: shard (the number in `paths`), offset, size and extension (the number in `inputs`) of each input; the
@@ -121,13 +121,6 @@ class Shards:
     def type(self, row: int) -> str:
         label = json.loads(self.arrays["label"][row])
         return f"{self.target} of sample {os.fsdecode(self.arrays['key'][row])} is of the type {type(label).__name__}"
-
-    @property
-    def names(self) -> None:
-        return None
-
-    def columns(self) -> None:
-        return None
 
     def _input(self, row: int) -> str:
         return self.inputs[self.arrays["extension"][row]]
@@ -201,14 +194,14 @@ def _indexed(key: str, files: Files, inputs: Sequence[str], target: str, others:
     for path in paths:
         with _reading(key, path):
             states.append(f"{os.path.abspath(path)} {file_state(path)}")
-    cached = cache_file("webdataset", "2", *inputs, "", target, *states)
+    cached = cache_file("webdataset", "3", *inputs, "", target, *states)
     with exclusive(cached):
         arrays = load_arrays(cached)
         if arrays is None:
             arrays = _index(key, paths, inputs, target)
             if len(arrays["offset"]) >= _CACHE_MIN_SAMPLES:
                 save_arrays(cached, arrays)
-    others.update(dict(zip(map(bytes.decode, arrays["reasons"].tolist()), arrays["left_out"].tolist(), strict=True)))
+    others.update(json.loads(arrays["left_out"].item()))
     return Shards(key, inputs, target, paths, arrays)
 
 
@@ -232,9 +225,8 @@ def _index(key: str, paths: Sequence[str], inputs: Sequence[str], target: str) -
     if not keys:
         raise UserError(f"{key}: {', '.join(paths[:3])}: has no samples; members are named KEY.EXTENSION (0001.jpg)")
     columns = zip(("shard", "offset", "size", "extension"), np.array(positions, dtype=np.int64).T, strict=True)
-    left_out = {"reasons": np.array([*map(str.encode, others)], dtype=np.bytes_)}
-    left_out["left_out"] = np.array([*others.values()], dtype=np.int64)
-    return {**dict(columns), "key": np.array(keys), "label": np.array(labels), **left_out}
+    left_out = np.array(json.dumps(others))
+    return {**dict(columns), "key": np.array(keys), "label": np.array(labels), "left_out": left_out}
 
 
 def _find(members: Members, names: Sequence[str], option: str, place: str) -> tuple[int, tarfile.TarInfo]:

@@ -9,11 +9,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NotRequired, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import ConfigDict, StrictBool, StrictStr, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from pydantic import ConfigDict, StrictBool, StrictFloat, StrictStr, TypeAdapter, ValidationError, with_config
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
@@ -138,20 +137,7 @@ def _seconds(field: str, form: Form) -> float:
 # -- encodings
 
 
-@with_config(ConfigDict(strict=True, extra="forbid"))
-class _Saved(TypedDict):
-    name: StrictStr
-    kind: Kind
-    values: list[StrictStr]
-    fill: float | StrictStr | None
-    has_gaps: StrictBool
-    has_times: StrictBool
-    form: NotRequired[Form]  # older checkpoints have none
-
-
-_saved = TypeAdapter(list[_Saved])
-
-
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class ColumnEncoding:
     """How a column becomes features.
@@ -165,13 +151,13 @@ class ColumnEncoding:
         form: of dates in the training rows.
     """
 
-    name: str
+    name: StrictStr
     kind: Kind
-    values: tuple[str, ...]
-    fill: float | str | None
-    has_gaps: bool
-    has_times: bool
-    form: Form = _PLAIN
+    values: tuple[StrictStr, ...]
+    fill: StrictFloat | StrictStr | None
+    has_gaps: StrictBool
+    has_times: StrictBool
+    form: Form = _PLAIN  # older checkpoints have none
 
     @classmethod
     def fitted(cls, column: Column) -> "ColumnEncoding":
@@ -187,11 +173,6 @@ class ColumnEncoding:
             fill = float(np.median(known))
         has_times = column.kind == "date" and bool((known % _DAY).any())
         return cls(column.name, column.kind, values, fill, len(known) < len(column.values), has_times, column.form)
-
-    @classmethod
-    def restored(cls, saved: _Saved) -> "ColumnEncoding":
-        values: Any = {**saved, "values": tuple(saved["values"])}
-        return cls(**values)
 
     @property
     def features(self) -> list[str]:
@@ -289,6 +270,9 @@ class ColumnEncoding:
         return "; ".join(parts)
 
 
+_saved = TypeAdapter(tuple[ColumnEncoding, ...])
+
+
 @dataclass(frozen=True)
 class TableEncoding:
     """How the columns of a table become features."""
@@ -304,11 +288,10 @@ class TableEncoding:
     def restored(cls, saved: Any) -> "TableEncoding":
         """Returns the encoding with these `saved` values. Raises `ValueError` if they are none."""
         try:
-            columns = _saved.validate_python(saved)
+            return cls(_saved.validate_python(saved))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        return cls(tuple(map(ColumnEncoding.restored, columns)))
 
     @property
     def saved(self) -> list[dict[str, Any]]:

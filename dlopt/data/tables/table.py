@@ -1,7 +1,6 @@
 """Tables: CSV and Parquet files, and data sets bundled with scikit-learn."""
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self, Unpack
@@ -57,19 +56,15 @@ def wine() -> Dataset:
 
 def diabetes() -> Dataset:
     """Loads the diabetes data (Efron, Hastie, Johnstone & Tibshirani 2004): 442 x 10, one value, in their own units."""
-    inputs = np.loadtxt(_bundled("diabetes_data_raw.csv.gz"))
-    return _dataset(inputs, np.loadtxt(_bundled("diabetes_target.csv.gz")), _UNNAMED)
+    inputs, targets = (np.loadtxt(read_bundled(f"diabetes_{each}.csv.gz")) for each in ("data_raw", "target"))
+    return _dataset(inputs, targets, _UNNAMED)
 
 
 def _bundled_classes(name: str) -> Dataset:
-    (_, *first), *rows = list(csv.reader(_bundled(name)))
+    (_, *first), *rows = list(csv.reader(read_bundled(name)))
     classes = first[1:]  # the first line: samples, features, names of the classes
     inputs = np.array([row[:-1] for row in rows], dtype=np.float64)
     return _dataset(inputs, [classes[int(row[-1])] for row in rows], _UNNAMED)
-
-
-def _bundled(name: str) -> io.StringIO:
-    return io.StringIO(read_bundled(name, "data", f"file {name}"))
 
 
 def _dataset(
