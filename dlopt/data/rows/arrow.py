@@ -94,10 +94,9 @@ def _dataset(
     """
     names, target, dividing = _names(keys), keys["target"], columns_of(keys, target=keys["target"])
     options = [*(("input", name) for name in names), ("target", target), *dividing.items()]
-    tables: list[tuple[str, Columns | None]] = []
+    tables: dict[str, Columns | None] = dict.fromkeys(splits)
     for key, split in splits.items():
         if split is None:
-            tables.append((key, None))
             continue
         table, parts = split
         for option, name in options:
@@ -109,9 +108,9 @@ def _dataset(
         columns = Columns(key, table, parts, names, target, roots)
         columns.refuse_unlabelled()
         notes += columns.notes
-        tables.append((key, columns))
-    found = dataset(tables, keys=keys, source=source, notes=notes)
-    for (_, own), samples in zip(tables, (found.train, found.val, found.test), strict=True):
+        tables[key] = columns
+    found = dataset(tables, keys, source, notes)
+    for own, samples in zip(tables.values(), (found.train, found.val, found.test), strict=True):
         if own is not None and samples is not None:
             samples.further = own.further(dividing)
     return replace(found, columns=FeatureColumns(tuple(names), target) if len(found.train.shape) == 1 else None)

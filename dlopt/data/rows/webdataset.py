@@ -50,13 +50,12 @@ def webdataset(*, file: Files, val_file: Files | None, test_file: Files | None, 
     names = [keys["input"]] if isinstance(keys["input"], str) else keys["input"]
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     others: Counter[str] = Counter()
-    shards = [
-        (key, None if files is None else _indexed(key, files, names, keys["target"], others))
+    shards = {
+        key: None if files is None else _indexed(key, files, names, keys["target"], others)
         for key, files in splits.items()
-    ]
-    count = sum(len(shard.paths) for _, shard in shards if shard is not None)
-    source = f"samples of {format_count('files', count)}"
-    return dataset(shards, keys=keys, source=source, notes=left_out_note(others))
+    }
+    count = sum(len(each.paths) for each in shards.values() if each is not None)
+    return dataset(shards, keys, f"samples of {format_count('files', count)}", left_out_note(others))
 
 
 @dataclass

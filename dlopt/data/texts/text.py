@@ -23,7 +23,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special, temporary_sibling
 from dlopt.basics.formats import format_count
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import WARNING, ending, left_out_note
+from dlopt.data.checks import WARNING, ending, left_out_note, sampled
 from dlopt.data.rows.rows import Files, find_files
 from dlopt.data.samples import Dataset
 from dlopt.data.tables.csv_file import refuse_packed
@@ -270,7 +270,7 @@ def _format_warnings(tokens: np.ndarray, ends: Sequence[int], paths: Sequence[Pa
     """
     looks = []
     # Not all of a million: a mapped text would be read as a whole at every start.
-    chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _DOCUMENTS), dtype=np.int64)).tolist()
+    chosen = sampled(len(paths), _DOCUMENTS).tolist()
     for index in chosen:
         start, end, path = ends[index - 1] if index else 0, ends[index], paths[index]
         first = tokens[start : min(start + _LOOKED_AT, end)].tobytes().removesuffix(SEPARATOR)

@@ -19,6 +19,10 @@ SEPARATOR = "\0"  # between documents: one token, one byte
 SMALLEST = 257  # every byte, and the separator
 _MAX_BYTES = 1 << 28  # of a tokenizer.json
 _CHUNK = 1 << 16  # bytes that are tokenized at once; a chunk ends with a line
+_SHOWN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _SHOWN]
+_BYTES = {chr(byte): byte for byte in _SHOWN} | {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
+"""The byte of each character of a byte-level vocabulary, as in GPT-2."""
 _LINE_END = re.compile(rb"(?<=\S)\n(?=\S)")  # more white space around it may belong to one token
 
 
@@ -197,13 +201,3 @@ def _library(source: str) -> Any:
     # Its threads do not survive a fork, with which loader workers and the jobs of a sweep start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return tokenizers
-
-
-def _byte_characters() -> dict[str, int]:
-    """Maps each character of a byte-level vocabulary to its byte, as in GPT-2."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
