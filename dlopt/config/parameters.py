@@ -32,7 +32,11 @@ def _unpack(parameter: inspect.Parameter) -> list[inspect.Parameter]:
         return [parameter]
     [keys] = typing.get_args(parameter.annotation)
     hints = typing.get_type_hints(keys, include_extras=True)
-    return [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint) for name, hint in hints.items()]
+    defaults, new = dict.fromkeys(keys.__optional_keys__), inspect.Parameter
+    return [
+        new(name, new.KEYWORD_ONLY, default=defaults.get(name, new.empty), annotation=hint)
+        for name, hint in hints.items()
+    ]
 
 
 def show(value: Any) -> str:

@@ -173,9 +173,9 @@ def _rounding(name: str, values: np.ndarray) -> list[str]:
     ]
 
 
-def sampled(count: int) -> np.ndarray:
+def sampled(count: int, most: int = _SAMPLED) -> np.ndarray:
     """Returns the rows to look at, evenly spaced, of data that are read one row at a time."""
-    return np.unique(np.linspace(0, count - 1, min(count, _SAMPLED), dtype=np.int64))
+    return np.unique(np.linspace(0, count - 1, min(count, most), dtype=np.int64))
 
 
 def _capped(lines: Sequence[str]) -> tuple[str, ...]:

@@ -113,7 +113,10 @@ class Unit(ScaleShift):
         if len(samples.shape) == 3 and samples.fetch(torch.tensor([0])).dtype == torch.uint8:
             self._set(torch.full_like(self.scale, 1 / 255), torch.zeros_like(self.shift))
             return
-        low, high = _extremes(samples)
+        low = torch.full((samples.shape[0],), math.inf, dtype=torch.float64)
+        high = -low
+        for rows in _rows(samples):
+            low, high = torch.minimum(low, rows.amin(0)), torch.maximum(high, rows.amax(0))
         width = torch.where(high > low, high - low, 1.0)
         self._set(1 / width, -low / width)
 
@@ -161,8 +164,7 @@ class MeanPixel(ScaleShift):
 
     def fit(self, samples: Samples) -> None:
         # Fixed means again, because the buffers may have another dtype now.
-        mean = moments(samples)[0] if self._fixed is None else torch.tensor(self._fixed, dtype=torch.float64)
-        self._set_mean(mean)
+        self._set_mean(moments(samples)[0] if self._fixed is None else torch.tensor(self._fixed, dtype=torch.float64))
 
     def _set_mean(self, mean: Tensor) -> None:
         self._set(torch.full_like(self.scale, self._factor), -self._factor * mean)
@@ -283,14 +285,6 @@ def covariance(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         products.addmm_(rows.T, rows)  # in place: the largest matrices fill half a gigabyte
     offset = total / count
     return start + offset, products.div_(count).sub_(torch.outer(offset, offset))
-
-
-def _extremes(samples: Samples) -> tuple[Tensor, Tensor]:
-    low = torch.full((samples.shape[0],), math.inf, dtype=torch.float64)
-    high = -low
-    for rows in _rows(samples):
-        low, high = torch.minimum(low, rows.amin(0)), torch.maximum(high, rows.amax(0))
-    return low, high
 
 
 def _rows(samples: Samples, per_pixel: bool = False) -> Iterator[Tensor]:

@@ -23,23 +23,17 @@ def as_trained(samples: Samples, source: Dataset, trained: Dataset) -> Samples:
         kinds = ["text" if each else "no text" for each in (is_text, was_text)]
         raise UserError(f"is {kinds[0]}, the training data are {kinds[1]}")
     if is_text:
-        _check_tokens(source, trained)
+        own, task = source.task, trained.task  # a task of the user's own reads anything
+        if isinstance(own, NextToken) and isinstance(task, NextToken):
+            mine, other = (f"{each.unit}s of a vocabulary of {each.outputs:,}" for each in (own, task))
+            if mine != other:
+                raise UserError(f"has {mine}, the training data {task.unit}s of {task.outputs:,}")
         return samples
     samples = samples.encoded(trained.columns)
     kinds = [_kind(each) for each in (source, trained)]
     if kinds[0] != kinds[1]:
         raise UserError(f"its targets are {kinds[0]}, those of the training data {kinds[1]}")
     return with_classes(samples, source.classes, trained.classes)[0]
-
-
-def _check_tokens(source: Dataset, trained: Dataset) -> None:
-    own, task = source.task, trained.task
-    if not isinstance(own, NextToken) or not isinstance(task, NextToken):  # a task of the user's own reads anything
-        return
-    if (own.outputs, own.unit) != (task.outputs, task.unit):
-        raise UserError(
-            f"has {own.unit}s of a vocabulary of {own.outputs:,}, the training data {task.unit}s of {task.outputs:,}"
-        )
 
 
 def with_classes(

@@ -96,10 +96,9 @@ def prepare(
         train = train.select(selected)
     if settings.folds is not None:
         parts = partition(train.targets, train.further, settings.folds, seed)
-        is_held_out = torch.eq(parts, settings.fold or 0)
-        held_out, kept = is_held_out.nonzero().squeeze(1), is_held_out.logical_not().nonzero().squeeze(1)
         requested["validation"] = f"data.folds={settings.folds}", 1 / settings.folds, len(train)
-        train, val = train.select(kept), train.select(held_out)
+        is_kept = parts != (settings.fold or 0)
+        train, val = (train.select(each.nonzero().squeeze(1)) for each in (is_kept, ~is_kept))
     elif val is None and settings.val_split > 0:
         count = max(1, round(settings.val_split * len(train)))
         held_out, kept = divide(train.targets, train.further, count, seed, _VAL, keep_one=True)
@@ -234,11 +233,7 @@ def evaluation_subset(val: Samples, count: int | None, seed: int) -> Samples:
     if count > len(val):
         raise UserError(f"evaluate.samples={count}: the validation set has only {len(val):,} samples; null: all")
     classes = 1 if val.targets.is_floating_point() else len(val.targets.unique())
-    if count < classes:
-        raise UserError(
-            f"evaluate.samples={count}: {count} samples cannot include one of each of the {classes} classes; "
-            f"use at least {classes}"
-        )
+    _refuse_few(f"evaluate.samples={count}", count, classes)
     selected, _ = split(val.targets, count, seed, _EVALUATED)
     return val.select(selected)
 
@@ -255,13 +250,14 @@ def _subset_count(train: Samples, subset: int | float, *, is_stratified: bool) -
     count = subset if isinstance(subset, int) else max(1, round(subset * len(train)))
     if count > len(train):
         raise UserError(f"data.subset={subset}: the training set has only {len(train)} samples")
-    classes = len(train.targets.unique()) if is_stratified else 1
-    if count < classes:
-        raise UserError(
-            f"data.subset={subset}: {count} samples cannot include one of each of the {classes} classes; "
-            f"use at least {classes}"
-        )
+    _refuse_few(f"data.subset={subset}", count, len(train.targets.unique()) if is_stratified else 1)
     return count
+
+
+def _refuse_few(key: str, count: int, classes: int) -> None:
+    if count < classes:
+        least = f"use at least {classes}"
+        raise UserError(f"{key}: {count} samples cannot include one of each of the {classes} classes; {least}")
 
 
 def _resized(samples: Samples, size: tuple[int, int] | None) -> Samples:

@@ -290,11 +290,11 @@ def test_paths_in_a_table_are_read(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     (tmp_path / "x").write_bytes(b"content")
     rows = [{"bytes": None, "path": str(tmp_path / "x")}, {"bytes": b"own", "path": None}]
-    table = Columns("data.file", arrow.table({"image": rows, "label": [0, 1]}), ["image"], "label")
+    table = Columns("data.file", arrow.table({"image": rows, "label": [0, 1]}), [], ["image"], "label")
     assert table.read(0, 2) == b"".join(struct.pack("<Q", len(each)) + each for each in (b"content", b"own"))
     assert table.size == 2 << 17, "estimated: the files are not measured"
     stored = arrow.table({"image": [b"a", b"bc"], "label": [0, 1]})
-    assert Columns("data.file", stored, ["image"], "label").size == stored.select(["image"]).nbytes
+    assert Columns("data.file", stored, [], ["image"], "label").size == stored.select(["image"]).nbytes
 
 
 def test_evenly_spaced_items_of_a_dataset_are_read() -> None:

@@ -29,7 +29,7 @@ def digits() -> Dataset:
     Raises:
         UserError: scikit-learn is not installed.
     """
-    table = np.loadtxt(io.StringIO(read_bundled("digits.csv.gz", "data=digits", "data file")), np.uint8, delimiter=",")
+    table = np.loadtxt(read_bundled("digits.csv.gz", "data=digits", "data file"), np.uint8, delimiter=",")
     inputs = torch.from_numpy(np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     samples = InMemory(inputs, torch.from_numpy(table[:, -1].astype(np.int64)))
     test, train = stratified(samples.targets, round(_TEST_FRACTION * len(samples)), _TEST_SEED)
@@ -79,17 +79,17 @@ def shaded_digits() -> Dataset:
     return replace(dataset, train=shaded(dataset.train), test=shaded(dataset.test))
 
 
-def read_bundled(name: str, key: str, description: str) -> str:
+def read_bundled(name: str, key: str = "data", description: str | None = None) -> io.StringIO:
     """Reads a file of scikit-learn directly: importing sklearn.datasets takes 10x as long.
 
     `key` and `description` of the file: for the error message. Raises `UserError`.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise UserError(f"{key}: needs scikit-learn's {description}; pip install scikit-learn")
+        raise UserError(f"{key}: needs scikit-learn's {description or f'file {name}'}; pip install scikit-learn")
     path = Path(spec.origin).parent / "datasets" / "data" / name
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        return io.StringIO((gzip.decompress(data) if path.suffix == ".gz" else data).decode())
     except (OSError, EOFError) as error:
         raise UserError(f"{key}: {path} cannot be read ({error}); reinstall scikit-learn") from error

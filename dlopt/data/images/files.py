@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlopt.basics.cache import file_state
 from dlopt.basics.errors import UserError
+from dlopt.data.checks import sampled
 from dlopt.data.images.decoding import Boxes, Stored, decode, decode_boxes, describe, header_size
 from dlopt.data.samples import WHOLE, Content, Samples, digest_of
 
@@ -46,8 +47,7 @@ class ImageList:
     def path(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(bytes(self.paths[index])))
 
-    def place(self, index: int) -> str:
-        return self.path(index)
+    place = path
 
     def select(self, indices: Tensor) -> Self:
         selected = copy(self)
@@ -135,10 +135,9 @@ class Files(Samples):
         return digest.digest()
 
     def _native_size(self) -> tuple[int, int]:
-        chosen = np.unique(np.linspace(0, len(self.origin) - 1, _HEADERS_CHECKED, dtype=np.int64)).tolist()
         with _naming_the_key():
             first = header_size(self.path(0))
-        for path in map(self.path, chosen):
+        for path in map(self.path, sampled(len(self.origin), _HEADERS_CHECKED).tolist()):
             with _naming_the_key():
                 size = header_size(path)
             if size != first:

@@ -4,6 +4,7 @@ Listings of large folders are cached. A cached listing is valid while all its fo
 or renaming a file changes the times of its folder.
 """
 
+import json
 import os
 import time
 from collections import Counter
@@ -29,8 +30,8 @@ CACHE_MIN_IMAGES = 10_000  # smaller folders are scanned fast enough without a c
 # Nanoseconds. A folder that changed just before the scan may change again within the same tick of its time stamp, so
 # its listing is not cached.
 _SETTLED = 3 * 10**9
-_VERSION = "3"
-_CACHED = {"folders", "states", "counts", "paths", "classes", "reasons", "left_out"}
+_VERSION = "4"
+_CACHED = {"folders", "states", "counts", "paths", "classes", "left_out"}
 _SUFFIXES = tuple(IMAGE_EXTENSIONS)
 _SHOWN_CLASSES = 5
 _IMAGENET_NAMES = "LOC_synset_mapping.txt"  # "n01440764 tench, Tinca tinca", a line per class
@@ -82,9 +83,7 @@ def scan(folder: Path) -> Listing:
     states = np.array(list(visited.values()))
     if len(listing.paths) >= CACHE_MIN_IMAGES and begun - states[:, 2:].max() > _SETTLED:
         arrays = {"folders": np.array(list(visited)), "states": states, "counts": counts, "paths": listing.paths}
-        arrays |= {"reasons": np.array([*map(str.encode, left_out)], dtype=np.bytes_)}
-        arrays |= {"left_out": np.array([*left_out.values()], dtype=np.int64)}
-        save_arrays(path, arrays | {"classes": np.array(list(classes))})
+        save_arrays(path, arrays | {"classes": np.array(list(classes)), "left_out": np.array(json.dumps(left_out))})
     return listing
 
 
@@ -100,8 +99,8 @@ def _cached(folder: Path, path: Path) -> Listing | None:
                 return None
     except OSError:
         return None
-    left_out = dict(zip(map(bytes.decode, arrays["reasons"].tolist()), arrays["left_out"].tolist(), strict=True))
-    return Listing(folder, tuple(map(os.fsdecode, arrays["classes"])), arrays["counts"], arrays["paths"], left_out)
+    classes, left_out = tuple(map(os.fsdecode, arrays["classes"])), json.loads(arrays["left_out"].item())
+    return Listing(folder, classes, arrays["counts"], arrays["paths"], left_out)
 
 
 def images_below(folder: str) -> tuple[list[str], dict[str, int]]:
@@ -220,11 +219,7 @@ def imagenet(*, root: str, class_names: str | None, **keys: Unpack[ImageKeys]) -
     """Loads colour images from `root`/train/WNID/ and `root`/val/WNID/ (Russakovsky et al. 2015).
 
     ImageNet's test labels are not public, so papers report results on its validation set. Here that is the test set,
-    and the validation set is split off the training set.
-
-    Args:
-        class_names: file with a line "WNID name, other names" per class; None: `root`/LOC_synset_mapping.txt if it
-            exists, else the names of the class folders.
+    and the validation set is split off the training set. The keys: see `conf/data/imagenet.yaml`.
 
     Raises:
         UserError: as `image_folder`, or a class has no name.
@@ -308,7 +303,7 @@ def listed_images(
         )
         for split, each in listings.items()
     }
-    files, notes = image_files(str(base), lists, channels=channels, **keys)
+    files, notes = image_files(str(base), lists, channels, keys)
     unread: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for each in listings.values():

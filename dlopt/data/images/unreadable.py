@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -34,11 +34,7 @@ _VERSION = "2"
 
 
 class ImageKeys(TypedDict):
-    """Config keys of every dataset of image files.
-
-    `on_error`: `skip`: check all images in advance and skip unreadable ones; `fail`: check nothing in advance.
-    `max_skips`: maximum number of skipped images: a count, or a float fraction of all (at least one).
-    """
+    """Config keys of every dataset of image files: see `conf/data/image_folder.yaml`."""
 
     on_error: Literal["fail", "skip"]
     max_skips: Natural | PositiveFraction
@@ -46,7 +42,7 @@ class ImageKeys(TypedDict):
 
 
 def image_files(
-    key: str, splits: Mapping[str, ImageList], *, channels: int, **keys: Unpack[ImageKeys]
+    key: str, splits: Mapping[str, ImageList], channels: int, keys: ImageKeys
 ) -> tuple[dict[str, Files], tuple[str, ...]]:
     """Returns the images of each split as samples, and lines for the user about skipped images.
 
@@ -55,21 +51,12 @@ def image_files(
     Raises:
         UserError: more than `max_skips` images, or all images of a class, cannot be read.
     """
-    notes: list[str] = []
-    image_size = size_pair(keys["image_size"])
-    if keys["on_error"] == "skip":
-        splits, notes = _readable_splits(os.path.abspath(key), splits, image_size, channels, keys["max_skips"])
-    return {split: Files(images, image_size, channels) for split, images in splits.items()}, tuple(notes)
-
-
-def _readable_splits(
-    key: str, splits: Mapping[str, ImageList], image_size: tuple[int, int] | None, channels: int, max_skips: int | float
-) -> tuple[dict[str, ImageList], list[str]]:
-    total = sum(len(images) for images in splits.values())
+    key, image_size, max_skips = os.path.abspath(key), size_pair(keys["image_size"]), keys["max_skips"]
+    total = sum(map(len, splits.values()))
     cap = max_skips if isinstance(max_skips, int) else max(1, int(max_skips * total))
-    readable: dict[str, ImageList] = {}
+    readable = dict(splits)
     bad: list[str] = []
-    for split, images in splits.items():
+    for split, images in splits.items() if keys["on_error"] == "skip" else ():
         good = _readable(f"{key}\0{split}", _Checks(images, image_size, channels), cap - len(bad))
         bad += [images.path(index) for index in (~good).nonzero()[0].tolist()]
         if len(bad) > cap:
@@ -82,7 +69,8 @@ def _readable_splits(
         if lost and not images.targets.is_floating_point():
             example = images.path(int((images.targets == min(lost)).nonzero()[0, 0]))
             raise UserError(f"data.on_error=skip: no {split} image of one class can be read: {_reason(example)}; ...")
-    return readable, _notes(key, bad, total)
+    files = {split: Files(images, image_size, channels) for split, images in readable.items()}
+    return files, tuple(_notes(key, bad, total))
 
 
 def _reason(path: str) -> str:

@@ -7,21 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 import numpy as np
 import torch
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
-from dlopt.basics.formats import format_bytes, printable
-from dlopt.basics.ranges import NotEmpty, installed
+from dlopt.basics.formats import format_bytes, format_count, printable
+from dlopt.basics.ranges import installed
 from dlopt.data.checks import LARGEST, WARNING, left_out_note, numbers
 from dlopt.data.images.decoding import Size, decode
-from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
+from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, RowKeys, dataset, find_files
 from dlopt.data.samples import Dataset
 from dlopt.data.tables.columns import FeatureColumns, field_of
-from dlopt.data.tables.further import columns_of, further_of
+from dlopt.data.tables.further import FurtherKeys, columns_of, further_of
 from dlopt.data.tables.parquet import (
     Parts,
     innermost,
@@ -37,122 +37,94 @@ _MAX_VALUE = 1 << 27  # bytes of the numbers in a row
 _FILE_BYTES = 1 << 17  # estimated size of an image file outside of the table
 
 
+class ArrowKeys(RowKeys, FurtherKeys):
+    """Config keys of every data set of columns: see `conf/data/parquet.yaml`."""
+
+
 def parquet(
     *,
     file: Annotated[Files, installed("pyarrow", "hub")],
     val_file: Files | None,
     test_file: Files | None,
-    input: str | NotEmpty[str],
-    target: str,
-    labels: Labels,
-    channels: Channels,
-    image_size: int | tuple[int, int] | None,
-    group: str | None = None,  # runs from before these keys have none
-    order: str | None = None,
-    weight: str | None = None,
+    **keys: Unpack[ArrowKeys],
 ) -> Dataset:
     """Loads columns of Parquet files: images, lists of numbers, or numbers, and their labels.
 
     Files of more than 256 MiB (uncompressed) are converted once to an Arrow file in the cache, which is memory-mapped:
-    only the rows of the current batches, and all labels, are in memory.
-
-    Args:
-        file: training files: names, patterns such as shards/*.parquet, or folders; `val_file`, `test_file` likewise.
-        input: the column of the inputs; several columns of numbers are one vector.
-        target: the column of the labels.
-        labels: class: names or integers; several: lists of them; value: numbers for a regression.
-        channels: of images from files: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
-        group: column whose equal values stay in one split; `order`: column by which the rows are divided.
-        weight: column with the weights of the rows in the training loss.
+    only the rows of the current batches, and all labels, are in memory. The keys: see `conf/data/parquet.yaml`.
 
     Raises:
         UserError: a file or a column is missing, a column has another type, or a value is missing.
     """
-    dividing = columns_of(target, group=group, order=order, weight=weight)
-    columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
+    columns = _columns(keys)
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
-    tables: list[tuple[str, Any]] = []
-    parts: dict[str, Parts] = {}
-    others, count, roots = Counter[str](), 0, set[str]()
+    tables: dict[str, tuple[Any, Parts] | None] = {}
+    paths: list[str] = []
+    others: Counter[str] = Counter()
     for key, files in splits.items():
-        found = None if files is None else find_files(key, files, ".parquet")
-        table = None
-        if found is not None:
-            table, parts[key] = read_parquet(key, found[0], columns, target)
-            others.update(found[1])
-            count += len(found[0])
-            roots |= {os.path.dirname(os.path.realpath(path)) for path in found[0]}
-        tables.append((key, table))
-    source = f"rows of {count:,} file{'s' * (count > 1)}"
-    form: dict[str, Any] = {"labels": labels, "channels": channels, "image_size": image_size}
-    form["dividing"], notes = dividing, left_out_note(others)
-    return _dataset(tables, input, target, **form, source=source, notes=notes, roots=sorted(roots), parts=parts)
+        found, left_out = ([], {}) if files is None else find_files(key, files, ".parquet")
+        tables[key] = read_parquet(key, found, columns, keys["target"]) if found else None
+        paths += found
+        others.update(left_out)
+    roots = sorted({os.path.dirname(os.path.realpath(path)) for path in paths})
+    source = f"rows of {format_count('files', len(paths))}"
+    return _dataset(tables, keys, source, left_out_note(others), roots)
+
+
+def _names(keys: ArrowKeys) -> Sequence[str]:
+    return [keys["input"]] if isinstance(keys["input"], str) else keys["input"]
+
+
+def _columns(keys: ArrowKeys) -> list[str]:
+    """Returns all columns that are read. Raises `UserError`."""
+    dividing = columns_of(keys, target=keys["target"])
+    return list(dict.fromkeys([*_names(keys), keys["target"], *dividing.values()]))
 
 
 def _dataset(
-    splits: Sequence[tuple[str, Any]],
-    input: str | Sequence[str],
-    target: str,
-    *,
-    roots: Sequence[str] = (),
-    parts: Mapping[str, Parts] | None = None,
-    labels: Labels,
-    channels: Channels,
-    image_size: int | tuple[int, int] | None,
-    dividing: Mapping[str, str],
+    splits: Mapping[str, tuple[Any, Parts] | None],
+    keys: ArrowKeys,
     source: str,
     notes: tuple[str, ...] = (),
+    roots: Sequence[str] = (),
 ) -> Dataset:
-    """Builds a dataset from the tables of training, validation and test set, each with the key that set it.
+    """Builds a dataset from the tables of training, validation and test set, and the files of each, by their keys.
 
-    `roots`: folders below which images outside of the tables may be; (): anywhere. `parts`: the files of each table;
-    None if it is one. `dividing`: columns by key, see `further_of`.
+    `roots`: folders below which images outside of the tables may be; (): anywhere.
     """
-    names = [input] if isinstance(input, str) else list(input)
-    for key, table in splits:
-        if table is None:
+    names, target, dividing = _names(keys), keys["target"], columns_of(keys, target=keys["target"])
+    options = [*(("input", name) for name in names), ("target", target), *dividing.items()]
+    tables: dict[str, Columns | None] = dict.fromkeys(splits)
+    for key, split in splits.items():
+        if split is None:
             continue
-        for option, name in (
-            *(("data.input", name) for name in names),
-            ("data.target", target),
-            *((f"data.{key}", name) for key, name in dividing.items()),
-        ):
+        table, parts = split
+        for option, name in options:
             if name not in table.column_names:
-                raise UserError(f"{option}={name}: {key} has no such column; it has {', '.join(table.column_names)}")
+                has = ", ".join(table.column_names)
+                raise UserError(f"data.{option}={name}: {key} has no such column; it has {has}")
         if len(table) == 0:
             raise UserError(f"{key}: has no rows")
-    files = parts or {}
-    tables = [
-        (key, None if table is None else Columns(key, table, names, target, roots, files.get(key)))
-        for key, table in splits
-    ]
-    for _, columns in tables:
-        if columns is not None:
-            columns.refuse_unlabelled()
-            notes += columns.notes
-    found = dataset(tables, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
-    for columns, samples in zip((each for _, each in tables), (found.train, found.val, found.test), strict=True):
-        if columns is not None and samples is not None:
-            samples.further = columns.further(dividing)
+        columns = Columns(key, table, parts, names, target, roots)
+        columns.refuse_unlabelled()
+        notes += columns.notes
+        tables[key] = columns
+    found = dataset(tables, keys, source, notes)
+    for own, samples in zip(tables.values(), (found.train, found.val, found.test), strict=True):
+        if own is not None and samples is not None:
+            samples.further = own.further(dividing)
     return replace(found, columns=FeatureColumns(tuple(names), target) if len(found.train.shape) == 1 else None)
 
 
 class Columns:
-    """Columns of an Arrow table; see `dlopt.data.rows.rows.RowSource`."""
+    """Columns of an Arrow table; see `dlopt.data.rows.rows.RowSource`. `parts`: the files of the table."""
 
     def __init__(
-        self,
-        key: str,
-        table: Any,
-        names: Sequence[str],
-        target: str,
-        roots: Sequence[str] = (),
-        parts: Parts | None = None,
+        self, key: str, table: Any, parts: Parts, names: Sequence[str], target: str, roots: Sequence[str] = ()
     ) -> None:
         self.target, self._roots = target, roots
         self.encoded = _is_encoded(table.schema.field(names[0]).type)
         self._key, self.table, self._names = key, table, names
-        parts = [(len(table), table.schema.metadata)] if parts is None else parts
         self._stored = [(rows, stored_names(metadata, target)) for rows, metadata in parts]
         self.names = _joined_names(f"{key}: {target}", [each for _, each in self._stored if each is not None])
 
@@ -238,7 +210,44 @@ class Columns:
         return self.encoded and is_struct and any(chunk.field("bytes").null_count for chunk in column.chunks)
 
     def value(self, row: int, channels: Channels, size: Size = None) -> Any:
-        return _value(self.table, self._names, row, channels, size, self._key, self._roots)
+        name, *others = self._names
+        kind = self.table.schema.field(name).type
+        if others or _is_number(kind):
+            return np.array([self._number(each, row) for each in self._names], dtype=np.float64)  # `Wrapped` rounds
+        where = f"{self.place(row)}: {name}"
+        stored = self.table.column(name)[row]
+        # The former of a type of the package datasets.
+        inner = getattr(getattr(stored, "value", stored), "values", None)
+        if (taken := getattr(inner, "nbytes", 0)) > _MAX_VALUE:
+            most = format_bytes(_MAX_VALUE)
+            raise UserError(f"{where} has {format_bytes(taken)} of numbers; at most {most} are allowed")
+        value = stored.as_py()
+        if isinstance(value, Mapping):
+            value = _file(value, where, self._roots)
+        if value is None:
+            raise UserError(f"{where} is missing")
+        if isinstance(value, bytes):
+            return decode(value, size, channels, where)
+        if not isinstance(value, list):
+            raise UserError(
+                f"data.input={name}: the column has the type {kind}; images in files (bytes, or bytes and path), "
+                "numbers, and lists of numbers are allowed"
+            )
+        array = numbers(value, where, str(kind))
+        is_image = array.ndim > 1 and innermost(kind) == "uint8"
+        return array.astype(np.uint8 if is_image else np.float64)
+
+    def _number(self, name: str, row: int) -> float:
+        kind = self.table.schema.field(name).type
+        if not _is_number(kind):
+            raise UserError(
+                f"data.input: the column {name} has the type {kind}; several columns must all be numbers (for "
+                "categories, dates and gaps: data=table)"
+            )
+        value = self.table.column(name)[row].as_py()
+        if value is None or not abs(value) <= LARGEST:  # also NaN
+            raise UserError(f"{self.place(row)}: {name} is {value}, not a finite number of float32")
+        return float(value)
 
     def place(self, row: int) -> str:
         return f"{self._key}, row {row}"
@@ -256,36 +265,6 @@ class Columns:
             return None
         columns = ((name, self.table.column(name).slice(0, _CHECKED_ROWS)) for name in self._names)
         return ((name, column.combine_chunks().to_numpy(zero_copy_only=False)) for name, column in columns)
-
-
-def _value(
-    table: Any, names: Sequence[str], index: int, channels: Channels, size: Size, key: str, roots: Sequence[str]
-) -> Any:
-    """Returns the input in a row, see `RowSource.value`."""
-    if len(names) > 1 or _is_number(table.schema.field(names[0]).type):
-        return np.array([_number(table, name, index, key) for name in names], dtype=np.float64)  # `Wrapped` rounds them
-    (name,) = names
-    where = f"{key}, row {index}: {name}"
-    stored = table.column(name)[index]
-    inner = getattr(getattr(stored, "value", stored), "values", None)  # the former of a type of the package datasets
-    if (taken := getattr(inner, "nbytes", 0)) > _MAX_VALUE:
-        raise UserError(f"{where} has {format_bytes(taken)} of numbers; at most {format_bytes(_MAX_VALUE)} are allowed")
-    value = stored.as_py()
-    if isinstance(value, Mapping):
-        value = _file(value, where, roots)
-    if value is None:
-        raise UserError(f"{where} is missing")
-    if isinstance(value, bytes):
-        return decode(value, size, channels, where)
-    kind = table.schema.field(name).type
-    if not isinstance(value, list):
-        raise UserError(
-            f"data.input={name}: the column has the type {kind}; images in files (bytes, or bytes and path), numbers, "
-            "and lists of numbers are allowed"
-        )
-    array = numbers(value, where, str(kind))
-    is_image = array.ndim > 1 and innermost(kind) == "uint8"
-    return array.astype(np.uint8 if is_image else np.float64)
 
 
 def _file(value: Mapping[str, Any], where: str, roots: Sequence[str] = ()) -> bytes | None:
@@ -307,19 +286,6 @@ def _file(value: Mapping[str, Any], where: str, roots: Sequence[str] = ()) -> by
     return content if content is None or isinstance(content, bytes) else bytes(content)
 
 
-def _number(table: Any, name: str, index: int, key: str) -> float:
-    kind = table.schema.field(name).type
-    if not _is_number(kind):
-        raise UserError(
-            f"data.input: the column {name} has the type {kind}; several columns must all be numbers (for categories, "
-            "dates and gaps: data=table)"
-        )
-    value = table.column(name)[index].as_py()
-    if value is None or not abs(value) <= LARGEST:  # also NaN
-        raise UserError(f"{key}, row {index}: {name} is {value}, not a finite number of float32")
-    return float(value)
-
-
 # -- the package datasets
 
 
@@ -332,33 +298,20 @@ def huggingface(
     val: str | None,
     test: str | None,
     offline: bool,
-    input: str | NotEmpty[str],
-    target: str,
-    labels: Labels,
-    channels: Channels,
-    image_size: int | tuple[int, int] | None,
-    group: str | None = None,
-    order: str | None = None,
-    weight: str | None = None,
+    **keys: Unpack[ArrowKeys],
 ) -> Dataset:
     """Loads columns of a dataset with the package datasets, which memory-maps them; see `parquet`.
 
-    Args:
-        name: a dataset of the Hugging Face Hub, a folder of data files, or a folder of `save_to_disk`.
-        split: of the training set; `val`, `test` likewise. Parts of a split are possible: train[:90%].
-        offline: use local folders and the cache only.
+    The keys: see `conf/data/huggingface.yaml`.
 
     Raises:
         UserError: the package, the dataset, a split or a column is missing; see `parquet`.
     """
-    dividing = columns_of(target, group=group, order=order, weight=weight)
-    columns = list(dict.fromkeys([*([input] if isinstance(input, str) else input), target, *dividing.values()]))
+    columns = _columns(keys)
     splits = {"data.split": split, "data.val": val, "data.test": test}
-    load = _Hub(name, configuration, revision, offline, target)
-    tables = [(key, None if part is None else load.table(key, part, columns)) for key, part in splits.items()]
-    source = f"rows of {name}"
-    form: dict[str, Any] = {"labels": labels, "channels": channels, "image_size": image_size}
-    return _dataset(tables, input, target, **form, dividing=dividing, source=source)
+    load = _Hub(name, configuration, revision, offline, keys["target"])
+    tables = {key: None if part is None else load.table(key, part, columns) for key, part in splits.items()}
+    return _dataset(tables, keys, f"rows of {name}")
 
 
 @dataclass(frozen=True)
@@ -371,14 +324,15 @@ class _Hub:
     offline: bool
     target: str
 
-    def table(self, key: str, split: str, columns: Sequence[str]) -> Any:
+    def table(self, key: str, split: str, columns: Sequence[str]) -> tuple[Any, Parts]:
         """Returns the columns of a split, or all of them if one is missing, as an Arrow table. Raises `UserError`."""
         loaded = self._load(key, split)
         if set(columns) <= set(loaded.column_names):
             loaded = loaded.select_columns(columns)
         if len(loaded.data.table) != len(loaded):  # a selection of rows
             loaded = loaded.flatten_indices()
-        return loaded.data.table
+        table = loaded.data.table
+        return table, [(len(table), table.schema.metadata)]
 
     def _load(self, key: str, split: str) -> Any:
         import datasets
@@ -402,13 +356,11 @@ class _Hub:
     def _refuse_other_names(self, path: str) -> None:
         """Raises `UserError` if Parquet files of a folder name the classes differently: the package ignores it."""
         arrow = library(f"data.name={self.name}")
-        from pyarrow import parquet as reader
-
         first: tuple[str, list[str]] | None = None
         for file in sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.parquet"), recursive=True)):
             try:
                 refuse_special(file)
-                names = stored_names(reader.read_schema(file).metadata, self.target)
+                names = stored_names(arrow.parquet.read_schema(file).metadata, self.target)
             except (arrow.ArrowException, OSError):  # reported by the package, if it reads the file
                 continue
             if names is None:

@@ -12,6 +12,7 @@ from dlopt.data.checks import label_warnings, listed
 from dlopt.data.images.decoding import size_pair
 from dlopt.data.rows.items import without_loaders
 from dlopt.data.rows.records import Records, are_records
+from dlopt.data.rows.rows import class_counts
 from dlopt.data.rows.wrapped import Wrapped
 from dlopt.data.samples import Dataset, Samples
 
@@ -56,8 +57,7 @@ def custom(
         _check_labels(f"data.{key}", split, splits["train"], names)
     warnings = (*lost, *splits["train"].warnings())
     if names is not None:
-        targets = torch.cat([split.targets for split in splits.values()])
-        counts = targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=len(names))
+        counts = class_counts(torch.cat([split.targets for split in splits.values()]), len(names))
         # Integers are classes by definition.
         found = dict(zip(names, counts.tolist(), strict=True))
         warnings += label_warnings("the label", found, may_be_values=False)

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from dlopt.basics.errors import UserError
+from dlopt.data.checks import sampled
+from dlopt.data.images.decoding import from_pil
 from dlopt.data.samples import Content, Samples
 
 
@@ -15,14 +17,40 @@ class Items(Samples):
 
     def __init__(self, dataset: Any, key: str) -> None:
         self.dataset = dataset
-        self._name = name_of(dataset, key)
+        self._name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"  # for messages
+        if isinstance(dataset, str):
+            raise UserError(
+                f"{key}={dataset}: names no dataset; a file has {key.rpartition('.')[2]}: {{_target_: {dataset}}}"
+            )
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise UserError(f"{self._name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
+        if len(dataset) == 0:
+            raise UserError(f"{self._name}: is empty")
+
+    def item(self, index: int) -> Any:
+        """Returns an item as the dataset has it. Raises `UserError`."""
+        try:
+            return self.dataset[index]
+        except UserError:
+            raise
+        except Exception as error:  # user code may raise anything; name the sample
+            raise UserError(f"{self._name}[{index}]: {type(error).__name__}: {error}") from error
+
+    def pixels(self, image: Any, place: str) -> Tensor | None:
+        """Returns the pixels of an image of PIL, uint8 [C, H, W]; None for another value. Raises `UserError`."""
+        if not (hasattr(image, "tobytes") and hasattr(image, "mode")):  # avoids importing PIL
+            return None
+        try:
+            return from_pil(image)
+        except ValueError as error:
+            raise UserError(f"{self._name}{place}: {error}") from None
 
     def place(self, index: int) -> str:
         return f"item {int(self.rows_of(torch.tensor(index)))}"
 
     def content(self) -> Content | None:
         """Reads 16 evenly spaced items, twice: they may be augmented at random."""
-        some = torch.from_numpy(np.unique(np.linspace(0, len(self) - 1, 16, dtype=np.int64)))
+        some = torch.from_numpy(sampled(len(self), 16))
         items = self.fetch(some)
         return Content.of_array(items) if torch.equal(items, self.fetch(some)) else None
 
@@ -47,36 +75,11 @@ def without_loaders(train: Any, val: Any, test: Any) -> tuple[dict[str, Any], tu
 def _lost(key: str, loader: DataLoader[Any]) -> str:
     """Says that only the dataset of a DataLoader is used, and what draws the batches in its place."""
     drawn = "" if loader.batch_size is None else f"batch_size={loader.batch_size}, "
-    collate = "" if loader.collate_fn is default_collate else f", {_named(loader.collate_fn)}"
+    collate, function = "", loader.collate_fn
+    if function is not default_collate:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        collate = f", collate_fn {name}, which is not called"
     return (
         f"{key}: of the DataLoader only its dataset is used; data.batch_size, sampler and data.workers replace its "
         f"{drawn}{type(loader.sampler).__name__}, num_workers={loader.num_workers}{collate}"
     )
-
-
-def _named(collate: Any) -> str:
-    return f"collate_fn {getattr(collate, '__qualname__', type(collate).__qualname__)}, which is not called"
-
-
-def name_of(dataset: Any, key: str) -> str:
-    """Returns the name of the dataset at `key` of the config, for messages. Raises `UserError` if it has no items."""
-    name = f"{key} ({type(dataset).__module__}.{type(dataset).__qualname__})"
-    if isinstance(dataset, str):
-        raise UserError(
-            f"{key}={dataset}: names no dataset; a file has {key.rpartition('.')[2]}: {{_target_: {dataset}}}"
-        )
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise UserError(f"{name}: has no __getitem__ and __len__; expected a map-style torch Dataset")
-    if len(dataset) == 0:
-        raise UserError(f"{name}: is empty")
-    return name
-
-
-def read_item(dataset: Any, index: int, name: str) -> Any:
-    """Returns an item as the dataset has it. Raises `UserError`."""
-    try:
-        return dataset[index]
-    except UserError:
-        raise
-    except Exception as error:  # user code may raise anything; name the sample
-        raise UserError(f"{name}[{index}]: {type(error).__name__}: {error}") from error

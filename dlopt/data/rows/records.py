@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dlopt.basics.errors import UserError
-from dlopt.data.images.decoding import from_pil
-from dlopt.data.rows.items import Items, read_item
+from dlopt.data.rows.items import Items
 from dlopt.data.samples import Samples
 from dlopt.tasks.layout import Layout
 
@@ -28,7 +27,7 @@ class Records(Items):
 
     def __init__(self, dataset: Any, key: str) -> None:
         super().__init__(dataset, key)
-        item = read_item(dataset, 0, self._name)
+        item = self.item(0)
         self.layout = Layout.of(self._tensors(item, 0), "dict" if isinstance(item, Mapping) else "tuple")
         Samples.__init__(self, torch.zeros(len(dataset)), (self.layout.bytes,))
 
@@ -41,7 +40,7 @@ class Records(Items):
         return torch.stack(found) if found else torch.empty((0, *self.shape), dtype=torch.uint8)
 
     def _row(self, index: int) -> Tensor:
-        values = self._tensors(read_item(self.dataset, index, self._name), index)
+        values = self._tensors(self.item(index), index)
         found = Layout.of(values, self.layout.kind)
         if {*found.entries} != {*self.layout.entries}:
             raise UserError(
@@ -59,11 +58,8 @@ class Records(Items):
         return {str(name): self._tensor(name, value, index) for name, value in named.items()}
 
     def _tensor(self, name: Any, value: Any, index: int) -> Tensor:
-        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
-            try:
-                return from_pil(value)
-            except ValueError as error:
-                raise UserError(f"{self._name}[{index}]: {name}: {error}") from None
+        if (pixels := self.pixels(value, f"[{index}]: {name}")) is not None:
+            return pixels
         try:
             if isinstance(value, float):
                 return torch.tensor(value, dtype=torch.float64)

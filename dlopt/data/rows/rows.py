@@ -5,8 +5,8 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from dlopt.data.checks import (
     natural,
     refuse_values,
     rounding_warnings,
+    sampled,
 )
 from dlopt.data.images.decoding import Size, Stored, describe, has_colour, size_pair
 from dlopt.data.rows.wrapped import Wrapped
 from dlopt.data.samples import WHOLE, Content, Dataset, Samples, digest_of
+from dlopt.data.settings import SPLITS
 
 Labels = Literal["class", "several", "value"]
 Channels = Literal[1, 3] | None
@@ -34,6 +36,16 @@ SLOW_ROWS = 10_000  # that are read one at a time within a second
 Files = str | NotEmpty[str]
 _LOOKED_AT = 256  # images of each split, if the first one is grey
 _BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")  # {000..012} or {a,b}
+
+
+class RowKeys(TypedDict):
+    """Config keys of every data set of rows: see `conf/data/parquet.yaml` and `conf/data/webdataset.yaml`."""
+
+    input: str | NotEmpty[str]
+    target: str
+    labels: Labels
+    channels: Channels
+    image_size: int | tuple[int, int] | None
 
 
 class RowSource(Protocol):
@@ -86,67 +98,58 @@ class RowSource(Protocol):
     @property
     def names(self) -> Sequence[str] | None:
         """The names of the classes that are stored with the labels, which are numbers in this list; None without."""
-        ...
+        return None
 
     def columns(self) -> Iterator[tuple[str, np.ndarray]] | None:
         """Yields name and first values [n] of every column that is one feature; None for other inputs."""
-        ...
+        return None
 
 
-def dataset(
-    splits: Sequence[tuple[str, RowSource | None]],
-    *,
-    labels: Labels,
-    channels: Channels,
-    image_size: int | tuple[int, int] | None,
-    source: str,
-    notes: tuple[str, ...] = (),
-) -> Dataset:
-    """Builds a dataset from the rows of training, validation and test set, each with the key that set it.
+def dataset(splits: Mapping[str, RowSource | None], keys: RowKeys, source: str, notes: tuple[str, ...] = ()) -> Dataset:
+    """Builds a dataset from the rows of training, validation and test set, in this order, by the keys that set them.
 
     A split may be None, but not the training set. `source`: what the rows are called, and where they are from; `notes`:
     on what was left out.
     """
-    key, train = splits[0]
-    assert train is not None
-    several = labels == "several"
+    by_name = zip(SPLITS, splits.items(), strict=True)
+    tables = {name: (key, table) for name, (key, table) in by_name if table is not None}
+    key, train = tables["train"]
+    labels, channels, several = keys["labels"], keys["channels"], keys["labels"] == "several"
     train_labels = _labels(train)
     classes = None if labels == "value" else _classes(key, train, train_labels, several=several)
     if channels is not None and not train.encoded:
         raise UserError(f"data.channels={channels}: only image files are converted; use data.channels=null")
     first, is_checked = train.value(0, channels), False
     if channels is None and isinstance(first, torch.Tensor):
-        coloured = _coloured([table for _, table in splits if table is not None]) if len(first) == 1 else None
+        coloured = _coloured([table for _, table in tables.values()]) if len(first) == 1 else None
         channels = 3 if len(first) > 1 or coloured is not None else 1
         is_checked = channels == 1
         if coloured is not None:
             notes += (f"the first image is grey, others have colour ({coloured}): all are read in colour",)
-    size = size_pair(image_size)
-    for other, table in splits[1:]:
-        notes += () if table is None else _naming_warnings(key, train, other, table, classes)
-    targets = [None if table is None else _targets(table, train, train_labels, classes, several) for _, table in splits]
-    samples = [
-        None
-        if table is None or target is None
-        else Rows(table, _stored(target), channels, size, key, is_checked=is_checked)
-        for (key, table), target in zip(splits, targets, strict=True)
-    ]
-    assert samples[0] is not None and targets[0] is not None
+    size = size_pair(keys["image_size"])
+    samples, targets = {}, {}
+    for other, table in tables.values():
+        notes += _naming_warnings(key, train, other, table, classes)
+    for name, (_, table) in tables.items():
+        targets[name] = _targets(table, train, train_labels, classes, several)
+    for name, (other, table) in tables.items():
+        stored = targets[name].float() if targets[name].is_floating_point() else targets[name]
+        samples[name] = Rows(table, stored, channels, size, other, is_checked=is_checked)
     shown = None
     if classes is not None:
         shown = tuple(_shown(label, train) for label in classes)
         if not several and isinstance(label := train_labels[0], float):
             notes += (f"{train.target}: {label} is read as the class {int(label)}",)
-        counts = torch.stack([_counts(target, len(classes)) for target in targets if target is not None]).sum(0)
+        counts = torch.stack([class_counts(target, len(classes)) for target in targets.values()]).sum(0)
         notes += label_warnings(train.target, dict(zip(shown, counts.tolist(), strict=True)))
     else:
-        values = targets[0].reshape(len(train), -1).numpy()
+        values = targets["train"].reshape(len(train), -1).numpy()
         notes += rounding_warnings((train.target, column) for column in values.T)
     columns = train.columns()
-    notes += samples[0].warnings() if columns is None else column_warnings(columns, "leave it out of data.input")
-    count = sum(len(table) for _, table in splits if table is not None)
-    found = f"{count:,} {source}"
-    return Dataset(samples[0], samples[1], samples[2], shown, facts={"rows": count}, notes=notes, source=found)
+    notes += samples["train"].warnings() if columns is None else column_warnings(columns, "leave it out of data.input")
+    count = sum(map(len, samples.values()))
+    val, test, facts, found = samples.get("val"), samples.get("test"), {"rows": count}, f"{count:,} {source}"
+    return Dataset(samples["train"], val, test, shown, facts=facts, notes=notes, source=found)
 
 
 def _coloured(tables: Sequence[RowSource]) -> str | None:
@@ -155,7 +158,7 @@ def _coloured(tables: Sequence[RowSource]) -> str | None:
     `Rows` checks the others when it reads them.
     """
     for table in tables:
-        for row in np.unique(np.linspace(0, len(table) - 1, _LOOKED_AT, dtype=np.int64)).tolist():
+        for row in sampled(len(table), _LOOKED_AT).tolist():
             place = table.place(row)
             with contextlib.suppress(UserError):  # raised where the image is read
                 if (content := table.content(row)) is not None and has_colour(content, place):
@@ -163,11 +166,7 @@ def _coloured(tables: Sequence[RowSource]) -> str | None:
     return None
 
 
-def _stored(targets: torch.Tensor) -> torch.Tensor:
-    return targets.float() if targets.dtype == torch.float64 else targets
-
-
-def _counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
+def class_counts(targets: torch.Tensor, classes: int) -> torch.Tensor:
     """Returns the samples of each class, or with each label."""
     return targets.sum(0).long() if targets.ndim == 2 else torch.bincount(targets, minlength=classes)
 
@@ -338,25 +337,20 @@ def _targets(
     values = train_labels if table is train else _labels(table, train, classes)
     if classes is not None:
         values = values if several else _whole(values)
-        numbers = {label: number for number, label in enumerate(classes)}
         unknown: dict[str, int] = {}  # the first row of each
+        known = {*classes}
         if several and table is not train:
             _refuse_other_than_lists(table, values)
         for row, labels in enumerate(values):
             for label in labels if several else (labels,):
-                if isinstance(label, list | dict) or label not in numbers:
+                if isinstance(label, list | dict) or label not in known:
                     is_number = isinstance(label, int) and train.names is not None and 0 <= label < len(train.names)
                     unknown.setdefault(repr(_shown(label, train) if is_number else label), row)
         if unknown:
             (label, row), *others = unknown.items()
             more = f"; nor {listed([name for name, _ in others])}" if others else ""
             raise UserError(f"{table.place(row)}: {table.target} is {label}, a class that no training row has{more}")
-        if several:
-            targets = torch.zeros(len(values), len(classes))
-            for row, labels in zip(targets, values, strict=True):
-                row[[numbers[label] for label in labels]] = 1.0
-            return targets
-        return torch.tensor([numbers[label] for label in values])
+        return class_targets(values, classes, several=several)
     for row, value in enumerate(values if table.names is not None else ()):
         if isinstance(value, str):
             raise UserError(f"{table.place(row)}: {table.target} is {value!r}, a class that the training set lacks")
@@ -367,6 +361,17 @@ def _targets(
     if not bool(targets.float().isfinite().all()):
         row = int((~targets.float().reshape(len(targets), -1).isfinite().all(1)).nonzero()[0])
         raise UserError(f"{table.place(row)}: {table.target} is {values[row]}, not a finite number")
+    return targets
+
+
+def class_targets(labels: Sequence[Any], classes: Sequence[Any], *, several: bool = False) -> torch.Tensor:
+    """Returns int64 [N] class numbers; float32 [N, K], 0 or 1, for lists of labels."""
+    numbers = {label: number for number, label in enumerate(classes)}
+    if not several:
+        return torch.tensor([numbers[label] for label in labels])
+    targets = torch.zeros(len(labels), len(classes))
+    for row, names in zip(targets, labels, strict=True):
+        row[[numbers[name] for name in names]] = 1.0
     return targets
 
 

@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from dlopt.basics.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
 from dlopt.basics.errors import UserError
 from dlopt.basics.files import refuse_special
-from dlopt.basics.ranges import NotEmpty
+from dlopt.basics.formats import format_count
 from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note, numbers
 from dlopt.data.images.decoding import Size, decode
-from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, Labels, dataset, find_files
+from dlopt.data.rows.rows import SLOW_ROWS, Channels, Files, RowKeys, RowSource, dataset, find_files
 from dlopt.data.samples import Dataset
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # key and extension, as the package webdataset splits a name
@@ -38,46 +38,28 @@ Members = dict[str, tarfile.TarInfo]
 """Members of a sample by extension."""
 
 
-def webdataset(
-    *,
-    file: Files,
-    val_file: Files | None,
-    test_file: Files | None,
-    input: str | NotEmpty[str],
-    target: str,
-    labels: Labels,
-    channels: Channels,
-    image_size: int | tuple[int, int] | None,
-) -> Dataset:
+def webdataset(*, file: Files, val_file: Files | None, test_file: Files | None, **keys: Unpack[RowKeys]) -> Dataset:
     """Loads samples of tar files: images, arrays or numbers, and their labels.
 
-    The files are indexed once. Inputs are read when a batch needs them; only positions and labels are in memory.
-
-    Args:
-        file: training files: names, patterns such as shards/*.tar or shards/{000..012}.tar, or folders; `val_file`,
-            `test_file` likewise.
-        input: the extension of the inputs, an image, npy or json; of several, the first one that a sample has.
-        target: the extension of the labels: cls, txt, json or npy. json.NAME is a field of an object in json.
-        labels: class: names or integers; several: lists of them; value: numbers for a regression.
-        channels: of images: 3 (colour), 1 (grey), None: 1 if the first image and all others are grey.
+    The files are indexed once. Inputs are read when a batch needs them; only positions and labels are in memory. The
+    keys: see `conf/data/webdataset.yaml`.
 
     Raises:
         UserError: a file is missing, damaged or compressed, or a sample lacks a member or has an invalid one.
     """
-    names = [input] if isinstance(input, str) else list(input)
+    names = [keys["input"]] if isinstance(keys["input"], str) else keys["input"]
     splits = {"data.file": file, "data.val_file": val_file, "data.test_file": test_file}
     others: Counter[str] = Counter()
-    shards = [
-        (key, None if files is None else _indexed(key, files, names, target, others)) for key, files in splits.items()
-    ]
-    count = sum(len(shard.paths) for _, shard in shards if shard is not None)
-    source = f"samples of {count:,} file{'s' * (count > 1)}"
-    notes = left_out_note(others)
-    return dataset(shards, labels=labels, channels=channels, image_size=image_size, source=source, notes=notes)
+    shards = {
+        key: None if files is None else _indexed(key, files, names, keys["target"], others)
+        for key, files in splits.items()
+    }
+    count = sum(len(each.paths) for each in shards.values() if each is not None)
+    return dataset(shards, keys, f"samples of {format_count('files', count)}", left_out_note(others))
 
 
 @dataclass
-class Shards:
+class Shards(RowSource):
     """Samples of tar files; see `dlopt.data.rows.rows.RowSource`.
 
     `arrays`: shard (the number in `paths`), offset, size and extension (the number in `inputs`) of each input; the
@@ -138,13 +120,6 @@ class Shards:
     def type(self, row: int) -> str:
         label = json.loads(self.arrays["label"][row])
         return f"{self.target} of sample {os.fsdecode(self.arrays['key'][row])} is of the type {type(label).__name__}"
-
-    @property
-    def names(self) -> None:
-        return None
-
-    def columns(self) -> None:
-        return None
 
     def _input(self, row: int) -> str:
         return self.inputs[self.arrays["extension"][row]]
@@ -218,14 +193,14 @@ def _indexed(key: str, files: Files, inputs: Sequence[str], target: str, others:
     for path in paths:
         with _reading(key, path):
             states.append(f"{os.path.abspath(path)} {file_state(path)}")
-    cached = cache_file("webdataset", "2", *inputs, "", target, *states)
+    cached = cache_file("webdataset", "3", *inputs, "", target, *states)
     with exclusive(cached):
         arrays = load_arrays(cached)
         if arrays is None:
             arrays = _index(key, paths, inputs, target)
             if len(arrays["offset"]) >= _CACHE_MIN_SAMPLES:
                 save_arrays(cached, arrays)
-    others.update(dict(zip(map(bytes.decode, arrays["reasons"].tolist()), arrays["left_out"].tolist(), strict=True)))
+    others.update(json.loads(arrays["left_out"].item()))
     return Shards(key, inputs, target, paths, arrays)
 
 
@@ -249,9 +224,8 @@ def _index(key: str, paths: Sequence[str], inputs: Sequence[str], target: str) -
     if not keys:
         raise UserError(f"{key}: {', '.join(paths[:3])}: has no samples; members are named KEY.EXTENSION (0001.jpg)")
     columns = zip(("shard", "offset", "size", "extension"), np.array(positions, dtype=np.int64).T, strict=True)
-    left_out = {"reasons": np.array([*map(str.encode, others)], dtype=np.bytes_)}
-    left_out["left_out"] = np.array([*others.values()], dtype=np.int64)
-    return {**dict(columns), "key": np.array(keys), "label": np.array(labels), **left_out}
+    left_out = np.array(json.dumps(others))
+    return {**dict(columns), "key": np.array(keys), "label": np.array(labels), "left_out": left_out}
 
 
 def _find(members: Members, names: Sequence[str], option: str, place: str) -> tuple[int, tarfile.TarInfo]:

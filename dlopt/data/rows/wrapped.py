@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import column_warnings, rounding_warnings, sampled
-from dlopt.data.images.decoding import Size, from_pil, orientation
+from dlopt.data.images.decoding import Size, orientation
 from dlopt.data.images.resampling import resize
-from dlopt.data.rows.items import Items, read_item
+from dlopt.data.rows.items import Items
 from dlopt.data.samples import Samples
 
 _LABELS_CHECKED = 64  # items whose labels are compared with the dataset's attribute
@@ -97,18 +97,15 @@ class Wrapped(Items):
 
     def _pair(self, index: int, size: Size = None) -> Sequence[Any]:
         """Returns an item; `size`: of images that are decoded here. Raises `UserError`."""
-        item = read_item(self.dataset, index, self._name)
+        item = self.item(index)
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise UserError(f"{self._name}[{index}]: is {described(item)}; expected a pair (input, label)")
         return item
 
     def _input(self, value: Any, index: int) -> Tensor:
-        if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image; avoids importing PIL
+        if (pixels := self.pixels(value, f"[{index}]")) is not None:
             self.rotated += orientation(value) > 1
-            try:
-                value = from_pil(value)
-            except ValueError as error:
-                raise UserError(f"{self._name}[{index}]: {error}") from None
+            value = pixels
         elif isinstance(value, np.ndarray):
             if value.dtype == np.uint8 and value.ndim == 3:
                 value = channels_first(value, f"{self._name}[{index}]")

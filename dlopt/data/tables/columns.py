@@ -9,16 +9,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NotRequired, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import ConfigDict, StrictBool, StrictStr, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from pydantic import ConfigDict, StrictBool, StrictFloat, StrictStr, TypeAdapter, ValidationError, with_config
 
 from dlopt.basics.errors import UserError
 from dlopt.basics.formats import printable
-from dlopt.data.checks import GAPS, LARGEST, WARNING, listed, natural, number, numbers
-from dlopt.data.tables.csv_file import finite_numbers, not_a_number
+from dlopt.data.checks import GAPS, WARNING, listed, natural, number, numbers
+from dlopt.data.tables.csv_file import finite_numbers, not_a_number, not_finite
 from dlopt.data.tables.parquet import innermost
 
 Kind = Literal["number", "category", "date"]
@@ -61,23 +60,14 @@ class Column:
         return replace(self, values=self.values[rows])
 
 
-def numeric(name: str, values: np.ndarray) -> Column:
-    """Returns a column of numbers, NaN for a gap."""
-    return Column(name, "number", values)
-
-
 def categorical(name: str, fields: Sequence[str]) -> Column:
     """Returns a column of categories. 1.0 is the category 1."""
-    plain = {field: _plain(field) for field in set(fields)}
+    whole = {field: _DECIMALS.fullmatch(field) for field in set(fields)}
+    plain = {field: field if found is None else found[1] for field, found in whole.items()}
     texts = sorted({text for text in plain.values() if text.lower() not in GAPS}, key=natural)
     positions = {text: float(position) for position, text in enumerate(texts)}
     codes = {field: positions.get(text, np.nan) for field, text in plain.items()}
     return Column(name, "category", np.array([codes[field] for field in fields], dtype=np.float64), tuple(texts))
-
-
-def _plain(field: str) -> str:
-    whole = _DECIMALS.fullmatch(field)
-    return field if whole is None else whole[1]
 
 
 # -- dates
@@ -147,20 +137,7 @@ def _seconds(field: str, form: Form) -> float:
 # -- encodings
 
 
-@with_config(ConfigDict(strict=True, extra="forbid"))
-class _Saved(TypedDict):
-    name: StrictStr
-    kind: Kind
-    values: list[StrictStr]
-    fill: float | StrictStr | None
-    has_gaps: StrictBool
-    has_times: StrictBool
-    form: NotRequired[Form]  # older checkpoints have none
-
-
-_saved = TypeAdapter(list[_Saved])
-
-
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class ColumnEncoding:
     """How a column becomes features.
@@ -174,13 +151,13 @@ class ColumnEncoding:
         form: of dates in the training rows.
     """
 
-    name: str
+    name: StrictStr
     kind: Kind
-    values: tuple[str, ...]
-    fill: float | str | None
-    has_gaps: bool
-    has_times: bool
-    form: Form = _PLAIN
+    values: tuple[StrictStr, ...]
+    fill: StrictFloat | StrictStr | None
+    has_gaps: StrictBool
+    has_times: StrictBool
+    form: Form = _PLAIN  # older checkpoints have none
 
     @classmethod
     def fitted(cls, column: Column) -> "ColumnEncoding":
@@ -196,11 +173,6 @@ class ColumnEncoding:
             fill = float(np.median(known))
         has_times = column.kind == "date" and bool((known % _DAY).any())
         return cls(column.name, column.kind, values, fill, len(known) < len(column.values), has_times, column.form)
-
-    @classmethod
-    def restored(cls, saved: _Saved) -> "ColumnEncoding":
-        values: Any = {**saved, "values": tuple(saved["values"])}
-        return cls(**values)
 
     @property
     def features(self) -> list[str]:
@@ -298,6 +270,9 @@ class ColumnEncoding:
         return "; ".join(parts)
 
 
+_saved = TypeAdapter(tuple[ColumnEncoding, ...])
+
+
 @dataclass(frozen=True)
 class TableEncoding:
     """How the columns of a table become features."""
@@ -313,11 +288,10 @@ class TableEncoding:
     def restored(cls, saved: Any) -> "TableEncoding":
         """Returns the encoding with these `saved` values. Raises `ValueError` if they are none."""
         try:
-            columns = _saved.validate_python(saved)
+            return cls(_saved.validate_python(saved))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        return cls(tuple(map(ColumnEncoding.restored, columns)))
 
     @property
     def saved(self) -> list[dict[str, Any]]:
@@ -385,10 +359,10 @@ def column_of(
             raise UserError(f"{place(wrong)}: {name} is {fields[wrong]!r}, not a date in the form {form or _PLAIN}")
         return found or Column(name, "date", np.full(len(fields), np.nan))
     values = np.array([number(field) for field in fields], dtype=np.float64)
-    for row in np.flatnonzero(~(np.abs(values) <= LARGEST)).tolist():
+    for row in not_finite(values):
         if fields[row].lower() not in GAPS:
             raise not_a_number(place(row), name, fields[row], "the model reads numbers in this column")
-    return numeric(name, values)
+    return Column(name, "number", values)
 
 
 @dataclass(frozen=True)
@@ -512,8 +486,7 @@ def _numbers(values: Any, name: str, place: Callable[[int], str]) -> np.ndarray:
     if column.dtype.kind not in "biuf":
         raise UserError(f"{place(0)}: {name} has the type {kind}; the model reads numbers in this column")
     column = column.astype(np.float64)
-    if not (np.abs(column) <= LARGEST).all():  # also NaN
-        row = int(np.flatnonzero(~(np.abs(column) <= LARGEST))[0])
+    for row in not_finite(column):
         raise UserError(f"{place(row)}: {name} is {column[row]}, not a finite number of float32")
     return column[:, None]
 

@@ -69,10 +69,6 @@ class Header:
     notes: tuple[str, ...]
     line: tuple[str, ...]
 
-    def require(self, names: Collection[str], hint: str = "") -> None:
-        """Raises `UserError` if there is no such column."""
-        require_columns(self.path, self.names, names, hint)
-
 
 def require_columns(path: Path, columns: Collection[str], names: Collection[str], hint: str = "") -> None:
     """Raises `UserError` if a column of `names` is not in the `columns` of the file."""
@@ -316,7 +312,7 @@ def read_columns(
                 example = next(field for field in fields if "." in field)
                 notes += (f"{WARNING}column {name} may have points between thousands: {example} is read as a decimal",)
             column = _numbers(fields)
-            for row in np.flatnonzero(~(np.abs(column) <= LARGEST)).tolist():  # also NaN
+            for row in not_finite(column):
                 if advice is not None:
                     raise not_a_number(_place(header.path, chunk[row][0]), name, fields[row], advice)
                 no_numbers[name].add(start + row, fields[row])
@@ -484,7 +480,9 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
         line = 0
         for text in file:
             line += 1
-            if not _is_utf8(text):
+            try:
+                text.decode()
+            except UnicodeDecodeError:
                 break
         else:  # UTF-16
             return UserError(f"data.file={path}: is not a CSV file in {error.encoding} ({error.reason})")
@@ -499,14 +497,6 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
         f"{_place(path, line)}: is not UTF-8; it fits {encoding} ({printable(word)}): convert the file with "
         f"iconv -f {encoding.upper().replace('_', '-')} -t UTF-8 {path.name} > NEW"
     )
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _numbers(fields: list[str]) -> np.ndarray:
@@ -525,10 +515,15 @@ def finite_numbers(fields: list[str], name: str, place: Callable[[int], str], ad
     column of texts.
     """
     column = _numbers(fields)
-    if not (np.abs(column) <= LARGEST).all():
-        row = int(np.flatnonzero(~(np.abs(column) <= LARGEST))[0])  # also NaN
+    for row in not_finite(column):
         raise not_a_number(place(row), name, fields[row], advice)
     return column
+
+
+def not_finite(values: np.ndarray) -> list[int]:
+    """Returns the rows of [N] that are NaN, or not finite in float32."""
+    rows: list[int] = np.flatnonzero(~(np.abs(values) <= LARGEST)).tolist()
+    return rows
 
 
 def _one_number(fields: Sequence[str], column: np.ndarray, seen: dict[float, str]) -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -10,17 +11,24 @@ from dlopt.data.checks import number
 from dlopt.data.tables.columns import as_dates
 
 
-def columns_of(target: str, *, split_column: str | None = None, **keys: str | None) -> dict[str, str]:
-    """Returns the columns of `group`, `order` and `weight`, by key.
+class FurtherKeys(TypedDict, total=False):
+    """Config keys of every data set with named columns: see `conf/data/table.yaml`. Older runs lack them."""
 
-    Raises `UserError` if one is the target or named twice, or if group and order are both given.
+    group: str | None
+    order: str | None
+    weight: str | None
+
+
+def columns_of(keys: Mapping[str, Any], **others: str | None) -> dict[str, str]:
+    """Returns the columns of `FurtherKeys`, by key.
+
+    Raises `UserError` if one is also that of one of the `others` or named twice, or if group and order are both given.
     """
-    named = {"target": target, "split_column": split_column}
     found: dict[str, str] = {}
-    for key, name in keys.items():
-        if name is None:
+    for key in ("group", "order", "weight"):
+        if (name := keys.get(key)) is None:
             continue
-        if other := next((each for each, column in (named | found).items() if column == name), None):
+        if other := next((each for each, column in (others | found).items() if column == name), None):
             raise UserError(f"data.{key}={name}: is also data.{other}; give another column")
         found[key] = name
     if {"group", "order"} <= found.keys():

@@ -4,13 +4,14 @@ The values of a Parquet file are read as the texts that pandas writes to a CSV f
 """
 
 import functools
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, cast
 
 import numpy as np
 
@@ -43,19 +44,19 @@ from dlopt.data.tables.columns import (
     column_of,
     date_problem,
     field_of,
-    numeric,
 )
 from dlopt.data.tables.csv_file import (
     Header,
     NoNumbers,
     TableFile,
     not_a_number,
+    not_finite,
     read_columns,
     read_header,
     remedy,
     require_columns,
 )
-from dlopt.data.tables.further import columns_of, further_of
+from dlopt.data.tables.further import FurtherKeys, columns_of, further_of
 from dlopt.data.tables.parquet import bounded, is_parquet, library, open_parquet, read_parquet, stored_names, with_names
 
 Labels = Literal["class", "value"]
@@ -68,63 +69,64 @@ _TEXTS = ("string", "large_string", "string_view")  # types of Parquet files
 _EARLY = 1 << 24  # bytes of a file that is read before torch is imported
 
 
+class _KindKeys(FurtherKeys, total=False):  # runs from before these keys have none
+    categories: tuple[str, ...]
+    dates: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+
+class TableKeys(_KindKeys):
+    """Config keys of a table: see `conf/data/table.yaml`."""
+
+    file: str
+    delimiter: str
+    target: str | None
+    ignore: tuple[str, ...]
+    labels: Labels
+    standardize_target: bool
+    split_column: str | None
+
+
 @dataclass(frozen=True)
 class Table:
     """The columns of a file.
 
     Attributes:
+        columns: what the features and the others are; without the scale of the target.
         features: numbers float64 [N, F] if no column has gaps or is of another kind; else the columns.
         answers: classes, or values float64 [N].
         parts: train, val or test for each row; None without a column of them.
-        others: columns that are no features: they are ignored, or name the split.
-        has_units: a row below the names of the columns has their units.
         notes: what was left out, and what looks wrong.
         lines: number of each row in the file; `unit`: what it counts.
         further: what divides the rows; see `dlopt.data.division`.
     """
 
-    names: tuple[str, ...]
-    target: str
+    columns: FeatureColumns
     features: np.ndarray | list[Column]
     answers: Sequence[str] | np.ndarray
     parts: list[str] | None
-    others: tuple[str, ...]
-    delimiter: str
-    has_units: bool
     notes: tuple[str, ...]
     lines: Sequence[int]
     unit: str
     further: Mapping[str, np.ndarray]
 
 
-def read_table(
-    *,
-    file: str,
-    delimiter: str,
-    target: str | None,
-    ignore: tuple[str, ...],
-    categories: tuple[str, ...],
-    dates: tuple[str, ...],
-    numbers: tuple[str, ...],
-    labels: Labels,
-    standardize_target: bool,
-    split_column: str | None,
-    group: str | None = None,
-    order: str | None = None,
-    weight: str | None = None,
-    trained: FeatureColumns | None = None,
-) -> Table:
+def read_table(trained: FeatureColumns | None = None, **keys: Unpack[TableKeys]) -> Table:
     """Reads a table; see `dlopt.data.tables.table.table`. `trained`: the columns that a trained model reads."""
-    reader = _ParquetReader(file) if is_parquet(os.path.expanduser(file)) else _CsvReader(file, delimiter, trained)
+    file, target, ignore, labels = keys["file"], keys["target"], keys["ignore"], keys["labels"]
+    path = Path(os.path.expanduser(file))
+    reader = _ParquetReader(path) if is_parquet(str(path)) else _CsvReader(file, keys["delimiter"], trained)
     names = reader.names
     encoding = None if trained is None else trained.encoding
     kinds = None if encoding is None else encoding.kinds
     forms = {} if encoding is None else {each.name: each.form for each in encoding.columns}
     if target is None:
         target = names[-1] if trained is None else trained.target
-    split_columns = [each for each in (split_column, group, order, weight) if each is not None]
-    dividing = columns_of(target, split_column=split_column, group=group, order=order, weight=weight)
-    reader.require([target, *ignore, *split_columns, *categories, *dates, *numbers])
+    split_column, by_name = keys["split_column"], cast(Mapping[str, Any], keys)
+    dividing = columns_of(keys, target=target, split_column=split_column)
+    split_columns = [*([] if split_column is None else [split_column]), *dividing.values()]
+    typed: dict[Kind, Sequence[str]] = {kind: by_name.get(key, ()) for kind, key in _KEYS.items()}
+    require_columns(path, names, [target, *ignore, *split_columns, *itertools.chain(*typed.values())])
     features = [name for name in names if name not in (target, *ignore, *split_columns)]
     unread: tuple[str, ...] = ()
     if trained is not None:
@@ -133,7 +135,7 @@ def read_table(
         features = [*trained.features] or features
     if not features:
         raise UserError(f"data.file={file}: no column is left as a feature")
-    chosen = _chosen(features, categories, dates, numbers) if kinds is None else kinds
+    chosen = _chosen(features, typed) if kinds is None else kinds
     open_names = {name for name in features if name not in chosen and trained is None}
     stored = [name for name in reader.categories if name in open_names]
     as_text = [name for name in reader.texts if name in open_names]
@@ -148,7 +150,7 @@ def read_table(
     answers: Sequence[str] | np.ndarray
     if labels == "value":
         answers = targets = by_number.pop(target)
-        if not standardize_target:  # in float64
+        if not keys["standardize_target"]:  # in float64
             warnings = rounding_warnings([(f"the target {target}", targets)])
     else:
         answers, merged = without_decimals(_labelled(content, target), target)
@@ -164,20 +166,21 @@ def read_table(
     is_plain = not as_text and not codes and not any(each.gaps or each.others for _, each in doubts)
     unclear = [name for name, each in doubts if (each.others and name not in chosen) or name in codes]
     more = reader.read(unclear, {}).texts if unclear else {}
-    decision = _Decision(content, {**content.texts, **more}, by_number, chosen, forms, stored, answers)
+    decision = _Decision(content, {**content.texts, **more}, by_number, chosen, forms, stored)
+    numbers = np.unique(np.asarray(answers), return_inverse=True)[1]
     found: np.ndarray | list[Column]
     if kinds is None and is_plain:
         found = content.numbers[:, : len(features)]
         ignored = "leave it out with data.ignore=[{name}]"
         if trained is None and len(features) > 1:
-            decision.look_for_leaks([numeric(name, by_number[name]) for name in features], target)
+            decision.look_for_leaks([Column(name, "number", by_number[name]) for name in features], target, numbers)
         leaks = (f"{WARNING}{each}" for each in decision.problems)
         warnings = (*column_warnings(zip(features, found.T, strict=True), ignored), *leaks, *warnings)
     else:
         found = [decision.column(name) for name in features]
         if kinds is None and len(features) > 1:
             decision.look_for_identifiers(found)
-            decision.look_for_leaks(found, target)
+            decision.look_for_leaks(found, target, numbers)
         decision.refuse(f"data.file={file}")
         measured = [(f"column {each.name}", each.values[~np.isnan(each.values)]) for each in found
                     if each.kind == "number"]  # fmt: skip
@@ -185,11 +188,11 @@ def read_table(
     others = tuple(name for name in names if name in (*ignore, *split_columns))
     left_out = (f"{LEFT_OUT}columns that the model does not read: {listed(unread)}",) if unread else ()
     notes = (*reader.notes, *left_out, *content.notes, *warnings)
-    form = reader.delimiter, reader.has_units
-    further = further_of(dividing, content.column, content.place)
-    return Table(
-        tuple(features), target, found, answers, parts, others, *form, notes, content.lines, content.unit, further
+    columns = FeatureColumns(
+        tuple(features), target, others, reader.delimiter, encoding=encoding, has_units=reader.has_units
     )
+    further = further_of(dividing, content.column, content.place)
+    return Table(columns, found, answers, parts, notes, content.lines, content.unit, further)
 
 
 def _labelled(content: TableFile, target: str) -> list[str]:
@@ -206,13 +209,10 @@ def _labelled(content: TableFile, target: str) -> list[str]:
     return labels
 
 
-def _chosen(
-    features: Sequence[str], categories: Sequence[str], dates: Sequence[str], numbers: Sequence[str]
-) -> dict[str, Kind]:
+def _chosen(features: Sequence[str], keys: Mapping[Kind, Sequence[str]]) -> dict[str, Kind]:
     """Returns what the keys say of columns. Raises `UserError` for a column that is no feature, or in two keys."""
     chosen: dict[str, Kind] = {}
-    keys: tuple[tuple[Kind, Sequence[str]], ...] = (("category", categories), ("date", dates), ("number", numbers))
-    for kind, names in keys:
+    for kind, names in keys.items():
         for name in names:
             typed = f"data.{_KEYS[kind]}=[{name}]"
             if name not in features:
@@ -223,51 +223,47 @@ def _chosen(
     return chosen
 
 
+@dataclass
 class _Decision:
-    """What the columns of a table are, and the problems with them, which are reported together."""
+    """What the columns of a table are, and the problems with them, which are reported together.
 
-    def __init__(
-        self,
-        content: TableFile,
-        texts: Mapping[str, list[str]],
-        numbers: Mapping[str, np.ndarray],
-        chosen: Mapping[str, Kind],
-        forms: Mapping[str, Form],
-        stored: Collection[str],
-        answers: Sequence[str] | np.ndarray,
-    ) -> None:
-        """`chosen`: what keys say of columns; `forms`: of dates in a training table; `stored`: as categories."""
-        self._content, self._texts, self._numbers, self._chosen = content, texts, numbers, chosen
-        self._forms, self._stored = forms, stored
-        self._labels = np.unique(np.asarray(answers), return_inverse=True)[1]
-        self.notes: list[str] = []
-        self.problems: list[str] = []
-        self._to_ignore: list[str] = []
+    `chosen`: what keys say of columns; `forms`: of dates in a training table; `stored`: as categories.
+    """
+
+    content: TableFile
+    texts: Mapping[str, list[str]]
+    numbers: Mapping[str, np.ndarray]
+    chosen: Mapping[str, Kind]
+    forms: Mapping[str, Form]
+    stored: Collection[str]
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    to_ignore: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> Column:
         """Returns a column; an empty one after a problem."""
         found = self._found(name)
         if found is None:
-            return numeric(name, np.full(len(self._content), np.nan))
-        if np.isnan(found.values).all() and name not in self._chosen:
+            return Column(name, "number", np.full(len(self.content), np.nan))
+        if np.isnan(found.values).all() and name not in self.chosen:
             self.problems.append(f"{name} has no values; leave it out with {_override('ignore', [name])}")
-            self._to_ignore.append(name)
+            self.to_ignore.append(name)
         return found
 
     def _found(self, name: str) -> Column | None:
-        kind, fields = self._chosen.get(name), self._texts.get(name)
+        kind, fields = self.chosen.get(name), self.texts.get(name)
         if fields is None or kind == "number":
-            doubt = self._content.no_numbers[name]
+            doubt = self.content.no_numbers[name]
             if doubt.first is not None:
                 self._report(name, *doubt.first, "")
-            return numeric(name, self._numbers[name])
+            return Column(name, "number", self.numbers[name])
         if kind is not None:
             try:
-                return column_of(name, kind, fields, self._line, self._forms.get(name))
+                return column_of(name, kind, fields, self._line, self.forms.get(name))
             except UserError as error:
                 self.problems.append(str(error))
                 return None
-        if name in self._stored:
+        if name in self.stored:
             return categorical(name, fields)
         if (found := as_dates(name, fields)) is not None:
             return found
@@ -291,12 +287,12 @@ class _Decision:
         self.problems.append(str(error))
 
     def _line(self, row: int) -> str:
-        return f"{self._content.unit} {self._content.lines[row]}"
+        return f"{self.content.unit} {self.content.lines[row]}"
 
     def look_for_identifiers(self, columns: Sequence[Column]) -> None:
         """Notes columns that number or name the rows."""
         for column in columns:
-            if column.name in self._chosen or column.kind == "date":
+            if column.name in self.chosen or column.kind == "date":
                 continue
             known = column.values[~np.isnan(column.values)]
             distinct = len(np.unique(known))
@@ -311,12 +307,12 @@ class _Decision:
             if found is not None:
                 self._advise(column, found)
 
-    def look_for_leaks(self, columns: Sequence[Column], target: str) -> None:
-        """Notes columns that alone determine the label."""
+    def look_for_leaks(self, columns: Sequence[Column], target: str, labels: np.ndarray) -> None:
+        """Notes columns that alone determine the label; `labels`: numbers of the different ones."""
         for column in columns:
-            if column.name in self._chosen or column.name in self._to_ignore:
+            if column.name in self.chosen or column.name in self.to_ignore:
                 continue
-            if _determines(column.values, self._labels):
+            if _determines(column.values, labels):
                 self._advise(column, f"alone determines {target}, as a copy of the answer does")
 
     def _advise(self, column: Column, problem: str) -> None:
@@ -324,18 +320,18 @@ class _Decision:
         if column.texts and all(abs(number(text)) <= LARGEST for text in column.texts):
             keep += f" or {_override('numbers', [column.name])}"
         self.problems.append(f"{column.name} {problem}: {leave}, or keep it with {keep}")
-        self._to_ignore.append(column.name)
+        self.to_ignore.append(column.name)
 
     def refuse(self, where: str) -> None:
         """Raises `UserError` with all problems."""
         if not self.problems:
             return
         if len(self.problems) == 1:
-            between = ", " if self.problems[0].startswith((f"{self._content.unit} ",)) else ": "
+            between = ", " if self.problems[0].startswith((f"{self.content.unit} ",)) else ": "
             raise UserError(f"{where}{between}{printable(self.problems[0])}")
         lines = [f"{where}: {len(self.problems)} problems", *(f"  {printable(each)}" for each in self.problems)]
-        if len(self._to_ignore) > 1:
-            lines.append(f"  to leave all of them out: {_override('ignore', self._to_ignore)}")
+        if len(self.to_ignore) > 1:
+            lines.append(f"  to leave all of them out: {_override('ignore', self.to_ignore)}")
         raise UserError("\n".join(lines))
 
 
@@ -358,22 +354,19 @@ def _is_identifier(name: str, values: np.ndarray) -> bool:
 def _typing_error(present: Counter[str]) -> str | None:
     """Returns a field of a column of texts that was meant as a number; None for categories."""
     texts, numbers, nearly = 0, 0, []
-    for field, count in present.items():
-        if abs(number(field)) <= LARGEST:
+    for text, count in present.items():
+        if abs(number(text)) <= LARGEST:
             numbers += count
-        elif not np.isnan(number(field)) or (remedy(field) is not None and not field[:1].isalpha()):
-            nearly.append(field)
+        elif not np.isnan(number(text)) or (remedy(text) is not None and not text[:1].isalpha()):
+            nearly.append(text)
         else:
             texts += count
-    if not texts and nearly and (numbers or len(present) > _FEW_UNITS or not any(map(_has_word, nearly))):
+    have_words = any(character.isalpha() for text in nearly for character in text)
+    if not texts and nearly and (numbers or len(present) > _FEW_UNITS or not have_words):
         return nearly[0]
-    if numbers > texts + sum(present[field] for field in nearly):
-        return next(field for field in present if not abs(number(field)) <= LARGEST)
+    if numbers > texts + sum(present[text] for text in nearly):
+        return next(text for text in present if not abs(number(text)) <= LARGEST)
     return None
-
-
-def _has_word(field: str) -> bool:
-    return any(map(str.isalpha, field))
 
 
 def _determines(values: np.ndarray, labels: np.ndarray) -> bool:
@@ -420,9 +413,6 @@ class _CsvReader:
             likely = next((f"={each!r}" for each in ";\t|," if each in found), f" if it is not {delimiter!r}")
             raise UserError(f"data.file={file}: has {len(self.names)} columns; set data.delimiter{likely}")
 
-    def require(self, names: Collection[str]) -> None:
-        self._header.require(names)
-
     def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
         return read_columns(self._header, texts, numbers)
 
@@ -436,20 +426,18 @@ class _ParquetReader:
     notes: tuple[str, ...] = ()
     delimiter, has_units = ",", False
 
-    def __init__(self, file: str) -> None:
-        self._path = Path(os.path.expanduser(file))
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._schema, _ = open_parquet(f"data.file={self._path}", str(self._path))
         self.names = tuple(name for name in self._schema.names if not name.startswith("__index_level_"))  # pandas'
-        self.categories = [name for name in self.names if self._is_categorical(name)]
+        is_dictionary, metadata = library("data.file").types.is_dictionary, self._schema.metadata
+        self.categories = [
+            name
+            for name in self.names
+            if is_dictionary(self._schema.field(name).type) or stored_names(metadata, name) is not None
+        ]
         texts = {field.name for field in self._schema if str(field.type) in _TEXTS}
         self.texts = [name for name in self.names if name in texts or name in self.categories]
-
-    def _is_categorical(self, name: str) -> bool:
-        is_dictionary = library("data.file").types.is_dictionary(self._schema.field(name).type)
-        return is_dictionary or stored_names(self._schema.metadata, name) is not None
-
-    def require(self, names: Collection[str]) -> None:
-        require_columns(self._path, self.names, names)
 
     def read(self, texts: Sequence[str], numbers: Mapping[str, str | None]) -> TableFile:
         columns = [*texts, *numbers]
@@ -465,7 +453,7 @@ class _ParquetReader:
             for position, (name, advice) in enumerate(numbers.items()):
                 column = _decoded(table.column(name))
                 values[:, position] = _numbers_of(column)
-                for row in np.flatnonzero(~(np.abs(values[:, position]) <= LARGEST)).tolist():
+                for row in not_finite(values[:, position]):
                     field = field_of(column[row].as_py())
                     if advice is not None:
                         raise not_a_number(self._place(row), name, field, advice)
@@ -521,17 +509,9 @@ def check_table(arguments: Mapping[str, Any]) -> None:
     path = os.path.expanduser(file)
     if not os.path.isfile(path) or os.path.getsize(path) > _EARLY:  # reported where the data are read
         return
-    names = (
-        "file",
-        "delimiter",
-        "target",
-        "labels",
-        "standardize_target",
-        "split_column",
-        *("group", "order", "weight"),
-    )
-    lists = {name: tuple(arguments[name]) for name in ("ignore", "categories", "dates", "numbers")}
-    _check(str(file_state(path)), **{name: arguments.get(name) for name in names}, **lists)
+    keys = TableKeys.__required_keys__ | TableKeys.__optional_keys__
+    lists = {name: tuple(arguments[name]) for name in ("ignore", *_KEYS.values())}
+    _check(str(file_state(path)), **{name: arguments.get(name) for name in keys} | lists)
 
 
 @functools.lru_cache(maxsize=16)  # of the jobs of a sweep

@@ -31,10 +31,28 @@ def read_parquet(key: str, paths: Sequence[str], columns: Sequence[str], held: s
     `held`: the column that will be in memory as a whole. Raises `UserError`, also for rows that expand to more than
     memory and disk can hold.
     """
-    parts: list[tuple[int, Any]] = []
-    folder = cache_file("parquet").parent
+    arrow, folder = library(key), cache_file("parquet").parent
     with bounded(key, f"a batch of rows (or the whole table: {folder} may have no space)") as most:
-        return _read(key, paths, columns, held, most, parts), parts
+        schema, size, parts = _schema(key, paths, columns)
+        if (rows := sum(count for count, _ in parts)) * _LABEL_BYTES > most:
+            raise _too_large(key, f"the column {held} with {rows:,} rows", most)
+        if size <= _MAX_READ:  # the files' own size, which counts a repeated value once
+            batches, decoded = [], 0
+            for batch in _batches(key, paths, schema, held, most):
+                batches.append(batch)
+                if (decoded := decoded + batch.nbytes) > _MAX_READ:
+                    break
+            else:
+                return arrow.Table.from_batches(batches, schema), parts
+            del batches
+        # A file of Arrow's has one dictionary for a column, a Parquet file has one for each row group.
+        for index, field in enumerate(schema):
+            if arrow.types.is_dictionary(field.type):
+                schema = schema.set(index, field.with_type(_plain(field.type)))
+        mapped = _mapped(key, paths, schema, held, most)
+        if mapped is None:
+            mapped = arrow.Table.from_batches(_batches(key, paths, schema, held, most), schema)
+        return mapped, parts
 
 
 @contextmanager
@@ -58,46 +76,22 @@ def is_parquet(path: str) -> bool:
         return False
 
 
-def _read(
-    key: str, paths: Sequence[str], columns: Sequence[str], held: str, most: int, parts: list[tuple[int, Any]]
-) -> Any:
-    arrow = library(key)
-    from pyarrow import parquet as reader
-
-    size = rows = 0
+def _schema(key: str, paths: Sequence[str], columns: Sequence[str]) -> tuple[Any, int, Parts]:
+    """Returns the schema of the columns, and the bytes of all columns and the `Parts` of the files."""
+    size, parts = 0, []
     schema: Any = None
     for path in paths:
-        with _reading(key, path):
-            refuse_special(path)
-            opened = reader.ParquetFile(path)
+        with _opened(key, path) as opened:
             available = opened.schema_arrow
             size += _size(opened.metadata)
-            rows += opened.metadata.num_rows
             parts.append((opened.metadata.num_rows, available.metadata))
         for name in columns:
             if available.names.count(name) != 1:
                 how = "two columns" if name in available.names else "no column"
                 raise UserError(f"{key}: {path} has {how} {name!r}; it has {', '.join(available.names)}")
-        chosen = arrow.schema([available.field(name) for name in columns], metadata=available.metadata)
+        chosen = library(key).schema([available.field(name) for name in columns], metadata=available.metadata)
         schema = chosen if schema is None else _joined(key, schema, chosen, path, paths[0])
-    if rows * _LABEL_BYTES > most:
-        raise _too_large(key, f"the column {held} with {rows:,} rows", most)
-    if size <= _MAX_READ:  # the file's own size, which counts a repeated value once
-        batches, decoded = [], 0
-        for batch in _batches(key, paths, schema, held, most):
-            batches.append(batch)
-            if (decoded := decoded + batch.nbytes) > _MAX_READ:
-                break
-        else:
-            return arrow.Table.from_batches(batches, schema)
-        del batches
-    # A file of Arrow's has one dictionary for a column, a Parquet file has one for each row group.
-    for index, field in enumerate(schema):
-        if arrow.types.is_dictionary(field.type):
-            schema = schema.set(index, field.with_type(_plain(field.type)))
-    if (mapped := _mapped(key, paths, columns, schema, held, most)) is not None:
-        return mapped
-    return arrow.Table.from_batches(_batches(key, paths, schema, held, most), schema)
+    return schema, size, parts
 
 
 def _size(metadata: Any) -> int:
@@ -152,15 +146,12 @@ def _plain(kind: Any) -> Any:
 
 def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) -> Iterator[Any]:
     """Yields the rows. Raises `UserError` for damaged files, and if the column `held` takes more than `most` bytes."""
-    from pyarrow import parquet as reader
-
     arrow, size = library(key), 0
     plain = _plain(schema.field(held).type)
     width = 1 if innermost(plain) in ("large_string", "large_binary") else 4  # numbers in Python take more space
     for path in paths:
-        with _reading(key, path):
-            opened, rows = reader.ParquetFile(path), 0
-            expected = opened.metadata.num_rows
+        with _opened(key, path) as opened:
+            rows, expected = 0, opened.metadata.num_rows
             for batch in opened.iter_batches(_rows_at_once(opened.metadata), columns=schema.names):
                 columns = [batch.column(field.name) for field in schema]
                 cast = [
@@ -182,11 +173,7 @@ def open_parquet(key: str, path: str) -> tuple[Any, Iterator[Any]]:
     Raises `UserError`, also for rows whose texts take more than a quarter of the memory: the caller copies them.
     """
     is_dictionary = library(key).types.is_dictionary
-    from pyarrow import parquet as reader
-
-    with _reading(key, path):
-        refuse_special(path)
-        opened = reader.ParquetFile(path)
+    with _opened(key, path) as opened:
         schema = opened.schema_arrow
         names: list[str] = schema.names
     if twice := [name for name in names if names.count(name) > 1]:
@@ -214,12 +201,8 @@ def text_column(key: str, path: str, name: str | None) -> str:
 
     Raises `UserError`.
     """
-    library(key)
-    from pyarrow import parquet as reader
-
-    with _reading(key, path):
-        refuse_special(path)
-        schema = reader.ParquetFile(path).schema_arrow
+    with _opened(key, path) as opened:
+        schema = opened.schema_arrow
     texts: list[str] = [field.name for field in schema if innermost(_plain(field.type)) == "large_string"]
     if name in schema.names:
         return str(name)
@@ -238,11 +221,11 @@ def _rows_at_once(metadata: Any) -> int:
     return max(min(_BATCH_BYTES * metadata.num_rows // max(_size(metadata), 1), _BATCH_ROWS), 1)
 
 
-def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any, held: str, most: int) -> Any:
+def _mapped(key: str, paths: Sequence[str], schema: Any, held: str, most: int) -> Any:
     """Returns the columns as a memory-mapped table, written to the cache on first use; None without space for it."""
     arrow = library(key)
     states = [f"{os.path.abspath(path)} {file_state(path)}" for path in paths]
-    target = cache_file("parquet", "1", *columns, *states).with_suffix(".arrow")
+    target = cache_file("parquet", "1", *schema.names, *states).with_suffix(".arrow")
     try:
         with exclusive(target):
             if not target.exists():
@@ -258,6 +241,14 @@ def _mapped(key: str, paths: Sequence[str], columns: Sequence[str], schema: Any,
         return arrow.ipc.open_file(arrow.memory_map(str(target))).read_all()
     except OSError:  # no access, or no space
         return None
+
+
+@contextmanager
+def _opened(key: str, path: str) -> Iterator[Any]:
+    """Opens a file for the reader of pyarrow. Raises `UserError`."""
+    with _reading(key, path):
+        refuse_special(path)
+        yield library(key).parquet.ParquetFile(path)
 
 
 @contextmanager
@@ -281,10 +272,9 @@ def _missing_list(path: str) -> str | None:
 
     pyarrow raises an error at such a list, and does not say where it is.
     """
-    from pyarrow import parquet as reader
-
-    with suppress(library("data").ArrowException, OSError):
-        opened = reader.ParquetFile(path)
+    arrow = library("data")
+    with suppress(arrow.ArrowException, OSError):
+        opened = arrow.parquet.ParquetFile(path)
         for field in opened.schema_arrow:
             start = 0
             for group in range(opened.num_row_groups if "fixed_size_list" in str(field.type) else 0):
@@ -348,6 +338,7 @@ def library(key: str) -> Any:
     require_package(key, "pyarrow", "hub")
     import pyarrow
     import pyarrow.ipc
+    import pyarrow.parquet
     import pyarrow.types
 
     return pyarrow

@@ -1,10 +1,9 @@
 """Tables: CSV and Parquet files, and data sets bundled with scikit-learn."""
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 import torch
@@ -13,77 +12,34 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.data.checks import natural
 from dlopt.data.images.digits import read_bundled
+from dlopt.data.rows.rows import class_targets
 from dlopt.data.samples import Content, Dataset, InMemory, Lines, Samples
 from dlopt.data.settings import SPLITS
 from dlopt.data.tables.columns import Column, FeatureColumns, TableEncoding
-from dlopt.data.tables.kinds import Labels, read_table
+from dlopt.data.tables.kinds import TableKeys, read_table
 
 NOT_ENCODED = "the model was trained on columns of numbers without gaps; these have gaps, texts or dates"
 _UNNAMED = FeatureColumns((), "target")  # the names that scikit-learn gives the columns are not in its files
 
 
-def table(
-    *,
-    file: str,
-    delimiter: str,
-    target: str | None,
-    ignore: tuple[str, ...],
-    labels: Labels,
-    standardize_target: bool,
-    split_column: str | None,
-    categories: tuple[str, ...] = (),  # runs from before these keys have none
-    dates: tuple[str, ...] = (),
-    numbers: tuple[str, ...] = (),
-    group: str | None = None,
-    order: str | None = None,
-    weight: str | None = None,
-    saved_columns: FeatureColumns | None,
-) -> Dataset:
+def table(*, saved_columns: FeatureColumns | None, **keys: Unpack[TableKeys]) -> Dataset:
     """Loads a CSV file with a header line, or a Parquet file: float32 [N, F], and classes int64 [N] or values [N].
 
     Categories, dates and columns with gaps become features when the training rows are known: see
     `TableRows.encode`.
 
     Args:
-        delimiter: one character, or a backslash and a t for a tab.
-        target: column to predict; None for the last one.
-        ignore: columns that are not features.
-        categories: columns of them whose values do not show it, such as integers; `dates`, `numbers` likewise.
-        labels: class names, or numbers for regression.
-        standardize_target: whether values are to be scaled before they are rounded to float32.
-        split_column: column with train, val or test; None: all rows are for training.
-        group: column whose equal values stay in one split; `order`: column by which the rows are divided.
-        weight: column with the weights of the rows in the training loss.
         saved_columns: of a checkpoint, or of the training data; None to decide what the columns are.
 
     Raises:
         UserError: the file or a column is missing, or columns have problems.
     """
-    encoding = None if saved_columns is None else saved_columns.encoding
-    read = read_table(
-        file=file,
-        delimiter=delimiter,
-        target=target,
-        ignore=ignore,
-        categories=categories,
-        dates=dates,
-        numbers=numbers,
-        labels=labels,
-        standardize_target=standardize_target,
-        split_column=split_column,
-        group=group,
-        order=order,
-        weight=weight,
-        trained=saved_columns,
-    )
-    described = FeatureColumns(
-        read.names, read.target, read.others, read.delimiter, encoding=encoding, has_units=read.has_units
-    )
+    read = read_table(saved_columns, **keys)
     lines = Lines(torch.from_numpy(np.array(read.lines, dtype=np.int64)), read.unit)
     further = {name: torch.from_numpy(values) for name, values in read.further.items()}
-    dataset = _dataset(read.features, read.answers, described, read.parts, lines, further)
-    count, unit = len(read.names), "feature" if isinstance(read.features, np.ndarray) else "column"
-    dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.target}"
+    dataset = _dataset(read.features, read.answers, read.columns, read.parts, lines, further)
+    count, unit = len(read.columns.features), "feature" if isinstance(read.features, np.ndarray) else "column"
+    dataset.source = f"{len(read.answers):,} rows; {count} {unit}{'s' * (count > 1)}, target {read.columns.target}"
     dataset.notes += read.notes
     return dataset
 
@@ -100,19 +56,15 @@ def wine() -> Dataset:
 
 def diabetes() -> Dataset:
     """Loads the diabetes data (Efron, Hastie, Johnstone & Tibshirani 2004): 442 x 10, one value, in their own units."""
-    inputs = np.loadtxt(_bundled("diabetes_data_raw.csv.gz"))
-    return _dataset(inputs, np.loadtxt(_bundled("diabetes_target.csv.gz")), _UNNAMED)
+    inputs, targets = (np.loadtxt(read_bundled(f"diabetes_{each}.csv.gz")) for each in ("data_raw", "target"))
+    return _dataset(inputs, targets, _UNNAMED)
 
 
 def _bundled_classes(name: str) -> Dataset:
-    (_, *first), *rows = list(csv.reader(_bundled(name)))
+    (_, *first), *rows = list(csv.reader(read_bundled(name)))
     classes = first[1:]  # the first line: samples, features, names of the classes
     inputs = np.array([row[:-1] for row in rows], dtype=np.float64)
     return _dataset(inputs, [classes[int(row[-1])] for row in rows], _UNNAMED)
-
-
-def _bundled(name: str) -> io.StringIO:
-    return io.StringIO(read_bundled(name, "data", f"file {name}"))
 
 
 def _dataset(
@@ -134,8 +86,7 @@ def _dataset(
         targets = torch.from_numpy(answers)
     else:
         classes = tuple(sorted(set(answers), key=natural))
-        numbers = {name: number for number, name in enumerate(classes)}
-        targets = torch.tensor([numbers[name] for name in answers])
+        targets = class_targets(answers, classes)
     samples: InMemory | TableRows
     if isinstance(inputs, np.ndarray):
         samples = InMemory(torch.from_numpy(inputs).float(), targets, origin, further)

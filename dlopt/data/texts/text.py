@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import sysconfig
-import tempfile
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -21,15 +20,16 @@ from annotated_types import Interval
 
 from dlopt.basics.cache import cache_file, exclusive, file_state
 from dlopt.basics.errors import UserError
-from dlopt.basics.files import refuse_special
+from dlopt.basics.files import refuse_special, temporary_sibling
+from dlopt.basics.formats import format_count
 from dlopt.basics.ranges import Fraction
-from dlopt.data.checks import WARNING, ending, left_out_note
+from dlopt.data.checks import WARNING, ending, left_out_note, sampled
 from dlopt.data.rows.rows import Files, find_files
 from dlopt.data.samples import Dataset
 from dlopt.data.tables.csv_file import refuse_packed
 from dlopt.data.tables.parquet import read_parquet, text_column
 from dlopt.data.texts.token_files import find_splits, memory_map, read_tokens
-from dlopt.data.texts.tokenizer import SMALLEST, Tokenizer, read_tokenizer, tokenize, train_tokenizer
+from dlopt.data.texts.tokenizer import SMALLEST, Tokenizer, character_start, read_tokenizer, tokenize, train_tokenizer
 from dlopt.data.texts.windows import Shards, Windows
 from dlopt.tasks.text import NextToken
 
@@ -63,16 +63,9 @@ def text(
 
     Every file is a document, in the order of `file`; files of a folder are sorted. Test and validation set are the last
     parts of the text, cut between documents if these are small enough, else at the end of a line. The splits do not
-    depend on the tokenizer.
+    depend on the tokenizer. The keys: see `conf/data/text.yaml`.
 
     Args:
-        file: files, patterns, or folders of files.
-        val_file: validation files, which are left out of `file`; None for the last part of the text.
-        pattern: names of the files in folders, at any depth.
-        column: the column of Parquet files with a document in each row; None if the files are texts.
-        tokenizer: bytes; bpe: byte-pair encoding, trained on the training set; or the path of a tokenizer.json.
-        vocabulary: number of tokens of bpe; None for 4096.
-        test_split: fraction of the bytes; `val_split` likewise.
         saved_tokenizer: the tokenizer.json of a checkpoint, which replaces `tokenizer`.
 
     Raises:
@@ -90,14 +83,15 @@ def text(
             raise UserError("data.val_file: has all files of data.file; leave some of them for training")
     text, ends, warnings = _documents("data.file", paths, column)
     cuts = _cuts(text, ends, val_split, test_split)
-    parts = np.split(text, cuts if tokenizer == "bytes" else [_character(text, cut) for cut in cuts])
+    parts = np.split(text, cuts if tokenizer == "bytes" else [character_start(text, cut) for cut in cuts])
     names = _part_names(val_split, test_split)
-    facts, source = _facts(text, paths), f"{_count(paths)}, {len(text):,} bytes"
+    facts: dict[str, Any] = {"files": len(paths) + len(held), "bytes": len(text)}
+    source = f"{format_count('files', len(paths))}, {len(text):,} bytes"
     if held:
         parts[1], _, more = _documents("data.val_file", held, column)
         names, warnings = (names[0], "the text of data.val_file", names[2]), (*warnings, *more)
-        facts = {"files": len(paths) + len(held), "bytes": len(text) + len(parts[1])}
-        source += f"; validation: {_count(held)}, {len(parts[1]):,} bytes"
+        facts["bytes"] += len(parts[1])
+        source += f"; validation: {format_count('files', len(held))}, {len(parts[1]):,} bytes"
     used = None
     if tokenizer != "bytes":
         used = _tokenizer(tokenizer, vocabulary, saved_tokenizer, parts[0])
@@ -106,10 +100,6 @@ def text(
     notes = (*left_out_note(others), *warnings)
     dataset = _dataset(parts, names, sequence_length, facts=facts, notes=notes, tokenizer=used)
     return replace(dataset, source=source if used is None else f"data.tokenizer={tokenizer}")
-
-
-def _count(paths: Sequence[Path]) -> str:
-    return f"{len(paths):,} file{'s' * (len(paths) > 1)}"
 
 
 def _tokenizer(kind: str, vocabulary: int | None, saved: str | None, text: np.ndarray) -> Tokenizer:
@@ -142,12 +132,11 @@ def python_source(*, sequence_length: SequenceLength, val_split: Fraction, test_
     paths = [root / name for split in splits for name in split]
     tokens, ends = _concatenate(paths)
     cuts = [[0, *ends][count] for count in (len(splits[0]), len(splits[0]) + len(splits[1]))]
-    facts = {"python": platform.python_version(), **_facts(tokens, [Path(path) for path in names])}
-    licence = "Python Software Foundation License"
-    notes = (f"standard library of Python {facts['python']} ({licence}): {len(names)} files",)
-    return _dataset(
-        np.split(tokens, cuts), _part_names(val_split, test_split), sequence_length, facts=facts, notes=notes
-    )
+    version, licence = platform.python_version(), "Python Software Foundation License"
+    facts = {"python": version, "files": len(names), "bytes": len(tokens)}
+    notes = (f"standard library of Python {version} ({licence}): {len(names)} files",)
+    parts = np.split(tokens, cuts)
+    return _dataset(parts, _part_names(val_split, test_split), sequence_length, facts=facts, notes=notes)
 
 
 def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary) -> Dataset:
@@ -155,10 +144,7 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
 
     test.bin may be missing. Files are uint16, or as their header says. The shards of a split are one text, in the order
     of their names: a document that one of them cuts off continues in the next. The files are memory-mapped. meta.pkl is
-    not read: a pickle may run code.
-
-    Args:
-        root: folder of the files, or a pattern of them.
+    not read: a pickle may run code. `root`: folder of the files, or a pattern of them.
 
     Raises:
         UserError: a file is missing or damaged, or has a token outside of the vocabulary.
@@ -169,12 +155,17 @@ def tokens(*, root: str, sequence_length: SequenceLength, vocabulary: Vocabulary
         arrays = []
         for path in paths:
             array = read_tokens(path)
-            check_vocabulary(path, array, vocabulary)
+            if (token := token_outside(array, vocabulary)) is not None:
+                raise UserError(
+                    f"data.vocabulary={vocabulary}: {path} contains token {token}; use the tokenizer's size"
+                )
             arrays.append(array.view("<i4") if array.itemsize == 4 else array)  # torch has few operations for uint32
         shown = f"{paths[0]}" if len(paths) == 1 else f"{name} of data.root={root}"
         splits[name] = _windows(arrays[0] if len(arrays) == 1 else Shards(arrays), sequence_length, shown)
     task = NextToken(vocabulary, predictions=sequence_length)
-    counts = (f"{name} {len(splits[name].tokens):,} ({_count(paths)})" for name, paths in files.items())
+    counts = (
+        f"{name} {len(splits[name].tokens):,} ({format_count('files', len(paths))})" for name, paths in files.items()
+    )
     source = f"tokens: {', '.join(counts)}" if any(len(paths) > 1 for paths in files.values()) else ""
     return Dataset(
         splits["train"], splits["val"], splits.get("test"), None, unlabelled=task, notes=notes, source=source
@@ -279,7 +270,7 @@ def _format_warnings(tokens: np.ndarray, ends: Sequence[int], paths: Sequence[Pa
     """
     looks = []
     # Not all of a million: a mapped text would be read as a whole at every start.
-    chosen = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), _DOCUMENTS), dtype=np.int64)).tolist()
+    chosen = sampled(len(paths), _DOCUMENTS).tolist()
     for index in chosen:
         start, end, path = ends[index - 1] if index else 0, ends[index], paths[index]
         first = tokens[start : min(start + _LOOKED_AT, end)].tobytes().removesuffix(SEPARATOR)
@@ -325,10 +316,8 @@ def read_text(file: str, column: str | None, *, is_table: bool) -> tuple[np.ndar
     column. Raises `UserError`.
     """
     path = Path(os.path.expanduser(file))
-    if not is_table:
-        text, ends, notes = _documents("data.file", [path], None)
-    else:
-        text, ends, notes = _documents("data.file", [path], text_column(f"data.file={file}", str(path), column))
+    column = text_column(f"data.file={file}", str(path), column) if is_table else None
+    text, ends, notes = _documents("data.file", [path], column)
     if not len(text):
         raise UserError(f"data.file={file}: is empty")
     return text, ends, notes
@@ -372,24 +361,18 @@ def _map_joined(paths: Sequence[Path]) -> np.ndarray:
     try:
         with exclusive(target):
             if not target.exists():
-                with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                    with open(Path(folder, "joined"), "wb") as joined:
+                with temporary_sibling(target) as temporary:
+                    with temporary.open("wb") as joined:
                         for path in paths:
                             refuse_special(path)
                             with path.open("rb") as source:
                                 shutil.copyfileobj(source, joined)
                             joined.write(SEPARATOR)
                     # Renamed when it is complete: a killed process leaves no text of this name that is cut off.
-                    os.replace(joined.name, target)
+                    os.replace(temporary, target)
     except OSError:  # no access, or no space
         return _read(paths)
     return memory_map(target, "u1")
-
-
-def check_vocabulary(path: Path, tokens: np.ndarray, vocabulary: int) -> None:
-    """Raises `UserError` for a file with a token outside of the vocabulary."""
-    if (token := token_outside(tokens, vocabulary)) is not None:
-        raise UserError(f"data.vocabulary={vocabulary}: {path} contains token {token}; use the tokenizer's size")
 
 
 def token_outside(tokens: np.ndarray, vocabulary: int) -> int | None:
@@ -431,15 +414,3 @@ def _cut(tokens: np.ndarray, ends: Sequence[int], fraction: float, tolerance: fl
     searched = min(_LINE, round(tolerance / 2 * total))
     lines = np.flatnonzero(tokens[position : position + searched] == ord("\n"))
     return position + int(lines[0]) + 1 if len(lines) else position
-
-
-def _character(tokens: np.ndarray, position: int) -> int:
-    """Returns the first position from `position` at which a character of UTF-8 starts."""
-    while position < len(tokens) and tokens[position] & 0xC0 == 0x80:
-        position += 1
-    return position
-
-
-def _facts(tokens: np.ndarray, paths: Sequence[Path]) -> dict[str, Any]:
-    """Returns the facts about the text for environment.json, in addition to its identity."""
-    return {"files": len(paths), "bytes": len(tokens)}

@@ -19,6 +19,10 @@ SEPARATOR = "\0"  # between documents: one token, one byte
 SMALLEST = 257  # every byte, and the separator
 _MAX_BYTES = 1 << 28  # of a tokenizer.json
 _CHUNK = 1 << 16  # bytes that are tokenized at once; a chunk ends with a line
+_SHOWN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _SHOWN]
+_BYTES = {chr(byte): byte for byte in _SHOWN} | {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
+"""The byte of each character of a byte-level vocabulary, as in GPT-2."""
 _LINE_END = re.compile(rb"(?<=\S)\n(?=\S)")  # more white space around it may belong to one token
 
 
@@ -170,11 +174,16 @@ def _chunks(text: bytes) -> Iterator[bytes]:
         end = start + _CHUNK
         if end < len(text):
             line = _LINE_END.search(text, end, end + _CHUNK)
-            end = end if line is None else line.end()
-            while end < len(text) and text[end] & 0xC0 == 0x80:  # a continuation byte of UTF-8
-                end += 1
+            end = character_start(text, end if line is None else line.end())
         yield text[start:end]
         start = end
+
+
+def character_start(text: bytes | np.ndarray, position: int) -> int:
+    """Returns the first position from `position` at which a character of UTF-8 starts."""
+    while position < len(text) and text[position] & 0xC0 == 0x80:
+        position += 1
+    return position
 
 
 def _decoded(chunk: bytes, name: str) -> str:
@@ -192,13 +201,3 @@ def _library(source: str) -> Any:
     # Its threads do not survive a fork, with which loader workers and the jobs of a sweep start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return tokenizers
-
-
-def _byte_characters() -> dict[str, int]:
-    """Maps each character of a byte-level vocabulary to its byte, as in GPT-2."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()

@@ -16,7 +16,6 @@ from dlopt.data.tables.columns import (
     as_dates,
     categorical,
     column_of,
-    numeric,
 )
 
 pandas = pytest.importorskip("pandas")
@@ -32,11 +31,11 @@ def test_gaps_of_numbers_are_filled_as_scikit_learn_fills_them() -> None:
     rng = np.random.default_rng(0)
     train, test = rng.normal(size=41).round(3), rng.normal(size=9).round(3)
     train[[3, 30, 31]] = test[[0, 4]] = np.nan
-    encoding = ColumnEncoding.fitted(numeric("x", train))
+    encoding = ColumnEncoding.fitted(Column("x", "number", train))
     reference = SimpleImputer(strategy="median", add_indicator=True).fit(train[:, None])
     for values in (train, test):
         expected = reference.transform(values[:, None]).astype(np.float32)
-        assert np.array_equal(encoding.apply(numeric("x", values)), expected)
+        assert np.array_equal(encoding.apply(Column("x", "number", values)), expected)
     assert encoding.features == ["x", "x is missing"]
 
 
@@ -60,8 +59,10 @@ def test_categories_are_one_hot_as_in_scikit_learn() -> None:
 
 
 def test_what_the_training_rows_lack_has_its_way() -> None:
-    encoding = TableEncoding.fitted([categorical("city", ["Rome", "Oslo"] * 3), numeric("age", np.arange(6.0))])
-    rows = [categorical("city", ["Bern", "", "Bern"]), numeric("age", np.array([1.0, np.nan, 3.0]))]
+    encoding = TableEncoding.fitted(
+        [categorical("city", ["Rome", "Oslo"] * 3), Column("age", "number", np.arange(6.0))]
+    )
+    rows = [categorical("city", ["Bern", "", "Bern"]), Column("age", "number", np.array([1.0, np.nan, 3.0]))]
     assert encoding.apply(rows).tolist() == [[0, 0, 1], [1, 0, 2.5], [0, 0, 3]]
     assert encoding.warnings(rows, "the test set has ") == (
         "warning: the test set has 1 gap in city, which has none in the training rows: filled with Oslo",
@@ -172,7 +173,7 @@ def test_a_value_of_another_kind_is_refused(kind: Kind, field: str) -> None:
 
 
 def test_the_description_has_a_line_per_column() -> None:
-    columns = [numeric("age", np.array([1, np.nan, 4])), categorical("a city", ["b", "c", "c"])]
+    columns = [Column("age", "number", np.array([1, np.nan, 4])), categorical("a city", ["b", "c", "c"])]
     described = TableEncoding.fitted(columns).describe(columns)
     assert described.splitlines() == [
         "columns: 2, as 4 features; gaps have the median, or the most frequent value",

@@ -78,7 +78,7 @@ def test_csv_and_parquet_have_one_meaning(tmp_path: Path, suffix: str) -> None:
         pytest.importorskip("pyarrow")
         frame.astype({"city": "category"}).to_parquet(file)
     table = read(file, ignore=("patient",), categories=("zip",))
-    assert table.names == ("age", "city", "smoker", "zip", "visit") and isinstance(table.features, list)
+    assert table.columns.features == ("age", "city", "smoker", "zip", "visit") and isinstance(table.features, list)
     assert [each.kind for each in table.features] == ["number", "category", "category", "category", "date"]
     assert [each.texts for each in table.features[1:4]] == [
         ("Bern", "Oslo", "Rome"), ("False", "True"), ("190", "10115", "75001")
@@ -198,7 +198,7 @@ def test_the_word_of_an_identifier_stands_alone(tmp_path: Path) -> None:
         rows = [f"{value},{'' if i == 5 else i % 7},{'ab'[i % 3 % 2]}" for i, value in enumerate(values)]
         file = write(tmp_path, "\n".join([f"{name},z,y", *rows, ""]))
         if not refused:
-            assert read(file).names == (name, "z")
+            assert read(file).columns.features == (name, "z")
             continue
         with pytest.raises(UserError, match=f"{name} has 40 different integers, as an identifier"):
             read(file)
@@ -254,7 +254,7 @@ def test_all_problems_are_in_one_message(tmp_path: Path) -> None:
     assert "write the number without its unit" in lines[0] and "counts the rows" in lines[3]
     assert lines[-1].strip() == """to leave all of them out: 'data.ignore=["patient","PatientId","row","a copy"]'"""
     kept = {"numbers": ("PatientId", "row"), "categories": ("a copy", "patient"), "ignore": ("weight",)}
-    assert len(read(file, target="outcome", **kept).names) == 9
+    assert len(read(file, target="outcome", **kept).columns.features) == 9
 
 
 def test_numbers_without_gaps_stay_as_they_were(tmp_path: Path) -> None:

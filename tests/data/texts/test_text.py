@@ -251,8 +251,8 @@ def test_texts_in_utf_16(encoding: str, tmp_path: Path) -> None:
 
 def test_characters_are_not_cut() -> None:
     tokens = np.frombuffer("aé→b".encode(), dtype=np.uint8)
-    assert [texts._character(tokens, position) for position in range(8)] == [0, 1, 3, 3, 6, 6, 6, 7]
-    assert texts._character(tokens[:5], 4) == 5
+    assert [texts.character_start(tokens, position) for position in range(8)] == [0, 1, 3, 3, 6, 6, 6, 7]
+    assert texts.character_start(tokens[:5], 4) == 5
 
 
 @pytest.mark.parametrize(
