@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from dlopt.basics.errors import DONE, RunError, UserError
+from dlopt.basics.errors import DONE, FileError, RunError, UserError
 from dlopt.basics.folders import RunFolder, short_path
 from dlopt.basics.formats import format_bytes, format_count, printable
 from dlopt.basics.interruption import print_message
@@ -72,7 +72,7 @@ def runs(arguments: list[str]) -> int:
     command, rest = (_clean, arguments[1:]) if arguments[:1] == ["clean"] else (_list, arguments)
     folders, conditions, command_values = parse(rest, command, "runs")
     if not folders and not Path("outputs").is_dir():
-        raise UserError("outputs: no such folder; name the folders to search")
+        raise FileError("outputs: no such folder; name the folders to search")
     return command(folders or [Path("outputs")], conditions, **command_values)
 
 
@@ -127,7 +127,7 @@ def parse(
     conditions: list[Condition] = []
     for argument in others:
         if (parsed := reading.condition(argument)) is None:
-            raise UserError(f"{argument}: no such folder")
+            raise FileError(f"{argument}: no such folder")
         conditions.append(parsed)
     return folders, conditions, values
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.conflicts import Run, refuse_conflicts
 from dlopt.config.overrides import key_of
@@ -55,7 +55,7 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     """
     settings = run_settings(config)
     if settings.resume not in (None, "auto") and not os.path.lexists(settings.resume):
-        raise UserError(f"resume={settings.resume}: no such file; resume=auto resumes the newest unfinished run")
+        raise FileError(f"resume={settings.resume}: no such file; resume=auto resumes the newest unfinished run")
     task = flatten(config).get("task._target_")
     if task in (None, AUTO_TASK):
         check_run_monitor(settings)

@@ -308,7 +308,7 @@ def check_value(
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
     except UserError as error:  # of a `dlopt.basics.ranges.Condition`
-        raise UserError(f"{key}={show(value)}: {error}") from None
+        raise UserError(f"{key}={show(value)}: {error}", kind="value") from None
     except ValidationError as error:
         if isinstance(value, str | int | float) and _takes_list(annotation):  # tracking=wandb
             with contextlib.suppress(UserError):
@@ -325,9 +325,13 @@ def check_value(
             hint = f"; {several_values(value)}"
         if key == "model.weights":  # an enumeration in torchvision
             hint = "; pretrained weights: model=torchvision model.name=NAME model.pretrained=true"
-        raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}") from None
+        allowed = describe_type(annotation)
+        message = f"{key}={show(value)}: {_reason(error)}; allowed: {allowed}{hint}"
+        raise UserError(
+            message, kind="value", allowed=allowed.split(" | ") if "[" not in allowed else [allowed]
+        ) from None
     if _exceeds_int64(checked):
-        raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
+        raise UserError(f"{key}={show(value)}: too large for a 64-bit integer", kind="value")
     return checked
 
 

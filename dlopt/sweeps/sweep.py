@@ -11,7 +11,7 @@ from hydra.core.utils import env_override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, require_package
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, StateError, UserError, require_package
 from dlopt.basics.folders import FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
 from dlopt.basics.interruption import Interrupted
@@ -268,7 +268,7 @@ def check_folder(
 
     working = is_working(sweep.path)
     if sweep.is_live() or live_workers(sweep.path) or (working and not joins):
-        raise UserError(f"{key}: another {what} is active in this folder")
+        raise StateError(f"{key}: another {what} is active in this folder")
     space = read_space(sweep.path)
     axes = swept_keys(space, jobs)
     submitted = len(space) if isinstance(space, list) and not working else len(jobs)
@@ -286,7 +286,7 @@ def check_folder(
     for job in [job for job in jobs if job.folder.has_begun()]:
         if resume != "auto":
             found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
-            raise UserError(f"{key}: this folder contains {found} with resume=auto")
+            raise StateError(f"{key}: this folder contains {found} with resume=auto")
         folder, saved = job.folder, job.plan.saved
         former = folder.config() or saved
         refuse_other_config(former, saved, str(folder.path), folder.typed(), axes)
@@ -300,7 +300,7 @@ def check_folder(
         return
     for job in jobs:
         if (length := shortened(job.folder, job.plan.saved)) is not None:
-            raise UserError(
+            raise StateError(
                 f"{key}: job {job.number} has finished after {length}, which is more than the other jobs would train; "
                 "train all jobs as long, or in another folder"
             )
