@@ -110,7 +110,12 @@ def _check_argument(config: Mapping[str, Any], key: str) -> None:
     is_component = isinstance(value, list) and "_target_" in str(value)
     if key not in values or is_component or (key == "optimizer.lr" and value == "auto"):
         return
-    ranges = RANGES if is_below(str(target), ("torch",)) else {}
-    annotations = {**ranges, **annotations_of(str(target)), **annotations_of(_COMMON.get(group, ""))}
+    annotations = annotations_in(group, str(target))
     if target is not None and name in annotations:
         check_value(key, value, annotations[name])
+
+
+def annotations_in(group: str, target: str) -> dict[str, Any]:
+    """Returns the types of a component's arguments, by name, as far as they are known without importing it."""
+    ranges = RANGES if is_below(target, ("torch",)) else {}
+    return {**ranges, **annotations_of(target), **annotations_of(_COMMON.get(group, ""))}

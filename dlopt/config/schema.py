@@ -325,11 +325,8 @@ def check_value(
             hint = f"; {several_values(value)}"
         if key == "model.weights":  # an enumeration in torchvision
             hint = "; pretrained weights: model=torchvision model.name=NAME model.pretrained=true"
-        allowed = describe_type(annotation)
-        message = f"{key}={show(value)}: {_reason(error)}; allowed: {allowed}{hint}"
-        raise UserError(
-            message, kind="value", allowed=allowed.split(" | ") if "[" not in allowed else [allowed]
-        ) from None
+        message = f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}"
+        raise UserError(message, "value", alternatives(annotation)) from None
     if _exceeds_int64(checked):
         raise UserError(f"{key}={show(value)}: too large for a 64-bit integer", kind="value")
     return checked
@@ -421,6 +418,12 @@ _PLAIN = {
     int: "an integer", float: "a number", bool: "true | false", str: "a string", type(None): "null", None: "null",
     _EMPTY: "any value", Any: "any value",
 }  # fmt: skip
+
+
+def alternatives(annotation: Any) -> list[str]:
+    """Returns the values that an annotation allows as a list: ["batch", "layer", "null"], or ["a number > 0"]."""
+    text = describe_type(annotation)
+    return [text] if "[" in text or "{" in text else text.split(" | ")
 
 
 def describe_type(annotation: Any) -> str:
