@@ -80,7 +80,8 @@ def main() -> None:
             found = _ending(error)
             if found is None and not has_document:
                 raise
-            failure, (code, message) = error, found or (FAILED, "")
+            code, message = found or (FAILED, "")
+            failure = None if code == DONE else error
             if message:
                 print_message(message)
         except SystemExit as end:
@@ -94,10 +95,8 @@ def main() -> None:
 
 def _ending(error: Exception | KeyboardInterrupt) -> tuple[int, str] | None:
     """Returns the exit code of an error and the line to print ("" for none); None for a bug."""
-    if isinstance(error, UserError | RunError):
-        return error.code, str(error)
-    if isinstance(error, ReportedError):
-        return error.code, ""
+    if isinstance(error, UserError | RunError | ReportedError):
+        return error.code, "" if isinstance(error, ReportedError) else str(error)
     if isinstance(error, KeyboardInterrupt):
         return error.code if isinstance(error, Interrupted) else INTERRUPTED, str(error) or "interrupted"
     if isinstance(error, BrokenPipeError) and leave_closed_terminal():

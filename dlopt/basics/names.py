@@ -44,13 +44,10 @@ class Names:
 
     def error(self, message: str, name: str) -> UserError:
         """Returns an error about a name, which holds as data what to type instead."""
-        advice = "" if name in self.forms else self.instead(name).partition(" (")[0]
-        use = self.forms.get(name) or (advice.removeprefix("use ") if advice.startswith("use ") else "")
-        if not advice:
-            use = use or self.similar(name)
+        advice = self.forms.get(name) or self.instead(name).partition(" (")[0].removeprefix("use ")
+        use = advice or self.similar(name)
         allowed = [*self.known] if len(self.known) <= _MOST else []
-        kind = _KINDS.get(self.title, "unknown_name")
-        return UserError(message, kind=kind, allowed=allowed, suggestions=[use] if use else [])
+        return UserError(message, _KINDS.get(self.title, "unknown_name"), allowed, [use] if use else [])
 
     def hint(self, name: str) -> str:
         """Says what to type for an unknown name: its own advice, or else the most similar name, and what is allowed."""

@@ -21,7 +21,6 @@ from dlopt.config.packages import entries, function, series_of
 from dlopt.machine.world import current
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from torch.distributed import Store
 
     from dlopt.config.compose import Composer
@@ -90,7 +89,7 @@ def train(arguments: list[str]) -> int:
                 document = {"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary}
                 if code != DONE:
                     failure = failure or ReportedError(code, f"interrupted; {how_to_resume(folder)}")
-                    document["error"] = error_entry(failure, code, log=os.path.abspath(folder.path / "train.log"))
+                    document["error"] = error_entry(failure, code, os.path.abspath(folder.path / "train.log"))
                 print_document(document)
         if store is not None:
             release(store, code)
@@ -137,11 +136,12 @@ def _plan(parsed: Namespace, store: "Store | None") -> "Plan | int":
         return DONE
     if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
         return _sweep(composer, inherit(composer, with_folder(typed, multirun=True)), json=parsed.json)
-    if parsed.json:
-        _refuse_document(config)
     if config.dry_run:
         announce_dry_run()
     if (key := series_of(config)) is not None:
+        if parsed.json or config.notify is not None:
+            name = "--json" if parsed.json else "notify"
+            raise UserError(f"{name}: gives the result of a run or a sweep; not available for a {key}")
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
     if store is not None:
@@ -170,36 +170,12 @@ def _sweep(composer: "Composer", words: list[str], *, json: bool) -> int:
     from dlopt.sweeps import sweep as sweeps
 
     request = sweeps.request(composer, words)
-    if json:
-        _refuse_document(request.config)
     if request.config.dry_run:
         announce_dry_run()
     end = sweeps.run(request)
     if json and request.found:
-        from dlopt.results import documents
-        from dlopt.results.reading import RunReader
-
-        folder = request.found[0]
-        records, damaged = RunReader().read([folder])
-        print_document(
-            {
-                "folder": os.path.abspath(folder),
-                "exit_code": end.code,
-                "jobs": [documents.job_entry(record) for record in records],
-                "skipped": documents.skipped_entries(damaged),
-                "leaderboard": None if end.board is None else documents.leaderboard_entry(end.board),
-                "pareto_front": None if end.front is None else documents.front_entry(end.front),
-            }
-        )
+        print_document(end.document(request.found[0]))
     return end.code
-
-
-def _refuse_document(config: "DictConfig") -> None:
-    """Raises `UserError` for --json without a run or a sweep."""
-    series = series_of(config)
-    if config.dry_run or series is not None:
-        what = "dry_run=true" if series is None else f"a {series}"
-        raise UserError(f"--json: prints the result of a run or a sweep; not available for {what}")
 
 
 @contextlib.contextmanager

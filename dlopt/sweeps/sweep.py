@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, StateError, UserError, require_package
 from dlopt.basics.folders import FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
-from dlopt.basics.interruption import Interrupted
+from dlopt.basics.interruption import Interrupted, print_message
 from dlopt.basics.secrets import is_secret_name
 from dlopt.basics.status_line import waiting
 from dlopt.config.compose import Composer, typed_folder
@@ -51,6 +51,7 @@ from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_working
 from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_grid
 from dlopt.sweeps.sweep_file import read_space
+from dlopt.tracking.notify import notify
 
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
@@ -127,6 +128,11 @@ def run(request: SweepRequest) -> SweepEnd:
 
             status, board = wait(request.found[0])
             end = SweepEnd(status.code, board)
+        url = request.config.notify
+        if url is not None and end.is_submitted:
+            print_message("warning: notify: nothing is sent at the end of a submitted sweep, unless you add wait=true")
+        elif url is not None and request.found:
+            notify(url, {"text": f"{request.config.name}: sweep ended", **end.document(request.found[0])})
         return end
     except Interrupted:  # before the first job
         raise

@@ -77,13 +77,43 @@ def test_runs(night: Path) -> None:
     assert (none.code, document(none)) == (0, {"runs": [], "skipped": skipped}) and "no run matches" in none.err
 
 
+def test_curves(tmp_path: Path) -> None:
+    losses = [1 / (1 + epoch) if epoch != 71 else 0.001 for epoch in range(100)]
+    make_run(tmp_path / "runs/0", accuracies=tuple(1 - loss for loss in losses))
+    make_run(tmp_path / "runs/1", accuracies=(0.1, 0.2, 0.3))
+    found = document(dlopt(tmp_path, "runs", "runs", "curve=val_loss", "points=7", "--json"))
+    assert found.keys() == {"metric", "direction", "runs", "skipped"}
+    assert (found["metric"], found["direction"], found["skipped"]) == ("val_loss", "minimize", [])
+    long, short = found["runs"]
+    assert (long["folder"], long["status"], long["evaluations"]) == (str(tmp_path / "runs/0"), "finished", 100)
+    # One sixth of 99 evaluations apart, but for the best, which replaces its neighbour (67).
+    assert [point["epoch"] for point in long["points"]] == [1, 17, 34, 51, 72, 83, 100]
+    assert long["points"][4] == {"epoch": 72, "step": 720, "value": pytest.approx(0.001)}
+    assert [point["value"] for point in short["points"]] == pytest.approx([0.9, 0.8, 0.7])
+
+    lines = dlopt(tmp_path, "runs", "runs", "curve=best_val_loss", "points=3").out.splitlines()
+    assert lines[0].split("\t") == ["run", "epoch", "step", "val_loss"] and len(lines) == 7
+    assert lines[2].split("\t")[:3] == ["runs/0", "72", "720"]
+    wrong = error(dlopt(tmp_path, "runs", "runs", "curve=val_los", "--json"))
+    assert (wrong["kind"], wrong["key"], wrong["suggestions"]) == ("unknown_name", "curve", ["curve=val_loss"])
+    assert error(dlopt(tmp_path, "runs", "runs", "curve=val_loss", "points=2", "--json"))["key"] == "points"
+    assert "needs curve" in error(dlopt(tmp_path, "runs", "runs", "points=5", "--json"))["message"]
+
+
 def test_report(night: Path) -> None:
     found = document(dlopt(night, "report", "night", "target=0.65", "--json"))
     assert not (night / "night/report").exists()
     expected = {"by": "val_accuracy", "direction": "maximize", "target": 0.65, "files": []}
-    assert found.keys() == {*expected, "keys", "configurations", "verdict", "statuses", "skipped"}
+    own = {"keys", "configurations", "verdict", "comparison", "best_run", "statuses", "failures", "skipped"}
+    assert found.keys() == {*expected, *own}
     assert expected.items() <= found.items() and found["keys"] == ["optimizer.lr"]
     assert found["statuses"] == {"finished": 5, "failed": 1} and found["skipped"][0].keys() == {"folder", "reason"}
+    assert [(each["folder"], each["reason"]) for each in found["failures"]] == [
+        (str(night / "night/5"), "the loss is nan")
+    ]
+    assert found["comparison"] == {"first": "lr=0.1", "few": ["lr=0.01"]} and "is first" in found["verdict"]
+    assert found["best_run"].keys() == RUN | {"command"} and found["best_run"]["folder"] == str(night / "night/2")
+    assert found["best_run"]["command"] == "dlopt train optimizer=sgd optimizer.lr=0.1 seed=2"
     best, second, last = found["configurations"]
     for row in (best, second, last):
         assert row.keys() == ROW | {"values", "tags", "metrics", "time_to_target", "published", "command"}
@@ -118,10 +148,16 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert optimizer.keys() == {"name", "default", "commands", "choices"}
     assert (optimizer["name"], optimizer["default"], optimizer["commands"]) == ("optimizer", "sgd", ["train"])
     [sgd] = optimizer["choices"]
-    assert sgd.keys() == {"name", "description", "keys"} and sgd["keys"][0].keys() == {"name", "value", "comment"}
-    assert sgd["keys"][0] == {"name": "optimizer.lr", "value": "0.1", "comment": "learning rate"}
+    assert sgd.keys() == {"name", "description", "keys"}
+    lr = {"name": "optimizer.lr", "value": "0.1", "allowed": ["a number > 0"]}
+    assert sgd["keys"][0] == {**lr, "comment": "learning rate"}
     assert len(vgg["choices"]) > 1 and all(each["name"].startswith("vgg") for each in vgg["choices"])
+    norm = next(key for key in vgg["choices"][0]["keys"] if key["name"] == "model.norm")
+    assert norm["allowed"] == ["batch", "layer", "group", "instance", "none"]
+    [whole] = groups("optimizer")
+    assert len(whole["choices"]) > 30 and all(lr.keys() == k.keys() for each in whole["choices"] for k in each["keys"])
     every = {each["name"]: each for each in groups()}
+    assert "function" not in every and groups("function")[0]["commands"] == ["trajectory"]
     assert every["hydra/sweeper"]["commands"] == ["train -m"] and every["experiment"]["default"] is None
     assert all(choice["keys"] is None for each in every.values() for choice in each["choices"])
 
@@ -145,7 +181,6 @@ def test_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("dry_run=true", "--json: prints the result of a run or a sweep; not available for dry_run=true"),
         ("experiment=lecture/clipping", "not available for a comparison"),
         ("--cfg=job", "--json with --cfg"),
     ],
@@ -164,7 +199,8 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["folder"], found["exit_code"], result.code) == (str(tmp_path / "sweep"), 1, 1)
     assert [job["status"] for job in found["jobs"]] == ["finished", "failed"] and found["jobs"][0].keys() == RUN
     board = found["leaderboard"]
-    assert board.keys() == {"metric", "direction", "rows", "verdict"}
+    assert board.keys() == {"metric", "direction", "rows", "verdict", "comparison", "best_run"}
+    assert board["comparison"] is None and board["best_run"]["folder"] == found["jobs"][0]["folder"]
     assert (board["metric"], board["direction"]) == ("val_accuracy", "maximize")
     first, last = board["rows"]
     assert first.keys() == ROW | {"value"} and first["value"].keys() == STATISTIC and last["value"] is None
@@ -210,8 +246,9 @@ def test_every_command_ends_with_a_document(command: str, tmp_path: Path) -> Non
 
 
 def test_without_a_document_of_its_own(tmp_path: Path) -> None:
-    result = dlopt(tmp_path, "train", "--version", "--json")
-    assert (result.code, document(result)) == (0, {"exit_code": 0}) and result.err.startswith("dlopt ")
+    for word, shown in (("--version", "dlopt "), ("--help", "Train a model"), ("dry_run=true", "parameters")):
+        result = dlopt(tmp_path, "train", *TINY, word, "--json")
+        assert (result.code, document(result)) == (0, {"exit_code": 0}) and shown in result.err
 
 
 @pytest.mark.parametrize(
