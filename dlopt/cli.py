@@ -3,6 +3,7 @@
 Imports torch lazily, so that `--help`, `--version` and shell completion are fast.
 """
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -64,31 +65,49 @@ Shell completion: eval "$(dlopt train -sc install=bash)"
 def main() -> None:
     """Entry point of the `dlopt` command: runs the command of `sys.argv`, and prints its error in one line."""
     end_on_signals()
-    try:
-        _open_streams()
-        command, arguments = find(sys.argv[1:])
-        code = command(arguments)
-    except (UserError, RunError) as error:
-        print_message(str(error))
-        code = error.code
-    except ReportedError as error:
-        code = error.code
-    except BrokenPipeError:
-        if not leave_closed_terminal():
-            raise
-        code = DONE  # `dlopt ... | head` has read what it wanted
-    except OSError as error:
-        refused = refused_path(error)  # of the command line
-        if (message := refused or disk_failure(error)) is None:
-            raise
-        print_message(message)
-        code = FAILED if refused is None else USER_ERROR
-    except KeyboardInterrupt as error:
-        print_message(str(error) or "interrupted")
-        code = error.code if isinstance(error, Interrupted) else INTERRUPTED
-    end_with(code)
+    code, failure = DONE, None
+    has_document = "--json" in sys.argv[1:]
+    with contextlib.ExitStack() as stack:
+        try:
+            _open_streams()
+            if has_document:
+                from dlopt.commands.shared.document import document_only, end_document
+
+                stack.enter_context(document_only())
+                end_on_signals(end_document)
+            command, arguments = find(sys.argv[1:])
+            code = command(arguments)
+        except (Exception, KeyboardInterrupt) as error:
+            found = _ending(error)
+            if found is None and not has_document:
+                raise
+            code, message = found or (FAILED, "")
+            failure = None if code == DONE else error
+            if message:
+                print_message(message)
+        except SystemExit as end:
+            code = int(end.code or DONE)
+        end_with(code)
+        if has_document:
+            end_document(code, failure)
     flush_streams()
     sys.exit(code)
+
+
+def _ending(error: Exception | KeyboardInterrupt) -> tuple[int, str] | None:
+    """Returns the exit code of an error and the line to print ("" for none); None for a bug."""
+    if isinstance(error, UserError | RunError | ReportedError):
+        return error.code, "" if isinstance(error, ReportedError) else str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return error.code if isinstance(error, Interrupted) else INTERRUPTED, str(error) or "interrupted"
+    if isinstance(error, BrokenPipeError) and leave_closed_terminal():
+        return DONE, ""  # `dlopt ... | head` has read what it wanted
+    if isinstance(error, OSError):
+        if (refused := refused_path(error)) is not None:  # of the command line
+            return USER_ERROR, refused
+        if (message := disk_failure(error)) is not None:
+            return FAILED, message
+    return None
 
 
 def _open_streams() -> None:

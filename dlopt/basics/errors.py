@@ -3,29 +3,66 @@
 import errno
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 75
+_PLACE = re.compile(r"([^\s=:]+)(?:=(\[.*?\]|\{.*?\}|[^\n]*?))?: ")  # key and value at the begin of a message
 CHECKOUT = Path(__file__).parents[2]  # of the repository, unless dlopt is installed as a wheel
 
 
 class UserError(Exception):
     """Wrong configuration or input: one message, exit code 2, no files left behind.
 
-    The message gives the key, its value, what is wrong and what is allowed.
+    The message gives the key, its value, what is wrong and what is allowed: "KEY=VALUE: ...", or "KEY: ...".
+
+    Attributes:
+        kind: of the error in a document (`--json`): unknown_key, unknown_choice, value, file, state; input for others.
+        allowed: names and values that may be typed instead; () if they are not a list, or are many.
+        suggestions: what to type instead.
+        parts: the errors that this one joins.
     """
 
     code = USER_ERROR
+    kind = "input"
+    parts: Sequence["UserError"] = ()
+
+    def __init__(
+        self, message: str = "", kind: str = "", allowed: Sequence[str] = (), suggestions: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.kind, self.allowed, self.suggestions = kind or self.kind, allowed, suggestions
+
+    @property
+    def place(self) -> tuple[str | None, str | None]:
+        """The key and the value with which the message begins; None for what it does not name."""
+        match = _PLACE.match(str(self))
+        key, value = (None, None) if match is None else match.groups()
+        is_value = key is not None and value is None and self.kind in ("file", "state", "unknown_name")
+        return (None, key) if is_value else (key, value)
 
     def _render_traceback_(self) -> list[str]:
         """IPython hook: shows the message only, because the stack frames do not help the user."""
         return [f"dlopt: {self}"]
 
 
-class OtherVersionError(UserError):
+class FileError(UserError):
+    """A file or folder that is missing, damaged, or not what the command needs."""
+
+    kind = "file"
+
+
+class StateError(UserError):
+    """A run or sweep that is active, has finished, or has another config: what was typed does not fit its state."""
+
+    kind = "state"
+
+
+class OtherVersionError(FileError):
     """An intact input in a format that only another version of dlopt reads."""
 
 

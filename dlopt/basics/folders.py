@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.errors import FileError, RunError, StateError, UserError
 from dlopt.basics.files import read_json
 from dlopt.basics.formats import printable
 from dlopt.basics.interruption import flush_streams, note_files, print_line
@@ -62,7 +62,7 @@ class RunFolder:
         """Reads the choice of each group. Raises `UserError`."""
         choices = (read_json(self.path / "environment.json") or {}).get("choices")
         if not isinstance(choices, dict):
-            raise UserError(f"{self.path}: environment.json is missing or damaged")
+            raise FileError(f"{self.path}: environment.json is missing or damaged")
         return choices
 
     def other_format(self) -> str | None:
@@ -125,9 +125,9 @@ class RunFolder:
             file.write(f"{os.getpid()}\n")
             file.flush()
         except BlockingIOError:
-            raise UserError(f"hydra.run.dir={self.path}: another run is active in this folder") from None
+            raise StateError(f"hydra.run.dir={self.path}: another run is active in this folder") from None
         except OSError as error:
-            raise UserError(f"hydra.run.dir={self.path}: cannot write to this folder: {error.strerror}") from None
+            raise FileError(f"hydra.run.dir={self.path}: cannot write to this folder: {error.strerror}") from None
         return file
 
     def refuse_moved(self) -> None:

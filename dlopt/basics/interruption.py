@@ -12,7 +12,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
 
@@ -85,6 +85,7 @@ class Interrupted(KeyboardInterrupt):
 
 _has_files = False
 _advice = ""
+_at_end: Callable[[int, KeyboardInterrupt], None] | None = None
 
 
 def note_files(advice: str = "") -> None:
@@ -96,10 +97,13 @@ def note_files(advice: str = "") -> None:
     _has_files, _advice = True, advice
 
 
-def end_on_signals() -> None:
-    """Makes signals end this process with one line on stderr; for the start of a command."""
-    global _has_files, _advice
-    _has_files, _advice = False, ""
+def end_on_signals(at_end: Callable[[int, KeyboardInterrupt], None] | None = None) -> None:
+    """Makes signals end this process with one line on stderr; for the start of a command.
+
+    `at_end`: called where the process ends at once, without an exception that could be handled.
+    """
+    global _has_files, _advice, _at_end
+    _has_files, _advice, _at_end = False, "", at_end
     _install(_end)
 
 
@@ -329,6 +333,9 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _end_now(number: int, frame: FrameType | None) -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"dlopt: {_message(number)}\n".encode())
+    with contextlib.suppress(Exception):  # the signal may have come while it was being printed
+        if _at_end is not None:
+            _at_end(_exit_code(number), KeyboardInterrupt(_message(number)))
     _exit(_exit_code(number))
 
 

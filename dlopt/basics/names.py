@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from dlopt.basics.errors import UserError
 
 _LISTED = 5  # names in a message that also gives the command that lists all
+_KINDS = {"key": "unknown_key", "choice": "unknown_choice"}
+_MOST = 100  # names that an error holds as data
 _SIMILAR = 0.6  # ratio of difflib
 
 
@@ -38,7 +40,14 @@ class Names:
 
     def unknown(self, name: str, typed: str = "") -> UserError:
         """Returns the error for a name. `typed`: the word or place that the message begins with."""
-        return UserError(f"{typed or self.prefix + name}: unknown {self.title}; {self.hint(name)}")
+        return self.error(f"{typed or self.prefix + name}: unknown {self.title}; {self.hint(name)}", name)
+
+    def error(self, message: str, name: str) -> UserError:
+        """Returns an error about a name, which holds as data what to type instead."""
+        advice = self.forms.get(name) or self.instead(name).partition(" (")[0].removeprefix("use ")
+        use = advice or self.similar(name)
+        allowed = [*self.known] if len(self.known) <= _MOST else []
+        return UserError(message, _KINDS.get(self.title, "unknown_name"), allowed, [use] if use else [])
 
     def hint(self, name: str) -> str:
         """Says what to type for an unknown name: its own advice, or else the most similar name, and what is allowed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Generic, TypeVar, cast
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import load_yaml, parse_json, read_regular
@@ -65,7 +65,7 @@ class Stored(Generic[T]):
         return self._checked(text)
 
     def damaged(self, reason: str) -> UserError:
-        return UserError(f"{short_path(self.path)}: is damaged: {printable(reason)}; {self.cure}")
+        return FileError(f"{short_path(self.path)}: is damaged: {printable(reason)}; {self.cure}")
 
     def _checked(self, text: bytes | str) -> T:
         from pydantic import TypeAdapter  # which the help does not need

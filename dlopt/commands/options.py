@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.formats import wrap
 from dlopt.basics.names import Names
+from dlopt.commands.command_table import every_command
+from dlopt.commands.listing import summary
 from dlopt.commands.shared.document import print_document
 from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
@@ -35,7 +37,8 @@ Examples:
   dlopt options early stopping      # keys and choices with these words in their names or descriptions
 
   --config-dir DIR :: folder with your own choices, as in dlopt train
-  --json :: print a JSON document; it has the keys of the choices of each group that is named
+  --json :: print a JSON document: the groups of runs and sweeps, or those that are named, with the keys of their \
+choices and what is allowed; with GROUP=CHOICE also the comments
 """
 
 # Looked for first; the other groups follow in the order of train.yaml.
@@ -218,8 +221,9 @@ def _shared(choices: Sequence[Sequence[Key]]) -> list[Key]:
 
 
 def _entries(catalogue: Catalogue, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Describes the named groups and the keys of their choices, or all groups without keys, in a JSON document."""
-    groups = [_selected(catalogue, _with_path(name)) for name in names or every_group(catalogue)]
+    """Describes the named groups and the keys of their choices, or those of runs and sweeps without keys, in a JSON
+    document."""
+    groups = [_selected(catalogue, _with_path(name)) for name in names or [*_groups(catalogue), *SWEEPS]]
     commands = catalogue.groups_of_commands()
     entries = []
     for each in groups:
@@ -229,15 +233,28 @@ def _entries(catalogue: Catalogue, names: Sequence[str]) -> list[dict[str, Any]]
                 "name": each.group,
                 "default": each.default,
                 "commands": of_commands or ["train -m" if each.group in SWEEPS else "train"],
-                "choices": [_choice_entry(catalogue, choice, with_keys=bool(names)) for choice in each.choices],
+                "choices": [_choice_entry(catalogue, each, choice, with_keys=bool(names)) for choice in each.choices],
             }
         )
     return entries
 
 
-def _choice_entry(catalogue: Catalogue, choice: Choice, *, with_keys: bool) -> dict[str, Any]:
-    keys = [vars(key) for key in catalogue.keys(choice)] if with_keys else None
-    return {"name": choice.name, "description": choice.description, "keys": keys}
+def _choice_entry(catalogue: Catalogue, of: _Selection, choice: Choice, *, with_keys: bool) -> dict[str, Any]:
+    keys: list[dict[str, Any]] = []
+    if with_keys:
+        from dlopt.config.early_checks import annotations_in  # imports pydantic
+        from dlopt.config.schema import alternatives
+
+        known = annotations_in(of.group, catalogue.target(choice) or "")
+        for key in catalogue.keys(choice):
+            name = key.name.removeprefix(f"{of.package}.")
+            facts = {
+                "name": key.name,
+                "value": key.value,
+                "allowed": alternatives(known[name]) if name in known else None,
+            }
+            keys.append(facts | ({"comment": key.comment} if of.has_pattern else {}))
+    return {"name": choice.name, "description": choice.description, "keys": keys if with_keys else None}
 
 
 # -- keys by their name
@@ -254,8 +271,8 @@ class _Found:
 def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
     """Adds what a term of the field or of other tools means here; returns whether there is anything.
 
-    These are: what to type instead, keys with the term in their names, choices and other keys with it in their names
-    or descriptions. Upper case and separators do not count: `Weight decay` finds weight_decay.
+    These are: what to type instead, keys with the term in their names, choices, other keys and commands with it in
+    their names or descriptions. Upper case and separators do not count: `Weight decay` finds weight_decay.
     """
     found, word = _keys_by_name(catalogue), _letters(term)
     named = [each for each in found if each == term or each.endswith(f".{term}")]
@@ -263,6 +280,7 @@ def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
     choices: list[Choice] = []
     described: list[str] = []
     metrics: list[str] = []
+    commands: list[tuple[str, str]] = []
     if len(word) > 1:
         metrics = [name for name, about in ABOUT.items() if _has(word, name) or _has(word, about)]
     if len(word) > 2:
@@ -270,7 +288,9 @@ def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
         every = [choice for group in _groups(catalogue) for choice in catalogue.choices(group)]
         choices = [each for each in every if _has(word, each.name) or _has(word, each.description)]
         described = [name for name, keys in found.items() if name not in named and _has(word, keys[0].key.comment)]
-    if not (advice or named or metrics or choices or described):
+        summaries = {name: summary(path) for name, path in every_command().items()}
+        commands = [(f"  dlopt {name}", line) for name, line in summaries.items() if _has(word, f"{name} {line}")]
+    if not (advice or named or metrics or choices or described or commands):
         return False
     page.text(*[""] * bool(page.lines), f"keys: {term}" if named else term, bold=True)
     if advice:
@@ -281,7 +301,7 @@ def _add_term(catalogue: Catalogue, term: str, page: "_Page") -> bool:
     rows = [(f"  {each.group}={each.name}", each.description) for each in choices]
     page.rows([*rows[:_MAX_FOUND], *_more(rows)])
     rows = [_row_of_key(found[each]) for each in described]
-    page.rows([*rows[:_MAX_FOUND], *_more(rows)])
+    page.rows([*rows[:_MAX_FOUND], *_more(rows), *commands])
     return True
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.errors import DONE, FileError, UserError
 from dlopt.basics.files import temporary_sibling
 from dlopt.basics.formats import format_value
 from dlopt.basics.interruption import print_note
@@ -108,7 +108,7 @@ def _predict(
     from dlopt.trained.predict_output import is_table_of_parquet, writer
 
     if images is not None and not os.path.exists(images):
-        raise UserError(f"images={images}: no such file or folder")
+        raise FileError(f"images={images}: no such file or folder")
     target = _target(output, file, is_table=file is not None and is_table_of_parquet(file))
     decision = decision_of(path)
     load_torch()

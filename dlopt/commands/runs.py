@@ -1,13 +1,15 @@
 """`dlopt runs`: lists runs filtered by config, status and metric, tags and compares them, removes checkpoints."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from dlopt.basics.errors import DONE, RunError, UserError
+from annotated_types import Interval
+
+from dlopt.basics.errors import DONE, FileError, RunError, UserError
 from dlopt.basics.folders import RunFolder, short_path
-from dlopt.basics.formats import format_bytes, format_count, printable
+from dlopt.basics.formats import format_bytes, format_count, format_value, printable
 from dlopt.basics.interruption import print_note
 from dlopt.basics.ranges import Count
 from dlopt.commands import runs_tag
@@ -24,6 +26,7 @@ List, filter, tag, compare and clean up runs
 
 Usage:
   dlopt runs [DIR...] [condition...] [sort=KEY] [columns=[KEY,...]] [limit=N] [--paths] [--json]
+  dlopt runs [DIR...] [condition...] curve=METRIC [points=N] [--json]
   dlopt runs tag RUN... [TAG...] [note=TEXT] [--remove]
   dlopt runs diff RUN RUN
   dlopt runs clean [DIR...] [condition...] [--yes]
@@ -34,6 +37,7 @@ Examples:
   dlopt runs outputs/night 'val_accuracy>0.9' 'optimizer.lr<=0.01' sort=val_accuracy
   dlopt runs 'model=resnet*' columns=[optimizer.lr,val_loss,seconds] limit=10
   dlopt report $(dlopt runs optimizer=sgd --paths)
+  dlopt runs outputs/train/DATE curve=val_loss points=40        # how a metric went, of each run
   dlopt runs tag outputs/train/DATE baseline note="lower lr"
   dlopt runs tags=baseline
 
@@ -72,7 +76,7 @@ def runs(arguments: list[str]) -> int:
     command, rest = (_clean, arguments[1:]) if arguments[:1] == ["clean"] else (_list, arguments)
     folders, conditions, command_values = parse(rest, command, "runs")
     if not folders and not Path("outputs").is_dir():
-        raise UserError("outputs: no such folder; name the folders to search")
+        raise FileError("outputs: no such folder; name the folders to search")
     return command(folders or [Path("outputs")], conditions, **command_values)
 
 
@@ -85,6 +89,15 @@ def _list(
         list[str] | None, "[KEY,...]: keys and metrics to show (default: those that differ between the runs)"
     ] = None,
     limit: Annotated[Count | None, "N: show only the first N runs"] = None,
+    curve: Annotated[
+        str | None, "METRIC: the metric at the evaluations of each run", "not with columns or paths"
+    ] = None,
+    points: Annotated[
+        int,
+        Interval(ge=3),
+        "N: at most this many evaluations: the first, the last, the best, and others evenly spaced",
+        "needs curve",
+    ] = 40,
     paths: Annotated[bool, "--: print only the folders"] = False,
     json: Annotated[
         bool, "--: print a JSON document with all keys and metrics, or with those of columns", "not with paths"
@@ -93,7 +106,15 @@ def _list(
     """Lists runs: a table on a terminal, tab-separated values elsewhere. Raises `UserError`."""
     query = Query(folders, conditions, sort, columns, limit)
     records, damaged = query.find()
-    if paths:
+    if curve is not None:
+        from dlopt.results import documents
+
+        content = documents.curves_document(records, damaged, curve, points)
+        if json:
+            print_document(content)
+        else:
+            _print_curves(content)
+    elif paths:
         for record in records:
             print(short_path(record.path))
     elif json:
@@ -112,6 +133,13 @@ def _list(
     return DONE
 
 
+def _print_curves(content: Mapping[str, Any]) -> None:
+    print("\t".join(["run", "epoch", "step", printable(content["metric"])]))
+    for run in content["runs"]:
+        for point in run["points"]:
+            print("\t".join([printable(short_path(Path(run["folder"]))), *map(format_value, point.values())]))
+
+
 def _print_skipped(path: Path, reason: str) -> None:
     print_note(printable(f"{short_path(path)}: skipped: {reason}"))
 
@@ -127,7 +155,7 @@ def parse(
     conditions: list[Condition] = []
     for argument in others:
         if (parsed := reading.condition(argument)) is None:
-            raise UserError(f"{argument}: no such folder")
+            raise FileError(f"{argument}: no such folder")
         conditions.append(parsed)
     return folders, conditions, values
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from dlopt.basics.errors import DONE, UserError
+from dlopt.basics.errors import DONE, FileError, UserError
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import printable
 from dlopt.commands.shared.command_line import take_command_keys
@@ -19,7 +19,7 @@ def diff(arguments: list[str]) -> int:
     _, folders = take_command_keys(lambda: None, arguments, "runs")
     missing = next((folder for folder in folders if not Path(folder).is_dir()), None)
     if missing is not None:
-        raise UserError(f"{missing}: no such folder")
+        raise FileError(f"{missing}: no such folder")
     if len(folders) != 2:
         raise UserError(f"runs diff: needs two run folders, not {len(folders)}: dlopt runs diff outputs/a outputs/b")
     first, second = (reading.read_intact(Path(folder)) for folder in folders)

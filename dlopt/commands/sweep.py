@@ -149,7 +149,11 @@ def _quoted(folder: Path) -> str:
 
 def _document(folder: Path, status: "SweepStatus") -> dict[str, Any]:
     from dlopt.results import documents
+    from dlopt.results.leaderboard import ENDED
+    from dlopt.results.ranking import of_folder
+    from dlopt.sweeps.slurm_queue import array_ids
 
+    has_ended = any(job.status in ENDED for job in status.jobs)
     return {
         "folder": str(folder.absolute()),
         "exit_code": status.code,
@@ -170,10 +174,12 @@ def _document(folder: Path, status: "SweepStatus") -> dict[str, Any]:
         "waiting_workers": status.waiting,
         "pending_reasons": dict(status.pending),
         "slurm_jobs": list(status.slurm),
+        "slurm_arrays": array_ids(folder),
         "slurm_answers": status.answers,
         "ended_early": dict(status.early),
         "stop_reason": status.stop_reason,
         "skipped": documents.skipped_entries(status.damaged),
+        "leaderboard": documents.leaderboard_entry(of_folder(folder)) if has_ended else None,
     }
 
 

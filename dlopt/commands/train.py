@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dlopt.basics.errors import DONE, FAILED, USER_ERROR, ReportedError, UserError
 from dlopt.basics.interruption import killed_by_signals, print_message
 from dlopt.basics.status_line import announce_dry_run, waiting
-from dlopt.commands.shared.document import Show, document_only
+from dlopt.commands.shared.document import end_document, error_entry, print_document
 from dlopt.config.flags import parse_arguments, show_info
 from dlopt.config.overrides import is_set, parse_overrides, with_folder
 from dlopt.config.packages import entries, function, series_of
 from dlopt.machine.world import current
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from torch.distributed import Store
 
     from dlopt.config.compose import Composer
@@ -63,30 +62,35 @@ def train(arguments: list[str]) -> int:
 
     from dlopt.basics.folders import RunFolder
     from dlopt.config.resolve import interpolations_explained
+    from dlopt.config.resuming import how_to_resume
     from dlopt.parallel.processes.rendezvous import end_process
     from dlopt.run.runner import CODE_OF, release, run
 
-    shown = document_only() if parsed.json else contextlib.nullcontext()
     # 2. Join the ranks of torchrun or srun: only rank 0 continues, and sends the run to the others.
-    with shown as show, interpolations_explained(), _rank_0(parsed) as store:
+    with interpolations_explained(), _rank_0(parsed) as store:
         # 3. Compose and check the run, unless something else is requested.
-        plan = _plan(parsed, show, store)
+        plan = _plan(parsed, store)
         if isinstance(plan, int):
             code = plan
         else:
             # 4. Run it, and show its document, also if it fails.
             summary: dict[str, Any] | None
+            failure = None
             try:
                 folder, summary = run(plan, store=store)
                 code = CODE_OF[summary["status"]]
             except ReportedError as error:
-                if show is None or error.code == USER_ERROR:
+                if not parsed.json or error.code == USER_ERROR:
                     raise
                 assert plan.config is not None
                 folder, code = RunFolder(Path(plan.config.hydra.runtime.output_dir)), error.code
-                summary = folder.summary()
-            if show is not None:
-                show({"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary})
+                summary, failure = folder.summary(), error
+            if parsed.json:
+                document = {"folder": os.path.abspath(folder.path), "exit_code": code, "summary": summary}
+                if code != DONE:
+                    failure = failure or ReportedError(code, f"interrupted; {how_to_resume(folder)}")
+                    document["error"] = error_entry(failure, code, os.path.abspath(folder.path / "train.log"))
+                print_document(document)
         if store is not None:
             release(store, code)
             end_process(code)
@@ -100,7 +104,7 @@ def help_page(arguments: list[str]) -> str:
     return USAGE + tables_of_train(parse_arguments(arguments).config_dir)
 
 
-def _plan(parsed: Namespace, show: Show | None, store: "Store | None") -> "Plan | int":
+def _plan(parsed: Namespace, store: "Store | None") -> "Plan | int":
     """Composes and checks a run; anything else that was requested is done here, and its exit code returned.
 
     Raises `UserError` and `ReportedError`.
@@ -119,7 +123,7 @@ def _plan(parsed: Namespace, show: Show | None, store: "Store | None") -> "Plan 
     if parsed.multirun:
         from dlopt.sweeps.branches import branched
 
-        return _sweep(composer, branched(composer, with_folder(typed, multirun=True)), show)
+        return _sweep(composer, branched(composer, with_folder(typed, multirun=True)), json=parsed.json)
     parsed.overrides = inherit(composer, with_folder(typed, multirun=False))
     with refused_together(composer, parsed.overrides):
         overrides = composer.parse(parsed.overrides)
@@ -131,11 +135,13 @@ def _plan(parsed: Namespace, show: Show | None, store: "Store | None") -> "Plan 
         show_info(parsed, composer.flags)
         return DONE
     if config.hydra.mode == RunMode.MULTIRUN:  # a config file may set the mode
-        return _sweep(composer, inherit(composer, with_folder(typed, multirun=True)), show)
-    _refuse_document(show, config)
+        return _sweep(composer, inherit(composer, with_folder(typed, multirun=True)), json=parsed.json)
     if config.dry_run:
         announce_dry_run()
     if (key := series_of(config)) is not None:
+        if parsed.json or config.notify is not None:
+            name = "--json" if parsed.json else "notify"
+            raise UserError(f"{name}: gives the result of a run or a sweep; not available for a {key}")
         code: int = function(entries("dlopt.series")[key])(composer, parsed, config)
         return code
     if store is not None:
@@ -159,40 +165,17 @@ def _plan(parsed: Namespace, show: Show | None, store: "Store | None") -> "Plan 
     return DONE
 
 
-def _sweep(composer: "Composer", words: list[str], show: Show | None) -> int:
+def _sweep(composer: "Composer", words: list[str], *, json: bool) -> int:
     """Runs a sweep, and shows its document. Raises `UserError`."""
     from dlopt.sweeps import sweep as sweeps
 
     request = sweeps.request(composer, words)
-    _refuse_document(show, request.config)
     if request.config.dry_run:
         announce_dry_run()
     end = sweeps.run(request)
-    if show is not None and request.found:
-        from dlopt.results import documents
-        from dlopt.results.reading import RunReader
-
-        folder = request.found[0]
-        records, damaged = RunReader().read([folder])
-        show(
-            {
-                "folder": os.path.abspath(folder),
-                "exit_code": end.code,
-                "jobs": [documents.job_entry(record) for record in records],
-                "skipped": documents.skipped_entries(damaged),
-                "leaderboard": None if end.board is None else documents.leaderboard_entry(end.board),
-                "pareto_front": None if end.front is None else documents.front_entry(end.front),
-            }
-        )
+    if json and request.found:
+        print_document(end.document(request.found[0]))
     return end.code
-
-
-def _refuse_document(show: Show | None, config: "DictConfig") -> None:
-    """Raises `UserError` for --json without a run or a sweep."""
-    series = series_of(config)
-    if show is not None and (config.dry_run or series is not None):
-        what = "dry_run=true" if series is None else f"a {series}"
-        raise UserError(f"--json: prints the result of a run or a sweep; not available for {what}")
 
 
 @contextlib.contextmanager
@@ -235,9 +218,11 @@ def _rank_0(parsed: Namespace) -> Iterator["Store | None"]:
         yield store
     except UserError as error:
         print_message(str(error))
+        end_document(error.code, error)
         release(store, error.code, str(error))
         end_process(error.code)
     except ReportedError as error:
+        end_document(error.code, error)
         release(store, error.code)
         end_process(error.code)
     except BaseException:

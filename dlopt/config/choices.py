@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from dlopt._version import ROOT
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.plain_values import join
 from dlopt.config.packages import PACKAGES, entries
 
@@ -104,7 +104,7 @@ class Catalogue:
 
     def __init__(self, config_dir: str | None = None) -> None:
         if config_dir is not None and not Path(config_dir).is_dir():
-            raise UserError(f"--config-dir={config_dir}: no such folder")
+            raise FileError(f"--config-dir={config_dir}: no such folder")
         typed = [Path(config_dir)] if config_dir is not None else []
         self._folders = [*config_folders(), *typed]
         self._primary = config_folder() / f"{CONFIG_NAME}.yaml"

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.folders import refuse_url
 from dlopt.basics.interruption import signals_deferred
 from dlopt.basics.names import Names
@@ -209,8 +209,8 @@ class Composer:
                 f"{folder}a config file is nested too deeply, or includes itself through its defaults list"
             ) from None
         except _COMPOSITION_ERRORS as error:
-            reason = self._explain(parsed, error, multirun) if config is None else first_lines(error)
-            raise UserError(reason) from None
+            found = self._explain(parsed, error, multirun) if config is None else UserError(first_lines(error))
+            raise found from None
         except yaml.YAMLError as error:
             raise UserError(f"a config file is not valid YAML: {' '.join(str(error).split())}") from None
         except (ValueError, AttributeError, TypeError) as error:
@@ -287,7 +287,7 @@ class Composer:
 
     # -- the override at fault
 
-    def _explain(self, overrides: list[Override], error: Exception, multirun: bool) -> str:
+    def _explain(self, overrides: list[Override], error: Exception, multirun: bool) -> UserError:
         """Explains a composition error by the override at fault: the last of the shortest list that fails."""
         groups = self.groups()
         # Groups first, as Hydra applies them.
@@ -304,10 +304,10 @@ class Composer:
                 break
         if count > 0:
             wrong = ordered[count - 1]
-            return f"{text_of(wrong)}: {explain_override(wrong, config, fault, self)}"
+            return explain_override(wrong, config, fault, self)
         if self.config_name != CONFIG_NAME and "primary config" in str(fault):
-            return f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir"
-        return first_lines(fault)  # a config file is at fault
+            return FileError(f"--config-name={self.config_name}: no such file in dlopt's folder or in --config-dir")
+        return UserError(first_lines(fault))  # a config file is at fault
 
     def _can_compose(self, overrides: list[Override], multirun: bool) -> bool:
         try:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.config.conflicts import Run, refuse_conflicts
 from dlopt.config.overrides import key_of
@@ -55,7 +55,7 @@ def check_early(config: Mapping[str, Any], overrides: "Iterable[str | Override]"
     """
     settings = run_settings(config)
     if settings.resume not in (None, "auto") and not os.path.lexists(settings.resume):
-        raise UserError(f"resume={settings.resume}: no such file; resume=auto resumes the newest unfinished run")
+        raise FileError(f"resume={settings.resume}: no such file; resume=auto resumes the newest unfinished run")
     if isinstance(settings.epochs, str) and settings.steps is not None and "epochs" in map(key_of, overrides):
         raise UserError(f"epochs={settings.epochs}: steps={settings.steps} sets the number of updates; leave one out")
     task = flatten(config).get("task._target_")
@@ -112,7 +112,12 @@ def _check_argument(config: Mapping[str, Any], key: str) -> None:
     is_component = isinstance(value, list) and "_target_" in str(value)
     if key not in values or is_component or (key == "optimizer.lr" and value == "auto"):
         return
-    ranges = RANGES if is_below(str(target), ("torch",)) else {}
-    annotations = {**ranges, **annotations_of(str(target)), **annotations_of(_COMMON.get(group, ""))}
+    annotations = annotations_in(group, str(target))
     if target is not None and name in annotations:
         check_value(key, value, annotations[name])
+
+
+def annotations_in(group: str, target: str) -> dict[str, Any]:
+    """Returns the types of a component's arguments, by name, as far as they are known without importing it."""
+    ranges = RANGES if is_below(target, ("torch",)) else {}
+    return {**ranges, **annotations_of(target), **annotations_of(_COMMON.get(group, ""))}

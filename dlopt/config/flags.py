@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dlopt._version import ROOT, __version__
-from dlopt.basics.errors import USER_ERROR, UserError
+from dlopt.basics.errors import USER_ERROR, FileError, UserError
 from dlopt.config.choices import CONFIG_NAME, config_folder, version_base
 from dlopt.config.overrides import parts_of, quoted
 from dlopt.config.settings import SWITCHES
@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         raise UserError(f"--config-path={parsed.config_path}: not supported; add a config folder with --config-dir")
     try:
         if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
-            raise UserError(f"--config-dir={parsed.config_dir}: no such folder")
+            raise FileError(f"--config-dir={parsed.config_dir}: no such folder")
     except OSError as error:
         raise UserError(f"--config-dir={parsed.config_dir}: {error.strerror}") from None
     return parsed

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.plain_values import flatten, load_json
 from dlopt.basics.roles import Role
@@ -41,7 +41,7 @@ def inherit(composer: Composer, overrides: Sequence[str]) -> list[str]:
     folder.refuse_other_format(source)
     config = folder.config()
     if config is None:
-        raise UserError(f"{source}: not a run folder: {folder.path} has no readable config.yaml")
+        raise FileError(f"{source}: not a run folder: {folder.path} has no readable config.yaml")
     typed_action = {"on_divergence": "stop"} if "on_divergence" in keys else {}  # the typed one follows below
     config = of_today({**config, **typed_action}, trains=True)
     saved = flatten(config)
@@ -96,7 +96,7 @@ def _choices(composer: Composer, folder: RunFolder, groups: Sequence[str], sourc
         saved = load_json(folder.path / "environment.json")["choices"]
         choices = {group: str(saved[group]) for group in groups if group in saved}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"from={folder.path}: its environment.json, which names the choices, is damaged") from None
+        raise FileError(f"from={folder.path}: its environment.json, which names the choices, is damaged") from None
     callables = {group: name for group, name in choices.items() if "." in name}  # typed in place of a choice
     for group, name in choices.items():
         if group not in callables and name not in composer.choices(group):

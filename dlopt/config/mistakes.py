@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hydra.core.override_parser.types import Override
@@ -88,19 +88,19 @@ def _check_single(override: Override, is_group: bool, known: Known) -> None:
 # -- after an error of Hydra or OmegaConf
 
 
-def explain_override(override: Override, config: DictConfig, error: Exception, known: Known) -> str:
+def explain_override(override: Override, config: DictConfig, error: Exception, known: Known) -> UserError:
     """Describes the error in `override`; `config` is composed without it."""
-    key, value = override.key_or_group, override.value()
+    key, value, line = override.key_or_group, override.value(), text_of(override)
     has_choices = key in known.groups() or key.startswith("hydra/")
     choices = known.choices(key) if has_choices else []
     if choices and value not in choices:
         if key == "data" and os.path.exists(os.path.expanduser(str(value))):
-            return _advice_for_path(str(value))
-        return f"unknown choice; {known.names(key).hint(str(value))}"
+            return UserError(f"{line}: {_advice_for_path(str(value))}")
+        return known.names(key).unknown(str(value), line)
     if key.startswith("hydra/sweeper/"):
-        return "only searches have this group; add hydra/sweeper=dlopt_optuna"
+        return UserError(f"{line}: only searches have this group; add hydra/sweeper=dlopt_optuna")
     if choices or "/" in key or "@" in key:
-        return first_lines(error)
+        return UserError(f"{line}: {first_lines(error)}")
     return _explain_key(override, config, error, known)
 
 
@@ -141,30 +141,31 @@ def _locate(key: str, config: DictConfig) -> _Place:
     return _Place(parent, node, name, rest)
 
 
-def _explain_key(override: Override, config: DictConfig, error: Exception, known: Known) -> str:
+def _explain_key(override: Override, config: DictConfig, error: Exception, known: Known) -> UserError:
     """Describes the error in an override of a key, which is not a choice for a group."""
-    key, typed = override.key_or_group, value_of(override)
+    key, typed, line = override.key_or_group, value_of(override), text_of(override)
     place = _locate(key, config)
-    if not isinstance(place.node, DictConfig):
-        return f"unknown key; {place.parent} holds a value, not keys"
-    if place.rest and place.name in place.node:
-        return f"unknown key; {place.key} holds a value, not keys"
+    if not isinstance(place.node, DictConfig) or (place.rest and place.name in place.node):
+        holder = place.key if isinstance(place.node, DictConfig) else place.parent
+        return UserError(f"{line}: unknown key; {holder} holds a value, not keys", kind="unknown_key")
     is_known = place.name in place.names
     if is_known and override.is_add():
-        return f"this key exists; set it without the plus sign: {key}={typed}"
+        return UserError(f"{line}: this key exists; set it without the plus sign: {key}={typed}")
     value = OmegaConf.select(config, place.key, throw_on_resolution_failure=False)
     if not place.rest and isinstance(value, DictConfig):
         keys = ", ".join(str(each) for each in value if each != "_target_")
-        return f"this is a block of keys ({keys}); set them one by one"
+        return UserError(f"{line}: this is a block of keys ({keys}); set them one by one")
     if is_known:  # a key inside its value does not exist
         is_new = "Could not override" in str(error)
         hint = f"; add a new key with a plus sign: +{key}.KEY=VALUE" if is_new else ""
-        return f"{first_lines(error)}{hint}"
+        return UserError(f"{line}: {first_lines(error)}{hint}")
     is_nested = place.rest and place.name.lower() not in place.names and place.parent != "hydra"
     hint = for_key(key.rpartition(".")[2] if is_nested else key, typed)  # trainer.max_epochs
     if not hint and not place.parent:
         hint = _misplaced_hint(place.name, typed, known)
-    return f"unknown key; {hint or _key_hint(text_of(override), place, config, known)}"
+    names = _names(place, config, known)
+    names = replace(names, forms={}, instead=lambda _: hint) if hint else names
+    return names.error(f"{line}: unknown key; {hint or _key_hint(line, place, names, known)}", place.name)
 
 
 # -- what to type instead
@@ -187,11 +188,10 @@ def _advice_for_path(path: str) -> str:
     return f"a file is not a choice; for {content}: {choice} data.file={path}"
 
 
-def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str:
-    """Says what to type for the override `line`, whose key is unknown."""
+def _key_hint(line: str, place: _Place, names: Names, known: Known) -> str:
+    """Says what to type for the override `line`, whose key is none of `names`."""
     group = place.parent.replace(".", "/")
     is_group = group in (*known.groups(), _LAUNCHER)
-    names = _names(place, config, known, f"dlopt options {group}" if is_group else "dlopt train --help")
     target = str(place.node.get("_target_"))
     if is_group and group != _LAUNCHER and not is_below(target, _PACKAGES):
         if question := names.question(place.name):
@@ -208,12 +208,13 @@ def _key_hint(line: str, place: _Place, config: DictConfig, known: Known) -> str
     return f"add a new key with a plus sign: +{line}"
 
 
-def _names(place: _Place, config: DictConfig, known: Known, command: str) -> Names:
+def _names(place: _Place, config: DictConfig, known: Known) -> Names:
     """Returns the keys of the block in which a key is unknown, in the order in which users look for them.
 
     A name without a group may also be meant for a key of any group.
     """
-    names = place.names
+    names, group = place.names, place.parent.replace(".", "/")
+    command = f"dlopt options {group}" if group in (*known.groups(), _LAUNCHER) else "dlopt train --help"
     forms: dict[str, str] = {}
     if place.parent:
         of_all = {key.name for key in Catalogue().keys(_PRIMARY)}

@@ -32,20 +32,21 @@ def refused_together(
     try:
         yield
     except UserError as error:
-        known = str(error)
         lists = [_values_of(composer, word) if multirun else [word] for word in words]
         values = {(number, i): value for number, listed in enumerate(lists) for i, value in enumerate(listed)}
-        refusal = _first_refusal(composer, values, multirun) if multirun else _placed(known, values)
-        found: dict[_Place, str] = {}
+        refusal = _first_refusal(composer, values, multirun) if multirun else _placed(error, values)
+        found: dict[_Place, UserError] = {}
         while refusal is not None and group_of(values[refusal[0]]) not in _FIRST:
-            place, message = refusal
-            found[place] = message
+            found[refusal[0]] = refusal[1]
             values = {each: word for each, word in values.items() if not _may_follow(each, word, refusal, values)}
             refusal = _first_refusal(composer, values, multirun)
-        if len(found) < 2 or known not in found.values():
+        parts = [found[place] for place in sorted(found)]
+        if len(parts) < 2 or str(error) not in map(str, parts):
             raise
-        lines = [f"  {found[place]}" for place in sorted(found)]
-        raise UserError("\n".join([f"{len(found)} overrides are refused:", *lines])) from None
+        lines = [f"  {each}" for each in parts]
+        together = UserError("\n".join([f"{len(found)} overrides are refused:", *lines]))
+        together.parts = parts
+        raise together from None
 
 
 def _values_of(composer: "Composer", word: "str | Override") -> "Sequence[str | Override]":
@@ -60,8 +61,8 @@ def _values_of(composer: "Composer", word: "str | Override") -> "Sequence[str | 
 
 def _first_refusal(
     composer: "Composer", values: "Mapping[_Place, str | Override]", multirun: bool
-) -> tuple[_Place, str] | None:
-    """Returns the first override that is refused, and the message.
+) -> tuple[_Place, UserError] | None:
+    """Returns the first override that is refused, and the error.
 
     Composes and checks a run of the first values of all words, and runs that differ from it in one value.
     """
@@ -72,7 +73,7 @@ def _first_refusal(
             try:
                 [axis] = parse_axes([value], composer)
             except UserError as error:
-                return _placed(str(error), {place: value})
+                return _placed(error, {place: value})
             if axis.is_swept or key_of(value) in SWEEP_WORDS:
                 continue  # zip(...) and ranges: the sweep refuses them itself
         if first.setdefault(place[0], place) != place:
@@ -84,27 +85,27 @@ def _first_refusal(
             plain, _ = to_plain(composer.compose(parsed))
             check_values(plain, parsed)
         except UserError as error:
-            return _placed(str(error), run)
+            return _placed(error, run)
     return None
 
 
-def _placed(message: str, values: "Mapping[_Place, str | Override]") -> tuple[_Place, str] | None:
+def _placed(error: UserError, values: "Mapping[_Place, str | Override]") -> tuple[_Place, UserError] | None:
     """Returns the override with which a message begins; of several with the same key, the last."""
     found = None
     for place, word in values.items():
         key = key_of(word)
-        if message.startswith((f"{text_of(word)}:", f"{key}=", f"{key}:", f"{key} ")):
-            found = place, message
+        if str(error).startswith((f"{text_of(word)}:", f"{key}=", f"{key}:", f"{key} ")):
+            found = place, error
     return found
 
 
 def _may_follow(
-    place: _Place, word: "str | Override", refusal: tuple[_Place, str], values: "Mapping[_Place, str | Override]"
+    place: _Place, word: "str | Override", refusal: tuple[_Place, UserError], values: "Mapping[_Place, str | Override]"
 ) -> bool:
     """Returns whether an override is refused, or what is wrong with it may follow from what is refused."""
-    (number, _), message = refusal
+    (number, _), error = refusal
     refused = values[refusal[0]]
     if place[0] == number:  # another value of the same key, or itself
-        return place == refusal[0] or ": unknown key" in message
+        return place == refusal[0] or error.kind == "unknown_key"
     is_part = "=" not in text_of(refused) + text_of(word)  # perhaps of one word: optimizer.lr 0.1
     return is_part or is_below(key_of(word), [key_of(refused)])  # a key of a refused choice

@@ -233,9 +233,9 @@ def show_config(config: DictConfig, part: str, package: str | None, *, resolve: 
 def resolve_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Resolves the environment variables in a saved config again, except in its labels. Raises `UserError`.
 
-    The config may be one of an older version.
+    The config may be one of an older version. `notify` is null, as only the command needs its variable.
     """
-    saved = of_today(saved)
+    saved = {key: None if key == "notify" else value for key, value in of_today(saved).items()}
     check_expansion({key: value for key, value in saved.items() if key not in LABELS})
     labels = {key: _escaped(saved[key]) for key in LABELS if key in saved}
     return to_plain(OmegaConf.create({**saved, **labels}))[0]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import StateError
 from dlopt.basics.folders import SPACE, RunFolder, newest
 from dlopt.basics.formats import format_count
 from dlopt.basics.plain_values import flatten, is_below
@@ -93,7 +93,7 @@ def refuse_longer(done: RunFolder, config: Mapping[str, Any], overrides: Sequenc
         words.append(f"schedule_epochs={epochs:.6g}")
     command = shlex.join(["dlopt", "train", *words, *in_folder(done.path)])
     length = format_count(key, (done.summary() or {})[key])
-    raise UserError(
+    raise StateError(
         f"{key}={config[key]}: the run of this config has finished after {length}; to extend it, type: {command} "
         "(for a new run, leave out resume=auto)"
     )
@@ -212,7 +212,7 @@ def refuse_other_config(
     if not different:
         return
     command = shlex.join(["dlopt", "train", *without(overrides, "resume")])
-    raise UserError(f"resume: {path} has another config ({describe(different)}); that run was started with: {command}")
+    raise StateError(f"resume: {path} has another config ({describe(different)}); that run was started with: {command}")
 
 
 def describe(different: Mapping[str, tuple[Any, Any]], none: str = "null") -> str:

@@ -308,7 +308,7 @@ def check_value(
     try:
         checked = value if adapter is None else adapter.validate_json(json.dumps(value, default=str))
     except UserError as error:  # of a `dlopt.basics.ranges.Condition`
-        raise UserError(f"{key}={show(value)}: {error}") from None
+        raise UserError(f"{key}={show(value)}: {error}", kind="value") from None
     except ValidationError as error:
         if isinstance(value, str | int | float) and _takes_list(annotation):  # tracking=wandb
             with contextlib.suppress(UserError):
@@ -325,9 +325,10 @@ def check_value(
             hint = f"; {several_values(value)}"
         if key == "model.weights":  # an enumeration in torchvision
             hint = "; pretrained weights: model=torchvision model.name=NAME model.pretrained=true"
-        raise UserError(f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}") from None
+        message = f"{key}={show(value)}: {_reason(error)}; allowed: {describe_type(annotation)}{hint}"
+        raise UserError(message, "value", alternatives(annotation)) from None
     if _exceeds_int64(checked):
-        raise UserError(f"{key}={show(value)}: too large for a 64-bit integer")
+        raise UserError(f"{key}={show(value)}: too large for a 64-bit integer", kind="value")
     return checked
 
 
@@ -417,6 +418,12 @@ _PLAIN = {
     int: "an integer", float: "a number", bool: "true | false", str: "a string", type(None): "null", None: "null",
     _EMPTY: "any value", Any: "any value", Duration: "a time > 0 (90s, 5min, 1.5h)",
 }  # fmt: skip
+
+
+def alternatives(annotation: Any) -> list[str]:
+    """Returns the values that an annotation allows as a list: ["batch", "layer", "null"], or ["a number > 0"]."""
+    text = describe_type(annotation)
+    return [text] if "[" in text or "{" in text else text.split(" | ")
 
 
 def describe_type(annotation: Any) -> str:

@@ -3,12 +3,13 @@
 Imports no torch: the roles of keys are looked up without it.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.ranges import Count, Duration, Natural, OpenFraction, Positive, Seed
+from dlopt.basics.ranges import Condition, Count, Duration, Natural, OpenFraction, Positive, Seed
 from dlopt.basics.roles import Role
 from dlopt.metrics.declaration import Direction
 from dlopt.metrics.declared import REQUESTABLE
@@ -49,6 +50,8 @@ else:
 Diagnostic = Literal["gradients", "activations", "curvature"]
 Tta = Literal["none", "flip", "shift_flip", "ten_crop", "multi_scale_ten_crop"]
 DryRun = bool | Literal["timed"]
+_is_url = re.compile(r"https?://[^\s/]").match
+Url = Annotated[str, Condition(lambda url: None if _is_url(url) else "must be a URL: https://...")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ class Settings:
     order_seed: Annotated[Seed, Role.SEED]
     augmentation_seed: Annotated[Seed, Role.SEED]
     dry_run: Annotated[DryRun, Role.COMMAND]
+    notify: Annotated[Url | None, Role.COMMAND] = None
     resume: Annotated[Literal["auto"] | str | None, Role.COMMAND]
     init_from: Annotated[str | None, Role.IDENTITY]
     allow_packages: Annotated[list[str], Role.COMMAND]

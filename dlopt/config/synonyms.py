@@ -43,7 +43,7 @@ def _for_unknown_choice(group: str, names: Sequence[str], choice: str) -> str:
     inside = [name for name in names if choice and name.startswith(f"{choice}/")]
     if inside:
         example = f"{group}={inside[0]}"
-        return f"a folder of choices, such as {example}; `dlopt options '{group}={choice}/*'` lists them"
+        return f"use {example} (or another of this folder; `dlopt options '{group}={choice}/*'` lists them)"
     return for_choice(group, choice)
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.files import sha256
 from dlopt.config.saved import checkpoint_file
 
@@ -34,7 +34,7 @@ def teacher_file(path: str, expected: str | None) -> tuple[Path, str]:
     """
     key, file = f"loss.{PATH}={path}", checkpoint_file(Path(os.path.expanduser(path)), f"loss.{PATH}")
     if not file.is_file():
-        raise UserError(f"{key}: no such run folder or checkpoint; train the teacher first")
+        raise FileError(f"{key}: no such run folder or checkpoint; train the teacher first")
     try:
         status = os.stat(file)
         found = _digest(file.absolute(), status.st_mtime_ns, status.st_size)

@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.errors import UserError, require_package
+from dlopt.basics.errors import FileError, UserError, require_package
 from dlopt.basics.files import read_json
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import format_value
@@ -157,7 +157,7 @@ def runs(
     folders = [Path(each) for each in ([folder] if isinstance(folder, str | PathLike) else folder)]
     for each in folders:
         if not each.is_dir():
-            raise UserError(f"runs({str(each)!r}): no such folder")
+            raise FileError(f"runs({str(each)!r}): no such folder")
     records, damaged = Query(folders, [_condition(line) for line in where], sort).find()
     for found in damaged:
         warnings.warn(f"{short_path(found.path)}: skipped: {found.reason}", stacklevel=2)
@@ -168,7 +168,7 @@ def open_run(path: str | PathLike[str]) -> Run:
     """Opens one run folder. Raises `UserError` for a folder that is not one, or is damaged."""
     folder = Path(fspath(path)).absolute()
     if not folder.is_dir():
-        raise UserError(f"open_run({fspath(path)!r}): no such folder")
+        raise FileError(f"open_run({fspath(path)!r}): no such folder")
     found = reading.read(folder)
     if isinstance(found, Damaged):
         is_parent = not (folder / "config.yaml").exists() and next(reading.find(folder), None) is not None

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import StateError
 from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.formats import format_count
 from dlopt.metrics.names import VAL_LOSS
@@ -36,7 +36,7 @@ def best_run(folder: Path, key: str) -> tuple[Path, str] | None:
     runs = format_count("runs", len(ranking.records))
     best = best_of(ranking.board)
     if best is None:
-        raise UserError(f"{key}={folder}: none of its {runs} has finished with a {ranking.by}; name a run")
+        raise StateError(f"{key}={folder}: none of its {runs} has finished with a {ranking.by}; name a run")
     tied = [row for row in ranking.rows if row.is_first]
     value = format_metric(ranking.by, best.metric(ranking.by))
     label = "" if len(ranking.rows) == 1 else f", {next(row.label for row in tied if best in row.runs)}"

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlopt.metrics.names import column_of
+from dlopt.basics.names import Names
+from dlopt.metrics.names import column_of, direction_of
+from dlopt.results.best_run import best_of
 from dlopt.results.columns import metric_columns, test_columns
 from dlopt.results.intervals import Statistic
-from dlopt.results.leaderboard import ParetoFront, Row
+from dlopt.results.leaderboard import ParetoFront, Row, directions_of
 from dlopt.results.published import PublishedRow, against_published
-from dlopt.results.ranking import Configuration, Ranking, time_to_target
+from dlopt.results.ranking import AXES, Configuration, Ranking, command, time_to_target
 from dlopt.results.reading import Damaged, Record, tags_of
 from dlopt.results.remarks import texts
+from dlopt.results.verdict import findings
 
 
 def run_entry(record: Record, keys: Sequence[str] | None = None) -> dict[str, Any]:
@@ -38,6 +41,31 @@ def job_entry(record: Record) -> dict[str, Any]:
     }
 
 
+def curves_document(records: Sequence[Record], damaged: Iterable[Damaged], metric: str, points: int) -> dict[str, Any]:
+    """Describes how a metric went in each run, with at most `points` of its evaluations: the first, the last, the best,
+    and others evenly spaced. Raises `UserError` for a metric that no run has."""
+    metric, direction = column_of(metric), direction_of(metric, directions_of(records))
+    names = dict.fromkeys(name for record in records for line in record.history for name in line)
+    if records:
+        Names("metric of these runs", [name for name in names if name not in AXES], prefix="curve=").check(metric)
+    runs = []
+    for record in records:
+        lines = [line for line in record.history if metric in line]
+        kept = [round(i * (len(lines) - 1) / (points - 1)) for i in range(points)]
+        if direction is not None and lines:
+            sign = 1 if direction == "min" else -1
+            best = min(range(len(lines)), key=lambda i: sign * lines[i][metric])
+            if best not in kept:
+                kept[min(range(1, points - 1), key=lambda i: abs(kept[i] - best))] = best
+        if len(lines) <= points:
+            kept = [*range(len(lines))]
+        shown = [{"epoch": lines[i]["epoch"], "step": lines[i]["step"], "value": lines[i][metric]} for i in kept]
+        facts = {"folder": os.path.abspath(record.path), "status": record.status}
+        runs.append({**facts, "evaluations": len(lines), "points": shown})
+    skipped = {"skipped": skipped_entries(damaged)}
+    return {"metric": metric, "direction": direction and f"{direction}imize", "runs": runs, **skipped}
+
+
 def skipped_entries(damaged: Iterable[Damaged]) -> list[dict[str, Any]]:
     """Describes the folders that cannot be read."""
     return [{"folder": os.path.abspath(each.path), "reason": each.reason} for each in damaged]
@@ -58,8 +86,9 @@ def report_document(ranking: Ranking, target: float | None, files: Iterable[Path
         "target": target,
         "keys": list(ranking.keys),
         "configurations": rows,
-        "verdict": ranking.verdict,
+        **_conclusion(ranking),
         "statuses": ranking.counts(),
+        "failures": [job_entry(record) for record in ranking.failed],
         "skipped": skipped_entries(ranking.damaged),
         "files": [os.path.abspath(file) for file in files],
     }
@@ -103,7 +132,17 @@ def leaderboard_entry(ranking: Ranking) -> dict[str, Any]:
     for position, row in enumerate(ranking.rows, 1):
         rows.append({**_row(row), "value": _statistic(row.value), "remarks": texts(ranking.remarks, position)})
     direction = ranking.board.direction
-    return {"metric": ranking.by, "direction": direction, "rows": rows, "verdict": ranking.verdict}
+    return {"metric": ranking.by, "direction": direction, "rows": rows, **_conclusion(ranking)}
+
+
+def _conclusion(ranking: Ranking) -> dict[str, Any]:
+    """Describes the verdict, in words and as data, and the best run."""
+    best, found = best_of(ranking.board), findings(ranking.board)
+    return {
+        "verdict": ranking.verdict,
+        "comparison": {"first": ranking.rows[0].label, **found} if found else None,
+        "best_run": None if best is None else {**job_entry(best), "command": command(best)},
+    }
 
 
 def front_entry(front: ParetoFront) -> dict[str, Any]:

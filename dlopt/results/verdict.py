@@ -59,6 +59,16 @@ def verdict(board: Leaderboard) -> str:
     return f"verdict: {'; '.join([head, *_rest(of, len(others), board), *_looks(board)])}"
 
 
+def findings(board: Leaderboard) -> dict[Found, list[str]]:
+    """Returns how the first row compares with the others: the verdict as labels; {} if there is none."""
+    of: dict[Found, list[str]] = {}
+    if not any(run.status == "running" for row in board.rows for run in row.runs):
+        for row in board.rows[1:]:
+            if row.value is not None and not row.apart:
+                of.setdefault(_found(board.rows[0], row, board), []).append(row.label)
+    return of
+
+
 def _found(first: Row, row: Row, board: Leaderboard) -> Found:
     """Says how a row compares with the first one."""
     difference = row.difference

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, StateError, UserError
 from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import FolderSnapshot, RunFolder, make, make_new, new_run_id
 from dlopt.basics.plain_values import read_regular
@@ -34,7 +34,7 @@ class Attempt:
     def refuse_other_run(self) -> None:
         """Raises `UserError` if another process has started a run in this new folder since `place`."""
         if self.is_new and (self.folder.config() is not None or self.folder.is_live()):
-            raise UserError(f"hydra.run.dir={self.folder.path}: another run is active in this folder")
+            raise StateError(f"hydra.run.dir={self.folder.path}: another run is active in this folder")
 
     def erase_if_new(self) -> None:
         """Removes the folder of a new run that was refused."""
@@ -81,7 +81,7 @@ def _find_folder(plan: Plan, path: Path, is_typed: bool) -> tuple[RunFolder, "Ch
         resume = str(RunFolder.to_resume(resume))
         source = RunFolder(Path(resume).absolute().parent.parent)
     if is_typed and target.is_live():
-        raise UserError(f"hydra.run.dir={path}: another run is active in this folder")
+        raise StateError(f"hydra.run.dir={path}: another run is active in this folder")
     if is_typed:
         target.refuse_other_format(f"hydra.run.dir={path}")
 
@@ -110,7 +110,7 @@ def _find_folder(plan: Plan, path: Path, is_typed: bool) -> tuple[RunFolder, "Ch
     # 3. A new run, or one that begins with the checkpoint `resume` of the run `source`.
     if is_typed and target.has_begun(resumed=source is not None) and target not in (source, earlier):
         state = "a finished" if target.is_finished() else "an unfinished"
-        raise UserError(
+        raise StateError(
             f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "
             "or use another folder"
         )
@@ -123,11 +123,11 @@ def _find_folder(plan: Plan, path: Path, is_typed: bool) -> tuple[RunFolder, "Ch
             hint = "; resume=auto resumes the newest unfinished run"
             if Path(resume).is_file():
                 hint = f"; to load only its weights, use init_from={resume}"
-            raise UserError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
+            raise FileError(f"resume={resume}: {reason}{'' if 'init_from' in reason else hint}") from None
         has_identity = checkpoint.identity is not None
         refuse_other_config(checkpoint.config, saved, resume, source.typed(), has_identity=has_identity)
         if is_typed and target == source and Checkpoints(target.checkpoints).has_later(checkpoint.step):
-            raise UserError(
+            raise StateError(
                 f"resume: the run has a later checkpoint than {Path(resume).name}; use resume=auto, or leave out "
                 f"hydra.run.dir={path} to resume from {Path(resume).name} in a new folder"
             )

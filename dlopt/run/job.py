@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.errors import FileError, RunError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.interruption import flush_streams, print_message
 from dlopt.basics.secrets import RedactedStream, note_environment
@@ -40,7 +40,7 @@ def main() -> int:
         config = folder.config()
         refuse_hidden(config or {}, "a process reads its config from a file, which must not hold the password or token")
         if config is None:
-            raise UserError(f"{folder.path}: config.yaml is missing or unreadable")
+            raise FileError(f"{folder.path}: config.yaml is missing or unreadable")
         config = of_today(config, trains=True)
         choices = folder.choices()
         run_config = parse(resolve_saved(config), config, choices)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class NotStartedError(UserError):
     """A run that cannot start, for example because another process is running it: its folder stays unchanged."""
 
+    kind = "state"
+
 
 def report(
     run: "TrainingRun", error: Exception | KeyboardInterrupt, *, prints: bool = True, may_diverge: bool = False

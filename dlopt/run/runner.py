@@ -23,6 +23,7 @@ from dlopt.parallel.processes import launch, rendezvous
 from dlopt.parallel.processes.hung import end_if_hung
 from dlopt.run.folder import place
 from dlopt.run.record import NotStartedError, described, is_job_of_sweep, report
+from dlopt.tracking.notify import notify_of_run
 from dlopt.tracking.remote import check as check_tracking
 
 if TYPE_CHECKING:
@@ -83,11 +84,15 @@ def run(
 
             # 4. Lock, describe, train.
             has_started = True
-            return folder, execute(attempt.run, console=console, prints=not from_python)
+            summary = execute(attempt.run, console=console, prints=not from_python)
+            notify_of_run(settings.notify, folder, settings.name)
+            return folder, summary
     except BaseException as error:
         # 5. A refused run leaves no folder; a failed or interrupted one leaves its record.
         if not has_started or getattr(error, "code", None) == USER_ERROR:
             attempt.erase_if_new()
+        else:
+            notify_of_run(settings.notify, folder, settings.name)
         raise
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dlopt.basics.errors import UserError, require_package
+from dlopt.basics.errors import FileError, UserError, require_package
 from dlopt.basics.plain_values import load_yaml
 from dlopt.config.compose import Composer
 from dlopt.config.overrides import (
@@ -164,7 +164,7 @@ def _sections(
         return {when: words_of(composer, value_of(when), trusted) for when in whens}
     path = Path(os.path.expanduser(name))
     if not path.is_file():
-        raise UserError(f"{space}: no such file; allowed: {', '.join([*entries('dlopt.spaces'), 'a YAML file'])}")
+        raise FileError(f"{space}: no such file; allowed: {', '.join([*entries('dlopt.spaces'), 'a YAML file'])}")
     try:
         content = load_yaml(path, texts=TEXTS)
     except (OSError, ValueError) as error:

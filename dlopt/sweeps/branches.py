@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.basics.length import BatchCount, Length, UpdateCount
 from dlopt.config.compose import Composer
@@ -188,14 +188,14 @@ def _check_history(source: str, folder: RunFolder, checkpoint: "Checkpoint") -> 
     for line in read_metrics(folder.path):
         epoch, step = line.get("epoch"), line.get("step")
         if type(step) is not int or type(epoch) not in (int, float) or not step > 0 < epoch:
-            raise UserError(f"{source}: metrics.jsonl is damaged: epoch {epoch}, step {step}")
+            raise FileError(f"{source}: metrics.jsonl is damaged: epoch {epoch}, step {step}")
         if type(epoch) is int and step != epoch * checkpoint.length.per_epoch and step < checkpoint.step:
             raise UserError(
                 f"{source}: ended within epoch {epoch}, after update {step}, and was lengthened: its next update is "
                 "the first of another epoch, unlike that of a straight run; train the whole length at once"
             )
     if epoch < checkpoint.evaluated_epoch:
-        raise UserError(f"{source}: metrics.jsonl is damaged: it ends after epoch {epoch}, the run later")
+        raise FileError(f"{source}: metrics.jsonl is damaged: it ends after epoch {epoch}, the run later")
 
 
 def _own_config(folder: RunFolder, config: Mapping[str, Any]) -> "RunConfig":

@@ -1,10 +1,11 @@
 """A composed sweep, grid or search: its folder, its jobs, and what it prints at its end."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import env_override
@@ -46,6 +47,21 @@ class SweepEnd:
     board: "Ranking | None" = None
     front: ParetoFront | None = None
     is_submitted: bool = False  # its jobs run without this process
+
+    def document(self, folder: Path) -> dict[str, Any]:
+        """Describes the sweep in a folder and its jobs, for docs/howto/json.md."""
+        from dlopt.results import documents  # with NumPy
+        from dlopt.results.reading import RunReader
+
+        records, damaged = RunReader().read([folder])
+        return {
+            "folder": os.path.abspath(folder),
+            "exit_code": self.code,
+            "jobs": [documents.job_entry(record) for record in records],
+            "skipped": documents.skipped_entries(damaged),
+            "leaderboard": None if self.board is None else documents.leaderboard_entry(self.board),
+            "pareto_front": None if self.front is None else documents.front_entry(self.front),
+        }
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, UserError
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, RunError, StateError, UserError
 from dlopt.basics.files import write_yaml
 from dlopt.basics.folders import SPACE, FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count, printable
@@ -200,12 +200,12 @@ def _check_folder(sweep: Path, key: str, facts: Mapping[str, Any], resume: str |
     if saved is None:
         return
     if not isinstance(saved, dict):
-        raise UserError(f"{key}: this folder contains a grid sweep, not a search")
+        raise StateError(f"{key}: this folder contains a grid sweep, not a search")
     if different := describe_differences(saved.get("facts", {}), facts):
-        raise UserError(f"{key}: this folder contains a different search ({different}); use another folder")
+        raise StateError(f"{key}: this folder contains a different search ({different}); use another folder")
     has_begun = any(RunFolder(path).has_begun() for path in find(sweep))
     if resume != "auto" and has_begun and not live_workers(sweep):
-        raise UserError(f"{key}: this folder contains a sweep; resume it with resume=auto")
+        raise StateError(f"{key}: this folder contains a sweep; resume it with resume=auto")
 
 
 def _front(spec: StudySpec, jobs: Sequence[FrozenTrial]) -> ParetoFront:

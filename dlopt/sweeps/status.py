@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, FileError
 from dlopt.basics.folders import LOCK, SPACE, RunFolder, short_path
 from dlopt.basics.interruption import print_line
 from dlopt.sweeps import series
@@ -97,13 +97,13 @@ class StatusReader:
     def __init__(self, sweep: Path) -> None:
         """Raises `UserError` for a folder without a sweep."""
         if not sweep.is_dir():
-            raise UserError(f"{sweep}: no such folder")
+            raise FileError(f"{sweep}: no such folder")
         self._sweep, self._array = sweep.absolute(), read_array(sweep)
         self._runs: RunReader | None = None
         self.seconds = 0.0  # of CPU that the last look took
         self._series = series.read(sweep)
         if self._series is None and not (sweep / SPACE).exists() and not is_submitted(sweep):
-            raise UserError(f"{short_path(sweep)}: not the folder of a series ({series.SERIES} is missing)")
+            raise FileError(f"{short_path(sweep)}: not the folder of a series ({series.SERIES} is missing)")
         self._elements, self._last_call, self._pause = Elements({}), float("-inf"), _POLL_SECONDS
 
     def read(self) -> SweepStatus:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from dlopt._version import __version__
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import StateError, UserError
 from dlopt.basics.files import write_atomically
 from dlopt.basics.folders import IN_PLACE, SUBMITTED, RunFolder, inside, short_path
 from dlopt.basics.locks import locked, shared, taken
@@ -254,7 +254,7 @@ def _resume(sweep: Path, submission: Submission, launcher: Slurm) -> tuple[int, 
     if submission.command is not None:
         count = launcher.slots - len(queued.running) - queued.pending
         if count <= 0:
-            raise UserError(f"{short_path(sweep)}: its workers are queued or running")
+            raise StateError(f"{short_path(sweep)}: its workers are queued or running")
         (sweep / WORKERS / STOP).unlink(missing_ok=True)
         return count, start_elements(sweep, submission, launcher, range(count), secrets)
     array = own_array(sweep, submission)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dlopt._version import __version__
 from dlopt.basics.emphasis import print_emphasized
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import StateError, UserError
 from dlopt.basics.files import write_atomically, write_json
 from dlopt.basics.folders import SPACE as SPACE_FILE
 from dlopt.basics.folders import FolderSnapshot, short_path
@@ -136,7 +136,7 @@ def _refuse_difference(folder: Path, submission: Submission, entries: Sequence[J
     elif array is not None and (lengths := _lengths(array.jobs)) != _lengths(entries):
         what = f"another length ({lengths})"
     path = short_path(folder)
-    raise UserError(
+    raise StateError(
         f"{path}: elements of this sweep are queued or running with {what}; stop them with `dlopt sweep stop "
         f"{shlex.quote(path)}`, wait for them, or use another folder"
     )

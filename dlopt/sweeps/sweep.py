@@ -11,10 +11,10 @@ from hydra.core.utils import env_override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, UserError, require_package
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, StateError, UserError, require_package
 from dlopt.basics.folders import FolderSnapshot, RunFolder, short_path
 from dlopt.basics.formats import format_count
-from dlopt.basics.interruption import Interrupted
+from dlopt.basics.interruption import Interrupted, print_message
 from dlopt.basics.secrets import is_secret_name
 from dlopt.basics.status_line import waiting
 from dlopt.config.compose import Composer, typed_folder
@@ -52,6 +52,7 @@ from dlopt.sweeps.slurm import Slurm
 from dlopt.sweeps.submission import is_working
 from dlopt.sweeps.submitting import refuse_different_environments, refuse_hidden_words, submit_grid
 from dlopt.sweeps.sweep_file import find_space, read_space
+from dlopt.tracking.notify import notify
 
 OWN = "hydra_plugins.dlopt_sweeps."
 SEARCH = f"{OWN}OptunaSweeper"  # a name only: `dlopt.sweeps.search` runs it
@@ -128,6 +129,11 @@ def run(request: SweepRequest) -> SweepEnd:
 
             status, board = wait(request.found[0])
             end = SweepEnd(status.code, board)
+        url = request.config.notify
+        if url is not None and end.is_submitted:
+            print_message("warning: notify: nothing is sent at the end of a submitted sweep, unless you add wait=true")
+        elif url is not None and request.found:
+            notify(url, {"text": f"{request.config.name}: sweep ended", **end.document(request.found[0])})
         return end
     except Interrupted:  # before the first job
         raise
@@ -288,16 +294,18 @@ def check_folder(
 
     working = is_working(sweep.path)
     if sweep.is_live() or live_workers(sweep.path) or (working and not joins):
-        raise UserError(f"{key}: another {what} is active in this folder")
+        raise StateError(f"{key}: another {what} is active in this folder")
     space = read_space(sweep.path)
     axes = swept_keys(space, [job.plan for job in jobs])
     if is_submitted(sweep.path) and isinstance(space, list):
         own = {job.number for job in jobs}
         if working and len(own | {*range(len(space))}) > len(space):
-            raise UserError(f"{key}: elements of this sweep are queued or running; add jobs to it when they have ended")
+            raise StateError(
+                f"{key}: elements of this sweep are queued or running; add jobs when they have ended"
+            )
         if missing := {*range(len(space))} - own:
             first = " ".join(line for line in space[min(missing)] if key_of(line) in axes)
-            raise UserError(
+            raise StateError(
                 f"{key}: the sweep that was submitted in this folder has a job {min(missing)} ({first}), which is not "
                 "one of these; type its values, too, or use another folder"
             )
@@ -307,7 +315,7 @@ def check_folder(
         job.folder.refuse_other_format(key)
     if resume != "auto" and any(RunFolder(path).has_begun() for path in find(sweep.path)):
         found = "a sweep; resume it" if what == "sweep" else "runs; resume them"
-        raise UserError(f"{key}: this folder contains {found} with resume=auto")
+        raise StateError(f"{key}: this folder contains {found} with resume=auto")
     for job in [job for job in jobs if job.folder.has_begun()]:
         folder, former = job.folder, job.folder.config() or job.plan.saved
         saved = with_counted_updates(job.plan.saved, former)
@@ -322,7 +330,7 @@ def check_folder(
         return
     for job in jobs:
         if (length := shortened(job.folder, job.plan.saved)) is not None:
-            raise UserError(
+            raise StateError(
                 f"{key}: job {job.number} has finished after {length}, which is more than the other jobs would train; "
                 "train all jobs as long, or in another folder"
             )

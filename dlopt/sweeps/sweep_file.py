@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.folders import SPACE, short_path
 from dlopt.basics.plain_values import load_yaml
 
@@ -20,7 +20,7 @@ def read_space(sweep: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise FileError(
             f"{short_path(sweep)}: {SPACE} is damaged: {getattr(error, 'strerror', None) or error}"
         ) from None
     if isinstance(space, list):
@@ -29,7 +29,7 @@ def read_space(sweep: Path) -> Any:
         is_valid = isinstance(space, dict) and isinstance(space.get("facts"), dict)
         is_valid = is_valid and all(type(space.get(name, 0)) is int for name in ("finished", "total", "jobs"))
     if not is_valid:
-        raise UserError(f"{short_path(sweep)}: {SPACE} is damaged: it holds no jobs")
+        raise FileError(f"{short_path(sweep)}: {SPACE} is damaged: it holds no jobs")
     return space
 
 

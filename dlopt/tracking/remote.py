@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from hydra.core.utils import env_override
 
-from dlopt.basics.errors import UserError, require_package
+from dlopt.basics.errors import FileError, UserError, require_package
 from dlopt.basics.files import read_json, write_atomically
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
@@ -212,7 +212,7 @@ def _connect(uri: str) -> None:
         file = Path(str(url.database))
         file.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UserError("cannot write to this file")
+            raise FileError("cannot write to this file")
     engine = create_engine(url)
     try:
         engine.connect().close()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dlopt.basics.errors import RunError, UserError
+from dlopt.basics.errors import FileError, RunError, UserError
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import left_out_note
 from dlopt.data.images.decoding import Source, Stored, decode_described
@@ -30,7 +30,7 @@ def image_files(images: str) -> tuple[list[str], tuple[str, ...]]:
     if os.path.isfile(images):
         return [images], ()
     if not os.path.isdir(images):
-        raise UserError(f"images={images}: no such file or folder")
+        raise FileError(f"images={images}: no such file or folder")
     with reading(f"images={images}"):
         paths, others = images_below(images)
     notes = left_out_note(others)

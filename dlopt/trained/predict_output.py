@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.data.checks import GAPS, number
 from dlopt.data.tables.parquet import is_parquet, library
 
@@ -153,7 +153,7 @@ def _number(text: str, column: Column) -> float:
 def is_table_of_parquet(file: str) -> bool:
     """Returns whether a file is a Parquet file. Raises `UserError` if it cannot be read."""
     if os.path.isdir(file):
-        raise UserError(f"file={file}: is a folder; must be a file")
+        raise FileError(f"file={file}: is a folder; must be a file")
     if not os.access(file, os.R_OK):
         reason = "Permission denied" if os.path.exists(file) else "No such file or directory"
         raise UserError(f"file={file}: cannot be read ({reason})")

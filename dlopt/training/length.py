@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dlopt import schedules
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import StateError, UserError
 from dlopt.basics.length import NO_BATCHES, NO_UPDATES, BatchCount, Length, SampleCount, UpdateCount, advanced
 from dlopt.config.parameters import show
 from dlopt.config.run_config import RunConfig, Settings
@@ -108,7 +108,7 @@ def check_horizon(
     if length.updates < checkpoint.step:
         done = f"{length.epochs_of(length.batches(checkpoint.step)):.6g} epochs"
         done = done if settings.steps is None else str(checkpoint.step)
-        raise UserError(f"{key}: this run has already done {done}; set a larger number, or train in another folder")
+        raise StateError(f"{key}: this run has already done {done}; set a larger number, or train in another folder")
     if settings.schedule_epochs is not None or steps == horizon or length.updates <= checkpoint.step:
         return None
     factor = schedules.build(

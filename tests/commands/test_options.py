@@ -145,3 +145,16 @@ def test_lists_first_what_people_look_for(printed: Callable[..., str]) -> None:
     groups = [line for line in printed().splitlines() if re.fullmatch(r"[a-z]+", line)]
     assert groups[:4] == ["model", "data", "optimizer", "schedule"] and "normalize" in groups
     assert "keys (optimizer.KEY=VALUE): lr, weight_decay, " in printed("optimizer")
+
+
+@pytest.mark.parametrize(
+    ("term", "found"),
+    [
+        ("weight averaging", "ema=0.999"),
+        ("time to target", "stopping=target"),
+        ("layerwise", "optimizer.layer_decay"),
+        ("schema", "dlopt template"),
+    ],
+)
+def test_terms_of_the_field(printed: Callable[..., str], term: str, found: str) -> None:
+    assert found in printed(*term.split())

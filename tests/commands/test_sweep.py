@@ -48,6 +48,12 @@ def test_a_sweep_of_another_shell(runs: list[str | None], code: int, line: str, 
         document = json.loads(dlopt(tmp_path, "sweep", "status", "s", "--json").out)
     assert document["exit_code"] == code and document["total"] == 2 and sum(document["counts"].values()) == 2
     assert document["workers"] == ["the command that started it"] and len(document["jobs"]) == len(runs)
+    board = document["leaderboard"]
+    assert (board is None) == (not {"finished", "stopped_early"} & {*runs}) and document["slurm_arrays"] == []
+    if board is not None:
+        last = max(i for i, status in enumerate(runs) if status in ("finished", "stopped_early"))
+        assert board["best_run"]["folder"] == str(tmp_path / f"s/{last}")
+        assert board["best_run"]["command"] == f"dlopt train seed={last}"
 
 
 def test_a_folder_with_a_blank_is_quoted(tmp_path: Path) -> None:

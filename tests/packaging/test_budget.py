@@ -24,6 +24,7 @@ BUDGET = {
     "keys of conf/train.yaml": 61
     + 1  # evaluate.train_accuracy replaces train_token_accuracy in every run of a text
     + 1  # validation: instead of a run of `dlopt eval` for each further set and epoch
+    + 1  # notify: instead of an observer of the user's own that posts, which a sweep would call once for each run
     - 2,  # optimizer.state_dtype, recovery.lr_factor
     "words of a sweep": 0
     + 4  # space: instead of the promised group; seeds, trials: plan.with_params went; wait: submitit
@@ -82,7 +83,8 @@ WORDS = {
     "dlopt sample": "checkpoint file length prompt samples seed temperature top_k",
     "dlopt export": "checkpoint format include input output",  # include: instead of a program before the graph
     "dlopt consolidate": "checkpoint output",
-    "dlopt runs": "--json --paths --remove --yes columns limit note sort",
+    # curve, points: instead of a program that thins metrics.jsonl
+    "dlopt runs": "--json --paths --remove --yes columns curve limit note points sort",
     "dlopt report": "--json --open --watch by format output plot target test top",
     "dlopt summary": "classes input_shape vocabulary",
     "dlopt show-batch": "output tile",

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dlopt.results.verdict import findings
 from tests.support.folders import make_run, table
+from tests.support.line import HeldByAnotherProcess
 
 
 def sentence(folder: Path, **accuracies: tuple[float, ...]) -> str:
@@ -18,6 +20,10 @@ def sentence(folder: Path, **accuracies: tuple[float, ...]) -> str:
 def test_better_than_all_others(tmp_path: Path) -> None:
     found = sentence(tmp_path, lr1=(0.90, 0.91, 0.92), lr2=(0.80, 0.815, 0.82), lr3=(0.7, 0.71, 0.725))
     assert found == "verdict: lr=1 is better than all others (95 % for the whole table)"
+    assert findings(table(tmp_path).board) == {"better": ["lr=2", "lr=3"]}
+    make_run(tmp_path / "running", lr=4.0, seed=0, status=None, accuracies=(0.1, 0.2))
+    with HeldByAnotherProcess(tmp_path / "running"):
+        assert findings(table(tmp_path).board) == {}
 
 
 def test_not_distinguishable(tmp_path: Path) -> None:

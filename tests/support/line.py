@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -61,7 +62,10 @@ def refused(folder: Path, *arguments: str) -> str:
     before = entries(folder)
     result = dlopt(folder, *arguments)
     assert result.code == 2, result
-    assert result.out in ("", "dry run: nothing is trained\n")
+    if "--json" in arguments:
+        assert json.loads(result.out)["error"]["exit_code"] == 2
+    else:
+        assert result.out in ("", "dry run: nothing is trained\n")
     assert "Traceback" not in result.err
     assert result.err.startswith("dlopt: ") and result.err.count("\n") == 1, result.err
     assert entries(folder) == before

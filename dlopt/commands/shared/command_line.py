@@ -18,13 +18,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.folders import make, make_new, refuse_url
 from dlopt.basics.interruption import print_note
 from dlopt.basics.names import Names
 from dlopt.basics.plain_values import is_below
 from dlopt.basics.status_line import waiting
-from dlopt.commands.shared.document import document_only
+from dlopt.commands.shared.document import print_document
 from dlopt.commands.shared.usage import check_forms, command_key_names, command_keys
 from dlopt.config.choices import CONFIG_NAME
 from dlopt.config.flags import parse_arguments
@@ -276,16 +276,14 @@ def read_line(arguments: list[str], *, several: str) -> Line:
 
 
 def with_document(arguments: Sequence[str], run: Callable[[list[str]], tuple[int, Mapping[str, Any]]]) -> int:
-    """Calls `run` with the arguments; with the flag --json, prints its document, and all else on stderr.
+    """Calls `run` with the arguments; with the flag --json, prints its document.
 
     Returns the exit code, which `run` returns before the document.
     """
     words = without(arguments, "--json")
-    if len(words) == len(arguments):
-        return run(words)[0]
-    with document_only() as show:
-        code, content = run(words)
-        show(content)
+    code, content = run(words)
+    if len(words) < len(arguments):
+        print_document(content)
     return code
 
 
@@ -336,7 +334,7 @@ def on_checkpoint(
             check_forms(function, {**command_values, **texts})
             command_values = check_command_keys(function, command_values)
             if missing := [path for path in paths if not os.path.lexists(path)]:
-                raise UserError(f"checkpoint={missing[0]}: no such file")
+                raise FileError(f"checkpoint={missing[0]}: no such file")
             return function(paths if several else paths[0], values, **command_values, **texts)
 
         signature = inspect.signature(function)
@@ -424,14 +422,14 @@ def output_folder(output: str | None, command: str) -> Path:
     refuse_url(output, "output")
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"output={output}: is a file; must be a folder")
+        raise FileError(f"output={output}: is a file; must be a folder")
     return make(folder, "output", exist_ok=True)
 
 
 def refuse_folder(output: Path, hint: str = "") -> Path:
     """Returns the path of an output file. Raises `UserError` if it is a folder."""
     if output.is_dir() or not output.name:
-        raise UserError(f"output={output}: is a folder; must be a file{hint}")
+        raise FileError(f"output={output}: is a folder; must be a file{hint}")
     return output
 
 
@@ -441,4 +439,4 @@ def writing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"output={output}: cannot write: {error.strerror or error}") from None
+        raise FileError(f"output={output}: cannot write: {error.strerror or error}") from None

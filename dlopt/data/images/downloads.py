@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.data.samples import Dataset, InMemory
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
@@ -54,14 +54,14 @@ def read_idx(path: Path) -> Tensor:
             shape = np.frombuffer(head[4:start].ljust(4 * head[3], b"\0"), dtype=">u4").astype(int).tolist()
             size = math.prod(shape)
             if size > _MAX_IDX or len(head) < start:
-                raise UserError(f"{path}: is damaged or too large: the shape {shape} in the header is {size} bytes")
+                raise FileError(f"{path}: is damaged or too large: the shape {shape} in the header is {size} bytes")
             # No more: a compressed file may expand to any length.
             data = head[start:] + file.read(max(size + 1 - len(head[start:]), 0))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if len(data) != size:
         found = f"{len(data)} bytes" if len(data) < size else f"more than {size} bytes"
-        raise UserError(f"{path}: is damaged: {found} of data for the shape {shape} in the header")
+        raise FileError(f"{path}: is damaged: {found} of data for the shape {shape} in the header")
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).reshape(shape).copy())
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 import torch
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.ranges import NotEmpty
 from dlopt.data.checks import (
     WARNING,
@@ -395,7 +395,7 @@ def find_files(key: str, files: Files, suffix: str) -> tuple[list[str], Counter[
                 found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
             if not found:
                 missing = "" if pattern == name else f"{pattern}: "
-                raise UserError(
+                raise FileError(
                     f"{key}={entry}: {missing}no such file; a name, a pattern (shards/*{suffix}) or a folder is needed"
                     + "".join(f" ({note})" for note in left_out_note(others))
                 )

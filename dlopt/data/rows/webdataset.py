@@ -19,7 +19,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from dlopt.basics.cache import cache_file, exclusive, file_state, load_arrays, save_arrays
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.files import refuse_special
 from dlopt.basics.formats import format_count
 from dlopt.data.checks import IMAGE_EXTENSIONS, ending, left_out_note, numbers
@@ -286,7 +286,7 @@ def _members(tar: tarfile.TarFile, place: str, others: Counter[str]) -> Iterator
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(len(_END)) != _END:
-        raise UserError(f"{place}: is damaged or truncated at byte {tar.offset}")
+        raise FileError(f"{place}: is damaged or truncated at byte {tar.offset}")
     if tar.fileobj.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE).strip(b"\0"):
         raise UserError(f"{place}: has more than one archive; extract each, or name their files")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from dlopt.basics.cache import cache_file, exclusive, file_state
-from dlopt.basics.errors import UserError, require_package
+from dlopt.basics.errors import FileError, UserError, require_package
 from dlopt.basics.files import reason, refuse_special, temporary_sibling
 from dlopt.basics.formats import format_bytes
 from dlopt.machine.memory import half_of_memory
@@ -164,7 +164,7 @@ def _batches(key: str, paths: Sequence[str], schema: Any, held: str, most: int) 
                     raise _too_large(key, f"the column {held}", most)
                 yield arrow.RecordBatch.from_arrays(cast, schema=schema)
             if rows != expected:
-                raise UserError(f"{key}: {path}: is damaged: has {rows:,} rows, not {expected:,}")
+                raise FileError(f"{key}: {path}: is damaged: has {rows:,} rows, not {expected:,}")
 
 
 def open_parquet(key: str, path: str) -> tuple[Any, Iterator[Any]]:

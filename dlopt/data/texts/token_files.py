@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.files import refuse_special
 from dlopt.data.checks import LEFT_OUT, listed
 from dlopt.data.rows.rows import find_files
@@ -69,7 +69,7 @@ def read_tokens(path: Path) -> np.ndarray:
         raise UserError(f"{path}: has version {version} of the format {magic}; only version {known_version} is read")
     size = max(path.stat().st_size - 4 * _HEADER, 0)
     if count <= 0 or count * np.dtype(kind).itemsize != size:
-        raise UserError(f"{path}: is damaged: its header counts {count:,} tokens, the file has {size:,} bytes of them")
+        raise FileError(f"{path}: is damaged: its header counts {count:,} tokens, the file has {size:,} bytes of them")
     return memory_map(path, kind, 4 * _HEADER)
 
 
@@ -79,6 +79,6 @@ def memory_map(path: Path, dtype: str, offset: int = 0) -> np.ndarray:
         # Copy-on-write: torch warns about read-only memory.
         return np.memmap(path, dtype=dtype, mode="c", offset=offset)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise FileError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as {np.dtype(dtype).name} values ({error})") from None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dlopt.basics.cache import cache_file, exclusive, load_arrays, save_arrays
-from dlopt.basics.errors import UserError, require_package
+from dlopt.basics.errors import FileError, UserError, require_package
 from dlopt.basics.files import reason
 from dlopt.basics.plain_values import read_regular
 
@@ -119,7 +119,7 @@ def read_tokenizer(file: str) -> Tokenizer:
     try:
         return Tokenizer(read_regular(path, _MAX_BYTES).decode(), source)
     except FileNotFoundError:
-        raise UserError(f"{source}: no such file; bytes, bpe, or the path of a tokenizer.json are allowed") from None
+        raise FileError(f"{source}: no such file; bytes, bpe, or the path of a tokenizer.json are allowed") from None
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f"{source}: cannot be read ({reason(error)})") from None
 

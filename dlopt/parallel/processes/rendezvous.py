@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
-from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, UserError
+from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, StateError, UserError
 from dlopt.basics.interruption import print_message
 from dlopt.machine.world import World, current
 
@@ -105,7 +105,7 @@ def join_store(world: World, *, minutes: float, address: str | None = None, port
         endpoint = "the rendezvous file" if world.launcher == "dlopt" else f"{host}:{number}"
         if world.is_main and number and _is_port_in_use(number):
             key = "MASTER_PORT" if world.launcher == "torchrun" else "parallel.master_port"
-            raise UserError(f"{key}={number}: port in use at {host}; choose another one") from None
+            raise StateError(f"{key}={number}: port in use at {host}; choose another one") from None
         raise UserError(
             f"parallel.master_addr: rank {world.rank} of {world.size} could not reach {endpoint} within "
             f"parallel.timeout_minutes={minutes:g} ({str(error).splitlines()[0]}); "

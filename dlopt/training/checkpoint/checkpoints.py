@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dlopt.basics.errors import OtherVersionError, RunError, UserError
+from dlopt.basics.errors import FileError, OtherVersionError, RunError, UserError
 from dlopt.basics.files import (
     digest_file,
     disk_in_use,
@@ -263,9 +263,9 @@ def _write_error(path: Path, why: str) -> RunError:
 def load(path: Path) -> Checkpoint:
     """Loads a checkpoint to the CPU, without unpickling code. Raises `UserError` that describes any damage."""
     if path.is_dir():
-        raise UserError(f"checkpoint={path}: is a folder; set a file, such as {path}/checkpoints/last.pt")
+        raise FileError(f"checkpoint={path}: is a folder; set a file, such as {path}/checkpoints/last.pt")
     if not path.is_file():
-        raise UserError(f"checkpoint={path}: no such file")
+        raise FileError(f"checkpoint={path}: no such file")
     try:
         digest, recorded = sha256(path), recorded_digests(path)
     except OSError as error:
@@ -276,7 +276,7 @@ def load(path: Path) -> Checkpoint:
             f"or empty: copy it too; for weights of another tool: init_from={path} with the model and data"
         )
     if digest not in recorded:
-        raise UserError(f"checkpoint={path}: the file is damaged: its SHA-256 differs from the recorded one")
+        raise FileError(f"checkpoint={path}: the file is damaged: its SHA-256 differs from the recorded one")
     try:
         refuse_compressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -298,7 +298,7 @@ def load(path: Path) -> Checkpoint:
         if damage is not None:
             raise UserError(f"checkpoint={path}: {damage}")
     if (damage := content.damage(state)) is not None:
-        raise UserError(f"checkpoint={path}: its content is damaged: {damage}")
+        raise FileError(f"checkpoint={path}: its content is damaged: {damage}")
     return Checkpoint(with_length(state, path))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlopt.basics.errors import UserError
+from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.files import reason, refuse_compressed, refuse_special
 from dlopt.training.checkpoint.checkpoints import load
 from dlopt.training.checkpoint.content import is_checkpoint
@@ -36,7 +36,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"init_from={path}: no such file") from None
+        raise FileError(f"init_from={path}: no such file") from None
     except Exception as error:
         if (match := _UNSUPPORTED.search(str(error))) is not None:
             raise UserError(

@@ -7,6 +7,7 @@ import pytest
 
 from dlopt.basics.errors import UserError
 from dlopt.lab.verify.command import verify
+from tests.support.line import dlopt
 
 
 def test_prints_a_table_and_reproductions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,9 +17,10 @@ def test_prints_a_table_and_reproductions(capsys: pytest.CaptureFixture[str]) ->
     assert verify(["optimizer=adamw", "optimizer.cautious=true"]) == 0
 
 
-def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(["optimizer=sam", "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
+def test_json_is_one_document(tmp_path: Path) -> None:
+    result = dlopt(tmp_path, "verify", "optimizer=sam", "--json")
+    document = json.loads(result.out)
+    assert result.code == 0
     assert document["format"] == 1 and document["paper"] is None and document["failed"] == []
     assert document["optimizer"] == "dlopt.optim.sam.SAM"
     assert [check["name"] for check in document["checks"]][:2] == ["reference", "descent"]
@@ -42,15 +44,14 @@ def test_refuses_wrong_input(line: str, message: str) -> None:
         verify(line.split())
 
 
-def test_verifies_a_class_of_the_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verifies_a_class_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "verified_package.py").write_text(
         "import torch\n\nclass MyMuon(torch.optim.RMSprop):\n"
         "    def step(self, closure=None):\n        print('noise')\n        return super().step(closure)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     line = ["optimizer=verified_package.MyMuon", "allow_packages=[verified_package]", "optimizer.lr=0.1", "paper=muon"]
-    assert verify([*line, "--json"]) == 1
-    document = json.loads(capsys.readouterr().out)
+    result = dlopt(tmp_path, "verify", *line, "--json")
+    document = json.loads(result.out)
+    assert result.code == 1 and "noise" in result.err
     assert document["failed"] == ["reference", "weight decay"] and document["keys"] == {"lr": 0.1}
