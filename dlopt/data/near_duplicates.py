@@ -33,7 +33,7 @@ def near_duplicate_warnings(splits: Mapping[str, Samples | None]) -> tuple[str, 
     `splits`: train, val and test; those that are no vectors of floating-point numbers in memory are left out.
     """
     tables = {
-        name: each.select(_spaced(len(each), _COMPARED[name]))
+        name: each
         for name, each in splits.items()
         if isinstance(each, InMemory) and each.inputs.ndim == 2 and each.inputs.is_floating_point()
     }
@@ -41,15 +41,16 @@ def near_duplicate_warnings(splits: Mapping[str, Samples | None]) -> tuple[str, 
     for name, label in _NAMES.items():
         if not {name, "train"} <= tables.keys():
             continue
-        table, train, total = tables[name], tables["train"], splits[name]
-        rows, nearest = near_duplicates(table.inputs, train.inputs)
+        table, train = tables[name], tables["train"]
+        own, known = _spaced(len(table), _COMPARED[name]), _spaced(len(train), _COMPARED["train"])
+        rows, nearest = near_duplicates(table.inputs[own], train.inputs[known])
         if count := len(rows):
-            places = [table.place(int(rows[0])), train.place(int(nearest[0]))]
+            places = [table.place(int(own[rows[0]])), train.place(int(known[nearest[0]]))]
             pair = f" ({' and '.join(places)})" if all(places) else ""
-            compared = " compared" if len(table) < len(total or ()) else ""
+            compared = " compared" if len(own) < len(table) else ""
             are = f"{label} samples {'is' if count == 1 else 'are'} nearly equal to training samples"
             lines.append(
-                f"{WARNING}{count:,} of {len(table):,}{compared} {are}{pair}; data.group=COLUMN keeps rows that belong "
+                f"{WARNING}{count:,} of {len(own):,}{compared} {are}{pair}; data.group=COLUMN keeps rows that belong "
                 "together in one split"
             )
     return tuple(lines)

@@ -300,9 +300,7 @@ def check_folder(
     if is_submitted(sweep.path) and isinstance(space, list):
         own = {job.number for job in jobs}
         if working and len(own | {*range(len(space))}) > len(space):
-            raise StateError(
-                f"{key}: elements of this sweep are queued or running; add jobs when they have ended"
-            )
+            raise StateError(f"{key}: elements of this sweep are queued or running; add jobs when they have ended")
         if missing := {*range(len(space))} - own:
             first = " ".join(line for line in space[min(missing)] if key_of(line) in axes)
             raise StateError(

@@ -85,7 +85,7 @@ def test_refusals(tmp_path: Path) -> None:
         ("stat", "empty"): "did you mean status?",
         ("optimizer=sgd,adamw", "seed=0,1"): "use `dlopt train -m optimizer=sgd,adamw seed=0,1`",
         ("status", "none"): "none: no such folder",
-        ("status", "empty"): "empty: not the folder of a sweep (sweep.yaml is missing)",
+        ("status", "empty"): "empty: not the folder of a series (series.yaml is missing)",
         ("status", "empty", "--paths"): "--paths: unknown flag",
         ("work", "empty", "n_jobs=0"): "n_jobs=0: input should be greater than or equal to 1",
         ("stop", "empty"): "empty: no sweep was submitted in this folder",

@@ -38,7 +38,7 @@ def test_keys_match_the_arguments(path: Path) -> None:
     assert all(p.kind is p.KEYWORD_ONLY and p.annotation is not p.empty for p in parameters)
     # Only keys that saved configs of earlier versions lack: the same value in two places.
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    written = {name: tuple(node[name]) if isinstance(node[name], list) else node[name] for name in defaults}
+    written = {name: tuple(node[name]) or None if isinstance(node[name], list) else node[name] for name in defaults}
     assert defaults == written
     shared = RUNTIME[path.parent.name]  # a choice may set them to values of its own
     assert {p.name for p in parameters} - shared == set(node) - {"_target_", "defaults"} - shared

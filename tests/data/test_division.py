@@ -254,7 +254,7 @@ def test_other_groups_are_other_data(tmp_path: Path) -> None:
     before = identify(run_config(*words).read_data())
     text = (tmp_path / "rows.csv").read_text()
     (tmp_path / "rows.csv").write_text(text.replace("p0", "q0"))
-    message = "the training set has other groups, weights or times"
+    message = "the training set has other groups, weights, times or further tensors"
     assert difference(before, identify(run_config(*words).read_data())) == message
     (tmp_path / "rows.csv").write_text(text)
     assert difference(before, identify(run_config(*words).read_data())) is None

@@ -510,7 +510,7 @@ def check_table(arguments: Mapping[str, Any]) -> None:
     if not os.path.isfile(path) or os.path.getsize(path) > _EARLY:  # reported where the data are read
         return
     keys = TableKeys.__required_keys__ | TableKeys.__optional_keys__
-    lists = {name: tuple(arguments[name]) for name in ("ignore", *_KEYS.values())}
+    lists = {name: tuple(arguments[name] or ()) for name in ("ignore", *_KEYS.values())}
     _check(str(file_state(path)), **{name: arguments.get(name) for name in keys} | lists)
 
 
