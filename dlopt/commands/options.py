@@ -21,7 +21,7 @@ from dlopt.commands.shared.text_columns import two_columns, wrap_row
 from dlopt.config.choices import Catalogue, Choice, Key, config_folder
 from dlopt.config.flags import documented_flags
 from dlopt.config.overrides import parts_of
-from dlopt.config.synonyms import choice_names, for_key
+from dlopt.config.synonyms import choice_names, for_key, table
 from dlopt.metrics.declared import ABOUT, OF_TESTS, REQUESTABLE
 
 USAGE = """\
@@ -47,7 +47,7 @@ _MARK = "*"  # marks the default, as in `git branch`
 _MAX_WIDTH = 120
 _SHARED = 0.75  # minimum fraction of choices with the same key, value and comment to list the key only once
 
-_MAX_FOUND = 10  # choices, and keys, with a term in their descriptions
+_MAX_FOUND = 10  # choices, and keys, with a term in their descriptions; names of the keys of a group
 
 # Hydra's groups that configure sweeps (-m).
 SWEEPS = {
@@ -170,7 +170,8 @@ def _add_choices(catalogue: Catalogue, selection: _Selection, page: "_Page") -> 
     names = {choice.name: [key.name for key in catalogue.keys(choice)] for choice in choices}
     own = _most_common_first(catalogue, selection.package, names.values())
     if own and default is not None:  # an experiment sets keys of other groups
-        page.text("", f"keys ({selection.package}.KEY=VALUE): {', '.join(own)}")
+        more = f", and {len(own) - _MAX_FOUND} more" if len(own) > _MAX_FOUND else ""
+        page.text("", f"keys ({selection.package}.KEY=VALUE): {', '.join(own[:_MAX_FOUND])}{more}")
     example = choices[0].name
     for choice in (default, *names):
         if choice is not None and names.get(choice):
@@ -400,6 +401,7 @@ def _known_names(catalogue: Catalogue) -> Names:
     """Returns the groups, and what to type for each choice and key."""
     groups = _groups(catalogue)
     forms = {key: key for key in _keys_by_name(catalogue)}
+    forms |= {word: parts_of(advice)[0] for word, advice in table("keys").items() if advice.endswith("={}")}
     forms |= {choice.name: f"{group}={choice.name}" for group in groups for choice in catalogue.choices(group)}
     return Names("group, choice or key", groups, "dlopt options", forms=forms)
 
@@ -475,12 +477,19 @@ class _Page:
             self.lines += wrapped
 
     def choices(self, group: str, choices: Sequence[Choice], default: str | None) -> None:
-        """Adds a group and a row per choice."""
+        """Adds a group and a row per choice; by families, if there are any: the default's first, then the largest."""
         self.text(group, bold=True)
-        rows = []
-        for choice in choices:
+        families: dict[str, list[tuple[str, str]]] = {}
+        has_families = any(each.family for each in choices)
+        for choice in sorted(choices, key=lambda each: has_families and each.name != default):
             mark = _MARK if choice.name == default else " "
-            rows.append((f"{mark} {choice.name}", choice.description))
+            families.setdefault(choice.family or "other", []).append((f"{mark} {choice.name}", choice.description))
+        first, *others = families or [""]
+        rows = families.get(first, [])
+        if others:
+            rows = []
+            for family in [first, *sorted(others, key=lambda each: (each == "other", -len(families[each])))]:
+                rows += [(f"{family}:", ""), *families[family]]
         self.rows(rows or [("  (no choices)", "")])
 
     def keys(self, package: str, keys: Iterable[Key]) -> None:

@@ -26,6 +26,7 @@ search: ContextVar[Path | None] = ContextVar("search", default=None)
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _OVERRIDE = "override "  # in a defaults list
+_FAMILY = "family: "  # of a comment at the top of a choice's file
 _COMMENT = re.compile(r"\s*#\s*(.*?)\s*$")
 
 
@@ -85,7 +86,17 @@ class Choice:
 
     @property
     def header(self) -> list[str]:
-        """The comment lines at the top of the file, without Hydra's directives (`# @package`)."""
+        """The comment lines at the top of the file, without Hydra's directives (`# @package`) and the family."""
+        return [line for line in self._comments if not line.startswith(_FAMILY)]
+
+    @property
+    def family(self) -> str:
+        """The choices that `dlopt options` lists it with: adaptive, of the comment `# family: adaptive`; or ""."""
+        families = [line for line in self._comments if line.startswith(_FAMILY)]
+        return families[0].removeprefix(_FAMILY) if families else ""
+
+    @property
+    def _comments(self) -> list[str]:
         top = takewhile(lambda line: not line.strip() or line.startswith("#"), _read(self.path).splitlines())
         comments = [line for line in top if line.startswith("#") and not re.match(r"#\s*@", line)]
         return [line.removeprefix("#").removeprefix(" ").rstrip() for line in comments]
