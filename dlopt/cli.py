@@ -86,7 +86,9 @@ def main() -> None:
             if message:
                 print_message(message)
         except SystemExit as end:
-            code = int(end.code or DONE)
+            if not has_document:
+                raise
+            code = end.code if isinstance(end.code, int) else FAILED * bool(end.code)
         end_with(code)
         if has_document:
             end_document(code, failure)

@@ -249,12 +249,9 @@ def _choice_entry(catalogue: Catalogue, of: _Selection, choice: Choice, *, with_
         known = annotations_in(of.group, catalogue.target(choice) or "")
         for key in catalogue.keys(choice):
             name = key.name.removeprefix(f"{of.package}.")
-            facts = {
-                "name": key.name,
-                "value": key.value,
-                "allowed": alternatives(known[name]) if name in known else None,
-            }
-            keys.append(facts | ({"comment": key.comment} if of.has_pattern else {}))
+            allowed = alternatives(known[name]) if name in known else None
+            comment = {"comment": key.comment} if of.has_pattern else {}
+            keys.append({"name": key.name, "value": key.value, "allowed": allowed, **comment})
     return {"name": choice.name, "description": choice.description, "keys": keys if with_keys else None}
 
 

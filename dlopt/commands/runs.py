@@ -89,15 +89,8 @@ def _list(
         list[str] | None, "[KEY,...]: keys and metrics to show (default: those that differ between the runs)"
     ] = None,
     limit: Annotated[Count | None, "N: show only the first N runs"] = None,
-    curve: Annotated[
-        str | None, "METRIC: the metric at the evaluations of each run", "not with columns or paths"
-    ] = None,
-    points: Annotated[
-        int,
-        Interval(ge=3),
-        "N: at most this many evaluations: the first, the last, the best, and others evenly spaced",
-        "needs curve",
-    ] = 40,
+    curve: Annotated[str | None, "METRIC: how it went in each run", "not with columns or paths"] = None,
+    points: Annotated[int, Interval(ge=3), "N: at most; first, last, best, others evenly spaced", "needs curve"] = 40,
     paths: Annotated[bool, "--: print only the folders"] = False,
     json: Annotated[
         bool, "--: print a JSON document with all keys and metrics, or with those of columns", "not with paths"
@@ -109,11 +102,7 @@ def _list(
     if curve is not None:
         from dlopt.results import documents
 
-        content = documents.curves_document(records, damaged, curve, points)
-        if json:
-            print_document(content)
-        else:
-            _print_curves(content)
+        (print_document if json else _print_curves)(documents.curves_document(records, damaged, curve, points))
     elif paths:
         for record in records:
             print(short_path(record.path))

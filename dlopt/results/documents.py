@@ -60,10 +60,10 @@ def curves_document(records: Sequence[Record], damaged: Iterable[Damaged], metri
         if len(lines) <= points:
             kept = [*range(len(lines))]
         shown = [{"epoch": lines[i]["epoch"], "step": lines[i]["step"], "value": lines[i][metric]} for i in kept]
-        facts = {"folder": os.path.abspath(record.path), "status": record.status}
-        runs.append({**facts, "evaluations": len(lines), "points": shown})
-    skipped = {"skipped": skipped_entries(damaged)}
-    return {"metric": metric, "direction": direction and f"{direction}imize", "runs": runs, **skipped}
+        folder, status = os.path.abspath(record.path), record.status
+        runs.append({"folder": folder, "status": status, "evaluations": len(lines), "points": shown})
+    content = {"metric": metric, "direction": direction and f"{direction}imize", "runs": runs}
+    return {**content, "skipped": skipped_entries(damaged)}
 
 
 def skipped_entries(damaged: Iterable[Damaged]) -> list[dict[str, Any]]:

@@ -312,6 +312,8 @@ def test_failed_and_interrupted_commands(tmp_path: Path, monkeypatch: pytest.Mon
     assert error(ends_with(Interrupted(signal.SIGINT)), 130)["message"] == "interrupted by SIGINT"
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
+    ended = ends_with(SystemExit("a library's word"))
+    assert (ended.code, document(ended)) == (1, {"exit_code": 1})
     result = ends_with(TypeError("a bug"))
     crash = error(result, 1)
     assert (crash["kind"], crash["message"]) == ("internal", "TypeError: a bug")
