@@ -102,17 +102,17 @@ def test_planted_rows_are_found(kind: str, table: str, share: float) -> None:
         count = len(held_out) // 5
         sources = torch.from_numpy(draw.permutation(len(train))[:count])
         held_out[:count] = planted(kind, train[sources], draw)
-        places, nearest = near_duplicates(held_out, train)
-        assert (places < count).all() and torch.equal(nearest, sources[places])
-        found, total = found + len(places), total + count
+        found, nearest = near_duplicates(held_out, train)
+        assert (found < count).all() and torch.equal(nearest, sources[found])
+        found, total = found + len(found), total + count
     assert found >= share * total, (found, total)
 
 
 def test_all_rows_twice() -> None:
     draw = np.random.default_rng(0)
     rows = np.repeat(draw.normal(size=(300, 8)), 2, 0) + 0.001 * draw.normal(size=(600, 8))
-    places, _ = near_duplicates(*divided(rows, 0, 0.1))
-    assert len(places) > 45, "54 of 60 held-out rows have their other half in the training set"
+    found, _ = near_duplicates(*divided(rows, 0, 0.1))
+    assert len(found) > 45, "54 of 60 held-out rows have their other half in the training set"
 
 
 def test_the_line_names_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
