@@ -45,8 +45,8 @@ def near_duplicate_warnings(splits: Mapping[str, Samples | None]) -> tuple[str, 
         own, known = _spaced(len(table), _COMPARED[name]), _spaced(len(train), _COMPARED["train"])
         rows, nearest = near_duplicates(table.inputs[own], train.inputs[known])
         if count := len(rows):
-            places = [table.place(int(own[rows[0]])), train.place(int(known[nearest[0]]))]
-            pair = f" ({' and '.join(places)})" if all(places) else ""
+            named = [table.place(int(own[rows[0]])), train.place(int(known[nearest[0]]))]
+            pair = f" ({' and '.join(named)})" if all(named) else ""
             compared = " compared" if len(own) < len(table) else ""
             are = f"{label} samples {'is' if count == 1 else 'are'} nearly equal to training samples"
             lines.append(
@@ -91,8 +91,8 @@ def near_duplicates(rows: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     limit = min(_NEAREST, (_CHANCE * len(few) / count / len(rows)) ** inverse)
     differing = ((values[count:] - values[nearest]).abs() > _CLOSE).sum(1)
     is_near = (distances < limit * far) & (differing <= 1) & (rows != train[nearest]).any(1)
-    places = is_near.nonzero().squeeze(1)
-    return places, nearest[places]
+    indices = is_near.nonzero().squeeze(1)
+    return indices, nearest[indices]
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:

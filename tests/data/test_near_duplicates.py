@@ -33,7 +33,7 @@ def independent(seed: int, count: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yields tables whose rows are drawn independently."""
     draw = np.random.default_rng(seed)
     normal = draw.normal(size=(count, 20))
-    places, block = draw.normal(size=(20, 2)) * 3, draw.integers(0, 20, count)
+    indices, block = draw.normal(size=(20, 2)) * 3, draw.integers(0, 20, count)
     yield "5 columns", normal[:, :5]
     yield "20 columns", normal
     yield "of 3 variables", np.tanh(normal[:, :3] @ draw.normal(size=(3, 20))) + 0.05 * normal
@@ -49,7 +49,7 @@ def independent(seed: int, count: int) -> Iterator[tuple[str, np.ndarray]]:
     yield "mostly zeros", np.exp(normal) * (draw.random((count, 20)) < 0.2)
     yield "dates", np.c_[draw.integers(2000, 2024, count), draw.integers(1, 29, (count, 2)), normal[:, :3].round(1)]
     yield "houses", np.c_[
-        (places[block] + 0.3 * normal[:, :2]).round(2), np.exp(1.3 + 0.5 * normal[:, 2]).round(4),
+        (indices[block] + 0.3 * normal[:, :2]).round(2), np.exp(1.3 + 0.5 * normal[:, 2]).round(4),
         draw.integers(1, 53, count), np.exp(0.3 * normal[:, 3:5]), np.exp(7 + 0.7 * normal[:, 5]).round(),
     ]  # fmt: skip
 
@@ -102,17 +102,17 @@ def test_planted_rows_are_found(kind: str, table: str, share: float) -> None:
         count = len(held_out) // 5
         sources = torch.from_numpy(draw.permutation(len(train))[:count])
         held_out[:count] = planted(kind, train[sources], draw)
-        found, nearest = near_duplicates(held_out, train)
-        assert (found < count).all() and torch.equal(nearest, sources[found])
-        found, total = found + len(found), total + count
+        indices, nearest = near_duplicates(held_out, train)
+        assert (indices < count).all() and torch.equal(nearest, sources[indices])
+        found, total = found + len(indices), total + count
     assert found >= share * total, (found, total)
 
 
 def test_all_rows_twice() -> None:
     draw = np.random.default_rng(0)
     rows = np.repeat(draw.normal(size=(300, 8)), 2, 0) + 0.001 * draw.normal(size=(600, 8))
-    found, _ = near_duplicates(*divided(rows, 0, 0.1))
-    assert len(found) > 45, "54 of 60 held-out rows have their other half in the training set"
+    indices, _ = near_duplicates(*divided(rows, 0, 0.1))
+    assert len(indices) > 45, "54 of 60 held-out rows have their other half in the training set"
 
 
 def test_the_line_names_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
