@@ -37,6 +37,7 @@ _RUN_FILES = ("config.yaml", SUMMARY, METRICS)
 _OWN_FILES = ("overrides.yaml", "environment.json")
 _RUN_SUBFOLDERS = ("checkpoints", "tensorboard", "wandb")  # wandb writes its own config.yaml
 _NO_KEYS = Names("key", ())
+_LARGEST_LOG = 100_000_000  # bytes of train.log, whose first line is read
 _DEEPEST = 3  # folders of a job below that of its sweep: hydra.sweep.subdir may have several parts
 _STATE = [name for name, each in MEASURES.items() if each.is_state]
 _GAPS = [name for name, each in MEASURES.items() if each.of_line is not None]
@@ -402,6 +403,15 @@ def value_of(record: Record, key: str) -> Any:
         return record.status
     metric = record.metrics.get(key, record.metrics.get(column_of(key)))
     return record.config.get(key) if metric is None else metric
+
+
+def date_of(record: Record) -> str:
+    """Returns when the run started, to the minute, as its log says: 2026-12-01 10:57; "" if unknown."""
+    try:
+        line = next(regular_lines(record.path / "train.log", _LARGEST_LOG), b"")[:16].decode(errors="replace")
+    except (OSError, ValueError):
+        return ""
+    return line if re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", line) else ""
 
 
 def number_in(value: str) -> float | None:

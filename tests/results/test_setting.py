@@ -24,7 +24,7 @@ def test_one_line_from_the_files_of_the_runs(tmp_path: Path) -> None:
         describe(run, data=DATA, processor="AMD EPYC", gpu=None)
         (run / "train.log").write_text(f"{day} 05:34:10,184 INFO    starts\n")
     assert setting_text(table(tmp_path)) == (
-        "digits (1,438 train incl. 144 val, 359 test) · mlp, 1,000 parameters · 1 epoch · AMD EPYC · "
+        "digits (1,294 train, 144 val, 359 test) · mlp, 1,000 parameters · 1 epoch · AMD EPYC · "
         "dlopt 0.1.0 at commit cccccccc · 2026-11-30 to 2026-12-01"
     )
 
