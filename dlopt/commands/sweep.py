@@ -32,8 +32,8 @@ Usage:
   dlopt sweep resume FOLDER
   dlopt sweep work FOLDER [part=I/N] [n_jobs=N] [trust=SHA256]
 
-FOLDER: of a sweep, a search, a comparison, a benchmark, a ladder or a proposal of `dlopt judge`, which runs in another
-shell or was submitted: `dlopt train -m hydra/launcher=slurm ...` lets a job array run a sweep without the shell that
+FOLDER: of a sweep, a search, a comparison, a benchmark, a ladder or a judged proposal, which runs in another shell or
+was submitted: `dlopt train -m hydra/launcher=slurm ...` lets a job array run a sweep without the shell that
 started it. (`dlopt train -m` starts a sweep; this command does not.)
 
   status :: counts of jobs, from their run folders, and of the elements in Slurm's queue. Exit code 0: all jobs have \

@@ -140,7 +140,7 @@ def _conclusion(ranking: Ranking) -> dict[str, Any]:
     best, found = best_of(ranking.board), findings(ranking.board)
     return {
         "verdict": ranking.verdict,
-        "comparison": {"first": ranking.rows[0].label, **found} if found else None,
+        "findings": {"first": ranking.rows[0].label, **found} if found else None,
         "best_run": None if best is None else {**job_entry(best), "command": command(best)},
     }
 

@@ -89,17 +89,18 @@ def wsd(
     decay_steps: Count | None,
     decay_fraction: Probability,
     final: Probability,
-    shape: Literal["linear", "cosine", "sqrt"],
+    shape: Literal["linear", "cosine", "sqrt"] | Positive,
     stable: Literal["constant", "inverse_sqrt"],
     timescale_steps: Count | None,
     horizon: Horizon,
 ) -> Factor:
     """Warmup (the common keys), stable, decay: 1 until the decay, which ends with the run (Hu et al. 2024, MiniCPM).
 
-    `sqrt` is 1 - sqrt(x), the best shape in Hagele et al. 2024. With stable=inverse_sqrt the factor until the decay is
-    sqrt(a / (a + t)), t since the warmup and a = `timescale_steps` (Zhai et al. 2022, "Scaling vision transformers";
-    Meterez et al. 2026, arXiv 2602.03702). Without a decay, the schedule does not depend on the length of the run, and
-    continues after it.
+    `sqrt` is 1 - sqrt(x), the best shape in Hagele et al. 2024; a number p is (1 - x)^p: for easy tasks the optimum has
+    this form, by arXiv 2602.06797, with a p that depends on the task. With stable=inverse_sqrt the factor until the
+    decay is sqrt(a / (a + t)), t since the warmup and a = `timescale_steps` (Zhai et al. 2022, "Scaling vision
+    transformers"; Meterez et al. 2026, arXiv 2602.03702). Without a decay, the schedule does not depend on the length
+    of the run, and continues after it.
     """
     rest = horizon.steps - horizon.start
     length = length_of("decay", decay_epochs, decay_steps, horizon, decay_fraction * rest)
@@ -113,7 +114,8 @@ def wsd(
         "cosine": half_cosine,
         "sqrt": lambda x: 1.0 - math.sqrt(x),
     }
-    curve, decay_start = curves[shape], horizon.steps - length
+    curve = curves[shape] if isinstance(shape, str) else lambda x: (1.0 - x) ** shape
+    decay_start = horizon.steps - length
     if stable == "constant" and timescale_steps is not None:
         raise UserError(f"schedule.timescale_steps={timescale_steps}: only with schedule.stable=inverse_sqrt")
     timescale = max(horizon.start, 1) if timescale_steps is None else timescale_steps

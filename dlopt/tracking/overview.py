@@ -123,6 +123,8 @@ class Overview(Screen):
         value = metrics.get(self._metric or "")
         if status not in ("finished", "stopped_early") or not isinstance(value, int | float):
             return
+        if "data.fold=" in label:  # no run is the best one: folds are compared by the mean over all of them
+            return
         sign = 1 if self._direction == "maximize" else -1
         if self._best is None or sign * value > sign * self._best[0]:
             self._best = (value, number, label)

@@ -104,14 +104,14 @@ def test_report(night: Path) -> None:
     found = document(dlopt(night, "report", "night", "target=0.65", "--json"))
     assert not (night / "night/report").exists()
     expected = {"by": "val_accuracy", "direction": "maximize", "target": 0.65, "files": []}
-    own = {"keys", "configurations", "verdict", "comparison", "best_run", "statuses", "failures", "skipped"}
+    own = {"keys", "configurations", "verdict", "findings", "best_run", "statuses", "failures", "skipped"}
     assert found.keys() == {*expected, *own}
     assert expected.items() <= found.items() and found["keys"] == ["optimizer.lr"]
     assert found["statuses"] == {"finished": 5, "failed": 1} and found["skipped"][0].keys() == {"folder", "reason"}
     assert [(each["folder"], each["reason"]) for each in found["failures"]] == [
         (str(night / "night/5"), "the loss is nan")
     ]
-    assert found["comparison"] == {"first": "lr=0.1", "few": ["lr=0.01"]} and "is first" in found["verdict"]
+    assert found["findings"] == {"first": "lr=0.1", "few": ["lr=0.01"]} and "is first" in found["verdict"]
     assert found["best_run"].keys() == RUN | {"command"} and found["best_run"]["folder"] == str(night / "night/2")
     assert found["best_run"]["command"] == "dlopt train optimizer=sgd optimizer.lr=0.1 seed=2"
     best, second, last = found["configurations"]
@@ -199,8 +199,8 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["folder"], found["exit_code"], result.code) == (str(tmp_path / "sweep"), 1, 1)
     assert [job["status"] for job in found["jobs"]] == ["finished", "failed"] and found["jobs"][0].keys() == RUN
     board = found["leaderboard"]
-    assert board.keys() == {"metric", "direction", "rows", "verdict", "comparison", "best_run"}
-    assert board["comparison"] is None and board["best_run"]["folder"] == found["jobs"][0]["folder"]
+    assert board.keys() == {"metric", "direction", "rows", "verdict", "findings", "best_run"}
+    assert board["findings"] is None and board["best_run"]["folder"] == found["jobs"][0]["folder"]
     assert (board["metric"], board["direction"]) == ("val_accuracy", "maximize")
     first, last = board["rows"]
     assert first.keys() == ROW | {"value"} and first["value"].keys() == STATISTIC and last["value"] is None

@@ -176,6 +176,10 @@ CLOSED_FORMS = {
         partial(make, "wsd", shape="linear", warmup_fraction=0.1, decay_fraction=0.5),
         lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else 1 - (t - 132) / 108,
     ),
+    "wsd, a power": (
+        partial(make, "wsd", shape=1.2, warmup_fraction=0.1, decay_fraction=0.5),
+        lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else ((240 - t) / 108) ** 1.2,
+    ),
     "wsd, cosine": (
         partial(make, "wsd", shape="cosine", warmup_fraction=0.1, decay_fraction=0.5),
         lambda t: (t + 1) / 25 if t < 24 else 1.0 if t < 132 else (1 + math.cos(math.pi * (t - 132) / 108)) / 2,

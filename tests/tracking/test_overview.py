@@ -36,6 +36,15 @@ def test_plain_lines_show_progress() -> None:
     assert "1/4: 1 done, 0 failed | best: job 0 | 0:0" in lines[1] and lines[1].endswith(" left")
     assert lines[3].startswith("job 1 failed: the loss is not finite | 2/4: 1 done, 1 failed")
     assert lines[-1].endswith("4/4: 2 done, 1 pruned, 1 failed | best: job 2")  # a pruned job is never the best
+
+
+def test_no_fold_is_the_best() -> None:
+    stream = io.StringIO()
+    overview = Overview(2, stream=stream)
+    for fold, accuracy in enumerate([0.75, 0.5]):
+        overview.ended(fold, f"data.fold={fold}", "finished", {"best_val_accuracy": accuracy})
+    overview.close()
+    assert "job 0 finished | best_val_accuracy 75.00 % | 1/2" in stream.getvalue() and "best:" not in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
 
 

@@ -181,8 +181,9 @@ def test_replays_a_weight_decay_that_changes(name: str) -> None:
     plain, replayed = Run(make, None, schedule=schedule), Run(make, recorder, schedule=schedule)
     assert go(replayed) == pytest.approx(go(plain))
     assert recorder.recorded == 2 and recorder.replayed == 7
+    atol = 2e-4 if name == "muon" else 1e-6  # some processors round differently when bf16 matrices are elsewhere
     for one, other in zip(plain.left(), replayed.left(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
