@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dlopt.basics.files import read_json, write_json, write_yaml
@@ -23,6 +24,7 @@ from dlopt.basics.locks import locked
 from dlopt.basics.roles import Role
 from dlopt.config.keys import role_of
 from dlopt.config.overrides import key_of
+from dlopt.config.run_config import RunConfig
 from dlopt.machine.device import synchronized_time
 from dlopt.parallel.mode import Mode
 from dlopt.training.builders.trainer import probe_trainer
@@ -38,7 +40,7 @@ _UNTIMED, _LONGEST = 3, 10.0
 Change = Callable[[Workload], Workload]
 
 
-def count_updates(run: TrainingRun, mode: Mode, budget: float, add_teacher: Change) -> tuple[TrainingRun, str | None]:
+def count_updates(run: TrainingRun, mode: Mode, add_teacher: Change) -> tuple[TrainingRun, str | None]:
     """Returns a run with epochs=5min as one of so many updates, and a line that explains them. All ranks call this.
 
     A resumed run keeps its number. Runs of a sweep that differ in seeds or folds only, and are averaged, have one: the
@@ -50,7 +52,7 @@ def count_updates(run: TrainingRun, mode: Mode, budget: float, add_teacher: Chan
     path = home / f".updates-{hashlib.sha256(shared.encode()).hexdigest()[:16]}.json"
     with locked(path.with_suffix(".lock")) if mode.ranks.is_main else contextlib.nullcontext():
         known = read_json(path) if run.checkpoint is None else {"updates": run.checkpoint.config["steps"]}
-        counted = mode.ranks.broadcast(known) or _count(run, mode, budget, add_teacher)
+        counted = mode.ranks.broadcast(known) or count(run.run_config, run.folder / ".timed", mode, add_teacher)
         if mode.ranks.is_main:
             write_json(path, counted)
     gc.collect()  # on a GPU, reference cycles of the timed updates may hold gigabytes
@@ -59,11 +61,16 @@ def count_updates(run: TrainingRun, mode: Mode, budget: float, add_teacher: Chan
     return replace(run, run_config=run.run_config.with_steps(counted["updates"])), counted.get("line")
 
 
-def _count(run: TrainingRun, mode: Mode, budget: float, add_teacher: Change) -> dict[str, Any]:
-    folder = run.folder / ".timed"
-    workload = add_teacher(build_workload(run.run_config.with_steps(MANY), parallel=mode))
+def count(config: RunConfig, folder: Path, mode: Mode, add_teacher: Change) -> dict[str, Any]:
+    """Times updates of a config with epochs=5min: its number of `updates`, and a `line` that explains them.
+
+    `folder`: for checkpoints of the timed updates; deleted at the end.
+    """
+    budget = config.settings.budget
+    assert budget is not None
+    workload = add_teacher(build_workload(config.with_steps(MANY), parallel=mode))
     with contextlib.closing(workload):
-        trainer = probe_trainer(workload.with_lr(1e-3) if run.run_config.auto_lr else workload, folder)
+        trainer = probe_trainer(workload.with_lr(1e-3) if config.auto_lr else workload, folder)
         update = update_seconds(trainer, min(budget / 50, _LONGEST))
         evaluate = (lambda: None) if trainer.validate is None else partial(trainer.validate, Interruption())
         actions = evaluate, evaluate, partial(trainer.save, best=True)  # the first evaluation may compile
@@ -75,7 +82,7 @@ def _count(run: TrainingRun, mode: Mode, budget: float, add_teacher: Change) -> 
     shown = [format_amount(each) for each in (1000 * update, evaluation, checkpoint)]
     times = "{} ms per update, {} s per evaluation, {} s per checkpoint".format(*shown)
     total = f"{updates:,} updates ({length.epochs_of(length.batches(updates)):.4g} epochs)"
-    return {"updates": updates, "line": f"epochs={run.run_config.settings.epochs}: {times}: {total}"}
+    return {"updates": updates, "line": f"epochs={config.settings.epochs}: {times}: {total}"}
 
 
 def update_seconds(trainer: Trainer, shortest: float) -> float:

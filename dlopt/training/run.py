@@ -121,8 +121,8 @@ def _prepared(run: TrainingRun, tools: Tools, *, console: bool) -> Iterator[tupl
     """Builds a run up to its next update; closes its data and its tracking at the end of the block."""
     # 1. Join the processes of the run, and build data, model and loss.
     mode, count_note = build_mode(run.run_config), None
-    if (budget := run.run_config.settings.budget) is not None:
-        run, count_note = count_updates(run, mode, budget, tools.add_teacher or (lambda workload: workload))
+    if run.run_config.settings.budget is not None:
+        run, count_note = count_updates(run, mode, tools.add_teacher or (lambda workload: workload))
     settings = run.run_config.settings
     if mode.device.type == "cuda":  # this process may have trained other runs
         torch.cuda.reset_peak_memory_stats(mode.device)

@@ -103,14 +103,14 @@ def test_runs_of_a_sweep_share_the_updates_of_a_configuration(
 ) -> None:
     monkeypatch.setattr("dlopt.sweeps.pool.spawn", InProcess)
     monkeypatch.setattr("dlopt.sweeps.pool.warm_up", lambda: None)
-    count = budget._count
+    count = budget.count
 
     def slower_each_time(*arguments: Any) -> dict[str, Any]:
         found = count(*arguments)
         clock[0] *= 2
         return found
 
-    monkeypatch.setattr(budget, "_count", slower_each_time)
+    monkeypatch.setattr(budget, "count", slower_each_time)
     words = [*RUN, BUDGET, "hydra.sweep.dir=sweep", "optimizer.lr=0.1,0.2", "seed=0,1"]
     result = dlopt(tmp_path, "train", "-m", *words)
     assert result.code == 0, result.err

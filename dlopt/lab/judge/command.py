@@ -39,7 +39,7 @@ from dlopt.extend import (
     write_json,
 )
 from dlopt.lab.claimed_trials import build_pool, results_folder, without_hydra
-from dlopt.lab.judge.equal import check_equal, equal_length
+from dlopt.lab.judge.equal import check_equal, equal_length, updates_of
 from dlopt.lab.judge.proposal import (
     CODE,
     SIDES,
@@ -178,14 +178,18 @@ def _judge(
     parts = [each for side in typed for each in words_of(side)]
     if ablate and (len(parts) < 2 or equal is not None or change.code is not None):
         raise UserError("ablate=true: needs a change of two or more overrides, without equal= and code=")
-    if any(side.plan.run_config.settings.budget for side in (base, change)):
-        raise UserError(f"epochs={change.plan.saved['epochs']}: train the base first, and judge against its folder")
+    epochs, epochs_of_change = (side.plan.saved["epochs"] for side in (base, change))
+    if epochs != epochs_of_change and isinstance(epochs if isinstance(epochs, str) else epochs_of_change, str):
+        raise UserError(f"epochs={epochs_of_change}: the base has epochs={epochs}, and a time is that of both sides")
     start = time.monotonic()
     pool, plan_job, _ = build_pool(line, base.lines)
     if not isinstance(pool, Pool) or (change.code is not None and line.overrides):
         raise UserError(f"{line.overrides[0]}: the runs are started on this machine, one per core; leave it out")
     ledger = Ledger(results_folder(output, "judge", base.hash), base.lines, error_rate)
     ledger.entries()  # damage is reported before the data are read
+    if base.plan.run_config.settings.budget is not None:
+        updates = updates_of(base, ledger.folder)
+        base, change = (with_length(line.composer, side, updates) for side in (base, change))
     campaign = _Campaign(
         line.composer, ledger, pool, plan_job, words, _data_of(base), margin, seeds,
         math.inf if minutes is None else start + 60 * minutes,

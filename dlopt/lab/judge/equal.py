@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlopt.extend import Role, UserError, role_of, show
+from dlopt.basics.folders import make
+from dlopt.extend import Role, UserError, read_json, role_of, show, write_json
 from dlopt.lab.judge.proposal import CODE, SIDES, Equal, Side, differing
 
 if TYPE_CHECKING:
@@ -49,6 +50,31 @@ def equal_length(base: Side, change: Side, equal: Equal) -> dict[str, Any]:
     for each in workloads:
         each.close()
     return {"equal": equal, "update_cost": cost, "updates": updates}
+
+
+def updates_of(base: Side, ledger: Path) -> int:
+    """Returns the updates of a base with epochs=5min, for both sides of all proposals: counted once, for the ledger.
+
+    Trains the base for some seconds. Raises `UserError`.
+    """
+    from dlopt.parallel.processes.launch import count_processes
+    from dlopt.trained.distillation import with_teacher
+    from dlopt.training.budget import count
+    from dlopt.training.builders.workload import build_mode
+
+    path, config = ledger / "updates.json", base.plan.run_config
+    if (known := read_json(path)) is None:
+        if count_processes(config.parallel.arguments, config.settings.device) > 1:
+            time = f"epochs={config.settings.epochs}"
+            raise UserError(
+                f"{time}: for runs of several processes, train the base first, and judge against its folder"
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            known = count(config, Path(scratch) / "timed", build_mode(config), with_teacher)
+        make(ledger, "output", exist_ok=True)
+        write_json(path, known)
+        print(known["line"])
+    return int(known["updates"])
 
 
 def _with_a_rate(config: "RunConfig") -> "RunConfig":

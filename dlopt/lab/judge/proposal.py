@@ -148,8 +148,10 @@ def trusting(composer: "Composer") -> list[str]:
 
 def with_length(composer: "Composer", side: Side, updates: int) -> Side:
     """Returns the side with runs of a number of updates."""
-    line = f"steps={updates}"
-    return _side(composer.with_words(line), _combined(composer, side.lines, [line]), side.code)
+    lines = [f"steps={updates}"]
+    if side.plan.run_config.settings.budget is not None:
+        lines.append("epochs=1")  # steps= excludes a time, not a number, which it replaces
+    return _side(composer.with_words(*lines), _combined(composer, side.lines, lines), side.code)
 
 
 def _lines_of(composer: "Composer", run: str) -> list[str]:

@@ -78,11 +78,12 @@ def better(trial: PairedRun) -> float:
         ([BASE, "optimizer.lr=0.2", "seeds=3"], "seeds=3: proposal 1 against this base takes 7 pairs or more: "),
         ([BASE, "optimizer.lr=0.2", "error_rate=1"], "error_rate=1: input should be less than 1; "),
         ([BASE, "optimizer.lr=0.2", "hydra/launcher=slurm"], "hydra/launcher=slurm: the runs are started on this "),
+        ([BASE, "epochs=5min"], "epochs=5min: the base has epochs=2, and a time is that of both sides"),
+        ([f"{BASE} epochs=5min", "epochs=3"], "epochs=3: the base has epochs=5min, and a time is that of both sides"),
         (
-            [f"{BASE} epochs=5min", "optimizer.lr=0.2"],
-            "epochs=5min: train the base first, and judge against its folder",
+            [f"{BASE} epochs=5min parallel=ddp parallel.processes=2", "optimizer.lr=0.2"],
+            "epochs=5min: for runs of several processes, train the base first, and judge against its folder",
         ),
-        ([BASE, "epochs=5min"], "epochs=5min: train the base first, and judge against its folder"),
         ([BASE, "code=nowhere"], "code=nowhere: must be a folder with Python files"),
         ([BASE, "unfinished", "optimizer.lr=0.2"], "unfinished optimizer.lr=0.2: a change is one run, or overrides"),
         (["unfinished", "optimizer.lr=0.2"], "unfinished: the base has not finished (unfinished): "),
@@ -452,3 +453,14 @@ def test_each_part_of_a_better_change_is_taken_back(tmp_path: Path, trains: Call
     assert "1 without a part: optimizer.momentum=0.8" in listed
     refused_line = refused(tmp_path, "judge", BASE, "optimizer.lr=0.25", "ablate=true")
     assert "ablate=true: needs a change of two or more overrides" in refused_line
+
+
+def test_a_time_is_counted_once_for_both_sides(tmp_path: Path, trains: Callable[..., list[PairedRun]]) -> None:
+    trains(better)
+    timed = BASE.replace("epochs=2", "epochs=1s")
+    for change in ("optimizer.lr=0.2", "model.widths=[4]"):
+        assert dlopt(tmp_path, "judge", timed, change, "output=out").code == 0
+    updates = json.loads((tmp_path / "out/updates.json").read_text())["updates"]
+    configs = [yaml.safe_load(path.read_text()) for path in (tmp_path / "out").glob("*/*/*/config.yaml")]
+    assert len(configs) > 4 and {config["steps"] for config in configs} == {updates} and updates > 0
+    assert "model.widths=[4]" in dlopt(tmp_path, "judge", "ledger", timed, "output=out").out
