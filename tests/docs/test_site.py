@@ -155,7 +155,7 @@ def test_every_key_of_a_run_is_listed(site: Path) -> None:
     written = re.findall(r"^(\w+):", (config_folder() / "train.yaml").read_text(), re.MULTILINE)
     assert set(written) - {"defaults", "hydra"} == found.keys()
     assert not [row for row in rows if not row[2]]
-    assert found["epochs"][1:3] == ("20", "an integer >= 1")
+    assert found["epochs"][1:3] == ("20", "an integer >= 1 | a time > 0 (90s, 5min, 1.5h)")
 
 
 def test_the_gallery_shows_every_lecture(site: Path) -> None:
