@@ -319,6 +319,7 @@ NOT_COMPOSED = {
     "lab/comparison": COMPARED,
     "lab/diagnosis/report.py": RESULTS,
     "lab/judge/command.py": COMPARED,
+    "lab/judge/equal.py": RESULTS,
     "lab/judge/ledger.py": RESULTS,
     "lab/judge/running.py": COMPARED,
     "lab/benchmark/reading.py": RESULTS,
