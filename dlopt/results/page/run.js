@@ -75,19 +75,28 @@ function repeatCommands(run) {
   return commands.filter(([command]) => command).flatMap(([command, title]) => [html("p", { class: "note" }, title), commandLine(command)]);
 }
 
-// Draws a chart for each metric, with its training and validation curves.
+// Returns the diagnostic of all layers: gradients/norm of gradients/norm/conv1.
+function layersOf(tag) {
+  return tag.slice(0, tag.lastIndexOf("/"));
+}
+
+function lineTitle(name, names) {
+  return data.tags.includes(name) && names.length > 1 ? name.slice(name.lastIndexOf("/") + 1) : data.titles[name];
+}
+
+// Draws a chart for each metric, with its training and validation curves, and for each diagnostic, with its layers.
 function drawRunCharts(container, run) {
   const families = new Map();
   for (const name of data.curves.filter((each) => run.curves[each])) {
-    const family = name.replace(/^(train|val)_/, "");
+    const family = data.tags.includes(name) ? layersOf(name) : name.replace(/^(train|val)_/, "");
     families.set(family, [...(families.get(family) || []), name]);
   }
   const charts = [...families].map(([family, names]) => ({ family, names, container: html("div", { class: "chart" }) }));
   container.replaceChildren(...charts.map(({ container: own, names }) => html("div", {}, own,
-    html("div", { class: "legend" }, ...names.map((name, i) => html("span", { class: "swatch" }, swatch(styleOf(i)), data.titles[name]))))));
+    html("div", { class: "legend" }, ...names.map((name, i) => html("span", { class: "swatch" }, swatch(styleOf(i)), lineTitle(name, names)))))));
   if (!charts.length) container.replaceChildren(html("p", { class: "note" }, "The run has no evaluated epoch."));
   for (const { family, names, container: own } of charts) {
-    const lines = names.map((name, i) => ({ label: data.titles[name], style: styleOf(i), points: smoothed(averageCurve([run], name, state.x, "none"), state.smooth) }));
+    const lines = names.map((name, i) => ({ label: lineTitle(name, names), style: styleOf(i), points: smoothed(averageCurve([run], name, state.x, "none"), state.smooth) }));
     const [low, high] = extent(lines.flatMap((line) => line.points.map((p) => p[1])));
     const title = names.length > 1 ? family.replaceAll("_", " ") : data.titles[names[0]];
     drawChart(own, lines, { id: `run ${family}`, key: `${run.id} ${state.x} ${state.log}`, name: `${title} of ${run.id}`, nameX: AXES[state.x], nameY: title,
