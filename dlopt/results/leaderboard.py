@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from dlopt.basics.folders import ENDED
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import is_seed, role_of
@@ -34,7 +35,6 @@ from dlopt.results.intervals import FEWEST, Comparison, Difference, Statistic, s
 
 Seeds = tuple[tuple[str, Any], ...]
 
-ENDED = ("finished", "stopped_early")
 # Modes equal a single process only without local batch norm, gradient compression and the like; and they are compared
 # by their speed: unlike others where a run executes. The handling of errors changes the runs that meet one.
 FOLDS, FOLD = "data.folds", "data.fold"

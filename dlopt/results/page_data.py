@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlopt.basics.folders import short_path
+from dlopt.basics.folders import ENDED, short_path
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import regular_tail
@@ -33,7 +33,7 @@ from dlopt.results.columns import (
 )
 from dlopt.results.history import History, columns
 from dlopt.results.intervals import Statistic, half_width
-from dlopt.results.leaderboard import ENDED, Record, directions_of
+from dlopt.results.leaderboard import Record, directions_of
 from dlopt.results.page_tests import test_of
 from dlopt.results.plots import AxisScale
 from dlopt.results.ranking import (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.folders import SPACE, RunFolder, short_path
+from dlopt.basics.folders import ENDED, SPACE, RunFolder, short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.names import Names
@@ -26,7 +26,7 @@ from dlopt.config.older import with_moved
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of
 from dlopt.results.history import History, columns
-from dlopt.results.leaderboard import ENDED, FOLDS, Record, Search, canonical, distinguishes, is_number
+from dlopt.results.leaderboard import FOLDS, Record, Search, canonical, distinguishes, is_number
 from dlopt.tracking.metrics import DIAGNOSTICS, MAX_METRICS, METRICS, SUMMARY, read_metrics
 
 OPEN = ("running", "interrupted", "unfinished")

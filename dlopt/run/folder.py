@@ -109,7 +109,7 @@ def _find_folder(plan: Plan, path: Path, is_typed: bool) -> tuple[RunFolder, "Ch
 
     # 3. A new run, or one that begins with the checkpoint `resume` of the run `source`.
     if is_typed and target.has_begun(resumed=source is not None) and target not in (source, earlier):
-        state = "a finished" if target.is_finished() else "an unfinished"
+        state = "a finished" if target.has_ended() else "an unfinished"
         raise StateError(
             f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "
             "or use another folder"
