@@ -176,7 +176,7 @@ def _cells(
     ranking: Ranking, row: Configuration, rank: int, statistics: Mapping[str, Statistic | None]
 ) -> dict[str, list[Any]]:
     """Returns by `id` of a column the value to sort by and the text. `statistics`: of the metrics."""
-    place = [None, "-"] if row.rank is None else [rank, str(row.rank)]
+    place = [None if row.rank is None else rank, row.place]
     cells: dict[str, list[Any]] = {"rank": place, "runs": [len(row.runs), row.count(ranking.by)]}
     for key in ranking.keys:
         if key in row.values:
@@ -268,15 +268,16 @@ def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> 
         "facts": facts + _labels(row),
         "tested": [words(name) for name in tests],
         "remarks": texts(ranking.remarks, rank),
-        "about": _about_tests(row, is_shown=bool(tests), is_all=metrics.is_test_of_all),
+        "about": _about_tests(ranking, row, is_shown=bool(tests), is_all=metrics.is_test_of_all),
         "command": row.command,
     }
 
 
-def _about_tests(row: Configuration, *, is_shown: bool, is_all: bool) -> str:
+def _about_tests(ranking: Ranking, row: Configuration, *, is_shown: bool, is_all: bool) -> str:
     """Says why test metrics are hidden, or shown for #1 only."""
     if is_shown:
-        return "" if is_all else "The only unbiased values: #1 was selected on the validation set."
+        chosen = "The only unbiased values: #1 was selected on the validation set."
+        return "" if is_all or len(ranking.records) == 1 else chosen
     if row.is_first:
         return ""
     return (

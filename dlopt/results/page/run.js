@@ -20,8 +20,8 @@ function urgentOf(run) {
 // Shows a configuration with its runs: the best one, or that of a run.
 function renderConfiguration(row, current) {
   if (!setVisible("selected", Boolean(row) && (state.run === null || Boolean(current)))) return;
-  const first = data.rows.filter((each) => each.cells.rank[1] === "1").length;
-  const best = first > 1 ? `One of ${first} configurations that are tied for #1` : "Best configuration";
+  const first = data.rows.filter((each) => each.cells.rank[1] === "1=").length;
+  const best = first ? `One of ${first} configurations that are tied for #1` : "Best configuration";
   document.querySelector("#selected h2").textContent = current ? "Configuration" : best;
   const runs = row.runs.map((run) => html("tr", { class: "row", "aria-selected": String(run === current), onclick: (event) => { if (!event.target.closest("a, button")) location.hash = addressOf(run.id); } },
     html("td", {}, html("a", { href: addressOf(run.id), title: run.id }, run.id.slice(commonFolder().length))), html("td", { class: "number" }, run.seed),
@@ -29,7 +29,7 @@ function renderConfiguration(row, current) {
     ...run.metrics.map((text) => html("td", { class: "number" }, text)), html("td", {}, copyButton(run.command || run.from, "Copy"))));
   const heads = [["run"], ["seed", "number"], ["status"], ...row.heads.map((name) => [name, "number"]), ["repeat"]];
   sectionBody("selected").replaceChildren(
-    html("p", {}, html("b", {}, `#${row.cells.rank[1]} `), row.label),
+    html("p", {}, IS_SINGLE ? "" : html("b", {}, `#${row.cells.rank[1]} `), row.label),
     factList(row.facts.filter(([name]) => row.tested.includes(name)), "test"), html("p", { class: "note" }, row.about), factList(row.facts.filter(([name]) => !row.tested.includes(name))),
     ...(current ? row.remarks : []).map((remark) => html("p", { class: "note" }, remark)), // else they are below the leaderboard
     row.command ? commandLine(row.command) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
@@ -45,7 +45,7 @@ function factList(facts, kind = "") {
 function renderRun(found, update) {
   setVisible("run", true);
   setVisible("difference", Boolean(found) && data.rows.length > 1);
-  const back = html("p", {}, html("a", { href: addressOf(null) || "#", id: "back" }, "← All configurations"));
+  const back = IS_SINGLE ? "" : html("p", {}, html("a", { href: addressOf(null) || "#", id: "back" }, "← All configurations"));
   if (!found) return void sectionBody("run").replaceChildren(back, html("p", { class: "note" }, `This report has no run ${state.run}.`));
   const { row, run } = found, container = html("div", { class: "grid", id: "run-charts" });
   const draw = () => drawRunCharts(container, run);
@@ -107,7 +107,7 @@ function drawRunCharts(container, run) {
 function configTable(run) {
   const config = { ...data.config, ...run.config }, keys = Object.keys(config).sort();
   const rows = keys.map((key) => html("tr", {}, html("td", {}, key in run.config ? html("b", {}, key) : key), html("td", { class: "wrap" }, config[key])));
-  return html("details", {}, html("summary", {}, `${keys.length} keys `, html("span", { class: "soft" }, "bold: other runs differ")), scrollable(tableOf([["key"], ["value"]], rows), "Config"));
+  return html("details", {}, html("summary", {}, `${keys.length} keys `, html("span", { class: "soft" }, IS_SINGLE ? "" : "bold: other runs differ")), scrollable(tableOf([["key"], ["value"]], rows), "Config"));
 }
 
 // -- difference of two configs
