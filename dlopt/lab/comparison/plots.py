@@ -215,7 +215,7 @@ def _draw_seeds(
     shift: float = 0.0,
     **style: Any,
 ) -> "dict[str, Artist]":
-    """Draws the interval over seeds, and a cross at (height, colour) if some diverged; returns the legend's entries.
+    """Draws seeds and their interval, and a cross at (height, colour) if some diverged; returns the legend's entries.
 
     `note`: the mark of the interval. `shift`: to the right, in points.
     """
@@ -225,6 +225,9 @@ def _draw_seeds(
         found = average(finite)
         _plot_shifted(axes, shift, [position, position], [found.low, found.high], **style)
         notes[found.label(len(column))] = note
+        faint: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 3.5, "markeredgewidth": 0, "alpha": 0.45}
+        _plot_shifted(axes, shift, [position] * len(finite), finite, color=style["color"], **faint)
+        notes["a seed"] = _mark(**faint)
     if len(finite) < len(column):
         height, colour = cross
         transform = _shifted(axes, axes.get_xaxis_transform(), shift)
@@ -271,7 +274,7 @@ def _along(axes: "Axes", results: Results, name: str) -> "dict[str, Artist]":
             )
             seen = [value for value in column if not value <= noise] if noise else column
             notes |= _draw_seeds(axes, position, seen, average, cross, _band(), shift, **style)
-    if min(positions) > 0 and max(positions) >= 8 * min(positions):
+    if min(positions) > 0 and max(positions) >= 10 * min(positions):
         axes.set_xscale("log")
     _label_ticks(axes, positions, [show(value) for value in values], _WIDTH / len(comparison.metrics))
     axes.set_xlabel(label(key))
@@ -377,7 +380,8 @@ def _heat_maps(results: Results) -> "Figure":
             axes.text(column, row, texts[i][row][column], fontsize=min(_TEXT, room), **style)
         if chooser is not None:
             row, column = _best(results, variant, chooser)
-            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3)
+            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#D55E00", linewidth=3, zorder=3)
+            frame.set_clip_on(False)  # whole at the edge
             axes.add_patch(frame)
         axes.set_xticks(range(len(columns)), list(map(show, columns)))
         is_first = i % across == 0  # of its row; the others have the same rows
@@ -401,10 +405,11 @@ def _cell(value: float, has_percent: bool) -> str:
 
 
 def _best(results: Results, variant: str, metric: str) -> tuple[int, int]:
-    """Returns (row, column) of the best cell of a heat map by the mean over seeds of `metric`."""
-    rows, columns = ([*values] for values in results.comparison.along.values())
-    sign = 1 if results.comparison.is_higher_better(metric) else -1
-    means = {point: sign * fmean(values) for point, values in results.finals(variant, metric).items()}
-    usable = {point: value for point, value in means.items() if not math.isnan(value)} or means
+    """Returns (row, column) of the best cell of a heat map by the average over seeds of `metric`."""
+    comparison = results.comparison
+    rows, columns = ([*values] for values in comparison.along.values())
+    sign, finals = 1 if comparison.is_higher_better(metric) else -1, results.finals(variant, metric)
+    averages = {point: sign * comparison.average(metric, values).middle for point, values in finals.items()}
+    usable = {point: value for point, value in averages.items() if not math.isnan(value)} or averages
     row, column = max(usable, key=lambda point: usable[point])
     return rows.index(row), columns.index(column)

@@ -164,7 +164,7 @@ def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:
     assert list(line.get_ydata())[:2] == pytest.approx([0.6, 1.5]) and math.isnan(line.get_ydata()[2])
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate"
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert entries == {"a", "b", "mean and range over 2 seeds", "a seed diverged"}
+    assert entries == {"a", "b", "mean and range over 2 seeds", "a seed", "a seed diverged"}
     assert Results(spec, outcomes).table()[4].split() == ["a", "10.0", "diverged"]
     assert Results(spec, outcomes).table()[0].split() == ["variant", "optimizer.lr", "test_loss"]
 
@@ -193,7 +193,7 @@ def test_categories_are_bars() -> None:
     assert [bar.get_height() for bar in axes.patches][::2] == [1.5, 1.5]  # of a and b with cosine
     assert axes.get_xscale() == axes.get_yscale() == "linear" and axes.get_ylim()[0] == 0
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert entries == {"a", "b", "mean and range over 2 seeds", "a seed diverged"}
+    assert entries == {"a", "b", "mean and range over 2 seeds", "a seed", "a seed diverged"}
 
 
 @pytest.mark.parametrize(("margin", "shown"), [({"factor": 1.5}, 32.0), ({"difference": 0.5}, 640.0)])
