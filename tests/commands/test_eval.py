@@ -373,6 +373,7 @@ def test_samples_of_another_shape_are_reported(folder: Path) -> None:
         )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
     line = ("model=mlp", "model.widths=[16]", "loss=mse", "epochs=1", "threads=1", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *line).code == 0
@@ -478,6 +479,7 @@ def test_data_with_other_classes(tmp_path: Path) -> None:
         assert [each["samples"] for each in report["classes"]] == [samples - 1, 1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_tables_are_tested_as_a_whole(tmp_path: Path) -> None:
     """Unless they are the training table; classes by name; rows of the training are counted."""
     rng = np.random.default_rng(0)
