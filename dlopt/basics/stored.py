@@ -72,12 +72,12 @@ class Stored(Generic[T]):
         return FileError(f"{short_path(self.path)}: is damaged: {printable(reason)}; {self.cure}")
 
     def _checked(self, text: bytes | str) -> T:
-        return cast("T", _adapter(self.kind).validate_json(text, strict=True))
+        return cast("T", _adapter(cast("Any", self.kind)).validate_json(text, strict=True))
 
 
 @functools.cache
-def _adapter(kind: type | UnionType) -> "TypeAdapter[Any]":
-    """Returns the check of a kind; making it takes 10 ms, which would be spent on each line of a file."""
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    """Returns the check of a kind. Making it takes 10 ms: too long for each line of a file."""
     from pydantic import TypeAdapter  # which the help does not need
 
     return TypeAdapter(kind)
