@@ -15,8 +15,6 @@ from dlopt.trained.decision import decision_of
 from tests.support.line import dlopt, refused
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 LINE = ("data=table", "data.file=churn.csv", "data.target=churn", "data.ignore=[id]", "model=mlp", "model.widths=[8]")
 SHORT = ("epochs=3", "threads=1", "device=cpu", "precision=fp64", "tracking=[]", "checkpoint.keep=3")
 BEST = "run/checkpoints/best.pt"

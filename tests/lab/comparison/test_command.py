@@ -59,17 +59,12 @@ def taught(student: str, teacher: str) -> tuple[str, str]:
 
 
 @pytest.fixture
-def drawn_folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """A working directory with a config folder that contains a comparison."""
     (tmp_path / "myconf" / "experiment").mkdir(parents=True)
     (tmp_path / "myconf" / "experiment" / "small.yaml").write_text(RECIPE)
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
-
-
-@pytest.fixture
-def folder(drawn_folder: Path, undrawn: None) -> Path:
-    return drawn_folder
 
 
 RUN = ["train", "--config-dir", "../myconf", "experiment=small"]
@@ -87,8 +82,8 @@ def change(folder: Path, *changes: tuple[str, str]) -> None:
         recipe.write_text(recipe.read_text().replace(old, new))
 
 
-def test_writes_runs_table_and_plot(drawn_folder: Path) -> None:
-    folder = drawn_folder
+@pytest.mark.drawn
+def test_writes_runs_table_and_plot(folder: Path) -> None:
     result = compare(folder, "hydra.run.dir=out")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
@@ -156,8 +151,8 @@ def test_resume_auto_finds_the_unfinished_comparison(folder: Path) -> None:
     assert (first / "0/summary.json").read_bytes() == before and second.is_dir()
 
 
-def test_axis_with_a_diverging_run(drawn_folder: Path) -> None:
-    folder = drawn_folder
+@pytest.mark.drawn
+def test_axis_with_a_diverging_run(folder: Path) -> None:
     change(folder, ("along: {}", "along: {optimizer.lr: [0.1, 1.0e+30]}"))
     one = compare(folder, "epochs=1", "hydra.run.dir=one", "seed=0")
     assert one.code == 0 and "nan" not in one.err, one.err  # a result, not an error

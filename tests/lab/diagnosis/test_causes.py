@@ -7,8 +7,6 @@ import pytest
 
 from tests.support.line import dlopt
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 COMMON = "threads=1 device=cpu eigenvalues=0 data.subset=300"
 MLP = "model=mlp model.norm=none model.widths=[32,32]"
 TANH = f"{MLP} model.activation=tanh init=xavier_normal optimizer=sgd"

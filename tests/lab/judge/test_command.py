@@ -33,7 +33,7 @@ Accuracy = Callable[[PairedRun], float]
 
 
 @pytest.fixture
-def trains(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> Callable[[Accuracy], list[PairedRun]]:
+def trains(monkeypatch: pytest.MonkeyPatch) -> Callable[[Accuracy], list[PairedRun]]:
     """Returns a function that makes runs of these accuracies in place of training; it returns those that were made."""
 
     def install(accuracy: Accuracy, **more: Any) -> list[PairedRun]:
