@@ -28,7 +28,8 @@ IN_PLACE = "DLOPT_IN_PLACE"  # in the environment, with SUBMITTED: folders of co
 SHELL_FOLDER = "DLOPT_SHELL_FOLDER"  # in the environment: for which paths are printed, also if hydra.job.chdir is set
 _AFTER = ".after"  # in a dated folder that is newer than its name: the name of an older one, and a number
 _DATED = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
-_ENDED = ("finished", "stopped_early")
+ENDED = ("finished", "stopped_early")
+"""The statuses of runs with a result."""
 
 
 @dataclass
@@ -97,11 +98,21 @@ class RunFolder:
             return not resumed and sum(line.endswith(b"\n") for line in itertools.islice(lines, 2)) > 1
         return False
 
-    def is_finished(self) -> bool:
-        return (self.summary() or {}).get("status") in _ENDED
+    def has_ended(self, *, or_failed: bool = False) -> bool:
+        """Returns whether the run has a result.
+
+        `or_failed`: a failure is one, too, unless its process died (was killed, for example).
+        """
+        summary = self.summary() or {}
+        status = summary.get("status")
+        return status in ENDED or (or_failed and status == "failed" and not summary.get("died"))
+
+    def has_diverged(self) -> bool:
+        """Returns whether the run has failed because it diverged: in some series this is a result."""
+        return (self.summary() or {}).get("diverged") is True
 
     def is_done(self, config: Mapping[str, Any]) -> bool:
-        """Returns whether the run is finished and `config` does not extend it."""
+        """Returns whether the run has ended and `config` does not extend it."""
         summary = self.summary() or {}
         status, key = summary.get("status"), "epochs" if config["steps"] is None else "steps"
         length = summary.get(key)  # config.yaml may be of a longer attempt, which was killed

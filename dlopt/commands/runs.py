@@ -55,7 +55,7 @@ dlopt runs tag:
   {_tag}
 
 dlopt runs diff:
-  Prints the keys of the config in which two runs differ, and their metrics side by side.
+  Prints the keys of the config and the metrics in which two runs differ, side by side.
 
 dlopt runs clean:
   Lists the checkpoints step-N.pt (and abandoned-*.pt of older versions) and removes them after confirmation. Keeps

@@ -15,7 +15,7 @@ from dlopt.tracking.terminal_text import plain_table, show_table
 
 
 def diff(arguments: list[str]) -> int:
-    """Prints the keys in which two runs differ, and their metrics. Raises `UserError`."""
+    """Prints the keys and metrics in which two runs differ. Raises `UserError`."""
     _, folders = take_command_keys(lambda: None, arguments, "runs")
     missing = next((folder for folder in folders if not Path(folder).is_dir()), None)
     if missing is not None:
@@ -26,13 +26,18 @@ def diff(arguments: list[str]) -> int:
     is_terminal = sys.stdout.isatty()
     config = config_rows(first, second)
     status = ("status", first.status, second.status)
-    rows = [*config, status, *metric_rows(first, second, brief=is_terminal)]
+    rows = [row for row in (*config, status, *metric_rows(first, second, brief=is_terminal)) if row[1] != row[2]]
     heads = [printable(short_path(record.path)) for record in (first, second)]
     if is_terminal:
-        table = plain_table(left=[""], fold=heads)
+        parents = {record.path.parent for record in (first, second)}
+        names = [record.path.name for record in (first, second)] if len(parents) == 1 else heads
+        table = plain_table(left=[""])
+        for name in names:
+            table.add_column(Text(printable(name)), justify="right", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, map(printable, row)))
-        show_table(table)
+        if rows:
+            show_table(table)
     else:
         for row in [("", heads[0], heads[1]), *rows]:
             print("\t".join(map(printable, row)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dlopt.basics.emphasis import print_emphasized
 from dlopt.basics.errors import DONE, UserError
-from dlopt.basics.folders import SPACE, short_path
+from dlopt.basics.folders import ENDED, SPACE, short_path
 from dlopt.basics.formats import format_count, printable
 from dlopt.basics.names import Names
 from dlopt.basics.ranges import Count
@@ -149,7 +149,6 @@ def _quoted(folder: Path) -> str:
 
 def _document(folder: Path, status: "SweepStatus") -> dict[str, Any]:
     from dlopt.results import documents
-    from dlopt.results.leaderboard import ENDED
     from dlopt.results.ranking import of_folder
     from dlopt.sweeps.slurm_queue import array_ids
 

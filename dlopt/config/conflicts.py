@@ -226,7 +226,6 @@ GROWTH = _valued("accumulate", lambda value: isinstance(value, Growth), "accumul
 HALVE = _is("on_out_of_memory", "halve")
 HOOKED_DIAGNOSTICS = _lists("diagnostics", "gradients", "activations")
 MPS = _is("device", "mps")
-NO_TRACKER = _is("tracking", [])
 NOT_ON_CPU = _is("precision", "fp16", "tf32")
 NOT_ON_MPS = _is("precision", "fp64", "tf32", "bf16_pure")
 ON_CPU = Feature("device=cpu", _on_cpu)
@@ -274,7 +273,6 @@ CONFLICTS = (
              "a dry run describes a whole run, not the rest of one", "resume=null, or dry_run=false"),
     Conflict(EVERY_STEPS, EVERY_EPOCHS,
              "only one of them may be set", "evaluate.every_epochs=1 or evaluate.every_steps=null"),
-    Conflict(DIAGNOSTICS, NO_TRACKER, "diagnostics need a tracker", "tracking=[tensorboard]"),
     Conflict(DIAGNOSTICS, SHARDED, "no process has the whole model", "parallel=single or ddp"),
     Conflict(CURVATURE, SEVERAL,
              "second derivatives are not averaged over ranks", "parallel=single, or diagnostics without curvature"),

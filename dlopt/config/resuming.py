@@ -110,12 +110,12 @@ def shortened(done: RunFolder, config: Mapping[str, Any]) -> str | None:
 
 def newest_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """Returns the unfinished run of this config below `parent` that no process is working on; see `distance`."""
-    return newest(parent, lambda run: None if run.is_finished() or run.is_live() else distance(run.config(), config))
+    return newest(parent, lambda run: None if run.has_ended() or run.is_live() else distance(run.config(), config))
 
 
 def newest_finished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
     """Returns the newest finished run below `parent` that `resume=auto` in its folder would extend to this config."""
-    return newest(parent, lambda run: distance(run.config(), config) if run.is_finished() else None)
+    return newest(parent, lambda run: distance(run.config(), config) if run.has_ended() else None)
 
 
 def distance(saved: Mapping[str, Any] | None, current: Mapping[str, Any]) -> int | None:

@@ -15,7 +15,6 @@ from dlopt.commands.shared.usage import command_key_names
 from dlopt.config.overrides import is_hydra, is_set
 from dlopt.config.reads import refuse_unread_hydra
 from dlopt.extend import Line, Role, RunFolder, UserError, group_of, key_of, role_of, without
-from dlopt.results.leaderboard import ENDED
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps import series
 from dlopt.sweeps.jobs import Job, JobResult, PlanJob, build_job
@@ -182,12 +181,6 @@ class Request(Protocol[T]):
     def label(self, trial: T) -> str: ...
 
 
-def has_ended(folder: RunFolder) -> bool:
-    """Returns whether the trial has a result. A failure is one, unless its process died (was killed, for example)."""
-    summary = folder.summary() or {}
-    return summary.get("status") in (*ENDED, "failed") and not summary.get("died")
-
-
 def claim(folder: Path) -> IO[str] | None:
     """Locks a trial's folder; None if another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +223,7 @@ class ClaimedTrials(JobSource, Generic[T]):
                 continue
             del self.waiting[trial]
             number, self._number = self._number, self._number + 1
-            if has_ended(folder):  # another process has run it in the meantime
+            if folder.has_ended(or_failed=True):  # another process has run it in the meantime
                 lock.close()
                 self.overview.ended(number, trial.subfolder, "finished", {}, known=True)
                 continue
@@ -240,7 +233,7 @@ class ClaimedTrials(JobSource, Generic[T]):
         return None
 
     def ended(self, job: Job, result: JobResult) -> None:
-        if has_ended(job.folder) and not job.folder.checkpoints.is_symlink():
+        if job.folder.has_ended(or_failed=True) and not job.folder.checkpoints.is_symlink():
             for path in job.folder.checkpoints.glob("*"):
                 if not self._kept(path):
                     path.unlink(missing_ok=True)

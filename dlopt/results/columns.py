@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dlopt.basics.folders import short_path
+from dlopt.basics.folders import ENDED, short_path
 from dlopt.basics.formats import format_amount, format_count, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import flatten
@@ -18,7 +18,7 @@ from dlopt.metrics.measures import MEASURES
 from dlopt.metrics.names import VAL_LOSS, Metric, Split, split_of, validation_sets, without_set
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.results.intervals import Difference, Statistic
-from dlopt.results.leaderboard import ENDED, Record, Row
+from dlopt.results.leaderboard import Record, Row
 from dlopt.results.published import against_published, recipe_label
 from dlopt.results.ranking import Ranking, time_to_target
 from dlopt.results.reading import tags_of

@@ -16,7 +16,7 @@ from dlopt.results.intervals import Statistic
 from dlopt.results.leaderboard import ParetoFront, Row, directions_of
 from dlopt.results.published import PublishedRow, against_published
 from dlopt.results.ranking import AXES, Configuration, Ranking, command, time_to_target
-from dlopt.results.reading import Damaged, Record, tags_of
+from dlopt.results.reading import Damaged, Record, diagnostics, tags_of
 from dlopt.results.remarks import texts
 from dlopt.results.verdict import findings
 
@@ -42,15 +42,20 @@ def job_entry(record: Record) -> dict[str, Any]:
 
 
 def curves_document(records: Sequence[Record], damaged: Iterable[Damaged], metric: str, points: int) -> dict[str, Any]:
-    """Describes how a metric went in each run, with at most `points` of its evaluations: the first, the last, the best,
-    and others evenly spaced. Raises `UserError` for a metric that no run has."""
-    metric, direction = column_of(metric), direction_of(metric, directions_of(records))
-    names = dict.fromkeys(name for record in records for line in record.history for name in line)
+    """Describes how a metric, or a diagnostic by its tag, went in each run, with at most `points` of its values.
+
+    These are the first, the last, the best, and others evenly spaced. Raises `UserError` for one that no run has.
+    """
+    metric, directions = column_of(metric), directions_of(records)
+    is_diagnostic = not any(metric in line for record in records for line in record.history)
+    direction = None if is_diagnostic else direction_of(metric, directions)
+    histories = [[*record.history, *diagnostics(record)] for record in records]
+    names = dict.fromkeys(name for history in histories for line in history for name in line)
     if records:
         Names("metric of these runs", [name for name in names if name not in AXES], prefix="curve=").check(metric)
     runs = []
-    for record in records:
-        lines = [line for line in record.history if metric in line]
+    for record, history in zip(records, histories, strict=True):
+        lines = [line for line in history if metric in line]
         kept = [round(i * (len(lines) - 1) / (points - 1)) for i in range(points)]
         if direction is not None and lines:
             sign = 1 if direction == "min" else -1

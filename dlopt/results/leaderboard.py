@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from dlopt.basics.folders import ENDED
 from dlopt.basics.plain_values import flatten, is_below
 from dlopt.basics.roles import Role
 from dlopt.config.keys import is_seed, role_of
@@ -34,7 +35,6 @@ from dlopt.results.intervals import FEWEST, Comparison, Difference, Statistic, s
 
 Seeds = tuple[tuple[str, Any], ...]
 
-ENDED = ("finished", "stopped_early")
 # Modes equal a single process only without local batch norm, gradient compression and the like; and they are compared
 # by their speed: unlike others where a run executes. The handling of errors changes the runs that meet one.
 FOLDS, FOLD = "data.folds", "data.fold"
@@ -116,10 +116,16 @@ class Row:
     runs: Sequence[Record]
     value: Statistic | None = None  # of the ranking metric; None if no run has it
     rank: int | None = None  # from 1; equal values share it
+    is_tied: bool = False  # whether another row has the same rank
     difference: Difference | None = None  # to the first row over common seeds; None for the first row
     apart: str = ""  # what forbids a comparison with the first row, such as other data
     data: str = ""  # where other rows differ in their data only: which one it is
     key: str = ""  # of its config without seeds, the same in each table
+
+    @property
+    def place(self) -> str:
+        """Its rank as shown: "1", "1=" if it is tied, "-" without a value."""
+        return "-" if self.rank is None else f"{self.rank}{'=' * self.is_tied}"
 
     @property
     def is_first(self) -> bool:
@@ -309,7 +315,8 @@ def _with_ranks(rows: Iterable[Row]) -> list[Row]:
         is_tied = row.value and before and math.isclose(row.value.mean, before.mean, rel_tol=1e-12)
         rank = None if row.value is None else ranked[-1].rank if is_tied else position
         ranked.append(replace(row, rank=rank))
-    return ranked
+    counts = Counter(row.rank for row in ranked)
+    return [replace(row, is_tied=row.rank is not None and counts[row.rank] > 1) for row in ranked]
 
 
 def _compared(rows: Sequence[Row], metric: str, looks: Sequence[Look]) -> tuple[Sequence[Row], Comparison]:

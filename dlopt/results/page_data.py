@@ -8,11 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dlopt.basics.folders import short_path
+from dlopt.basics.folders import ENDED, short_path
 from dlopt.basics.formats import brief, printable
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.plain_values import regular_tail
@@ -30,9 +31,9 @@ from dlopt.results.columns import (
     tags_text,
     test_columns,
 )
-from dlopt.results.history import columns
+from dlopt.results.history import History, columns
 from dlopt.results.intervals import Statistic, half_width
-from dlopt.results.leaderboard import ENDED, Record, directions_of
+from dlopt.results.leaderboard import Record, directions_of
 from dlopt.results.page_tests import test_of
 from dlopt.results.plots import AxisScale
 from dlopt.results.ranking import (
@@ -53,7 +54,7 @@ from dlopt.results.ranking import (
     time_to_target,
     tolerance_text,
 )
-from dlopt.results.reading import is_number, short_key
+from dlopt.results.reading import diagnostics, is_number, short_key
 from dlopt.results.remarks import lines, mark, texts
 from dlopt.results.tables import Section, Table
 
@@ -76,14 +77,17 @@ def page_data(
 ) -> dict[str, Any]:
     """Returns the JSON data of the page's script."""
     metrics = _Metrics(metric_columns(ranking), test_columns(ranking), is_test_of_all=test)
-    curves = _curve_names(ranking)
+    observed = {run.path: found for run in ranking.records if (found := diagnostics(run))}
+    most_first = sorted((found.latest() for found in observed.values()), key=len, reverse=True)  # layers in their order
+    tags = dict.fromkeys(name for latest in most_first for name in latest if name not in AXES)
+    curves = [*_curve_names(ranking), *tags]
     shared = _shared_config(ranking)
     expendable = [*on_named_sets(ranking, FIRST), *expendable_in("leaderboard")]
     return {
         "refresh": refresh,
         "by": ranking.by,
         "lower": ranking.lower,
-        "titles": {name: words(name) for name in (ranking.by, *curves)},
+        "titles": {name: name if name in tags else words(name) for name in (ranking.by, *curves)},
         "percent": [name for name in (ranking.by, *curves) if is_percent(name)],
         "points": [name for name in (ranking.by, *curves) if unit_of(name) == "points"],
         "keys": list(ranking.keys),
@@ -93,8 +97,9 @@ def page_data(
         "ranked": _ranked_by(ranking),
         "remarks": lines(ranking.remarks, len(ranking.rows)),
         "searched": any(run.search for run in ranking.records),
-        "rows": _rows(ranking, metrics, curves, shared, sections),
+        "rows": _rows(ranking, metrics, curves, observed, shared, sections),
         "curves": curves,
+        "tags": [*tags],
         "config": shared,
         "spreads": {**SPREADS, "none": "none"},
         # By the number of values; one value has no band.
@@ -171,7 +176,7 @@ def _cells(
     ranking: Ranking, row: Configuration, rank: int, statistics: Mapping[str, Statistic | None]
 ) -> dict[str, list[Any]]:
     """Returns by `id` of a column the value to sort by and the text. `statistics`: of the metrics."""
-    place = [None, "-"] if row.rank is None else [rank, str(row.rank)]
+    place = [None if row.rank is None else rank, row.place]
     cells: dict[str, list[Any]] = {"rank": place, "runs": [len(row.runs), row.count(ranking.by)]}
     for key in ranking.keys:
         if key in row.values:
@@ -203,10 +208,11 @@ def _rows(
     ranking: Ranking,
     metrics: _Metrics,
     curves: Sequence[str],
+    observed: Mapping[Path, History],
     shared: Mapping[str, str],
     sections: Sequence[Section],
 ) -> list[dict[str, Any]]:
-    """Returns the configurations with their runs. `shared`: the config that all runs have."""
+    """Returns the configurations with their runs. `observed`: their diagnostics; `shared`: the config that all have."""
     points = _points_per_curve(ranking, curves)
     log_size = _ALL_LOGS // max(1, len(ranking.records))
     rows, tests = [], 0
@@ -219,7 +225,8 @@ def _rows(
         for run in row.runs:
             data = _run(run, details)
             data["distinct"] = id(run) in distinct
-            data |= _curves(run, curves, count)
+            history = History([*run.history, *observed[run.path]]) if run.path in observed else run.history
+            data |= _curves(history, curves, count)
             data["log"] = _log(run, log_size, is_test_shown=is_test_shown)
             data["config"] = _own_config(run, shared)
             data["sections"] = _sections(run, sections)
@@ -261,15 +268,16 @@ def _row(ranking: Ranking, row: Configuration, rank: int, metrics: _Metrics) -> 
         "facts": facts + _labels(row),
         "tested": [words(name) for name in tests],
         "remarks": texts(ranking.remarks, rank),
-        "about": _about_tests(row, is_shown=bool(tests), is_all=metrics.is_test_of_all),
+        "about": _about_tests(ranking, row, is_shown=bool(tests), is_all=metrics.is_test_of_all),
         "command": row.command,
     }
 
 
-def _about_tests(row: Configuration, *, is_shown: bool, is_all: bool) -> str:
+def _about_tests(ranking: Ranking, row: Configuration, *, is_shown: bool, is_all: bool) -> str:
     """Says why test metrics are hidden, or shown for #1 only."""
     if is_shown:
-        return "" if is_all else "The only unbiased values: #1 was selected on the validation set."
+        chosen = "The only unbiased values: #1 was selected on the validation set."
+        return "" if is_all or len(ranking.records) == 1 else chosen
     if row.is_first:
         return ""
     return (
@@ -428,7 +436,7 @@ def _points_per_curve(ranking: Ranking, names: Sequence[str]) -> int:
     return _POINTS // max(1, shares * (len(names) + 1))
 
 
-def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
+def _curves(history: Sequence[Mapping[str, float]], names: Sequence[str], count: int) -> dict[str, Any]:
     """Returns the curves of a run: by metric, the index of its positions in `x` and its values.
 
     Curves of more than `count` epochs are thinned to evenly spaced ones. Metrics of the same epochs share `x`: the
@@ -436,9 +444,9 @@ def _curves(run: Record, names: Sequence[str], count: int) -> dict[str, Any]:
     """
     x: list[dict[str, list[float]]] = []
     curves: dict[str, list[Any]] = {}
-    if not run.history:
+    if not history:
         return {"x": x, "curves": curves}
-    known = columns(run.history, (*AXES, *names)).T
+    known = columns(history, (*AXES, *names)).T
     positions = dict(zip(AXES, known, strict=False))
     indices: dict[bytes, int] = {}  # in `x`, by the epochs
     for name, values in zip(names, known[len(AXES) :], strict=True):

@@ -80,7 +80,7 @@ def _print_line(line: str, console: Console) -> None:
 
 
 def _wrapped(line: str, width: int) -> str:
-    if line.startswith(("best: ", "best run: ")):  # a command, or a path, is to be copied whole
+    if line.startswith(("best: ", "best run: ", "command: ", "run: ")):  # a command, or a path, is to be copied whole
         return line
     return "\n".join(formats.wrap(line, width))  # rich would break long paths, too
 
@@ -102,13 +102,15 @@ def _grid(report: "ReportContent", dropped: Collection[str]) -> FittedTable:
     """Returns the leaderboard without the columns `dropped`: metrics, and "test"."""
     ranking = report.ranking
     rows = ranking.rows[: report.top]
-    columns = [_ranks("#", ranking.remarks, rows)]
+    is_single = len(ranking.records) == 1  # which nothing is ranked against
+    columns = [] if is_single else [_ranks("#", ranking.remarks, rows)]
     for key in list(ranking.keys)[:_MAX_KEYS]:
         values = [printable(brief(row.values[key])) if key in row.values else "-" for row in rows]
         columns.append(_Column(printable(short_key(key, ranking.keys)), values, _TEXTS))
     if any(map(tags_text, ranking.rows)):
         columns.append(_Column("tags", [tags_text(row) or "-" for row in rows], _TEXTS))
-    columns.append(_Column("runs", [row.count_with_failed(ranking.by) for row in rows], _COUNTS))
+    if not is_single:
+        columns.append(_Column("runs", [row.count_with_failed(ranking.by) for row in rows], _COUNTS))
     for name in in_terminal(ranking):
         if name == ranking.by or name not in dropped:
             columns.append(_Column(name.replace("_", " "), [_statistic(name, row) for row in rows], _NUMBERS))
@@ -158,10 +160,10 @@ def _notes(report: "ReportContent") -> list[str]:
         if first.failed:
             notes.append(f"#1: {first.failed} of {len(first.runs)} runs failed; its mean is that of the others")
         if ranking.best is not None and ranking.best.command is not None:
-            notes.append(f"best: {ranking.best.command}")
+            notes.append(f"{'command' if len(ranking.records) == 1 else 'best'}: {ranking.best.command}")
             notes += [f"it needs {ranking.best.needs}"] if ranking.best.needs else []
         if (run := best_of(ranking.board)) is not None:
-            notes.append(f"best run: {short_path(run.path)}")
+            notes.append(f"{'run' if len(ranking.records) == 1 else 'best run'}: {short_path(run.path)}")
     for run in ranking.failed[:_MAX_FAILED]:
         notes.append(f"{run.status}: {short_path(run.path)}: {failure_text(run)}")
     others = len(ranking.failed) - _MAX_FAILED
@@ -256,8 +258,8 @@ class _Column:
 def _ranks(title: str, found: Sequence[Remark], rows: Sequence[Row]) -> _Column:
     """Returns the column with the ranks of the rows, which equal rows share, and the letters of the remarks: 1 a."""
     width = len(str(len(rows)))
-    ranks = ["-" if row.rank is None else row.rank for row in rows]
-    cells = [f"{rank:>{width}} {mark(found, position)}".rstrip() for position, rank in enumerate(ranks, 1)]
+    places = [f"{row.place.removesuffix('='):>{width}}{'=' * row.is_tied}" for row in rows]
+    cells = [f"{place} {mark(found, position)}".rstrip() for position, place in enumerate(places, 1)]
     return _Column(title, cells, {})
 
 

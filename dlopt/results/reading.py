@@ -3,6 +3,7 @@
 Run folders are untrusted: all content is checked.
 """
 
+import contextlib
 import json
 import operator
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dlopt.basics.errors import UserError
-from dlopt.basics.folders import SPACE, RunFolder, short_path
+from dlopt.basics.folders import ENDED, SPACE, RunFolder, short_path
 from dlopt.basics.formats import format_value as text
 from dlopt.basics.formats import printable
 from dlopt.basics.names import Names
@@ -24,9 +25,9 @@ from dlopt.config.keys import LABELS
 from dlopt.config.older import with_moved
 from dlopt.metrics.measures import MEASURES, derived
 from dlopt.metrics.names import column_of, direction_of, monitored_directions, resolve_monitor, selection_key, split_of
-from dlopt.results.history import History
-from dlopt.results.leaderboard import ENDED, FOLDS, Record, Search, canonical, distinguishes, is_number
-from dlopt.tracking.metrics import MAX_METRICS, METRICS, SUMMARY
+from dlopt.results.history import History, columns
+from dlopt.results.leaderboard import FOLDS, Record, Search, canonical, distinguishes, is_number
+from dlopt.tracking.metrics import DIAGNOSTICS, MAX_METRICS, METRICS, SUMMARY, read_metrics
 
 OPEN = ("running", "interrupted", "unfinished")
 """Statuses of runs whose training has not ended; all but `running` can be resumed."""
@@ -213,6 +214,29 @@ def _lines(path: Path) -> Iterator[dict[str, float]]:
         if not isinstance(entry, dict) or not {"epoch", "step"} <= (numbers := _numbers(entry)).keys():
             raise _DamageError(f"{path.name} is damaged in line {number}: no epoch and step")
         yield numbers | derived(numbers)
+
+
+def diagnostics(record: Record) -> History:
+    """Reads diagnostics.jsonl of a run: values by TensorBoard tag.
+
+    Adds to the `step` of each line its `epoch` and `seconds`, interpolated between evaluations. Empty without one.
+    """
+    import numpy as np
+
+    lines: list[dict[str, float]] = []
+    with contextlib.suppress(OSError):
+        lines = [_numbers(line) for line in read_metrics(record.path, DIAGNOSTICS)]
+    lines = [line for line in lines if "step" in line]
+    if not lines or not record.history:
+        return History()
+    evaluated = columns(record.history, ("step", "epoch", "seconds"))
+    last = evaluated[-1, 0]
+    steps = np.array([line["step"] for line in lines])
+    end = max(steps.max(), last + 1)  # of a run that trains on after its last evaluation
+    known = np.concatenate([np.zeros((1, 3)), evaluated, evaluated[-1:] * end / last])
+    epochs, seconds = (np.interp(steps, known[:, 0], values).round(6) for values in known.T[1:])
+    positions = zip(epochs, seconds, strict=True)
+    return History({"epoch": e, "seconds": s} | line for (e, s), line in zip(positions, lines, strict=True))
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -51,11 +51,11 @@ def verdict(board: Leaderboard) -> str:
     if max(counts) < FEWEST and "equal" not in of:
         number = _folds(counts) if first.folds else _runs(counts)
         return f"verdict: {head}, by {number} each: {_advice(first, counts, is_tied=bool(tied))}"
-    beaten = len(of.get("better", ()))
-    if beaten:
-        number = "all others" if beaten == len(others) else f"{beaten} of {len(others)} others"
+    if beaten := of.get("better", []):
+        are_few = len(others) == 1 or len(beaten) < min(len(others), _MOST + 1)
+        number = "all others" if len(beaten) == len(others) else f"{len(beaten)} of {len(others)} others"
         looks = " and all looks at it" if board.comparison.seen else ""
-        head = f"{name} is better than {names[0] if len(others) == 1 else number} (95 % for the whole table{looks})"
+        head = f"{name} is better than {_listed(beaten) if are_few else number} (95 % for the whole table{looks})"
     return f"verdict: {'; '.join([head, *_rest(of, len(others), board), *_looks(board)])}"
 
 

@@ -14,7 +14,7 @@ from dlopt.config.plan import Plan
 from dlopt.config.reads import refuse_untested
 from dlopt.config.resuming import newest_finished, newest_unfinished, refuse_longer, refuse_other_config
 from dlopt.machine.world import current
-from dlopt.tracking.metrics import MAX_METRICS
+from dlopt.tracking.metrics import DIAGNOSTICS, MAX_METRICS, METRICS
 
 if TYPE_CHECKING:
     from dlopt.training.checkpoint.content import Checkpoint
@@ -109,7 +109,7 @@ def _find_folder(plan: Plan, path: Path, is_typed: bool) -> tuple[RunFolder, "Ch
 
     # 3. A new run, or one that begins with the checkpoint `resume` of the run `source`.
     if is_typed and target.has_begun(resumed=source is not None) and target not in (source, earlier):
-        state = "a finished" if target.is_finished() else "an unfinished"
+        state = "a finished" if target.has_ended() else "an unfinished"
         raise StateError(
             f"hydra.run.dir={path}: this folder contains {state} run; resume it with: dlopt train ... resume=auto, "
             "or use another folder"
@@ -139,17 +139,18 @@ def _find_folder(plan: Plan, path: Path, is_typed: bool) -> tuple[RunFolder, "Ch
 
 
 def copy_history(source: RunFolder, target: RunFolder, best_epoch: float | None, run_id: str) -> None:
-    """Copies the metrics and the best model of a run that is resumed in another folder.
+    """Copies metrics, diagnostics and the best model of a run that is resumed in another folder.
 
-    Tracking removes the metrics after the checkpoint. The best model is copied only if it belongs to the checkpoint,
+    Tracking removes the lines after the checkpoint. The best model is copied only if it belongs to the checkpoint,
     not one of a later epoch.
     """
     from dlopt.training.checkpoint.checkpoints import Checkpoints, load
 
     # A crash in between does no harm: with these files only, the folder counts as not begun (`has_begun`), and the next
     # start copies them again.
-    with contextlib.suppress(FileNotFoundError, ValueError):  # of a stranger: not a regular file
-        write_atomically(target.path / "metrics.jsonl", read_regular(source.path / "metrics.jsonl", MAX_METRICS))
+    for name in (METRICS, DIAGNOSTICS):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # of a stranger: not a regular file
+            write_atomically(target.path / name, read_regular(source.path / name, MAX_METRICS))
     best = Checkpoints(source.checkpoints).best
     with contextlib.suppress(UserError):
         if best_epoch is not None and load(best).evaluated_epoch == best_epoch:

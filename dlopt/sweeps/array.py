@@ -68,11 +68,11 @@ class JobArray:
 
     def has_ended(self, run: RunFolder) -> bool:
         """Returns whether a job has a result."""
-        return run.is_finished() or self.has_diverged(run)
+        return run.has_ended() or self.has_diverged(run)
 
     def has_diverged(self, run: RunFolder) -> bool:
         """Returns whether a job has diverged, where this is a result."""
-        return self.counts_diverged and (run.summary() or {}).get("diverged") is True
+        return self.counts_diverged and run.has_diverged()
 
     def write(self, sweep: Path) -> None:
         write_json(sweep / WORKERS / JOBS, asdict(self), indent=None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlopt.basics.errors import DONE, INTERRUPTED, UserError
 from dlopt.basics.files import write_json, write_yaml
-from dlopt.basics.folders import SPACE, RunFolder, inside
+from dlopt.basics.folders import ENDED, SPACE, RunFolder, inside
 from dlopt.config.overrides import storable
 from dlopt.config.resuming import refuse_other_config
 from dlopt.run.record import describe, record_failure
@@ -164,5 +164,5 @@ def record_dead(folder: RunFolder) -> None:
 def seconds_of_ended(folder: Path) -> list[float]:
     """Returns the seconds of the jobs in `folder` that have ended by themselves."""
     summaries = [RunFolder(path.parent).summary() or {} for path in sorted(folder.glob("*/summary.json"))]
-    ended = [each.get("seconds") for each in summaries if each.get("status") in ("finished", "stopped_early")]
+    ended = [each.get("seconds") for each in summaries if each.get("status") in ENDED]
     return [float(seconds) for seconds in ended if isinstance(seconds, int | float)]

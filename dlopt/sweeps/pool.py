@@ -286,7 +286,7 @@ class _Workers:
             return
         if worker.pruned_at is not None and code == -signal.SIGTERM and job.folder.summary() is None:
             code = INTERRUPTED  # the signal came before the job's handler was installed
-        is_refused = code == USER_ERROR and (job.folder.is_live() or job.folder.is_finished())
+        is_refused = code == USER_ERROR and (job.folder.is_live() or job.folder.has_ended())
         # Another process has locked the folder first; its files must not change.
         result = JobResult("interrupted", {}, ELSEWHERE) if is_refused else result_of(job.folder, code)
         if worker.pruned_at is not None and result.status == "interrupted":

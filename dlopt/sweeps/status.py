@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dlopt.basics.errors import DONE, FAILED, INTERRUPTED, FileError
-from dlopt.basics.folders import LOCK, SPACE, RunFolder, short_path
+from dlopt.basics.folders import ENDED, LOCK, SPACE, RunFolder, short_path
 from dlopt.basics.interruption import print_line
 from dlopt.sweeps import series
 from dlopt.sweeps.array import JobArray, is_submitted, read_array, stop_reason
@@ -142,7 +142,7 @@ class StatusReader:
         run = RunFolder(self._sweep / entry.folder)
         summary = run.summary() or {}
         status, worker, reason = str(summary.get("status", QUEUED)), "", ""
-        if status in ("finished", "stopped_early"):
+        if status in ENDED:
             status = "pruned" if summary.get("pruned") is True else status
         elif (run.path / LOCK).exists() and run.is_live():
             status, worker = RUNNING, "another process"

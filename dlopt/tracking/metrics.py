@@ -1,4 +1,4 @@
-"""Reads and writes metrics.jsonl (one line per evaluated epoch) and summary.json, the files for other programs."""
+"""Reads and writes metrics.jsonl, diagnostics.jsonl and summary.json, the files for other programs."""
 
 import contextlib
 import json
@@ -13,7 +13,8 @@ from dlopt.basics.files import is_at, open_to_append, read_json, write_atomicall
 from dlopt.basics.plain_values import parse_json, read_regular, without_nan
 from dlopt.basics.secrets import redact, redacted
 
-METRICS = "metrics.jsonl"
+METRICS = "metrics.jsonl"  # one line per evaluated epoch
+DIAGNOSTICS = "diagnostics.jsonl"  # one line per update that diagnostics observe
 SUMMARY = "summary.json"
 MAX_METRICS = 1 << 28  # bytes of metrics.jsonl: a million epochs
 
@@ -41,13 +42,13 @@ def parse_metrics(data: bytes) -> list[dict[str, Any]]:
     return metrics
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
     """Reads `folder`/metrics.jsonl, oldest line first; [] if there is no regular file of at most 256 MiB.
 
     An incomplete last line is ignored. Raises OSError.
     """
     try:
-        return parse_metrics(read_regular(folder / METRICS, MAX_METRICS))
+        return parse_metrics(read_regular(folder / name, MAX_METRICS))
     except (FileNotFoundError, ValueError):
         return []
 
@@ -131,14 +132,16 @@ class AppendFile:
 
 
 class MetricsFile:
-    """Appends lines to `folder`/metrics.jsonl and flushes each.
+    """Appends lines to `folder`/metrics.jsonl, or to another file by `name`, and flushes each.
 
     `resume_from`: (evaluated epochs, updates) of the checkpoint from which the run resumes; later lines are removed.
     None for a new run, which starts with an empty file.
     """
 
-    def __init__(self, folder: Path, resume_from: tuple[float, int] | None, warn: Callable[[str], None]) -> None:
-        self._path = folder / METRICS
+    def __init__(
+        self, folder: Path, resume_from: tuple[float, int] | None, warn: Callable[[str], None], name: str = METRICS
+    ) -> None:
+        self._path = folder / name
         self._file = AppendFile(self._path, warn)
         self._warn = warn
         epoch, step = resume_from or (0, 0)

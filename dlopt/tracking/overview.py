@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlopt.basics import formats
+from dlopt.basics.folders import ENDED
 from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, Goal, column_of
 from dlopt.metrics.shown import COLUMNS, format_metric, listed_in
 from dlopt.tracking.console import Screen
@@ -121,7 +122,7 @@ class Overview(Screen):
         elif self._metric is None and metrics.get(VAL_LOSS.best) is not None:
             self._metric, self._direction = VAL_LOSS.best, "minimize"
         value = metrics.get(self._metric or "")
-        if status not in ("finished", "stopped_early") or not isinstance(value, int | float):
+        if status not in ENDED or not isinstance(value, int | float):
             return
         if "data.fold=" in label:  # no run is the best one: folds are compared by the mean over all of them
             return

@@ -19,6 +19,7 @@ from hydra.core.utils import env_override
 
 from dlopt.basics.errors import FileError, UserError, require_package
 from dlopt.basics.files import read_json, write_atomically
+from dlopt.basics.folders import ENDED
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.secrets import redact
 from dlopt.basics.status_line import waiting
@@ -291,7 +292,7 @@ class Wandb:
             self._run.log({**values, _UPDATE: step})
 
     def end(self, status: str) -> None:
-        self._run.finish(exit_code=0 if status in ("finished", "stopped_early") else 1)
+        self._run.finish(exit_code=0 if status in ENDED else 1)
 
 
 def _check_wandb(key: str, name: str) -> None:

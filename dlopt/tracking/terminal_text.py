@@ -505,9 +505,14 @@ def plain_table(
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns one line of plain text per row, with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    """Returns heads, a rule and one line of plain text per row, with aligned columns: those of numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    # "search" and "diverged" are in columns of numbers.
+    are_numbers = [any(cell == "-" or cell[:1].isdigit() for cell in column[1:]) for column in columns[1:]]
+    signs = [">" if each else "<" for each in are_numbers]
+    forms = [f"{sign}{max(map(len, column))}" for sign, column in zip(["<", *signs], columns, strict=True)]
+    lines = ["   ".join(map(format, row, forms)).rstrip() for row in rows]
+    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
 
 
 class FittedTable:

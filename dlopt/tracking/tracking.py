@@ -19,7 +19,7 @@ from dlopt.metrics.names import VAL_ACCURACY, VAL_LOSS, final_metrics, split_of,
 from dlopt.metrics.shown import format_metric
 from dlopt.tracking import terminal_text
 from dlopt.tracking.console import ConsoleView
-from dlopt.tracking.metrics import AppendFile, MetricsFile, write_summary
+from dlopt.tracking.metrics import DIAGNOSTICS, AppendFile, MetricsFile, write_summary
 from dlopt.tracking.sinks import Sink
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class TrainLog:
 
 
 class Tracking:
-    """Shows a run on the console, writes metrics.jsonl, summary.json and train.log into `folder`, and feeds `sinks`.
+    """Shows a run on the console, writes its metrics, summary.json and train.log into `folder`, and feeds `sinks`.
 
     `folder` None for no files; see `silent`. `sinks`: see `Sink`.
     `log_every_steps` None disables `step`. `resume_from`: (evaluated epochs, updates) of the checkpoint from which the
@@ -130,6 +130,7 @@ class Tracking:
         self._sets: tuple[str, ...] = ()  # named validation sets
         self._log: TrainLog | None = None
         self._metrics: MetricsFile | None = None
+        self._diagnostics: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
         self._sinks: list[TensorBoard | Remote] = []  # including `_tensorboard`
         if folder is not None:
@@ -137,6 +138,7 @@ class Tracking:
                 folder.mkdir(parents=True, exist_ok=True)
             self._log = TrainLog(folder, self._show)
             self._metrics = MetricsFile(folder, resume_from, self.message)
+            self._diagnostics = MetricsFile(folder, resume_from, self.message, DIAGNOSTICS)
             if "tensorboard" in sinks:
                 from dlopt.tracking import tensorboard
 
@@ -212,7 +214,9 @@ class Tracking:
             self._console.step(step, values)
 
     def diagnostics(self, step: int, values: Mapping[str, float], histograms: Mapping[str, "Tensor"]) -> None:
-        """Sends layer statistics of one update to the sinks; histograms go to TensorBoard only."""
+        """Records layer statistics of one update; histograms go to TensorBoard only."""
+        if self._diagnostics is not None:
+            self._diagnostics.write({"step": step, **values})
         for sink in self._sinks:
             sink.scalars(step, values)
         if self._tensorboard is not None and histograms:
@@ -332,7 +336,12 @@ class Tracking:
         """Restores the terminal and closes the files. Safe to call twice and at any time."""
         if self._console is not None:
             self._console.close()
-        for file in (self._metrics, *self._sinks, self._log):  # the log is last: it receives the others' warnings
+        for file in (
+            self._metrics,
+            self._diagnostics,
+            *self._sinks,
+            self._log,
+        ):  # the log is last: it receives the others' warnings
             if file is not None:
                 file.close()
 

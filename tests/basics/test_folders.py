@@ -174,7 +174,7 @@ def test_resume_auto_finds_newest_unfinished_run(tmp_path: Path) -> None:
     before = contents(other)
     train(tmp_path, "seed=2", "resume=auto", "schedule_epochs=2")
     assert len(list(tmp_path.glob("outputs/train/*"))) == 2
-    assert RunFolder(resumed).is_finished() and contents(other) == before
+    assert RunFolder(resumed).has_ended() and contents(other) == before
     train(tmp_path, "seed=2", "resume=auto", "schedule_epochs=2")  # none is unfinished now: afresh
     assert len(list(tmp_path.glob("outputs/train/*"))) == 3
     train(tmp_path, "seed=1", "name=other", "resume=auto", "schedule_epochs=2")  # nor of this name
@@ -552,7 +552,7 @@ def test_folder_taken_by_another_process_is_kept(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(runner, "place", taken_meanwhile)
     result = dlopt(tmp_path, "train", *TINY, IN_RUN)
     assert result.code == 2 and "active in this folder" in result.err
-    assert RunFolder(tmp_path / "run").is_finished() and len(lines(tmp_path / "run")) == 2
+    assert RunFolder(tmp_path / "run").has_ended() and len(lines(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("place", ["hydra.run.dir=second", "hydra.run.dir=made", "name=train"])
@@ -578,7 +578,7 @@ def test_signal_after_the_run_leaves_its_folder(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(runner, "execute", interrupted)
     assert dlopt(tmp_path, "train", *TINY, IN_RUN).code == 75
-    assert RunFolder(tmp_path / "run").is_finished()
+    assert RunFolder(tmp_path / "run").has_ended()
 
 
 # -- formats

@@ -94,6 +94,18 @@ def test_curves(tmp_path: Path) -> None:
     lines = dlopt(tmp_path, "runs", "runs", "curve=best_val_loss", "points=3").out.splitlines()
     assert lines[0].split("\t") == ["run", "epoch", "step", "val_loss"] and len(lines) == 7
     assert lines[2].split("\t")[:3] == ["runs/0", "72", "720"]
+    # A diagnostic, which is measured between evaluations and after the last one.
+    measured = [json.dumps({"step": step, "gradients/norm/head": 1 / step}) for step in (1, 10, 25, 36)]
+    (tmp_path / "runs/1/diagnostics.jsonl").write_text("\n".join([*measured, '{"step": 40, "gra']))
+    found = document(dlopt(tmp_path, "runs", "runs/1", "curve=gradients/norm/head", "--json"))
+    [run] = found["runs"]
+    assert (found["direction"], run["evaluations"]) == (None, 4)
+    assert [tuple(point.values()) for point in run["points"]] == [
+        (0.1, 1, 1),
+        (1, 10, 0.1),
+        (2.5, 25, 0.04),
+        (3.6, 36, 1 / 36),
+    ]
     wrong = error(dlopt(tmp_path, "runs", "runs", "curve=val_los", "--json"))
     assert (wrong["kind"], wrong["key"], wrong["suggestions"]) == ("unknown_name", "curve", ["curve=val_loss"])
     assert error(dlopt(tmp_path, "runs", "runs", "curve=val_loss", "points=2", "--json"))["key"] == "points"

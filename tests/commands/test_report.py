@@ -330,5 +330,5 @@ def test_the_best_command_names_the_packages_to_trust(tmp_path: Path) -> None:
     typed = ["model=mine.Net", "allow_packages=[mine]"]
     make_run(tmp_path / "runs/a", overrides=typed)
     lines = dlopt(tmp_path, "report", "runs").out.splitlines()
-    at = lines.index("best: dlopt train model=mine.Net")
+    at = lines.index("command: dlopt train model=mine.Net")
     assert lines[at + 1] == "it needs allow_packages=[mine], if you trust this code"

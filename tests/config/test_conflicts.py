@@ -20,7 +20,6 @@ GRAPHS = "compile=max-autotune"
 TYPED = {
     "dry_run=true resume=auto": "dry_run=true with resume=auto",
     "evaluate.every_steps=5 evaluate.every_epochs=2": "evaluate.every_steps=5 with evaluate.every_epochs=2",
-    "diagnostics=[gradients] tracking=[]": "diagnostics=[gradients] with tracking=[]",
     "diagnostics=[gradients] parallel=fsdp": "diagnostics=[gradients] with parallel=fsdp",
     "diagnostics=[curvature] parallel=ddp parallel.processes=2": "diagnostics=[curvature] with parallel=ddp in 2 "
     "processes",

@@ -11,6 +11,7 @@ from torch import Tensor
 from dlopt.basics.errors import UserError
 from dlopt.instruments.diagnostics import Diagnostics
 from dlopt.lab.diagnosis.measuring import prepare
+from dlopt.tracking.metrics import read_metrics
 from dlopt.tracking.tracking import Tracking
 from dlopt.training.builders.trainer import probe_trainer
 from dlopt.training.builders.workload import build_workload
@@ -107,7 +108,7 @@ def test_no_observers_by_default(tmp_path: Path) -> None:
     assert trainer.run_update == trainer.step.update
 
 
-def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) -> None:
+def test_logs_the_same_updates_after_resume(tmp_path: Path) -> None:
     typed = [line for line in SMALL if line != "tracking=[]"]
     reported: list[int] = []
 
@@ -122,6 +123,8 @@ def test_logs_to_tensorboard_at_the_same_updates_after_resume(tmp_path: Path) ->
     assert reported == [1, 4, 7]
     written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"gradients/norm/head" in written and b"curvature/largest_eigenvalue" in written
+    lines = read_metrics(tmp_path, "diagnostics.jsonl")
+    assert [line["step"] for line in lines] == reported and all(line["gradients/norm/head"] > 0 for line in lines)
 
 
 def test_rejects_unsupported_settings() -> None:

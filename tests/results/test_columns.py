@@ -62,6 +62,24 @@ def test_costs_of_older_runs_are_unknown(tmp_path: Path) -> None:
     assert [second["cells"][name] for name in ("samples", "flops", "peak_memory")] == [[None, "unknown"]] * 3
 
 
+def test_a_page_draws_diagnostics(tmp_path: Path) -> None:
+    """The tags of the run with most layers, in their order; positions are interpolated between evaluations."""
+    layers = {0: ("conv", "head"), 1: ("conv", "middle", "head"), 2: ()}
+    for number, names in layers.items():
+        folder = make_run(tmp_path / str(number), lr=0.1 + number, accuracies=(0.5, 0.9 - number / 10), seconds=4.0)
+        lines = [{"step": step, **{f"gradients/norm/{name}": step / 2 for name in names}} for step in (1, 15, 20)]
+        if names:
+            (folder / "diagnostics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    data = page_data(table(tmp_path), target=None, test=False, refresh=None)
+    assert data["tags"] == [f"gradients/norm/{name}" for name in layers[1]] == data["curves"][-3:]
+    first, second, third = (row["runs"][0] for row in data["rows"])
+    at, values = second["curves"]["gradients/norm/middle"]
+    assert values == [0.5, 7.5, 10]
+    assert second["x"][at] == {"epoch": [0.1, 1.5, 2], "step": [1, 15, 20], "seconds": [0.4, 6, 8]}
+    assert "gradients/norm/middle" not in first["curves"] and first["curves"]["gradients/norm/head"][1] == values
+    assert not {*data["tags"]} & {*third["curves"]} and third["curves"]["val_loss"][1] == pytest.approx([0.5, 0.3])
+
+
 def test_requested_metrics_are_columns(tmp_path: Path) -> None:
     """Those of single classes are not: they may be a thousand."""
     names = ["class_accuracy", "mine.metrics.kappa"]

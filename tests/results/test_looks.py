@@ -33,7 +33,7 @@ def test_a_report_after_a_report_with_fewer_seeds(tmp_path: Path) -> None:
     assert "looks" not in said and verdict(tmp_path) == said, "the same table again is no second look"
     add(tmp_path, 3)
     added = verdict(tmp_path)
-    assert added.startswith("verdict: lr=1 is better than 1 of 2 others (95 % for the whole table and all looks at it)")
+    assert added.startswith("verdict: lr=1 is better than lr=3 (95 % for the whole table and all looks at it)")
     assert added.endswith("seeds were added after a look at 3, so this one has 0.5 of the 5 % of errors")
     assert verdict(tmp_path) == added
     assert len(json.loads((tmp_path / LOOKS).read_text())["looks"]) == 2

@@ -317,6 +317,18 @@ def test_curves_end_where_less_than_half_of_the_runs_are_left(browser: Any, tmp_
     assert result.startswith("epoch 3") and "70.00 % of 2" in result
 
 
+def test_a_run_shows_each_diagnostic_with_its_layers(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs/0")
+    tags = {"gradients/norm/conv": 0.5, "gradients/norm/head": 2.0, "gradients/noise_scale": 30.0}
+    (run / "diagnostics.jsonl").write_text("".join(json.dumps({"step": step} | tags) + "\n" for step in (1, 11, 21)))
+    ranking = gather(*RunReader().read([tmp_path / "runs"]))
+    (tmp_path / "index.html").write_text(page(ranking, title="", made="", target=None, test=False, refresh=None))
+    browser.get(f"{(tmp_path / 'index.html').as_uri()}#run={quote(short_path(run))}")
+    legends = "return [...document.querySelectorAll('#run-charts .legend')].map((each) => each.innerText)"
+    found = browser.execute_script(legends)
+    assert "conv\nhead" in found and "gradients/noise_scale" in found, found
+
+
 def test_remarks_are_below_the_leaderboard(shown: Any, table: Ranking) -> None:
     """sgd at 0.01 lacks a seed, whose run is damaged."""
     rows = "return [...document.querySelectorAll('#leaderboard tbody tr')]"

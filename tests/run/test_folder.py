@@ -11,6 +11,7 @@ import yaml
 from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.config.resuming import refuse_longer
+from dlopt.run.folder import copy_history
 
 
 def finished(folder: Path, **summary: int) -> RunFolder:
@@ -19,6 +20,17 @@ def finished(folder: Path, **summary: int) -> RunFolder:
     (folder / "summary.json").write_text(json.dumps({"status": "finished", **summary}))
     (folder / "config.yaml").write_text(yaml.safe_dump({"epochs": 2}))
     return RunFolder(folder)
+
+
+def test_a_run_that_resumes_in_another_folder_takes_its_history_along(tmp_path: Path) -> None:
+    source, target = (RunFolder(tmp_path / name) for name in ("source", "target"))
+    for each in (source, target):
+        each.path.mkdir()
+    finished(source.path, epochs=2, steps=42)
+    (source.path / "diagnostics.jsonl").write_text('{"step": 1, "gradients/norm/head": 0.5}\n')
+    copy_history(source, target, None, "an id")
+    for name in ("metrics.jsonl", "diagnostics.jsonl"):
+        assert (target.path / name).read_text() == (source.path / name).read_text()
 
 
 @pytest.mark.parametrize(

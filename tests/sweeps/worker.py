@@ -69,7 +69,7 @@ class Short:
 
 
 def prepare(job: Job) -> jobs.JobResult | None:
-    if job.folder.is_finished():
+    if job.folder.has_ended():
         return jobs.result_of(job.folder, DONE)
     job.folder.path.mkdir(exist_ok=True)
     (job.folder.path / "overrides.json").write_text(json.dumps(job.plan.texts))

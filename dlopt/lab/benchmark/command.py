@@ -57,7 +57,6 @@ from dlopt.lab.benchmark.protocol import (
 from dlopt.lab.benchmark.reading import COST, Manifest, targets
 from dlopt.lab.benchmark.results import Results, TrialRecord, load_reference, to_json
 from dlopt.lab.claimed_trials import (
-    has_ended,
     is_fixed,
     launcher,
     refuse_protocol,
@@ -393,7 +392,7 @@ def _on_folder(action: str, line: Line) -> int:
             which = f"; missing: {', '.join(missing)}" if missing else ""
             raise UserError(f"{typed}: targets need trials of {', '.join(BASELINES)} with full=true{which}")
         trials = trials_of([*manifest.workloads], BASELINES, manifest.studies, manifest.trials)
-        waiting = [not has_ended(RunFolder(folder / trial.subfolder)) for trial in trials]
+        waiting = [not RunFolder(folder / trial.subfolder).has_ended(or_failed=True) for trial in trials]
         if any(waiting):
             message = f"{sum(waiting)} of {len(waiting)} trials have not ended: the targets are preliminary"
             print(f"dlopt: warning: {message}", file=sys.stderr)

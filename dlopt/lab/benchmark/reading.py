@@ -24,7 +24,6 @@ from dlopt.extend import (
 )
 from dlopt.lab.benchmark.protocol import BASELINES, Track, Trial, WorkloadSpec, target_of
 from dlopt.lab.benchmark.results import Cell, Results, TrialRecord, UpdateCost, WorkloadTarget, best_trial
-from dlopt.lab.claimed_trials import has_ended
 from dlopt.lab.stored import MOST_RUNS, Name, Number
 from dlopt.results.leaderboard import is_number
 from dlopt.results.reading import Damaged
@@ -165,7 +164,7 @@ def _ended(folder: Path, manifest: Manifest, workload: str, optimizer: str) -> I
     for study, number in sorted((int(name[1]), int(name[2])) for name in names if name):
         trial = Trial(workload, optimizer, study, number)
         path = folder / trial.subfolder
-        if study >= manifest.studies or number >= manifest.trials or not has_ended(RunFolder(path)):
+        if study >= manifest.studies or number >= manifest.trials or not RunFolder(path).has_ended(or_failed=True):
             continue
         run = read_run(path)
         if isinstance(run, Damaged):

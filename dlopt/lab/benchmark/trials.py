@@ -19,7 +19,7 @@ from dlopt.lab.benchmark.protocol import (
     load_fixed,
     load_space,
 )
-from dlopt.lab.claimed_trials import UNRECORDED, ClaimedTrials, has_ended
+from dlopt.lab.claimed_trials import UNRECORDED, ClaimedTrials
 from dlopt.sweeps import pool as pools
 from dlopt.sweeps.jobs import PlanJob
 from dlopt.sweeps.pool import Pool
@@ -138,7 +138,7 @@ class TrialRequest:
 
     def waiting(self) -> list[Trial]:
         """Returns the trials without a result."""
-        return [trial for trial in self.trials if not has_ended(self.run_folder(trial))]
+        return [trial for trial in self.trials if not self.run_folder(trial).has_ended(or_failed=True)]
 
     def refuse_foreign(self) -> None:
         """Raises `UserError` if a run in the folder of a trial had other overrides: it would count as the trial."""

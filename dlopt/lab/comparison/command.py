@@ -54,7 +54,7 @@ from dlopt.lab.comparison.frozen import (
 from dlopt.lab.comparison.plots import draw
 from dlopt.lab.comparison.probes import PROBES
 from dlopt.lab.comparison.published import check_published, describe_published
-from dlopt.lab.comparison.running import BEFORE, NAMES, TEACHER, VariantJobs, has_ended, references
+from dlopt.lab.comparison.running import BEFORE, NAMES, TEACHER, VariantJobs, references
 from dlopt.lab.comparison.sentences import sentence
 from dlopt.metrics.names import monitored_directions, split_of
 from dlopt.results import drawing
@@ -120,7 +120,7 @@ def compare(composer: Composer, parsed: Namespace, config: DictConfig) -> int:
     jobs = _jobs(comparison, plans, folder)
     with RunFolder(folder).lock():  # before the claims are frozen: a second start must not judge by other claims
         frozen = _freeze(composer, config, folder)
-        if is_submitted and not all(map(has_ended, jobs.values())):
+        if is_submitted and any(not (job.is_done or job.folder.has_diverged()) for job in jobs.values()):
             submit_grid(request, folder, [*jobs.values()], before)
             place = shlex.quote(f"hydra.run.dir={short_path(folder)}")
             print(f"for the verdicts, once all have ended: this command with {place} resume=auto")

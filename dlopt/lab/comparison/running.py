@@ -36,15 +36,6 @@ def _run_named(value: str, cell: VariantRun) -> VariantRun:
     return VariantRun(name, (), cell.seed) if value.startswith(BEFORE) else replace(cell, variant=name)
 
 
-def is_diverged(job: Job) -> bool:
-    return bool((job.folder.summary() or {}).get("diverged"))
-
-
-def has_ended(job: Job) -> bool:
-    """Returns whether a run has a result. That of a diverged run counts."""
-    return job.is_done or is_diverged(job)
-
-
 @dataclass(frozen=True)
 class _Ended:
     """A run that has ended in this process."""
@@ -107,7 +98,7 @@ class VariantJobs(pools.JobSource):
         if not self.outcomes.keys() >= {*named.values()}:
             return None  # one of them still runs in another slot
         self._waiting.popleft()
-        if is_diverged(job):  # on resume: it would diverge again
+        if job.folder.has_diverged():  # on resume: it would diverge again
             self.ended(job, result_of(job.folder, FAILED))
             return self.next()
         self._newest = job if job.is_done or not named else self._with_paths(job, named)

@@ -98,7 +98,7 @@ def read_base(composer: "Composer", word: str) -> Side:
     """Reads BASE: a run, a recipe, or overrides in one word. Raises `UserError`."""
     if _is_path(word):
         folder = RunFolder(Path(word).parent if Path(word).name == "config.yaml" else Path(word))
-        if folder.config() is not None and not folder.is_finished():
+        if folder.config() is not None and not folder.has_ended():
             status = (folder.summary() or {}).get("status", "running" if folder.is_live() else "unfinished")
             raise UserError(f"{word}: the base has not finished ({status}): a change is judged against a whole run")
         return _side(composer, _lines_of(composer, word))

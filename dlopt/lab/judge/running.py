@@ -28,7 +28,7 @@ from dlopt.extend import (
     show,
     without,
 )
-from dlopt.lab.claimed_trials import ClaimedTrials, has_ended
+from dlopt.lab.claimed_trials import ClaimedTrials
 from dlopt.lab.judge.proposal import SEEDS, SIDES, Side, refuse_loss
 from dlopt.lab.judge.wording import COSTS, pair_line
 from dlopt.metrics.names import monitored_directions, resolve_monitor, split_of
@@ -124,7 +124,7 @@ class Judgement:
         pairs = [self.pair(number) for number in range(first, min(first + self.ahead, self.seeds))]
         if time.monotonic() > self.end:  # a pair that has begun is completed
             pairs = [pair for pair in pairs if any(self.run_folder(each).has_run() for each in pair)]
-        return [each for pair in pairs for each in pair if not has_ended(self.run_folder(each))]
+        return [each for pair in pairs for each in pair if not self.run_folder(each).has_ended(or_failed=True)]
 
     def collect(self) -> None:
         """Reads the pairs that have ended, in their order, until one decides.
@@ -137,7 +137,7 @@ class Judgement:
 
         while self.verdict == "undecided" and len(self.gains) < self.seeds:
             pair = self.pair(len(self.gains))
-            if not all(has_ended(self.run_folder(each)) for each in pair):
+            if not all(self.run_folder(each).has_ended(or_failed=True) for each in pair):
                 return
             base, change = map(self._read, pair)
             self.gains.append(self._gain(base, change))
@@ -247,7 +247,7 @@ class _Pairs(ClaimedTrials[PairedRun]):
 
     def ended(self, job: Job, result: JobResult) -> None:
         super().ended(job, result)
-        if result.status == "failed" and not has_ended(job.folder):
+        if result.status == "failed" and not job.folder.has_ended(or_failed=True):
             raise RunError(f"{short_path(job.folder.path)}: {result.reason}; the same command runs it again")
         self.request.collect()
         self._show("")

@@ -11,7 +11,7 @@ from annotated_types import Interval
 from dlopt.basics.locks import locked
 from dlopt.config.overrides import quoted_plain
 from dlopt.extend import NonNegative, Positive, RunFolder, Stored, UserError, write_json
-from dlopt.lab.claimed_trials import UNRECORDED, has_ended
+from dlopt.lab.claimed_trials import UNRECORDED
 from dlopt.lab.ladder.arms import CENTRE, RUNGS, SEARCHED, Arm, DecaySearch, decay_search, missing_decays
 from dlopt.lab.ladder.family import Branch, Rules, Rung
 from dlopt.lab.ladder.rates import (
@@ -386,7 +386,7 @@ class LadderRequest:
             folder = RunFolder(self.folder / trial.subfolder)
             if trial in self._recorded and not folder.path.exists():
                 self._known[trial] = self._recorded[trial]
-            elif not has_ended(folder):
+            elif not folder.has_ended(or_failed=True):
                 return None
             else:
                 self._known[trial] = self._read(trial, folder)

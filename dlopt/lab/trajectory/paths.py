@@ -351,7 +351,7 @@ def table(
     """
     counted = "evaluations" if all(each.samples == 1 for each in trajectories.values()) else "samples"
     rows = [["path", "lr", "updates", counted, "distance"]]
-    remarks = [""]
+    remarks = ["", ""]  # of the heads and the rule
     for label, trajectory in trajectories.items():
         step, rate = trajectory.updates_to_minimum(), rates[label]
         updates = "-" if step is None else f"{step}"

@@ -1,6 +1,7 @@
 // Filters: text and conditions as in `dlopt runs`, check boxes; what is plotted, in which style; groups.
 
 const SHOWN = 6; // configurations shown by default
+const IS_SINGLE = data.rows.length === 1 && data.rows[0].runs.length === 1; // shown as a run: nothing is ranked
 const PAGE = 20; // rows of a table without "Show all"
 const CONDITION = /^([\w./-]+?)(!=|>=|<=|=|>|<)(.*)$/;
 const ORDER = { ">": (a, b) => a > b, ">=": (a, b) => a >= b, "<": (a, b) => a < b, "<=": (a, b) => a <= b };

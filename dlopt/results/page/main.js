@@ -15,6 +15,7 @@ function render() {
   const restoreFocus = keepFocus();
   hideTooltip();
   filterRows();
+  if (IS_SINGLE) state.run ??= data.rows[0].runs[0].id;
   const found = runOf(state.run);
   document.body.dataset.view = state.run === null ? "all" : "run";
   renderConfiguration(found ? found.row : data.rows[0], found && found.run);

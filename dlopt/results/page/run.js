@@ -20,8 +20,8 @@ function urgentOf(run) {
 // Shows a configuration with its runs: the best one, or that of a run.
 function renderConfiguration(row, current) {
   if (!setVisible("selected", Boolean(row) && (state.run === null || Boolean(current)))) return;
-  const first = data.rows.filter((each) => each.cells.rank[1] === "1").length;
-  const best = first > 1 ? `One of ${first} configurations that are tied for #1` : "Best configuration";
+  const first = data.rows.filter((each) => each.cells.rank[1] === "1=").length;
+  const best = first ? `One of ${first} configurations that are tied for #1` : "Best configuration";
   document.querySelector("#selected h2").textContent = current ? "Configuration" : best;
   const runs = row.runs.map((run) => html("tr", { class: "row", "aria-selected": String(run === current), onclick: (event) => { if (!event.target.closest("a, button")) location.hash = addressOf(run.id); } },
     html("td", {}, html("a", { href: addressOf(run.id), title: run.id }, run.id.slice(commonFolder().length))), html("td", { class: "number" }, run.seed),
@@ -29,7 +29,7 @@ function renderConfiguration(row, current) {
     ...run.metrics.map((text) => html("td", { class: "number" }, text)), html("td", {}, copyButton(run.command || run.from, "Copy"))));
   const heads = [["run"], ["seed", "number"], ["status"], ...row.heads.map((name) => [name, "number"]), ["repeat"]];
   sectionBody("selected").replaceChildren(
-    html("p", {}, html("b", {}, `#${row.cells.rank[1]} `), row.label),
+    html("p", {}, IS_SINGLE ? "" : html("b", {}, `#${row.cells.rank[1]} `), row.label),
     factList(row.facts.filter(([name]) => row.tested.includes(name)), "test"), html("p", { class: "note" }, row.about), factList(row.facts.filter(([name]) => !row.tested.includes(name))),
     ...(current ? row.remarks : []).map((remark) => html("p", { class: "note" }, remark)), // else they are below the leaderboard
     row.command ? commandLine(row.command) : html("p", { class: "note" }, "The command is unknown. You can repeat each run from its folder."),
@@ -45,7 +45,7 @@ function factList(facts, kind = "") {
 function renderRun(found, update) {
   setVisible("run", true);
   setVisible("difference", Boolean(found) && data.rows.length > 1);
-  const back = html("p", {}, html("a", { href: addressOf(null) || "#", id: "back" }, "← All configurations"));
+  const back = IS_SINGLE ? "" : html("p", {}, html("a", { href: addressOf(null) || "#", id: "back" }, "← All configurations"));
   if (!found) return void sectionBody("run").replaceChildren(back, html("p", { class: "note" }, `This report has no run ${state.run}.`));
   const { row, run } = found, container = html("div", { class: "grid", id: "run-charts" });
   const draw = () => drawRunCharts(container, run);
@@ -75,19 +75,28 @@ function repeatCommands(run) {
   return commands.filter(([command]) => command).flatMap(([command, title]) => [html("p", { class: "note" }, title), commandLine(command)]);
 }
 
-// Draws a chart for each metric, with its training and validation curves.
+// Returns the diagnostic of all layers: gradients/norm of gradients/norm/conv1.
+function layersOf(tag) {
+  return tag.slice(0, tag.lastIndexOf("/"));
+}
+
+function lineTitle(name, names) {
+  return data.tags.includes(name) && names.length > 1 ? name.slice(name.lastIndexOf("/") + 1) : data.titles[name];
+}
+
+// Draws a chart for each metric, with its training and validation curves, and for each diagnostic, with its layers.
 function drawRunCharts(container, run) {
   const families = new Map();
   for (const name of data.curves.filter((each) => run.curves[each])) {
-    const family = name.replace(/^(train|val)_/, "");
+    const family = data.tags.includes(name) ? layersOf(name) : name.replace(/^(train|val)_/, "");
     families.set(family, [...(families.get(family) || []), name]);
   }
   const charts = [...families].map(([family, names]) => ({ family, names, container: html("div", { class: "chart" }) }));
   container.replaceChildren(...charts.map(({ container: own, names }) => html("div", {}, own,
-    html("div", { class: "legend" }, ...names.map((name, i) => html("span", { class: "swatch" }, swatch(styleOf(i)), data.titles[name]))))));
+    html("div", { class: "legend" }, ...names.map((name, i) => html("span", { class: "swatch" }, swatch(styleOf(i)), lineTitle(name, names)))))));
   if (!charts.length) container.replaceChildren(html("p", { class: "note" }, "The run has no evaluated epoch."));
   for (const { family, names, container: own } of charts) {
-    const lines = names.map((name, i) => ({ label: data.titles[name], style: styleOf(i), points: smoothed(averageCurve([run], name, state.x, "none"), state.smooth) }));
+    const lines = names.map((name, i) => ({ label: lineTitle(name, names), style: styleOf(i), points: smoothed(averageCurve([run], name, state.x, "none"), state.smooth) }));
     const [low, high] = extent(lines.flatMap((line) => line.points.map((p) => p[1])));
     const title = names.length > 1 ? family.replaceAll("_", " ") : data.titles[names[0]];
     drawChart(own, lines, { id: `run ${family}`, key: `${run.id} ${state.x} ${state.log}`, name: `${title} of ${run.id}`, nameX: AXES[state.x], nameY: title,
@@ -98,7 +107,7 @@ function drawRunCharts(container, run) {
 function configTable(run) {
   const config = { ...data.config, ...run.config }, keys = Object.keys(config).sort();
   const rows = keys.map((key) => html("tr", {}, html("td", {}, key in run.config ? html("b", {}, key) : key), html("td", { class: "wrap" }, config[key])));
-  return html("details", {}, html("summary", {}, `${keys.length} keys `, html("span", { class: "soft" }, "bold: other runs differ")), scrollable(tableOf([["key"], ["value"]], rows), "Config"));
+  return html("details", {}, html("summary", {}, `${keys.length} keys `, html("span", { class: "soft" }, IS_SINGLE ? "" : "bold: other runs differ")), scrollable(tableOf([["key"], ["value"]], rows), "Config"));
 }
 
 // -- difference of two configs

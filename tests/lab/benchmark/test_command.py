@@ -21,7 +21,7 @@ from dlopt.basics.errors import UserError
 from dlopt.basics.folders import RunFolder
 from dlopt.lab.benchmark.command import _reference, compare
 from dlopt.lab.benchmark.results import Results, TrialRecord, read
-from dlopt.lab.claimed_trials import has_ended, refuse_protocol
+from dlopt.lab.claimed_trials import refuse_protocol
 from dlopt.sweeps.jobs import result_of
 from tests.support.line import dlopt, refused
 from tests.support.processes import start
@@ -236,13 +236,13 @@ def test_only_keys_that_change_the_workloads_prevent_a_comparison_with_the_shipp
 
 def test_a_killed_trial_is_no_result(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert result_of(folder, -signal.SIGKILL).status == "failed" and not has_ended(folder)
+    assert result_of(folder, -signal.SIGKILL).status == "failed" and not folder.has_ended(or_failed=True)
     for summary, ended in (
         ({"status": "failed", "reason": "the loss became nan at update 3"}, True),
         ({"status": "interrupted"}, False),
     ):
         (tmp_path / "summary.json").write_text(json.dumps(summary))
-        assert has_ended(folder) == ended, summary
+        assert folder.has_ended(or_failed=True) == ended, summary
 
 
 @pytest.mark.parametrize(

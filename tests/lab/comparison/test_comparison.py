@@ -167,7 +167,7 @@ def test_metrics_along_a_key_have_gaps_for_diverged_seeds() -> None:
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "learning rate"
     entries = {text.get_text() for text in figure.legends[0].get_texts()}
     assert entries == {"a", "b", "mean and range over 2 seeds", "a seed diverged"}
-    assert Results(spec, outcomes).table()[3].split() == ["a", "10.0", "diverged"]
+    assert Results(spec, outcomes).table()[4].split() == ["a", "10.0", "diverged"]
     assert Results(spec, outcomes).table()[0].split() == ["variant", "optimizer.lr", "test_loss"]
 
 
@@ -210,7 +210,7 @@ def test_table_picture_and_sentence_show_the_same_average(margin: dict[str, floa
     assert average.middle == pytest.approx(shown)
     [finding] = evaluate(results, spec.claims)
     assert f": {average.middle:.3g} (b, learning rate 0.5) against 1 (a, learning rate 0.5)" in numbers(finding)
-    assert results.table()[2].split() == ["b", "0.5", f"{average.middle:.4g}"]
+    assert results.table()[3].split() == ["b", "0.5", f"{average.middle:.4g}"]
     for along in ({"lr": [0.5]}, {"lr": ["p"]}):
         kind = replace(spec, along=along)
         other = {VariantRun(cell.variant, tuple(along["lr"]), cell.seed): run for cell, run in runs.items()}

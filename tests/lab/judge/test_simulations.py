@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlopt.basics.folders import RunFolder
 from dlopt.config.compose import Composer
-from dlopt.lab.judge import running
 from dlopt.lab.judge.ledger import Entry
 from dlopt.lab.judge.proposal import read_base, read_change
 from dlopt.lab.judge.running import Judgement, PairedRun
@@ -95,7 +95,7 @@ def test_the_command_decides_as_simulated(tmp_path: Path, monkeypatch: pytest.Mo
     composer = Composer()
     base = read_base(composer, "model=mlp epochs=2 device=cpu")
     sides = {"base": base, "change": read_change(composer, base, ["optimizer.lr=0.2"])}
-    monkeypatch.setattr(running, "has_ended", lambda _: True)
+    monkeypatch.setattr(RunFolder, "has_ended", lambda *_, **__: True)
     concluded = []
     for row in gains:
 

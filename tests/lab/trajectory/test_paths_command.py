@@ -38,7 +38,7 @@ def test_documented_example(tmp_path: Path) -> None:
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0].split() == ["path", "lr", "updates", "evaluations", "distance"]
-    assert lines[1].startswith("momentum, lr ") and lines[2].startswith("newton  ")
+    assert {*lines[1]} == {"─"} and lines[2].startswith("momentum, lr ") and lines[3].startswith("newton  ")
     assert lines[-2:] == ["x/paths.png", "x/paths.svg"]
     assert all((tmp_path / path).stat().st_size > 10_000 for path in lines[-2:])
 

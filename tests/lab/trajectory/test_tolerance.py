@@ -55,7 +55,7 @@ def test_plot_and_table_show_marks_and_the_closed_form() -> None:
     assert list(updates.lines[0].get_ydata()) == [row[1] for row in found["a"]]
     assert len(updates.lines) == 4 and len(distance.lines) == 3  # marks of both paths, one curve, and its legend
     lines = end_table(found, closed)
-    assert lines[1].split()[:3] == ["a", "0.001", f"{found['a'][0][1]}"] and len(lines[3].split()) == 4
+    assert lines[2].split()[:3] == ["a", "0.001", f"{found['a'][0][1]}"] and len(lines[4].split()) == 4
 
 
 def test_command(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_reports_divergence() -> None:
     path = run(sgd(1.0), steps=200)
     assert path.diverged and 2 < len(path.points) < 20 and path.updates_to_minimum() is None
     lines = table({"sgd": path}, {"sgd": 1.0})
-    assert "diverged after" in lines[1] and "a smaller optimizer.lr" in lines[1]
+    assert "diverged after" in lines[2] and "a smaller optimizer.lr" in lines[2]
 
 
 def test_best_rate() -> None:
@@ -228,7 +228,7 @@ def test_counts_samples_and_extends_the_frame() -> None:
     path = run(sgd(0.1), noisy, steps=3)
     assert path.cost == [0, 16, 32, 48] and run(sgd(0.1), steps=1).cost == [0, 1]
     lines = table({"a": path}, {"a": 0.1})
-    assert lines[0].split()[3] == "samples" and lines[1].split()[3] == "48"
+    assert lines[0].split()[3] == "samples" and lines[2].split()[3] == "48"
     axes = draw_trajectories(noisy, {"a": path}, title="").axes
     assert axes[2].get_xlabel() == "samples evaluated" and axes[0].get_xlim() == (-5, 2)
     far = run(sgd(0.3, momentum=0.9))
@@ -238,9 +238,9 @@ def test_counts_samples_and_extends_the_frame() -> None:
 
 def test_table_remarks() -> None:
     paths, rates = {"a": run(sgd(0.39)), "b": run(sgd(0.01))}, {"a": 0.39, "b": None}
-    lines = table(paths, rates)
-    assert "zigzags" in lines[1] and "search" in lines[2] and "minimum not reached: 0.78" in lines[2]
-    narrow = table(paths, rates, 60)
+    lines, narrow = table(paths, rates), table(paths, rates, 60)
+    assert "zigzags" in lines[2] and "search" in lines[3] and "minimum not reached: 0.78" in lines[3]
+    assert {*lines.pop(1), *narrow.pop(1)} == {"─"}
     assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(lines).split())
     assert max(map(len, narrow)) <= 60 and narrow[-2:] == [
         "updates and evaluations until the distance to a minimum",

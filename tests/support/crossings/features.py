@@ -228,8 +228,8 @@ FEATURES: dict[str, dict[str, Value]] = {
     "divergence": {"stop": Value(), "skip": Value("on_divergence=skip")},
     "diagnostics": {
         "none": Value(),
-        "gradients": Value("diagnostics=[gradients,activations] diagnostics_every=2 tracking=[tensorboard]"),
-        "curvature": Value("diagnostics=[curvature] diagnostics_every=1 tracking=[tensorboard]"),
+        "gradients": Value("diagnostics=[gradients,activations] diagnostics_every=2"),
+        "curvature": Value("diagnostics=[curvature] diagnostics_every=1"),
     },
     "observer": {
         "none": Value(),
