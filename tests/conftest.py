@@ -5,9 +5,8 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -60,15 +59,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip_without_needs(item)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol() -> None:
-    """Seeds the global generators before the fixtures, so that no test depends on the tests before it."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool | None, bool | None]:
+    """Seeds the global generators before the fixtures, so that no test depends on the tests before it.
+
+    Only tests marked `drawn` draw pictures.
+    """
     import numpy as np
     import torch  # after the variables above are set
+
+    from tests.support.drawing import drawing
 
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    with drawing(item.get_closest_marker("drawn") is not None):
+        return (yield)
 
 
 def pytest_collection_finish() -> None:
@@ -87,8 +93,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return  # the process that starts the workers, which wait for it
     import torch  # after the variables above are set
 
+    from tests.support import drawing
     from tests.support.remembered import remember_configs
 
+    drawing.install()
     remember_configs()
     if not torch.accelerator.is_available():
         torch.ones((), requires_grad=True).backward()
@@ -115,17 +123,3 @@ def conf_dir() -> Path:
 def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starts ranks as users do, where tests fork them (see `processes`)."""
     monkeypatch.setattr(launch, "start_rank", processes.start_rank_in_new_interpreter)
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the files of plots nearly empty: drawing would take most of the time of a test of something else."""
-
-    from matplotlib.backends.backend_pdf import PdfPages
-
-    def save(figure: object, file: Any, **_: object) -> None:
-        if not isinstance(file, PdfPages):  # a page less
-            file.write(b"not drawn")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
-    monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)  # for the layout

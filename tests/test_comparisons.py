@@ -25,6 +25,8 @@ from dlopt.lab.comparison.sentences import numbers
 from tests.support.comparisons import GALLERY, SHIPPED
 from tests.support.line import dlopt
 
+pytestmark = pytest.mark.drawn
+
 FOLDER = config_folder() / "experiment" / "lecture"
 
 LECTURES = sorted(

@@ -1,15 +1,19 @@
 """What dlopt reads of the files that it has written: by type and with a limit, as a folder may be a stranger's."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from dlopt.basics.errors import FileError, UserError
 from dlopt.basics.folders import short_path
 from dlopt.basics.formats import printable
 from dlopt.basics.plain_values import load_yaml, parse_json, read_regular
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -68,9 +72,15 @@ class Stored(Generic[T]):
         return FileError(f"{short_path(self.path)}: is damaged: {printable(reason)}; {self.cure}")
 
     def _checked(self, text: bytes | str) -> T:
-        from pydantic import TypeAdapter  # which the help does not need
+        return cast("T", _adapter(cast("Any", self.kind)).validate_json(text, strict=True))
 
-        return TypeAdapter(cast("type[T]", self.kind)).validate_json(text, strict=True)
+
+@functools.cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    """Returns the check of a kind. Making it takes 10 ms: too long for each line of a file."""
+    from pydantic import TypeAdapter  # which the help does not need
+
+    return TypeAdapter(kind)
 
 
 def _reason(error: Exception) -> str:

@@ -112,7 +112,6 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 
 @pytest.mark.parametrize(("line", "declared"), LINES, ids=[line for line, _ in LINES])
-@pytest.mark.usefixtures("undrawn")
 def test_a_command_reads_the_keys_that_it_declares(
     line: str, declared: Sequence[str], folder: Path, reads: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,6 @@ def outputs(folder: Path, run: str, views: Any = lambda x: [x]) -> tuple[list[to
         return [workload.module(workload.normalize(view)) for view in views(images)], workload.dataset.test.targets
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_reproduces_metrics_of_the_run_exactly(folder: Path) -> None:
     summary = json.loads((folder / "a/summary.json").read_text())
     for checkpoint in ("a/checkpoints/best.pt", "a/checkpoints", "[a]"):
@@ -83,6 +82,7 @@ def test_reproduces_metrics_of_the_run_exactly(folder: Path) -> None:
     assert 0.15 < report["test_accuracy"] < 1
 
 
+@pytest.mark.drawn
 def test_output_files(folder: Path) -> None:
     report = metrics_of(folder, "checkpoint=a/checkpoints/best.pt", "output=out", run="out")
     summary = json.loads((folder / "a/summary.json").read_text())
@@ -118,7 +118,6 @@ def test_output_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("average", ["probabilities", "logits"])
-@pytest.mark.usefixtures("undrawn")
 def test_flip_matches_manual_average(folder: Path, average: str) -> None:
     report = metrics_of(folder, "checkpoint=a/checkpoints/best.pt", "tta=flip", f"average={average}")
     (plain, mirrored), targets = outputs(folder, "a", lambda x: [x, x.flip(3)])
@@ -130,7 +129,6 @@ def test_flip_matches_manual_average(folder: Path, average: str) -> None:
     assert report["average"] == average
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_ensemble_matches_manual_average(folder: Path) -> None:
     report = metrics_of(folder, "checkpoint=[a/checkpoints/best.pt,b/checkpoints/best.pt]", "data.batch_size=50")
     ([a], targets), ([b], _) = outputs(folder, "a"), outputs(folder, "b")
@@ -148,7 +146,6 @@ def in_processes(folder: Path, processes: int, *arguments: str) -> list[str]:
         return run_ranks("tests.support.ranks:run_command", processes, Path(store), str(folder), *arguments)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_processes_divide_the_test_set(folder: Path) -> None:
     """Of an ensemble with flipped images; the last batch has one sample, hence none for one of the two processes."""
     samples = len(outputs(folder, "a")[1])
@@ -173,6 +170,7 @@ def rounded(value: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_processes_divide_a_test_without_labels(tmp_path: Path) -> None:
     line = ["model=autoencoder", "loss=mse", "data.subset=40", "epochs=1", "threads=1", "device=cpu"]
     result = dlopt(tmp_path, "train", *line, "precision=fp64", "hydra.run.dir=run")
@@ -251,7 +249,6 @@ def test_crops_of_another_size(folder: Path) -> None:
     assert multi["test_loss"] == report["test_loss"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_decodes_images_at_the_scale_of_the_crops(tmp_path: Path) -> None:
     from torchvision.transforms.v2.functional import ten_crop
 
@@ -295,7 +292,6 @@ PHOTOS = (
 )  # fmt: skip
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_without_a_test_set_the_validation_set_is_evaluated(tmp_path: Path) -> None:
     image_folder(tmp_path)
     for seed in (0, 1):
@@ -348,7 +344,6 @@ def test_without_any_split_no_command_is_recommended(tmp_path: Path) -> None:
     assert refused(tmp_path, "eval", "run").rstrip().endswith("has no test set; allowed: train")
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_validation_set_of_a_run_with_a_test_set(folder: Path, tmp_path: Path) -> None:
     summary = json.loads((folder / "a/summary.json").read_text())
     report = metrics_of(folder, "a", "split=val", "tta=none")
@@ -361,7 +356,6 @@ def test_the_validation_set_of_a_run_with_a_test_set(folder: Path, tmp_path: Pat
     assert report["val_loss"] == pytest.approx(summary["best_val_loss"], rel=1e-6)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_samples_of_another_shape_are_reported(folder: Path) -> None:
     """Also with crops and in an ensemble: a fully convolutional model evaluates any size."""
     for line in (["a"], ["a", "tta=flip"], ["checkpoint=[a,b]"]):
@@ -383,7 +377,6 @@ def test_squared_errors_estimate_probabilities(tmp_path: Path) -> None:
     assert report["average"] == "logits" and 0 <= report["test_calibration_error"] <= 1
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_regression(tmp_path: Path) -> None:
     line = (
         "data=polynomial",
@@ -423,7 +416,6 @@ def test_refused(folder: Path, line: list[str], parts: list[str]) -> None:
         assert part in message
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_refuses_ensemble_with_different_test_sets(folder: Path) -> None:
     other = dlopt(folder, "train", "model=polynomial", "data=polynomial", "loss=mse", "epochs=1", "hydra.run.dir=c")
     assert other.code == 0
@@ -432,7 +424,6 @@ def test_refuses_ensemble_with_different_test_sets(folder: Path) -> None:
     assert "checkpoint=[]" in refused(folder, "eval", "checkpoint=[]")
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_fixed_size_model_reports_its_size(tmp_path: Path) -> None:
     line = (
         "model=mlp",
@@ -459,7 +450,6 @@ def test_model_that_does_not_fit_the_data(tmp_path: Path) -> None:
         assert "size mismatch for layer1.linear.weight" in message
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_data_with_other_classes(tmp_path: Path) -> None:
     for root, names in (("one", "ab"), ("two", "bc"), ("three", "abc")):
         for number, name in enumerate(names * 8):
@@ -543,7 +533,6 @@ def test_other_tables_are_tested_as_a_whole(tmp_path: Path) -> None:
     assert "the training data cannot be read as they were" in tested("data.file=new.csv")[1]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_glob_pattern_of_checkpoints(folder: Path) -> None:
     checkpoints = folder / "a/checkpoints"
     names = sorted(str(path.relative_to(folder)) for path in checkpoints.glob("*st.pt"))
@@ -588,7 +577,6 @@ def test_refuses_a_folder_without_checkpoints(tmp_path: Path) -> None:
     assert "checkpoint=.: this folder contains neither best.pt nor last.pt" in refused(tmp_path, "eval", "checkpoint=.")
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_weights_without_a_checkpoint(folder: Path) -> None:
     """Exported weights with the typed config give the metrics of the run, also with test-time augmentation."""
     weights = folder / "exported.safetensors"
@@ -609,7 +597,6 @@ def test_weights_without_a_checkpoint(folder: Path) -> None:
     assert dlopt(folder, *line).code == 0 and entries(folder) == before, "no files without output="
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_weights_at_chance_get_advice(folder: Path) -> None:
     state = load(folder / "a/checkpoints/best.pt").model
     bias = state["head.bias"] + 1e4 * torch.eye(len(state["head.bias"]))[0]

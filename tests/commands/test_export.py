@@ -239,7 +239,7 @@ def test_the_graph_reads_tables_as_predict(tmp_path: Path, monkeypatch: pytest.M
 
 
 @EXTRA
-@pytest.mark.parametrize("dates", ["%d/%m/%Y %I:%M %p", "%Y-%m-%dT%H:%M+02:00"])
+@pytest.mark.parametrize("dates", ["%d/%m/%Y %I:%M %p", pytest.param("%Y-%m-%dT%H:%M+02:00", marks=pytest.mark.slow)])
 def test_a_program_reads_dates_as_predict(tmp_path: Path, dates: str) -> None:
     """It runs where neither dlopt nor torch can be imported."""
     train_table(tmp_path, "price", dates)

@@ -19,7 +19,6 @@ def outputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_lists_and_reports(outputs: Path) -> None:
     for command in (["runs"], ["report", "outputs/night"]):
         code, shown = in_terminal(outputs, 60, *command)

@@ -40,6 +40,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.drawn
 def test_writes_table_page_and_plots(runs: Path) -> None:
     result = dlopt(runs, "report", "night")
     assert result.code == 0, result.err
@@ -67,7 +68,6 @@ def test_writes_table_page_and_plots(runs: Path) -> None:
     assert {path.name for path in (runs / "tables").iterdir()} == {"table.tex", "summary.csv"}
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_conditions_select_the_runs(runs: Path) -> None:
     make_run(runs / "night/5", lr=0.5, accuracies=(0.4, 0.55), config={"tags": ["base", "paper"], "note": "a, <b>"})
     result = dlopt(
@@ -84,7 +84,6 @@ def test_conditions_select_the_runs(runs: Path) -> None:
     assert "tags" not in dlopt(runs, "report", "night", "tags!=paper", "format=csv").out
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_configuration_without_tags_shows_a_dash(tmp_path: Path) -> None:
     make_run(tmp_path / "night/0", lr=0.5, accuracies=(0.8,))
     make_run(tmp_path / "night/1", lr=0.1, accuracies=(0.7,), config={"tags": ["base", "paper"]})
@@ -96,7 +95,6 @@ def test_a_configuration_without_tags_shows_a_dash(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failed", [1, 5, 6, 8])
-@pytest.mark.usefixtures("undrawn")
 def test_at_most_five_failed_runs_are_listed(tmp_path: Path, failed: int) -> None:
     make_run(tmp_path / "night/0")
     for i in range(failed):
@@ -108,7 +106,6 @@ def test_at_most_five_failed_runs_are_listed(tmp_path: Path, failed: int) -> Non
     assert rest == words.get(failed, [])
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_removes_the_plots_of_an_earlier_report(runs: Path) -> None:
     (runs / "night/report").mkdir()
     for name in ("lr_sensitivity.png", "lr_sensitivity.pdf", "mine.png"):
@@ -119,7 +116,6 @@ def test_removes_the_plots_of_an_earlier_report(runs: Path) -> None:
     assert "lr_sensitivity.pdf" in names  # format=pdf was not requested
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_differences_of_small_and_huge_losses_have_digits(tmp_path: Path) -> None:
     for lr, scale in ((0.01, 2e-5), (0.1, 3e-5), (1.0, 1e33)):
         for seed in range(3):
@@ -131,7 +127,6 @@ def test_differences_of_small_and_huge_losses_have_digits(tmp_path: Path) -> Non
     assert "+1.10e+33 [" in third and len(third) < 130
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_is_not_called_failed(tmp_path: Path) -> None:
     make_run(tmp_path / "night/0")
     make_run(tmp_path / "night/1", seed=1, status=None)
@@ -278,7 +273,6 @@ def board() -> str:
     return stream.getvalue()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_every_row_shows_its_failed_runs(tmp_path: Path) -> None:
     for seed in range(3):
         make_run(tmp_path / f"night/{seed}", lr=0.9, seed=seed, status="failed" if seed else "finished")
@@ -293,7 +287,6 @@ def test_every_row_shows_its_failed_runs(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_watch_waits_for_the_first_metrics(tmp_path: Path) -> None:
     to = destination(tmp_path, None, "csv", None)
     options = _Options(by="val_loss", watch=True)
@@ -333,7 +326,6 @@ def test_pareto_front(capsys: pytest.CaptureFixture[str]) -> None:
     assert "50.00 %" in said and "job 1: lr=0.1" in said
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_best_command_names_the_packages_to_trust(tmp_path: Path) -> None:
     typed = ["model=mine.Net", "allow_packages=[mine]"]
     make_run(tmp_path / "runs/a", overrides=typed)

@@ -122,8 +122,8 @@ def test_train_refuses_tags_that_no_condition_can_name(tmp_path: Path, value: st
     assert refused(tmp_path, "train", *SMALL, f"tags={value}").startswith("dlopt: tags=")
 
 
-@pytest.mark.parametrize("note", ["lower lr, longer warmup", "see [1] (Smith: 'cyclical')", "größe", "a=b"])
-def test_a_note_is_any_text(tmp_path: Path, note: str) -> None:
+def test_a_note_is_any_text(tmp_path: Path) -> None:
+    note = "lower lr=0.1, größe: see [1] (Smith: 'cyclical')"
     assert dlopt(tmp_path, "train", *SMALL, f"note={note}", "hydra.run.dir=run").code == 0
     assert open_run(tmp_path / "run").note == note
     assert dlopt(tmp_path, "train", "from=run", "note=null", "hydra.run.dir=again").code == 0

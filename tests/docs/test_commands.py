@@ -186,7 +186,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def equipped(place: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def equipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optional package counts as installed, and Slurm; nothing is drawn or timed."""
     monkeypatch.setattr("dlopt.lab.scaling.modes._run", lambda _, folder, count, __: ([RANK] * count, None))
     monkeypatch.setattr("dlopt.run.dry_run._workload", lambda *_: None)  # reads no data

@@ -120,7 +120,9 @@ def test_workers_may_be_spawned(folder: Path, name: str) -> None:
     assert_same_run(folder / "forked", folder / "spawned")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "memmap" else pytest.mark.slow) for name in SOURCES]
+)
 def test_a_run_that_was_killed_in_an_epoch_is_resumed(folder: Path, name: str) -> None:
     words = line(name, "data.memory=false", "checkpoint.every_steps=1", "output=run")
     assert run_script(folder, KILLED, words) == -signal.SIGKILL

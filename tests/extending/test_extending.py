@@ -36,7 +36,6 @@ def test_a_config_folder(beside: Path) -> None:
     assert (choices["optimizer"], choices["model"], choices["data"]) == ("sign_descent", "one_layer", "stripes")
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_an_installed_package(installed: Path) -> None:
     run = dlopt(installed, "train", "experiment=stripes", "optimizer.lr=0.02", "hydra.run.dir=run", "tracking=[]")
     assert run.returncode == 0, run.stderr

@@ -66,7 +66,6 @@ def test_rows_of_a_table_with_nan_outputs(tmp_path: Path) -> None:
     assert not [*tmp_path.glob("*.png")], "of the earlier test"
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_images_with_several_labels(tmp_path: Path) -> None:
     outputs = torch.tensor([[3.0, -2, -2], [2, -1, 4], [-3, 1, -1], [NAN, 1, 1]])
     targets = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 0]])
@@ -83,7 +82,6 @@ def test_images_with_several_labels(tmp_path: Path) -> None:
     assert (tmp_path / "most_wrong.png").exists() and "confusion" not in found
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_values_in_the_unit_of_the_target(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     true, predicted = draw.normal(100, 10, 50), draw.normal(100, 10, 50)
@@ -106,7 +104,6 @@ def test_values_in_the_unit_of_the_target(tmp_path: Path) -> None:
     assert (tmp_path / "predicted.png").exists()
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("seconds", "draws"), [(1000.0, True), (2.0, False)])
 def test_the_end_of_a_run_draws_within_a_tenth_of_its_time(tmp_path: Path, seconds: float, draws: bool) -> None:
     """Of the validation set, if there is no test set."""

@@ -139,7 +139,6 @@ def test_writes_plot_and_json(tmp_path: Path) -> None:
     assert len(draw(LearningRates([1e-3], [1.0], [1.0], None, None, False), "none").axes[0].lines) == 2
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_auto_lr_is_kept_after_resume(tmp_path: Path) -> None:
     typed = [*SMALL, "optimizer.lr=auto", "schedule=constant", "epochs=2"]
     summary = start(tmp_path / "whole", *typed)

@@ -88,7 +88,6 @@ def test_without_any_label_there_are_no_metrics() -> None:
     assert all(map(math.isnan, means.values()))
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_is_evaluated_by_every_command(tmp_path: Path) -> None:
     line = [*PAIRS, "monitor=val_mean_average_precision", "stopping=early", "stopping.monitor=val_macro_f1"]
     trained = dlopt(tmp_path, "train", *line, "hydra.run.dir=out/run")

@@ -165,7 +165,6 @@ def step_of(folder: Path) -> int | None:
 # -- commands
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_commands_read_shards_and_consolidate_them(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "sharded", tmp_path / "run")
     best = tmp_path / "run/checkpoints/best.pt"

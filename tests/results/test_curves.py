@@ -13,6 +13,8 @@ from dlopt.schedules.scheduler import Scheduler
 from tests.support.line import SMALL, dlopt, only
 from tests.support.schedules import make
 
+pytestmark = pytest.mark.drawn
+
 CHOICES = {"model": "mlp", "data": "digits", "optimizer": "sgd"}
 PNG = b"\x89PNG"
 TRACKED = (*SMALL, "tracking=[tensorboard]")

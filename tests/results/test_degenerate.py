@@ -16,6 +16,8 @@ from dlopt.results.plots import PLOTS, AxisScale, plots
 from dlopt.results.ranking import Ranking, default_target, importance
 from tests.support.folders import make_run, table
 
+pytestmark = pytest.mark.drawn
+
 KEYS = {"lr": (0.1, 0.2), "optimizer.weight_decay": (0.0, 0.1), "model.activation": ("relu", "tanh")}
 VALIDATION = ("val_accuracy", "val_loss", "best_val_accuracy", "best_val_loss")
 

@@ -14,6 +14,8 @@ from dlopt.results.plots import PLOTS
 from dlopt.results.tables import Table
 from tests.support.folders import make_run, table
 
+pytestmark = pytest.mark.drawn
+
 STARTS = {".html": b"<!DOCTYPE", ".csv": b"rank,", ".tex": b"% ", ".md": b"| ", ".pdf": b"%PDF", ".png": b"\x89PNG",
           ".svg": b"<?xml"}  # fmt: skip
 

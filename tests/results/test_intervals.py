@@ -32,7 +32,7 @@ def test_one_value_has_no_half_width(count: int) -> None:
         half_width(count)
 
 
-@pytest.mark.parametrize("count", range(2, 41))
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 30, 31, 40])
 def test_the_interval_of_a_mean_difference_matches_scipy(count: int) -> None:
     draw = random.Random(count)
     values = [draw.gauss(0.3, 1) for _ in range(count)]
@@ -63,8 +63,9 @@ def test_intervals_of_normal_differences_cover_the_mean_in_95_percent(count: int
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
-@pytest.mark.parametrize("count", [3, 5, 10, 20])
-@pytest.mark.parametrize(("gained", "lost"), [(0.05, 0.03), (0.01, 0.0), (0.005, 0.0025), (0.001, 0.0005)])
+@pytest.mark.parametrize(
+    ("count", "gained", "lost"), [(3, 0.05, 0.03), (5, 0.01, 0.0), (10, 0.005, 0.0025), (3, 0.001, 0.0005)]
+)
 def test_intervals_of_accuracies_cover_the_mean_in_95_percent(count: int, gained: float, lost: float) -> None:
     """Each of 144 samples is `gained` or `lost` with these probabilities: from 7 samples per run to one in 7 runs.
 

@@ -14,6 +14,8 @@ from dlopt.results.plots import PLOTS, AxisScale, _apart, plots
 from dlopt.results.ranking import Ranking
 from tests.support.folders import TARGETS, make_run, table
 
+pytestmark = pytest.mark.drawn
+
 
 def sweep(folder: Path, tops: dict[tuple[str, float], float], seeds: int = 2) -> Ranking:
     for (optimizer, lr), top in tops.items():

@@ -104,7 +104,6 @@ def test_csv_has_no_published_columns_without_published_results(tmp_path: Path) 
     assert "published" not in summary_csv(table(tmp_path), None, test=False).splitlines()[0]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_command_shows_published_results(tmp_path: Path) -> None:
     make_run(tmp_path / "runs/0", test=0.77, config=RECIPE, overrides=["experiment=recipe"])
     make_run(tmp_path / "runs/1", lr=0.5, status=None, config=RECIPE)
@@ -116,7 +115,6 @@ def test_command_shows_published_results(tmp_path: Path) -> None:
     assert not any(line[0] == "recipe lr=0.5" for line in lines)  # the paper fixed the learning rate
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_modified_recipe_has_no_published_result(tmp_path: Path) -> None:
     typed = ("experiment=cifar10_speed", "data=digits", "model.widths=[4,4,8]", "data.batch_size=200", "steps=2")
     result = dlopt(tmp_path, "train", *typed, "threads=1", "tracking=[]", "device=cpu", "hydra.run.dir=run")

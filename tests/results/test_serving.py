@@ -15,6 +15,8 @@ from dlopt.results.page import _escaped_json, serve
 from dlopt.results.reading import condition, read_intact, select
 from tests.support.folders import make_run, table
 
+pytestmark = pytest.mark.drawn
+
 
 def test_only_the_files_of_the_folder_are_served_and_only_to_this_machine(tmp_path: Path) -> None:
     folder = tmp_path / "report"

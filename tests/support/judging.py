@@ -14,5 +14,5 @@ def make_pair(judgement: Judgement, trial: PairedRun, **more: Any) -> Path:
     path = make_run(judgement.run_folder(trial).path, **more)
     seeds = dict.fromkeys(("seed", "init_seed", "order_seed", "augmentation_seed"), trial.seed)
     saved = {**judgement.sides[trial.side].plan.saved, **seeds, "tags": [judgement.entry.name]}
-    (path / "config.yaml").write_text(yaml.safe_dump(saved))
+    (path / "config.yaml").write_text(yaml.dump(saved, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
     return path

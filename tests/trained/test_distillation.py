@@ -104,7 +104,6 @@ def test_the_first_update_has_the_gradient_of_the_formula(teacher: Path, tmp_pat
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run(teacher: Path, tmp_path: Path) -> None:
     before = (teacher / "checkpoints/best.pt").read_bytes()
     line = distilled(teacher, "optimizer.weight_decay=0.1")

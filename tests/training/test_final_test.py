@@ -14,7 +14,6 @@ CONVOLUTIONS = ("model=airbench94", "model.widths=[4,4,4]", "data.subset=60", "e
 
 
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
-@pytest.mark.usefixtures("undrawn")
 def test_final_test_equals_eval_with_the_same_augmentation(tmp_path: Path, average: str) -> None:
     typed = ("evaluate.tta=shift_flip", f"evaluate.average={average}", "device=cpu", "hydra.run.dir=run")
     assert dlopt(tmp_path, "train", *CONVOLUTIONS, *typed).code == 0

@@ -401,8 +401,7 @@ def test_reports_the_end_of_every_update() -> None:
     assert steps == [1, 2, 3]
 
 
-@pytest.mark.parametrize("at", range(1, 13))
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(("at", "every"), [*((at, 1) for at in range(1, 13)), (5, 2), (7, 2)])
 def test_interrupted_after_any_update_and_resumed(at: int, every: int) -> None:
     """12 updates end within the third epoch; 5 and 10 are the last of an epoch, 12 the last of all."""
     options: dict[str, Any] = {"steps": 12, "ema": 0.8, "evaluate_every": every}

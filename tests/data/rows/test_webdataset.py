@@ -315,7 +315,6 @@ def test_two_ranks_read_the_batches_of_one_process(tmp_path: Path) -> None:
         assert torch.equal(x, pixels[y].float())
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_ends_and_is_evaluated(tmp_path: Path) -> None:
     shard(tmp_path / "shards/0.tar", pictures(30), [i % 3 for i in range(30)])
     shard(tmp_path / "test.tar", pictures(6, seed=1), [i % 3 for i in range(6)])

@@ -105,7 +105,6 @@ def results(place: Path) -> Results:
     return read(place / "out/results.json")
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_compares_optimizers_continues_and_refuses_another_benchmark(place: Path) -> None:
     line = (*TIER, "workloads=[line]", "studies=2", "trials=2")
     first = dlopt(place, "benchmark", "optimizer=sgd", *line)
@@ -149,7 +148,6 @@ def test_lists_the_trials(place: Path) -> None:
     assert lines[-2:] == ["sgd on line: 4 trials", "4 trials; their time is known once some have ended"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_self_tuning_has_one_long_trial_per_seed_with_fixed_keys(place: Path) -> None:
     space = place / "conf/benchmark/space/sgd_self_tuning.yaml"
     space.parent.mkdir(parents=True)

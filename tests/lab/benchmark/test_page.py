@@ -16,6 +16,8 @@ from dlopt.lab.benchmark.scores import summarize
 from tests.lab.benchmark.synthetic import make
 from tests.support.browser import NEEDS_BROWSER, chromium
 
+pytestmark = pytest.mark.drawn
+
 EVIL = "<script>alert(1)</script>&\"'{x}$y_%#~^\\\n\x1b[31m"
 STUBS = {name: {"source": "data:,", "width": "1"} for name in figures.FIGURES}
 _VOID = {"meta", "link", "br", "img"}

@@ -14,6 +14,8 @@ from dlopt.lab.comparison.findings import evaluate
 from dlopt.lab.comparison.plots import draw, restarts
 from dlopt.lab.comparison.sentences import numbers
 
+pytestmark = pytest.mark.drawn
+
 
 def comparison(**keys: Any) -> Comparison:
     defaults: dict[str, Any] = {

@@ -53,7 +53,6 @@ def test_reports_the_entropy_of_attention_heads(tmp_path: Path) -> None:
             assert all(0.8 * largest < entropy <= largest + 1e-6 for entropy in layer["heads"])  # small weights
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_checkpoint(tmp_path: Path) -> None:
     assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run").code == 0
     typed = ("checkpoint=run/checkpoints/last.pt", "updates=1", "batches=1", "eigenvalues=0")
@@ -65,7 +64,6 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert "the checkpoint fixes the choices" in refused(tmp_path, "diagnose", *typed, "model=resnet20")
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
     """The key `resume` in its config is of the run, not of the diagnosis."""
     assert dlopt(tmp_path, "train", *SMALL, "hydra.run.dir=run", "max_time=1e-9").code == 75

@@ -23,6 +23,8 @@ from dlopt.optim.common import flat
 from dlopt.training.checkpoint.checkpoints import load
 from tests.support.runs import SMALL, run_config, same, start
 
+pytestmark = pytest.mark.drawn
+
 DEVICE = ["threads=1", "device=cpu"]
 MLP = [*SMALL, "model.widths=[8,8]", "model.activation=tanh", "precision=fp64"]
 

@@ -8,6 +8,8 @@ from dlopt.instruments.layers import LayerProbe
 from dlopt.lab.diagnosis.measuring import Diagnosis, Snapshot, UpdateTrace
 from dlopt.lab.diagnosis.plots import plots
 
+pytestmark = pytest.mark.drawn
+
 
 def diagnosis(activation: nn.Module, values: Tensor) -> Diagnosis:
     """Returns a diagnosis of one layer whose activation has these inputs."""

@@ -8,6 +8,8 @@ import pytest
 from dlopt.lab.judge.picture import draw
 from dlopt.lab.judge.sequential import Look
 
+pytestmark = pytest.mark.drawn
+
 LOOKS = [
     Look(1, 0.5, -math.inf, math.inf, "undecided"),
     Look(2, 0.25, -1.0, 1.5, "undecided"),

@@ -55,7 +55,7 @@ def _pool(slots: int) -> Pool:
 
 @pytest.mark.parametrize(("slots", "counts"), [(1, [1] * 6), (5, [4, 4])])
 def test_pairs_fill_the_slots_and_are_printed_in_the_unit_of_the_metric(
-    slots: int, counts: list[int], at_once: Callable[[int], list[int]], undrawn: None, tmp_path: Path
+    slots: int, counts: list[int], at_once: Callable[[int], list[int]], tmp_path: Path
 ) -> None:
     counted = at_once(slots)
     result = dlopt(tmp_path, *WORDS)
@@ -71,7 +71,7 @@ def test_pairs_fill_the_slots_and_are_printed_in_the_unit_of_the_metric(
 
 
 def test_a_run_that_failed_runs_again_and_one_that_diverged_does_not(
-    at_once: Callable[[int], list[int]], undrawn: None, tmp_path: Path
+    at_once: Callable[[int], list[int]], tmp_path: Path
 ) -> None:
     counted = at_once(2)
     assert dlopt(tmp_path, *WORDS).code == 0
@@ -96,7 +96,7 @@ def test_pairs_start_until_the_minutes_are_over(monkeypatch: pytest.MonkeyPatch,
     assert ends == [1120.0, float("inf")]
 
 
-def test_runs_of_other_conditions_are_named(at_once: Callable[[int], list[int]], undrawn: None, tmp_path: Path) -> None:
+def test_runs_of_other_conditions_are_named(at_once: Callable[[int], list[int]], tmp_path: Path) -> None:
     at_once(2)
     words = ("judge", f"{BASE} threads=1", *WORDS[2:])
     first = dlopt(tmp_path, *words)

@@ -154,7 +154,7 @@ def test_no_end_of_an_interval_is_rounding_noise() -> None:
     """Accuracies of 144 samples, many of them equal. The numbers are those of two runs, whose difference is rounded."""
     draw = random.Random(11)
     decided = at_a_jump = 0
-    for _ in range(100):
+    for _ in range(50):
         middle, spread = draw.choice([0, 0, 1, 2, -2, -3]), draw.choice([1, 2, 3, 6])
         counts = [round(draw.gauss(middle, spread)) for _ in range(draw.randint(4, 20))]
         base = [draw.randint(100, 130) for _ in counts]
@@ -174,7 +174,7 @@ def test_no_end_of_an_interval_is_rounding_noise() -> None:
         assert (look.verdict != "undecided") == (exact_evidence(exact, Fraction(0)) >= math.log(1 / rate)), counts
         assert look.verdict == "undecided" or (look.verdict == "better") == (sum(ends) > 0)
         decided += look.verdict != "undecided"
-    assert decided > 12 and at_a_jump > 12
+    assert decided > 6 and at_a_jump > 6
 
 
 def test_an_open_end_at_zero_is_zero() -> None:

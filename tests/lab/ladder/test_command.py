@@ -9,14 +9,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 
 from dlopt import cli
 from dlopt.basics.folders import RunFolder
+from tests.support.drawing import drawing
 from tests.support.line import dlopt, entries, refused
 from tests.support.processes import start
 
@@ -40,7 +39,6 @@ FAMILY: dict[str, Any] = {
     "rules": {"width": "2 * depth", "depth": "the number of the rung", "batch": "constant", "schedule": "cosine"},
     "rungs": {"one": ["model.widths=[2]"], "two": ["model.widths=[4,4]"], "three": ["model.widths=[6,6,6]"]},
 }
-SAVEFIG = Figure.savefig  # what `undrawn` replaces
 LINE = ("--config-dir", "conf", "model=tiny", "output=out", "search=1", "seeds=1")
 
 
@@ -59,7 +57,6 @@ def change(place: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("rest", [[], ["dry_run=true"]])
-@pytest.mark.usefixtures("undrawn")
 def test_keys_of_the_recipes_data(place: Path, rest: list[str]) -> None:
     """The default data set does not have them."""
     typed = ["optimizer=sgd", "optimizer.lr=0.1", "data.intervals=[[-1.0,1.0],[-0.3,0.3]]"]
@@ -69,7 +66,6 @@ def test_keys_of_the_recipes_data(place: Path, rest: list[str]) -> None:
         assert config["data"]["intervals"] == [[-1.0, 1.0], [-0.3, 0.3]]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     first = dlopt(place, "ladder", "optimizer=sgd", *LINE, "rungs=2")
     assert first.code == 0, first.err
@@ -103,7 +99,7 @@ def test_searches_extrapolates_resumes_and_reports(place: Path) -> None:
     assert "adamw: the same rate at all sizes (optimizer.lr=0.01)" in " ".join(second.out.split())
     assert "No speed-up of adamw over sgd is stated: one search found the rate of sgd" in " ".join(second.out.split())
     assert "Speed-up" not in second.out and not (place / "out/figures/speed_up.pdf").exists()
-    with patch.object(Figure, "savefig", SAVEFIG):
+    with drawing(True):
         report = dlopt(place, "ladder", "report", "out")
     assert report.code == 0 and "Loss minus that of sgd" in report.out
     assert (place / "out/figures/loss.pdf").read_bytes().startswith(b"%PDF")
@@ -145,7 +141,6 @@ def _check_copy(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_shorter_runs_branch_off_and_equal_those_of_their_length(place: Path) -> None:
     line = ("optimizer=sgd", *LINE, "rungs=2", "optimizer.lr=0.01", "schedule=wsd")
     result = dlopt(place, "ladder", *line, "tokens_per_parameter=[400,100,200]")
@@ -186,7 +181,6 @@ def test_lists_the_runs(place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undrawn")
 def test_arms_of_weight_decay(place: Path) -> None:
     line = ("optimizer=adamw", *LINE, "rungs=2", "arms=[constant,zero]")
     listed = dlopt(place, "ladder", *line, "dry_run=true").out
@@ -336,7 +330,6 @@ def test_bad_families(changes: dict[str, Any], message: str, place: Path) -> Non
     assert message in refused(place, "ladder", "optimizer=sgd", *LINE)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_family_sets_hyperparameters_that_yield_to_typed_ones(place: Path) -> None:
     change(place, optimizers={"sgd": ["optimizer.momentum=0.5", "optimizer.weight_decay=0.01"]})
     line = ("optimizer=sgd", *LINE, "rungs=2", "optimizer.lr=0.01", "optimizer.weight_decay=0.02")

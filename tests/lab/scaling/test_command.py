@@ -104,6 +104,7 @@ def test_failed_row_reports_the_reason() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_benchmarks_two_processes(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "scaling", *SMALL, "updates=3", "warmup=1", "profiled=2", "output=out")
     assert result.code == 0, result.err

@@ -68,6 +68,7 @@ def test_closed_forms_of_two_devices() -> None:
     assert expected_slowest("exponential", 2, 1.0) == 1.5
 
 
+@pytest.mark.drawn
 def test_command(tmp_path: Path) -> None:
     typed = ("scaling", "speedup=true", "devices=[1,8]", "batch=64", "variation=0.1", "output=out")
     result = dlopt(tmp_path, *typed)

@@ -8,6 +8,8 @@ from dlopt.basics.errors import UserError
 from dlopt.lab.trajectory.landscape import draw, random_plane, surface, trajectory_plane
 from dlopt.models.locally_connected import LocallyConnected2d
 
+pytestmark = pytest.mark.drawn
+
 
 def test_random_directions_have_filter_norms_of_the_model() -> None:
     """A locally connected layer has a filter per position and output; its bias has three dimensions, as a norm may."""

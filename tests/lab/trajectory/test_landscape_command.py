@@ -6,6 +6,8 @@ import pytest
 
 from tests.support.line import SMALL, dlopt, refused
 
+pytestmark = pytest.mark.drawn
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

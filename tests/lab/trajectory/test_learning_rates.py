@@ -11,6 +11,8 @@ from dlopt.lab.trajectory.learning_rates import Curve, curve, draw_schedules
 from dlopt.results.drawing import MAX_CURVES, save
 from dlopt.schedules import Horizon, Plateau, Schedule, warmed_up
 
+pytestmark = pytest.mark.drawn
+
 
 def test_curve_has_the_rate_of_every_update() -> None:
     result = curve("a", lambda t: 0.5**t, lr=0.1, steps=5, steps_per_epoch=2)

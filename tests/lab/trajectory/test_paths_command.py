@@ -33,6 +33,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return arguments
 
 
+@pytest.mark.drawn
 def test_documented_example(tmp_path: Path) -> None:
     result = dlopt(tmp_path, "trajectory", "function=quadratic", "optimizer=momentum,newton", "output=x")
     assert result.code == 0, result.err

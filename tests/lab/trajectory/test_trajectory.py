@@ -29,6 +29,8 @@ from dlopt.lab.trajectory.paths import (
 from dlopt.optim import BFGS, LBFGS, SGDW, Newton
 from tests.support import own_optimizers
 
+pytestmark = pytest.mark.drawn
+
 
 def constant(t: int) -> float:
     return 1.0

@@ -17,16 +17,6 @@ def test_prints_a_table_and_reproductions(capsys: pytest.CaptureFixture[str]) ->
     assert verify(["optimizer=adamw", "optimizer.cautious=true"]) == 0
 
 
-def test_json_is_one_document(tmp_path: Path) -> None:
-    result = dlopt(tmp_path, "verify", "optimizer=sam", "--json")
-    document = json.loads(result.out)
-    assert result.code == 0
-    assert document["format"] == 1 and document["paper"] is None and document["failed"] == []
-    assert document["optimizer"] == "dlopt.optim.sam.SAM"
-    assert [check["name"] for check in document["checks"]][:2] == ["reference", "descent"]
-    assert set(document["checks"][0]) == {"name", "meaning", "tolerance", "status", "reason", "reproduction"}
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -44,7 +34,7 @@ def test_refuses_wrong_input(line: str, message: str) -> None:
         verify(line.split())
 
 
-def test_verifies_a_class_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_the_user_as_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "verified_package.py").write_text(
         "import torch\n\nclass MyMuon(torch.optim.RMSprop):\n"
         "    def step(self, closure=None):\n        print('noise')\n        return super().step(closure)\n"
@@ -55,3 +45,8 @@ def test_verifies_a_class_of_the_user(tmp_path: Path, monkeypatch: pytest.Monkey
     document = json.loads(result.out)
     assert result.code == 1 and "noise" in result.err
     assert document["failed"] == ["reference", "weight decay"] and document["keys"] == {"lr": 0.1}
+    assert (
+        document["format"] == 1 and document["paper"] == "muon" and document["optimizer"] == line[0].partition("=")[2]
+    )
+    assert [check["name"] for check in document["checks"]][:2] == ["reference", "descent"]
+    assert set(document["checks"][0]) == {"name", "meaning", "tolerance", "status", "reason", "reproduction"}

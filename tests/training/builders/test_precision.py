@@ -140,7 +140,6 @@ def test_pure_bf16_keeps_shared_weights_shared() -> None:
 
 
 @pytest.mark.parametrize("typed", [[], ["precision=fp32"]], ids=["bf16_pure", "fp32"])
-@pytest.mark.usefixtures("undrawn")
 def test_a_pure_bf16_checkpoint_is_evaluated(tmp_path: Path, typed: list[str]) -> None:
     summary = start(tmp_path / "run", *PURE)
     result = dlopt(tmp_path, "eval", "checkpoint=run/checkpoints/best.pt", "output=out", *typed)
@@ -149,7 +148,11 @@ def test_a_pure_bf16_checkpoint_is_evaluated(tmp_path: Path, typed: list[str]) -
     assert tested["test_loss"] == pytest.approx(summary["test_loss"], rel=0.02 if typed else 1e-6)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+VARIED = ("momentum", "muon", "soap", *REFUSED_IN_PURE_BF16)
+EACH = [pytest.param(name, marks=() if name in VARIED else pytest.mark.slow) for name in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("optimizer", EACH)
 def test_every_optimizer_trains_and_resumes_in_pure_bf16_or_is_refused(tmp_path: Path, optimizer: str) -> None:
     keys = [*PURE, f"optimizer={optimizer}", "schedule=constant", "epochs=2", "evaluate.test=false"]
     if optimizer in REFUSED_IN_PURE_BF16:

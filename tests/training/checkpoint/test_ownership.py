@@ -120,7 +120,6 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path, stopped: list[str], cha
     assert "is a checkpoint of another run" in refused(tmp_path, *stopped, AUTO)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_foreign_best_model_is_not_tested(tmp_path: Path, stopped: list[str]) -> None:
     assert dlopt(tmp_path, *stopped[:-1], "seed=5", "hydra.run.dir=other").code == 0
     for name in ("best.pt", "best.pt.sha256"):
@@ -144,7 +143,6 @@ def test_jobs_of_sweeps_compare_too(tmp_path: Path, rows: list[str]) -> None:
     assert second["status"] == "finished" and second["run_id"] != first["run_id"]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_eval_and_teachers_warn_of_other_data(tmp_path: Path, stopped: list[str], rows: list[str]) -> None:
     assert dlopt(tmp_path, *stopped, AUTO).code == 0
     same = dlopt(tmp_path, "eval", "checkpoint=run", "output=eval")
