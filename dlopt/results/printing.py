@@ -258,8 +258,8 @@ class _Column:
 def _ranks(title: str, found: Sequence[Remark], rows: Sequence[Row]) -> _Column:
     """Returns the column with the ranks of the rows, which equal rows share, and the letters of the remarks: 1 a."""
     width = len(str(len(rows)))
-    places = [f"{row.place.removesuffix('='):>{width}}{'=' * row.is_tied}" for row in rows]
-    cells = [f"{place} {mark(found, position)}".rstrip() for position, place in enumerate(places, 1)]
+    ranks = [f"{row.place.removesuffix('='):>{width}}{'=' * row.is_tied}" for row in rows]
+    cells = [f"{rank} {mark(found, position)}".rstrip() for position, rank in enumerate(ranks, 1)]
     return _Column(title, cells, {})
 
 
