@@ -400,8 +400,9 @@ def every_key_acts(trial: Trial) -> None:
     features = [f for f, v in trial.row.items() if f != KIND and v != DEFAULTS[f] and FEATURES[f][v].acts]
     if not trial.has("stopping", "none"):
         features = [each for each in features if each != "accumulate"]  # the run may end before its batch has grown
-    if trial.has("validation", "none"):
-        features = [each for each in features if each != "reading"]  # all samples make whole batches
+    # All samples make whole batches, or two thirds of them do.
+    if trial.has("validation", "none") or (trial.has("folds", "second") and trial.kind not in TABLES):
+        features = [each for each in features if each != "reading"]
     if not features:
         return
     order = trial.draw.sample([*FEATURES], len(FEATURES))  # of all: the same for the smaller rows that break the law
