@@ -57,7 +57,7 @@ Examples:
   dlopt train resume=auto                              # the newest unfinished run
   dlopt train from=outputs/train/DATE optimizer.lr=1   # its config, one key changed
 
-Use `dlopt COMMAND --help` for the keys of a command.
+Use `dlopt COMMAND --help` for the keys of a command. --json prints one JSON document on stdout.
 Shell completion: eval "$(dlopt train -sc install=bash)"
 """
 

@@ -1,6 +1,7 @@
 """`dlopt eval`: evaluates checkpoints, or weights of other tools, on the test set."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from dlopt.basics.folders import short_path
 from dlopt.basics.interruption import print_note
 from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import Line, load_torch, on_checkpoint, on_config, saved_run_config, writing
+from dlopt.commands.shared.document import show_result
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.overrides import key_of
 from dlopt.config.parameters import show
@@ -220,6 +222,7 @@ def _finish(
     lines.append(f"samples: {tested.samples:,}")
     record["split"] = SPLITS[tested.split]
     lines += [*tested.problems, *evaluation.set_lines(tested)]
+    written: dict[str, Path] = {}
     if folder is not None:
         with writing(Path(folder)):
             written = evaluation.write(Path(folder), record, tested)
@@ -230,6 +233,8 @@ def _finish(
     metrics = {key: value for key, value in tested.report.metrics.items() if not set_of(key, tested.sets)}
     shown = replace(tested.report, metrics=metrics)
     ConsoleView().finish({"status": "tested", **epoch}, lines, shown, tested.classes or ())
+    files = [os.path.abspath(path) for path in written.values()]
+    show_result({**record, **tested.report.metrics, "classes": tested.per_class, "files": files})
     return DONE
 
 

@@ -13,6 +13,7 @@ from dlopt.basics.interruption import print_note
 from dlopt.basics.plain_values import read_regular
 from dlopt.basics.status_line import waiting
 from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
+from dlopt.commands.shared.document import show_result
 from dlopt.trained.decision import decision_of
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def export(
     if decision is not None:
         lines.insert(-2, f"decision, {'applied' if include else 'in the metadata'}: {decision.text}")
     print(*lines, sep="\n")
+    show_result({"file": os.path.abspath(target), "classes": metadata["classes"], "decision": metadata.get("decision")})
     return DONE
 
 

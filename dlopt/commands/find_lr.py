@@ -1,5 +1,6 @@
 """`dlopt find-lr`: runs a learning-rate range test, plots it and suggests learning rates."""
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ from dlopt.basics.emphasis import print_emphasized
 from dlopt.basics.errors import DONE, UserError
 from dlopt.basics.folders import short_path
 from dlopt.commands.shared.command_line import Line, on_config, output_folder, writing
+from dlopt.commands.shared.document import show_result
 from dlopt.config.overrides import without
 from dlopt.config.reads import RECIPE, UPDATE
 from dlopt.instruments.lr_range_keys import RangeTest
@@ -80,6 +82,8 @@ def find_lr(
     for text in describe(result):
         screen.message(text)
     print(*map(short_path, paths), sep="\n")
+    rates = {"steepest": result.steepest, "valley": result.valley, "diverged": result.diverged}
+    show_result({**rates, "files": [os.path.abspath(path) for path in paths]})
     if result.steepest is not None:
         kept = without(line.overrides, "optimizer.lr")
         command = ["dlopt", "train", *line.composer.flags, *kept, f"optimizer.lr={result.steepest:.2g}"]

@@ -11,6 +11,7 @@ from dlopt.basics.interruption import print_note
 from dlopt.basics.ranges import Count, Natural
 from dlopt.basics.status_line import status_line
 from dlopt.commands.shared.command_line import load_torch, on_checkpoint, refuse_folder, writing
+from dlopt.commands.shared.document import show_result
 from dlopt.commands.shared.processes import join_processes, over_processes, take_process_keys
 from dlopt.config.reads import INFERENCE
 from dlopt.trained.decision import FILE, decision_of
@@ -149,6 +150,8 @@ def _predict(
                 raise UserError(f"{'file' if images is None else 'images'}={images or file}: {what}")
             os.replace(temporary, target)
     print(f"{predictions.summary()}: {target}")
+    names = [each.name for each in predictions.columns]
+    show_result({"file": os.path.abspath(target), "columns": names, "summary": predictions.summary()})
     return DONE
 
 

@@ -37,8 +37,7 @@ _TRAIN = frozenset(key.partition(".")[0] for key in ROLES)
 
 def unavailable(flag: str) -> str:
     """Says which commands have a flag of `dlopt train`."""
-    others = " and in commands whose --help names it" if flag == "--json" else ""
-    return f"{flag}: only available in `dlopt train`{others}"
+    return f"{flag}: only available in `dlopt train`"
 
 
 def refuse_unread(

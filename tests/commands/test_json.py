@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dlopt.basics.errors import RunError
 from dlopt.basics.interruption import Interrupted
@@ -255,6 +256,26 @@ def test_every_command_ends_with_a_document(command: str, tmp_path: Path) -> Non
     assert found["exit_code"] == 2 and found["message"] and not found["others"]
     found = error(dlopt(tmp_path, command, "nowhere", "--json"))
     assert found["exit_code"] == 2 and found["kind"] != "internal"
+
+
+def test_results_of_a_trained_model(tmp_path: Path) -> None:
+    assert dlopt(tmp_path, "train", *TINY, "output=run").code == 0
+    tested = document(dlopt(tmp_path, "eval", "run", "--json"))
+    accuracy = (read_summary(tmp_path / "run") or {})["test_accuracy"]
+    assert (tested["test_accuracy"], tested["exit_code"], len(tested["classes"])) == (accuracy, 0, 10)
+    assert str(tmp_path / "run/eval.json") in tested["files"]
+    several = document(dlopt(tmp_path, "eval", "checkpoint=[run,run]", "output=both", "--json"))
+    assert several["samples"] == tested["samples"] and several["average"] == "probabilities"
+    (tmp_path / "images").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "images/a.png")
+    predicted = document(dlopt(tmp_path, "predict", "run", "images=images", "output=p.csv", "--json"))
+    header = (tmp_path / "p.csv").read_text().splitlines()[0]
+    assert predicted["file"] == str(tmp_path / "p.csv") and ",".join(predicted["columns"]) == header
+    exported = document(dlopt(tmp_path, "export", "run", "format=torch_export", "--json"))
+    assert Path(exported["file"]).is_file() and exported["classes"] == [*map(str, range(10))]
+    found = document(dlopt(tmp_path, "find-lr", "model=mlp", "output=lr", "--json"))
+    assert found.keys() == {"steepest", "valley", "diverged", "files", "exit_code"}
+    assert all(Path(path).is_file() for path in found["files"])
 
 
 def test_without_a_document_of_its_own(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_path_needs_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["eval", "a", "checkpoint=b"], "a: checkpoint=b is set, too; name the run once"),
         (["predict", "a", "b", "images=c"], "a b: `dlopt predict` takes one run or checkpoint"),
         (["export", "a", "format=onnx"], "checkpoint=a: no such file"),
-        (["eval", "a", "--json"], "--json: only available in `dlopt train` and in commands whose --help names it"),
+        (["eval", "a", "--cfg=job"], "--cfg: only available in `dlopt train`"),
         (["eval", "a", "--tta", "flip"], "--tta flip: an override is key=value, without dashes; use tta=flip"),
     ):
         assert message in refused(tmp_path, *words)

@@ -270,7 +270,7 @@ def read_line(arguments: list[str], *, several: str) -> Line:
     if parsed.multirun:
         raise UserError(f"-m: {several}")
     for flag, value in vars(parsed).items():
-        if value and flag not in ("overrides", "config_dir", "config_name"):
+        if value and flag not in ("overrides", "config_dir", "config_name", "json"):
             raise UserError(unavailable(f"--{flag.replace('_', '-')}"))
     return Line(Composer(parsed.config_name, parsed.config_dir, parsed.overrides), parsed.overrides)
 
@@ -307,8 +307,9 @@ def on_checkpoint(
         def command(arguments: list[str]) -> int:
             from dlopt.config.saved import refuse_flags, take_checkpoints, take_paths, typed_values
 
-            refuse_flags(without(arguments, *as_typed))
-            positional, rest = take_paths(without(arguments, *as_typed))
+            words = without(arguments, "--json", *as_typed)
+            refuse_flags(words)
+            positional, rest = take_paths(words)
             values = typed_values(rest)
             if positional and "checkpoint" in values:
                 raise UserError(f"{positional[0]}: checkpoint={values['checkpoint']} is set, too; name the run once")

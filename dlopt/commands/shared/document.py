@@ -12,7 +12,16 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-from dlopt.basics.errors import INTERRUPTED, FileError, ReportedError, RunError, UserError, disk_failure, refused_path
+from dlopt.basics.errors import (
+    DONE,
+    INTERRUPTED,
+    FileError,
+    ReportedError,
+    RunError,
+    UserError,
+    disk_failure,
+    refused_path,
+)
 from dlopt.basics.interruption import leave_closed_terminal, print_line, signals_deferred
 from dlopt.basics.plain_values import without_nan
 from dlopt.basics.secrets import redact, redacted
@@ -56,6 +65,12 @@ def print_document(content: Mapping[str, Any]) -> None:
         except BrokenPipeError:  # the reader is gone: the exit code is still the command's
             leave_closed_terminal()
         os.dup2(2, 1)
+
+
+def show_result(content: Mapping[str, Any]) -> None:
+    """Prints the document of a command that has done its work; without --json, what it has printed is its result."""
+    if _waiting:
+        print_document({**content, "exit_code": DONE})
 
 
 def end_document(code: int, error: BaseException | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from dlopt.basics.errors import UserError
 from dlopt.basics.interruption import die_on_signals, print_message
 from dlopt.config.choices import config_folder
-from dlopt.config.overrides import group_of, key_of
+from dlopt.config.overrides import group_of, key_of, without
 from dlopt.machine.world import current
 from dlopt.parallel.processes import launch
 from dlopt.parallel.processes.rendezvous import end_process, first_to_fail, join_store, leave
@@ -30,6 +30,7 @@ def over_processes(name: str, command: Command, arguments: list[str]) -> int:
     """
     from dlopt.config.saved import typed_values  # with OmegaConf, which the help of the commands does not need
 
+    arguments = without(arguments, "--json")
     typed = [argument for argument in arguments if group_of(argument) == "parallel"]
     if (world := current()) is not None:
 
