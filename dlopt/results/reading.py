@@ -230,7 +230,8 @@ def diagnostics(record: Record) -> History:
     if not lines or not record.history:
         return History()
     evaluated = columns(record.history, ("step", "epoch", "seconds"))
-    last = evaluated[-1, 0]
+    if (last := evaluated[-1, 0]) <= 0:  # of a stranger
+        return History()
     steps = np.array([line["step"] for line in lines])
     end = max(steps.max(), last + 1)  # of a run that trains on after its last evaluation
     known = np.concatenate([np.zeros((1, 3)), evaluated, evaluated[-1:] * end / last])

@@ -43,7 +43,7 @@ def parse_metrics(data: bytes) -> list[dict[str, Any]]:
 
 
 def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Reads `folder`/metrics.jsonl, oldest line first; [] if there is no regular file of at most 256 MiB.
+    """Reads `folder`/metrics.jsonl, or another file by `name`; [] if there is no regular file of at most 256 MiB.
 
     An incomplete last line is ignored. Raises OSError.
     """

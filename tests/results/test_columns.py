@@ -8,6 +8,7 @@ import pytest
 from dlopt.results.columns import in_terminal, metric_columns
 from dlopt.results.columns import test_columns as columns_of_tests
 from dlopt.results.page_data import page_data
+from dlopt.results.reading import diagnostics, read
 from tests.support.folders import make_run, table
 
 
@@ -77,6 +78,8 @@ def test_a_page_draws_diagnostics(tmp_path: Path) -> None:
     assert values == [0.5, 7.5, 10]
     assert second["x"][at] == {"epoch": [0.1, 1.5, 2], "step": [1, 15, 20], "seconds": [0.4, 6, 8]}
     assert "gradients/norm/middle" not in first["curves"] and first["curves"]["gradients/norm/head"][1] == values
+    (tmp_path / "0/metrics.jsonl").write_text('{"epoch": 1, "step": 0, "val_loss": 1.0}\n')
+    assert diagnostics(read(tmp_path / "0")) == [], "a stranger's: no position is known"
     assert not {*data["tags"]} & {*third["curves"]} and third["curves"]["val_loss"][1] == pytest.approx([0.5, 0.3])
 
 
